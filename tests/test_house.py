@@ -1,0 +1,106 @@
+"""The house rules of CONTRIBUTING.md: arrows between the rooms, small methods, a quiet library, no pickles, ASCII."""
+
+import ast
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+FORBIDDEN = {  # room: what it must not import
+    "distill": ("diffusers", "pipelines", "eval", "recipes"),
+    "pipelines": ("eval", "recipes"),
+    "eval": ("distill.methods", "recipes"),
+    "recipes": (),
+}
+HEAVY = ("diffusers", "transformers", "peft")  # they take seconds: --help and errors must not wait for them
+FILES = {f.relative_to(ROOT): ast.parse(f.read_text()) for room in FORBIDDEN for f in (ROOT / room).rglob("*.py")}
+LIBRARY = {f: tree for f, tree in FILES.items() if f.parts[0] != "recipes"}
+
+
+def nodes(tree, skip=lambda node: False):
+    """Every node below `tree`, without those that `skip` names and what they hold."""
+    for child in ast.iter_child_nodes(tree):
+        if not skip(child):
+            yield child
+            yield from nodes(child, skip)
+
+
+def imported(file, skip=lambda node: False):
+    """The dotted names that a file imports; `from a import b` gives a and a.b, for b may be a module."""
+    for node in nodes(FILES[file], skip):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            package = file.parts[: len(file.parts) - node.level] if node.level else ()
+            base = ".".join([*package, *([node.module] if node.module else [])])
+            yield from (base, *(f"{base}.{alias.name}" for alias in node.names))
+
+
+def inside(name, roots):
+    return any(name == root or name.startswith(root + ".") for root in roots)
+
+
+def deferred(node):
+    """What does not run at import: the body of a function, and `if TYPE_CHECKING:`."""
+    typing = isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING")
+    return typing or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+
+
+def command(node):
+    """A command line may print: main(), and `if __name__ == "__main__":`."""
+    return getattr(node, "name", "") == "main" or (isinstance(node, ast.If) and "__main__" in ast.unparse(node.test))
+
+
+def calls(skip=lambda node: False):
+    for file, tree in LIBRARY.items():
+        yield from ((file, n.lineno, n) for n in nodes(tree, skip) if isinstance(n, ast.Call))
+
+
+def test_arrows():
+    assert FILES, "no room found"
+    assert not [(str(f), name) for f in FILES for name in imported(f) if inside(name, FORBIDDEN[f.parts[0]])]
+
+
+def test_eval_is_not_shadowed():
+    plain = [
+        (str(f), n.lineno, a) for f, t in FILES.items() for n in nodes(t) if isinstance(n, ast.Import) for a in n.names
+    ]
+    assert not [(f, line) for f, line, a in plain if (a.asname or a.name.split(".")[0]) == "eval"], (
+        "from eval.x import y"
+    )
+
+
+def test_nothing_heavy_at_import():
+    """Follows through all rooms what runs when distill/ or a recipe is imported."""
+    ours = {".".join(f.parts[:-1] if f.stem == "__init__" else (*f.parts[:-1], f.stem)): f for f in FILES}
+    ours |= {f.stem: f for f in FILES if f.parts[0] == "recipes"}  # a script finds its neighbours by their bare names
+    todo = [(name, name) for name in ours if inside(name, ("distill", "recipes"))]
+    seen, found = set(), []
+    while todo:
+        name, path = todo.pop()
+        found += [path] if inside(name, HEAVY) else []
+        parents = {name.rsplit(".", i)[0] for i in range(name.count(".") + 1)}  # importing a.b.c runs a and a.b too
+        for m in (parents & ours.keys()) - seen:
+            seen.add(m)
+            todo += [(new, f"{path} > {new}") for new in imported(ours[m], deferred)]
+    assert not found
+
+
+def test_a_method_fits_on_a_screen():
+    long = {f.name: len(f.read_text().splitlines()) for f in (ROOT / "distill" / "methods").glob("*.py")}
+    assert not {name: lines for name, lines in long.items() if lines > 90}
+
+
+def test_the_library_is_quiet():
+    assert not [(str(f), line) for f, line, n in calls(skip=command) if ast.unparse(n.func) == "print"]
+
+
+def test_no_pickle():
+    assert not [
+        (str(f), n) for f in LIBRARY for n in imported(f) if inside(n, ("pickle", "cloudpickle", "dill", "joblib"))
+    ]
+    unsafe = [(f, line, ast.unparse(n)) for f, line, n in calls() if isinstance(n.func, ast.Attribute | ast.Name)]
+    assert not [c for c in unsafe if c[2].startswith(("torch.load(", "torch.save(")) or "allow_pickle=True" in c[2]]
+
+
+def test_code_is_ascii():
+    tests = [f for room in ("tests", "benchmarks") for f in (ROOT / room).rglob("*.py")]
+    assert not [str(f) for f in (*(ROOT / f for f in FILES), *tests) if not f.read_bytes().isascii()]
