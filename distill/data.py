@@ -1,0 +1,28 @@
+"""Data as pure functions of (seed, step, global sample index): nothing to save, nothing to lose on a restart."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+DIGITS_TRAIN = 1200  # of 1,797 scans; the other 597 are held out and never trained on
+
+
+@cache
+def digits(split: str) -> tuple[Tensor, Tensor]:
+    """scikit-learn's bundled handwritten digits: images [N, 1, 8, 8] in [-1, 1] and labels [N] of 0..9.
+
+    `split` is "train" (1,200 scans) or "heldout" (597), one fixed random partition.
+    """
+    from sklearn.datasets import load_digits
+
+    if split not in ("train", "heldout"):
+        raise ValueError(f"split is {split!r}; it must be 'train' or 'heldout'")
+    data = load_digits()
+    order = np.random.default_rng(0).permutation(len(data.target))
+    pick = order[:DIGITS_TRAIN] if split == "train" else order[DIGITS_TRAIN:]
+    images = torch.tensor(data.images[pick], dtype=torch.float32)[:, None] / 8 - 1
+    return images, torch.tensor(data.target[pick])

@@ -1,0 +1,134 @@
+"""A denoiser: a bare network, the schedule and prediction kind it was trained with, and how it is called."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distill.schedule import KINDS, Kind, Prediction, Schedule, expand
+
+Condition = dict[str, Tensor] | None
+Call = Callable[[nn.Module, Tensor, Tensor, Condition], Tensor]
+
+
+def plain(net: nn.Module, x: Tensor, t: Tensor, c: Condition) -> Tensor:
+    """net(x, native t, **c), the default way to call a network."""
+    return net(x, t, **(c or {}))
+
+
+@dataclass(eq=False)
+class Denoiser:
+    """net + schedule + kind: (x [B, ...], t [B] in [0, 1], c) -> Prediction.
+
+    call    call(net, x, native_t, c) -> out; adapts a network's own signature.
+    null    the condition of "no condition": the same keys as c, leading dimension 1.
+    sigma_d standard deviation of the data in EDM's preconditioning (kind "edm" only).
+    frame   the schedule that callers speak; None is the network's own. See `on`.
+    """
+
+    net: nn.Module
+    schedule: Schedule
+    kind: Kind
+    call: Call = plain
+    null: Condition = None
+    sigma_d: float = 0.5
+    frame: Schedule | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"kind is {self.kind!r}; it must be one of {KINDS}")
+
+    def __call__(self, x: Tensor, t: Tensor, c: Condition = None) -> Prediction:
+        """Predict at x = alpha_t x0 + sigma_t eps, with alpha and sigma of the frame."""
+        x, t, scale = self._native(x, t)
+        alpha, sigma = self.schedule.coefficients(t)
+        like = next(self.net.parameters(), x)
+        out = self.call(self.net, x.to(like.dtype), self.schedule.native(t), c).to(x.dtype)
+        native = Prediction(out, self.kind, x, expand(alpha, x), expand(sigma, x), self.sigma_d)
+        return native if scale is None else Reframed(**vars(native), scale=scale)
+
+    def _native(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Carry (x, t) from the frame to the network's schedule: the same ratio, x rescaled to the same signal."""
+        if self.frame is None:
+            return x, t, None
+        a_f, s_f = self.frame.coefficients(t)
+        t = self.schedule.time(s_f / a_f)
+        a, s = self.schedule.coefficients(t)
+        scale = expand(torch.hypot(a, s) / torch.hypot(a_f, s_f), x)
+        return scale * x, t, scale
+
+    def on(self, schedule: Schedule) -> Denoiser:
+        """The same denoiser, spoken to on another schedule: x and t are of `schedule`, x0 and eps are unchanged."""
+        return replace(self, frame=None if schedule == self.schedule else schedule)
+
+    @property
+    def path(self) -> Schedule:
+        """The schedule of the x and t that this denoiser takes."""
+        return self.frame or self.schedule
+
+    def features(self, x: Tensor, t: Tensor, c: Condition, taps: tuple[str, ...]) -> list[Tensor]:
+        """Outputs of the named submodules, with gradient; the forward pass ends at the last one that is reached."""
+        with tapped(self.net, taps, stop=True) as found:
+            try:
+                self(x, t, c)
+            except _Reached:
+                pass
+        return [found[name] for name in taps]
+
+    def copy(self) -> Denoiser:
+        """A deep copy of the network; everything else is shared."""
+        return replace(self, net=copy.deepcopy(self.net))
+
+
+@dataclass(frozen=True)
+class Reframed(Prediction):
+    """A prediction read on another schedule: x0 and eps are the same numbers, v and score those of the frame."""
+
+    scale: Tensor | float = 1.0  # native x = scale * the frame's x
+
+    @property
+    def v(self) -> Tensor:
+        return (self.alpha * self.eps - self.sigma * self.x0) / self.scale
+
+    @property
+    def score(self) -> Tensor:
+        return -self.eps / self.sigma * self.scale
+
+
+class _Reached(Exception):
+    """Raised by the last tap: the rest of the forward pass is not needed."""
+
+
+@contextmanager
+def tapped(net: nn.Module, taps: tuple[str, ...], stop: bool = False) -> Iterator[dict[str, Tensor]]:
+    """Collect the outputs of submodules `taps` of one forward pass; with `stop`, end it once all are there.
+
+    The hooks live only inside this context, so a copied network never reports the features of its original.
+    """
+    found: dict[str, Tensor] = {}
+    names = dict(net.named_modules())
+    missing = [name for name in taps if name not in names]
+    if missing:
+        top = [name for name in names if name and "." not in name]
+        raise ValueError(f"no submodule {missing} to tap; the top-level modules are {top}")
+
+    def hook(name: str) -> Callable[..., None]:
+        def keep(module: nn.Module, args: Any, output: Any) -> None:
+            found[name] = output[0] if isinstance(output, tuple) else output
+            if stop and len(found) == len(taps):
+                raise _Reached
+
+        return keep
+
+    handles = [names[name].register_forward_hook(hook(name)) for name in taps]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,82 @@
+"""Every random number of a loss, by name.
+
+A number depends on (seed, step, player, name, index of the sample in the global batch) and on nothing else: not on the
+number of processes, of micro-batches or of restarts. There is no generator state to save.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import torch
+from torch import Tensor
+
+_ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
+
+
+def _rotate(x: Tensor, r: int) -> Tensor:
+    return (x << r) | ((x >> (32 - r)) & ((1 << r) - 1))  # int32; the mask makes the right shift logical
+
+
+def threefry(key: tuple[int, int], a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """The counter-based generator Threefry-2x32 with 20 rounds (Salmon et al. 2011): two int32 words per counter."""
+    k = [_signed(key[0]), _signed(key[1]), _signed(key[0] ^ key[1] ^ 0x1BD11BDA)]
+    a, b = a + k[0], b + k[1]
+    for i in range(5):
+        for r in _ROTATIONS[i % 2]:
+            a = a + b
+            b = _rotate(b, r) ^ a
+        a, b = a + k[(i + 1) % 3], b + _signed(k[(i + 2) % 3] + i + 1)
+    return a, b
+
+
+def _signed(n: int) -> int:
+    n &= 0xFFFFFFFF
+    return n - (1 << 32) if n >> 31 else n
+
+
+def _hash(*key: object) -> tuple[int, int]:
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    return int.from_bytes(digest[:4], "big"), int.from_bytes(digest[4:], "big")
+
+
+class Draw:
+    """The random numbers of one player's turn.
+
+    seed, step, player: the key. samples [B]: indices of this micro-batch in the global batch of the step.
+    """
+
+    def __init__(self, seed: int, step: int, player: str, samples: Tensor) -> None:
+        self.seed, self.step, self.player, self.samples = seed, step, player, samples
+        self.device = samples.device
+
+    def _words(self, name: str, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        if shape[0] != len(self.samples):
+            raise ValueError(f"draw {name!r} of shape {shape} in a micro-batch of {len(self.samples)} samples")
+        n = math.prod(shape[1:])
+        element = torch.arange(n, dtype=torch.int32, device=self.device).expand(shape[0], n)
+        sample = self.samples.to(torch.int32)[:, None].expand(-1, n)
+        a, b = threefry(_hash(self.seed, self.step, self.player, name), sample, element)
+        return a.reshape(shape), b.reshape(shape)
+
+    @staticmethod
+    def _unit(word: Tensor) -> Tensor:
+        return ((word >> 8) & 0xFFFFFF).float() * 2.0**-24  # 24 bits: [0, 1)
+
+    def uniform(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """Uniform in [0, 1), float32; shape is [B, ...]."""
+        return self._unit(self._words(name, tuple(shape))[0])
+
+    def normal(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """Standard normal, float32; shape is [B, ...] (Box & Muller 1958)."""
+        a, b = self._words(name, tuple(shape))
+        return (-2 * (self._unit(a) + 2.0**-25).log()).sqrt() * (2 * math.pi * self._unit(b)).cos()
+
+    def integers(self, name: str, n: int) -> Tensor:
+        """Uniform integers 0 .. n - 1, one per sample [B]."""
+        return (self.uniform(name, (len(self.samples),)).double() * n).long().clamp(max=n - 1)
+
+    def index(self, name: str, n: int) -> int:
+        """One choice of control flow, 0 .. n - 1: the same for both players, all samples and all processes."""
+        return _hash(self.seed, self.step, name)[0] % n

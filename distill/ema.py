@@ -1,0 +1,32 @@
+"""Exponential moving average of a network's parameters, its horizon a half-life in images."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+
+
+class EMA:
+    """beta = 0.5^(batch / half-life); with `ramp`, the half-life is at most ramp * images seen (Karras et al. 2022).
+
+    half_life in images; 0 follows the network exactly. Parameters are averaged, buffers copied; masters stay float32.
+    """
+
+    def __init__(self, net: nn.Module, half_life: float, ramp: float | None = None) -> None:
+        if half_life < 0:
+            raise ValueError(f"ema half_life is {half_life} images; it must be 0 (off) or more")
+        frozen = {id(p): p for p in net.parameters() if not p.requires_grad}  # a LoRA role's backbone stays shared
+        self.net = copy.deepcopy(net, frozen).requires_grad_(False).eval()
+        self.half_life, self.ramp = half_life, ramp
+
+    @torch.no_grad()
+    def update(self, net: nn.Module, batch: int, seen: int) -> None:
+        """One step after `batch` images, `seen` images before it."""
+        half_life = self.half_life if self.ramp is None else min(self.half_life, self.ramp * seen)
+        beta = 0.5 ** (batch / max(half_life, 1e-8))
+        pairs = [(a, b.detach()) for a, b in zip(self.net.parameters(), net.parameters(), strict=True) if a is not b]
+        torch._foreach_lerp_([a for a, _ in pairs], [b for _, b in pairs], 1 - beta)
+        for mine, new in zip(self.net.buffers(), net.buffers(), strict=True):
+            mine.copy_(new)

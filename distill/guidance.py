@@ -1,0 +1,88 @@
+"""Classifier-free guidance is itself a denoiser. Convention: out = null + w (cond - null); w = 1 is no guidance."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from distill.denoiser import Condition, Denoiser
+from distill.schedule import Prediction, Schedule, expand
+
+if TYPE_CHECKING:
+    from distill.draw import Draw
+
+
+def merge(a: Condition, b: Condition) -> Condition:
+    """Concatenate two conditions along the batch."""
+    return None if a is None or b is None else {key: torch.cat([a[key], b[key].to(a[key].dtype)]) for key in a}
+
+
+def null_of(null: Condition, c: Condition) -> Condition:
+    """The null condition with the batch size of c; keys that it lacks (a guidance embedding, say) are kept from c."""
+    if null is None or c is None:
+        raise ValueError(
+            "guidance other than 1 needs a null condition, but this denoiser is unconditional or was trained without "
+            "one; set the guidance to 1, or give the Denoiser a `null` with the keys of its condition"
+        )
+    return {k: null[k].to(v.device, v.dtype).expand_as(v) if k in null else v for k, v in c.items()}
+
+
+def drop(c: Condition, null: Condition, mask: Tensor) -> Condition:
+    """Replace the condition by null where mask [B] is True."""
+    empty = null_of(null, c)
+    assert c is not None and empty is not None
+    return {k: torch.where(mask.reshape(-1, *[1] * (v.ndim - 1)), empty[k], v) for k, v in c.items()}
+
+
+@dataclass(eq=False)
+class Guided:
+    """base with guidance w: a float, or one number per sample [B]. Gradients flow through both branches.
+
+    w = 1 calls the conditional branch alone, w = 0 the null branch alone; any other w makes one call of 2B samples.
+    """
+
+    base: Denoiser
+    w: float | Tensor
+
+    def __call__(self, x: Tensor, t: Tensor, c: Condition = None) -> Prediction:
+        if isinstance(self.w, int | float) and self.w == 1:
+            return self.base(x, t, c)
+        null = null_of(self.base.null, c)
+        if isinstance(self.w, int | float) and self.w == 0:
+            return self.base(x, t, null)
+        pred = self.base(torch.cat([x, x]), torch.cat([t, t]), merge(c, null))
+        cond, empty = pred.out.chunk(2)
+        w = expand(self.w, x) if isinstance(self.w, Tensor) else self.w
+        half = {k: v.chunk(2)[0] for k, v in vars(pred).items() if isinstance(v, Tensor)}
+        return replace(pred, **half | {"out": empty + w * (cond - empty)})
+
+    def on(self, schedule: Schedule) -> Guided:
+        return replace(self, base=self.base.on(schedule))
+
+    @property
+    def path(self) -> Schedule:
+        return self.base.path
+
+
+def scale_of(w: float | tuple[float, float], draw: Draw, B: int) -> float | Tensor:
+    """A fixed guidance as it is, or one drawn uniformly from the range (low, high) for every sample [B]."""
+    if not isinstance(w, tuple):
+        return w
+    return w[0] + (w[1] - w[0]) * draw.uniform("guidance", (B,))
+
+
+def told(c: Condition, w: float | Tensor) -> Condition:
+    """The condition of a network that is told its guidance, as the key "guidance" [B]; a fixed w is not told."""
+    return (c or {}) | {"guidance": w} if isinstance(w, Tensor) else c
+
+
+def embedding(w: Tensor, dim: int = 256) -> Tensor:
+    """LCM's embedding [B, dim] of a guidance w [B]: sines then cosines of 1000 w at geometric frequencies."""
+    half = dim // 2
+    freq = torch.exp(torch.arange(half, dtype=torch.float64, device=w.device) * (-math.log(10000.0) / (half - 1)))
+    phase = 1000.0 * w.double()[:, None] * freq
+    return torch.cat([phase.sin(), phase.cos()], dim=1).float()

@@ -1,0 +1,45 @@
+"""Low-rank adapters on a shared frozen backbone: three roles, one copy of the weights.
+
+Each role is a module tree of its own whose frozen parameters are the *same tensors*; adapters belong to one tree. So a
+role is chosen by the object that is called, never by a global switch, and gradient checkpointing recomputes the role
+that ran.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+from torch import nn
+
+
+def shared(net: nn.Module) -> nn.Module:
+    """A copy of the module tree of `net` that shares every parameter and buffer tensor with it."""
+    memo = {id(tensor): tensor for tensor in [*net.parameters(), *net.buffers()]}
+    return copy.deepcopy(net, memo)
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """Adapters of rank r and scale alpha / r on the modules whose names end in one of `targets` (Hu et al. 2021)."""
+
+    rank: int | None = None  # None: no adapters, a full copy is trained; SwiftBrush's fake 64
+    alpha: float = 108.0  # SwiftBrush's fake
+    targets: tuple[str, ...] = ("to_q", "to_v")  # SwiftBrush's fake
+
+    def __post_init__(self) -> None:
+        if self.rank is not None and self.rank < 1:
+            raise ValueError(f"LoRA rank is {self.rank}; it must be at least 1, or None for a full copy")
+
+    def __call__(self, net: nn.Module) -> nn.Module:
+        """A role that starts as the backbone `net`: a trainable copy, or zero-initialised trainable adapters on it.
+
+        An adapter's role shares the frozen weights of `net`.
+        """
+        if self.rank is None:
+            return copy.deepcopy(net).requires_grad_(True)
+        from peft import LoraConfig, inject_adapter_in_model
+
+        net.requires_grad_(False)
+        config = LoraConfig(r=self.rank, lora_alpha=self.alpha, target_modules=list(self.targets), bias="none")
+        return inject_adapter_in_model(config, shared(net))

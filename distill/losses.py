@@ -1,0 +1,72 @@
+"""The pieces that losses are made of. A reduction is "mean" over all elements, or "sum" over elements / batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from distill.schedule import Prediction
+
+Reduction = Literal["mean", "sum"]
+
+
+def reduce(elements: Tensor, reduction: Reduction) -> Tensor:
+    """[B, ...] -> scalar: the mean, or the sum over everything divided by B."""
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"reduction is {reduction!r}; it must be 'mean' or 'sum' (sum over elements / batch)")
+    return elements.mean() if reduction == "mean" else elements.sum() / len(elements)
+
+
+def per_sample(elements: Tensor) -> Tensor:
+    """Mean over everything but the batch, kept broadcastable: [B, ...] -> [B, 1, ...]."""
+    return elements.flatten(1).mean(1).reshape(-1, *[1] * (elements.ndim - 1))
+
+
+def push(x: Tensor, g: Tensor) -> Tensor:
+    """Elements [B, ...] whose sum has the gradient g to x, exactly; their value is g^2 / 2.
+
+    The surrogate |x - sg(x - g)|^2 / 2 of score distillation without its rounding.
+    """
+    g = g.detach()
+    return g * (x - x.detach()) + g**2 / 2
+
+
+def normaliser(x: Tensor, real: Tensor, low: float = 1e-5) -> Tensor:
+    """mean |x - real| of every sample [B, 1, ...], without gradient: the weight of DMD (eq. 8) and SiD is 1 over it."""
+    return per_sample((x - real).abs()).clamp(min=low).detach()
+
+
+def denoising(pred: Prediction, x0: Tensor, eps: Tensor, reduction: Reduction) -> Tensor:
+    """Squared error in the network's own space: eps-, v-, flow-matching, or EDM's weighted denoising loss."""
+    return reduce((pred.out - pred.target(x0, eps)) ** 2, reduction)
+
+
+def huber(delta: Tensor, c: float = 1e-3) -> Tensor:
+    """Pseudo-Huber elements sqrt(delta^2 + c^2) - c (LCM); c = 0 is |delta|."""
+    return (delta**2 + c**2).sqrt() - c
+
+
+def gan_generator(fake: Tensor) -> Tensor:
+    """Non-saturating loss softplus(-logit), mean."""
+    return F.softplus(-fake).mean()
+
+
+def gan_discriminator(fake: Tensor, real: Tensor) -> Tensor:
+    """softplus(logit) on fakes + softplus(-logit) on reals, means."""
+    return F.softplus(fake).mean() + F.softplus(-real).mean()
+
+
+@torch.no_grad()
+def jvp(f: Callable[..., Tensor], primals: tuple[Tensor, ...], tangents: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    """(f(primals), directional derivative along tangents) by forward-mode differentiation, without a graph.
+
+    Attention runs on the math kernel: flash and memory-efficient attention have no forward-mode rule.
+    """
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    with sdpa_kernel(SDPBackend.MATH):
+        return torch.func.jvp(f, primals, tangents)

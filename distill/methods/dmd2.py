@@ -1,0 +1,84 @@
+"""DMD2: improved distribution matching distillation. Yin et al. 2024, arXiv 2405.14867.
+
+    x   = G(z, c) after k calls, one k a step; the first k - 1 calls (backward simulation) without gradient
+    x_t = alpha_t x + sigma_t eps,   real = D_real^w(x_t),   fake = D_fake(x_t)
+    g         = (fake - real) / mean| x - real |                            per sample, without gradient
+    L_student = x . g + lambda_g softplus(-l(x))
+    L_fake    = | D_fake(x_t) - x |^2 + lambda_d ( softplus(l(x)) + softplus(-l(real image)) )
+    l(x)      = head(features of the fake score at alpha_u x + sigma_u eps', u)        diffusion GAN, own u and eps'
+
+Two time scales: the fake score and head move every step, the student every `every` steps, before them, on the same
+samples. No gradient flows through the scores of g; the GAN's flows through the fake score's encoder.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from distill.draw import Draw
+from distill.guidance import Guided, merge
+from distill.losses import Reduction, denoising, gan_discriminator, gan_generator, normaliser, push, reduce
+from distill.times import Grid, Law
+from distill.trainer import Batch, Logs, Nets, Update
+
+
+@dataclass(frozen=True)
+class DMD2:
+    """Distribution matching with a GAN on real images; prompts alone where both GAN weights are 0."""
+
+    guidance: float = 1.0  # w of the teacher: 8 SDXL, 1.75 SD 1.5 (scripts)
+    every: int = 5  # fake steps per student step: 5; SD 1.5 10 (scripts)
+    gan: float = 5e-3  # lambda_g: 5e-3 SDXL, 1e-3 SD 1.5, 3e-3 ImageNet (scripts)
+    gan_fake: float = 1e-2  # lambda_d (scripts)
+    taps: tuple[str, ...] = ("mid_block",)  # features of the fake score that the head reads: the bottleneck
+    times: Law = Grid(1000, 20, 980)  # of the student's loss (code)
+    fake_times: Law = Grid(1000, 0, 999)  # of the fake's loss (code)
+    gan_times: Law = Grid(1000, 0, 999)  # of the classifier's input (code)
+    reduction: Reduction = "mean"  # over all elements (code)
+    normalise: bool = True  # divide g by mean|x - real|
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        return ("fake", "disc") if self.gan or self.gan_fake else ("fake",)
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return (("null",) if self.guidance != 1 else ()) + (("real",) if "disc" in self.roles else ())
+
+    def updates(self) -> list[Update]:
+        return [Update("student", self.student_loss, self.every), Update("fake", self.fake_loss, reuse=True)]
+
+    def sample(self, nets: Nets, batch: Batch, draw: Draw) -> Tensor:
+        return nets.generate(batch, draw, 1 + draw.index("steps", len(nets.student.times)))
+
+    def student_loss(self, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
+        c, path = batch.get("c"), nets.teacher.path
+        t, eps = self.times(draw, "t", len(x), path), draw.normal("eps", x.shape).to(x)
+        with torch.no_grad():
+            x_t = path.diffuse(x, eps, t)
+            real, fake = Guided(nets.teacher, self.guidance)(x_t, t, c).x0, nets.fake(x_t, t, c).x0
+            g = (fake - real) / (normaliser(x, real) if self.normalise else 1.0)
+        loss, logs = reduce(push(x, g), self.reduction), {"score_gap": (fake - real).square().mean()}
+        if self.gan:
+            logs["gan"] = gan_generator(self.logits(x, c, nets, draw, "gan"))
+            loss = loss + self.gan * logs["gan"]
+        return loss, logs
+
+    def fake_loss(self, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
+        c, path = batch.get("c"), nets.fake.path
+        t, eps = self.fake_times(draw, "t", len(x), path), draw.normal("eps", x.shape).to(x)
+        loss, logs = denoising(nets.fake(path.diffuse(x, eps, t), t, c), x, eps, self.reduction), {}
+        if self.gan_fake:
+            both, cc = torch.cat([x, batch["real"].to(x)]), merge(c, batch.get("real_c"))
+            fake, real = self.logits(both, cc, nets, draw, "gan_fake", "gan_real").chunk(2)
+            logs["gan"] = gan_discriminator(fake, real)
+            loss = loss + self.gan_fake * logs["gan"]
+        return loss, logs
+
+    def logits(self, x: Tensor, c, nets: Nets, draw: Draw, *names: str) -> Tensor:
+        """The classifier on x noised to its own random times: one pass, however many named groups x holds."""
+        path, B, shape = nets.fake.path, len(x) // len(names), x[: len(x) // len(names)].shape
+        u = torch.cat([self.gan_times(draw, f"{name}_t", B, path) for name in names])
+        eps = torch.cat([draw.normal(f"{name}_eps", shape) for name in names]).to(x)
+        return nets.disc(nets.fake.features(path.diffuse(x, eps, u), u, c, self.taps)[0])

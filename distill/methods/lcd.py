@@ -1,0 +1,71 @@
+"""LCD: discrete consistency distillation. CD, Song et al. 2023, arXiv 2303.01469; LCM, Luo et al. 2023, 2310.04378.
+
+    x_t  = alpha_t x + sigma_t eps of a real image x;   t = (i + 1) / N,  s = i / N,  i uniform in 0 .. N - 1
+    x_s  = one ODE step of the guided teacher from x_t                      DDIM (LCM), Heun (CD), or exact in tests
+    f(x_t, t) = D_student(x_t, t) for t > 0,   f(x_0, 0) = x_0              the boundary
+    L    = d( f(x_t, t) - f_target(x_s, s) )                                d: pseudo-Huber per element, or square
+
+The target is an average of the student (CD, LCM) or the student itself (iCT), always without gradient. A range of
+guidance is drawn per sample and told to the student as the condition "guidance" (LCM's embedding).
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from distill.denoiser import Condition, Denoiser
+from distill.draw import Draw
+from distill.guidance import Guided, scale_of, told
+from distill.losses import Reduction, huber, reduce
+from distill.schedule import expand
+from distill.solver import STEPS
+from distill.times import Grid
+from distill.trainer import Batch, Logs, Nets, Update
+
+
+@dataclass(frozen=True)
+class LCD:
+    """Consistency distillation on a grid of the teacher's ODE: needs images (or samples of the teacher)."""
+
+    N: int = 50  # ODE steps from t = 1 to 0: 50 (LCM); 18 CIFAR-10, 40 ImageNet-64 (CD)
+    guidance: float | tuple[float, float] = 1.0  # of the teacher; a range (LCM: 6, 16) is embedded. w = omega + 1
+    solver: Literal["ddim", "heun"] = "ddim"  # LCM: ddim; CD: heun
+    target_ema: float = 0.95  # mu of the target (CD, LCM); 0: the student itself
+    huber_c: float | None = 1e-3  # of the pseudo-Huber distance (LCM); None: squared error
+    reduction: Reduction = "mean"
+
+    needs = ("real",)
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        return ("target",) if self.target_ema else ()
+
+    def updates(self) -> list[Update]:
+        return [Update("student", self.student_loss)]
+
+    def sample(self, nets: Nets, batch: Batch, draw: Draw) -> Tensor:
+        return batch["real"]
+
+    def student_loss(self, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
+        student, c, path = nets.student.denoiser, batch.get("real_c"), nets.teacher.path
+        t, eps = Grid(self.N + 1, 1, self.N)(draw, "t", len(x), path), draw.normal("eps", x.shape).to(x)
+        w = scale_of(self.guidance, draw, len(x))
+        x_t, s = path.diffuse(x, eps, t), t - 1 / self.N
+        with torch.no_grad():
+            solver = STEPS[self.solver] if isinstance(self.solver, str) else self.solver
+            x_s = solver(Guided(nets.teacher, w), x_t, t, s, c)
+            target = self.f(nets.target or student, x_s, s, told(c, w))
+        delta = self.f(student, x_t, t, told(c, w)) - target
+        loss = delta**2 if self.huber_c is None else huber(delta, self.huber_c)
+        return reduce(loss, self.reduction), {"delta": delta.detach().square().mean()}
+
+    def f(self, denoiser: Denoiser, x: Tensor, t: Tensor, c: Condition) -> Tensor:
+        return torch.where(expand(t < 0.5 / self.N, x).bool(), x, denoiser(x, t, c).x0)
+
+    def after(self, player: str, nets: Nets) -> None:
+        if nets.target is not None:
+            with torch.no_grad():
+                ours, theirs = list(nets.target.net.parameters()), list(nets.student.denoiser.net.parameters())
+                torch._foreach_lerp_(ours, theirs, 1 - self.target_ema)

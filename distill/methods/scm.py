@@ -1,0 +1,73 @@
+"""sCM: continuous-time consistency distillation on TrigFlow. Lu & Song 2024, arXiv 2410.11081.
+
+    x_t = cos(t) x + sin(t) sigma_d eps of a real image x,   t = arctan( exp(tau) / sigma_d ),  tau normal
+    f(x_t, t) = cos(t) x_t - sin(t) sigma_d F(x_t, t)        the student's x0;  sigma_d F is its dx/dt
+    g   = -cos^2(t) ( sigma_d F - dx_t/dt ) - r cos(t) sin(t) ( x_t + sigma_d dF/dt )    = cos(t) df/dt at r = 1
+    L   = | F - sg( F + g / (|g| + c) ) |^2                  r warms up from 0 to 1
+
+dx_t/dt is the guided teacher's; dF/dt is the derivative along it, one forward-mode pass of (x_t, t) with tangents
+cos(t) sin(t) (dx_t/dt, 1), without gradient. The angle t here is pi / 2 times the t of the schedule.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from distill.draw import Draw
+from distill.guidance import Guided, scale_of, told
+from distill.losses import jvp, per_sample
+from distill.schedule import Prediction, Trig, expand
+from distill.times import Law, LogNormal
+from distill.trainer import Batch, Logs, Nets, Update
+
+
+@dataclass(frozen=True)
+class SCM:
+    """Continuous-time consistency distillation: needs images (or samples of the teacher)."""
+
+    guidance: float | tuple[float, float] = 1.0  # of the teacher; a range (SANA-Sprint: 4, 5) is embedded
+    sigma_d: float = 0.5  # standard deviation of the data (EDM, sCM); 1 for latents (rCM)
+    times: Law = LogNormal(-1.0, 1.4)  # tau: (-1, 1.4) CIFAR-10, (-1, 1.6) ImageNet-64 (paper)
+    warmup: int = 10_000  # steps until r = 1 (paper)
+    normalise: bool = True  # the tangent
+    c: float = 0.1  # its floor (paper)
+    norm: Literal["rms", "vector"] = "rms"  # |g| per element (c keeps its meaning at any size), or of the whole vector
+
+    roles = ()
+    needs = ("real",)
+
+    def updates(self) -> list[Update]:
+        return [Update("student", self.student_loss)]
+
+    def sample(self, nets: Nets, batch: Batch, draw: Draw) -> Tensor:
+        return batch["real"]
+
+    def student_loss(self, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
+        path, c = Trig(self.sigma_d), batch.get("real_c")
+        teacher, student = nets.teacher.on(path), nets.student.denoiser.on(path)
+        t = path.time(nets.teacher.schedule.ratio(self.times(draw, "t", len(x), nets.teacher.schedule)))
+        w = scale_of(self.guidance, draw, len(x))
+        x_t = path.diffuse(x, draw.normal("eps", x.shape).to(x), t)
+        cos, sin = (expand(f(path.native(t)), x) for f in (torch.cos, torch.sin))
+
+        def F(x_t: Tensor, t: Tensor) -> Tensor:
+            return self.velocity(student(x_t, t, told(c, w)), t) / self.sigma_d
+
+        with torch.no_grad():
+            dx = self.velocity(Guided(teacher, w)(x_t, t, c), t)
+            along = (cos * sin * dx, (cos * sin).reshape(t.shape).to(t) * (2 / math.pi))
+            sgF, dF = jvp(F, (x_t, t), along)
+            r = min(1.0, draw.step / self.warmup) if self.warmup else 1.0
+            g = -(cos**2) * (self.sigma_d * sgF - dx) - r * (cos * sin * x_t + self.sigma_d * dF)
+            size = per_sample(g**2).sqrt() * (1.0 if self.norm == "rms" else x[0].numel() ** 0.5)
+            tangent = g / (size + self.c) if self.normalise else g
+        loss = (F(x_t, t) - sgF - tangent) ** 2
+        return loss.mean(), {"tangent": size.mean()}
+
+    def velocity(self, pred: Prediction, t: Tensor) -> Tensor:
+        """dx/dt = cos(t) sigma_d eps - sin(t) x0: never x0 divided by sin(t)."""
+        theta = Trig(self.sigma_d).native(t)
+        return expand(theta.cos() * self.sigma_d, pred.x) * pred.eps - expand(theta.sin(), pred.x) * pred.x0

@@ -1,0 +1,68 @@
+"""SiD: Score identity Distillation. Zhou et al. 2024, arXiv 2404.04057; guided (LSG) 2406.01561; few-step 2505.12674.
+
+    x   = G(z, c),   x_t = alpha_t x + sigma_t eps
+    L_fake    = | D_fake^{k1}(x_t) - x |^2                     in the fake network's own space, x without gradient
+    L_student = w delta . ( (D_fake^{k3}(x_t) - x) + (1 - alpha) delta ),   delta = D_real^{k4}(x_t) - D_fake^{k2}(x_t)
+    w         = 1 / mean| x - D_real^{k4}(x_t) |               per sample, without gradient
+    D^k       = D(null) + k (D(c) - D(null))
+
+With k2 = k3 this is w delta . ((D_real - x) - alpha delta). Gradients flow through x, the teacher and the fake score.
+LSG: all k equal, above 1. Zero-CFG: k1 = k2 = k3 = 0, k4 = 1. Anti-CFG: k2 = k3 < 0. Several steps: the students of
+1, 2, ..., N calls are matched as one uniform mixture.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from distill.draw import Draw
+from distill.guidance import Guided, drop
+from distill.losses import Reduction, denoising, normaliser, reduce
+from distill.times import Karras, Law, LogNormal
+from distill.trainer import Batch, Logs, Nets, Update
+
+
+@dataclass(frozen=True)
+class SiD:
+    """Score identity distillation: data-free."""
+
+    alpha: float = 1.2  # paper, table 1 (AFHQv2 and all guided or few-step models: 1)
+    kappa: tuple[float, float, float, float] = (1.0, 1.0, 1.0, 1.0)  # k1..k4; LSG: all 1.5, 2, 3 or 4.5
+    p_drop: float = 0.1  # share of null conditions in the fake's step, where a kappa is not 1 (LSG code)
+    times: Law = Karras(0.002, 24.4)  # of the student's loss: t_max = 800 of 1000 (SiD code)
+    fake_times: Law = LogNormal(-1.2, 1.2)  # of the fake's loss: EDM's training law (SiD code)
+    gain: float = 100.0  # on the student's loss (SiD code; LSG: 1)
+    reduction: Reduction = "sum"  # over elements, mean over the batch (SiD code)
+    normalise: bool = True  # the weight w
+
+    roles = ("fake",)
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return () if set(self.kappa) == {1.0} else ("null",)
+
+    def updates(self) -> list[Update]:
+        return [Update("fake", self.fake_loss), Update("student", self.student_loss)]
+
+    def sample(self, nets: Nets, batch: Batch, draw: Draw) -> Tensor:
+        return nets.generate(batch, draw, 1 + draw.index("steps", len(nets.student.times)))
+
+    def fake_loss(self, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
+        c, fake = batch.get("c"), nets.fake
+        if self.needs:
+            c = drop(c, fake.null, draw.uniform("drop", (len(x),)) < self.p_drop)
+        t, eps = self.fake_times(draw, "t", len(x), fake.path), draw.normal("eps", x.shape).to(x)
+        pred = Guided(fake, self.kappa[0])(fake.path.diffuse(x, eps, t), t, c)
+        return denoising(pred, x, eps, self.reduction), {}
+
+    def student_loss(self, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
+        c, path, (_, k2, k3, k4) = batch.get("c"), nets.teacher.path, self.kappa
+        t, eps = self.times(draw, "t", len(x), path), draw.normal("eps", x.shape).to(x)
+        x_t = path.diffuse(x, eps, t)
+        real = Guided(nets.teacher, k4)(x_t, t, c).x0
+        fake = Guided(nets.fake, k2)(x_t, t, c).x0
+        fake3 = fake if k3 == k2 else Guided(nets.fake, k3)(x_t, t, c).x0
+        w = 1 / normaliser(x, real) if self.normalise else 1.0
+        delta = real - fake
+        loss = w * delta * ((fake3 - x) + (1 - self.alpha) * delta)
+        return self.gain * reduce(loss, self.reduction), {"score_gap": delta.detach().square().mean()}

@@ -1,0 +1,70 @@
+"""VSD: variational score distillation. ProlificDreamer 2305.16213; SwiftBrush (one step) 2312.05239; PG-SB 2412.02687.
+
+    x         = G(z, c),   x_t = alpha_t x + sigma_t eps
+    g         = w_t ( eps_real^k(x_t) - eps_fake^k(x_t) ),   w_t = sigma_t^2 / (alpha_t^2 + sigma_t^2)
+    L_student = x . g                                          g without gradient
+    L_fake    = | eps_fake(x_t) - eps |^2                      in the network's own space, x without gradient
+
+SwiftBrush: one k for teacher and fake, and a LoRA fake score. PG-SB: k ~ U(low, high) per sample, the same in both.
+g is the gradient of KL(student || teacher) at level t, times sigma_t w_t / alpha_t. Entropic distillation (ESD): k of
+the teacher 1, k of the fake 1 - lambda, `fake_guidance`.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from distill.draw import Draw
+from distill.guidance import Guided, drop, scale_of
+from distill.losses import Reduction, denoising, push, reduce
+from distill.schedule import expand
+from distill.times import Grid, Law
+from distill.trainer import Batch, Logs, Nets, Update
+
+
+@dataclass(frozen=True)
+class VSD:
+    """Score distillation with a fake score that follows the student: prompts alone."""
+
+    guidance: float | tuple[float, float] = 4.5  # k (SwiftBrush), or (low, high) of a random k (PG-SB: .5, 4)
+    fake_guidance: float | None = (
+        None  # k of the fake; None: the teacher's (SwiftBrush, PG-SB); 1: DMD; 1 - lambda: ESD
+    )
+    p_drop: float = 0.1  # share of null conditions in the fake's step, where a guidance is not 1 (SwiftBrush code)
+    fake_steps: int = 1  # fake steps per student step (SwiftBrush: 1)
+    times: Law = Grid(1000, 20, 980)  # of the student's loss (SwiftBrush code)
+    fake_times: Law = Grid(1000, 0, 999)  # of the fake's loss (SwiftBrush code)
+    reduction: Reduction = "mean"  # over all elements (SwiftBrush code)
+    weight: bool = True  # w_t; False: 1
+
+    roles = ("fake",)
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return () if self.guidance == 1 and self.fake_guidance in (None, 1) else ("null",)
+
+    def updates(self) -> list[Update]:
+        return [Update("student", self.student_loss, self.fake_steps), Update("fake", self.fake_loss, reuse=True)]
+
+    def sample(self, nets: Nets, batch: Batch, draw: Draw) -> Tensor:
+        return nets.generate(batch, draw, 1 + draw.index("steps", len(nets.student.times)))
+
+    def student_loss(self, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
+        c, path = batch.get("c"), nets.teacher.path
+        t, eps = self.times(draw, "t", len(x), path), draw.normal("eps", x.shape).to(x)
+        k = scale_of(self.guidance, draw, len(x))
+        k_fake = k if self.fake_guidance is None else self.fake_guidance
+        with torch.no_grad():
+            x_t = path.diffuse(x, eps, t)
+            gap = Guided(nets.teacher, k)(x_t, t, c).eps - Guided(nets.fake, k_fake)(x_t, t, c).eps
+            alpha, sigma = path.coefficients(t)
+            w = expand(sigma**2 / (alpha**2 + sigma**2), x) if self.weight else 1.0
+        return reduce(push(x, w * gap), self.reduction), {"score_gap": gap.square().mean()}
+
+    def fake_loss(self, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
+        c, path = batch.get("c"), nets.fake.path
+        if self.needs:
+            c = drop(c, nets.fake.null, draw.uniform("drop", (len(x),)) < self.p_drop)
+        t, eps = self.fake_times(draw, "t", len(x), path), draw.normal("eps", x.shape).to(x)
+        return denoising(nets.fake(path.diffuse(x, eps, t), t, c), x, eps, self.reduction), {}

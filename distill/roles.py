@@ -1,0 +1,108 @@
+"""The roles of a distillation: teacher, student, fake score, discriminator, target; and how they start as copies."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from distill.denoiser import Condition, Denoiser
+from distill.disc import head
+from distill.draw import Draw
+from distill.lora import LoRA
+from distill.student import Student, grid_times
+
+if TYPE_CHECKING:
+    from distill.trainer import Method
+
+Batch = dict[str, Any]
+
+
+@dataclass(eq=False)
+class Nets:
+    """The roles. A role that a method does not use is None. shape: of one sample, (C, H, W) say."""
+
+    teacher: Denoiser
+    student: Student
+    shape: tuple[int, ...]
+    fake: Denoiser | None = None
+    disc: nn.Module | None = None
+    target: Denoiser | None = None
+
+    def modules(self) -> dict[str, nn.Module]:
+        """Every trained or averaged network by role; the teacher is frozen and not among them."""
+        roles = {
+            "student": self.student.denoiser.net,
+            "fake": self.fake and self.fake.net,
+            "disc": self.disc,
+            "target": self.target and self.target.net,
+        }
+        return {name: net for name, net in roles.items() if net is not None}
+
+    def generate(self, batch: Batch, draw: Draw, steps: int | None = None) -> Tensor:
+        """A sample of the student for every index of `draw`, from its noise "z" and the batch's condition."""
+        z = draw.normal("z", (len(draw.samples), *self.shape))
+        return self.student.generate(z, batch.get("c"), draw, steps)
+
+
+@dataclass(frozen=True)
+class StudentConfig:
+    """The student's calls. Levels of noise are ratios sigma / alpha, the same on every schedule."""
+
+    steps: int = 1  # network calls
+    sigma: float | None = None  # level of the first call (SiD: 2.5); None: the schedule's last
+    scale: float | None = None  # of the unit noise at the first call; None: sigma at that level
+    renoise: Literal["fresh", "ddim"] = "fresh"  # noise between calls
+    times: tuple[float, ...] | None = None  # all times in (0, 1], instead of `steps` falling uniformly
+    lora: LoRA = field(default_factory=LoRA)  # adapters on the teacher's weights instead of a full copy
+
+
+@dataclass(frozen=True)
+class FakeConfig:
+    """The fake score."""
+
+    lora: LoRA = field(default_factory=LoRA)  # adapters on the teacher's weights instead of a full copy
+
+
+def build(
+    method: Method,
+    teacher: Denoiser,
+    shape: tuple[int, ...],
+    c: Condition = None,
+    student: StudentConfig | None = None,
+    fake: FakeConfig | None = None,
+) -> Nets:
+    """All roles of `method`, each starting as a copy of the teacher or as an adapter on it.
+
+    shape: of one sample; c: an example condition of batch 1, to find the size of the discriminator's features.
+    """
+    student, fake = student or StudentConfig(), fake or FakeConfig()
+    if "null" in method.needs and teacher.null is None:
+        raise ValueError(
+            f"{type(method).__name__} with these guidance values needs a null condition, but the teacher is "
+            "unconditional or was trained without label dropout; set its guidance (or every kappa) to 1"
+        )
+    first = 1.0 if student.sigma is None else float(teacher.schedule.time(torch.tensor([student.sigma]).double()))
+    nets = Nets(
+        teacher,
+        Student(
+            replace(teacher, net=student.lora(teacher.net)),
+            student.times or grid_times(student.steps, first),
+            student.scale,
+            student.renoise,
+        ),
+        shape,
+    )
+    if "fake" in method.roles:
+        nets.fake = replace(teacher, net=fake.lora(teacher.net))
+    if "target" in method.roles:
+        nets.target = nets.student.denoiser.copy()
+        nets.target.net.requires_grad_(False)
+    if "disc" in method.roles:
+        like = next(teacher.net.parameters())
+        x, t = torch.zeros(1, *shape, device=like.device), torch.full((1,), 0.5, device=like.device).double()
+        with torch.no_grad():
+            nets.disc = head(teacher.features(x, t, c, method.taps)[0])
+    return nets

@@ -1,0 +1,257 @@
+"""The co-training loop: whose parameters move, under which loss, how often. It yields after every step.
+
+Gradients are averaged over processes by one bucketed all-reduce when a player's micro-batches are done. A player may
+call its networks any number of times, tap features, stop early or differentiate forward: nothing depends on hooks of
+a wrapper, and accumulation needs no special case.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from distill.draw import Draw
+from distill.ema import EMA
+from distill.roles import Batch, Nets
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+Logs = dict[str, Tensor]
+Loss = Callable[[Tensor, Nets, Batch, Draw], tuple[Tensor, Logs]]
+BUCKET = 1 << 25  # elements of one all-reduce: 128 MiB of float32
+
+
+@dataclass(frozen=True)
+class Update:
+    """`player` ("student", or "fake" with the discriminator) moves under `loss` every `every` steps.
+
+    reuse: on the detached samples of an earlier update of the same step, where there was one, instead of fresh ones.
+    """
+
+    player: Literal["student", "fake"]
+    loss: Loss
+    every: int = 1
+    reuse: bool = False
+
+
+class Method(Protocol):
+    """An algorithm: a frozen dataclass of its hyper-parameters. May define `after(player, nets)`."""
+
+    roles: tuple[str, ...]  # of Nets, beside teacher and student
+    needs: tuple[str, ...]  # of the batch: "real" images with "real_c", "null" for guidance
+
+    def updates(self) -> list[Update]: ...
+
+    def sample(self, nets: Nets, batch: Batch, draw: Draw) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How to train, independent of the method. Names follow the training scripts of diffusers."""
+
+    output_dir: str = "runs/distill"  # checkpoints, log.jsonl, sample grids and the exported pipeline go here
+    max_train_steps: int = 1000  # iterations of the co-training loop
+    train_batch_size: int = 64  # images per update, over all processes and accumulation rounds
+    gradient_accumulation_steps: int = 1  # micro-batches per update, for every player
+    learning_rate: float = 1e-4  # of the student
+    fake_learning_rate: float | None = None  # of the fake score and discriminator; None: the student's
+    lr_scheduler: Literal["constant", "linear"] = "constant"  # linear: constant, then to 0 over the last half
+    lr_warmup_steps: int = 0  # iterations of linear warm-up
+    adam_beta1: float = 0.0
+    adam_beta2: float = 0.999
+    adam_epsilon: float = 1e-8
+    adam_weight_decay: float = 0.0
+    max_grad_norm: float | None = None  # clip the gradient of each player to this norm; None: never
+    ema_half_life: float = 10_000  # of the student's average, in images; 0 follows the student
+    ema_ramp: float | None = 0.05  # half-life at most this share of the images seen; None: no ramp
+    checkpointing_steps: int = 500
+    checkpoints_total_limit: int | None = 2  # keep the newest; None: all
+    resume_from_checkpoint: str | None = None  # "latest" or a checkpoint folder
+    validation_steps: int = 100  # a grid of samples every so many iterations; 0: never
+    logging_steps: int = 10  # fetch the logs from the device every so many iterations
+    report_to: Literal["none", "tensorboard", "wandb", "all"] = "none"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("max_train_steps", "train_batch_size", "gradient_accumulation_steps", "logging_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("lr_warmup_steps", "validation_steps", "checkpointing_steps", "ema_half_life"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 or more")
+        if not self.learning_rate > 0 or not (self.fake_learning_rate is None or self.fake_learning_rate > 0):
+            raise ValueError(f"learning rates are {self.learning_rate}, {self.fake_learning_rate}; they must be > 0")
+        if not 0 <= self.adam_beta1 < 1 or not 0 <= self.adam_beta2 < 1:
+            raise ValueError(f"Adam's betas are {self.adam_beta1}, {self.adam_beta2}; they must be in [0, 1)")
+
+    def micro_batch(self, processes: int) -> int:
+        """Images of one micro-batch on one process."""
+        size, rest = divmod(self.train_batch_size, processes * self.gradient_accumulation_steps)
+        if rest or not size:
+            raise ValueError(
+                f"train_batch_size {self.train_batch_size} is not divisible by {processes} process(es) x "
+                f"{self.gradient_accumulation_steps} gradient_accumulation_steps; make it a multiple of "
+                f"{processes * self.gradient_accumulation_steps}"
+            )
+        return size
+
+    def rate(self, step: int) -> float:
+        """The factor on the learning rates at iteration `step`."""
+        warm = min(1.0, (step + 1) / (self.lr_warmup_steps + 1))
+        if self.lr_scheduler == "constant":
+            return warm
+        return warm * min(1.0, 2 * (1 - step / self.max_train_steps))
+
+
+@dataclass(eq=False)
+class State:
+    """What a run is: everything that a checkpoint holds, and the logs of the last step (on the device)."""
+
+    nets: Nets
+    ema: EMA
+    optimizers: dict[str, torch.optim.Optimizer]
+    step: int = 0  # iterations done
+    logs: Logs = field(default_factory=dict)
+
+
+def train(
+    method: Method,
+    nets: Nets,
+    data: Callable[[Draw], Batch],
+    cfg: TrainConfig,
+    accelerator: Accelerator,
+    resume: Path | None = None,
+    draw: Callable[..., Draw] = Draw,
+) -> Iterator[State]:
+    """Co-train the players of `method`, yielding the state after every step until `cfg.max_train_steps`.
+
+    data(draw) -> batch with "c" and what the method needs. resume: a checkpoint folder to continue, bit for bit.
+    draw: the source of random numbers, called (seed, step, player, samples [B]); replaced in tests.
+    """
+    micro = cfg.micro_batch(accelerator.num_processes)
+    players = start(nets, accelerator)
+    rates = {"student": cfg.learning_rate, "fake": cfg.fake_learning_rate or cfg.learning_rate}
+    state = State(
+        nets,
+        EMA(nets.student.denoiser.net, cfg.ema_half_life, cfg.ema_ramp),
+        {name: adam(params, rates[name], cfg) for name, params in players.items()},
+    )
+    if resume is not None:
+        from distill import checkpoint
+
+        checkpoint.load(state, resume)
+    first = accelerator.process_index * micro * cfg.gradient_accumulation_steps
+    samples = torch.arange(first, first + micro * cfg.gradient_accumulation_steps, device=accelerator.device)
+
+    while state.step < cfg.max_train_steps:
+        step, state.logs, kept = state.step, {}, []
+        for update in method.updates():
+            if step % update.every:
+                continue
+            player, optimizer = update.player, state.optimizers[update.player]
+            own(players, player)
+            done = []
+            for i, indices in enumerate(samples.split(micro)):
+                numbers = draw(cfg.seed, step, player, indices)
+                with accelerator.autocast():
+                    if update.reuse and kept:
+                        x, batch = kept[i]
+                    else:
+                        batch = data(numbers)
+                        with torch.set_grad_enabled(player == "student"):
+                            x = method.sample(nets, batch, numbers)
+                    loss, logs = update.loss(x, nets, batch, numbers)
+                (loss / cfg.gradient_accumulation_steps).backward()
+                done.append((x.detach(), batch))
+                for name, value in {f"{player}/loss": loss, **{f"{player}/{k}": v for k, v in logs.items()}}.items():
+                    value = value.detach() / cfg.gradient_accumulation_steps
+                    state.logs[name] = state.logs.get(name, 0.0) + value
+            kept = done
+            average(players[player], accelerator)
+            state.logs[f"{player}/grad_norm"] = norm = clip(players[player], cfg.max_grad_norm)
+            if not torch.isfinite(norm):
+                raise FloatingPointError(diagnose(nets, player, step, accelerator.process_index, state.logs))
+            for group in optimizer.param_groups:
+                group["lr"] = rates[player] * cfg.rate(step)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            if player == "student":
+                state.ema.update(nets.student.denoiser.net, cfg.train_batch_size, step * cfg.train_batch_size)
+            if hasattr(method, "after"):
+                method.after(player, nets)
+        state.step += 1
+        yield state
+
+
+def start(nets: Nets, accelerator: Accelerator) -> dict[str, list[nn.Parameter]]:
+    """Move the networks to the device, equal on all processes; the parameters that each player owns."""
+    from accelerate.utils import broadcast
+
+    nets.teacher.net.to(accelerator.device).requires_grad_(False).eval()
+    players: dict[str, list[nn.Parameter]] = {}
+    for role, net in nets.modules().items():
+        net.to(accelerator.device)
+        params = [] if role == "target" else [p for p in net.parameters() if p.requires_grad]
+        low = [name for name, p in net.named_parameters() if p.requires_grad and p.dtype.itemsize < 4]
+        if low:
+            raise ValueError(f"{role} has trainable weights in half precision ({low[0]}, ...); load them as float32")
+        for tensor in params:
+            tensor.data = broadcast(tensor.data)
+        players.setdefault("fake" if role == "disc" else role, []).extend(params)
+    players.pop("target", None)
+    return players
+
+
+def adam(params: list[nn.Parameter], lr: float, cfg: TrainConfig) -> torch.optim.AdamW:
+    betas = (float(cfg.adam_beta1), float(cfg.adam_beta2))
+    return torch.optim.AdamW(params, lr, betas, cfg.adam_epsilon, cfg.adam_weight_decay, fused=True)
+
+
+def own(players: dict[str, list[nn.Parameter]], player: str) -> None:
+    """Exactly the parameters of `player` require gradients; gradients still flow *through* the others."""
+    for name, params in players.items():
+        for p in params:
+            p.requires_grad_(name == player)
+
+
+def average(params: list[nn.Parameter], accelerator: Accelerator) -> None:
+    """Mean of the gradients over processes, in buckets."""
+    if accelerator.num_processes == 1:
+        return
+    grads = [p.grad for p in params if p.grad is not None]
+    while grads:
+        bucket, size = [], 0
+        while grads and (not bucket or size + grads[-1].numel() <= BUCKET):
+            bucket.append(grads.pop())
+            size += bucket[-1].numel()
+        flat = accelerator.reduce(torch.cat([g.flatten() for g in bucket]), "mean")
+        for g, mean in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
+            g.copy_(mean.view_as(g))
+
+
+def clip(params: list[nn.Parameter], max_norm: float | None) -> Tensor:
+    """The total gradient norm; with `max_norm`, gradients are scaled down to it."""
+    return torch.nn.utils.clip_grad_norm_(params, float("inf") if max_norm is None else max_norm)
+
+
+def diagnose(nets: Nets, player: str, step: int, rank: int, logs: Logs) -> str:
+    roles = {"student": ("student",), "fake": ("fake", "disc")}[player]
+    bad = [
+        f"{role}.{name}"
+        for role, net in nets.modules().items()
+        if role in roles
+        for name, p in net.named_parameters()
+        if p.grad is not None and not torch.isfinite(p.grad).all()
+    ]
+    values = ", ".join(f"{k} {float(v):.4g}" for k, v in logs.items() if k.startswith(player))
+    return (
+        f"non-finite gradient at step {step}, player {player!r}, rank {rank}: {len(bad)} tensors, first "
+        f"{bad[0] if bad else 'none (overflow of the norm)'}; {values}. The step was not applied. Lower the learning "
+        f"rate, set max_grad_norm, or check the data of this step"
+    )
