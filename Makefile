@@ -13,26 +13,37 @@ help:  ## this list
 	@echo "make TARGET [ARGS='more arguments'] [PYTHON=python3.12, for the first setup]"
 	@sed -n 's/^\([a-z]*\):[^#]*## \(.*\)/  \1|\2/p' Makefile | awk -F'|' '{ printf "%-10s %s\n", $$1, $$2 }'
 
-# The stamp is a copy of what was installed from, so a fresh checkout beside an installed .venv stays off the network;
-# the second check links a checkout that has moved, or has a new package, anew (also without the network).
+# The stamp is a copy of what was installed from; the second check notices a checkout that has moved or has a new package.
+# Where .venv already holds everything, installing only links the checkout and stays off the network.
 setup:  ## make .venv and install everything once; later runs only check
-	@cat setup.cfg pyproject.toml | cmp -s - $(STAMP) || $(MAKE) --no-print-directory install
-	@cd / && '$(CURDIR)/$(PY)' -I -c "from importlib.util import find_spec as f; from os.path import samefile; \
-	assert all(samefile(f(p).submodule_search_locations[0], '$(CURDIR)/' + p) for p in ('distill', 'pipelines', 'eval'))" \
-	2>/dev/null || { cd '$(CURDIR)' && echo 'setup: linking this checkout into .venv' && \
-	$(PY) -m pip install --quiet --no-deps --no-build-isolation -e .; }
+	@cat setup.cfg pyproject.toml | cmp -s - $(STAMP) && (cd / && '$(CURDIR)/$(PY)' -I -c "$$LINKED") 2>/dev/null \
+	|| $(MAKE) --no-print-directory install
 
-install:
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+define LINKED
+from importlib.util import find_spec
+from os.path import samefile
+for room in ("distill", "pipelines", "eval"):
+    assert samefile(find_spec(room).submodule_search_locations[0], "$(CURDIR)/" + room)
+endef
+export LINKED
+
+.venv/bin/pip:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
 	{ echo 'setup: Python 3.11 or newer is needed; "$(PYTHON)" is' "$$($(PYTHON) --version 2>&1)."; \
 	  echo '       Name another one: PYTHON=python3.12 make setup'; exit 1; }
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || \
 	{ echo 'setup: "$(PYTHON)" has no venv module. On Debian or Ubuntu: apt install python3-venv'; exit 1; }
-	@test -x .venv/bin/pip || { echo 'setup: creating .venv'; $(PYTHON) -m venv .venv; }
-	@echo 'setup: installing what setup.cfg lists into .venv (once; torch is large: some minutes and gigabytes)'
-	@$(PY) -m pip install --disable-pip-version-check -e '.[dev]'
+	@echo 'setup: creating .venv'
+	@$(PYTHON) -m venv .venv
+
+install: .venv/bin/pip
+	@if $(PY) -m pip install --quiet --no-index --no-build-isolation -e '.[dev]' 2>/dev/null; then \
+	  echo 'setup: linked this checkout into .venv, which holds all that it needs'; \
+	else \
+	  echo 'setup: installing what setup.cfg lists into .venv (once; torch is large: some minutes and gigabytes)'; \
+	  $(PY) -m pip install --disable-pip-version-check -e '.[dev]' && echo 'setup: done'; \
+	fi
 	@cat setup.cfg pyproject.toml > $(STAMP)
-	@echo 'setup: done'
 
 demo: setup  ## the main job on digits: teacher, one-step students, evaluation, export, runs/demo/index.html
 	@$(OFFLINE) $(PY) recipes/digits_demo.py $(ARGS)
