@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from distill.draw import Draw
 
 DIGITS_TRAIN = 1200  # of 1,797 scans; the other 597 are held out and never trained on
 
@@ -26,3 +30,17 @@ def digits(split: str) -> tuple[Tensor, Tensor]:
     pick = order[:DIGITS_TRAIN] if split == "train" else order[DIGITS_TRAIN:]
     images = torch.tensor(data.images[pick], dtype=torch.float32)[:, None] / 8 - 1
     return images, torch.tensor(data.target[pick])
+
+
+@dataclass(frozen=True)
+class Digits:
+    """Conditions are uniform class labels; real images, with their own labels, are of the training split."""
+
+    def __call__(self, draw: Draw) -> dict[str, Any]:
+        images, labels = digits("train")
+        pick = draw.integers("real", len(labels)).cpu()
+        return {
+            "c": {"class_labels": draw.integers("label", 10)},
+            "real": images[pick].to(draw.device),
+            "real_c": {"class_labels": labels[pick].to(draw.device)},
+        }

@@ -43,3 +43,18 @@ class LoRA:
         net.requires_grad_(False)
         config = LoraConfig(r=self.rank, lora_alpha=self.alpha, target_modules=list(self.targets), bias="none")
         return inject_adapter_in_model(config, shared(net))
+
+
+def merged(net: nn.Module) -> nn.Module:
+    """`net` without adapters: a copy whose weights contain them, with the module names of the backbone."""
+    from peft.tuners.lora import LoraLayer
+
+    if not any(isinstance(module, LoraLayer) for module in net.modules()):
+        return net
+    net = copy.deepcopy(net)
+    for name, module in list(net.named_modules()):
+        if isinstance(module, LoraLayer):
+            module.merge()
+            parent, _, child = name.rpartition(".")
+            setattr(net.get_submodule(parent), child, module.get_base_layer())
+    return net

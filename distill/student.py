@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from distill.denoiser import Condition, Denoiser
 
@@ -35,6 +35,10 @@ class Student:
             raise ValueError(f"student times are {self.times}; they must fall strictly within (0, 1], at least one")
         if self.renoise not in ("fresh", "ddim"):
             raise ValueError(f"renoise is {self.renoise!r}; it must be 'fresh' or 'ddim'")
+
+    def using(self, net: nn.Module) -> Student:
+        """The same student with other weights: its average, say."""
+        return replace(self, denoiser=replace(self.denoiser, net=net))
 
     @property
     def input_scale(self) -> float:

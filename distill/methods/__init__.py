@@ -1,9 +1,10 @@
 """The distillation algorithms, one file each beside its equations."""
 
+from distill.methods.denoise import Denoise
 from distill.methods.dmd2 import DMD2
 from distill.methods.lcd import LCD
 from distill.methods.scm import SCM
 from distill.methods.sid import SiD
 from distill.methods.vsd import VSD
 
-__all__ = ["DMD2", "LCD", "SCM", "SiD", "VSD"]
+__all__ = ["DMD2", "Denoise", "LCD", "SCM", "SiD", "VSD"]

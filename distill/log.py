@@ -1,0 +1,90 @@
+"""Logs of a run: kept on the device, fetched every few steps; a progress bar, log.jsonl, trackers and sample grids."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from torch import Tensor
+from tqdm import tqdm
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from PIL.Image import Image
+
+    from distill.trainer import State, TrainConfig
+
+
+class Log:
+    """Called with the state after every step; writes the mean of the steps since the last line. Main process only.
+
+    log.jsonl: one JSON object a line with "step", "seconds" and every logged value.
+    """
+
+    def __init__(self, cfg: TrainConfig, accelerator: Accelerator, step: int = 0) -> None:
+        self.cfg, self.accelerator, self.path = cfg, accelerator, Path(cfg.output_dir) / "log.jsonl"
+        self.sums: dict[str, Tensor] = {}
+        self.counts: dict[str, int] = {}
+        kept = [line for line in self._lines() if json.loads(line)["step"] <= step]
+        self.start = time.perf_counter() - (json.loads(kept[-1])["seconds"] if kept else 0.0)
+        main = accelerator.is_main_process
+        if main:
+            self.path.write_text("".join(kept))
+        self.bar = tqdm(total=cfg.max_train_steps, initial=step, disable=not main, dynamic_ncols=True, unit="step")
+
+    def _lines(self) -> list[str]:
+        return self.path.read_text().splitlines(keepends=True) if self.path.is_file() else []
+
+    def __call__(self, state: State) -> None:
+        for name, value in state.logs.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value.detach()
+            self.counts[name] = self.counts.get(name, 0) + 1
+        self.bar.update()
+        if state.step % self.cfg.logging_steps and state.step != self.cfg.max_train_steps:
+            return
+        values = {name: float(total) / self.counts[name] for name, total in self.sums.items()}
+        self.sums, self.counts = {}, {}
+        if self.accelerator.is_main_process:
+            line = {"step": state.step, "seconds": round(time.perf_counter() - self.start, 3), **values}
+            with self.path.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+            self.bar.set_postfix({k: f"{v:.3g}" for k, v in values.items() if k.endswith("/loss")})
+        self.accelerator.log(values, step=state.step)
+
+    def images(self, x: Tensor, step: int, columns: int = 10) -> None:
+        """A grid of images [B, C, H, W] in [-1, 1] as samples/step-N.png and to every tracker."""
+        if not self.accelerator.is_main_process:
+            return
+        picture = grid(x, columns)
+        folder = self.path.parent / "samples"
+        folder.mkdir(exist_ok=True)
+        picture.save(folder / f"step-{step:06d}.png")
+        for tracker in self.accelerator.trackers:
+            if tracker.name == "tensorboard":
+                tracker.writer.add_image("samples", np.asarray(picture.convert("RGB")), step, dataformats="HWC")
+            elif tracker.name == "wandb":
+                import wandb
+
+                tracker.log({"samples": wandb.Image(picture)}, step=step)
+
+    def close(self) -> None:
+        self.bar.close()
+        self.accelerator.end_training()
+
+
+def grid(x: Tensor, columns: int = 10, side: int = 32) -> Image:
+    """Images [B, C, H, W] in [-1, 1], C = 1 or 3, as one picture; small ones are enlarged to about `side` pixels."""
+    from PIL import Image
+
+    pixels = ((x.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+    scale = max(1, side // pixels.shape[1])
+    pixels = pixels.repeat(scale, axis=1).repeat(scale, axis=2)
+    B, H, W, C = pixels.shape
+    rows = -(-B // columns)
+    canvas = np.full((rows * columns, H, W, C), 255, np.uint8)
+    canvas[:B] = pixels
+    canvas = canvas.reshape(rows, columns, H, W, C).transpose(0, 2, 1, 3, 4).reshape(rows * H, columns * W, C)
+    return Image.fromarray(canvas.squeeze(-1) if C == 1 else canvas)

@@ -1,0 +1,43 @@
+"""Denoising score matching: how a teacher is trained. Ho et al. 2020, 2006.11239; EDM, Karras et al. 2022, 2206.00364.
+
+    x_t = alpha_t x + sigma_t eps of a real image x
+    L   = | out(x_t) - target(x, eps) |^2            in the network's own space; kind "edm" is EDM's weighting
+
+The condition is dropped with probability `p_drop`, so that the teacher can be guided.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from distill.draw import Draw
+from distill.guidance import drop
+from distill.losses import Reduction, denoising
+from distill.roles import Batch, Nets
+from distill.times import Law, LogNormal
+from distill.trainer import Logs, Update
+
+
+@dataclass(frozen=True)
+class Denoise:
+    """Train the "student" role as a denoiser on real images."""
+
+    p_drop: float = 0.1  # share of null conditions
+    times: Law = LogNormal(-1.2, 1.2)  # EDM, table 1
+    reduction: Reduction = "mean"
+
+    roles = ()
+    needs = ("real",)
+
+    def updates(self) -> list[Update]:
+        return [Update("student", self.student_loss)]
+
+    def sample(self, nets: Nets, batch: Batch, draw: Draw) -> Tensor:
+        return batch["real"]
+
+    def student_loss(self, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
+        denoiser, c = nets.student.denoiser, batch.get("real_c")
+        if self.p_drop:
+            c = drop(c, denoiser.null, draw.uniform("drop", (len(x),)) < self.p_drop)
+        t, eps = self.times(draw, "t", len(x), denoiser.path), draw.normal("eps", x.shape).to(x)
+        return denoising(denoiser(denoiser.path.diffuse(x, eps, t), t, c), x, eps, self.reduction), {}
