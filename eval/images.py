@@ -1,0 +1,136 @@
+"""A folder of images: 8-bit PNG files and a manifest.json that says what they are: all that passes between stages."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+MANIFEST = "manifest.json"
+
+
+def quantize(images: Tensor) -> Tensor:
+    """Images in [-1, 1], any shape -> uint8, the nearest of 256 levels; values beyond the range are clamped."""
+    return ((images.double().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+def restore(levels: Tensor) -> Tensor:
+    """The inverse of `quantize`: uint8 -> float32 in [-1, 1]."""
+    return (levels.double() / 127.5 - 1).float()
+
+
+def digest(levels: Tensor) -> str:
+    """The first 16 hex digits of the SHA-256 of uint8 images [N, C, H, W]: their shape and pixels in order."""
+    return hashlib.sha256(repr(tuple(levels.shape)).encode() + levels.contiguous().numpy().tobytes()).hexdigest()[:16]
+
+
+def write(
+    folder: str | Path,
+    images: Tensor,
+    labels: Tensor | Sequence[int] | None = None,
+    overwrite: bool = False,
+    **meta: Any,
+) -> dict[str, Any]:
+    """Store images [N, C, H, W] in [-1, 1], C = 1 or 3, as 000000.png ... with a manifest, and return the manifest.
+
+    The manifest holds n, shape, the pixels' hash, labels [N] (or null) and `meta` (model, seed, nfe, seconds ...). The
+    folder appears complete or not at all. ValueError for a wrong shape, NaN, or a folder in use (unless `overwrite`).
+    """
+    from PIL import Image
+
+    folder = Path(folder)
+    if images.ndim != 4 or not len(images) or images.shape[1] not in (1, 3):
+        raise ValueError(f"images have shape {list(images.shape)}; [N, C, H, W] with N >= 1 and C = 1 or 3 is needed")
+    finite = torch.isfinite(images.flatten(1)).all(1)
+    if not finite.all():
+        raise ValueError(f"image {(~finite).nonzero()[0].item()} holds NaN or infinite values; nothing was written")
+    if labels is not None and len(labels) != len(images):
+        raise ValueError(f"{len(labels)} labels for {len(images)} images; one label per image is needed")
+    check_free(folder, overwrite)
+    levels = quantize(images.detach().cpu())
+    manifest = {
+        **meta,
+        "n": len(levels),
+        "shape": list(levels.shape[1:]),
+        "hash": digest(levels),
+        "labels": None if labels is None else torch.as_tensor(labels).tolist(),
+    }
+    part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    for i, image in enumerate(levels.permute(0, 2, 3, 1).numpy()):
+        Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image).save(part / f"{i:06d}.png")
+    (part / MANIFEST).write_text(json.dumps(manifest) + "\n")
+    if folder.exists():
+        shutil.rmtree(folder)
+    part.rename(folder)
+    return manifest
+
+
+def check_free(folder: Path, overwrite: bool = False) -> None:
+    """ValueError unless images may be written to `folder`: absent, empty, or with `overwrite` a folder of images."""
+    if folder.is_dir() and not any(folder.iterdir()):
+        return
+    if folder.exists() and not overwrite:
+        raise ValueError(f"{folder} is not empty; choose another folder, or overwrite it on purpose")
+    if folder.exists() and not (folder / MANIFEST).is_file():
+        raise ValueError(f"{folder} has no {MANIFEST}, so it is no folder of images and is left alone; choose another")
+
+
+def manifest_of(folder: str | Path) -> dict[str, Any]:
+    """The manifest of a folder of images; {} where it has none. ValueError for an absent folder or broken JSON."""
+    path = Path(folder) / MANIFEST
+    if not path.parent.is_dir():
+        raise ValueError(f"there is no folder {folder}")
+    try:
+        return json.loads(path.read_text()) if path.exists() else {}
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON ({error}); generate the folder again") from None
+
+
+def read(folder: str | Path, first: int | None = None) -> tuple[Tensor, Tensor | None, dict[str, Any]]:
+    """Folder -> (images float32 [N, C, H, W] in [-1, 1], labels [N] or None, manifest or {}).
+
+    Any folder of equally large PNG files will do. `first` reads only so many. ValueError, naming the file, for an
+    empty folder, mixed sizes, a corrupt image, or pixels that are not those of the manifest.
+    """
+    from PIL import Image
+
+    folder, manifest = Path(folder), manifest_of(folder)
+    files = sorted(folder.glob("*.png"))
+    if not files:
+        raise ValueError(f"{folder} holds no .png image")
+    if manifest and manifest.get("n") != len(files):
+        raise ValueError(
+            f"{folder} holds {len(files)} images, its manifest says {manifest.get('n')}; generate it again"
+        )
+    arrays: list[np.ndarray] = []
+    for file in files[:first]:
+        try:
+            with Image.open(file) as image:
+                array = np.asarray(image if image.mode in ("L", "RGB") else image.convert("RGB"))
+        except (OSError, SyntaxError, ValueError) as error:  # PIL raises all three for broken files
+            raise ValueError(f"{file} is not a readable image ({error}); remove or replace it") from None
+        array = array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
+        if arrays and array.shape != arrays[0].shape:
+            raise ValueError(
+                f"{file} is {_size(array)}, but {files[0].name} is {_size(arrays[0])}; one folder, one size and mode"
+            )
+        arrays.append(array)
+    levels = torch.from_numpy(np.stack(arrays))
+    if manifest and len(levels) == len(files) and manifest.get("hash") != digest(levels):
+        raise ValueError(f"the images of {folder} are not those that its manifest describes; generate it again")
+    labels = manifest.get("labels")
+    return restore(levels), None if labels is None else torch.tensor(labels)[: len(levels)], manifest
+
+
+def _size(array: np.ndarray) -> str:
+    return f"{array.shape[2]} x {array.shape[1]} with {array.shape[0]} channel(s)"
