@@ -37,3 +37,47 @@ def golden():
         return folder / name
 
     return find
+
+
+@pytest.fixture
+def close(record_property):
+    """close(what, ours, stored, tol): max|ours - stored| <= tol max|stored|. Two dicts: for each of their tensors.
+
+    floor: a tensor below it is held against `floor` instead of its own size. `make golden` prints what was compared.
+    """
+    rows = []
+    record_property("golden", rows)
+
+    def check(what, ours, stored, tol, floor=0.0):
+        if not isinstance(stored, dict):
+            ours, stored = {"": ours}, {"": stored}
+        assert ours.keys() == stored.keys(), f"{what}: {sorted(ours.keys() ^ stored.keys())} on one side only"
+        worst, where, sizes = -1.0, "", []
+        for name, b in stored.items():
+            a, b = torch.as_tensor(ours[name]).detach().double(), torch.as_tensor(b).double()
+            assert a.shape == b.shape, f"{what} {name}: shape {tuple(a.shape)}, stored {tuple(b.shape)}"
+            sizes.append(b.abs().max().item())
+            error = (a - b).abs().max().item() / max(sizes[-1], floor, 1e-300)
+            if not error <= worst:  # a NaN is the worst
+                worst, where = error, name
+            if worst != worst:
+                break
+        numbers = sum(torch.as_tensor(b).numel() for b in stored.values())
+        rows.append((what, numbers, float(b) if numbers == 1 else max(sizes), worst, tol))
+        assert worst <= tol, f"{what} {where}: error {worst:.2e} of the largest entry, allowed {tol:.0e}"
+
+    return check
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """With -v, what was compared with the authors' numbers, and how close it came."""
+    if config.get_verbosity() < 1:
+        return
+    reports = [r for outcome in ("passed", "failed") for r in terminalreporter.getreports(outcome)]
+    tests = [(r.nodeid.split("::")[-1], rows) for r in reports for k, rows in r.user_properties if k == "golden"]
+    if tests:
+        terminalreporter.section("the authors' numbers")
+    for test, rows in tests:
+        terminalreporter.write_line(f"{test}\n  {'':38} numbers  largest, or the number    error  allowed")
+        for what, numbers, value, error, tol in rows:
+            terminalreporter.write_line(f"  {what:38} {numbers:7} {value:23.10g} {error:8.1e} {tol:8.0e}")
