@@ -24,6 +24,12 @@ def expand(a: Tensor, x: Tensor) -> Tensor:
     return a.to(x.device, dtype).reshape(-1, *[1] * (x.ndim - 1))
 
 
+def ends(t: Tensor) -> Tensor:
+    """t clamped to [0, 1], with its derivative kept at the ends: a tangent there must not depend on rounding."""
+    held = t.clamp(0, 1)
+    return torch.where((t - held).abs() < 1e-9, t + (held - t).detach(), held)
+
+
 class Schedule:
     """A path from data (t = 0) to noise (t = 1). All methods take and give float64 tensors [B]."""
 
@@ -90,7 +96,7 @@ class VP(Schedule):
         lr = ratio.double().log()
         low = (torch.searchsorted(table, lr.detach().contiguous(), right=True) - 1).clamp(0, len(table) - 2)
         n = low + (lr - table[low]) / (table[low + 1] - table[low])
-        return n.clamp(0, len(table) - 1) / (len(table) - 1)
+        return ends(n / (len(table) - 1))
 
     def native(self, t: Tensor) -> Tensor:
         n = t.double() * (len(self.alphas_cumprod) - 1)
@@ -113,7 +119,7 @@ class EDM(Schedule):
 
     def time(self, ratio: Tensor) -> Tensor:
         low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
-        return ((ratio.double() ** (1 / self.rho) - low) / (high - low)).clamp(0, 1)
+        return ends((ratio.double() ** (1 / self.rho) - low) / (high - low))
 
     def native(self, t: Tensor) -> Tensor:
         return self.coefficients(t)[1]
