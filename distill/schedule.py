@@ -165,8 +165,8 @@ class Prediction:
     kind    out is
     x0      the clean sample                      eps     the noise
     v       alpha eps - sigma x0                  flow    eps - x0
-    edm     F in x0 = c_skip x + c_out F, with c_skip = sigma_d^2 / (sigma^2 + sigma_d^2) and c_out = sigma sigma_d /
-            sqrt(sigma^2 + sigma_d^2) at the ratio sigma / alpha (Karras et al. 2022, table 1)
+    edm     F in x0 = c_skip x / alpha + c_out F, with c_skip = sigma_d^2 / (r^2 + sigma_d^2) and c_out = r sigma_d /
+            sqrt(r^2 + sigma_d^2) at the ratio r = sigma / alpha (Karras et al. 2022, table 1)
 
     x0 and eps are each an explicit combination of x and out, so neither divides by a vanishing sigma or alpha
     unless the kind itself does (eps at alpha = 0, x0 at sigma = 0).
@@ -179,9 +179,9 @@ class Prediction:
     sigma: Tensor  # [B, 1, ...]
     sigma_d: float = 0.5
 
-    def _edm(self) -> tuple[Tensor, Tensor, Tensor]:
-        r = self.sigma / self.alpha
-        return r, r**2 + self.sigma_d**2, self.x / self.alpha
+    def _norm(self) -> Tensor:
+        """sqrt(sigma^2 + alpha^2 sigma_d^2), the standard deviation of x: with it, nothing is divided by alpha."""
+        return (self.sigma**2 + (self.alpha * self.sigma_d) ** 2).sqrt()
 
     @property
     def x0(self) -> Tensor:
@@ -197,8 +197,8 @@ class Prediction:
             case "flow":
                 return (x - s * out) / (a + s)
             case "edm":
-                r, norm, x = self._edm()
-                return self.sigma_d**2 / norm * x + r * self.sigma_d / norm.sqrt() * out
+                norm = self._norm()
+                return a * self.sigma_d**2 / norm**2 * x + s * self.sigma_d / norm * out
         raise ValueError(f"kind is {self.kind!r}; it must be one of {KINDS}")
 
     @property
@@ -215,8 +215,8 @@ class Prediction:
             case "flow":
                 return (x + a * out) / (a + s)
             case "edm":
-                r, norm, x = self._edm()
-                return r / norm * x - self.sigma_d / norm.sqrt() * out
+                norm = self._norm()
+                return s / norm**2 * x - a * self.sigma_d / norm * out
         raise ValueError(f"kind is {self.kind!r}; it must be one of {KINDS}")
 
     @property
@@ -245,9 +245,6 @@ class Prediction:
                 return self.alpha * eps - self.sigma * x0
             case "flow":
                 return eps - x0
-            case (
-                "edm"
-            ):  # (x0 - c_skip x) / c_out without the cancellation: sigma_d / sigma x0 weighs signal, the rest noise
-                r, norm, _ = self._edm()
-                return (r * x0 - self.sigma_d**2 * eps) / (self.sigma_d * norm.sqrt())
+            case "edm":  # (x0 - c_skip x / alpha) / c_out without the cancellation
+                return (self.sigma * x0 - self.alpha * self.sigma_d**2 * eps) / (self.sigma_d * self._norm())
         raise ValueError(f"kind is {self.kind!r}; it must be one of {KINDS}")
