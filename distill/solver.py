@@ -23,14 +23,17 @@ def ddim(denoiser: Denoiser | Guided, x: Tensor, t: Tensor, s: Tensor, c: Condit
 
 
 def heun(denoiser: Denoiser | Guided, x: Tensor, t: Tensor, s: Tensor, c: Condition = None) -> Tensor:
-    """x_t -> x_s by Heun's method in sigma / alpha (Karras et al. 2022, algorithm 1); Euler's where alpha_t = 0."""
+    """x_t -> x_s by Heun's method in sigma / alpha (Karras et al. 2022, algorithm 1).
+
+    Euler's where alpha_t = 0, and, as there, where sigma_s = 0: a network has no noise to predict at x_0.
+    """
     first = denoiser(x, t, c)
     euler = denoiser.path.diffuse(first.x0, first.eps, s)
     eps = (first.eps + denoiser(euler, s, c).eps) / 2
     (a_t, s_t), (a_s, s_s) = denoiser.path.coefficients(t), denoiser.path.coefficients(s)
-    signal = a_t > 1e-6
-    gain = expand(a_s / torch.where(signal, a_t, 1.0), x)
-    return torch.where(expand(signal, x).bool(), gain * (x - expand(s_t, x) * eps) + expand(s_s, x) * eps, euler)
+    twice = (a_t > 1e-6) & (s_s > 1e-12)
+    gain = expand(a_s / torch.where(twice, a_t, 1.0), x)
+    return torch.where(expand(twice, x).bool(), gain * (x - expand(s_t, x) * eps) + expand(s_s, x) * eps, euler)
 
 
 STEPS: dict[str, Step] = {"ddim": ddim, "heun": heun}
