@@ -47,7 +47,7 @@ def denoising(pred: Prediction, x0: Tensor, eps: Tensor, reduction: Reduction) -
 
 def huber(delta: Tensor, c: float = 1e-3) -> Tensor:
     """Pseudo-Huber elements sqrt(delta^2 + c^2) - c (LCM); c = 0 is |delta|."""
-    return (delta**2 + c**2).sqrt() - c
+    return (delta**2 + c**2).sqrt() - c if c else delta.abs()  # the root has no derivative at 0
 
 
 def gan_generator(fake: Tensor) -> Tensor:
