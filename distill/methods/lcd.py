@@ -36,11 +36,13 @@ class LCD:
     huber_c: float | None = 1e-3  # of the pseudo-Huber distance (LCM); None: squared error
     reduction: Reduction = "mean"
 
-    needs = ("real",)
-
     @property
     def roles(self) -> tuple[str, ...]:
         return ("target",) if self.target_ema else ()
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return ("real",) + (() if self.guidance == 1 else ("null",))
 
     def updates(self) -> list[Update]:
         return [Update("student", self.student_loss)]

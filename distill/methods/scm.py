@@ -37,7 +37,10 @@ class SCM:
     norm: Literal["rms", "vector"] = "rms"  # |g| per element (c keeps its meaning at any size), or of the whole vector
 
     roles = ()
-    needs = ("real",)
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return ("real",) + (() if self.guidance == 1 else ("null",))
 
     def updates(self) -> list[Update]:
         return [Update("student", self.student_loss)]
