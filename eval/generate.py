@@ -143,7 +143,10 @@ def generate(
     student = bool(about.get("student"))
     if student and guidance != 1:
         raise ValueError(f"guidance is {guidance}, but {model} is a student, which has its guidance built in; use 1")
-    steps = steps or (about.get("steps") if student else 18)
+    has = about.get("steps")
+    if student and steps and has and steps > has:
+        raise ValueError(f"steps is {steps}, but {model} was made for {has}; use 1 to {has}")
+    steps = steps or (has if student else 18)
     request = {
         "name": name or model.name,
         "model_hash": model_hash(model),
@@ -173,7 +176,9 @@ def _sampler(model: Path, about: dict[str, Any], steps: int | None, solver: Solv
         return teacher_sampler(load(model), steps or 18, solver, guidance)
     from diffusers import DiffusionPipeline
 
-    return student_sampler(DiffusionPipeline.from_pretrained(model), steps, about.get("timesteps"))
+    return student_sampler(
+        DiffusionPipeline.from_pretrained(model, local_files_only=True), steps, about.get("timesteps")
+    )
 
 
 def main() -> None:

@@ -54,9 +54,10 @@ def svg(figure: Any, label: str) -> str:
     for colour, name in VARIABLES.items():
         text = text.replace(colour, f"var(--{name})")
     size = r'<svg [^>]*viewBox="0 0 ([\d.]+) ([\d.]+)"[^>]*>'
-    width = float(re.match(size, text).group(1))
+    width = float(re.match(size, text).group(1)) * 4 / 3  # points to pixels
     label = label.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
-    head = rf'<svg viewBox="0 0 \1 \2" style="max-width: {width * 4 / 3:.0f}px" role="img" aria-label="{label}">'
+    style = f"--w: {width:.0f}px; max-width: var(--w)"
+    head = rf'<svg viewBox="0 0 \1 \2" style="{style}" role="img" aria-label="{label}">'
     return re.sub(size, lambda m: m.expand(head), text, count=1)
 
 
@@ -80,7 +81,7 @@ def quality(rows: Sequence[dict[str, Any]], floor: float | None, key: str = "fd_
 
     rows = sorted((r for r in rows if r.get("nfe") and r.get(key) is not None), key=lambda r: r["nfe"])
     with plt.rc_context(STYLE):
-        figure, ax = plt.subplots(figsize=(8.4, 4.4), layout="constrained")
+        figure, ax = plt.subplots(figsize=(10.6, 4.8), layout="constrained")
         ax.set_xscale("log")
         curves: dict[str, list[dict[str, Any]]] = {}
         for row in rows:
@@ -119,13 +120,15 @@ def quality(rows: Sequence[dict[str, Any]], floor: float | None, key: str = "fd_
         ax.set_xlabel("network evaluations per image")
         ax.set_title("Frechet distance to held-out digits (lower is better)", pad=10)
         if floor is not None:
+            below = bool(rows) and rows[-1][key] >= floor  # away from the last label
             ax.annotate(
                 f"real against real {floor:.1f}",
                 (1, floor),
                 xycoords=("axes fraction", "data"),
-                xytext=(-2, 4),
+                xytext=(-2, -5 if below else 4),
                 textcoords="offset points",
                 ha="right",
+                va="top" if below else "bottom",
                 color=FLOOR,
             )
         _labels(figure, ax, [(row["nfe"], row[key], f"{name} {row[key]:.1f}", colour) for row, name, colour in marks])
@@ -188,29 +191,24 @@ def training(name: str, path: Path, most: int = 8) -> str:
     curves = dict(list(read_log(path).items())[:most])
     if not curves:
         return '<p class="note">The log holds no numbers.</p>'
-    columns = min(4, len(curves))
-    lines = -(-len(curves) // columns)
-    with plt.rc_context(STYLE | {"font.size": 9}):
-        figure, axes = plt.subplots(
-            lines, columns, figsize=(2.55 * columns, 1.75 * lines + 0.15), layout="constrained", squeeze=False
-        )
-        for ax in axes.flat[len(curves) :]:
-            ax.set_visible(False)
-        for i, (ax, (key, points)) in enumerate(zip(axes.flat, curves.items())):
-            step, value = np.array(points).T
-            colour = SERIES[i % len(SERIES)]
-            smooth = _running_mean(value, max(1, len(value) // 20))
-            if len(value) > 40:
+    panels = []
+    for i, (key, points) in enumerate(curves.items()):
+        step, value = np.array(points).T
+        colour, many = SERIES[i % len(SERIES)], len(value) > 40
+        with plt.rc_context(STYLE | {"font.size": 9}):
+            figure, ax = plt.subplots(figsize=(2.6, 1.7), layout="constrained")
+            if many:
                 ax.plot(step, value, color=colour, lw=0.8, alpha=0.3)
-            ax.plot(step, smooth if len(value) > 40 else value, color=colour, lw=1.6)
+            ax.plot(step, _running_mean(value, max(1, len(value) // 20)) if many else value, color=colour, lw=1.6)
             low, high = np.percentile(value, [1, 99])
             if high > low:
                 ax.set_ylim(low - 0.1 * (high - low), high + 0.1 * (high - low))
             ax.set_title(key)
+            ax.set_xlabel("step")
             ax.margins(x=0.02)
             ax.locator_params(nbins=4)
-        figure.supxlabel("step", fontsize=9)
-        return svg(figure, f"Training curves of {name}")
+            panels.append(svg(figure, f"{key} while training {name}"))
+    return f'<div class="panels">{"".join(panels)}</div>'
 
 
 def _running_mean(value: np.ndarray, width: int) -> np.ndarray:

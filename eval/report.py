@@ -40,6 +40,15 @@ COLUMNS = {  # key: heading, format
     "train_seconds": ("training s", "{:.0f}"),
     "images_per_second": ("images/s", "{:.0f}"),
 }
+SHORT = {  # for the terminal
+    "nfe": "\ncalls",
+    "fd_heldout": "FD\nheld-out",
+    "fd_train": "FD\ntrain",
+    "accuracy": "\nacc.",
+    "precision": "preci-\nsion",
+    "train_seconds": "train\ns",
+    "images_per_second": "images\n/s",
+}
 
 
 def cell(row: Row, key: str) -> str:
@@ -63,19 +72,21 @@ def floor_line(floor: Mapping[str, float], rows: Sequence[Row]) -> str:
 
 def table(rows: Sequence[Row], floor: Mapping[str, float]) -> Table:
     """The rows as a rich table, with the distance over the floor beside every figure."""
+    from rich import box
     from rich.table import Table
 
-    out = Table(caption=floor_line(floor, rows), caption_justify="left", header_style="bold")
-    for key, (heading, _) in COLUMNS.items():
-        out.add_column(heading, justify="left" if key == "model" else "right", no_wrap=key == "model")
+    out = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)  # fits into 80 columns
+    out.caption, out.caption_justify = floor_line(floor, rows), "left"
+    for key in COLUMNS:
+        out.add_column(SHORT.get(key, key), justify="left" if key == "model" else "right", vertical="top")
         if key == "fd_heldout":
-            out.add_column("/ floor", justify="right", style="dim")
+            out.add_column("/\nfloor", justify="right", style="dim")
     for row in rows:
         cells = [cell(row, key) for key in COLUMNS]
         cells.insert(3, _over_floor(row, floor))
         out.add_row(*cells, style=None if plots.is_teacher(dict(row)) else "bold")
     out.add_section()
-    out.add_row("real digits (floor)", "", f"{floor['fd_heldout']:.2f}", "1.00", style="dim")
+    out.add_row("real", "", f"{floor['fd_heldout']:.2f}", "1.00", style="dim")
     return out
 
 
@@ -111,8 +122,8 @@ def headline(rows: Sequence[Row], floor: Mapping[str, float]) -> str:
     among = f", the nearest of {len(fast)} students," if len(fast) > 1 else ""
     return (
         f"With {calls} network {'call' if calls == 1 else 'calls'} per image, {best['model']}{among} comes to a "
-        f"Frechet distance of {best['fd_heldout']:.1f} from held-out digits; its teacher needs {slow['nfe']} for "
-        f"{slow['fd_heldout']:.1f}."
+        f"Frechet distance of {best['fd_heldout']:.1f} from held-out digits; its teacher comes to "
+        f"{slow['fd_heldout']:.1f} with {slow['nfe']}."
     )
 
 
@@ -170,7 +181,7 @@ def _page(
             f"distance near it is as good as this measure can tell.{spent}</p></header>",
             f"<section><h2>Figures</h2>{_table(rows, floor)}</section>",
             "<section><h2>Quality against cost</h2>"
-            f"<figure>{plots.quality(rows, floor['fd_heldout'])}</figure></section>",
+            f"<figure class=wide>{plots.quality(rows, floor['fd_heldout'])}</figure></section>",
             _samples(samples),
             f"<section><h2>Training</h2>{training}</section>" if training else "",
             f"<section><h2>How these figures were made</h2>{_protocol(rows)}</section>",
@@ -236,7 +247,8 @@ def _protocol(rows: list[dict[str, Any]]) -> str:
         + (f" (weights {html.escape(', '.join(nets))})" if nets else "")
         + ", in float64. It depends on n and on the classifier: compare it within this page, and with the floor.",
         "<b>held-out</b>: 597 scans that neither the models nor the classifier were trained on; <b>train</b>: the "
-        "1,200 others. The floor is the distance of these two sets.",
+        "1,200 others. The floor is the distance of these two sets; more generated images than 1,200 "
+        "have less bias, so a perfect sampler may come out a little below it.",
         "<b>accuracy</b>: images that the classifier reads as the class that was asked for. Blurred class means also "
         "score high, so it says nothing alone.",
         "<b>precision, recall</b>: Kynkaanniemi et al. 2019, k = 3, against the training digits"
@@ -272,9 +284,10 @@ thead th{border-top:0;color:var(--soft);font-weight:500;font-size:13px}
 th:first-child{text-align:left;position:sticky;left:0;background:var(--card)}
 tbody th{font-weight:400}tr.student th,tr.student td:nth-child(3){font-weight:650}
 td:nth-child(4),tr.real>*{color:var(--soft)}small{color:var(--soft);font-weight:400}
-figure{margin:0}
+figure{margin:0}.wide{overflow-x:auto}.wide svg{min-width:min(680px,var(--w))}
 svg{display:block;width:100%;height:auto}
 svg text{font-family:inherit}
+.panels{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(230px,46%),1fr));gap:10px 14px}
 .grids{display:grid;grid-template-columns:repeat(auto-fill,minmax(300px,1fr));gap:22px;margin-top:16px}
 figcaption{display:flex;justify-content:space-between;gap:12px;font-size:14px;margin-bottom:7px}
 figcaption b{font-weight:600}figcaption span{color:var(--soft)}

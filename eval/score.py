@@ -82,6 +82,8 @@ def scores(folder: tuple[Path, ...], out: Path | None = None) -> list[dict[str, 
 
     if not folder:
         raise ValueError("no folder was given; name at least one after --folder")
+    for path in folder:
+        folders.manifest_of(path)  # an absent folder ends it here, before the classifier is trained
     rows = [score(path) for path in tqdm(folder, unit="folder", desc="score", leave=False, disable=len(folder) < 2)]
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -18,7 +18,7 @@ from eval.features import extractor, shifted
 from eval.generate import generate, generator, run, student_sampler, teacher_sampler
 from eval.metrics import accuracy, frechet, mean_ci, precision_recall, ratio_ci
 from eval.report import headline, markdown, table, write
-from eval.score import score
+from eval.score import score, scores
 
 
 @pytest.fixture(scope="session")
@@ -314,6 +314,8 @@ def test_real_digits_score_at_the_floor(cache, tmp_path):
     few = images[torch.randint(0, 597, (300,))] * 0 + images[labels == 3][:1]
     folders.write(tmp_path / "few", few + 0.01 * torch.randn_like(few))
     assert score(tmp_path / "few")["recall"] < 0.1 and score(tmp_path / "few")["accuracy"] is None
+    with pytest.raises(ValueError, match="no folder"):
+        scores((tmp_path / "real", tmp_path / "absent"))
     folders.write(tmp_path / "small", images[:20])
     with pytest.raises(ValueError, match="small: first set has n = 20"):
         score(tmp_path / "small")
@@ -359,7 +361,7 @@ def test_report_page(page):
         "loss",
     ):
         assert part in text, part
-    assert text.count("<svg") == 2 and text.count("data:image/png;base64,") == 1 and "prefers-color-scheme" in text
+    assert text.count("<svg") == 3 and text.count("data:image/png;base64,") == 1 and "prefers-color-scheme" in text
     assert not re.search(r"https?:|//[a-z]|@import|<script|<link", re.sub(r"base64,[^\"]*", "", text))
     assert all(a.startswith(("data:", "#")) for a in re.findall(r'(?:src|href)="([^"]*)"', text))
     assert "#0102" not in text  # every sentinel colour became one of the page's
