@@ -54,7 +54,7 @@ def close(record_property):
         assert ours.keys() == stored.keys(), f"{what}: {sorted(ours.keys() ^ stored.keys())} on one side only"
         worst, where, sizes = -1.0, "", []
         for name, b in stored.items():
-            a, b = torch.as_tensor(ours[name]).detach().double(), torch.as_tensor(b).double()
+            a, b = (torch.as_tensor(v, dtype=torch.float64).detach() for v in (ours[name], b))
             assert a.shape == b.shape, f"{what} {name}: shape {tuple(a.shape)}, stored {tuple(b.shape)}"
             sizes.append(b.abs().max().item())
             error = (a - b).abs().max().item() / max(sizes[-1], floor, 1e-300)

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from distill.draw import Draw
+from distill.schedule import Prediction, expand
 from distill.times import Grid
 
 
@@ -48,6 +49,12 @@ def unet(folder, name):
 
     config = json.loads((folder / "unet_config.json").read_text())
     return filled(UNet2DConditionModel.from_config(config), load_file(folder / f"{name}.safetensors"))
+
+
+def preconditioned(net, x, sigma, c):
+    """Call a network that applies EDM's preconditioning itself and gives D; back to its F by our own conversions."""
+    clean = Prediction(net(x, sigma.to(x.dtype), **c), "x0", x, torch.ones(()), expand(sigma, x))
+    return Prediction(x, "edm", x, torch.ones(()), expand(sigma, x)).target(clean.x0, clean.eps)
 
 
 def whole(law: Grid, n):

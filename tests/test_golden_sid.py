@@ -8,14 +8,14 @@ from functools import partial
 import pytest
 import torch
 from accelerate import Accelerator
-from replay import Replay, filled, gradients, load, module, pushed, spy, under, whole
+from replay import Replay, filled, gradients, load, module, preconditioned, pushed, spy, under, whole
 
 from distill import losses
 from distill.denoiser import Denoiser
 from distill.guidance import Guided
 from distill.methods import SiD, sid
 from distill.roles import Nets, StudentConfig, build
-from distill.schedule import EDM, VP, Prediction, expand
+from distill.schedule import EDM, VP
 from distill.student import Student
 from distill.times import Grid, Karras
 from distill.trainer import TrainConfig, train
@@ -26,12 +26,6 @@ SIGMA_MAX = float(EDM().ratio(torch.tensor(0.8, dtype=torch.float64)))  # 24.408
 EDM_TIMES = Karras(0.002, SIGMA_MAX)
 STEPS = Grid(1000, 20, 979)  # the law of SiD-LSG
 PLAYER = {"fake": "psi", "student": "g"}
-
-
-def preconditioned(net, x, sigma, c):
-    """Call a network that applies EDM's preconditioning itself and gives D; back to its F by our own conversions."""
-    clean = Prediction(net(x, sigma, **c), "x0", x, torch.ones(()), expand(sigma, x))
-    return Prediction(x, "edm", x, torch.ones(()), expand(sigma, x)).target(clean.x0, clean.eps)
 
 
 def edm(net, weights):
@@ -59,7 +53,7 @@ def edm_student_draw(stored):
     return Replay(normal={"eps": stored["eps"]}, uniform={"t": stored["rnd_u"]})
 
 
-@pytest.mark.parametrize("alpha", [0.5, 1.0, 1.2])
+@pytest.mark.parametrize("alpha", [0.5, 1.0, 1.2], ids="alpha {}".format)
 def test_edm_student_loss(edm_functions, alpha, close, monkeypatch):
     everything, nets, batch = edm_functions
     stored = under(everything, f"g_alpha{alpha}")
@@ -81,7 +75,7 @@ def test_edm_student_loss(edm_functions, alpha, close, monkeypatch):
     assert (x.grad - detached).abs().max() > 0.1 * detached.abs().max(), "no gradient flows through the scores"
 
 
-@pytest.mark.parametrize("alpha", [0.5, 1.0, 1.2])
+@pytest.mark.parametrize("alpha", [0.5, 1.0, 1.2], ids="alpha {}".format)
 def test_edm_beside_a_nan(edm_functions, alpha, close, monkeypatch):
     """The authors drop sample 2, which has a NaN, and divide by 4 nevertheless: the other three of four are ours."""
     everything, nets, _ = edm_functions
@@ -155,8 +149,8 @@ def lsg_draw(stored, drops=False):
     return Replay({"z": stored["z"], "eps": stored["noise"]}, uniform, samples=torch.arange(4))
 
 
-@pytest.mark.parametrize("alpha", [1.0, 1.2])
-@pytest.mark.parametrize("kappa", [1.0, 1.5, 4.5])
+@pytest.mark.parametrize("alpha", [1.0, 1.2], ids="alpha {}".format)
+@pytest.mark.parametrize("kappa", [1.0, 1.5, 4.5], ids="kappa {}".format)
 def test_lsg_student_loss(lsg_functions, kappa, alpha, close, monkeypatch):
     everything, nets, batch = lsg_functions
     stored = under(everything, f"g_k{kappa}_a{alpha}")
@@ -181,7 +175,7 @@ def test_lsg_student_loss(lsg_functions, kappa, alpha, close, monkeypatch):
     close("  its norms", torch.stack([grads[name].norm() for name in names]), stored["grad_G_norms"], GRADIENT)
 
 
-@pytest.mark.parametrize("kappa", [1.0, 1.5, 4.5])
+@pytest.mark.parametrize("kappa", [1.0, 1.5, 4.5], ids="kappa {}".format)
 def test_lsg_fake_loss(lsg_functions, kappa, close, monkeypatch):
     everything, nets, batch = lsg_functions
     stored = under(everything, f"psi_k{kappa}")
@@ -198,7 +192,7 @@ def test_lsg_fake_loss(lsg_functions, kappa, close, monkeypatch):
     close("  its norms", torch.stack([grads[name].norm() for name in names]), stored["grad_norms"], GRADIENT)
 
 
-@pytest.mark.parametrize("steps", [2, 4])
+@pytest.mark.parametrize("steps", [2, 4], ids="steps {}".format)
 def test_lsg_several_steps(lsg_functions, steps, close):
     everything, nets, batch = lsg_functions
     stored = under(everything, f"multistep{steps}")
