@@ -117,7 +117,7 @@ def test_the_ratio_interval_covers():
 
 
 def test_classifier(cache, tmp_path):
-    """At least 97 % of the held-out digits; the cache gives the same weights back; training is repeatable."""
+    """At least 97 % of the held-out digits; the cache gives the same weights back."""
     images, labels = digits("heldout")
     features, logits = cache(images)
     assert features.shape == (597, 64) and features.dtype == torch.float64
