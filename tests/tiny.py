@@ -1,0 +1,40 @@
+"""A network of a few hundred weights for vectors [B, d], the same on every machine."""
+
+import torch
+from torch import nn
+
+from distill.denoiser import Denoiser
+from distill.draw import Draw
+
+
+class Tiny(nn.Module):
+    """out(x, native time, label, guidance), smooth in all of them. `mid` is there to be tapped or adapted."""
+
+    def __init__(self, d=2, width=16, classes=0):
+        super().__init__()
+        self.first = nn.Linear(d + 3, width)
+        self.mid = nn.Linear(width, width)
+        self.last = nn.Linear(width, d)
+        self.label = nn.Embedding(classes + 1, width) if classes else None
+
+    def forward(self, x, t, label=None, guidance=None):
+        t = t.to(x.dtype)[:, None]
+        w = torch.zeros_like(t) if guidance is None else guidance.to(x.dtype)[:, None]
+        h = torch.tanh(self.first(torch.cat([x, t.log1p() / 4, t / (1 + t), w / 8], dim=1)))
+        if self.label is not None:
+            h = h + self.label(label)
+        return self.last(torch.tanh(self.mid(h)))
+
+
+def filled(net, seed=0, dtype=torch.float32):
+    """The network with normal weights of size 1 / sqrt(fan-in) and small biases, drawn by name."""
+    for name, p in net.named_parameters():
+        draw = Draw(seed, 0, "weights", torch.arange(len(p)))
+        p.data = (draw.normal(name, tuple(p.shape)) * (p[0].numel() ** -0.5 if p.ndim > 1 else 0.1)).to(dtype)
+    return net.to(dtype)
+
+
+def tiny(schedule, kind="v", seed=0, dtype=torch.float64, classes=0, **sizes):
+    """A denoiser around it. With `classes` its condition is {"label": [B]}, and label `classes` is none."""
+    null = {"label": torch.tensor([classes])} if classes else None
+    return Denoiser(filled(Tiny(classes=classes, **sizes), seed, dtype), schedule, kind, null=null)
