@@ -49,9 +49,10 @@ class Denoiser:
         x, t, scale = self._native(x, t)
         alpha, sigma = self.schedule.coefficients(t)
         like = next(self.net.parameters(), x)
-        out = self.call(self.net, x.to(like.dtype), self.schedule.native(t), c).to(x.dtype)
-        native = Prediction(out, self.kind, x, expand(alpha, x), expand(sigma, x), self.sigma_d)
-        return native if scale is None else Reframed(**vars(native), scale=scale)
+        native = self.schedule.native(t).to(torch.promote_types(x.dtype, torch.float32))
+        out = self.call(self.net, x.to(like.dtype), native, c).to(x.dtype)
+        pred = Prediction(out, self.kind, x, expand(alpha, x), expand(sigma, x), self.sigma_d)
+        return pred if scale is None else Reframed(**vars(pred), scale=scale)
 
     def _native(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Carry (x, t) from the frame to the network's schedule: the same ratio, x rescaled to the same signal."""

@@ -35,4 +35,5 @@ def head(feature: Tensor) -> nn.Module:
         raise ValueError(
             f"the tapped feature has shape {tuple(feature.shape)}; a head needs [B, C] or [B, C, S, S] with S 4, 8, ..."
         )
-    return Head(channels, strided, math.gcd(32, channels))
+    groups = math.gcd(32, channels // 8)  # of 8 channels or more: on a 1x1 map a group of one is always zero
+    return Head(channels, strided, groups)

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import tyro
+import yaml
 
 from distill.config import fail
 
@@ -19,7 +20,7 @@ class Teacher:
     """How to train the teacher."""
 
     output_dir: str = "runs/digits/teacher"  # the pipeline folder that is written
-    max_train_steps: int = 1500
+    max_train_steps: int = 2000
     train_batch_size: int = 64
     learning_rate: float = 2e-3  # of AdamW; constant, then to 0 over the last half
     channels: tuple[int, ...] = (16, 32)  # of the UNet's levels
@@ -52,6 +53,7 @@ def main(cfg: Teacher) -> None:
     set_seed(cfg.seed)
     accelerator = Accelerator()
     out.mkdir(parents=True, exist_ok=True)
+    (out / "config.yaml").write_text(yaml.safe_dump(asdict(cfg), sort_keys=False))
     settings = TrainConfig(
         output_dir=cfg.output_dir,
         max_train_steps=cfg.max_train_steps,

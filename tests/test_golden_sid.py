@@ -143,9 +143,9 @@ def sid_lsg(kappa, alpha=1.0):
     return SiD(alpha, (kappa,) * 4, times=STEPS, fake_times=STEPS, gain=1.0)
 
 
-def lsg_draw(stored, drops=False):
+def lsg_draw(stored):
     """The draws of one turn; the functions drop no condition."""
-    uniform = {"t": whole(STEPS, stored["timesteps"])} | ({"drop": torch.ones(4)} if drops else {})
+    uniform = {"t": whole(STEPS, stored["timesteps"])}
     return Replay({"z": stored["z"], "eps": stored["noise"]}, uniform, samples=torch.arange(4))
 
 
@@ -180,7 +180,7 @@ def test_lsg_fake_loss(lsg_functions, kappa, close, monkeypatch):
     everything, nets, batch = lsg_functions
     stored = under(everything, f"psi_k{kappa}")
     scores = spy(monkeypatch, Guided, "__call__")
-    method, draw = sid_lsg(kappa), lsg_draw(everything, drops=kappa != 1)
+    method, draw = sid_lsg(kappa), lsg_draw(everything)
     x = method.sample(nets, batch, draw).detach()
     loss, _ = method.fake_loss(x, nets, batch, draw)
     loss.backward()
@@ -287,7 +287,7 @@ def test_lsg_loop(golden, close, monkeypatch):
 
 
 def test_lsg_dropped_prompts(golden, monkeypatch):
-    """The loop stores contexts after the drop; with any others in their place, our fake loss drops the same two."""
+    """The loop stores contexts after the drop; with any others in their place, our fake step drops the same two."""
     stored = load(golden("sid/lsg_loop_k1.5.npz"))
     net = module(golden("sid/tiny_nets.py")).TinyCond()
     fake = lsg(net, under(stored, "teacher"), stored, stored["uncond_ctx"])
@@ -297,7 +297,11 @@ def test_lsg_dropped_prompts(golden, monkeypatch):
         normal, uniform = lsg_turn(turn, "fake")
         empty = torch.from_numpy(turn["psi_prompts"] == "")[:, None, None]
         batch = {"c": {"encoder_hidden_states": torch.where(empty, turn["g_ctx"], turn["psi_ctx"])}}
-        sid_lsg(float(stored["kappa"])).fake_loss(torch.zeros(2, 4, 8, 8), nets, batch, Replay(normal, uniform))
+        draw = Replay(normal, uniform, player="fake", samples=torch.arange(2))
+        method = sid_lsg(float(stored["kappa"]))
+        with torch.no_grad():
+            x = method.sample(nets, batch, draw)
+        method.fake_loss(x, nets, batch, draw)
         assert torch.equal(scores[-1][0][3]["encoder_hidden_states"], turn["psi_ctx"])
         prompts += turn["psi_prompts"].tolist()
     assert prompts.count("") == 2

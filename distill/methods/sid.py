@@ -29,7 +29,7 @@ class SiD:
     alpha: float = 1.2  # paper, table 1 (AFHQv2 and all guided or few-step models: 1)
     kappa: tuple[float, float, float, float] = (1.0, 1.0, 1.0, 1.0)  # k1..k4; LSG: all 1.5, 2, 3 or 4.5
     p_drop: float = 0.1  # share of null conditions in the fake's step, where a kappa is not 1 (LSG code)
-    times: Law = Karras(0.002, 24.4)  # of the student's loss: t_max = 800 of 1000 (SiD code)
+    times: Law = Karras(0.002, 24.40834)  # of the student's loss: t_max = 800 of 1000 (SiD code)
     fake_times: Law = LogNormal(-1.2, 1.2)  # of the fake's loss: EDM's training law (SiD code)
     gain: float = 100.0  # on the student's loss (SiD code; LSG: 1)
     reduction: Reduction = "sum"  # over elements, mean over the batch (SiD code)
@@ -45,12 +45,12 @@ class SiD:
         return [Update("fake", self.fake_loss), Update("student", self.student_loss)]
 
     def sample(self, nets: Nets, batch: Batch, draw: Draw) -> Tensor:
+        if self.needs and draw.player == "fake":  # before generating, as in the LSG code
+            batch["c"] = drop(batch["c"], nets.fake.null, draw.uniform("drop", (len(draw.samples),)) < self.p_drop)
         return nets.generate(batch, draw, 1 + draw.index("steps", len(nets.student.times)))
 
     def fake_loss(self, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
         c, fake = batch.get("c"), nets.fake
-        if self.needs:
-            c = drop(c, fake.null, draw.uniform("drop", (len(x),)) < self.p_drop)
         t, eps = self.fake_times(draw, "t", len(x), fake.path), draw.normal("eps", x.shape).to(x)
         pred = Guided(fake, self.kappa[0])(fake.path.diffuse(x, eps, t), t, c)
         return denoising(pred, x, eps, self.reduction), {}
