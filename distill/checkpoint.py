@@ -46,7 +46,8 @@ def load(state: State, folder: Path) -> None:
             raise ValueError(f"{folder} has no {path.name}: it is not a checkpoint of this method and networks")
         stored = load_file(path)
         if name.startswith("optimizer_"):
-            _load_optimizer(state.optimizers[name.removeprefix("optimizer_")], stored)
+            if not _load_optimizer(state.optimizers[name.removeprefix("optimizer_")], stored):
+                raise ValueError(f"{path} is not of this run's parameters: use the configuration of that run")
             continue
         if stored.keys() != tensors.keys() or any(stored[k].shape != t.shape for k, t in tensors.items()):
             raise ValueError(f"{path} holds other tensors than this run's {name}: use the configuration of that run")
@@ -79,9 +80,14 @@ def _named(net: nn.Module, owned: set[int] | None = None) -> dict[str, Tensor]:
     return parameters | dict(net.named_buffers())
 
 
-def _load_optimizer(optimizer: torch.optim.Optimizer, stored: dict[str, Tensor]) -> None:
+def _load_optimizer(optimizer: torch.optim.Optimizer, stored: dict[str, Tensor]) -> bool:
+    """False if the moments do not fit the parameters."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
     entries: dict[int, dict[str, Tensor]] = {}
     for key, tensor in stored.items():
         i, name = key.split(".", 1)
         entries.setdefault(int(i), {})[name] = tensor
+    if any(i >= len(params) or entry["exp_avg"].shape != params[i].shape for i, entry in entries.items()):
+        return False
     optimizer.load_state_dict({"state": entries, "param_groups": optimizer.state_dict()["param_groups"]})
+    return True

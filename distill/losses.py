@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Literal
 
@@ -68,5 +69,6 @@ def jvp(f: Callable[..., Tensor], primals: tuple[Tensor, ...], tangents: tuple[T
     """
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    with sdpa_kernel(SDPBackend.MATH):
+    with sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch's own use of torch.jit
         return torch.func.jvp(f, primals, tangents)

@@ -87,8 +87,13 @@ class TrainConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 or more")
         if not self.learning_rate > 0 or not (self.fake_learning_rate is None or self.fake_learning_rate > 0):
             raise ValueError(f"learning rates are {self.learning_rate}, {self.fake_learning_rate}; they must be > 0")
-        if not 0 <= self.adam_beta1 < 1 or not 0 <= self.adam_beta2 < 1:
-            raise ValueError(f"Adam's betas are {self.adam_beta1}, {self.adam_beta2}; they must be in [0, 1)")
+        for name in ("adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be in [0, 1)")
+        for name in ("max_grad_norm", "ema_ramp", "checkpoints_total_limit"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} is {value}; it must be above 0, or None")
 
     def micro_batch(self, processes: int) -> int:
         """Images of one micro-batch on one process."""
@@ -185,6 +190,7 @@ def train(
                 state.ema.update(nets.student.denoiser.net, cfg.train_batch_size, step * cfg.train_batch_size)
             if hasattr(method, "after"):
                 method.after(player, nets)
+        own(players, *players)
         state.step += 1
         yield state
 
@@ -213,11 +219,11 @@ def adam(params: list[nn.Parameter], lr: float, cfg: TrainConfig) -> torch.optim
     return torch.optim.AdamW(params, lr, betas, cfg.adam_epsilon, cfg.adam_weight_decay, fused=True)
 
 
-def own(players: dict[str, list[nn.Parameter]], player: str) -> None:
+def own(players: dict[str, list[nn.Parameter]], *player: str) -> None:
     """Exactly the parameters of `player` require gradients; gradients still flow *through* the others."""
     for name, params in players.items():
         for p in params:
-            p.requires_grad_(name == player)
+            p.requires_grad_(name in player)
 
 
 def average(params: list[nn.Parameter], accelerator: Accelerator) -> None:

@@ -1,0 +1,28 @@
+"""Consistency distillation (CD) on the digits: one or two steps from one student. Values ours unless a source is named.
+
+`accelerate launch recipes/lcd_digits.py --teacher runs/digits/teacher`
+"""
+
+from distill.config import Config
+from distill.methods import LCD
+from distill.roles import StudentConfig
+from distill.trainer import TrainConfig
+from pipelines.run import main
+
+CONFIG = Config(
+    method=LCD(N=18, solver="heun", target_ema=0.95),  # paper, CIFAR-10
+    teacher="runs/digits/teacher",
+    student=StudentConfig(steps=2),  # sigma 80, then 0.625
+    train=TrainConfig(
+        output_dir="runs/digits/lcd",
+        max_train_steps=3000,
+        train_batch_size=64,
+        learning_rate=5e-4,
+        lr_scheduler="linear",
+        lr_warmup_steps=20,
+        ema_half_life=6000,
+    ),
+)
+
+if __name__ == "__main__":
+    main(CONFIG, doc=__doc__)
