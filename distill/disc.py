@@ -7,7 +7,14 @@ import math
 from torch import Tensor, nn
 
 
-class Head(nn.Sequential):
+class Float(nn.Sequential):
+    """Layers that take features of any precision and work in that of their weights."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        return super().forward(features.to(next(self.parameters()).dtype))
+
+
+class Head(Float):
     """DMD2's classifier: halve `strided` times, collapse 4x4 to 1x1, one logit. Features [B, C, S, S] -> [B, 1, 1, 1].
 
     S = 4 * 2**strided. Every convolution is followed by group normalisation and SiLU (Yin et al. 2024, appendix).
@@ -20,15 +27,12 @@ class Head(nn.Sequential):
         layers = [layer for _ in range(strided) for layer in block(2, 1)] + block(4, 0)
         super().__init__(*layers, nn.Conv2d(channels, 1, 1))
 
-    def forward(self, features: Tensor) -> Tensor:
-        return super().forward(features.to(self[0].weight.dtype))
-
 
 def head(feature: Tensor) -> nn.Module:
     """A head for features shaped like `feature`: [1, C, S, S] gives DMD2's, [1, C] a two-layer perceptron."""
     channels = feature.shape[1]
     if feature.ndim == 2:
-        return nn.Sequential(nn.Linear(channels, channels), nn.SiLU(), nn.Linear(channels, 1))
+        return Float(nn.Linear(channels, channels), nn.SiLU(), nn.Linear(channels, 1))
     side = feature.shape[-1]
     strided = round(math.log2(side / 4)) if side >= 4 else -1
     if feature.ndim != 4 or feature.shape[-2] != side or strided < 0 or 4 * 2**strided != side:

@@ -9,7 +9,7 @@ from tiny import tiny
 from torch import nn
 
 from distill import losses
-from distill.disc import Head, head
+from distill.disc import head
 from distill.losses import (
     denoising,
     gan_discriminator,
@@ -200,7 +200,8 @@ class TestHead:
 
     def test_precision(self):
         """Half-precision features enter a float32 head."""
-        assert Head(8, groups=4)(torch.randn(1, 8, 4, 4).bfloat16()).dtype == torch.float32
+        for feature in (torch.randn(1, 8, 4, 4), torch.randn(1, 8)):
+            assert head(feature)(feature.bfloat16()).dtype == torch.float32
 
     @pytest.mark.parametrize("shape", ((1, 8, 6, 6), (1, 8, 2, 2), (1, 8, 8, 4), (1, 8, 16), (1, 8, 4, 4, 4)))
     def test_other_shapes(self, shape):
