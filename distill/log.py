@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -19,8 +20,9 @@ if TYPE_CHECKING:
 
 
 class Log:
-    """Called with the state after every step; writes the mean of the steps since the last line. Main process only.
+    """Called on every process with the state after every step; the main one writes means since the last line.
 
+    A mean is over steps and processes, fetched from the device once a line.
     log.jsonl: one JSON object a line with "step", "seconds" and every logged value.
     """
 
@@ -28,9 +30,9 @@ class Log:
         self.cfg, self.accelerator, self.path = cfg, accelerator, Path(cfg.output_dir) / "log.jsonl"
         self.sums: dict[str, Tensor] = {}
         self.counts: dict[str, int] = {}
-        kept = [line for line in self._lines() if json.loads(line)["step"] <= step]
-        self.start = time.perf_counter() - (json.loads(kept[-1])["seconds"] if kept else 0.0)
         main = accelerator.is_main_process
+        kept = [line for line in self._lines() if json.loads(line)["step"] <= step] if main else []
+        self.start = time.perf_counter() - (json.loads(kept[-1])["seconds"] if kept else 0.0)
         if main:
             self.path.write_text("".join(kept))
         self.bar = tqdm(total=cfg.max_train_steps, initial=step, disable=not main, dynamic_ncols=True, unit="step")
@@ -45,7 +47,8 @@ class Log:
         self.bar.update()
         if state.step % self.cfg.logging_steps and state.step != self.cfg.max_train_steps:
             return
-        values = {name: float(total) / self.counts[name] for name, total in self.sums.items()}
+        means = torch.stack([(total / self.counts[name]).float() for name, total in self.sums.items()])
+        values = dict(zip(self.sums, self.accelerator.reduce(means, "mean").tolist(), strict=True))
         self.sums, self.counts = {}, {}
         if self.accelerator.is_main_process:
             line = {"step": state.step, "seconds": round(time.perf_counter() - self.start, 3), **values}
