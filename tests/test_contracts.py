@@ -1,0 +1,464 @@
+"""Where gradients flow in each method, and where they must not: networks of a few hundred weights, float64.
+
+Every network's weights require gradients here, so that a leak is seen; the trainer's own() is used where it matters.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from gaussian import F64, SCHEDULES
+from tiny import tiny
+
+from distill.denoiser import plain
+from distill.disc import head
+from distill.draw import Draw
+from distill.guidance import Guided
+from distill.losses import gan_discriminator, gan_generator
+from distill.methods import DMD2, LCD, SCM, VSD, SiD, scm, sid
+from distill.roles import Nets
+from distill.schedule import EDM
+from distill.student import Student
+from distill.trainer import own
+
+N, CLASSES = 8, 3
+near = lambda got, want, tol=1e-12: torch.testing.assert_close(got, want, rtol=tol, atol=tol)
+
+PUSHED = {  # the scores say where to go and are not differentiated
+    "dmd2": DMD2(guidance=1.5, gan=0, gan_fake=0),
+    "vsd": VSD(guidance=2.0),
+    "vsd-random": VSD(guidance=(0.5, 4.0), fake_guidance=1.0),
+    "lcd": LCD(guidance=1.5),
+    "lcd-heun": LCD(guidance=(2.0, 14.0), solver="heun", huber_c=None),
+    "scm": SCM(guidance=1.5, warmup=0),
+}
+THROUGH = {  # gradients flow through both scores
+    "sid": SiD(),
+    "sid-unweighted": SiD(alpha=1.0, normalise=False),
+    "sid-kappa": SiD(kappa=(1.0, 1.5, 2.0, 2.5)),
+}
+METHODS = PUSHED | THROUGH
+
+
+class Plain(Draw):
+    """Draws in float64 that remember their names."""
+
+    def __init__(self, player="student", seed=0):
+        super().__init__(seed, 0, player, torch.arange(N))
+        self.names = []
+
+    def normal(self, name, shape):
+        self.names.append(name)
+        return super().normal(name, shape).double()
+
+    def uniform(self, name, shape):
+        self.names.append(name)
+        return super().uniform(name, shape)
+
+
+def nets_of(method, schedule=EDM(), kind="edm", same=False):
+    """Four different networks (or a fake that is the teacher's copy); the student takes one call."""
+    make = lambda seed: tiny(schedule, kind, seed, classes=CLASSES)
+    first = 1.0 if kind != "edm" else 0.5  # sigma 2.5
+    nets = Nets(make(0), Student(make(2), (first,)), (2,))
+    if "fake" in method.roles:
+        nets.fake = make(0 if same else 1)
+    if "target" in method.roles:
+        nets.target = make(3)
+    if "disc" in method.roles:
+        torch.manual_seed(0)
+        nets.disc = head(torch.zeros(1, 16)).double()
+    return nets
+
+
+def batch_of(draw):
+    label = torch.arange(N) % CLASSES
+    return {
+        "c": {"label": label},
+        "real": draw.normal("real", (N, 2)),
+        "real_c": {"label": (label + 1) % CLASSES},
+    }
+
+
+def student_turn(method, nets, draw=None):
+    """(loss, logs) with its graph."""
+    draw = draw or Plain()
+    batch = batch_of(draw)
+    return method.student_loss(method.sample(nets, batch, draw), nets, batch, draw)
+
+
+def weights(nets, role="student"):
+    return list((nets.teacher.net if role == "teacher" else nets.modules()[role]).parameters())
+
+
+def gradients(loss, params):
+    grads = torch.autograd.grad(loss, params, allow_unused=True, retain_graph=True)
+    return [torch.zeros_like(p) if g is None else g for p, g in zip(params, grads)]
+
+
+def size(tensors):
+    return float(torch.cat([t.flatten() for t in tensors]).norm())
+
+
+class Tape:
+    """A network's outputs, recorded in one run and played back in the next as constants, whatever it is asked."""
+
+    def __init__(self):
+        self.outs, self.playing = [], False
+
+    def __call__(self, net, x, t, c):
+        if self.playing:
+            return self.outs.pop(0)
+        out = plain(net, x, t, c)
+        self.outs.append(out.detach())
+        return out
+
+
+def with_constant_scores(method, **change):
+    """The student's gradient twice: as it is, and with all other networks replaced by what they said."""
+    nets, tape = nets_of(method, **change), Tape()
+    others = [name for name in ("teacher", "fake", "target") if getattr(nets, name) is not None]
+    for name in others:
+        setattr(nets, name, replace(getattr(nets, name), call=tape))
+    grads = []
+    for tape.playing in (False, True):
+        grads.append(gradients(student_turn(method, nets)[0], weights(nets)))
+    assert not tape.outs
+    return grads
+
+
+def slope(f, params, direction, h=1e-5):
+    """Central difference of f() along `direction`."""
+    values = []
+    for sign in (1, -1):
+        with torch.no_grad():
+            for p, d in zip(params, direction):
+                p += sign * h * d
+            values.append(float(f()))
+            for p, d in zip(params, direction):
+                p -= sign * h * d
+    return (values[0] - values[1]) / (2 * h)
+
+
+def random_direction(params):
+    return [torch.randn_like(p) for p in params]
+
+
+@pytest.mark.parametrize("schedule", ("edm", "flow", "vp"))
+@pytest.mark.parametrize("name", PUSHED)
+class TestPushed:
+    def at(self, schedule):
+        return dict(schedule=SCHEDULES[schedule], kind="edm" if schedule == "edm" else "v")
+
+    def test_no_gradient_to_the_weights_of_others(self, name, schedule):
+        method, nets = PUSHED[name], nets_of(PUSHED[name], **self.at(schedule))
+        student_turn(method, nets)[0].backward()
+        for role in {"teacher", *nets.modules()} - {"student"}:
+            assert all(p.grad is None for p in weights(nets, role)), role
+        assert size([p.grad for p in weights(nets)]) > 0
+
+    def test_no_gradient_through_the_scores(self, name, schedule):
+        """Not by the path of their inputs either: the same gradient if the scores are constants."""
+        as_is, constant = with_constant_scores(PUSHED[name], **self.at(schedule))
+        assert size(as_is) > 0 and all(torch.equal(a, b) for a, b in zip(as_is, constant))
+
+
+@pytest.mark.parametrize("schedule", ("edm", "flow", "vp"))
+@pytest.mark.parametrize("name", THROUGH)
+class TestThrough:
+    def at(self, schedule):
+        return dict(schedule=SCHEDULES[schedule], kind="edm" if schedule == "edm" else "v")
+
+    def test_differs_with_constant_scores(self, name, schedule):
+        as_is, constant = with_constant_scores(THROUGH[name], **self.at(schedule))
+        assert size([a - b for a, b in zip(as_is, constant)]) > 0.05 * size(as_is)
+
+    @pytest.mark.parametrize("role", ("teacher", "fake"))
+    def test_reaches_both_scores(self, name, schedule, role):
+        nets = nets_of(THROUGH[name], **self.at(schedule))
+        assert size(gradients(student_turn(THROUGH[name], nets)[0], weights(nets, role))) > 0
+
+    def test_is_the_derivative_of_the_loss(self, name, schedule, monkeypatch):
+        """Finite differences of the whole loss, with the weight 1 / mean|x - real| held."""
+        method, nets, held = THROUGH[name], nets_of(THROUGH[name], **self.at(schedule)), []
+        params = weights(nets)
+        right = sid.normaliser
+        monkeypatch.setattr(sid, "normaliser", lambda x, real: held.append(right(x, real)) or held[0])
+        got = gradients(student_turn(method, nets)[0], params)
+        direction = random_direction(params)
+        want = slope(lambda: student_turn(method, nets)[0], params, direction)
+        assert float(sum((g * d).sum() for g, d in zip(got, direction))) == pytest.approx(want, rel=1e-6)
+
+
+class TestTargets:
+    """Consistency targets have no gradient either where the target is the student itself."""
+
+    def test_lcd(self):
+        """target_ema = 0 is a frozen copy of the student."""
+        itself, copied = LCD(target_ema=0), LCD(target_ema=0.9)
+        nets = nets_of(itself)
+        frozen = replace(nets, target=nets.student.denoiser.copy())
+        got, want = gradients(student_turn(itself, nets)[0], weights(nets)), student_turn(copied, frozen)[0]
+        assert all(torch.equal(a, b) for a, b in zip(got, gradients(want, weights(nets))))
+
+    @pytest.mark.parametrize("normalise", (True, False))
+    @pytest.mark.parametrize("schedule", ("edm", "flow", "vp"))
+    def test_scm(self, schedule, normalise, monkeypatch):
+        """The derivative of |F - constant|^2, by finite differences with what jvp said held."""
+        method = SCM(guidance=1.5, warmup=0, normalise=normalise)
+        nets = nets_of(method, SCHEDULES[schedule], "v")
+        params, held, right = weights(nets), [], scm.jvp
+        monkeypatch.setattr(scm, "jvp", lambda *a: held.append(right(*a)) or held[0])
+        got = gradients(student_turn(method, nets)[0], params)
+        direction = random_direction(params)
+        want = slope(lambda: student_turn(method, nets)[0], params, direction)
+        assert float(sum((g * d).sum() for g, d in zip(got, direction))) == pytest.approx(want, rel=1e-6)
+
+    @pytest.mark.parametrize("norm, factor", (("rms", 1.0), ("vector", 2**0.5)))
+    def test_scm_tangent_normalisation(self, norm, factor):
+        """g / (|g| + c): the loss at the current weights is the mean square of what remains."""
+        plain, normal = SCM(warmup=0, normalise=False, norm=norm), SCM(warmup=0, norm=norm, c=0.1)
+        nets = nets_of(plain)
+        one = Plain()
+        one.samples = one.samples[:1]  # of one sample
+        pick = lambda method: method.student_loss(torch.ones(1, 2, dtype=F64), nets, {"real_c": label}, one)
+        label = {"label": torch.tensor([0])}
+        (raw, logs), (loss, _) = pick(plain), pick(normal)
+        assert float(logs["tangent"]) == pytest.approx(factor * float(raw.detach()) ** 0.5, rel=1e-12)
+        want = float(raw.detach()) / (factor * float(raw.detach()) ** 0.5 + 0.1) ** 2
+        assert float(loss.detach()) == pytest.approx(want, rel=1e-12)
+
+    def test_scm_warm_up(self):
+        """g = g0 + r g1 with r from 0 to 1 in `warmup` steps; g0 vanishes where the student is the teacher."""
+
+        class Same(Draw):
+            """The same numbers at every step."""
+
+            def normal(self, name, shape):
+                return torch.randn(shape, dtype=F64, generator=torch.Generator().manual_seed(len(name)))
+
+        method = SCM(warmup=8, normalise=False)
+        nets = nets_of(method)
+        batch = batch_of(Plain())
+        loss = lambda step: float(
+            method.student_loss(batch["real"], nets, batch, Same(0, step, "student", torch.arange(N)))[0].detach()
+        )
+        start, half, end = loss(0), loss(4), loss(8)
+        assert loss(9) == loss(10**6) == end != start
+        quadratic = 2 * (start + end - 2 * half)
+        assert loss(2) == pytest.approx(start + (end - start - quadratic) / 4 + quadratic / 16, rel=1e-10)
+        nets.student = Student(nets.teacher.copy())
+        assert loss(0) < 1e-20 < 1e-3 < loss(8)
+
+
+class TestZero:
+    """A score method has nothing to teach where fake = teacher, under equal guidance and without a GAN."""
+
+    @pytest.mark.parametrize("schedule", ("edm", "flow", "vp"))
+    @pytest.mark.parametrize(
+        "method",
+        (
+            DMD2(gan=0, gan_fake=0),
+            VSD(guidance=4.5),
+            VSD(guidance=(0.5, 4.0)),
+            SiD(),
+            SiD(alpha=1.0, kappa=(1.5,) * 4),
+        ),
+        ids=("dmd2", "vsd", "vsd-random", "sid", "sid-lsg"),
+    )
+    def test_fake_is_teacher(self, method, schedule):
+        nets = nets_of(method, SCHEDULES[schedule], "v", same=True)
+        loss, logs = student_turn(method, nets)
+        assert size(gradients(loss, weights(nets))) < 1e-9
+        assert float(logs["score_gap"]) < 1e-20
+
+    @pytest.mark.parametrize(
+        "method",
+        (DMD2(guidance=2.0, gan=0, gan_fake=0), VSD(guidance=4.5, fake_guidance=1.0), SiD(kappa=(1.0, 1.0, 1.0, 2.0))),
+        ids=("dmd2", "vsd", "sid"),
+    )
+    def test_unequal_guidance(self, method):
+        nets = nets_of(method, same=True)
+        assert size(gradients(student_turn(method, nets)[0], weights(nets))) > 1e-3
+
+
+class TestByHand:
+    """The loss of one turn from its equations."""
+
+    def test_dmd2(self):
+        """g = (fake - real) / mean|x - real| per sample, over the number of elements."""
+        method = PUSHED["dmd2"]
+        nets, draw = nets_of(method), Plain()
+        batch = batch_of(draw)
+        x = method.sample(nets, batch, draw)
+        t, eps = method.times(draw, "t", N, EDM()), draw.normal("eps", (N, 2))
+        x_t = x.detach() + EDM().native(t)[:, None] * eps
+        real, fake = Guided(nets.teacher, 1.5)(x_t, t, batch["c"]).x0, nets.fake(x_t, t, batch["c"]).x0
+        g = (fake - real) / (x - real).abs().mean(1, keepdim=True)
+        want = torch.autograd.grad(x, weights(nets), g.detach() / x.numel(), retain_graph=True)
+        for a, b in zip(gradients(student_turn(method, nets)[0], weights(nets)), want):
+            near(a, b)
+
+    @pytest.mark.parametrize("reduction", ("mean", "sum"))
+    def test_vsd(self, reduction):
+        """sigma^2 (eps_real - eps_fake) under one guidance, times what the reduction says."""
+        method = VSD(guidance=2.0, reduction=reduction)
+        path = SCHEDULES["vp"]
+        nets, draw = nets_of(method, path, "v"), Plain()
+        batch = batch_of(draw)
+        x = method.sample(nets, batch, draw)
+        t, eps = method.times(draw, "t", N, path), draw.normal("eps", (N, 2))
+        x_t = path.diffuse(x.detach(), eps, t)
+        gap = Guided(nets.teacher, 2.0)(x_t, t, batch["c"]).eps - Guided(nets.fake, 2.0)(x_t, t, batch["c"]).eps
+        g = path.coefficients(t)[1][:, None] ** 2 * gap / (x.numel() if reduction == "mean" else N)
+        want = torch.autograd.grad(x, weights(nets), g.detach(), retain_graph=True)
+        for a, b in zip(gradients(student_turn(method, nets)[0], weights(nets)), want):
+            near(a, b)
+
+    def test_lcd_boundary_and_guidance_told(self):
+        """Student and target are told the teacher's guidance; at s = 0 the target is x_0 itself."""
+        method = LCD(N=1, guidance=(2.0, 14.0), target_ema=0.9, huber_c=None)
+        nets, draw, heard = nets_of(method), Plain(), {}
+        for role, denoiser in (("student", nets.student.denoiser), ("target", nets.target), ("teacher", nets.teacher)):
+            denoiser.net.register_forward_hook(
+                lambda m, args, kwargs, out, role=role: heard.update({role: kwargs}), with_kwargs=True
+            )
+        loss, _ = student_turn(method, nets, draw)
+        w = 2 + 12 * draw.uniform("guidance", (N,))
+        near(heard["student"]["guidance"], w, 0)
+        assert "guidance" not in heard["teacher"] and "uniform" not in heard
+        one, zero, batch = torch.ones(N, dtype=F64), torch.zeros(N, dtype=F64), batch_of(Plain())
+        x_t = EDM().diffuse(batch["real"], draw.normal("eps", (N, 2)), one)
+        pred = Guided(nets.teacher, w)(x_t, one, batch["real_c"])
+        x_0 = EDM().diffuse(pred.x0, pred.eps, zero)  # N = 1: one DDIM step from t = 1 to 0
+        f = nets.student.denoiser(x_t, one, batch["real_c"] | {"guidance": w}).x0
+        near(loss, ((f - x_0) ** 2).mean(), 1e-9)
+
+    def test_lcd_target_follows(self):
+        method = LCD(target_ema=0.9)
+        nets = nets_of(method)
+        before = [p.detach().clone() for p in weights(nets, "target")]
+        method.after("student", nets)
+        for old, student, new in zip(before, weights(nets), weights(nets, "target")):
+            near(new, 0.9 * old + 0.1 * student)
+
+
+class TestGan:
+    """DMD2's classifier reads features of the fake score at its own noise."""
+
+    def setup_method(self):
+        self.method = DMD2(gan=0.3, gan_fake=0.7, taps=("mid",))
+        self.nets = nets_of(self.method)
+        self.players = {
+            "student": weights(self.nets),
+            "fake": [*weights(self.nets, "fake"), *weights(self.nets, "disc")],
+        }
+        for p in weights(self.nets, "teacher"):
+            p.requires_grad_(False)
+
+    def without(self):
+        """The same turn without the GAN."""
+        return replace(self.method, gan=0.0, gan_fake=0.0)
+
+    def fake_turn(self, method):
+        draw = Plain("fake")
+        batch = batch_of(draw)
+        with torch.no_grad():
+            x = method.sample(self.nets, batch, draw)
+        return method.fake_loss(x, self.nets, batch, draw)
+
+    def test_students_turn(self):
+        """It reaches the student through the encoder and the head, whose own weights get nothing."""
+        own(self.players, "student")
+        student_turn(self.method, self.nets)[0].backward()
+        assert all(p.grad is None for p in (*self.players["fake"], *weights(self.nets, "teacher")))
+        whole = [p.grad for p in self.players["student"]]
+        rest = gradients(student_turn(self.without(), self.nets)[0], self.players["student"])
+        gan = [a - b for a, b in zip(whole, rest)]
+        assert size(gan) > 0
+        direction = random_direction(gan)
+        want = 0.3 * slope(lambda: student_turn(self.method, self.nets)[1]["gan"], self.players["student"], direction)
+        assert float(sum((g * d).sum() for g, d in zip(gan, direction))) == pytest.approx(want, rel=1e-6)
+
+    def test_fakes_turn(self):
+        """It trains the head and the encoder up to the tapped layer, and nobody else."""
+        own(self.players, "fake")
+        loss, logs = self.fake_turn(self.method)
+        loss.backward()
+        assert all(p.grad is None for p in (*self.players["student"], *weights(self.nets, "teacher")))
+        whole = dict(self.nets.fake.net.named_parameters())
+        whole = {name: p.grad.clone() for name, p in whole.items()}
+        rest = gradients(self.fake_turn(self.without())[0], weights(self.nets, "fake"))
+        gan = {name: size([whole[name] - g]) for (name, _), g in zip(self.nets.fake.net.named_parameters(), rest)}
+        assert all(gan[name] > 1e-6 for name in ("first.weight", "first.bias", "label.weight", "mid.weight"))
+        assert gan["last.weight"] < 1e-12 and gan["last.bias"] < 1e-12
+        assert size([p.grad for p in weights(self.nets, "disc")]) > 0
+        plain = self.fake_turn(self.without())[0]
+        near(loss.detach(), (plain + 0.7 * logs["gan"]).detach())
+
+    def test_values(self):
+        """Generator: softplus(-l(x)); classifier: both terms, with the real images' own condition and noise."""
+        draw = Plain()
+        batch, nets = batch_of(draw), self.nets
+        x = self.method.sample(nets, batch, draw)
+
+        def logits(x, c, draw, name):
+            u, eps = self.method.gan_times(draw, f"{name}_t", N, EDM()), draw.normal(f"{name}_eps", (N, 2))
+            return nets.disc(nets.fake.features(EDM().diffuse(x, eps, u), u, c, ("mid",))[0])
+
+        _, logs = self.method.student_loss(x, nets, batch, draw)
+        near(logs["gan"], gan_generator(logits(x, batch["c"], draw, "gan")))
+        draw = Plain("fake")
+        _, logs = self.method.fake_loss(x.detach(), nets, batch, draw)
+        fake = logits(x.detach(), batch["c"], draw, "gan_fake")
+        real = logits(batch["real"], batch["real_c"], draw, "gan_real")
+        near(logs["gan"], gan_discriminator(fake, real))
+
+    def test_own_random_numbers(self):
+        draw = Plain()
+        student_turn(self.method, self.nets, draw)
+        assert sorted(draw.names) == ["eps", "gan_eps", "gan_t", "real", "t", "z"]
+
+
+class TestFakeTurn:
+    @pytest.mark.parametrize("name", ("dmd2", "vsd", "sid-kappa"))
+    def test_only_the_fake_is_reached(self, name):
+        method, draw = METHODS[name], Plain("fake")
+        nets = nets_of(method)
+        batch = batch_of(draw)
+        with torch.no_grad():
+            x = method.sample(nets, batch, draw)
+        method.fake_loss(x, nets, batch, draw)[0].backward()
+        assert all(p.grad is None for p in (*weights(nets), *weights(nets, "teacher")))
+        assert size([p.grad for p in weights(nets, "fake")]) > 0
+
+    @pytest.mark.parametrize("method", (VSD(p_drop=0.5), SiD(kappa=(1.5,) * 4, p_drop=0.5)), ids=("vsd", "sid"))
+    def test_conditions_are_dropped_where_the_fake_is_guided(self, method):
+        """SiD-LSG's samples are also made without them."""
+        nets, draw, heard = nets_of(method), Plain("fake"), {}
+        for role, denoiser in (("student", nets.student.denoiser), ("fake", nets.fake)):
+            denoiser.net.register_forward_hook(
+                lambda m, args, kwargs, out, role=role: heard.update({role: kwargs["label"][:N].tolist()}),
+                with_kwargs=True,
+            )
+        batch = batch_of(draw)
+        given = batch["c"]["label"]
+        method.fake_loss(method.sample(nets, batch, draw).detach(), nets, batch, draw)
+        dropped = draw.uniform("drop", (N,)) < 0.5
+        assert 0 < dropped.sum() < N
+        assert heard["fake"] == torch.where(dropped, CLASSES, given).tolist()
+        assert heard["student"] == (heard["fake"] if isinstance(method, SiD) else given.tolist())
+
+    def test_not_in_the_students_turn(self):
+        for method in (SiD(kappa=(1.5,) * 4, p_drop=1.0), VSD(p_drop=1.0)):
+            draw = Plain()
+            student_turn(method, nets_of(method), draw)
+            assert "drop" not in draw.names
+
+    def test_and_only_there(self):
+        for method in (SiD(p_drop=1.0), VSD(guidance=1.0, p_drop=1.0), DMD2(guidance=3.0, gan=0, gan_fake=0)):
+            draw = Plain("fake")
+            batch = batch_of(draw)
+            nets = nets_of(method)
+            method.fake_loss(method.sample(nets, batch, draw).detach(), nets, batch, draw)
+            assert "drop" not in draw.names
