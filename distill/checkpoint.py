@@ -54,7 +54,12 @@ def load(state: State, folder: Path) -> None:
         with torch.no_grad():
             for key, tensor in tensors.items():
                 tensor.copy_(stored[key])
-    state.step = json.loads((folder / "state.json").read_text())["step"]
+    state.step = step(folder)
+
+
+def step(folder: Path) -> int:
+    """Iterations done when a checkpoint was saved."""
+    return json.loads((folder / "state.json").read_text())["step"]
 
 
 def found(output_dir: Path) -> list[Path]:

@@ -43,17 +43,29 @@ def parse(default: Config[M], argv: list[str] | None = None, doc: str | None = N
     An unknown flag, a wrong type or an impossible value ends with one message that names it, exit status 2.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
+    argv = [part for arg in argv for part in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
     if "--config" in argv:
         i = argv.index("--config")
-        path = Path(argv[i + 1]) if i + 1 < len(argv) else None
-        if path is None or not path.is_file():
-            fail(f"--config needs the path of a YAML file (as a run writes it to its config.yaml); got {path}")
-        argv = _flags(yaml.safe_load(path.read_text()) or {}) + argv[:i] + argv[i + 2 :]
+        argv = _file(argv[i + 1 : i + 2]) + argv[:i] + argv[i + 2 :]
+    doc = f"{doc or ''}\n\n--config FILE.yaml, a run's config.yaml say, sets all that it holds; flags go on top."
     kind = Config[type(default.method)]  # type: ignore[misc]
     try:
         return tyro.cli(kind, default=default, args=argv, description=doc, use_underscores=True)
     except ValueError as error:  # a value that a dataclass refuses
         fail(str(error))
+
+
+def _file(path: list[str]) -> list[str]:
+    """A YAML file as flags."""
+    if not path or not Path(path[0]).is_file():
+        fail(f"--config needs the path of a YAML file (as a run writes it to its config.yaml); got {path or 'nothing'}")
+    try:
+        tree = yaml.safe_load(Path(path[0]).read_text())
+    except yaml.YAMLError as error:
+        fail(f"--config {path[0]} is not YAML: {error}")
+    if not isinstance(tree, dict):
+        fail(f"--config {path[0]} must hold names with values, as a run's config.yaml does")
+    return _flags(tree)
 
 
 def dump(config: Config[Any]) -> str:

@@ -41,6 +41,8 @@ class Log:
         return self.path.read_text().splitlines(keepends=True) if self.path.is_file() else []
 
     def __call__(self, state: State) -> None:
+        if not state.logs:  # a finished run, resumed
+            return
         for name, value in state.logs.items():
             self.sums[name] = self.sums.get(name, 0.0) + value.detach()
             self.counts[name] = self.counts.get(name, 0) + 1

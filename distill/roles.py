@@ -57,6 +57,15 @@ class StudentConfig:
     renoise: Literal["fresh", "ddim"] = "fresh"  # noise between calls
     times: tuple[float, ...] | None = None  # all times in (0, 1], instead of `steps` falling uniformly
     lora: LoRA = field(default_factory=LoRA)  # adapters on the teacher's weights instead of a full copy
+    freeze: tuple[str, ...] = ()  # modules that keep the teacher's weights: "time_embedding", say
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"steps is {self.steps}; it must be at least 1")
+        for name in ("sigma", "scale"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < float("inf"):
+                raise ValueError(f"{name} is {value}; it must be above 0, or None")
 
 
 @dataclass(frozen=True)
@@ -95,6 +104,8 @@ def build(
         ),
         shape,
     )
+    for name in student.freeze:
+        nets.student.denoiser.net.get_submodule(name).requires_grad_(False)
     if "fake" in method.roles:
         nets.fake = replace(teacher, net=fake.lora(teacher.net))
     if "target" in method.roles:

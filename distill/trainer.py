@@ -136,6 +136,7 @@ def train(
 ) -> Iterator[State]:
     """Co-train the players of `method`, yielding the state after every step until `cfg.max_train_steps`.
 
+    A finished run, resumed, yields its state once.
     data(draw) -> batch with "c" and what the method needs. resume: a checkpoint folder to continue, bit for bit.
     draw: the source of random numbers, called (seed, step, player, samples [B]); replaced in tests.
     """
@@ -154,6 +155,8 @@ def train(
     first = accelerator.process_index * micro * cfg.gradient_accumulation_steps
     samples = torch.arange(first, first + micro * cfg.gradient_accumulation_steps, device=accelerator.device)
 
+    if state.step >= cfg.max_train_steps:
+        yield state
     while state.step < cfg.max_train_steps:
         step, state.logs, kept = state.step, {}, []
         for update in method.updates():

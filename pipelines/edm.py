@@ -55,6 +55,17 @@ def teacher(unet: UNet2DModel, sigma_d: float, null_class: int | None, pipe: Any
     return Teacher(denoiser, encode, lambda x: x.clamp(-1, 1), shape, times, pipe)
 
 
+@torch.no_grad()
+def smooth(unet: UNet2DModel, max_frequency: float) -> None:
+    """Cut the network off from the components of its time embedding that turn faster than `max_frequency`.
+
+    In radians per unit of ln sigma; the embedding of 250 ln sigma turns by up to 250.
+    """
+    half = unet.time_embedding.linear_1.in_features // 2
+    fast = 250 * 10000 ** -(torch.arange(half) / half) > max_frequency
+    unet.time_embedding.linear_1.weight[:, fast.repeat(2)] = 0
+
+
 def load(folder: Path) -> Teacher:
     """A pipeline folder as a teacher."""
     from diffusers import ConsistencyModelPipeline

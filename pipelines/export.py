@@ -6,6 +6,7 @@ import importlib
 import json
 import shutil
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import nn
@@ -17,6 +18,11 @@ from pipelines import FAMILIES, ExportError, Teacher
 TOLERANCE = 1e-3  # largest difference of an image in [0, 1]
 
 
+def family(teacher: Teacher) -> ModuleType:
+    """The module of this package for the teacher's pipeline."""
+    return importlib.import_module(f"pipelines.{FAMILIES[type(teacher.pipe).__name__]}")
+
+
 def export(student: Student, teacher: Teacher, net: nn.Module, folder: Path, config: str, card: str = "") -> float:
     """Write `net` (the student's averaged weights) as a pipeline folder; the largest image difference after reloading.
 
@@ -24,8 +30,7 @@ def export(student: Student, teacher: Teacher, net: nn.Module, folder: Path, con
     does not sample what the student samples.
     """
     net = merged(net)
-    family = importlib.import_module(f"pipelines.{FAMILIES[type(teacher.pipe).__name__]}")
-    pipe = family.export(student, teacher, net)
+    pipe = family(teacher).export(student, teacher, net)
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     pipe.save_pretrained(partial, safe_serialization=True)

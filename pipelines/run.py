@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,9 @@ def main(default: Config[Any], argv: list[str] | None = None, doc: str | None = 
         run(config, out, resume)
     except (ValueError, FloatingPointError, ExportError) as error:
         fail(str(error))
+    except KeyboardInterrupt:
+        sys.stderr.write("\ninterrupted: nothing of this step is saved\n")
+        raise SystemExit(130) from None
 
 
 def smoke(config: Config[Any]) -> Config[Any]:
@@ -63,8 +69,8 @@ def run(config: Config[Any], out: Path, resume: Path | None) -> None:
     from distill.draw import Draw
     from distill.log import Log
     from distill.roles import build
-    from distill.trainer import train
-    from pipelines.export import export
+    from distill.trainer import State, train
+    from pipelines.export import export, family
 
     cfg = config.train
     accelerator = Accelerator(log_with=None if cfg.report_to == "none" else cfg.report_to, project_dir=out)
@@ -77,35 +83,54 @@ def run(config: Config[Any], out: Path, resume: Path | None) -> None:
         student = dataclasses.replace(student, times=teacher.times(student.steps, student.sigma))
     example = teacher.encode([0])
     nets = build(config.method, teacher.denoiser, teacher.shape, example, student, config.fake)
+    family(teacher).export(nets.student, teacher, teacher.denoiser.net)  # what can't be exported is refused now
     if accelerator.is_main_process:
         out.mkdir(parents=True, exist_ok=True)
         (out / "config.yaml").write_text(dump(config))
     accelerator.init_trackers("distill", config=None)
     labels = torch.arange(40, device=accelerator.device) % 10
     fixed = Draw(cfg.seed, -1, "validation", torch.arange(40, device=accelerator.device))
-    log, state = Log(cfg, accelerator, int(resume.name.split("-")[1]) if resume else 0), None
-    try:
+    log = Log(cfg, accelerator, checkpoint.step(resume) if resume else 0)
+
+    @torch.no_grad()
+    def preview(state: State) -> None:
+        z = fixed.normal("z", (40, *teacher.shape))
+        x = nets.student.using(state.ema.net).generate(z, teacher.encode(labels), fixed)
+        log.images(teacher.decode(x), state.step)
+
+    with closing(log), ctrl_c() as pressed:
         for state in train(config.method, nets, config.data, cfg, accelerator, resume):
             log(state)
-            if not accelerator.is_main_process:
-                continue
-            if cfg.validation_steps and state.step % cfg.validation_steps == 0:
-                with torch.no_grad():
-                    z = fixed.normal("z", (40, *teacher.shape))
-                    x = nets.student.using(state.ema.net).generate(z, teacher.encode(labels), fixed)
-                log.images(teacher.decode(x), state.step)
-            if cfg.checkpointing_steps and state.step % cfg.checkpointing_steps == 0:
-                checkpoint.save(state, out, cfg.checkpoints_total_limit)
-    except KeyboardInterrupt:
-        if state is not None and accelerator.is_main_process:
-            folder = checkpoint.save(state, out, cfg.checkpoints_total_limit)
-            sys.stderr.write(f"\ninterrupted; saved {folder}. Go on with --resume_from_checkpoint latest\n")
-        raise SystemExit(130) from None
-    finally:
-        log.close()
-    if accelerator.is_main_process and state is not None:
+            stop = bool(pressed)
+            if accelerator.is_main_process:
+                if cfg.validation_steps and state.step % cfg.validation_steps == 0:
+                    preview(state)
+                if stop or (cfg.checkpointing_steps and state.step % cfg.checkpointing_steps == 0):
+                    folder = checkpoint.save(state, out, cfg.checkpoints_total_limit)
+                if stop:
+                    sys.stderr.write(f"\ninterrupted; saved {folder}. Go on with --resume_from_checkpoint latest\n")
+            if stop:
+                raise SystemExit(130)
+    if accelerator.is_main_process:
         gap = export(nets.student, teacher, state.ema.net, out / "pipeline", dump(config))
         sys.stderr.write(f"exported {out / 'pipeline'}; reloaded by plain diffusers it differs by {gap:.1e}\n")
+
+
+@contextmanager
+def ctrl_c() -> Iterator[list[int]]:
+    """A list that the first Ctrl-C fills, so that a run can end between two steps; the second one interrupts."""
+    pressed: list[int] = []
+
+    def handle(number: int, frame: object) -> None:
+        if pressed:
+            raise KeyboardInterrupt
+        pressed.append(number)
+
+    before = signal.signal(signal.SIGINT, handle)
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def quiet() -> None:

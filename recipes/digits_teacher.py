@@ -30,6 +30,7 @@ class Teacher:
     p_mean: float = -1.0  # of log sigma
     p_std: float = 1.2
     ema_half_life: float = 20_000  # images
+    max_frequency: float = 2.5  # of the time embedding, per unit of ln sigma: sCM differentiates the network in time
     seed: int = 0
 
 
@@ -70,6 +71,7 @@ def main(cfg: Teacher) -> None:
     log = Log(settings, accelerator)
     for state in train(method, build(method, teacher.denoiser, teacher.shape), Digits(), settings, accelerator):
         log(state)
+        edm.smooth(state.nets.student.denoiser.net, cfg.max_frequency)
     log.close()
     if accelerator.is_main_process:
         edm.pipeline(state.ema.net, cfg.sigma_d, teacher.denoiser.schedule.sigma_max, 1).save_pretrained(out)

@@ -1,7 +1,7 @@
 """VSD on the digits: one step, no data. Values ours unless a source is named.
 
-`accelerate launch recipes/vsd_digits.py --teacher runs/digits/teacher`. SwiftBrush's LoRA fake score:
-`--fake.lora.rank 16 --fake.lora.alpha 32 --fake.lora.targets conv1 conv2 time_emb_proj`; PG-SB: `--method.guidance 0.5 4`.
+`accelerate launch recipes/vsd_digits.py --teacher runs/digits/teacher`. PG-SB: `--method.guidance 0.5 4`. SwiftBrush's
+LoRA fake score: `--fake.lora.rank 16 --fake.lora.alpha 32 --fake.lora.targets conv1 conv2 time_emb_proj`.
 """
 
 from distill.config import Config
