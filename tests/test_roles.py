@@ -1,0 +1,112 @@
+"""How the roles start: copies of the teacher, times named by their noise; what a method needs is said before work."""
+
+import pytest
+import torch
+from gaussian import SCHEDULES
+from tiny import tiny
+from torch import nn
+
+from distill.denoiser import Denoiser
+from distill.draw import Draw
+from distill.methods import DMD2, LCD, SCM, VSD, SiD
+from distill.roles import StudentConfig, build
+from distill.schedule import EDM, Flow
+
+METHODS = {
+    "sid": (SiD(), {"student", "fake"}),
+    "dmd2": (DMD2(taps=("mid",)), {"student", "fake", "disc"}),
+    "dmd2-prompts": (DMD2(gan=0, gan_fake=0), {"student", "fake"}),
+    "vsd": (VSD(guidance=1.0), {"student", "fake"}),
+    "lcd": (LCD(), {"student", "target"}),
+    "lcd-itself": (LCD(target_ema=0), {"student"}),
+    "scm": (SCM(), {"student"}),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_roles_start_as_copies_of_the_teacher(name):
+    (method, roles), teacher = METHODS[name], tiny(EDM())
+    nets = build(method, teacher, (2,))
+    assert nets.modules().keys() == roles
+    assert nets.teacher is teacher and nets.shape == (2,)
+    tensors = {id(p) for p in teacher.net.parameters()}
+    for role in roles - {"disc"}:
+        net = nets.modules()[role]
+        assert all(torch.equal(a, b) for a, b in zip(net.parameters(), teacher.net.parameters())), role
+        assert not tensors & {id(p) for p in net.parameters()}, role  # nobody shares a weight
+        assert all(p.requires_grad == (role != "target") for p in net.parameters()), role
+        tensors |= {id(p) for p in net.parameters()}
+
+
+def test_everything_else_of_the_teacher_is_kept():
+    call = lambda net, x, t, c: net(x, t)
+    teacher = Denoiser(tiny(Flow()).net, Flow(), "edm", call, {"label": torch.tensor([0])}, sigma_d=0.7)
+    nets = build(SiD(), teacher, (2,))
+    for role in (nets.student.denoiser, nets.fake):
+        assert (role.schedule, role.kind, role.call, role.sigma_d) == (Flow(), "edm", call, 0.7)
+        assert role.null is teacher.null
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_first_call_is_named_by_its_noise(schedule):
+    """sigma is sigma / alpha, the same level on every schedule."""
+    path = SCHEDULES[schedule]
+    student = build(SiD(), tiny(path), (2,), student=StudentConfig(sigma=2.5)).student
+    assert float(path.ratio(torch.tensor(student.times).double())) == pytest.approx(2.5, rel=1e-6)
+    assert student.input_scale == pytest.approx(float(path.coefficients(torch.tensor(student.times).double())[1]))
+
+
+def test_calls():
+    of = lambda **change: build(SiD(), tiny(EDM()), (2,), student=StudentConfig(**change)).student
+    assert of().times == (1.0,)
+    assert of(steps=4).times == (1.0, 0.75, 0.5, 0.25)
+    assert of(times=(0.9, 0.3), renoise="ddim").renoise == "ddim" and of(times=(0.9, 0.3)).times == (0.9, 0.3)
+    assert of(scale=1.0).input_scale == 1.0
+    first = float(EDM().time(torch.tensor(2.5).double()))
+    assert of(steps=2, sigma=2.5).times == pytest.approx((first, first / 2))
+    with pytest.raises(ValueError, match="steps is 0; it must be at least 1"):
+        of(steps=0)
+
+
+def test_the_head_fits_the_tapped_features():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.down, self.up = nn.Conv2d(1, 12, 3, 2, 1), nn.ConvTranspose2d(12, 1, 2, 2)
+
+        def forward(self, x, t):
+            return self.up(self.down(x))
+
+    nets = build(DMD2(taps=("down",)), Denoiser(Net(), Flow(), "flow"), (1, 16, 16))
+    feature = nets.fake.features(torch.zeros(2, 1, 16, 16), torch.full((2,), 0.5), None, ("down",))[0]
+    assert nets.disc(feature).shape == (2, 1, 1, 1)
+
+
+def test_generate():
+    """A sample for each index of the draw, from its noise "z" and the batch's condition."""
+    nets = build(SiD(), tiny(EDM(), classes=3, dtype=torch.float32), (2,))
+    draw, c = Draw(0, 0, "student", torch.arange(5)), {"label": torch.arange(5) % 3}
+    want = nets.student.generate(draw.normal("z", (5, 2)), c)
+    assert torch.equal(nets.generate({"c": c}, draw), want)
+
+
+@pytest.mark.parametrize(
+    "method",
+    (
+        SiD(kappa=(1.0, 1.0, 1.0, 1.5)),
+        SiD(kappa=(0.0, 0.0, 0.0, 1.0)),
+        DMD2(guidance=2.0, taps=("mid",)),
+        VSD(),
+        VSD(guidance=(0.5, 4.0)),
+        VSD(guidance=1.0, fake_guidance=0.5),
+        LCD(guidance=7.5),
+        LCD(guidance=(6.0, 16.0)),
+        SCM(guidance=1.5),
+        SCM(guidance=(4.0, 5.0)),
+    ),
+    ids=repr,
+)
+def test_guidance_needs_a_null_condition(method):
+    with pytest.raises(ValueError, match=f"{type(method).__name__} with these guidance values needs a null condition"):
+        build(method, tiny(EDM()), (2,))
+    build(method, tiny(EDM(), classes=3), (2,), {"label": torch.tensor([0])})
