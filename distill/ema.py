@@ -20,13 +20,18 @@ class EMA:
         frozen = {id(p): p for p in net.parameters() if not p.requires_grad}  # a LoRA role's backbone stays shared
         self.net = copy.deepcopy(net, frozen).requires_grad_(False).eval()
         self.half_life, self.ramp = half_life, ramp
+        self.follows: nn.Module | None = None
 
     @torch.no_grad()
     def update(self, net: nn.Module, batch: int, seen: int) -> None:
         """One step after `batch` images, `seen` images before it."""
         half_life = self.half_life if self.ramp is None else min(self.half_life, self.ramp * seen)
         beta = 0.5 ** (batch / max(half_life, 1e-8))
-        pairs = [(a, b.detach()) for a, b in zip(self.net.parameters(), net.parameters(), strict=True) if a is not b]
-        torch._foreach_lerp_([a for a, _ in pairs], [b for _, b in pairs], 1 - beta)
-        for mine, new in zip(self.net.buffers(), net.buffers(), strict=True):
+        if self.follows is not net:  # walking a large module tree costs milliseconds
+            self.follows = net
+            pairs = [(a, b) for a, b in zip(self.net.parameters(), net.parameters(), strict=True) if a is not b]
+            self.ours, self.theirs = [a for a, _ in pairs], [b for _, b in pairs]
+            self.buffers = list(zip(self.net.buffers(), net.buffers(), strict=True))
+        torch._foreach_lerp_(self.ours, self.theirs, 1 - beta)
+        for mine, new in self.buffers:
             mine.copy_(new)
