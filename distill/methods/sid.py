@@ -29,6 +29,7 @@ class SiD:
     alpha: float = 1.2  # paper, table 1 (AFHQv2 and all guided or few-step models: 1)
     kappa: tuple[float, float, float, float] = (1.0, 1.0, 1.0, 1.0)  # k1..k4; LSG: all 1.5, 2, 3 or 4.5
     p_drop: float = 0.1  # share of null conditions in the fake's step, where a kappa is not 1 (LSG code)
+    fake_steps: int = 1  # fake steps per student step (SiD: 1; for video, Self-Forcing's code: 5)
     times: Law = Karras(0.002, 24.40834)  # of the student's loss: t_max = 800 of 1000 (SiD code)
     fake_times: Law = LogNormal(-1.2, 1.2)  # of the fake's loss: EDM's training law (SiD code)
     gain: float = 100.0  # on the student's loss (SiD code; LSG: 1)
@@ -42,7 +43,7 @@ class SiD:
         return () if set(self.kappa) == {1.0} else ("null",)
 
     def updates(self) -> list[Update]:
-        return [Update("fake", self.fake_loss), Update("student", self.student_loss)]
+        return [Update("fake", self.fake_loss), Update("student", self.student_loss, self.fake_steps)]
 
     def sample(self, nets: Nets, batch: Batch, draw: Draw) -> Tensor:
         if self.needs and draw.player == "fake":  # before generating, as in the LSG code
