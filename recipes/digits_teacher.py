@@ -13,6 +13,7 @@ import tyro
 import yaml
 
 from distill.config import fail
+from distill.trainer import TrainConfig
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,20 @@ def main(cfg: Teacher) -> None:
     out = Path(cfg.output_dir)
     if (out / "model_index.json").exists():
         fail(f"{out} already holds a teacher: choose another --output_dir or remove it")
+    try:
+        settings = TrainConfig(
+            output_dir=cfg.output_dir,
+            max_train_steps=cfg.max_train_steps,
+            train_batch_size=cfg.train_batch_size,
+            learning_rate=cfg.learning_rate,
+            lr_scheduler="linear",
+            lr_warmup_steps=20,
+            adam_beta1=0.9,
+            ema_half_life=cfg.ema_half_life,
+            seed=cfg.seed,
+        )
+    except ValueError as error:
+        fail(str(error))
     from accelerate import Accelerator
     from accelerate.utils import set_seed
 
@@ -46,7 +61,7 @@ def main(cfg: Teacher) -> None:
     from distill.methods import Denoise
     from distill.roles import build
     from distill.times import LogNormal
-    from distill.trainer import TrainConfig, train
+    from distill.trainer import train
     from pipelines import edm
     from pipelines.run import quiet
 
@@ -55,17 +70,6 @@ def main(cfg: Teacher) -> None:
     accelerator = Accelerator()
     out.mkdir(parents=True, exist_ok=True)
     (out / "config.yaml").write_text(yaml.safe_dump(asdict(cfg), sort_keys=False))
-    settings = TrainConfig(
-        output_dir=cfg.output_dir,
-        max_train_steps=cfg.max_train_steps,
-        train_batch_size=cfg.train_batch_size,
-        learning_rate=cfg.learning_rate,
-        lr_scheduler="linear",
-        lr_warmup_steps=20,
-        adam_beta1=0.9,
-        ema_half_life=cfg.ema_half_life,
-        seed=cfg.seed,
-    )
     teacher = edm.teacher(edm.unet(cfg.channels, layers=cfg.layers), cfg.sigma_d, null_class=10)
     method = Denoise(cfg.p_drop, LogNormal(cfg.p_mean, cfg.p_std))
     log = Log(settings, accelerator)
@@ -74,6 +78,7 @@ def main(cfg: Teacher) -> None:
         edm.smooth(state.nets.student.denoiser.net, cfg.max_frequency)
     log.close()
     if accelerator.is_main_process:
+        edm.smooth(state.ema.net, cfg.max_frequency)  # the average saw every step before it was smoothed
         edm.pipeline(state.ema.net, cfg.sigma_d, teacher.denoiser.schedule.sigma_max, 1).save_pretrained(out)
         (out / "distill.json").write_text(json.dumps({"student": False, "null_class": 10, "config": asdict(cfg)}))
 
