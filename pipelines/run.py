@@ -87,7 +87,7 @@ def run(config: Config[Any], out: Path, resume: Path | None) -> None:
     if accelerator.is_main_process:
         out.mkdir(parents=True, exist_ok=True)
         (out / "config.yaml").write_text(dump(config))
-    accelerator.init_trackers("distill", config=None)
+    accelerator.init_trackers("distill", init_kwargs={"wandb": {"dir": f"{out}"}})
     labels = torch.arange(40, device=accelerator.device) % 10
     fixed = Draw(cfg.seed, -1, "validation", torch.arange(40, device=accelerator.device))
     log = Log(cfg, accelerator, checkpoint.step(resume) if resume else 0)
