@@ -17,16 +17,37 @@ from pipelines import FAMILIES, ExportError, Teacher
 
 TOLERANCE = 1e-3  # largest difference of an image in [0, 1]
 
+CARD = """---
+library_name: diffusers
+pipeline_tag: unconditional-image-generation
+tags: [diffusers, one-step, distillation]
+---
+# {name}
+
+A student distilled to {steps} network call(s); plain diffusers runs it:
+
+```python
+from diffusers import DiffusionPipeline
+pipe = DiffusionPipeline.from_pretrained("this folder")
+images = pipe(batch_size=10, class_labels=list(range(10)), num_inference_steps={steps}).images
+```
+
+Guidance is built in. The student inherits the licence of its teacher and of the teacher's data. Its training:
+
+```yaml
+{config}```
+"""
+
 
 def family(teacher: Teacher) -> ModuleType:
     """The module of this package for the teacher's pipeline."""
     return importlib.import_module(f"pipelines.{FAMILIES[type(teacher.pipe).__name__]}")
 
 
-def export(student: Student, teacher: Teacher, net: nn.Module, folder: Path, config: str, card: str = "") -> float:
+def export(student: Student, teacher: Teacher, net: nn.Module, folder: Path, config: str) -> float:
     """Write `net` (the student's averaged weights) as a pipeline folder; the largest image difference after reloading.
 
-    config: the resolved configuration, kept in distill.json. An ExportError, and no folder, if the reloaded pipeline
+    config: the resolved configuration, kept in distill.json and on the card. An ExportError, and no folder, if the reloaded pipeline
     does not sample what the student samples.
     """
     net = merged(net)
@@ -37,7 +58,7 @@ def export(student: Student, teacher: Teacher, net: nn.Module, folder: Path, con
     steps = len(student.times)
     facts = {"student": True, "steps": steps, "times": list(student.times), "config": config}
     (partial / "distill.json").write_text(json.dumps(facts, indent=1))
-    (partial / "README.md").write_text(card)
+    (partial / "README.md").write_text(CARD.format(name=folder.parent.name, steps=steps, config=config))
     gap = verify(student, teacher, net, partial)
     if not gap <= TOLERANCE:
         raise ExportError(f"the exported pipeline differs from the student by {gap:.2g} (limit {TOLERANCE}): {partial}")
