@@ -47,8 +47,8 @@ def family(teacher: Teacher) -> ModuleType:
 def export(student: Student, teacher: Teacher, net: nn.Module, folder: Path, config: str) -> float:
     """Write `net` (the student's averaged weights) as a pipeline folder; the largest image difference after reloading.
 
-    config: the resolved configuration, kept in distill.json and on the card. An ExportError, and no folder, if the reloaded pipeline
-    does not sample what the student samples.
+    config: the resolved configuration, kept in distill.json and on the card. An ExportError, and no folder, if the
+    reloaded pipeline does not sample what the student samples.
     """
     net = merged(net)
     pipe = family(teacher).export(student, teacher, net)
