@@ -3,11 +3,12 @@
 Every network's weights require gradients here, so that a leak is seen; the trainer's own() is used where it matters.
 """
 
+import math
 from dataclasses import replace
 
 import pytest
 import torch
-from gaussian import F64, SCHEDULES
+from gaussian import F64, SCHEDULES, exact, problem
 from tiny import tiny
 
 from distill.denoiser import plain
@@ -17,7 +18,8 @@ from distill.guidance import Guided
 from distill.losses import gan_discriminator, gan_generator
 from distill.methods import DMD2, LCD, SCM, VSD, SiD, scm, sid
 from distill.roles import Nets
-from distill.schedule import EDM
+from distill.schedule import EDM, Trig
+from distill.solver import STEPS
 from distill.student import Student
 from distill.trainer import own
 
@@ -104,18 +106,19 @@ class Tape:
     """A network's outputs, recorded in one run and played back in the next as constants, whatever it is asked."""
 
     def __init__(self):
-        self.outs, self.playing = [], False
+        self.outs, self.playing, self.graph = [], False, []  # graph: which outputs had one
 
     def __call__(self, net, x, t, c):
         if self.playing:
             return self.outs.pop(0)
         out = plain(net, x, t, c)
         self.outs.append(out.detach())
+        self.graph.append(out.requires_grad)
         return out
 
 
 def with_constant_scores(method, **change):
-    """The student's gradient twice: as it is, and with all other networks replaced by what they said."""
+    """The student's gradient twice: as it is, and with all other networks replaced by what they said; and the tape."""
     nets, tape = nets_of(method, **change), Tape()
     others = [name for name in ("teacher", "fake", "target") if getattr(nets, name) is not None]
     for name in others:
@@ -124,7 +127,7 @@ def with_constant_scores(method, **change):
     for tape.playing in (False, True):
         grads.append(gradients(student_turn(method, nets)[0], weights(nets)))
     assert not tape.outs
-    return grads
+    return *grads, tape
 
 
 def slope(f, params, direction, h=1e-5):
@@ -158,9 +161,10 @@ class TestPushed:
         assert size([p.grad for p in weights(nets)]) > 0
 
     def test_no_gradient_through_the_scores(self, name, schedule):
-        """Not by the path of their inputs either: the same gradient if the scores are constants."""
-        as_is, constant = with_constant_scores(PUSHED[name], **self.at(schedule))
+        """Not by the path of their inputs either: the same gradient if the scores are constants; no graph is kept."""
+        as_is, constant, tape = with_constant_scores(PUSHED[name], **self.at(schedule))
         assert size(as_is) > 0 and all(torch.equal(a, b) for a, b in zip(as_is, constant))
+        assert tape.graph and not any(tape.graph)
 
 
 @pytest.mark.parametrize("schedule", ("edm", "flow", "vp"))
@@ -170,8 +174,8 @@ class TestThrough:
         return dict(schedule=SCHEDULES[schedule], kind="edm" if schedule == "edm" else "v")
 
     def test_differs_with_constant_scores(self, name, schedule):
-        as_is, constant = with_constant_scores(THROUGH[name], **self.at(schedule))
-        assert size([a - b for a, b in zip(as_is, constant)]) > 0.05 * size(as_is)
+        as_is, constant, tape = with_constant_scores(THROUGH[name], **self.at(schedule))
+        assert all(tape.graph) and size([a - b for a, b in zip(as_is, constant)]) > 0.05 * size(as_is)
 
     @pytest.mark.parametrize("role", ("teacher", "fake"))
     def test_reaches_both_scores(self, name, schedule, role):
@@ -315,6 +319,35 @@ class TestByHand:
         for a, b in zip(gradients(student_turn(method, nets)[0], weights(nets)), want):
             near(a, b)
 
+    @pytest.mark.parametrize("normalise", (True, False))
+    def test_sid(self, normalise):
+        """gain w delta . ((fake^k3 - x) + (1 - alpha) delta), delta = real^k4 - fake^k2; sum of elements / batch."""
+        method = SiD(alpha=1.2, kappa=(1.0, 1.5, 2.0, 2.5), gain=10.0, normalise=normalise)
+        nets, draw = nets_of(method), Plain()
+        batch = batch_of(draw)
+        x = method.sample(nets, batch, draw)
+        t, eps = method.times(draw, "t", N, EDM()), draw.normal("eps", (N, 2))
+        say = lambda who, k: Guided(who, k)(EDM().diffuse(x, eps, t), t, batch["c"]).x0
+        fake2, fake3, real = say(nets.fake, 1.5), say(nets.fake, 2.0), say(nets.teacher, 2.5)
+        w = 1 / (x - real).abs().mean(1, keepdim=True) if normalise else 1.0
+        delta = real - fake2
+        near(student_turn(method, nets)[0], 10 * (w * delta * ((fake3 - x) - 0.2 * delta)).sum() / N)
+
+    @pytest.mark.parametrize("solver", ("ddim", "heun"))
+    def test_lcd(self, solver):
+        """d( f(x_t, t), f_target(x_s, s) ), x_s one step of the guided teacher on; the target is another network."""
+        method = LCD(N=4, guidance=1.5, solver=solver)
+        nets, draw = nets_of(method), Plain()
+        batch = batch_of(draw)
+        x, c, eps = batch["real"], batch["real_c"], draw.normal("eps", (N, 2))
+        t = ((draw.uniform("t", (N,)).double() * 4).floor() + 1) / 4
+        assert len(t.unique()) > 2
+        x_t, s = EDM().diffuse(x, eps, t), t - 0.25
+        x_s = STEPS[solver](Guided(nets.teacher, 1.5), x_t, t, s, c)
+        target = torch.where((s > 0)[:, None], nets.target(x_s, s, c).x0, x_s)
+        delta = nets.student.denoiser(x_t, t, c).x0 - target
+        near(student_turn(method, nets)[0], ((delta**2 + 1e-6).sqrt() - 1e-3).mean(), 1e-10)
+
     def test_lcd_boundary_and_guidance_told(self):
         """Student and target are told the teacher's guidance; at s = 0 the target is x_0 itself."""
         method = LCD(N=1, guidance=(2.0, 14.0), target_ema=0.9, huber_c=None)
@@ -326,13 +359,37 @@ class TestByHand:
         loss, _ = student_turn(method, nets, draw)
         w = 2 + 12 * draw.uniform("guidance", (N,))
         near(heard["student"]["guidance"], w, 0)
-        assert "guidance" not in heard["teacher"] and "uniform" not in heard
+        assert "guidance" not in heard["teacher"]
         one, zero, batch = torch.ones(N, dtype=F64), torch.zeros(N, dtype=F64), batch_of(Plain())
         x_t = EDM().diffuse(batch["real"], draw.normal("eps", (N, 2)), one)
         pred = Guided(nets.teacher, w)(x_t, one, batch["real_c"])
         x_0 = EDM().diffuse(pred.x0, pred.eps, zero)  # N = 1: one DDIM step from t = 1 to 0
         f = nets.student.denoiser(x_t, one, batch["real_c"] | {"guidance": w}).x0
         near(loss, ((f - x_0) ** 2).mean(), 1e-9)
+
+    @pytest.mark.parametrize("normalise", (True, False))
+    def test_scm(self, normalise):
+        """F is moved by g = cos(t) df/dt, f differentiated numerically along the exact trajectories of a Gaussian."""
+        path, method = Trig(0.5), SCM(warmup=0, normalise=normalise)
+        law, student = problem(2)[0], tiny(path, "v", seed=2)
+        nets, draw = Nets(exact(law, path), Student(student), (2,)), Plain()
+        x = draw.normal("real", (N, 2))
+        t, eps = method.times(draw, "t", N, path), draw.normal("eps", (N, 2))
+        x_t, theta = path.diffuse(x, eps, t), path.native(t)[:, None]
+        level = lambda angle: (angle.cos(), 0.5 * angle.sin())
+
+        def f(angle):
+            there = law.carry(x_t, level(theta), level(angle))
+            return student(there, angle[:, 0] * 2 / math.pi).x0
+
+        g = theta.cos() * (f(theta + 1e-5) - f(theta - 1e-5)).detach() / 2e-5
+        g = g / ((g**2).mean(1, keepdim=True).sqrt() + 0.1) if normalise else g
+        pred = student(x_t, t)
+        F = theta.cos() * pred.eps - theta.sin() / 0.5 * pred.x0
+        want = torch.autograd.grad(F, weights(nets), -2 * g / g.numel())
+        got = gradients(method.student_loss(x, nets, {}, Plain())[0], weights(nets))
+        for a, b in zip(got, want):
+            near(a, b, 1e-7)
 
     def test_lcd_target_follows(self):
         method = LCD(target_ema=0.9)
