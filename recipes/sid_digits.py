@@ -16,12 +16,12 @@ CONFIG = Config(
     student=StudentConfig(sigma=2.5),  # paper
     train=TrainConfig(
         output_dir="runs/digits/sid",
-        max_train_steps=1500,
+        max_train_steps=2000,
         train_batch_size=64,
         learning_rate=3e-4,
         lr_scheduler="linear",
         lr_warmup_steps=20,
-        ema_half_life=6000,
+        ema_half_life=10_000,
     ),
 )
 

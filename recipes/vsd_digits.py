@@ -12,17 +12,18 @@ from distill.trainer import TrainConfig
 from pipelines.run import main
 
 CONFIG = Config(
-    method=VSD(guidance=1.0, times=Karras(0.02, 20.0), fake_times=LogNormal(-1.0, 1.2)),
+    method=VSD(guidance=1.0, fake_steps=2, times=Karras(0.02, 20.0), fake_times=LogNormal(-1.0, 1.2)),
     teacher="runs/digits/teacher",
     student=StudentConfig(sigma=2.5),  # SiD
     train=TrainConfig(
         output_dir="runs/digits/vsd",
-        max_train_steps=1500,
+        max_train_steps=2400,
         train_batch_size=64,
-        learning_rate=3e-4,
+        learning_rate=4e-4,
+        fake_learning_rate=8e-4,
         lr_scheduler="linear",
         lr_warmup_steps=20,
-        ema_half_life=6000,
+        ema_half_life=10_000,
     ),
 )
 
