@@ -11,14 +11,14 @@ from distill.trainer import TrainConfig
 from pipelines.run import main
 
 CONFIG = Config(
-    method=SCM(sigma_d=0.75, times=LogNormal(-0.4, 1.6), warmup=300, guidance=1.2),
+    method=SCM(sigma_d=0.75, times=LogNormal(-0.8, 1.6), warmup=300, guidance=1.2),
     teacher="runs/digits/teacher",
     student=StudentConfig(sigma=20.0, freeze=("time_embedding",)),  # stays smooth in time, see digits_teacher.py
     train=TrainConfig(
         output_dir="runs/digits/scm",
         max_train_steps=4000,
         train_batch_size=64,
-        learning_rate=1e-3,
+        learning_rate=7e-4,
         lr_scheduler="linear",
         lr_warmup_steps=20,
         adam_beta1=0.9,
