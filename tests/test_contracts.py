@@ -303,17 +303,19 @@ class TestByHand:
         for a, b in zip(gradients(student_turn(method, nets)[0], weights(nets)), want):
             near(a, b)
 
+    @pytest.mark.parametrize("guidance", (2.0, (0.5, 4.0)), ids=("fixed", "random"))
     @pytest.mark.parametrize("reduction", ("mean", "sum"))
-    def test_vsd(self, reduction):
-        """sigma^2 (eps_real - eps_fake) under one guidance, times what the reduction says."""
-        method = VSD(guidance=2.0, reduction=reduction)
+    def test_vsd(self, reduction, guidance):
+        """sigma^2 (eps_real - eps_fake) under one guidance of every sample, times what the reduction says."""
+        method = VSD(guidance=guidance, reduction=reduction)
         path = SCHEDULES["vp"]
         nets, draw = nets_of(method, path, "v"), Plain()
         batch = batch_of(draw)
         x = method.sample(nets, batch, draw)
         t, eps = method.times(draw, "t", N, path), draw.normal("eps", (N, 2))
         x_t = path.diffuse(x.detach(), eps, t)
-        gap = Guided(nets.teacher, 2.0)(x_t, t, batch["c"]).eps - Guided(nets.fake, 2.0)(x_t, t, batch["c"]).eps
+        k = 2.0 if guidance == 2.0 else 0.5 + 3.5 * draw.uniform("guidance", (N,))
+        gap = Guided(nets.teacher, k)(x_t, t, batch["c"]).eps - Guided(nets.fake, k)(x_t, t, batch["c"]).eps
         g = path.coefficients(t)[1][:, None] ** 2 * gap / (x.numel() if reduction == "mean" else N)
         want = torch.autograd.grad(x, weights(nets), g.detach(), retain_graph=True)
         for a, b in zip(gradients(student_turn(method, nets)[0], weights(nets)), want):
@@ -478,6 +480,24 @@ class TestGan:
 
 
 class TestFakeTurn:
+    @pytest.mark.parametrize("reduction", ("mean", "sum"))
+    @pytest.mark.parametrize(
+        "method, k",
+        ((DMD2(2.0, gan=0, gan_fake=0), 1), (VSD(2.0, p_drop=0), 1), (SiD(kappa=(1.5, 2, 2.5, 3), p_drop=0), 1.5)),
+        ids=("dmd2", "vsd", "sid"),
+    )
+    def test_by_hand(self, method, k, reduction):
+        """| D^k(x_t) - x |^2 / c_out^2 in EDM's space; DMD2's and VSD's fake scores learn without guidance."""
+        method, draw = replace(method, reduction=reduction), Plain("fake")
+        nets, batch = nets_of(method), batch_of(draw)
+        x = method.sample(nets, batch, draw).detach()
+        t, eps = method.fake_times(draw, "t", N, EDM()), draw.normal("eps", (N, 2))
+        sigma = EDM().native(t)[:, None]
+        weight = (sigma**2 + 0.25) / (0.5 * sigma) ** 2
+        elements = weight * (Guided(nets.fake, k)(x + sigma * eps, t, batch["c"]).x0 - x) ** 2
+        want = elements.mean() if reduction == "mean" else elements.sum() / N
+        near(method.fake_loss(x, nets, batch, draw)[0], want, 1e-9)
+
     @pytest.mark.parametrize("name", ("dmd2", "vsd", "sid-kappa"))
     def test_only_the_fake_is_reached(self, name):
         method, draw = METHODS[name], Plain("fake")

@@ -181,10 +181,10 @@ def test_calls_of_dmd2(rounds, one_step):
 
 
 @pytest.mark.parametrize("rounds", (1, 2))
-def test_samples_are_reused(rounds, monkeypatch):
+@pytest.mark.parametrize("method", (METHODS["dmd2"], VSD(guidance=2.0, fake_steps=2)), ids=("dmd2", "vsd"))
+def test_samples_are_reused(method, rounds, monkeypatch):
     """The very samples, detached, made before the student moved; fresh ones where the student has no turn."""
-    method = DMD2(every=2, taps=("mid",))
-    seen = {player: spy(monkeypatch, DMD2, f"{player}_loss") for player in ("student", "fake")}
+    seen = {player: spy(monkeypatch, type(method), f"{player}_loss") for player in ("student", "fake")}
     run(method, max_train_steps=2, gradient_accumulation_steps=rounds)
     (student, fake) = ([args[1] for args, _ in seen[player]] for player in ("student", "fake"))
     assert (len(student), len(fake)) == (rounds, 2 * rounds)

@@ -1,0 +1,419 @@
+"""Break the code on purpose, one mistake at a time, and show the test that notices. `make mutate`; exit 1 if none does.
+
+python tests/mutate.py [WORD ...]     only the mutations whose group or name holds one of the words
+
+Works on a copy of the tree. Each mistake is made in a child process, forked after everything slow is imported.
+"""
+
+import os
+import sys
+
+os.environ["OMP_NUM_THREADS"] = "1"
+sys.dont_write_bytecode = True  # a mistake of the same length and second would be served from the cache
+
+import multiprocessing
+import re
+import shutil
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+ROOMS = ("distill", "pipelines", "eval", "recipes", "tests")
+SLOW = (  # imported once, before the first fork; nothing of this project
+    "torch accelerate.utils diffusers.pipelines.consistency_models diffusers.models.unets.unet_2d hypothesis "
+    "diffusers.models.unets.unet_2d_condition numpy peft peft.tuners.lora pytest rich.table safetensors.torch scipy "
+    "sklearn.datasets tyro"
+)
+TIMEOUT = 120  # seconds
+
+CLOSED, CONTRACTS = "tests/test_closed_forms.py", "tests/test_contracts.py"
+GRADIENT = f"{CLOSED}::test_student_gradient"
+DISCRETE, CONTINUOUS = f"{CLOSED}::TestDiscreteConsistency", f"{CLOSED}::TestContinuousConsistency"
+BY_HAND, GAN, FAKE = (f"{CONTRACTS}::{name}" for name in ("TestByHand", "TestGan", "TestFakeTurn"))
+SCHEDULE, DENOISER, STUDENT = "tests/test_schedule.py", "tests/test_denoiser.py", "tests/test_student.py"
+LOSSES, DRAW, EMA = "tests/test_losses.py", "tests/test_draw.py", "tests/test_ema.py"
+TRAINER, RECIPES, ROLES = "tests/test_trainer.py", "tests/test_recipes.py", "tests/test_roles.py"
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """In `file` (below the group's folder), `old` becomes `new`; `tests` should notice. more: (file, old, new)."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+    more: tuple[tuple[str, str, str], ...] = ()
+
+    @property
+    def changes(self):
+        return ((self.file, self.old, self.new), *self.more)
+
+
+def m(name, file, old, new, *tests, more=()):
+    return Mutation(name, f"{file}.py", old, new, tests, more)
+
+
+SID, DMD2, VSD = "distill/methods/sid", "distill/methods/dmd2", "distill/methods/vsd"
+LCD, SCM = "distill/methods/lcd", "distill/methods/scm"
+NO_GRAD, GRAD = "with torch.no_grad():\n            x_t = path", "with torch.enable_grad():\n            x_t = path"
+KEEP_G = ("distill/losses.py", "    g = g.detach()\n", "")
+# fmt: off
+# fmt: off
+MUTATIONS = {
+    "SiD": (
+        m("sign of the loss", SID, "self.gain * reduce(", "-self.gain * reduce(", GRADIENT),
+        m("sign of 1 - alpha", SID, "(1 - self.alpha)", "(1 + self.alpha)", GRADIENT),
+        m("2 alpha", SID, "(1 - self.alpha) * delta", "(1 - 2 * self.alpha) * delta", GRADIENT),
+        m("teacher without gradient", SID, "k4)(x_t, t, c).x0", "k4)(x_t, t, c).x0.detach()", GRADIENT),
+        m("fake score without gradient", SID, "fake = Guided(nets.fake, k2)(x_t, t, c).x0",
+          "fake = Guided(nets.fake, k2)(x_t, t, c).x0.detach()", GRADIENT),
+        m("samples without gradient", SID, "(fake3 - x)", "(fake3 - x.detach())", GRADIENT),
+        m("mean for sum", SID, "reduce(loss, self.reduction)", 'reduce(loss, "mean")', GRADIENT),
+        m("weight left out", SID, "w = 1 / normaliser(x, real) if self.normalise else 1.0", "w = 1.0", BY_HAND),
+        m("weight from the fake score", SID, "normaliser(x, real)", "normaliser(x, fake)", BY_HAND),
+        m("k1 and k2 exchanged", SID, "(_, k2, k3, k4)", "(k2, _, k3, k4)", BY_HAND),
+        m("k3 forgotten", SID, "fake3 = fake if k3 == k2 else Guided(nets.fake, k3)(x_t, t, c).x0", "fake3 = fake",
+          BY_HAND),
+        m("fake trained under k2", SID, "self.kappa[0]", "self.kappa[1]", FAKE),
+        m("no conditions dropped", SID, 'draw.player == "fake"', "False", FAKE),
+        m("student before the fake", SID,
+          'Update("fake", self.fake_loss), Update("student", self.student_loss, self.fake_steps)',
+          'Update("student", self.student_loss, self.fake_steps), Update("fake", self.fake_loss)',
+          f"{TRAINER}::test_order_of_turns"),
+        m("fake on the wrong level", SID, "fake.path.diffuse(x, eps, t), t, c)",
+          "fake.path.diffuse(x, eps, t), 1 - t, c)", FAKE),
+    ),
+    "DMD2": (
+        m("sign of g", DMD2, "g = (fake - real)", "g = (real - fake)", GRADIENT),
+        m("sum for mean", DMD2, "reduce(push(x, g), self.reduction)", 'reduce(push(x, g), "sum")', BY_HAND),
+        m("normaliser left out", DMD2, "(normaliser(x, real) if self.normalise else 1.0)", "1.0", BY_HAND),
+        m("normaliser of the fake", DMD2, "normaliser(x, real)", "normaliser(x, fake)", BY_HAND),
+        m("gradient through the scores", DMD2, NO_GRAD, GRAD, GRADIENT, more=(KEEP_G,)),
+        m("teacher not guided", DMD2, "Guided(nets.teacher, self.guidance)(x_t", "nets.teacher(x_t", BY_HAND),
+        m("fake guided", DMD2, "nets.fake(x_t, t, c).x0\n", "Guided(nets.fake, self.guidance)(x_t, t, c).x0\n",
+          BY_HAND),
+        m("GAN on the clean image", DMD2, "path.diffuse(x, eps, u), u, c, self", "x, u, c, self", GAN),
+        m("GAN told another level", DMD2, "path.diffuse(x, eps, u), u, c, self",
+          "path.diffuse(x, eps, u), 1 - u, c, self", GAN),
+        m("GAN without gradient", DMD2, "self.logits(x, c, nets", "self.logits(x.detach(), c, nets", GAN),
+        m("sign of the GAN", DMD2, "loss + self.gan * ", "loss - self.gan * ", GAN),
+        m("GAN weights exchanged", DMD2, "loss + self.gan_fake * ", "loss + self.gan * ", GAN),
+        m("reals under the fakes' condition", DMD2, 'merge(c, batch.get("real_c"))', "merge(c, c)", GAN),
+        m("samples not reused", DMD2, "self.fake_loss, reuse=True", "self.fake_loss",
+          f"{TRAINER}::test_samples_are_reused"),
+        m("every step", DMD2, "self.student_loss, self.every", "self.student_loss",
+          f"{TRAINER}::test_order_of_turns"),
+        m("always all steps", DMD2, '1 + draw.index("steps", len(nets.student.times))', "len(nets.student.times)",
+          f"{TRAINER}::test_calls_of_dmd2"),
+        m("fake on the wrong level", DMD2, "path.diffuse(x, eps, t), t, c), x, eps",
+          "path.diffuse(x, eps, t), 1 - t, c), x, eps", FAKE),
+    ),
+    "VSD": (
+        m("sign of g", VSD, "push(x, w * gap)", "push(x, -w * gap)", GRADIENT),
+        m("weight of the signal", VSD, "expand(sigma**2 / (", "expand(alpha**2 / (", GRADIENT),
+        m("sigma for sigma^2", VSD, "expand(sigma**2 / (", "expand(sigma / (", GRADIENT),
+        m("mean for sum", VSD, 'self.reduction), {"score_gap"', '"mean"), {"score_gap"', GRADIENT),
+        m("gradient through the scores", VSD, NO_GRAD, GRAD, GRADIENT, more=(KEEP_G,)),
+        m("fake not guided", VSD, "k_fake = k if self.fake_guidance is None else self.fake_guidance", "k_fake = 1.0",
+          BY_HAND),
+        m("ESD's guidance to the teacher", VSD, "Guided(nets.teacher, k)(", "Guided(nets.teacher, k_fake)(",
+          f"{CLOSED}::TestEntropic"),
+        m("one random guidance for all", VSD, "k = scale_of(self.guidance, draw, len(x))",
+          "k = scale_of(self.guidance, draw, len(x))\n        k = k if isinstance(k, float) else k[:1].expand(len(x))",
+          BY_HAND),
+        m("no conditions dropped", VSD, "        if self.needs:\n            c = drop",
+          "        if False:\n            c = drop", FAKE),
+        m("fake on the wrong level", VSD, "nets.fake(path.diffuse(x, eps, t), t, c)",
+          "nets.fake(path.diffuse(x, eps, t), 1 - t, c)", FAKE),
+        m("fake on fresh samples", VSD, "self.fake_loss, reuse=True", "self.fake_loss",
+          f"{TRAINER}::test_samples_are_reused"),
+    ),
+    "LCD": (
+        m("target at t", LCD, "x_s, s, told(c, w))", "x_s, t, told(c, w))", DISCRETE),
+        m("target at x_t", LCD, "student, x_s, s, told", "student, x_t, s, told", DISCRETE),
+        m("target from the student", LCD, "nets.target or student", "student", BY_HAND, f"{CONTRACTS}::TestPushed"),
+        m("target with gradient", LCD, "            target = self.f(nets.target or student, x_s, s, told(c, w))\n",
+          "        target = self.f(nets.target or student, x_s, s, told(c, w))\n", f"{CONTRACTS}::TestTargets"),
+        m("no boundary", LCD, "expand(t < 0.5 / self.N, x)", "expand(t < -1, x)", BY_HAND, DISCRETE),
+        m("two steps of the grid", LCD, "t - 1 / self.N", "(t - 2 / self.N).clamp(min=0)", f"{DISCRETE}", BY_HAND),
+        m("teacher not guided", LCD, "solver(Guided(nets.teacher, w), x_t", "solver(nets.teacher, x_t", BY_HAND),
+        m("student not told", LCD, "self.f(student, x_t, t, told(c, w))", "self.f(student, x_t, t, c)", BY_HAND),
+        m("sum for mean", LCD, "reduce(loss, self.reduction)", 'reduce(loss, "sum")', BY_HAND, DISCRETE),
+        m("average the wrong way", LCD, "theirs, 1 - self.target_ema", "theirs, self.target_ema", BY_HAND),
+        m("target never moves", LCD, "if nets.target is not None", "if False", BY_HAND),
+    ),
+    "sCM": (
+        m("sign of the derivative", SCM, "self.sigma_d * dF)", "-self.sigma_d * dF)", CONTINUOUS),
+        m("sign of the second term", SCM, "- r * (cos * sin", "+ r * (cos * sin", CONTINUOUS),
+        m("sign of the tangent", SCM, "- sgF - tangent", "- sgF + tangent", BY_HAND),
+        m("target with gradient", SCM, "(F(x_t, t) - sgF - tangent) ** 2", "(F(x_t, t) - F(x_t, t) - tangent) ** 2",
+          BY_HAND),
+        m("time in quarter turns", SCM, "* (2 / math.pi))", ")", CONTINUOUS),
+        m("x_t held still", SCM, "(cos * sin * dx, (", "(0 * dx, (", CONTINUOUS),
+        m("sigma_d forgotten", SCM, "(self.sigma_d * sgF - dx)", "(sgF - dx)", CONTINUOUS),
+        m("velocity of the student", SCM, "Guided(teacher, w)(x_t, t, c)", "Guided(student, w)(x_t, t, c)",
+          CONTINUOUS),
+        m("not normalised", SCM, "g / (size + self.c)", "g", f"{CONTRACTS}::TestTargets"),
+        m("norm of the whole vector", SCM, "x[0].numel() ** 0.5", "1.0", f"{CONTRACTS}::TestTargets"),
+        m("no warm-up", SCM, "min(1.0, draw.step / self.warmup) if self.warmup else 1.0", "1.0",
+          f"{CONTRACTS}::TestTargets"),
+        m("sign of the velocity", SCM, "* pred.eps - expand", "* pred.eps + expand", CONTINUOUS),
+    ),
+    "schedules, kinds": (
+        m("v to x0", "distill/schedule", "return (a * x - s * out) / (a**2", "return (a * x + s * out) / (a**2",
+          SCHEDULE),
+        m("flow to eps", "distill/schedule", "(x + a * out) / (a + s)", "(x - a * out) / (a + s)", SCHEDULE),
+        m("target of flow", "distill/schedule", "return eps - x0\n            case",
+          "return x0 - eps\n            case", SCHEDULE),
+        m("c_skip of EDM", "distill/schedule", "a * self.sigma_d**2 / norm**2 * x", "self.sigma_d / norm * x",
+          SCHEDULE),
+        m("score without sigma", "distill/schedule", "-self.eps / self.sigma\n\n    def target",
+          "-self.eps\n\n    def target", DENOISER, SCHEDULE),
+        m("renoising to the wrong variance", "distill/schedule", "(s_t**2 - (a * s_s) ** 2)", "(s_t**2 - s_s**2)",
+          SCHEDULE),
+        m("sigma_d of TrigFlow", "distill/schedule", "return theta.cos(), self.sigma_d * theta.sin()",
+          "return theta.cos(), theta.sin()", SCHEDULE),
+        m("VP off by one", "distill/schedule", "t.double() * (len(self.alphas_cumprod) - 1)",
+          "t.double() * len(self.alphas_cumprod)", SCHEDULE),
+        m("rho of EDM", "distill/schedule", "(low + t.double() * (high - low)) ** self.rho",
+          "(low + t.double() * (high - low)) ** 6", SCHEDULE),
+        m("frames by signal", "distill/denoiser", "expand(torch.hypot(a, s) / torch.hypot(a_f, s_f), x)",
+          "expand(a_f / a, x)", DENOISER),
+        m("score of the frame", "distill/denoiser", "-self.eps / self.sigma * self.scale", "-self.eps / self.sigma",
+          DENOISER),
+        m("Grid without its last", "distill/times", "(self.high - self.low + 1)", "(self.high - self.low)", DRAW),
+        m("LogNormal in base 10", "distill/times", "draw.normal(name, (B,)).double()).exp())",
+          "draw.normal(name, (B,)).double()).mul(2.302585).exp())", DRAW),
+    ),
+    "guidance": (
+        m("w + 1", "distill/guidance", "empty + w * (cond - empty)", "cond + w * (cond - empty)", DENOISER),
+        m("branches exchanged", "distill/guidance", "cond, empty = pred", "empty, cond = pred", DENOISER),
+        m("drops the wrong ones", "distill/guidance", "empty[k], v) for", "v, empty[k]) for", DENOISER),
+        m("range from 0", "distill/guidance", "w[0] + (w[1] - w[0]) * draw", "w[1] * draw", DENOISER),
+        m("w = 0 is conditional", "distill/guidance", "return self.base(x, t, null)", "return self.base(x, t, c)",
+          DENOISER),
+    ),
+    "student, solvers": (
+        m("gradient through all calls", "distill/student", "with torch.no_grad():", "with torch.enable_grad():",
+          STUDENT),
+        m("renoised to the old level", "distill/student", "diffuse(pred.x0, eps, times[i + 1])",
+          "diffuse(pred.x0, eps, times[i])", STUDENT),
+        m("last call at the first time", "distill/student", "times[steps - 1], c).x0", "times[0], c).x0", STUDENT),
+        m("scaled by the signal", "distill/student", "dtype=torch.float64))[1])", "dtype=torch.float64))[0])",
+          STUDENT),
+        m("the same noise again", "distill/student", 'f"renoise{i}"', '"renoise0"', STUDENT),
+        m("DDIM without its noise", "distill/solver", "diffuse(pred.x0, pred.eps, s)",
+          "diffuse(pred.x0, 0 * pred.eps, s)", STUDENT),
+        m("Heun's second slope at t", "distill/solver", "denoiser(euler, s, c).eps", "denoiser(euler, t, c).eps",
+          STUDENT),
+    ),
+    "losses, draws": (
+        m("push by half", "distill/losses", "g * (x - x.detach())", "0.5 * g * (x - x.detach())", LOSSES),
+        m("sum over the batch", "distill/losses", "elements.sum() / len(elements)", "elements.sum()", LOSSES),
+        m("normaliser with gradient", "distill/losses", ".clamp(min=low).detach()", ".clamp(min=low)", LOSSES),
+        m("normaliser of the batch", "distill/losses", "per_sample((x - real).abs())", "(x - real).abs().mean()",
+          LOSSES),
+        m("denoising in x0", "distill/losses", "(pred.out - pred.target(x0, eps))", "(pred.x0 - x0)", LOSSES),
+        m("GAN of the student saturates", "distill/losses", "F.softplus(-fake).mean()\n\n",
+          "-F.softplus(fake).mean()\n\n", LOSSES),
+        m("reals called fakes", "distill/losses", "F.softplus(fake).mean() + F.softplus(-real)",
+          "F.softplus(-fake).mean() + F.softplus(real)", LOSSES),
+        m("players draw alike", "distill/draw", "_hash(self.seed, self.step, self.player, name)",
+          "_hash(self.seed, self.step, name)", DRAW),
+        m("steps draw alike", "distill/draw", "_hash(self.seed, self.step, self.player, name)",
+          "_hash(self.seed, self.player, name)", DRAW),
+        m("samples by their place", "distill/draw", "self.samples.to(torch.int32)[:, None]",
+          "torch.arange(len(self.samples), dtype=torch.int32)[:, None]", DRAW),
+        m("players choose differently", "distill/draw", "_hash(self.seed, self.step, name)[0] % n",
+          "_hash(self.seed, self.step, self.player, name)[0] % n", DRAW),
+    ),
+    "loop": (
+        m("accumulation sums", "distill/trainer", "(loss / cfg.gradient_accumulation_steps).backward()",
+          "loss.backward()", f"{TRAINER}::test_accumulation"),
+        m("gradients are kept", "distill/trainer", "            optimizer.zero_grad(set_to_none=True)\n", "",
+          f"{TRAINER}::test_only_the_player_moves"),
+        m("everybody gets gradients", "distill/trainer", "            own(players, player)\n", "",
+          f"{TRAINER}::test_only_the_player_moves"),
+        m("reuse with its graph", "distill/trainer", "done.append((x.detach(), batch))", "done.append((x, batch))",
+          f"{TRAINER}::test_samples_are_reused"),
+        m("reuse of the first batch", "distill/trainer", "x, batch = kept[i]", "x, batch = kept[0]",
+          f"{TRAINER}::test_samples_are_reused"),
+        m("NaN goes on", "distill/trainer", "if not torch.isfinite(norm):", "if False:",
+          f"{TRAINER}::test_a_nan_stops_by_name"),
+        m("step before the check", "distill/trainer", "            if not torch.isfinite(norm):\n",
+          "            optimizer.step()\n            if not torch.isfinite(norm):\n",
+          f"{TRAINER}::test_a_nan_stops_by_name"),
+        m("one learning rate for both", "distill/trainer", "rates[player] * cfg.rate(step)",
+          'rates["student"] * cfg.rate(step)', f"{TRAINER}::test_learning_rates"),
+        m("warm-up from 0", "distill/trainer", "(step + 1) / (self.lr_warmup_steps + 1)",
+          "step / (self.lr_warmup_steps + 1)", f"{TRAINER}::test_learning_rates"),
+        m("average of the fake's turns too", "distill/trainer", 'if player == "student":\n', "if True:\n",
+          f"{TRAINER}::test_average"),
+        m("average never moves", "distill/trainer", "state.ema.update(nets.student", "len((nets.student",
+          f"{TRAINER}::test_average",
+          more=(("distill/trainer.py", "step * cfg.train_batch_size)\n", "step * cfg.train_batch_size))\n"),)),
+        m("average forgets the wrong way", "distill/ema", "self.theirs, 1 - beta)", "self.theirs, beta)", EMA),
+        m("ramp as a floor", "distill/ema", "min(self.half_life, self.ramp * seen)",
+          "max(self.half_life, self.ramp * seen)", EMA),
+        m("Adam starts anew on resuming", "distill/checkpoint", "    optimizer.load_state_dict(", "    dict(",
+          f"{TRAINER}::test_resume_equals_the_uninterrupted_run"),
+        m("average not restored", "distill/checkpoint",
+          "for key, t in _named(state.ema.net).items() if key in student}",
+          "for key, t in _named(state.nets.student.denoiser.net).items() if key in student}",
+          f"{TRAINER}::test_resume_equals_the_uninterrupted_run"),
+        m("step not restored", "distill/checkpoint", "state.step = step(folder)", "state.step = 0",
+          f"{TRAINER}::test_resume_equals_the_uninterrupted_run"),
+        m("fake is the student", "distill/roles", "nets.fake = replace(teacher, net=fake.lora(teacher.net))",
+          "nets.fake = nets.student.denoiser", ROLES, TRAINER),
+        m("student is the teacher", "distill/lora", "copy.deepcopy(net).requires_grad_(True)",
+          "net.requires_grad_(True)", ROLES),
+    ),
+    "export": (
+        m("level of the scheduler", "pipelines/edm", "sigma_min=0.0, sigma_max=sigma",
+          "sigma_min=0.002, sigma_max=80.0", f"{RECIPES}::test_wrong_weights_are_caught"),
+        m("wrong export passes", "pipelines/export", "if not gap <= TOLERANCE:", "if False:",
+          f"{RECIPES}::test_wrong_weights_are_caught"),
+        m("the raw weights", "pipelines/run", "teacher, state.ema.net, out",
+          "teacher, nets.student.denoiser.net, out", f"{RECIPES}::test_pipeline_is_the_averaged_student[sid]"),
+        m("c_noise", "pipelines/edm", "250 * sigma.log()", "1000 * sigma.log() / 8",
+          f"{RECIPES}::test_wrong_weights_are_caught"),
+    ),
+}
+# fmt: on
+# fmt: on
+
+
+def copied(to):
+    """The tree without caches, as a mutation finds it."""
+    skip = shutil.ignore_patterns("__pycache__", "*.pyc")
+    for room in ROOMS:
+        shutil.copytree(ROOT / room, to / room, ignore=skip)
+    for name in ("setup.cfg", "pyproject.toml"):
+        shutil.copy(ROOT / name, to / name)
+    return to
+
+
+def applied(mutation, tree=ROOT):
+    """{file: text} after the mutation; every snippet must be there exactly once."""
+    texts = {}
+    for file, old, new in mutation.changes:
+        text = texts.get(file) or (tree / file).read_text()
+        if text.count(old) != 1:
+            sys.exit(f"mutation {mutation.name!r}: found {text.count(old)} times, not once, in {file}:\n{old}")
+        texts[file] = text.replace(old, new)
+    return texts
+
+
+class Watch:
+    """The first failing test, and how many ran."""
+
+    def __init__(self):
+        self.failed, self.ran, self.broken = None, 0, None
+
+    def pytest_runtest_logreport(self, report):
+        self.ran += report.when == "call" and report.passed
+        if report.failed and self.failed is None:
+            self.failed = report.nodeid
+
+    def pytest_collectreport(self, report):
+        if report.failed:
+            self.broken = report.nodeid or "collection"
+
+
+def child(tree, tests, log, answer):
+    """In a process of its own: the tests of `tree`; the answer goes through a pipe."""
+    import pytest
+
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(output, 1), os.dup2(output, 2)
+    os.chdir(tree)
+    os.environ["PYTHONPATH"] = f"{tree}"
+    sys.path[:] = [
+        f"{tree}",
+        f"{tree / 'tests'}",
+        *(p for p in sys.path if Path(p or ".").resolve() not in (ROOT, ROOT / "tests")),
+    ]
+    watch = Watch()
+    pytest.main(["-x", "-q", "-p", "no:cacheprovider", *tests], plugins=[watch])
+    import distill
+
+    assert Path(distill.__path__[0]).resolve() == (tree / "distill").resolve(), "the tests did not look at the copy"
+    answer.send((watch.failed, watch.ran, watch.broken))
+
+
+def pytested(tree, tests, log):
+    """(first failing test or None, tests that passed, a file that does not even import)."""
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=child, args=(tree, tests, log, theirs))
+    process.start()
+    theirs.close()
+    process.join(TIMEOUT)
+    if process.is_alive():
+        process.kill()
+        return f"no end after {TIMEOUT} s", 0, None
+    try:
+        return ours.recv()
+    except EOFError:
+        return None, 0, "the process died"
+
+
+def prepare():
+    """Import what is slow, and say where the stored numbers are: the copy has no neighbours."""
+    import importlib
+
+    for name in SLOW.split():
+        importlib.import_module(name)
+    golden = Path(os.environ.get("DISTILL_GOLDEN") or ROOT.parent / "shared" / "golden")
+    if golden.exists():
+        os.environ["DISTILL_GOLDEN"] = f"{golden.resolve()}"
+
+
+def main(words):
+    chosen = [(group, mutation) for group, mutations in MUTATIONS.items() for mutation in mutations]
+    chosen = [(g, mut) for g, mut in chosen if not words or any(word in f"{g}: {mut.name}" for word in words)]
+    for _, mutation in chosen:
+        applied(mutation)  # fails at once where a snippet is not found
+    prepare()
+    from rich.live import Live
+    from rich.markup import escape
+    from rich.table import Table
+
+    began, survived = time.perf_counter(), []
+    table = Table("mutation", title=f"{len(chosen)} mistakes made on purpose")
+    table.add_column("caught by", overflow="fold")
+    table.add_column("s", justify="right")
+    with tempfile.TemporaryDirectory() as folder, Live(table, refresh_per_second=2):
+        tree, log = copied(Path(folder) / "tree"), Path(folder) / "log.txt"
+        failed, ran, broken = pytested(tree, sorted({test for _, mut in chosen for test in mut.tests}), log)
+        if failed or broken or not ran:
+            sys.exit(f"these tests fail without any mistake: {failed or broken}\n{log.read_text()[-3000:]}")
+        table.add_row("none", f"[dim]nothing: {ran} tests pass[/]", f"{time.perf_counter() - began:.1f}")
+        last = None
+        for group, mutation in chosen:
+            start, texts = time.perf_counter(), applied(mutation, tree)
+            right = {file: (tree / file).read_text() for file in texts}
+            write(tree, texts)
+            failed, _, broken = pytested(tree, mutation.tests, log)
+            write(tree, right)
+            name = f"  {mutation.name}" if group == last else f"{group}: {mutation.name}"
+            noticed = escape(re.sub(r"tests/test_(\w+)\.py::(\w+::)?test_", r"\1: ", failed or ""))
+            table.add_row(name, noticed or f"[red]{broken or 'nothing'}[/]", f"{time.perf_counter() - start:.1f}")
+            survived += [] if failed else [f"{group}: {mutation.name}"]
+            last = group
+    sys.stderr.write(f"{len(chosen) - len(survived)} of {len(chosen)} caught in {time.perf_counter() - began:.0f} s\n")
+    if survived:
+        sys.exit("no test noticed " + "; ".join(survived))
+
+
+def write(tree, texts):
+    for file, text in texts.items():
+        (tree / file).write_text(text)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
