@@ -200,8 +200,15 @@ def train(
 
 def start(nets: Nets, accelerator: Accelerator) -> dict[str, list[nn.Parameter]]:
     """Move the networks to the device, equal on all processes; the parameters that each player owns."""
-    from accelerate.utils import broadcast
+    from accelerate.utils import DistributedType, broadcast
 
+    if accelerator.mixed_precision not in ("no", "bf16"):
+        raise ValueError(
+            f"mixed_precision is {accelerator.mixed_precision!r}; it must be 'no' or 'bf16': "
+            "several players under one loss scaler unscale each other's gradients"
+        )
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        raise ValueError("DeepSpeed wraps one model with one loss; students and fake scores share theirs: use DDP")
     nets.teacher.net.to(accelerator.device).requires_grad_(False).eval()
     players: dict[str, list[nn.Parameter]] = {}
     for role, net in nets.modules().items():

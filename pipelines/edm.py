@@ -34,7 +34,7 @@ class Call:
 
     def __call__(self, net: nn.Module, x: Tensor, sigma: Tensor, c: Condition) -> Tensor:
         c_in = 1 / (expand(sigma, x) ** 2 + self.sigma_d**2).sqrt()
-        labels = None if c is None else c["class_labels"]
+        labels = None if c is None or net.class_embedding is None else c["class_labels"]
         return net((c_in * x).to(x.dtype), 250 * sigma.log(), class_labels=labels, return_dict=False)[0]
 
 

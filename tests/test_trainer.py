@@ -509,3 +509,15 @@ def test_a_wrong_checkpoint_is_refused(saved):
     (saved / "optimizer_fake.safetensors").replace(saved / "optimizer_student.safetensors")
     with pytest.raises(ValueError, match="optimizer_student.safetensors is not of this run's parameters"):
         resume("dmd2")
+
+
+@pytest.mark.parametrize(("wrong", "says"), [({"mixed_precision": "fp16"}, "bf16"), ({}, "DeepSpeed")])
+def test_engines_that_cannot_train_several_players_are_refused(wrong, says):
+    from types import SimpleNamespace
+
+    from accelerate.utils import DistributedType
+
+    kind = DistributedType.NO if wrong else DistributedType.DEEPSPEED
+    engine = SimpleNamespace(**{"mixed_precision": "no", "distributed_type": kind, "num_processes": 1} | wrong)
+    with pytest.raises(ValueError, match=says):
+        next(train(VSD(guidance=1.0), None, None, TrainConfig(), engine))
