@@ -21,6 +21,7 @@ from distill.roles import Nets
 from distill.schedule import EDM, Trig
 from distill.solver import STEPS
 from distill.student import Student
+from distill.times import Fixed
 from distill.trainer import own
 
 N, CLASSES = 8, 3
@@ -393,6 +394,35 @@ class TestByHand:
         for a, b in zip(got, want):
             near(a, b, 1e-7)
 
+    @pytest.mark.parametrize("w", (1.5, (2.0, 14.0)))
+    def test_scm_guidance(self, w):
+        """A guided teacher is a teacher; random guidance is told to the student in every call, never to the teacher."""
+        method, heard = SCM(guidance=w, warmup=0), {"teacher": [], "student": []}
+        nets, draw = nets_of(method), Plain()
+        scale = w if isinstance(w, float) else 2 + 12 * draw.uniform("guidance", (N,))
+        for role, denoiser in (("teacher", nets.teacher), ("student", nets.student.denoiser)):
+            denoiser.net.register_forward_hook(
+                lambda m, args, kwargs, out, role=role: heard[role].append(kwargs.get("guidance")), with_kwargs=True
+            )
+        guided = lambda net, x, t, c: Guided(nets.teacher, scale)(x, EDM().time(t), c).out
+        told = (lambda c: c) if isinstance(w, float) else (lambda c: c | {"guidance": scale})
+        batch = batch_of(draw)
+        got = method.student_loss(batch["real"], nets, batch, draw)[0]
+        assert heard["teacher"] == [None] and len(heard["student"]) == 2
+        assert all(k is None if isinstance(w, float) else torch.equal(k, scale) for k in heard["student"])
+        plainly = replace(nets, teacher=replace(nets.teacher, call=guided))
+        plainly.student = Student(replace(nets.student.denoiser, call=lambda net, x, t, c: net(x, t, **told(c))))
+        near(got, SCM(warmup=0).student_loss(batch["real"], plainly, batch, draw)[0], 1e-9)
+
+    def test_sid_fake(self):
+        """The fake is trained as it is asked, guided by k1."""
+        method, draw = SiD(kappa=(2.0, 1.0, 1.0, 1.0)), Plain("fake")
+        nets, x = nets_of(method), draw.normal("x", (N, 2))
+        c, t, eps = batch_of(draw)["c"], method.fake_times(draw, "t", N, EDM()), draw.normal("eps", (N, 2))
+        pred = Guided(nets.fake, 2.0)(EDM().diffuse(x, eps, t), t, c)
+        want = ((pred.out - pred.target(x, eps)) ** 2).sum() / N
+        near(method.fake_loss(x, nets, {"c": c}, draw)[0], want)
+
     def test_lcd_target_follows(self):
         method = LCD(target_ema=0.9)
         nets = nets_of(method)
@@ -477,6 +507,48 @@ class TestGan:
         draw = Plain()
         student_turn(self.method, self.nets, draw)
         assert sorted(draw.names) == ["eps", "gan_eps", "gan_t", "real", "t", "z"]
+
+
+class TestWhen:
+    """Each loss looks at its own law of times; the student's calls follow one choice of the step."""
+
+    @pytest.mark.parametrize(
+        "method",
+        (DMD2(taps=("mid",), gan_times=Fixed(0.7)), VSD(guidance=1.0), SiD()),
+        ids=("dmd2", "vsd", "sid"),
+    )
+    def test_times(self, method):
+        method = replace(method, times=Fixed(0.3), fake_times=Fixed(0.6))
+        nets, told = nets_of(method), {"teacher": [], "fake": []}
+        for role, denoiser in (("teacher", nets.teacher), ("fake", nets.fake)):
+            denoiser.net.first.register_forward_hook(lambda m, args, out, role=role: told[role].append(args[0][:, 2]))
+        heard = lambda role: [float(t.unique()) for t in told[role]]  # inside, the network has log(1 + sigma) / 4
+        says = lambda *times: pytest.approx((EDM().native(torch.tensor(times, dtype=F64)).log1p() / 4).tolist())
+        gan = (0.7,) if isinstance(method, DMD2) else ()
+        student_turn(method, nets)
+        assert heard("teacher") == says(0.3) and heard("fake") == says(0.3, *gan)
+        told["fake"].clear()
+        draw = Plain("fake")
+        batch = batch_of(draw)
+        method.fake_loss(method.sample(nets, batch, draw).detach(), nets, batch, draw)
+        assert heard("teacher") == says(0.3) and heard("fake") == says(0.6, *gan)
+
+    @pytest.mark.parametrize("name", ("dmd2", "vsd", "sid"))
+    def test_calls(self, name):
+        """One to all of the calls, equally often, as the step alone decides: for both players."""
+        method, counts = METHODS[name], {"student": [], "fake": []}
+        nets = nets_of(method)
+        nets.student = Student(nets.student.denoiser, (0.9, 0.6, 0.3))
+        calls = []
+        nets.student.denoiser.net.register_forward_hook(lambda *a: calls.append(1))
+        for player, seen in counts.items():
+            for step in range(60):
+                draw = Draw(0, step, player, torch.arange(2))
+                calls.clear()
+                method.sample(nets, {"c": {"label": torch.tensor([0, 1])}}, draw)
+                seen.append(len(calls))
+        assert counts["student"] == counts["fake"]
+        assert min(counts["fake"].count(k) for k in (1, 2, 3)) > 10
 
 
 class TestFakeTurn:

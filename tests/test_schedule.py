@@ -4,12 +4,14 @@ import math
 
 import pytest
 import torch
-from gaussian import F64, SCHEDULES
+from gaussian import F64
+from gaussian import SCHEDULES as COMMON
 
 from distill.schedule import EDM, KINDS, VP, Flow, Prediction, Trig
 from distill.times import shift
 
 SD = VP.scaled_linear()
+SCHEDULES = COMMON | {"edm-3": EDM(0.01, 20.0, 3.0), "vp-few": VP((0.9, 0.5, 0.3, 0.1, 0.05)), "flow-1": Flow(1.0)}
 
 
 def near(got, want, tol=1e-12):
@@ -41,9 +43,9 @@ class TestTime:
             t = inside()
             there = other.time(schedule.ratio(t))
             overlap = (there > 1e-6) & (there < 1 - 1e-6)
-            assert overlap.sum() > 100
-            near(other.ratio(there)[overlap], schedule.ratio(t)[overlap], 1e-9)
-            near(schedule.time(other.ratio(there))[overlap], t[overlap], 1e-9)
+            assert overlap.sum() > 50
+            near(other.ratio(there)[overlap], schedule.ratio(t)[overlap], 1e-6)  # VP rounds to whole indices
+            near(schedule.time(other.ratio(there))[overlap], t[overlap], 1e-6)
 
     def test_beyond_the_range(self, schedule):
         near(schedule.time(tensor(0.0, math.inf)), tensor(0.0, 1.0))
