@@ -5,15 +5,12 @@ python tests/mutate.py [WORD ...]     only the mutations whose group or name hol
 Works on a copy of the tree. Each mistake is made in a child process, forked after everything slow is imported.
 """
 
-import os
-import sys
-
-os.environ["OMP_NUM_THREADS"] = "1"
-sys.dont_write_bytecode = True  # a mistake of the same length and second would be served from the cache
-
+import importlib
 import multiprocessing
+import os
 import re
 import shutil
+import sys
 import tempfile
 import time
 from dataclasses import dataclass
@@ -26,7 +23,7 @@ SLOW = (  # imported once, before the first fork; nothing of this project
     "diffusers.models.unets.unet_2d_condition numpy peft peft.tuners.lora pytest rich.table safetensors.torch scipy "
     "sklearn.datasets tyro"
 )
-TIMEOUT = 120  # seconds
+TIMEOUT = 300  # seconds of one mutation
 
 CLOSED, CONTRACTS = "tests/test_closed_forms.py", "tests/test_contracts.py"
 GRADIENT = f"{CLOSED}::test_student_gradient"
@@ -345,17 +342,17 @@ def child(tree, tests, log, answer):
     answer.send((watch.failed, watch.ran, watch.broken))
 
 
-def pytested(tree, tests, log):
+def pytested(tree, tests, log, timeout=TIMEOUT):
     """(first failing test or None, tests that passed, a file that does not even import)."""
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=child, args=(tree, tests, log, theirs))
     process.start()
     theirs.close()
-    process.join(TIMEOUT)
+    process.join(timeout)
     if process.is_alive():
         process.kill()
-        return f"no end after {TIMEOUT} s", 0, None
+        return f"no end after {timeout} s", 0, None
     try:
         return ours.recv()
     except EOFError:
@@ -364,8 +361,8 @@ def pytested(tree, tests, log):
 
 def prepare():
     """Import what is slow, and say where the stored numbers are: the copy has no neighbours."""
-    import importlib
-
+    os.environ["OMP_NUM_THREADS"] = "1"
+    sys.dont_write_bytecode = True  # a mistake of the same length and second would be served from the cache
     for name in SLOW.split():
         importlib.import_module(name)
     golden = Path(os.environ.get("DISTILL_GOLDEN") or ROOT.parent / "shared" / "golden")
@@ -389,7 +386,9 @@ def main(words):
     table.add_column("s", justify="right")
     with tempfile.TemporaryDirectory() as folder, Live(table, refresh_per_second=2):
         tree, log = copied(Path(folder) / "tree"), Path(folder) / "log.txt"
-        failed, ran, broken = pytested(tree, sorted({test for _, mut in chosen for test in mut.tests}), log)
+        failed, ran, broken = pytested(
+            tree, sorted({test for _, mut in chosen for test in mut.tests}), log, 4 * TIMEOUT
+        )
         if failed or broken or not ran:
             sys.exit(f"these tests fail without any mistake: {failed or broken}\n{log.read_text()[-3000:]}")
         table.add_row("none", f"[dim]nothing: {ran} tests pass[/]", f"{time.perf_counter() - began:.1f}")
