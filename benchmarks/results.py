@@ -162,7 +162,7 @@ def main(cfg: Results) -> None:
         fail(str(error))
     import torch
 
-    torch.set_num_threads(cfg.workers)
+    torch.set_num_threads(1)  # two threads on a busy machine of two cores can be fifty times slower than one
     from eval.report import write
 
     rows = measure(cfg)

@@ -12,15 +12,21 @@ from distill.trainer import TrainConfig
 from pipelines.run import main
 
 CONFIG = Config(
-    method=VSD(guidance=1.0, fake_steps=2, times=Karras(0.02, 20.0), fake_times=LogNormal(-1.0, 1.2)),
+    method=VSD(
+        guidance=1.0,
+        fake_steps=4,
+        times=Karras(0.02, 20.0),
+        fake_times=LogNormal(-1.0, 1.2),  # the teacher's training law
+        weight=False,  # on EDM's levels sigma^2 / (1 + sigma^2) all but ignores the low noise, where strokes are made
+    ),
     teacher="runs/digits/teacher",
     student=StudentConfig(sigma=2.5),  # SiD
     train=TrainConfig(
         output_dir="runs/digits/vsd",
-        max_train_steps=2400,
+        max_train_steps=4800,
         train_batch_size=64,
-        learning_rate=4e-4,
-        fake_learning_rate=8e-4,
+        learning_rate=5e-4,
+        fake_learning_rate=1e-3,
         lr_scheduler="linear",
         lr_warmup_steps=20,
         ema_half_life=10_000,
