@@ -48,7 +48,7 @@ def parse(default: Config[M], argv: list[str] | None = None, doc: str | None = N
         i = argv.index("--config")
         argv = _file(argv[i + 1 : i + 2]) + argv[:i] + argv[i + 2 :]
     doc = f"{doc or ''}\n\n--config FILE.yaml, a run's config.yaml say, sets all that it holds; flags go on top."
-    kind = Config[type(default.method)]  # type: ignore[misc]
+    kind: Any = Config.__class_getitem__(type(default.method))  # type: ignore[attr-defined]
     try:
         return tyro.cli(kind, default=default, args=argv, description=doc, use_underscores=True)
     except ValueError as error:  # a value that a dataclass refuses

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class EMA:
@@ -30,7 +30,8 @@ class EMA:
         if self.follows is not net:  # walking a large module tree costs milliseconds
             self.follows = net
             pairs = [(a, b) for a, b in zip(self.net.parameters(), net.parameters(), strict=True) if a is not b]
-            self.ours, self.theirs = [a for a, _ in pairs], [b for _, b in pairs]
+            self.ours: list[Tensor] = [a for a, _ in pairs]
+            self.theirs: list[Tensor] = [b for _, b in pairs]
             self.buffers = list(zip(self.net.buffers(), net.buffers(), strict=True))
         torch._foreach_lerp_(self.ours, self.theirs, 1 - beta)
         for mine, new in self.buffers:

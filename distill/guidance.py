@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -57,7 +57,7 @@ class Guided:
         pred = self.base(torch.cat([x, x]), torch.cat([t, t]), merge(c, null))
         cond, empty = pred.out.chunk(2)
         w = expand(self.w, x) if isinstance(self.w, Tensor) else self.w
-        half = {k: v.chunk(2)[0] for k, v in vars(pred).items() if isinstance(v, Tensor)}
+        half: dict[str, Any] = {k: v.chunk(2)[0] for k, v in vars(pred).items() if isinstance(v, Tensor)}
         return replace(pred, **half | {"out": empty + w * (cond - empty)})
 
     def on(self, schedule: Schedule) -> Guided:

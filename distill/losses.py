@@ -71,4 +71,5 @@ def jvp(f: Callable[..., Tensor], primals: tuple[Tensor, ...], tangents: tuple[T
 
     with sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch's own use of torch.jit
-        return torch.func.jvp(f, primals, tangents)
+        value, derivative = torch.func.jvp(f, primals, tangents)[:2]
+    return value, derivative

@@ -35,9 +35,9 @@ class Nets:
         """Every trained or averaged network by role; the teacher is frozen and not among them."""
         roles = {
             "student": self.student.denoiser.net,
-            "fake": self.fake and self.fake.net,
+            "fake": self.fake.net if self.fake is not None else None,
             "disc": self.disc,
-            "target": self.target and self.target.net,
+            "target": self.target.net if self.target is not None else None,
         }
         return {name: net for name, net in roles.items() if net is not None}
 
@@ -112,8 +112,9 @@ def build(
         nets.target = nets.student.denoiser.copy()
         nets.target.net.requires_grad_(False)
     if "disc" in method.roles:
+        taps: tuple[str, ...] = method.taps  # type: ignore[attr-defined]
         like = next(teacher.net.parameters())
         x, t = torch.zeros(1, *shape, device=like.device), torch.full((1,), 0.5, device=like.device).double()
         with torch.no_grad():
-            nets.disc = head(teacher.features(x, t, c, method.taps)[0])
+            nets.disc = head(teacher.features(x, t, c, taps)[0])
     return nets

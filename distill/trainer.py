@@ -41,7 +41,10 @@ class Update:
 
 
 class Method(Protocol):
-    """An algorithm: a frozen dataclass of its hyper-parameters. May define `after(player, nets)`."""
+    """An algorithm: a frozen dataclass of its hyper-parameters. May define `after(player, nets)`.
+
+    One with the role "disc" also has `taps`, the modules of the fake score that the discriminator reads.
+    """
 
     roles: tuple[str, ...]  # of Nets, beside teacher and student
     needs: tuple[str, ...]  # of the batch: "real" images with "real_c", "null" for guidance
@@ -158,7 +161,8 @@ def train(
     if state.step >= cfg.max_train_steps:
         yield state
     while state.step < cfg.max_train_steps:
-        step, state.logs, kept = state.step, {}, []
+        step, state.logs = state.step, {}
+        kept: list[tuple[Tensor, Batch]] = []
         for update in method.updates():
             if step % update.every:
                 continue
@@ -242,7 +246,8 @@ def average(params: list[nn.Parameter], accelerator: Accelerator) -> None:
         return
     grads = [p.grad for p in params if p.grad is not None]
     while grads:
-        bucket, size = [], 0
+        bucket: list[Tensor] = []
+        size = 0
         while grads and (not bucket or size + grads[-1].numel() <= BUCKET):
             bucket.append(grads.pop())
             size += bucket[-1].numel()

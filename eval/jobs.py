@@ -9,6 +9,7 @@ import sys
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -78,7 +79,7 @@ def run(todo: dict[str, Job], out: Path, workers: int) -> None:
                     process.terminate()
 
 
-def _progress(log: Path | None) -> dict[str, int]:
+def _progress(log: Path | None) -> dict[str, Any]:
     """Total and completed steps of a training run, from its config.yaml and the last line of its log."""
     lines = log.read_text().splitlines() if log is not None and log.is_file() else []
     if log is None or not lines:

@@ -11,6 +11,7 @@ from types import ModuleType
 import torch
 from torch import nn
 
+from distill.draw import Draw
 from distill.lora import merged
 from distill.student import Student
 from pipelines import FAMILIES, ExportError, Teacher
@@ -84,10 +85,11 @@ def verify(student: Student, teacher: Teacher, net: nn.Module, folder: Path, B: 
     return float((torch.from_numpy(got).permute(0, 3, 1, 2) - expected).abs().max())
 
 
-class _Generated:
+class _Generated(Draw):
     """Noise in the order in which a diffusers pipeline takes it from one torch.Generator."""
 
     def __init__(self, seed: int) -> None:
+        super().__init__(seed, 0, "export", torch.zeros(0))
         self.generator = torch.Generator().manual_seed(seed)
 
     def normal(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:

@@ -33,7 +33,7 @@ def main(default: Config[Any], argv: list[str] | None = None, doc: str | None = 
 
 def smoke(config: Config[Any]) -> Config[Any]:
     """Two steps of the same experiment on a tiny random teacher."""
-    short = {"max_train_steps": 2, "train_batch_size": 8, "logging_steps": 1, "validation_steps": 1}
+    short: dict[str, Any] = {"max_train_steps": 2, "train_batch_size": 8, "logging_steps": 1, "validation_steps": 1}
     train = dataclasses.replace(config.train, **short)
     return dataclasses.replace(config, train=train, teacher="")
 

@@ -69,5 +69,6 @@ class LCD:
     def after(self, player: str, nets: Nets) -> None:
         if nets.target is not None:
             with torch.no_grad():
-                ours, theirs = list(nets.target.net.parameters()), list(nets.student.denoiser.net.parameters())
+                ours: list[Tensor] = [*nets.target.net.parameters()]
+                theirs: list[Tensor] = [*nets.student.denoiser.net.parameters()]
                 torch._foreach_lerp_(ours, theirs, 1 - self.target_ema)
