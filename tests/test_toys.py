@@ -5,9 +5,11 @@ import torch
 
 from benchmarks import toys
 
-# The factor by which a run must cut the energy distance: half of the least that its method was measured to reach.
-FACTOR = {"SiD": 30, "DMD2": 30, "VSD": 30, "LCD": 30, "SCM": 30}
-MISSED = {}
+# The factor by which a run must cut the energy distance: half of the least measured in docs/toys.md, rounded down.
+FACTOR = {"SiD": 30, "DMD2": 25, "VSD": 20, "LCD": 20, "SCM": 75}
+# Modes that may lack to the goal: predicting eps is the weakest, DMD2 covers 22 of the grid there and LCD just 23.
+SHORT = {("grid", "VP-eps"): 3, ("ring", "VP-eps"): 1}
+SQUARE = {"ring": 0.19, "grid": 0.29}  # hq of a featureless square
 
 
 @pytest.mark.parametrize("problem", toys.PROBLEMS)
@@ -46,7 +48,7 @@ def test_the_figures():
     assert ring.covered(few) == 1
 
 
-@pytest.mark.parametrize("method, schedule, steps", [("DMD2", "Flow", 500), ("SCM", "VP-eps", 400)])
+@pytest.mark.parametrize("method, schedule, steps", [("DMD2", "Flow", 400), ("SCM", "VP-eps", 300)])
 def test_a_few_hundred_steps_help(method, schedule, steps):
     row = toys.run("ring", method, schedule, steps=steps, warm=500)
     assert row["factor"] > 2, row
@@ -59,4 +61,5 @@ def test_a_few_hundred_steps_help(method, schedule, steps):
 def test_toy_science(problem, method, schedule):
     row = toys.run(problem, method, schedule)
     assert row["factor"] > FACTOR[method], row
-    assert row["modes"] >= MISSED.get((problem, method, schedule), toys.goal(row)), row
+    assert row["modes"] >= toys.goal(row) - SHORT.get((problem, schedule), 0), row
+    assert row["hq"] > SQUARE[problem], row
