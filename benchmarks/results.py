@@ -173,7 +173,8 @@ def main(cfg: Results) -> None:
     seed, noise = cfg.seeds[0], cfg.noises[0]
     shown = {name: cfg.output_dir / "samples" / f"{name}-{seed}-{noise}" for name in (REFERENCE, *STUDENTS)}
     logs = {m: cfg.output_dir / f"{m}-{seed}" / "log.jsonl" for m in ("teacher", "dmd2", "sid", "vsd", "scm", "lcd")}
-    page = write(cfg.output_dir, table, table[0]["floor_fd_heldout"], logs, shown, time.perf_counter() - began)
+    named = [row | {"model": row["model"].rsplit("-", 1)[0]} for row in table]
+    page = write(cfg.output_dir, named, table[0]["floor_fd_heldout"], logs, shown, time.perf_counter() - began)
     (cfg.docs / "digits.html").write_text(page.read_text())
     from rich.console import Console
     from rich.markdown import Markdown

@@ -37,7 +37,7 @@ def jobs(cfg: Demo, out: Path) -> dict[str, Job]:
     """Everything up to the samples of every model."""
 
     def sample(name: str, model: Path, *flags: str, after: str) -> Job:
-        where = ["--model", f"{model}", "--out", f"{out / 'samples' / name}", "--name", name, "--n", f"{cfg.n}"]
+        where = ["--model", f"{model}", "--out", f"{out / 'samples' / name}", "--name", after, "--n", f"{cfg.n}"]
         return Job(f"sample {name}", ["-m", "eval.generate", *where, *flags], (after,))
 
     seed = ("--seed", f"{cfg.seed}")
@@ -76,10 +76,10 @@ def main(cfg: Demo) -> None:
     from eval.report import write
     from eval.score import scores
 
-    shown = {path.name: path for path in sorted((out / "samples").iterdir())}
+    shown = {name: out / "samples" / name for name in (*TEACHER, *(f"{m}-1" for m in cfg.methods))}
     rows = scores(tuple(shown.values()))
     for row in rows:
-        log = out / row["model"].rsplit("-", 1)[0] / "log.jsonl"
+        log = out / row["model"] / "log.jsonl"
         row["train_seconds"] = json.loads(log.read_text().splitlines()[-1])["seconds"]
     logs = {name: out / name / "log.jsonl" for name in ("teacher", *cfg.methods)}
     page = write(out, rows, rows[0]["floor_fd_heldout"], logs, shown, time.perf_counter() - began)
