@@ -29,7 +29,8 @@ RUNS = {name: (name, "") for name in RECIPES} | {
     "adapters": ("dmd2", ADAPTERS),
     "adapters on both": ("vsd", f"{ADAPTERS} --fake.lora.rank 2 --fake.lora.targets conv1"),
 }
-# two steps that matter, and an average that is neither the student nor the teacher
+EVERY = {"dmd2": "--method.every 1", "sid": "--method.fake_steps 1", "vsd": "--method.fake_steps 1"}
+# two steps that move the student, and an average that is neither the student nor the teacher
 FAST = "--smoke --learning_rate 1e-2 --lr_warmup_steps 0 --ema_half_life 16 --ema_ramp None --checkpointing_steps 2"
 B = 6
 
@@ -40,7 +41,7 @@ def module(name):
 
 def argv(name, out):
     recipe, flags = RUNS[name]
-    return recipe, [*FAST.split(), *flags.split(), "--output_dir", f"{out}"]
+    return recipe, [*FAST.split(), *EVERY.get(recipe, "").split(), *flags.split(), "--output_dir", f"{out}"]
 
 
 @pytest.fixture(scope="module")
