@@ -352,7 +352,7 @@ def pytested(tree, tests, log, timeout=TIMEOUT):
     process.join(timeout)
     if process.is_alive():
         process.kill()
-        return f"no end after {timeout} s", 0, None
+        return None, 0, f"no end after {timeout} s"
     try:
         return ours.recv()
     except EOFError:
@@ -371,42 +371,56 @@ def prepare():
 
 
 def main(words):
-    chosen = [(group, mutation) for group, mutations in MUTATIONS.items() for mutation in mutations]
-    chosen = [(g, mut) for g, mut in chosen if not words or any(word in f"{g}: {mut.name}" for word in words)]
-    for _, mutation in chosen:
-        applied(mutation)  # fails at once where a snippet is not found
+    chosen = {
+        group: [mutation for mutation in mutations if not words or any(w in f"{group}: {mutation.name}" for w in words)]
+        for group, mutations in MUTATIONS.items()
+    }
+    todo = [mutation for mutations in chosen.values() for mutation in mutations]
+    for mutation in todo:
+        applied(mutation)  # ends at once where a snippet is not found
     prepare()
-    from rich.live import Live
+    from rich.console import Console
+
+    console, began, survived = Console(), time.perf_counter(), []
+    with tempfile.TemporaryDirectory() as folder:
+        tree, log = copied(Path(folder) / "tree"), Path(folder) / "log.txt"
+        failed, ran, broken = pytested(tree, sorted({test for m in todo for test in m.tests}), log, 4 * TIMEOUT)
+        if failed or broken or not ran:
+            sys.exit(f"these tests fail without any mistake: {failed or broken}\n{log.read_text()[-3000:]}")
+        console.print(f"{ran} tests pass as it is; {len(todo)} mistakes on purpose:")
+        for group, mutations in chosen.items():
+            rows = [(mutation.name, *noticed(mutation, tree, log)) for mutation in mutations]
+            survived += [f"{group}: {name}" for name, test, *_ in rows if test is None]
+            if rows:
+                console.print(table(group, rows))
+    print(f"{len(todo) - len(survived)} of {len(todo)} noticed in {time.perf_counter() - began:.0f} s")
+    if survived:
+        sys.exit("not noticed: " + "; ".join(survived))
+
+
+def noticed(mutation, tree, log):
+    """(first failing test or None, why there is none, seconds); the tree is right again afterwards."""
+    start, wrong = time.perf_counter(), applied(mutation, tree)
+    right = {file: (tree / file).read_text() for file in wrong}
+    write(tree, wrong)
+    failed, _, broken = pytested(tree, mutation.tests, log)
+    write(tree, right)
+    return failed, broken or "nothing", time.perf_counter() - start
+
+
+def table(group, rows):
+    """mutation | caught by | seconds."""
     from rich.markup import escape
     from rich.table import Table
 
-    began, survived = time.perf_counter(), []
-    table = Table("mutation", title=f"{len(chosen)} mistakes made on purpose")
-    table.add_column("caught by", overflow="fold")
-    table.add_column("s", justify="right")
-    with tempfile.TemporaryDirectory() as folder, Live(table, refresh_per_second=2):
-        tree, log = copied(Path(folder) / "tree"), Path(folder) / "log.txt"
-        failed, ran, broken = pytested(
-            tree, sorted({test for _, mut in chosen for test in mut.tests}), log, 4 * TIMEOUT
-        )
-        if failed or broken or not ran:
-            sys.exit(f"these tests fail without any mistake: {failed or broken}\n{log.read_text()[-3000:]}")
-        table.add_row("none", f"[dim]nothing: {ran} tests pass[/]", f"{time.perf_counter() - began:.1f}")
-        last = None
-        for group, mutation in chosen:
-            start, texts = time.perf_counter(), applied(mutation, tree)
-            right = {file: (tree / file).read_text() for file in texts}
-            write(tree, texts)
-            failed, _, broken = pytested(tree, mutation.tests, log)
-            write(tree, right)
-            name = f"  {mutation.name}" if group == last else f"{group}: {mutation.name}"
-            noticed = escape(re.sub(r"tests/test_(\w+)\.py::(\w+::)?test_", r"\1: ", failed or ""))
-            table.add_row(name, noticed or f"[red]{broken or 'nothing'}[/]", f"{time.perf_counter() - start:.1f}")
-            survived += [] if failed else [f"{group}: {mutation.name}"]
-            last = group
-    sys.stderr.write(f"{len(chosen) - len(survived)} of {len(chosen)} caught in {time.perf_counter() - began:.0f} s\n")
-    if survived:
-        sys.exit("no test noticed " + "; ".join(survived))
+    found = Table(title=group, title_justify="left", expand=True)
+    found.add_column("mutation", width=33)
+    found.add_column("caught by", overflow="fold")
+    found.add_column("s", justify="right", width=4)
+    for name, test, why, seconds in rows:
+        test = test and escape(re.sub(r"tests/test_(\w+)\.py::(\w+::)?test_", r"\1: ", test))
+        found.add_row(name, test or f"[red]{why}[/]", f"{seconds:.1f}")
+    return found
 
 
 def write(tree, texts):
