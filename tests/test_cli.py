@@ -141,7 +141,7 @@ IMPOSSIBLE = {  # recipe and flags: words of the message
     "sid --method.kappa 1.5 1.5 1.5 1.5": "SiD with these guidance values needs a null condition",
     "dmd2 --train_batch_size 9 --gradient_accumulation_steps 2": "train_batch_size 9 is not divisible by 1 process",
     "dmd2 --teacher nowhere": "no teacher at 'nowhere': a diffusers pipeline folder has a model_index.json",
-    "dmd2 --method.taps neck": "no submodule ['neck'] to tap; the top-level modules are",
+    "dmd2 --method.taps neck": "the top-level modules are ['conv_in', 'time_proj'",
     "sid --fake.lora.rank 2": "to_q",  # peft's own: these targets are not in the network
     "sid --student.times 0.5 0.7": "student times are (0.5, 0.7); they must fall strictly within (0, 1]",
     "sid --student.times 1 0.5": "this family's scheduler carries the levels [80.0, 0.625]",
