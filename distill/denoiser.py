@@ -113,11 +113,11 @@ def tapped(net: nn.Module, taps: tuple[str, ...], stop: bool = False) -> Iterato
     The hooks live only inside this context, so a copied network never reports the features of its original.
     """
     found: dict[str, Tensor] = {}
-    names = dict(net.named_modules())
-    missing = [name for name in taps if name not in names]
-    if missing:
-        top = [name for name in names if name and "." not in name]
-        raise ValueError(f"no submodule {missing} to tap; the top-level modules are {top}")
+    try:
+        modules = {name: net.get_submodule(name) for name in taps}
+    except AttributeError as error:
+        top = [name for name, _ in net.named_children()]
+        raise ValueError(f"no submodule {list(taps)} to tap ({error}); the top-level modules are {top}") from None
 
     def hook(name: str) -> Callable[..., None]:
         def keep(module: nn.Module, args: Any, output: Any) -> None:
@@ -127,7 +127,7 @@ def tapped(net: nn.Module, taps: tuple[str, ...], stop: bool = False) -> Iterato
 
         return keep
 
-    handles = [names[name].register_forward_hook(hook(name)) for name in taps]
+    handles = [modules[name].register_forward_hook(hook(name)) for name in taps]
     try:
         yield found
     finally:
