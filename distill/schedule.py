@@ -7,6 +7,7 @@ every schedule, so `time(ratio)` carries a time from one schedule to another.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -30,20 +31,20 @@ def ends(t: Tensor) -> Tensor:
     return torch.where((t - held).abs() < 1e-9, t + (held - t).detach(), held)
 
 
-class Schedule:
+class Schedule(ABC):
     """A path from data (t = 0) to noise (t = 1). All methods take and give float64 tensors [B]."""
 
+    @abstractmethod
     def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """t -> (alpha, sigma)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def time(self, ratio: Tensor) -> Tensor:
         """sigma / alpha in [0, inf] -> t, the inverse of `ratio`; beyond the schedule's range the nearest end."""
-        raise NotImplementedError
 
+    @abstractmethod
     def native(self, t: Tensor) -> Tensor:
         """What networks trained on this schedule are told for t: an index, a sigma, an angle ..."""
-        raise NotImplementedError
 
     def ratio(self, t: Tensor) -> Tensor:
         """t -> sigma / alpha, the noise-to-signal ratio that names a level on every schedule."""

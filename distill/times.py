@@ -6,6 +6,7 @@ the noise-to-signal ratio, so one law means the same levels of noise on every sc
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,11 +19,12 @@ if TYPE_CHECKING:
     from distill.draw import Draw
 
 
-class Law:
+class Law(ABC):
     """A distribution of t. `__call__(draw, name, B, schedule) -> t [B]`, float64."""
 
+    @abstractmethod
     def __call__(self, draw: Draw, name: str, B: int, schedule: Schedule) -> Tensor:
-        raise NotImplementedError
+        """t of B samples, from the random numbers called `name`."""
 
 
 @dataclass(frozen=True)
