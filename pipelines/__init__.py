@@ -2,62 +2,185 @@
 
 from __future__ import annotations
 
+import importlib
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from distill.denoiser import Condition, Denoiser
 
-FAMILIES = {"ConsistencyModelPipeline": "edm"}  # _class_name of model_index.json -> module of this package
-
-
-@dataclass(eq=False)
-class Teacher:
-    """A diffusers pipeline as a denoiser.
-
-    encode(conditions) -> c; decode(x) -> images [B, C, H, W] in [-1, 1]; shape of one sample (C, H, W);
-    times(steps, sigma) -> the student's times that the family's exported scheduler can carry.
-    """
-
-    denoiser: Denoiser
-    encode: Callable[[Any], Condition]
-    decode: Callable[[Tensor], Tensor]
-    shape: tuple[int, ...]
-    times: Callable[[int, float | None], tuple[float, ...]]
-    pipe: Any
-
-
-def load(folder: str | Path) -> Teacher:
-    """The teacher of a local diffusers pipeline folder; its family is found from model_index.json."""
-    import importlib
-
-    name = index(folder)["_class_name"]
-    if name not in FAMILIES:
-        raise ValueError(f"{folder} is a {name}; supported pipelines are {sorted(FAMILIES)}")
-    return importlib.import_module(f"pipelines.{FAMILIES[name]}").load(Path(folder))
-
-
-def tiny() -> Teacher:
-    """A tiny random teacher, for smoke runs."""
-    from pipelines import edm
-
-    unet = edm.unet((8, 16))
-    return edm.teacher(unet, 0.5, null_class=10, pipe=edm.pipeline(unet, 0.5, 80.0, 1))
+FAMILIES = {  # _class_name of model_index.json -> module of this package
+    "ConsistencyModelPipeline": "edm",
+    "StableDiffusionPipeline": "sd",
+    "StableDiffusionXLPipeline": "sdxl",
+    "StableDiffusion3Pipeline": "sd3",
+    "FluxPipeline": "flux",
+    "PixArtAlphaPipeline": "pixart",
+    "PixArtSigmaPipeline": "pixart",
+    "SanaPipeline": "sana",
+    "QwenImagePipeline": "qwen",
+    "WanPipeline": "wan",
+}
 
 
 class ExportError(Exception):
     """An exported pipeline does not sample what the student samples."""
 
 
+class Parts:
+    """The components of a local pipeline folder, each loaded when it is first used.
+
+    A run whose prompts and images are cached never holds a text encoder, nor a VAE where it draws no samples.
+    variant: of the weight files ("fp16"). dtype: of text encoders and VAE; the network is loaded as float32.
+    """
+
+    def __init__(self, folder: str | Path, variant: str | None = None, dtype: torch.dtype = torch.float32) -> None:
+        self.folder, self.variant, self.dtype = Path(folder), variant, dtype
+        self.index = index(folder)
+        self.device = torch.device("cpu")  # where encoders and VAE work; the network is moved by the trainer
+        self.given: dict[str, Any] = {}  # components that are not read from the folder
+
+    @property
+    def family(self) -> ModuleType:
+        name = self.index["_class_name"]
+        if name not in FAMILIES:
+            raise ValueError(f"{self.folder} is a {name}; supported pipelines are {sorted(FAMILIES)}")
+        return importlib.import_module(f"pipelines.{FAMILIES[name]}")
+
+    @property
+    def network(self) -> str:
+        """The component that denoises: "unet" or "transformer"."""
+        return "unet" if "unet" in self.index else "transformer"
+
+    def component(self, name: str, dtype: torch.dtype | None = None) -> Any:
+        """One component of the folder, in evaluation mode, without gradients."""
+        if name in self.given:
+            return self.given[name]
+        library, kind = self.index[name]
+        if library not in ("diffusers", "transformers"):  # a class of the repository's own code
+            raise ValueError(f"{self.folder}: component {name} is of {library!r}, code that is not run from here")
+        cls = getattr(importlib.import_module(library), kind)
+        keys = {"local_files_only": True}
+        if not hasattr(cls, "parameters"):  # a scheduler or a tokenizer
+            return cls.from_pretrained(self.folder, subfolder=name, **keys)
+        options = {"variant": self.variant, "use_safetensors": True, "dtype": dtype or self.dtype}
+        return cls.from_pretrained(self.folder, subfolder=name, **options, **keys).requires_grad_(False).eval()
+
+    def config(self, name: str) -> dict[str, Any]:
+        """The config of a component that is not loaded."""
+        return json.loads((self.folder / name / "config.json").read_text())
+
+    @cached_property
+    def net(self) -> nn.Module:
+        return self.component(self.network, torch.float32)
+
+    @cached_property
+    def vae(self) -> Any:
+        return self.component("vae").to(self.device)
+
+    @cached_property
+    def text(self) -> Any:
+        """The pipeline with its text encoders and tokenizers only: for encode_prompt."""
+        return self._pipeline({self.network: None, "vae": None}).to(self.device)
+
+    def drop_text(self) -> None:
+        """Free the text encoders."""
+        self.__dict__.pop("text", None)
+
+    def scheduler(self) -> Any:
+        """The pipeline's own scheduler, a new object."""
+        return self.component("scheduler")
+
+    def pipe(self, **given: Any) -> Any:
+        """The whole pipeline around the teacher's network; `given` replaces components."""
+        return self._pipeline({self.network: self.net, "vae": self.vae} | given)
+
+    def _pipeline(self, given: dict[str, Any]) -> Any:
+        import diffusers
+
+        cls = getattr(diffusers, self.index["_class_name"])
+        given = {"safety_checker": None} | given if "safety_checker" in self.index else given
+        options = {"variant": self.variant, "dtype": self.dtype, "local_files_only": True}
+        pipe = cls.from_pretrained(self.folder, use_safetensors=True, **options, **self.given | given)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+
+@dataclass(eq=False)
+class Teacher:
+    """A diffusers pipeline as a denoiser.
+
+    encode   prompts (or class labels), a list of B -> c with B rows; loads the text encoders at its first call.
+    decode   x [B, *shape] -> images [B, C, H, W], videos [B, C, T, H, W], in [-1, 1].
+    latent   images in [-1, 1] and eps [B, *shape] -> x, a sample of the VAE's posterior; pixel models: the images.
+    shape    of one sample, (C, H, W), video (C, T, H, W).
+    parts    the folder it comes from; parts.family is its module.
+    """
+
+    denoiser: Denoiser
+    encode: Callable[[Sequence[Any]], Condition]
+    decode: Callable[[Tensor], Tensor]
+    latent: Callable[[Tensor, Tensor], Tensor]
+    shape: tuple[int, ...]
+    parts: Parts
+
+    def null(self) -> Condition:
+        """The condition of "no prompt", kept in denoiser.null: that of the empty prompt where none is given yet."""
+        if self.denoiser.null is None:
+            self.denoiser.null = self.encode([""])
+        return self.denoiser.null
+
+    @torch.no_grad()
+    def sample(self, z: Tensor, c: Condition, steps: int, guidance: float = 1.0, null: Condition = None) -> Tensor:
+        """x [B, *shape] of the teacher under its own scheduler, from unit noise z; null: of a negative prompt."""
+        from distill.guidance import Guided
+
+        base = replace(self.denoiser, null=null or (self.null() if guidance != 1 else None))
+        guided, scheduler = Guided(base, guidance), self.parts.scheduler()
+        self.set_timesteps(scheduler, steps)
+        last = float(base.schedule.native(torch.ones(1, dtype=torch.float64)))
+        x = z * getattr(scheduler, "init_noise_sigma", 1.0)
+        for n in scheduler.timesteps:
+            scaled = scheduler.scale_model_input(x, n) if hasattr(scheduler, "scale_model_input") else x
+            t = (n.double() / last).expand(len(x)).to(x.device)
+            x = scheduler.step(guided(scaled, t, c).out, n, x, return_dict=False)[0]
+        return x
+
+    def set_timesteps(self, scheduler: Any, steps: int) -> None:
+        """As the family's pipeline does it: some pass sigmas of their own or a shift that depends on the size."""
+        special = getattr(self.parts.family, "set_timesteps", None)
+        special(scheduler, steps, self) if special else scheduler.set_timesteps(steps)
+
+
+def load(
+    folder: str | Path,
+    resolution: int | None = None,
+    frames: int | None = None,
+    variant: str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Teacher:
+    """The teacher of a local diffusers pipeline folder; its family is found from model_index.json.
+
+    resolution, frames: of its samples, in pixels and pictures; None: what the network was trained for.
+    """
+    parts = Parts(folder, variant, dtype)
+    return parts.family.load(parts, resolution, frames)
+
+
 def index(folder: str | Path) -> dict[str, Any]:
     """model_index.json of a pipeline folder, or a ValueError that says what is missing."""
     path = Path(folder) / "model_index.json"
     if not str(folder):
-        raise ValueError("no teacher given: pass --teacher FOLDER, a diffusers pipeline on this disk")
+        raise ValueError(
+            "no teacher given: pass --pretrained_model_name_or_path, a diffusers pipeline's folder or Hub name"
+        )
     if not path.is_file():
         raise ValueError(f"no teacher at {str(folder)!r}: a diffusers pipeline folder has a model_index.json")
     return json.loads(path.read_text())

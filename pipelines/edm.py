@@ -7,8 +7,8 @@ preconditioning D = c_skip x + c_out F(c_in x, 250 ln sigma); the network is tra
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from distill.denoiser import Condition, Denoiser
 from distill.schedule import EDM, expand
-from pipelines import Teacher
+from pipelines import Parts, Teacher
 
 if TYPE_CHECKING:
     from diffusers import ConsistencyModelPipeline, UNet2DModel
@@ -38,7 +38,7 @@ class Call:
         return net((c_in * x).to(x.dtype), 250 * sigma.log(), class_labels=labels, return_dict=False)[0]
 
 
-def teacher(unet: UNet2DModel, sigma_d: float, null_class: int | None, pipe: Any = None) -> Teacher:
+def teacher(unet: UNet2DModel, sigma_d: float, null_class: int | None, parts: Any = None) -> Teacher:
     """An EDM teacher around a network; null_class: the label that stands for "no label", None if it has none."""
     null = None if null_class is None else {"class_labels": torch.tensor([null_class])}
     schedule = EDM()
@@ -46,13 +46,9 @@ def teacher(unet: UNet2DModel, sigma_d: float, null_class: int | None, pipe: Any
     def encode(labels: Any) -> Condition:
         return {"class_labels": torch.as_tensor(labels, device=unet.device).long()}
 
-    def times(steps: int, sigma: float | None) -> tuple[float, ...]:
-        ratios = torch.tensor([(sigma or schedule.sigma_max) * (1 - i / steps) ** RHO for i in range(steps)])
-        return tuple(schedule.time(ratios.double()).tolist())
-
     shape = (unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
     denoiser = Denoiser(unet, schedule, "edm", Call(sigma_d), null, sigma_d)
-    return Teacher(denoiser, encode, lambda x: x.clamp(-1, 1), shape, times, pipe)
+    return Teacher(denoiser, encode, lambda x: x, lambda images, eps: images, shape, parts)
 
 
 @torch.no_grad()
@@ -66,38 +62,41 @@ def smooth(unet: UNet2DModel, max_frequency: float) -> None:
     unet.time_embedding.linear_1.weight[:, fast.repeat(2)] = 0
 
 
-def load(folder: Path) -> Teacher:
-    """A pipeline folder as a teacher."""
-    from diffusers import ConsistencyModelPipeline
-
-    pipe = ConsistencyModelPipeline.from_pretrained(folder, local_files_only=True)
-    extra = folder / "distill.json"
+def load(parts: Parts, resolution: int | None, frames: int | None) -> Teacher:
+    """distill.json beside model_index.json says which label is "no label"."""
+    extra = parts.folder / "distill.json"
     null_class = json.loads(extra.read_text()).get("null_class") if extra.is_file() else None
-    return teacher(pipe.unet, pipe.scheduler.config.sigma_data, null_class, pipe)
+    return teacher(parts.net, parts.scheduler().config.sigma_data, null_class, parts)
+
+
+def sample(
+    pipe: Any, labels: Sequence[int], z: Tensor, steps: int, guidance: float, negative: str | None = None
+) -> Tensor:
+    """Images [B, C, H, W] in [0, 1] of the pipeline itself from unit noise z; guidance is built in."""
+    pipe.prepare_latents = lambda *args: z * pipe.scheduler.init_noise_sigma  # `latents=` insists on three channels
+    images = pipe(len(z), class_labels=list(labels), num_inference_steps=steps, output_type="np").images
+    return torch.from_numpy(images).permute(0, 3, 1, 2)
+
+
+def scheduler(sigma_d: float, sigma: float, steps: int) -> Any:
+    """A scheduler that visits the levels sigma (1 - i / steps)^7, i = 0 .. steps - 1, in as many inference steps."""
+    from diffusers import CMStochasticIterativeScheduler
+
+    return CMStochasticIterativeScheduler(
+        num_train_timesteps=steps + 1, sigma_min=0.0, sigma_max=sigma, sigma_data=sigma_d, rho=RHO, clip_denoised=False
+    )
 
 
 def pipeline(unet: UNet2DModel, sigma_d: float, sigma: float, steps: int) -> ConsistencyModelPipeline:
-    """A pipeline that visits the levels sigma (1 - i / steps)^7, i = 0 .. steps - 1, in num_inference_steps = steps."""
-    from diffusers import CMStochasticIterativeScheduler, ConsistencyModelPipeline
+    """The network with that scheduler."""
+    from diffusers import ConsistencyModelPipeline
 
-    scheduler = CMStochasticIterativeScheduler(
-        num_train_timesteps=steps + 1, sigma_min=0.0, sigma_max=sigma, sigma_data=sigma_d, rho=RHO, clip_denoised=False
-    )
-    return ConsistencyModelPipeline(unet, scheduler)
+    return ConsistencyModelPipeline(unet, scheduler(sigma_d, sigma, steps))
 
 
-def export(student: Student, teacher: Teacher, unet: UNet2DModel) -> ConsistencyModelPipeline:
-    """The student with the weights of `unet` as a plain diffusers pipeline that samples as the student does."""
-    ratios = teacher.denoiser.schedule.ratio(torch.tensor(student.times, dtype=torch.float64)).tolist()
-    steps, sigma = len(ratios), ratios[0]
-    carried = torch.tensor([sigma * (1 - i / steps) ** RHO for i in range(steps)])
-    if not torch.allclose(torch.tensor(ratios), carried, rtol=1e-4):
-        raise ValueError(f"this family's scheduler carries the levels {carried.tolist()}, not the student's {ratios}")
-    if steps > 1 and student.renoise != "fresh":
-        raise ValueError("this family's scheduler renoises with fresh noise: train with --student.renoise fresh")
-    if abs(student.input_scale / sigma - 1) > 1e-4:
-        raise ValueError(f"this family's scheduler scales its input by sigma {sigma}, not by {student.input_scale}")
-    return pipeline(unet, teacher.denoiser.sigma_d, sigma, steps)
+def tiny() -> ConsistencyModelPipeline:
+    """A tiny random teacher of ten classes and a null class."""
+    return pipeline(unet((8, 16)), 0.5, 80.0, 1)
 
 
 def unet(

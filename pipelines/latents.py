@@ -1,0 +1,61 @@
+"""What latent families share: the autoencoder's scale, the size of a sample, the schedule of a scheduler's config."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from distill.schedule import VP, Flow, Kind, Schedule
+
+if TYPE_CHECKING:
+    from pipelines import Parts
+
+KINDS: dict[str, Kind] = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}  # prediction_type -> kind
+
+
+def table(scheduler: Any) -> tuple[Schedule, Kind]:
+    """The schedule and prediction kind of a DDPM-like scheduler."""
+    kind = KINDS[scheduler.config.prediction_type]
+    return VP(tuple(scheduler.alphas_cumprod.double().tolist())), kind
+
+
+def flow(scheduler: Any, scale: float | None = None) -> tuple[Schedule, Kind]:
+    """The schedule and prediction kind of a flow-matching scheduler; its shift belongs to the times."""
+    return Flow(float(scale or scheduler.config.num_train_timesteps)), "flow"
+
+
+def kl(parts: Parts) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]:
+    """(decode, latent) of an AutoencoderKL: x = (posterior sample - shift) * scale."""
+
+    def ends() -> tuple[float, float]:
+        config = parts.vae.config
+        return config.scaling_factor, getattr(config, "shift_factor", None) or 0.0
+
+    def decode(x: Tensor) -> Tensor:
+        scale, shift = ends()
+        vae = parts.vae.to(x.device)
+        return vae.decode((x / scale + shift).to(vae.dtype), return_dict=False)[0].to(x.dtype)
+
+    @torch.no_grad()
+    def latent(images: Tensor, eps: Tensor) -> Tensor:
+        scale, shift = ends()
+        vae = parts.vae.to(images.device)
+        posterior = vae.encode(images.to(vae.dtype)).latent_dist
+        return (posterior.mean + posterior.std * eps.to(posterior.mean) - shift).to(images.dtype) * scale
+
+    return decode, latent
+
+
+def shape(parts: Parts, resolution: int | None, size: int | None = None) -> tuple[int, int, int]:
+    """(C, H, W) of a latent: the network's own size, or the one of `resolution` pixels."""
+    config = parts.net.config
+    channels, side = config.in_channels, size or config.sample_size
+    if resolution is not None:
+        factor = 2 ** (len(parts.config("vae")["block_out_channels"]) - 1)
+        if resolution % factor:
+            raise ValueError(f"resolution is {resolution}; this autoencoder needs a multiple of {factor}")
+        side = resolution // factor
+    return channels, side, side

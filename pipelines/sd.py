@@ -1,0 +1,85 @@
+"""Stable Diffusion 1.x and 2.x: an eps- or v-predicting UNet on latents of a KL autoencoder, CLIP text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distill.denoiser import Condition, Denoiser
+from distill.guidance import embedding
+from pipelines import Parts, Teacher, latents
+
+UNCONDITIONAL = 0.0  # guidance_scale of the pipeline that makes one call a step
+TARGETS = (  # modules of a LoRA: DMD2's list
+    *("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"),
+    *("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj"),
+)
+
+
+def call(net: nn.Module, x: Tensor, n: Tensor, c: Condition) -> Tensor:
+    """c: "prompt_embeds" [B, L, D]; a network with a guidance embedding also reads "guidance" w [B] (LCM: omega = w - 1)."""
+    told = embedding(c["guidance"] - 1, net.config.time_cond_proj_dim).to(x) if "guidance" in c else None
+    return net(x, n, c["prompt_embeds"].to(x.dtype), timestep_cond=told, return_dict=False)[0]
+
+
+def load(parts: Parts, resolution: int | None, frames: int | None) -> Teacher:
+    def encode(prompts: Sequence[str]) -> Condition:
+        text = parts.text
+        return {"prompt_embeds": text.encode_prompt(list(prompts), parts.device, 1, False)[0]}
+
+    decode, latent = latents.kl(parts)
+    denoiser = Denoiser(parts.net, *latents.table(parts.scheduler()), call=call)
+    return Teacher(denoiser, encode, decode, latent, latents.shape(parts, resolution), parts)
+
+
+def sample(
+    pipe: Any, prompts: Sequence[str], z: Tensor, steps: int, guidance: float, negative: str | None = None
+) -> Tensor:
+    """Images [B, 3, H, W] in [0, 1] of the pipeline itself from unit noise z."""
+    many = None if negative is None else [negative] * len(prompts)
+    options = {"num_inference_steps": steps, "guidance_scale": guidance, "output_type": "pt"}
+    return pipe(list(prompts), negative_prompt=many, latents=z, **options).images
+
+
+def snippet(steps: int, where: str) -> str:
+    """The call that a model card shows; it leaves `image`."""
+    return f'image = pipe("{where}", num_inference_steps={steps}, guidance_scale=0).images[0]'
+
+
+def tiny(**config: Any) -> Any:
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+    from pipelines import tiny
+
+    scheduler = DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        **config,
+    )
+    return StableDiffusionPipeline(
+        tiny.vae(), tiny.clip(), tiny.clip_tokenizer(), unet(), scheduler, None, None, requires_safety_checker=False
+    )
+
+
+def unet(**config: Any) -> Any:
+    """A UNet2DConditionModel of SD's kind with two levels."""
+    from diffusers import UNet2DConditionModel
+
+    base: dict[str, Any] = {
+        "sample_size": 8,
+        "block_out_channels": (16, 32),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+        "layers_per_block": 1,
+        "cross_attention_dim": 32,
+        "attention_head_dim": 2,
+        "norm_num_groups": 8,
+    }
+    return UNet2DConditionModel(**base | config)

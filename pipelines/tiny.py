@@ -1,0 +1,85 @@
+"""Tiny random parts of pipelines, built without any file or network: for smoke runs and tests."""
+
+from __future__ import annotations
+
+import string
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
+
+LETTERS = string.ascii_letters + string.digits + ".,:;!?-'\" "
+
+
+def save(name: str, folder: Any) -> None:
+    """The tiny pipeline of a family, as a folder."""
+    import importlib
+
+    state = torch.random.get_rng_state()
+    torch.manual_seed(0)
+    importlib.import_module(f"pipelines.{name}").tiny().save_pretrained(folder, safe_serialization=True)
+    torch.random.set_rng_state(state)
+
+
+def clip_tokenizer() -> Any:
+    """CLIP's byte-level tokenizer without merges: every letter is a token; 514 tokens."""
+    from transformers import CLIPTokenizer
+
+    kept = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [256 + i for i in range(256 - len(kept))]  # stand-ins of the bytes that do not print
+    symbols = [chr(c) for c in kept + others]
+    tokens = [*symbols, *(f"{s}</w>" for s in symbols), "<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[], model_max_length=77)
+
+
+def clip(width: int = 32, projection: int | None = None) -> Any:
+    """A CLIP text encoder; with `projection` one that also gives a pooled embedding of that width."""
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    config = CLIPTextConfig(
+        vocab_size=514,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        projection_dim=projection or width,
+        bos_token_id=512,
+        eos_token_id=513,
+        pad_token_id=513,
+    )
+    return (CLIPTextModelWithProjection if projection else CLIPTextModel)(config).eval()
+
+
+def t5_tokenizer(length: int = 77) -> Any:
+    """A T5 tokenizer of single letters, padded to `length`."""
+    from transformers import T5Tokenizer
+
+    vocab = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -9.0), ("\u2581", -1.0), *((s, -2.0) for s in LETTERS[:-1])]
+    return T5Tokenizer(vocab=vocab, extra_ids=0, model_max_length=length)
+
+
+def t5(width: int = 32, kind: str = "T5") -> Any:
+    """A T5 encoder ("T5" or "UMT5")."""
+    import transformers
+
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=128, d_model=width, d_kv=width // 2, d_ff=2 * width, num_layers=2, num_heads=2
+    )
+    return getattr(transformers, f"{kind}EncoderModel")(config).eval()
+
+
+def vae(latent: int = 4, levels: int = 2, **config: Any) -> AutoencoderKL:
+    """An AutoencoderKL that halves the image levels - 1 times."""
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        block_out_channels=(8,) * (levels - 1) + (16,),
+        latent_channels=latent,
+        norm_num_groups=4,
+        sample_size=16,
+        **config,
+    ).eval()
