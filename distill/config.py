@@ -11,23 +11,33 @@ from typing import Annotated, Any, Generic, NoReturn, TypeVar
 import tyro
 import yaml
 
-from distill.data import Digits
 from distill.roles import FakeConfig, StudentConfig
 from distill.trainer import TrainConfig
 
 M = TypeVar("M")
+D = TypeVar("D")
+TEACHER = tyro.conf.arg(aliases=["--pretrained_model_name_or_path", "--pretrained_teacher_model"])
 
 
 @dataclass(frozen=True)
-class Config(Generic[M]):
+class Config(Generic[M, D]):
     """One experiment: the teacher, the student, the method and how to train."""
 
     method: M  # the algorithm and its hyper-parameters
-    teacher: str = ""  # folder of the teacher's diffusers pipeline
+    data: D  # conditions and, where the method needs them, real images
+    teacher: Annotated[str, TEACHER] = ""  # folder or Hub name of the teacher's diffusers pipeline
+    revision: str | None = None  # of the teacher on the Hub
+    variant: str | None = None  # of the teacher's weight files: fp16
+    resolution: int | None = None  # pixels of a side; None: what the teacher was trained for
+    frames: int | None = None  # of a video; None: what the teacher was trained for
     student: StudentConfig = field(default_factory=StudentConfig)
     fake: FakeConfig = field(default_factory=FakeConfig)
-    data: Digits = field(default_factory=Digits)
     train: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
+    push_to_hub: bool = False  # upload the verified export
+    hub_model_id: str | None = None  # user/name; None: the name of output_dir
+    private: bool = False  # a new repository on the Hub is private
+    license: str | None = None  # of the student, where the teacher's is not known
+    family: str = "edm"  # of the tiny random teacher of --smoke
     smoke: bool = False  # two steps on a tiny random teacher, to see that everything runs
 
 
@@ -48,7 +58,7 @@ def parse(default: Config[M], argv: list[str] | None = None, doc: str | None = N
         i = argv.index("--config")
         argv = _file(argv[i + 1 : i + 2]) + argv[:i] + argv[i + 2 :]
     doc = f"{doc or ''}\n\n--config FILE.yaml, a run's config.yaml say, sets all that it holds; flags go on top."
-    kind: Any = Config.__class_getitem__(type(default.method))  # type: ignore[attr-defined]
+    kind: Any = Config.__class_getitem__((type(default.method), type(default.data)))  # type: ignore[attr-defined]
     try:
         return tyro.cli(kind, default=default, args=argv, description=doc, use_underscores=True)
     except ValueError as error:  # a value that a dataclass refuses

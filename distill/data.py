@@ -36,6 +36,17 @@ def digits(split: str) -> tuple[Tensor, Tensor]:
 class Digits:
     """Conditions are uniform class labels; real images, with their own labels, are of the training split."""
 
+    def check(self, needs: tuple[str, ...]) -> None:
+        """Nothing can be missing."""
+
+    def open(self, teacher: Any, needs: tuple[str, ...]) -> Digits:
+        return self
+
+    def fixed(self, n: int = 40) -> tuple[list[int], dict[str, Tensor]]:
+        """Labels of a grid of samples, and their condition."""
+        labels = torch.arange(n) % 10
+        return labels.tolist(), {"class_labels": labels}
+
     def __call__(self, draw: Draw) -> dict[str, Any]:
         images, labels = digits("train")
         pick = draw.integers("real", len(labels)).cpu()

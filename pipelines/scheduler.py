@@ -3,9 +3,9 @@
 A config carries the times, the scale of the input and what happens between two calls; nothing else does, so what no
 config can say is refused before training. With a table of betas (all checked against the student's own sampler):
 
-    fresh noise, unit input            LCMScheduler, original_inference_steps = steps         DMD2, VSD, LCM
+    fresh noise, unit input            LCMScheduler, original_inference_steps = steps DMD2, VSD, LCM
     ddim, input scaled by sigma        EulerDiscreteScheduler, trailing                       Lightning
-    one call at n < N - 1              the same two on the first n + 1 betas                  DMD2 at 399; SiD-LSG at 625
+    one call at n < N - 1              the same two on the first n + 1 betas     DMD2 at 399, SiD-LSG at 625
     flow                               FlowMatchEuler, stochastic_sampling where noise is fresh
 """
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from distill.denoiser import Condition, Denoiser
@@ -20,7 +19,7 @@ TARGETS = (  # modules of a LoRA: DMD2's list
 
 
 def call(net: nn.Module, x: Tensor, n: Tensor, c: Condition) -> Tensor:
-    """c: "prompt_embeds" [B, L, D]; a network with a guidance embedding also reads "guidance" w [B] (LCM: omega = w - 1)."""
+    """c: "prompt_embeds" [B, L, D]; a network with a guidance embedding reads "guidance" w [B] too (LCM: omega = w - 1)."""
     told = embedding(c["guidance"] - 1, net.config.time_cond_proj_dim).to(x) if "guidance" in c else None
     return net(x, n, c["prompt_embeds"].to(x.dtype), timestep_cond=told, return_dict=False)[0]
 

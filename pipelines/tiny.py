@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
+import json
 import string
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,12 +18,12 @@ LETTERS = string.ascii_letters + string.digits + ".,:;!?-'\" "
 
 def save(name: str, folder: Any) -> None:
     """The tiny pipeline of a family, as a folder."""
-    import importlib
-
-    state = torch.random.get_rng_state()
-    torch.manual_seed(0)
-    importlib.import_module(f"pipelines.{name}").tiny().save_pretrained(folder, safe_serialization=True)
-    torch.random.set_rng_state(state)
+    family = importlib.import_module(f"pipelines.{name}")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        family.tiny().save_pretrained(folder, safe_serialization=True)
+    if hasattr(family, "FACTS"):
+        (Path(folder) / "distill.json").write_text(json.dumps(family.FACTS))
 
 
 def clip_tokenizer() -> Any:

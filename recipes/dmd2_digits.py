@@ -4,6 +4,7 @@
 """
 
 from distill.config import Config
+from distill.data import Digits
 from distill.methods import DMD2
 from distill.roles import StudentConfig
 from distill.times import Karras, LogNormal
@@ -20,6 +21,7 @@ CONFIG = Config(
         fake_times=LogNormal(-1.0, 1.2),  # the teacher's training law
         gan_times=LogNormal(-1.0, 1.2),
     ),
+    data=Digits(),
     teacher="runs/digits/teacher",
     student=StudentConfig(sigma=2.5),  # SiD's init_sigma
     train=TrainConfig(

@@ -4,6 +4,7 @@
 """
 
 from distill.config import Config
+from distill.data import Digits
 from distill.methods import LCD
 from distill.roles import StudentConfig
 from distill.trainer import TrainConfig
@@ -17,6 +18,7 @@ CONFIG = Config(
         target_ema=0.9,  # paper, CIFAR-10
         huber_c=0.1,  # a small c is unstable at this learning rate
     ),
+    data=Digits(),
     teacher="runs/digits/teacher",
     student=StudentConfig(steps=2),  # sigma 80, then 0.625
     train=TrainConfig(

@@ -4,6 +4,7 @@
 """
 
 from distill.config import Config
+from distill.data import Digits
 from distill.methods import SCM
 from distill.roles import StudentConfig
 from distill.times import LogNormal
@@ -12,6 +13,7 @@ from pipelines.run import main
 
 CONFIG = Config(
     method=SCM(sigma_d=0.75, times=LogNormal(-0.8, 1.6), warmup=300, guidance=1.2),
+    data=Digits(),
     teacher="runs/digits/teacher",
     student=StudentConfig(sigma=20.0, freeze=("time_embedding",)),  # stays smooth in time, see digits_teacher.py
     train=TrainConfig(

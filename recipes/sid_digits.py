@@ -4,6 +4,7 @@
 """
 
 from distill.config import Config
+from distill.data import Digits
 from distill.methods import SiD
 from distill.roles import StudentConfig
 from distill.times import Karras, LogNormal
@@ -12,6 +13,7 @@ from pipelines.run import main
 
 CONFIG = Config(
     method=SiD(alpha=1.2, times=Karras(0.02, 20.0), fake_times=LogNormal(-1.0, 1.2)),
+    data=Digits(),
     teacher="runs/digits/teacher",
     student=StudentConfig(sigma=2.5),  # paper
     train=TrainConfig(

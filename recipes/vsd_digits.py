@@ -5,6 +5,7 @@ LoRA fake score: `--fake.lora.rank 16 --fake.lora.alpha 32 --fake.lora.targets c
 """
 
 from distill.config import Config
+from distill.data import Digits
 from distill.methods import VSD
 from distill.roles import StudentConfig
 from distill.times import Karras, LogNormal
@@ -19,6 +20,7 @@ CONFIG = Config(
         fake_times=LogNormal(-1.0, 1.2),  # the teacher's training law
         weight=False,  # on EDM's levels sigma^2 / (1 + sigma^2) all but ignores the low noise, where strokes are made
     ),
+    data=Digits(),
     teacher="runs/digits/teacher",
     student=StudentConfig(sigma=2.5),  # SiD
     train=TrainConfig(
