@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import Tensor, nn
+
+from distill.lora import twin
 
 
 class EMA:
@@ -17,8 +17,7 @@ class EMA:
     def __init__(self, net: nn.Module, half_life: float, ramp: float | None = None) -> None:
         if half_life < 0:
             raise ValueError(f"ema half_life is {half_life} images; it must be 0 (off) or more")
-        frozen = {id(p): p for p in net.parameters() if not p.requires_grad}  # a LoRA role's backbone stays shared
-        self.net = copy.deepcopy(net, frozen).requires_grad_(False).eval()
+        self.net = twin(net).requires_grad_(False).eval()
         self.half_life, self.ramp = half_life, ramp
         self.follows: nn.Module | None = None
 

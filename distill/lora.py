@@ -19,6 +19,19 @@ def shared(net: nn.Module) -> nn.Module:
     return copy.deepcopy(net, memo)
 
 
+def twin(net: nn.Module) -> nn.Module:
+    """A copy of `net` with trainable parameters of its own; frozen ones, an adapter's backbone say, stay shared."""
+    return copy.deepcopy(net, {id(p): p for p in net.parameters() if not p.requires_grad})
+
+
+def masters(net: nn.Module) -> nn.Module:
+    """`net`, its trainable parameters at least float32: half precision rounds small steps away. Frozen ones stay."""
+    for p in net.parameters():
+        if p.requires_grad and p.dtype.itemsize < 4:
+            p.data = p.data.float()
+    return net
+
+
 @dataclass(frozen=True)
 class LoRA:
     """Adapters of rank r and scale alpha / r on the modules whose names end in one of `targets` (Hu et al. 2021)."""
@@ -34,15 +47,15 @@ class LoRA:
     def __call__(self, net: nn.Module) -> nn.Module:
         """A role that starts as the backbone `net`: a trainable copy, or zero-initialised trainable adapters on it.
 
-        An adapter's role shares the frozen weights of `net`.
+        An adapter's role shares the frozen weights of `net`, in their precision; what trains is float32.
         """
         if self.rank is None:
-            return copy.deepcopy(net).requires_grad_(True)
+            return masters(copy.deepcopy(net).requires_grad_(True))
         from peft import LoraConfig, inject_adapter_in_model
 
         net.requires_grad_(False)
         config = LoraConfig(r=self.rank, lora_alpha=self.alpha, target_modules=list(self.targets), bias="none")
-        return inject_adapter_in_model(config, shared(net))
+        return masters(inject_adapter_in_model(config, shared(net)))
 
 
 def merged(net: nn.Module) -> nn.Module:

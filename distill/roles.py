@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from distill.denoiser import Condition, Denoiser
 from distill.disc import head
 from distill.draw import Draw
-from distill.lora import LoRA
+from distill.lora import LoRA, twin
 from distill.student import Student, grid_times
 
 if TYPE_CHECKING:
@@ -109,8 +109,7 @@ def build(
     if "fake" in method.roles:
         nets.fake = replace(teacher, net=fake.lora(teacher.net))
     if "target" in method.roles:
-        nets.target = nets.student.denoiser.copy()
-        nets.target.net.requires_grad_(False)
+        nets.target = replace(teacher, net=twin(nets.student.denoiser.net).requires_grad_(False))
     if "disc" in method.roles:
         taps: tuple[str, ...] = method.taps  # type: ignore[attr-defined]
         like = next(teacher.net.parameters())

@@ -143,7 +143,10 @@ def train(
     data(draw) -> batch with "c" and what the method needs. resume: a checkpoint folder to continue, bit for bit.
     draw: the source of random numbers, called (seed, step, player, samples [B]); replaced in tests.
     """
+    from accelerate.utils import AutocastKwargs
+
     micro = cfg.micro_batch(accelerator.num_processes)
+    precision = AutocastKwargs(cache_enabled=False)  # a weight cast under no_grad keeps no graph (torch before 2.10)
     players = start(nets, accelerator)
     rates = {"student": cfg.learning_rate, "fake": cfg.fake_learning_rate or cfg.learning_rate}
     state = State(
@@ -171,7 +174,7 @@ def train(
             done = []
             for i, indices in enumerate(samples.split(micro)):
                 numbers = draw(cfg.seed, step, player, indices)
-                with accelerator.autocast():
+                with accelerator.autocast(precision):
                     if update.reuse and kept:
                         x, batch = kept[i]
                     else:

@@ -69,6 +69,6 @@ class LCD:
     def after(self, player: str, nets: Nets) -> None:
         if nets.target is not None:
             with torch.no_grad():
-                ours: list[Tensor] = [*nets.target.net.parameters()]
-                theirs: list[Tensor] = [*nets.student.denoiser.net.parameters()]
+                pairs = zip(nets.target.net.parameters(), nets.student.denoiser.net.parameters(), strict=True)
+                ours, theirs = zip(*((a, b) for a, b in pairs if a is not b), strict=True)  # not a common backbone
                 torch._foreach_lerp_(ours, theirs, 1 - self.target_ema)
