@@ -74,7 +74,9 @@ def sample(
     pipe: Any, labels: Sequence[int], z: Tensor, steps: int, guidance: float, negative: str | None = None
 ) -> Tensor:
     """Images [B, C, H, W] in [0, 1] of the pipeline itself from unit noise z; guidance is built in."""
-    pipe.prepare_latents = lambda *args: z * pipe.scheduler.init_noise_sigma  # `latents=` insists on three channels
+    pipe.prepare_latents = lambda *args, **kwargs: (
+        z * pipe.scheduler.init_noise_sigma
+    )  # `latents=` insists on three channels
     images = pipe(len(z), class_labels=list(labels), num_inference_steps=steps, output_type="np").images
     return torch.from_numpy(images).permute(0, 3, 1, 2)
 

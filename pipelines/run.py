@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import signal
 import sys
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from distill import checkpoint
 from distill.config import Config, dump, fail, parse
-from pipelines import ExportError, index, load, tiny
+from pipelines import ExportError, Teacher, index, load
+
+if TYPE_CHECKING:
+    from distill.roles import Nets, StudentConfig
 
 
-def main(default: Config[Any], argv: list[str] | None = None, doc: str | None = None) -> None:
+def main(default: Config[Any, Any], argv: list[str] | None = None, doc: str | None = None) -> None:
     """Parse the command line and run; every mistake of the user ends in one message before any work."""
     config = parse(default, argv, doc)
-    if config.smoke:
-        config = smoke(config)
     out = Path(config.train.output_dir)
     try:
+        config = smoke(config) if config.smoke else config
         resume = check(config, out)
         run(config, out, resume)
     except (ValueError, FloatingPointError, ExportError) as error:
@@ -31,18 +34,20 @@ def main(default: Config[Any], argv: list[str] | None = None, doc: str | None = 
         raise SystemExit(130) from None
 
 
-def smoke(config: Config[Any]) -> Config[Any]:
-    """Two steps of the same experiment on a tiny random teacher."""
+def smoke(config: Config[Any, Any]) -> Config[Any, Any]:
+    """Two steps of the same experiment on a tiny random teacher of its family."""
     short: dict[str, Any] = {"max_train_steps": 2, "train_batch_size": 8, "logging_steps": 1, "validation_steps": 1}
     train = dataclasses.replace(config.train, **short)
-    return dataclasses.replace(config, train=train, teacher="")
+    return dataclasses.replace(config, train=train, teacher=f"{Path(train.output_dir) / 'teacher'}")
 
 
-def check(config: Config[Any], out: Path) -> Path | None:
+def check(config: Config[Any, Any], out: Path) -> Path | None:
     """What can be seen before anything heavy is imported; the checkpoint to resume from."""
     resume = config.train.resume_from_checkpoint
     if not config.smoke:
-        index(config.teacher)
+        if not re.fullmatch(r"[\w.-]+/[\w.-]+", config.teacher) or Path(config.teacher).exists():
+            index(config.teacher)
+        config.data.check(config.method.needs)
     if resume is None:
         if (out / "config.yaml").exists():
             raise ValueError(
@@ -60,7 +65,29 @@ def check(config: Config[Any], out: Path) -> Path | None:
     return Path(resume)
 
 
-def run(config: Config[Any], out: Path, resume: Path | None) -> None:
+def opened(config: Config[Any, Any]) -> Teacher:
+    """The teacher of a configuration; downloaded where its name is one of the Hub."""
+    folder = Path(config.teacher)
+    if not folder.exists():
+        from diffusers import DiffusionPipeline
+
+        try:
+            options = {"revision": config.revision, "variant": config.variant, "use_safetensors": True}
+            folder = Path(DiffusionPipeline.download(config.teacher, **options))
+        except OSError as error:
+            raise ValueError(f"no teacher {config.teacher!r}, as a folder or on the Hub: {error}") from None
+    return load(folder, config.resolution, config.frames, config.variant)
+
+
+def carried(teacher: Teacher, student: StudentConfig) -> tuple[Any, StudentConfig]:
+    """(scheduler, student): what the exported student will run under, and the student with the times it visits."""
+    from pipelines.scheduler import scheduler
+
+    found, times = scheduler(teacher, student)
+    return found, dataclasses.replace(student, times=times)
+
+
+def run(config: Config[Any, Any], out: Path, resume: Path | None) -> None:
     """Train, with checkpoints, logs and sample grids on the way, and export the averaged student to `out`/pipeline."""
     import torch
     from accelerate import Accelerator
@@ -70,36 +97,44 @@ def run(config: Config[Any], out: Path, resume: Path | None) -> None:
     from distill.log import Log
     from distill.roles import build
     from distill.trainer import State, train
-    from pipelines.export import export, family
+    from pipelines import tiny
+    from pipelines.export import export
 
     cfg = config.train
     accelerator = Accelerator(log_with=None if cfg.report_to == "none" else cfg.report_to, project_dir=out)
-    cfg.micro_batch(accelerator.num_processes)
+    micro = cfg.micro_batch(accelerator.num_processes)
     quiet()
     set_seed(cfg.seed)
-    teacher = tiny() if config.smoke else load(config.teacher)
-    student = config.student
-    if student.times is None:
-        student = dataclasses.replace(student, times=teacher.times(student.steps, student.sigma))
-    example = teacher.encode([0])
+    with accelerator.main_process_first():
+        if config.smoke and accelerator.is_main_process:
+            tiny.save(config.family, config.teacher)
+        teacher = opened(config)
+    teacher.parts.device = accelerator.device
+    data = config.data.open(teacher, config.method.needs)
+    scheduler, student = carried(teacher, config.student)  # what can't be exported is refused now
+    prompts, c = config.data.fixed()
+    example = {key: value[:1] for key, value in c.items()}
     nets = build(config.method, teacher.denoiser, teacher.shape, example, student, config.fake)
-    family(teacher).export(nets.student, teacher, teacher.denoiser.net)  # what can't be exported is refused now
+    if accelerator.mixed_precision == "bf16":
+        teacher.denoiser.net.to(torch.bfloat16)  # trained networks are float32 copies, or adapters on it
     if accelerator.is_main_process:
         out.mkdir(parents=True, exist_ok=True)
         (out / "config.yaml").write_text(dump(config))
     accelerator.init_trackers("distill", init_kwargs={"wandb": {"dir": f"{out}"}})
-    labels = torch.arange(40, device=accelerator.device) % 10
-    fixed = Draw(cfg.seed, -1, "validation", torch.arange(40, device=accelerator.device))
     log = Log(cfg, accelerator, checkpoint.step(resume) if resume else 0)
+    c = {key: value.to(accelerator.device) for key, value in c.items()}
 
     @torch.no_grad()
     def preview(state: State) -> None:
-        z = fixed.normal("z", (40, *teacher.shape))
-        x = nets.student.using(state.ema.net).generate(z, teacher.encode(labels), fixed)
-        log.images(teacher.decode(x), state.step)
+        done = []
+        for i in torch.arange(len(prompts), device=accelerator.device).split(micro):
+            fixed = Draw(cfg.seed, -1, "validation", i)
+            z, rows = fixed.normal("z", (len(i), *teacher.shape)), {key: value[i] for key, value in c.items()}
+            done.append(teacher.decode(nets.student.using(state.ema.net).generate(z, rows, fixed)).cpu())
+        log.images(torch.cat(done), state.step)
 
     with closing(log), ctrl_c() as pressed:
-        for state in train(config.method, nets, config.data, cfg, accelerator, resume):
+        for state in train(config.method, nets, data, cfg, accelerator, resume):
             log(state)
             stop = bool(pressed)
             if accelerator.is_main_process:
@@ -112,8 +147,20 @@ def run(config: Config[Any], out: Path, resume: Path | None) -> None:
             if stop:
                 raise SystemExit(130)
     if accelerator.is_main_process:
-        gap = export(nets.student, teacher, state.ema.net, out / "pipeline", dump(config))
+        state.optimizers.clear()
+        whole(nets, teacher)
+        gap = export(nets.student, teacher, state.ema.net, scheduler, out / "pipeline", dump(config))
         sys.stderr.write(f"exported {out / 'pipeline'}; reloaded by plain diffusers it differs by {gap:.1e}\n")
+
+
+def whole(nets: Nets, teacher: Teacher) -> None:
+    """The backbone in its stored precision again: the export must not keep what training rounded."""
+    import torch
+
+    net = teacher.denoiser.net
+    if next(net.parameters()).dtype != torch.float32:
+        stored = teacher.parts.component(teacher.parts.network, torch.float32).state_dict()
+        net.float().load_state_dict(stored)
 
 
 @contextmanager
@@ -136,6 +183,8 @@ def ctrl_c() -> Iterator[list[int]]:
 def quiet() -> None:
     """Libraries' chatter at loading and saving is not about this run."""
     import diffusers
+    import transformers
 
-    diffusers.utils.logging.set_verbosity_error()
-    diffusers.utils.logging.disable_progress_bar()
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
