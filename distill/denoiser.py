@@ -26,7 +26,8 @@ def plain(net: nn.Module, x: Tensor, t: Tensor, c: Condition) -> Tensor:
 class Denoiser:
     """net + schedule + kind: (x [B, ...], t [B] in [0, 1], c) -> Prediction.
 
-    call    call(net, x, native_t, c) -> out; adapts a network's own signature.
+    call    call(net, x, native_t, c) -> out; adapts a network's own signature. Its attribute feature(output), if it has
+            one, picks the feature from what a tapped module returns; else it is the first of a tuple.
     null    the condition of "no condition": the same keys as c, leading dimension 1.
     sigma_d standard deviation of the data in EDM's preconditioning (kind "edm" only).
     frame   the schedule that callers speak; None is the network's own. See `on`.
@@ -75,7 +76,7 @@ class Denoiser:
 
     def features(self, x: Tensor, t: Tensor, c: Condition, taps: tuple[str, ...]) -> list[Tensor]:
         """Outputs of the named submodules, with gradient; the forward pass ends at the last one that is reached."""
-        with tapped(self.net, taps, stop=True) as found:
+        with tapped(self.net, taps, True, getattr(self.call, "feature", first)) as found:
             try:
                 self(x, t, c)
             except _Reached:
@@ -106,8 +107,15 @@ class _Reached(Exception):
     """Raised by the last tap: the rest of the forward pass is not needed."""
 
 
+def first(output: Any) -> Tensor:
+    """What a module says, or the first of several things that it says."""
+    return output[0] if isinstance(output, tuple) else output
+
+
 @contextmanager
-def tapped(net: nn.Module, taps: tuple[str, ...], stop: bool = False) -> Iterator[dict[str, Tensor]]:
+def tapped(
+    net: nn.Module, taps: tuple[str, ...], stop: bool = False, feature: Callable[[Any], Tensor] = first
+) -> Iterator[dict[str, Tensor]]:
     """Collect the outputs of submodules `taps` of one forward pass; with `stop`, end it once all are there.
 
     The hooks live only inside this context, so a copied network never reports the features of its original.
@@ -121,7 +129,7 @@ def tapped(net: nn.Module, taps: tuple[str, ...], stop: bool = False) -> Iterato
 
     def hook(name: str) -> Callable[..., None]:
         def keep(module: nn.Module, args: Any, output: Any) -> None:
-            found[name] = output[0] if isinstance(output, tuple) else output
+            found[name] = feature(output)
             if stop and len(found) == len(taps):
                 raise _Reached
 

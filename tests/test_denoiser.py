@@ -215,6 +215,18 @@ class TestFeatures:
         x, t = batch()
         near(denoiser.features(x, t, None, ("0",))[0], x, 0)
 
+    def test_the_call_knows_the_feature(self):
+        """Joint blocks return (text, image): whoever calls the network knows which is which."""
+
+        class Joint(nn.Module):
+            def forward(self, x):
+                return torch.zeros(1), x
+
+        call = lambda net, x, t, c: net(x)[1]
+        call.feature = lambda output: output[1]
+        denoiser, (x, t) = Denoiser(nn.Sequential(Joint()), EDM(), "x0", call), batch()
+        near(denoiser.features(x, t, None, ("0",))[0], x, 0)
+
     def test_unknown_module(self):
         denoiser, (x, t) = tiny(EDM()), batch()
         with pytest.raises(ValueError, match=r"no submodule \['mid_block'\] to tap.*\['first', 'mid', 'last'\]"):
