@@ -49,13 +49,18 @@ def kl(parts: Parts) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tens
     return decode, latent
 
 
+def factor(parts: Parts) -> int:
+    """Pixels along a side of a picture for one of its latent."""
+    return 2 ** (len(parts.config("vae")["block_out_channels"]) - 1)
+
+
 def shape(parts: Parts, resolution: int | None, size: int | None = None) -> tuple[int, int, int]:
     """(C, H, W) of a latent: the network's own size, or the one of `resolution` pixels."""
     config = parts.net.config
     channels, side = config.in_channels, size or config.sample_size
     if resolution is not None:
-        factor = 2 ** (len(parts.config("vae")["block_out_channels"]) - 1)
-        if resolution % factor:
-            raise ValueError(f"resolution is {resolution}; this autoencoder needs a multiple of {factor}")
-        side = resolution // factor
+        pixels = factor(parts)
+        if resolution % pixels:
+            raise ValueError(f"resolution is {resolution}; this autoencoder needs a multiple of {pixels}")
+        side = resolution // pixels
     return channels, side, side

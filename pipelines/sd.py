@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from distill.denoiser import Condition, Denoiser
@@ -16,6 +17,7 @@ TARGETS = (  # modules of a LoRA: DMD2's list
     *("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"),
     *("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj"),
 )
+TAPS = ("mid_block",)  # modules whose output is a discriminator's feature
 
 
 def call(net: nn.Module, x: Tensor, n: Tensor, c: Condition) -> Tensor:
@@ -25,6 +27,7 @@ def call(net: nn.Module, x: Tensor, n: Tensor, c: Condition) -> Tensor:
 
 
 def load(parts: Parts, resolution: int | None, frames: int | None) -> Teacher:
+    @torch.no_grad()
     def encode(prompts: Sequence[str]) -> Condition:
         text = parts.text
         return {"prompt_embeds": text.encode_prompt(list(prompts), parts.device, 1, False)[0]}

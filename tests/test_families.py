@@ -1,0 +1,203 @@
+"""Every family of teachers on its tiny random pipeline: what diffusers' own pipeline gives, ours gives."""
+
+import functools
+import importlib
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from distill.guidance import Guided, null_of
+from distill.roles import StudentConfig
+from distill.schedule import Trig
+from distill.student import Student
+from pipelines import FAMILIES, latents, load, tiny
+from pipelines.scheduler import scheduler as student_scheduler
+
+PROMPTS = ["a red fox in the snow", "seven cats, and a very long road under the stars of a winter night; " * 3]
+MODULES = ["sd", "sdxl"]  # one name here is all that a family needs
+
+
+@pytest.fixture(scope="module", params=MODULES)
+def family(request, tmp_path_factory):
+    """The family's module, its tiny pipeline's folder, its teacher, and inputs z, x and c of two samples."""
+    folder = tmp_path_factory.mktemp(request.param)
+    tiny.save(request.param, folder)
+    teacher = load(folder)
+    torch.manual_seed(0)
+    z, x = torch.randn(2, 2, *teacher.shape)
+    module = importlib.import_module(f"pipelines.{request.param}")
+    return SimpleNamespace(module=module, folder=folder, teacher=teacher, z=z, x=x, c=teacher.encode(PROMPTS))
+
+
+def unpacked(f, x):
+    """What a pipeline that packs its latents keeps, as the teacher's x."""
+    return f.module.unpack(x, f.teacher.shape) if hasattr(f.module, "unpack") else x
+
+
+def watched(pipe):
+    """The steps that a pipeline takes, filled as it runs: (input, timestep, sigma, output of the network, its x0)."""
+    steps, scheduler = [], pipe.scheduler
+    step, scale = scheduler.step, getattr(scheduler, "scale_model_input", lambda x, t: x)
+    scheduler.scale_model_input = lambda x, t: x.clone() if (seen := scale(x, t)) is x else seen
+
+    @functools.wraps(step)
+    def watch(out, t, x, *args, **options):
+        told = scale(x, t)
+        found = step(out, t, x, *args, **{**options, "return_dict": True})
+        sigma = scheduler.sigmas[scheduler.step_index - 1] if hasattr(scheduler, "sigmas") else None
+        x0 = getattr(found, "pred_original_sample", None)
+        steps.append((told, t, sigma, out, x - sigma * out if x0 is None else x0))
+        return (found.prev_sample,)
+
+    scheduler.step = watch
+    return steps
+
+
+@torch.no_grad()
+def test_the_denoiser_gives_what_the_pipelines_network_and_scheduler_give(family):
+    f = family
+    pipe, denoiser = f.teacher.parts.pipe(), f.teacher.denoiser
+    steps = watched(pipe)
+    f.module.sample(pipe, PROMPTS, f.z, 5, f.module.UNCONDITIONAL)
+    assert len(steps) == 5
+    last = denoiser.schedule.native(torch.ones(1))
+    for x, n, sigma, out, x0 in steps:
+        t = (n / last).double() if denoiser.kind != "flow" else sigma.double().reshape(1)
+        pred = denoiser(unpacked(f, x), t.expand(2), f.c)
+        torch.testing.assert_close(pred.out, unpacked(f, out), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(pred.x0, unpacked(f, x0), rtol=1e-4, atol=1e-4)
+        on = denoiser.on(Trig())
+        seen = on.path.time(denoiser.schedule.ratio(t.expand(2)))
+        alpha, sine = on.path.coefficients(seen)
+        a, s = denoiser.schedule.coefficients(t.expand(2))
+        scale = (torch.hypot(alpha, sine) / torch.hypot(a, s)).reshape(-1, *[1] * (x.ndim - 1)).float()
+        torch.testing.assert_close(on(scale * unpacked(f, x), seen, f.c).x0, pred.x0, rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("negative", [None, "blurry"])
+def test_the_teacher_samples_what_the_pipeline_samples(family, negative):
+    f = family
+    for guidance in [1.0, 4.0]:
+        told = f.module.UNCONDITIONAL if guidance == 1 else guidance
+        expected = f.module.sample(f.teacher.parts.pipe(), PROMPTS, f.z, 4, told, negative)
+        null = None if negative is None else f.teacher.encode([negative])
+        images = f.teacher.decode(f.teacher.sample(f.z, f.c, 4, guidance, null))
+        assert (images.clamp(-1, 1) / 2 + 0.5 - expected).abs().max() < 1e-4
+
+
+@torch.no_grad()
+def test_guidance_with_the_null_condition(family):
+    f = family
+    t, w = torch.full((2,), 0.6).double(), 3.0
+    denoiser = f.teacher.denoiser
+    null = f.teacher.null()
+    assert all(len(v) == 1 for v in null.values())
+    cond, empty = denoiser(f.x, t, f.c).out, denoiser(f.x, t, null_of(null, f.c)).out
+    assert (cond - empty).abs().max() > 1e-3
+    torch.testing.assert_close(Guided(denoiser, w)(f.x, t, f.c).out, empty + w * (cond - empty), rtol=1e-3, atol=1e-4)
+
+
+def test_taps_give_features_with_gradient(family):
+    f = family
+    x = f.x.clone().requires_grad_()
+    for feature in f.teacher.denoiser.features(x, torch.full((2,), 0.6).double(), f.c, f.module.TAPS):
+        assert feature.ndim >= 3 and len(feature) == 2 and feature.std() > 0
+        (grad,) = torch.autograd.grad(feature.square().sum(), x, retain_graph=True)
+        assert grad.isfinite().all() and grad.abs().amax(dim=tuple(range(1, x.ndim))).min() > 0
+
+
+@torch.no_grad()
+def test_every_input_moves_the_output(family):
+    f = family
+    t = torch.full((2,), 0.6).double()
+    base = f.teacher.denoiser(f.x, t, f.c).out
+    moved = {"t": f.teacher.denoiser(f.x, t / 2, f.c).out, "x": f.teacher.denoiser(f.x.flip(0), t, f.c).out}
+    for key, value in f.c.items():
+        other = value.flip(0) if not torch.equal(value, value.flip(0)) else value / 2 + 1
+        moved[key] = f.teacher.denoiser(f.x, t, f.c | {key: other}).out
+    distance = {key: float((out - base).std() / base.std()) for key, out in moved.items()}
+    assert min(distance.values()) > 1e-2, distance
+
+
+@torch.no_grad()
+def test_conditions_have_one_shape_and_do_not_depend_on_the_batch(family):
+    f = family
+    short, long = f.teacher.encode([""]), f.teacher.encode(PROMPTS[1:])
+    for key, value in f.c.items():
+        assert len(value) == 2 and value.shape[1:] == short[key].shape[1:] == long[key].shape[1:]
+        torch.testing.assert_close(value[1:], long[key], rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_images_to_latents_and_back(family):
+    f = family
+    images = f.teacher.decode(f.x)
+    x = f.teacher.latent(images, torch.zeros_like(f.x))
+    assert x.shape == f.x.shape and f.teacher.decode(x).shape == images.shape
+    again = f.teacher.latent(images, torch.ones_like(f.x)) - x  # the posterior's deviation, in the latent's scale
+    assert (again > 0).all()
+
+
+@torch.no_grad()
+def test_the_resolution_is_a_choice(family):
+    f = family
+    pixels = f.teacher.decode(f.x).shape[-1]
+    double = load(f.folder, resolution=2 * pixels)
+    assert double.shape == (*f.teacher.shape[:-2], *(2 * side for side in f.teacher.shape[-2:]))
+    z = torch.randn(1, *double.shape)
+    expected = f.module.sample(double.parts.pipe(), PROMPTS[:1], z, 2, f.module.UNCONDITIONAL)
+    images = double.decode(double.sample(z, double.encode(PROMPTS[:1]), 2))
+    assert (images.clamp(-1, 1) / 2 + 0.5 - expected).abs().max() < 1e-4
+    with pytest.raises(ValueError, match="resolution is .* multiple of"):
+        load(f.folder, resolution=pixels + 1)
+
+
+class Global:
+    """Noise between the calls as the pipeline draws it: from torch's own generator, in the pipeline's layout."""
+
+    def __init__(self, f):
+        self.f = f
+
+    def normal(self, name, shape):
+        like = self.f.module.pack(torch.zeros(shape)) if hasattr(self.f.module, "pack") else torch.zeros(shape)
+        return unpacked(self.f, torch.randn(like.shape))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("steps", [1, 4])
+def test_the_pipeline_under_the_students_scheduler_gives_what_the_student_gives(family, steps):
+    f = family
+    config = StudentConfig(steps=steps, scale=1.0)
+    scheduler, times = student_scheduler(f.teacher, config)
+    assert len(times) == steps
+    student = Student(f.teacher.denoiser, times, config.scale, config.renoise)
+    torch.manual_seed(1)
+    expected = f.teacher.decode(student.generate(f.z, f.c, Global(f))).clamp(-1, 1) / 2 + 0.5
+    torch.manual_seed(1)
+    pipe = f.teacher.parts.pipe(scheduler=scheduler)
+    images = f.module.sample(pipe, PROMPTS, f.z, steps, f.module.UNCONDITIONAL)
+    assert (images - expected).abs().max() < 1e-3
+
+
+def test_checkpointing_keeps_outputs_and_gradients(family):
+    f = family
+    net, t = f.teacher.denoiser.net, torch.full((2,), 0.6).double()
+
+    def result():
+        x = f.x.clone().requires_grad_()
+        out = f.teacher.denoiser(x, t, f.c).out
+        out.square().mean().backward()
+        return out.detach(), x.grad, {n: p.grad.clone() for n, p in net.named_parameters() if p.grad is not None}
+
+    net.requires_grad_(True).train()
+    try:
+        plain = result()
+        net.zero_grad()
+        net.enable_gradient_checkpointing()
+        torch.testing.assert_close(result(), plain, rtol=1e-5, atol=1e-6)
+    finally:
+        net.disable_gradient_checkpointing()
+        net.zero_grad()
+        net.requires_grad_(False).eval()
