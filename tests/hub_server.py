@@ -7,14 +7,19 @@ kept in memory. `fail` makes one kind of request fail: {(method, part of the pat
 import base64
 import hashlib
 import json
+import os
 import re
+import subprocess
+import sys
 import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import yaml
 
+ROOT = Path(__file__).resolve().parent.parent
 USERS = {"hf_writer": ("ada", "write"), "hf_reader": ("ada", "read")}  # token: name, role
 OPEN, CLOSED = "friends", "strangers"  # an organisation where ada may write, and one where she may not
 
@@ -221,3 +226,42 @@ class Handler(BaseHTTPRequestHandler):
         data, etag = repo.files[path], f'"{repo.oid(path)}"'
         sent = {"ETag": etag, "X_Repo_Commit": repo.sha, "X_Linked_Size": str(len(data)), "X_Linked_Etag": etag}
         return 200, data, sent | {"Content_Type": "application/octet-stream"}
+
+
+def environment(url, home, **env):
+    """Of a process that sees only this Hub: huggingface_hub reads it when it is imported."""
+    env = {
+        "HF_HUB_OFFLINE": "0",
+        "HF_ENDPOINT": url,
+        "HF_HOME": str(home),
+        "HF_HUB_DISABLE_XET": "1",  # its client speaks to more than this Hub
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "PYTHONPATH": str(ROOT),
+        "NO_PROXY": "127.0.0.1",
+    } | env
+    return {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))} | env
+
+
+CLIENT = """
+import json, os, sys
+from huggingface_hub import snapshot_download
+from pipelines import ExportError, hub
+for name, args, token in json.load(sys.stdin):
+    os.environ.pop("HF_TOKEN", None)
+    os.environ.update({"HF_TOKEN": token} if token else {})
+    call = snapshot_download if name == "download" else getattr(hub, name)
+    try:
+        said = ["", call(**args)]
+    except (ValueError, ExportError) as error:  # what a recipe's main tells the user
+        said = [type(error).__name__, str(error)]
+    sys.stdout.write(json.dumps(said) + chr(10))
+"""
+
+
+def client(url, calls, home, **env):
+    """[(function of pipelines.hub, arguments, token)] in a process of its own -> [(error or "", answer or message)]."""
+    run, env = [sys.executable, "-c", CLIENT], environment(url, home, **env)
+    done = subprocess.run(run, input=json.dumps(calls), env=env, text=True, capture_output=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert not any(token in done.stdout + done.stderr for token in USERS), "a token was shown"
+    return [tuple(json.loads(line)) for line in done.stdout.splitlines()]

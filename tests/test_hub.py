@@ -1,49 +1,10 @@
 """pipelines.hub against a local stand-in of the Hub's HTTP API; huggingface_hub is the real one, in its own process."""
 
-import json
-import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from hub_server import CLOSED, OPEN, Hub
-
-ROOT = Path(__file__).resolve().parent.parent
-CLIENT = """
-import json, os, sys
-from huggingface_hub import snapshot_download
-from pipelines import ExportError, hub
-for name, args, token in json.load(sys.stdin):
-    os.environ.pop("HF_TOKEN", None)
-    os.environ.update({"HF_TOKEN": token} if token else {})
-    call = snapshot_download if name == "download" else getattr(hub, name)
-    try:
-        said = ["", call(**args)]
-    except (ValueError, ExportError) as error:  # what a recipe's main tells the user
-        said = [type(error).__name__, str(error)]
-    sys.stdout.write(json.dumps(said) + chr(10))
-"""
-
-
-def client(url, calls, home, **env):
-    """[(function, arguments, token)] in one process that sees only this Hub -> [(error or "", answer or message)]."""
-    env = {  # xet storage off: its client speaks to more than this Hub
-        "HF_HUB_OFFLINE": "0",
-        "HF_ENDPOINT": url,
-        "HF_HOME": str(home),
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "PYTHONPATH": str(ROOT),
-        "NO_PROXY": "127.0.0.1",
-    } | env
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
-    run = [sys.executable, "-c", CLIENT]
-    done = subprocess.run(run, input=json.dumps(calls), env=kept | env, text=True, capture_output=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert "hf_writer" not in done.stdout + done.stderr, "the token was shown"
-    return [tuple(json.loads(line)) for line in done.stdout.splitlines()]
+from hub_server import CLOSED, OPEN, Hub, client
 
 
 def contents(folder):

@@ -1,0 +1,133 @@
+"""The model card of an exported student: metadata that the Hub reads, the exact call, what fails, how it was made."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from pipelines.license import License, hub_name
+
+NEGATIVE = "Negative prompts: guidance is built into the student, and the call switches the pipeline's own off."
+OTHER = "Other numbers of steps and other guidance scales than the call's: neither trained nor verified."
+BODY = """# {name}
+
+A {kind} of {base} with {steps} network call(s), distilled with {method}. Plain diffusers runs it:
+
+```python
+{code}
+```
+{rest}
+## What does not work
+
+{limits}
+
+## Licence
+
+The student is derived from {base} and stands under the same licence, {license}.
+
+## Training
+
+The resolved configuration:
+
+```yaml
+{config}
+```
+"""
+
+
+class Result(NamedTuple):
+    """One figure of an evaluation. protocol: in words, what was compared with what, and over how many images."""
+
+    protocol: str
+    metric: str
+    value: float
+
+
+def code(call: str, model: str, base: str = "", lora: str = "", scheduler: str = "") -> str:
+    """The complete program: load `model`, a folder or a name on the Hub, as `pipe`, and then the family's `call`.
+
+    lora: load `base` instead, with the file `lora` of `model` on it and the model's scheduler, which is of that class.
+    """
+    if not lora:
+        load = f'from diffusers import DiffusionPipeline\n\npipe = DiffusionPipeline.from_pretrained("{model}")\n'
+        return load + call.strip()
+    return (
+        f"from diffusers import DiffusionPipeline, {scheduler}\n\n"
+        f'scheduler = {scheduler}.from_pretrained("{model}", subfolder="scheduler")\n'
+        f'pipe = DiffusionPipeline.from_pretrained("{base}", scheduler=scheduler)\n'
+        f'pipe.load_lora_weights("{model}", weight_name="{lora}")\n'
+    ) + call.strip()
+
+
+def card(
+    name: str,
+    base: str | Path,
+    license: License,
+    family: str,
+    method: str,
+    steps: int,
+    config: str,
+    code: str = "",
+    lora: str = "",
+    task: Literal["text-to-image", "text-to-video", "unconditional-image-generation"] = "text-to-image",
+    samples: str = "",
+    prompt: str = " ",
+    limits: Sequence[str] = (NEGATIVE,),
+    results: Sequence[Result] = (),
+    datasets: Sequence[str] = (),
+) -> str:
+    """README.md of an exported folder.
+
+    base: the teacher, a name on the Hub or a folder. code, lora: the programs (see `code`) that run the folder and its
+    LoRA file; without the first the folder is an adapter. config: YAML. samples: a picture in the folder, of `prompt`.
+    limits: what does not work. results: for the Hub's model-index. datasets: names on the Hub.
+    """
+    from huggingface_hub import EvalResult, ModelCardData
+
+    hub, calls = hub_name(base), "one-step" if steps == 1 else "few-step"
+    slug = lambda text: re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+    facts: dict[str, Any] = {
+        "base_model_relation": hub and ("finetune" if code else "adapter"),
+        "widget": [{"text": prompt, "output": {"url": samples}}] if samples else None,
+    }
+    if results:
+        facts["model_name"] = name
+        facts["eval_results"] = [EvalResult(task, slug(p), p, slug(m), v, metric_name=m) for p, m, v in results]
+    data = ModelCardData(
+        license=license.id,
+        license_name=license.name,
+        license_link=license.link,
+        base_model=hub,
+        library_name="diffusers",
+        pipeline_tag=task,
+        tags=[task, "diffusers", calls, method, family, *(["lora"] if lora else [])],
+        datasets=list(datasets) or None,
+        **facts,
+    )
+    rest = f"\n![samples]({samples})\n" if samples else ""
+    if lora and code:
+        rest += f"\nThe LoRA on its base:\n\n```python\n{lora}\n```\n"
+    if results:
+        rows = "".join(f"| {m} | {v:.4g} | {p} |\n" for p, m, v in results)
+        rest += f"\n## Evaluation\n\n| metric | value | protocol |\n|---|---:|---|\n{rows}"
+    title = license.name or license.id
+    body = BODY.format(
+        name=name,
+        kind=f"{calls} {'student' if code else 'LoRA'}",
+        base=f"[{hub}](https://huggingface.co/{hub})" if hub else Path(base).name,
+        steps=steps,
+        method=method,
+        code=code or lora,
+        rest=rest,
+        limits="\n".join(f"- {limit}" for limit in (*limits, OTHER)),
+        license=f"[{title}]({license.link})" if license.link else title,
+        config=config.strip(),
+    )
+    return f"---\n{data.to_yaml()}\n---\n\n{body}"
+
+
+def snippet(text: str, n: int = 0) -> str:
+    """The n-th Python block of a card."""
+    return re.findall(r"```python\n(.*?)\n```", text, re.DOTALL)[n]

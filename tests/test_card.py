@@ -1,0 +1,163 @@
+"""The model card: what the Hub reads from it, whose licence it carries, and that its own programs run."""
+
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from hub_server import Hub, client, environment
+
+from pipelines.card import NEGATIVE, Result, card, code, snippet
+from pipelines.license import BASES, License, hub_name, license_of
+
+SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
+CONFIG = "method:\n  guidance: 7.0\nmax_train_steps: 2\n"
+
+
+def made(**changes):
+    facts = {"name": "student", "base": SDXL, "family": "sdxl", "method": "dmd2", "steps": 4, "config": CONFIG}
+    return card(**facts | {"license": license_of(SDXL), "code": "pipe = ..."} | changes)
+
+
+def metadata(text):
+    from huggingface_hub import ModelCard
+
+    return ModelCard(text).data.to_dict()
+
+
+def test_the_hub_reads_it():
+    found = metadata(made(samples="samples.png", prompt="a 'red' fox: running", datasets=["org/prompts"]))
+    assert found == {
+        "license": "openrail++",
+        "base_model": SDXL,
+        "base_model_relation": "finetune",
+        "library_name": "diffusers",
+        "pipeline_tag": "text-to-image",
+        "tags": ["text-to-image", "diffusers", "few-step", "dmd2", "sdxl"],
+        "datasets": ["org/prompts"],
+        "widget": [{"text": "a 'red' fox: running", "output": {"url": "samples.png"}}],
+    }
+    text = made(samples="samples.png")
+    assert "![samples](samples.png)" in text and NEGATIVE in text and "(4 network" not in text
+    assert yaml.safe_load(text.split("```yaml\n")[1].split("```")[0]) == yaml.safe_load(CONFIG)
+
+
+def test_an_adapter_one_step_and_an_unknown_base():
+    found = metadata(made(code="", lora="pipe = 1", steps=1, task="text-to-video"))
+    assert found["base_model_relation"] == "adapter" and found["pipeline_tag"] == "text-to-video"
+    assert found["tags"] == ["text-to-video", "diffusers", "one-step", "dmd2", "sdxl", "lora"]
+    assert snippet(made(code="", lora="pipe = 1")) == "pipe = 1"
+    both = made(lora="pipe = 1")
+    assert (snippet(both), snippet(both, 1)) == ("pipe = ...", "pipe = 1")
+    text = made(base="runs/digits/teacher", license=License("mit"), limits=())
+    assert not {"base_model", "base_model_relation"} & metadata(text).keys(), "the Hub refuses a path"
+    assert "student of teacher with" in text and NEGATIVE not in text
+
+
+def test_an_evaluation_is_the_model_index():
+    results = [Result("COCO 2014, 30k", "FID", 12.345), Result("COCO 2014, 30k", "CLIP score", 0.31)]
+    text = made(results=results)
+    (index,) = metadata(text)["model-index"]
+    (block,) = index["results"]  # one task and data set: one block of metrics
+    assert index["name"] == "student" and block["task"] == {"type": "text-to-image"}
+    assert block["dataset"] == {"name": "COCO 2014, 30k", "type": "coco-2014-30k"}
+    assert [(m["type"], m["value"], m["name"]) for m in block["metrics"]] == [
+        ("fid", 12.345, "FID"),
+        ("clip-score", 0.31, "CLIP score"),
+    ]
+    assert "| FID | 12.35 | COCO 2014, 30k |" in text
+
+
+def test_the_licence_is_the_teachers(tmp_path):
+    link = "https://huggingface.co/black-forest-labs/FLUX.1-dev/blob/main/LICENSE.md"
+    flux = License("other", "flux-1-dev-non-commercial-license", link)
+    cached = "/home/ada/.cache/huggingface/hub/models--black-forest-labs--FLUX.1-dev/snapshots/0a1b"
+    for base in ("black-forest-labs/FLUX.1-dev", "/models/FLUX.1-dev", cached):
+        assert hub_name(base) == "black-forest-labs/FLUX.1-dev" and license_of(base) == flux
+    text = made(base="/models/FLUX.1-dev", license=flux)
+    assert metadata(text) | dict(zip(("license", "license_name", "license_link"), flux)) == metadata(text)
+    assert f"[flux-1-dev-non-commercial-license]({link})" in text
+
+    (tmp_path / "Qwen-Image").mkdir()
+    readme = tmp_path / "Qwen-Image" / "README.md"
+    readme.write_text("---\ntags: [x]\n---\n# no licence in it\n")
+    assert license_of(readme.parent) == License("apache-2.0"), "by its name, where the page says nothing"
+    readme.write_text("---\nlicense: other\nlicense_name: own\nlicense_link: TERMS.md\n---\n")
+    own = "https://huggingface.co/Qwen/Qwen-Image/blob/main/TERMS.md"
+    assert license_of(readme.parent) == License("other", "own", own), "what the folder says goes first"
+    assert license_of(readme.parent, "mit") == License("mit")
+    assert license_of(tmp_path, "my terms,https://x.org/t") == License("other", "my terms", "https://x.org/t")
+    for unknown in (tmp_path, "someone/some-finetune", "runs/teacher"):
+        with pytest.raises(ValueError, match="--license") as error:
+            license_of(unknown)
+        assert repr(str(unknown)) in str(error.value)
+    assert all(license_of(base).link is None or "://" in license_of(base).link for base in BASES)
+
+
+def seeded(program):
+    return program.replace("image = ", "import torch; torch.manual_seed(1); image = ")
+
+
+def pixels(image):
+    return np.asarray(image, dtype=int)
+
+
+def run(program, **names):
+    """The image that a program leaves, from the same noise each time."""
+    exec(seeded(program), names)
+    return pixels(names["image"])
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """A tiny SD pipeline of two steps and a LoRA on its UNet; the folders, and the images that they must give."""
+    from diffusers import LCMScheduler
+    from peft import LoraConfig
+    from peft.utils import get_peft_model_state_dict
+
+    from pipelines import sd
+
+    root = tmp_path_factory.mktemp("export")
+    torch.manual_seed(0)
+    pipe = sd.tiny()
+    pipe.save_pretrained(root / "base")
+    pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config, original_inference_steps=2)
+    pipe.save_pretrained(root / "student")
+    call = sd.snippet(2, "a fox")
+    images = [run(call, pipe=pipe)]
+    pipe.unet.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
+    lora = get_peft_model_state_dict(pipe.unet)
+    pipe.save_lora_weights(root / "student", lora, weight_name="s_lora.safetensors")
+    images.append(run(call, pipe=pipe))
+    assert abs(images[0] - images[1]).max() > 0, "the LoRA must be seen"
+    return root, call, images
+
+
+def test_its_programs_run(exported):
+    root, call, images = exported
+    student, base = str(root / "student"), str(root / "base")
+    lora = code(call, student, base, "s_lora.safetensors", "LCMScheduler")
+    text = made(code=code(call, student), lora=lora, steps=2)
+    for n, expected in enumerate(images):
+        assert (run(snippet(text, n)) == expected).all()
+
+
+def test_its_program_runs_from_the_hub(exported, tmp_path):
+    """Push the folder with its card, and run the card's program elsewhere as a user would."""
+    root, call, (expected, _) = exported
+    folder = shutil.copytree(root / "student", tmp_path / "student")
+    (folder / "README.md").write_text(made(code=code(call, "ada/student"), steps=2))
+    with Hub() as hub:
+        calls = [("create", {"repo_id": "student"}, "hf_writer")]
+        calls.append(("push", {"folder": str(folder), "repo_id": "ada/student"}, "hf_writer"))
+        assert client(hub.url, calls, tmp_path) == [("", "ada/student"), ("", f"{hub.url}/ada/student")]
+        program = seeded(snippet(hub.repos["ada/student"].files["README.md"].decode())) + "; image.save('image.png')"
+        command, env = [sys.executable, "-c", program], environment(hub.url, tmp_path, PYTHONPATH="")
+        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    from PIL import Image
+
+    assert (pixels(Image.open(tmp_path / "image.png")) == expected).all()
