@@ -1,0 +1,112 @@
+"""Single files load in plain diffusers and give what the student gives."""
+
+import copy
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+from unets import TARGETS, adapted, output, sd15, sdxl
+
+from distill.lora import merged
+from pipelines import files
+
+
+@pytest.fixture(scope="module", params=[sdxl, sd15], ids=["sdxl", "sd15"])
+def role(request):
+    torch.manual_seed(0)
+    base = request.param()
+    targets = TARGETS + (("add_embedding.linear_1",) if request.param is sdxl else ())
+    return base, adapted(base, targets)
+
+
+def pipeline(unet):
+    from diffusers import EulerDiscreteScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
+
+    scheduler = EulerDiscreteScheduler(steps_offset=1)
+    if unet.config.addition_embed_type:
+        return StableDiffusionXLPipeline(None, None, None, None, None, unet, scheduler)
+    return StableDiffusionPipeline(None, None, None, unet, scheduler, None, None, requires_safety_checker=False)
+
+
+@pytest.mark.parametrize("dtype,loaded,weights", [(torch.float32, 0.0, 1e-6), (torch.float16, 2e-3, 1e-3)])
+def test_lora_loads_on_the_base(role, tmp_path, dtype, loaded, weights):
+    """Every layer comes back with its alpha: difference 0.0 in fp32. Fused, the weights are those of `merged`."""
+    base, net = role
+    path = files.lora_file(net, tmp_path / files.file_name("fox", 4, "lora"), {}, dtype)
+    pipe = pipeline(copy.deepcopy(base))
+    pipe.load_lora_weights(str(path))
+    assert len(files.adapters(pipe.unet)) == len(files.adapters(net)) > 60
+    expected = output(net)
+    assert (expected - output(base)).abs().max() > 0.1
+    assert (output(pipe.unet) - expected).abs().max() <= loaded
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    fused, ours = pipe.unet.state_dict(), merged(net).state_dict()
+    assert fused.keys() == ours.keys()
+    assert max((fused[name] - ours[name]).abs().max() for name in ours) <= weights
+    assert (output(pipe.unet) - expected).abs().max() <= max(loaded, 1e-5)
+
+
+def test_lora_without_metadata_would_lose_alpha(role, tmp_path):
+    """The metadata is what restores alpha: the same tensors alone load with alpha = rank."""
+    from safetensors.torch import load_file, save_file
+
+    base, net = role
+    path = files.lora_file(net, tmp_path / "a.safetensors", {}, torch.float32)
+    save_file(load_file(path), tmp_path / "b.safetensors")
+    pipe = pipeline(copy.deepcopy(base))
+    pipe.load_lora_weights(str(tmp_path / "b.safetensors"))
+    assert (output(pipe.unet) - output(net)).abs().max() > 1e-2
+
+
+def test_unet_file_is_the_merged_network(role, tmp_path):
+    base, net = role
+    from safetensors.torch import load_file
+
+    path = files.unet_file(net, tmp_path / files.file_name("fox", 1, files.part(net)), {})
+    assert path.name == "fox_1step_unet.safetensors" and list(tmp_path.iterdir()) == [path]
+    tensors = load_file(path)
+    assert {t.dtype for t in tensors.values()} == {torch.float16}
+    again = copy.deepcopy(base)
+    again.load_state_dict(tensors)
+    assert (output(again) - output(net)).abs().max() < 5e-3
+    assert (output(again) - output(base)).abs().max() > 0.1
+    for name, value in merged(net).state_dict().items():
+        assert torch.equal(tensors[name], value.half())
+
+
+def test_metadata(role, tmp_path):
+    _, net = role
+    sdxl = net.config.addition_embed_type is not None
+    name = "stable-diffusion-xl-v1-base" if sdxl else "stable-diffusion-v1"
+    spec = files.modelspec(net, "eps", "Fox", (1024, 768), lora=True, author="us", license=None)
+    path = files.lora_file(net, tmp_path / "a.safetensors", spec)
+    with safe_open(path, "pt") as file:
+        found = file.metadata()
+    assert {k.removeprefix("modelspec."): v for k, v in found.items() if k.startswith("modelspec.")} == {
+        "sai_model_spec": "1.0.1",
+        "architecture": name + "/lora",
+        "implementation": "diffusers",
+        "title": "Fox",
+        "resolution": "1024x768",
+        "prediction_type": "epsilon",
+        "author": "us",
+    }
+    config = json.loads(found["lora_adapter_metadata"])
+    assert config.keys() == {"unet.r", "unet.lora_alpha", "unet.target_modules"}  # what any PEFT knows
+    assert (config["unet.r"], config["unet.lora_alpha"]) == (3, 5.0)
+
+
+def test_mistakes(role, tmp_path, monkeypatch):
+    base, net = role
+    with pytest.raises(ValueError, match="no LoRA layers"):
+        files.lora_file(base, tmp_path / "a.safetensors", {})
+    with pytest.raises(ValueError, match="letters, digits"):
+        files.file_name("a/b", 1, "unet")
+    with pytest.raises(ValueError, match="w does not fit into torch.float16"):
+        files.write({"w": torch.tensor([1e6])}, tmp_path / "a.safetensors", {}, torch.float16)
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10}))
+    with pytest.raises(ValueError, match="free some space"):
+        files.unet_file(net, tmp_path / "a.safetensors", {})
+    assert not list(tmp_path.iterdir())
