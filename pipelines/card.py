@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,8 +10,8 @@ from typing import Any, Literal, NamedTuple
 
 from pipelines.license import License, hub_name
 
-NEGATIVE = "Negative prompts: guidance is built into the student, and the call switches the pipeline's own off."
-OTHER = "Other numbers of steps and other guidance scales than the call's: neither trained nor verified."
+NEGATIVE = "Negative prompts do nothing: guidance is built in, and the call switches the pipeline's own off."
+OTHER = "Other numbers of steps and guidance scales than the call's were neither trained nor verified."
 BODY = """# {name}
 
 A {kind} of {base} with {steps} network call(s), distilled with {method}. Plain diffusers runs it:
@@ -45,19 +46,20 @@ class Result(NamedTuple):
     value: float
 
 
-def code(call: str, model: str, base: str = "", lora: str = "", scheduler: str = "") -> str:
+def code(call: str, model: str | Path, base: str | Path = "", lora: str = "", scheduler: str = "") -> str:
     """The complete program: load `model`, a folder or a name on the Hub, as `pipe`, and then the family's `call`.
 
     lora: load `base` instead, with the file `lora` of `model` on it and the model's scheduler, which is of that class.
     """
+    where = json.dumps(str(model))  # a literal of Python too, whatever the path holds
     if not lora:
-        load = f'from diffusers import DiffusionPipeline\n\npipe = DiffusionPipeline.from_pretrained("{model}")\n'
+        load = f"from diffusers import DiffusionPipeline\n\npipe = DiffusionPipeline.from_pretrained({where})\n"
         return load + call.strip()
     return (
         f"from diffusers import DiffusionPipeline, {scheduler}\n\n"
-        f'scheduler = {scheduler}.from_pretrained("{model}", subfolder="scheduler")\n'
-        f'pipe = DiffusionPipeline.from_pretrained("{base}", scheduler=scheduler)\n'
-        f'pipe.load_lora_weights("{model}", weight_name="{lora}")\n'
+        f'scheduler = {scheduler}.from_pretrained({where}, subfolder="scheduler")\n'
+        f"pipe = DiffusionPipeline.from_pretrained({json.dumps(str(base))}, scheduler=scheduler)\n"
+        f"pipe.load_lora_weights({where}, weight_name={json.dumps(lora)})\n"
     ) + call.strip()
 
 

@@ -120,7 +120,7 @@ def exported(tmp_path_factory):
 
     from pipelines import sd
 
-    root = tmp_path_factory.mktemp("export")
+    root = tmp_path_factory.mktemp('an "export"')
     torch.manual_seed(0)
     pipe = sd.tiny()
     pipe.save_pretrained(root / "base")
