@@ -64,7 +64,7 @@ class Parts:
         if name in self.given:
             return self.given[name]
         library, kind = self.index[name]
-        if library not in ("diffusers", "transformers"):  # a class of the repository's own code
+        if library not in ("diffusers", "transformers", "pipelines.edm_nets"):  # a class of the repository's own code
             raise ValueError(f"{self.folder}: component {name} is of {library!r}, code that is not run from here")
         cls = getattr(importlib.import_module(library), kind)
         keys = {"local_files_only": True}
@@ -122,6 +122,7 @@ class Teacher:
     latent   images in [-1, 1] and eps [B, *shape] -> x, a sample of the VAE's posterior; pixel models: the images.
     shape    of one sample, (C, H, W), video (C, T, H, W).
     parts    the folder it comes from; parts.family is its module.
+    negative encode, as the pipeline does it for negative prompts; None: the same.
     """
 
     denoiser: Denoiser
@@ -130,11 +131,15 @@ class Teacher:
     latent: Callable[[Tensor, Tensor], Tensor]
     shape: tuple[int, ...]
     parts: Parts
+    negative: Callable[[Sequence[Any]], Condition] = None  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        self.negative = self.negative or self.encode
 
     def null(self) -> Condition:
         """The condition of "no prompt", kept in denoiser.null: that of the empty prompt where none is given yet."""
         if self.denoiser.null is None:
-            self.denoiser.null = self.encode([""])
+            self.denoiser.null = self.negative([""])
         return self.denoiser.null
 
     @torch.no_grad()

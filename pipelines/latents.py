@@ -49,9 +49,47 @@ def kl(parts: Parts) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tens
     return decode, latent
 
 
+def kl3d(parts: Parts) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]:
+    """(decode, latent) of a causal video autoencoder: x = (posterior sample - mean) / std, each of a channel."""
+
+    def ends(x: Tensor) -> list[Tensor]:
+        config = parts.vae.config
+        return [torch.tensor(v).to(x).reshape(-1, 1, 1, 1) for v in (config.latents_mean, config.latents_std)]
+
+    def decode(x: Tensor) -> Tensor:
+        mean, std = ends(x)
+        vae = parts.vae.to(x.device)
+        return vae.decode((x * std + mean).to(vae.dtype), return_dict=False)[0].to(x.dtype)
+
+    @torch.no_grad()
+    def latent(videos: Tensor, eps: Tensor) -> Tensor:
+        mean, std = ends(videos)
+        vae = parts.vae.to(videos.device)
+        posterior = vae.encode(videos.to(vae.dtype)).latent_dist
+        return ((posterior.mean + posterior.std * eps.to(posterior.mean)).to(videos.dtype) - mean) / std
+
+    return decode, latent
+
+
+def dc(parts: Parts) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]:
+    """(decode, latent) of an AutoencoderDC, which has no posterior: x = latent * scale, whatever eps."""
+
+    def decode(x: Tensor) -> Tensor:
+        vae = parts.vae.to(x.device)
+        return vae.decode((x / vae.config.scaling_factor).to(vae.dtype), return_dict=False)[0].to(x.dtype)
+
+    @torch.no_grad()
+    def latent(images: Tensor, eps: Tensor) -> Tensor:
+        vae = parts.vae.to(images.device)
+        return vae.encode(images.to(vae.dtype)).latent.to(images.dtype) * vae.config.scaling_factor
+
+    return decode, latent
+
+
 def factor(parts: Parts) -> int:
     """Pixels along a side of a picture for one of its latent."""
-    return 2 ** (len(parts.config("vae")["block_out_channels"]) - 1)
+    config = parts.config("vae")
+    return 2 ** (len(config.get("encoder_block_out_channels") or config["block_out_channels"]) - 1)
 
 
 def shape(parts: Parts, resolution: int | None, size: int | None = None) -> tuple[int, int, int]:

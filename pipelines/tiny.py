@@ -73,6 +73,31 @@ def t5(width: int = 32, kind: str = "T5") -> Any:
     return getattr(transformers, f"{kind}EncoderModel")(config).eval()
 
 
+def gemma_tokenizer() -> Any:
+    """Gemma's tokenizer without merges: every letter, else every byte, is a token."""
+    from transformers import GemmaTokenizer
+
+    special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]
+    tokens = [*special, *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581", *LETTERS[:-1]]
+    return GemmaTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[])
+
+
+def gemma(width: int = 32) -> Any:
+    """A Gemma 2 model without its head."""
+    from transformers import Gemma2Config, Gemma2Model
+
+    config = Gemma2Config(
+        vocab_size=384,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=width // 2,
+    )
+    return Gemma2Model(config).eval()
+
+
 def vae(latent: int = 4, levels: int = 2, **config: Any) -> AutoencoderKL:
     """An AutoencoderKL that halves the image levels - 1 times."""
     from diffusers import AutoencoderKL
