@@ -98,7 +98,9 @@ def test_no_pickle():
         (str(f), n) for f in LIBRARY for n in imported(f) if inside(n, ("pickle", "cloudpickle", "dill", "joblib"))
     ]
     unsafe = [(f, line, ast.unparse(n)) for f, line, n in calls() if isinstance(n.func, ast.Attribute | ast.Name)]
-    assert not [c for c in unsafe if c[2].startswith(("torch.load(", "torch.save(")) or "allow_pickle=True" in c[2]]
+    unsafe = [c for c in unsafe if c[2].startswith(("torch.load(", "torch.save(")) or "allow_pickle=True" in c[2]]
+    foreign = Path("pipelines", "published.py")  # published .bin files, as plain tensors only
+    assert not [c for c in unsafe if c[0] != foreign or not c[2].endswith("weights_only=True)")]
 
 
 def test_code_is_ascii():

@@ -1,0 +1,189 @@
+"""Few-step students that others published as loose files, read for `export --from`.
+
+layout     files                                                      keys
+DMD2       dmd2_sdxl_{4,1}step_unet_fp16.bin, ..._lora_fp16           diffusers' UNet; kohya's with diffusers' names
+Lightning  sdxl_lightning_{N}step_unet, _lora, all-in-one             diffusers' UNet; kohya's; original code's
+LCM        pytorch_lora_weights (lcm-lora-sdxl, -sdv1-5)              kohya's with diffusers' names
+
+All but DMD2's UNets are safetensors. A .bin is a pickle: it is read as plain tensors (weights_only) or refused.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from distill.lora import shared
+from pipelines.files import Adapter, part
+from pipelines.kohya import original_names
+
+KEY = re.compile(
+    r"(?:lora_unet_|unet\.|transformer\.|diffusion_model\.|base_model\.model\.)*(?P<module>.+?)"
+    r"[._](?P<role>lora_A\.weight|lora_B\.weight|lora[._]down\.weight|lora[._]up\.weight|alpha)"
+)
+ROLES = {f"lora{_}{role}.weight": role for _ in "._" for role in ("down", "up")}
+ROLES |= {"lora_A.weight": "down", "lora_B.weight": "up", "alpha": "alpha"}
+
+
+@dataclass(frozen=True)
+class Known:
+    """How a published student samples: indices of its calls in SD's table of 1000, and as in distill.student."""
+
+    indices: tuple[int, ...]
+    scale: float | None  # of the unit noise; None: sigma at the first call
+    renoise: Literal["fresh", "ddim"]
+    kind: Literal["eps", "x0"] = "eps"  # what the network predicts
+
+
+def trailing(steps: int) -> tuple[int, ...]:
+    """EulerDiscreteScheduler(timestep_spacing="trailing")'s indices."""
+    return tuple(round(1000 - i * 1000 / steps) - 1 for i in range(steps))
+
+
+def lcm(steps: int) -> tuple[int, ...]:
+    """LCMScheduler's indices with its default of 50 original steps: 999, 759, 499, 259 for 4."""
+    return tuple(999 - 20 * (i * 50 // steps) for i in range(steps))
+
+
+STUDENTS: dict[str, tuple[tuple[int, ...], Callable[[int], Known]]] = {  # layout -> (published steps, facts)
+    # README of tianweiy/DMD2: LCMScheduler, timesteps [999, 749, 499, 249], and [399] for one step; guidance 0
+    "dmd2": ((4, 1), lambda steps: Known((999, 749, 499, 249) if steps == 4 else (399,), 1.0, "fresh")),
+    # card of ByteDance/SDXL-Lightning: Euler, trailing, guidance 0; the one-step UNet predicts "sample"
+    "lightning": ((4, 1, 2, 8), lambda steps: Known(trailing(steps), None, "ddim", "x0" if steps == 1 else "eps")),
+    # card of latent-consistency/lcm-lora-sdxl: LCMScheduler, 2 to 8 steps
+    "lcm": ((4, 1, 2, 3, 5, 6, 7, 8), lambda steps: Known(lcm(steps), 1.0, "fresh")),
+}
+
+
+def known(path: Path, layout: str | None = None, steps: int | None = None) -> Known:
+    """The student of a file: by layout ("dmd2", "lightning", "lcm") and steps, else as its name and folder say."""
+    name = f"{path.parent.name}/{path.name}".lower()
+    layout = layout or next((key for key in STUDENTS if key in name), None)
+    if layout not in STUDENTS:
+        raise ValueError(f"{path} could be any student: say which layout it has, one of {sorted(STUDENTS)}")
+    allowed, facts = STUDENTS[layout]
+    found = re.search(r"(\d+)[_-]?step", name)
+    steps = steps or (int(found[1]) if found else allowed[0])
+    if steps not in allowed:
+        raise ValueError(f"{layout} has students of {sorted(allowed)} steps, not {steps}")
+    return facts(steps)
+
+
+def read(path: Path, net: nn.Module) -> dict[str, Tensor] | dict[str, Adapter]:
+    """A published file, or a folder that holds one, in the names of `net`, the base's network (meta tensors do).
+
+    A whole network comes as its state dict, a LoRA as its adapters by module. A ValueError names what does not fit.
+    """
+    if path.is_dir():
+        files = [f for kind in ("*.safetensors", "*.bin") for f in sorted(path.glob(kind))]
+        if len(files) != 1:
+            raise ValueError(f"{path} holds {len(files)} files of weights {[f.name for f in files]}: name one of them")
+        (path,) = files
+    tensors, config = _load(path)
+    if any(re.search(r"[._]lora[._]", key) for key in tensors):
+        return _adapters(tensors, config, net, path)
+    return _weights(tensors, net, path)
+
+
+def install(net: nn.Module, weights: dict[str, Tensor] | dict[str, Adapter]) -> nn.Module:
+    """What `read` gave as a role on the base `net`: a copy of it, or adapters on a tree that shares its weights."""
+    found = {n: a for n, a in weights.items() if isinstance(a, Adapter)}
+    if not found:
+        net = copy.deepcopy(net)
+        net.load_state_dict(weights)
+        return net
+    from peft import LoraConfig, inject_adapter_in_model
+
+    r, alpha = len((one := next(iter(found.values()))).down), one.alpha
+    config = LoraConfig(
+        r=r,
+        lora_alpha=alpha,
+        target_modules=list(found),
+        rank_pattern={n: len(a.down) for n, a in found.items() if len(a.down) != r},
+        alpha_pattern={n: a.alpha for n, a in found.items() if a.alpha != alpha},
+    )
+    net = inject_adapter_in_model(config, shared(net.requires_grad_(False)))
+    for name, adapter in found.items():
+        layer = net.get_submodule(name)
+        layer.lora_A["default"].weight.data.copy_(adapter.down)
+        layer.lora_B["default"].weight.data.copy_(adapter.up)
+    return net
+
+
+def _load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of a file, and its lora_adapter_metadata, if any (diffusers; keys with the network's prefix)."""
+    if path.suffix == ".safetensors":
+        from safetensors import safe_open
+
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            return {k: file.get_tensor(k) for k in file.keys()}, json.loads(metadata.get("lora_adapter_metadata", "{}"))
+    if path.suffix != ".bin":
+        raise ValueError(f"{path} is no file of weights: give a .safetensors, or a .bin of plain tensors")
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(f"{path} holds more than plain tensors, or is damaged, and is not read") from error
+    if not isinstance(tensors, dict) or not all(isinstance(v, Tensor) for v in tensors.values()):
+        raise ValueError(f"{path} is not a dictionary of plain tensors")
+    return tensors, {}
+
+
+def _weights(tensors: dict[str, Tensor], net: nn.Module, path: Path) -> dict[str, Tensor]:
+    """A whole network: diffusers' keys, or the original code's, alone or in an all-in-one checkpoint."""
+    inside = "model.diffusion_model."
+    tensors = {k.removeprefix(inside): v for k, v in tensors.items() if k.startswith(inside)} or tensors
+    if "input_blocks.0.0.weight" in tensors:
+        names = {original: name for name, original in original_names(net).items()}
+        split = {key: key.rpartition(".") for key in tensors}
+        tensors = {".".join((names.get(split[k][0], split[k][0]), split[k][2])): v for k, v in tensors.items()}
+    base = net.state_dict()
+    missing, foreign = sorted(base.keys() - tensors.keys()), sorted(tensors.keys() - base.keys())
+    wrong = [k for k in base.keys() & tensors.keys() if base[k].shape != tensors[k].shape]
+    if missing or foreign or wrong:
+        raise ValueError(
+            f"{path} is not a network like the base's: {len(missing)} tensors lack {missing[:3]}, {len(foreign)} "
+            f"are not of the base {foreign[:3]}, {len(wrong)} have another shape {sorted(wrong)[:3]}"
+        )
+    return tensors
+
+
+def _adapters(tensors: dict[str, Tensor], config: dict[str, Any], net: nn.Module, path: Path) -> dict[str, Adapter]:
+    """A LoRA: kohya's keys (names of diffusers or of the original code), diffusers' older ones, PEFT's."""
+    weights = {
+        k.removesuffix(".weight"): v for k, v in net.state_dict().items() if k.endswith(".weight") and v.ndim > 1
+    }
+    names = original_names(net) if part(net) == "unet" else {}
+    modules = {name.replace(".", "_"): name for name in weights}
+    modules |= {original.replace(".", "_"): name for name, original in names.items() if name in weights}
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        match = KEY.fullmatch(key)
+        stem = match["module"].replace(".", "_").replace("processor_", "") if match else ""
+        name = modules.get(stem) or modules.get(f"{stem}_0")  # diffusers' older keys say to_out for to_out.0
+        if not match or not name:
+            raise ValueError(f"{path}: {key!r} is no LoRA of a module of the base's {part(net)}")
+        found.setdefault(name, {})[ROLES[match["role"]]] = tensor
+    prefix, out = part(net), {}
+    alphas = config.get(f"{prefix}.alpha_pattern", {})
+    for name, pair in found.items():
+        if not {"down", "up"} <= pair.keys() or pair["down"].numel() != len(pair["down"]) * weights[name][0].numel():
+            raise ValueError(
+                f"{path}: the LoRA of {name} has not the shapes of the base's weight {weights[name].shape}"
+            )
+        down, up = pair["down"], pair["up"]
+        alpha = pair.get("alpha", alphas.get(name, config.get(f"{prefix}.lora_alpha", len(down))))
+        kernel = weights[name].shape[1:]
+        out[name] = Adapter(
+            down.reshape(-1, *kernel), up.reshape(*up.shape[:2], *[1] * (len(kernel) - 1)), float(alpha)
+        )
+    return out
