@@ -70,7 +70,7 @@ MUTATIONS = {
           "fake = Guided(nets.fake, k2)(x_t, t, c).x0.detach()", GRADIENT),
         m("samples without gradient", SID, "(fake3 - x)", "(fake3 - x.detach())", GRADIENT),
         m("mean for sum", SID, "reduce(loss, self.reduction)", 'reduce(loss, "mean")', GRADIENT),
-        m("weight left out", SID, "w = 1 / normaliser(x, real) if self.normalise else 1.0", "w = 1.0", BY_HAND),
+        m("weight left out", SID, "w = 1 / normaliser(x, real) if", "w = 1.0 if", BY_HAND),
         m("weight from the fake score", SID, "normaliser(x, real)", "normaliser(x, fake)", BY_HAND),
         m("k1 and k2 exchanged", SID, "(_, k2, k3, k4)", "(k2, _, k3, k4)", BY_HAND),
         m("k3 forgotten", SID, "fake3 = fake if k3 == k2 else Guided(nets.fake, k3)(x_t, t, c).x0", "fake3 = fake",

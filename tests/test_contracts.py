@@ -18,7 +18,7 @@ from distill.guidance import Guided
 from distill.losses import gan_discriminator, gan_generator
 from distill.methods import DMD2, LCD, SCM, VSD, SiD, scm, sid
 from distill.roles import Nets
-from distill.schedule import EDM, Trig
+from distill.schedule import EDM, Flow, Trig
 from distill.solver import STEPS
 from distill.student import Student
 from distill.times import Fixed
@@ -335,6 +335,13 @@ class TestByHand:
         w = 1 / (x - real).abs().mean(1, keepdim=True) if normalise else 1.0
         delta = real - fake2
         near(student_turn(method, nets)[0], 10 * (w * delta * ((fake3 - x) - 0.2 * delta)).sum() / N)
+
+    def test_sid_weighted_by_alpha(self):
+        """SiD-DiT's weight is 1 - sigma on a flow: at one time for all, a factor of the unweighted loss."""
+        plain = SiD(times=Fixed(0.3), normalise=False)
+        nets = nets_of(plain, Flow(), "flow")
+        loss = student_turn(plain, nets)[0]
+        near(student_turn(replace(plain, normalise=True, weight="alpha"), nets)[0], 0.7 * loss)
 
     @pytest.mark.parametrize("solver", ("ddim", "heun"))
     def test_lcd(self, solver):

@@ -12,12 +12,14 @@ LSG: all k equal, above 1. Zero-CFG: k1 = k2 = k3 = 0, k4 = 1. Anti-CFG: k2 = k3
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor
 
 from distill.draw import Draw
 from distill.guidance import Guided, drop
 from distill.losses import Reduction, denoising, normaliser, reduce
+from distill.schedule import expand
 from distill.times import Karras, Law, LogNormal
 from distill.trainer import Batch, Logs, Nets, Update
 
@@ -34,7 +36,8 @@ class SiD:
     fake_times: Law = LogNormal(-1.2, 1.2)  # of the fake's loss: EDM's training law (SiD code)
     gain: float = 100.0  # on the student's loss (SiD code; LSG: 1)
     reduction: Reduction = "sum"  # over elements, mean over the batch (SiD code)
-    normalise: bool = True  # the weight w
+    weight: Literal["mean", "alpha"] = "mean"  # w as above, or alpha_t (SiD-DiT code: 1 - sigma)
+    normalise: bool = True  # False: w = 1
 
     roles = ("fake",)
 
@@ -63,7 +66,9 @@ class SiD:
         real = Guided(nets.teacher, k4)(x_t, t, c).x0
         fake = Guided(nets.fake, k2)(x_t, t, c).x0
         fake3 = fake if k3 == k2 else Guided(nets.fake, k3)(x_t, t, c).x0
-        w = 1 / normaliser(x, real) if self.normalise else 1.0
+        w = 1.0
+        if self.normalise:
+            w = 1 / normaliser(x, real) if self.weight == "mean" else expand(path.coefficients(t)[0], x)
         delta = real - fake
         loss = w * delta * ((fake3 - x) + (1 - self.alpha) * delta)
         return self.gain * reduce(loss, self.reduction), {"score_gap": delta.detach().square().mean()}

@@ -1,0 +1,39 @@
+"""Few-step SiD on SANA: four steps, prompts alone. SiD-DiT, Zhou et al. 2025; values of the authors' code.
+
+`accelerate launch recipes/sid_sana.py --data.cache CACHE`, a cache of prompts (python -m pipelines.cache).
+The first student times here are those that the pipeline's own scheduler visits. Not run at full size by us.
+"""
+
+from distill.config import Config
+from distill.data import Text
+from distill.methods import SiD
+from distill.roles import StudentConfig
+from distill.times import LogitNormal
+from distill.trainer import TrainConfig
+from pipelines.run import main
+
+CONFIG = Config(
+    method=SiD(
+        alpha=1.0,
+        kappa=(4.5, 4.5, 4.5, 4.5),
+        p_drop=0.0,
+        times=LogitNormal(0.693, 1.6),  # log 2
+        fake_times=LogitNormal(0.693, 1.6),
+        weight="alpha",  # 1 - sigma
+    ),
+    data=Text(),
+    teacher="Efficient-Large-Model/Sana_600M_512px_diffusers",
+    family="sana",
+    student=StudentConfig(steps=4),
+    train=TrainConfig(
+        output_dir="runs/sid_sana",
+        max_train_steps=8_000,  # 1 to 2 M images
+        train_batch_size=256,
+        learning_rate=5e-6,
+        ema_half_life=0,
+        gradient_checkpointing=True,
+    ),
+)
+
+if __name__ == "__main__":
+    main(CONFIG, doc=__doc__)
