@@ -1,7 +1,7 @@
 """DMD2 on FLUX.1-dev: four steps, LoRA student and fake score on one backbone, prompts alone.
 
-`accelerate launch recipes/dmd2_flux.py --data.cache CACHE`, a cache of prompts (python -m pipelines.cache).
-No recipe was published for this teacher: values ours, not run at full size. The teacher is guided by its embedding (3.5).
+`accelerate launch recipes/dmd2_flux.py --data.cache CACHE`, a cache of prompts (python -m pipelines.cache). No recipe
+was published for this teacher: values ours, not run at full size. The teacher is guided by its embedding (3.5).
 """
 
 from distill.config import Config

@@ -1,9 +1,9 @@
 """DMD2 with its GAN on ImageNet 64x64: one step. Yin et al. 2024, arXiv 2405.14867; values of the authors' scripts.
 
-The teacher is EDM's checkpoint, converted: `python -m pipelines.edm_convert edm-imagenet-64x64-cond-adm.pkl FOLDER`, then
-`accelerate launch recipes/dmd2_imagenet64.py --teacher FOLDER --data.images IMAGES` (one folder a class).
-Published: FID 1.51 after 200k iterations on 7 A100 (371 GPU hours), 1.28 when started from a run without GAN. Not run at full
-size by us.
+The teacher is EDM's checkpoint, converted: `python -m pipelines.edm_convert edm-imagenet-64x64-cond-adm.pkl FOLDER`,
+then `accelerate launch recipes/dmd2_imagenet64.py --teacher FOLDER --data.images IMAGES` (one folder a class).
+Published: FID 1.51 after 200k iterations on 7 A100 (371 GPU hours), 1.28 when started from a run without GAN. Not run
+at full size by us.
 """
 
 from distill.config import Config

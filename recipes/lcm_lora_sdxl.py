@@ -1,7 +1,8 @@
 """LCM-LoRA on SDXL: two to eight steps. Luo et al. 2023, arXiv 2310.04378 and 2311.05556.
 
-`accelerate launch recipes/lcm_lora_sdxl.py --data.cache CACHE`, a cache of prompts and images (python -m pipelines.cache).
-Values of diffusers' script and the paper; the released LoRA was trained at a fixed guidance. Not run at full size by us.
+`accelerate launch recipes/lcm_lora_sdxl.py --data.cache CACHE`, a cache of prompts and images (python -m
+pipelines.cache). Values of diffusers' script and the paper; the released LoRA was trained at a fixed guidance. Not
+run at full size by us.
 """
 
 from distill.config import Config

@@ -1,7 +1,7 @@
 """SiD with long and short guidance (LSG) on SD 1.5: one step, prompts alone. Zhou et al. 2024, arXiv 2406.01561.
 
-`accelerate launch recipes/sid_sd15.py --data.cache CACHE`, a cache of prompts (python -m pipelines.cache).
-Values of the authors' scripts. Published: FID 8.71 and CLIP .302 on COCO-30k at kappa 1.5 after 8.8 M images. Not run at full
+`accelerate launch recipes/sid_sd15.py --data.cache CACHE`, a cache of prompts (python -m pipelines.cache). Values of
+the authors' scripts. Published: FID 8.71 and CLIP .302 on COCO-30k at kappa 1.5 after 8.8 M images. Not run at full
 size by us.
 """
 
