@@ -53,6 +53,7 @@ class StudentConfig:
 
     steps: int = 1  # network calls
     sigma: float | None = None  # level of the first call (SiD: 2.5); None: the schedule's last
+    timestep: float | None = None  # of the one call of a one-step student, as its network counts (DMD2: 399)
     scale: float | None = None  # of the unit noise at the first call; None: sigma at that level
     renoise: Literal["fresh", "ddim"] = "fresh"  # noise between calls
     times: tuple[float, ...] | None = None  # all times in (0, 1], instead of `steps` falling uniformly

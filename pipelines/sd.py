@@ -21,7 +21,7 @@ TAPS = ("mid_block",)  # modules whose output is a discriminator's feature
 
 
 def call(net: nn.Module, x: Tensor, n: Tensor, c: Condition) -> Tensor:
-    """c: "prompt_embeds" [B, L, D]; a network with a guidance embedding reads "guidance" w [B] too (LCM: omega = w - 1)."""
+    """c: "prompt_embeds" [B, L, D]; a network with a guidance embedding reads "guidance" w [B] (LCM: omega = w - 1)."""
     told = embedding(c["guidance"] - 1, net.config.time_cond_proj_dim).to(x) if "guidance" in c else None
     return net(x, n, c["prompt_embeds"].to(x.dtype), timestep_cond=told, return_dict=False)[0]
 
