@@ -5,6 +5,8 @@ A role is a module tree of its own (lora.py), and a recomputed block is a module
 
 from __future__ import annotations
 
+from typing import Any
+
 from distill.roles import Nets
 
 
@@ -13,7 +15,7 @@ def recompute(nets: Nets) -> None:
 
     ValueError for a network that has no enable_gradient_checkpointing(), as those of diffusers have.
     """
-    players = {"teacher": nets.teacher.net, **nets.modules()}
+    players: dict[str, Any] = {"teacher": nets.teacher.net, **nets.modules()}
     for role in players.keys() & {"teacher", "student", "fake"}:
         net = players[role]
         if not hasattr(net, "enable_gradient_checkpointing"):

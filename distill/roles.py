@@ -12,6 +12,7 @@ from distill.denoiser import Condition, Denoiser
 from distill.disc import head
 from distill.draw import Draw
 from distill.lora import LoRA, twin
+from distill.schedule import Schedule
 from distill.student import Student, grid_times
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ class StudentConfig:
     steps: int = 1  # network calls
     sigma: float | None = None  # level of the first call (SiD: 2.5); None: the schedule's last
     timestep: float | None = None  # of the one call of a one-step student, as its network counts (DMD2: 399)
+    timestep: float | None = None  # native time of a one-step student's call (DMD2 SDXL: 399); several start at the end
     scale: float | None = None  # of the unit noise at the first call; None: sigma at that level
     renoise: Literal["fresh", "ddim"] = "fresh"  # noise between calls
     times: tuple[float, ...] | None = None  # all times in (0, 1], instead of `steps` falling uniformly
@@ -63,10 +65,28 @@ class StudentConfig:
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise ValueError(f"steps is {self.steps}; it must be at least 1")
-        for name in ("sigma", "scale"):
+        for name in ("sigma", "timestep", "scale"):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
                 raise ValueError(f"{name} is {value}; it must be above 0, or None")
+        if self.sigma is not None and self.timestep is not None:
+            raise ValueError(
+                f"sigma {self.sigma} and timestep {self.timestep} both name the first call; give one of them"
+            )
+
+    def first(self, schedule: Schedule) -> float:
+        """The time of the first call on `schedule`; ValueError where the schedule has no such timestep."""
+        if self.sigma is not None:
+            return float(schedule.time(torch.tensor([self.sigma]).double()))
+        if self.timestep is None or self.steps > 1:
+            return 1.0
+        last = float(schedule.native(torch.ones(1).double()))
+        t = self.timestep / last  # exact on a table, where t = n / (N - 1)
+        if not t <= 1:
+            raise ValueError(f"timestep is {self.timestep}; on this schedule it must be above 0 and at most {last:g}")
+        if abs(float(schedule.native(torch.tensor([t]).double())) - self.timestep) > 1e-6 * last:
+            raise ValueError(f"timestep is {self.timestep}, but {type(schedule).__name__} counts no steps; give sigma")
+        return t
 
 
 @dataclass(frozen=True)
@@ -94,12 +114,11 @@ def build(
             f"{type(method).__name__} with these guidance values needs a null condition, but the teacher is "
             "unconditional or was trained without label dropout; set its guidance (or every kappa) to 1"
         )
-    first = 1.0 if student.sigma is None else float(teacher.schedule.time(torch.tensor([student.sigma]).double()))
     nets = Nets(
         teacher,
         Student(
             replace(teacher, net=student.lora(teacher.net)),
-            student.times or grid_times(student.steps, first),
+            student.times or grid_times(student.steps, student.first(teacher.schedule)),
             student.scale,
             student.renoise,
         ),

@@ -1,5 +1,7 @@
 """How the roles start: copies of the teacher, times named by their noise; what a method needs is said before work."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from gaussian import SCHEDULES
@@ -10,7 +12,7 @@ from distill.denoiser import Denoiser
 from distill.draw import Draw
 from distill.methods import DMD2, LCD, SCM, VSD, SiD
 from distill.roles import StudentConfig, build
-from distill.schedule import EDM, Flow
+from distill.schedule import EDM, VP, Flow
 
 METHODS = {
     "sid": (SiD(), {"student", "fake"}),
@@ -54,6 +56,28 @@ def test_first_call_is_named_by_its_noise(schedule):
     student = build(SiD(), tiny(path), (2,), student=StudentConfig(sigma=2.5)).student
     assert float(path.ratio(torch.tensor(student.times).double())) == pytest.approx(2.5, rel=1e-6)
     assert student.input_scale == pytest.approx(float(path.coefficients(torch.tensor(student.times).double())[1]))
+
+
+@pytest.mark.parametrize("n", (1, 399, 625, 999, 17.5))
+def test_first_call_is_named_by_its_timestep(n):
+    """Exactly n / (N - 1) on a table; a flow counts 1000 sigma. Several steps start at the end."""
+    student = StudentConfig(timestep=n)
+    vp = VP.scaled_linear()
+    times = build(SiD(), tiny(vp), (2,), student=student).student.times
+    assert times == (n / 999,) and float(vp.native(torch.tensor(times))) == n
+    assert build(SiD(), tiny(Flow()), (2,), student=student).student.times == (n / 1000,)
+    assert build(SiD(), tiny(vp), (2,), student=replace(student, steps=4)).student.times == (1.0, 0.75, 0.5, 0.25)
+
+
+def test_impossible_timesteps():
+    with pytest.raises(ValueError, match="sigma 2.5 and timestep 399 both name the first call; give one of them"):
+        StudentConfig(sigma=2.5, timestep=399)
+    with pytest.raises(ValueError, match="timestep is 0; it must be above 0, or None"):
+        StudentConfig(timestep=0)
+    with pytest.raises(ValueError, match="timestep is 1000; on this schedule it must be above 0 and at most 999"):
+        build(SiD(), tiny(VP.scaled_linear()), (2,), student=StudentConfig(timestep=1000))
+    with pytest.raises(ValueError, match="timestep is 10, but EDM counts no steps; give sigma"):
+        build(SiD(), tiny(EDM()), (2,), student=StudentConfig(timestep=10))
 
 
 def test_calls():
