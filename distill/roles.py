@@ -54,7 +54,6 @@ class StudentConfig:
 
     steps: int = 1  # network calls
     sigma: float | None = None  # level of the first call (SiD: 2.5); None: the schedule's last
-    timestep: float | None = None  # of the one call of a one-step student, as its network counts (DMD2: 399)
     timestep: float | None = None  # native time of a one-step student's call (DMD2 SDXL: 399); several start at the end
     scale: float | None = None  # of the unit noise at the first call; None: sigma at that level
     renoise: Literal["fresh", "ddim"] = "fresh"  # noise between calls
