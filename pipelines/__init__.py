@@ -134,7 +134,8 @@ class Teacher:
     negative: Callable[[Sequence[Any]], Condition] = None  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
-        self.negative = self.negative or self.encode
+        self.encode = torch.no_grad()(self.encode)
+        self.negative = torch.no_grad()(self.negative or self.encode)
 
     def null(self) -> Condition:
         """The condition of "no prompt", kept in denoiser.null: that of the empty prompt where none is given yet."""

@@ -63,7 +63,7 @@ def snippet(steps: int, where: str) -> str:
     return f'image = pipe("{where}", {options}).images[0]'
 
 
-def tiny(name: str = "PixArtSigmaPipeline", **config: Any) -> Any:
+def tiny(kind: str = "PixArtSigmaPipeline", **config: Any) -> Any:
     """Of either pipeline; PixArt-alpha with sample_size 128 has its added conditions."""
     import diffusers
 
@@ -73,10 +73,10 @@ def tiny(name: str = "PixArtSigmaPipeline", **config: Any) -> Any:
         "sample_size": 8,
         "num_layers": 14,
         "num_attention_heads": 2,
-        "attention_head_dim": 8,
-        "cross_attention_dim": 16,
+        "attention_head_dim": 12,
+        "cross_attention_dim": 24,
         "caption_channels": 32,
     }
     net = diffusers.PixArtTransformer2DModel(**base | config)
     scheduler = diffusers.DPMSolverMultistepScheduler(beta_start=0.0001, beta_end=0.02)
-    return getattr(diffusers, name)(tiny.t5_tokenizer(), tiny.t5(), tiny.vae(), net, scheduler)
+    return getattr(diffusers, kind)(tiny.t5_tokenizer(), tiny.t5(), tiny.vae(), net, scheduler)

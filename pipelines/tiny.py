@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 LETTERS = string.ascii_letters + string.digits + ".,:;!?-'\" "
 
 
-def save(name: str, folder: Any) -> None:
-    """The tiny pipeline of a family, as a folder."""
+def save(name: str, folder: Any, **config: Any) -> None:
+    """The tiny pipeline of a family, as a folder; config: what differs in it."""
     family = importlib.import_module(f"pipelines.{name}")
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        family.tiny().save_pretrained(folder, safe_serialization=True)
+        family.tiny(**config).save_pretrained(folder, safe_serialization=True)
     if hasattr(family, "FACTS"):
         (Path(folder) / "distill.json").write_text(json.dumps(family.FACTS))
 

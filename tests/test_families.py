@@ -15,18 +15,25 @@ from pipelines import load, tiny
 from pipelines.scheduler import scheduler as student_scheduler
 
 PROMPTS = ["a red fox in the snow", "seven cats, and a very long road under the stars of a winter night; " * 3]
-MODULES = ["sd", "sdxl"]  # one name here is all that a family needs
+MODULES = ["sd", "sdxl", "pixart", "sana", "wan"]  # one name here is all that a family needs
 
 
-@pytest.fixture(scope="module", params=MODULES)
+VARIANTS = {  # of a family: its module, what its tiny pipeline differs in, how it is loaded
+    "pixart-alpha": ("pixart", {"kind": "PixArtAlphaPipeline", "sample_size": 128}, {"resolution": 16}),
+    "wan-5b": ("wan", {"expand_timesteps": True}, {}),
+}
+
+
+@pytest.fixture(scope="module", params=[*MODULES, *VARIANTS])
 def family(request, tmp_path_factory):
     """The family's module, its tiny pipeline's folder, its teacher, and inputs z, x and c of two samples."""
     folder = tmp_path_factory.mktemp(request.param)
-    tiny.save(request.param, folder)
-    teacher = load(folder)
+    name, config, options = VARIANTS.get(request.param, (request.param, {}, {}))
+    tiny.save(name, folder, **config)
+    teacher = load(folder, **options)
     torch.manual_seed(0)
     z, x = torch.randn(2, 2, *teacher.shape)
-    module = importlib.import_module(f"pipelines.{request.param}")
+    module = importlib.import_module(f"pipelines.{name}")
     return SimpleNamespace(module=module, folder=folder, teacher=teacher, z=z, x=x, c=teacher.encode(PROMPTS))
 
 
@@ -50,6 +57,10 @@ def watched(pipe):
         found = step(out, t, x, *args, **{**options, "return_dict": True})
         sigma = scheduler.sigmas[scheduler.step_index - 1] if hasattr(scheduler, "sigmas") else None
         x0 = getattr(found, "pred_original_sample", None)
+        if x0 is None and hasattr(scheduler, "convert_model_output"):  # of a multistep solver: its own reading of out
+            scheduler._step_index -= 1
+            x0 = scheduler.convert_model_output(out, sample=x)
+            scheduler._step_index += 1
         steps.append((told, t, sigma, out, x - sigma * out if x0 is None else x0))
         return (found.prev_sample,)
 
@@ -66,10 +77,12 @@ def test_the_denoiser_gives_what_the_pipelines_network_and_scheduler_give(family
     assert len(steps) == 5
     last = denoiser.schedule.native(torch.ones(1))
     for x, n, sigma, out, x0 in steps:
-        t = (n / last).double() if denoiser.kind != "flow" else sigma.double().reshape(1)
+        t = (n / last).double().reshape(1)
         pred = denoiser(unpacked(f, x), t.expand(2), f.c)
         torch.testing.assert_close(pred.out, unpacked(f, out), rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(pred.x0, unpacked(f, x0), rtol=1e-4, atol=1e-4)
+        told = abs(sigma - t) * out.abs().max() if denoiser.kind == "flow" else 0  # solvers tell a flow whole times
+        assert told < 1e-2
+        torch.testing.assert_close(pred.x0, unpacked(f, x0), rtol=1e-4, atol=1e-4 + float(told))
         on = denoiser.on(Trig())
         seen = on.path.time(denoiser.schedule.ratio(t.expand(2)))
         alpha, sine = on.path.coefficients(seen)
@@ -85,7 +98,7 @@ def test_the_teacher_samples_what_the_pipeline_samples(family, negative):
     for guidance in [1.0, 4.0]:
         told = f.module.UNCONDITIONAL if guidance == 1 else guidance
         expected = f.module.sample(f.teacher.parts.pipe(), PROMPTS, f.z, 4, told, negative)
-        null = None if negative is None else f.teacher.encode([negative])
+        null = None if negative is None else f.teacher.negative([negative])
         images = f.teacher.decode(f.teacher.sample(f.z, f.c, 4, guidance, null))
         assert (images.clamp(-1, 1) / 2 + 0.5 - expected).abs().max() < 1e-4
 
@@ -140,7 +153,7 @@ def test_images_to_latents_and_back(family):
     x = f.teacher.latent(images, torch.zeros_like(f.x))
     assert x.shape == f.x.shape and f.teacher.decode(x).shape == images.shape
     again = f.teacher.latent(images, torch.ones_like(f.x)) - x  # the posterior's deviation, in the latent's scale
-    assert (again > 0).all()
+    assert (again == 0).all() if f.module.__name__ == "pipelines.sana" else (again > 0).all()
 
 
 @torch.no_grad()
