@@ -64,7 +64,7 @@ def test_first_call_is_named_by_its_timestep(n):
     student = StudentConfig(timestep=n)
     vp = VP.scaled_linear()
     times = build(SiD(), tiny(vp), (2,), student=student).student.times
-    assert times == (n / 999,) and float(vp.native(torch.tensor(times).double())) == n
+    assert times == (n / 999,) and float(vp.native(torch.tensor(times, dtype=torch.float64))) == n
     assert build(SiD(), tiny(Flow()), (2,), student=student).student.times == (n / 1000,)
     assert build(SiD(), tiny(vp), (2,), student=replace(student, steps=4)).student.times == (1.0, 0.75, 0.5, 0.25)
 
