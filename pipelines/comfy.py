@@ -40,7 +40,8 @@ def levels(student: Student) -> tuple[list[float], float]:
     native = schedule.time(path.ratio(times))
     indices = schedule.native(native)
     if (indices - indices.round()).abs().max() > 1e-3:
-        raise ValueError(f"ComfyUI calls the network at whole indices, not at {indices.tolist()}: choose whole times")
+        rounded = [round(n, 3) for n in indices.tolist()]
+        raise ValueError(f"ComfyUI calls the network at whole indices, not at {rounded}: choose whole times")
     alpha, sigma = schedule.coefficients(native)
     scale = torch.hypot(alpha, sigma) / torch.hypot(*path.coefficients(times)) / alpha  # from the path's x to ComfyUI's
     return (sigma / alpha).tolist(), student.input_scale * float(scale[0])
