@@ -35,8 +35,8 @@ class Config(Generic[M, D]):
     train: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
     push_to_hub: bool = False  # upload the verified export
     hub_model_id: str | None = None  # user/name; None: the name of output_dir
-    private: bool = False  # a new repository on the Hub is private
-    license: str | None = None  # of the student, where the teacher's is not known
+    hub_private: bool = False  # a new repository on the Hub is private
+    license: str | None = None  # of the student, where the teacher's is not known: apache-2.0, say, or NAME,URL
     family: str = "edm"  # of the tiny random teacher of --smoke
     smoke: bool = False  # two steps on a tiny random teacher, to see that everything runs
 

@@ -1,11 +1,13 @@
 """Pixel-space, class-conditional EDM teachers and students: a UNet2DModel in diffusers' ConsistencyModelPipeline.
 
 The scheduler's config carries sigma_data and the range of sigma. With sigma_min = 0 its step is exactly EDM's
-preconditioning D = c_skip x + c_out F(c_in x, 250 ln sigma); the network is trained with that c_noise.
+preconditioning D = c_skip x + c_out F(c_in x, 250 ln sigma); the network is trained with that c_noise. Networks that
+were trained with another (pipelines/edm_convert.py) stay with theirs, and the student's first layer is solved anew.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +23,11 @@ from pipelines import Parts, Teacher
 if TYPE_CHECKING:
     from diffusers import ConsistencyModelPipeline, UNet2DModel
 
+    from distill.student import Student
+
 RHO = 7.0
+C_NOISE = 250.0  # a ConsistencyModelPipeline tells its network 250 ln sigma
+TASK = "unconditional-image-generation"
 UNCONDITIONAL = 0.0  # unused by the pipeline: guidance is built in
 FACTS = {"null_class": 10}  # of the tiny teacher
 EXAMPLES = tuple(range(8))  # labels that an export is verified on
@@ -29,18 +35,24 @@ EXAMPLES = tuple(range(8))  # labels that an export is verified on
 
 @dataclass(frozen=True)
 class Call:
-    """How a UNet2DModel is called: c_in x, 250 ln sigma, class labels."""
+    """How a UNet2DModel is called: c_in x, c_noise ln sigma, class labels."""
 
     sigma_d: float
+    c_noise: float = C_NOISE
 
     def __call__(self, net: nn.Module, x: Tensor, sigma: Tensor, c: Condition) -> Tensor:
         c_in = 1 / (expand(sigma, x) ** 2 + self.sigma_d**2).sqrt()
         labels = None if c is None or net.class_embedding is None else c["class_labels"]
-        return net((c_in * x).to(x.dtype), 250 * sigma.log(), class_labels=labels, return_dict=False)[0]
+        return net((c_in * x).to(x.dtype), self.c_noise * sigma.log(), class_labels=labels, return_dict=False)[0]
 
 
-def teacher(unet: UNet2DModel, sigma_d: float, null_class: int | None, parts: Any = None) -> Teacher:
-    """An EDM teacher around a network; null_class: the label that stands for "no label", None if it has none."""
+def teacher(
+    unet: UNet2DModel, sigma_d: float, null_class: int | None, parts: Any = None, c_noise: float = C_NOISE
+) -> Teacher:
+    """An EDM teacher around a network that is told c_noise * ln sigma.
+
+    null_class: the label that stands for "no label", None if it has none.
+    """
     null = None if null_class is None else {"class_labels": torch.tensor([null_class])}
     schedule = EDM()
 
@@ -48,7 +60,7 @@ def teacher(unet: UNet2DModel, sigma_d: float, null_class: int | None, parts: An
         return {"class_labels": torch.as_tensor(labels, device=unet.device).long()}
 
     shape = (unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
-    denoiser = Denoiser(unet, schedule, "edm", Call(sigma_d), null, sigma_d)
+    denoiser = Denoiser(unet, schedule, "edm", Call(sigma_d, c_noise), null, sigma_d)
     return Teacher(denoiser, encode, lambda x: x.clamp(-1, 1), lambda images, eps: images, shape, parts)
 
 
@@ -64,10 +76,34 @@ def smooth(unet: UNet2DModel, max_frequency: float) -> None:
 
 
 def load(parts: Parts, resolution: int | None, frames: int | None) -> Teacher:
-    """distill.json beside model_index.json says which label is "no label"."""
+    """distill.json beside model_index.json says which label is "no label", and c_noise where it is not 250."""
     extra = parts.folder / "distill.json"
-    null_class = json.loads(extra.read_text()).get("null_class") if extra.is_file() else None
-    return teacher(parts.net, parts.scheduler().config.sigma_data, null_class, parts)
+    facts = json.loads(extra.read_text()) if extra.is_file() else {}
+    sigma_d, c_noise = parts.scheduler().config.sigma_data, facts.get("c_noise", C_NOISE)
+    return teacher(parts.net, sigma_d, facts.get("null_class"), parts, c_noise)
+
+
+@torch.no_grad()
+def exported(net: UNet2DModel, student: Student) -> UNet2DModel:
+    """The student's network as ConsistencyModelPipeline calls it: told 250 ln sigma.
+
+    Of a network that is told something else only its few levels count: its first layer W e + b becomes the one of
+    least norm, about the mean of the levels, that gives on the pipeline's embeddings of them what it gave on its own.
+    """
+    denoiser = student.denoiser
+    if denoiser.call.c_noise == C_NOISE:
+        return net
+    net = copy.deepcopy(net)
+    log = denoiser.schedule.ratio(torch.tensor(student.times, dtype=torch.float64)).log()
+    layer = net.time_embedding.linear_1
+    own, told = (
+        net.time_proj((scale * log).to(layer.weight.device)).double() for scale in (denoiser.call.c_noise, C_NOISE)
+    )
+    wanted = own @ layer.weight.T.double() + layer.bias
+    weight = (torch.linalg.pinv(told - told.mean(0)) @ (wanted - wanted.mean(0))).T
+    layer.bias.copy_(wanted.mean(0) - weight @ told.mean(0))
+    layer.weight.copy_(weight)
+    return net
 
 
 def sample(
@@ -79,6 +115,11 @@ def sample(
     )  # `latents=` insists on three channels
     images = pipe(len(z), class_labels=list(labels), num_inference_steps=steps, output_type="np").images
     return torch.from_numpy(images).permute(0, 3, 1, 2)
+
+
+def snippet(steps: int, label: int) -> str:
+    """The call that a model card shows; it leaves `image`."""
+    return f"image = pipe(class_labels=[{label}], num_inference_steps={steps}).images[0]"
 
 
 def scheduler(sigma_d: float, sigma: float, steps: int) -> Any:

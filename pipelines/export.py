@@ -18,11 +18,16 @@ import torch
 from torch import Tensor, nn
 
 from distill.draw import Draw
+from distill.log import grid
 from distill.lora import merged
 from distill.student import Student
-from pipelines import ExportError, Teacher
+from pipelines import FAMILIES, ExportError, Teacher, comfy, files, kohya
+from pipelines.card import NEGATIVE, Result, card, code
+from pipelines.latents import factor
+from pipelines.license import License
 
 TOLERANCE = 1e-3  # largest difference of an image in [0, 1]
+HALF = 3e-2  # of files whose weights are rounded to half precision
 EXAMPLES = ("a photo of a red fox in the snow", "an old man reading a newspaper under a lamp")
 
 
@@ -74,29 +79,123 @@ def compare(pipe: Any, teacher: Teacher, expected: Reference, steps: int) -> flo
     return float(torch.stack(gaps).max())
 
 
-def export(student: Student, teacher: Teacher, net: nn.Module, scheduler: Any, folder: Path, config: str) -> float:
-    """Write `net` (the student's averaged weights) as a pipeline folder; the largest image difference after reloading.
+@dataclass(frozen=True)
+class About:
+    """What a model card says of a student beyond its weights. config: the resolved configuration, YAML."""
+
+    name: str  # of the student, in titles and file names
+    base: str | Path  # the teacher: a name on the Hub or a folder
+    license: License
+    method: str
+    config: str = ""
+    model: str | Path | None = None  # where the card loads it from; None: the folder itself
+    results: Sequence[Result] = ()
+
+
+def export(
+    student: Student, teacher: Teacher, net: nn.Module, scheduler: Any, folder: Path, about: About
+) -> dict[str, float]:
+    """Write `net` (the student's averaged weights) as a pipeline folder; {file: largest image difference}.
 
     Text encoders, tokenizers and VAE are the teacher's files, byte for byte; ours are the network and `scheduler`
-    (pipelines/scheduler.py). config: the resolved configuration, kept in distill.json. An ExportError, and no folder,
-    if the reloaded pipeline does not sample what the student samples.
+    (pipelines/scheduler.py). Latent families also get single files: the network in half precision, and a LoRA's.
+    Everything is read back by plain diffusers and compared with the student's own samples: an ExportError, and no
+    folder, if anything differs.
     """
     from diffusers import DiffusionPipeline
 
-    expected = reference(student, teacher, net)
+    expected, steps, family = reference(student, teacher, net), len(student.times), teacher.parts.family
+    device, whole, scheduler_name = next(net.parameters()).device, merged(net), type(scheduler).__name__
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    write(teacher, merged(net), scheduler, partial)
-    steps = len(student.times)
-    facts = {"student": True, "steps": steps, "times": list(student.times), "config": config}
+    told = getattr(family, "exported", lambda net, student: net)
+    write(teacher, told(whole, student), scheduler, partial)
+    facts = {"student": True, "steps": steps, "times": list(student.times), "config": about.config}
     (partial / "distill.json").write_text(json.dumps(facts, indent=1))
-    pipe = DiffusionPipeline.from_pretrained(partial, local_files_only=True)
-    gap = compare(pipe.to(next(net.parameters()).device), teacher, expected, steps)
-    if not gap <= TOLERANCE:
-        raise ExportError(f"the exported pipeline differs from the student by {gap:.2g} (limit {TOLERANCE}): {partial}")
+    pipe = DiffusionPipeline.from_pretrained(partial, local_files_only=True).to(device)
+    gaps = {"pipeline": compare(pipe, teacher, expected, steps)}
+    made, limits, lora = [], [NEGATIVE], ""
+    if hasattr(family, "TARGETS"):
+        made, refused = singles(student, teacher, net, partial, about)
+        limits += [f"ComfyUI: {refused}"] if refused else []
+        for file in made:
+            gaps[file.name] = compare(loaded(pipe, teacher, file), teacher, expected, steps)
+            lora = file.name if file.name.endswith("lora.safetensors") else lora
+    limit = lambda name: TOLERANCE if name == "pipeline" else HALF
+    if wrong := {name: gap for name, gap in gaps.items() if not gap <= limit(name)}:
+        told_all = ", ".join(f"{name} by {gap:.2g} (limit {limit(name)})" for name, gap in wrong.items())
+        raise ExportError(f"the exported pipeline differs from the student: {told_all}; see {partial}")
+    grid(frames(expected.images) * 2 - 1, columns=len(expected.prompts), side=256).save(partial / "samples.png")
+    call = family.snippet(steps, expected.prompts[0])
+    model = about.model or folder
+    text = card(
+        about.name,
+        about.base,
+        about.license,
+        FAMILIES[teacher.parts.index["_class_name"]],
+        about.method,
+        steps,
+        about.config,
+        code=code(call, model),
+        lora=code(call, model, about.base, lora, scheduler_name) if lora else "",
+        task=getattr(family, "TASK", "text-to-image"),
+        samples="samples.png",
+        prompt=str(expected.prompts[0]),
+        limits=limits if hasattr(family, "TARGETS") else (),
+        results=about.results,
+    )
+    (partial / "README.md").write_text(text)
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
-    return gap
+    return gaps
+
+
+def singles(
+    student: Student, teacher: Teacher, net: nn.Module, folder: Path, about: About
+) -> tuple[list[Path], str | None]:
+    """(files that load into plain diffusers, why ComfyUI cannot run the student if it cannot)."""
+    steps, kind = len(student.times), student.denoiser.kind
+    size = tuple(side * factor(teacher.parts) for side in teacher.shape[:-3:-1])
+    spec = lambda lora: files.modelspec(net, kind, about.name, size, lora, license=about.license.id)
+    name = lambda what: files.file_name(about.name, steps, what)
+    part, adapted, refused = files.part(net), hasattr(net, "peft_config"), None
+    made = [files.unet_file(net, folder / name(part), spec(False))]
+    if adapted:
+        made.append(files.lora_file(net, folder / name("lora"), spec(True)))
+    if part == "unet":
+        given = {"lora": name("lora_comfy")} if adapted else {"unet": name("unet")}
+        try:
+            flow = comfy.workflow(student, "BASE.safetensors", size=size, **given)
+        except ValueError as error:
+            refused = str(error)
+        else:
+            (folder / f"{about.name}_{steps}step_comfyui.json").write_text(json.dumps(flow, indent=1))
+        if adapted:
+            kohya.lora_file(net, folder / name("lora_comfy"), spec(True))
+            made.append(folder / name("lora_comfy"))
+    return made, refused
+
+
+def loaded(pipe: Any, teacher: Teacher, file: Path) -> Any:
+    """The pipeline with the weights of one single file, as diffusers loads it on the teacher's network."""
+    from safetensors.torch import load_file
+
+    parts = teacher.parts
+    net = parts.component(parts.network, torch.float32).to(pipe.device)
+    pipe.register_modules(**{parts.network: net})
+    if "lora" in file.stem:
+        pipe.load_lora_weights(file.parent, weight_name=file.name)
+    else:
+        net.load_state_dict(load_file(file))
+    return pipe
+
+
+def frames(images: Tensor) -> Tensor:
+    """Pictures as they are; of every video [B, C, T, H, W] its first, middle and last picture, side by side."""
+    if images.ndim == 4:
+        return images
+    picked = images[:, :, [0, images.shape[2] // 2, -1]]
+    return torch.cat(picked.unbind(2), dim=-1)
 
 
 def write(teacher: Teacher, net: nn.Module, scheduler: Any, folder: Path) -> None:

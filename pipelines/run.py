@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import re
 import signal
 import sys
@@ -17,6 +18,7 @@ from pipelines import ExportError, Teacher, index, load
 
 if TYPE_CHECKING:
     from distill.roles import Nets, StudentConfig
+    from pipelines.export import About
 
 
 def main(default: Config[Any, Any], argv: list[str] | None = None, doc: str | None = None) -> None:
@@ -29,6 +31,13 @@ def main(default: Config[Any, Any], argv: list[str] | None = None, doc: str | No
         run(config, out, resume)
     except (ValueError, FloatingPointError, ExportError) as error:
         fail(str(error))
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        fail(
+            f"the disk is full ({error}); what was whole before is still there: free some space, then go on with "
+            "--resume_from_checkpoint latest"
+        )
     except KeyboardInterrupt:
         sys.stderr.write("\ninterrupted: nothing of this step is saved\n")
         raise SystemExit(130) from None
@@ -97,7 +106,7 @@ def run(config: Config[Any, Any], out: Path, resume: Path | None) -> None:
     from distill.log import Log
     from distill.roles import build
     from distill.trainer import State, train
-    from pipelines import tiny
+    from pipelines import hub, tiny
     from pipelines.export import export
 
     cfg = config.train
@@ -105,6 +114,9 @@ def run(config: Config[Any, Any], out: Path, resume: Path | None) -> None:
     micro = cfg.micro_batch(accelerator.num_processes)
     quiet()
     set_seed(cfg.seed)
+    repository = None
+    if config.push_to_hub and accelerator.is_main_process:
+        repository = hub.create(config.hub_model_id or out.name, config.hub_private)
     with accelerator.main_process_first():
         if config.smoke and accelerator.is_main_process:
             tiny.save(config.family, config.teacher)
@@ -112,7 +124,8 @@ def run(config: Config[Any, Any], out: Path, resume: Path | None) -> None:
     teacher.parts.device = accelerator.device
     data = config.data.open(teacher, config.method.needs)
     scheduler, student = carried(teacher, config.student)  # what can't be exported is refused now
-    prompts, c = config.data.fixed()
+    prompts, c = data.fixed()
+    told = about(config, teacher, out.name, repository)
     example = {key: value[:1] for key, value in c.items()}
     nets = build(config.method, teacher.denoiser, teacher.shape, example, student, config.fake)
     if accelerator.mixed_precision == "bf16":
@@ -147,10 +160,36 @@ def run(config: Config[Any, Any], out: Path, resume: Path | None) -> None:
             if stop:
                 raise SystemExit(130)
     if accelerator.is_main_process:
+        if not (out / f"checkpoint-{state.step}").exists():
+            checkpoint.save(state, out, cfg.checkpoints_total_limit)
         state.optimizers.clear()
         whole(nets, teacher)
-        gap = export(nets.student, teacher, state.ema.net, scheduler, out / "pipeline", dump(config))
-        sys.stderr.write(f"exported {out / 'pipeline'}; reloaded by plain diffusers it differs by {gap:.1e}\n")
+        folder = out / "pipeline"
+        report(folder, export(nets.student, teacher, state.ema.net, scheduler, folder, told))
+        if repository:
+            sys.stderr.write(f"pushed to {hub.push(folder, repository)}\n")
+
+
+def about(config: Config[Any, Any], teacher: Teacher, name: str, repository: str | None) -> About:
+    """What the card says. A licence that is not known is asked for where the student is to be published."""
+    from pipelines.export import About
+    from pipelines.license import License, license_of
+
+    try:
+        base = teacher.parts.folder if Path(config.teacher).exists() else config.teacher
+        license = license_of(base, config.license)
+    except ValueError:
+        if repository:
+            raise
+        license = License("other", "that-of-the-teacher")
+    return About(name, config.teacher, license, type(config.method).__name__.lower(), dump(config), repository)
+
+
+def report(folder: Path, gaps: dict[str, float]) -> None:
+    """What was written, and how far its images are from the student's."""
+    sys.stderr.write(f"exported {folder}; read back by plain diffusers, its images differ by at most\n")
+    for name, gap in gaps.items():
+        sys.stderr.write(f"  {gap:.1e}  {name}\n")
 
 
 def whole(nets: Nets, teacher: Teacher) -> None:
