@@ -22,13 +22,16 @@ from distill.student import Student
 SAMPLING = {"eps": "eps", "v": "v_prediction", "x0": "x0"}  # kind -> ModelSamplingDiscrete
 
 
+def _is_table(schedule: VP) -> bool:
+    """Whether these are Stable Diffusion's 1000 levels."""
+    a, b = (torch.tensor(s.alphas_cumprod, dtype=torch.float64) for s in (schedule, VP.scaled_linear()))
+    return a.shape == b.shape and torch.allclose(a, b, rtol=1e-4)
+
+
 def levels(student: Student) -> tuple[list[float], float]:
     """ComfyUI's sigmas of the student's calls, and the factor of the unit noise at the first; else a ValueError."""
-    denoiser, path = student.denoiser, student.denoiser.path
-    schedule = denoiser.schedule
-    if not isinstance(schedule, VP) or not torch.allclose(
-        torch.tensor(schedule.alphas_cumprod), torch.tensor(VP.scaled_linear().alphas_cumprod), rtol=1e-4
-    ):
+    denoiser, path, schedule = student.denoiser, student.denoiser.path, student.denoiser.schedule
+    if not isinstance(schedule, VP) or not _is_table(schedule):
         raise ValueError(
             f"ComfyUI's samplers for UNets use Stable Diffusion's noise table, not this {type(schedule).__name__}"
         )
