@@ -89,5 +89,6 @@ def tiny() -> Any:
         cross_attention_dim=16,
         caption_channels=16,
     )
+    tiny.louder(net, 3.0, "attn2")
     flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
     return SanaPipeline(tiny.gemma_tokenizer(), tiny.gemma(16), vae, net, DPMSolverMultistepScheduler(**flow))

@@ -26,13 +26,27 @@ def save(name: str, folder: Any, **config: Any) -> None:
         (Path(folder) / "distill.json").write_text(json.dumps(family.FACTS))
 
 
+def byte_symbols() -> list[str]:
+    """The 256 letters by which byte-level tokenizers write bytes."""
+    kept = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [256 + i for i in range(256 - len(kept))]  # stand-ins of the bytes that do not print
+    return [chr(c) for c in kept + others]
+
+
+def louder(module: Any, gain: float, *names: str) -> Any:
+    """The module with the parameters whose names hold one of `names` multiplied: every input is to move the output."""
+    with torch.no_grad():
+        for name, p in module.named_parameters():
+            if any(part in name for part in names):
+                p.mul_(gain)
+    return module
+
+
 def clip_tokenizer() -> Any:
     """CLIP's byte-level tokenizer without merges: every letter is a token; 514 tokens."""
     from transformers import CLIPTokenizer
 
-    kept = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [256 + i for i in range(256 - len(kept))]  # stand-ins of the bytes that do not print
-    symbols = [chr(c) for c in kept + others]
+    symbols = byte_symbols()
     tokens = [*symbols, *(f"{s}</w>" for s in symbols), "<|startoftext|>", "<|endoftext|>"]
     return CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[], model_max_length=77)
 
@@ -96,6 +110,29 @@ def gemma(width: int = 32) -> Any:
         head_dim=width // 2,
     )
     return Gemma2Model(config).eval()
+
+
+def qwen_tokenizer() -> Any:
+    """Qwen2's byte-level tokenizer without merges; the marks of a chat's turns are tokens."""
+    from transformers import Qwen2Tokenizer
+
+    tokens = [*byte_symbols(), "<|endoftext|>"]
+    tokenizer = Qwen2Tokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[])
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    return tokenizer
+
+
+def qwen(width: int = 32) -> Any:
+    """A Qwen2.5-VL model."""
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    common = {"hidden_size": width, "intermediate_size": 2 * width}
+    text = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 264}
+    ids = {"bos_token_id": None, "eos_token_id": 256, "pad_token_id": 256}
+    rope = {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e6}}
+    vision = {"depth": 1, "num_heads": 2, "out_hidden_size": width, "fullatt_block_indexes": [0]}
+    config = Qwen2_5_VLConfig(text_config=common | text | ids | rope, vision_config=common | vision)
+    return Qwen2_5_VLForConditionalGeneration(config).eval()
 
 
 def vae(latent: int = 4, levels: int = 2, **config: Any) -> AutoencoderKL:

@@ -48,10 +48,11 @@ def load(parts: Parts, resolution: int | None, frames: int | None) -> Teacher:
 def shape(parts: Parts, resolution: int | None, frames: int | None) -> tuple[int, int, int, int]:
     """(C, T, H, W) of a latent: 81 pictures of 480p, Wan 2.2 TI2V-5B 121 of 704p, where nothing else is said."""
     config, vae, extra = parts.net.config, parts.config("vae"), parts.folder / "distill.json"
-    facts = json.loads(extra.read_text()) if extra.is_file() else {}
     space, time = vae.get("scale_factor_spatial", 8), vae.get("scale_factor_temporal", 4)
-    resolution = resolution or facts.get("resolution") or (704 if space == 16 else 480)
-    frames = frames or facts.get("frames") or (121 if space == 16 else 81)
+    facts = {"resolution": 704, "frames": 121} if space == 16 else {"resolution": 480, "frames": 81}
+    facts |= json.loads(extra.read_text()) if extra.is_file() else {}
+    resolution = facts["resolution"] if resolution is None else resolution
+    frames = facts["frames"] if frames is None else frames
     height, width = SIZES.get(resolution, (resolution, resolution))
     pixels = space * config.patch_size[1]
     if height % pixels or width % pixels:
@@ -93,5 +94,7 @@ def tiny(**config: Any) -> Any:
         rope_max_seq_len=32,
     )
     flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
+    tiny.louder(net, 3.0, "text_embedder", "attn2.norm_k", "attn2.to_v", "attn2.to_out")
+    tiny.louder(vae, 3.0, "conv_out")
     parts = tiny.t5_tokenizer(), tiny.t5(kind="UMT5"), vae, UniPCMultistepScheduler(**flow), net
     return WanPipeline(*parts, **config)
