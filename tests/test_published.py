@@ -1,0 +1,182 @@
+"""Synthetic files of the layouts that others published come back exactly."""
+
+import pytest
+import torch
+import unets
+from safetensors.torch import save_file
+from test_comfy import ALL, DESCRIBED_NARROW
+
+from pipelines import files, kohya, published
+
+ORIGINAL = {ours: original for original, ours in DESCRIBED_NARROW[True].items()}  # matrices and kernels of narrow SDXL
+
+
+@pytest.fixture(scope="module")
+def nets():
+    """(base, another network of its kind, the base with adapters)."""
+    torch.manual_seed(0)
+    base = unets.sdxl()
+    return base, unets.sdxl(), unets.adapted(base, ALL)
+
+
+def half(state):
+    return {k: v.detach().half().contiguous() for k, v in state.items()}
+
+
+def underscored(name):
+    return "lora_unet_" + name.replace(".", "_")
+
+
+def kohya_keys(adapters, rename, alpha=True):
+    tensors = {}
+    for name, a in adapters.items():
+        key = underscored(rename(name))
+        tensors |= {f"{key}.lora_down.weight": a.down, f"{key}.lora_up.weight": a.up}
+        if alpha:
+            tensors[f"{key}.alpha"] = torch.tensor(a.alpha)
+    return half(tensors)
+
+
+def older_key(name, role):
+    """diffusers' keys of 2023: attention processors hold the LoRA, to_out has no index."""
+    if ".attn" not in name:
+        return f"unet.{name}.lora.{role}.weight"
+    block, _, leaf = name.rpartition(".to_")
+    return f"unet.{block}.processor.to_{leaf.removesuffix('.0')}_lora.{role}.weight"
+
+
+LORAS = {
+    "DMD2 and LCM": lambda found: kohya_keys(found, lambda name: name),
+    "Lightning": lambda found: kohya_keys(found, ORIGINAL.__getitem__),
+    "diffusers, older": lambda found: half(
+        {older_key(n, role): t for n, a in found.items() for role, t in (("down", a.down), ("up", a.up))}
+    ),
+    "PEFT": lambda found: half(
+        {f"base_model.model.{n}.lora_{x}.weight": t for n, a in found.items() for x, t in (("A", a.down), ("B", a.up))}
+    ),
+}
+
+
+@pytest.mark.parametrize("layout", LORAS)
+def test_loras(nets, tmp_path, layout):
+    """Tensors and alphas of each layout, installed on the base, give what the role gives."""
+    base, _, role = nets
+    found = {n: files.Adapter(a.down.half(), a.up.half(), a.alpha) for n, a in files.adapters(role).items()}
+    save_file(LORAS[layout](found), tmp_path / "x.safetensors")
+    got = published.read(tmp_path / "x.safetensors", base)
+    assert got.keys() == found.keys()
+    told = layout in ("DMD2 and LCM", "Lightning")  # elsewhere nothing tells alpha: it is the rank
+    for name, a in found.items():
+        assert torch.equal(got[name].down, a.down) and torch.equal(got[name].up, a.up)
+        assert got[name].alpha == (a.alpha if told else 3)
+    installed = published.install(base, got)
+    gap = (unets.output(installed) - unets.output(role)).abs().max()
+    assert gap < 2e-3 if told else gap > 1e-2
+
+
+def test_our_own_files_come_back(nets, tmp_path):
+    """With rank and alpha; also where ranks and alphas differ between modules."""
+    base, _, role = nets
+    ours = files.adapters(role)
+    names = list(ours)
+    mixed = {n: files.Adapter(a.down[:2], a.up[:, :2], 7.0 if n == names[3] else 4.0) for n, a in ours.items()}
+    mixed[names[5]] = ours[names[5]]
+    uneven = published.install(base, mixed)
+    for net in (role, uneven):
+        for write in (files.lora_file, kohya.lora_file):
+            write(net, tmp_path / "x.safetensors", {}, torch.float32)
+            again = published.install(base, published.read(tmp_path / "x.safetensors", base))
+            assert torch.equal(unets.output(again), unets.output(net))
+    assert (unets.output(uneven) - unets.output(role)).abs().max() > 1e-2
+
+
+def test_networks(nets, tmp_path):
+    """DMD2's .bin, Lightning's UNet file, LCM's folder, and an all-in-one checkpoint in the original code's names."""
+    base, other, _ = nets
+    state = half(other.state_dict())
+    names = kohya.original_names(base)
+    inside = {
+        f"model.diffusion_model.{names[k.rpartition('.')[0]]}.{k.rpartition('.')[2]}": v for k, v in state.items()
+    }
+    torch.save(state, tmp_path / "dmd2_sdxl_4step_unet_fp16.bin")
+    save_file(state, tmp_path / "sdxl_lightning_4step_unet.safetensors")
+    save_file(inside | {"first_stage_model.x": torch.zeros(1)}, tmp_path / "sdxl_lightning_4step.safetensors")
+    (tmp_path / "unet").mkdir()
+    save_file(state, tmp_path / "unet" / "diffusion_pytorch_model.safetensors")
+    paths = list(tmp_path.iterdir())
+    assert len(paths) == 4
+    for path in paths:
+        got = published.read(path, base)
+        assert got.keys() == state.keys() and all(torch.equal(got[k], state[k]) for k in state)
+    net = published.install(base, got)
+    assert (unets.output(net) - unets.output(other)).abs().max() < 5e-3
+    assert (unets.output(net) - unets.output(base)).abs().max() > 0.1
+    assert not (net.state_dict()["conv_in.weight"] == base.state_dict()["conv_in.weight"]).all()
+
+
+def test_the_base_may_be_on_meta(nets, tmp_path):
+    _, other, _ = nets
+    save_file(half(other.state_dict()), tmp_path / "x.safetensors")
+    with torch.device("meta"):
+        base = type(other).from_config(other.config)
+    assert published.read(tmp_path / "x.safetensors", base).keys() == other.state_dict().keys()
+
+
+class Evil:
+    def __reduce__(self):
+        return (print, ("executed",))
+
+
+def test_mistakes(nets, tmp_path, capsys):
+    base, other, role = nets
+    state = half(other.state_dict())
+
+    def refused(tensors, message, name="x.safetensors", save=save_file):
+        save(tensors, tmp_path / name)
+        with pytest.raises(ValueError, match=message):
+            published.read(tmp_path / name, base)
+
+    refused({k: v for k, v in state.items() if k != "conv_in.bias"}, r"1 tensors lack \['conv_in.bias'\]")
+    refused(
+        state | {"time_embedding.cond_proj.weight": torch.zeros(2, 2)}, "not of the base .*cond_proj"
+    )  # LCM's UNets
+    refused(state | {"conv_in.bias": torch.zeros(7)}, r"another shape \['conv_in.bias'\]")
+    lora = kohya_keys(files.adapters(role), lambda name: name)
+    refused(lora | {"lora_te_text_model_encoder.alpha": torch.ones(())}, "lora_te_text.* is no LoRA of a module")
+    refused(lora | {"lora_unet_conv_in.dora_scale": torch.ones(3)}, "dora_scale' is no LoRA")
+    refused({k: v for k, v in lora.items() if k != "lora_unet_conv_in.lora_up.weight"}, "LoRA of conv_in has not")
+    refused(lora | {"lora_unet_conv_in.lora_down.weight": torch.ones(3, 5, 3, 3)}, "LoRA of conv_in has not")
+    refused({"a": Evil()}, "more than plain tensors", "x.bin", torch.save)
+    refused({"a": 1}, "dictionary of plain tensors", "x.bin", torch.save)
+    refused({}, "give a .safetensors", "x.pkl", torch.save)
+    assert "executed" not in capsys.readouterr().out
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="holds 0 files"):
+        published.read(tmp_path / "empty", base)
+
+
+def test_known_students(tmp_path):
+    known = lambda name, *rest: published.known(tmp_path / name, *rest)
+    four = published.Known((999, 749, 499, 249), 1.0, "fresh")
+    assert known("dmd2_sdxl_4step_unet_fp16.bin") == known("dmd2_sdxl_4step_lora_fp16.safetensors") == four
+    assert known("dmd2_sdxl_1step_unet_fp16.bin") == published.Known((399,), 1.0, "fresh")
+    eight = (999, 874, 749, 624, 499, 374, 249, 124)
+    assert known("sdxl_lightning_8step_lora.safetensors") == published.Known(eight, None, "ddim")
+    assert known("sdxl_lightning_1step_unet_x0.safetensors") == published.Known((999,), None, "ddim", "x0")
+    lcm = published.Known((999, 759, 499, 259), 1.0, "fresh")
+    assert known("lcm-lora-sdxl/pytorch_lora_weights.safetensors") == known("x.safetensors", "lcm") == lcm
+    with pytest.raises(ValueError, match=r"one of \['dmd2', 'lcm', 'lightning'\]"):
+        known("pytorch_lora_weights.safetensors")
+    with pytest.raises(ValueError, match=r"lightning has students of \[1, 2, 4, 8\] steps, not 3"):
+        known("x.safetensors", "lightning", 3)
+
+
+@pytest.mark.parametrize("steps", range(1, 9))
+def test_times_are_the_schedulers(steps):
+    from diffusers import EulerDiscreteScheduler, LCMScheduler
+
+    euler = EulerDiscreteScheduler(timestep_spacing="trailing")
+    for scheduler, indices in ((euler, published.trailing(steps)), (LCMScheduler(), published.lcm(steps))):
+        scheduler.set_timesteps(steps)
+        assert tuple(scheduler.timesteps.tolist()) == indices
+    assert LCMScheduler().init_noise_sigma == 1.0  # scale 1
