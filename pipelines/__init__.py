@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -106,7 +107,9 @@ class Parts:
         import diffusers
 
         cls = getattr(diffusers, self.index["_class_name"])
-        given = {"safety_checker": None} | given if "safety_checker" in self.index else given
+        absent = [name for name, entry in self.index.items() if isinstance(entry, list) and entry[0] is None]
+        absent += [name for name in ("safety_checker",) if name in self.index]
+        given = dict.fromkeys(absent) | given
         options = {"variant": self.variant, "dtype": self.dtype, "local_files_only": True}
         pipe = cls.from_pretrained(self.folder, use_safetensors=True, **options, **self.given | given)
         pipe.set_progress_bar_config(disable=True)
@@ -149,7 +152,8 @@ class Teacher:
         from distill.guidance import Guided
 
         base = replace(self.denoiser, null=null or (self.null() if guidance != 1 else None))
-        guided, scheduler = Guided(base, guidance), self.parts.scheduler()
+        guided = getattr(self.parts.family, "Rescaled", Guided)(base, guidance)
+        scheduler = self.parts.scheduler()
         self.set_timesteps(scheduler, steps)
         last = float(base.schedule.native(torch.ones(1, dtype=torch.float64)))
         x = z * getattr(scheduler, "init_noise_sigma", 1.0)
@@ -178,6 +182,24 @@ def load(
     """
     parts = Parts(folder, variant, dtype)
     return parts.family.load(parts, resolution, frames)
+
+
+def opened(name: str, revision: str | None, variant: str | None, resolution: int | None, frames: int | None) -> Teacher:
+    """The teacher of a folder or of a name on the Hub, which is downloaded."""
+    return load(located(name, revision, variant), resolution, frames, variant)
+
+
+def located(name: str, revision: str | None = None, variant: str | None = None) -> Path:
+    """The folder of a pipeline; one of a name on the Hub is downloaded."""
+    folder = Path(name)
+    if not folder.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        from diffusers import DiffusionPipeline
+
+        try:
+            folder = Path(DiffusionPipeline.download(name, revision=revision, variant=variant, use_safetensors=True))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"no teacher {name!r}, as a folder or on the Hub: {error}") from None
+    return folder
 
 
 def index(folder: str | Path) -> dict[str, Any]:

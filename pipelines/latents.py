@@ -89,16 +89,16 @@ def dc(parts: Parts) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tens
 def factor(parts: Parts) -> int:
     """Pixels along a side of a picture for one of its latent."""
     config = parts.config("vae")
-    return 2 ** (len(config.get("encoder_block_out_channels") or config["block_out_channels"]) - 1)
+    levels = config.get("encoder_block_out_channels") or config.get("block_out_channels") or config["dim_mult"]
+    return 2 ** (len(levels) - 1)
 
 
-def shape(parts: Parts, resolution: int | None, size: int | None = None) -> tuple[int, int, int]:
-    """(C, H, W) of a latent: the network's own size, or the one of `resolution` pixels."""
+def shape(parts: Parts, resolution: int | None, patch: int = 1) -> tuple[int, int, int]:
+    """(C, H, W) of what the network sees: its own size, or the one of `resolution` pixels, in whole patches."""
     config = parts.net.config
-    channels, side = config.in_channels, size or config.sample_size
-    if resolution is not None:
-        pixels = factor(parts)
-        if resolution % pixels:
-            raise ValueError(f"resolution is {resolution}; this autoencoder needs a multiple of {pixels}")
-        side = resolution // pixels
-    return channels, side, side
+    if resolution is None:
+        return config.in_channels, config.sample_size, config.sample_size
+    pixels = factor(parts)
+    if resolution % (pixels * patch) or resolution < 1:
+        raise ValueError(f"resolution is {resolution}; this teacher needs a multiple of {pixels * patch}")
+    return config.in_channels, resolution // pixels, resolution // pixels

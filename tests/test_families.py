@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -15,10 +16,13 @@ from pipelines import load, tiny
 from pipelines.scheduler import scheduler as student_scheduler
 
 PROMPTS = ["a red fox in the snow", "seven cats, and a very long road under the stars of a winter night; " * 3]
-MODULES = ["sd", "sdxl", "pixart", "sana", "wan"]  # one name here is all that a family needs
+MODULES = ["sd", "sdxl", "sd3", "flux", "qwen", "pixart", "sana", "wan"]  # one name here is all that a family needs
 
 
 VARIANTS = {  # of a family: its module, what its tiny pipeline differs in, how it is loaded
+    "sd-v": ("sd", {"prediction_type": "v_prediction"}, {}),
+    "sd3-without-t5": ("sd3", {"t5": False}, {}),
+    "flux-schnell": ("flux", {"guidance": False}, {}),
     "pixart-alpha": ("pixart", {"kind": "PixArtAlphaPipeline", "sample_size": 128}, {"resolution": 16}),
     "wan-5b": ("wan", {"expand_timesteps": True}, {}),
 }
@@ -87,7 +91,7 @@ def test_the_denoiser_gives_what_the_pipelines_network_and_scheduler_give(family
         seen = on.path.time(denoiser.schedule.ratio(t.expand(2)))
         alpha, sine = on.path.coefficients(seen)
         a, s = denoiser.schedule.coefficients(t.expand(2))
-        scale = (torch.hypot(alpha, sine) / torch.hypot(a, s)).reshape(-1, *[1] * (x.ndim - 1)).float()
+        scale = (torch.hypot(alpha, sine) / torch.hypot(a, s)).reshape(-1, *[1] * (f.x.ndim - 1)).float()
         torch.testing.assert_close(on(scale * unpacked(f, x), seen, f.c).x0, pred.x0, rtol=1e-3, atol=1e-3)
 
 
@@ -138,6 +142,21 @@ def test_every_input_moves_the_output(family):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("family", ["flux"], indirect=True)
+def test_an_embedded_guidance_is_an_input(family):
+    f = family
+    options = {"num_inference_steps": 2, "height": 16, "width": 16, "latents": f.module.pack(f.z), "output_type": "pt"}
+    seen = []
+    for w in [1.0, 3.5, 8.0]:
+        seen.append(f.teacher.decode(f.teacher.sample(f.z, f.c | {"guidance": torch.full((2,), w)}, 2)) / 2 + 0.5)
+        expected = f.teacher.parts.pipe()(PROMPTS, guidance_scale=w, **options).images
+        assert (seen[-1].clamp(0, 1) - expected).abs().max() < 1e-4
+    assert (seen[0] - seen[2]).abs().max() > 1e-2
+    unsaid = f.teacher.decode(f.teacher.sample(f.z, f.c, 2)) / 2 + 0.5
+    torch.testing.assert_close(unsaid, seen[1])
+
+
+@torch.no_grad()
 def test_conditions_have_one_shape_and_do_not_depend_on_the_batch(family):
     f = family
     short, long = f.teacher.encode([""]), f.teacher.encode(PROMPTS[1:])
@@ -147,11 +166,17 @@ def test_conditions_have_one_shape_and_do_not_depend_on_the_batch(family):
 
 
 @torch.no_grad()
-def test_images_to_latents_and_back(family):
+def test_images_to_latents_and_back(family, monkeypatch):
     f = family
-    images = f.teacher.decode(f.x)
+    images, vae, seen = f.teacher.decode(f.x), f.teacher.parts.vae, {}
+    encode, decode = vae.encode, vae.decode
+    monkeypatch.setattr(vae, "encode", lambda image: seen.setdefault("encoded", encode(image)))
+    monkeypatch.setattr(vae, "decode", lambda x, **options: seen.update(decoded=x) or decode(x, **options))
     x = f.teacher.latent(images, torch.zeros_like(f.x))
     assert x.shape == f.x.shape and f.teacher.decode(x).shape == images.shape
+    raw = seen["encoded"].latent if hasattr(seen["encoded"], "latent") else seen["encoded"].latent_dist.mode()
+    torch.testing.assert_close(seen["decoded"], raw, rtol=1e-4, atol=1e-5)
+    monkeypatch.undo()
     again = f.teacher.latent(images, torch.ones_like(f.x)) - x  # the posterior's deviation, in the latent's scale
     assert (again == 0).all() if f.module.__name__ == "pipelines.sana" else (again > 0).all()
 
@@ -216,3 +241,14 @@ def test_checkpointing_keeps_outputs_and_gradients(family):
         net.disable_gradient_checkpointing()
         net.zero_grad()
         net.requires_grad_(False).eval()
+
+
+def test_wan_says_what_it_cannot_carry(tmp_path):
+    tiny.save("wan", tmp_path)
+    assert load(tmp_path).shape == (16, 2, 4, 4) and load(tmp_path, 480, 81).shape == (16, 21, 60, 104)
+    with pytest.raises(ValueError, match="frames is 6; this autoencoder needs a multiple of 4 plus 1"):
+        load(tmp_path, frames=6)
+    path = tmp_path / "model_index.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"boundary_ratio": 0.875}))
+    with pytest.raises(ValueError, match="two experts"):
+        load(tmp_path)
