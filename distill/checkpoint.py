@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -28,7 +28,8 @@ def save(state: State, output_dir: Path, limit: int | None = None) -> Path:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     for name, tensors in _tensors(state).items():
-        save_file({key: t.detach().cpu().contiguous() for key, t in tensors.items()}, partial / f"{name}.safetensors")
+        own = {key: t.detach().to("cpu", copy=True).contiguous() for key, t in tensors.items()}  # none may share memory
+        save_file(own, partial / f"{name}.safetensors")
     (partial / "state.json").write_text(json.dumps({"step": state.step, "torch": torch.__version__}))
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(partial, folder)
@@ -57,6 +58,22 @@ def load(state: State, folder: Path) -> None:
     state.step = step(folder)
 
 
+def averaged(net: nn.Module, folder: Path) -> None:
+    """Give a student's network the averaged weights of a checkpoint."""
+    stored, tensors = load_file(folder / "ema.safetensors"), _named(net)
+    trained = {name for name, p in net.named_parameters() if p.requires_grad}
+    wrong = sorted(trained - stored.keys()) or sorted(k for k, t in stored.items() if _shape(tensors, k) != t.shape)
+    if wrong:
+        raise ValueError(f"{folder} was not trained on this teacher with this student: they differ in {wrong[0]}")
+    with torch.no_grad():
+        for key, tensor in stored.items():
+            tensors[key].copy_(tensor)
+
+
+def _shape(tensors: dict[str, Tensor], key: str) -> Any:
+    return tensors[key].shape if key in tensors else None
+
+
 def step(folder: Path) -> int:
     """Iterations done when a checkpoint was saved."""
     return json.loads((folder / "state.json").read_text())["step"]
@@ -74,9 +91,12 @@ def _tensors(state: State, empty: bool = False) -> dict[str, dict[str, Tensor]]:
     files = {role: _named(net, owned if role != "target" else None) for role, net in state.nets.modules().items()}
     student = files["student"].keys()
     files["ema"] = {key: t for key, t in _named(state.ema.net).items() if key in student}
+    if "target" in files:
+        files["target"] = {key: t for key, t in files["target"].items() if key in student}
     for player, optimizer in state.optimizers.items():
-        stored = {} if empty else optimizer.state_dict()["state"]
-        files[f"optimizer_{player}"] = {f"{i}.{key}": t for i, entry in stored.items() for key, t in entry.items()}
+        entries = [] if empty else [optimizer.state.get(p, {}) for g in optimizer.param_groups for p in g["params"]]
+        moments = {f"{i}.{key}": value for i, entry in enumerate(entries) for key, value in entry.items()}
+        files[f"optimizer_{player}"] = {key: torch.as_tensor(value) for key, value in moments.items()}
     return files
 
 
@@ -88,11 +108,14 @@ def _named(net: nn.Module, owned: set[int] | None = None) -> dict[str, Tensor]:
 def _load_optimizer(optimizer: torch.optim.Optimizer, stored: dict[str, Tensor]) -> bool:
     """False if the moments do not fit the parameters."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
-    entries: dict[int, dict[str, Tensor]] = {}
+    entries: dict[int, dict[str, Any]] = {}
     for key, tensor in stored.items():
         i, name = key.split(".", 1)
-        entries.setdefault(int(i), {})[name] = tensor
-    if any(i >= len(params) or entry["exp_avg"].shape != params[i].shape for i, entry in entries.items()):
+        whole = tensor.ndim == 0 and not tensor.is_floating_point()  # the 8-bit optimizer counts its steps in Python
+        entries.setdefault(int(i), {})[name] = int(tensor) if whole else tensor
+    moment = "exp_avg" if isinstance(optimizer, torch.optim.AdamW) else "state1"
+    shapes = {i: entry[moment].shape if moment in entry else None for i, entry in entries.items()}
+    if any(i >= len(params) or shape != params[i].shape for i, shape in shapes.items()):
         return False
     optimizer.load_state_dict({"state": entries, "param_groups": optimizer.state_dict()["param_groups"]})
     return True

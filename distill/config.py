@@ -16,6 +16,7 @@ from distill.trainer import TrainConfig
 
 M = TypeVar("M")
 D = TypeVar("D")
+T = TypeVar("T")
 TEACHER = tyro.conf.arg(aliases=["--pretrained_model_name_or_path", "--pretrained_teacher_model"])
 
 
@@ -82,7 +83,14 @@ def dump(config: Config[Any]) -> str:
     """The resolved configuration as YAML that `--config` reads back."""
     tree = dataclasses.asdict(config)
     tree |= tree.pop("train")
-    return yaml.safe_dump(_plain(tree), sort_keys=False)
+    return f"# {type(config.method).__name__}\n{yaml.safe_dump(_plain(tree), sort_keys=False)}"
+
+
+def revived(kind: type[T], tree: dict[str, Any]) -> T:
+    """A dataclass from the part of a run's config.yaml that holds it."""
+    known = {f.name: f.default_factory for f in dataclasses.fields(kind) if f.name in tree}  # type: ignore[arg-type]
+    nested = {k: revived(make, tree[k]) if isinstance(tree[k], dict) else tree[k] for k, make in known.items()}
+    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in nested.items()})
 
 
 def _plain(value: Any) -> Any:

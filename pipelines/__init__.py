@@ -79,7 +79,7 @@ class Parts:
         return json.loads((self.folder / name / "config.json").read_text())
 
     @cached_property
-    def net(self) -> nn.Module:
+    def net(self) -> Any:
         return self.component(self.network, torch.float32)
 
     @cached_property

@@ -9,74 +9,30 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
+import tyro
+import yaml
 from torch import Tensor, nn
 
-from distill.draw import Draw
+from distill import checkpoint
+from distill.config import TEACHER, fail, revived
 from distill.log import grid
 from distill.lora import merged
+from distill.roles import StudentConfig
 from distill.student import Student
-from pipelines import FAMILIES, ExportError, Teacher, comfy, files, kohya
+from pipelines import FAMILIES, ExportError, Teacher, comfy, files, hub, kohya, opened
+from pipelines import published as others
 from pipelines.card import NEGATIVE, Result, card, code
 from pipelines.latents import factor
-from pipelines.license import License
-
-TOLERANCE = 1e-3  # largest difference of an image in [0, 1]
-HALF = 3e-2  # of files whose weights are rounded to half precision
-EXAMPLES = ("a photo of a red fox in the snow", "an old man reading a newspaper under a lamp")
-
-
-@dataclass(frozen=True)
-class Reference:
-    """What the trainer's own sampler makes of stored noise: z [n, *shape], images [n, C, (T,) H, W] in [0, 1]."""
-
-    prompts: tuple[Any, ...]
-    z: Tensor
-    images: Tensor
-
-
-class Generated(Draw):
-    """Noise in the order in which a diffusers pipeline takes it from torch's global generator."""
-
-    def __init__(self, teacher: Teacher) -> None:
-        super().__init__(0, 0, "export", torch.zeros(0))
-        self.unpacked = getattr(teacher.parts.family, "unpacked", lambda shape: torch.randn(shape))
-
-    def normal(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        return self.unpacked(shape)
-
-
-@torch.no_grad()
-def reference(student: Student, teacher: Teacher, net: nn.Module) -> Reference:
-    """Samples of the student with the weights `net`, one by one, from noise of fixed seeds."""
-    prompts = getattr(teacher.parts.family, "EXAMPLES", EXAMPLES)
-    device, noise, found = next(net.parameters()).device, Generated(teacher), []
-    z = torch.randn(len(prompts), *teacher.shape, generator=torch.Generator().manual_seed(0))
-    for i, prompt in enumerate(prompts):
-        c = {key: value.to(device) for key, value in (teacher.encode([prompt]) or {}).items()}
-        with torch.random.fork_rng():
-            torch.manual_seed(i)
-            found.append(teacher.decode(student.using(net).generate(z[i : i + 1].to(device), c or None, noise)).cpu())
-    return Reference(tuple(prompts), z, (torch.cat(found).float() / 2 + 0.5).clamp(0, 1))
-
-
-@torch.no_grad()
-def compare(pipe: Any, teacher: Teacher, expected: Reference, steps: int) -> float:
-    """Largest difference between a pipeline's images and the reference; nan where one is not finite."""
-    family, gaps = teacher.parts.family, []
-    pipe.set_progress_bar_config(disable=True)
-    for i, prompt in enumerate(expected.prompts):
-        with torch.random.fork_rng():
-            torch.manual_seed(i)
-            z = expected.z[i : i + 1].to(pipe.device)
-            image = family.sample(pipe, [prompt], z, steps, family.UNCONDITIONAL)
-        gaps.append((image.float().cpu().clamp(0, 1) - expected.images[i : i + 1]).abs().max())
-    return float(torch.stack(gaps).max())
+from pipelines.license import License, license_of
+from pipelines.scheduler import scheduler as carrying
+from pipelines.verify import HALF, TOLERANCE, compare, reference
 
 
 @dataclass(frozen=True)
@@ -88,8 +44,19 @@ class About:
     license: License
     method: str
     config: str = ""
-    model: str | Path | None = None  # where the card loads it from; None: the folder itself
+    model: str | None = None  # its name on the Hub, where the card loads it from; None: the folder itself
     results: Sequence[Result] = ()
+
+
+def about(name: str, teacher: Teacher, base: str, method: str, config: str, asked: Any, model: str | None) -> About:
+    """asked: the --license that was given. One that is not known is asked for where the student is to be published."""
+    try:
+        license = license_of(teacher.parts.folder if Path(base).exists() else base, asked)
+    except ValueError:
+        if model:
+            raise
+        license = License("other", "that-of-the-teacher")
+    return About(name, base, license, method, config, model)
 
 
 def export(
@@ -234,3 +201,98 @@ def copy(source: Path, target: Path, variant: str | None) -> None:
             to.with_name(file.name.replace(tag, "")).write_text(file.read_text().replace(tag, ""))
         else:
             shutil.copy(file, to.with_name(file.name.replace(tag, "")))
+
+
+@dataclass(frozen=True)
+class Again:
+    """Export a run's newest checkpoint, or a published student, as a verified pipeline folder."""
+
+    run: Annotated[str, tyro.conf.Positional] = ""  # a run's folder; its config.yaml says what the student is
+    checkpoint: str = "latest"  # of the run
+    published: Annotated[str, tyro.conf.arg(name="from")] = ""  # instead of a run: a published file or its folder
+    layout: Literal["dmd2", "lightning", "lcm"] | None = None  # of that file; None: as its name says
+    steps: int | None = None  # of that student; None: as its name says
+    teacher: Annotated[str, TEACHER] = ""  # the base of that file: folder or Hub name
+    variant: str | None = None  # of the base's weight files: fp16
+    resolution: int | None = None  # pixels of a side; None: what the base was trained for
+    output_dir: str = ""  # None is written over: the default is the run's own folder `pipeline`
+    push_to_hub: bool = False
+    hub_model_id: str | None = None  # user/name; None: the name of the run or of output_dir
+    hub_private: bool = False  # a new repository on the Hub is private
+    license: str | None = None  # of the student, where the teacher's is not known: apache-2.0, say, or NAME,URL
+
+
+def trained(again: Again) -> tuple[Student, Teacher, Any, str, str, str]:
+    """The averaged student of a run's checkpoint, its scheduler, the teacher's name, the method and configuration."""
+    run = Path(again.run)
+    if not (run / "config.yaml").is_file():
+        raise ValueError(f"no run at {again.run!r}: a run's folder has a config.yaml")
+    text = (run / "config.yaml").read_text()
+    tree, method = yaml.safe_load(text), text.partition("\n")[0].removeprefix("# ").lower()
+    found = checkpoint.found(run)
+    chosen = found[-1:] if again.checkpoint == "latest" else [f for f in found if f.name == again.checkpoint]
+    if not chosen:
+        raise ValueError(f"no checkpoint {again.checkpoint!r} in {run}; there are {[f.name for f in found] or 'none'}")
+    teacher = opened(*(tree[key] for key in ("teacher", "revision", "variant", "resolution", "frames")))
+    config = revived(StudentConfig, tree["student"])
+    scheduler, times = carrying(teacher, config)
+    net = config.lora(teacher.denoiser.net)
+    checkpoint.averaged(net, chosen[0])
+    denoiser = replace(teacher.denoiser, net=net)
+    return Student(denoiser, times, config.scale, config.renoise), teacher, scheduler, tree["teacher"], method, text
+
+
+def published(again: Again) -> tuple[Student, Teacher, Any, str, str, str]:
+    """A student that others published, on its base."""
+    path = Path(again.published)
+    if not path.exists():
+        raise ValueError(f"no file or folder at {again.published!r}")
+    known = others.known(path, again.layout, again.steps)
+    teacher = opened(again.teacher, None, again.variant, again.resolution, None)
+    last = float(teacher.denoiser.schedule.native(torch.ones(1).double()))
+    one = known.indices[0] if len(known.indices) == 1 else None
+    config = StudentConfig(
+        steps=len(known.indices),
+        timestep=one,
+        scale=known.scale,
+        renoise=known.renoise,
+        times=tuple(n / last for n in known.indices),
+    )
+    net = others.install(teacher.denoiser.net, others.read(path, teacher.denoiser.net))
+    denoiser = replace(teacher.denoiser, net=net, kind=known.kind)
+    scheduler, times = carrying(replace(teacher, denoiser=denoiser), config)
+    student = Student(denoiser, times, known.scale, known.renoise)
+    facts = yaml.safe_dump({"from": path.name, "student": {**asdict(known), "indices": [*known.indices]}})
+    return student, teacher, scheduler, again.teacher, again.layout or "distilled", facts
+
+
+def main(again: Again) -> None:
+    from pipelines.run import quiet
+
+    if bool(again.run) == bool(again.published):
+        fail("give a run's folder, or a published student with --from FILE and its base")
+    if again.published and not again.output_dir:
+        fail("a published student needs --output_dir, the folder to write")
+    out = Path(again.output_dir or f"{again.run}/pipeline")
+    name = out.parent.name if out.name == "pipeline" else out.name
+    try:
+        quiet()
+        repository = hub.create(again.hub_model_id or name, again.hub_private) if again.push_to_hub else None
+        student, teacher, scheduler, base, method, facts = trained(again) if again.run else published(again)
+        told = about(name, teacher, base, method, facts, again.license, repository)
+        report(out, export(student, teacher, student.denoiser.net, scheduler, out, told))
+        if repository:
+            sys.stderr.write(f"pushed to {hub.push(out, repository)}\n")
+    except (ValueError, ExportError) as error:
+        fail(str(error))
+
+
+def report(folder: Path, gaps: dict[str, float]) -> None:
+    """What was written, and how far its images are from the student's."""
+    sys.stderr.write(f"exported {folder}; read back by plain diffusers, its images differ by at most\n")
+    for name, gap in gaps.items():
+        sys.stderr.write(f"  {gap:.1e}  {name}\n")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Again, use_underscores=True, description=__doc__))

@@ -14,11 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from distill import checkpoint
 from distill.config import Config, dump, fail, parse
-from pipelines import ExportError, Teacher, index, load
+from pipelines import ExportError, Teacher, index, opened
 
 if TYPE_CHECKING:
     from distill.roles import Nets, StudentConfig
-    from pipelines.export import About
 
 
 def main(default: Config[Any, Any], argv: list[str] | None = None, doc: str | None = None) -> None:
@@ -46,8 +45,9 @@ def main(default: Config[Any, Any], argv: list[str] | None = None, doc: str | No
 def smoke(config: Config[Any, Any]) -> Config[Any, Any]:
     """Two steps of the same experiment on a tiny random teacher of its family."""
     short: dict[str, Any] = {"max_train_steps": 2, "train_batch_size": 8, "logging_steps": 1, "validation_steps": 1}
-    train = dataclasses.replace(config.train, **short)
-    return dataclasses.replace(config, train=train, teacher=f"{Path(train.output_dir) / 'teacher'}")
+    train, out = dataclasses.replace(config.train, **short), Path(config.train.output_dir)
+    data = config.data.smoke(out / "data") if hasattr(config.data, "smoke") else config.data
+    return dataclasses.replace(config, train=train, data=data, teacher=f"{out / 'teacher'}", resolution=None)
 
 
 def check(config: Config[Any, Any], out: Path) -> Path | None:
@@ -74,20 +74,6 @@ def check(config: Config[Any, Any], out: Path) -> Path | None:
     return Path(resume)
 
 
-def opened(config: Config[Any, Any]) -> Teacher:
-    """The teacher of a configuration; downloaded where its name is one of the Hub."""
-    folder = Path(config.teacher)
-    if not folder.exists():
-        from diffusers import DiffusionPipeline
-
-        try:
-            options = {"revision": config.revision, "variant": config.variant, "use_safetensors": True}
-            folder = Path(DiffusionPipeline.download(config.teacher, **options))
-        except OSError as error:
-            raise ValueError(f"no teacher {config.teacher!r}, as a folder or on the Hub: {error}") from None
-    return load(folder, config.resolution, config.frames, config.variant)
-
-
 def carried(teacher: Teacher, student: StudentConfig) -> tuple[Any, StudentConfig]:
     """(scheduler, student): what the exported student will run under, and the student with the times it visits."""
     from pipelines.scheduler import scheduler
@@ -107,7 +93,7 @@ def run(config: Config[Any, Any], out: Path, resume: Path | None) -> None:
     from distill.roles import build
     from distill.trainer import State, train
     from pipelines import hub, tiny
-    from pipelines.export import export
+    from pipelines.export import about, export, report
 
     cfg = config.train
     accelerator = Accelerator(log_with=None if cfg.report_to == "none" else cfg.report_to, project_dir=out)
@@ -120,12 +106,13 @@ def run(config: Config[Any, Any], out: Path, resume: Path | None) -> None:
     with accelerator.main_process_first():
         if config.smoke and accelerator.is_main_process:
             tiny.save(config.family, config.teacher)
-        teacher = opened(config)
+        teacher = opened(config.teacher, config.revision, config.variant, config.resolution, config.frames)
     teacher.parts.device = accelerator.device
     data = config.data.open(teacher, config.method.needs)
     scheduler, student = carried(teacher, config.student)  # what can't be exported is refused now
     prompts, c = data.fixed()
-    told = about(config, teacher, out.name, repository)
+    method = type(config.method).__name__.lower()
+    told = about(out.name, teacher, config.teacher, method, dump(config), config.license, repository)
     example = {key: value[:1] for key, value in c.items()}
     nets = build(config.method, teacher.denoiser, teacher.shape, example, student, config.fake)
     if accelerator.mixed_precision == "bf16":
@@ -168,28 +155,6 @@ def run(config: Config[Any, Any], out: Path, resume: Path | None) -> None:
         report(folder, export(nets.student, teacher, state.ema.net, scheduler, folder, told))
         if repository:
             sys.stderr.write(f"pushed to {hub.push(folder, repository)}\n")
-
-
-def about(config: Config[Any, Any], teacher: Teacher, name: str, repository: str | None) -> About:
-    """What the card says. A licence that is not known is asked for where the student is to be published."""
-    from pipelines.export import About
-    from pipelines.license import License, license_of
-
-    try:
-        base = teacher.parts.folder if Path(config.teacher).exists() else config.teacher
-        license = license_of(base, config.license)
-    except ValueError:
-        if repository:
-            raise
-        license = License("other", "that-of-the-teacher")
-    return About(name, config.teacher, license, type(config.method).__name__.lower(), dump(config), repository)
-
-
-def report(folder: Path, gaps: dict[str, float]) -> None:
-    """What was written, and how far its images are from the student's."""
-    sys.stderr.write(f"exported {folder}; read back by plain diffusers, its images differ by at most\n")
-    for name, gap in gaps.items():
-        sys.stderr.write(f"  {gap:.1e}  {name}\n")
 
 
 def whole(nets: Nets, teacher: Teacher) -> None:

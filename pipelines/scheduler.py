@@ -17,9 +17,12 @@ import torch
 
 from distill.roles import StudentConfig
 from distill.schedule import EDM, VP, Flow
+from pipelines.latents import KINDS
 
 if TYPE_CHECKING:
     from pipelines import Teacher
+
+LCM = 50  # steps of the teacher that LCM's grid of times is made of
 
 
 def scheduler(teacher: Teacher, student: StudentConfig) -> tuple[Any, tuple[float, ...]]:
@@ -38,22 +41,12 @@ def scheduler(teacher: Teacher, student: StudentConfig) -> tuple[Any, tuple[floa
     raise ValueError(f"no scheduler of diffusers carries a student on {type(schedule).__name__}")
 
 
-def first(schedule: Any, student: StudentConfig) -> float:
-    """The time of the student's first call."""
-    one = torch.ones(1, dtype=torch.float64)
-    if student.sigma is not None:
-        return float(schedule.time(student.sigma * one))
-    if student.timestep is not None and student.steps == 1:
-        return student.timestep / float(schedule.native(one))
-    return 1.0
-
-
 def _table(teacher: Teacher, schedule: VP, student: StudentConfig) -> tuple[Any, tuple[float, ...]]:
     from diffusers import EulerDiscreteScheduler, LCMScheduler
 
     config = teacher.parts.scheduler().config
     last = len(schedule.alphas_cumprod) - 1
-    n = round(first(schedule, student) * last)
+    n = round(student.first(schedule) * last)
     if n < last and student.steps > 1:
         raise ValueError(f"a student of {student.steps} steps starts at the end of the schedule; it is told {n}")
     common = {
@@ -61,22 +54,26 @@ def _table(teacher: Teacher, schedule: VP, student: StudentConfig) -> tuple[Any,
         "beta_start": config.beta_start,
         "beta_end": _beta(config, n),
         "beta_schedule": config.beta_schedule,
-        "prediction_type": config.prediction_type,
+        "prediction_type": {kind: name for name, kind in KINDS.items()}[teacher.denoiser.kind],
     }
     sigma = float(schedule.coefficients(torch.tensor([n / last]).double())[1])
-    unit = student.scale is not None and abs(student.scale - 1) < 1e-6
+    unit = abs((student.scale or sigma) - 1) < 1e-4  # PixArt's table ends at .99998: as good as noise alone
     scaled = student.scale is None or abs(student.scale / sigma - 1) < 1e-4
     if unit and (student.renoise == "fresh" or student.steps == 1):
-        found = LCMScheduler(**common, original_inference_steps=student.steps, clip_sample=False)
+        grids = [LCMScheduler(**common, original_inference_steps=n, clip_sample=False) for n in (student.steps, LCM)]
     elif scaled and (student.renoise == "ddim" or student.steps == 1):
-        found = EulerDiscreteScheduler(**common, timestep_spacing="trailing")
+        grids = [EulerDiscreteScheduler(**common, timestep_spacing="trailing")]
     else:
         raise ValueError(
             f"no scheduler carries an input scale of {student.scale or sigma:.4g} with {student.renoise!r} noise: use "
             f"--student.scale 1 with --student.renoise fresh, or no scale ({sigma:.4g}) with --student.renoise ddim"
         )
-    found.set_timesteps(student.steps)
-    return found, _checked(student, tuple((found.timesteps.double() / last).tolist()))
+    found = {}
+    for made in grids[: 2 if n == last else 1]:
+        made.set_timesteps(student.steps)
+        found[tuple((made.timesteps.double() / last).tolist())] = made
+    times = next((times for times in found if student.times is None or _close(student.times, times)), None)
+    return found[times or _checked(student, next(iter(found)))], times
 
 
 def _beta(config: Any, n: int) -> float:
@@ -96,7 +93,7 @@ def _flow(teacher: Teacher, schedule: Flow, student: StudentConfig) -> tuple[Any
     if student.scale is not None and abs(student.scale - 1) > 1e-6:
         raise ValueError(f"a flow's scheduler feeds unit noise, not noise scaled by {student.scale}")
     config = teacher.parts.scheduler().config
-    start, steps = first(schedule, student), student.steps
+    start, steps = student.first(schedule), student.steps
     shift = float(config.get("shift") or config.get("flow_shift") or 1.0)
     options: dict[str, Any] = {"num_train_timesteps": 1000, "shift": shift, "use_dynamic_shifting": False}
     end = shift / (steps + shift - 1)  # the level that the shift gives to 1 / steps
@@ -114,7 +111,7 @@ def _edm(teacher: Teacher, schedule: EDM, student: StudentConfig) -> tuple[Any, 
 
     if student.steps > 1 and student.renoise != "fresh":
         raise ValueError("this family's scheduler renoises with fresh noise: train with --student.renoise fresh")
-    sigma = float(schedule.ratio(torch.tensor([first(schedule, student)]).double()))
+    sigma = float(schedule.ratio(torch.tensor([student.first(schedule)]).double()))
     if student.scale is not None and abs(student.scale / sigma - 1) > 1e-4:
         raise ValueError(f"this family's scheduler scales its input by sigma {sigma:.4g}, not by {student.scale}")
     ratios = [sigma * (1 - i / student.steps) ** edm.RHO for i in range(student.steps)]
@@ -122,8 +119,13 @@ def _edm(teacher: Teacher, schedule: EDM, student: StudentConfig) -> tuple[Any, 
     return edm.scheduler(teacher.denoiser.sigma_d, sigma, student.steps), _checked(student, times)
 
 
+def _close(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
+    return len(a) == len(b) and max(abs(x - y) for x, y in zip(a, b, strict=True)) < 1e-4
+
+
 def _checked(student: StudentConfig, times: tuple[float, ...]) -> tuple[float, ...]:
-    asked = student.times
-    if asked is not None and (len(asked) != len(times) or max(abs(a - b) for a, b in zip(asked, times)) > 1e-4):
-        raise ValueError(f"the family's scheduler carries the times {times}, not {asked}: leave --student.times out")
+    if student.times is not None and not _close(student.times, times):
+        raise ValueError(
+            f"the family's scheduler carries the times {times}, not {student.times}: leave --student.times out"
+        )
     return times
