@@ -7,7 +7,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+from torch import Tensor, nn
+
+from distill.denoiser import Condition, Denoiser
 from distill.roles import Nets
+
+TOLERANCE = 0.1  # relative difference of two attention kernels, in half precision
 
 
 def recompute(nets: Nets) -> None:
@@ -15,12 +21,74 @@ def recompute(nets: Nets) -> None:
 
     ValueError for a network that has no enable_gradient_checkpointing(), as those of diffusers have.
     """
-    players: dict[str, Any] = {"teacher": nets.teacher.net, **nets.modules()}
-    for role in players.keys() & {"teacher", "student", "fake"}:
-        net = players[role]
+    for role, net in _denoisers(nets).items():
         if not hasattr(net, "enable_gradient_checkpointing"):
             raise ValueError(
                 f"gradient_checkpointing: the {role}'s network, a {type(net).__name__}, has no method "
                 "enable_gradient_checkpointing(); networks of diffusers do. Leave gradient_checkpointing off"
             )
         net.enable_gradient_checkpointing()
+
+
+def attend(nets: Nets, backend: str, c: Condition = None) -> None:
+    """Attention of all roles on `backend`, a name of diffusers' set_attention_backend: native, flash, xformers, ...
+
+    c: an example condition of batch 1. A broken build is silent until it is called, and one for inference until its
+    gradient is missed: the student is tried before and after on a sample. ValueError if the kernel is not to be had,
+    fails, or does not give the output and the gradient that it should.
+    """
+    before = _attention(nets.student.denoiser, nets.shape, c)
+    for net in _denoisers(nets).values():
+        _set(net, backend)
+    try:
+        after = _attention(nets.student.denoiser, nets.shape, c)
+    except Exception as error:  # a kernel may raise anything
+        raise ValueError(f"attention {backend!r} was set but fails: {error}; choose another, or None") from error
+    for what, old, new in zip(("output", "gradient"), before, after, strict=True):
+        gap = float((new - old).norm() / old.norm().clamp(min=1e-20))
+        if not gap <= TOLERANCE:
+            raise ValueError(f"attention {backend!r} gives a wrong {what}: {gap:.2g} off, allowed {TOLERANCE}")
+
+
+def _denoisers(nets: Nets) -> dict[str, Any]:
+    """The networks by role, without the discriminator, which is ours."""
+    return {role: net for role, net in {"teacher": nets.teacher.net, **nets.modules()}.items() if role != "disc"}
+
+
+def _set(net: Any, backend: str) -> None:
+    """Some families run all attention through one dispatcher; the others, UNets say, know torch's and xformers'."""
+    dispatched = any(hasattr(getattr(m, "processor", None), "_attention_backend") for m in net.modules())
+    try:
+        if dispatched and hasattr(net, "set_attention_backend"):
+            net.set_attention_backend(backend)
+        elif backend == "xformers" and hasattr(net, "enable_xformers_memory_efficient_attention"):
+            net.enable_xformers_memory_efficient_attention()
+        elif backend != "native":
+            raise ValueError(f"a {type(net).__name__} has native and, in diffusers, xformers")
+    except Exception as error:  # a missing package, an old one, a name that is none
+        raise ValueError(f"attention {backend!r} is not to be had: {error}") from error
+
+
+def _attention(denoiser: Denoiser, shape: tuple[int, ...], c: Condition) -> tuple[Tensor, Tensor]:
+    """Output on a sample in the middle of the schedule, and the gradient of its square to a weight of the attention."""
+    net = denoiser.net
+    layers: list[nn.Module] = [module for module in net.modules() if hasattr(module, "processor")] or [net]
+    weight = next(layers[0].parameters())
+    x = torch.linspace(-1, 1, torch.Size(shape).numel(), device=weight.device).reshape(1, *shape)
+    asked = weight.requires_grad
+    weight.requires_grad_(True)
+    out = denoiser(x, torch.full((1,), 0.5, dtype=torch.float64, device=x.device), c).out.float()
+    (gradient,) = torch.autograd.grad(out.square().sum(), weight, allow_unused=True)
+    weight.requires_grad_(asked)
+    return out.detach(), (torch.zeros_like(weight) if gradient is None else gradient).float()
+
+
+def adam8bit() -> Any:
+    """The class AdamW8bit of bitsandbytes, or a ValueError that says how to get it."""
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError as error:
+        raise ValueError(
+            f"optimizer adamw8bit needs bitsandbytes ({error}): pip install bitsandbytes, or take adamw"
+        ) from None
+    return AdamW8bit

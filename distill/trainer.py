@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from distill import memory
 from distill.draw import Draw
 from distill.ema import EMA
 from distill.roles import Batch, Nets
@@ -66,6 +67,9 @@ class TrainConfig:
     fake_learning_rate: float | None = None  # of the fake score and discriminator; None: the student's
     lr_scheduler: Literal["constant", "linear"] = "constant"  # linear: constant, then to 0 over the last half
     lr_warmup_steps: int = 0  # iterations of linear warm-up
+    gradient_checkpointing: bool = False  # recompute blocks in the backward pass: less memory, a third more time
+    attention: str | None = None  # backend of diffusers: native, flash, xformers, ...; None: as the networks come
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"  # moments of 8 bits by bitsandbytes: 2 bytes a weight, not 8
     adam_beta1: float = 0.0
     adam_beta2: float = 0.999
     adam_epsilon: float = 1e-8
@@ -145,9 +149,17 @@ def train(
     """
     from accelerate.utils import AutocastKwargs
 
+    supported(cfg, accelerator)
     micro = cfg.micro_batch(accelerator.num_processes)
     precision = AutocastKwargs(cache_enabled=False)  # a weight cast under no_grad keeps no graph (torch before 2.10)
     players = start(nets, accelerator)
+    first = accelerator.process_index * micro * cfg.gradient_accumulation_steps
+    samples = torch.arange(first, first + micro * cfg.gradient_accumulation_steps, device=accelerator.device)
+    if cfg.gradient_checkpointing:
+        memory.recompute(nets)
+    if cfg.attention is not None:
+        with accelerator.autocast(precision):
+            memory.attend(nets, cfg.attention, data(draw(cfg.seed, 0, "student", samples[:1])).get("c"))
     rates = {"student": cfg.learning_rate, "fake": cfg.fake_learning_rate or cfg.learning_rate}
     state = State(
         nets,
@@ -158,8 +170,6 @@ def train(
         from distill import checkpoint
 
         checkpoint.load(state, resume)
-    first = accelerator.process_index * micro * cfg.gradient_accumulation_steps
-    samples = torch.arange(first, first + micro * cfg.gradient_accumulation_steps, device=accelerator.device)
 
     if state.step >= cfg.max_train_steps:
         yield state
@@ -205,9 +215,9 @@ def train(
         yield state
 
 
-def start(nets: Nets, accelerator: Accelerator) -> dict[str, list[nn.Parameter]]:
-    """Move the networks to the device, equal on all processes; the parameters that each player owns."""
-    from accelerate.utils import DistributedType, broadcast
+def supported(cfg: TrainConfig, accelerator: Accelerator) -> None:
+    """Refuse what cannot train several players here. It takes no networks: call it before any is loaded."""
+    from accelerate.utils import DistributedType
 
     if accelerator.mixed_precision not in ("no", "bf16"):
         raise ValueError(
@@ -216,6 +226,16 @@ def start(nets: Nets, accelerator: Accelerator) -> dict[str, list[nn.Parameter]]
         )
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         raise ValueError("DeepSpeed wraps one model with one loss; students and fake scores share theirs: use DDP")
+    if cfg.optimizer == "adamw8bit":
+        if accelerator.distributed_type == DistributedType.FSDP:
+            raise ValueError("optimizer adamw8bit cannot be sharded: use adamw with FSDP, or adamw8bit with DDP")
+        memory.adam8bit()
+
+
+def start(nets: Nets, accelerator: Accelerator) -> dict[str, list[nn.Parameter]]:
+    """Move the networks to the device, equal on all processes; the parameters that each player owns."""
+    from accelerate.utils import broadcast
+
     nets.teacher.net.to(accelerator.device).requires_grad_(False).eval()
     players: dict[str, list[nn.Parameter]] = {}
     for role, net in nets.modules().items():
@@ -231,9 +251,12 @@ def start(nets: Nets, accelerator: Accelerator) -> dict[str, list[nn.Parameter]]
     return players
 
 
-def adam(params: list[nn.Parameter], lr: float, cfg: TrainConfig) -> torch.optim.AdamW:
+def adam(params: list[nn.Parameter], lr: float, cfg: TrainConfig) -> torch.optim.Optimizer:
     betas = (float(cfg.adam_beta1), float(cfg.adam_beta2))
-    return torch.optim.AdamW(params, lr, betas, cfg.adam_epsilon, cfg.adam_weight_decay, fused=True)
+    if cfg.optimizer == "adamw8bit":
+        return memory.adam8bit()(params, lr, betas, cfg.adam_epsilon, cfg.adam_weight_decay)
+    fused = params[0].device.type in ("cpu", "cuda", "mps", "xpu")
+    return torch.optim.AdamW(params, lr, betas, cfg.adam_epsilon, cfg.adam_weight_decay, fused=fused)
 
 
 def own(players: dict[str, list[nn.Parameter]], *player: str) -> None:

@@ -109,7 +109,7 @@ def pushed(nets):
 
     def before(optimizer, args, kwargs):
         first = optimizer.param_groups[0]["params"][0]
-        (role,) = (role for role, net in nets.modules().items() if first is next(net.parameters()))
+        (role,) = (role for role, net in nets.modules().items() if any(first is p for p in net.parameters()))
         found[role] = gradients(nets.modules()[role])
 
     handle = register_optimizer_step_pre_hook(before)
