@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -102,13 +103,14 @@ def install(net: nn.Module, weights: dict[str, Tensor] | dict[str, Adapter]) -> 
         return net
     from peft import LoraConfig, inject_adapter_in_model
 
-    r, alpha = len((one := next(iter(found.values()))).down), one.alpha
+    ranks, alphas = {n: len(a.down) for n, a in found.items()}, {n: a.alpha for n, a in found.items()}
+    r, alpha = max(ranks.values()), max(alphas.values())
     config = LoraConfig(
         r=r,
         lora_alpha=alpha,
         target_modules=list(found),
-        rank_pattern={n: len(a.down) for n, a in found.items() if len(a.down) != r},
-        alpha_pattern={n: a.alpha for n, a in found.items() if a.alpha != alpha},
+        rank_pattern={n: v for n, v in ranks.items() if v != r},
+        alpha_pattern={n: v for n, v in alphas.items() if v != alpha},
     )
     net = inject_adapter_in_model(config, shared(net.requires_grad_(False)))
     for name, adapter in found.items():
@@ -158,31 +160,25 @@ def _weights(tensors: dict[str, Tensor], net: nn.Module, path: Path) -> dict[str
 
 def _adapters(tensors: dict[str, Tensor], config: dict[str, Any], net: nn.Module, path: Path) -> dict[str, Adapter]:
     """A LoRA: kohya's keys (names of diffusers or of the original code), diffusers' older ones, PEFT's."""
-    weights = {
-        k.removesuffix(".weight"): v for k, v in net.state_dict().items() if k.endswith(".weight") and v.ndim > 1
-    }
-    names = original_names(net) if part(net) == "unet" else {}
-    modules = {name.replace(".", "_"): name for name in weights}
-    modules |= {original.replace(".", "_"): name for name, original in names.items() if name in weights}
+    prefix, state = part(net), net.state_dict()
+    shapes = {k.removesuffix(".weight"): v.shape for k, v in state.items() if k.endswith(".weight") and v.ndim > 1}
+    original = original_names(net) if prefix == "unet" else {}
+    modules = {other.replace(".", "_"): name for name in shapes for other in (name, original.get(name, name))}
     found: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         match = KEY.fullmatch(key)
         stem = match["module"].replace(".", "_").replace("processor_", "") if match else ""
         name = modules.get(stem) or modules.get(f"{stem}_0")  # diffusers' older keys say to_out for to_out.0
         if not match or not name:
-            raise ValueError(f"{path}: {key!r} is no LoRA of a module of the base's {part(net)}")
+            raise ValueError(f"{path}: {key!r} is no LoRA of a module of the base's {prefix}")
         found.setdefault(name, {})[ROLES[match["role"]]] = tensor
-    prefix, out = part(net), {}
-    alphas = config.get(f"{prefix}.alpha_pattern", {})
+    alphas, out = config.get(f"{prefix}.alpha_pattern", {}), {}
     for name, pair in found.items():
-        if not {"down", "up"} <= pair.keys() or pair["down"].numel() != len(pair["down"]) * weights[name][0].numel():
-            raise ValueError(
-                f"{path}: the LoRA of {name} has not the shapes of the base's weight {weights[name].shape}"
-            )
-        down, up = pair["down"], pair["up"]
-        alpha = pair.get("alpha", alphas.get(name, config.get(f"{prefix}.lora_alpha", len(down))))
-        kernel = weights[name].shape[1:]
-        out[name] = Adapter(
-            down.reshape(-1, *kernel), up.reshape(*up.shape[:2], *[1] * (len(kernel) - 1)), float(alpha)
-        )
+        (rows, *rest), r = shapes[name], len(pair.get("down", ()))
+        sizes = [pair[role].numel() for role in ("down", "up") if role in pair]
+        if sizes != [r * math.prod(rest), rows * r]:
+            raise ValueError(f"{path}: the LoRA of {name} does not fit the base's weight {tuple(shapes[name])}")
+        down, up = pair["down"].reshape(r, *rest), pair["up"].reshape(rows, r, *[1] * (len(rest) - 1))
+        alpha = pair.get("alpha", alphas.get(name, config.get(f"{prefix}.lora_alpha", r)))  # untold: the rank
+        out[name] = Adapter(down, up, float(alpha))
     return out

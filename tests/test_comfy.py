@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import unets
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from distill.denoiser import Denoiser
@@ -130,6 +131,10 @@ DESCRIBED_NARROW = {
 def test_lora_file_of_half_precision_keeps_alpha(role, tmp_path):
     base, net = role
     path = kohya.lora_file(net, tmp_path / "a.safetensors", {"modelspec.title": "Fox"})
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    sdxl = {"ss_base_model_version": "sdxl_base_v1-0"} if base.config.addition_embed_type else {}
+    assert metadata == {"format": "pt", "modelspec.title": "Fox", **sdxl}
     tensors = load_file(path)
     assert {t.dtype for k, t in tensors.items() if k.endswith("alpha")} == {torch.float32}
     assert {t.dtype for k, t in tensors.items() if not k.endswith("alpha")} == {torch.float16}

@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+import unets
 from safetensors import safe_open
 from unets import TARGETS, adapted, output, sd15, sdxl
 
@@ -96,6 +97,48 @@ def test_metadata(role, tmp_path):
     config = json.loads(found["lora_adapter_metadata"])
     assert config.keys() == {"unet.r", "unet.lora_alpha", "unet.target_modules"}  # what any PEFT knows
     assert (config["unet.r"], config["unet.lora_alpha"]) == (3, 5.0)
+
+
+def test_architectures():
+    """Ids of the ModelSpec and of kohya's sd-scripts."""
+    from diffusers import FluxTransformer2DModel, SanaTransformer2DModel
+
+    v1, v2, xl = unets.full(unets.SD15), unets.full(unets.SD21), unets.full(unets.SDXL)
+    with torch.device("meta"):
+        flux, sana = FluxTransformer2DModel(num_layers=1, num_single_layers=1), SanaTransformer2DModel(num_layers=1)
+    assert [files.architecture(net, kind) for net, kind in ((v1, "eps"), (v2, "eps"), (v2, "v"), (xl, "eps"))] == [
+        "stable-diffusion-v1",
+        "stable-diffusion-v2-512",
+        "stable-diffusion-v2-768-v",
+        "stable-diffusion-xl-v1-base",
+    ]
+    assert [files.architecture(net, "flow") for net in (flux, sana)] == ["flux-1", "SanaTransformer2DModel"]
+    assert files.file_name("fox", 4, files.part(flux)) == "fox_4step_transformer.safetensors"
+
+
+def test_lora_of_a_transformer(tmp_path):
+    """A flow family: the file loads into its pipeline with difference 0.0."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+
+    torch.manual_seed(0)
+    sizes = {"sample_size": 8, "num_layers": 2, "attention_head_dim": 4, "num_attention_heads": 2}
+    sizes |= {
+        "joint_attention_dim": 8,
+        "caption_projection_dim": 8,
+        "pooled_projection_dim": 8,
+        "pos_embed_max_size": 8,
+    }
+    base = SD3Transformer2DModel(**sizes, in_channels=4).requires_grad_(False).eval()
+    net = unets.adapted(base, ("to_q", "add_k_proj", "to_out.0", "ff.net.2", "norm1.linear", "proj_out", "proj"))
+    path = files.lora_file(net, tmp_path / "a.safetensors", {}, torch.float32)
+    pipe = StableDiffusion3Pipeline(
+        copy.deepcopy(base), FlowMatchEulerDiscreteScheduler(), None, None, None, None, None, None, None, None
+    )
+    pipe.load_lora_weights(str(path))
+    x, c, pooled = torch.randn(2, 4, 8, 8), torch.randn(2, 5, 8), torch.randn(2, 8)
+    run = lambda transformer: transformer(x, c, pooled, torch.tensor([3.0, 900.0])).sample
+    assert torch.equal(run(pipe.transformer), run(net))
+    assert (run(net) - run(base)).abs().max() > 0.1
 
 
 def test_mistakes(role, tmp_path, monkeypatch):

@@ -82,11 +82,10 @@ def test_our_own_files_come_back(nets, tmp_path):
     mixed = {n: files.Adapter(a.down[:2], a.up[:, :2], 7.0 if n == names[3] else 4.0) for n, a in ours.items()}
     mixed[names[5]] = ours[names[5]]
     uneven = published.install(base, mixed)
-    for net in (role, uneven):
-        for write in (files.lora_file, kohya.lora_file):
-            write(net, tmp_path / "x.safetensors", {}, torch.float32)
-            again = published.install(base, published.read(tmp_path / "x.safetensors", base))
-            assert torch.equal(unets.output(again), unets.output(net))
+    for net, write in ((role, files.lora_file), (uneven, files.lora_file), (uneven, kohya.lora_file)):
+        write(net, tmp_path / "x.safetensors", {}, torch.float32)
+        again = published.install(base, published.read(tmp_path / "x.safetensors", base))
+        assert torch.equal(unets.output(again), unets.output(net))
     assert (unets.output(uneven) - unets.output(role)).abs().max() > 1e-2
 
 
@@ -144,8 +143,9 @@ def test_mistakes(nets, tmp_path, capsys):
     lora = kohya_keys(files.adapters(role), lambda name: name)
     refused(lora | {"lora_te_text_model_encoder.alpha": torch.ones(())}, "lora_te_text.* is no LoRA of a module")
     refused(lora | {"lora_unet_conv_in.dora_scale": torch.ones(3)}, "dora_scale' is no LoRA")
-    refused({k: v for k, v in lora.items() if k != "lora_unet_conv_in.lora_up.weight"}, "LoRA of conv_in has not")
-    refused(lora | {"lora_unet_conv_in.lora_down.weight": torch.ones(3, 5, 3, 3)}, "LoRA of conv_in has not")
+    refused({k: v for k, v in lora.items() if k != "lora_unet_conv_in.lora_up.weight"}, "LoRA of conv_in does not fit")
+    refused(lora | {"lora_unet_conv_in.lora_down.weight": torch.ones(3, 5, 3, 3)}, "LoRA of conv_in does not fit")
+    refused(lora | {"lora_unet_conv_in.lora_up.weight": torch.ones(5, 3, 1, 1)}, "LoRA of conv_in does not fit")
     refused({"a": Evil()}, "more than plain tensors", "x.bin", torch.save)
     refused({"a": 1}, "dictionary of plain tensors", "x.bin", torch.save)
     refused({}, "give a .safetensors", "x.pkl", torch.save)
