@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from distill.denoiser import Condition, Denoiser
 
@@ -134,7 +134,7 @@ class Teacher:
     latent: Callable[[Tensor, Tensor], Tensor]
     shape: tuple[int, ...]
     parts: Parts
-    negative: Callable[[Sequence[Any]], Condition] = None  # type: ignore[assignment]
+    negative: Callable[[Sequence[Any]], Condition] = None
 
     def __post_init__(self) -> None:
         self.encode = torch.no_grad()(self.encode)

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from distill.denoiser import Condition, Denoiser
 from pipelines import Parts, Teacher, latents
@@ -33,7 +33,7 @@ class Call:
 
     guidance: float = 3.5
 
-    def __call__(self, net: nn.Module, x: Tensor, n: Tensor, c: Condition) -> Tensor:
+    def __call__(self, net: Any, x: Tensor, n: Tensor, c: Condition) -> Tensor:
         assert c is not None
         B, _, H, W = x.shape
         text, told = c["prompt_embeds"].to(x.dtype), None
@@ -70,7 +70,6 @@ def unpacked(shape: Sequence[int]) -> Tensor:
 
 
 def load(parts: Parts, resolution: int | None, frames: int | None) -> Teacher:
-    @torch.no_grad()
     def encode(prompts: Sequence[str]) -> Condition:
         text, pooled, _ = parts.text.encode_prompt(list(prompts), device=parts.device)
         return {"prompt_embeds": text, "pooled": pooled}

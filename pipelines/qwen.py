@@ -60,7 +60,6 @@ class Rescaled(Guided):
 
 
 def load(parts: Parts, resolution: int | None, frames: int | None) -> Teacher:
-    @torch.no_grad()
     def encode(prompts: Sequence[str]) -> Condition:
         text, mask = parts.text.encode_prompt(list(prompts), parts.device, max_sequence_length=LENGTH)
         mask = text.new_ones(text.shape[:2], dtype=torch.long) if mask is None else mask

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from distill.denoiser import Condition, Denoiser
 from distill.guidance import embedding
@@ -20,14 +19,13 @@ TARGETS = (  # modules of a LoRA: DMD2's list
 TAPS = ("mid_block",)  # modules whose output is a discriminator's feature
 
 
-def call(net: nn.Module, x: Tensor, n: Tensor, c: Condition) -> Tensor:
+def call(net: Any, x: Tensor, n: Tensor, c: Condition) -> Tensor:
     """c: "prompt_embeds" [B, L, D]; a network with a guidance embedding reads "guidance" w [B] (LCM: omega = w - 1)."""
     told = embedding(c["guidance"] - 1, net.config.time_cond_proj_dim).to(x) if "guidance" in c else None
     return net(x, n, c["prompt_embeds"].to(x.dtype), timestep_cond=told, return_dict=False)[0]
 
 
 def load(parts: Parts, resolution: int | None, frames: int | None) -> Teacher:
-    @torch.no_grad()
     def encode(prompts: Sequence[str]) -> Condition:
         text = parts.text
         return {"prompt_embeds": text.encode_prompt(list(prompts), parts.device, 1, False)[0]}

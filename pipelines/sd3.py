@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from distill.denoiser import Condition, Denoiser
@@ -34,7 +33,6 @@ class Call:
 
 
 def load(parts: Parts, resolution: int | None, frames: int | None) -> Teacher:
-    @torch.no_grad()
     def encode(prompts: Sequence[str]) -> Condition:
         text = parts.text
         if text.text_encoder_3 is None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from distill.denoiser import Condition, Denoiser
 from distill.guidance import embedding
@@ -18,7 +18,7 @@ TAPS = ("mid_block",)  # modules whose output is a discriminator's feature
 LENGTH = 77  # tokens of a prompt
 
 
-def call(net: nn.Module, x: Tensor, n: Tensor, c: Condition) -> Tensor:
+def call(net: Any, x: Tensor, n: Tensor, c: Condition) -> Tensor:
     """c: "prompt_embeds" [B, 77, D], "pooled" [B, P], "time_ids" [B, 6]: original size, crop, target size, in pixels.
 
     A network with a guidance embedding also reads "guidance" w [B], as in SD.
@@ -34,7 +34,6 @@ def load(parts: Parts, resolution: int | None, frames: int | None) -> Teacher:
     shape = latents.shape(parts, resolution)
     side = float(shape[-1] * latents.factor(parts))
 
-    @torch.no_grad()
     def encode(prompts: Sequence[str]) -> Condition:
         text, _, pooled, _ = parts.text.encode_prompt(list(prompts), None, parts.device, 1, False)
         sizes = torch.tensor([side, side, 0, 0, side, side]).expand(len(prompts), 6).to(text.device)
@@ -84,6 +83,4 @@ def tiny() -> Any:
         projection_class_embeddings_input_dim=32 + 6 * 8,
     )
     encoders = tiny.clip(), tiny.clip(projection=32), tiny.clip_tokenizer(), tiny.clip_tokenizer()
-    return StableDiffusionXLPipeline(
-        tiny.vae(scaling_factor=0.13025), *encoders, net, scheduler, add_watermarker=False
-    )
+    return StableDiffusionXLPipeline(tiny.vae(scaling_factor=0.13025), *encoders, net, scheduler, add_watermarker=False)
