@@ -112,6 +112,37 @@ def narrow_sdxl():
             raise SystemExit("they differ")
 
 
+TRANSFORMERS = {  # diffusers' class, its public sizes -> whether UNETLoader takes its keys
+    "SD3Transformer2DModel": ({"sample_size": 128, "num_layers": 24, "num_attention_heads": 24}, True),
+    "FluxTransformer2DModel": ({"guidance_embeds": True}, True),
+    "PixArtTransformer2DModel": ({"sample_size": 128, "cross_attention_dim": 1152, "caption_channels": 4096}, True),
+    "QwenImageTransformer2DModel": ({}, True),
+    "WanTransformer3DModel": ({}, False),
+    "SanaTransformer2DModel": ({}, False),
+}
+SD3 = {"caption_projection_dim": 1536, "pooled_projection_dim": 2048, "joint_attention_dim": 4096}
+
+
+def transformers(name):
+    """What UNETLoader makes of a diffusers file: the model that it detects gets all its tensors, in their shapes."""
+    import diffusers
+
+    sizes, taken = TRANSFORMERS[name]
+    with torch.device("meta"):
+        net = getattr(diffusers, name)(**sizes, **SD3 if name.startswith("SD3") else {})
+    state, detect = dict(net.state_dict()), comfy.model_detection.model_config_from_unet
+    config = detect(state, "")
+    if config is None and (state := comfy.model_detection.convert_diffusers_mmdit(state, "")) is not None:
+        config = detect(state, "")
+    same(f"{name}, taken by UNETLoader", config is not None, taken)
+    if config is not None:
+        config.set_inference_dtype(torch.float32, None)
+        model = config.get_model({}, "", device="meta").diffusion_model.state_dict()
+        unused = {"y_embedder.y_embedding"}  # PixArt's learned "no text", a tensor of training
+        shapes = {(k, v.shape) for k, v in model.items() if k not in unused}
+        same(f"{name}, shapes", {(k, v.shape) for k, v in state.items()}, shapes)
+
+
 class Wrap:
     """What ComfyUI's samplers call: x0 at x = x0 + sigma eps."""
 
@@ -163,5 +194,7 @@ if __name__ == "__main__":
         for name in test_comfy.CONFIGS:
             names_at_full_size(name)
         narrow_sdxl()
+        for name in TRANSFORMERS:
+            transformers(name)
         for title, case in test_comfy.CASES.items():
             samplers(title, case)
