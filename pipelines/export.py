@@ -80,6 +80,7 @@ def export(
     facts = {"student": True, "steps": steps, "times": list(student.times), "config": about.config}
     (partial / "distill.json").write_text(json.dumps(facts, indent=1))
     pipe = DiffusionPipeline.from_pretrained(partial, local_files_only=True).to(device)
+    pipe.safety_checker = None  # SD 1.x's: it blackens what it takes for harmful, which is not the student's doing
     gaps = {"pipeline": compare(pipe, teacher, expected, steps)}
     made, limits, lora = [], [NEGATIVE], ""
     if hasattr(family, "TARGETS"):
@@ -108,7 +109,7 @@ def export(
         task=getattr(family, "TASK", "text-to-image"),
         samples="samples.png",
         prompt=str(expected.prompts[0]),
-        limits=limits if hasattr(family, "TARGETS") else (),
+        limits=limits if hasattr(family, "TARGETS") else family.limits(whole),
         results=about.results,
     )
     (partial / "README.md").write_text(text)
@@ -150,10 +151,10 @@ def loaded(pipe: Any, teacher: Teacher, file: Path) -> Any:
     parts = teacher.parts
     net = parts.component(parts.network, torch.float32).to(pipe.device)
     pipe.register_modules(**{parts.network: net})
-    if "lora" in file.stem:
-        pipe.load_lora_weights(file.parent, weight_name=file.name)
-    else:
+    if file.stem.endswith(parts.network):
         net.load_state_dict(load_file(file))
+    else:
+        pipe.load_lora_weights(file.parent, weight_name=file.name)
     return pipe
 
 

@@ -54,6 +54,7 @@ def _table(teacher: Teacher, schedule: VP, student: StudentConfig) -> tuple[Any,
         "beta_start": config.beta_start,
         "beta_end": _beta(config, n),
         "beta_schedule": config.beta_schedule,
+        "steps_offset": 1,  # unused; SD's pipeline warns of another
         "prediction_type": {kind: name for name, kind in KINDS.items()}[teacher.denoiser.kind],
     }
     sigma = float(schedule.coefficients(torch.tensor([n / last]).double())[1])
