@@ -7,11 +7,14 @@ ComfyUI and stable-diffusion-webui add alpha / r up down to the module whose nam
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 
 from pipelines.files import adapters, write
+
+if TYPE_CHECKING:
+    from diffusers import UNet2DConditionModel
 
 RESNET = {  # diffusers -> original code (CompVis/latent-diffusion openaimodel.py: UNetModel)
     "norm1": "in_layers.0",
@@ -32,8 +35,8 @@ OUTER = {
 }
 
 
-def original_names(unet: nn.Module) -> dict[str, str]:
-    """Every module of a UNet2DConditionModel that has weights: diffusers' name -> the original code's."""
+def original_names(unet: UNet2DConditionModel) -> dict[str, str]:
+    """Every module that has weights: diffusers' name -> the original code's."""
     prefix = {"mid_block.resnets.0": "middle_block.0", "mid_block.attentions.0": "middle_block.1"}
     prefix["mid_block.resnets.1"] = "middle_block.2"
     n = 1
@@ -67,7 +70,9 @@ def original_names(unet: nn.Module) -> dict[str, str]:
     return names
 
 
-def lora_file(net: nn.Module, path: Path, metadata: dict[str, str], dtype: torch.dtype = torch.float16) -> Path:
+def lora_file(
+    net: UNet2DConditionModel, path: Path, metadata: dict[str, str], dtype: torch.dtype = torch.float16
+) -> Path:
     """The adapters of a UNet role in kohya's keys with the true alpha.
 
     Names are those of kohya's trainer: the original code's for SDXL, diffusers' for SD 1.5 and 2.1. The ss_ entries

@@ -114,7 +114,7 @@ def install(net: nn.Module, weights: dict[str, Tensor] | dict[str, Adapter]) -> 
     )
     net = inject_adapter_in_model(config, shared(net.requires_grad_(False)))
     for name, adapter in found.items():
-        layer = net.get_submodule(name)
+        layer: Any = net.get_submodule(name)
         layer.lora_A["default"].weight.data.copy_(adapter.down)
         layer.lora_B["default"].weight.data.copy_(adapter.up)
     return net
