@@ -30,7 +30,7 @@ def call(net: nn.Module, x: Tensor, n: Tensor, c: Condition) -> Tensor:
 
 
 def load(parts: Parts, resolution: int | None, frames: int | None) -> Teacher:
-    shape = latents.shape(parts, resolution)
+    shape = latents.shape(parts, resolution, parts.net.config.patch_size)
     side, length = float(shape[-1] * latents.factor(parts)), LENGTH[parts.index["_class_name"]]
 
     def encode(prompts: Sequence[str]) -> Condition:

@@ -39,7 +39,9 @@ def load(parts: Parts, resolution: int | None, frames: int | None) -> Teacher:
 
     decode, latent = latents.dc(parts)
     denoiser = Denoiser(parts.net, *latents.flow(parts.scheduler()), call=call)
-    return Teacher(denoiser, encode, decode, latent, latents.shape(parts, resolution), parts, negative)
+    return Teacher(
+        denoiser, encode, decode, latent, latents.shape(parts, resolution, parts.net.config.patch_size), parts, negative
+    )
 
 
 def sample(
