@@ -401,14 +401,14 @@ DIGITS = {
 }
 
 
-def digits(name, teacher=None):
+def digits(name, channels=(8, 16)):
     """(method, networks) from the same teacher and head every time."""
-    from pipelines import tiny
+    from pipelines import edm
 
     method, change = DIGITS[name]
     torch.manual_seed(0)
-    teacher = teacher or tiny()
-    student = replace(change.get("student", StudentConfig()), times=teacher.times(2, 2.5))
+    teacher = edm.teacher(edm.unet(channels), 0.5, null_class=10)
+    student = replace(change.get("student", StudentConfig()), steps=2, sigma=2.5)
     return method, build(method, teacher.denoiser, teacher.shape, teacher.encode([0]), **{**change, "student": student})
 
 
@@ -494,18 +494,15 @@ def test_a_crash_while_saving_leaves_the_old_checkpoint(saved, monkeypatch):
 
 def test_a_wrong_checkpoint_is_refused(saved):
     """Of another method, of another network, with a damaged file: each says what is wrong with which file."""
-    from pipelines import edm
 
-    def resume(name, teacher=None):
-        method, nets = digits(name, teacher)
+    def resume(name, **wide):
+        method, nets = digits(name, **wide)
         next(train(method, nets, Digits(), config(), Accelerator(cpu=True), resume=saved))
 
     with pytest.raises(ValueError, match="has no target.safetensors: it is not a checkpoint of this method"):
         resume("lcd")
-    unet = edm.unet((8, 24))
-    wide = edm.teacher(unet, 0.5, null_class=10, pipe=edm.pipeline(unet, 0.5, 80.0, 1))
     with pytest.raises(ValueError, match="student.safetensors holds other tensors than this run's student"):
-        resume("dmd2", wide)
+        resume("dmd2", channels=(8, 24))
     (saved / "optimizer_fake.safetensors").replace(saved / "optimizer_student.safetensors")
     with pytest.raises(ValueError, match="optimizer_student.safetensors is not of this run's parameters"):
         resume("dmd2")
