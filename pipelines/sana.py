@@ -39,9 +39,8 @@ def load(parts: Parts, resolution: int | None, frames: int | None) -> Teacher:
 
     decode, latent = latents.dc(parts)
     denoiser = Denoiser(parts.net, *latents.flow(parts.scheduler()), call=call)
-    return Teacher(
-        denoiser, encode, decode, latent, latents.shape(parts, resolution, parts.net.config.patch_size), parts, negative
-    )
+    shape = latents.shape(parts, resolution, parts.net.config.patch_size)
+    return Teacher(denoiser, encode, decode, latent, shape, parts, negative)
 
 
 def sample(
@@ -64,15 +63,16 @@ def tiny() -> Any:
 
     from pipelines import tiny
 
+    blocks = ("ResBlock", "ResBlock", "EfficientViTBlock")
     vae = AutoencoderDC(
         latent_channels=4,
         attention_head_dim=2,
-        encoder_block_types=("ResBlock", "ResBlock", "EfficientViTBlock"),
-        decoder_block_types=("ResBlock", "ResBlock", "EfficientViTBlock"),
-        encoder_block_out_channels=(8, 8, 8),
-        decoder_block_out_channels=(8, 8, 8),
-        encoder_layers_per_block=(1, 1, 1),
-        decoder_layers_per_block=(1, 1, 1),
+        encoder_block_types=blocks,
+        decoder_block_types=blocks,
+        encoder_block_out_channels=(8,) * 3,
+        decoder_block_out_channels=(8,) * 3,
+        encoder_layers_per_block=(1,) * 3,
+        decoder_layers_per_block=(1,) * 3,
         encoder_qkv_multiscales=((), (), (5,)),
         decoder_qkv_multiscales=((), (), (5,)),
         downsample_block_type="conv",
