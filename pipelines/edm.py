@@ -1,14 +1,15 @@
-"""Pixel-space, class-conditional EDM teachers and students: a UNet2DModel in diffusers' ConsistencyModelPipeline.
+"""Pixel-space EDM teachers and students, with or without labels, in diffusers' ConsistencyModelPipeline.
 
 The scheduler's config carries sigma_data and the range of sigma. With sigma_min = 0 its step is exactly EDM's
 preconditioning D = c_skip x + c_out F(c_in x, 250 ln sigma); the network is trained with that c_noise. Networks that
-were trained with another (pipelines/edm_convert.py) stay with theirs, and the student's first layer is solved anew.
+were trained with another (pipelines/edm_convert.py) stay with theirs: see `exported`.
 """
 
 from __future__ import annotations
 
 import copy
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -35,7 +36,7 @@ EXAMPLES = tuple(range(8))  # labels that an export is verified on
 
 @dataclass(frozen=True)
 class Call:
-    """How a UNet2DModel is called: c_in x, c_noise ln sigma, class labels."""
+    """How a UNet2DModel, or a SongUNet (pipelines/edm_nets.py), is called: c_in x, c_noise ln sigma, class labels."""
 
     sigma_d: float
     c_noise: float = C_NOISE
@@ -85,24 +86,23 @@ def load(parts: Parts, resolution: int | None, frames: int | None) -> Teacher:
 
 @torch.no_grad()
 def exported(net: UNet2DModel, student: Student) -> UNet2DModel:
-    """The student's network as ConsistencyModelPipeline calls it: told 250 ln sigma.
+    """The student's network, such that ConsistencyModelPipeline may call it, which tells it 250 ln sigma.
 
-    Of a network that is told something else only its few levels count: its first layer W e + b becomes the one of
-    least norm, about the mean of the levels, that gives on the pipeline's embeddings of them what it gave on its own.
+    Of a network that is told something else, the first layer W e + b changes by the least that maps the pipeline's
+    embeddings e of the student's levels as their own, and maps its own embedding of every sigma as before.
     """
-    denoiser = student.denoiser
-    if denoiser.call.c_noise == C_NOISE:
+    call, schedule = student.denoiser.call, student.denoiser.schedule
+    assert isinstance(call, Call) and isinstance(schedule, EDM)
+    if call.c_noise == C_NOISE:
         return net
     net = copy.deepcopy(net)
-    log = denoiser.schedule.ratio(torch.tensor(student.times, dtype=torch.float64)).log()
-    layer = net.time_embedding.linear_1
-    own, told = (
-        net.time_proj((scale * log).to(layer.weight.device)).double() for scale in (denoiser.call.c_noise, C_NOISE)
-    )
-    wanted = own @ layer.weight.T.double() + layer.bias
-    weight = (torch.linalg.pinv(told - told.mean(0)) @ (wanted - wanted.mean(0))).T
-    layer.bias.copy_(wanted.mean(0) - weight @ told.mean(0))
-    layer.weight.copy_(weight)
+    weight = net.time_embedding.linear_1.weight
+    embed = lambda scale, log: net.time_proj((scale * log).to(weight.device)).double()
+    few = schedule.ratio(torch.tensor(student.times, dtype=torch.float64)).log()
+    every = torch.linspace(math.log(schedule.sigma_min), math.log(schedule.sigma_max), 64, dtype=torch.float64)
+    own, told, kept = embed(call.c_noise, few), embed(C_NOISE, few), embed(call.c_noise, every)
+    change = torch.cat([own - told, torch.zeros_like(kept)]) @ weight.T.double()
+    weight += (torch.linalg.pinv(torch.cat([told, kept]), rtol=1e-6) @ change).T
     return net
 
 
@@ -120,6 +120,17 @@ def sample(
 def snippet(steps: int, label: int) -> str:
     """The call that a model card shows; it leaves `image`."""
     return f"image = pipe(class_labels=[{label}], num_inference_steps={steps}).images[0]"
+
+
+def limits(net: nn.Module) -> tuple[str, ...]:
+    """What a model card says does not work."""
+    home = type(net).__module__
+    if home.startswith("diffusers."):
+        return ()
+    return (
+        f"Without distill-one-step installed: no network of diffusers is DDPM++, so model_index.json names {home}."
+        f"{type(net).__name__} of that package. No code is loaded from this folder.",
+    )
 
 
 def scheduler(sigma_d: float, sigma: float, steps: int) -> Any:

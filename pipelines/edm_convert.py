@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 C_NOISE = 0.25  # ADM is told ln(sigma) / 4; our SongUNet is told 250 ln(sigma) and divides
 SIGMA_MAX = 80.0
@@ -55,10 +55,11 @@ RESNET = {
 }
 
 
-class Inert(dict):  # type: ignore[type-arg]
+class Inert(dict[Any, Any]):
     """Stands for an object of the file: keeps what it was made from and its state."""
 
     path = ""
+    args: tuple[Any, ...] = ()
     state: Any = None
 
     def __new__(cls, *args: Any, **_: Any) -> Inert:
@@ -94,16 +95,15 @@ class Reader(pickle.Unpickler):
 
 
 def read(file: Path) -> tuple[dict[str, Any], str, dict[str, Tensor]]:
-    """(values of the preconditioning, class of the network, its tensors by name); a ValueError for any other file."""
+    """(values of the objects, class of the network, its tensors by name); a ValueError for any other file."""
     try:
         with file.open("rb") as f:
             ema = Reader(f).load()["ema"]
         outer, kind = _object(ema), ema.args[0]["class_name"]
         model = outer["_modules"]["model"]
         inner = model.args[0]["class_name"]
-        values = {name: outer.get(name) for name in ("sigma_data", "img_resolution", "img_channels", "label_dim")}
-        values["label_dropout"] = _object(model).get("label_dropout", 0)
-        values["dropout"] = _first_block(model).get("dropout", 0)
+        values = {name: outer[name] for name in ("sigma_data", "img_resolution", "img_channels")}
+        values["label_dropout"], values["dropout"] = _object(model)["label_dropout"], _first_block(model)["dropout"]
         tensors = dict(_tensors(model))
     except Exception as error:  # whatever a foreign file makes the unpickler say
         raise ValueError(f"{file} is not a checkpoint of EDM: {type(error).__name__}: {error}") from None
@@ -126,14 +126,14 @@ def _first_block(model: Any) -> dict[str, Any]:
 def _tensors(thing: Any, prefix: str = "") -> Any:
     parts = _object(thing)
     for name, tensor in {**parts["_parameters"], **parts["_buffers"]}.items():
-        if tensor is not None:
+        if isinstance(tensor, Tensor):
             yield prefix + name, tensor
     for name, module in parts["_modules"].items():
         if module is not None:
             yield from _tensors(module, f"{prefix}{name}.")
 
 
-def network(values: dict[str, Any], kind: str, tensors: dict[str, Tensor]) -> nn.Module:
+def network(values: dict[str, Any], kind: str, tensors: dict[str, Tensor]) -> Any:
     """The network in diffusers' names; a ValueError for a variant that it is not (NCSN++)."""
     size = values["img_resolution"]
     sizes = [s for s in (size >> i for i in range(16)) if f"enc.{s}x{s}_block0.conv0.weight" in tensors]
@@ -142,10 +142,8 @@ def network(values: dict[str, Any], kind: str, tensors: dict[str, Tensor]) -> nn
     stem = len(tensors[f"enc.{size}x{size}_conv.weight"])
     attention = tuple(s for s in sizes if f"enc.{s}x{s}_block0.qkv.weight" in tensors)
     labels = _labels(tensors, kind, values["label_dropout"])
-    classes = None if labels is None else len(labels)
     common = {"sample_size": size, "in_channels": values["img_channels"], "dropout": float(values["dropout"])}
-    common["num_class_embeds"] = classes
-
+    common["num_class_embeds"] = None if labels is None else len(labels)
     if kind == "SongUNet":
         from pipelines.edm_nets import SongUNet
 
@@ -158,15 +156,11 @@ def network(values: dict[str, Any], kind: str, tensors: dict[str, Tensor]) -> nn
         renamed.pop("augment_embedding.weight", None)  # without augmentation it adds nothing
     if labels is not None:
         renamed["class_embedding.weight"] = labels
-    missing, unexpected = net.load_state_dict(renamed, strict=False)
-    if missing or unexpected:
-        raise ValueError(
-            f"this {kind} is a variant that is not read: lacks {missing[:4]}, has {unexpected[:4]} besides"
-        )
+    net.load_state_dict(renamed)
     return net.eval()
 
 
-def _adm(common: dict[str, Any], stem: int, widths: tuple[int, ...], layers: int, attention: list[bool]) -> nn.Module:
+def _adm(common: dict[str, Any], stem: int, widths: tuple[int, ...], layers: int, attention: list[bool]) -> Any:
     from diffusers import UNet2DModel
 
     if stem != widths[0] or min(widths) < 128:
@@ -205,7 +199,7 @@ def _song(part: str) -> tuple[str, str]:
 
 def _place(part: str, sizes: list[int]) -> tuple[str, str]:
     """ "dec.16x16_block0" -> its residual block and its attention in a UNet2DModel."""
-    side, size, what, i = re.fullmatch(r"(enc|dec)\.(\d+)x\d+_(in|block|up|down)(\d*)", part).groups()  # type: ignore
+    side, size, what, i = re.fullmatch(r"(enc|dec)\.(\d+)x\d+_(in|block|up|down)(\d*)", part).groups()
     level = sizes.index(int(size))
     if what == "in":
         return f"mid_block.resnets.{i}", "mid_block.attentions.0"
@@ -245,7 +239,7 @@ def _renamed(
     return out
 
 
-def convert(file: Path, folder: Path) -> nn.Module:
+def convert(file: Path, folder: Path) -> Any:
     """Write the pipeline folder; the network in it. A ValueError says what cannot be read, or that `folder` exists."""
     from pipelines import edm
 
@@ -254,7 +248,10 @@ def convert(file: Path, folder: Path) -> nn.Module:
     if folder.exists():
         raise ValueError(f"{folder} exists already: choose another folder")
     values, kind, tensors = read(file)
-    net = network(values, kind, tensors)
+    try:
+        net = network(values, kind, tensors)
+    except (KeyError, RuntimeError) as error:  # a layer that is not there, or of another shape
+        raise ValueError(f"the {kind} of {file} is a variant that is not read: {error}") from None
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     edm.pipeline(net, values["sigma_data"], SIGMA_MAX, 1).save_pretrained(partial, safe_serialization=True)

@@ -157,7 +157,7 @@ class SongUNet(ModelMixin, ConfigMixin):
         x = self.conv_out(F.silu(self.conv_norm_out(x)))
         return UNet2DOutput(sample=x) if return_dict else (x,)
 
-    def _run(self, block: Block, x: Tensor, embedding: Tensor) -> Tensor:
+    def _run(self, block: nn.Module, x: Tensor, embedding: Tensor) -> Tensor:
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return self._gradient_checkpointing_func(block, x, embedding)
         return block(x, embedding)

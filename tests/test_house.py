@@ -98,7 +98,9 @@ def test_no_pickle():
     published, edm = Path("pipelines", "published.py"), Path("pipelines", "edm_convert.py")
     pickles = ("pickle", "cloudpickle", "dill", "joblib")
     assert {f for f in LIBRARY for n in imported(f) if inside(n, pickles)} <= {edm}
-    assert not [c for c in calls() if c[0] == edm and ast.unparse(c[2].func).startswith("pickle.")], "not through its Reader"
+    assert not [c for c in calls() if c[0] == edm and ast.unparse(c[2].func).startswith("pickle.")], (
+        "not through its Reader"
+    )
     unsafe = [(f, line, ast.unparse(n)) for f, line, n in calls() if isinstance(n.func, ast.Attribute | ast.Name)]
     unsafe = [c for c in unsafe if c[2].startswith(("torch.load(", "torch.save(")) or "allow_pickle=True" in c[2]]
     assert not [c for c in unsafe if c[0] not in (published, edm) or not c[2].endswith("weights_only=True)")]
