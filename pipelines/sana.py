@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from distill.denoiser import Condition, Denoiser
 from pipelines import Parts, Teacher, latents
@@ -16,7 +16,7 @@ TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "conv_inverted", "conv_point")  #
 TAPS = ("transformer_blocks.9",)  # modules whose output is a discriminator's feature: the middle of 20
 
 
-def call(net: nn.Module, x: Tensor, n: Tensor, c: Condition) -> Tensor:
+def call(net: Any, x: Tensor, n: Tensor, c: Condition) -> Tensor:
     """c: "prompt_embeds" [B, 300, D] and their "mask" [B, 300]."""
     assert c is not None
     told = n * net.config.timestep_scale
