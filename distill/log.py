@@ -60,7 +60,7 @@ class Log:
         self.accelerator.log(values, step=state.step)
 
     def images(self, x: Tensor, step: int, columns: int = 10) -> None:
-        """A grid of images [B, C, H, W] in [-1, 1] as samples/step-N.png and to every tracker."""
+        """A grid of images [B, C, H, W] or videos in [-1, 1] as samples/step-N.png and to every tracker."""
         if not self.accelerator.is_main_process:
             return
         picture = grid(x, columns)
@@ -81,8 +81,14 @@ class Log:
 
 
 def grid(x: Tensor, columns: int = 10, side: int = 32) -> Image:
-    """Images [B, C, H, W] in [-1, 1], C = 1 or 3, as one picture; small ones are enlarged to about `side` pixels."""
+    """Images [B, C, H, W] in [-1, 1], C = 1 or 3, as one picture; small ones are enlarged to about `side` pixels.
+
+    Of videos [B, C, T, H, W] the first, the middle and the last picture, side by side.
+    """
     from PIL import Image
+
+    if x.ndim == 5:
+        x = torch.cat(x[:, :, [0, x.shape[2] // 2, -1]].unbind(2), dim=-1)
 
     pixels = ((x.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
     scale = max(1, side // pixels.shape[1])

@@ -82,10 +82,10 @@ def export(
     pipe = DiffusionPipeline.from_pretrained(partial, local_files_only=True).to(device)
     pipe.safety_checker = None  # SD 1.x's: it blackens what it takes for harmful, which is not the student's doing
     gaps = {"pipeline": compare(pipe, teacher, expected, steps)}
-    made, limits, lora = [], [NEGATIVE], ""
+    limits, lora = [NEGATIVE], ""
     if hasattr(family, "TARGETS"):
-        made, refused = singles(student, teacher, net, partial, about)
-        limits += [f"ComfyUI: {refused}"] if refused else []
+        made, refused = singles(student, teacher, net, partial, about, hasattr(pipe, "load_lora_weights"))
+        limits += refused
         for file in made:
             gaps[file.name] = compare(loaded(pipe, teacher, file), teacher, expected, steps)
             lora = file.name if file.name.endswith("lora.safetensors") else lora
@@ -93,7 +93,7 @@ def export(
     if wrong := {name: gap for name, gap in gaps.items() if not gap <= limit(name)}:
         told_all = ", ".join(f"{name} by {gap:.2g} (limit {limit(name)})" for name, gap in wrong.items())
         raise ExportError(f"the exported pipeline differs from the student: {told_all}; see {partial}")
-    grid(frames(expected.images) * 2 - 1, columns=len(expected.prompts), side=256).save(partial / "samples.png")
+    grid(expected.images * 2 - 1, columns=len(expected.prompts), side=256).save(partial / "samples.png")
     call = family.snippet(steps, expected.prompts[0])
     model = about.model or folder
     text = card(
@@ -119,29 +119,32 @@ def export(
 
 
 def singles(
-    student: Student, teacher: Teacher, net: nn.Module, folder: Path, about: About
-) -> tuple[list[Path], str | None]:
-    """(files that load into plain diffusers, why ComfyUI cannot run the student if it cannot)."""
+    student: Student, teacher: Teacher, net: nn.Module, folder: Path, about: About, loads_lora: bool
+) -> tuple[list[Path], list[str]]:
+    """(files that load into plain diffusers, what cannot be expressed in ComfyUI or in a file)."""
     steps, kind = len(student.times), student.denoiser.kind
     size = tuple(side * factor(teacher.parts) for side in teacher.shape[:-3:-1])
     spec = lambda lora: files.modelspec(net, kind, about.name, size, lora, license=about.license.id)
     name = lambda what: files.file_name(about.name, steps, what)
-    part, adapted, refused = files.part(net), hasattr(net, "peft_config"), None
+    part, adapted, limits = files.part(net), hasattr(net, "peft_config"), []
     made = [files.unet_file(net, folder / name(part), spec(False))]
-    if adapted:
+    if adapted and loads_lora:
         made.append(files.lora_file(net, folder / name("lora"), spec(True)))
+    elif adapted:
+        limits.append("There is no LoRA file: diffusers' pipeline of this family loads none. The network holds it.")
     if part == "unet":
         given = {"lora": name("lora_comfy")} if adapted else {"unet": name("unet")}
         try:
             flow = comfy.workflow(student, "BASE.safetensors", size=size, **given)
-        except ValueError as error:
-            refused = str(error)
-        else:
             (folder / f"{about.name}_{steps}step_comfyui.json").write_text(json.dumps(flow, indent=1))
+        except ValueError as error:
+            limits.append(f"There is no workflow for ComfyUI: {error}.")
         if adapted:
-            kohya.lora_file(net, folder / name("lora_comfy"), spec(True))
-            made.append(folder / name("lora_comfy"))
-    return made, refused
+            made.append(kohya.lora_file(net, folder / name("lora_comfy"), spec(True)))
+    elif adapted and loads_lora:
+        (config,) = net.peft_config.values()
+        limits.append(f"ComfyUI reads no alpha here: give the LoRA a strength of {config.lora_alpha / config.r:g}.")
+    return made, limits
 
 
 def loaded(pipe: Any, teacher: Teacher, file: Path) -> Any:
@@ -156,14 +159,6 @@ def loaded(pipe: Any, teacher: Teacher, file: Path) -> Any:
     else:
         pipe.load_lora_weights(file.parent, weight_name=file.name)
     return pipe
-
-
-def frames(images: Tensor) -> Tensor:
-    """Pictures as they are; of every video [B, C, T, H, W] its first, middle and last picture, side by side."""
-    if images.ndim == 4:
-        return images
-    picked = images[:, :, [0, images.shape[2] // 2, -1]]
-    return torch.cat(picked.unbind(2), dim=-1)
 
 
 def write(teacher: Teacher, net: nn.Module, scheduler: Any, folder: Path) -> None:
