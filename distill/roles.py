@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -23,7 +24,10 @@ Batch = dict[str, Any]
 
 @dataclass(eq=False)
 class Nets:
-    """The roles. A role that a method does not use is None. shape: of one sample, (C, H, W) say."""
+    """The roles. A role that a method does not use is None. shape: of one sample, (C, H, W) say.
+
+    perceptual: how far decoded samples [B, *shape] look from others, [B], with gradient; for methods that need it.
+    """
 
     teacher: Denoiser
     student: Student
@@ -31,6 +35,7 @@ class Nets:
     fake: Denoiser | None = None
     disc: nn.Module | None = None
     target: Denoiser | None = None
+    perceptual: Callable[[Tensor, Tensor], Tensor] | None = None
 
     def modules(self) -> dict[str, nn.Module]:
         """Every trained or averaged network by role; the teacher is frozen and not among them."""

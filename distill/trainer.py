@@ -48,7 +48,7 @@ class Method(Protocol):
     """
 
     roles: tuple[str, ...]  # of Nets, beside teacher and student
-    needs: tuple[str, ...]  # of the batch: "real" images with "real_c", "null" for guidance
+    needs: tuple[str, ...]  # "real" with "real_c"; "null" for guidance; "pairs": "z", "y"; "perceptual": of Nets
 
     def updates(self) -> list[Update]: ...
 

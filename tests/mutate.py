@@ -31,6 +31,7 @@ DISCRETE, CONTINUOUS = f"{CLOSED}::TestDiscreteConsistency", f"{CLOSED}::TestCon
 BY_HAND, GAN, FAKE = (f"{CONTRACTS}::{name}" for name in ("TestByHand", "TestGan", "TestFakeTurn"))
 SCHEDULE, DENOISER, STUDENT = "tests/test_schedule.py", "tests/test_denoiser.py", "tests/test_student.py"
 LOSSES, DRAW, EMA = "tests/test_losses.py", "tests/test_draw.py", "tests/test_ema.py"
+OPTIMUM, PAIRS = "tests/test_regression.py", "tests/test_pairs.py"
 TRAINER, RECIPES, ROLES = "tests/test_trainer.py", "tests/test_recipes.py", "tests/test_roles.py"
 
 
@@ -56,6 +57,7 @@ def m(name, file, old, new, *tests, more=()):
 
 SID, DMD2, VSD = "distill/methods/sid", "distill/methods/dmd2", "distill/methods/vsd"
 LCD, SCM = "distill/methods/lcd", "distill/methods/scm"
+ODE, LOOKS = "distill/methods/regression", "pipelines/perceptual"
 NO_GRAD, GRAD = "with torch.no_grad():\n            x_t = path", "with torch.enable_grad():\n            x_t = path"
 KEEP_G = ("distill/losses.py", "    g = g.detach()\n", "")
 # fmt: off
@@ -185,6 +187,16 @@ MUTATIONS = {
         m("Grid without its last", "distill/times", "(self.high - self.low + 1)", "(self.high - self.low)", DRAW),
         m("LogNormal in base 10", "distill/times", "draw.normal(name, (B,)).double()).exp())",
           "draw.normal(name, (B,)).double()).mul(2.302585).exp())", DRAW),
+    ),
+    "regression": (
+        m("onto the noise", ODE, 'batch["y"].to(x)', 'batch["z"].to(x)', OPTIMUM),
+        m("samples without gradient", ODE, "delta = x - y", "delta = x.detach() - y", OPTIMUM),
+        m("mean for sum", ODE, "self.huber_c), self.reduction)", 'self.huber_c), "mean")', OPTIMUM),
+        m("fresh noise", ODE, 'nets.student.generate(batch["z"], batch.get("c"), draw)', "nets.generate(batch, draw)",
+          f"{OPTIMUM}::test_it_learns_the_teachers_trajectories"),
+        m("latents for images", LOOKS, "found = decode(x.float())", "found = x.float()", OPTIMUM),
+        m("LPIPS without gradient", LOOKS, "net(images(x), target)", "net(images(x.detach()), target)", OPTIMUM),
+        m("LPIPS in half precision", LOOKS, "enabled=False", "enabled=True", OPTIMUM),
     ),
     "guidance": (
         m("w + 1", "distill/guidance", "empty + w * (cond - empty)", "cond + w * (cond - empty)", DENOISER),
