@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -72,6 +73,59 @@ def averaged(net: nn.Module, folder: Path) -> None:
 
 def _shape(tensors: dict[str, Tensor], key: str) -> Any:
     return tensors[key].shape if key in tensors else None
+
+
+def files(path: str | Path, role: str) -> list[Path]:
+    """The .safetensors files with weights of `role`, "student" or "fake", at `path`; a ValueError says what it may be.
+
+    A checkpoint-N folder of a run (the student's is its average, ema.safetensors), the folder of a diffusers network
+    (in shards too) or of a pipeline, or a .safetensors file.
+    """
+    path, name = Path(path), {"student": "ema", "fake": "fake"}[role]
+    found = [path] if path.suffix == ".safetensors" else []
+    if (path / "state.json").is_file():
+        found = [path / f"{name}.safetensors"]
+    for folder in (path, path / "unet", path / "transformer"):
+        whole = folder / "diffusion_pytorch_model.safetensors"
+        shards = folder / "diffusion_pytorch_model.safetensors.index.json"
+        if whole.is_file():
+            found = [whole]
+        elif shards.is_file():
+            found = [folder / shard for shard in sorted({*json.loads(shards.read_text())["weight_map"].values()})]
+    missing = [file for file in found if not file.is_file()]
+    if missing or not found:
+        lack = f"has no {missing[0].name}" if missing else "holds no weights"
+        raise ValueError(
+            f"{role}.init is {str(path)!r}, which {lack}; it may be a checkpoint-N folder of a run (with {name}."
+            "safetensors), a folder with diffusion_pytorch_model.safetensors, or a .safetensors file"
+        )
+    return found
+
+
+@torch.no_grad()
+def fill(net: nn.Module, path: str | Path, role: str, backbone: nn.Module) -> None:
+    """Start `net` from the weights at `path` (see `files`): all that it trains, and what else it does not share.
+
+    backbone: the network whose tensors `net` may share; they are never written, and a file for an adapter holds none.
+    A ValueError names the first tensor that is missing, unknown or of another shape; then nothing was written.
+    """
+    shared = {id(t) for t in (*backbone.parameters(), *backbone.buffers())}
+    buffers, own = dict(net.named_buffers()), {n: t for n, t in _named(net).items() if id(t) not in shared}
+    stored = [safe_open(file, "pt") for file in files(path, role)]
+    shapes = {key: tuple(file.get_slice(key).get_shape()) for file in stored for key in file.keys()}  # noqa: SIM118
+    trained = [name for name, p in net.named_parameters() if p.requires_grad]
+    wrong = [f"it has no {name}" for name in trained if name not in shapes]
+    wrong += [f"it has {name}, which this {role} does not" for name in shapes if name not in {**own, **buffers}]
+    wrong += [
+        f"its {name} is {shapes[name]}, this {role}'s {tuple(t.shape)}"
+        for name, t in own.items()
+        if shapes.get(name, tuple(t.shape)) != tuple(t.shape)
+    ]
+    if wrong:
+        raise ValueError(f"{role}.init {str(path)!r} does not fit: {wrong[0]} ({len(wrong)} such); see {role}.lora too")
+    for file in stored:
+        for name in own.keys() & file.keys():
+            own[name].copy_(file.get_tensor(name))
 
 
 def step(folder: Path) -> int:

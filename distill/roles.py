@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from distill import checkpoint
 from distill.denoiser import Condition, Denoiser
 from distill.disc import head
 from distill.draw import Draw
@@ -65,6 +66,7 @@ class StudentConfig:
     times: tuple[float, ...] | None = None  # all times in (0, 1], instead of `steps` falling uniformly
     lora: LoRA = field(default_factory=LoRA)  # adapters on the teacher's weights instead of a full copy
     freeze: tuple[str, ...] = ()  # modules that keep the teacher's weights: "time_embedding", say
+    init: str | None = None  # weights to start from: a checkpoint-N (its average), a network's folder or a .safetensors
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -98,6 +100,7 @@ class FakeConfig:
     """The fake score."""
 
     lora: LoRA = field(default_factory=LoRA)  # adapters on the teacher's weights instead of a full copy
+    init: str | None = None  # weights to start from: a checkpoint-N of a run, a network's folder or a .safetensors
 
 
 def build(
@@ -108,7 +111,7 @@ def build(
     student: StudentConfig | None = None,
     fake: FakeConfig | None = None,
 ) -> Nets:
-    """All roles of `method`, each starting as a copy of the teacher or as an adapter on it.
+    """All roles of `method`, each starting as a copy of the teacher, as an adapter on it, or from weights on disk.
 
     shape: of one sample; c: an example condition of batch 1, to find the size of the discriminator's features.
     """
@@ -130,8 +133,12 @@ def build(
     )
     for name in student.freeze:
         nets.student.denoiser.net.get_submodule(name).requires_grad_(False)
+    if student.init is not None:
+        checkpoint.fill(nets.student.denoiser.net, student.init, "student", teacher.net)
     if "fake" in method.roles:
         nets.fake = replace(teacher, net=fake.lora(teacher.net))
+        if fake.init is not None:
+            checkpoint.fill(nets.fake.net, fake.init, "fake", teacher.net)
     if "target" in method.roles:
         nets.target = replace(teacher, net=twin(nets.student.denoiser.net).requires_grad_(False))
     if "disc" in method.roles:

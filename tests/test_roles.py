@@ -1,18 +1,23 @@
 """How the roles start: copies of the teacher, times named by their noise; what a method needs is said before work."""
 
+import copy
 from dataclasses import replace
 
 import pytest
 import torch
+from accelerate import Accelerator
 from gaussian import SCHEDULES
 from tiny import tiny
 from torch import nn
 
+from distill import checkpoint
 from distill.denoiser import Denoiser
 from distill.draw import Draw
+from distill.lora import LoRA
 from distill.methods import DMD2, LCD, SCM, VSD, SiD
-from distill.roles import StudentConfig, build
+from distill.roles import FakeConfig, StudentConfig, build
 from distill.schedule import EDM, VP, Flow
+from distill.trainer import TrainConfig, train
 
 METHODS = {
     "sid": (SiD(), {"student", "fake"}),
@@ -104,6 +109,84 @@ def test_the_head_fits_the_tapped_features():
     nets = build(DMD2(taps=("down",)), Denoiser(Net(), Flow(), "flow"), (1, 16, 16))
     feature = nets.fake.features(torch.zeros(2, 1, 16, 16), torch.full((2,), 0.5), None, ("down",))[0]
     assert nets.disc(feature).shape == (2, 1, 1, 1)
+
+
+# ---- starting from an earlier run ----
+
+ADAPTERS = LoRA(2, 4.0, ("mid", "last"))
+
+
+def stage(lora=ADAPTERS, **change):
+    both = {"student": StudentConfig(lora=lora, **change), "fake": FakeConfig(lora)}
+    return build(DMD2(taps=("mid",), every=1), tiny(Flow(), "flow", dtype=torch.float32), (2,), **both)
+
+
+def trained(lora, folder, **change):
+    """A run of two steps, and its checkpoint."""
+    cfg = TrainConfig(max_train_steps=2, train_batch_size=4, learning_rate=1e-2)
+    data = lambda draw: {"real": draw.normal("real", (4, 2))}
+    method = DMD2(taps=("mid",), every=1)
+    *_, state = train(method, stage(lora, **change), data, cfg, Accelerator(cpu=True))
+    return state, checkpoint.save(state, folder)
+
+
+def same(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("lora", (LoRA(), ADAPTERS), ids=("full", "lora"))
+@pytest.mark.parametrize("freeze", ((), ("first",)), ids=("free", "frozen"))
+def test_a_second_stage_starts_where_the_first_ended(lora, freeze, tmp_path):
+    """The student at its average, or at its last weights by the file's name, and the fake; the teacher is untouched."""
+    state, folder = trained(lora, tmp_path, freeze=freeze)
+    where = {
+        "student": StudentConfig(lora=lora, init=f"{folder}", freeze=freeze),
+        "fake": FakeConfig(lora, f"{folder}"),
+    }
+    teacher = tiny(Flow(), "flow", dtype=torch.float32)
+    before = copy.deepcopy(teacher.net)
+    nets = build(DMD2(taps=("mid",)), teacher, (2,), **where)
+    assert same(nets.student.denoiser.net, state.ema.net) and same(nets.fake.net, state.nets.fake.net)
+    assert same(teacher.net, before) and not same(state.ema.net, state.nets.student.denoiser.net)
+    raw = stage(lora, init=f"{folder / 'student.safetensors'}", freeze=freeze)
+    assert same(raw.student.denoiser.net, state.nets.student.denoiser.net)
+    target = build(LCD(), teacher, (2,), student=where["student"]).target
+    assert same(target.net, state.ema.net)
+
+
+@pytest.mark.parametrize("shard", ("10GB", "2KB"), ids=("one file", "shards"))
+@pytest.mark.parametrize("of", ("unet", "."), ids=("network", "pipeline"))
+def test_a_student_starts_from_a_folder_of_diffusers(shard, of, tmp_path):
+    from diffusers import UNet2DModel
+
+    blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "block_out_channels": (8,)}
+    unet = lambda: UNet2DModel(8, 2, 2, **blocks, layers_per_block=1, norm_num_groups=4, add_attention=False)
+    teacher, stored = Denoiser(unet(), Flow(), "flow", lambda net, x, t, c: net(x, t).sample), unet()
+    stored.half().save_pretrained(tmp_path / "unet", max_shard_size=shard)
+    assert (len([*(tmp_path / "unet").glob("*.safetensors")]) == 1) == (shard == "10GB")
+    nets = build(SiD(), teacher, (2, 8, 8), student=StudentConfig(init=f"{tmp_path / of}"))
+    assert same(nets.student.denoiser.net, stored.float()) and not same(nets.fake.net, stored)
+
+
+@pytest.mark.parametrize(
+    ("lora", "init", "says"),
+    (
+        (LoRA(), "nowhere", "student.init is .*nowhere', which holds no weights; it may be a checkpoint-N folder"),
+        (LoRA(), "checkpoint-2/none.safetensors", "has no none.safetensors; it may be"),
+        (LoRA(), "checkpoint-2/disc.safetensors", "does not fit: it has no first.weight"),
+        (LoRA(4, 4.0, ("mid", "last")), "lora/checkpoint-2", r"its mid.lora_A.default.weight is \(2, 16\).* \(4, 16\)"),
+        (LoRA(2, 4.0, ("mid",)), "lora/checkpoint-2", "it has last.lora_A.default.weight, which this student does not"),
+        (LoRA(2, 4.0, ("first", "mid", "last")), "lora/checkpoint-2", "it has no first.lora_A.default.weight"),
+        (LoRA(), "lora/checkpoint-2", "it has no first.weight .*see student.lora"),
+        (ADAPTERS, "checkpoint-2", "it has no mid.lora_A.default.weight .*see student.lora"),
+    ),
+    ids=("nowhere", "no file", "head", "rank", "fewer", "more", "adapters to full", "full to adapters"),
+)
+def test_weights_that_do_not_fit(lora, init, says, tmp_path):
+    """The first tensor at fault is named."""
+    trained(LoRA(), tmp_path), trained(ADAPTERS, tmp_path / "lora")
+    with pytest.raises(ValueError, match=says):
+        stage(lora, init=f"{tmp_path / init}")
 
 
 def test_generate():
