@@ -34,6 +34,7 @@ class Config(Generic[M, D]):
     student: StudentConfig = field(default_factory=StudentConfig)
     fake: FakeConfig = field(default_factory=FakeConfig)
     train: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
+    validation_images: int = 8  # of a grid of samples, from the data's first prompts
     push_to_hub: bool = False  # upload the verified export
     hub_model_id: str | None = None  # user/name; None: the name of output_dir
     hub_private: bool = False  # a new repository on the Hub is private

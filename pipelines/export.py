@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 import yaml
-from torch import Tensor, nn
+from torch import nn
 
 from distill import checkpoint
 from distill.config import TEACHER, fail, revived

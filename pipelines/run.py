@@ -110,7 +110,7 @@ def run(config: Config[Any, Any], out: Path, resume: Path | None) -> None:
     teacher.parts.device = accelerator.device
     data = config.data.open(teacher, config.method.needs)
     scheduler, student = carried(teacher, config.student)  # what can't be exported is refused now
-    prompts, c = data.fixed()
+    prompts, c = data.fixed(config.validation_images)
     method = type(config.method).__name__.lower()
     told = about(out.name, teacher, config.teacher, method, dump(config), config.license, repository)
     example = {key: value[:1] for key, value in c.items()}

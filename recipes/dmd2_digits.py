@@ -22,6 +22,7 @@ CONFIG = Config(
         gan_times=LogNormal(-1.0, 1.2),
     ),
     data=Digits(),
+    validation_images=40,
     teacher="runs/digits/teacher",
     student=StudentConfig(sigma=2.5),  # SiD's init_sigma
     train=TrainConfig(

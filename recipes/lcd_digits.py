@@ -19,6 +19,7 @@ CONFIG = Config(
         huber_c=0.1,  # a small c is unstable at this learning rate
     ),
     data=Digits(),
+    validation_images=40,
     teacher="runs/digits/teacher",
     student=StudentConfig(steps=2),  # sigma 80, then 0.625
     train=TrainConfig(

@@ -14,6 +14,7 @@ from pipelines.run import main
 CONFIG = Config(
     method=SCM(sigma_d=0.75, times=LogNormal(-0.8, 1.6), warmup=300, guidance=1.2),
     data=Digits(),
+    validation_images=40,
     teacher="runs/digits/teacher",
     student=StudentConfig(sigma=20.0, freeze=("time_embedding",)),  # stays smooth in time, see digits_teacher.py
     train=TrainConfig(

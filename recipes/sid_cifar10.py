@@ -6,7 +6,7 @@ FID 1.710 after 800 M images. Not run at full size.
 """
 
 from distill.config import Config
-from distill.data import Labels
+from distill.data.labels import Labels
 from distill.methods import SiD
 from distill.roles import StudentConfig
 from distill.trainer import TrainConfig

@@ -14,6 +14,7 @@ from pipelines.run import main
 CONFIG = Config(
     method=SiD(alpha=1.2, times=Karras(0.02, 20.0), fake_times=LogNormal(-1.0, 1.2)),
     data=Digits(),
+    validation_images=40,
     teacher="runs/digits/teacher",
     student=StudentConfig(sigma=2.5),  # paper
     train=TrainConfig(

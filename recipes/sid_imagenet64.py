@@ -6,7 +6,7 @@ at full size by us.
 """
 
 from distill.config import Config
-from distill.data import Labels
+from distill.data.labels import Labels
 from distill.methods import SiD
 from distill.roles import StudentConfig
 from distill.trainer import TrainConfig

@@ -21,6 +21,7 @@ CONFIG = Config(
         weight=False,  # on EDM's levels sigma^2 / (1 + sigma^2) all but ignores the low noise, where strokes are made
     ),
     data=Digits(),
+    validation_images=40,
     teacher="runs/digits/teacher",
     student=StudentConfig(sigma=2.5),  # SiD
     train=TrainConfig(

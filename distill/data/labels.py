@@ -1,0 +1,102 @@
+"""Class labels, and the images of folders whose subfolders are the classes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from distill.data.sources import PICTURES
+from distill.draw import Draw
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Uniform class labels of the teacher; real images, where the method needs them, with labels of their own."""
+
+    images: str = ""  # folder with one subfolder a class, which is numbered in the order of their names
+
+    def check(self, needs: tuple[str, ...]) -> None:
+        if "real" in needs and not self.images:
+            raise ValueError("this method needs real images: pass --data.images, a folder with one subfolder a class")
+        if self.images and not Path(self.images).is_dir():
+            raise ValueError(f"no folder of images at {self.images!r}")
+
+    def open(self, teacher: Any, needs: tuple[str, ...]) -> Classes:
+        found = Classes(self.images, teacher, "real" in needs)
+        if "real" in needs and not found.files:
+            raise ValueError(f"{self.images} has no images ({' '.join(PICTURES)}) in one subfolder a class")
+        return found
+
+    def smoke(self, folder: Path) -> Labels:
+        """Random images of three classes, which are written to `folder`."""
+        from PIL import Image
+
+        random = np.random.default_rng(0)
+        for i in range(6):
+            path = folder / f"class-{i % 3}" / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(random.integers(0, 256, (10, 9 + i, 3), dtype=np.uint8)).save(path)
+        return replace(self, images=f"{folder}")
+
+
+@dataclass(eq=False)
+class Classes:
+    """data(draw) -> batch with "c" and, where needed, "real" [B, *shape] in [-1, 1] with "real_c"."""
+
+    images: str
+    teacher: Any
+    real: bool
+
+    @cached_property
+    def classes(self) -> int:
+        """Of the teacher, without the one that stands for none; an unconditional one counts as one class."""
+        known = self.teacher.denoiser.net.config.num_class_embeds
+        return (known or 1) - (self.teacher.denoiser.null is not None)
+
+    @cached_property
+    def files(self) -> list[tuple[Path, int]]:
+        folders = sorted(path for path in Path(self.images).iterdir() if path.is_dir()) if self.real else []
+        if len(folders) > self.classes:
+            raise ValueError(f"{self.images} has {len(folders)} classes, the teacher {self.classes}")
+        return [
+            (file, label)
+            for label, folder in enumerate(folders)
+            for file in sorted(folder.iterdir())
+            if file.suffix.lower() in PICTURES
+        ]
+
+    def __call__(self, draw: Draw) -> dict[str, Any]:
+        batch: dict[str, Any] = {"c": self._c(draw.integers("label", self.classes))}
+        if self.real:
+            picked = [self.files[i] for i in draw.integers("real", len(self.files)).tolist()]
+            labels = torch.tensor([label for _, label in picked], device=draw.device)
+            real = torch.stack([self._image(file) for file, _ in picked]).to(draw.device)
+            batch |= {"real": real, "real_c": self._c(labels)}
+        return batch
+
+    def fixed(self, n: int) -> tuple[list[int], dict[str, Tensor]]:
+        """Labels of a grid of samples, and their condition."""
+        labels = torch.arange(n) % self.classes
+        return labels.tolist(), self._c(labels)
+
+    def _c(self, labels: Tensor) -> dict[str, Tensor]:
+        return {"class_labels": labels}
+
+    def _image(self, file: Path) -> Tensor:
+        """The middle square at the teacher's size, [C, H, W] in [-1, 1]."""
+        from PIL import Image, ImageOps
+
+        channels, side, _ = self.teacher.shape
+        try:
+            with Image.open(file) as image:
+                image = ImageOps.fit(image.convert("L" if channels == 1 else "RGB"), (side, side), Image.LANCZOS)
+        except OSError as error:
+            raise ValueError(f"image {file} cannot be read: {error}") from None
+        pixels = torch.from_numpy(np.asarray(image).copy()).float() / 127.5 - 1
+        return pixels.reshape(side, side, channels).permute(2, 0, 1)
