@@ -185,11 +185,13 @@ class EDMPrecond(Persistent):
 
 
 def song(**options):
-    return EDMPrecond(SongUNet, **{"stem": 16, "mults": (1, 2), "blocks": 2, "attention": (4,)} | options).eval()
+    small = {"stem": 16, "mults": (1, 3, 2), "blocks": 2, "attention": (4,)}
+    return EDMPrecond(SongUNet, **small | options).eval()
 
 
 def adm(**options):
-    return EDMPrecond(DhariwalUNet, **{"stem": 128, "mults": (1, 2), "blocks": 1, "attention": (4,)} | options).eval()
+    small = {"stem": 128, "mults": (1, 1, 2), "blocks": 2, "attention": (4, 2)}
+    return EDMPrecond(DhariwalUNet, **small | options).eval()
 
 
 class EasyDict(dict):
