@@ -128,6 +128,7 @@ def tiny(guidance: bool = True) -> Any:
         guidance_embeds=guidance,
         axes_dims_rope=(4, 6, 6),
     )
+    tiny.louder(tiny.louder(net, 4.0, "context_embedder", "proj_out"), 2.0, "time_text_embed")
     vae = tiny.vae(scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False)
     flow = FlowMatchEulerDiscreteScheduler(
         shift=3.0 if guidance else 1.0, use_dynamic_shifting=guidance, max_shift=1.15

@@ -77,7 +77,8 @@ def tiny(kind: str = "PixArtSigmaPipeline", **config: Any) -> Any:
         "cross_attention_dim": 24,
         "caption_channels": 32,
     }
-    net = tiny.louder(diffusers.PixArtTransformer2DModel(**base | config), 3.0, "attn2", "aspect_ratio_embedder")
+    net = tiny.louder(diffusers.PixArtTransformer2DModel(**base | config), 3.0, "attn2")
+    tiny.louder(tiny.louder(net, 1.5, "resolution_embedder"), 4.0, "aspect_ratio_embedder")
     scheduler = diffusers.DPMSolverMultistepScheduler(beta_start=0.0001, beta_end=0.02)
     vae = tiny.louder(tiny.vae(), 2.0, "conv_out")
     return getattr(diffusers, kind)(tiny.t5_tokenizer(), tiny.t5(), vae, net, scheduler)

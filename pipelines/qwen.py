@@ -111,5 +111,7 @@ def tiny() -> Any:
         joint_attention_dim=32,
         axes_dims_rope=(4, 6, 6),
     )
+    tiny.louder(net, 3.0, "txt_in", "proj_out")
+    tiny.louder(vae, 3.0, "conv_out")
     flow = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, max_shift=0.9, shift_terminal=0.02)
     return diffusers.QwenImagePipeline(flow, vae, tiny.qwen(), tiny.qwen_tokenizer(), net)

@@ -72,6 +72,8 @@ def unet(**config: Any) -> Any:
     """A UNet2DConditionModel of SD's kind with two levels."""
     from diffusers import UNet2DConditionModel
 
+    from pipelines import tiny
+
     base: dict[str, Any] = {
         "sample_size": 8,
         "block_out_channels": (16, 32),
@@ -82,4 +84,4 @@ def unet(**config: Any) -> Any:
         "attention_head_dim": 2,
         "norm_num_groups": 8,
     }
-    return UNet2DConditionModel(**base | config)
+    return tiny.louder(UNet2DConditionModel(**base | config), 3.0, "attn2")

@@ -80,6 +80,7 @@ def tiny(t5: bool = True) -> Any:
         dual_attention_layers=(0,),
         qk_norm="rms_norm",
     )
+    tiny.louder(net, 4.0, "time_text_embed.text_embedder", "context_embedder", "proj_out")
     vae = tiny.vae(scaling_factor=1.5305, shift_factor=0.0609, use_quant_conv=False, use_post_quant_conv=False)
     clips = [(tiny.clip(projection=32), tiny.clip_tokenizer()) for _ in range(2)]
     last = (tiny.t5(64), tiny.t5_tokenizer(256)) if t5 else (None, None)

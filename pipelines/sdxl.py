@@ -82,5 +82,6 @@ def tiny() -> Any:
         transformer_layers_per_block=(1, 2),
         projection_class_embeddings_input_dim=32 + 6 * 8,
     )
+    tiny.louder(tiny.louder(net, 4.0, "add_embedding"), 2.5, "conv_out")
     encoders = tiny.clip(), tiny.clip(projection=32), tiny.clip_tokenizer(), tiny.clip_tokenizer()
     return StableDiffusionXLPipeline(tiny.vae(scaling_factor=0.13025), *encoders, net, scheduler, add_watermarker=False)
