@@ -1,0 +1,170 @@
+"""Data as pure functions of (seed, step, global sample index): nothing to save, nothing to lose on a restart."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cache
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from distill.data import sources
+from distill.data.feed import FIXED, Feed
+from distill.data.index import TEXTS, belongs, command, read_index
+from distill.data.online import SIZES, Images, Texts
+from distill.data.shards import Shards, Table
+from distill.data.sources import Pictures
+from distill.draw import Draw
+
+ONLINE = ("prompts", "images", "prompt_column", "caption_column", "image_column", "crops", "max_samples")
+DIGITS_TRAIN = 1200  # of 1,797 scans; the other 597 are held out and never trained on
+
+
+@cache
+def digits(split: str) -> tuple[Tensor, Tensor]:
+    """scikit-learn's bundled handwritten digits: images [N, 1, 8, 8] in [-1, 1] and labels [N] of 0..9.
+
+    `split` is "train" (1,200 scans) or "heldout" (597), one fixed random partition.
+    """
+    from sklearn.datasets import load_digits
+
+    if split not in ("train", "heldout"):
+        raise ValueError(f"split is {split!r}; it must be 'train' or 'heldout'")
+    data = load_digits()
+    order = np.random.default_rng(0).permutation(len(data.target))
+    pick = order[:DIGITS_TRAIN] if split == "train" else order[DIGITS_TRAIN:]
+    images = torch.tensor(data.images[pick], dtype=torch.float32)[:, None] / 8 - 1
+    return images, torch.tensor(data.target[pick])
+
+
+@dataclass(frozen=True)
+class Digits:
+    """Conditions are uniform class labels; real images, with their own labels, are of the training split."""
+
+    def check(self, needs: tuple[str, ...]) -> None:
+        """Nothing can be missing."""
+
+    def open(self, teacher: Any, needs: tuple[str, ...]) -> Digits:
+        return self
+
+    def fixed(self, n: int = 40) -> tuple[list[int], dict[str, Tensor]]:
+        """Labels of a grid of samples, and their condition."""
+        labels = torch.arange(n) % 10
+        return labels.tolist(), {"class_labels": labels}
+
+    def __call__(self, draw: Draw) -> dict[str, Any]:
+        images, labels = digits("train")
+        pick = draw.integers("real", len(labels)).cpu()
+        return {
+            "c": {"class_labels": draw.integers("label", 10)},
+            "real": images[pick].to(draw.device),
+            "real_c": {"class_labels": labels[pick].to(draw.device)},
+        }
+
+
+@dataclass(frozen=True)
+class Text:
+    """Prompts, and real images with captions that are drawn independently of them.
+
+    Rows are drawn uniformly, with replacement, from (seed, step, player, sample): there is no order to save.
+    """
+
+    text: Literal["cached", "online"] = "cached"  # online: encode while training, which keeps the encoders in memory
+    cache: str = ""  # folder that `python -m pipelines.cache` has made
+    prompts: str = ""  # online: .txt, .jsonl or .parquet file, or a dataset; none: the captions of the images
+    images: str = ""  # online: a folder, tar shards 'x/{00..12}.tar' or a dataset
+    prompt_column: str | None = None  # of a table of prompts; None: text, caption or prompt
+    caption_column: str | None = None  # of the images' captions; None: text, caption or prompt
+    image_column: str = "image"  # of a dataset
+    crops: int = 0  # online: random cuts of each image; 0: the whole image, squeezed into a square (DMD2)
+    max_samples: int | None = None  # online: use the first prompts and images only
+    p_empty: float = 0.0  # share of prompts and captions that are replaced by the empty one
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.p_empty <= 1:
+            raise ValueError(f"p_empty is {self.p_empty}; it must be in [0, 1]")
+        if self.crops < 0:
+            raise ValueError(f"crops is {self.crops}; it must be 0 or more")
+        if self.max_samples is not None and self.max_samples < 1:
+            raise ValueError(f"max_samples is {self.max_samples}; it must be at least 1, or None")
+
+    def check(self, needs: tuple[str, ...]) -> None:
+        """ValueError that says what is missing and how to make it; nothing is read but an index."""
+        real = "real" in needs
+        if self.text == "cached":
+            if not self.cache:
+                online = f"--data.text online --data.prompts prompts.txt{' --data.images IMAGES' * real}"
+                raise ValueError(
+                    f"no data given: encode it once with\n  {command(real)}\nand pass --data.cache cache; "
+                    f"or encode while training, with {online}"
+                )
+            if given := [name for name in ONLINE if getattr(self, name) != getattr(Text, name)]:
+                raise ValueError(
+                    f"a cache has its own prompts and images: leave out --data.{' and --data.'.join(given)}"
+                )
+            index = read_index(Path(self.cache), real)
+            if real and "image" not in index["tables"]:
+                raise ValueError(
+                    f"the cache {self.cache} has no images, which this method needs: make one with\n  {command(True)}"
+                )
+            return
+        if self.cache:
+            raise ValueError("--data.cache is read with --data.text cached; leave it out or choose one of the two")
+        if not (self.prompts or self.images):
+            raise ValueError("no data given: pass --data.prompts prompts.txt, or images with captions as --data.images")
+        if real and not self.images:
+            raise ValueError("this method needs real images: pass --data.images, a folder, tar shards or a dataset")
+        for source in filter(None, (self.prompts, self.images)):
+            sources.check(source)
+
+    def open(self, teacher: Any, needs: tuple[str, ...]) -> Feed:
+        """The data of `teacher`, whose `null` becomes the empty prompt where it has none yet.
+
+        ValueError if the cache was made for another teacher.
+        """
+        read = self._cached if self.text == "cached" else self._online
+        feed = Feed(*read(teacher, "real" in needs), self.p_empty)
+        if teacher.denoiser.null is None:  # sizes stay those of the image
+            teacher.denoiser.null = {key: v for key, v in feed.empty().items() if key != SIZES}
+        return feed
+
+    def _cached(self, teacher: Any, real: bool) -> tuple[Table, Table | None, int, list[str]]:
+        folder = Path(self.cache)
+        index = read_index(folder, real)
+        belongs(folder, index, teacher, real)
+        table = lambda name: Shards(folder, name, index["tables"][name])
+        with (folder / TEXTS).open(encoding="utf-8") as lines:
+            names = [json.loads(line) for line in islice(lines, min(index["prompts"], FIXED))]
+        return table("text"), table("image") if real else None, index["prompts"], names
+
+    def _online(self, teacher: Any, real: bool) -> tuple[Table, Table | None, int, list[str]]:
+        prompts, pictures = self.sources()
+        text = Texts(teacher, prompts, pictures.captions if pictures else ())
+        images = Images(teacher, pictures, text.captions, self.crops) if real else None
+        return text, images, text.prompts, text.texts[: min(text.prompts, FIXED)]
+
+    def sources(self) -> tuple[list[str], Pictures | None]:
+        """All prompts, and the images with their captions."""
+        limit = self.max_samples
+        prompts = sources.prompts(self.prompts, self.prompt_column, limit) if self.prompts else []
+        if not self.images:
+            return prompts, None
+        return prompts, sources.pictures(self.images, self.image_column, self.caption_column, limit)
+
+    def smoke(self, folder: Path) -> Text:
+        """Eight prompts and random images, which are written to `folder`, encoded online."""
+        from PIL import Image
+
+        folder.mkdir(parents=True, exist_ok=True)
+        names = [f"{color} {thing}" for color in ("a red", "a blue") for thing in ("cat", "dog", "house", "tree")]
+        (folder / "prompts.txt").write_text("\n".join(names))
+        random = np.random.default_rng(0)
+        for i, name in enumerate(names):
+            Image.fromarray(random.integers(0, 256, (24, 20 + i, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+            (folder / f"{i}.txt").write_text(name)
+        return Text("online", prompts=f"{folder / 'prompts.txt'}", images=f"{folder}", p_empty=self.p_empty)

@@ -1,0 +1,78 @@
+"""The index of a cache: which teacher it was made for, and where its rows are.
+
+A cache is a folder: `index.json`, the texts in `texts.jsonl`, and a table "text" of conditions, perhaps another one
+"image" of latents, in shards `NAME-00000.safetensors`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from distill.data.online import SIZES
+
+INDEX, TEXTS = "index.json", "texts.jsonl"
+BLOCK = 4096  # bytes; 64 of them stand for a file of weights
+PARTS = {"class": "class", "text": "text encoder", "vae": "autoencoder"}  # of a fingerprint
+
+
+def command(images: bool = False, teacher: str = "FOLDER", output_dir: str = "cache") -> str:
+    """The command that makes a cache."""
+    return (
+        f"python -m pipelines.cache --pretrained_model_name_or_path {teacher} --prompts prompts.txt"
+        f"{' --images IMAGES' * images} --output_dir {output_dir}"
+    )
+
+
+def read_index(folder: Path, images: bool = False) -> dict[str, Any]:
+    """The index of a finished cache, or a ValueError that says what to do."""
+    if not (folder / INDEX).is_file():
+        raise ValueError(f"no cache at {str(folder)!r}; make one with\n  {command(images, output_dir=str(folder))}")
+    index = json.loads((folder / INDEX).read_text())
+    if any("rows" not in entry for entry in index["tables"].values()):
+        raise ValueError(f"the cache {folder} is not finished: run the command that began it again, and it goes on")
+    return index
+
+
+def belongs(folder: Path, index: dict[str, Any], teacher: Any, images: bool) -> None:
+    """ValueError if a cache was made for another teacher."""
+    made, this = index["teacher"], fingerprint(teacher.parts.folder)
+    looked = PARTS if images else {key: what for key, what in PARTS.items() if key != "vae"}
+    differ = [f"its {what} differs" for key, what in looked.items() if made[key] != this[key]]
+    sized = images or SIZES in index["tables"]["text"]["shapes"]
+    if sized and list(teacher.shape) != index["shape"]:
+        differ.append(f"its samples are {tuple(teacher.shape)}, those of the cache {tuple(index['shape'])}")
+    if differ:
+        again = command("image" in index["tables"], str(teacher.parts.folder), f"{folder}-{this['name']}")
+        raise ValueError(
+            f"the cache {folder} was made for {made['class']} {made['name']!r}, this teacher is {this['class']} "
+            f"{this['name']!r} ({', '.join(differ)}): make one for it with\n  {again}"
+        )
+
+
+def fingerprint(folder: Path) -> dict[str, str]:
+    """What tells one teacher's text encoders and autoencoder from another's, without reading their weights whole."""
+    index = json.loads((folder / "model_index.json").read_text())
+    parts = sorted(key for key, value in index.items() if isinstance(value, list) and value[0] is not None)
+    hub = [part for part in folder.absolute().parts if part.startswith("models--")]  # the Hub's own cache
+    return {
+        "class": index["_class_name"],
+        "name": hub[0].removeprefix("models--").replace("--", "/") if hub else folder.absolute().name,
+        "text": digest(folder, [part for part in parts if part.startswith(("text_encoder", "tokenizer"))]),
+        "vae": digest(folder, [part for part in parts if part.startswith("vae")]),
+    }
+
+
+def digest(folder: Path, parts: list[str]) -> str:
+    """Small files whole; of large ones the size and 64 blocks, the first of which is the header."""
+    seen = hashlib.blake2b(digest_size=16)
+    for path in sorted(p for part in parts for p in (folder / part).iterdir() if p.is_file()):
+        length = path.stat().st_size
+        seen.update(f"{path.relative_to(folder)} {length}".encode())
+        with path.open("rb") as content:
+            for block in range(64):
+                content.seek(block * max(length // 64, BLOCK))
+                seen.update(content.read(BLOCK))
+    return seen.hexdigest()

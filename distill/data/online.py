@@ -1,0 +1,106 @@
+"""Tables that are encoded when they are read. A cache holds the rows of these tables: they agree by construction."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from distill.data.shards import Rows
+from distill.data.sources import Pictures
+from distill.draw import Draw
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+SIZES = "time_ids"  # SDXL's condition: original height and width, top and left of the crop, target height and width
+PROBE = 64  # pixels of the image that shows by how much an autoencoder shrinks
+
+
+class Texts:
+    """Conditions of texts: the prompts, then the captions that are no prompts, and at last the empty text."""
+
+    def __init__(self, teacher: Any, prompts: Sequence[str], captions: Sequence[str] = ()) -> None:
+        """Without prompts, the captions are the prompts."""
+        self.teacher = teacher
+        self.texts = list(prompts)
+        row = {text: i for i, text in enumerate(self.texts)}
+        for text in captions:
+            if row.setdefault(text, len(self.texts)) == len(self.texts):
+                self.texts.append(text)
+        self.prompts = len(prompts) or len(self.texts)
+        self.captions = [row[text] for text in captions]
+        self.texts.append("")
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    @torch.no_grad()
+    def read(self, rows: Sequence[int]) -> Rows:
+        return self.teacher.encode([self.texts[i] for i in rows])
+
+
+class Images:
+    """Latents "x" of images and the row of their "caption" in a table of texts; with crops also their SIZES.
+
+    An image is squeezed into the teacher's square (crops = 0, what DMD2 does), or cut `crops` times: its shorter side
+    fills the square, and the place of the cut is random. Row i * crops + j is cut j of image i; its place and its one
+    sample of the autoencoder's posterior are functions of that number.
+    """
+
+    def __init__(self, teacher: Any, pictures: Pictures, captions: Sequence[int], crops: int = 0) -> None:
+        if len(teacher.shape) != 3:
+            raise ValueError(f"a teacher of videos {tuple(teacher.shape)} cannot use images: leave --images out")
+        self.teacher, self.pictures, self.captions, self.crops = teacher, pictures, captions, crops
+        self.decoders = ThreadPoolExecutor(4)
+
+    def __len__(self) -> int:
+        return len(self.pictures) * max(self.crops, 1)
+
+    @cached_property
+    def pixels(self) -> tuple[int, int]:
+        """Height and width of the images."""
+        probe = torch.zeros(1, 3, PROBE, PROBE, device=self.teacher.parts.device)
+        factor = PROBE // self.teacher.latent(probe, torch.zeros(1, 1, 1, 1, device=probe.device)).shape[-1]
+        return self.teacher.shape[-2] * factor, self.teacher.shape[-1] * factor
+
+    @torch.no_grad()
+    def read(self, rows: Sequence[int]) -> Rows:
+        """Raises Broken for an image that cannot be decoded."""
+        device = self.teacher.parts.device
+        draw = Draw(0, 0, "images", torch.tensor(rows))
+        places, size = draw.uniform("crop", (len(rows), 2)).tolist(), self.pixels
+        numbers = [row // max(self.crops, 1) for row in rows]
+
+        def cut(i: int, place: list[float]) -> tuple[Tensor, list[int]]:
+            image = self.pictures[i]
+            return crop(image, size, place) if self.crops else (squeeze(image, size), [])
+
+        images, sizes = zip(*self.decoders.map(cut, numbers, places), strict=True)
+        eps = draw.normal("eps", (len(rows), *self.teacher.shape))
+        x = self.teacher.latent(torch.stack(images).to(device), eps.to(device))
+        table = {"x": x, "caption": torch.tensor([self.captions[i] for i in numbers])}
+        return table | ({SIZES: torch.tensor(sizes, dtype=torch.float32)} if self.crops else {})
+
+
+def squeeze(image: Image, size: tuple[int, int]) -> Tensor:
+    """The whole image at `size` (height, width), [3, H, W] in [-1, 1]."""
+    return _tensor(image.resize(size[::-1], 1))  # 1: Lanczos
+
+
+def crop(image: Image, size: tuple[int, int], place: Sequence[float]) -> tuple[Tensor, list[int]]:
+    """A cut of the image at `place` in [0, 1)^2, and SDXL's sizes of it."""
+    scale = max(size[0] / image.height, size[1] / image.width)
+    height, width = max(size[0], round(image.height * scale)), max(size[1], round(image.width * scale))
+    top, left = int(place[0] * (height - size[0] + 1)), int(place[1] * (width - size[1] + 1))
+    cut = image.resize((width, height), 1).crop((left, top, left + size[1], top + size[0]))
+    return _tensor(cut), [image.height, image.width, top, left, *size]
+
+
+def _tensor(image: Image) -> Tensor:
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1

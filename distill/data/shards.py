@@ -1,0 +1,122 @@
+"""Tables of tensors on disk: safetensors shards that are written whole or not at all, read row by row.
+
+Rows that end in zeros (the padding of some text encoders) are stored without them and read back with them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from bisect import bisect_right
+from collections.abc import Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+EXACT = 16  # numbers a row that are kept as they are: sizes in pixels do not fit into half precision
+ENDS = ".ends"
+
+Rows = dict[str, Tensor]
+
+
+class Table(Protocol):
+    """Rows of tensors by number."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, rows: Sequence[int]) -> Rows:
+        """Every tensor [B, ...] of these rows."""
+        ...
+
+
+class Shards:
+    """A table of a cache: nothing is read until a row is asked for, and then that row alone."""
+
+    def __init__(self, folder: Path, name: str, entry: dict[str, Any]) -> None:
+        """entry: of the index: "rows" of each shard and the "shapes" of a row."""
+        self.files = [folder / file(name, i) for i in range(len(entry["rows"]))]
+        if missing := [path.name for path in self.files if not path.is_file()]:
+            raise ValueError(f"the cache {folder} has lost {missing[0]}: run the cache command again")
+        self.shapes = {key: tuple(shape) for key, shape in entry["shapes"].items()}
+        self.ends = list(accumulate(entry["rows"]))
+        self.opened: dict[int, Any] = {}
+
+    def __len__(self) -> int:
+        return self.ends[-1]
+
+    def read(self, rows: Sequence[int]) -> Rows:
+        one = [self._row(row) for row in rows]
+        return {key: torch.stack([row[key] for row in one]) for key in self.shapes}
+
+    def _row(self, row: int) -> Rows:
+        shard = bisect_right(self.ends, row)
+        if shard not in self.opened:
+            self.opened[shard] = safe_open(self.files[shard], "pt")
+        stored, i = self.opened[shard], row - (self.ends[shard - 1] if shard else 0)
+        return {key: _get(stored, key, i, shape) for key, shape in self.shapes.items()}
+
+
+def _get(stored: Any, key: str, i: int, shape: tuple[int, ...]) -> Tensor:
+    if key + ENDS not in stored.keys():
+        return stored.get_slice(key)[i : i + 1][0]
+    first, last = ([0] if i == 0 else []) + stored.get_slice(key + ENDS)[max(i - 1, 0) : i + 1].tolist()
+    kept = stored.get_slice(key)[first:last]
+    return torch.cat([kept, kept.new_zeros(shape[0] - len(kept), *shape[1:])])
+
+
+def narrow(rows: Rows, dtype: torch.dtype) -> Rows:
+    """Rows on the CPU in `dtype`; integers and tensors of up to EXACT numbers a row keep theirs."""
+    stored = {}
+    for key, value in rows.items():
+        value = value.detach().cpu()
+        if value.is_floating_point() and value[:1].numel() > EXACT:
+            small = value.to(dtype)
+            if not torch.isfinite(small).all():
+                if not torch.isfinite(value).all():
+                    raise ValueError(f"{key} was encoded as NaN or infinity: encode in a wider --precision")
+                raise ValueError(f"{key} does not fit {str(dtype).removeprefix('torch.')}: take a wider --dtype")
+            value = small
+        stored[key] = value
+    return stored
+
+
+def pack(rows: Rows) -> Rows:
+    """Rows [N, ...] as a shard holds them: where some [L, ...] end in zeros, one after another without these."""
+    packed = {}
+    for key, value in rows.items():
+        if value.ndim > 2:
+            used = value.flatten(2).ne(0).any(-1)  # [N, L]
+            length = (used * torch.arange(1, used.shape[1] + 1)).amax(1)
+            if (length < used.shape[1]).any():
+                value = torch.cat([row[:n] for row, n in zip(value, length.tolist(), strict=True)])
+                packed[key + ENDS] = length.cumsum(0)
+        packed[key] = value.contiguous()
+    return packed
+
+
+def file(name: str, shard: int) -> str:
+    return f"{name}-{shard:05d}.safetensors"
+
+
+def note(path: Path) -> dict[str, Any]:
+    """What was noted about a shard."""
+    return json.loads(safe_open(path, "pt").metadata()["note"])
+
+
+def save(rows: Rows, path: Path, about: dict[str, Any]) -> None:
+    """Write one shard with a note: under its name it is whole."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        save_file(rows, partial, {"note": json.dumps(about)})  # one entry: several have no order
+        with partial.open("rb") as written:
+            os.fsync(written.fileno())
+        os.replace(partial, path)
+    except SafetensorError as error:
+        raise OSError(f"{path} could not be written: {error}") from None
+    finally:
+        partial.unlink(missing_ok=True)
