@@ -25,7 +25,7 @@ def call(net: Any, x: Tensor, n: Tensor, c: Condition) -> Tensor:
     """
     assert c is not None
     told = embedding(c["guidance"] - 1, net.config.time_cond_proj_dim).to(x) if "guidance" in c else None
-    added = {"text_embeds": c["pooled"].to(x.dtype), "time_ids": c["time_ids"].to(x.dtype)}
+    added = {"text_embeds": c["pooled"].to(x.dtype), "time_ids": c["time_ids"]}
     text = c["prompt_embeds"].to(x.dtype)
     return net(x, n, text, timestep_cond=told, added_cond_kwargs=added, return_dict=False)[0]
 

@@ -12,7 +12,7 @@ from distill.guidance import Guided, null_of
 from distill.roles import StudentConfig
 from distill.schedule import Trig
 from distill.student import Student
-from pipelines import load, tiny
+from pipelines import FAMILIES, load, tiny
 from pipelines.scheduler import scheduler as student_scheduler
 
 PROMPTS = ["a red fox in the snow", "seven cats, and a very long road under the stars of a winter night; " * 3]
@@ -224,6 +224,15 @@ def test_the_pipeline_under_the_students_scheduler_gives_what_the_student_gives(
     pipe = f.teacher.parts.pipe(scheduler=scheduler)
     images = f.module.sample(pipe, PROMPTS, f.z, steps, f.module.UNCONDITIONAL)
     assert (images - expected).abs().max() < 1e-3
+
+
+def test_every_module_that_a_lora_names_is_there(family):
+    modules = [f".{name}" for name, _ in family.teacher.denoiser.net.named_modules()]
+    assert not [t for t in family.module.TARGETS if not any(name.endswith(f".{t}") for name in modules)]
+
+
+def test_no_family_is_left_out():
+    assert {*MODULES, "edm"} == set(FAMILIES.values())  # edm: tests/test_edm_nets.py
 
 
 def test_checkpointing_keeps_outputs_and_gradients(family):
