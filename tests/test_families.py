@@ -232,7 +232,7 @@ def test_every_module_that_a_lora_names_is_there(family):
 
 
 def test_no_family_is_left_out():
-    assert {*MODULES, "edm"} == set(FAMILIES.values())  # edm: tests/test_edm_nets.py
+    assert {*MODULES, "edm"} == set(FAMILIES.values())  # edm: tests/test_recipes.py
 
 
 def test_checkpointing_keeps_outputs_and_gradients(family):
