@@ -47,6 +47,7 @@ class Parts:
         self.index = index(folder)
         self.device = torch.device("cpu")  # where encoders and VAE work; the network is moved by the trainer
         self.given: dict[str, Any] = {}  # components that are not read from the folder
+        self.asked: dict[str, int] = {}  # a size that is not the teacher's own: "resolution", "frames"
 
     @property
     def family(self) -> ModuleType:
@@ -181,6 +182,8 @@ def load(
     resolution, frames: of its samples, in pixels and pictures; None: what the network was trained for.
     """
     parts = Parts(folder, variant, dtype)
+    asked = {"resolution": resolution, "frames": frames}
+    parts.asked = {key: value for key, value in asked.items() if value is not None}
     return parts.family.load(parts, resolution, frames)
 
 

@@ -78,6 +78,7 @@ def export(
     told = getattr(family, "exported", lambda net, student: net)
     write(teacher, told(whole, student), scheduler, partial)
     facts = {"student": True, "steps": steps, "times": list(student.times), "config": about.config}
+    facts |= teacher.parts.asked
     (partial / "distill.json").write_text(json.dumps(facts, indent=1))
     pipe = DiffusionPipeline.from_pretrained(partial, local_files_only=True).to(device)
     pipe.safety_checker = None  # SD 1.x's: it blackens what it takes for harmful, which is not the student's doing
@@ -94,7 +95,8 @@ def export(
         told_all = ", ".join(f"{name} by {gap:.2g} (limit {limit(name)})" for name, gap in wrong.items())
         raise ExportError(f"the exported pipeline differs from the student: {told_all}; see {partial}")
     grid(expected.images * 2 - 1, columns=len(expected.prompts), side=256).save(partial / "samples.png")
-    call = family.snippet(steps, expected.prompts[0])
+    latent, call = hasattr(family, "TARGETS"), family.snippet(steps, expected.prompts[0])
+    call = sized(call, teacher) if latent else call
     model = about.model or folder
     text = card(
         about.name,
@@ -116,6 +118,15 @@ def export(
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
     return gaps
+
+
+def sized(call: str, teacher: Teacher) -> str:
+    """The call of a card with the size of the samples, which some pipelines do not know."""
+    height, width = (side * factor(teacher.parts) for side in teacher.shape[-2:])
+    size = f"height={height}, width={width}, "
+    if "frames" in teacher.parts.asked:
+        size += f"num_frames={teacher.parts.asked['frames']}, "
+    return call.replace("num_inference_steps", f"{size}num_inference_steps")
 
 
 def singles(

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from distill.denoiser import Condition, Denoiser
 from pipelines import Parts, Teacher, latents
 
+TASK = "text-to-video"
 UNCONDITIONAL = 1.0  # guidance_scale of the pipeline that makes one call a step
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")  # modules of a LoRA
 TAPS = ("blocks.14",)  # modules whose output is a discriminator's feature: the middle of 30
@@ -53,6 +54,7 @@ def shape(parts: Parts, resolution: int | None, frames: int | None) -> tuple[int
     facts |= json.loads(extra.read_text()) if extra.is_file() else {}
     resolution = facts["resolution"] if resolution is None else resolution
     frames = facts["frames"] if frames is None else frames
+    parts.asked = {"resolution": resolution, "frames": frames}  # no component of the pipeline says it
     height, width = SIZES.get(resolution, (resolution, resolution))
     pixels = space * config.patch_size[1]
     if height % pixels or width % pixels:

@@ -1,97 +1,138 @@
-"""Every recipe as a smoke run: its files, and its pipeline under plain diffusers in a process without this project."""
+"""Every recipe as a smoke run, end to end: train, checkpoint, resume, export, reload by plain diffusers, sample."""
 
+import contextlib
 import importlib
 import json
+import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from accelerate import Accelerator
 from PIL import Image
 from safetensors.torch import load_file
 
 from distill import checkpoint
 from distill.config import parse
-from distill.data import Digits
 from distill.roles import build
+from distill.student import Student
 from distill.trainer import train
-from pipelines import ExportError, edm, index, load, run
-from pipelines import export as exporting
+from pipelines import ExportError, export, index, load, opened, run, tiny, verify
+from pipelines.card import snippet
 
 ROOT = Path(__file__).resolve().parent.parent
-RECIPES = sorted(p.stem.removesuffix("_digits") for p in (ROOT / "recipes").glob("*_digits.py"))
-ADAPTERS = "--student.lora.rank 2 --student.lora.targets conv1 conv2 time_emb_proj"
+RECIPES = sorted(p.stem for p in (ROOT / "recipes").glob("*.py") if "\nCONFIG = Config(" in p.read_text())
+CONVOLUTIONS = "lora.rank 2 --student.lora.targets conv1 conv2 time_emb_proj"
 RUNS = {name: (name, "") for name in RECIPES} | {
-    "two steps": ("sid", "--student.steps 2"),
-    "adapters": ("dmd2", ADAPTERS),
-    "adapters on both": ("vsd", f"{ADAPTERS} --fake.lora.rank 2 --fake.lora.targets conv1"),
+    "two steps": ("sid_digits", "--student.steps 2"),
+    "adapters": ("dmd2_digits", f"--student.{CONVOLUTIONS}"),
+    "adapters on both": ("vsd_digits", f"--student.{CONVOLUTIONS} --fake.lora.rank 2 --fake.lora.targets conv1"),
+    "one step": ("dmd2_sdxl", "--student.steps 1"),
+    "Euler": ("sid_sdxl", "--student.steps 2 --student.renoise ddim --student.scale None"),
+    "24 GB": (
+        "dmd2_sdxl_lora",
+        "--method.gan 0 --method.gan_fake 0 --fake.lora.rank 4 --gradient_accumulation_steps 2",
+    ),
 }
-EVERY = {"dmd2": "--method.every 1", "sid": "--method.fake_steps 1", "vsd": "--method.fake_steps 1"}
+EVERY = {"DMD2": "--method.every 1", "SiD": "--method.fake_steps 1", "VSD": "--method.fake_steps 1"}
 # two steps that move the student, and an average that is neither the student nor the teacher
-FAST = "--smoke --learning_rate 1e-2 --lr_warmup_steps 0 --ema_half_life 16 --ema_ramp None --checkpointing_steps 2"
-B = 6
+FAST = (
+    "--smoke --learning_rate 1e-2 --lr_warmup_steps 0 --ema_half_life 16 --ema_ramp None --checkpointing_steps 1 "
+    "--validation_images 4"
+)
+SEED = 5
 
 
-def module(name):
-    return importlib.import_module(f"recipes.{name}_digits")
+def config_of(recipe):
+    return importlib.import_module(f"recipes.{recipe}").CONFIG
 
 
 def argv(name, out):
     recipe, flags = RUNS[name]
-    return recipe, [*FAST.split(), *EVERY.get(recipe, "").split(), *flags.split(), "--output_dir", f"{out}"]
+    method = EVERY.get(type(config_of(recipe).method).__name__, "")
+    return [*FAST.split(), *method.split(), *flags.split(), "--output_dir", f"{out}"]
+
+
+def launch(name, out):
+    """The recipe under `accelerate launch`; its last words if it failed."""
+    recipe = f"{ROOT / 'recipes' / RUNS[name][0]}.py"
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--cpu", recipe]
+    quiet = {"ACCELERATE_LOG_LEVEL": "ERROR", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, *argv(name, out)], capture_output=True, text=True, env=os.environ | quiet)
+    return "" if done.returncode == 0 else done.stderr[-3000:]
 
 
 @pytest.fixture(scope="module")
-def out(tmp_path_factory):
-    """out(run) -> the folder of a finished smoke run, made once."""
-    done = {}
-
-    def make(name):
-        if name not in done:
-            folder = tmp_path_factory.mktemp(name.replace(" ", "-"))
-            recipe, flags = argv(name, folder)
-            module(recipe).main(module(recipe).CONFIG, flags)
-            done[name] = folder
-        return done[name]
-
-    return make
+def runs(tmp_path_factory):
+    """{run: its folder}, all made side by side."""
+    folders = {name: tmp_path_factory.mktemp("runs") / name.replace(" ", "-") for name in RUNS}
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        failed = dict(zip(RUNS, pool.map(launch, RUNS, folders.values()), strict=True))
+    return folders, {name: said for name, said in failed.items() if said}
 
 
-def finished(name, folder):
-    """(teacher, state) of a finished run, from its checkpoint and not from its pipeline."""
-    recipe, flags = argv(name, folder)
-    config = run.smoke(parse(module(recipe).CONFIG, flags))
-    torch.manual_seed(config.train.seed)
-    teacher = run.tiny()
-    student = config.student
-    if student.times is None:
-        student = run.dataclasses.replace(student, times=teacher.times(student.steps, student.sigma))
-    nets = build(config.method, teacher.denoiser, teacher.shape, teacher.encode([0]), student, config.fake)
-    resume = checkpoint.found(folder)[-1]
-    (state,) = train(config.method, nets, Digits(), config.train, Accelerator(cpu=True), resume)
+@pytest.fixture
+def out(runs):
+    def finished(name):
+        folders, failed = runs
+        assert name not in failed, failed[name]
+        return folders[name]
+
+    return finished
+
+
+def trained(name, folder, which="checkpoint-2"):
+    """(teacher, state) of a run, from its checkpoint and not from its pipeline."""
+    config = run.smoke(parse(config_of(RUNS[name][0]), argv(name, folder)))
+    teacher = opened(config.teacher, None, None, None, None)
+    data = config.data.open(teacher, config.method.needs)
+    _, student = run.carried(teacher, config.student)
+    c = {key: value[:1] for key, value in data.fixed(1)[1].items()}
+    nets = build(config.method, teacher.denoiser, teacher.shape, c, student, config.fake)
+    if "pairs" in config.method.needs:
+        nets.perceptual = lambda x, y: (x - y).square()
+    (state,) = train(config.method, nets, data, config.train, Accelerator(cpu=True), folder / which)
     return teacher, state
 
 
-class Generated:
-    """Noise in the order in which a pipeline draws it."""
+class Recorder:
+    """A pipeline that keeps what it was called with."""
 
-    def __init__(self):
-        self.generator = torch.Generator().manual_seed(0)
+    def __init__(self, pipe):
+        self.__dict__["pipe"] = pipe
 
-    def normal(self, name, shape):
-        return torch.randn(shape, generator=self.generator)
+    def __call__(self, *args, **options):
+        self.__dict__["called"] = args, options
+        return self.pipe(*args, **options)
+
+    def __getattr__(self, name):
+        return getattr(self.pipe, name)
+
+    def __setattr__(self, name, value):
+        pass  # the latents of ConsistencyModelPipeline: it draws them first, from the seed
+
+
+def noise(teacher):
+    torch.manual_seed(SEED)
+    pixels = teacher.parts.index["_class_name"] == "ConsistencyModelPipeline"
+    z = torch.randn(1, *teacher.shape)
+    if not pixels:
+        torch.manual_seed(SEED)
+    return z
 
 
 @torch.no_grad()
 def sampled(teacher, student, net):
-    """Images [B, H, W, C] in [0, 1] of the student with these weights."""
-    noise, labels = Generated(), torch.arange(B)
-    z = noise.normal("z", (B, *teacher.shape))
-    x = student.using(net).generate(z, teacher.encode(labels), noise)
-    return (teacher.decode(x) / 2 + 0.5).permute(0, 2, 3, 1).numpy()
+    """An image of the student with these weights, in [0, 1]."""
+    prompt = getattr(teacher.parts.family, "EXAMPLES", verify.EXAMPLES)[1]
+    c, z = teacher.encode([prompt]), noise(teacher)
+    x = student.using(net).generate(z, c, verify.Generated(teacher))
+    return (teacher.decode(x) / 2 + 0.5).clamp(0, 1).numpy()
 
 
 # ---- what a run leaves ----
@@ -99,75 +140,146 @@ def sampled(teacher, student, net):
 
 @pytest.mark.parametrize("name", RUNS)
 def test_files(name, out):
-    """The configuration, the log, grids of samples, a checkpoint, the pipeline; nothing half-made."""
+    """The configuration, the log, grids of samples, checkpoints, the pipeline; nothing half-made."""
     folder = out(name)
-    names = {"config.yaml", "log.jsonl", "samples", "checkpoint-2", "pipeline"}
-    assert {p.name for p in folder.iterdir()} == names
-    recipe, flags = argv(name, folder)
-    config = run.smoke(parse(module(recipe).CONFIG, flags))
-    assert parse(module(recipe).CONFIG, ["--config", f"{folder / 'config.yaml'}"]) == config
+    names = {"config.yaml", "log.jsonl", "samples", "checkpoint-1", "checkpoint-2", "pipeline", "teacher"}
+    assert {p.name for p in folder.iterdir()} - {"data"} == names
+    recipe, flags = RUNS[name][0], argv(name, folder)
+    config = run.smoke(parse(config_of(recipe), flags))
+    assert parse(config_of(recipe), ["--config", f"{folder / 'config.yaml'}"]) == config
     lines = [json.loads(line) for line in (folder / "log.jsonl").open()]
     assert [line["step"] for line in lines] == [1, 2]
     assert all(np.isfinite(value) for line in lines for value in line.values())
     assert all("student/loss" in line for line in lines)
     assert {p.name for p in (folder / "samples").iterdir()} == {"step-000001.png", "step-000002.png"}
     with Image.open(folder / "samples" / "step-000002.png") as picture:
-        assert (picture.mode, picture.size) == ("L", (10 * 32, 4 * 32))
         assert np.asarray(picture).std() > 5
+    facts = json.loads((folder / "pipeline" / "distill.json").read_text())
+    assert facts["student"] and facts["steps"] == len(facts["times"]) == config.student.steps
+    assert facts["config"] == (folder / "config.yaml").read_text()
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_pipeline_says_what_it_is(name, out):
-    facts = json.loads((out(name) / "pipeline" / "distill.json").read_text())
-    assert facts["student"] and facts["steps"] == len(facts["times"])
-    assert facts["config"] == (out(name) / "config.yaml").read_text()
+def test_the_rest_is_the_teachers(name, out):
+    """Text encoders, tokenizers and VAE are the teacher's files, byte for byte."""
+    folder = out(name)
+    ours = ("unet", "transformer", "scheduler")
+    parts = [p.name for p in (folder / "teacher").iterdir() if p.is_dir() and p.name not in ours]
+    for part in parts:
+        for file in (folder / "teacher" / part).rglob("*"):
+            assert (
+                not file.is_file()
+                or file.read_bytes() == (folder / "pipeline" / file.relative_to(folder / "teacher")).read_bytes()
+            )
 
 
 PLAIN = """
-import sys
-for room in ("distill", "pipelines", "eval", "recipes", "peft"):
+import importlib, sys
+for room in ("distill", "pipelines", "eval", "recipes"):
     sys.modules[room] = None  # to import it is an error
 import json, numpy, torch
 from diffusers import DiffusionPipeline
+from diffusers.utils import logging
+logging.disable_progress_bar(), logging.set_verbosity_error()
 torch.set_num_threads(1)
-for folder, steps, to in json.load(sys.stdin):
+for folder, base, lora, given, programs, to in json.load(sys.stdin):
     pipe = DiffusionPipeline.from_pretrained(folder, local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
-    labels, generator = torch.arange(6), torch.Generator().manual_seed(0)
-    steps = dict(num_inference_steps=steps)
-    images = pipe(6, class_labels=labels, generator=generator, output_type="np", **steps).images
-    numpy.save(to, images)
+    args, options = torch.load(given, weights_only=True)
+    def made(pipe):
+        torch.manual_seed(5)
+        done = pipe(*args, **options)
+        images = done.images if hasattr(done, "images") else done.frames
+        return numpy.asarray(images)
+    images = {"pipeline": made(pipe)}
+    if lora:
+        on_base = DiffusionPipeline.from_pretrained(base, scheduler=pipe.scheduler, local_files_only=True)
+        on_base.set_progress_bar_config(disable=True)
+        on_base.load_lora_weights(folder, weight_name=lora)
+        images["lora"] = made(on_base)
+    for program in programs:
+        space = {}
+        exec(program, space)
+        assert space.get("image", space.get("video")) is not None
+    numpy.savez(to, **images)
 """
 
 
 @pytest.fixture(scope="module")
-def plainly(out, tmp_path_factory):
-    """{run: images of its pipeline, by diffusers alone}: one process for all."""
-    folder, jobs = tmp_path_factory.mktemp("plainly"), []
-    for name in RUNS:
-        pipeline = out(name) / "pipeline"
-        steps = json.loads((pipeline / "distill.json").read_text())["steps"]
-        jobs.append((f"{pipeline}", steps, f"{folder / name}.npy"))
-    command = [sys.executable, "-c", PLAIN]
-    done = subprocess.run(command, cwd=folder, input=json.dumps(jobs), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return {name: np.load(folder / f"{name}.npy") for name in RUNS}
+def plainly(runs, tmp_path_factory):
+    """{run: {"pipeline" | "lora": images}} by diffusers, transformers and peft alone; each card's programs run too."""
+    where, jobs = tmp_path_factory.mktemp("plainly"), []
+    names = [name for name in RUNS if name not in runs[1]]
+    for name in names:
+        folder = runs[0][name]
+        teacher, pipeline = load(folder / "teacher"), folder / "pipeline"
+        family, facts = teacher.parts.family, json.loads((pipeline / "distill.json").read_text())
+        pipe = Recorder(load(pipeline).parts.pipe())
+        prompt = getattr(family, "EXAMPLES", verify.EXAMPLES)[1]
+        family.sample(pipe, [prompt], noise(teacher), facts["steps"], family.UNCONDITIONAL)
+        torch.save(pipe.called, where / f"{name}.pt")
+        lora = [p.name for p in pipeline.glob("*_lora.safetensors")]
+        card = (pipeline / "README.md").read_text()
+        programs = [snippet(card, i) for i in range(card.count("```python"))]
+        jobs.append((f"{pipeline}", f"{folder / 'teacher'}", *(lora or [""]), f"{where / name}.pt", programs))
+        jobs[-1] += (f"{where / name}.npz",)
+    halves = [jobs[i :: os.cpu_count()] for i in range(os.cpu_count())]
+
+    def half(jobs):
+        command = [sys.executable, "-c", PLAIN]
+        return subprocess.run(command, cwd=where, input=json.dumps(jobs), capture_output=True, text=True)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for done in pool.map(half, halves):
+            assert done.returncode == 0, done.stderr[-3000:]
+    return {name: dict(np.load(where / f"{name}.npz")) for name in names}
+
+
+def placed(images, like):
+    """As [1, C, (T,) H, W] in [0, 1], whatever the pipeline's layout is."""
+    if images.shape == like.shape:
+        return images
+    return np.moveaxis(images, -1, 1) if images.ndim == 4 else np.swapaxes(images, 1, 2)
 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_pipeline_is_the_averaged_student(name, out, plainly):
     """Under diffusers alone it samples the images of our student with its average; other weights give others."""
-    teacher, state = finished(name, out(name))
+    teacher, state = trained(name, out(name))
     student, net = state.nets.student, state.ema.net
-    assert np.abs(plainly[name] - sampled(teacher, student, net)).max() < 1e-5
-    for other in (student.denoiser.net, teacher.denoiser.net):
-        assert np.abs(plainly[name] - sampled(teacher, student, other)).max() > 10 * exporting.TOLERANCE
-    assert len(student.times) == (2 if name in ("lcd", "two steps") else 1)
+    own = sampled(teacher, student, net)
+    for what, images in plainly[name].items():
+        assert np.abs(placed(images, own) - own).max() < (1e-4 if what == "pipeline" else verify.HALF)
+        others = [teacher.denoiser.net] + ([student.denoiser.net] if config_of(RUNS[name][0]) and True else [])
+        for other in others:
+            assert np.abs(placed(images, own) - sampled(teacher, student, other)).max() > 10 * verify.TOLERANCE
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_resumes(name, out, tmp_path):
+    """From its first checkpoint it ends bit for bit where it ended."""
+    folder = out(name)
+    (tmp_path / "checkpoint-1").symlink_to(folder / "checkpoint-1")
+    state = None
+    config = run.smoke(parse(config_of(name), argv(name, folder)))
+    teacher = opened(config.teacher, None, None, None, None)
+    data = config.data.open(teacher, config.method.needs)
+    _, student = run.carried(teacher, config.student)
+    c = {key: value[:1] for key, value in data.fixed(1)[1].items()}
+    nets = build(config.method, teacher.denoiser, teacher.shape, c, student, config.fake)
+    if hasattr(run, "perceive"):
+        run.perceive(config, teacher, nets)
+    for state in train(config.method, nets, data, config.train, Accelerator(cpu=True), tmp_path / "checkpoint-1"):
+        assert state.step == 2
+    again = checkpoint.save(state, tmp_path)
+    for file in (folder / "checkpoint-2").glob("*.safetensors"):
+        mine, theirs = load_file(again / file.name), load_file(file)
+        assert mine.keys() == theirs.keys() and all(torch.equal(mine[k], theirs[k]) for k in mine), file.name
 
 
 def test_adapters_are_merged(out):
     """The exported weights have the backbone's names, and hold the adapters."""
-    teacher, _ = finished("adapters", out("adapters"))
+    teacher = load(out("adapters") / "teacher")
     (file,) = (out("adapters") / "pipeline" / "unet").glob("*.safetensors")
     stored, backbone = load_file(file), teacher.denoiser.net.state_dict()
     assert stored.keys() == backbone.keys()
@@ -176,63 +288,152 @@ def test_adapters_are_merged(out):
     assert changed == {name for name in adapted if name.endswith("weight")}
 
 
+def test_times(out):
+    """DMD2's four steps, its one step at 399, SiD-LSG's at 625: as the scheduler's own timesteps."""
+    from diffusers import DiffusionPipeline
+
+    told = {"dmd2_sdxl": [999, 749, 499, 249], "one step": [399], "sid_sd15": [625], "swiftbrush_sd21": [999]}
+    for name, wanted in told.items():
+        scheduler = DiffusionPipeline.from_pretrained(out(name) / "pipeline", local_files_only=True).scheduler
+        scheduler.set_timesteps(len(wanted))
+        assert scheduler.timesteps.tolist() == wanted
+
+
 # ---- an export that is wrong is caught ----
 
 
-@pytest.fixture
-def trained(out):
-    teacher, state = finished("sid", out("sid"))
-    wrong = {"teacher": teacher.denoiser.net, "raw": state.nets.student.denoiser.net}
-    return teacher, state.nets.student, state.ema.net, wrong
+@pytest.fixture(scope="module")
+def one(runs):
+    """A finished run of SDXL: everything that an export is made of."""
+    teacher, state = trained("dmd2_sdxl", runs[0]["dmd2_sdxl"])
+    scheduler, _ = run.carried(teacher, config_of("dmd2_sdxl").student)
+    told = export.about("student", teacher, "base", "dmd2", "", None, None)
+    return teacher, state, scheduler, told
 
 
-@pytest.mark.parametrize("which", ("teacher", "raw"))
-def test_wrong_weights_are_caught(which, trained, tmp_path, monkeypatch):
+@pytest.mark.parametrize("which", ("teacher", "raw", "stale"))
+def test_wrong_weights_are_caught(which, one, runs, tmp_path, monkeypatch):
     """The folder of an earlier export stays as it is."""
-    teacher, student, net, wrong = trained
-    folder, right = tmp_path / "pipeline", edm.export
-    assert exporting.export(student, teacher, net, folder, "") < 1e-5
+    teacher, state, scheduler, told = one
+    net, student = state.ema.net, state.nets.student
+    stale = load_file(runs[0]["dmd2_sdxl"] / "checkpoint-1" / "ema.safetensors")
+    wrong = {"teacher": teacher.denoiser.net, "raw": student.denoiser.net}
+    if which == "stale":
+        wrong["stale"] = state.nets.student.denoiser.copy().net
+        wrong["stale"].load_state_dict(stale)
+    folder, right = tmp_path / "pipeline", export.write
+    assert export.export(student, teacher, net, scheduler, folder, told)["pipeline"] < 1e-5
     before = {p: p.stat().st_mtime_ns for p in folder.rglob("*")}
-    monkeypatch.setattr(edm, "export", lambda student, teacher, net: right(student, teacher, wrong[which]))
-    with pytest.raises(ExportError, match="differs from the student by"):
-        exporting.export(student, teacher, net, folder, "")
+    monkeypatch.setattr(export, "write", lambda teacher, net, *rest: right(teacher, wrong[which], *rest))
+    with pytest.raises(ExportError, match="differs from the student: pipeline by"):
+        export.export(student, teacher, net, scheduler, folder, told)
     assert {p: p.stat().st_mtime_ns for p in folder.rglob("*")} == before
 
 
-@pytest.mark.parametrize("change", ({"sigma_data": 0.6}, {"sigma_max": 2.6}), ids=str)
-def test_a_wrong_scheduler_is_caught(change, trained, tmp_path):
-    teacher, student, net, _ = trained
-    exporting.export(student, teacher, net, tmp_path / "pipeline", "")
-    file = tmp_path / "pipeline" / "scheduler" / "scheduler_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | change))
-    assert exporting.verify(student, teacher, net, tmp_path / "pipeline") > exporting.TOLERANCE
+@pytest.mark.parametrize("change", ({"original_inference_steps": 50}, {"beta_end": 0.011}, {"timestep_scaling": 0.1}))
+def test_a_wrong_scheduler_is_caught(change, one, tmp_path):
+    teacher, state, scheduler, told = one
+    wrong = type(scheduler).from_config(scheduler.config, **change)
+    with pytest.raises(ExportError, match="differs from the student: pipeline by"):
+        export.export(state.nets.student, teacher, state.ema.net, wrong, tmp_path / "pipeline", told)
+
+
+def test_every_input_counts(one):
+    """What verification compares depends on each input by 100 times its tolerance."""
+    teacher, state, _, _ = one
+    student = state.nets.student
+    prompts = list(verify.EXAMPLES[:1])
+    c = teacher.encode(prompts)
+    other = teacher.encode(list(verify.EXAMPLES[1:]))
+    z = noise(teacher)
+
+    @torch.no_grad()
+    def image(c, student=student):
+        torch.manual_seed(SEED)
+        x = student.using(state.ema.net).generate(z, c, verify.Generated(teacher))
+        return (teacher.decode(x) / 2 + 0.5).clamp(0, 1)
+
+    one = image(c)
+    changed = {key: c | {key: other[key]} for key in ("prompt_embeds", "pooled")}
+    changed["time_ids"] = c | {"time_ids": c["time_ids"] * 0.5}
+    for key, given in changed.items():
+        assert (image(given) - one).abs().max() > 100 * verify.TOLERANCE, key
+    later = Student(student.denoiser, tuple(0.8 * t for t in student.times), student.scale)
+    assert (image(c, later) - one).abs().max() > 100 * verify.TOLERANCE
 
 
 def test_a_recipe_fails_with_its_export(tmp_path, monkeypatch, capsys):
-    right = edm.export
-    calls = []
-
-    def late(student, teacher, net):
-        """Right when it is asked before the training, wrong after it."""
-        calls.append(net)
-        return right(student, teacher, calls[0])
-
-    monkeypatch.setattr(edm, "export", late)
+    right = export.write
+    monkeypatch.setattr(export, "write", lambda teacher, net, *rest: right(teacher, teacher.denoiser.net, *rest))
     with pytest.raises(SystemExit) as error:
-        module("sid").main(module("sid").CONFIG, argv("sid", tmp_path)[1])
-    assert error.value.code == 2 and len(calls) == 2
+        run.main(config_of("sid_digits"), argv("sid_digits", tmp_path))
+    assert error.value.code == 2
     assert "error: the exported pipeline differs from the student" in capsys.readouterr().err
     assert not (tmp_path / "pipeline").exists()
+
+
+# ---- again, and from others ----
+
+
+def test_export_again(out, tmp_path):
+    """The command makes from a checkpoint what the run made at its end; an earlier checkpoint gives another student."""
+    folder = out("dmd2_sdxl_lora")
+    export.main(export.Again(run=f"{folder}", output_dir=f"{tmp_path / 'again'}"))
+    unet = "unet/diffusion_pytorch_model.safetensors"
+    assert (tmp_path / "again" / unet).read_bytes() == (folder / "pipeline" / unet).read_bytes()
+    export.main(export.Again(run=f"{folder}", checkpoint="checkpoint-1", output_dir=f"{tmp_path / 'first'}"))
+    assert (tmp_path / "first" / unet).read_bytes() != (folder / "pipeline" / unet).read_bytes()
+
+
+@pytest.mark.parametrize(
+    "run_, file, layout, steps",
+    (
+        ("dmd2_sdxl", "dmd2_sdxl_4step_unet.safetensors", "dmd2", 4),
+        ("one step", "one-step_1step_unet.safetensors", "dmd2", 1),
+        ("dmd2_sdxl", "dmd2_sdxl_4step_unet.safetensors", "lightning", 2),
+        ("dmd2_sdxl", "dmd2_sdxl_4step_unet.safetensors", "lightning", 1),
+        ("lcm_lora_sdxl", "lcm_lora_sdxl_4step_lora_comfy.safetensors", "lcm", 4),
+    ),
+)
+def test_export_from_others(run_, file, layout, steps, out, tmp_path):
+    """A published file becomes the same verified folder, with its card."""
+    given = {"published": f"{out(run_) / 'pipeline' / file}", "layout": layout, "steps": steps}
+    export.main(export.Again(**given, teacher=f"{out(run_) / 'teacher'}", output_dir=f"{tmp_path / 'out'}"))
+    facts = json.loads((tmp_path / "out" / "distill.json").read_text())
+    assert facts["steps"] == steps and yaml.safe_load(facts["config"])["from"] == file
+    assert layout in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("kind", ("AutoPipelineForImage2Image", "AutoPipelineForInpainting"))
+def test_students_in_other_pipelines(kind, out):
+    """img2img and inpainting run on an exported SDXL student; a LoRA from elsewhere changes what it makes."""
+    import diffusers
+
+    pipe = diffusers.DiffusionPipeline.from_pretrained(out("dmd2_sdxl") / "pipeline", local_files_only=True)
+    other = getattr(diffusers, kind).from_pipe(pipe)
+    other.set_progress_bar_config(disable=True)
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8))
+    given = {"image": picture, "num_inference_steps": 4, "strength": 0.5, "guidance_scale": 0, "output_type": "np"}
+    if "Inpainting" in kind:
+        given["mask_image"] = Image.fromarray(np.full((16, 16), 255, np.uint8))
+        given |= {"height": 16, "width": 16}
+
+    def image():
+        return other("a cat", generator=torch.Generator().manual_seed(0), **given).images
+
+    before = image()
+    assert np.isfinite(before).all()
+    other.load_lora_weights(out("lcm_lora_sdxl") / "pipeline", weight_name="lcm_lora_sdxl_4step_lora.safetensors")
+    assert np.abs(image() - before).max() > 1e-3
 
 
 # ---- trackers ----
 
 
 def test_tensorboard_gets_numbers_and_images(tmp_path):
-    pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    module("sid").main(module("sid").CONFIG, [*argv("sid", tmp_path)[1], "--report_to", "tensorboard"])
+    run.main(config_of("sid_digits"), [*argv("sid_digits", tmp_path), "--report_to", "tensorboard"])
     (events,) = tmp_path.rglob("events.out.*")
     found = EventAccumulator(f"{events}").Reload()
     logged = [json.loads(line)["student/loss"] for line in (tmp_path / "log.jsonl").open()]
@@ -244,7 +445,7 @@ def test_wandb_offline_gets_images(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WANDB_SILENT", "true")
     folder = tmp_path / "run"
-    module("sid").main(module("sid").CONFIG, [*argv("sid", folder)[1], "--report_to", "wandb"])
+    run.main(config_of("sid_digits"), [*argv("sid_digits", folder), "--report_to", "wandb"])
     assert len(list(folder.rglob("offline-run-*/files/media/images/samples_*.png"))) == 2
     assert {p.name for p in tmp_path.iterdir()} == {"run"}  # nothing beside the run's folder
 
@@ -254,6 +455,7 @@ def test_wandb_offline_gets_images(tmp_path, monkeypatch):
 
 def test_a_teacher_and_its_student(tmp_path):
     """The teacher's folder is read back as a guidable denoiser, smooth in time, and is never overwritten."""
+    from pipelines import edm
     from recipes import digits_teacher
 
     config = digits_teacher.Teacher(output_dir=f"{tmp_path / 't'}", max_train_steps=3, channels=(8, 16))
@@ -268,7 +470,7 @@ def test_a_teacher_and_its_student(tmp_path):
     edm.smooth(teacher.denoiser.net, config.max_frequency)
     assert torch.equal(teacher.denoiser.net.time_embedding.linear_1.weight, weight) and (weight == 0).any()
     flags = f"--teacher {tmp_path / 't'} --output_dir {tmp_path / 's'} --method.guidance 2 --max_train_steps 1"
-    module("vsd").main(module("vsd").CONFIG, flags.split())
+    run.main(config_of("vsd_digits"), flags.split())
     assert (tmp_path / "s" / "pipeline" / "model_index.json").is_file()
 
 
@@ -276,8 +478,9 @@ def test_the_demo_plans_every_recipe(tmp_path):
     """Each job waits only for jobs that exist; every student is sampled from its exported pipeline."""
     from recipes import digits_demo
 
-    todo = digits_demo.jobs(digits_demo.Demo(methods=tuple(RECIPES)), tmp_path)
+    names = [name.removesuffix("_digits") for name in RECIPES if name.endswith("_digits")]
+    todo = digits_demo.jobs(digits_demo.Demo(methods=tuple(names)), tmp_path)
     assert all(set(job.after) <= todo.keys() for job in todo.values())
-    for name in RECIPES:
+    for name in names:
         assert f"{tmp_path / name / 'pipeline'}" in todo[f"{name}-1"].command
         assert todo[f"{name}-1"].after == (name,)
