@@ -72,6 +72,7 @@ class VP(Schedule):
 
     alphas_cumprod: tuple[float, ...]  # abar_n, decreasing, in (0, 1)
     _log_ratio: Tensor = field(init=False, repr=False, compare=False)
+    _copies: dict[torch.device, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         abar = torch.tensor(self.alphas_cumprod, dtype=torch.float64)
@@ -85,15 +86,21 @@ class VP(Schedule):
         beta = np.linspace(beta_start**0.5, beta_end**0.5, n) ** 2
         return cls(tuple(np.cumprod(1 - beta)))
 
+    def _table(self, device: torch.device) -> Tensor:
+        """log(sigma / alpha) of all levels, copied to a device once: a copy from the host waits for the device."""
+        if device not in self._copies:
+            self._copies[device] = self._log_ratio.to(device)
+        return self._copies[device]
+
     def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
         n = self.native(t)
-        table = self._log_ratio.to(t.device)
+        table = self._table(t.device)
         low = n.detach().floor().long().clamp(0, len(table) - 2)
         lr = torch.lerp(table[low], table[low + 1], n - low)
         return torch.sigmoid(-2 * lr).sqrt(), torch.sigmoid(2 * lr).sqrt()
 
     def time(self, ratio: Tensor) -> Tensor:
-        table = self._log_ratio.to(ratio.device)
+        table = self._table(ratio.device)
         lr = ratio.double().log()
         low = (torch.searchsorted(table, lr.detach().contiguous(), right=True) - 1).clamp(0, len(table) - 2)
         n = low + (lr - table[low]) / (table[low + 1] - table[low])

@@ -55,7 +55,7 @@ class Student:
         if not 1 <= steps <= len(self.times):
             raise ValueError(f"steps is {steps}; this student has {len(self.times)} time(s), so 1 to {len(self.times)}")
         path = self.denoiser.path
-        times = torch.tensor(self.times, dtype=torch.float64, device=z.device)[:, None].expand(-1, len(z))
+        times = [torch.full((len(z),), t, dtype=torch.float64, device=z.device) for t in self.times]
         x = self.input_scale * z
         for i in range(steps - 1):
             with torch.no_grad():

@@ -236,6 +236,9 @@ def start(nets: Nets, accelerator: Accelerator) -> dict[str, list[nn.Parameter]]
     """Move the networks to the device, equal on all processes; the parameters that each player owns."""
     from accelerate.utils import broadcast
 
+    for denoiser in (nets.teacher, nets.student.denoiser, nets.fake, nets.target):
+        if denoiser is not None and denoiser.null is not None:
+            denoiser.null = {name: value.to(accelerator.device) for name, value in denoiser.null.items()}
     nets.teacher.net.to(accelerator.device).requires_grad_(False).eval()
     players: dict[str, list[nn.Parameter]] = {}
     for role, net in nets.modules().items():

@@ -2,6 +2,7 @@
 
 import copy
 import sys
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
@@ -13,14 +14,16 @@ from replay import pushed
 from test_trainer import METHODS, config, equal, nets_of, roles, vectors
 from tiny import Tiny, filled, tiny
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from distill import checkpoint
 from distill.denoiser import Denoiser
+from distill.draw import Draw
 from distill.lora import LoRA, twin
 from distill.methods import DMD2, LCD, VSD, SiD
 from distill.roles import FakeConfig, StudentConfig, build
 from distill.schedule import VP, Flow
-from distill.trainer import supported, train
+from distill.trainer import start, supported, train
 
 ADAPTERS = LoRA(rank=4, alpha=8.0, targets=("mid", "last"))
 
@@ -318,3 +321,74 @@ def test_adamw8bit(tmp_path):
     assert (state.nets.student.denoiser.net.mid.weight - before - moved).norm() < 0.2 * moved.norm()
     with pytest.raises(ValueError, match="optimizer_student.safetensors is not of this run's parameters"):
         next(run("adamw", folder))
+
+
+# ---- the device is not waited for ----
+
+
+class Copies(TorchFunctionMode):
+    """Counts tensors that the host sends to the device, here a device without memory: both sides wait for each."""
+
+    sent = 0
+
+    def __torch_function__(self, f, types, args=(), kwargs=None):
+        out = f(*args, **(kwargs or {}))
+        if f is torch.tensor or f is torch.Tensor.to:
+            self.sent += out.is_meta and not getattr(args[0], "is_meta", False)
+        return out
+
+
+@pytest.mark.parametrize("name", ("sid", "sid-lsg", "dmd2", "vsd", "lcd"))
+def test_a_turn_sends_nothing_to_the_device(name):
+    """After the first turn; that nothing is fetched either is seen by what cannot be: a value of the device."""
+    method, teacher = METHODS[name], tiny(VP.scaled_linear(), "v", dtype=torch.float32, classes=3)
+    steps = {"student": StudentConfig(times=(1.0, 0.5))}
+    nets = build(method, teacher, (2,), {"label": torch.tensor([0])}, **steps)
+    start(nets, SimpleNamespace(device=torch.device("meta")))
+    sent = [0, 0]
+    for step in range(2):
+        for update in method.updates():
+            draw = Draw(0, step, update.player, torch.arange(4, device="meta"))
+            with Copies() as copies:
+                x = method.sample(nets, batch := vectors(draw), draw)
+                update.loss(x, nets, batch, draw)[0].backward()
+            sent[step] += copies.sent
+    assert sent[0] > 0 == sent[1]
+
+
+@pytest.mark.parametrize("calls", (1, 2, 3, 4))
+def test_ledger_of_dmd2(calls):
+    """Samples that pass each network in a cycle of five fake steps, by what is asked of the pass; batch 8, guidance 2.
+
+    The classifier sees fakes and reals in one pass, and stops at its tap.
+    """
+    B, method, passes = 8, DMD2(guidance=2.0, every=5, taps=("mid",)), Counter()
+    nets = nets_of(method, student=StudentConfig(steps=4))
+
+    class Fixed(Draw):
+        def index(self, name, n):
+            return calls - 1
+
+    def begun(role):
+        return lambda net, args: passes.update({(role, "graded" if torch.is_grad_enabled() else "free"): len(args[0])})
+
+    def ended(role):
+        return lambda net, args, out: passes.update({(role, "whole"): len(args[0])})
+
+    for role, net in {"teacher": nets.teacher.net, **nets.modules()}.items():
+        net.register_forward_pre_hook(begun(role))
+        net.register_forward_hook(ended(role))
+    *_, state = train(method, nets, vectors, config(max_train_steps=5), Accelerator(cpu=True), draw=Fixed)
+    assert state.step == 5
+    assert passes == {
+        ("student", "free"): (5 * calls - 1) * B,  # a generation a step; the student's own serves the fake too
+        ("student", "graded"): B,
+        ("student", "whole"): 5 * calls * B,
+        ("teacher", "free"): 2 * B,  # with and without the condition, in one pass
+        ("teacher", "whole"): 2 * B,
+        ("fake", "free"): B,  # the score in the student's step
+        ("fake", "graded"): B + 5 * B + 5 * 2 * B,  # classifier for the student; denoising; classifier, both halves
+        ("fake", "whole"): B + 5 * B,
+        ("disc", "graded"): B + 5 * 2 * B,
+        ("disc", "whole"): B + 5 * 2 * B,
+    }
