@@ -31,7 +31,7 @@ from distill.data.shards import Rows, Table, file, narrow, note, pack, save
 from distill.data.sources import Broken
 
 if TYPE_CHECKING:
-    from accelerate import PartialState
+    from accelerate import Accelerator
 
     from pipelines import Teacher
 
@@ -86,11 +86,11 @@ def main(argv: list[str] | None = None) -> None:
 def run(config: Cache) -> Path:
     """Make or go on with the cache of `config`; its folder."""
     check(config)
-    from accelerate import PartialState
+    from accelerate import Accelerator
 
     from pipelines.run import quiet
 
-    state, folder = PartialState(), Path(config.output_dir)
+    state, folder = Accelerator(), Path(config.output_dir)
     quiet()
     prompts, pictures = config.sources().sources()
     teacher = encoders(config, state.device)
@@ -158,27 +158,40 @@ def begun(folder: Path, config: Cache, teacher: Teacher, tables: dict[str, Table
         "prompts": text.prompts,
         "sources": work.hexdigest(),
     }
+    if (old := resume(folder, index)) is not None:
+        return old
+    index["tables"] = {"text": layout(config, len(text), text.read(spread(len(text), SAMPLE)))}
+    if images is not None:
+        one: Rows = {"x": torch.ones(1, *teacher.shape), "caption": torch.zeros(1, dtype=torch.int64)}
+        one |= {"time_ids": torch.zeros(1, 6)} if config.crops else {}
+        index["tables"]["image"] = layout(config, len(images), one)
+    return begin(folder, index, text.texts[:-1])
+
+
+def resume(folder: Path, index: dict[str, Any]) -> dict[str, Any] | None:
+    """The index in the folder, None if there is none; ValueError if it is of other work than `index`."""
     if (folder / INDEX).is_file():
         old = json.loads((folder / INDEX).read_text())
-        changed = [key for key in index if old[key] != index[key]]
+        changed = [key for key in index if old.get(key) != index[key]]
         if changed:
             raise ValueError(
                 f"{folder} holds a cache of other {', '.join(changed)}: choose another --output_dir, or remove it"
             )
         announce(folder, old)
         return old
-    if folder.exists() and any(folder.iterdir()):
+    ours = {TEXTS, f".{TEXTS}.partial", f".{INDEX}.partial"}  # of a command that was killed while it wrote these
+    if folder.exists() and {path.name for path in folder.iterdir()} - ours:
         raise ValueError(f"{folder} is not empty and holds no cache: choose another --output_dir")
-    index["tables"] = {"text": layout(config, len(text), text.read(spread(len(text), SAMPLE)))}
-    if images is not None:
-        one: Rows = {"x": torch.ones(1, *teacher.shape), "caption": torch.zeros(1, dtype=torch.int64)}
-        one |= {"time_ids": torch.zeros(1, 6)} if config.crops else {}
-        index["tables"]["image"] = layout(config, len(images), one)
+    return None
+
+
+def begin(folder: Path, index: dict[str, Any], texts: Sequence[str]) -> dict[str, Any]:
+    """Write what a cache begins with; the index, with the versions that made it."""
     libraries = ("distill-one-step", "torch", "diffusers", "transformers")
-    index["versions"] = {name: version(name) for name in libraries}
+    index = index | {"versions": {name: version(name) for name in libraries}}
     announce(folder, index)
     folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / TEXTS, "".join(f"{json.dumps(text)}\n" for text in text.texts[:-1]))
+    _write(folder / TEXTS, "".join(f"{json.dumps(text)}\n" for text in texts))
     _write(folder / INDEX, json.dumps(index, indent=1))
     return index
 
@@ -203,6 +216,8 @@ def layout(config: Cache, total: int, rows: Rows) -> dict[str, Any]:
 
 def announce(folder: Path, index: dict[str, Any]) -> None:
     """Say how many bytes the cache takes; ValueError if the disk has not as many."""
+    fewer = "fewer --max_samples or --crops, or encode while training (--data.text online)"
+    fewer = "a smaller --n" if "ode" in index else fewer
     need, lines = 0.0, []
     for name, entry in index["tables"].items():
         shards = -(-entry["total"] // entry["per_shard"])
@@ -219,7 +234,7 @@ def announce(folder: Path, index: dict[str, Any]) -> None:
     if need > free:
         raise ValueError(
             f"the cache needs {human(need)} more and the disk of {near} has {human(free)} free: choose another "
-            "--output_dir, fewer --max_samples or --crops, or encode while training (--data.text online)"
+            f"--output_dir, or {fewer}"
         )
 
 
@@ -230,7 +245,7 @@ def human(n: float) -> str:
     return f"{n:.{1 if n < 100 and power else 0}f} {('bytes', 'kB', 'MB', 'GB', 'TB')[power]}"
 
 
-def fill(folder: Path, name: str, table: Table, entry: dict[str, Any], config: Cache, state: PartialState) -> None:
+def fill(folder: Path, name: str, table: Table, entry: dict[str, Any], config: Cache, state: Accelerator) -> None:
     """Write the shards that are missing, every so many by this process."""
     from tqdm import tqdm
 
@@ -286,6 +301,8 @@ def finish(folder: Path, index: dict[str, Any]) -> None:
             sys.stderr.write(f"{len(broken)} left out:\n" + "".join(f"  {message}\n" for message in sorted(broken)))
         if not sum(entry["rows"]):
             raise ValueError(f"no {name} could be read: the cache is not finished")
+    for partial in folder.glob(".*"):  # of a command that was killed
+        partial.unlink()
     _write(folder / INDEX, json.dumps(index, indent=1))
     sys.stderr.write(f"finished {folder}; train with --data.cache {folder}\n")
 

@@ -211,11 +211,20 @@ cache.main(sys.argv[1:])
         }
         with pytest.raises(ValueError, match="c is not finished: run the command that began it again"):
             Text(cache=f"{tmp_path / 'c'}").check(())
-        before = (tmp_path / "c" / "text-00001.safetensors").stat()
+        (tmp_path / "c" / ".tmpAbCdEf").write_bytes(b"half a shard")
+        before = (tmp_path / "c" / "text-00001.safetensors").stat().st_mtime_ns
         cache.main(flags(options))
-        assert (tmp_path / "c" / "text-00001.safetensors").stat() == before
+        assert (tmp_path / "c" / "text-00001.safetensors").stat().st_mtime_ns == before
         assert "in 3 shards, 2 of them written" in capsys.readouterr().err
         assert content(tmp_path / "c") == content(made)
+
+    def test_killed_before_the_index(self, home, made, tmp_path):
+        """What it began to write is in nobody's way."""
+        folder = tmp_path / "c"
+        folder.mkdir()
+        for name in ("texts.jsonl", ".index.json.partial"):
+            (folder / name).write_text('"half')
+        assert content(cache.run(config(home, folder, images=True))) == content(made)
 
     def test_a_full_disk(self, home, made, tmp_path, capfd):
         """The system refuses to write the first shard of images whole; there is no trace of it, the others stay."""

@@ -48,20 +48,24 @@ class Feed:
     @torch.no_grad()
     def read(self, ask: Ask) -> Batch:
         """The batch of (seed, step, player, samples), as it is stored."""
-        draw = Draw(*ask[:3], torch.tensor(ask[3]))
-        empty = draw.uniform("empty", (len(ask[3]), 2)) < self.p_empty
+        batch = self.rows(Draw(*ask[:3], torch.tensor(ask[3])))
+        return _each(batch, _pinned) if torch.cuda.is_available() else batch
+
+    def rows(self, draw: Draw) -> Batch:
+        """The rows that a draw picks."""
+        empty = draw.uniform("empty", (len(draw.samples), 2)) < self.p_empty
         prompts = self._texts(_integers(draw, "prompt", self.prompts), empty[:, 0])
         batch: Batch = {"c": prompts}
         if self.images is not None:
             rows = self.images.read(_integers(draw, "real", len(self.images)).tolist())
             c = self._texts(rows["caption"], empty[:, 1])
             batch |= {"real": rows["x"], "real_c": c | {key: rows[key] for key in (SIZES,) if key in c and key in rows}}
-        return _each(batch, Tensor.pin_memory) if torch.cuda.is_available() else batch
+        return batch
 
     def _texts(self, rows: Tensor, empty: Tensor) -> dict[str, Tensor]:
         return self.text.read(torch.where(empty, len(self.text) - 1, rows).tolist())
 
-    def fixed(self, n: int = 40) -> tuple[list[str], dict[str, Tensor]]:
+    def fixed(self, n: int) -> tuple[list[str], dict[str, Tensor]]:
         """The first n prompts, over again where there are fewer, and their condition."""
         rows = [i % min(self.prompts, len(self.names)) for i in range(n)]
         return [self.names[i] for i in rows], self._encoded(rows)
@@ -85,6 +89,10 @@ class Feed:
 def _integers(draw: Draw, name: str, n: int) -> Tensor:
     """Uniform integers below n, one per sample, from 40 bits: `draw.integers` has 24, too few for millions of rows."""
     return ((draw.integers(name, 1 << 20) << 20) + draw.integers(f"{name}, low", 1 << 20)) % n
+
+
+def _pinned(x: Tensor) -> Tensor:
+    return x.pin_memory() if x.device.type == "cpu" else x
 
 
 def _float(x: Tensor) -> Tensor:

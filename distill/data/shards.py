@@ -113,6 +113,7 @@ def save(rows: Rows, path: Path, about: dict[str, Any]) -> None:
     partial = path.with_name(f".{path.name}.partial")
     try:
         save_file(rows, partial, {"note": json.dumps(about)})  # one entry: several have no order
+        partial.chmod(0o644)  # the library writes files for their owner alone
         with partial.open("rb") as written:
             os.fsync(written.fileno())
         os.replace(partial, path)
