@@ -1,0 +1,129 @@
+"""Pairs of noise and the teacher's sample from it, for a regression onto its ODE (DMD, arXiv 2311.18828)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from distill.data import sources
+from distill.data.feed import FIXED, Batch, Feed
+from distill.data.index import INDEX, TEXTS, belongs, digest, read_index
+from distill.data.online import SIZES, Texts
+from distill.data.shards import Rows, Shards, Table
+from distill.draw import Draw
+
+COMMAND = "python -m pipelines.pairs --pretrained_model_name_or_path FOLDER --prompts prompts.txt --output_dir pairs"
+
+
+def noise(seed: int, rows: Sequence[int], shape: Sequence[int]) -> Tensor:
+    """The unit noise [B, *shape] of these pairs: a function of (seed, row), so it is not stored."""
+    return Draw(seed, 0, "pairs", torch.tensor(rows)).normal("z", (len(rows), *shape))
+
+
+class Trajectories:
+    """Where the teacher's ODE ends, "x", from the noise of each row, and the row of its "caption" in a table of texts.
+
+    Row i has prompt i, over again where there are more rows than prompts. A cache whose images are such rows is one of
+    pairs, and for a method that needs real images, one of the teacher's own samples.
+    """
+
+    def __init__(
+        self, teacher: Any, text: Table, prompts: int, n: int, steps: int, guidance: float, seed: int = 0
+    ) -> None:
+        self.teacher, self.text, self.prompts, self.n = teacher, text, prompts, n
+        self.steps, self.guidance, self.seed = steps, guidance, seed
+
+    def __len__(self) -> int:
+        return self.n
+
+    @torch.no_grad()
+    def read(self, rows: Sequence[int]) -> Rows:
+        captions, device = [row % self.prompts for row in rows], self.teacher.parts.device
+        c = self.text.read(captions)
+        c = {key: (v.float() if v.is_floating_point() else v).to(device) for key, v in c.items()}
+        x = self.teacher.sample(noise(self.seed, rows, self.teacher.shape).to(device), c, self.steps, self.guidance)
+        return {"x": x, "caption": torch.tensor(captions)}
+
+
+class PairFeed(Feed):
+    """data(draw) -> batch with noise "z", samples "y" [B, *shape] and their condition "c"."""
+
+    def __init__(self, text: Table, pairs: Table, prompts: int, names: list[str], seed: int) -> None:
+        super().__init__(text, pairs, prompts, names)
+        self.seed = seed
+
+    def rows(self, draw: Draw) -> Batch:
+        rows = draw.integers("pair", len(self.images)).tolist()
+        stored = self.images.read(rows)
+        z = noise(self.seed, rows, stored["x"].shape[1:])
+        return {"z": z, "y": stored["x"], "c": self.text.read(stored["caption"].tolist())}
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Noise, the teacher's sample from it and their prompt, drawn uniformly with replacement."""
+
+    pairs: Literal["cached", "online"] = "cached"  # online: sample while training, which is for trying things out
+    cache: str = ""  # folder that `python -m pipelines.pairs` has made
+    prompts: str = ""  # online: .txt, .jsonl or .parquet file, or a dataset; one pair each
+    steps: int = 50  # online: of the teacher
+    guidance: float = 8.0  # online: of the teacher
+
+    def check(self, needs: tuple[str, ...]) -> None:
+        """ValueError that says what is missing and how to make it; nothing is read but an index."""
+        if self.pairs == "online":
+            if not self.prompts or self.cache:
+                raise ValueError(
+                    "--data.pairs online samples pairs of --data.prompts prompts.txt, without --data.cache"
+                )
+            return sources.check(self.prompts)
+        if not self.cache:
+            raise ValueError(f"no pairs given: make them once with\n  {COMMAND}\nand pass --data.cache pairs")
+        if self.prompts:
+            raise ValueError("a cache has its own prompts: leave out --data.prompts")
+        if not (Path(self.cache) / INDEX).is_file():
+            raise ValueError(f"no pairs at {self.cache!r}: make them with\n  {COMMAND}")
+        if "ode" not in read_index(Path(self.cache)):
+            raise ValueError(
+                f"the images of the cache {self.cache} are not the teacher's: make pairs with\n  {COMMAND}"
+            )
+
+    def open(self, teacher: Any, needs: tuple[str, ...]) -> PairFeed:
+        """ValueError if the pairs are of another teacher, its network included."""
+        feed = self._cached(teacher) if self.pairs == "cached" else self._online(teacher)
+        if teacher.denoiser.null is None:  # sizes stay those of the image
+            teacher.denoiser.null = {key: v for key, v in feed.empty().items() if key != SIZES}
+        return feed
+
+    def _cached(self, teacher: Any) -> PairFeed:
+        folder = Path(self.cache)
+        index = read_index(folder)
+        belongs(folder, index, teacher, False)
+        if index["ode"]["network"] != digest(teacher.parts.folder, [teacher.parts.network]):
+            raise ValueError(
+                f"the pairs {folder} were sampled from {index['teacher']['name']!r}, whose {teacher.parts.network} is "
+                f"another one than that of {teacher.parts.folder}: make pairs of this teacher with\n  {COMMAND}"
+            )
+        text, pairs = (Shards(folder, name, index["tables"][name]) for name in ("text", "image"))
+        with (folder / TEXTS).open(encoding="utf-8") as lines:
+            names = [json.loads(line) for line in islice(lines, min(index["prompts"], FIXED))]
+        return PairFeed(text, pairs, index["prompts"], names, index["ode"]["seed"])
+
+    def _online(self, teacher: Any) -> PairFeed:
+        text = Texts(teacher, sources.prompts(self.prompts))
+        pairs = Trajectories(teacher, text, text.prompts, text.prompts, self.steps, self.guidance)
+        return PairFeed(text, pairs, text.prompts, text.texts[: min(text.prompts, FIXED)], 0)
+
+    def smoke(self, folder: Path) -> Pairs:
+        """Eight prompts, which are written to `folder`, sampled online in two steps."""
+        folder.mkdir(parents=True, exist_ok=True)
+        names = [f"{color} {thing}" for color in ("a red", "a blue") for thing in ("cat", "dog", "house", "tree")]
+        (folder / "prompts.txt").write_text("\n".join(names))
+        return replace(self, pairs="online", cache="", prompts=f"{folder / 'prompts.txt'}", steps=2)
