@@ -65,15 +65,19 @@ class Parts:
         """One component of the folder, in evaluation mode, without gradients."""
         if name in self.given:
             return self.given[name]
+        if not isinstance(self.index.get(name), list):
+            raise ValueError(f"{self.folder}: its model_index.json names no {name}")
         library, kind = self.index[name]
         if library not in ("diffusers", "transformers", "pipelines.edm_nets"):  # a class of the repository's own code
             raise ValueError(f"{self.folder}: component {name} is of {library!r}, code that is not run from here")
         cls = getattr(importlib.import_module(library), kind)
-        keys = {"local_files_only": True}
-        if not hasattr(cls, "parameters"):  # a scheduler or a tokenizer
-            return cls.from_pretrained(self.folder, subfolder=name, **keys)
         options = {"variant": self.variant, "use_safetensors": True, "dtype": dtype or self.dtype}
-        return cls.from_pretrained(self.folder, subfolder=name, **options, **keys).requires_grad_(False).eval()
+        options = options if hasattr(cls, "parameters") else {}  # a scheduler or a tokenizer has no weights
+        try:
+            found = cls.from_pretrained(self.folder, subfolder=name, local_files_only=True, **options)
+        except OSError as error:
+            raise ValueError(f"{self.folder}: its {name} cannot be read: {error}") from None
+        return found.requires_grad_(False).eval() if options else found
 
     def config(self, name: str) -> dict[str, Any]:
         """The config of a component that is not loaded."""

@@ -46,14 +46,23 @@ class Result(NamedTuple):
     value: float
 
 
-def code(call: str, model: str | Path, base: str | Path = "", lora: str = "", scheduler: str = "") -> str:
+def code(
+    call: str,
+    model: str | Path,
+    base: str | Path = "",
+    lora: str = "",
+    scheduler: str = "",
+    absent: Sequence[str] = (),
+) -> str:
     """The complete program: load `model`, a folder or a name on the Hub, as `pipe`, and then the family's `call`.
 
+    absent: components that the folder lacks, which from_pretrained must be told (SD3 without T5).
     lora: load `base` instead, with the file `lora` of `model` on it and the model's scheduler, which is of that class.
     """
     where = json.dumps(str(model))  # a literal of Python too, whatever the path holds
     if not lora:
-        load = f"from diffusers import DiffusionPipeline\n\npipe = DiffusionPipeline.from_pretrained({where})\n"
+        given = "".join(f", {name}=None" for name in absent)
+        load = f"from diffusers import DiffusionPipeline\n\npipe = DiffusionPipeline.from_pretrained({where}{given})\n"
         return load + call.strip()
     return (
         f"from diffusers import DiffusionPipeline, {scheduler}\n\n"

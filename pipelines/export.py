@@ -80,7 +80,8 @@ def export(
     facts = {"student": True, "steps": steps, "times": list(student.times), "config": about.config}
     facts |= teacher.parts.asked
     (partial / "distill.json").write_text(json.dumps(facts, indent=1))
-    pipe = DiffusionPipeline.from_pretrained(partial, local_files_only=True).to(device)
+    absent = {name: None for name, entry in teacher.parts.index.items() if entry == [None, None]}
+    pipe = DiffusionPipeline.from_pretrained(partial, local_files_only=True, **absent).to(device)
     pipe.safety_checker = None  # SD 1.x's: it blackens what it takes for harmful, which is not the student's doing
     gaps = {"pipeline": compare(pipe, teacher, expected, steps)}
     limits, lora = [NEGATIVE], ""
@@ -106,7 +107,7 @@ def export(
         about.method,
         steps,
         about.config,
-        code=code(call, model),
+        code=code(call, model, absent=absent),
         lora=code(call, model, about.base, lora, scheduler_name) if lora else "",
         task=getattr(family, "TASK", "text-to-image"),
         samples="samples.png",

@@ -34,7 +34,7 @@ def teacher(tmp_path_factory):
 
     def save(null_class):
         folder = tmp_path_factory.mktemp("teacher")
-        tiny().pipe.save_pretrained(folder)
+        tiny.save("edm", folder)
         (folder / "distill.json").write_text(json.dumps({"null_class": null_class}))
         return f"{folder}"
 
@@ -143,8 +143,8 @@ IMPOSSIBLE = {  # recipe and flags: words of the message
     "dmd2 --teacher nowhere": "no teacher at 'nowhere': a diffusers pipeline folder has a model_index.json",
     "dmd2 --method.taps neck": "the top-level modules are ['conv_in', 'time_proj'",
     "sid --fake.lora.rank 2": "to_q",  # peft's own: these targets are not in the network
-    "sid --student.times 0.5 0.7": "student times are (0.5, 0.7); they must fall strictly within (0, 1]",
-    "sid --student.times 1 0.5": "this family's scheduler carries the levels [80.0, 0.625]",
+    "sid --student.times 0.5 0.7": "scheduler carries the times",
+    "sid --student.steps 2 --student.times 1 0.4": "not (1.0, 0.4): leave --student.times out",
     "sid --student.scale 1": "this family's scheduler scales its input by sigma",
     "sid --student.steps 2 --student.renoise ddim": "renoises with fresh noise: train with --student.renoise fresh",
     "sid --resume_from_checkpoint nowhere": "no checkpoint at 'nowhere'",
@@ -161,9 +161,12 @@ def test_impossible_runs(line, call, teacher, tmp_path):
 
 
 def test_another_pipeline_is_no_teacher(call, tmp_path):
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "KandinskyPipeline"}))
+    status, said = call("sid_digits", "--teacher", tmp_path, "--output_dir", tmp_path / "run")
+    assert status == 2 and "is a KandinskyPipeline; supported pipelines are" in said
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline"}))
     status, said = call("sid_digits", "--teacher", tmp_path, "--output_dir", tmp_path / "run")
-    assert status == 2 and "is a StableDiffusionPipeline; supported pipelines are" in said
+    assert status == 2 and "its model_index.json names no transformer" in said
 
 
 def test_two_runs_in_one_folder(call, teacher, tmp_path):
