@@ -32,6 +32,7 @@ BY_HAND, GAN, FAKE = (f"{CONTRACTS}::{name}" for name in ("TestByHand", "TestGan
 SCHEDULE, DENOISER, STUDENT = "tests/test_schedule.py", "tests/test_denoiser.py", "tests/test_student.py"
 LOSSES, DRAW, EMA = "tests/test_losses.py", "tests/test_draw.py", "tests/test_ema.py"
 OPTIMUM, PAIRS = "tests/test_regression.py", "tests/test_pairs.py"
+MEMORY = "tests/test_memory.py"
 TRAINER, RECIPES, ROLES = "tests/test_trainer.py", "tests/test_recipes.py", "tests/test_roles.py"
 
 
@@ -280,6 +281,22 @@ MUTATIONS = {
           "nets.fake = nets.student.denoiser", ROLES, TRAINER),
         m("student is the teacher", "distill/lora", "copy.deepcopy(net).requires_grad_(True)",
           "net.requires_grad_(True)", ROLES),
+    ),
+    "memory": (
+        m("masters in half precision", "distill/lora", "if p.requires_grad and p.dtype.itemsize < 4:", "if False:",
+          f"{MEMORY}::test_what_trains_from_a_half_precision_teacher_is_float32"),
+        m("casts outlive their call", "distill/trainer", "AutocastKwargs(cache_enabled=False)", "AutocastKwargs()",
+          f"{MEMORY}::test_no_cast_outlives_a_call"),
+        m("target with a backbone of its own", "distill/roles", "twin(nets.student.denoiser.net)",
+          "nets.student.denoiser.copy().net", f"{MEMORY}::test_a_target_shares_the_backbone"),
+        m("the teacher is not recomputed", "distill/memory", 'if role != "disc"}',
+          'if role not in ("disc", "teacher")}', f"{MEMORY}::test_gradient_checkpointing"),
+        m("a backend is believed", "distill/memory", "if not gap <= TOLERANCE:", "if False:",
+          f"{MEMORY}::test_a_broken_backend_is_found_before_training"),
+        m("second stage from the last weights", "distill/checkpoint", '{"student": "ema", "fake"',
+          '{"student": "student", "fake"', f"{ROLES}::test_a_second_stage_starts_where_the_first_ended"),
+        m("timesteps from 1 to N", "distill/roles", "self.timestep / last", "self.timestep / (last + 1)",
+          f"{ROLES}::test_first_call_is_named_by_its_timestep"),
     ),
     "export": (
         m("level of the scheduler", "pipelines/edm", "sigma_min=0.0, sigma_max=sigma",

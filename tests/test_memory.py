@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from replay import pushed
+from safetensors.torch import load_file
 from test_trainer import METHODS, config, equal, nets_of, roles, vectors
 from tiny import Tiny, filled, tiny
 from torch import nn
@@ -97,13 +98,24 @@ def vectors_alone(draw):
     return {}
 
 
-def test_a_target_shares_the_backbone():
-    """The target of consistency distillation is a copy of the adapters alone."""
+def test_a_target_shares_the_backbone(tmp_path):
+    """The target of consistency distillation is a copy of the adapters alone, in memory and in checkpoints."""
     nets = build(LCD(), tiny(Flow(), "flow"), (2,), student=StudentConfig(lora=ADAPTERS))
     assert tensors(nets.teacher.net) <= tensors(nets.target.net)
     assert tensors(nets.target.net) & tensors(nets.student.denoiser.net) == tensors(nets.teacher.net)
     assert not any(p.requires_grad for p in nets.target.net.parameters())
     assert tensors(twin(nets.student.denoiser.net)) & tensors(nets.student.denoiser.net) == tensors(nets.teacher.net)
+    before = copy.deepcopy(nets.teacher.net.state_dict())
+    data = lambda draw: {"real": draw.normal("real", (len(draw.samples), 2))}
+    for state in train(LCD(), nets, data, config(max_train_steps=3), Accelerator(cpu=True)):
+        folder = checkpoint.save(state, tmp_path)
+    assert equal(nets.teacher.net.state_dict(), before)
+    files = {role: load_file(folder / f"{role}.safetensors") for role in ("student", "target")}
+    assert (
+        files["target"].keys()
+        == files["student"].keys()
+        == {n for n, _ in nets.target.net.named_parameters() if "lora" in n}
+    )
 
 
 # ---- gradient checkpointing ----
