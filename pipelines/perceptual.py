@@ -7,9 +7,10 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
+    from distill.config import Config
     from pipelines import Teacher
 
 Distance = Callable[[Tensor, Tensor], Tensor]
@@ -22,6 +23,14 @@ def check() -> None:
             "distance 'lpips' needs the package lpips: pip install 'distill-one-step[lpips]', "
             "or choose --method.distance huber"
         )
+
+
+def asked(config: Config[Any, Any], teacher: Teacher) -> Distance:
+    """The distance of a run. A smoke run fetches nothing: random features of what the teacher's own decoder gives."""
+    each = config.train.gradient_checkpointing
+    if config.smoke:
+        return perceptual(teacher, None, each, random())
+    return perceptual(teacher, config.method.decoder, each)
 
 
 def perceptual(
@@ -65,6 +74,14 @@ def lpips(**options: Any) -> Distance:
     except OSError as error:
         raise ValueError(f"LPIPS needs the weights of VGG16, which torchvision could not fetch: {error}") from None
     return lambda x, y: net.to(x.device)(x, y)
+
+
+def random() -> Distance:
+    """The squared difference of random features, always the same ones."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.SiLU(), nn.Conv2d(8, 8, 3)).requires_grad_(False)
+    return lambda x, y: (net.to(x.device)(x) - net(y)).square().mean((1, 2, 3), keepdim=True)
 
 
 def tiny(teacher: Teacher, decoder: str) -> Callable[[Tensor], Tensor]:

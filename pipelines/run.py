@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from distill import checkpoint
 from distill.config import Config, dump, fail, parse
-from pipelines import ExportError, Teacher, index, opened
+from pipelines import ExportError, Teacher, index, opened, perceptual
 
 if TYPE_CHECKING:
     from distill.roles import Nets, StudentConfig
@@ -57,6 +57,8 @@ def check(config: Config[Any, Any], out: Path) -> Path | None:
         if not re.fullmatch(r"[\w.-]+/[\w.-]+", config.teacher) or Path(config.teacher).exists():
             index(config.teacher)
         config.data.check(config.method.needs)
+        if "perceptual" in config.method.needs:
+            perceptual.check()
     if resume is None:
         if (out / "config.yaml").exists():
             raise ValueError(
@@ -115,6 +117,8 @@ def run(config: Config[Any, Any], out: Path, resume: Path | None) -> None:
     told = about(out.name, teacher, config.teacher, method, dump(config), config.license, repository)
     example = {key: value[:1] for key, value in c.items()}
     nets = build(config.method, teacher.denoiser, teacher.shape, example, student, config.fake)
+    if "perceptual" in config.method.needs:
+        nets.perceptual = perceptual.asked(config, teacher)
     if accelerator.mixed_precision == "bf16":
         teacher.denoiser.net.to(torch.bfloat16)  # trained networks are float32 copies, or adapters on it
     if accelerator.is_main_process:

@@ -9,15 +9,17 @@ from accelerate import Accelerator
 from gaussian import F64, SCHEDULES, Line, exact, nets_of, problem, student_gradient, white
 from tiny import tiny
 
+from distill.config import Config
+from distill.data import Digits
 from distill.draw import Draw
 from distill.methods import Regression
 from distill.roles import StudentConfig, build
 from distill.schedule import VP
 from distill.solver import sample
 from distill.trainer import TrainConfig, train
-from pipelines import latents
+from pipelines import latents, run
 from pipelines import tiny as tiny_parts
-from pipelines.perceptual import lpips, perceptual
+from pipelines.perceptual import lpips, perceptual, random
 
 N = 64
 FORMS = {  # derivative of the distance, per element, to delta
@@ -148,10 +150,8 @@ def teacher():
 
 @pytest.fixture(scope="module")
 def features():
-    """A stand-in of LPIPS's network: images [B, 3, H, W], twice -> [B, 1, 1, 1]."""
-    torch.manual_seed(0)
-    net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.SiLU(), torch.nn.Conv2d(8, 8, 3)).requires_grad_(False)
-    return lambda x, y: (net(x) - net(y)).square().mean((1, 2, 3), keepdim=True)
+    """In place of LPIPS's network: images [B, 3, H, W], twice -> [B, 1, 1, 1]."""
+    return random()
 
 
 def gradient(distance, x, y):
@@ -204,9 +204,12 @@ def test_a_small_autoencoder_decodes(teacher, features, tmp_path):
         perceptual(SimpleNamespace(shape=(16, 4, 4)), f"{tmp_path / 'tiny'}", features=features)
 
 
-def test_without_the_package_it_says_what_to_install(monkeypatch, teacher):
+def test_without_the_package_it_says_what_to_install(monkeypatch, teacher, tmp_path):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"distill-one-step\[lpips\].*--method.distance huber"):
         perceptual(teacher)
     with pytest.raises(ValueError, match=r"distill-one-step\[lpips\]"):
         lpips(pnet_rand=True)
+    with pytest.raises(ValueError, match=r"distill-one-step\[lpips\]"):  # a recipe says so before it loads a teacher
+        run.check(Config(Regression(), Digits(), family="sdxl", teacher="a/b"), tmp_path)
+    run.check(Config(Regression("huber"), Digits(), family="sdxl", teacher="a/b"), tmp_path)
