@@ -43,6 +43,10 @@ class LoRA:
     def __post_init__(self) -> None:
         if self.rank is not None and self.rank < 1:
             raise ValueError(f"LoRA rank is {self.rank}; it must be at least 1, or None for a full copy")
+        if not 0 < self.alpha < float("inf") or not self.targets:
+            raise ValueError(
+                f"LoRA alpha is {self.alpha} on targets {self.targets}; one above 0, on at least one target"
+            )
 
     def __call__(self, net: nn.Module) -> nn.Module:
         """A role that starts as the backbone `net`: a trainable copy, or zero-initialised trainable adapters on it.

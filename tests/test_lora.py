@@ -99,6 +99,13 @@ class TestAdapter:
         with pytest.raises(ValueError, match=f"LoRA rank is {rank}; it must be at least 1, or None for a full copy"):
             LoRA(rank=rank)
 
+    @pytest.mark.parametrize("wrong", ({"alpha": 0.0}, {"alpha": float("nan")}, {"targets": ()}), ids=str)
+    def test_adapters_that_do_nothing(self, wrong):
+        with pytest.raises(ValueError, match="LoRA alpha is .* one above 0, on at least one target"):
+            LoRA(rank=4, **wrong)
+        with pytest.raises(ValueError, match="no_such_layer"):
+            LoRA(rank=4, targets=("no_such_layer",))(denoiser().net)
+
 
 # ---- three roles of one backbone ----
 

@@ -236,10 +236,12 @@ def test_a_backend_reaches_all_roles(native):
     ("denoiser", "name", "says"),
     (
         (flux, "flahs", "'flahs' is not to be had: .*must be one of the following: .*xformers"),
+        (lambda: (unet(), (2, 8, 8)), "xformers", "'xformers' (is not to be had|was set but fails): "),
+        (flux, "flash", "'flash' (is not to be had|was set but fails): "),
         (lambda: (unet(), (2, 8, 8)), "flash", "'flash' is not to be had: a UNet2DModel has native and.* xformers"),
         (lambda: (tiny(Flow(), dtype=torch.float32), (2,)), "xformers", "a Tiny has native"),
     ),
-    ids=("no name", "unet", "no attention"),
+    ids=("no name", "unet without xformers", "no flash", "unet", "no attention"),
 )
 def test_a_backend_that_is_not_to_be_had(denoiser, name, says, native):
     with pytest.raises(ValueError, match=says):
