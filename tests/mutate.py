@@ -58,7 +58,7 @@ def m(name, file, old, new, *tests, more=()):
 
 SID, DMD2, VSD = "distill/methods/sid", "distill/methods/dmd2", "distill/methods/vsd"
 LCD, SCM = "distill/methods/lcd", "distill/methods/scm"
-ODE, LOOKS = "distill/methods/regression", "pipelines/perceptual"
+ODE, LOOKS, PAIR = "distill/methods/regression", "pipelines/perceptual", "distill/data/pairs"
 NO_GRAD, GRAD = "with torch.no_grad():\n            x_t = path", "with torch.enable_grad():\n            x_t = path"
 KEEP_G = ("distill/losses.py", "    g = g.detach()\n", "")
 # fmt: off
@@ -198,6 +198,11 @@ MUTATIONS = {
         m("latents for images", LOOKS, "found = decode(x.float())", "found = x.float()", OPTIMUM),
         m("LPIPS without gradient", LOOKS, "net(images(x), target)", "net(images(x.detach()), target)", OPTIMUM),
         m("LPIPS in half precision", LOOKS, "enabled=False", "enabled=True", OPTIMUM),
+        m("noise of another seed", PAIR, "noise(self.seed, rows, stored", "noise(0, rows, stored", PAIRS),
+        m("prompt of another pair", PAIR, 'self.text.read(stored["caption"].tolist())',
+          "self.text.read([(row + 1) % 8 for row in rows])", PAIRS),
+        m("samples without guidance", PAIR, "c, self.steps, self.guidance)", "c, self.steps)", PAIRS),
+        m("Euler's leading times", "pipelines/pairs", '="trailing"', '="leading"', PAIRS),
     ),
     "guidance": (
         m("w + 1", "distill/guidance", "empty + w * (cond - empty)", "cond + w * (cond - empty)", DENOISER),
