@@ -1,0 +1,53 @@
+"""The README's own commands, on a tiny SDXL: cache, train, export, load."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from distill.data import Text
+from pipelines import tiny
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+SHORT = "--max_train_steps 2 --train_batch_size 2 --lr_warmup_steps 0 --learning_rate 1e-2 --method.every 1"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder that holds what the README speaks of."""
+    folder = tmp_path_factory.mktemp("readme")
+    tiny.save("sdxl", folder / "sdxl")
+    Text().smoke(folder / "photos")
+    (folder / "prompts.txt").write_text("a red fox\na green parrot\n")
+    (folder / "recipes").symlink_to(ROOT / "recipes")
+    return folder
+
+
+def test_three_commands(place):
+    marked = README.partition("<!-- tests/test_readme.py runs these -->")[2]
+    commands, program = re.findall(r"```(?:python)?\n(.*?)```", marked, re.DOTALL)[:2]
+    lines = commands.strip().splitlines()
+    assert [line.split()[0] for line in lines] == ["python", "accelerate", "python"]
+    home = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "ACCELERATE_USE_CPU": "1"}
+    for line in lines:
+        line += f" {SHORT}" if line.startswith("accelerate") else ""
+        done = subprocess.run(line, shell=True, cwd=place, env=os.environ | home, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+    program += "\nimage.save('fox.png')"
+    done = subprocess.run([sys.executable, "-c", program], cwd=place, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    with Image.open(place / "fox.png") as picture:
+        assert np.asarray(picture).std() > 1
+    assert (place / "sdxl-4step" / "README.md").is_file()
+
+
+def test_links():
+    """What the README links to is there."""
+    targets = [t for t in re.findall(r"\]\(([^)#]+)\)", README) if "://" not in t]
+    assert targets and not [t for t in targets if not (ROOT / t).exists()]
