@@ -74,6 +74,12 @@ class Denoiser:
         """The schedule of the x and t that this denoiser takes."""
         return self.frame or self.schedule
 
+    def tapping(self, x: Tensor, t: Tensor, c: Condition, taps: tuple[str, ...]) -> tuple[Prediction, list[Tensor]]:
+        """The prediction and, of the same pass, the outputs of the named submodules."""
+        with tapped(self.net, taps, False, getattr(self.call, "feature", first)) as found:
+            pred = self(x, t, c)
+        return pred, [found[name] for name in taps]
+
     def features(self, x: Tensor, t: Tensor, c: Condition, taps: tuple[str, ...]) -> list[Tensor]:
         """Outputs of the named submodules, with gradient; the forward pass ends at the last one that is reached."""
         with tapped(self.net, taps, True, getattr(self.call, "feature", first)) as found:

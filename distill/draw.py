@@ -45,7 +45,12 @@ class Draw:
     """The random numbers of one player's turn.
 
     seed, step, player: the key. samples [B]: indices of this micro-batch in the global batch of the step.
+    late, before: where samples go on from those of earlier steps (Update.walk), how many steps ago they began, and x0
+    of the last call where it is at hand.
     """
+
+    late: int | None = None
+    before: Tensor | None = None
 
     def __init__(self, seed: int, step: int, player: str, samples: Tensor) -> None:
         self.seed, self.step, self.player, self.samples = seed, step, player, samples

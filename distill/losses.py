@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
 
 from distill.schedule import Prediction
 
@@ -61,15 +62,31 @@ def gan_discriminator(fake: Tensor, real: Tensor) -> Tensor:
     return F.softplus(fake).mean() + F.softplus(-real).mean()
 
 
-@torch.no_grad()
-def jvp(f: Callable[..., Tensor], primals: tuple[Tensor, ...], tangents: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-    """(f(primals), directional derivative along tangents) by forward-mode differentiation, without a graph.
+class _Affine(TorchFunctionMode):
+    """Linear layers and convolutions act on a tangent as on a value, less the bias: two products, torch makes three."""
 
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (F.linear, F.conv1d, F.conv2d, F.conv3d) and not kwargs and len(args) > 1:
+            x, weight, bias, *rest = (*args, None) if len(args) == 2 else args
+            value, tangent = forward_ad.unpack_dual(x)
+            if tangent is not None:
+                with torch.no_grad():
+                    slope = func(tangent, weight, None, *rest)
+                return forward_ad.make_dual(func(value, weight, bias, *rest), slope)
+        return func(*args, **(kwargs or {}))
+
+
+def jvp(
+    f: Callable[..., Tensor], primals: tuple[Tensor, ...], tangents: tuple[Tensor, ...], graph: bool = False
+) -> tuple[Tensor, Tensor]:
+    """(f(primals), directional derivative along tangents) by forward-mode differentiation; weights have no tangents.
+
+    graph: the value, not the derivative, can be differentiated backward; gradient checkpointing cannot be inside.
     Attention runs on the math kernel: flash and memory-efficient attention have no forward-mode rule.
     """
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    with sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # torch's own use of torch.jit
-        value, derivative = torch.func.jvp(f, primals, tangents)[:2]
-    return value, derivative
+    with torch.set_grad_enabled(graph), forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH), _Affine():
+        out = f(*(forward_ad.make_dual(x, dx.to(x)) for x, dx in zip(primals, tangents, strict=True)))
+        value, slope = forward_ad.unpack_dual(out)
+    return value, torch.zeros_like(value) if slope is None else slope.detach()

@@ -57,16 +57,20 @@ class Student:
         path = self.denoiser.path
         times = [torch.full((len(z),), t, dtype=torch.float64, device=z.device) for t in self.times]
         x = self.input_scale * z
-        for i in range(steps - 1):
+        known = draw.before if draw is not None and self.renoise == "fresh" else None  # x0 of the last call but one
+        for i in range(0 if known is None else max(0, steps - 2), steps - 1):
             with torch.no_grad():
-                pred = self.denoiser(x, times[i], c)
+                x0 = known
+                if known is None:
+                    pred = self.denoiser(x, times[i], c)
+                    x0 = pred.x0
                 if self.renoise == "ddim":
                     eps = pred.eps
                 elif draw is None:
                     raise ValueError("a student with fresh noise between its steps needs `draw` to generate")
                 else:
                     eps = draw.normal(f"renoise{i}", tuple(z.shape)).to(z)
-                x = path.diffuse(pred.x0, eps, times[i + 1])
+                x = path.diffuse(x0, eps, times[i + 1])
         return self.denoiser(x, times[steps - 1], c).x0
 
 

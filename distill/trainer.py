@@ -33,12 +33,15 @@ class Update:
     """`player` ("student", or "fake" with the discriminator) moves under `loss` every `every` steps.
 
     reuse: on the detached samples of an earlier update of the same step, where there was one, instead of fresh ones.
+    walk: fresh samples of successive steps are those after 1, 2, ... calls of one generation, until the student moves
+    or has no more calls: Draw.late is how many steps ago it began, and a step costs one call.
     """
 
     player: Literal["student", "fake"]
     loss: Loss
     every: int = 1
     reuse: bool = False
+    walk: bool = False
 
 
 class Method(Protocol):
@@ -171,6 +174,7 @@ def train(
 
         checkpoint.load(state, resume)
 
+    walked: list[Tensor] = []  # the last step's samples, where the next one's go on from them
     if state.step >= cfg.max_train_steps:
         yield state
     while state.step < cfg.max_train_steps:
@@ -188,16 +192,21 @@ def train(
                     if update.reuse and kept:
                         x, batch = kept[i]
                     else:
-                        batch = data(numbers)
+                        batch, source = data(numbers), numbers
+                        if update.walk:
+                            late = began(method, nets, step)
+                            source = draw(cfg.seed, step - late, player, indices)
+                            source.late, source.before = late, walked[i] if walked and late else None
+                            batch = batch | {"c": data(source).get("c")} if late else batch
                         with torch.set_grad_enabled(player == "student"):
-                            x = method.sample(nets, batch, numbers)
+                            x = method.sample(nets, batch, source)
                     loss, logs = update.loss(x, nets, batch, numbers)
                 (loss / cfg.gradient_accumulation_steps).backward()
                 done.append((x.detach(), batch))
                 for name, value in {f"{player}/loss": loss, **{f"{player}/{k}": v for k, v in logs.items()}}.items():
                     value = value.detach() / cfg.gradient_accumulation_steps
                     state.logs[name] = state.logs.get(name, 0.0) + value
-            kept = done
+            kept, walked = done, [x for x, _ in done] if update.walk else walked
             average(players[player], accelerator)
             state.logs[f"{player}/grad_norm"] = norm = clip(players[player], cfg.max_grad_norm)
             if not torch.isfinite(norm):
@@ -213,6 +222,12 @@ def train(
         own(players, *players)
         state.step += 1
         yield state
+
+
+def began(method: Method, nets: Nets, step: int) -> int:
+    """How many steps ago the generation began that this step's samples continue (Update.walk)."""
+    cycle = max(update.every for update in method.updates())
+    return (step % cycle - 1) % len(nets.student.times) if step % cycle else 0
 
 
 def supported(cfg: TrainConfig, accelerator: Accelerator) -> None:

@@ -7,11 +7,11 @@
     L_fake    = | D_fake(x_t) - x |^2 + lambda_d ( softplus(l(x)) + softplus(-l(real image)) )
     l(x)      = head(features of the fake score at alpha_u x + sigma_u eps', u)        diffusion GAN, own u and eps'
 
-Two time scales: the fake score and head move every step, the student every `every` steps, before them, on the same
-samples. No gradient flows through the scores of g; the GAN's flows through the fake score's encoder.
+The fake score and head move every step, the student every `every` steps, before them, on the same samples.
+No gradient flows through the scores of g; the GAN's flows through the fake score's encoder.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -37,6 +37,8 @@ class DMD2:
     gan_times: Law = Grid(1000, 0, 999)  # of the classifier's input (code)
     reduction: Reduction = "mean"  # over all elements (code)
     normalise: bool = True  # divide g by mean|x - real|
+    share: bool = False  # l(x) of L_fake is read off D_fake(x_t), the real images' u drawn as its t (ours: less work)
+    walk: bool = False  # the fake's own samples: k = 1, 2, ... of one generation, a call a step (ours: less work)
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -47,10 +49,11 @@ class DMD2:
         return (("null",) if self.guidance != 1 else ()) + (("real",) if "disc" in self.roles else ())
 
     def updates(self) -> list[Update]:
-        return [Update("student", self.student_loss, self.every), Update("fake", self.fake_loss, reuse=True)]
+        return [Update("student", self.student_loss, self.every), Update("fake", self.fake_loss, 1, True, self.walk)]
 
     def sample(self, nets: Nets, batch: Batch, draw: Draw) -> Tensor:
-        return nets.generate(batch, draw, 1 + draw.index("steps", len(nets.student.times)))
+        k = draw.index("steps", len(nets.student.times)) if draw.late is None else draw.late
+        return nets.generate(batch, draw, 1 + k)
 
     def student_loss(self, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
         c, path = batch.get("c"), nets.teacher.path
@@ -68,16 +71,19 @@ class DMD2:
     def fake_loss(self, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
         c, path = batch.get("c"), nets.fake.path
         t, eps = self.fake_times(draw, "t", len(x), path), draw.normal("eps", x.shape).to(x)
-        loss, logs = denoising(nets.fake(path.diffuse(x, eps, t), t, c), x, eps, self.reduction), {}
+        pred, features = nets.fake.tapping(path.diffuse(x, eps, t), t, c, self.taps if self.share else ())
+        loss, logs = denoising(pred, x, eps, self.reduction), {}
         if self.gan_fake:
-            both, cc = torch.cat([x, batch["real"].to(x)]), merge(c, batch.get("real_c"))
-            fake, real = self.logits(both, cc, nets, draw, "gan_fake", "gan_real").chunk(2)
+            y, y_c, method = batch["real"].to(x), batch.get("real_c"), replace(self, gan_times=self.fake_times)
+            if self.share:
+                fake, real = nets.disc(features[0]), method.logits(y, y_c, nets, draw, "gan_real")
+            else:
+                fake, real = self.logits(torch.cat([x, y]), merge(c, y_c), nets, draw, "gan_fake", "gan_real").chunk(2)
             logs["gan"] = gan_discriminator(fake, real)
             loss = loss + self.gan_fake * logs["gan"]
         return loss, logs
 
-    def logits(self, x: Tensor, c, nets: Nets, draw: Draw, *names: str) -> Tensor:
-        """The classifier on x noised to its own random times: one pass, however many named groups x holds."""
+    def logits(self, x: Tensor, c, nets: Nets, draw: Draw, *names: str) -> Tensor:  # one pass for all named groups of x
         path, B, shape = nets.fake.path, len(x) // len(names), x[: len(x) // len(names)].shape
         u = torch.cat([self.gan_times(draw, f"{name}_t", B, path) for name in names])
         eps = torch.cat([draw.normal(f"{name}_eps", shape) for name in names]).to(x)

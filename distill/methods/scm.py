@@ -5,8 +5,9 @@
     g   = -cos^2(t) ( sigma_d F - dx_t/dt ) - r cos(t) sin(t) ( x_t + sigma_d dF/dt )    = cos(t) df/dt at r = 1
     L   = | F - sg( F + g / (|g| + c) ) |^2                  r warms up from 0 to 1
 
-dx_t/dt is the guided teacher's; dF/dt is the derivative along it, one forward-mode pass of (x_t, t) with tangents
-cos(t) sin(t) (dx_t/dt, 1), without gradient. The angle t here is pi / 2 times the t of the schedule.
+dx_t/dt is the guided teacher's; dF/dt is the derivative along it, a forward-mode pass of (x_t, t) with tangents
+cos(t) sin(t) (dx_t/dt, 1), without gradient; the loss's F is of the same pass. The angle t is pi / 2 times that of the
+schedule.
 """
 
 import math
@@ -35,6 +36,7 @@ class SCM:
     normalise: bool = True  # the tangent
     c: float = 0.1  # its floor (paper)
     norm: Literal["rms", "vector"] = "rms"  # |g| per element (c keeps its meaning at any size), or of the whole vector
+    one_pass: bool = True  # F of the loss is that of dF/dt; False: a pass of its own, which can recompute blocks
 
     roles = ()
 
@@ -62,12 +64,15 @@ class SCM:
         with torch.no_grad():
             dx = self.velocity(Guided(teacher, w)(x_t, t, c), t)
             along = (cos * sin * dx, (cos * sin).reshape(t.shape).to(t) * (2 / math.pi))
-            sgF, dF = jvp(F, (x_t, t), along)
+        once = self.one_pass and not getattr(student.net, "is_gradient_checkpointing", False)
+        out, dF = jvp(F, (x_t, t), along, once)
+        with torch.no_grad():
+            sgF = out.detach()
             r = min(1.0, draw.step / self.warmup) if self.warmup else 1.0
             g = -(cos**2) * (self.sigma_d * sgF - dx) - r * (cos * sin * x_t + self.sigma_d * dF)
             size = per_sample(g**2).sqrt() * (1.0 if self.norm == "rms" else x[0].numel() ** 0.5)
             tangent = g / (size + self.c) if self.normalise else g
-        loss = (F(x_t, t) - sgF - tangent) ** 2
+        loss = ((out if once else F(x_t, t)) - sgF - tangent) ** 2
         return loss.mean(), {"tangent": size.mean()}
 
     def velocity(self, pred: Prediction, t: Tensor) -> Tensor:

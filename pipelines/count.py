@@ -1,0 +1,270 @@
+"""FLOPs and bytes of a method's turns, counted without a number computed: the real loss, forward and backward, on the
+meta device. Only what a GPU does beyond shapes is imitated: autocast's precisions and fused attention.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Iterator
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+from distill.denoiser import Denoiser
+from distill.draw import Draw
+from distill.roles import Nets
+from distill.trainer import began, own, start
+
+if TYPE_CHECKING:
+    from distill.trainer import Method, Update
+
+HALF = (F.linear, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose2d, torch.matmul, torch.bmm, torch.baddbmm)
+HALF += (torch.Tensor.matmul, torch.Tensor.__matmul__, F.scaled_dot_product_attention)
+FULL = (F.layer_norm, F.group_norm, F.softmax, torch.softmax, torch.Tensor.softmax, F.softplus, F.mse_loss)
+
+
+class GPU(TorchFunctionMode):
+    """CUDA's autocast to bfloat16 (`half`), and fused attention, for tensors on the meta device."""
+
+    def __init__(self, half: bool) -> None:
+        super().__init__()
+        self.half = half
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self.half and (func in HALF or func in FULL):
+            dtype = torch.bfloat16 if func in HALF else torch.float32
+            args, kwargs = tree_map(partial(_cast, dtype), (args, kwargs))
+        if func is F.scaled_dot_product_attention and torch.backends.cuda.flash_sdp_enabled():
+            return _attention(*args, **kwargs)
+        return func(*args, **kwargs)
+
+
+def _cast(dtype: torch.dtype, value: Any) -> Any:
+    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, *rest: Any, **options: Any) -> Tensor:
+    """The flash kernel; with a mask, the memory-efficient one."""
+    scale = options.get("scale")
+    if attn_mask is None:
+        return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, scale=scale)[0]
+    bias = attn_mask.to(q.dtype).expand(*q.shape[:-1], k.shape[-2])
+    return torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, bias, True, scale=scale)[0]
+
+
+class Live(TorchDispatchMode):
+    """Bytes of the tensors that were made inside and are alive: `now`, and the largest since, `peak`."""
+
+    def __init__(self, *nets: nn.Module) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.weights = {id(s): s for s in (t.untyped_storage() for t in distinct(*nets))}  # a view of one is no news
+        self.seen: dict[int, weakref.finalize] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                self.add(tensor.untyped_storage())
+        return out
+
+    def add(self, storage: Any) -> None:
+        key, size = id(storage), storage.nbytes()
+        if key not in self.seen and key not in self.weights:
+            self.now += size
+            self.peak = max(self.peak, self.now)
+            self.seen[key] = weakref.finalize(storage, self.free, key, size)
+
+    def free(self, key: int, size: int) -> None:
+        self.now -= size
+        del self.seen[key]
+
+    def forget(self, tensor: Tensor) -> None:
+        """Not counted any more: it is a gradient."""
+        storage = tensor.untyped_storage()
+        if (end := self.seen.pop(id(storage), None)) is not None:
+            end.detach()
+            self.now -= storage.nbytes()
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One update of one player on a micro-batch: FLOPs, and bytes of the tensors that live during it."""
+
+    player: str
+    call: int  # FLOPs of a no-grad call of the student: what generation is made of
+    generation: int  # FLOPs of making the samples with a single call
+    loss: int  # FLOPs of the loss, and of the backward pass
+    activations: int  # bytes: the largest total of all tensors but weights and gradients
+    gradients: int  # bytes
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a method costs on micro-batches of `micro` samples, averaged over its random numbers of calls."""
+
+    turns: tuple[Turn, ...]  # one of each update
+    flops: float  # of a step and micro-batch, averaged over a cycle and over the random numbers of calls
+    cycle: int  # steps until the pattern of the updates repeats
+    micro: int
+
+    @property
+    def activations(self) -> int:
+        return max(turn.activations for turn in self.turns)
+
+    @property
+    def gradients(self) -> int:
+        return max(turn.gradients for turn in self.turns)
+
+
+def players(nets: Nets) -> dict[str, list[nn.Parameter]]:
+    """As the trainer starts them, on whatever device the networks are."""
+    device = next(nets.teacher.net.parameters()).device
+    return start(nets, SimpleNamespace(device=device, mixed_precision="no", distributed_type=None))
+
+
+class Choice(Draw):
+    """A draw whose choices of control flow are all `k`, or the largest there is."""
+
+    def __init__(self, step: int, player: str, micro: int, k: int) -> None:
+        super().__init__(0, step, player, torch.zeros(micro, dtype=torch.long, device="meta"))
+        self.k = k
+
+    def index(self, name: str, n: int) -> int:
+        return min(self.k, n - 1)
+
+
+def cost(
+    method: Method,
+    nets: Nets,
+    c: dict[str, Tensor],
+    micro: int = 1,
+    half: bool = True,
+    checkpointing: bool = False,
+    fused: bool = True,
+) -> Cost:
+    """The cost of `method` on networks that lie on the meta device.
+
+    c: a condition [1, ...] on the meta device. half: bfloat16 autocast. checkpointing: recompute blocks. fused:
+    attention that never holds its matrix; False counts attention's products alone, as papers do.
+    """
+    mode = GPU(half) if fused or half else None
+    if checkpointing:
+        again = partial(checkpoint, use_reentrant=False, context_fn=lambda: (nullcontext(), mode or nullcontext()))
+        for role, net in {"teacher": nets.teacher.net, **nets.modules()}.items():
+            if role in ("teacher", "student", "fake"):
+                net.enable_gradient_checkpointing(again)
+    owners = players(nets)
+    if nets.teacher.null is not None:
+        nets = _with_null(nets, {key: value.to("meta") for key, value in nets.teacher.null.items()})
+    many = {key: value.expand(micro, *value.shape[1:]) for key, value in c.items()}
+    real = torch.empty(micro, *nets.shape, device="meta")
+    batch = lambda: {"c": dict(many), "real": real, "real_c": dict(many)}
+    updates, turns = method.updates(), []
+    for update in updates:
+        own(owners, update.player)
+        with ExitStack() as stack:
+            if not fused:
+                stack.enter_context(torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH))
+            turns.append(_turn(method, nets, owners, update, batch(), micro, mode))
+    own(owners, *owners)
+    cycle = max(update.every for update in updates)
+    total = 0.0
+    for step in range(cycle):
+        made = False
+        for update, turn in zip(updates, turns, strict=True):
+            if step % update.every:
+                continue
+            total += turn.loss
+            if not (update.reuse and made):
+                calls = _calls(method, nets, update, step, batch, micro)
+                total += turn.generation + max(0.0, calls - 1) * turn.call
+            made = True
+    return Cost(tuple(turns), total / cycle, cycle, micro)
+
+
+def _turn(
+    method: Method,
+    nets: Nets,
+    owners: dict[str, list[nn.Parameter]],
+    update: Update,
+    batch: dict[str, Any],
+    micro: int,
+    mode: TorchFunctionMode | None,
+) -> Turn:
+    """Run one update as the trainer does."""
+    draw = Choice(update.every, update.player, micro, 0)
+    live = Live(nets.teacher.net, *nets.modules().values())
+    hooks = [p.register_post_accumulate_grad_hook(lambda p: live.forget(p.grad)) for p in owners[update.player]]
+    try:
+        with FlopCounterMode(display=False) as flops, live, mode or nullcontext():
+            with torch.set_grad_enabled(update.player == "student"):
+                x = method.sample(nets, batch, draw)
+            generation = flops.get_total_flops()
+            loss, _ = update.loss(x, nets, batch, draw)
+            loss.backward()
+            total = flops.get_total_flops()
+        gradients = sum(p.grad.nbytes for p in owners[update.player] if p.grad is not None)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for p in owners[update.player]:
+            p.grad = None
+    return Turn(update.player, generation, generation, total - generation, live.peak, gradients)
+
+
+def _calls(method: Method, nets: Nets, update: Update, step: int, batch: Any, micro: int) -> float:
+    """The student's calls in making samples at this step, averaged over the choices of the method."""
+    asked = 0
+
+    def call(net: nn.Module, x: Tensor, t: Tensor, c: Any) -> Tensor:
+        nonlocal asked
+        asked += 1
+        return torch.empty_like(x)
+
+    student = replace(nets.student, denoiser=replace(nets.student.denoiser, call=call))
+    choices = range(len(nets.student.times))
+    with torch.no_grad():
+        for k in choices:
+            draw = Choice(step, update.player, micro, k)
+            if update.walk:
+                draw.late = began(method, nets, step)
+                draw.before = torch.empty(micro, *nets.shape, device="meta") if draw.late else None
+            method.sample(replace(nets, student=student), batch(), draw)
+    return asked / len(choices)
+
+
+def _with_null(nets: Nets, null: dict[str, Tensor]) -> Nets:
+    on: Any = lambda d: d if d is None else replace(d, null=null)
+    student = replace(nets.student, denoiser=on(nets.student.denoiser))
+    return replace(nets, teacher=on(nets.teacher), student=student, fake=on(nets.fake), target=on(nets.target))
+
+
+def distinct(*nets: nn.Module) -> Iterator[Tensor]:
+    """The parameters and buffers of networks, each tensor once: a shared backbone counts as one."""
+    seen: set[int] = set()
+    for tensor in itertools.chain.from_iterable((*net.parameters(), *net.buffers()) for net in nets):
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            yield tensor
+
+
+def forward(denoiser: Denoiser, shape: tuple[int, ...], c: dict[str, Tensor]) -> int:
+    """FLOPs of one forward pass of one sample."""
+    x, t = torch.empty(1, *shape, device="meta"), torch.full((1,), 0.5, dtype=torch.float64, device="meta")
+    with FlopCounterMode(display=False) as flops, torch.no_grad():
+        denoiser(x, t, c)
+    return flops.get_total_flops()

@@ -1,0 +1,251 @@
+"""The plan against real runs: bytes and FLOPs exactly, activations within a factor; what does not fit is refused."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils.flop_counter import FlopCounterMode
+
+from distill.config import Config
+from distill.data import Digits
+from distill.draw import Draw
+from distill.lora import LoRA
+from distill.methods import DMD2, LCD, SCM, SiD
+from distill.roles import FakeConfig, StudentConfig, build
+from distill.trainer import TrainConfig, train
+from pipelines import count, load, tiny
+from pipelines.configs import MODELS, Meta
+from pipelines.plan import Plan, Run, configured, main, moments
+
+ADAPTER = LoRA(4, 4.0, ("to_q", "to_v", "conv1"))
+CASES = {  # method, student, fake, batch
+    "dmd2": (DMD2(guidance=8.0, every=2), StudentConfig(steps=3), FakeConfig(), 1),
+    "dmd2 shared": (DMD2(guidance=8.0, every=3, share=True, walk=True), StudentConfig(steps=2), FakeConfig(), 1),
+    "dmd2-lora": (
+        DMD2(guidance=8.0, every=2, gan=0, gan_fake=0),
+        StudentConfig(steps=2, lora=ADAPTER),
+        FakeConfig(ADAPTER),
+        2,
+    ),
+    "lora student": (DMD2(guidance=1.0, every=1), StudentConfig(lora=ADAPTER), FakeConfig(), 1),
+    "sid": (SiD(kappa=(1.5, 1.5, 1.5, 1.5)), StudentConfig(steps=2), FakeConfig(), 1),
+    "lcd": (LCD(guidance=7.5), StudentConfig(), FakeConfig(), 2),
+    "scm": (SCM(), StudentConfig(freeze=("time_embedding",)), FakeConfig(), 1),
+}
+PUBLISHED = {  # parameters of the denoising networks
+    "sd15": 859_520_964,
+    "sd21": 865_910_724,
+    "sdxl": 2_567_463_684,
+    "sd3": 2_028_328_000,
+    "flux": 11_901_408_320,
+    "qwen": 20_430_401_088,
+    "sana": 1_604_462_752,
+    "wan": 1_418_996_800,
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sdxl")
+    tiny.save("sdxl", folder)
+    return folder
+
+
+def planned(folder, case, half=False, **options):
+    method, student, fake, batch = CASES[case]
+    settings = TrainConfig(train_batch_size=batch, **options)
+    return Run(Config(method, Digits(), student=student, fake=fake, train=settings), Meta.of(folder), half=half)
+
+
+def real(folder, run, steps, k=None):
+    """The same run with numbers: its state after `steps` steps, and the bytes of each player's gradients, FLOPs."""
+    config, teacher, grads = run.config, load(folder), {}
+    c = teacher.encode(["a fox"])
+    teacher.null()
+    nets = build(config.method, teacher.denoiser, teacher.shape, c, config.student, config.fake)
+    if run.half:
+        teacher.denoiser.net.to(torch.bfloat16)
+    many = {key: value.expand(run.micro, *value.shape[1:]) for key, value in c.items()}
+    data = lambda draw: {"c": dict(many), "real": torch.randn(run.micro, *teacher.shape), "real_c": dict(many)}
+
+    class Fixed(Draw):
+        def index(self, name, n):
+            return k
+
+    def note(optimizer, *_):
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        grads[id(optimizer)] = sum(p.grad.nbytes for p in params if p.grad is not None)
+
+    hook = register_optimizer_step_pre_hook(note)
+    settings = dataclasses.replace(config.train, max_train_steps=steps)
+    loop = train(config.method, nets, data, settings, Accelerator(cpu=True), draw=Draw if k is None else Fixed)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as flops:
+        *_, state = loop
+    hook.remove()
+    return state, grads, flops.get_total_flops()
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_configs_have_the_published_sizes(name):
+    net = Meta(MODELS[name]).net
+    assert {p.device.type for p in net.parameters()} == {"meta"}
+    assert sum(p.numel() for p in net.parameters()) == PUBLISHED[name]
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("half", (False, True), ids=("float32", "bfloat16"))
+def test_bytes_are_those_of_a_real_run(folder, case, half):
+    """Weights, average, gradients and optimizer state: every tensor of a run after one step, added up."""
+    run = planned(folder, case, half)
+    state, grads, _ = real(folder, run, 1)
+    size = lambda tensors: sum({id(t): t.nbytes for t in tensors}.values())
+    all_of = lambda net: [*net.parameters(), *net.buffers()]
+    nets = state.nets
+    weights = [t for net in (nets.teacher.net, *nets.modules().values()) for t in all_of(net)]
+    found = run.state
+    assert found.weights == size(weights)
+    assert found.average == size(weights + all_of(state.ema.net)) - size(weights) > 0
+    assert found.gradients == max(grads.values())
+    moments = [t for o in state.optimizers.values() for s in o.state.values() for t in s.values()]
+    assert found.optimizer == sum(t.nbytes for t in moments)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_flops_are_those_of_a_real_run(folder, case):
+    """Counted over one cycle of the loop, averaged over the number of calls that a step draws."""
+    run = planned(folder, case)
+    _, c, nets = run.built
+    cost = count.cost(run.config.method, nets, c, run.micro, half=False, fused=False)
+    found = [real(folder, run, cost.cycle, k)[2] for k in range(run.config.student.steps)]
+    assert cost.flops * cost.cycle == pytest.approx(sum(found) / len(found), rel=1e-12)
+
+
+def test_activations_are_near_those_of_a_real_run(folder):
+    """What autograd keeps of the student's turn, with numbers, is the plan's peak within a quarter."""
+    run = planned(folder, "dmd2")
+    method, (_, c, nets) = run.config.method, run.built
+    cost = count.cost(method, nets, c, run.micro, half=False, fused=False)
+    teacher = load(folder)
+    c = teacher.encode(["a fox"])
+    nets = build(method, teacher.denoiser, teacher.shape, c, run.config.student, run.config.fake)
+    weights = {t.untyped_storage().data_ptr() for t in count.distinct(teacher.denoiser.net, *nets.modules().values())}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    draw = Draw(0, 0, "student", torch.zeros(1))
+    with sdpa_kernel(SDPBackend.MATH), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        x = nets.generate({"c": c}, draw, 1)
+        loss, _ = method.student_loss(x, nets, {"c": c}, draw)
+    size = sum(storage.nbytes() for storage in kept.values())
+    assert loss.requires_grad and 0.8 < size / cost.turns[0].activations < 1.25
+
+
+def test_recomputed_blocks_cost_time_and_save_memory(folder):
+    plain, recomputed = (planned(folder, "dmd2", gradient_checkpointing=on).cost for on in (False, True))
+    assert recomputed.activations < 0.9 * plain.activations
+    assert 1.05 < recomputed.flops / plain.flops < 1.4
+
+
+def test_moments_of_eight_bits():
+    """Two bytes a weight and two float32 scales a block of 256; small tensors stay as they are."""
+    assert moments(1 << 20, "adamw8bit") == 2 * (1 << 20) + 2 * 4 * (1 << 12)
+    assert moments(100, "adamw8bit") == 800
+    assert moments(1 << 20, "adamw") == 8 * (1 << 20) + 4
+
+
+def test_sharding_divides_the_state(folder):
+    run = planned(folder, "dmd2", half=True)
+    whole, parts = (
+        run.state,
+        dataclasses.replace(
+            run, config=dataclasses.replace(run.config, train=TrainConfig(train_batch_size=4)), gpus=4, sharded=True
+        ).state,
+    )
+    for name in ("weights", "average", "gradients", "optimizer"):
+        assert getattr(parts, name) == getattr(whole, name) // 4
+
+
+RECIPE = "recipes/dmd2_digits.py"
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("edm")
+    tiny.save("edm", folder)
+    return str(folder)
+
+
+def test_what_fits(digits, capsys):
+    main([RECIPE, "--memory", "1", "--reserve", "0", "--", "--teacher", digits, "--max_train_steps", "7"])
+    out = capsys.readouterr().out
+    assert "It fits" in out and "(estimated)" in out and "activations are an estimate" in out
+    assert "7 steps of 64" in out and "RTX 4090" in out and "checkpoints" in out
+    assert "cache of 500,000 images" in out  # its method needs real ones
+
+
+def test_what_does_not_fit_names_what_does(digits, capsys):
+    """Exit 1. The nearest configuration, given as flags, fits the same GPU."""
+    flags = ["--teacher", digits]
+    whole = Run(*configured(Plan(Path(RECIPE)), flags)).memory.total / 2**30
+    machine = [RECIPE, "--memory", str(0.5 * whole), "--reserve", "0", "--"]
+    with pytest.raises(SystemExit) as end:
+        main([*machine, *flags])
+    out = capsys.readouterr().out
+    assert end.value.code == 1 and "It does not fit" in out
+    nearest = out.split("(estimated): ")[-1].strip()
+    assert "--gradient_accumulation_steps 64" in nearest
+    main([*machine, *flags, *nearest.replace(",", "").split()])
+    assert "It fits" in capsys.readouterr().out
+
+
+def test_nothing_fits(digits, capsys):
+    with pytest.raises(SystemExit) as end:
+        main([RECIPE, "--memory", "1e-6", "--reserve", "0", "--", "--teacher", digits])
+    assert end.value.code == 1 and "Nothing that this command tries does" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        ([], "give either a recipe"),
+        (["--family", "sdxk"], "family is 'sdxk'; it must be one of sd15, sd21, sdxl"),
+        (["recipes/none.py"], "no recipe at 'recipes/none.py'"),
+        (["benchmarks/digits.py"], "has no Config named CONFIG"),
+        ([RECIPE, "--", "--teacher", "somebody/something"], "no configs of teacher 'somebody/something'"),
+        (["--family", "sd15", "--gpus", "0"], "gpus is 0; it must be above 0"),
+        (
+            ["--family", "flux", "--method", "dmd2-prompts", "--preset", "24gb"],
+            "22.2 GiB in bfloat16; it would need 4-bit",
+        ),
+        (["--family", "sd15", "--method", "sid", "--preset", "24gb"], "--preset 24gb is for LCM-LoRA and DMD2"),
+    ],
+)
+def test_mistakes_end_in_one_message(argv, message, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(argv)
+    assert end.value.code == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ("lcd", "dmd2-prompts"))
+def test_sdxl_on_24_gb(method, capsys):
+    main(["--family", "sdxl", "--method", method, "--preset", "24gb"])
+    assert "of 22 GiB (estimated)" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ("flux", "qwen"))
+def test_large_models(family, capsys):
+    """Full copies of twelve or twenty billion weights do not fit 80 GiB; adapters on one backbone do."""
+    with pytest.raises(SystemExit):
+        main(["--family", family, "--method", "dmd2-prompts", "--gpus", "8"])
+    assert "--student.lora.rank 64" in capsys.readouterr().out
