@@ -39,12 +39,13 @@ class Parts:
     """The components of a local pipeline folder, each loaded when it is first used.
 
     A run whose prompts and images are cached never holds a text encoder, nor a VAE where it draws no samples.
-    variant: of the weight files ("fp16"). dtype: of text encoders and VAE; the network is loaded as float32.
+    variant: of the weight files ("fp16"). dtype: of the network; that of text encoders and VAE is `precision`.
     """
 
     def __init__(self, folder: str | Path, variant: str | None = None, dtype: torch.dtype = torch.float32) -> None:
         self.folder, self.variant, self.dtype = Path(folder), variant, dtype
         self.index = index(folder)
+        self.precision = torch.float32
         self.device = torch.device("cpu")  # where encoders and VAE work; the network is moved by the trainer
         self.given: dict[str, Any] = {}  # components that are not read from the folder
         self.asked: dict[str, int] = {}  # a size that is not the teacher's own: "resolution", "frames"
@@ -71,7 +72,7 @@ class Parts:
         if library not in ("diffusers", "transformers", "pipelines.edm_nets"):  # a class of the repository's own code
             raise ValueError(f"{self.folder}: component {name} is of {library!r}, code that is not run from here")
         cls = getattr(importlib.import_module(library), kind)
-        options = {"variant": self.variant, "use_safetensors": True, "dtype": dtype or self.dtype}
+        options = {"variant": self.variant, "use_safetensors": True, "dtype": dtype or self.precision}
         options = options if hasattr(cls, "parameters") else {}  # a scheduler or a tokenizer has no weights
         try:
             found = cls.from_pretrained(self.folder, subfolder=name, local_files_only=True, **options)
@@ -85,7 +86,7 @@ class Parts:
 
     @cached_property
     def net(self) -> Any:
-        return self.component(self.network, torch.float32)
+        return self.component(self.network, self.dtype)
 
     @cached_property
     def vae(self) -> Any:
@@ -115,7 +116,7 @@ class Parts:
         absent = [name for name, entry in self.index.items() if isinstance(entry, list) and entry[0] is None]
         absent += [name for name in ("safety_checker",) if name in self.index]
         given = dict.fromkeys(absent) | given
-        options = {"variant": self.variant, "dtype": self.dtype, "local_files_only": True}
+        options = {"variant": self.variant, "dtype": self.precision, "local_files_only": True}
         pipe = cls.from_pretrained(self.folder, use_safetensors=True, **options, **self.given | given)
         pipe.set_progress_bar_config(disable=True)
         return pipe
@@ -183,7 +184,8 @@ def load(
 ) -> Teacher:
     """The teacher of a local diffusers pipeline folder; its family is found from model_index.json.
 
-    resolution, frames: of its samples, in pixels and pictures; None: what the network was trained for.
+    resolution, frames: of its samples, in pixels and pictures; None: what the network was trained for. dtype: of the
+    network.
     """
     parts = Parts(folder, variant, dtype)
     asked = {"resolution": resolution, "frames": frames}
@@ -191,9 +193,16 @@ def load(
     return parts.family.load(parts, resolution, frames)
 
 
-def opened(name: str, revision: str | None, variant: str | None, resolution: int | None, frames: int | None) -> Teacher:
-    """The teacher of a folder or of a name on the Hub, which is downloaded."""
-    return load(located(name, revision, variant), resolution, frames, variant)
+def opened(
+    name: str,
+    revision: str | None = None,
+    variant: str | None = None,
+    resolution: int | None = None,
+    frames: int | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Teacher:
+    """The teacher of a folder or of a name on the Hub, which is downloaded; its network in `dtype`."""
+    return load(located(name, revision, variant), resolution, frames, variant, dtype)
 
 
 def located(name: str, revision: str | None = None, variant: str | None = None) -> Path:

@@ -128,7 +128,7 @@ def encoders(config: Cache, device: torch.device) -> Teacher:
     from pipelines import Parts, located
 
     parts = Parts(located(config.teacher, config.revision, config.variant), config.variant)
-    parts.dtype, parts.device = getattr(torch, config.precision), device
+    parts.precision, parts.device = getattr(torch, config.precision), device
     if not any(name.startswith("text_encoder") for name in parts.index):
         raise ValueError(
             f"{parts.folder} is a {parts.index['_class_name']}: it has no text encoder, and needs no cache"

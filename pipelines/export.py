@@ -32,7 +32,7 @@ from pipelines.card import NEGATIVE, Result, card, code
 from pipelines.latents import factor
 from pipelines.license import License, license_of
 from pipelines.scheduler import scheduler as carrying
-from pipelines.verify import HALF, TOLERANCE, compare, reference
+from pipelines.verify import HALF, TOLERANCE, compare, place, reference, settled
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def export(
     from diffusers import DiffusionPipeline
 
     expected, steps, family = reference(student, teacher, net), len(student.times), teacher.parts.family
-    device, whole, scheduler_name = next(net.parameters()).device, merged(net), type(scheduler).__name__
+    device, whole, scheduler_name = place(net), merged(net), type(scheduler).__name__
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     told = getattr(family, "exported", lambda net, student: net)
@@ -81,7 +81,7 @@ def export(
     facts |= teacher.parts.asked
     (partial / "distill.json").write_text(json.dumps(facts, indent=1))
     absent = {name: None for name, entry in teacher.parts.index.items() if entry == [None, None]}
-    pipe = DiffusionPipeline.from_pretrained(partial, local_files_only=True, **absent).to(device)
+    pipe = settled(DiffusionPipeline.from_pretrained(partial, local_files_only=True, **absent), device)
     pipe.safety_checker = None  # SD 1.x's: it blackens what it takes for harmful, which is not the student's doing
     gaps = {"pipeline": compare(pipe, teacher, expected, steps)}
     limits, lora = [NEGATIVE], ""
@@ -164,13 +164,14 @@ def loaded(pipe: Any, teacher: Teacher, file: Path) -> Any:
     from safetensors.torch import load_file
 
     parts = teacher.parts
-    net = parts.component(parts.network, torch.float32).to(pipe.device)
+    net = parts.component(parts.network, torch.float32)
+    pipe.remove_all_hooks()
     pipe.register_modules(**{parts.network: net})
     if file.stem.endswith(parts.network):
         net.load_state_dict(load_file(file))
     else:
         pipe.load_lora_weights(file.parent, weight_name=file.name)
-    return pipe
+    return settled(pipe, place(net))
 
 
 def write(teacher: Teacher, net: nn.Module, scheduler: Any, folder: Path) -> None:

@@ -17,7 +17,11 @@ from distill.config import Config, dump, fail, parse
 from pipelines import ExportError, Teacher, index, opened, perceptual
 
 if TYPE_CHECKING:
+    import torch
+    from accelerate import Accelerator
+
     from distill.roles import Nets, StudentConfig
+    from distill.trainer import State
 
 
 def main(default: Config[Any, Any], argv: list[str] | None = None, doc: str | None = None) -> None:
@@ -93,13 +97,14 @@ def run(config: Config[Any, Any], out: Path, resume: Path | None) -> None:
     from distill.draw import Draw
     from distill.log import Log
     from distill.roles import build
-    from distill.trainer import State, train
+    from distill.trainer import State, supported, train
     from pipelines import hub, tiny
     from pipelines.export import about, export, report
 
     cfg = config.train
     accelerator = Accelerator(log_with=None if cfg.report_to == "none" else cfg.report_to, project_dir=out)
     micro = cfg.micro_batch(accelerator.num_processes)
+    supported(cfg, accelerator)
     quiet()
     set_seed(cfg.seed)
     repository = None
@@ -108,8 +113,10 @@ def run(config: Config[Any, Any], out: Path, resume: Path | None) -> None:
     with accelerator.main_process_first():
         if config.smoke and accelerator.is_main_process:
             tiny.save(config.family, config.teacher)
-        teacher = opened(config.teacher, config.revision, config.variant, config.resolution, config.frames)
+        size = config.resolution, config.frames
+        teacher = opened(config.teacher, config.revision, config.variant, *size, precision(config, accelerator))
     teacher.parts.device = accelerator.device
+    teacher.denoiser.net.to(accelerator.device)
     data = config.data.open(teacher, config.method.needs)
     scheduler, student = carried(teacher, config.student)  # what can't be exported is refused now
     prompts, c = data.fixed(config.validation_images)
@@ -120,7 +127,7 @@ def run(config: Config[Any, Any], out: Path, resume: Path | None) -> None:
     if "perceptual" in config.method.needs:
         nets.perceptual = perceptual.asked(config, teacher)
     if accelerator.mixed_precision == "bf16":
-        teacher.denoiser.net.to(torch.bfloat16)  # trained networks are float32 copies, or adapters on it
+        teacher.denoiser.net.to(torch.bfloat16)  # what is trained are float32 copies, or adapters on it
     if accelerator.is_main_process:
         out.mkdir(parents=True, exist_ok=True)
         (out / "config.yaml").write_text(dump(config))
@@ -154,21 +161,39 @@ def run(config: Config[Any, Any], out: Path, resume: Path | None) -> None:
         if not (out / f"checkpoint-{state.step}").exists():
             checkpoint.save(state, out, cfg.checkpoints_total_limit)
         state.optimizers.clear()
-        whole(nets, teacher)
+        whole(nets, state, teacher)
         folder = out / "pipeline"
         report(folder, export(nets.student, teacher, state.ema.net, scheduler, folder, told))
         if repository:
             sys.stderr.write(f"pushed to {hub.push(folder, repository)}\n")
 
 
-def whole(nets: Nets, teacher: Teacher) -> None:
-    """The backbone in its stored precision again: the export must not keep what training rounded."""
+def precision(config: Config[Any, Any], accelerator: Accelerator) -> torch.dtype:
+    """Of the teacher's network as it is read: half where nothing but adapters is trained on it."""
     import torch
 
+    full = [config.student.lora] + ([config.fake.lora] if "fake" in config.method.roles else [])
+    half = accelerator.mixed_precision == "bf16" and all(lora.rank is not None for lora in full)
+    return torch.bfloat16 if half else torch.float32
+
+
+def whole(nets: Nets, state: State, teacher: Teacher) -> None:
+    """Off the device, and the backbone in its stored precision again: an export must not keep what training rounded."""
+    import torch
+
+    roles = (teacher.denoiser.net, state.ema.net, *nets.modules().values())
+    for module in roles:
+        module.to("cpu")
     net = teacher.denoiser.net
-    if next(net.parameters()).dtype != torch.float32:
-        stored = teacher.parts.component(teacher.parts.network, torch.float32).state_dict()
-        net.float().load_state_dict(stored)
+    if next(net.parameters()).dtype == torch.float32:
+        return
+    fresh = teacher.parts.component(teacher.parts.network, torch.float32)
+    buffers = dict(fresh.named_buffers())
+    net.float().load_state_dict(fresh.state_dict())
+    for module in roles:
+        for name, buffer in module.named_buffers():
+            if name in buffers:
+                buffer.data = buffers[name]
 
 
 @contextmanager

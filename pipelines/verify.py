@@ -37,29 +37,49 @@ class Generated(Draw):
         return self.unpacked(shape)
 
 
+def place(net: nn.Module) -> torch.device:
+    """A GPU that holds the network in float32 and the pass of one sample, else the CPU."""
+    size = sum(p.numel() * 4 for p in net.parameters())
+    fits = torch.cuda.is_available() and torch.cuda.mem_get_info()[0] > 1.5 * size
+    return torch.device("cuda", torch.cuda.current_device()) if fits else torch.device("cpu")
+
+
+def settled(pipe: Any, device: torch.device) -> Any:
+    """The pipeline on the device; on a GPU one component at a time."""
+    pipe.set_progress_bar_config(disable=True)
+    if device.type == "cuda":
+        pipe.enable_model_cpu_offload(device=device)
+    return pipe
+
+
 @torch.no_grad()
 def reference(student: Student, teacher: Teacher, net: nn.Module) -> Reference:
     """Samples of the student with the weights `net`, one by one, from noise of fixed seeds."""
-    prompts = getattr(teacher.parts.family, "EXAMPLES", EXAMPLES)
-    device, noise, found = next(net.parameters()).device, Generated(teacher), []
+    prompts, device = getattr(teacher.parts.family, "EXAMPLES", EXAMPLES), place(net)
     z = torch.randn(len(prompts), *teacher.shape, generator=torch.Generator().manual_seed(0))
-    for i, prompt in enumerate(prompts):
-        c = {key: value.to(device) for key, value in (teacher.encode([prompt]) or {}).items()}
+    teacher.parts.device = device
+    encoded = [teacher.encode([prompt]) for prompt in prompts]
+    teacher.parts.drop_text()
+    before, found = next(net.parameters()).device, []
+    net.to(device)
+    for i, given in enumerate(encoded):
+        c = {key: value.to(device) for key, value in (given or {}).items()}
         with torch.random.fork_rng():
             torch.manual_seed(i)
-            found.append(teacher.decode(student.using(net).generate(z[i : i + 1].to(device), c or None, noise)).cpu())
+            x = student.using(net).generate(z[i : i + 1].to(device), c or None, Generated(teacher))
+            found.append(teacher.decode(x).cpu())
+    net.to(before)
     return Reference(tuple(prompts), z, (torch.cat(found).float() / 2 + 0.5).clamp(0, 1))
 
 
 @torch.no_grad()
 def compare(pipe: Any, teacher: Teacher, expected: Reference, steps: int) -> float:
     """Largest difference between a pipeline's images and the reference; nan where one is not finite."""
-    family, gaps = teacher.parts.family, []
-    pipe.set_progress_bar_config(disable=True)
+    family, gaps, device = teacher.parts.family, [], pipe._execution_device
     for i, prompt in enumerate(expected.prompts):
         with torch.random.fork_rng():
             torch.manual_seed(i)
-            z = expected.z[i : i + 1].to(pipe.device)
+            z = expected.z[i : i + 1].to(device)
             image = family.sample(pipe, [prompt], z, steps, family.UNCONDITIONAL)
         gaps.append((image.float().cpu().clamp(0, 1) - expected.images[i : i + 1]).abs().max())
     return float(torch.stack(gaps).max())

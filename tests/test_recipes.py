@@ -21,7 +21,7 @@ from distill.config import parse
 from distill.roles import build
 from distill.student import Student
 from distill.trainer import train
-from pipelines import ExportError, export, index, load, opened, run, verify
+from pipelines import ExportError, export, index, load, opened, perceptual, run, verify
 from pipelines.card import snippet
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,11 +33,13 @@ RUNS = {name: (name, "") for name in RECIPES} | {
     "adapters on both": ("vsd_digits", f"--student.{CONVOLUTIONS} --fake.lora.rank 2 --fake.lora.targets conv1"),
     "one step": ("dmd2_sdxl", "--student.steps 1"),
     "Euler": ("sid_sdxl", "--student.steps 2 --student.renoise ddim --student.scale None"),
+    "half precision": ("dmd2_flux", ""),
     "24 GB": (
         "dmd2_sdxl_lora",
         "--method.gan 0 --method.gan_fake 0 --fake.lora.rank 4 --gradient_accumulation_steps 2",
     ),
 }
+LAUNCH = {"half precision": ("--mixed_precision", "bf16")}  # of accelerate
 EVERY = {"DMD2": "--method.every 1", "SiD": "--method.fake_steps 1", "VSD": "--method.fake_steps 1"}
 # two steps that move the student, and an average that is neither the student nor the teacher
 FAST = (
@@ -60,9 +62,10 @@ def argv(name, out):
 def launch(name, out):
     """The recipe under `accelerate launch`; its last words if it failed."""
     recipe = f"{ROOT / 'recipes' / RUNS[name][0]}.py"
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--cpu", recipe]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--cpu"]
     quiet = {"ACCELERATE_LOG_LEVEL": "ERROR", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, *argv(name, out)], capture_output=True, text=True, env=os.environ | quiet)
+    command += [*LAUNCH.get(name, ()), recipe, *argv(name, out)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | quiet)
     return "" if done.returncode == 0 else done.stderr[-3000:]
 
 
@@ -85,18 +88,23 @@ def out(runs):
     return finished
 
 
-def trained(name, folder, which="checkpoint-2"):
-    """(teacher, state) of a run, from its checkpoint and not from its pipeline."""
+def resumed(name, folder, checkpoint):
+    """(teacher, the state at the end) of a run that goes on from a checkpoint."""
     config = run.smoke(parse(config_of(RUNS[name][0]), argv(name, folder)))
-    teacher = opened(config.teacher, None, None, None, None)
+    teacher = opened(config.teacher)
     data = config.data.open(teacher, config.method.needs)
     _, student = run.carried(teacher, config.student)
     c = {key: value[:1] for key, value in data.fixed(1)[1].items()}
     nets = build(config.method, teacher.denoiser, teacher.shape, c, student, config.fake)
-    if "pairs" in config.method.needs:
-        nets.perceptual = lambda x, y: (x - y).square()
-    (state,) = train(config.method, nets, data, config.train, Accelerator(cpu=True), folder / which)
+    if "perceptual" in config.method.needs:
+        nets.perceptual = perceptual.asked(config, teacher)
+    *_, state = train(config.method, nets, data, config.train, Accelerator(cpu=True), checkpoint)
     return teacher, state
+
+
+def trained(name, folder):
+    """(teacher, state) of a finished run, from its checkpoint and not from its pipeline."""
+    return resumed(name, folder, folder / "checkpoint-2")
 
 
 class Recorder:
@@ -260,18 +268,8 @@ def test_pipeline_is_the_averaged_student(name, out, plainly):
 def test_resumes(name, out, tmp_path):
     """From its first checkpoint it ends bit for bit where it ended."""
     folder = out(name)
-    (tmp_path / "checkpoint-1").symlink_to(folder / "checkpoint-1")
-    state = None
-    config = run.smoke(parse(config_of(name), argv(name, folder)))
-    teacher = opened(config.teacher, None, None, None, None)
-    data = config.data.open(teacher, config.method.needs)
-    _, student = run.carried(teacher, config.student)
-    c = {key: value[:1] for key, value in data.fixed(1)[1].items()}
-    nets = build(config.method, teacher.denoiser, teacher.shape, c, student, config.fake)
-    if hasattr(run, "perceive"):
-        run.perceive(config, teacher, nets)
-    for state in train(config.method, nets, data, config.train, Accelerator(cpu=True), tmp_path / "checkpoint-1"):
-        assert state.step == 2
+    _, state = resumed(name, folder, folder / "checkpoint-1")
+    assert state.step == 2
     again = checkpoint.save(state, tmp_path)
     for file in (folder / "checkpoint-2").glob("*.safetensors"):
         mine, theirs = load_file(again / file.name), load_file(file)
