@@ -32,7 +32,7 @@ from pipelines.card import NEGATIVE, Result, card, code
 from pipelines.latents import factor
 from pipelines.license import License, license_of
 from pipelines.scheduler import scheduler as carrying
-from pipelines.verify import HALF, TOLERANCE, compare, place, reference, settled
+from pipelines.verify import HALF, TOLERANCE, Reference, compare, place, reference, settled
 
 
 @dataclass(frozen=True)
@@ -69,37 +69,59 @@ def export(
     Everything is read back by plain diffusers and compared with the student's own samples: an ExportError, and no
     folder, if anything differs.
     """
-    from diffusers import DiffusionPipeline
-
-    expected, steps, family = reference(student, teacher, net), len(student.times), teacher.parts.family
-    device, whole, scheduler_name = place(net), merged(net), type(scheduler).__name__
+    expected = reference(student, teacher, net)
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    told = getattr(family, "exported", lambda net, student: net)
-    write(teacher, told(whole, student), scheduler, partial)
-    facts = {"student": True, "steps": steps, "times": list(student.times), "config": about.config}
-    facts |= teacher.parts.asked
-    (partial / "distill.json").write_text(json.dumps(facts, indent=1))
-    absent = {name: None for name, entry in teacher.parts.index.items() if entry == [None, None]}
-    pipe = settled(DiffusionPipeline.from_pretrained(partial, local_files_only=True, **absent), device)
+    write(student, teacher, merged(net), scheduler, partial)
+    facts = {"student": True, "steps": len(student.times), "times": list(student.times), "config": about.config}
+    (partial / "distill.json").write_text(json.dumps(facts | teacher.parts.asked, indent=1))
+    made, limits = singles(student, teacher, net, partial, about)
+    gaps = verified(partial, made, teacher, expected, len(student.times))
+    grid(expected.images * 2 - 1, columns=len(expected.prompts), side=256).save(partial / "samples.png")
+    lora = next((file.name for file in made if file.stem.endswith("_lora")), "")
+    text = page(student, teacher, scheduler, about, about.model or folder, expected.prompts[0], lora, limits)
+    (partial / "README.md").write_text(text)
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+    return gaps
+
+
+def verified(folder: Path, made: list[Path], teacher: Teacher, expected: Reference, steps: int) -> dict[str, float]:
+    """The largest image difference of the folder and of each single file; an ExportError where it is too large."""
+    from diffusers import DiffusionPipeline
+
+    absent = dict.fromkeys(lacking(teacher))
+    pipe = settled(DiffusionPipeline.from_pretrained(folder, local_files_only=True, **absent), place(teacher.parts.net))
     pipe.safety_checker = None  # SD 1.x's: it blackens what it takes for harmful, which is not the student's doing
     gaps = {"pipeline": compare(pipe, teacher, expected, steps)}
-    limits, lora = [NEGATIVE], ""
-    if hasattr(family, "TARGETS"):
-        made, refused = singles(student, teacher, net, partial, about, hasattr(pipe, "load_lora_weights"))
-        limits += refused
-        for file in made:
-            gaps[file.name] = compare(loaded(pipe, teacher, file), teacher, expected, steps)
-            lora = file.name if file.name.endswith("lora.safetensors") else lora
+    for file in made:
+        gaps[file.name] = compare(loaded(pipe, teacher, file), teacher, expected, steps)
     limit = lambda name: TOLERANCE if name == "pipeline" else HALF
     if wrong := {name: gap for name, gap in gaps.items() if not gap <= limit(name)}:
-        told_all = ", ".join(f"{name} by {gap:.2g} (limit {limit(name)})" for name, gap in wrong.items())
-        raise ExportError(f"the exported pipeline differs from the student: {told_all}; see {partial}")
-    grid(expected.images * 2 - 1, columns=len(expected.prompts), side=256).save(partial / "samples.png")
-    latent, call = hasattr(family, "TARGETS"), family.snippet(steps, expected.prompts[0])
-    call = sized(call, teacher) if latent else call
-    model = about.model or folder
-    text = card(
+        told = ", ".join(f"{name} by {gap:.2g} (limit {limit(name)})" for name, gap in wrong.items())
+        raise ExportError(f"the exported pipeline differs from the student: {told}; see {folder}")
+    return gaps
+
+
+def lacking(teacher: Teacher) -> list[str]:
+    """Components that the teacher's folder names and does not have: SD3 without T5."""
+    return [name for name, entry in teacher.parts.index.items() if entry == [None, None]]
+
+
+def page(
+    student: Student,
+    teacher: Teacher,
+    scheduler: Any,
+    about: About,
+    where: str | Path,
+    prompt: Any,
+    lora: str,
+    limits: Sequence[str],
+) -> str:
+    """The model card."""
+    family, steps = teacher.parts.family, len(student.times)
+    call = sized(family.snippet(steps, prompt), teacher)
+    return card(
         about.name,
         about.base,
         about.license,
@@ -107,22 +129,20 @@ def export(
         about.method,
         steps,
         about.config,
-        code=code(call, model, absent=absent),
-        lora=code(call, model, about.base, lora, scheduler_name) if lora else "",
+        code=code(call, where, absent=lacking(teacher)),
+        lora=code(call, where, about.base, lora, type(scheduler).__name__) if lora else "",
         task=getattr(family, "TASK", "text-to-image"),
         samples="samples.png",
-        prompt=str(expected.prompts[0]),
-        limits=limits if hasattr(family, "TARGETS") else family.limits(whole),
+        prompt=str(prompt),
+        limits=limits,
         results=about.results,
     )
-    (partial / "README.md").write_text(text)
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
-    return gaps
 
 
 def sized(call: str, teacher: Teacher) -> str:
     """The call of a card with the size of the samples, which some pipelines do not know."""
+    if not hasattr(teacher.parts.family, "TARGETS"):
+        return call
     height, width = (side * factor(teacher.parts) for side in teacher.shape[-2:])
     size = f"height={height}, width={width}, "
     if "frames" in teacher.parts.asked:
@@ -131,15 +151,20 @@ def sized(call: str, teacher: Teacher) -> str:
 
 
 def singles(
-    student: Student, teacher: Teacher, net: nn.Module, folder: Path, about: About, loads_lora: bool
+    student: Student, teacher: Teacher, net: nn.Module, folder: Path, about: About
 ) -> tuple[list[Path], list[str]]:
-    """(files that load into plain diffusers, what cannot be expressed in ComfyUI or in a file)."""
-    steps, kind = len(student.times), student.denoiser.kind
+    """(files that load into plain diffusers, what does not work or cannot be expressed in a file)."""
+    import diffusers
+
+    if not hasattr(teacher.parts.family, "TARGETS"):
+        return [], list(teacher.parts.family.limits(net))
+    steps, kind, limits = len(student.times), student.denoiser.kind, [NEGATIVE]
     size = tuple(side * factor(teacher.parts) for side in teacher.shape[:-3:-1])
     spec = lambda lora: files.modelspec(net, kind, about.name, size, lora, license=about.license.id)
     name = lambda what: files.file_name(about.name, steps, what)
-    part, adapted, limits = files.part(net), hasattr(net, "peft_config"), []
+    part, adapted = files.part(net), hasattr(net, "peft_config")
     made = [files.unet_file(net, folder / name(part), spec(False))]
+    loads_lora = hasattr(getattr(diffusers, teacher.parts.index["_class_name"]), "load_lora_weights")
     if adapted and loads_lora:
         made.append(files.lora_file(net, folder / name("lora"), spec(True)))
     elif adapted:
@@ -174,16 +199,17 @@ def loaded(pipe: Any, teacher: Teacher, file: Path) -> Any:
     return settled(pipe, place(net))
 
 
-def write(teacher: Teacher, net: nn.Module, scheduler: Any, folder: Path) -> None:
-    """The pipeline folder of the teacher with another network and scheduler."""
+def write(student: Student, teacher: Teacher, net: nn.Module, scheduler: Any, folder: Path) -> None:
+    """The pipeline folder of the teacher with the student's network and scheduler."""
     parts = teacher.parts
+    told = getattr(parts.family, "exported", lambda net, student: net)
     index = dict(parts.index)
     for name, entry in parts.index.items():
         if isinstance(entry, list) and entry[0] is not None and name not in (parts.network, "scheduler"):
             copy(parts.folder / name, folder / name, parts.variant)
     for file in parts.folder.glob("LICENSE*"):
         shutil.copy(file, folder / file.name)
-    net.save_pretrained(folder / parts.network, safe_serialization=True)
+    told(net, student).save_pretrained(folder / parts.network, safe_serialization=True)
     scheduler.save_pretrained(folder / "scheduler")
     index["scheduler"] = ["diffusers", type(scheduler).__name__]
     index["_name_or_path"] = ""

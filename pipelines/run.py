@@ -97,7 +97,7 @@ def run(config: Config[Any, Any], out: Path, resume: Path | None) -> None:
     from distill.draw import Draw
     from distill.log import Log
     from distill.roles import build
-    from distill.trainer import State, supported, train
+    from distill.trainer import supported, train
     from pipelines import hub, tiny
     from pipelines.export import about, export, report
 

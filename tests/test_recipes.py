@@ -323,7 +323,9 @@ def test_wrong_weights_are_caught(which, one, runs, tmp_path, monkeypatch):
     folder, right = tmp_path / "pipeline", export.write
     assert export.export(student, teacher, net, scheduler, folder, told)["pipeline"] < 1e-5
     before = {p: p.stat().st_mtime_ns for p in folder.rglob("*")}
-    monkeypatch.setattr(export, "write", lambda teacher, net, *rest: right(teacher, wrong[which], *rest))
+    monkeypatch.setattr(
+        export, "write", lambda student, teacher, net, *rest: right(student, teacher, wrong[which], *rest)
+    )
     with pytest.raises(ExportError, match="differs from the student: pipeline by"):
         export.export(student, teacher, net, scheduler, folder, told)
     assert {p: p.stat().st_mtime_ns for p in folder.rglob("*")} == before
@@ -364,7 +366,11 @@ def test_every_input_counts(one):
 
 def test_a_recipe_fails_with_its_export(tmp_path, monkeypatch, capsys):
     right = export.write
-    monkeypatch.setattr(export, "write", lambda teacher, net, *rest: right(teacher, teacher.denoiser.net, *rest))
+
+    def wrong(student, teacher, net, *rest):
+        right(student, teacher, teacher.denoiser.net, *rest)
+
+    monkeypatch.setattr(export, "write", wrong)
     with pytest.raises(SystemExit) as error:
         run.main(config_of("sid_digits"), argv("sid_digits", tmp_path))
     assert error.value.code == 2
