@@ -138,11 +138,14 @@ SHAPES: dict[str, Callable[[Any], dict[str, tuple[int, ...]]]] = {  # module of 
 
 
 class Meta(Parts):
-    """A pipeline whose network is built on the meta device from its config: shapes without numbers."""
+    """A pipeline without files: its network is built from its config, on the meta device with shapes alone.
 
-    def __init__(self, model: Model, folder: Path | None = None) -> None:
+    On another device the weights are random. It has no text encoder and no autoencoder: asking for one is an error.
+    """
+
+    def __init__(self, model: Model, folder: Path | None = None, device: str = "meta") -> None:
         component = "unet" if model.network.startswith("UNet") else "transformer"
-        self.model, self.folder = model, folder or Path(model.hub)
+        self.model, self.folder, self.place = model, folder or Path(model.hub), device
         self.index = {"_class_name": model.pipeline, component: ["diffusers", model.network]}
         self.given = {}
 
@@ -169,8 +172,11 @@ class Meta(Parts):
         import diffusers
         import torch
 
-        with torch.device("meta"):
+        with torch.device(self.place):
             return getattr(diffusers, self.model.network)(**self.model.config).requires_grad_(False).eval()
+
+    def component(self, name: str, dtype: Any = None) -> Any:
+        raise ValueError(f"of {self.folder} only the network is built, from its config: there is no {name}")
 
     def scheduler(self) -> Any:
         import diffusers

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 HALF = (F.linear, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose2d, torch.matmul, torch.bmm, torch.baddbmm)
 HALF += (torch.Tensor.matmul, torch.Tensor.__matmul__, F.scaled_dot_product_attention)
-FULL = (F.layer_norm, F.group_norm, F.softmax, torch.softmax, torch.Tensor.softmax, F.softplus, F.mse_loss)
+FULL = (F.layer_norm, F.group_norm, F.rms_norm, F.softmax, torch.softmax, torch.Tensor.softmax, F.softplus, F.mse_loss)
 
 
 class GPU(TorchFunctionMode):
@@ -56,13 +56,13 @@ def _cast(dtype: torch.dtype, value: Any) -> Any:
     return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, *rest: Any, **options: Any) -> Tensor:
+def _attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **options: Any) -> Tensor:
     """The flash kernel; with a mask, the memory-efficient one."""
     scale = options.get("scale")
     if attn_mask is None:
-        return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, scale=scale)[0]
-    bias = attn_mask.to(q.dtype).expand(*q.shape[:-1], k.shape[-2])
-    return torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, bias, True, scale=scale)[0]
+        return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, scale=scale)[0]
+    bias = attn_mask.to(query.dtype).expand(*query.shape[:-1], key.shape[-2])
+    return torch.ops.aten._scaled_dot_product_efficient_attention(query, key, value, bias, True, scale=scale)[0]
 
 
 class Live(TorchDispatchMode):
