@@ -120,7 +120,7 @@ def page(
 ) -> str:
     """The model card."""
     family, steps = teacher.parts.family, len(student.times)
-    call = sized(family.snippet(steps, prompt), teacher)
+    program = call(teacher, steps, prompt)
     return card(
         about.name,
         about.base,
@@ -129,8 +129,8 @@ def page(
         about.method,
         steps,
         about.config,
-        code=code(call, where, absent=lacking(teacher)),
-        lora=code(call, where, about.base, lora, type(scheduler).__name__) if lora else "",
+        code=code(program, where, absent=lacking(teacher)),
+        lora=code(program, where, about.base, lora, type(scheduler).__name__) if lora else "",
         task=getattr(family, "TASK", "text-to-image"),
         samples="samples.png",
         prompt=str(prompt),
@@ -139,15 +139,18 @@ def page(
     )
 
 
-def sized(call: str, teacher: Teacher) -> str:
-    """The call of a card with the size of the samples, which some pipelines do not know."""
-    if not hasattr(teacher.parts.family, "TARGETS"):
-        return call
+def call(teacher: Teacher, steps: int, prompt: Any) -> str:
+    """The call that a card shows, with the size of the samples, which some pipelines do not know."""
+    family = teacher.parts.family
+    if not hasattr(family, "TARGETS"):
+        return family.snippet(steps, prompt)
     height, width = (side * factor(teacher.parts) for side in teacher.shape[-2:])
-    size = f"height={height}, width={width}, "
+    options = {"height": height, "width": width, "num_inference_steps": steps, **family.CALL}
     if "frames" in teacher.parts.asked:
-        size += f"num_frames={teacher.parts.asked['frames']}, "
-    return call.replace("num_inference_steps", f"{size}num_inference_steps")
+        options["num_frames"] = teacher.parts.asked["frames"]
+    given = ", ".join([json.dumps(prompt), *(f"{name}={value!r}" for name, value in options.items())])
+    made = "video = {}.frames[0]" if len(teacher.shape) == 4 else "image = {}.images[0]"
+    return made.format(f"pipe({given})")
 
 
 def singles(

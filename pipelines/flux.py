@@ -19,6 +19,7 @@ from distill.denoiser import Condition, Denoiser
 from pipelines import Parts, Teacher, latents
 
 UNCONDITIONAL = 1.0  # true_cfg_scale of the pipeline that makes one call a step
+CALL: dict[str, Any] = {}  # options of the call that a model card shows
 TARGETS = (  # modules of a LoRA: attention and feed-forward of both streams
     *("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
     *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2", "proj_mlp"),
@@ -104,11 +105,6 @@ def sample(
     height, width = (side * pipe.vae_scale_factor for side in z.shape[-2:])
     options = {"num_inference_steps": steps, "true_cfg_scale": guidance, "height": height, "width": width}
     return pipe(list(prompts), negative_prompt=many, latents=pack(z), output_type="pt", **options).images
-
-
-def snippet(steps: int, where: str) -> str:
-    """The call that a model card shows; it leaves `image`."""
-    return f'image = pipe("{where}", num_inference_steps={steps}).images[0]'
 
 
 def tiny(guidance: bool = True) -> Any:

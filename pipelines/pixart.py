@@ -12,6 +12,11 @@ from distill.denoiser import Condition, Denoiser
 from pipelines import Parts, Teacher, latents
 
 UNCONDITIONAL = 1.0  # guidance_scale of the pipeline that makes one call a step
+CALL: dict[str, Any] = {
+    "guidance_scale": 1,
+    "use_resolution_binning": False,
+    "clean_caption": False,
+}  # options of the call that a model card shows
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")  # modules of a LoRA
 TAPS = ("transformer_blocks.13",)  # modules whose output is a discriminator's feature: the middle of 28
 LENGTH = {"PixArtAlphaPipeline": 120, "PixArtSigmaPipeline": 300}  # tokens of a prompt
@@ -55,12 +60,6 @@ def sample(
     options = {"num_inference_steps": steps, "guidance_scale": guidance, "height": height, "width": width}
     plain = {"clean_caption": False, "use_resolution_binning": False, "output_type": "pt"}
     return pipe(list(prompts), negative or "", latents=z, **options, **plain).images
-
-
-def snippet(steps: int, where: str) -> str:
-    """The call that a model card shows; it leaves `image`."""
-    options = f"num_inference_steps={steps}, guidance_scale=1, clean_caption=False"
-    return f'image = pipe("{where}", {options}).images[0]'
 
 
 def tiny(kind: str = "PixArtSigmaPipeline", **config: Any) -> Any:

@@ -12,6 +12,10 @@ from distill.denoiser import Condition, Denoiser
 from pipelines import Parts, Teacher, latents
 
 UNCONDITIONAL = 1.0  # guidance_scale of the pipeline that makes one call a step
+CALL: dict[str, Any] = {
+    "guidance_scale": 1,
+    "use_resolution_binning": False,
+}  # options of the call that a model card shows
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "conv_inverted", "conv_point")  # modules of a LoRA
 TAPS = ("transformer_blocks.9",)  # modules whose output is a discriminator's feature: the middle of 20
 
@@ -51,11 +55,6 @@ def sample(
     options = {"num_inference_steps": steps, "guidance_scale": guidance, "height": height, "width": width}
     plain = {"use_resolution_binning": False, "output_type": "pt"}
     return pipe(list(prompts), negative or "", latents=z, **options, **plain).images
-
-
-def snippet(steps: int, where: str) -> str:
-    """The call that a model card shows; it leaves `image`."""
-    return f'image = pipe("{where}", num_inference_steps={steps}, guidance_scale=1).images[0]'
 
 
 def tiny() -> Any:

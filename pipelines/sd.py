@@ -12,6 +12,7 @@ from distill.guidance import embedding
 from pipelines import Parts, Teacher, latents
 
 UNCONDITIONAL = 0.0  # guidance_scale of the pipeline that makes one call a step
+CALL: dict[str, Any] = {"guidance_scale": 0}  # options of the call that a model card shows
 TARGETS = (  # modules of a LoRA: DMD2's list
     *("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"),
     *("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj"),
@@ -42,11 +43,6 @@ def sample(
     many = None if negative is None else [negative] * len(prompts)
     options = {"num_inference_steps": steps, "guidance_scale": guidance, "output_type": "pt"}
     return pipe(list(prompts), negative_prompt=many, latents=z, **options).images
-
-
-def snippet(steps: int, where: str) -> str:
-    """The call that a model card shows; it leaves `image`."""
-    return f'image = pipe("{where}", num_inference_steps={steps}, guidance_scale=0).images[0]'
 
 
 def tiny(**config: Any) -> Any:

@@ -13,6 +13,7 @@ from distill.guidance import embedding
 from pipelines import Parts, Teacher, latents, sd
 
 UNCONDITIONAL = 0.0  # guidance_scale of the pipeline that makes one call a step
+CALL: dict[str, Any] = {"guidance_scale": 0}  # options of the call that a model card shows
 TARGETS = sd.TARGETS  # modules of a LoRA
 TAPS = ("mid_block",)  # modules whose output is a discriminator's feature
 LENGTH = 77  # tokens of a prompt
@@ -57,9 +58,6 @@ def sample(
     height, width = (side * pipe.vae_scale_factor for side in z.shape[-2:])
     options = {"num_inference_steps": steps, "guidance_scale": guidance, "height": height, "width": width}
     return pipe(list(prompts), negative_prompt=many, latents=z, output_type="pt", **options).images
-
-
-snippet = sd.snippet
 
 
 def tiny() -> Any:

@@ -16,6 +16,7 @@ from pipelines import Parts, Teacher, latents
 
 TASK = "text-to-video"
 UNCONDITIONAL = 1.0  # guidance_scale of the pipeline that makes one call a step
+CALL: dict[str, Any] = {"guidance_scale": 1}  # options of the call that a model card shows
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")  # modules of a LoRA
 TAPS = ("blocks.14",)  # modules whose output is a discriminator's feature: the middle of 30
 LENGTH = 512  # tokens of a prompt
@@ -73,11 +74,6 @@ def sample(
     options = {"num_inference_steps": steps, "guidance_scale": guidance, "num_frames": frames, "output_type": "pt"}
     many = None if negative is None else [negative] * len(prompts)
     return pipe(list(prompts), many, height, width, latents=z, **options).frames.transpose(1, 2)
-
-
-def snippet(steps: int, where: str) -> str:
-    """The call that a model card shows; it leaves `video`, for diffusers.utils.export_to_video."""
-    return f'video = pipe("{where}", num_inference_steps={steps}, guidance_scale=1).frames[0]'
 
 
 def tiny(**config: Any) -> Any:

@@ -126,7 +126,7 @@ def exported(tmp_path_factory):
     pipe.save_pretrained(root / "base")
     pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config, original_inference_steps=2)
     pipe.save_pretrained(root / "student")
-    call = sd.snippet(2, "a fox")
+    call = 'image = pipe("a fox", num_inference_steps=2, guidance_scale=0).images[0]'
     images = [run(call, pipe=pipe)]
     pipe.unet.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
     lora = get_peft_model_state_dict(pipe.unet)
