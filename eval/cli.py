@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 
-def run(stage: Callable[..., Any]) -> Any:
-    """Call `stage` with the flags of this process; a ValueError ends it with its message and exit code 1."""
+def run(stage: Callable[..., Any] | Mapping[str, Callable[..., Any]]) -> Any:
+    """Call `stage`, or the one of several that the first word names, with the flags of this process.
+
+    A ValueError ends it with its message and exit code 1.
+    """
     import tyro
 
+    config = (tyro.conf.OmitArgPrefixes,)
     try:
-        return tyro.cli(stage, config=(tyro.conf.OmitArgPrefixes,), use_underscores=True)
+        if isinstance(stage, Mapping):
+            return tyro.extras.subcommand_cli_from_dict(dict(stage), config=config, use_underscores=True)
+        return tyro.cli(stage, config=config, use_underscores=True)
     except ValueError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

@@ -1,166 +1,223 @@
-"""Inline SVG by matplotlib that follows the page's light or dark colours, and sample grids as PNG."""
+"""Pictures of a page without a script or an address: SVG whose colours are the style sheet's, and samples as data."""
 
 from __future__ import annotations
 
 import base64
+import html
 import io
 import json
 import math
-import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from statistics import median
+from typing import NamedTuple
 
-import numpy as np
-import torch
 from torch import Tensor
 
-# Sentinel colours: matplotlib writes them, the page's style sheet decides what they are.
-INK, FAINT, FLOOR, TEACHER = "#010203", "#010204", "#010205", "#010206"
-SERIES = ("#010211", "#010212", "#010213", "#010214", "#010215", "#010216")
-VARIABLES = {INK: "ink", FAINT: "rule", FLOOR: "floor", TEACHER: "teacher"} | {
-    colour: f"s{i}" for i, colour in enumerate(SERIES)
-}
-STYLE = {
-    "svg.fonttype": "none",  # text stays text, in the page's font
-    "svg.hashsalt": "distill",  # the same figure gives the same bytes
-    "font.size": 10,
-    "text.color": INK,
-    "axes.edgecolor": FAINT,
-    "axes.labelcolor": INK,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titlesize": 10,
-    "axes.titlelocation": "left",
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "axes.grid": True,
-    "grid.color": FAINT,
-    "grid.linewidth": 0.6,
-}
+WIDTH, HEIGHT = 620, 430  # of a scatter plot, in its own units
+LEFT, RIGHT, TOP, BOTTOM = 58, 18, 18, 52
+WIDE, TALL = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
+CHARACTER = 6.6  # mean width of a letter at 12 px
 
 
-def svg(figure: Any, label: str) -> str:
-    """A matplotlib figure -> an <svg> element that scales to its box and holds no address of any kind."""
-    import matplotlib.pyplot as plt
-
-    stream = io.StringIO()
-    figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None})
-    plt.close(figure)
-    text = stream.getvalue()
-    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.S)
-    text = re.sub(r' xmlns(:\w+)?="[^"]*"', "", text).replace("xlink:href", "href")
-    text = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", text)
-    for colour, name in VARIABLES.items():
-        text = text.replace(colour, f"var(--{name})")
-    size = r'<svg [^>]*viewBox="0 0 ([\d.]+) ([\d.]+)"[^>]*>'
-    width = float(re.match(size, text).group(1)) * 4 / 3  # points to pixels
-    label = label.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
-    style = f"--w: {width:.0f}px; max-width: var(--w)"
-    head = rf'<svg viewBox="0 0 \1 \2" style="{style}" role="img" aria-label="{label}">'
-    return re.sub(size, lambda m: m.expand(head), text, count=1)
+text = lambda value: html.escape(str(value), quote=True)
+Box = tuple[float, float, float, float]  # left, top, right, bottom
 
 
-def name_of(row: dict[str, Any]) -> str:
-    """How a row is called in a plot or a headline."""
-    return str(row["model"])
+class Point(NamedTuple):
+    """One row in a scatter plot."""
+
+    x: float  # positive: cost
+    y: float  # quality
+    label: str
+    style: str  # a class of the style sheet: teacher, s0 ... s5
+    series: str = ""  # points of one series are joined
+    low: float | None = None  # of the interval of y
+    high: float | None = None
 
 
-def is_teacher(row: dict[str, Any]) -> bool:
-    """By the row's "student" where it is there, else by its name."""
-    return not row["student"] if row.get("student") is not None else name_of(row).lower().startswith("teacher")
+def front(points: Sequence[Point], lower: bool) -> list[Point]:
+    """The Pareto front, cheapest first: points that no other beats in y at the same or a smaller x.
+
+    lower: smaller y are better. Of points that are equal in both the first stays.
+    """
+    sign, best, found = (1 if lower else -1), math.inf, []
+    for point in sorted(points, key=lambda p: (p.x, sign * p.y)):
+        if sign * point.y < best:
+            best = sign * point.y
+            found.append(point)
+    return found
 
 
-def quality(rows: Sequence[dict[str, Any]], floor: float | None, key: str = "fd_heldout") -> str:
-    """Distance against network evaluations: the teacher as a curve, students as labelled points, the floor dashed."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
-
-    rows = sorted((r for r in rows if r.get("nfe") and r.get(key) is not None), key=lambda r: r["nfe"])
-    with plt.rc_context(STYLE):
-        figure, ax = plt.subplots(figsize=(10.6, 4.8), layout="constrained")
-        ax.set_xscale("log")
-        curves: dict[str, list[dict[str, Any]]] = {}
-        for row in rows:
-            if is_teacher(row):
-                curves.setdefault(name_of(row), []).append(row)
-        marks = []
-        for i, (name, points) in enumerate(curves.items()):
-            line = (["-", "--", ":"])[i % 3]
-            ax.plot([p["nfe"] for p in points], [p[key] for p in points], line, color=TEACHER, marker="o", ms=5, lw=1.8)
-            marks.append((points[-1], name, TEACHER))
-        students = [r for r in rows if not is_teacher(r)]
-        for row, colour in zip(students, (SERIES * len(students))[: len(students)]):
-            ax.plot(row["nfe"], row[key], "D", color=colour, ms=6.5)
-            marks.append((row, name_of(row), colour))
-        for row, _, colour in marks + [(p, "", TEACHER) for points in curves.values() for p in points[:-1]]:
-            if row.get(f"{key}_ci"):
-                ax.vlines(row["nfe"], *row[f"{key}_ci"], color=colour, lw=1.4)
-        if floor is not None:
-            ax.axhline(floor, color=FLOOR, ls=(0, (5, 4)), lw=1.3)
-        values = [r[key] for r in rows] + ([floor] if floor is not None else [])
-        if values and max(values) > 6 * min(values) > 0:
-            ax.set_yscale("log")
-            low, high = min(values) / 1.25, max(values) * 1.25
-            ticks = [m * 10**e for e in range(-3, 6) for m in (1, 2, 5) if low <= m * 10**e <= high]
-            ax.yaxis.set_major_locator(FixedLocator(ticks))
-            ax.yaxis.set_minor_locator(NullLocator())
-            ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
-            ax.set_ylim(low, high)
-        else:
-            ax.set_ylim(0, 1.15 * max(values, default=1))
-        nfes = sorted({r["nfe"] for r in rows}) or [1]
-        ax.set_xlim(min(nfes) / 1.25, max(nfes) * 2.1)
-        ax.xaxis.set_major_locator(FixedLocator(nfes))
-        ax.xaxis.set_minor_locator(NullLocator())
-        ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
-        ax.set_xlabel("network evaluations per image")
-        ax.set_title("Frechet distance to held-out digits (lower is better)", pad=10)
-        if floor is not None:
-            below = bool(rows) and rows[-1][key] >= floor  # away from the last label
-            ax.annotate(
-                f"real against real {floor:.1f}",
-                (1, floor),
-                xycoords=("axes fraction", "data"),
-                xytext=(-2, -5 if below else 4),
-                textcoords="offset points",
-                ha="right",
-                va="top" if below else "bottom",
-                color=FLOOR,
-            )
-        _labels(figure, ax, [(row["nfe"], row[key], f"{name} {row[key]:.1f}", colour) for row, name, colour in marks])
-        return svg(figure, "Frechet distance against network evaluations")
+def decades(low: float, high: float) -> list[float]:
+    """Ticks of a logarithmic axis: 1, 2, 5 times powers of ten; powers alone over more than three of them."""
+    many = high > 1000 * low
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    found = [m * 10.0**e for e in powers for m in ((1,) if many else (1, 2, 5))]
+    return [t for t in found if low <= t * 1.0000001 and t <= high * 1.0000001]
 
 
-def _labels(figure: Any, ax: Any, marks: list[tuple[float, float, str, str]], gap: float = 13.0) -> None:
-    """A label right of each mark; those at the same x are spread until none overlaps, with a thin leader line."""
-    figure.canvas.draw()
-    points = 72 / figure.dpi
-    for x in {m[0] for m in marks}:
-        column = sorted((m for m in marks if m[0] == x), key=lambda m: m[1])
-        real = [ax.transData.transform((m[0], m[1]))[1] * points for m in column]
-        spread = list(real)
-        for _ in range(200):
-            for i in range(len(spread) - 1):
-                lack = gap - (spread[i + 1] - spread[i])
-                if lack > 0.01:
-                    spread[i], spread[i + 1] = spread[i] - lack / 2, spread[i + 1] + lack / 2
-        bottom = ax.transAxes.transform((0, 0))[1] * points + gap / 2
-        spread = [s + max(0.0, bottom - spread[0]) for s in spread]
-        for (x0, y0, text, colour), at, to in zip(column, real, spread):
-            line = dict(arrowstyle="-", color=colour, lw=0.7, shrinkA=0, shrinkB=4) if abs(to - at) > 1 else None
-            ax.annotate(
-                text,
-                (x0, y0),
-                xytext=(16 if len(column) > 1 else 10, to - at),
-                textcoords="offset points",
-                va="center",
-                color=colour,
-                arrowprops=line,
-            )
+def ticks(low: float, high: float, most: int = 6) -> list[float]:
+    """Ticks of a linear axis: multiples of 1, 2 or 5 times a power of ten."""
+    raw = (high - low) / most
+    power = 10.0 ** math.floor(math.log10(raw))
+    size = next(m * power for m in (1, 2, 5, 10) if m * power >= raw * 0.9999)
+    return [i * size for i in range(math.ceil(low / size - 1e-9), math.floor(high / size + 1e-9) + 1)]
+
+
+def short(value: float) -> str:
+    """A tick: 0.002, 0.5, 20, 3k, 2M."""
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
+        if abs(value) >= size:
+            return f"{value / (1000 if unit == 'k' else size):.4g}{unit}"
+    return f"{value:.4g}"
+
+
+def duration(seconds: float) -> str:
+    """A time: 350 us, 12 ms, 1.5 s."""
+    for size, unit in ((1, "s"), (1e-3, "ms")):
+        if seconds >= size * 0.9999:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds * 1e6:.3g} us"
+
+
+class Frame:
+    """Where data stand in a scatter plot: x logarithmic, y too where it spans more than a factor of six.
+
+    A value more than four times as far from the best as the median is off the scale, at the plot's edge, so that one
+    bad row does not press all others together.
+    """
+
+    def __init__(self, points: Sequence[Point], lower: bool, reference: float | None) -> None:
+        values = [p.y for p in points] + ([] if reference is None else [reference])
+        best, far = (min if lower else max)(values), math.inf
+        if len(values) > 3:
+            far = 4 * abs(median(values) - best) or math.inf
+        self.off = {p: abs(p.y - best) > far for p in points}
+        spans = [v for p in points if not self.off[p] for v in (p.y, p.low, p.high) if v is not None]
+        spans += [] if reference is None else [reference]
+        shown = [v for v in values if abs(v - best) <= far]
+        self.log = min(spans) > 0 and max(shown) > 6 * min(shown)
+        room = 0.08 * (max(spans) - min(spans)) or abs(best) * 0.1 or 1.0
+        self.low, self.high = min(spans) - room, max(spans) + room
+        if self.log:
+            self.low, self.high = min(spans) / 1.15, max(spans) * 1.15
+        columns = [sorted((p for p in points if p.x == x), key=lambda p: p.y) for x in {p.x for p in points}]
+        self.shift = {p: 8 * (i - (len(column) - 1) / 2) for column in columns for i, p in enumerate(column)}
+        self.edge = TOP + 7 if lower else HEIGHT - BOTTOM - 7
+        self.xs = sorted({p.x for p in points})
+        self.left, self.right = self.xs[0] / 1.35, self.xs[-1] * (1.35 if len(self.xs) > 1 else 4)
+
+    def x(self, value: float) -> float:
+        return LEFT + WIDE * math.log(value / self.left) / math.log(self.right / self.left)
+
+    def y(self, value: float) -> float:
+        place = math.log if self.log else float
+        value = max(value, self.low) if self.log else value
+        return TOP + TALL * (place(self.high) - place(value)) / (place(self.high) - place(self.low))
+
+    def of(self, point: Point) -> tuple[float, float]:
+        """Points of the same cost stand side by side, so that each interval can be seen."""
+        return self.x(point.x) + self.shift[point], self.edge if self.off[point] else self.y(point.y)
+
+    def axes(self, across: str, up: str, tick: Callable[[float], str]) -> list[str]:
+        """The grid, its ticks and the names of the axes."""
+        out, foot, before = [], HEIGHT - BOTTOM, -math.inf
+        for value in decades(self.low, self.high) if self.log else ticks(self.low, self.high):
+            y = self.y(value)
+            out.append(f'<path class="grid" d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}"/>')
+            out.append(f'<text class="tick" x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{short(value)}</text>')
+        for value in self.xs if len(self.xs) <= 6 else decades(self.left, self.right):
+            x = self.x(value)
+            out.append(f'<path class="grid" d="M{x:.1f} {TOP}V{foot}"/>')
+            if x - before >= len(tick(value)) * CHARACTER + 8:
+                out.append(f'<text class="tick" x="{x:.1f}" y="{foot + 18}" text-anchor="middle">{tick(value)}</text>')
+                before = x
+        middle = f'x="{LEFT + WIDE / 2}" y="{HEIGHT - 10}" text-anchor="middle"'
+        turned = f'text-anchor="middle" transform="translate(13 {TOP + TALL / 2}) rotate(-90)"'
+        out.append(f'<text class="axis" {middle}>{text(across)}</text><text class="axis" {turned}>{text(up)}</text>')
+        return out
+
+
+def scatter(
+    points: Sequence[Point],
+    lower: bool,
+    across: str,
+    up: str,
+    reference: tuple[str, float] | None = None,
+    tick: Callable[[float], str] = short,
+) -> str:
+    """Quality against cost as <svg>: points with intervals, series joined, the Pareto front stepped, labels apart.
+
+    across, up: what the axes are. reference: (name, y) of a dashed line. tick: how a cost is written.
+    """
+    frame, best = Frame(points, lower, reference and reference[1]), front(points, lower)
+    out = frame.axes(across, f"{up}, {'lower' if lower else 'higher'} is better", tick)
+    stairs = [frame.of(p) for p in best]
+    path = f"M{stairs[0][0]:.1f} {stairs[0][1]:.1f}" + "".join(f"H{x:.1f}V{y:.1f}" for x, y in stairs[1:])
+    inside = f'x="{LEFT}" y="{TOP}" width="{WIDE}" height="{TALL}" viewBox="{LEFT} {TOP} {WIDE} {TALL}"'
+    lines = [f'<path class="front" d="{path}H{WIDTH - RIGHT}"/>']
+    for series in dict.fromkeys(p.series for p in points if p.series):
+        line = sorted((p for p in points if p.series == series), key=lambda p: p.x)
+        drawn = " ".join(f"{frame.of(p)[0]:.1f},{frame.y(p.y):.1f}" for p in line)
+        lines.append(f'<polyline class="series {line[0].style}" points="{drawn}"/>' if len(line) > 1 else "")
+    out.append(f"<svg {inside}>{''.join(lines)}</svg>")  # an inner svg cuts what leaves it
+
+    taken: list[Box] = [(x - 7, y - 7, x + 7, y + 7) for x, y in map(frame.of, points)]  # no label covers these
+    if reference:
+        y, long = frame.y(reference[1]), len(reference[0]) * CHARACTER
+        out.append(f'<path class="reference" d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}"/>')
+        starts = range(int(WIDTH - RIGHT - long), LEFT, -12)
+        tries = [(x, y + d, x + long, y + d + 15) for x in starts for d in (-18, 4)]
+        taken.append(next((box for box in tries if not any(_meet(box, other) for other in taken)), tries[0]))
+        where = f'x="{taken[-1][0]}" y="{taken[-1][1] + 12:.1f}"'
+        out.append(f'<text class="label reference" {where}>{text(reference[0])}</text>')
+    for p in sorted(points, key=lambda p: (frame.of(p)[1], p.x)):
+        label = f"{p.label} ({short(p.y)}, off the scale)" if frame.off[p] else p.label
+        x, y = frame.of(p)
+        taken.append(_free(x, y, len(label) * CHARACTER, taken))
+        about = f"{p.label}: {up} {short(p.y)}, {tick(p.x)}{', on the Pareto front' if p in best else ''}"
+        kind = f"point {p.style}{' best' if p in best else ''}"
+        out.append(f'<g class="{kind}"><title>{text(about)}</title>{_mark(p, frame, label, taken[-1])}</g>')
+    title = f"{up} against {across}, with the Pareto front"
+    return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{text(title)}">{"".join(out)}</svg>'
+
+
+def _mark(p: Point, frame: Frame, label: str, box: Box) -> str:
+    """A point, its interval, its label in `box` with a line to it where that is far."""
+    (x, y), out = frame.of(p), ""
+    left, middle = box[0], (box[1] + box[3]) / 2
+    if abs(middle - y) > 9:
+        out += f'<path class="leader" d="M{x:.1f} {y:.1f}L{left - 2 if left > x else box[2] + 2:.1f} {middle:.1f}"/>'
+    if p.low is not None and p.high is not None and not frame.off[p]:
+        out += f'<path class="span" d="M{x:.1f} {frame.y(p.low):.1f}V{frame.y(p.high):.1f}"/>'
+    if frame.off[p]:
+        tip = -7 if frame.edge < HEIGHT / 2 else 7
+        out += f'<path d="M{x - 6:.1f} {y - tip / 2:.1f}h12l-6 {tip * 1.4:.1f}z"/>'
+    elif p.style == "teacher":
+        out += f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5"/>'
+    else:
+        out += f'<path d="M{x:.1f} {y - 6.5:.1f}l6.5 6.5l-6.5 6.5l-6.5-6.5z"/>'
+    return out + f'<text class="label" x="{left:.1f}" y="{middle + 4:.1f}">{text(label)}</text>'
+
+
+def _free(x: float, y: float, long: float, taken: Sequence[Box]) -> Box:
+    """The nearest box for a label of a point at (x, y) that covers no other and stays inside; else the last tried.
+
+    Beside the point first, then above and below on the right, then on the left.
+    """
+    levels = [sign * 15 * i for i in range(1, 9) for sign in (-1, 1)]
+    right, left, box = x + 11, x - 11 - long, (x, y, x, y)
+    for start, away in [(right, 0), (left, 0), *((right + 7, a) for a in levels), *((left - 7, a) for a in levels)]:
+        box = (start, y + away - 8, start + long, y + away + 8)
+        inside = LEFT <= box[0] and box[2] <= WIDTH - 2 and TOP - 8 <= box[1] and box[3] <= HEIGHT - BOTTOM
+        if inside and not any(_meet(box, other) for other in taken):
+            break
+    return box
+
+
+def _meet(a: Box, b: Box) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
 def read_log(path: Path) -> dict[str, list[tuple[float, float]]]:
@@ -182,46 +239,53 @@ def read_log(path: Path) -> dict[str, list[tuple[float, float]]]:
 
 
 def training(name: str, path: Path, most: int = 8) -> str:
-    """One run's log: a small panel per quantity, every value faint and a running mean in front."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    """One run's log: a small panel per quantity, its values faint and a running mean in front."""
     curves = dict(list(read_log(path).items())[:most])
     if not curves:
         return '<p class="note">The log holds no numbers.</p>'
-    panels = []
-    for i, (key, points) in enumerate(curves.items()):
-        step, value = np.array(points).T
-        colour, many = SERIES[i % len(SERIES)], len(value) > 40
-        with plt.rc_context(STYLE | {"font.size": 9}):
-            figure, ax = plt.subplots(figsize=(2.6, 1.7), layout="constrained")
-            if many:
-                ax.plot(step, value, color=colour, lw=0.8, alpha=0.3)
-            ax.plot(step, _running_mean(value, max(1, len(value) // 20)) if many else value, color=colour, lw=1.6)
-            low, high = np.percentile(value, [1, 99])
-            if high > low:
-                ax.set_ylim(low - 0.1 * (high - low), high + 0.1 * (high - low))
-            ax.set_title(key)
-            ax.set_xlabel("step")
-            ax.margins(x=0.02)
-            ax.locator_params(nbins=4)
-            panels.append(svg(figure, f"{key} while training {name}"))
-    return f'<div class="panels">{"".join(panels)}</div>'
+    return f'<div class="panels">{"".join(_panel(key, points, name) for key, points in curves.items())}</div>'
 
 
-def _running_mean(value: np.ndarray, width: int) -> np.ndarray:
-    total = np.concatenate([[0.0], np.cumsum(value)])
-    right = np.arange(1, len(value) + 1)
-    left = np.maximum(0, right - width)
-    return (total[right] - total[left]) / (right - left)
+def _panel(key: str, points: Sequence[tuple[float, float]], name: str, wide: int = 240, tall: int = 140) -> str:
+    values = sorted(v for _, v in points)
+    low, high = values[len(values) // 100], values[-1 - len(values) // 100]  # a spike must not hide the rest
+    room = 0.08 * (high - low) or abs(low) * 0.1 or 1.0
+    low, high, last = low - room, high + room, max(points[-1][0], 1e-9)
+
+    def line(points: Sequence[tuple[float, float]], kind: str) -> str:
+        every = -(-len(points) // 300)  # more than a panel has pixels
+        shown = [(s, min(max(v, low), high)) for s, v in points[::every]]
+        at = [(34 + (wide - 40) * s / last, 20 + (tall - 42) * (high - v) / (high - low)) for s, v in shown]
+        return f'<polyline class="{kind}" points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in at)}"/>'
+
+    mean = _running_mean([v for _, v in points], max(1, len(points) // 20))
+    smooth = [(s, m) for (s, _), m in zip(points, mean)]
+    out = [f'<text class="title" x="34" y="12">{html.escape(key)}</text>']
+    for value in ticks(low, high, 3):
+        y = 20 + (tall - 42) * (high - value) / (high - low)
+        out.append(f'<path class="grid" d="M34 {y:.1f}H{wide - 6}"/>')
+        out.append(f'<text class="tick" x="29" y="{y + 3.5:.1f}" text-anchor="end">{short(value)}</text>')
+    for value in (0, last):
+        x, anchor = (34, "start") if value == 0 else (wide - 6, "end")
+        out.append(f'<text class="tick" x="{x}" y="{tall - 6}" text-anchor="{anchor}">{short(value)}</text>')
+    out += [line(points, "raw") if len(points) > 40 else "", line(smooth if len(points) > 40 else points, "mean")]
+    label = html.escape(f"{key} while training {name}", quote=True)
+    return f'<svg viewBox="0 0 {wide} {tall}" role="img" aria-label="{label}">{"".join(out)}</svg>'
 
 
-def grid(images: Tensor, labels: Tensor | None, rows: int = 6, columns: int = 10, scale: int = 6) -> str:
-    """Images [N, C, H, W] in [-1, 1] -> a PNG data address; column j holds the first images of class j, in order.
+def _running_mean(values: Sequence[float], width: int) -> list[float]:
+    out, total = [], 0.0
+    for i, value in enumerate(values):
+        total += value - (values[i - width] if i >= width else 0.0)
+        out.append(total / min(i + 1, width))
+    return out
 
-    Without labels the images run line by line. Enlarged by whole pixels; absent images are transparent.
+
+def grid(images: Tensor, labels: Tensor | None, rows: int = 6, columns: int = 10, side: int = 160) -> str:
+    """Images [N, C, H, W] in [-1, 1] -> a picture's data address; column j holds the first images of class j, in order.
+
+    Without labels the images run line by line. Small images are enlarged by whole pixels to at most 48 pixels (PNG),
+    large ones reduced to `side` (JPEG); absent images are transparent, or black.
     """
     from PIL import Image
 
@@ -233,12 +297,19 @@ def grid(images: Tensor, labels: Tensor | None, rows: int = 6, columns: int = 10
     else:
         of_class = [(labels == j).nonzero().flatten()[:rows].tolist() for j in range(columns)]
         cells = {(i, j): pick for j, column in enumerate(of_class) for i, pick in enumerate(column)}
-    lines = 1 + max(i for i, _ in cells)
-    canvas = torch.zeros(lines * (height + 1) - 1, columns * (width + 1) - 1, channels + 1, dtype=torch.uint8)
+    lines, across = 1 + max(i for i, _ in cells), 1 + max(j for _, j in cells)
+    small = max(height, width) <= side
+    scale = max(1, 48 // max(height, width)) if small else 1
+    shrink = (width * side // max(height, width), height * side // max(height, width))
+    high, wide = (height * scale, width * scale) if small else shrink[::-1]
+    gap = scale if scale > 1 else 4
+    sheet = Image.new("RGBA" if small else "RGB", (across * (wide + gap) - gap, lines * (high + gap) - gap))
     for (i, j), pick in cells.items():
-        at = canvas[i * (height + 1) :, j * (width + 1) :][:height, :width]
-        at[..., :channels], at[..., channels] = quantize(images[pick]).permute(1, 2, 0), 255
-    big = canvas.repeat_interleave(scale, 0).repeat_interleave(scale, 1)
+        level = quantize(images[pick]).permute(1, 2, 0)
+        level = level.expand(-1, -1, 3) if channels == 1 else level
+        picture = Image.fromarray(level.contiguous().numpy())
+        how = Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS
+        sheet.paste(picture.resize((wide, high), how), (j * (wide + gap), i * (high + gap)))
     stream = io.BytesIO()
-    Image.fromarray(big.numpy(), "LA" if channels == 1 else "RGBA").save(stream, "PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode()
+    sheet.save(stream, "PNG", optimize=True) if small else sheet.save(stream, "JPEG", quality=88)
+    return f"data:image/{'png' if small else 'jpeg'};base64," + base64.b64encode(stream.getvalue()).decode()

@@ -1,15 +1,15 @@
-"""Rows, training logs and sample folders -> a table in the terminal, report.json and one self-contained page.
+"""Rows of figures -> tables that compare only what is comparable: in the terminal, in Markdown, on one page.
 
-python -m eval.report --scores runs/scores.json --samples runs/samples/* --logs runs/dmd2/log.jsonl --out runs/report
+A row is what `eval.score` writes: model, steps, guidance, protocol, protocol_hash, n, seeds, extractor, extractor_hash,
+commit, hardware, metrics {name: {value, low, high, n}}, cost {nfe, latency, ...}, samples (a folder). kind is teacher,
+pipeline, lora, or real: real images, which have no rank and are a dashed line in the plots.
 """
 
 from __future__ import annotations
 
-import html
-import json
 import math
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from eval import plots
@@ -18,329 +18,258 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 Row = Mapping[str, Any]
-KEYS = (
-    "model",
-    "nfe",
-    "fd_heldout",
-    "fd_train",
-    "accuracy",
-    "precision",
-    "recall",
-    "train_seconds",
-    "images_per_second",
-)
-COLUMNS = {  # key: heading, format
-    "model": ("model", "{}"),
-    "nfe": ("calls", "{:.0f}"),
-    "fd_heldout": ("FD held-out", "{:.2f}"),
-    "fd_train": ("FD train", "{:.2f}"),
-    "accuracy": ("accuracy", "{:.3f}"),
-    "precision": ("precision", "{:.3f}"),
-    "recall": ("recall", "{:.3f}"),
-    "train_seconds": ("training s", "{:.0f}"),
-    "images_per_second": ("images/s", "{:.0f}"),
+LOWER = ("fid", "kid", "fd", "cmmd", "mmd", "frechet", "distance", "off", "hallucination", "loss")  # is better
+ACRONYMS = ("fid", "kid", "fd", "cmmd", "is", "clip", "lpips", "dino", "ssim", "psnr")
+COSTS = {  # key of "cost": heading, how it is written
+    "nfe": ("calls", lambda v: f"{v:,.0f}"),
+    "latency": ("latency", plots.duration),
+    "images_per_second": ("images/s", lambda v: f"{v:,.0f}" if v >= 100 else f"{v:.3g}"),
+    "parameters": ("parameters", lambda v: plots.short(float(f"{v:.3g}"))),
+    "peak_memory": ("peak memory", lambda v: f"{v / 2**30:.2f} GiB" if v >= 2**30 else f"{v / 2**20:.0f} MiB"),
+    "train_seconds": ("training", plots.duration),
 }
-SHORT = {  # for the terminal
-    "nfe": "\ncalls",
-    "fd_heldout": "FD\nheld-out",
-    "fd_train": "FD\ntrain",
-    "accuracy": "\nacc.",
-    "precision": "preci-\nsion",
-    "train_seconds": "train\ns",
-    "images_per_second": "images\n/s",
-}
+MADE = ("seeds", "commit", "hardware")  # of a row; protocol, n and extractor are those of its table
 
 
-def cell(row: Row, key: str) -> str:
-    """A figure as text, with its interval where the row has "<key>_ci": [low, high]; "-" where there is none."""
-    value, form = row.get(key), COLUMNS[key][1]
-    if value is None:
-        return "-"
-    interval = row.get(f"{key}_ci")
-    return form.format(value) + (f" ({form.format(interval[0])} to {form.format(interval[1])})" if interval else "")
+def lower(metric: str) -> bool:
+    """Whether less of a metric is better; by a word of its name, such as fid in patch_fid."""
+    return any(word in LOWER for word in metric.lower().replace("-", "_").split("_"))
 
 
-def floor_line(floor: Mapping[str, float], rows: Sequence[Row]) -> str:
-    """One sentence: the floor, and the n that the figures were taken at."""
-    counts = sorted({row["n"] for row in rows if row.get("n")})
-    drawn = f"; n = {', '.join(f'{n:,}' for n in counts)} generated images" if counts else ""
-    return (
-        f"Floor: the training digits are {floor['fd_heldout']:.2f} from the held-out digits{drawn}. "
-        f"The distance is biased by n: compare figures of the same n only."
-    )
+def pretty(metric: str) -> str:
+    """A metric's name for people: fd_heldout -> FD held-out, patch_fid -> patch FID."""
+    words = metric.replace("heldout", "held-out").split("_")
+    return " ".join(w.upper() if w in ACRONYMS else w for w in words)
 
 
-def table(rows: Sequence[Row], floor: Mapping[str, float]) -> Table:
-    """The rows as a rich table, with the distance over the floor beside every figure."""
-    from rich import box
-    from rich.table import Table
+@dataclass(frozen=True)
+class Board:
+    """Rows that may share a column: one protocol (by its hash), one n, one extractor (by its hash)."""
 
-    out = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)  # fits into 80 columns
-    out.caption, out.caption_justify = floor_line(floor, rows), "left"
-    for key in COLUMNS:
-        out.add_column(SHORT.get(key, key), justify="left" if key == "model" else "right", vertical="top")
-        if key == "fd_heldout":
-            out.add_column("/\nfloor", justify="right", style="dim")
-    for row in rows:
-        cells = [cell(row, key) for key in COLUMNS]
-        cells.insert(3, _over_floor(row, floor))
-        out.add_row(*cells, style=None if plots.is_teacher(dict(row)) else "bold")
-    out.add_section()
-    out.add_row("real", "", f"{floor['fd_heldout']:.2f}", "1.00", style="dim")
+    protocol: str
+    hash: str
+    n: int | None
+    extractor: str
+    extractor_hash: str
+    rows: list[Row]  # the best of the first metric first
+    real: list[Row]  # of real images: no rank
+
+    @property
+    def metrics(self) -> list[str]:
+        """Names, in the order in which rows have them."""
+        return list(dict.fromkeys(name for row in (*self.rows, *self.real) for name in row["metrics"]))
+
+    @property
+    def title(self) -> str:
+        """The protocol and what else a figure depends on."""
+        count = f", n = {self.n:,}" if self.n else ""
+        net = f", extractor {self.extractor} {self.extractor_hash}".rstrip() if self.extractor else ""
+        return f"{self.protocol} [{self.hash}]{count}{net}"
+
+    def ranks(self, metric: str) -> dict[int, tuple[int, bool]]:
+        """{row's number: (rank, whether it is a tie)}: rows whose intervals overlap, also through others, share one.
+
+        The rank is one more than the number of rows that are better. A row without an interval is its value alone.
+        """
+        found = [(i, row["metrics"][metric]) for i, row in enumerate(self.rows) if metric in row["metrics"]]
+        sign = 1 if lower(metric) else -1
+        spans = sorted((*sorted(sign * v for v in interval(m)), i) for i, m in found)
+        groups: list[list[int]] = []
+        reach = -math.inf
+        for low, high, i in spans:
+            if low > reach:
+                groups.append([])
+            groups[-1].append(i)
+            reach = max(reach, high)
+        before = [sum(map(len, groups[:k])) for k in range(len(groups))]
+        return {i: (1 + before[k], len(group) > 1) for k, group in enumerate(groups) for i in group}
+
+
+def interval(metric: Mapping[str, Any]) -> tuple[float, float]:
+    """(low, high) of a figure; its value twice where it has no interval."""
+    value = metric["value"]
+    return tuple(value if metric.get(k) is None else metric[k] for k in ("low", "high"))  # type: ignore[return-value]
+
+
+def checked(rows: Any, source: str = "the rows") -> list[Row]:
+    """Rows as they are used here; ValueError names the first that is not as `eval.score` writes it."""
+    if not isinstance(rows, list) or not rows:
+        raise ValueError(f"{source} hold no list of rows; make them with python -m eval.score")
+    for i, row in enumerate(rows):
+        if not isinstance(row, dict) or not isinstance(row.get("metrics"), dict) or "model" not in row:
+            raise ValueError(f"{source}: row {i} has no model or no metrics; score its folder again")
+        for name, metric in row["metrics"].items():
+            values = [metric.get(k) for k in ("value", "low", "high")] if isinstance(metric, dict) else [None]
+            if values[0] is None or not all(v is None or math.isfinite(v) for v in values):
+                raise ValueError(f"{source}: row {i}, {row['model']!r}: {name} is no finite value; score it again")
+        for name, value in (row.get("cost") or {}).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{source}: row {i}, {row['model']!r}: cost {name} is not finite; measure it again")
+    return rows
+
+
+def boards(rows: Sequence[Row]) -> list[Board]:
+    """The rows by what makes figures comparable, in the order of their first rows."""
+    keys = ("protocol", "protocol_hash", "n", "extractor", "extractor_hash")
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in checked(rows):
+        groups.setdefault(tuple(row.get(k) for k in keys), []).append(row)
+    out = []
+    for (protocol, hash_, n, extractor, extractor_hash), group in groups.items():
+        first = next(iter(group[0]["metrics"]), None)
+        sign = 1 if lower(first or "") else -1
+        worth = {id(r): sign * r["metrics"][first]["value"] for r in group if first in r["metrics"]}
+        order = sorted(group, key=lambda r, worth=worth: worth.get(id(r), math.inf))  # type: ignore[misc]
+        models, real = ([r for r in order if is_real(r) is kind] for kind in (False, True))
+        names = [str(protocol or "no protocol"), str(hash_ or "no hash")]
+        out.append(Board(*names, n, str(extractor or ""), str(extractor_hash or ""), models, real))
     return out
 
 
-def _over_floor(row: Row, floor: Mapping[str, float]) -> str:
-    return "-" if row.get("fd_heldout") is None else f"{row['fd_heldout'] / floor['fd_heldout']:.2f}"
+def is_teacher(row: Row) -> bool:
+    """By the row's "kind" where it has one, else by the model's name."""
+    return row["kind"] == "teacher" if row.get("kind") else str(row["model"]).lower().startswith("teacher")
 
 
-def markdown(rows: Sequence[Row], floor: Mapping[str, float]) -> str:
-    """The same table in Markdown, for documents."""
-    headings = [heading for heading, _ in COLUMNS.values()]
-    headings.insert(3, "/ floor")
-    lines = ["| " + " | ".join(headings) + " |", "|---|" + "---:|" * (len(headings) - 1)]
-    for row in rows:
-        cells = [cell(row, key) for key in COLUMNS]
-        cells.insert(3, _over_floor(row, floor))
-        lines.append("| " + " | ".join(c.replace("|", "\\|") for c in cells) + " |")
-    real = ["real digits (floor)", "", f"{floor['fd_heldout']:.2f}", "1.00", *[""] * (len(headings) - 4)]
-    lines.append("| " + " | ".join(real) + " |")
-    return "\n".join(lines) + "\n\n" + floor_line(floor, rows) + "\n"
+def is_real(row: Row) -> bool:
+    """Whether a row's images are real ones."""
+    return row.get("kind") == "real"
 
 
-def headline(rows: Sequence[Row], floor: Mapping[str, float]) -> str:
-    """What the rows say, in one sentence: the student of fewest calls that is nearest, beside the slowest teacher."""
-    scored = [r for r in rows if r.get("fd_heldout") is not None and r.get("nfe")]
-    students = [r for r in scored if not plots.is_teacher(dict(r))]
-    teachers = [r for r in scored if plots.is_teacher(dict(r))]
+def label(row: Row, rows: Iterable[Row]) -> str:
+    """The model, with steps and guidance where another row of that model has others."""
+    same = [r for r in rows if r["model"] == row["model"]]
+    parts = [str(row["model"])]
+    if len({r.get("steps") for r in same}) > 1:
+        parts.append(f"{row.get('steps')} step{'s' if row.get('steps') != 1 else ''}")
+    if len({r.get("guidance") for r in same}) > 1:
+        parts.append(f"guidance {row.get('guidance'):g}")
+    return ", ".join(parts)
+
+
+def digits(board: Board, metric: str) -> int:
+    """Decimals that give the smallest figure of a column three digits."""
+    values = [abs(r["metrics"][metric]["value"]) for r in board.rows if metric in r["metrics"]]
+    least = min((v for v in values if v > 0), default=1.0)
+    return min(6, max(0, 2 - math.floor(math.log10(least))))
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What a column shows of a row: the figure, its interval, its rank; key sorts."""
+
+    text: str = ""
+    span: str = ""
+    rank: int = 0
+    tie: bool = False
+    key: float | str | None = None
+
+    def __str__(self) -> str:
+        rank = f"#{self.rank}{' tie' if self.tie else ''}" if self.rank else ""
+        return " ".join(filter(None, (self.text, self.span and f"({self.span})", rank)))
+
+
+def columns(board: Board) -> dict[str, list[Cell]]:
+    """Heading -> a cell a row (then those of real images); only columns in which something stands."""
+    rows = [*board.rows, *board.real]
+    out: dict[str, list[Cell]] = {"model": [Cell(str(r["model"]), key=str(r["model"])) for r in rows]}
+    for key in ("steps", "guidance"):
+        plain = [None, 0, 1] if key == "guidance" else [None]
+        if any(r.get(key) not in plain for r in rows):
+            out[key] = [Cell() if r.get(key) is None else Cell(f"{r[key]:g}", key=r[key]) for r in rows]
+    for name in board.metrics:
+        ranks, places = board.ranks(name), digits(board, name)
+        out[name] = [_figure(r["metrics"].get(name), places, ranks.get(i)) for i, r in enumerate(rows)]
+    costs = [r.get("cost") or {} for r in rows]
+    for key, (heading, text) in COSTS.items():
+        if any(c.get(key) is not None for c in costs):
+            out[heading] = [Cell() if c.get(key) is None else Cell(text(c[key]), key=c[key]) for c in costs]
+    machines = [c.get("hardware") if c.get("latency") or c.get("images_per_second") else None for c in costs]
+    if len({m for m in machines if m}) > 1:  # speeds of two machines share a column only beside their names
+        out["measured on"] = [Cell(m or "", key=m) for m in machines]
+    return out
+
+
+def _figure(metric: Mapping[str, Any] | None, places: int, rank: tuple[int, bool] | None) -> Cell:
+    if metric is None:
+        return Cell()
+    low, high = interval(metric)
+    span = f"{low:.{places}f} to {high:.{places}f}" if low < high else ""
+    return Cell(f"{metric['value']:.{places}f}", span, *(rank or (0, False)), key=metric["value"])
+
+
+def headline(board: Board) -> str:
+    """What a board says of its first metric, in one sentence."""
+    if not board.rows or not board.metrics:
+        return "Real images alone: there is no model to compare."
+    name = board.metrics[0]
+    scored = [(i, r) for i, r in enumerate(board.rows) if name in r["metrics"]]
+    ranks, places = board.ranks(name), digits(board, name)
+    value = lambda row: f"{row['metrics'][name]['value']:.{places}f}"
+    calls = lambda row: (row.get("cost") or {}).get("nfe")
+    students = [(i, r) for i, r in scored if not is_teacher(r) and calls(r)]
+    teachers = [(i, r) for i, r in scored if is_teacher(r) and calls(r)]
     if not students or not teachers:
-        return f"Real digits are {floor['fd_heldout']:.1f} from real digits; every figure below is read against that."
-    calls = min(r["nfe"] for r in students)
-    fast = [r for r in students if r["nfe"] == calls]
-    best = min(fast, key=lambda r: r["fd_heldout"])
-    slow = max(teachers, key=lambda r: r["nfe"])
-    among = f", the nearest of {len(fast)} students," if len(fast) > 1 else ""
+        i, best = scored[0]
+        tied = sum(rank == ranks[i] for rank in ranks.values()) - 1 if ranks[i][1] else 0
+        more = f", a tie with {tied} other{'s' if tied > 1 else ''}" if tied else ""
+        return f"{label(best, board.rows)} leads {board.protocol} with {pretty(name)} {value(best)}{more}."
+    fewest = min(calls(r) for _, r in students)
+    among = [(i, r) for i, r in students if calls(r) == fewest]
+    (i, best), (j, slow) = among[0], max(teachers, key=lambda pair: calls(pair[1]))
+    which = f", the best of {len(among)} students," if len(among) > 1 else ""
+    tie = ": a tie" if ranks[i] == ranks[j] else ""
     return (
-        f"With {calls} network {'call' if calls == 1 else 'calls'} per image, {best['model']}{among} comes to a "
-        f"Frechet distance of {best['fd_heldout']:.1f} from held-out digits; its teacher comes to "
-        f"{slow['fd_heldout']:.1f} with {slow['nfe']}."
+        f"With {fewest} network call{'s' if fewest > 1 else ''} an image, {best['model']}{which} has {pretty(name)} "
+        f"{value(best)}; its teacher has {value(slow)} with {calls(slow)}{tie}."
     )
 
 
-def write(
-    out: Path,
-    rows: Sequence[Row],
-    floor: Mapping[str, float] | float,
-    runs: Mapping[str, Path],
-    samples: Mapping[str, Path],
-    seconds: float | None = None,
-    title: str = "One-step distillation of handwritten digits",
-) -> Path:
-    """Write report.json and index.html to the folder `out`, and return the page's path.
+def table(rows: Sequence[Row]) -> list[Table]:
+    """A rich table a board, for a terminal of 80 columns: figures with their ranks; intervals are on the page."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
 
-    rows: as `score` makes them, with train_seconds where known, and "<key>_ci" for an interval; a row is a teacher's
-    by "student": false, or by its name. floor: {"fd_heldout": distance of the two real splits}. runs: name ->
-    log.jsonl. samples: name -> folder of images (`images.read`). seconds: wall time of everything. ValueError where
-    there is no row, a figure is not finite, or a log or folder cannot be read.
-    """
-    floor = {"fd_heldout": float(floor)} if isinstance(floor, int | float) else dict(floor)
-    if not rows:
-        raise ValueError("there is no row to report; score at least one folder")
-    for row in rows:
-        bad = [k for k, v in row.items() if isinstance(v, float) and not math.isfinite(v)]
-        if bad:
-            raise ValueError(f"row {row.get('model')!r}: {', '.join(bad)} is not finite; score that folder again")
-    full = [{key: row.get(key) for key in KEYS} | dict(row) for row in rows]
-    page = _page(full, floor, runs, samples, seconds, title)
-    out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
-    found = {"rows": full, "floor": floor, "seconds": seconds}
-    (out / "report.json").write_text(json.dumps(found, indent=1) + "\n")
-    (out / "index.html").write_text(page, encoding="utf-8")
-    return out / "index.html"
+    out = []
+    for board in boards(rows):
+        one = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, title=Text(board.title))
+        one.title_justify = "left"
+        found = columns(board)
+        for heading in found:
+            one.add_column(pretty(heading), justify="left" if heading == "model" else "right")
+        for i, row in enumerate((*board.rows, *board.real)):
+            cells = [f"{c[i].text} {f'({c[i].rank})' if c[i].rank else ''}".strip() for c in found.values()]
+            one.add_row(*cells, style="dim" if is_real(row) else None if is_teacher(row) else "bold")
+        one.caption, one.caption_justify = "(1) is the rank; overlapping intervals are a tie and share it", "left"
+        out.append(one)
+    return out
 
 
-def _page(
-    rows: list[dict[str, Any]],
-    floor: Mapping[str, float],
-    runs: Mapping[str, Path],
-    samples: Mapping[str, Path],
-    seconds: float | None,
-    title: str,
-) -> str:
-    text = html.escape
-    spent = f" Made in {seconds / 60:.1f} minutes." if seconds else ""
-    training = "".join(f"<h3>{text(name)}</h3>{plots.training(name, path)}" for name, path in runs.items())
-    return "".join(
-        [
-            f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{text(title)}</title>',
-            '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            f"<style>{STYLE}</style></head><body><main>",
-            f'<header><p class="kicker">{text(title)}</p><h1>{text(headline(rows, floor))}</h1>',
-            f'<p class="lead">Two sets of real digits are {floor["fd_heldout"]:.1f} apart: that is the floor, and a '
-            f"distance near it is as good as this measure can tell.{spent}</p></header>",
-            f"<section><h2>Figures</h2>{_table(rows, floor)}</section>",
-            "<section><h2>Quality against cost</h2>"
-            f"<figure class=wide>{plots.quality(rows, floor['fd_heldout'])}</figure></section>",
-            _samples(samples),
-            f"<section><h2>Training</h2>{training}</section>" if training else "",
-            f"<section><h2>How these figures were made</h2>{_protocol(rows)}</section>",
-            "</main></body></html>\n",
+def markdown(rows: Sequence[Row]) -> str:
+    """A table a board: value (low to high) #rank, tie where intervals overlap; under it how its figures were made."""
+    parts = []
+    for board in boards(rows):
+        found = columns(board)
+        text = lambda value: str(value).replace("|", "\\|")
+        lines = [
+            f"## {board.title}",
+            "",
+            f"| {' | '.join(text(pretty(heading)) for heading in found)} |",
+            "|---|" + "---:|" * (len(found) - 1),
         ]
-    )
+        for i in range(len(board.rows) + len(board.real)):
+            lines.append(f"| {' | '.join(text(cells[i]) for cells in found.values())} |")
+        made = {"; ".join(f"{k} {v}" for k, v in provenance(row)): [] for row in (*board.rows, *board.real)}
+        for row in (*board.rows, *board.real):
+            made["; ".join(f"{k} {v}" for k, v in provenance(row))].append(label(row, board.rows))
+        lines += ["", *(f"- {', '.join(names)}: {how}" for how, names in made.items() if how)]
+        parts.append("\n".join(lines).rstrip() + "\n")
+    note = "Overlapping intervals are a tie and share a rank; only figures of one protocol share a table.\n"
+    return "\n".join([*parts, note])
 
 
-def _table(rows: list[dict[str, Any]], floor: Mapping[str, float]) -> str:
-    head = [heading for heading, _ in COLUMNS.values()]
-    head.insert(3, "/ floor")
-    lines = [f"<tr>{''.join(f'<th scope=col>{h}</th>' for h in head)}</tr>"]
-    for row in rows:
-        cells = [html.escape(cell(row, key)).replace(" (", " <small>(").replace(")", ")</small>") for key in COLUMNS]
-        cells[0] = html.escape(str(row["model"]))
-        cells.insert(3, _over_floor(row, floor))
-        kind = "teacher" if plots.is_teacher(row) else "student"
-        body = "".join(f"<td>{c}</td>" for c in cells[1:])
-        lines.append(f'<tr class="{kind}"><th scope=row>{cells[0]}</th>{body}</tr>')
-    lines.append(
-        f'<tr class="real"><th scope=row>real digits (floor)</th><td></td><td>{floor["fd_heldout"]:.2f}</td>'
-        f"<td>1.00</td>{'<td></td>' * (len(head) - 4)}</tr>"
-    )
-    return (
-        f'<div class="scroll"><table><thead>{lines[0]}</thead><tbody>{"".join(lines[1:])}</tbody></table></div>'
-        f'<p class="note">{html.escape(floor_line(floor, rows))}</p>'
-    )
-
-
-def _samples(samples: Mapping[str, Path]) -> str:
-    from eval import images as folders
-
-    figures, seeds = [], set()
-    for name, folder in samples.items():
-        images, labels, manifest = folders.read(folder, first=200)
-        if manifest.get("seed") is not None:
-            seeds.add(manifest["seed"])
-        nfe = manifest.get("nfe")
-        cost = f"{nfe} network {'call' if nfe == 1 else 'calls'}" if nfe else f"{manifest.get('n', len(images))} images"
-        picture = plots.grid(images, labels)
-        figures.append(
-            f'<figure><figcaption><b>{html.escape(name)}</b><span>{cost}</span></figcaption><img src="{picture}" '
-            f'alt="sample images of {html.escape(name, quote=True)}, one column per class"></figure>'
-        )
-    if not figures:
-        return ""
-    same = (
-        f"The same noise (seed {next(iter(seeds))}) and the same labels for every model, not selected. "
-        if len(seeds) == 1
-        else "Not selected. "
-    )
-    return (
-        f'<section><h2>Samples</h2><p class="note">{same}Column by column: the classes 0 to 9.</p>'
-        f'<div class="grids">{"".join(figures)}</div></section>'
-    )
-
-
-def _protocol(rows: list[dict[str, Any]]) -> str:
-    nets = sorted({str(r["extractor"]) for r in rows if r.get("extractor")})
-    manifolds = sorted({r["n_manifold"] for r in rows if r.get("n_manifold")})
-    points = [
-        "<b>FD</b>: Frechet distance of Gaussians fitted to 64 features of a small digits classifier"
-        + (f" (weights {html.escape(', '.join(nets))})" if nets else "")
-        + ", in float64. It depends on n and on the classifier: compare it within this page, and with the floor.",
-        "<b>held-out</b>: 597 scans that neither the models nor the classifier were trained on; <b>train</b>: the "
-        "1,200 others. The floor is the distance of these two sets; more generated images than 1,200 "
-        "have less bias, so a perfect sampler may come out a little below it.",
-        "<b>accuracy</b>: images that the classifier reads as the class that was asked for. Blurred class means also "
-        "score high, so it says nothing alone.",
-        "<b>precision, recall</b>: Kynkaanniemi et al. 2019, k = 3, against the training digits"
-        + (f", {', '.join(map(str, manifolds))} samples on both sides" if manifolds else "")
-        + ". A lost mode lowers recall, noise lowers precision.",
-        "<b>calls</b>: network evaluations per image. <b>images/s</b>: measured on the machine that made this page.",
-    ]
-    return f'<ul class="note">{"".join(f"<li>{p}</li>" for p in points)}</ul>'
-
-
-STYLE = """
-:root{color-scheme:light dark;--paper:#fcfcfb;--card:#fff;--ink:#1b1d21;--soft:#5c626d;--rule:#e1e3e8;--accent:#2563c9;
---floor:#7a7f89;--teacher:#3d4350;--s0:#2563c9;--s1:#cf4a1c;--s2:#12805c;--s3:#8a3fbf;--s4:#a87400;--s5:#c22a6b}
-@media (prefers-color-scheme:dark){:root{--paper:#121417;--card:#1a1d22;--ink:#e7e9ed;--soft:#9aa1ad;--rule:#30343c;
---accent:#7db0ff;--floor:#9097a3;--teacher:#c3c9d4;--s0:#7db0ff;--s1:#ff8f66;--s2:#4fcf9f;--s3:#cf96ff;--s4:#e6b84a;
---s5:#ff86b5}}
-*{box-sizing:border-box}
-body{margin:0;background:var(--paper);color:var(--ink);font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,
-"Helvetica Neue",Arial,sans-serif}
-main{max-width:1080px;margin:0 auto;padding:48px 24px 72px}
-.kicker{margin:0 0 10px;color:var(--soft);font-size:14px;letter-spacing:.02em}
-h1{margin:0;font-size:clamp(23px,3.4vw,34px);line-height:1.22;font-weight:650;letter-spacing:-.015em;text-wrap:balance}
-.lead{margin:16px 0 0;max-width:62ch;color:var(--soft);font-size:17px}
-section{margin-top:48px}
-h2{margin:0 0 14px;font-size:19px;font-weight:650}
-h3{margin:22px 0 6px;font-size:15px;font-weight:600}
-.note{color:var(--soft);font-size:14px;max-width:80ch;margin:12px 0 0}
-ul.note{padding-left:18px}ul.note li{margin:6px 0}.note b{color:var(--ink);font-weight:600}
-.scroll{overflow-x:auto;border:1px solid var(--rule);border-radius:10px;background:var(--card)}
-table{border-collapse:collapse;width:100%;font-size:14.5px;font-variant-numeric:tabular-nums}
-th,td{padding:9px 14px;text-align:right;white-space:nowrap;border-top:1px solid var(--rule)}
-thead th{border-top:0;color:var(--soft);font-weight:500;font-size:13px}
-th:first-child{text-align:left;position:sticky;left:0;background:var(--card)}
-tbody th{font-weight:400}tr.student th,tr.student td:nth-child(3){font-weight:650}
-td:nth-child(4),tr.real>*{color:var(--soft)}small{color:var(--soft);font-weight:400}
-figure{margin:0}.wide{overflow-x:auto}.wide svg{min-width:min(680px,var(--w))}
-svg{display:block;width:100%;height:auto}
-svg text{font-family:inherit}
-.panels{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(230px,46%),1fr));gap:10px 14px}
-.grids{display:grid;grid-template-columns:repeat(auto-fill,minmax(300px,1fr));gap:22px;margin-top:16px}
-figcaption{display:flex;justify-content:space-between;gap:12px;font-size:14px;margin-bottom:7px}
-figcaption b{font-weight:600}figcaption span{color:var(--soft)}
-img{display:block;width:100%;height:auto;image-rendering:pixelated;border-radius:6px}
-@media (max-width:600px){main{padding:28px 16px 48px}section{margin-top:36px}th,td{padding:8px 10px}}
-@media print{body{background:#fff}section{break-inside:avoid}}
-""".replace("\n", "")
-
-
-def report(
-    scores: Path,
-    out: Path,
-    samples: tuple[Path, ...] = (),
-    logs: tuple[Path, ...] = (),
-    title: str = "One-step distillation of handwritten digits",
-) -> Path:
-    """Make the report page of scored folders.
-
-    Args:
-        scores: the JSON that `eval.score` wrote.
-        out: folder of report.json and index.html.
-        samples: folders of images to show, called as in their manifests.
-        logs: log.jsonl files, each called by the folder that it lies in.
-        title: of the page.
-    """
-    from eval.images import manifest_of
-
-    if not scores.is_file():
-        raise ValueError(f"there is no file {scores}; make it with python -m eval.score")
-    try:
-        rows = json.loads(scores.read_text())
-        floor = rows[0]["floor_fd_heldout"]
-    except (ValueError, KeyError, IndexError, TypeError):
-        raise ValueError(f"{scores} does not hold the rows that python -m eval.score writes") from None
-    runs, shown = {path.parent.name: path for path in logs}, {}
-    for path in samples:
-        name = manifest_of(path).get("name", path.name)
-        shown[path.name if name in shown else name] = path
-    return write(out, rows, floor, runs, shown, None, title)
-
-
-def main() -> None:
-    """Command line of `report`."""
-    from rich.console import Console
-
-    from eval.cli import run
-
-    page = run(report)
-    found = json.loads((page.parent / "report.json").read_text())
-    console = Console()
-    console.print(table(found["rows"], found["floor"]))
-    console.print(f"open {page}")
-
-
-if __name__ == "__main__":
-    main()
+def provenance(row: Row) -> list[tuple[str, str]]:
+    """How a row's figures were made, beyond what its table says."""
+    words = lambda value: ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    return [(key, words(row[key])) for key in MADE if row.get(key) is not None]
