@@ -59,29 +59,14 @@ def load(state: State, folder: Path) -> None:
     state.step = step(folder)
 
 
-def averaged(net: nn.Module, folder: Path) -> None:
-    """Give a student's network the averaged weights of a checkpoint."""
-    stored, tensors = load_file(folder / "ema.safetensors"), _named(net)
-    trained = {name for name, p in net.named_parameters() if p.requires_grad}
-    wrong = sorted(trained - stored.keys()) or sorted(k for k, t in stored.items() if _shape(tensors, k) != t.shape)
-    if wrong:
-        raise ValueError(f"{folder} was not trained on this teacher with this student: they differ in {wrong[0]}")
-    with torch.no_grad():
-        for key, tensor in stored.items():
-            tensors[key].copy_(tensor)
-
-
-def _shape(tensors: dict[str, Tensor], key: str) -> Any:
-    return tensors[key].shape if key in tensors else None
-
-
 def files(path: str | Path, role: str) -> list[Path]:
     """The .safetensors files with weights of `role`, "student" or "fake", at `path`; a ValueError says what it may be.
 
-    A checkpoint-N folder of a run (the student's is its average, ema.safetensors), the folder of a diffusers network
-    (in shards too) or of a pipeline, or a .safetensors file.
+    A checkpoint-N folder of a run (the student's is its average, where the run kept one), the folder of a diffusers
+    network (in shards too) or of a pipeline, or a .safetensors file.
     """
-    path, name = Path(path), {"student": "ema", "fake": "fake"}[role]
+    path = Path(path)
+    name = "ema" if role == "student" and (path / "ema.safetensors").is_file() else role
     found = [path] if path.suffix == ".safetensors" else []
     if (path / "state.json").is_file():
         found = [path / f"{name}.safetensors"]
@@ -144,7 +129,8 @@ def _tensors(state: State, empty: bool = False) -> dict[str, dict[str, Tensor]]:
     owned = {id(p) for optimizer in state.optimizers.values() for g in optimizer.param_groups for p in g["params"]}
     files = {role: _named(net, owned if role != "target" else None) for role, net in state.nets.modules().items()}
     student = files["student"].keys()
-    files["ema"] = {key: t for key, t in _named(state.ema.net).items() if key in student}
+    if state.ema.net is not state.nets.student.denoiser.net:
+        files["ema"] = {key: t for key, t in _named(state.ema.net).items() if key in student}
     if "target" in files:
         files["target"] = {key: t for key, t in files["target"].items() if key in student}
     for player, optimizer in state.optimizers.items():

@@ -11,19 +11,22 @@ from distill.lora import twin
 class EMA:
     """beta = 0.5^(batch / half-life); with `ramp`, the half-life is at most ramp * images seen (Karras et al. 2022).
 
-    half_life in images; 0 follows the network exactly. Parameters are averaged, buffers copied; masters stay float32.
+    half_life in images; 0 is no average: `net` is the network itself. Parameters are averaged, buffers copied; masters
+    stay float32.
     """
 
     def __init__(self, net: nn.Module, half_life: float, ramp: float | None = None) -> None:
         if half_life < 0:
             raise ValueError(f"ema half_life is {half_life} images; it must be 0 (off) or more")
-        self.net = twin(net).requires_grad_(False).eval()
         self.half_life, self.ramp = half_life, ramp
         self.follows: nn.Module | None = None
+        self.net = net if half_life == 0 else twin(net).requires_grad_(False).eval()
 
     @torch.no_grad()
     def update(self, net: nn.Module, batch: int, seen: int) -> None:
         """One step after `batch` images, `seen` images before it."""
+        if self.net is net:
+            return
         half_life = self.half_life if self.ramp is None else min(self.half_life, self.ramp * seen)
         beta = 0.5 ** (batch / max(half_life, 1e-8))
         if self.follows is not net:  # walking a large module tree costs milliseconds

@@ -275,7 +275,7 @@ def trained(again: Again) -> tuple[Student, Teacher, Any, str, str, str]:
     config = revived(StudentConfig, tree["student"])
     scheduler, times = carrying(teacher, config)
     net = config.lora(teacher.denoiser.net)
-    checkpoint.averaged(net, chosen[0])
+    checkpoint.fill(net, chosen[0], "student", teacher.denoiser.net)
     denoiser = replace(teacher.denoiser, net=net)
     return Student(denoiser, times, config.scale, config.renoise), teacher, scheduler, tree["teacher"], method, text
 

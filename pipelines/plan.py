@@ -160,7 +160,8 @@ class Run:
         owners = players(nets)
         roles = [teacher.denoiser.net, *nets.modules().values()]
         weights = list(distinct(*roles))
-        ema = list(distinct(*roles, EMA(nets.student.denoiser.net, 1.0).net))[len(weights) :]
+        average = EMA(nets.student.denoiser.net, self.config.train.ema_half_life).net
+        ema = list(distinct(*roles, average))[len(weights) :]
         gradients = max(sum(p.nbytes for p in params) for params in owners.values())
         kind = self.config.train.optimizer
         optimizer = sum(moments(p.numel(), kind) for params in owners.values() for p in params)

@@ -34,7 +34,7 @@ def test_half_life(batch):
 
 def test_off():
     ema, net = fresh(0.0)
-    assert moved(ema, net, 1, 1) == 1.0
+    assert moved(ema, net, 1, 1) == 1.0 and ema.net is net
 
 
 def test_ramp():
