@@ -162,7 +162,7 @@ def singles(
     if not hasattr(teacher.parts.family, "TARGETS"):
         return [], list(teacher.parts.family.limits(net))
     steps, kind, limits = len(student.times), student.denoiser.kind, [NEGATIVE]
-    size = tuple(side * factor(teacher.parts) for side in teacher.shape[:-3:-1])
+    size = teacher.shape[-1] * factor(teacher.parts), teacher.shape[-2] * factor(teacher.parts)
     spec = lambda lora: files.modelspec(net, kind, about.name, size, lora, license=about.license.id)
     name = lambda what: files.file_name(about.name, steps, what)
     part, adapted = files.part(net), hasattr(net, "peft_config")
@@ -182,7 +182,7 @@ def singles(
         if adapted:
             made.append(kohya.lora_file(net, folder / name("lora_comfy"), spec(True)))
     elif adapted and loads_lora:
-        (config,) = net.peft_config.values()
+        (config,) = net.peft_config.values()  # type: ignore[operator]
         limits.append(f"ComfyUI reads no alpha here: give the LoRA a strength of {config.lora_alpha / config.r:g}.")
     return made, limits
 
