@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import checkpoint
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import flop_registry
 
 from distill.denoiser import Denoiser
 from distill.draw import Draw
@@ -65,17 +65,21 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | No
     return torch.ops.aten._scaled_dot_product_efficient_attention(query, key, value, bias, True, scale=scale)[0]
 
 
-class Live(TorchDispatchMode):
-    """Bytes of the tensors that were made inside and are alive: `now`, and the largest since, `peak`."""
+class Meter(TorchDispatchMode):
+    """`flops` done inside, by torch's own formulas; bytes of the tensors that were made inside and are alive: `now`,
+    and the most that were, `peak`. (FlopCounterMode follows modules with hooks that keep recomputed blocks alive.)
+    """
 
     def __init__(self, *nets: nn.Module) -> None:
         super().__init__()
-        self.now = self.peak = 0
+        self.flops = self.now = self.peak = 0
         self.weights = {id(s): s for s in (t.untyped_storage() for t in distinct(*nets))}  # a view of one is no news
         self.seen: dict[int, weakref.finalize] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
+        if func.overloadpacket in flop_registry:
+            self.flops += flop_registry[func.overloadpacket](*args, **(kwargs or {}), out_val=out)
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
                 self.add(tensor.untyped_storage())
@@ -162,11 +166,10 @@ def cost(
     attention that never holds its matrix; False counts attention's products alone, as papers do.
     """
     mode = GPU(half) if fused or half else None
-    if checkpointing:
-        again = partial(checkpoint, use_reentrant=False, context_fn=lambda: (nullcontext(), mode or nullcontext()))
-        for role, net in {"teacher": nets.teacher.net, **nets.modules()}.items():
-            if role in ("teacher", "student", "fake"):
-                net.enable_gradient_checkpointing(again)
+    again = partial(checkpoint, use_reentrant=False, context_fn=lambda: (nullcontext(), mode or nullcontext()))
+    for role, net in {"teacher": nets.teacher.net, **nets.modules()}.items():
+        if role in ("teacher", "student", "fake") and hasattr(net, "enable_gradient_checkpointing"):
+            net.enable_gradient_checkpointing(again) if checkpointing else net.disable_gradient_checkpointing()
     owners = players(nets)
     if nets.teacher.null is not None:
         nets = _with_null(nets, {key: value.to("meta") for key, value in nets.teacher.null.items()})
@@ -207,23 +210,22 @@ def _turn(
 ) -> Turn:
     """Run one update as the trainer does."""
     draw = Choice(update.every, update.player, micro, 0)
-    live = Live(nets.teacher.net, *nets.modules().values())
-    hooks = [p.register_post_accumulate_grad_hook(lambda p: live.forget(p.grad)) for p in owners[update.player]]
+    meter = Meter(nets.teacher.net, *nets.modules().values())
+    hooks = [p.register_post_accumulate_grad_hook(lambda p: meter.forget(p.grad)) for p in owners[update.player]]
     try:
-        with FlopCounterMode(display=False) as flops, live, mode or nullcontext():
+        with meter, mode or nullcontext():
             with torch.set_grad_enabled(update.player == "student"):
                 x = method.sample(nets, batch, draw)
-            generation = flops.get_total_flops()
+            generation = meter.flops
             loss, _ = update.loss(x, nets, batch, draw)
             loss.backward()
-            total = flops.get_total_flops()
         gradients = sum(p.grad.nbytes for p in owners[update.player] if p.grad is not None)
     finally:
         for hook in hooks:
             hook.remove()
         for p in owners[update.player]:
             p.grad = None
-    return Turn(update.player, generation, generation, total - generation, live.peak, gradients)
+    return Turn(update.player, generation, generation, meter.flops - generation, meter.peak, gradients)
 
 
 def _calls(method: Method, nets: Nets, update: Update, step: int, batch: Any, micro: int) -> float:
@@ -265,6 +267,6 @@ def distinct(*nets: nn.Module) -> Iterator[Tensor]:
 def forward(denoiser: Denoiser, shape: tuple[int, ...], c: dict[str, Tensor]) -> int:
     """FLOPs of one forward pass of one sample."""
     x, t = torch.empty(1, *shape, device="meta"), torch.full((1,), 0.5, dtype=torch.float64, device="meta")
-    with FlopCounterMode(display=False) as flops, torch.no_grad():
+    with Meter() as meter, torch.no_grad():
         denoiser(x, t, c)
-    return flops.get_total_flops()
+    return meter.flops

@@ -187,7 +187,8 @@ class Run:
     def checkpoint(self) -> int:
         """Bytes of a checkpoint: trained weights, their average, optimizer state."""
         trained = 4 * sum(n for _, n in self.parameters.values())
-        return trained + 4 * self.parameters["student"][1] + replace(self, gpus=1, sharded=False).state.optimizer
+        whole = replace(self, gpus=1, sharded=False).state
+        return trained + whole.average + whole.optimizer
 
     @property
     def flops(self) -> float:

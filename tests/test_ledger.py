@@ -8,6 +8,7 @@ from accelerate import Accelerator
 from gaussian import F64
 from tiny import tiny
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 from unets import sdxl
 
 from distill import checkpoint
@@ -59,9 +60,9 @@ def test_scm_on_sdxl(cycle):
 
 def test_tangents_of_layers_take_two_products():
     net, x = torch.nn.Conv2d(3, 4, 3), torch.randn(2, 3, 8, 8)
-    with count.FlopCounterMode(display=False) as one:
+    with FlopCounterMode(display=False) as one:
         net(x)
-    with count.FlopCounterMode(display=False) as both:
+    with FlopCounterMode(display=False) as both:
         jvp(net, (x,), (x,))
     assert both.get_total_flops() == 2 * one.get_total_flops()
 

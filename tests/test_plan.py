@@ -218,7 +218,7 @@ def test_what_does_not_fit_names_what_does(digits, capsys):
     out = capsys.readouterr().out
     assert end.value.code == 1 and "It does not fit" in out
     nearest = out.split("(estimated): ")[-1].strip()
-    assert "--gradient_accumulation_steps 64" in nearest
+    assert nearest.startswith("--gradient_checkpointing")
     main([*machine, *flags, *nearest.replace(",", "").split()])
     assert "It fits" in capsys.readouterr().out
 
