@@ -1,4 +1,9 @@
-"""A folder of images: 8-bit PNG files and a manifest.json that says what they are: all that passes between stages."""
+"""A folder of images: 8-bit PNG files 000000.png ... and a manifest.json that says what they are.
+
+It is all that passes between stages. Where there are prompts, metadata.jsonl holds them as data sets of images do: a
+line of {"file_name", "text"} for each image. A folder is filled image by image, each of which appears whole or not at
+all (`save`); until the last one is there its manifest says "complete": false, and no stage takes it for finished.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +11,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +32,48 @@ def restore(levels: Tensor) -> Tensor:
     return (levels.double() / 127.5 - 1).float()
 
 
-def digest(levels: Tensor) -> str:
-    """The first 16 hex digits of the SHA-256 of uint8 images [N, C, H, W]: their shape and pixels in order."""
-    return hashlib.sha256(repr(tuple(levels.shape)).encode() + levels.contiguous().numpy().tobytes()).hexdigest()[:16]
+def digest(level: Tensor) -> str:
+    """The SHA-256 of one uint8 image [C, H, W]: its shape and pixels."""
+    return hashlib.sha256(repr(tuple(level.shape)).encode() + level.contiguous().numpy().tobytes()).hexdigest()
+
+
+def combined(digests: Iterable[str]) -> str:
+    """The first 16 hex digits of the SHA-256 of the images' digests in order: the hash of a folder."""
+    return hashlib.sha256("".join(digests).encode()).hexdigest()[:16]
+
+
+def file_name(i: int) -> str:
+    """000042.png"""
+    return f"{i:06d}.png"
+
+
+def save(folder: Path, i: int, level: Tensor) -> None:
+    """Store image i, uint8 [C, H, W] with C = 1 or 3; the file appears whole or not at all."""
+    from PIL import Image
+
+    array = level.permute(1, 2, 0).numpy()
+    part = folder / f".{file_name(i)}.{os.getpid()}.part"
+    Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array).save(part, format="PNG")
+    os.replace(part, folder / file_name(i))
+
+
+def store(folder: Path, manifest: dict[str, Any]) -> None:
+    """Write the manifest; it changes whole or not at all."""
+    part = folder / f".{MANIFEST}.{os.getpid()}.part"
+    part.write_text(json.dumps(manifest) + "\n")
+    os.replace(part, folder / MANIFEST)
+
+
+def level(file: Path) -> Tensor:
+    """An image as uint8 [C, H, W], C = 1 or 3. ValueError, naming the file, for one that cannot be read."""
+    from PIL import Image
+
+    try:
+        with Image.open(file) as image:
+            array = np.array(image if image.mode in ("L", "RGB") else image.convert("RGB"))
+    except (OSError, SyntaxError, ValueError) as error:  # PIL raises all three for broken files
+        raise ValueError(f"{file} is not a readable image ({error}); remove or replace it") from None
+    return torch.from_numpy(array[None] if array.ndim == 2 else array.transpose(2, 0, 1).copy())
 
 
 def write(
@@ -44,8 +88,6 @@ def write(
     The manifest holds n, shape, the pixels' hash, labels [N] (or null) and `meta` (model, seed, nfe, seconds ...). The
     folder appears complete or not at all. ValueError for a wrong shape, NaN, or a folder in use (unless `overwrite`).
     """
-    from PIL import Image
-
     folder = Path(folder)
     if images.ndim != 4 or not len(images) or images.shape[1] not in (1, 3):
         raise ValueError(f"images have shape {list(images.shape)}; [N, C, H, W] with N >= 1 and C = 1 or 3 is needed")
@@ -60,15 +102,15 @@ def write(
         **meta,
         "n": len(levels),
         "shape": list(levels.shape[1:]),
-        "hash": digest(levels),
+        "hash": combined(map(digest, levels)),
         "labels": None if labels is None else torch.as_tensor(labels).tolist(),
     }
     part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
-    for i, image in enumerate(levels.permute(0, 2, 3, 1).numpy()):
-        Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image).save(part / f"{i:06d}.png")
-    (part / MANIFEST).write_text(json.dumps(manifest) + "\n")
+    for i, image in enumerate(levels):
+        save(part, i, image)
+    store(part, manifest)
     if folder.exists():
         shutil.rmtree(folder)
     part.rename(folder)
@@ -85,15 +127,25 @@ def check_free(folder: Path, overwrite: bool = False) -> None:
         raise ValueError(f"{folder} has no {MANIFEST}, so it is no folder of images and is left alone; choose another")
 
 
-def manifest_of(folder: str | Path) -> dict[str, Any]:
-    """The manifest of a folder of images; {} where it has none. ValueError for an absent folder or broken JSON."""
+def manifest_of(folder: str | Path, unfinished: bool = False) -> dict[str, Any]:
+    """The manifest of a folder of images; {} where it has none.
+
+    ValueError for an absent folder, broken JSON, or a folder that is not complete (unless `unfinished`).
+    """
     path = Path(folder) / MANIFEST
     if not path.parent.is_dir():
         raise ValueError(f"there is no folder {folder}")
     try:
-        return json.loads(path.read_text()) if path.exists() else {}
+        found = json.loads(path.read_text()) if path.exists() else {}
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON ({error}); generate the folder again") from None
+    if not unfinished and not found.get("complete", True):
+        there = len(list(Path(folder).glob("*.png")))
+        raise ValueError(
+            f"{folder} is not complete: {there} of {found['n']} images are there; run the command that makes them "
+            "again, and it goes on"
+        )
+    return found
 
 
 def read(folder: str | Path, first: int | None = None) -> tuple[Tensor, Tensor | None, dict[str, Any]]:
@@ -102,8 +154,6 @@ def read(folder: str | Path, first: int | None = None) -> tuple[Tensor, Tensor |
     Any folder of equally large PNG files will do. `first` reads only so many. ValueError, naming the file, for an
     empty folder, mixed sizes, a corrupt image, or pixels that are not those of the manifest.
     """
-    from PIL import Image
-
     folder, manifest = Path(folder), manifest_of(folder)
     files = sorted(folder.glob("*.png"))
     if not files:
@@ -112,25 +162,19 @@ def read(folder: str | Path, first: int | None = None) -> tuple[Tensor, Tensor |
         raise ValueError(
             f"{folder} holds {len(files)} images, its manifest says {manifest.get('n')}; generate it again"
         )
-    arrays: list[np.ndarray] = []
+    found: list[Tensor] = []
     for file in files[:first]:
-        try:
-            with Image.open(file) as image:
-                array = np.asarray(image if image.mode in ("L", "RGB") else image.convert("RGB"))
-        except (OSError, SyntaxError, ValueError) as error:  # PIL raises all three for broken files
-            raise ValueError(f"{file} is not a readable image ({error}); remove or replace it") from None
-        array = array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
-        if arrays and array.shape != arrays[0].shape:
+        found.append(level(file))
+        if found[-1].shape != found[0].shape:
             raise ValueError(
-                f"{file} is {_size(array)}, but {files[0].name} is {_size(arrays[0])}; one folder, one size and mode"
+                f"{file} is {_size(found[-1])}, but {files[0].name} is {_size(found[0])}; one folder, one size and mode"
             )
-        arrays.append(array)
-    levels = torch.from_numpy(np.stack(arrays))
-    if manifest and len(levels) == len(files) and manifest.get("hash") != digest(levels):
+    levels = torch.stack(found)
+    if manifest and len(levels) == len(files) and manifest.get("hash") != combined(map(digest, levels)):
         raise ValueError(f"the images of {folder} are not those that its manifest describes; generate it again")
     labels = manifest.get("labels")
     return restore(levels), None if labels is None else torch.tensor(labels)[: len(levels)], manifest
 
 
-def _size(array: np.ndarray) -> str:
-    return f"{array.shape[2]} x {array.shape[1]} with {array.shape[0]} channel(s)"
+def _size(image: Tensor) -> str:
+    return f"{image.shape[2]} x {image.shape[1]} with {image.shape[0]} channel(s)"

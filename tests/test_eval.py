@@ -1,20 +1,16 @@
 """Evaluation: exact distances, the behaviour of each metric, images that do not depend on the batch, the page."""
 
-import json
 import math
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
-from PIL import Image
 from scipy.stats import t as student_t
 
 from distill.data import digits
 from eval import images as folders
 from eval.features import extractor, shifted
-from eval.generate import generate, generator, run, student_sampler, teacher_sampler
 from eval.metrics import accuracy, frechet, mean_ci, precision_recall, ratio_ci
 from eval.score import score, scores
 
@@ -137,166 +133,6 @@ def test_shift_moves_by_whole_pixels():
     assert (out[1, 0, :, -1] == -1).all() and out[1, 0, :, :-1].equal(x[1, 0, :, 1:])
 
 
-@pytest.mark.parametrize("channels", [1, 3])
-def test_images_survive_the_folder(tmp_path, channels):
-    levels = torch.arange(256, dtype=torch.uint8).repeat(3 * channels).reshape(3, channels, 16, 16)
-    manifest = folders.write(tmp_path / "a", folders.restore(levels), [4, 5, 6], seed=7)
-    images, labels, read = folders.read(tmp_path / "a")
-    assert folders.quantize(images).equal(levels) and labels.tolist() == [4, 5, 6]
-    assert read == manifest and read["seed"] == 7 and read["n"] == 3
-    assert folders.read(tmp_path / "a", first=2)[0].equal(images[:2])
-    assert folders.quantize(torch.tensor([-3.0, -1.0, 0.002, 1.0, 3.0])).tolist() == [0, 0, 128, 255, 255]
-
-
-def test_bad_folders_are_one_clear_error(tmp_path):
-    x = torch.zeros(3, 1, 8, 8)
-
-    def fresh(name, **meta):
-        folders.write(tmp_path / name, x, **meta)
-        return tmp_path / name
-
-    def fails(folder, match):
-        with pytest.raises(ValueError, match=match):
-            folders.read(folder)
-
-    (tmp_path / "empty").mkdir()
-    fails(tmp_path / "empty", "no .png image")
-    fails(tmp_path / "absent", "no folder")
-    mixed = fresh("mixed")
-    Image.new("L", (9, 8)).save(mixed / "000001.png")
-    fails(mixed, "000001.png is 9 x 8 .* 000000.png is 8 x 8")
-    corrupt = fresh("corrupt")
-    (corrupt / "000002.png").write_bytes((corrupt / "000002.png").read_bytes()[:40])
-    fails(corrupt, "000002.png is not a readable image")
-    short = fresh("short")
-    (short / "000002.png").unlink()
-    fails(short, "holds 2 images, its manifest says 3")
-    edited = fresh("edited")
-    Image.new("L", (8, 8), 9).save(edited / "000001.png")
-    fails(edited, "not those that its manifest describes")
-    with pytest.raises(ValueError, match="not empty"):
-        folders.write(edited, x)
-    folders.write(edited, x, overwrite=True)
-    assert len(folders.read(edited)[0]) == 3
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "notes.txt").write_text("keep")
-    with pytest.raises(ValueError, match="left alone"):
-        folders.write(tmp_path / "mine", x, overwrite=True)
-    with pytest.raises(ValueError, match="image 1 holds NaN"):
-        folders.write(tmp_path / "nan", torch.stack([x[0], x[0] * math.nan]))
-    assert not (tmp_path / "nan").exists() and not list(tmp_path.glob(".*"))
-
-
-def tiny_unet():
-    from diffusers import UNet2DModel
-
-    torch.manual_seed(0)
-    return UNet2DModel(
-        sample_size=8, in_channels=1, out_channels=1, layers_per_block=1, block_out_channels=(8, 16), norm_num_groups=4,
-        down_block_types=("DownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "UpBlock2D"), num_class_embeds=11,
-        add_attention=False,
-    )  # fmt: skip
-
-
-def fake_teacher():
-    from distill.denoiser import Denoiser
-    from distill.schedule import EDM
-
-    def call(net, x, t, c):
-        return net(x, t, class_labels=c["labels"]).sample
-
-    denoiser = Denoiser(tiny_unet().eval(), EDM(), "edm", call, null={"labels": torch.tensor([10])})
-    return SimpleNamespace(
-        denoiser=denoiser, shape=(1, 8, 8), encode=lambda labels: {"labels": labels}, decode=lambda x: x
-    )
-
-
-def test_noise_belongs_to_seed_and_index():
-    draws = [torch.randn(4, generator=generator(s, i)) for s, i in ((0, 0), (0, 0), (0, 1), (1, 0))]
-    assert draws[0].equal(draws[1])
-    assert not any(draws[0].equal(other) for other in draws[2:]) and not draws[2].equal(draws[3])
-
-
-def same_pictures(a, b):
-    """Equal up to the rounding of the network's sums (torch picks its kernels by batch): at most one 8-bit level."""
-    levels = (folders.quantize(a).int() - folders.quantize(b).int()).abs()
-    assert levels.max() <= 1 and levels.double().mean() < 0.01
-
-
-@pytest.mark.parametrize("guidance, nfe", [(1.0, 5), (2.0, 10)])
-def test_teacher_images_do_not_depend_on_the_batch(guidance, nfe):
-    sampler = teacher_sampler(fake_teacher(), steps=3, guidance=guidance)
-    whole, labels = run(sampler, 11, seed=3, batch=11)
-    assert sampler.nfe == nfe and labels.tolist() == [*range(10), 0]
-    for batch in (1, 4):
-        parts, _ = run(sampler, 11, seed=3, batch=batch)
-        torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-4)
-        same_pictures(parts, whole)
-    other, _ = run(sampler, 11, seed=4, batch=11)
-    assert (other - whole).abs().max() > 0.1
-
-
-@pytest.fixture(scope="module")
-def student(tmp_path_factory):
-    """A random two-step student as it is exported: a plain ConsistencyModelPipeline and a distill.json."""
-    from diffusers import CMStochasticIterativeScheduler, ConsistencyModelPipeline
-
-    folder = tmp_path_factory.mktemp("models") / "student"
-    scheduler = CMStochasticIterativeScheduler(sigma_min=0.0, sigma_max=2.5, sigma_data=0.75)
-    ConsistencyModelPipeline(tiny_unet(), scheduler).save_pretrained(folder)
-    about = {"student": True, "times": [1.0, 0.5], "timesteps": [20, 10], "steps": 2}
-    (folder / "distill.json").write_text(json.dumps(about))
-    return folder
-
-
-def test_student_images_do_not_depend_on_the_batch(student, tmp_path):
-    made = [generate(student, tmp_path / str(b), n=11, seed=3, batch=b) for b in (11, 4, 1)]
-    assert made[0]["nfe"] == 2 and made[0]["student"] and made[0]["labels"] == [*range(10), 0]
-    whole, *parts = (folders.read(tmp_path / str(b))[0] for b in (11, 4, 1))
-    same_pictures(parts[0], whole)
-    same_pictures(parts[1], whole)
-    one = generate(student, tmp_path / "one", n=11, seed=3, steps=1)
-    assert one["nfe"] == 1 and one["hash"] != made[0]["hash"]
-
-
-def test_student_and_teacher_start_from_the_same_noise():
-    seen = []
-
-    def pipe(generator, **how):
-        from diffusers.utils.torch_utils import randn_tensor
-
-        seen.append(randn_tensor((3, 1, 8, 8), generator=generator, device=torch.device("cpu")))
-        return SimpleNamespace(images=torch.zeros(3, 1, 8, 8))
-
-    pipe.set_progress_bar_config = lambda **_: None
-    run(student_sampler(pipe), 3, seed=5)
-    expected = torch.stack([torch.randn(1, 8, 8, generator=generator(5, i)) for i in range(3)])
-    assert seen[0].equal(expected)
-
-
-def test_generate_repeats_reuses_and_refuses(student, tmp_path):
-    out = tmp_path / "out"
-    first = generate(student, out, n=11, seed=1)
-    written = (out / "000000.png").stat().st_mtime_ns
-    assert generate(student, out, n=11, seed=1) == first
-    assert (out / "000000.png").stat().st_mtime_ns == written  # the same request: nothing was done
-    with pytest.raises(ValueError, match="not empty"):
-        generate(student, out, n=11, seed=2)
-    assert generate(student, out, n=11, seed=2, overwrite=True)["hash"] != first["hash"]
-    for wrong, match in (
-        ({"guidance": 2.0}, "guidance is 2.0"),
-        ({"steps": 3}, "made for 2"),
-        ({"steps": 0}, "steps is 0"),
-        ({"batch": 0}, "batch is 0"),
-        ({"n": 0}, "n is 0"),
-    ):
-        with pytest.raises(ValueError, match=match):
-            generate(student, tmp_path / "new", **({"n": 2} | wrong))
-    with pytest.raises(ValueError, match="no model folder"):
-        generate(tmp_path / "nothing", tmp_path / "new")
-    assert not (tmp_path / "new").exists()
-
-
 def test_real_digits_score_at_the_floor(cache, tmp_path):
     """The held-out digits as a "model": distance 0 to themselves, the floor to the training split."""
     images, labels = digits("heldout")
@@ -319,7 +155,7 @@ def test_real_digits_score_at_the_floor(cache, tmp_path):
         score(tmp_path / "small")
 
 
-@pytest.mark.parametrize("stage", ["generate", "score"])
+@pytest.mark.parametrize("stage", ["score"])
 def test_help_is_light(stage):
     code = (
         f"import sys, runpy; sys.argv = ['x', '--help']\ntry: runpy.run_module('eval.{stage}', run_name='__main__')\n"
@@ -328,11 +164,3 @@ def test_help_is_light(stage):
     code += " if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
     assert done.stdout.splitlines()[-1] == "[]" and "--out" in done.stdout, done.stderr
-
-
-def test_a_mistake_is_one_line():
-    done = subprocess.run(
-        [sys.executable, "-m", "eval.generate", "--model", "absent", "--out", "x"], capture_output=True, text=True
-    )
-    assert done.returncode == 1 and done.stderr.startswith("error: there is no model folder absent")
-    assert "Traceback" not in done.stderr

@@ -1,0 +1,397 @@
+"""Images that depend on (seed, i) and their prompt alone: for any batch, any number of processes, after a kill."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from PIL import Image
+from test_processes import TWO, python
+
+from eval import images as folders
+from eval.generate import fill, generate, generator, pipeline_sampler, teacher_sampler
+from pipelines import tiny
+
+WORDS = "fox cat dog tree sea hat cup road hill lamp bird".split()
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """Tiny pipelines by the names of their families, made when asked for, and prompts.txt."""
+    root = tmp_path_factory.mktemp("models")
+    (root / "prompts.txt").write_text("".join(f"a photo of a {w}\n" for w in WORDS))
+
+    def folder(name):
+        if not (root / name).exists():
+            tiny.save(name, root / name)
+        return root / name
+
+    return SimpleNamespace(root=root, folder=folder, prompts=f"{root / 'prompts.txt'}")
+
+
+@pytest.fixture(scope="module")
+def student(home):
+    """A two-step EDM student as it is exported: a plain ConsistencyModelPipeline and a distill.json."""
+    from pipelines import edm
+
+    torch.manual_seed(0)
+    folder = home.root / "student"
+    edm.pipeline(edm.unet((8, 16)), 0.5, 2.5, 2).save_pretrained(folder)
+    (folder / "distill.json").write_text(json.dumps({"student": True, "steps": 2}))
+    return folder
+
+
+def bytes_of(folder):
+    """{name: contents} of every image."""
+    return {file.name: file.read_bytes() for file in sorted(Path(folder).glob("*.png"))}
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_images_survive_the_folder(tmp_path, channels):
+    levels = torch.arange(256, dtype=torch.uint8).repeat(3 * channels).reshape(3, channels, 16, 16)
+    manifest = folders.write(tmp_path / "a", folders.restore(levels), [4, 5, 6], seed=7)
+    images, labels, read = folders.read(tmp_path / "a")
+    assert folders.quantize(images).equal(levels) and labels.tolist() == [4, 5, 6]
+    assert read == manifest and read["seed"] == 7 and read["n"] == 3
+    assert folders.read(tmp_path / "a", first=2)[0].equal(images[:2])
+    assert folders.quantize(torch.tensor([-3.0, -1.0, 0.002, 1.0, 3.0])).tolist() == [0, 0, 128, 255, 255]
+
+
+def test_bad_folders_are_one_clear_error(tmp_path):
+    x = torch.zeros(3, 1, 8, 8)
+
+    def fresh(name, **meta):
+        folders.write(tmp_path / name, x, **meta)
+        return tmp_path / name
+
+    def fails(folder, match):
+        with pytest.raises(ValueError, match=match):
+            folders.read(folder)
+
+    (tmp_path / "empty").mkdir()
+    fails(tmp_path / "empty", "no .png image")
+    fails(tmp_path / "absent", "no folder")
+    mixed = fresh("mixed")
+    Image.new("L", (9, 8)).save(mixed / "000001.png")
+    fails(mixed, "000001.png is 9 x 8 .* 000000.png is 8 x 8")
+    corrupt = fresh("corrupt")
+    (corrupt / "000002.png").write_bytes((corrupt / "000002.png").read_bytes()[:40])
+    fails(corrupt, "000002.png is not a readable image")
+    short = fresh("short")
+    (short / "000002.png").unlink()
+    fails(short, "holds 2 images, its manifest says 3")
+    fails(fresh("half", complete=False), "not complete: 3 of 3 images are there; run the command")
+    edited = fresh("edited")
+    Image.new("L", (8, 8), 9).save(edited / "000001.png")
+    fails(edited, "not those that its manifest describes")
+    with pytest.raises(ValueError, match="not empty"):
+        folders.write(edited, x)
+    folders.write(edited, x, overwrite=True)
+    assert len(folders.read(edited)[0]) == 3
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("keep")
+    with pytest.raises(ValueError, match="left alone"):
+        folders.write(tmp_path / "mine", x, overwrite=True)
+    with pytest.raises(ValueError, match="image 1 holds NaN"):
+        folders.write(tmp_path / "nan", torch.stack([x[0], x[0] * math.nan]))
+    assert not (tmp_path / "nan").exists() and not list(tmp_path.glob(".*"))
+
+
+def test_noise_belongs_to_seed_and_index():
+    draws = [torch.randn(4, generator=generator(s, i)) for s, i in ((0, 0), (0, 0), (0, 1), (1, 0))]
+    assert draws[0].equal(draws[1])
+    assert not any(draws[0].equal(other) for other in draws[2:]) and not draws[2].equal(draws[3])
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_any_batch_gives_the_same_bits(home, tmp_path, rows):
+    """Of calls with a fixed number of rows, whichever images they hold: files of batch 1 and 7, n 5 and 9, alike."""
+    for name in ("sd", "edm"):
+        made = {}
+        prompts = {} if name == "edm" else {"prompts": home.prompts}
+        steps = 1 if name == "edm" else 2
+        for batch, n in ((1, 9), (7, 9), (None, 5)):
+            out = tmp_path / f"{name}-{batch}"
+            told = generate(home.folder(name), out, n, steps, seed=3, rows=rows, batch=batch, **prompts)
+            made[batch] = bytes_of(out)
+            assert told["rows"] == rows and told["n"] == len(made[batch]) == n
+        assert made[1] == made[7]
+        assert made[None].items() <= made[1].items()
+        assert len({*made[1].values()}) == 9
+
+
+@pytest.fixture(scope="module")
+def noisy(home):
+    """Folders whose schedulers add fresh noise between two calls; SD3's and FLUX's pipelines pass them no generator."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, LCMScheduler
+
+    for name in ("sdxl", "sd3", "flux"):
+        old = json.loads((home.folder(name) / "scheduler/scheduler_config.json").read_text())
+        cls = LCMScheduler if name == "sdxl" else FlowMatchEulerDiscreteScheduler
+        own = {"original_inference_steps": 4} if name == "sdxl" else {"stochastic_sampling": True}
+        cls.from_config(old, **own).save_pretrained(home.root / f"noisy-{name}")
+    return home
+
+
+@pytest.mark.parametrize("name", ["sdxl", "sd3", "flux"])
+def test_noise_between_steps_is_the_images_own(noisy, tmp_path, name):
+    """Its rows are those of calls alone, up to rounding; without fresh noise, and by another seed, images differ."""
+    model, common = noisy.folder(name), {"n": 3, "steps": 3, "guidance": 1.0, "prompts": noisy.prompts}
+    scheduler = {"scheduler": f"{noisy.root / f'noisy-{name}'}"}
+    told = generate(model, tmp_path / "one", **common, **scheduler)
+    assert told["nfe"] == 3 and told["kind"] == "pipeline" and told["complete"]
+    assert told["scheduler"] == ("LCMScheduler" if name == "sdxl" else "FlowMatchEulerDiscreteScheduler")
+    one = folders.read(tmp_path / "one")[0]
+    generate(model, tmp_path / "three", **common, **scheduler, rows=3)
+    assert (folders.read(tmp_path / "three")[0] - one).abs().max() <= 2 / 255 + 1e-6
+    for other in ({}, scheduler | {"seed": 1}):
+        generate(model, tmp_path / "other", **common, **other, overwrite=True)
+        assert (folders.read(tmp_path / "other")[0] - one).abs().amax((1, 2, 3)).min() > 0.1
+
+
+def test_shared_noise_is_refused():
+    """A pipeline that draws from torch's own state: alone a function of (seed, i), with others an error."""
+
+    class Pipe:
+        scheduler = SimpleNamespace(step=lambda out: out)
+
+        def set_progress_bar_config(self, **_):
+            pass
+
+        def __call__(self, prompt, generator=None, output_type="pt"):
+            return SimpleNamespace(images=torch.rand(len(prompt), 3, 2, 2))
+
+    sampler = pipeline_sampler(Pipe(), 1, None)
+    torch.manual_seed(5)
+    first = sampler.make([generator(0, 4)], ["x"])
+    torch.manual_seed(6)
+    assert sampler.make([generator(0, 4)], ["x"]).equal(first)
+    assert not sampler.make([generator(0, 5)], ["x"]).equal(first)
+    with pytest.raises(ValueError, match="draws noise that images of one call share: pass --rows 1"):
+        sampler.make([generator(0, 4), generator(0, 5)], ["x", "y"])
+
+
+def test_teacher_by_our_solvers(home, tmp_path):
+    """Heun on the EDM teacher: guidance doubles the calls; student and teacher start from the same noise."""
+    from pipelines import load
+
+    teacher = load(home.folder("edm"))
+    assert [teacher_sampler(teacher, 3, guidance=g).nfe() for g in (0.0, 1.0, 2.0)] == [5, 5, 10]
+    told = generate(home.folder("edm"), tmp_path / "a", n=11, steps=3, seed=3)
+    assert (told["kind"], told["nfe"], told["scheduler"]) == ("teacher", 5, "heun")
+    assert told["labels"] == [*range(10), 0] and told["shape"] == [1, 8, 8] and told["size"] == 8
+    for i, image in enumerate(folders.read(tmp_path / "a")[0][:3]):
+        expected = teacher_sampler(teacher, 3).make([generator(3, i)], [i])[0]
+        assert (image - expected).abs().max() < 1.01 / 127.5
+    z = []
+    teacher.denoiser.net.register_forward_pre_hook(lambda net, args: z.append(args[0]))
+    teacher_sampler(teacher, 1).make([generator(3, 1)], [1])
+    first = torch.randn(1, 1, 8, 8, generator=generator(3, 1))
+    scale = z[0].norm() / first.norm()
+    torch.testing.assert_close(z[0], first * scale)
+    student = []
+    pipe = SimpleNamespace(
+        set_progress_bar_config=lambda **_: None, scheduler=SimpleNamespace(step=lambda out: out), device="cpu",
+        dtype=torch.float32, components={},
+    )  # fmt: skip
+    family = SimpleNamespace(sample=lambda pipe, c, z, *_: student.append(z) or z, UNCONDITIONAL=0.0)
+    pipeline_sampler(pipe, 1, None, family, (1, 8, 8)).make([generator(3, 1)], [1])
+    assert student[0].equal(first)
+
+
+def test_generate_repeats_reuses_and_refuses(student, tmp_path):
+    out = tmp_path / "out"
+    first = generate(student, out, n=11, seed=1)
+    assert first["nfe"] == 2 and first["student"] and first["kind"] == "pipeline" and first["parameters"] > 1000
+    assert first["model"] == "student" and first["hash"] and first["hardware"] and first["seconds"] > 0
+    written = (out / "000000.png").stat().st_mtime_ns
+    assert generate(student, out, n=11, seed=1) == first
+    assert (out / "000000.png").stat().st_mtime_ns == written  # the same request: nothing was done
+    with pytest.raises(ValueError, match="images of another run .seed 1, not 2"):
+        generate(student, out, n=11, seed=2)
+    assert generate(student, out, n=11, seed=2, overwrite=True)["hash"] != first["hash"]
+    assert generate(student, tmp_path / "one", n=11, seed=1, steps=1)["nfe"] == 1
+
+
+def test_wrong_input_is_one_clear_error(home, student, tmp_path):
+    sd, new = home.folder("sd"), tmp_path / "new"
+    (tmp_path / "empty.txt").write_text("\n")
+    broken, alien = tmp_path / "broken", tmp_path / "alien"
+    tiny.save("sd", broken)
+    weights = broken / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    alien.mkdir()
+    (alien / "model_index.json").write_text(json.dumps({"_class_name": "NoSuchPipeline"}))
+    code = tmp_path / "code"
+    code.mkdir()
+    (code / "model_index.json").write_text(
+        json.dumps({"_class_name": "StableDiffusionPipeline", "unet": ["my_code", "Net"]})
+    )
+    text = {"prompts": home.prompts}
+    for model, wrong, match in (
+        (student, {"guidance": 2.0}, "guidance is 2.0"),
+        (student, {"steps": 3}, "made for 2"),
+        (student, {"steps": 0}, "steps is 0"),
+        (student, {"batch": 0}, "batch is 0"),
+        (student, {"n": 0}, "n is 0"),
+        (student, text, "takes labels, not prompts"),
+        (student, {"solver": "heun"}, "solver is heun: it is for teachers"),
+        (student, {"protocol": "coco"}, "no protocol 'coco'"),
+        (student, {"protocol": "coco30k-gigagan"}, "gives prompts, which .* does not take"),
+        (student, {"protocol": "cifar10-edm"}, "32 x 32 pixels, and these images are 8 x 8"),
+        (tmp_path / "nothing", {}, "nothing"),
+        (sd, {}, "takes prompts: pass --prompts"),
+        (sd, {"prompts": f"{tmp_path / 'no.txt'}"}, "no prompts at"),
+        (sd, {"prompts": f"{tmp_path / 'empty.txt'}"}, "holds no prompts"),
+        (sd, {**text, "n": 12}, "holds 11 prompts, fewer than the 12 images"),
+        (sd, {**text, "scheduler": "Nothing"}, "scheduler is 'Nothing'; give a class of diffusers"),
+        (sd, {**text, "scheduler_config": "{"}, "no JSON"),
+        (sd, {**text, "scheduler_config": '{"a": 1}'}, "DDIMScheduler has no a"),
+        (sd, {**text, "base": "x"}, "no LoRA's .safetensors file"),
+        (sd, {"protocol": "coco10k-dmd2"}, "lacks data"),
+        (tmp_path / "x.safetensors", {}, "no LoRA file"),
+        (weights, text, "say by --base"),
+        (weights, {**text, "base": f"{sd}"}, "does not load onto"),
+        (broken, text, "broken does not load as a StableDiffusionPipeline"),
+        (alien, text, "NoSuchPipeline, which diffusers .* does not have"),
+        (code, text, "'my_code', code that is not run from here"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            generate(model, new, **({"n": 2} | wrong), overwrite=True)
+        assert not bytes_of(new)
+    with pytest.raises(ValueError, match="its scheduler_config|not complete"):
+        folders.read(new)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("keep")
+    with pytest.raises(ValueError, match="left alone"):
+        generate(student, tmp_path / "mine", n=2, overwrite=True)
+
+
+def test_a_video_is_one_of_its_pictures(tmp_path):
+    from eval.generate import Asked, Ranks, Sampler
+
+    def make(generators, conditions):
+        return torch.linspace(-1, 1, 5).reshape(1, 1, 5, 1, 1).expand(len(generators), 3, 5, 2, 2)
+
+    sampler, wanted = Sampler(make, lambda: 1, {}), Asked(["a"], True)
+    with pytest.raises(ValueError, match="videos of 5 pictures, and frame is None: choose the one to keep"):
+        fill(tmp_path, sampler, wanted, 0, 1, 1, Ranks())
+    fill(tmp_path, sampler, wanted, 0, 1, 1, Ranks(), frame=4)
+    assert folders.level(tmp_path / "000000.png").eq(255).all()
+
+
+def test_nan_is_named(tmp_path):
+    from eval.generate import Asked, Ranks, Sampler
+
+    bad = Sampler(lambda g, c: torch.full((len(g), 3, 2, 2), math.nan), lambda: 1, {})
+    with pytest.raises(ValueError, match="image 0 holds NaN or infinite values; it was not written"):
+        fill(tmp_path, bad, Asked(["a"] * 3, True), 0, 2, 2, Ranks())
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_lora_on_its_base(home, tmp_path):
+    """The file as diffusers saves it; the scheduler beside it is the one that it runs under."""
+    from diffusers import DiffusionPipeline, LCMScheduler
+    from peft import LoraConfig, get_peft_model_state_dict
+
+    sd = home.folder("sd")
+    pipe = DiffusionPipeline.from_pretrained(sd, safety_checker=None)
+    pipe.unet.add_adapter(LoraConfig(r=4, target_modules=["to_q", "to_v"], init_lora_weights=False))
+    pipe.save_lora_weights(tmp_path / "lora", get_peft_model_state_dict(pipe.unet), weight_name="my.safetensors")
+    LCMScheduler.from_config(pipe.scheduler.config).save_pretrained(tmp_path / "lora" / "scheduler")
+    text = {"prompts": home.prompts, "n": 2, "steps": 2, "guidance": 0.0}
+    told = generate(tmp_path / "lora" / "my.safetensors", tmp_path / "a", base=f"{sd}", **text)
+    assert (told["kind"], told["model"], told["scheduler"], told["nfe"]) == ("lora", "my", "LCMScheduler", 2)
+    generate(sd, tmp_path / "b", scheduler="LCMScheduler", **text)
+    with_lora, without = (folders.read(tmp_path / name)[0] for name in "ab")
+    assert (with_lora - without).abs().amax((1, 2, 3)).min() > 0.02
+
+
+def test_prompts_and_their_images(home, tmp_path):
+    """Several images of a prompt; the folder is a data set of captioned images; guidance costs a second call."""
+    from distill.data.sources import pictures
+
+    told = generate(home.folder("sd"), tmp_path / "a", n=5, steps=2, guidance=3.0, prompts=home.prompts, per_prompt=2)
+    assert told["nfe"] == 4 and told["guidance"] == 3.0 and told["labels"] is None and len(told["prompts"]) == 16
+    assert pictures(f"{tmp_path / 'a'}").captions == [f"a photo of a {w}" for w in ("fox", "fox", "cat", "cat", "dog")]
+    assert len({*bytes_of(tmp_path / "a").values()}) == 5
+    prompts = tmp_path / "texts"
+    prompts.mkdir()
+    for name, text in (("b", "two"), ("a", "one")):
+        (prompts / f"{name}.txt").write_text(f"{text}\n")
+    generate(home.folder("sd"), tmp_path / "b", steps=1, prompts=f"{prompts}")
+    assert pictures(f"{tmp_path / 'b'}").captions == ["one", "two"]
+
+
+def test_a_protocol_replaces_components(home, tmp_path, monkeypatch):
+    """coco10k-dmd2-tokenizer1: the second encoder reads what the first tokenizer writes. On 16 pixels."""
+    from dataclasses import replace
+
+    from eval import generate as module
+    from eval.protocols import PROTOCOLS
+
+    monkeypatch.setenv("DISTILL_DATA", f"{tmp_path / 'data'}")
+    plan = replace(PROTOCOLS["coco10k-dmd2-tokenizer1"], n=2, size=16)
+    monkeypatch.setattr(module, "protocol_of", lambda name: plan)
+    plan.folder.mkdir(parents=True)
+    (plan.folder / "prompts.txt").write_text("a fox\na cat\n")
+    sdxl = home.folder("sdxl")
+    told = generate(sdxl, tmp_path / "a", steps=1, guidance=0.0, protocol=plan.name)
+    assert told["protocol"] == plan.name and told["protocol_hash"] == plan.hash and told["n"] == 2
+    pipe = module.load(sdxl, None, None, {}, None, torch.float32, plan.components)
+    assert pipe.tokenizer_2 is pipe.tokenizer
+    with pytest.raises(ValueError, match="replaces tokenizer_2, which .* does not have"):
+        generate(home.folder("sd"), tmp_path / "b", steps=1, protocol=plan.name)
+
+
+def command(model, out, *flags):
+    return ["-m", "eval.generate", "--model", model, "--out", out, "--num_images", 40, "--seed", 2, *flags]
+
+
+def test_two_processes_and_a_kill_give_the_same_files(home, tmp_path):
+    """Killed (-9) in the middle, gone on with by two processes: every image is there, and none was made twice."""
+    model, flags = home.folder("edm"), ("--steps", 9, "--rows", 4, "--classes", 10)
+    whole = generate(model, tmp_path / "whole", n=40, seed=2, steps=9, rows=4, classes=10)
+    out = tmp_path / "killed"
+    line = [sys.executable, *map(str, command(model, out, *flags))]
+    process = subprocess.Popen(line, env=os.environ | {"PYTHONPATH": f"{Path(__file__).parent.parent}"})
+    while len(before := bytes_of(out)) < 8:
+        assert process.poll() is None and time.sleep(0.002) is None
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    before = {file: (out / file).stat().st_mtime_ns for file in bytes_of(out)}
+    assert 8 <= len(before) < 40
+    with pytest.raises(ValueError, match="is not complete: .* run the command that makes them again"):
+        folders.read(out)
+    python(*TWO, *command(model, out, *flags))
+    assert bytes_of(out) == bytes_of(tmp_path / "whole") and len(bytes_of(out)) == 40
+    assert all((out / name).stat().st_mtime_ns == at for name, at in before.items())
+    told = folders.manifest_of(out)
+    assert told["processes"] == 2 and told["hash"] == whole["hash"] and not list(out.glob(".*"))
+    told["complete"] = False
+    folders.store(out, told)  # killed after the last image
+    assert generate(model, out, n=40, seed=2, steps=9, rows=4, classes=10)["hash"] == whole["hash"]
+
+
+def test_a_mistake_is_one_line(tmp_path):
+    line = [sys.executable, "-m", "eval.generate", "--model", "absent", "--out", f"{tmp_path / 'x'}"]
+    done = subprocess.run(line, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith("error: there is no model folder absent")
+    assert "Traceback" not in done.stderr
+
+
+def test_help_is_light():
+    heavy = ("diffusers", "transformers", "peft", "accelerate", "matplotlib", "sklearn", "scipy")
+    code = (
+        "import sys, runpy; sys.argv = ['x', '--help']\ntry: runpy.run_module('eval.generate', run_name='__main__')\n"
+    )
+    code += f"except SystemExit: pass\nprint([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
+    assert done.stdout.splitlines()[-1] == "[]" and "--protocol" in done.stdout, done.stderr
