@@ -32,43 +32,64 @@ def recipe(script: Path, title: str, folder: Path, *flags: str, after: tuple[str
     return Job(title, [*launch, f"{script}", "--output_dir", f"{folder}", *flags], after, folder / "log.jsonl")
 
 
-def run(todo: dict[str, Job], out: Path, workers: int) -> None:
+class Failed(RuntimeError):
+    """A job ended with an error; the message holds the end of its log."""
+
+
+def run(todo: dict[str, Job], out: Path, workers: int, patient: bool = False) -> dict[str, str]:
     """Run all jobs, `workers` at a time, with a progress bar each; what they print goes to `out`/logs/NAME.txt.
 
-    A job that fails ends everything: RuntimeError with the end of its log.
+    A job that fails ends everything: Failed. patient: the others go on, those that need it are left out, and a
+    process that a signal killed (memory, say) is started again, at most twice. Returns {name: why} of what failed.
     """
     from rich import progress
 
-    env = os.environ | {"OMP_NUM_THREADS": "1", "DISTILL_CACHE": f"{out / 'cache'}", "PYTHONUNBUFFERED": "1"}
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    env.setdefault("DISTILL_CACHE", f"{out / 'cache'}")
     title = progress.TextColumn("{task.description:34}")
     times = (progress.TimeElapsedColumn(), progress.TimeRemainingColumn())
     (out / "logs").mkdir(parents=True, exist_ok=True)
     processes: list[subprocess.Popen[bytes]] = []
 
     def start(name: str) -> None:
-        log = out / "logs" / f"{name}.txt"
-        with log.open("w") as file:
-            processes.append(subprocess.Popen([sys.executable, *todo[name].command], env=env, stdout=file, stderr=file))
-            if processes[-1].wait():
-                end = "\n".join(log.read_text().splitlines()[-12:])
-                raise RuntimeError(f"'{todo[name].title}' failed; the end of {log}:\n{end}")
+        log, code = out / "logs" / f"{name}.txt", 0
+        for _ in range(3 if patient else 1):
+            with log.open("w") as file:
+                command = [sys.executable, *todo[name].command]
+                processes.append(subprocess.Popen(command, env=env, stdout=file, stderr=file))
+                code = processes[-1].wait()
+            if code >= 0:
+                break
+        if code:
+            how = "failed" if code > 0 else f"was killed by signal {-code}"
+            end = "\n".join(log.read_text(errors="replace").splitlines()[-12:])
+            raise Failed(f"'{todo[name].title}' {how}; the end of {log}:\n{end}")
 
     done: set[str] = set()
+    failed: dict[str, str] = {}
     running: dict[Future[None], str] = {}
     with progress.Progress(title, progress.BarColumn(), progress.TaskProgressColumn(), *times) as bars:
         lines = {name: bars.add_task(job.title, total=None, start=False, visible=False) for name, job in todo.items()}
         with ThreadPoolExecutor(workers) as pool:
             try:
-                while len(done) < len(todo):
+                while len(done) + len(failed) < len(todo):
                     for name, job in todo.items():
-                        busy = done | set(running.values())
-                        if len(running) < workers and name not in busy and set(job.after) <= done:
+                        busy = done | set(running.values()) | failed.keys()
+                        if name not in busy and (lost := [n for n in job.after if n in failed]):
+                            failed[name] = f"needs '{todo[lost[0]].title}', which failed"
+                        elif len(running) < workers and name not in busy and set(job.after) <= done:
                             running[pool.submit(start, name)] = name
                             bars.update(lines[name], visible=True)
                             bars.start_task(lines[name])
                     finished, _ = wait(running, timeout=0.5, return_when=FIRST_COMPLETED)
                     for future in finished:
                         name = running.pop(future)
+                        error = future.exception()
+                        if isinstance(error, Failed) and patient:
+                            failed[name] = str(error)
+                            bars.update(lines[name], description=f"[red]{todo[name].title}: failed[/]")
+                            bars.stop_task(lines[name])
+                            continue
                         future.result()
                         done.add(name)
                         bars.update(lines[name], total=1, completed=1)
@@ -77,6 +98,7 @@ def run(todo: dict[str, Job], out: Path, workers: int) -> None:
             finally:
                 for process in processes:
                     process.terminate()
+    return failed
 
 
 def _progress(log: Path | None) -> dict[str, Any]:

@@ -1,6 +1,8 @@
 """Rows of figures -> a Markdown table and one self-contained page; many models -> rows, as one job.
 
-python -m eval.leaderboard page runs/a/rows.json runs/b/rows.json --out runs/board
+python -m eval.leaderboard page runs/a/rows.json runs/b/rows.json --out runs/board     the page of scored folders
+python -m eval.leaderboard run board.yaml                    many models as one job (eval/entries.py), then the page
+python -m eval.leaderboard card runs/board/rows.json --model dmd2 --folder runs/dmd2/pipeline       into a model's card
 """
 
 from __future__ import annotations
@@ -12,9 +14,11 @@ from typing import Annotated
 
 import tyro
 
+from eval import entries
 from eval.cost import store
 from eval.page import page as html_page
-from eval.report import Row, checked, markdown
+from eval.report import Row, boards, checked, markdown, pretty
+from pipelines.card import Result, evaluated
 
 
 def write(
@@ -65,6 +69,58 @@ def page(
     return write(out, read(rows), title, runs={path.parent.name: path for path in logs})
 
 
+def run(board: Annotated[Path, tyro.conf.Positional], out: Path | None = None, cost: bool = True) -> Path:
+    """Generate and score what a board lists, skip what is done, and make the page.
+
+    An entry that fails is named, on the page and by the exit code; the others go on.
+
+    Args:
+        board: its YAML file; see eval/entries.py.
+        out: instead of the board's own `out`: the folder of images, rows and the page.
+        cost: measure latency and memory of every entry, one after the other.
+    """
+    tree = entries.read(board)
+    if out is None and not tree.get("out"):
+        raise ValueError(f"{board} has no `out`, the folder to write; add it, or pass --out")
+    out = out or Path(tree["out"])
+    todo = entries.entries(tree)
+    rows, failed = entries.evaluate(todo, out, int(tree.get("workers") or 1), cost)
+    told = "".join(f"\n{name}: {why}" for name, why in failed.items())
+    if not rows:
+        raise ValueError(f"no entry of {board} has a row{told}")
+    made = write(out, rows, str(tree.get("title") or "Leaderboard"), failed=failed)
+    if failed:
+        show(made)
+        raise ValueError(f"{len(failed)} of {len(todo)} entries failed; the page is of the others{told}")
+    return made
+
+
+def card(rows: Annotated[tuple[Path, ...], tyro.conf.Positional], model: str, folder: Path) -> None:
+    """Write the figures of a model's rows into the card of its exported folder: model-index and a table.
+
+    Args:
+        rows: JSON files that `eval.score` wrote.
+        model: its name in the rows.
+        folder: of the export, with its README.md.
+    """
+    found = read(rows)
+    mine = [row for row in found if row["model"] == model]
+    if not mine:
+        raise ValueError(f"no row is of {model!r}; there are {sorted({str(row['model']) for row in found})}")
+    evaluated(folder, results(mine))
+
+
+def results(rows: Sequence[Row]) -> list[Result]:
+    """Every figure of the rows, with the protocol in words: name, hash, images, steps and guidance."""
+    out = []
+    for board in boards(rows):
+        for row in board.rows:
+            how = [board.title, *(f"{row[key]:g} {key}" for key in ("steps",) if row.get(key))]
+            how += [f"guidance {row['guidance']:g}"] if row.get("guidance") not in (None, 0, 1) else []
+            out += [Result(", ".join(how), pretty(name), m["value"]) for name, m in row["metrics"].items()]
+    return out
+
+
 def show(made: Path) -> None:
     """The tables in the terminal, and where the page is."""
     from rich.console import Console
@@ -78,10 +134,12 @@ def show(made: Path) -> None:
 
 
 def main() -> None:
-    """Command line of `page`."""
+    """Command line of `page`, `run` and `card`."""
     from eval.cli import run as command
 
-    show(command({"page": page}))
+    made = command({"page": page, "run": run, "card": card})
+    if made is not None:
+        show(made)
 
 
 if __name__ == "__main__":

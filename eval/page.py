@@ -143,7 +143,8 @@ def scatters(board: Board, number: int) -> str:
     kinds = [("nfe", None, "")] + [("latency", m, f", on {m}" if len(machines) > 1 else "") for m in machines]
     models = list(dict.fromkeys(str(r["model"]) for r in board.rows if not is_teacher(r)))
     styles = {model: f"s{i % STYLES}" for i, model in enumerate(sorted(models))}
-    figures, names = [], []
+    figures: list[str] = []
+    names: list[str] = []
     for metric in board.metrics:
         drawn = []
         for key, machine, more in kinds:

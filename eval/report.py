@@ -7,9 +7,11 @@ pipeline, lora, or real: real images, which have no rank and are a dashed line i
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from eval import plots
@@ -28,7 +30,7 @@ COSTS = {  # key of "cost": heading, how it is written
     "peak_memory": ("peak memory", lambda v: f"{v / 2**30:.2f} GiB" if v >= 2**30 else f"{v / 2**20:.0f} MiB"),
     "train_seconds": ("training", plots.duration),
 }
-MADE = ("seeds", "commit", "hardware")  # of a row; protocol, n and extractor are those of its table
+MADE = ("runs", "seeds", "commit", "hardware")  # of a row; protocol, n and extractor are those of its table
 
 
 def lower(metric: str) -> bool:
@@ -73,7 +75,7 @@ class Board:
         """
         found = [(i, row["metrics"][metric]) for i, row in enumerate(self.rows) if metric in row["metrics"]]
         sign = 1 if lower(metric) else -1
-        spans = sorted((*sorted(sign * v for v in interval(m)), i) for i, m in found)
+        spans = sorted((min(s), max(s), i) for i, s in ((i, [sign * v for v in interval(m)]) for i, m in found))
         groups: list[list[int]] = []
         reach = -math.inf
         for low, high, i in spans:
@@ -88,7 +90,8 @@ class Board:
 def interval(metric: Mapping[str, Any]) -> tuple[float, float]:
     """(low, high) of a figure; its value twice where it has no interval."""
     value = metric["value"]
-    return tuple(value if metric.get(k) is None else metric[k] for k in ("low", "high"))  # type: ignore[return-value]
+    low, high = (value if metric.get(k) is None else metric[k] for k in ("low", "high"))
+    return low, high
 
 
 def checked(rows: Any, source: str = "the rows") -> list[Row]:
@@ -108,6 +111,45 @@ def checked(rows: Any, source: str = "the rows") -> list[Row]:
     return rows
 
 
+SAME = ("model", "kind", "steps", "guidance", "scheduler", "protocol", "protocol_hash", "n", "extractor_hash")
+
+
+def mean(rows: Sequence[Row]) -> list[Row]:
+    """Rows that differ in their seeds alone, as one: means, with Student's 95 % interval over the seeds.
+
+    "run" of a row, where it has one, is the training run of its model: values of one run count once, by their mean, and
+    the interval is over runs. A figure's n is then the number of its values.
+    """
+    from eval.intervals import mean_ci
+
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault(tuple(json.dumps(row.get(key)) for key in SAME), []).append(row)
+    out: list[Row] = []
+    for group in groups.values():
+        first, metrics, cost = group[0], {}, dict(group[0].get("cost") or {})
+        if len(group) == 1:
+            out.append(first)
+            continue
+        for name in first["metrics"]:
+            values: dict[Any, list[float]] = {}
+            for i, row in enumerate(group):
+                values.setdefault(row.get("run", i), []).append(row["metrics"][name]["value"])
+            nested = list(values.values())
+            figure = {"value": fmean(map(fmean, nested)), "n": sum(map(len, nested))}
+            if len(nested) > 1:
+                found = mean_ci(nested)
+                figure |= {"low": found.low, "high": found.high}
+            metrics[name] = figure
+        for key in COSTS:
+            measured = [c[key] for c in (row.get("cost") or {} for row in group) if c.get(key) is not None]
+            cost |= {key: fmean(measured)} if measured else {}
+        seeds = sorted({seed for row in group for seed in row.get("seeds") or []})
+        runs = {"runs": sorted({row["run"] for row in group if "run" in row})} if "run" in first else {}
+        out.append({**first, "metrics": metrics, "cost": cost, "seeds": seeds, **runs})
+    return out
+
+
 def boards(rows: Sequence[Row]) -> list[Board]:
     """The rows by what makes figures comparable, in the order of their first rows."""
     keys = ("protocol", "protocol_hash", "n", "extractor", "extractor_hash")
@@ -121,8 +163,8 @@ def boards(rows: Sequence[Row]) -> list[Board]:
         worth = {id(r): sign * r["metrics"][first]["value"] for r in group if first in r["metrics"]}
         order = sorted(group, key=lambda r, worth=worth: worth.get(id(r), math.inf))  # type: ignore[misc]
         models, real = ([r for r in order if is_real(r) is kind] for kind in (False, True))
-        names = [str(protocol or "no protocol"), str(hash_ or "no hash")]
-        out.append(Board(*names, n, str(extractor or ""), str(extractor_hash or ""), models, real))
+        net = str(extractor or ""), str(extractor_hash or "")
+        out.append(Board(str(protocol or "no protocol"), str(hash_ or "no hash"), n, *net, models, real))
     return out
 
 
@@ -195,7 +237,8 @@ def _figure(metric: Mapping[str, Any] | None, places: int, rank: tuple[int, bool
         return Cell()
     low, high = interval(metric)
     span = f"{low:.{places}f} to {high:.{places}f}" if low < high else ""
-    return Cell(f"{metric['value']:.{places}f}", span, *(rank or (0, False)), key=metric["value"])
+    place, tie = rank or (0, False)
+    return Cell(f"{metric['value']:.{places}f}", span, place, tie, metric["value"])
 
 
 def headline(board: Board) -> str:
@@ -260,9 +303,10 @@ def markdown(rows: Sequence[Row]) -> str:
         ]
         for i in range(len(board.rows) + len(board.real)):
             lines.append(f"| {' | '.join(text(cells[i]) for cells in found.values())} |")
-        made = {"; ".join(f"{k} {v}" for k, v in provenance(row)): [] for row in (*board.rows, *board.real)}
+        made: dict[str, list[str]] = {}
         for row in (*board.rows, *board.real):
-            made["; ".join(f"{k} {v}" for k, v in provenance(row))].append(label(row, board.rows))
+            how = "; ".join(f"{k} {v}" for k, v in provenance(row))
+            made.setdefault(how, []).append(label(row, board.rows))
         lines += ["", *(f"- {', '.join(names)}: {how}" for how, names in made.items() if how)]
         parts.append("\n".join(lines).rstrip() + "\n")
     note = "Overlapping intervals are a tie and share a rank; only figures of one protocol share a table.\n"

@@ -95,17 +95,16 @@ def card(
     LoRA file; without the first the folder is an adapter. config: YAML. samples: a picture in the folder, of `prompt`.
     limits: what does not work. results: for the Hub's model-index. datasets: names on the Hub.
     """
-    from huggingface_hub import EvalResult, ModelCardData
+    from huggingface_hub import ModelCardData
 
     hub, calls = hub_name(base), "one-step" if steps == 1 else "few-step"
-    slug = lambda text: re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
     facts: dict[str, Any] = {
         "base_model_relation": hub and ("finetune" if code else "adapter"),
         "widget": [{"text": prompt, "output": {"url": samples}}] if samples else None,
     }
     if results:
         facts["model_name"] = name
-        facts["eval_results"] = [EvalResult(task, slug(p), p, slug(m), v, metric_name=m) for p, m, v in results]
+        facts["eval_results"] = _index(results, task)
     data = ModelCardData(
         license=license.id,
         license_name=license.name,
@@ -121,8 +120,7 @@ def card(
     if lora and code:
         rest += f"\nThe LoRA on its base:\n\n```python\n{lora}\n```\n"
     if results:
-        rows = "".join(f"| {m} | {v:.4g} | {p} |\n" for p, m, v in results)
-        rest += f"\n## Evaluation\n\n| metric | value | protocol |\n|---|---:|---|\n{rows}"
+        rest += f"\n{_table(results)}"
     title = license.name or license.id
     body = BODY.format(
         name=name,
@@ -137,6 +135,46 @@ def card(
         config=config.strip(),
     )
     return f"---\n{data.to_yaml()}\n---\n\n{body}"
+
+
+def _index(results: Sequence[Result], task: str) -> list[Any]:
+    """Figures as the Hub's model-index has them."""
+    from huggingface_hub import EvalResult
+
+    slug = lambda text: re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+    return [EvalResult(task, slug(p), p, slug(m), v, metric_name=m) for p, m, v in results]
+
+
+def _table(results: Sequence[Result]) -> str:
+    rows = "".join(f"| {m} | {v:.4g} | {p} |\n" for p, m, v in results)
+    return f"## Evaluation\n\n| metric | value | protocol |\n|---|---:|---|\n{rows}"
+
+
+def evaluated(folder: str | Path, results: Sequence[Result]) -> None:
+    """Write figures into the card of an exported folder: its model-index and its table.
+
+    Those of the same protocol and metric are replaced, others stay. ValueError where the folder has no card.
+    """
+    from huggingface_hub import ModelCard
+
+    path = Path(folder) / "README.md"
+    if not path.is_file():
+        raise ValueError(
+            f"{folder} has no README.md: it is no exported model; make one with python -m pipelines.export"
+        )
+    found = ModelCard(path.read_text())
+    old = [Result(r.dataset_name, r.metric_name, r.metric_value) for r in found.data.eval_results or []]
+    merged = {(r.protocol, r.metric): r for r in (*old, *results)}
+    title = re.search(r"^# (.+)$", found.text, re.MULTILINE)
+    found.data.model_name = found.data.model_name or (title[1] if title else Path(folder).name)
+    found.data.eval_results = _index(list(merged.values()), found.data.pipeline_tag or "text-to-image")
+    bare = re.sub(r"^## Evaluation\n.*?(?=^## |\Z)", "", found.text, flags=re.MULTILINE | re.DOTALL)
+    before, head, after = bare.partition("## What does not work")
+    table = _table(list(merged.values()))
+    text = f"---\n{found.data.to_yaml()}\n---\n{before.rstrip()}\n\n{table}\n{head}{after}"
+    part = path.with_name(".README.md.part")
+    part.write_text(text)
+    part.replace(path)
 
 
 def snippet(text: str, n: int = 0) -> str:

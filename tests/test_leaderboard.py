@@ -1,0 +1,193 @@
+"""The board as one job: what is done is skipped, what is killed goes on, what fails is named; figures in a card."""
+
+import json
+
+import pytest
+from test_page import row
+
+from eval import entries
+from eval.cost import measure, parameters
+from eval.jobs import Failed, Job, run
+from eval.leaderboard import card, write
+from eval.report import mean
+from pipelines.card import Result, evaluated, snippet
+from pipelines.card import card as model_card
+from pipelines.license import License
+
+
+def test_a_board_is_a_product():
+    tree = {
+        "out": "x",
+        "workers": 2,
+        "protocols": ["digits", "cifar10-edm"],
+        "entries": [
+            {"model": "runs/teacher", "steps": [5, 9], "guidance": [1, 2.5], "seeds": 7},
+            {"model": "runs/dmd2/pipeline", "protocols": "digits", "generate": {"dtype": "bfloat16"}},
+        ],
+    }
+    found = entries.entries(tree)
+    assert len(found) == 9 and len({e.title for e in found}) == 9
+    assert found[1].title == "teacher-5-steps-guidance-2.5-digits" and found[1].seeds == (7,)
+    assert found[-1].name == "dmd2" and found[-1].steps is None and found[-1].seeds == (0, 1, 2), "the protocol's"
+    jobs = found[-1].jobs(entries.Path("o"))
+    assert [job.after for job in jobs.values()] == [(), (), (), tuple(jobs)[:3]]
+    first = " ".join(next(iter(jobs.values())).command)
+    assert (
+        "-m eval.generate" in first and "--dtype bfloat16" in first and "--seed 0" in first and "--steps" not in first
+    )
+    launched = entries.Entry("m", "m", launch="--num_processes 2").jobs(entries.Path("o"))
+    assert launched["m-digits-0"].command[:5] == [
+        "-m", "accelerate.commands.launch", "--num_processes", "2", "-m",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "tree, match",
+    [
+        ({}, "needs a list `entries`"),
+        ({"entries": [{"steps": 1}]}, "entry 0 .* needs at least a model"),
+        ({"entries": [{"model": "a", "stepz": 1}]}, "entry 0, a, has 'stepz'; it may have .*steps"),
+        ({"entries": [{"model": "a"}, {"model": "b/a"}]}, "two entries of the board are called a-digits"),
+    ],
+)
+def test_a_wrong_board_is_refused_before_any_work(tree, match):
+    with pytest.raises(ValueError, match=match):
+        entries.entries(tree)
+
+
+def test_files_that_are_no_board(tmp_path):
+    with pytest.raises(ValueError, match="there is no file"):
+        entries.read(tmp_path / "absent.yaml")
+    for text, match in (("a: [", "not YAML"), ("- 1", "must hold names with values")):
+        (tmp_path / "board.yaml").write_text(text)
+        with pytest.raises(ValueError, match=match):
+            entries.read(tmp_path / "board.yaml")
+
+
+def test_jobs_go_on_without_what_fails(tmp_path):
+    """One fails, the one after it is left out; one kills itself once and is started again; the others are done."""
+    mark = f"{tmp_path / 'mark'}"
+    dies = f"import os, pathlib; p = pathlib.Path({mark!r}); n = p.exists(); p.touch(); n or os.kill(os.getpid(), 9)"
+    todo = {
+        "fails": Job("fails", ["-c", "raise SystemExit('error: no such model')"]),
+        "needs": Job("needs", ["-c", f"open({mark + '2'!r}, 'w')"], ("fails",)),
+        "dies": Job("dies", ["-c", dies]),
+        "after": Job("after", ["-c", f"open({mark + '3'!r}, 'w')"], ("dies",)),
+    }
+    failed = run(todo, tmp_path, 1, patient=True)
+    assert failed.keys() == {"fails", "needs"} and "error: no such model" in failed["fails"]
+    assert failed["needs"] == "needs 'fails', which failed"
+    assert not (tmp_path / "mark2").exists() and (tmp_path / "mark3").exists()
+    with pytest.raises(Failed, match="killed by signal 9"):
+        run({"dies": Job("dies", ["-c", "import os; os.kill(os.getpid(), 9)"])}, tmp_path, 1)
+    always = {"dies": Job("dies", ["-c", f"open({mark + '4'!r}, 'a').write('x'); import os; os.kill(os.getpid(), 9)"])}
+    assert "killed by signal 9" in run(always, tmp_path, 1, patient=True)["dies"]
+    assert (tmp_path / "mark4").read_text() == "xxx", "three times, then it is a failure"
+
+
+STAGE = """
+import json, os, pathlib, sys
+given = dict(zip(sys.argv[2::2], sys.argv[3::2]))
+out = pathlib.Path(given["--out"]); out.parent.mkdir(parents=True, exist_ok=True)
+with open(os.environ["CALLS"], "a") as file: file.write(f"{sys.argv[1]} {out.parent.name}\\n")
+if "broken" in str(out): raise SystemExit("error: broken does not load")
+if sys.argv[1] == "score": out.write_text(os.environ["ROW"].replace("NAME", out.parent.name))
+if sys.argv[1] == "cost": out.write_text('{"latency": 0.5, "hardware": "CPU B"}')
+"""
+
+
+@pytest.fixture
+def stages(tmp_path, monkeypatch):
+    """The stages of a board as a script that writes down what it was called for."""
+    (tmp_path / "stage.py").write_text(STAGE)
+    monkeypatch.setenv("CALLS", f"{tmp_path / 'calls'}")
+    monkeypatch.setenv("ROW", json.dumps([row("NAME", 12.0)]))
+    real = entries.Job
+    stage = lambda title, command, after=(): real(
+        title, [f"{tmp_path / 'stage.py'}", command[1].split(".")[1], *command[2:]], after
+    )
+    monkeypatch.setattr(entries, "Job", lambda title, command, after=(): stage(title, _plain(command), after))
+    return lambda: sorted((tmp_path / "calls").read_text().splitlines()) if (tmp_path / "calls").exists() else []
+
+
+def _plain(command):
+    return [word for word in command if word != "--overwrite"]
+
+
+def test_a_board_skips_what_is_done_and_names_what_failed(stages, tmp_path):
+    todo = entries.entries({"entries": [{"model": m, "seeds": [3]} for m in ("good", "broken", "fine")]})
+    rows, failed = entries.evaluate(todo, tmp_path / "out")
+    assert [r["model"] for r in rows] == ["good-digits", "fine-digits"] and failed.keys() == {"broken-digits"}
+    assert "error: broken does not load" in failed["broken-digits"]
+    assert rows[0]["cost"]["latency"] == 0.5 and rows[0]["cost"]["nfe"] == 1, "measured goes over the manifest's"
+    once = stages()
+    assert len(once) == 7 and [c for c in once if "broken" in c] == ["generate broken-digits"]
+    assert entries.evaluate(todo, tmp_path / "out") == (rows, failed)
+    assert stages() == sorted([*once, "generate broken-digits"]), "only the one that failed was tried again"
+    again = entries.entries({"entries": [{"model": "good", "seeds": [3], "n": 5}]})
+    entries.evaluate(again, tmp_path / "out")
+    assert stages().count("score good-digits") == 2, "another request is another row"
+
+
+def test_the_mean_of_seeds():
+    rows = [row("a", v, seeds=[i]) for i, v in enumerate((9.0, 10.0, 11.0))]
+    (one,) = mean([*rows])
+    figure = one["metrics"]["fid"]
+    assert figure["value"] == 10.0 and figure["n"] == 3 and one["seeds"] == [0, 1, 2]
+    assert figure["high"] - 10.0 == pytest.approx(4.302653 / 3**0.5, rel=1e-5)  # Student's t of two degrees
+    nested = [row("a", v + d, seeds=[j], run=i) for i, v in enumerate((9.0, 10.0, 11.0)) for j, d in ((0, -1), (1, 1))]
+    (both,) = mean(nested)
+    assert both["metrics"]["fid"]["high"] == pytest.approx(figure["high"]) and both["metrics"]["fid"]["n"] == 6
+    assert both["runs"] == [0, 1, 2]
+    (single,) = mean(nested[:2])
+    assert "low" not in single["metrics"]["fid"], "noise seeds of one training run say nothing about another run"
+    assert mean([rows[0], row("b", 1.0)]) == [rows[0], row("b", 1.0)]
+
+
+def test_cost():
+    import torch
+    from torch import nn
+
+    class Pipe:
+        components = {"unet": nn.Linear(3, 4), "vae": nn.Linear(9, 9), "scheduler": object()}
+
+    assert parameters(Pipe()) == 16 and parameters(type("P", (), {"components": {"net": nn.Linear(2, 2)}})()) == 6
+    seen = []
+    net = nn.Linear(256, 256)
+    found = measure(lambda k: (seen.append(k), net(torch.zeros(k * 500, 256))), batch=8, seconds=0.02)
+    assert seen.count(1) >= 4 and seen.count(8) >= 4 and set(seen) == {1, 8}
+    assert 0 < found["latency"] < 1 and found["images_per_second"] > 1 / found["latency"] / 8
+    assert found["peak_memory"] > 50 * 2**20 and "thread" in found["hardware"] and found["batch"] == 8
+    with pytest.raises(ValueError, match="batch is 0"):
+        measure(lambda k: None, 0)
+
+
+def test_figures_go_into_a_models_card(tmp_path):
+    from huggingface_hub import ModelCard
+
+    folder = tmp_path / "pipeline"
+    folder.mkdir()
+    facts = {"name": "dmd2", "base": "runs/teacher", "license": License("mit"), "family": "edm", "method": "dmd2"}
+    made = model_card(**facts, steps=1, config="a: 1", code="pipe = 1", task="unconditional-image-generation")
+    (folder / "README.md").write_text(made)
+    write(tmp_path / "board", [row("dmd2", 10.4), row("sid", 13.0)])
+    card((tmp_path / "board" / "rows.json",), "dmd2", folder)
+    first = (folder / "README.md").read_text()
+    found = ModelCard(first).data
+    assert [(r.metric_name, r.metric_value, r.dataset_name) for r in found.eval_results] == [
+        ("FID", 10.4, "p [aa11], n = 2,000, extractor net e1, 1 steps"),
+        ("precision", pytest.approx(0.796), "p [aa11], n = 2,000, extractor net e1, 1 steps"),
+    ]
+    assert found.model_name == "dmd2" and found.license == "mit" and snippet(first).endswith("pipe = 1")
+    assert first.count("## Evaluation") == 1 and first.index("## Evaluation") < first.index("## What does not work")
+    assert "| FID | 10.4 | p [aa11]" in first and "## Training" in first
+    evaluated(folder, [Result("p [aa11], n = 2,000, extractor net e1, 1 steps", "FID", 9.0), Result("q", "KID", 0.5)])
+    second = (folder / "README.md").read_text()
+    assert [r.metric_value for r in ModelCard(second).data.eval_results] == [9.0, pytest.approx(0.796), 0.5]
+    assert second.count("## Evaluation") == 1 and "10.4" not in second
+    evaluated(folder, [])
+    assert (folder / "README.md").read_text() == second, "nothing new changes nothing"
+    with pytest.raises(ValueError, match="no row is of 'lcm'; there are \\['dmd2', 'sid'\\]"):
+        card((tmp_path / "board" / "rows.json",), "lcm", folder)
+    with pytest.raises(ValueError, match="no README.md"):
+        evaluated(tmp_path, [])
