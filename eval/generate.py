@@ -32,7 +32,7 @@ import tyro
 from torch import Tensor
 
 from eval import images as folders
-from eval.cost import DENOISERS, hardware, parameters
+from eval.cost import DENOISERS, hardware, measure, parameters, store
 from eval.protocols import Protocol
 from eval.protocols import protocol as protocol_of
 
@@ -320,6 +320,8 @@ def load(
         pipe = cls.from_pretrained(folder, **options, **absent)
     except LOADING as error:
         raise ValueError(f"{folder} does not load as a {cls.__name__}: {_line(error)}") from None
+    if not hasattr(getattr(pipe, "scheduler", None), "step"):
+        raise ValueError(f"{folder}, a {cls.__name__}, has no scheduler, so its noise cannot be followed")
     if lora is not None:
         if not hasattr(pipe, "load_lora_weights"):
             raise ValueError(f"diffusers' {cls.__name__} loads no LoRA, so {lora} cannot be put on {folder}")
@@ -435,6 +437,7 @@ def generate(
     device: str | None = None,
     rows: int | None = None,
     batch: int | None = None,
+    cost: Path | None = None,
 ) -> dict[str, Any]:
     """Sample any diffusers pipeline to a folder of images; returns its manifest.
 
@@ -473,6 +476,8 @@ def generate(
         rows: of every call of the networks: 1 by default, 50 for pixel models. It is part of what an image is, by
             rounding; more are faster.
         batch: images made and written together, by default `rows`; only multiples of `rows` waste nothing.
+        cost: a file for latency, images per second in batches and peak memory (eval/cost.py), measured when the images
+            are there.
     """
     out, limits = Path(out), {"n": n, "steps": steps, "per_prompt": per_prompt, "classes": classes, "rows": rows}
     for what, value in (limits | {"batch": batch}).items():
@@ -527,7 +532,8 @@ def generate(
         _begin(out, request, wanted, overwrite)
     ranks.wait()
     manifest = folders.manifest_of(out, unfinished=True)
-    if manifest["complete"]:
+    complete = manifest["complete"]
+    if complete and cost is None:
         return manifest
     from pipelines.run import quiet
 
@@ -539,7 +545,7 @@ def generate(
         family, shape = _shape(folder, pipe, resolution)
         steps = steps or _default(pipe, "num_inference_steps")
         if guidance is None and not student:
-            guidance = _default(pipe, "true_cfg_scale", "guidance_scale")
+            guidance = _default(pipe, *(["true_cfg_scale"] if family else []), "guidance_scale")
         sampler = pipeline_sampler(pipe, steps, guidance, family, shape)
     else:
         from pipelines import load as teacher_of
@@ -550,9 +556,10 @@ def generate(
         guidance = 1.0 if guidance is None else guidance
         sampler = teacher_sampler(teacher, steps, solver, guidance)
     size = plan.size if plan else None
-    digests, seconds, new = fill(out, sampler, wanted, seed, rows, batch or rows, ranks, size, frame)
-    shares = ranks.gather((digests, seconds, new, sampler.nfe()))
-    if ranks.index == 0:
+    if not complete:
+        digests, seconds, new = fill(out, sampler, wanted, seed, rows, batch or rows, ranks, size, frame)
+        shares = ranks.gather((digests, seconds, new, sampler.nfe()))
+    if ranks.index == 0 and not complete:
         found = {i: digest for share in shares for i, digest in share[0].items()}
         assert sorted(found) == list(range(n)), "an image is missing or was made twice"
         seconds = max(share[1] for share in shares)
@@ -577,6 +584,12 @@ def generate(
             "images_per_second": round(sum(share[2] for share in shares) / max(seconds, 1e-9), 3),
         }
         _finish(out, manifest, facts, [found[i] for i in range(n)])
+    if ranks.index == 0 and cost is not None:
+        given = lambda k: [wanted.conditions[i % n] for i in range(k)]
+        make = lambda k: sampler.make([generator(seed, i) for i in range(k)], given(k))
+        with torch.no_grad():
+            measured = measure(make, batch or rows, device=place)
+        store(cost, measured | {"nfe": _whole(sampler.nfe()), "parameters": sampler.facts["parameters"]})
     ranks.wait()
     return folders.manifest_of(out)
 

@@ -199,8 +199,8 @@ PROTOCOLS: dict[str, Protocol] = {
             _COCO10K,
             name="coco10k-dmd2-tokenizer1",
             components=(("tokenizer_2", "tokenizer"),),
-            notes="coco10k-dmd2 with SDXL's second text encoder fed by the first one's tokenizer, as in the authors' test "
-            "script (test_folder_sdxl); pipelines without tokenizer_2 are refused.",
+            notes="coco10k-dmd2 with SDXL's second text encoder fed by the first one's tokenizer, as in the authors' "
+            "test script (test_folder_sdxl); pipelines without tokenizer_2 are refused.",
         ),
         Protocol(
             name="mjhq30k",

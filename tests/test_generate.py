@@ -395,3 +395,40 @@ def test_help_is_light():
     code += f"except SystemExit: pass\nprint([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
     assert done.stdout.splitlines()[-1] == "[]" and "--protocol" in done.stdout, done.stderr
+
+
+def test_layouts_of_benchmarks(tmp_path):
+    """GenEval: 00000/samples/00000.png with the line of its prompt; DPG-Bench: NAME.png, two by two."""
+    from eval.generate import Asked
+    from eval.layouts import export
+
+    lines = [{"tag": "single_object", "prompt": f"a photo of a {w}"} for w in ("fox", "cat")]
+    (tmp_path / "evaluation_metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "prompts").mkdir()
+    for name, line in zip(("10", "9"), lines, strict=True):
+        (tmp_path / "prompts" / f"{name}.txt").write_text(line["prompt"])
+    wanted = Asked([lines[i // 4]["prompt"] for i in range(8)], True)
+    levels = torch.arange(8, dtype=torch.uint8).reshape(8, 1, 1, 1).expand(8, 3, 2, 2)
+    folder, out = tmp_path / "images", tmp_path / "out"
+    folders.write(folder, folders.restore(levels), prompts=wanted.hash)
+    assert export(folder, "geneval", tmp_path / "evaluation_metadata.jsonl", out) == 2
+    assert [*sorted(p.name for p in out.iterdir())] == ["00000", "00001"]
+    assert sorted(p.name for p in (out / "00001" / "samples").iterdir()) == [f"{j:05d}.png" for j in range(4)]
+    assert json.loads((out / "00001" / "metadata.jsonl").read_text()) == lines[1]
+    assert (out / "00001/samples/00002.png").read_bytes() == (folder / "000006.png").read_bytes()
+    assert export(folder, "dpg", tmp_path / "prompts", tmp_path / "dpg") == 2
+    grid = folders.level(tmp_path / "dpg" / "9.png")
+    assert grid.shape == (3, 4, 4) and grid[0, ::2, ::2].tolist() == [[4, 5], [6, 7]]
+    (tmp_path / "other.jsonl").write_text('{"prompt": "a dog"}\n')
+    for layout, prompts, place, match in (
+        ("geneval", "other.jsonl", "new", "8 images that were not made from the 1 prompts"),
+        ("geneval", "prompts", "new", "prompts of geneval are evaluation_metadata.jsonl"),
+        ("dpg", "evaluation_metadata.jsonl", "new", "prompts of dpg are the folder"),
+        ("dpg", "prompts", "dpg", "is not empty"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            export(folder, layout, tmp_path / prompts, tmp_path / place)
+    folders.write(tmp_path / "few", folders.restore(levels[:2]), prompts=Asked(wanted.conditions[::4], True).hash)
+    with pytest.raises(ValueError, match="1 image.s. of a prompt; DPG-Bench reads 4"):
+        export(tmp_path / "few", "dpg", tmp_path / "prompts", tmp_path / "new")
+    assert not (tmp_path / "new").exists()
