@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 from accelerate import Accelerator
+from hub_server import Hub, environment
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -431,6 +432,42 @@ def test_students_in_other_pipelines(kind, out):
     assert np.isfinite(before).all()
     other.load_lora_weights(out("lcm_lora_sdxl") / "pipeline", weight_name="lcm_lora_sdxl_4step_lora.safetensors")
     assert np.abs(image() - before).max() > 1e-3
+
+
+# ---- the Hub ----
+
+PUSHING = """
+import sys
+sys.path.insert(0, {root!r})
+from pipelines import export, run
+from recipes import sid_digits
+right = export.write
+def wrong(student, teacher, net, *rest):
+    right(student, teacher, teacher.denoiser.net, *rest)
+export.write = wrong if {broken} else right
+run.main(sid_digits.CONFIG, {argv!r})
+"""
+
+
+@pytest.mark.parametrize("broken", (False, True))
+def test_push_to_hub(broken, tmp_path):
+    """The repository is there before the training; what is verified is sent, and nothing else."""
+    flags = [*argv("sid_digits", tmp_path / "run"), "--push_to_hub", "--hub_model_id", "ada/student", "--hub_private"]
+    flags += ["--license", "cc-by-4.0"]
+    with Hub() as hub:
+        program = PUSHING.format(root=f"{ROOT}", broken=broken, argv=flags)
+        command, env = [sys.executable, "-c", program], environment(hub.url, tmp_path, HF_TOKEN="hf_writer")
+        done = subprocess.run(command, capture_output=True, text=True, env=env)
+        repo = hub.repos["ada/student"]
+        assert repo.private and done.returncode == (2 if broken else 0), done.stderr[-3000:]
+        if broken:
+            assert set(repo.files) <= {".gitattributes"} and "differs from the student" in done.stderr
+            return
+        for file in (tmp_path / "run" / "pipeline").rglob("*"):
+            if file.is_file():
+                assert repo.files[f"{file.relative_to(tmp_path / 'run' / 'pipeline')}"] == file.read_bytes()
+        card = repo.files["README.md"].decode()
+        assert 'from_pretrained("ada/student")' in card and "license: cc-by-4.0" in card
 
 
 # ---- trackers ----
