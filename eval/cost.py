@@ -1,6 +1,6 @@
-"""What an image costs: parameters, network evaluations, latency, images per second, peak memory, and on which machine.
+"""What an image costs: parameters, latency, images per second, peak memory, and on which machine.
 
-python -m eval.cost --model runs/dmd2/pipeline --batch 8 --out runs/cost.json
+python -m eval.generate --model runs/dmd2/pipeline --out runs/samples/dmd2 --cost runs/cost.json
 """
 
 from __future__ import annotations

@@ -65,31 +65,26 @@ class Entry:
 
     def jobs(self, folder: Path) -> dict[str, Job]:
         """generate for every seed, then score: each stage leaves what is done as it is."""
-        name, images = self.title, [folder / f"images-{seed}" for seed in self.seeds]
+        name, todo = self.title, {}
         launch = ["-m", "accelerate.commands.launch", *self.launch.split()] if self.launch else []
-        given = {"steps": self.steps, "guidance": self.guidance, "n": self.n, "base": self.base, **self.generate}
-        todo = {}
-        for seed, out in zip(self.seeds, images):
-            flags = {
-                "model": self.model,
-                "out": out,
-                "name": self.name,
-                "seed": seed,
-                "protocol": self.protocol,
-                **given,
-            }
-            command = [*launch, "-m", "eval.generate", "--overwrite", *_flags(flags)]
+        for seed in self.seeds:
+            command = [*launch, *self.sampling(folder, seed)]
             todo[f"{name}-{seed}"] = Job(f"sample {name}, seed {seed}", command)
-        flags = {"folder": images, "out": folder / "rows.json", **self.score}
-        todo[name] = Job(f"score {name}", ["-m", "eval.score", *_flags(flags)], tuple(todo))
+        flags = {"folder": [folder / f"images-{seed}" for seed in self.seeds], "out": folder / "rows.json"}
+        todo[name] = Job(f"score {name}", ["-m", "eval.score", *_flags(flags | dict(self.score))], tuple(todo))
         return todo
 
     def cost(self, folder: Path) -> Job:
         """Its latency and memory, in a process of its own that nothing runs beside."""
-        given = {"steps": self.steps, "guidance": self.guidance, "base": self.base, "protocol": self.protocol}
-        known = {key: value for key, value in self.generate.items() if key not in ("batch", "overwrite")}
-        flags = _flags({"model": self.model, **given, **known, "out": folder / "cost.json"})
-        return Job(f"time {self.title}", ["-m", "eval.cost", *flags])
+        command = self.sampling(folder, self.seeds[0])
+        return Job(f"time {self.title}", [*command, "--cost", f"{folder / 'cost.json'}"])
+
+    def sampling(self, folder: Path, seed: int) -> list[str]:
+        """The command of its images of one seed."""
+        where = {"model": self.model, "out": folder / f"images-{seed}", "name": self.name, "seed": seed}
+        how = {"steps": self.steps, "guidance": self.guidance, "n": self.n, "base": self.base}
+        flags = where | {"protocol": self.protocol} | how | dict(self.generate)
+        return ["-m", "eval.generate", "--overwrite", *_flags(flags)]
 
 
 def _flags(given: Mapping[str, Any]) -> list[str]:
@@ -169,7 +164,8 @@ def evaluate(todo: Sequence[Entry], out: Path, workers: int = 1, cost: bool = Tr
     failed = run(jobs, out, workers, patient=True) if jobs else {}
     timed = {f"{e.title}-cost": e.cost(folders[e.title]) for e in todo if e.title in left and e.title not in failed}
     failed |= run(timed, out, 1, patient=True) if cost and timed else {}
-    rows, why = [], {}
+    rows: list[Row] = []
+    why: dict[str, str] = {}
     for name, folder in folders.items():
         if wrong := [failed[stage] for stage in (*stages[name], f"{name}-cost") if stage in failed]:
             why[name] = wrong[0]

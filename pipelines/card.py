@@ -155,7 +155,7 @@ def evaluated(folder: str | Path, results: Sequence[Result]) -> None:
 
     Those of the same protocol and metric are replaced, others stay. ValueError where the folder has no card.
     """
-    from huggingface_hub import ModelCard
+    from huggingface_hub import ModelCard, ModelCardData
 
     path = Path(folder) / "README.md"
     if not path.is_file():
@@ -163,6 +163,7 @@ def evaluated(folder: str | Path, results: Sequence[Result]) -> None:
             f"{folder} has no README.md: it is no exported model; make one with python -m pipelines.export"
         )
     found = ModelCard(path.read_text())
+    assert isinstance(found.data, ModelCardData)
     old = [Result(r.dataset_name, r.metric_name, r.metric_value) for r in found.data.eval_results or []]
     merged = {(r.protocol, r.metric): r for r in (*old, *results)}
     title = re.search(r"^# (.+)$", found.text, re.MULTILINE)

@@ -92,7 +92,7 @@ out = pathlib.Path(given["--out"]); out.parent.mkdir(parents=True, exist_ok=True
 with open(os.environ["CALLS"], "a") as file: file.write(f"{sys.argv[1]} {out.parent.name}\\n")
 if "broken" in str(out): raise SystemExit("error: broken does not load")
 if sys.argv[1] == "score": out.write_text(os.environ["ROW"].replace("NAME", out.parent.name))
-if sys.argv[1] == "cost": out.write_text('{"latency": 0.5, "hardware": "CPU B"}')
+if "--cost" in given: pathlib.Path(given["--cost"]).write_text('{"latency": 0.5, "hardware": "CPU B"}')
 """
 
 
