@@ -145,7 +145,9 @@ def _drawn_from(scheduler: Any, generators: list[torch.Generator]) -> Iterator[N
 
     @wraps(step)  # pipelines look at the signature
     def with_noise(*args: Any, **options: Any) -> Any:
-        return step(*args, **{**options, "generator": generators} if takes else options)
+        out = args[0] if args else options["model_output"]
+        each = generators * (len(out) // len(generators))  # DiT steps both halves of a guided batch
+        return step(*args, **{**options, "generator": each} if takes else options)
 
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     with torch.random.fork_rng(devices):

@@ -156,6 +156,23 @@ def test_noise_between_steps_is_the_images_own(noisy, tmp_path, name):
         assert (folders.read(tmp_path / "other")[0] - one).abs().amax((1, 2, 3)).min() > 0.1
 
 
+def test_a_pipeline_of_no_known_family(home, tmp_path):
+    """DiT: labels, noise by generators; its sampler is ancestral and gets none from the pipeline."""
+    from diffusers import DDPMScheduler, DiTPipeline, DiTTransformer2DModel
+
+    sizes = {"in_channels": 4, "out_channels": 8, "sample_size": 8, "patch_size": 2, "num_embeds_ada_norm": 1000}
+    net = DiTTransformer2DModel(num_attention_heads=2, attention_head_dim=8, num_layers=1, **sizes)
+    torch.nn.init.normal_(net.proj_out_2.weight, std=0.3)
+    DiTPipeline(net, tiny.vae(), DDPMScheduler()).save_pretrained(home.root / "dit")
+    with pytest.raises(ValueError, match="knows 1000 labels; say how many are classes, --classes 1000"):
+        generate(home.root / "dit", tmp_path / "a", n=4)
+    common = {"n": 4, "steps": 2, "classes": 1000, "guidance": 2.0}
+    told = [generate(home.root / "dit", tmp_path / f"{rows}", **common, rows=rows) for rows in (1, 3)]
+    assert [(m["nfe"], m["labels"], m["scheduler"]) for m in told] == [(4, [0, 1, 2, 3], "DDPMScheduler")] * 2
+    one, three = (folders.read(tmp_path / f"{rows}")[0] for rows in (1, 3))
+    assert (one - three).abs().max() <= 2 / 255 + 1e-6 and (one[0] - one[1]).abs().max() > 0.1
+
+
 def test_shared_noise_is_refused():
     """A pipeline that draws from torch's own state: alone a function of (seed, i), with others an error."""
 
@@ -218,6 +235,8 @@ def test_generate_repeats_reuses_and_refuses(student, tmp_path):
         generate(student, out, n=11, seed=2)
     assert generate(student, out, n=11, seed=2, overwrite=True)["hash"] != first["hash"]
     assert generate(student, tmp_path / "one", n=11, seed=1, steps=1)["nfe"] == 1
+    told = generate(student, tmp_path / "digits", n=12, seed=1, protocol="digits", kind="teacher")
+    assert told["protocol"] == "digits" and told["kind"] == "teacher" and told["labels"] == [*range(10), 0, 1]
 
 
 def test_wrong_input_is_one_clear_error(home, student, tmp_path):
