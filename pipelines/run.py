@@ -120,6 +120,7 @@ def run(config: Config[Any, Any], out: Path, resume: Path | None) -> None:
     data = config.data.open(teacher, config.method.needs)
     scheduler, student = carried(teacher, config.student)  # what can't be exported is refused now
     prompts, c = data.fixed(config.validation_images)
+    c = {key: value.to(accelerator.device) for key, value in c.items()}
     method = type(config.method).__name__.lower()
     told = about(out.name, teacher, config.teacher, method, dump(config), config.license, repository)
     example = {key: value[:1] for key, value in c.items()}
@@ -133,7 +134,6 @@ def run(config: Config[Any, Any], out: Path, resume: Path | None) -> None:
         (out / "config.yaml").write_text(dump(config))
     accelerator.init_trackers("distill", init_kwargs={"wandb": {"dir": f"{out}"}})
     log = Log(cfg, accelerator, checkpoint.step(resume) if resume else 0)
-    c = {key: value.to(accelerator.device) for key, value in c.items()}
 
     @torch.no_grad()
     def preview(state: State) -> None:
