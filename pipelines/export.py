@@ -91,7 +91,8 @@ def verified(folder: Path, made: list[Path], teacher: Teacher, expected: Referen
     from diffusers import DiffusionPipeline
 
     absent = dict.fromkeys(lacking(teacher))
-    pipe = settled(DiffusionPipeline.from_pretrained(folder, local_files_only=True, **absent), place(teacher.parts.net))
+    options = {"dtype": torch.float32, "local_files_only": True}  # its text encoders and VAE may be stored in half
+    pipe = settled(DiffusionPipeline.from_pretrained(folder, **options, **absent), place(teacher.parts.net))
     pipe.safety_checker = None  # SD 1.x's: it blackens what it takes for harmful, which is not the student's doing
     gaps = {"pipeline": compare(pipe, teacher, expected, steps)}
     for file in made:
@@ -192,8 +193,9 @@ def loaded(pipe: Any, teacher: Teacher, file: Path) -> Any:
     from safetensors.torch import load_file
 
     parts = teacher.parts
-    net = parts.component(parts.network, torch.float32)
     pipe.remove_all_hooks()
+    pipe.register_modules(**{parts.network: None})  # frees the last one before the next is read
+    net = parts.component(parts.network, torch.float32)
     pipe.register_modules(**{parts.network: net})
     if file.stem.endswith(parts.network):
         net.load_state_dict(load_file(file))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,19 +29,35 @@ class Reference:
 
 
 class Generated(Draw):
-    """Noise in the order in which a diffusers pipeline takes it from torch's global generator."""
+    """Noise in the order in which a diffusers pipeline takes it from the device's global generator."""
 
-    def __init__(self, teacher: Teacher) -> None:
-        super().__init__(0, 0, "export", torch.zeros(0))
-        self.unpacked = getattr(teacher.parts.family, "unpacked", lambda shape: torch.randn(shape))
+    def __init__(self, teacher: Teacher, device: torch.device | str = "cpu") -> None:
+        super().__init__(0, 0, "export", torch.zeros(0, device=device))
+        self.unpacked = getattr(teacher.parts.family, "unpacked", torch.randn)
 
     def normal(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        return self.unpacked(shape)
+        with self.device:  # where schedulers draw: a GPU's numbers are others
+            return self.unpacked(shape)
+
+
+@contextmanager
+def exact(seed: int, device: torch.device) -> Iterator[None]:
+    """Random numbers from `seed`, and products in whole float32: TF32 alone moves an image by more than TOLERANCE."""
+    cuda = [device] if device.type == "cuda" else []
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    try:
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+        with torch.random.fork_rng(cuda):
+            torch.manual_seed(seed)
+            yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
 
 
 def place(net: nn.Module) -> torch.device:
     """A GPU that holds the network in float32 and the pass of one sample, else the CPU."""
     size = sum(p.numel() * 4 for p in net.parameters())
+    torch.cuda.empty_cache()  # what training has freed is free for the driver only now
     fits = torch.cuda.is_available() and torch.cuda.mem_get_info()[0] > 1.5 * size
     return torch.device("cuda", torch.cuda.current_device()) if fits else torch.device("cpu")
 
@@ -57,19 +75,21 @@ def reference(student: Student, teacher: Teacher, net: nn.Module) -> Reference:
     """Samples of the student with the weights `net`, one by one, from noise of fixed seeds."""
     prompts, device = getattr(teacher.parts.family, "EXAMPLES", EXAMPLES), place(net)
     z = torch.randn(len(prompts), *teacher.shape, generator=torch.Generator().manual_seed(0))
+    teacher.parts.drop_text()  # it may be on another device
     teacher.parts.device = device
-    encoded = [teacher.encode([prompt]) for prompt in prompts]
+    with exact(0, device):
+        encoded = [teacher.encode([prompt]) for prompt in prompts]
     teacher.parts.drop_text()
     before, found = next(net.parameters()).device, []
     net.to(device)
     for i, given in enumerate(encoded):
         c = {key: value.to(device) for key, value in (given or {}).items()}
-        with torch.random.fork_rng():
-            torch.manual_seed(i)
-            x = student.using(net).generate(z[i : i + 1].to(device), c or None, Generated(teacher))
-            found.append(teacher.decode(x).cpu())
+        with exact(i, device):
+            found.append(student.using(net).generate(z[i : i + 1].to(device), c or None, Generated(teacher, device)))
     net.to(before)
-    return Reference(tuple(prompts), z, (torch.cat(found).float() / 2 + 0.5).clamp(0, 1))
+    with exact(0, device):  # network and decoder are never on the device together
+        images = torch.cat([teacher.decode(x).cpu() for x in found])
+    return Reference(tuple(prompts), z, (images.float() / 2 + 0.5).clamp(0, 1))
 
 
 @torch.no_grad()
@@ -77,8 +97,7 @@ def compare(pipe: Any, teacher: Teacher, expected: Reference, steps: int) -> flo
     """Largest difference between a pipeline's images and the reference; nan where one is not finite."""
     family, gaps, device = teacher.parts.family, [], pipe._execution_device
     for i, prompt in enumerate(expected.prompts):
-        with torch.random.fork_rng():
-            torch.manual_seed(i)
+        with exact(i, device):
             z = expected.z[i : i + 1].to(device)
             image = family.sample(pipe, [prompt], z, steps, family.UNCONDITIONAL)
         gaps.append((image.float().cpu().clamp(0, 1) - expected.images[i : i + 1]).abs().max())

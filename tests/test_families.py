@@ -203,6 +203,8 @@ def test_the_resolution_is_a_choice(family):
 class Global:
     """Noise between the calls as the pipeline draws it: from torch's own generator, in the pipeline's layout."""
 
+    before = None
+
     def __init__(self, f):
         self.f = f
 

@@ -1,0 +1,61 @@
+"""Verification on a GPU, as far as a CPU can tell: where noise is drawn, what is rounded, what lies on the device."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from distill.denoiser import Denoiser
+from distill.roles import StudentConfig
+from distill.schedule import Flow
+from distill.student import Student
+from pipelines import export, flux, tiny, verify
+from pipelines import load as load_teacher
+from pipelines.run import carried
+
+
+@pytest.mark.parametrize("family", (SimpleNamespace(), flux))
+def test_noise_is_drawn_on_the_device_of_the_pipeline(family):
+    """The numbers of a GPU's generator are not those of the CPU's."""
+    teacher = SimpleNamespace(parts=SimpleNamespace(family=family))
+    for device in ("cpu", "meta"):
+        assert verify.Generated(teacher, device).normal("renoise0", (1, 4, 2, 2)).device.type == device
+
+
+def test_products_are_float32_and_all_is_as_before():
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    state, before = torch.get_rng_state(), (matmul.allow_tf32, cudnn.allow_tf32)
+    with pytest.raises(KeyError), verify.exact(3, torch.device("cpu")):
+        assert not matmul.allow_tf32 and not cudnn.allow_tf32
+        drawn = torch.randn(2)
+        raise KeyError
+    assert (matmul.allow_tf32, cudnn.allow_tf32) == before and torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(drawn, torch.randn(2, generator=torch.Generator().manual_seed(3)))
+
+
+def test_text_encoders_network_and_decoder_take_turns(monkeypatch):
+    events = []
+    net = nn.Linear(1, 1)
+    monkeypatch.setattr(net, "to", lambda device: events.append("network"))
+    call = lambda net, x, t, c: x
+    denoiser = Denoiser(net, Flow(), "flow", call)
+    parts = SimpleNamespace(family=SimpleNamespace(), drop_text=lambda: events.append("drop"))
+    decode = lambda x: events.append("decode") or x
+    teacher = SimpleNamespace(parts=parts, shape=(1, 2, 2), encode=lambda p: events.append("encode"), decode=decode)
+    verify.reference(Student(denoiser), teacher, net)
+    assert events == ["drop", "encode", "encode", "drop", "network", "network", "decode", "decode"]
+
+
+def test_encoders_that_are_stored_in_half(tmp_path):
+    """SD3, FLUX and Qwen-Image keep theirs in half precision; the student's network is float32."""
+    folder = tmp_path / "teacher"
+    tiny.save("sd3", folder, t5=False)
+    pipe = load_teacher(folder).parts.pipe(text_encoder_3=None, tokenizer_3=None)
+    pipe.text_encoder.to(torch.bfloat16).save_pretrained(folder / "text_encoder")
+    teacher = load_teacher(folder)
+    scheduler, config = carried(teacher, StudentConfig(steps=2))
+    student = Student(teacher.denoiser, config.times, config.scale, config.renoise)
+    told = export.about("student", teacher, "base", "dmd2", "", None, None)
+    gaps = export.export(student, teacher, teacher.denoiser.net, scheduler, tmp_path / "pipeline", told)
+    assert gaps["pipeline"] < 1e-4
