@@ -85,7 +85,7 @@ def nested(rows: list[dict[str, Any]], model: str, key: str) -> list[list[float]
 
 def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """One row a model: means, intervals over training seeds, the ratio to the reference teacher, the goal."""
-    from eval.metrics import mean_ci, ratio_ci
+    from eval.intervals import mean_ci, ratio_ci
 
     table = []
     for model in TEACHERS | STUDENTS:

@@ -1,155 +1,244 @@
-"""Features of the digits world: a small classifier trained on the training split, cached, named by its weights."""
+"""A folder of images -> features on disk, cached by the hash of images, resize and extractor; read back in chunks.
+
+python -m eval.features --folder runs/images/a --extractor inception-clean
+accelerate launch --num_processes 8 -m eval.features --folder runs/images/a --extractor dinov2
+
+A chunk of 1,000 images is a file that appears complete or not at all: what was killed goes on with the chunks that are
+missing. Every process takes its own chunks. Memory holds a few batches of images; features are mapped from disk.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+import time
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
-from distill.data import digits
+from eval.extractors import Extractor, cache_folder, device, load
+from eval.images import manifest_of
+from eval.protocols import Prepare
+from eval.resize import resize
 
-WIDTH = 64  # features per image
-REQUIRED = 0.97  # accuracy on the held-out split below which the network is not used
-
-
-class DigitsNet(nn.Module):
-    """Images [B, 1, 8, 8] in [-1, 1] -> features [B, 64] before the ReLU, and logits [B, 10]."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv1, self.conv2 = nn.Conv2d(1, 32, 3, padding=1), nn.Conv2d(32, 64, 3, padding=1)
-        self.conv3 = nn.Conv2d(64, 64, 3, padding=1)
-        self.fc, self.head = nn.Linear(64 * 4 * 4, WIDTH), nn.Linear(WIDTH, 10)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        h = F.max_pool2d(F.relu(self.conv2(F.relu(self.conv1(x)))), 2)  # [B, 64, 4, 4]
-        feats = self.fc(F.relu(self.conv3(h)).flatten(1))
-        return feats, self.head(F.relu(feats))
+CHUNK = 1000  # images of a file
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """How the network is trained; every field is part of the cache's key."""
+class Features:
+    """The outputs of an extractor for a set of images, in the order of the files' names."""
 
-    epochs: int = 60
-    batch: int = 64
-    lr: float = 1e-3  # Adam, cosine to zero
-    shift: int = 1  # augmentation: a shift by up to this many pixels
-    seed: int = 0
+    folder: Path  # of the chunks
+    n: int
+    images: str  # hash of the images' files
+    extractor: str
+    extractor_hash: str
 
+    @cached_property
+    def _files(self) -> list[dict[str, Tensor]]:
+        from safetensors.torch import load_file
 
-@dataclass(frozen=True)
-class Extractor:
-    """A trained feature network: `extractor(images) -> (features, logits)`."""
+        return [load_file(file) for file in _chunk_files(self.folder, self.n)]  # mapped, not read
 
-    net: DigitsNet
-    accuracy: float  # on the held-out split
-    hash: str  # of the weights: figures of different hashes must not be compared
+    def chunks(self, key: str = "features") -> Iterator[Tensor]:
+        """[k, D] in float64, k <= 1000, one after another. ValueError where the extractor does not give `key`."""
+        if key not in self._files[0]:
+            raise ValueError(f"extractor {self.extractor} gives {', '.join(self._files[0])}, no {key}")
+        yield from (chunk[key].double() for chunk in self._files)
 
-    @torch.no_grad()
-    def __call__(self, images: Tensor, batch: int = 500) -> tuple[Tensor, Tensor]:
-        """Images [N, 1, 8, 8] in [-1, 1] -> features float64 [N, 64], logits float64 [N, 10]."""
-        if images.ndim != 4 or images.shape[1:] != (1, 8, 8) or not len(images):
-            raise ValueError(
-                f"the digits network got images of shape {list(images.shape)}; it takes [N, 1, 8, 8] with N >= 1"
-            )
-        if not torch.isfinite(images).all():
-            bad = (~torch.isfinite(images.flatten(1)).all(1)).nonzero()[0].item()
-            raise ValueError(f"image {bad} holds NaN or infinite values; find the step that made them")
-        parts = [self.net(chunk.float()) for chunk in images.split(batch)]
-        return torch.cat([f for f, _ in parts]).double(), torch.cat([y for _, y in parts]).double()
-
-
-def shifted(images: Tensor, by: Tensor) -> Tensor:
-    """Moves images [B, 1, H, W] by whole pixels `by` [B, 2] (down, right), filling with the background -1."""
-    reach, (height, width) = int(by.abs().max()), images.shape[-2:]
-    padded = F.pad(images, [reach] * 4, value=-1.0)
-    rows = (torch.arange(height) + reach)[None] - by[:, :1]  # [B, H]
-    cols = (torch.arange(width) + reach)[None] - by[:, 1:]  # [B, W]
-    return padded[torch.arange(len(images))[:, None, None], 0, rows[:, :, None], cols[:, None, :]][:, None]
+    def rows(self, index: Tensor | None = None, key: str = "features") -> Tensor:
+        """The rows `index` [M] in float64 [M, D], in that order; by default all, which takes memory."""
+        if index is None:
+            return torch.cat(list(self.chunks(key)))
+        files, found = index // CHUNK, None
+        for i, chunk in enumerate(self._files):
+            where = (files == i).nonzero()[:, 0]
+            picked = chunk[key][index[where] - i * CHUNK].double()
+            found = picked.new_empty((len(index), picked.shape[1])) if found is None else found
+            found[where] = picked
+        assert found is not None
+        return found
 
 
-def train(recipe: Recipe = Recipe()) -> DigitsNet:
-    """Trains the network on the 1,200 training digits: about 30 s on one thread, the same weights every time."""
-    images, labels = digits("train")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the order of sums, hence the weights, must not depend on the machine's load
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(recipe.seed)
-            net = DigitsNet()
-            rate = recipe.epochs * -(-len(images) // recipe.batch)
-            optimizer = torch.optim.Adam(net.parameters(), lr=recipe.lr)
-            decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, rate)
-            for _ in range(recipe.epochs):
-                for pick in torch.randperm(len(images)).split(recipe.batch):
-                    by = torch.randint(-recipe.shift, recipe.shift + 1, (len(pick), 2))
-                    loss = F.cross_entropy(net(shifted(images[pick], by))[1], labels[pick])
-                    optimizer.zero_grad()
-                    loss.backward()
-                    optimizer.step()
-                    decay.step()
-    finally:
-        torch.set_num_threads(threads)
-    return net.eval().requires_grad_(False)
-
-
-def cache_folder() -> Path:
-    """Where trained extractors are kept: $DISTILL_CACHE, by default runs/cache under the current folder."""
-    return Path(os.environ.get("DISTILL_CACHE", "runs/cache"))
-
-
-def weights_hash(net: nn.Module) -> str:
-    """The first 12 hex digits of the SHA-256 of all weights, in the order of their names."""
-    digest = hashlib.sha256()
-    for name, value in sorted(net.state_dict().items()):
-        digest.update(name.encode() + value.contiguous().numpy().tobytes())
-    return digest.hexdigest()[:12]
-
-
-@cache
-def extractor(folder: Path | None = None, recipe: Recipe = Recipe()) -> Extractor:
-    """The digits feature network, from `folder` (by default `cache_folder()`) or trained now and stored there.
-
-    Raises ValueError where its accuracy on the 597 held-out digits is below 97 %.
-    """
-    from safetensors.torch import load_file, save_file
-
-    settings = json.dumps(asdict(recipe) | {"net": str(DigitsNet())}, sort_keys=True)
-    name = f"digits-{hashlib.sha256(settings.encode()).hexdigest()[:8]}"
-    path = (folder or cache_folder()) / f"{name}.safetensors"
-    if path.exists():
-        net = DigitsNet().eval().requires_grad_(False)
-        net.load_state_dict(load_file(path))
-    else:
-        net = train(recipe)
-    images, labels = digits("heldout")
-    found = Extractor(net, 0.0, weights_hash(net))
-    accuracy = (found(images)[1].argmax(1) == labels).double().mean().item()
-    if accuracy < REQUIRED:
+def listing(folder: str | Path) -> list[Path]:
+    """The image files below a folder, sorted. ValueError for an absent or empty one, or one unlike its manifest."""
+    manifest = manifest_of(folder)
+    files = sorted(f for f in Path(folder).rglob("*") if f.suffix.lower() in SUFFIXES and f.is_file())
+    if not files:
+        raise ValueError(f"{folder} holds no image ({', '.join(SUFFIXES)})")
+    if manifest and manifest.get("n") != len(files):
         raise ValueError(
-            f"the digits network reaches {accuracy:.3f} on the held-out digits, below {REQUIRED}; "
-            f"its features cannot be trusted. Delete {path.name} from the cache to train it again"
+            f"{folder} holds {len(files)} images, its manifest says {manifest.get('n')}; generate it again"
         )
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(f".{os.getpid()}.part")  # several processes may arrive here at once
-        save_file(net.state_dict(), part)
-        about = json.dumps({"accuracy": accuracy, "hash": found.hash, "recipe": asdict(recipe)}, indent=2)
-        part_json = part.with_suffix(".json.part")
-        part_json.write_text(about + "\n")
-        os.replace(part_json, path.with_suffix(".json"))
-        os.replace(part, path)
-    return Extractor(net, accuracy, found.hash)
+    return files
 
 
-def extract(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Images [N, 1, 8, 8] in [-1, 1] -> features float64 [N, 64] and logits float64 [N, 10] of the cached network."""
-    return extractor()(images)
+def images_hash(files: list[Path]) -> str:
+    """16 hex digits of BLAKE2b over the contents of the files in their order."""
+    total = hashlib.blake2b(digest_size=8)
+    for file in files:
+        with file.open("rb") as stream:
+            total.update(hashlib.file_digest(stream, "blake2b").digest())
+    return total.hexdigest()
+
+
+def features(
+    folder: str | Path,
+    extractor: Extractor,
+    prepare: Prepare = Prepare(),
+    first: int | None = None,
+    batch: int = 64,
+    workers: int = 4,
+) -> Features:
+    """The features of a folder of images, from the cache or made now, with a progress bar.
+
+    prepare: what the protocol does to an image before the extractor's own rule. first: only so many images. workers:
+    threads that read and resize. ValueError, naming the file, for a corrupt image, for sizes that differ after both
+    rules (in a generated folder: at all), and for NaN among the features.
+    """
+    from accelerate import Accelerator
+    from tqdm import tqdm
+
+    files = listing(folder)[:first]
+    images = images_hash(files)
+    key = json.dumps([images, asdict(prepare), extractor.rule, extractor.name, extractor.hash])
+    where = cache_folder() / "features" / hashlib.blake2b(key.encode(), digest_size=12).hexdigest()
+    found = Features(where, len(files), images, extractor.name, extractor.hash)
+    parts = _chunk_files(where, len(files))
+    missing = [c for c, part in enumerate(parts) if not part.is_file()]
+    accelerator = Accelerator()
+    accelerator.wait_for_everyone()  # all have looked before one begins
+    if missing:
+        where.mkdir(parents=True, exist_ok=True)
+        for left in where.glob("*.part"):  # of processes that were killed
+            if accelerator.is_main_process and time.time() - left.stat().st_mtime > 3600:
+                left.unlink(missing_ok=True)
+        mine = [c for c in missing if c % accelerator.num_processes == accelerator.process_index]
+        size = _opened(files[0], prepare, extractor.rule)[0] if manifest_of(folder) else None
+        total = sum(len(files[c * CHUNK : (c + 1) * CHUNK]) for c in mine)
+        title = f"{extractor.name} {Path(folder).name}"
+        hidden = not accelerator.is_main_process
+        with tqdm(total=total, unit="image", desc=title, leave=False, disable=hidden) as bar:
+            for c in mine:
+                some = files[c * CHUNK : (c + 1) * CHUNK]
+                _save(parts[c], _outputs(_batches(some, prepare, extractor.rule, size, batch, workers), extractor, bar))
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            (where / "about.json").write_text(json.dumps({"n": len(files), "key": json.loads(key)}) + "\n")
+    return found
+
+
+def _chunk_files(where: Path, n: int) -> list[Path]:
+    return [where / f"{start:09d}-{min(start + CHUNK, n):09d}.safetensors" for start in range(0, n, CHUNK)]
+
+
+def _outputs(batches: Iterator[tuple[list[Path], Tensor]], extractor: Extractor, bar: Any) -> dict[str, Tensor]:
+    """All outputs of the network for some batches."""
+    outputs = []
+    for names, images in batches:
+        with torch.no_grad():
+            made = {k: v.float().cpu() for k, v in extractor.net(images.to(device())).items()}
+        bad = ~torch.isfinite(made["features"]).all(1)
+        if bad.any():
+            raise ValueError(f"the features of {names[int(bad.nonzero()[0])]} are NaN or infinite")
+        outputs.append(made)
+        bar.update(len(names))
+    return {k: torch.cat([made[k] for made in outputs]) for k in outputs[0]}
+
+
+def _save(path: Path, tensors: dict[str, Tensor]) -> None:
+    """A file that appears complete or not at all."""
+    from safetensors.torch import save_file
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(f".{os.getpid()}.part")
+    save_file({k: v.contiguous() for k, v in tensors.items()}, part)
+    os.replace(part, path)
+
+
+def _batches(
+    files: list[Path], prepare: Prepare, rule: str, size: tuple[int, int] | None, batch: int, workers: int
+) -> Iterator[tuple[list[Path], Tensor]]:
+    """Batches of resized images, two of them read ahead."""
+    groups = [files[i : i + batch] for i in range(0, len(files), batch)]
+    ahead: deque[list[Future[tuple[tuple[int, int], np.ndarray]]]] = deque()
+    with ThreadPoolExecutor(workers) as pool:
+        for i in range(len(groups) + 1):
+            if i < len(groups):
+                ahead.append([pool.submit(_opened, file, prepare, rule) for file in groups[i]])
+            if i == 0:
+                continue
+            names, found = groups[i - 1], [future.result() for future in ahead.popleft()]
+            for name, (was, array) in zip(names, found):
+                if size is not None and was != size:
+                    raise ValueError(
+                        f"{name} is {was[0]} x {was[1]}, others are {size[0]} x {size[1]}; one size a folder"
+                    )
+                if array.shape != found[0][1].shape:
+                    raise ValueError(
+                        f"{name} comes out as {array.shape}, {names[0].name} as {found[0][1].shape}; images of "
+                        f"different sizes need a protocol that brings them to one"
+                    )
+            yield names, torch.from_numpy(np.stack([array for _, array in found]))
+
+
+def _opened(file: Path, prepare: Prepare, rule: str) -> tuple[tuple[int, int], np.ndarray]:
+    """The size of an image and its pixels after both rules."""
+    from PIL import Image
+
+    try:
+        with Image.open(file) as image:
+            image.load()
+    except (OSError, SyntaxError, ValueError) as error:  # PIL raises all three for broken files
+        raise ValueError(f"{file} is not a readable image ({error}); remove or replace it") from None
+    rgb = image if image.mode in ("L", "RGB") else image.convert("RGB")
+    try:
+        return image.size, resize(prepare(rgb), rule)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
+
+
+def text_features(prompts: list[str], extractor: Extractor, batch: int = 256) -> Tensor:
+    """Prompts -> [N, D] in float64 by the extractor's text encoder, cached. ValueError where it has none."""
+    from safetensors.torch import load_file
+    from tqdm import tqdm
+
+    if extractor.text is None:
+        raise ValueError(f"extractor {extractor.name} reads no text; choose clip or open_clip")
+    key = json.dumps([prompts, extractor.name, extractor.hash])
+    path = cache_folder() / "features" / f"text-{hashlib.blake2b(key.encode(), digest_size=12).hexdigest()}.safetensors"
+    if not path.is_file():
+        starts = tqdm(range(0, len(prompts), batch), desc=f"{extractor.name} prompts", leave=False)
+        made = torch.cat([extractor.text(prompts[i : i + batch]).float() for i in starts])
+        _save(path, {"features": made})
+    return load_file(path)["features"].double()
+
+
+def extract(folder: tuple[Path, ...], extractor: str = "inception-clean", batch: int = 64, workers: int = 4) -> None:
+    """Make the features of folders of images.
+
+    Args:
+        folder: one or more folders of images.
+        extractor: NAME or NAME:WEIGHTS, see eval/extractors.py.
+        batch: images per call of the network.
+        workers: threads that read and resize.
+    """
+    net = load(extractor)
+    for path in folder:
+        features(path, net, batch=batch, workers=workers)
+
+
+if __name__ == "__main__":
+    from eval.cli import run
+
+    run(extract)

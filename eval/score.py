@@ -1,94 +1,299 @@
-"""Folders of digit images -> one row of figures each.
+"""Folders of images -> one row of figures each, under a protocol or with metrics of your choice.
 
-python -m eval.score --folder runs/samples/teacher-18 runs/samples/dmd2 --out runs/scores.json
+python -m eval.score --folder runs/images/dmd2 runs/images/teacher --protocol digits --out runs/scores.json
+python -m eval.score --folder runs/images/a --reference photos --metrics fid kid --extractor dinov2
+
+A row: {model, kind, steps, guidance, protocol, protocol_hash, n, seeds, extractor, extractor_hash, images (their hash),
+commit, hardware, metrics {name: {value, low, high, n}}, cost, samples (the folder)}.
 """
 
 from __future__ import annotations
 
 import json
-from functools import cache
+import subprocess
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache, cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from distill.data import digits
 from eval import images as folders
-from eval.features import Extractor, extractor
-from eval.metrics import accuracy, frechet, precision_recall
+from eval.cost import hardware
+from eval.extractors import Extractor, device, load
+from eval.features import features, listing, text_features
+from eval.metrics import Given, Moments, Score, metric
+from eval.protocols import Measure, Prepare, Protocol
+from eval.protocols import protocol as named
 
+if TYPE_CHECKING:
+    from eval.features import Features
 
-class Reference(NamedTuple):
-    """The real digits' features under one extractor, and how far apart the two splits are: the floor."""
-
-    extractor: Extractor
-    train: Tensor  # [1200, 64]
-    heldout: Tensor  # [597, 64]
-    floor: float  # Frechet distance of train and held-out
+ALONE = ("fd_heldout", "fd_train", "lpips_diversity")  # they share no input with other metrics
+COST = ("parameters", "nfe", "latency", "images_per_second", "peak_memory", "hardware")
 
 
 @cache
-def reference() -> Reference:
-    """Features of both splits, after the same rounding to 8 bits that generated images go through."""
-    net = extractor()
-    train, heldout = (net(folders.restore(folders.quantize(digits(split)[0])))[0] for split in ("train", "heldout"))
-    return Reference(net, train, heldout, frechet(train, heldout))
+def digits_reference(split: str) -> Tensor:
+    """Features [N, 64] of a split of the real digits, after the rounding to 8 bits of generated ones."""
+    from distill.data import digits
+
+    images = folders.quantize(digits(split)[0])
+    return load("digits").net(images.float())["features"].double()
 
 
-def score(folder: str | Path) -> dict[str, Any]:
-    """One folder of digit images -> a row.
+class Folder:
+    """A folder of images as the metrics ask for it."""
 
-    fd_heldout, fd_train: Frechet distances to the 597 held-out and the 1,200 training digits. precision, recall: to
-    the training digits, n_manifold samples on both sides. accuracy: images that the classifier reads as the label they
-    were asked for (null without labels). floor_fd_heldout: the distance of the two real splits. ValueError as in
-    `images.read` and `metrics`.
-    """
-    real = reference()
-    images, labels, manifest = folders.read(folder)
+    def __init__(self, path: Path, batch: int = 64, workers: int = 4) -> None:
+        self.path, self.batch, self.workers = path, batch, workers
+        self.manifest, self.files = folders.manifest_of(path), listing(path)
+
+    def features(self, net: Extractor, prepare: Prepare) -> Features:
+        return features(self.path, net, prepare, batch=self.batch, workers=self.workers)
+
+    @cached_property
+    def labels(self) -> Tensor | None:
+        found = self.manifest.get("labels")
+        return None if found is None else torch.tensor(found)
+
+    @cached_property
+    def texts(self) -> list[str] | None:
+        """The prompt of every image, of metadata.jsonl; ValueError where one has none."""
+        path = self.path / "metadata.jsonl"
+        if not path.is_file():
+            return None
+        try:
+            lines = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+            found = {line["file_name"]: line["text"] for line in lines}
+            return [found[f"{file.relative_to(self.path)}"] for file in self.files]
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f'{path} does not hold a line {{"file_name", "text"}} for every image ({error}); prompts are needed'
+            ) from None
+
+    @cached_property
+    def prompts(self) -> Tensor | None:
+        """The number of each image's prompt: of its text, else of its label."""
+        if self.texts is None:
+            return self.labels
+        number = {text: i for i, text in enumerate(dict.fromkeys(self.texts))}
+        return torch.tensor([number[text] for text in self.texts])
+
+    def picture(self, prepare: Prepare) -> Callable[[int], Tensor]:
+        from PIL import Image
+
+        def read(i: int) -> Tensor:
+            with Image.open(self.files[i]) as image:
+                array = np.array(prepare(image.convert("RGB")))
+            return folders.restore(torch.from_numpy(array).permute(2, 0, 1))[None]
+
+        return read
+
+    def has(self, need: str) -> bool:
+        """Whether the folder holds what a metric needs of it."""
+        if need == "seeds":
+            return self.prompts is not None and len(self.prompts.unique()) < len(self.prompts)
+        return need == "reference" or {"labels": self.labels, "texts": self.texts}[need] is not None
+
+
+def reference(measure: Measure, p: Protocol, net: Extractor, folder: Path | None) -> Any:
+    """What a measure compares with: features of a folder, stored moments, or a split of the digits."""
+    path = folder or p.reference_path
+    if path is None:
+        return digits_reference("heldout" if measure.metric == "fd_heldout" else "train")
+    if path.suffix == ".npz":
+        try:
+            with np.load(path) as stored:
+                mean, cov = (torch.from_numpy(stored[key]).double() for key in ("mu", "sigma"))
+        except (OSError, KeyError, ValueError) as error:
+            raise ValueError(f"{path} does not hold the arrays mu and sigma ({error})") from None
+        return Moments(p.references, mean, cov)
+    return features(path, net, measure.reference or Prepare())
+
+
+def custom(folder: Folder, metrics: tuple[str, ...], extractor: str | None, other: Path | None) -> Protocol:
+    """The protocol of metrics that were named on the command line, so that these rows carry a hash as well."""
+    from eval.features import images_hash
+
+    measures = []
+    for name in metrics:
+        entry = metric(name)
+        prepare = Prepare(entry.patch)
+        measures.append(Measure(name, extractor or entry.extractor, prepare, prepare if entry.needs else None))
+        if "reference" in entry.needs and other is None and name not in ALONE:
+            raise ValueError(f"metric {name} compares with real images: name their folder by --reference")
+    files = [] if other is None else listing(other)
+    size = max(folder.manifest.get("shape", [0]))
+    return Protocol("custom", "", len(folder.files), size, tuple(measures), None, None, len(files),
+                    source=images_hash(files))  # fmt: skip
+
+
+def score(
+    folder: str | Path,
+    protocol: str | None = None,
+    metrics: tuple[str, ...] = (),
+    extractor: str | None = None,
+    reference_folder: Path | None = None,
+    use: tuple[str, ...] = (),
+    batch: int = 64,
+    workers: int = 4,
+) -> dict[str, Any]:
+    """The row of one folder; see `scores`. What is unknown, absent or too little is a ValueError, before long work."""
+    found = Folder(Path(folder), batch, workers)
+    p = _protocol(found, protocol, metrics, extractor, reference_folder)
+    swap = dict(_pair(text) for text in use)
+    for m in p.measures:
+        entry = metric(m.metric)
+        lacks = [need for need in entry.needs if not found.has(need)]
+        if lacks:
+            raise ValueError(f"{folder} has no {' and '.join(map(_NEEDS.get, lacks))}, which {m.metric} needs")
+    made: dict[str, Score] = {}
+    given: dict[Any, Given] = {}
+    nets: dict[str, str] = {}
     try:
-        feats, logits = real.extractor(images)
-        precision, recall, n_manifold = precision_recall(real.train, feats)
-        distances = frechet(feats, real.heldout), frechet(feats, real.train)
+        for m in p.measures:
+            spec = swap.get(m.extractor, m.extractor)
+            key = (spec, m.generated, m.reference, m.text, m.metric if m.metric in ALONE else "")
+            if key not in given:
+                given[key] = _given(found, m, p, spec, reference_folder, nets)
+            scored = metric(m.metric).compute(given[key])
+            made |= scored if isinstance(scored, dict) else {m.metric: scored}
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None
+    return _row(found, p, made, nets)
+
+
+_NEEDS = {"labels": "labels", "texts": "prompts (metadata.jsonl)", "seeds": "two images of a prompt"}
+
+
+def _pair(text: str) -> tuple[str, str]:
+    left, equals, right = text.partition("=")
+    if not (left and equals and right):
+        raise ValueError(
+            f"--use {text}: write EXTRACTOR=EXTRACTOR, such as inception-clean=inception-clean:some/file.pt"
+        )
+    return left, right
+
+
+def _protocol(
+    found: Folder, name: str | None, metrics: tuple[str, ...], extractor: str | None, other: Path | None
+) -> Protocol:
+    """The named protocol, that of the manifest, or one of the metrics that were asked for; n as it is here."""
+    for wanted in metrics:
+        metric(wanted)
+    if metrics and name is None:
+        return custom(found, metrics, extractor, other)
+    p = named(name or found.manifest.get("protocol") or "digits")
+    p.require(reference=other is None)
+    if metrics:
+        p = replace(p, measures=tuple(m for m in p.measures if m.metric in metrics))
+        if not p.measures:
+            raise ValueError(f"protocol {p.name} measures none of {', '.join(metrics)}; leave --protocol out to choose")
+    return replace(p, n=len(found.files))
+
+
+def _given(found: Folder, m: Measure, p: Protocol, spec: str, other: Path | None, nets: dict[str, str]) -> Given:
+    entry = metric(m.metric)
+    given = Given(torch.empty(0), labels=found.labels, prompts=found.prompts)
+    if entry.extractor == "lpips":
+        from pipelines import perceptual
+
+        given.picture = found.picture(m.generated)
+        given.distance = perceptual.random() if spec == "random" else perceptual.lpips()
+        nets[spec] = "random" if spec == "random" else "vgg"
+        return given
+    net = load(spec)
+    nets[spec] = net.hash
+    given.fake = found.features(net, m.generated)
+    if "reference" in entry.needs:
+        given.real = reference(m, p, net, other)
+    if "texts" in entry.needs:
+        prefix = f"{m.text} " if m.text else ""
+        assert found.texts is not None
+        given.texts, given.scale = text_features([prefix + text for text in found.texts], net), net.scale
+    return given
+
+
+def _row(found: Folder, p: Protocol, made: dict[str, Score], nets: dict[str, str]) -> dict[str, Any]:
+    manifest = found.manifest
+    cost = manifest.get("cost") or {}
     return {
-        "model": manifest.get("name", Path(folder).name),
-        "student": manifest.get("student"),
-        "nfe": manifest.get("nfe"),
-        "fd_heldout": distances[0],
-        "fd_train": distances[1],
-        "accuracy": None if labels is None else accuracy(logits, labels),
-        "precision": precision,
-        "recall": recall,
-        "n": len(images),
-        "n_manifold": n_manifold,
-        "seed": manifest.get("seed"),
-        "images_per_second": manifest.get("images_per_second"),
-        "floor_fd_heldout": real.floor,
-        "extractor": real.extractor.hash,
+        "model": manifest.get("name") or manifest.get("model") or found.path.name,
+        "kind": manifest.get("kind"),
+        **{key: manifest.get(key) for key in ("steps", "guidance", "scheduler")},
+        "protocol": p.name,
+        "protocol_hash": p.hash,
+        "n": len(found.files),
+        "seeds": [] if manifest.get("seed") is None else [manifest["seed"]],
+        "extractor": ", ".join(nets),
+        "extractor_hash": ", ".join(nets.values()),
         "images": manifest.get("hash"),
+        "commit": commit(),
+        "hardware": hardware(device()),
+        "metrics": {name: s._asdict() for name, s in made.items()},
+        "cost": {key: cost.get(key, manifest.get(key)) for key in COST},
+        "samples": str(found.path),
     }
 
 
-def scores(folder: tuple[Path, ...], out: Path | None = None) -> list[dict[str, Any]]:
-    """Score folders of digit images against the held-out and the training digits.
+@cache
+def commit() -> str | None:
+    """The commit of this project's checkout; None where it was installed without git."""
+    here = Path(__file__).resolve().parent
+    try:
+        done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=10)
+    except OSError:
+        return None
+    return done.stdout.strip() or None
+
+
+def scores(
+    folder: tuple[Path, ...],
+    out: Path | None = None,
+    protocol: str | None = None,
+    metrics: tuple[str, ...] = (),
+    extractor: str | None = None,
+    reference: Path | None = None,
+    use: tuple[str, ...] = (),
+    batch: int = 64,
+    workers: int = 4,
+) -> list[dict[str, Any]]:
+    """Score folders of images. A folder that fails does not stop the others; the end names it, with exit code 1.
 
     Args:
         folder: one or more folders of images.
         out: where the rows go, as JSON.
+        protocol: its name (python -m eval.protocols); by default the one that a folder was made for, else digits.
+        metrics: only these of the protocol; without a protocol, any of eval/metrics.py.
+        extractor: without a protocol: the extractor of all metrics, by default each one's own.
+        reference: a folder of real images instead of the protocol's.
+        use: EXTRACTOR=EXTRACTOR, for example to name local weights; rows carry the hash of what was used.
+        batch: images per call of an extractor.
+        workers: threads that read and resize.
     """
     from tqdm import tqdm
 
     if not folder:
         raise ValueError("no folder was given; name at least one after --folder")
-    for path in folder:
-        folders.manifest_of(path)  # an absent folder ends it here, before the classifier is trained
-    rows = [score(path) for path in tqdm(folder, unit="folder", desc="score", leave=False, disable=len(folder) < 2)]
-    if out is not None:
+    if reference is not None:
+        listing(reference)
+    found, failed = [], []
+    for path in tqdm(folder, unit="folder", desc="score", leave=False, disable=len(folder) < 2):
+        try:
+            found.append(score(path, protocol, metrics, extractor, reference, use, batch, workers))
+        except ValueError as error:
+            failed.append(str(error))
+    if out is not None and found:
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(rows, indent=1) + "\n")
-    return rows
+        out.write_text(json.dumps(found, indent=1) + "\n")
+    if failed:
+        made = f" ({len(found)} of {len(folder)} folders were scored)" if len(folder) > 1 else ""
+        raise ValueError("; ".join(failed) + made)
+    return found
 
 
 def main() -> None:
@@ -98,9 +303,9 @@ def main() -> None:
     from eval.cli import run
     from eval.report import table
 
-    torch.set_num_threads(1)
-    rows = run(scores)
-    Console().print(table(rows, {"fd_heldout": rows[0]["floor_fd_heldout"]}))
+    found = table(run(scores))
+    for one in found if isinstance(found, list | tuple) else [found]:
+        Console().print(one)
 
 
 if __name__ == "__main__":

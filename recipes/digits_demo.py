@@ -42,7 +42,7 @@ def jobs(cfg: Demo, out: Path) -> dict[str, Job]:
 
     seed = ("--seed", f"{cfg.seed}")
     given = (*seed, "--teacher", f"{out / 'teacher'}")
-    classifier = ["-c", "from eval.features import extractor; extractor()"]
+    classifier = ["-c", "from eval.digits import classifier; classifier()"]
     todo = {
         "teacher": recipe(RECIPES / "digits_teacher.py", "train the teacher", out / "teacher", *seed),
         "features": Job("train the feature classifier", classifier),

@@ -1,0 +1,186 @@
+"""Our figures against those of the peers, on your images, with the real weights, on this machine.
+
+python -m eval.verify --folder runs/images/a --reference photos
+python -m eval.verify --folder runs/images/a --reference photos --peers clip --clip open_clip:ViT-L-14/openai
+
+arithmetic      torch-fidelity's FID, KID, Inception Score, precision and recall of our features and logits
+clean-fid       its reading, resizing and network, to FID, against `inception-clean`
+torch-fidelity  its reading, its own conversion of the network's weights, to FID, against `inception-legacy`
+clip            open_clip's transform, tokenizer and encoders, to the mean cosine, against `clip_score`
+
+What lacks weights or a package is said and left out. The exit code is 1 where a figure is off.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+
+from eval.extractors import cache_folder, device, load
+from eval.features import features, listing, text_features
+from eval.metrics import fid, frechet, inception_score, kid, manifold, text_score
+
+Peer = Literal["arithmetic", "clean-fid", "torch-fidelity", "clip"]
+
+
+class Check(NamedTuple):
+    """A figure of ours and of a peer, and by how much they may differ, relatively."""
+
+    name: str
+    ours: float
+    theirs: float
+    allowed: float
+
+    @property
+    def difference(self) -> float:
+        return abs(self.ours - self.theirs) / max(abs(self.theirs), 1e-12)
+
+    @property
+    def holds(self) -> bool:
+        return self.difference <= self.allowed
+
+
+def arithmetic(folder: Path, reference: Path, extractor: str, logits: str) -> Iterator[Check]:
+    """Numbers from the same features: the same definitions, 1e-6."""
+    from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+    from torch_fidelity.metric_isc import isc_features_to_metric
+    from torch_fidelity.metric_kid import kid_features_to_metric
+    from torch_fidelity.metric_prc import prc_features_to_metric
+
+    fake, real = (features(path, load(extractor)) for path in (folder, reference))
+    a, b = fake.rows(), real.rows()
+    size, n = min(1000, len(a), len(b)), min(len(a), len(b), 10_000)
+    statistics = [fid_features_to_statistics(x) for x in (a, b)]
+    theirs = fid_statistics_to_metric(*statistics, verbose=False)
+    theirs |= kid_features_to_metric(a, b, kid_subset_size=size, verbose=False)
+    theirs |= prc_features_to_metric(a[:n], b[:n], verbose=False)
+    found = manifold(a[:n], b[:n])
+    yield Check("fid", fid(fake, real).value, theirs["frechet_inception_distance"], 1e-6)
+    yield Check("kid", kid(fake, real, size=size).value, theirs["kernel_inception_distance_mean"], 1e-6)
+    yield Check("precision", found["precision"].value, theirs["precision"], 1e-6)
+    yield Check("recall", found["recall"].value, theirs["recall"], 1e-6)
+    seen = features(folder, load(logits))
+    score = isc_features_to_metric(seen.rows(key="logits"))["inception_score_mean"]
+    yield Check("inception_score", inception_score(seen).value, score, 1e-6)
+
+
+def clean_fid(folder: Path, reference: Path) -> Iterator[Check]:
+    """From files by clean-fid's own reader, resizer and wrapper of the network; float32 networks, 1e-4."""
+    from cleanfid.fid import get_folder_features
+    from cleanfid.inception_torchscript import InceptionV3W
+
+    net = load("inception-clean")  # first: it says where the weights belong
+    model = InceptionV3W(str(cache_folder()), download=False).to(device())
+    how: dict[str, Any] = {"num_workers": 0, "device": device(), "mode": "clean", "verbose": False}
+    theirs = [torch.from_numpy(get_folder_features(str(path), model, **how)) for path in (folder, reference)]
+    ours = [features(path, net) for path in (folder, reference)]
+    yield Check("fid", frechet(*ours), frechet(*theirs), 1e-4)
+
+
+def torch_fidelity(folder: Path, reference: Path) -> Iterator[Check]:
+    """torch-fidelity's whole run, with the weights that it fetches; its resizing is TensorFlow's as well, 1e-3."""
+    from torch_fidelity import calculate_metrics
+
+    ours = frechet(*(features(path, load("inception-legacy")) for path in (folder, reference)))
+    cuda = device().type == "cuda"
+    found = calculate_metrics(input1=str(folder), input2=str(reference), fid=True, cuda=cuda, verbose=False)
+    yield Check("fid", ours, found["frechet_inception_distance"], 1e-3)
+
+
+def clip(folder: Path, spec: str) -> Iterator[Check]:
+    """The mean cosine of images and prompts by open_clip's own pipeline, and the transform's pixels; 1e-4."""
+    import open_clip
+    from PIL import Image
+
+    from eval.score import Folder
+
+    name, _, weights = spec.partition(":")
+    if name != "open_clip":
+        raise ValueError(f"{spec} is not of open_clip; name open_clip:MODEL/WEIGHTS")
+    texts = Folder(folder).texts
+    if texts is None:
+        raise ValueError(f"{folder} has no prompts (metadata.jsonl)")
+    net = load(spec)
+    ours = text_score(features(folder, net), text_features(texts, net)).value
+    local = weights.startswith("local-dir:")
+    kind, _, tag = (weights, "", "") if local else weights.partition("/")
+    model, transform = open_clip.create_model_from_pretrained(kind, tag or None, device=device())
+    tokenizer, total = open_clip.get_tokenizer(kind), torch.zeros((), dtype=torch.float64)
+    with torch.no_grad():
+        for file, text in zip(listing(folder), texts):
+            image = model.encode_image(transform(Image.open(file))[None].to(device()), normalize=True)
+            words = model.encode_text(tokenizer([text]).to(device()), normalize=True)
+            total += (image.double() * words.double()).sum().cpu()
+    yield Check("clip_score", ours, (total / len(texts)).item(), 1e-4)
+
+
+def verify(
+    folder: Path,
+    reference: Path | None = None,
+    peers: tuple[Peer, ...] = ("arithmetic", "clean-fid", "torch-fidelity", "clip"),
+    extractor: str = "inception-clean",
+    logits: str = "inception-logits",
+    clip_model: str = "open_clip:ViT-g-14/laion2b_s12b_b42k",
+    out: Path | None = None,
+) -> tuple[dict[str, list[Check]], dict[str, str]]:
+    """Compare with the peers -> (their checks, why others were left out).
+
+    Args:
+        folder: generated images, with metadata.jsonl for clip.
+        reference: real images, for all but clip.
+        peers: whom to compare with.
+        extractor: whose features arithmetic compares on.
+        logits: whose logits arithmetic compares on.
+        clip_model: of open_clip.
+        out: where the comparison goes, as JSON.
+    """
+    listing(folder)
+    found: dict[str, list[Check]] = {}
+    missing: dict[str, str] = {}
+    for peer in peers:
+        try:
+            if peer != "clip" and reference is None:
+                raise ValueError("it compares with real images: name their folder by --reference")
+            calls = {
+                "arithmetic": lambda: arithmetic(folder, reference, extractor, logits),
+                "clean-fid": lambda: clean_fid(folder, reference),
+                "torch-fidelity": lambda: torch_fidelity(folder, reference),
+                "clip": lambda: clip(folder, clip_model),
+            }
+            found[peer] = list(calls[peer]())
+        except (ImportError, OSError, ValueError) as error:
+            missing[peer] = str(error).splitlines()[0]
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        checks = {peer: [c._asdict() | {"holds": c.holds} for c in some] for peer, some in found.items()}
+        out.write_text(json.dumps({"checks": checks, "left_out": missing}, indent=1) + "\n")
+    return found, missing
+
+
+def main() -> None:
+    """Command line of `verify`: a table, and exit code 1 where a figure is off or nothing was compared."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from eval.cli import run
+
+    found, missing = run(verify)
+    table = Table("peer", "figure", "ours", "theirs", "difference", "allowed", "")
+    for peer, checks in found.items():
+        for c in checks:
+            numbers = f"{c.ours:.9g}", f"{c.theirs:.9g}", f"{c.difference:.1e}", f"{c.allowed:.0e}"
+            table.add_row(peer, c.name, *numbers, "ok" if c.holds else "OFF")
+    console = Console()
+    console.print(table)
+    for peer, why in missing.items():
+        console.print(f"{peer} was left out: {why}", highlight=False, soft_wrap=True)
+    sys.exit(0 if found and all(c.holds for checks in found.values() for c in checks) else 1)
+
+
+if __name__ == "__main__":
+    main()
