@@ -33,6 +33,7 @@ SCHEDULE, DENOISER, STUDENT = "tests/test_schedule.py", "tests/test_denoiser.py"
 LOSSES, DRAW, EMA = "tests/test_losses.py", "tests/test_draw.py", "tests/test_ema.py"
 OPTIMUM, PAIRS = "tests/test_regression.py", "tests/test_pairs.py"
 MEMORY = "tests/test_memory.py"
+EXPORTED = "tests/test_recipes.py::test_the_average_is_exported"
 TRAINER, RECIPES, ROLES = "tests/test_trainer.py", "tests/test_recipes.py", "tests/test_roles.py"
 
 
@@ -302,23 +303,23 @@ MUTATIONS = {
           'if role not in ("disc", "teacher")}', f"{MEMORY}::test_gradient_checkpointing"),
         m("a backend is believed", "distill/memory", "if not gap <= TOLERANCE:", "if False:",
           f"{MEMORY}::test_a_broken_backend_is_found_before_training"),
-        m("second stage from the last weights", "distill/checkpoint", '{"student": "ema", "fake"',
-          '{"student": "student", "fake"', f"{ROLES}::test_a_second_stage_starts_where_the_first_ended"),
+        m("second stage from the last weights", "distill/checkpoint", 'name = "ema" if role',
+          'name = "student" if role', f"{ROLES}::test_a_second_stage_starts_where_the_first_ended"),
         m("timesteps from 1 to N", "distill/roles", "self.timestep / last", "self.timestep / (last + 1)",
           f"{ROLES}::test_first_call_is_named_by_its_timestep"),
     ),
     "export": (
         m("level of the scheduler", "pipelines/edm", "sigma_min=0.0, sigma_max=sigma",
-          "sigma_min=0.002, sigma_max=80.0", f"{RECIPES}::test_wrong_weights_are_caught"),
-        m("wrong export passes", "pipelines/export", "if not gap <= TOLERANCE:", "if False:",
-          f"{RECIPES}::test_wrong_weights_are_caught"),
-        m("the raw weights", "pipelines/run", "teacher, state.ema.net, out",
-          "teacher, nets.student.denoiser.net, out", f"{RECIPES}::test_pipeline_is_the_averaged_student[sid]"),
-        m("c_noise", "pipelines/edm", "250 * sigma.log()", "1000 * sigma.log() / 8",
-          f"{RECIPES}::test_wrong_weights_are_caught"),
+          "sigma_min=0.002, sigma_max=80.0", EXPORTED),
+        m("wrong export passes", "pipelines/export", "if not gap <= limit(name)}", "if False}",
+          f"{RECIPES}::test_a_recipe_fails_with_its_export"),
+        m("the raw weights", "pipelines/run", "teacher, state.ema.net, scheduler",
+          "teacher, nets.student.denoiser.net, scheduler", EXPORTED),
+        m("c_noise", "pipelines/edm", "self.c_noise * sigma.log()", "self.c_noise * sigma.log() / 2", EXPORTED),
+        m("times of the exported scheduler", "pipelines/scheduler", "student.steps) ** edm.RHO",
+          "student.steps) ** 6", f"{RECIPES}::test_two_steps_are_exported"),
     ),
 }
-# fmt: on
 # fmt: on
 
 

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from distill import checkpoint
 from distill.config import parse
 from distill.roles import build
+from distill.schedule import EDM
 from distill.student import Student
 from distill.trainer import train
 from pipelines import ExportError, export, index, load, opened, perceptual, run, verify
@@ -363,6 +364,20 @@ def test_every_input_counts(one):
         assert (image(given) - one).abs().max() > 100 * verify.TOLERANCE, key
     later = Student(student.denoiser, tuple(0.8 * t for t in student.times), student.scale)
     assert (image(c, later) - one).abs().max() > 100 * verify.TOLERANCE
+
+
+def test_the_average_is_exported(tmp_path):
+    run.main(config_of("sid_digits"), argv("sid_digits", tmp_path))
+    (stored,) = (load_file(f) for f in (tmp_path / "pipeline" / "unet").glob("*.safetensors"))
+    average, raw = (load_file(tmp_path / "checkpoint-2" / f"{role}.safetensors") for role in ("ema", "student"))
+    assert all(torch.equal(stored[k], average[k]) for k in stored)
+    assert any(not torch.equal(stored[k], raw[k]) for k in stored)
+
+
+def test_two_steps_are_exported(tmp_path):
+    run.main(config_of("sid_digits"), [*argv("sid_digits", tmp_path), "--student.steps", "2"])
+    facts = json.loads((tmp_path / "pipeline" / "distill.json").read_text())
+    assert facts["times"] == pytest.approx(EDM().time(torch.tensor([2.5, 2.5 / 2**7])).tolist())
 
 
 def test_a_recipe_fails_with_its_export(tmp_path, monkeypatch, capsys):
