@@ -13,8 +13,8 @@ from scipy.linalg import sqrtm
 from scipy.stats import t as student_t
 
 from distill.data import digits
+from eval import hallucination, metrics
 from eval import images as folders
-from eval import metrics
 from eval.digits import classifier
 from eval.extractors import load
 from eval.features import features
@@ -401,6 +401,57 @@ def test_wrong_prompts_cost_clip_score(clip, tmp_path):
         with_prompts(tmp_path / "five", images[:5], right[:5]), metrics=("clip_score",), extractor=f"clip:{clip}"
     )
     assert five["metrics"]["clip_score"]["value"] == pytest.approx(expected, rel=1e-5)
+
+
+# Hallucinations
+
+
+MODES, STD = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64), 0.05
+
+
+class Exact(torch.nn.Module):
+    """E[x0 | x] of equal Gaussians on a line, at the paper's means 1, 2, 3 and standard deviation .05."""
+
+    def forward(self, x, sigma):
+        v = STD**2 + sigma.double()[:, None] ** 2
+        w = torch.softmax(-(x - MODES).square() / (2 * v), 1)
+        return (w * (MODES + STD**2 / v * (x - MODES))).sum(1, keepdim=True)
+
+
+def test_hallucinations_between_modes_are_seen_in_the_right_window():
+    """A fifth of the samples lie anywhere from 1 to 3: found at levels near the modes' width, not at wide ones."""
+    from distill.denoiser import Denoiser
+    from distill.schedule import EDM, Flow
+
+    teacher = Denoiser(Exact(), EDM(), "x0", lambda net, x, t, c: net(x, t))
+    g = torch.Generator().manual_seed(0)
+    draw = lambda: MODES[torch.randint(3, (2000,), generator=g)][:, None] + STD * torch.randn(2000, 1, generator=g)
+    real, other, fake = draw().double(), draw().double(), draw().double()
+    fake[:400] = 1 + 2 * torch.rand(400, 1, generator=g)
+    truth = (fake - MODES).abs().min(1).values > 4 * STD
+    hal = lambda x, levels, by=teacher: hallucination.variance(hallucination.renoised(by, x, None, levels))
+    near, wide = (0.02, 0.03, 0.04, 0.05), (0.8, 1.0, 1.2, 1.5)
+    assert hallucination.auc(hal(fake, near), truth) > 0.93 and hallucination.auc(hal(fake, wide), truth) < 0.65
+    found = hallucination.rate(hal(fake, near), hal(real, near))
+    clean = hallucination.rate(hal(other, near), hal(real, near))
+    assert 0.5 * truth.double().mean() < found.value < 0.25 and clean.value < 0.02 and not tie(found, clean)
+    flow = hal(fake, near, teacher.on(Flow()))  # the same levels on another schedule
+    assert flow.allclose(hal(fake, near), rtol=1e-3, atol=1e-9)
+    batches = hallucination.renoised(teacher, fake, None, near, batch=7)
+    assert batches.allclose(hallucination.renoised(teacher, fake, None, near), rtol=1e-12)
+    with pytest.raises(ValueError, match="at least 2 ratios"):
+        hallucination.renoised(teacher, fake, None, [0.1])
+    with pytest.raises(ValueError, match=r"\[T, N, ...\] with T >= 2"):
+        hallucination.variance(fake[None])
+    with pytest.raises(ValueError, match="sample 1 are NaN"):
+        hallucination.variance(torch.tensor([[[1.0], [2.0]], [[1.0], [math.nan]]]))
+
+
+def test_auc_by_hand():
+    scores, truth = torch.tensor([3.0, 2.0, 2.0, 1.0]), torch.tensor([True, True, False, False])
+    assert hallucination.auc(scores, truth) == (1 + 1 + 1 + 0.5) / 4
+    with pytest.raises(ValueError, match="0 of 4"):
+        hallucination.auc(scores, truth & False)
 
 
 # Intervals
