@@ -174,7 +174,7 @@ def train(
 
         checkpoint.load(state, resume)
 
-    walked: list[Tensor] = []  # the last step's samples, where the next one's go on from them
+    walked: list[tuple[Tensor, Batch]] = []  # the last step's samples, where the next one's go on from them
     if state.step >= cfg.max_train_steps:
         yield state
     while state.step < cfg.max_train_steps:
@@ -196,8 +196,11 @@ def train(
                         if update.walk:
                             late = began(method, nets, step)
                             source = draw(cfg.seed, step - late, player, indices)
-                            source.late, source.before = late, walked[i] if walked and late else None
-                            batch = batch | {"c": data(source).get("c")} if late else batch
+                            if late and walked:
+                                source.before, begun = walked[i]
+                            elif late:  # a resumed run
+                                begun = data(source)
+                            source.late, batch = late, batch | {"c": begun.get("c")} if late else batch
                         with torch.set_grad_enabled(player == "student"):
                             x = method.sample(nets, batch, source)
                     loss, logs = update.loss(x, nets, batch, numbers)
@@ -206,7 +209,7 @@ def train(
                 for name, value in {f"{player}/loss": loss, **{f"{player}/{k}": v for k, v in logs.items()}}.items():
                     value = value.detach() / cfg.gradient_accumulation_steps
                     state.logs[name] = state.logs.get(name, 0.0) + value
-            kept, walked = done, [x for x, _ in done] if update.walk else walked
+            kept, walked = done, done if update.walk else walked
             average(players[player], accelerator)
             state.logs[f"{player}/grad_norm"] = norm = clip(players[player], cfg.max_grad_norm)
             if not torch.isfinite(norm):

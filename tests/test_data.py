@@ -279,6 +279,15 @@ class TestFeed:
         ahead._thread.shutdown()
         assert len(ahead.images.reads) == 9 + (every > 1)  # the one after the last, and a first wrong guess
 
+    def test_looking_back_keeps_what_was_read_ahead(self):
+        """A generation that goes on over steps has the prompts of the step in which it began."""
+        walk = feed()
+        for step in range(6):
+            draw, began = (Draw(0, s, "fake", torch.arange(4)) for s in (step, step - step % 3))
+            assert step == 0 or walk._ahead["fake", (0, 1, 2, 3)][0][1] == step
+            for each in (draw, began):
+                assert torch.equal(numbers(walk(each)), numbers(feed()(each)))
+
     def test_a_repeated_or_earlier_step(self):
         again, draw = feed(), lambda step: Draw(0, step, "student", torch.arange(4))
         want = [numbers(feed()(draw(step))) for step in (5, 5, 2)]

@@ -36,11 +36,11 @@ class Feed:
     def __call__(self, draw: Draw) -> Batch:
         samples = self._host(draw.samples)
         line, ask = (draw.player, samples), (draw.seed, draw.step, draw.player, samples)
-        then, ahead = self._ahead.pop(line, (None, None))
+        then, ahead = self._ahead.get(line, (None, None))
         batch = (ahead if then == ask else self._thread.submit(self.read, ask)).result()
         stride = draw.step - self._step.get(line, draw.step - 1)  # a player may move at every fifth step only
-        self._step[line] = draw.step
-        if stride > 0:
+        if stride > 0:  # Update.walk looks back
+            self._step[line] = draw.step
             then = (draw.seed, draw.step + stride, draw.player, samples)
             self._ahead[line] = then, self._thread.submit(self.read, then)
         return _each(batch, lambda t: _float(t.to(draw.device, non_blocking=True)))
