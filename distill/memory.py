@@ -69,6 +69,15 @@ def _set(net: Any, backend: str) -> None:
         raise ValueError(f"attention {backend!r} is not to be had: {error}") from error
 
 
+def unset(net: Any) -> None:
+    """Torch's own attention again, which takes every precision on every device."""
+    processors = [getattr(module, "processor", None) for module in net.modules()]
+    if any(getattr(processor, "_attention_backend", None) is not None for processor in processors):
+        net.set_attention_backend("native")  # of the process too: of networks that are read later
+    if any("XFormers" in type(processor).__name__ for processor in processors):
+        net.disable_xformers_memory_efficient_attention()
+
+
 def _attention(denoiser: Denoiser, shape: tuple[int, ...], c: Condition) -> tuple[Tensor, Tensor]:
     """Output on a sample in the middle of the schedule, and the gradient of its square to a weight of the attention."""
     net = denoiser.net

@@ -86,11 +86,9 @@ def main(argv: list[str] | None = None) -> None:
 def run(config: Cache) -> Path:
     """Make or go on with the cache of `config`; its folder."""
     check(config)
-    from accelerate import Accelerator
+    from pipelines.run import launched, quiet
 
-    from pipelines.run import quiet
-
-    state, folder = Accelerator(), Path(config.output_dir)
+    state, folder = launched(), Path(config.output_dir)
     quiet()
     prompts, pictures = config.sources().sources()
     teacher = encoders(config, state.device)

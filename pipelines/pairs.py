@@ -82,11 +82,9 @@ def main(argv: list[str] | None = None) -> None:
 def run(config: Sampling) -> Path:
     """Make or go on with the pairs of `config`; their folder."""
     check(config)
-    from accelerate import Accelerator
+    from pipelines.run import launched, quiet
 
-    from pipelines.run import quiet
-
-    state, folder = Accelerator(), Path(config.output_dir)
+    state, folder = launched(), Path(config.output_dir)
     quiet()
     teacher = opened(config, state.device)
     texts, text = prompts(config, teacher)

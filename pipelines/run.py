@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import errno
 import re
 import signal
 import sys
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError
 
 from distill import checkpoint
 from distill.config import Config, dump, fail, parse
@@ -24,6 +26,12 @@ if TYPE_CHECKING:
     from distill.trainer import State
 
 
+EDM = (
+    "\n  accelerate launch recipes/digits_teacher.py\ntrains a small one, of handwritten digits;"
+    "\n  python -m pipelines.edm_convert FILE FOLDER\nmakes one of a checkpoint of EDM"
+)
+
+
 def main(default: Config[Any, Any], argv: list[str] | None = None, doc: str | None = None) -> None:
     """Parse the command line and run; every mistake of the user ends in one message before any work."""
     config = parse(default, argv, doc)
@@ -34,8 +42,8 @@ def main(default: Config[Any, Any], argv: list[str] | None = None, doc: str | No
         run(config, out, resume)
     except (ValueError, FloatingPointError, ExportError) as error:
         fail(str(error))
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
+    except (OSError, SafetensorError) as error:
+        if not checkpoint.full(error):
             raise
         fail(
             f"the disk is full ({error}); what was whole before is still there: free some space, then go on with "
@@ -56,10 +64,24 @@ def smoke(config: Config[Any, Any]) -> Config[Any, Any]:
 
 def check(config: Config[Any, Any], out: Path) -> Path | None:
     """What can be seen before anything heavy is imported; the checkpoint to resume from."""
+    from pipelines.export import replaceable
+
     resume = config.train.resume_from_checkpoint
+    if config.validation_images < 1:
+        raise ValueError(
+            f"validation_images is {config.validation_images}; it must be at least 1 (no grids of samples:"
+            " --validation_steps 0)"
+        )
+    replaceable(out / "pipeline")
+    for role, init in (("student", config.student.init), ("fake", config.fake.init)):
+        if init is not None:
+            checkpoint.files(init, role)
     if not config.smoke:
         if not re.fullmatch(r"[\w.-]+/[\w.-]+", config.teacher) or Path(config.teacher).exists():
-            index(config.teacher)
+            try:
+                index(config.teacher)
+            except ValueError as error:
+                raise ValueError(f"{error}{EDM * (config.family == 'edm')}") from None
         config.data.check(config.method.needs)
         if "perceptual" in config.method.needs:
             perceptual.check()
@@ -91,7 +113,6 @@ def carried(teacher: Teacher, student: StudentConfig) -> tuple[Any, StudentConfi
 def run(config: Config[Any, Any], out: Path, resume: Path | None) -> None:
     """Train, with checkpoints, logs and sample grids on the way, and export the averaged student to `out`/pipeline."""
     import torch
-    from accelerate import Accelerator
     from accelerate.utils import set_seed
 
     from distill.draw import Draw
@@ -102,14 +123,14 @@ def run(config: Config[Any, Any], out: Path, resume: Path | None) -> None:
     from pipelines.export import about, export, report
 
     cfg = config.train
-    accelerator = Accelerator(log_with=None if cfg.report_to == "none" else cfg.report_to, project_dir=out)
+    accelerator = launched(log_with=None if cfg.report_to == "none" else cfg.report_to, project_dir=out)
     micro = cfg.micro_batch(accelerator.num_processes)
     supported(cfg, accelerator)
     quiet()
     set_seed(cfg.seed)
     repository = None
     if config.push_to_hub and accelerator.is_main_process:
-        repository = hub.create(config.hub_model_id or out.name, config.hub_private)
+        repository = hub.create(config.hub_model_id or out.resolve().name, config.hub_private)
     with accelerator.main_process_first():
         if config.smoke and accelerator.is_main_process:
             tiny.save(config.family, config.teacher)
@@ -122,13 +143,13 @@ def run(config: Config[Any, Any], out: Path, resume: Path | None) -> None:
     prompts, c = data.fixed(config.validation_images)
     c = {key: value.to(accelerator.device) for key, value in c.items()}
     method = type(config.method).__name__.lower()
-    told = about(out.name, teacher, config.teacher, method, dump(config), config.license, repository)
+    told = about(out.resolve().name, teacher, config.teacher, method, dump(config), config.license, repository)
     example = {key: value[:1] for key, value in c.items()}
     nets = build(config.method, teacher.denoiser, teacher.shape, example, student, config.fake)
     if "perceptual" in config.method.needs:
         nets.perceptual = perceptual.asked(config, teacher)
     if accelerator.mixed_precision == "bf16":
-        teacher.denoiser.net.to(torch.bfloat16)  # what is trained are float32 copies, or adapters on it
+        half(teacher.denoiser.net)  # what is trained are float32 copies, or adapters on it
     if accelerator.is_main_process:
         out.mkdir(parents=True, exist_ok=True)
         (out / "config.yaml").write_text(dump(config))
@@ -141,13 +162,15 @@ def run(config: Config[Any, Any], out: Path, resume: Path | None) -> None:
         for i in torch.arange(len(prompts), device=accelerator.device).split(micro):
             fixed = Draw(cfg.seed, -1, "validation", i)
             z, rows = fixed.normal("z", (len(i), *teacher.shape)), {key: value[i] for key, value in c.items()}
-            done.append(teacher.decode(nets.student.using(state.ema.net).generate(z, rows, fixed)).cpu())
+            with accelerator.autocast():  # kernels of attention may know half precision alone
+                x = nets.student.using(state.ema.net).generate(z, rows, fixed)
+            done += [teacher.decode(one).cpu() for one in x.split(1)]
         log.images(torch.cat(done), state.step)
 
     with closing(log), ctrl_c() as pressed:
         for state in train(config.method, nets, data, cfg, accelerator, resume):
             log(state)
-            stop = bool(pressed)
+            stop = bool(pressed) and accelerator.is_main_process  # another process may be a step ahead
             if accelerator.is_main_process:
                 if cfg.validation_steps and state.step % cfg.validation_steps == 0:
                     preview(state)
@@ -156,7 +179,7 @@ def run(config: Config[Any, Any], out: Path, resume: Path | None) -> None:
                 if stop:
                     sys.stderr.write(f"\ninterrupted; saved {folder}. Go on with --resume_from_checkpoint latest\n")
             if stop:
-                raise SystemExit(130)
+                raise SystemExit(130)  # the launcher ends the others
     if accelerator.is_main_process:
         if not (out / f"checkpoint-{state.step}").exists():
             checkpoint.save(state, out, cfg.checkpoints_total_limit)
@@ -168,6 +191,14 @@ def run(config: Config[Any, Any], out: Path, resume: Path | None) -> None:
             sys.stderr.write(f"pushed to {hub.push(folder, repository)}\n")
 
 
+def launched(**options: Any) -> Accelerator:
+    """The processes of a command. They wait a day for one that downloads, encodes or saves; ten minutes is common."""
+    from accelerate import Accelerator
+    from accelerate.utils import InitProcessGroupKwargs
+
+    return Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=1))], **options)
+
+
 def precision(config: Config[Any, Any], accelerator: Accelerator) -> torch.dtype:
     """Of the teacher's network as it is read: half where nothing but adapters is trained on it."""
     import torch
@@ -177,15 +208,28 @@ def precision(config: Config[Any, Any], accelerator: Accelerator) -> torch.dtype
     return torch.bfloat16 if half else torch.float32
 
 
+def half(net: Any) -> None:
+    """The network in bfloat16, but for what its class keeps in float32: the rotations of Wan's positions, say."""
+    import torch
+
+    kept = set(getattr(net, "_keep_in_fp32_modules", None) or ())
+    for name, tensor in (*net.named_parameters(), *net.named_buffers()):
+        if tensor.is_floating_point() and not kept & set(name.split(".")):
+            tensor.data = tensor.data.to(torch.bfloat16)
+
+
 def whole(nets: Nets, state: State, teacher: Teacher) -> None:
     """Off the device, and the backbone in its stored precision again: an export must not keep what training rounded."""
     import torch
 
+    from distill import memory
+
     roles = (teacher.denoiser.net, state.ema.net, *nets.modules().values())
     for module in roles:
         module.to("cpu")
+        memory.unset(module)
     net = teacher.denoiser.net
-    if next(net.parameters()).dtype == torch.float32:
+    if all(p.dtype == torch.float32 for p in net.parameters()):
         return
     fresh = teacher.parts.component(teacher.parts.network, torch.float32)
     buffers = dict(fresh.named_buffers())

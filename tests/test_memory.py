@@ -17,7 +17,7 @@ from tiny import Tiny, filled, tiny
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from distill import checkpoint
+from distill import checkpoint, memory
 from distill.denoiser import Denoiser
 from distill.draw import Draw
 from distill.lora import LoRA, twin
@@ -288,6 +288,17 @@ def test_a_broken_backend_is_found_before_training(name, says):
     denoiser = Denoiser(filled(Attentive()), Flow(), "flow")
     with pytest.raises(ValueError, match=says):
         attended(denoiser, (2,), name)
+
+
+def test_an_export_has_torchs_attention(native):
+    """A network that is read later too: kernels for half precision would fail on the pipeline in float32."""
+    (trained, shape), (later, _) = flux(), flux()
+    trained.net.set_attention_backend("_native_math")
+    memory.unset(trained.net)
+    for denoiser in (trained, later):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.nn.attention, "sdpa_kernel", None)  # what chooses a kernel
+            denoiser(torch.zeros(1, *shape), torch.ones(1))
 
 
 def test_what_has_torch_attention_has_native():

@@ -1,5 +1,6 @@
-"""Verification on a GPU, as far as a CPU can tell: where noise is drawn, what is rounded, what lies on the device."""
+"""Runs and verification on GPUs, as far as a CPU can tell: what is drawn, rounded, moved and waited for."""
 
+from datetime import timedelta
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +13,7 @@ from distill.schedule import Flow
 from distill.student import Student
 from pipelines import export, flux, tiny, verify
 from pipelines import load as load_teacher
-from pipelines.run import carried
+from pipelines.run import carried, half, launched
 
 
 @pytest.mark.parametrize("family", (SimpleNamespace(), flux))
@@ -59,3 +60,26 @@ def test_encoders_that_are_stored_in_half(tmp_path):
     told = export.about("student", teacher, "base", "dmd2", "", None, None)
     gaps = export.export(student, teacher, teacher.denoiser.net, scheduler, tmp_path / "pipeline", told)
     assert gaps["pipeline"] < 1e-4
+
+
+def test_processes_wait_for_one_that_downloads_or_encodes():
+    assert launched(cpu=True).init_handler.timeout == timedelta(days=1)
+
+
+def test_half_precision_keeps_what_the_class_keeps():
+    """Rotations of Wan's positions in bfloat16 are off by .004; its first parameter is float32."""
+    from diffusers import WanTransformer3DModel
+
+    net = WanTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=12,
+        text_dim=8,
+        freq_dim=8,
+        ffn_dim=8,
+        num_layers=1,
+        rope_max_seq_len=8,
+    )
+    half(net)
+    kinds = {name: tensor.dtype for name, tensor in (*net.named_parameters(), *net.named_buffers())}
+    assert kinds["rope.freqs_cos"] == kinds["scale_shift_table"] == torch.float32
+    assert kinds["blocks.0.attn1.to_q.weight"] == torch.bfloat16
