@@ -19,7 +19,7 @@ from typing import Literal
 import torch
 
 from eval import images as folders
-from eval.generate import Asked, texts
+from eval.conditions import Asked, texts
 
 GRID = 4  # images of a prompt that DPG-Bench reads
 

@@ -16,7 +16,9 @@ from PIL import Image
 from test_processes import TWO, python
 
 from eval import images as folders
-from eval.generate import fill, generate, generator, pipeline_sampler, teacher_sampler
+from eval.conditions import Asked
+from eval.generate import Ranks, fill, generate
+from eval.sampler import Sampler, generator, load, pipeline_sampler, teacher_sampler
 from pipelines import tiny
 
 WORDS = "fox cat dog tree sea hat cup road hill lamp bird".split()
@@ -197,9 +199,9 @@ def test_shared_noise_is_refused():
 
 def test_teacher_by_our_solvers(home, tmp_path):
     """Heun on the EDM teacher: guidance doubles the calls; student and teacher start from the same noise."""
-    from pipelines import load
+    import pipelines
 
-    teacher = load(home.folder("edm"))
+    teacher = pipelines.load(home.folder("edm"))
     assert [teacher_sampler(teacher, 3, guidance=g).nfe() for g in (0.0, 1.0, 2.0)] == [5, 5, 10]
     told = generate(home.folder("edm"), tmp_path / "a", n=11, steps=3, seed=3)
     assert (told["kind"], told["nfe"], told["scheduler"]) == ("teacher", 5, "heun")
@@ -249,7 +251,7 @@ def test_wrong_input_is_one_clear_error(home, student, tmp_path):
     alien.mkdir()
     (alien / "model_index.json").write_text(json.dumps({"_class_name": "NoSuchPipeline"}))
     code = tmp_path / "code"
-    code.mkdir()
+    (code / "unet").mkdir(parents=True)
     (code / "model_index.json").write_text(
         json.dumps({"_class_name": "StableDiffusionPipeline", "unet": ["my_code", "Net"]})
     )
@@ -293,25 +295,28 @@ def test_wrong_input_is_one_clear_error(home, student, tmp_path):
         generate(student, tmp_path / "mine", n=2, overwrite=True)
 
 
-def test_a_video_is_one_of_its_pictures(tmp_path):
-    from eval.generate import Asked, Ranks, Sampler
+def share(out, prompts, rows=1):
+    """What `fill` is told."""
+    facts = {"seed": 0, "plan": None, "batch": None, "frame": None}
+    return SimpleNamespace(out=out, asked=Asked(prompts, True), height=rows, **facts)
 
+
+def test_a_video_is_one_of_its_pictures(tmp_path):
     def make(generators, conditions):
         return torch.linspace(-1, 1, 5).reshape(1, 1, 5, 1, 1).expand(len(generators), 3, 5, 2, 2)
 
-    sampler, wanted = Sampler(make, lambda: 1, {}), Asked(["a"], True)
+    sampler, work = Sampler(make, lambda: 1, {}), share(tmp_path, ["a"])
     with pytest.raises(ValueError, match="videos of 5 pictures, and frame is None: choose the one to keep"):
-        fill(tmp_path, sampler, wanted, 0, 1, 1, Ranks())
-    fill(tmp_path, sampler, wanted, 0, 1, 1, Ranks(), frame=4)
+        fill(work, sampler, Ranks())
+    work.frame = 4
+    fill(work, sampler, Ranks())
     assert folders.level(tmp_path / "000000.png").eq(255).all()
 
 
 def test_nan_is_named(tmp_path):
-    from eval.generate import Asked, Ranks, Sampler
-
     bad = Sampler(lambda g, c: torch.full((len(g), 3, 2, 2), math.nan), lambda: 1, {})
     with pytest.raises(ValueError, match="image 0 holds NaN or infinite values; it was not written"):
-        fill(tmp_path, bad, Asked(["a"] * 3, True), 0, 2, 2, Ranks())
+        fill(share(tmp_path, ["a"] * 3, 2), bad, Ranks())
     assert not list(tmp_path.iterdir())
 
 
@@ -358,13 +363,13 @@ def test_a_protocol_replaces_components(home, tmp_path, monkeypatch):
 
     monkeypatch.setenv("DISTILL_DATA", f"{tmp_path / 'data'}")
     plan = replace(PROTOCOLS["coco10k-dmd2-tokenizer1"], n=2, size=16)
-    monkeypatch.setattr(module, "protocol_of", lambda name: plan)
+    monkeypatch.setattr(module, "protocol", lambda name: plan)
     plan.folder.mkdir(parents=True)
     (plan.folder / "prompts.txt").write_text("a fox\na cat\n")
     sdxl = home.folder("sdxl")
     told = generate(sdxl, tmp_path / "a", steps=1, guidance=0.0, protocol=plan.name)
     assert told["protocol"] == plan.name and told["protocol_hash"] == plan.hash and told["n"] == 2
-    pipe = module.load(sdxl, None, None, {}, None, torch.float32, plan.components)
+    pipe = load(sdxl, None, None, {}, None, torch.float32, plan.components)
     assert pipe.tokenizer_2 is pipe.tokenizer
     with pytest.raises(ValueError, match="replaces tokenizer_2, which .* does not have"):
         generate(home.folder("sd"), tmp_path / "b", steps=1, protocol=plan.name)
@@ -402,15 +407,14 @@ def test_two_processes_and_a_kill_give_the_same_files(home, tmp_path):
 def test_a_mistake_is_one_line(tmp_path):
     line = [sys.executable, "-m", "eval.generate", "--model", "absent", "--out", f"{tmp_path / 'x'}"]
     done = subprocess.run(line, capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr.startswith("error: there is no model folder absent")
+    assert done.returncode == 1 and done.stderr.startswith("error: no teacher at 'absent'")
     assert "Traceback" not in done.stderr
 
 
 def test_help_is_light():
     heavy = ("diffusers", "transformers", "peft", "accelerate", "matplotlib", "sklearn", "scipy")
-    code = (
-        "import sys, runpy; sys.argv = ['x', '--help']\ntry: runpy.run_module('eval.generate', run_name='__main__')\n"
-    )
+    run = "runpy.run_module('eval.generate', None, '__main__', True)"
+    code = f"import sys, runpy; sys.argv = ['x', '--help']\ntry: {run}\n"
     code += f"except SystemExit: pass\nprint([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
     assert done.stdout.splitlines()[-1] == "[]" and "--protocol" in done.stdout, done.stderr
@@ -418,7 +422,6 @@ def test_help_is_light():
 
 def test_layouts_of_benchmarks(tmp_path):
     """GenEval: 00000/samples/00000.png with the line of its prompt; DPG-Bench: NAME.png, two by two."""
-    from eval.generate import Asked
     from eval.layouts import export
 
     lines = [{"tag": "single_object", "prompt": f"a photo of a {w}"} for w in ("fox", "cat")]

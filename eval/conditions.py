@@ -1,0 +1,95 @@
+"""What each image of a folder is asked for: a prompt, or a label."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from eval.protocols import Protocol
+
+LABELS = ("ConsistencyModelPipeline", "DiTPipeline")  # pipelines that take labels
+DIGITS = 10  # classes of the digits
+
+
+class Asked(NamedTuple):
+    """The prompts or labels of n images."""
+
+    conditions: list[Any]
+    prompts: bool
+
+    @property
+    def hash(self) -> str:
+        """16 hex digits of BLAKE2b."""
+        return hashlib.blake2b(json.dumps(self.conditions).encode(), digest_size=8).hexdigest()
+
+
+def texts(source: str, column: str | None = None) -> list[str]:
+    """Prompts as distill.data.sources.prompts reads them, or of a folder of .txt files, one each, in their order."""
+    from distill.data.sources import prompts
+
+    files = sorted(Path(source).glob("*.txt")) if Path(source).is_dir() else []
+    if not files:
+        return prompts(source, column)
+    found = [" ".join(file.read_text("utf-8").split()) for file in files]
+    if empty := [file for file, text in zip(files, found, strict=True) if not text]:
+        raise ValueError(f"{empty[0]} is empty; it needs a prompt")
+    return found
+
+
+def of_protocol(model: Path, protocol: Protocol, n: int | None) -> Asked:
+    """Those of a protocol, or of its first n images. ValueError where the pipeline takes none of these."""
+    if (protocol.classes is None) == takes_labels(model):
+        told = "prompts" if protocol.classes is None else "labels"
+        raise ValueError(f"protocol {protocol.name} gives {told}, which {model} does not take; choose another")
+    return Asked(protocol.conditions(n), protocol.classes is None)
+
+
+def of_prompts(model: Path, source: str, column: str | None, n: int | None, each: int) -> Asked:
+    """`each` images of every prompt, or the first n of them. ValueError where there are fewer."""
+    if takes_labels(model):
+        raise ValueError(f"{model} takes labels, not prompts; leave out --prompts, and say --classes")
+    found = texts(source, column)
+    if n is not None and len(found) * each < n:
+        times = f" x {each} images" if each > 1 else ""
+        raise ValueError(
+            f"{source} holds {len(found)} prompts{times}, fewer than the {n} images asked for: lower --n, or raise "
+            "--per_prompt"
+        )
+    return Asked([found[i // each] for i in range(n or len(found) * each)], True)
+
+
+def of_labels(model: Path, classes: int | None, n: int) -> Asked:
+    """i % classes. ValueError for a pipeline that takes prompts."""
+    if not takes_labels(model):
+        raise ValueError(f"{model} takes prompts: pass --prompts FILE (.txt, one a line, .jsonl or .parquet)")
+    classes = classes or _classes(model)
+    return Asked([i % classes for i in range(n)], False)
+
+
+def takes_labels(model: Path) -> bool:
+    from pipelines import index
+
+    return index(model)["_class_name"] in LABELS
+
+
+def _classes(model: Path) -> int:
+    """How many classes a network of labels knows, without "no label"."""
+    config = _json(model / "unet" / "config.json") or _json(model / "transformer" / "config.json")
+    embedded = config.get("num_class_embeds") or config.get("num_embeds_ada_norm")
+    null = _json(model / "distill.json").get("null_class")
+    if embedded is None:
+        return 1
+    if null is not None:
+        return null if null == embedded - 1 else embedded
+    if embedded in (DIGITS, DIGITS + 1):
+        return DIGITS
+    raise ValueError(
+        f"the network of {model} knows {embedded} labels; say how many are classes, --classes {embedded} or, if one "
+        f"stands for none, {embedded - 1}"
+    )
+
+
+def _json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.is_file() else {}
