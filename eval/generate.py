@@ -34,6 +34,7 @@ from eval.cost import hardware, measure, store
 from eval.protocols import Protocol, protocol
 from eval.sampler import Sampler, family_of, generator, load, pipeline_sampler, teacher_sampler
 
+Solver = Literal["pipeline", "heun", "ddim"]
 EDM = "ConsistencyModelPipeline"
 PADS = ("QwenImagePipeline",)  # they pad prompts to the longest of a call: rows would depend on their neighbours
 
@@ -54,7 +55,7 @@ class Sampling:
     steps: int | None = None  # by default an exported student's; a pipeline's own default; of an EDM teacher 18
     # the pipeline as it is, or our heun (2 steps - 1 calls) or ddim (steps calls) on the teacher's ODE; by default heun
     # for EDM teachers, else the pipeline
-    solver: Literal["pipeline", "heun", "ddim"] | None = None
+    solver: Solver | None = None
     # the pipeline's guidance_scale (true_cfg_scale), by default its own; of an exported student and of our solvers none
     guidance: float | None = None
     seed: int = 0  # of the noise; image i is a function of (seed, i) and of its prompt or label
@@ -136,8 +137,8 @@ class Sampling:
         return str(index(self.folder)["_class_name"])
 
     @property
-    def method(self) -> str:
-        """What samples: "pipeline", "heun" or "ddim"."""
+    def method(self) -> Solver:
+        """What samples: the given solver, or the default one."""
         teacher = self.about and not self.student and self.pipeline_class == EDM
         return self.solver or ("heun" if teacher else "pipeline")
 
@@ -333,11 +334,10 @@ def fill(work: Sampling, sampler: Sampler, ranks: Ranks) -> Share:
     from tqdm import tqdm
 
     out, wanted, rows = work.out, work.asked.conditions, work.height
-    size, batch = work.plan and work.plan.size, work.batch or rows
+    size, batch = work.plan.size if work.plan else None, work.batch or rows
     there = {file.name for file in out.glob("*.png")}
-    done, left = [], []
-    for i in range(len(wanted)):
-        (done if folders.file_name(i) in there else left).append(i)
+    done = [i for i in range(len(wanted)) if folders.file_name(i) in there]
+    left = sorted(set(range(len(wanted))) - set(done))
     ranks.wait()  # all have looked before anyone writes: the shares are disjoint
     own = slice(ranks.index, None, ranks.count)
     share = Share({i: folders.digest(folders.level(out / folders.file_name(i))) for i in done[own]})
