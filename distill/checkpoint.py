@@ -6,6 +6,7 @@ and `state.json`. Random numbers need no state (draw.py), so a resumed run equal
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -14,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
@@ -28,10 +29,14 @@ def save(state: State, output_dir: Path, limit: int | None = None) -> Path:
     partial = output_dir / f".checkpoint-{state.step}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    for name, tensors in _tensors(state).items():
-        own = {key: t.detach().to("cpu", copy=True).contiguous() for key, t in tensors.items()}  # none may share memory
-        save_file(own, partial / f"{name}.safetensors")
-    (partial / "state.json").write_text(json.dumps({"step": state.step, "torch": torch.__version__}))
+    try:
+        for name, tensors in _tensors(state).items():
+            own = {key: t.detach().to("cpu", copy=True).contiguous() for key, t in tensors.items()}  # no shared memory
+            save_file(own, partial / f"{name}.safetensors")
+        (partial / "state.json").write_text(json.dumps({"step": state.step, "torch": torch.__version__}))
+    except BaseException:  # a full disk, say: what was written of it would keep it full
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(partial, folder)
     if limit is not None:
@@ -46,7 +51,8 @@ def load(state: State, folder: Path) -> None:
         path = folder / f"{name}.safetensors"
         if not path.is_file():
             raise ValueError(f"{folder} has no {path.name}: it is not a checkpoint of this method and networks")
-        stored = load_file(path)
+        file = opened(path)
+        stored = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         if name.startswith("optimizer_"):
             if not _load_optimizer(state.optimizers[name.removeprefix("optimizer_")], stored):
                 raise ValueError(f"{path} is not of this run's parameters: use the configuration of that run")
@@ -96,7 +102,7 @@ def fill(net: nn.Module, path: str | Path, role: str, backbone: nn.Module) -> No
     """
     shared = {id(t) for t in (*backbone.parameters(), *backbone.buffers())}
     buffers, own = dict(net.named_buffers()), {n: t for n, t in _named(net).items() if id(t) not in shared}
-    stored = [safe_open(file, "pt") for file in files(path, role)]
+    stored = [opened(file) for file in files(path, role)]
     shapes = {key: tuple(file.get_slice(key).get_shape()) for file in stored for key in file.keys()}  # noqa: SIM118
     trained = [name for name, p in net.named_parameters() if p.requires_grad]
     wrong = [f"it has no {name}" for name in trained if name not in shapes]
@@ -111,6 +117,21 @@ def fill(net: nn.Module, path: str | Path, role: str, backbone: nn.Module) -> No
     for file in stored:
         for name in own.keys() & file.keys():
             own[name].copy_(file.get_tensor(name))
+
+
+def full(error: Exception) -> bool:
+    """Whether an error of writing says that the disk or a quota is full; safetensors has the number in words only."""
+    said = re.search(r"os error (\d+)", str(error)) if isinstance(error, SafetensorError) else None
+    number = int(said[1]) if said else getattr(error, "errno", None)
+    return number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def opened(file: Path) -> Any:
+    """A safetensors file, to read tensors from; a ValueError if it is damaged."""
+    try:
+        return safe_open(file, "pt")
+    except SafetensorError as error:
+        raise ValueError(f"{file} is damaged or no safetensors file ({error})") from None
 
 
 def step(folder: Path) -> int:

@@ -7,6 +7,7 @@ python -m pipelines.export --from FILE --pretrained_model_name_or_path BASE --ou
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import sys
@@ -18,6 +19,7 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 import yaml
+from safetensors import SafetensorError
 from torch import nn
 
 from distill import checkpoint
@@ -56,7 +58,7 @@ def about(name: str, teacher: Teacher, base: str, method: str, config: str, aske
         if model:
             raise
         license = License("other", "that-of-the-teacher")
-    return About(name, base, license, method, config, model)
+    return About(re.sub(r"[^\w.-]+", "-", name), base, license, method, config, model)  # it goes into file names
 
 
 def export(
@@ -69,21 +71,39 @@ def export(
     Everything is read back by plain diffusers and compared with the student's own samples: an ExportError, and no
     folder, if anything differs.
     """
+    replaceable(folder)
     expected = reference(student, teacher, net)
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    write(student, teacher, merged(net), scheduler, partial)
-    facts = {"student": True, "steps": len(student.times), "times": list(student.times), "config": about.config}
-    (partial / "distill.json").write_text(json.dumps(facts | teacher.parts.asked, indent=1))
-    made, limits = singles(student, teacher, net, partial, about)
-    gaps = verified(partial, made, teacher, expected, len(student.times))
-    grid(expected.images * 2 - 1, columns=len(expected.prompts), side=256).save(partial / "samples.png")
-    lora = next((file.name for file in made if file.stem.endswith("_lora")), "")
-    text = page(student, teacher, scheduler, about, about.model or folder, expected.prompts[0], lora, limits)
-    (partial / "README.md").write_text(text)
+    try:
+        write(student, teacher, merged(net), scheduler, partial)
+        facts = {"student": True, "steps": len(student.times), "times": list(student.times), "config": about.config}
+        (partial / "distill.json").write_text(json.dumps(facts | teacher.parts.asked, indent=1))
+        made, limits = singles(student, teacher, net, partial, about)
+        gaps = verified(partial, made, teacher, expected, len(student.times))
+        grid(expected.images * 2 - 1, columns=len(expected.prompts), side=256).save(partial / "samples.png")
+        lora = next((file.name for file in made if file.stem.endswith("_lora")), "")
+        text = page(student, teacher, scheduler, about, about.model or folder, expected.prompts[0], lora, limits)
+        (partial / "README.md").write_text(text)
+    except (OSError, SafetensorError):  # a full disk, say: what was written would keep it full
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
+    for file in folder.rglob("*.safetensors"):
+        file.chmod((folder / "README.md").stat().st_mode)  # the library writes them for their owner alone
     return gaps
+
+
+def replaceable(folder: Path) -> None:
+    """ValueError if `folder` holds anything but an earlier export, for an export replaces the whole folder."""
+    facts = folder / "distill.json"
+    ours = facts.is_file() and json.loads(facts.read_text()).get("student") is True
+    if folder.exists() and not (ours or folder.is_dir() and not any(folder.iterdir())):
+        raise ValueError(f"{folder} exists, is no earlier export and would be replaced: choose another --output_dir")
+    parent = next(p for p in folder.absolute().parents if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise ValueError(f"{parent} is no folder that may be written to: choose another --output_dir")
 
 
 def verified(folder: Path, made: list[Path], teacher: Teacher, expected: Reference, steps: int) -> dict[str, float]:
@@ -248,15 +268,15 @@ class Again:
     """Export a run's newest checkpoint, or a published student, as a verified pipeline folder."""
 
     run: Annotated[str, tyro.conf.Positional] = ""  # a run's folder; its config.yaml says what the student is
-    checkpoint: str = "latest"  # of the run
+    checkpoint: str = "latest"  # of the run, or checkpoint-N
     published: Annotated[str, tyro.conf.arg(name="from")] = ""  # instead of a run: a published file or its folder
     layout: Literal["dmd2", "lightning", "lcm"] | None = None  # of that file; None: as its name says
     steps: int | None = None  # of that student; None: as its name says
-    teacher: Annotated[str, TEACHER] = ""  # the base of that file: folder or Hub name
+    teacher: Annotated[str, TEACHER] = ""  # the base of that file: folder or Hub name; of a run, if it has moved
     variant: str | None = None  # of the base's weight files: fp16
     resolution: int | None = None  # pixels of a side; None: what the base was trained for
-    output_dir: str = ""  # None is written over: the default is the run's own folder `pipeline`
-    push_to_hub: bool = False
+    output_dir: str = ""  # the folder to write; an earlier export there is replaced; none: `pipeline` in the run's
+    push_to_hub: bool = False  # upload the verified export
     hub_model_id: str | None = None  # user/name; None: the name of the run or of output_dir
     hub_private: bool = False  # a new repository on the Hub is private
     license: str | None = None  # of the student, where the teacher's is not known: apache-2.0, say, or NAME,URL
@@ -266,20 +286,24 @@ def trained(again: Again) -> tuple[Student, Teacher, Any, str, str, str]:
     """The averaged student of a run's checkpoint, its scheduler, the teacher's name, the method and configuration."""
     run = Path(again.run)
     if not (run / "config.yaml").is_file():
-        raise ValueError(f"no run at {again.run!r}: a run's folder has a config.yaml")
+        raise ValueError(f"no run at {again.run!r}: a run's folder has a config.yaml, its checkpoints are --checkpoint")
     text = (run / "config.yaml").read_text()
     tree, method = yaml.safe_load(text), text.partition("\n")[0].removeprefix("# ").lower()
     found = checkpoint.found(run)
-    chosen = found[-1:] if again.checkpoint == "latest" else [f for f in found if f.name == again.checkpoint]
+    if not found:
+        raise ValueError(f"{run} has no checkpoint yet: go on training with --resume_from_checkpoint latest")
+    named = Path(again.checkpoint).name
+    chosen = found[-1:] if named == "latest" else [f for f in found if f.name == named]
     if not chosen:
-        raise ValueError(f"no checkpoint {again.checkpoint!r} in {run}; there are {[f.name for f in found] or 'none'}")
-    teacher = opened(*(tree[key] for key in ("teacher", "revision", "variant", "resolution", "frames")))
+        raise ValueError(f"no checkpoint {again.checkpoint!r} in {run}; there are {[f.name for f in found]}")
+    base = again.teacher or tree["teacher"]
+    teacher = opened(base, *(tree[key] for key in ("revision", "variant", "resolution", "frames")))
     config = revived(StudentConfig, tree["student"])
     scheduler, times = carrying(teacher, config)
     net = config.lora(teacher.denoiser.net)
     checkpoint.fill(net, chosen[0], "student", teacher.denoiser.net)
     denoiser = replace(teacher.denoiser, net=net)
-    return Student(denoiser, times, config.scale, config.renoise), teacher, scheduler, tree["teacher"], method, text
+    return Student(denoiser, times, config.scale, config.renoise), teacher, scheduler, base, method, text
 
 
 def published(again: Again) -> tuple[Student, Teacher, Any, str, str, str]:
@@ -313,9 +337,12 @@ def main(again: Again) -> None:
         fail("give a run's folder, or a published student with --from FILE and its base")
     if again.published and not again.output_dir:
         fail("a published student needs --output_dir, the folder to write")
+    if again.published and not again.teacher:
+        fail("a published student needs its base: --pretrained_model_name_or_path, a folder or a name on the Hub")
     out = Path(again.output_dir or f"{again.run}/pipeline")
-    name = out.parent.name if out.name == "pipeline" else out.name
+    name = (out.parent if out.name == "pipeline" else out).resolve().name
     try:
+        replaceable(out)
         quiet()
         repository = hub.create(again.hub_model_id or name, again.hub_private) if again.push_to_hub else None
         student, teacher, scheduler, base, method, facts = trained(again) if again.run else published(again)
@@ -325,6 +352,10 @@ def main(again: Again) -> None:
             sys.stderr.write(f"pushed to {hub.push(out, repository)}\n")
     except (ValueError, ExportError) as error:
         fail(str(error))
+    except (OSError, SafetensorError) as error:
+        if not checkpoint.full(error):
+            raise
+        fail(f"the disk is full ({error}); {out} is as it was: free some space and give the same command again")
 
 
 def report(folder: Path, gaps: dict[str, float]) -> None:
