@@ -57,6 +57,10 @@ class LoRA:
             return masters(copy.deepcopy(net).requires_grad_(True))
         from peft import LoraConfig, inject_adapter_in_model
 
+        if absent := [t for t in self.targets if not any(f".{n}".endswith(f".{t}") for n, _ in net.named_modules())]:
+            layers = {n.rpartition(".")[2] for n, m in net.named_modules() if getattr(m, "weight", None) is not None}
+            known = sorted(name for name in layers if not name.isdigit())
+            raise ValueError(f"no module's name ends in the LoRA targets {absent}; the layers here end in {known}")
         net.requires_grad_(False)
         config = LoraConfig(r=self.rank, lora_alpha=self.alpha, target_modules=list(self.targets), bias="none")
         return masters(inject_adapter_in_model(config, shared(net)))

@@ -116,6 +116,8 @@ def build(
     shape: of one sample; c: an example condition of batch 1, to find the size of the discriminator's features.
     """
     student, fake = student or StudentConfig(), fake or FakeConfig()
+    if least := [update.every for update in method.updates() if update.every < 1]:
+        raise ValueError(f"every is {least[0]}; a player moves at most once a step, so it must be at least 1")
     if "null" in method.needs and teacher.null is None:
         raise ValueError(
             f"{type(method).__name__} with these guidance values needs a null condition, but the teacher is "
@@ -132,7 +134,11 @@ def build(
         shape,
     )
     for name in student.freeze:
-        nets.student.denoiser.net.get_submodule(name).requires_grad_(False)
+        try:
+            nets.student.denoiser.net.get_submodule(name).requires_grad_(False)
+        except AttributeError as error:
+            top = [child for child, _ in teacher.net.named_children()]
+            raise ValueError(f"no module {name!r} to freeze ({error}); at the top there are {top}") from None
     if student.init is not None:
         checkpoint.fill(nets.student.denoiser.net, student.init, "student", teacher.net)
     if "fake" in method.roles:
@@ -143,6 +149,8 @@ def build(
         nets.target = replace(teacher, net=twin(nets.student.denoiser.net).requires_grad_(False))
     if "disc" in method.roles:
         taps: tuple[str, ...] = method.taps  # type: ignore[attr-defined]
+        if not taps:
+            raise ValueError("taps is empty: the discriminator reads at least one module of the fake score")
         like = next(teacher.net.parameters())
         x, t = torch.zeros(1, *shape, device=like.device), torch.full((1,), 0.5, device=like.device).double()
         with torch.no_grad():

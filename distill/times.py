@@ -34,6 +34,9 @@ class Uniform(Law):
     low: float = 0.02
     high: float = 0.98
 
+    def __post_init__(self) -> None:
+        _ordered(0, self.low, self.high, 1)
+
     def __call__(self, draw: Draw, name: str, B: int, schedule: Schedule) -> Tensor:
         return self.low + (self.high - self.low) * draw.uniform(name, (B,)).double()
 
@@ -45,6 +48,9 @@ class Grid(Law):
     N: int = 1000
     low: int = 0
     high: int = 999
+
+    def __post_init__(self) -> None:
+        _ordered(0, self.low, self.high, self.N - 1)
 
     def __call__(self, draw: Draw, name: str, B: int, schedule: Schedule) -> Tensor:
         n = (draw.uniform(name, (B,)).double() * (self.high - self.low + 1)).floor() + self.low
@@ -69,6 +75,9 @@ class Karras(Law):
     low: float = 0.002
     high: float = 80.0
     rho: float = 7.0
+
+    def __post_init__(self) -> None:
+        _ordered(0, self.low, self.high, float("inf"))
 
     def __call__(self, draw: Draw, name: str, B: int, schedule: Schedule) -> Tensor:
         low, high = self.low ** (1 / self.rho), self.high ** (1 / self.rho)
@@ -105,6 +114,12 @@ class Fixed(Law):
 
     def __call__(self, draw: Draw, name: str, B: int, schedule: Schedule) -> Tensor:
         return torch.full((B,), self.t, dtype=torch.float64, device=draw.device)
+
+
+def _ordered(least: float, low: float, high: float, most: float) -> None:
+    """ValueError unless least <= low <= high <= most."""
+    if not least <= low <= high <= most:
+        raise ValueError(f"times from low = {low} to high = {high}; both lie in [{least}, {most}], low below high")
 
 
 def shift(t: Tensor, s: float) -> Tensor:

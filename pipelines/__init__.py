@@ -190,6 +190,8 @@ def load(
     parts = Parts(folder, variant, dtype)
     asked = {"resolution": resolution, "frames": frames}
     parts.asked = {key: value for key, value in asked.items() if value is not None}
+    if frames is not None and getattr(parts.family, "TASK", "") != "text-to-video":
+        raise ValueError(f"frames is {frames}, but {folder} is a {parts.index['_class_name']}, which makes no videos")
     return parts.family.load(parts, resolution, frames)
 
 
@@ -215,6 +217,12 @@ def located(name: str, revision: str | None = None, variant: str | None = None) 
             folder = Path(DiffusionPipeline.download(name, revision=revision, variant=variant, use_safetensors=True))
         except (OSError, ValueError) as error:
             raise ValueError(f"no teacher {name!r}, as a folder or on the Hub: {error}") from None
+    named = [part for part, entry in index(folder).items() if isinstance(entry, list) and entry[0] is not None]
+    if missing := [part for part in named if not (folder / part).is_dir()]:
+        raise ValueError(
+            f"{folder} is not a whole pipeline: its model_index.json names {', '.join(missing)}, and there is no such "
+            "folder: download or copy all of it"
+        )
     return folder
 
 
@@ -226,5 +234,9 @@ def index(folder: str | Path) -> dict[str, Any]:
             "no teacher given: pass --pretrained_model_name_or_path, a diffusers pipeline's folder or Hub name"
         )
     if not path.is_file():
-        raise ValueError(f"no teacher at {str(folder)!r}: a diffusers pipeline folder has a model_index.json")
-    return json.loads(path.read_text())
+        seen = "" if path.is_absolute() else f" (seen from {Path.cwd()})"
+        raise ValueError(f"no teacher at {str(folder)!r}: a diffusers pipeline folder has a model_index.json{seen}")
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is damaged: {error}") from None

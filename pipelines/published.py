@@ -22,6 +22,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from distill.checkpoint import opened
 from distill.lora import shared
 from pipelines.files import Adapter, part
 from pipelines.kohya import original_names
@@ -69,7 +70,7 @@ def known(path: Path, layout: str | None = None, steps: int | None = None) -> Kn
     name = f"{path.parent.name}/{path.name}".lower()
     layout = layout or next((key for key in STUDENTS if key in name), None)
     if layout not in STUDENTS:
-        raise ValueError(f"{path} could be any student: say which layout it has, one of {sorted(STUDENTS)}")
+        raise ValueError(f"{path} could be any student: say with --layout which it is, one of {sorted(STUDENTS)}")
     allowed, facts = STUDENTS[layout]
     found = re.search(r"(\d+)[_-]?step", name)
     steps = steps or (int(found[1]) if found else allowed[0])
@@ -123,9 +124,7 @@ def install(net: nn.Module, weights: dict[str, Tensor] | dict[str, Adapter]) -> 
 def _load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors of a file, and its lora_adapter_metadata, if any (diffusers; keys with the network's prefix)."""
     if path.suffix == ".safetensors":
-        from safetensors import safe_open
-
-        with safe_open(path, "pt") as file:
+        with opened(path) as file:
             metadata = file.metadata() or {}
             return {k: file.get_tensor(k) for k in file.keys()}, json.loads(metadata.get("lora_adapter_metadata", "{}"))
     if path.suffix != ".bin":

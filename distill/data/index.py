@@ -46,6 +46,7 @@ def belongs(folder: Path, index: dict[str, Any], teacher: Any, images: bool) -> 
         differ.append(f"its samples are {tuple(teacher.shape)}, those of the cache {tuple(index['shape'])}")
     if differ:
         again = command("image" in index["tables"], str(teacher.parts.folder), f"{folder}-{this['name']}")
+        again += "".join(f" --{key} {value}" for key, value in teacher.parts.asked.items() if key == "resolution")
         raise ValueError(
             f"the cache {folder} was made for {made['class']} {made['name']!r}, this teacher is {this['class']} "
             f"{this['name']!r} ({', '.join(differ)}): make one for it with\n  {again}"
