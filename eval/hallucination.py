@@ -95,7 +95,7 @@ def hallucination(folder: Path, reference: Path, teacher: Path, levels: tuple[fl
                 f"{path} must hold images {list(found.shape)} with labels for {teacher}; it holds "
                 f"{list(images.shape[1:])}, {'no labels' if labels is None else 'labels'}"
             )
-        return variance(renoised(found.denoiser, images, found.encode(labels), levels, seed))
+        return variance(renoised(found.denoiser, images, found.encode(labels.tolist()), levels, seed))
 
     return rate(hal(folder), hal(reference))
 

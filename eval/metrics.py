@@ -240,7 +240,7 @@ def cmmd(fake: Set, real: Set, strata: Tensor | None = None, sigma: float = 10.0
         """E over y of k(x_i, y), [N]."""
         out = []
         for a in _unit(chunks(x)):
-            out.append(sum(near(a, b).sum(1) for b in _unit(chunks(y))) / count(y))
+            out.append(torch.stack([near(a, b).sum(1) for b in _unit(chunks(y))]).sum(0) / count(y))
         return torch.cat(out)
 
     own, cross, other = means(fake, fake), means(fake, real), means(real, real)
@@ -491,7 +491,7 @@ class Metric:
     better: Literal["lower", "higher"]
     interval: Literal["influence", "halving", "mean", "splits"]
     source: str
-    needs: tuple[Literal["reference", "labels", "texts", "seeds"], ...] = ()  # seeds: several images of a prompt
+    needs: tuple[str, ...] = ()  # of reference, labels, texts, seeds (several images of a prompt)
     patch: int | None = None  # the extractor sees the centre of this size
     run: bool = False  # whether it was ever run here with the real weights of its extractor
 
@@ -542,7 +542,7 @@ G14, L336 = "open_clip:ViT-g-14/laion2b_s12b_b42k", "clip:openai/clip-vit-large-
 METRICS: dict[str, Metric] = {
     "fid": Metric(_fid, "inception-clean", "lower", "influence", f"{FRECHET}; resize of clean-fid", REFERENCE),
     "patch_fid": Metric(
-        _fid, "inception-clean", "lower", "influence", "Chai et al. 2022, arXiv 2204.07156; 299 centre", REFERENCE, 299
+        _fid, "inception-clean", "lower", "influence", "Lin et al. 2024, arXiv 2402.13929; 299 centre", REFERENCE, 299
     ),
     "fd_dinov2": Metric(
         _fid, "dinov2", "lower", "influence", "Stein et al. 2023, arXiv 2306.04675; DINOv2 ViT-L/14", REFERENCE

@@ -10,6 +10,7 @@ commit, hardware, metrics {name: {value, low, high, n}}, cost, samples (the fold
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from collections.abc import Callable
 from dataclasses import replace
@@ -126,10 +127,15 @@ def custom(folder: Folder, metrics: tuple[str, ...], extractor: str | None, othe
         measures.append(Measure(name, extractor or entry.extractor, prepare, prepare if entry.needs else None))
         if "reference" in entry.needs and other is None and name not in ALONE:
             raise ValueError(f"metric {name} compares with real images: name their folder by --reference")
-    files = [] if other is None else listing(other)
+    files = [] if other is None else _reference_files(other)
     size = max(folder.manifest.get("shape", [0]))
     return Protocol("custom", "", len(folder.files), size, tuple(measures), None, None, len(files),
                     source=images_hash(files))  # fmt: skip
+
+
+def _reference_files(path: Path) -> list[Path]:
+    """The images of a folder, or a file of stored moments. ValueError where there is neither."""
+    return [path] if path.suffix == ".npz" and path.is_file() else listing(path)
 
 
 def score(
@@ -240,6 +246,11 @@ def _row(found: Folder, p: Protocol, made: dict[str, Score], nets: dict[str, str
     }
 
 
+def main_process() -> bool:
+    """Whether this process, of those of one launch, writes."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
 @cache
 def commit() -> str | None:
     """The commit of this project's checkout; None where it was installed without git."""
@@ -270,7 +281,7 @@ def scores(
         protocol: its name (python -m eval.protocols); by default the one that a folder was made for, else digits.
         metrics: only these of the protocol; without a protocol, any of eval/metrics.py.
         extractor: without a protocol: the extractor of all metrics, by default each one's own.
-        reference: a folder of real images instead of the protocol's.
+        reference: a folder of real images, or an .npz with mu and sigma, instead of the protocol's.
         use: EXTRACTOR=EXTRACTOR, for example to name local weights; rows carry the hash of what was used.
         batch: images per call of an extractor.
         workers: threads that read and resize.
@@ -280,14 +291,14 @@ def scores(
     if not folder:
         raise ValueError("no folder was given; name at least one after --folder")
     if reference is not None:
-        listing(reference)
+        _reference_files(reference)
     found, failed = [], []
     for path in tqdm(folder, unit="folder", desc="score", leave=False, disable=len(folder) < 2):
         try:
             found.append(score(path, protocol, metrics, extractor, reference, use, batch, workers))
         except ValueError as error:
             failed.append(str(error))
-    if out is not None and found:
+    if out is not None and found and main_process():
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(found, indent=1) + "\n")
     if failed:
@@ -303,9 +314,9 @@ def main() -> None:
     from eval.cli import run
     from eval.report import table
 
-    found = table(run(scores))
-    for one in found if isinstance(found, list | tuple) else [found]:
-        Console().print(one)
+    for one in table(run(scores)):
+        if main_process():
+            Console().print(one)
 
 
 if __name__ == "__main__":

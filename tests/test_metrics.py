@@ -397,9 +397,8 @@ def test_wrong_prompts_cost_clip_score(clip, tmp_path):
     with torch.no_grad():
         out = theirs(**tokens, pixel_values=x)
     expected = (out.image_embeds * out.text_embeds).sum(1).mean().item()  # transformers normalises both
-    five = score(
-        with_prompts(tmp_path / "five", images[:5], right[:5]), metrics=("clip_score",), extractor=f"clip:{clip}"
-    )
+    folder = with_prompts(tmp_path / "five", images[:5], right[:5])
+    five = score(folder, metrics=("clip_score",), extractor=f"clip:{clip}")
     assert five["metrics"]["clip_score"]["value"] == pytest.approx(expected, rel=1e-5)
 
 
@@ -489,10 +488,8 @@ def test_fixed_labels_narrow_the_interval():
     g = torch.Generator().manual_seed(0)
     labels = torch.arange(400) % 2
     make = lambda: torch.randn(400, 4, generator=g) + 6 * labels[:, None]
-    real, sets = (
-        torch.randn(1000, 4, generator=g) + 6.5 * (torch.arange(1000) % 2)[:, None],
-        [make() for _ in range(60)],
-    )
+    real = torch.randn(1000, 4, generator=g) + 6.5 * (torch.arange(1000) % 2)[:, None]
+    sets = [make() for _ in range(60)]
     spread = torch.tensor([fid(x, real).value for x in sets]).std().item()
     strata, plain = fid(sets[0], real, labels), fid(sets[0], real)
     assert (strata.high - strata.value) / metrics.Z == pytest.approx(spread, rel=0.3)
@@ -580,9 +577,8 @@ def test_any_metric_under_any_extractor(tmp_path):
     images, labels = digits("heldout")
     folders.write(tmp_path / "a", images[:120], labels[:120])
     folders.write(tmp_path / "b", images[200:400])
-    names = tuple(
-        name for name, m in METRICS.items() if "texts" not in m.needs and name not in ("fd_heldout", "fd_train")
-    )
+    digits_only = ("fd_heldout", "fd_train")
+    names = tuple(name for name, m in METRICS.items() if "texts" not in m.needs and name not in digits_only)
     row = score(tmp_path / "a", metrics=names, extractor="random", reference_folder=tmp_path / "b")
     split = {"precision_recall": ("precision", "recall"), "density_coverage": ("density", "coverage")}
     assert set(row["metrics"]) == set(itertools.chain(*(split.get(name, (name,)) for name in names)))
@@ -590,6 +586,24 @@ def test_any_metric_under_any_extractor(tmp_path):
     assert row["protocol"] == "custom"
     other = score(tmp_path / "a", metrics=("kid",), extractor="random", reference_folder=tmp_path / "a")
     assert other["protocol_hash"] != row["protocol_hash"]
+
+
+def test_stored_moments_are_a_reference(tmp_path):
+    """mu and sigma of EDM's kind of file: the distance is that of the folder; what needs images says so."""
+    images, labels = digits("heldout")
+    folders.write(tmp_path / "a", digits("train")[0][:300])
+    folders.write(tmp_path / "b", images)
+    moments = metrics.moments(features(tmp_path / "b", load("digits")))
+    np.savez(tmp_path / "b.npz", mu=moments.mean.numpy(), sigma=moments.cov.numpy())
+    how = {"metrics": ("fid",), "extractor": "digits"}
+    one, other = (score(tmp_path / "a", reference_folder=tmp_path / name, **how) for name in ("b", "b.npz"))
+    assert one["metrics"]["fid"]["value"] == pytest.approx(other["metrics"]["fid"]["value"], rel=1e-9)
+    assert one["protocol_hash"] != other["protocol_hash"]
+    with pytest.raises(ValueError, match="needs a folder of reference images, not their mean"):
+        score(tmp_path / "a", metrics=("kid",), extractor="digits", reference_folder=tmp_path / "b.npz")
+    np.savez(tmp_path / "c.npz", x=moments.mean.numpy())
+    with pytest.raises(ValueError, match="c.npz does not hold the arrays mu and sigma"):
+        score(tmp_path / "a", reference_folder=tmp_path / "c.npz", **how)
 
 
 def test_wrong_requests_are_one_clear_error(tmp_path):
