@@ -225,7 +225,7 @@ def announce(folder: Path, index: dict[str, Any]) -> None:
         lines.append(
             f"{name}: {entry['total']:,} x {entry['bytes']:,.0f} bytes = {human(entry['total'] * entry['bytes'])}"
         )
-        lines[-1] += f" in {shards} shards" + f", {whole} of them written" * bool(whole)
+        lines[-1] += f" in {shards} shard{'s' * (shards > 1)}" + f", {whole} of them written" * bool(whole)
     sys.stderr.write("\n".join(lines) + "\n")
     near = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     free = shutil.disk_usage(near).free

@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from pipelines.license import License, hub_name
+from pipelines.license import UNKNOWN, License, hub_name
 
 NEGATIVE = "Negative prompts do nothing: guidance is built in, and the call switches the pipeline's own off."
 OTHER = "Other numbers of steps and guidance scales than the call's were neither trained nor verified."
 BODY = """# {name}
 
-A {kind} of {base} with {steps} network call(s), distilled with {method}. Plain diffusers runs it:
+A {kind} of {base} with {calls}{method}. Plain diffusers runs it:
 
 ```python
 {code}
@@ -26,7 +26,7 @@ A {kind} of {base} with {steps} network call(s), distilled with {method}. Plain 
 
 ## Licence
 
-The student is derived from {base} and stands under the same licence, {license}.
+The student is derived from {base} and stands under the same licence{license}.
 
 ## Training
 
@@ -36,6 +36,17 @@ The resolved configuration:
 {config}
 ```
 """
+
+
+METHODS = {"dmd2": "DMD2", "sid": "SiD", "vsd": "VSD", "lcd": "consistency distillation", "lcm": "LCM", "scm": "sCM"}
+FILES = {  # end of a file's name: what it is
+    "_unet.safetensors": "the network alone, in half precision",
+    "_transformer.safetensors": "the network alone, in half precision",
+    "_lora.safetensors": "the LoRA, for `pipe.load_lora_weights`",
+    "_lora_comfy.safetensors": "the same LoRA in kohya's names, for ComfyUI and A1111",
+    "_comfyui.json": "a workflow for ComfyUI; put your file of the base in place of BASE.safetensors",
+    "distill.json": "the times and the configuration; diffusers does not read it",
+}
 
 
 class Result(NamedTuple):
@@ -60,16 +71,16 @@ def code(
     lora: load `base` instead, with the file `lora` of `model` on it and the model's scheduler, which is of that class.
     """
     where = json.dumps(str(model))  # a literal of Python too, whatever the path holds
+    given = "torch_dtype=torch.float32" + "".join(f", {name}=None" for name in absent)
+    head = "import torch\nfrom diffusers import DiffusionPipeline"
     if not lora:
-        given = "".join(f", {name}=None" for name in absent)
-        load = f"from diffusers import DiffusionPipeline\n\npipe = DiffusionPipeline.from_pretrained({where}{given})\n"
-        return load + call.strip()
+        return f"{head}\n\npipe = DiffusionPipeline.from_pretrained({where}, {given})\n{call.strip()}"
     return (
-        f"from diffusers import DiffusionPipeline, {scheduler}\n\n"
+        f"{head}, {scheduler}\n\n"
         f'scheduler = {scheduler}.from_pretrained({where}, subfolder="scheduler")\n'
-        f"pipe = DiffusionPipeline.from_pretrained({json.dumps(str(base))}, scheduler=scheduler)\n"
-        f"pipe.load_lora_weights({where}, weight_name={json.dumps(lora)})\n"
-    ) + call.strip()
+        f"pipe = DiffusionPipeline.from_pretrained({json.dumps(str(base))}, scheduler=scheduler, {given})\n"
+        f"pipe.load_lora_weights({where}, weight_name={json.dumps(lora)})\n{call.strip()}"
+    )
 
 
 def card(
@@ -88,12 +99,14 @@ def card(
     limits: Sequence[str] = (NEGATIVE,),
     results: Sequence[Result] = (),
     datasets: Sequence[str] = (),
+    files: Sequence[str] = (),
 ) -> str:
     """README.md of an exported folder.
 
     base: the teacher, a name on the Hub or a folder. code, lora: the programs (see `code`) that run the folder and its
     LoRA file; without the first the folder is an adapter. config: YAML. samples: a picture in the folder, of `prompt`.
-    limits: what does not work. results: for the Hub's model-index. datasets: names on the Hub.
+    limits: what does not work. results: for the Hub's model-index. datasets: names on the Hub. files: beside the
+    pipeline, to be told of.
     """
     from huggingface_hub import ModelCardData
 
@@ -112,13 +125,16 @@ def card(
         base_model=hub,
         library_name="diffusers",
         pipeline_tag=task,
-        tags=[task, "diffusers", calls, method, family, *(["lora"] if lora else [])],
+        tags=[task, "diffusers", calls, *([method] if method else []), family, *(["lora"] if lora else [])],
         datasets=list(datasets) or None,
         **facts,
     )
     rest = f"\n![samples]({samples})\n" if samples else ""
     if lora and code:
         rest += f"\nThe LoRA on its base:\n\n```python\n{lora}\n```\n"
+    told = [(file, what) for file in files for end, what in FILES.items() if file.endswith(end)]
+    if told:
+        rest += "\n## Files beside the pipeline\n\n" + "".join(f"- `{file}`: {what}\n" for file, what in told)
     if results:
         rest += f"\n{_table(results)}"
     title = license.name or license.id
@@ -126,12 +142,16 @@ def card(
         name=name,
         kind=f"{calls} {'student' if code else 'LoRA'}",
         base=f"[{hub}](https://huggingface.co/{hub})" if hub else Path(base).name,
-        steps=steps,
-        method=method,
+        calls="one network call" if steps == 1 else f"{steps} network calls",
+        method=f", distilled with {METHODS.get(method, method)}" if method else "",
         code=code or lora,
         rest=rest,
         limits="\n".join(f"- {limit}" for limit in (*limits, OTHER)),
-        license=f"[{title}]({license.link})" if license.link else title,
+        license=", which was not found: name it with `--license` before you share this"
+        if license == UNKNOWN
+        else f", [{title}]({license.link})"
+        if license.link
+        else f", {title}",
         config=config.strip(),
     )
     return f"---\n{data.to_yaml()}\n---\n\n{body}"

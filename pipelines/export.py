@@ -32,7 +32,7 @@ from pipelines import FAMILIES, ExportError, Teacher, comfy, files, hub, kohya, 
 from pipelines import published as others
 from pipelines.card import NEGATIVE, Result, card, code
 from pipelines.latents import factor
-from pipelines.license import License, license_of
+from pipelines.license import UNKNOWN, License, license_of
 from pipelines.scheduler import scheduler as carrying
 from pipelines.verify import HALF, TOLERANCE, Reference, compare, place, reference, settled
 
@@ -57,7 +57,7 @@ def about(name: str, teacher: Teacher, base: str, method: str, config: str, aske
     except ValueError:
         if model:
             raise
-        license = License("other", "that-of-the-teacher")
+        license = UNKNOWN
     return About(re.sub(r"[^\w.-]+", "-", name), base, license, method, config, model)  # it goes into file names
 
 
@@ -83,7 +83,9 @@ def export(
         gaps = verified(partial, made, teacher, expected, len(student.times))
         grid(expected.images * 2 - 1, columns=len(expected.prompts), side=256).save(partial / "samples.png")
         lora = next((file.name for file in made if file.stem.endswith("_lora")), "")
-        text = page(student, teacher, scheduler, about, about.model or folder, expected.prompts[0], lora, limits)
+        beside = sorted(file.name for file in partial.iterdir() if file.is_file())
+        where = about.model or folder
+        text = page(student, teacher, scheduler, about, where, expected.prompts[0], lora, limits, beside)
         (partial / "README.md").write_text(text)
     except (OSError, SafetensorError):  # a full disk, say: what was written would keep it full
         shutil.rmtree(partial, ignore_errors=True)
@@ -125,8 +127,11 @@ def verified(folder: Path, made: list[Path], teacher: Teacher, expected: Referen
 
 
 def lacking(teacher: Teacher) -> list[str]:
-    """Components that the teacher's folder names and does not have: SD3 without T5."""
-    return [name for name, entry in teacher.parts.index.items() if entry == [None, None]]
+    """Components that from_pretrained asks for and the teacher's folder does not have: SD3 without T5."""
+    import diffusers
+
+    optional = getattr(diffusers, teacher.parts.index["_class_name"])._optional_components
+    return [n for n, entry in teacher.parts.index.items() if entry == [None, None] and n not in optional]
 
 
 def page(
@@ -138,6 +143,7 @@ def page(
     prompt: Any,
     lora: str,
     limits: Sequence[str],
+    beside: Sequence[str] = (),
 ) -> str:
     """The model card."""
     family, steps = teacher.parts.family, len(student.times)
@@ -151,12 +157,13 @@ def page(
         steps,
         about.config,
         code=code(program, where, absent=lacking(teacher)),
-        lora=code(program, where, about.base, lora, type(scheduler).__name__) if lora else "",
+        lora=code(program, where, about.base, lora, type(scheduler).__name__, lacking(teacher)) if lora else "",
         task=getattr(family, "TASK", "text-to-image"),
         samples="samples.png",
         prompt=str(prompt),
         limits=limits,
         results=about.results,
+        files=beside,
     )
 
 
@@ -327,7 +334,7 @@ def published(again: Again) -> tuple[Student, Teacher, Any, str, str, str]:
     scheduler, times = carrying(replace(teacher, denoiser=denoiser), config)
     student = Student(denoiser, times, known.scale, known.renoise)
     facts = yaml.safe_dump({"from": path.name, "student": {**asdict(known), "indices": [*known.indices]}})
-    return student, teacher, scheduler, again.teacher, again.layout or "distilled", facts
+    return student, teacher, scheduler, again.teacher, again.layout or "", facts
 
 
 def main(again: Again) -> None:

@@ -15,6 +15,7 @@ class License(NamedTuple):
     link: str | None = None
 
 
+UNKNOWN = License("other", "that-of-the-teacher")  # for students that are not published
 _DECLARED = {  # licence: the teachers whose pages on the Hub declare it
     License("creativeml-openrail-m"): "stable-diffusion-v1-5/stable-diffusion-v1-5",
     License("openrail++"): """

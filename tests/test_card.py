@@ -11,7 +11,7 @@ import yaml
 from hub_server import Hub, client, environment
 
 from pipelines.card import NEGATIVE, Result, card, code, snippet
-from pipelines.license import BASES, License, hub_name, license_of
+from pipelines.license import BASES, UNKNOWN, License, hub_name, license_of
 
 SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
 CONFIG = "method:\n  guidance: 7.0\nmax_train_steps: 2\n"
@@ -55,6 +55,18 @@ def test_an_adapter_one_step_and_an_unknown_base():
     text = made(base="runs/digits/teacher", license=License("mit"), limits=())
     assert not {"base_model", "base_model_relation"} & metadata(text).keys(), "the Hub refuses a path"
     assert "student of teacher with" in text and NEGATIVE not in text
+
+
+def test_it_reads_like_a_sentence():
+    """One call or several, the method by its name, an unknown licence, and what each file is for."""
+    assert "with 4 network calls, distilled with DMD2. Plain" in made()
+    assert "with one network call. Plain" in made(steps=1, method="")
+    assert metadata(made(method=""))["tags"] == ["text-to-image", "diffusers", "few-step", "sdxl"]
+    assert "the same licence, which was not found: name it with `--license`" in made(license=UNKNOWN)
+    text = made(files=["README.md", "a_4step_lora.safetensors", "a_4step_lora_comfy.safetensors"])
+    assert "- `a_4step_lora.safetensors`: the LoRA, for" in text and "`README.md`" not in text
+    assert "- `a_4step_lora_comfy.safetensors`: the same LoRA in kohya's names" in text
+    assert "Files beside" not in made()
 
 
 def test_an_evaluation_is_the_model_index():
