@@ -264,11 +264,16 @@ def test_a_full_disk(said, home):
     assert "the disk is full" in text and "go on with --resume_from_checkpoint latest" in text
     assert [p.name for p in checkpoint.found(run)] == ["checkpoint-1"] and not list(run.glob(".*"))
 
+    assert said("dmd2_sdxl", flags).startswith("error: disk already holds a run")
     with full(export, "write"):
         text = said("dmd2_sdxl", f"{flags} --resume_from_checkpoint latest")
     assert "the disk is full" in text and "go on with --resume_from_checkpoint latest" in text
     assert [p.name for p in checkpoint.found(run)] == ["checkpoint-1", "checkpoint-2"]
     assert not (run / "pipeline").exists() and not list(run.glob(".*"))
+
+    with full(export, "write"):
+        text = said("dmd2_sdxl", f"{flags} --resume_from_checkpoint latest")
+    assert "checkpoint-2 is at --max_train_steps already: nothing to train" in text
 
     export.main(export.Again("disk", output_dir="a student"))
     made = home / "a student"
