@@ -50,7 +50,7 @@ def parameters(pipe: Any) -> int:
 def measure(
     make: Callable[[int], Any],
     batch: int = 8,
-    seconds: float = 3.0,
+    seconds: float = 0.5,
     device: str | torch.device = "cpu",
 ) -> dict[str, Any]:
     """Time `make(k)`, which makes k images on `device` -> latency, images_per_second, peak_memory, batch, hardware.

@@ -70,8 +70,8 @@ class Entry:
         for seed in self.seeds:
             command = [*launch, *self.sampling(folder, seed)]
             todo[f"{name}-{seed}"] = Job(f"sample {name}, seed {seed}", command)
-        flags = {"folder": [folder / f"images-{seed}" for seed in self.seeds], "out": folder / "rows.json"}
-        todo[name] = Job(f"score {name}", ["-m", "eval.score", *_flags(flags | dict(self.score))], tuple(todo))
+        asked = {"folder": [folder / f"images-{seed}" for seed in self.seeds], "out": folder / "rows.json"}
+        todo[name] = Job(f"score {name}", ["-m", "eval.score", *flags(asked | dict(self.score))], tuple(todo))
         return todo
 
     def cost(self, folder: Path) -> Job:
@@ -83,11 +83,12 @@ class Entry:
         """The command of its images of one seed."""
         where = {"model": self.model, "out": folder / f"images-{seed}", "name": self.name, "seed": seed}
         how = {"steps": self.steps, "guidance": self.guidance, "n": self.n, "base": self.base}
-        flags = where | {"protocol": self.protocol} | how | dict(self.generate)
-        return ["-m", "eval.generate", "--overwrite", *_flags(flags)]
+        asked = where | {"protocol": self.protocol} | how | dict(self.generate)
+        return ["-m", "eval.generate", "--overwrite", *flags(asked)]
 
 
-def _flags(given: Mapping[str, Any]) -> list[str]:
+def flags(given: Mapping[str, Any]) -> list[str]:
+    """Names with values as words of a command line; None is left out."""
     words: list[str] = []
     for key, value in given.items():
         if isinstance(value, bool):
@@ -159,7 +160,7 @@ def evaluate(todo: Sequence[Entry], out: Path, workers: int = 1, cost: bool = Tr
     folders = {e.title: out / "entries" / e.title for e in todo}
     requests = {e.title: e.request() for e in todo}
     stages = {e.title: e.jobs(folders[e.title]) for e in todo}
-    left = [name for name in stages if _stored(folders[name] / "done.json") != requests[name]]
+    left = [name for name in stages if stored(folders[name] / "done.json") != requests[name]]
     jobs = {stage: job for name in left for stage, job in stages[name].items()}
     failed = run(jobs, out, workers, patient=True) if jobs else {}
     timed = {f"{e.title}-cost": e.cost(folders[e.title]) for e in todo if e.title in left and e.title not in failed}
@@ -170,14 +171,15 @@ def evaluate(todo: Sequence[Entry], out: Path, workers: int = 1, cost: bool = Tr
         if wrong := [failed[stage] for stage in (*stages[name], f"{name}-cost") if stage in failed]:
             why[name] = wrong[0]
             continue
-        (row,) = mean(checked(_stored(folder / "rows.json"), str(folder / "rows.json")))
-        measured = (_stored(folder / "cost.json") or {}) if cost else {}
+        (row,) = mean(checked(stored(folder / "rows.json"), str(folder / "rows.json")))
+        measured = (stored(folder / "cost.json") or {}) if cost else {}
         rows.append({**row, "cost": {**(row.get("cost") or {}), **measured}})
         store(folder / "done.json", requests[name])
     return rows, why
 
 
-def _stored(path: Path) -> Any:
+def stored(path: Path) -> Any:
+    """The JSON of a file; None where it is absent or broken."""
     try:
         return json.loads(path.read_text()) if path.is_file() else None
     except ValueError:

@@ -62,8 +62,7 @@ def run(todo: dict[str, Job], out: Path, workers: int, patient: bool = False) ->
                 break
         if code:
             how = "failed" if code > 0 else f"was killed by signal {-code}"
-            end = "\n".join(log.read_text(errors="replace").splitlines()[-12:])
-            raise Failed(f"'{todo[name].title}' {how}; the end of {log}:\n{end}")
+            raise Failed(f"'{todo[name].title}' {how}; {_end(log)}")
 
     done: set[str] = set()
     failed: dict[str, str] = {}
@@ -99,6 +98,13 @@ def run(todo: dict[str, Job], out: Path, workers: int, patient: bool = False) ->
                 for process in processes:
                     process.terminate()
     return failed
+
+
+def _end(log: Path) -> str:
+    """A command's own message, else the last lines that it wrote."""
+    lines = log.read_text(errors="replace").splitlines()
+    told = [i for i, line in enumerate(lines) if line.startswith("error: ")]
+    return "\n".join(lines[told[-1] :]) if told else "\n".join([f"the end of {log}:", *lines[-12:]])
 
 
 def _progress(log: Path | None) -> dict[str, Any]:

@@ -178,6 +178,13 @@ def is_real(row: Row) -> bool:
     return row.get("kind") == "real"
 
 
+def real(like: Row, name: str, **metrics: float) -> Row:
+    """A row of real images beside those of `like`'s protocol: what a perfect model would have."""
+    keys = ("protocol", "protocol_hash", "n", "extractor", "extractor_hash")
+    figures = {key: {"value": value} for key, value in metrics.items()}
+    return {"model": name, "kind": "real", **{key: like.get(key) for key in keys}, "metrics": figures}
+
+
 def label(row: Row, rows: Iterable[Row]) -> str:
     """The model, with steps and guidance where another row of that model has others."""
     same = [r for r in rows if r["model"] == row["model"]]
@@ -269,7 +276,7 @@ def headline(board: Board) -> str:
 
 
 def table(rows: Sequence[Row]) -> list[Table]:
-    """A rich table a board, for a terminal of 80 columns: figures with their ranks; intervals are on the page."""
+    """A rich table a board, for 80 columns: figures, the first with its rank, calls and latency; the page has all."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
@@ -279,11 +286,18 @@ def table(rows: Sequence[Row]) -> list[Table]:
         one = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, title=Text(board.title))
         one.title_justify = "left"
         found = columns(board)
+        for name in ("images/s", "parameters", "peak memory", "training"):
+            found.pop(name, None)
         for heading in found:
-            one.add_column(pretty(heading), justify="left" if heading == "model" else "right")
+            justify: Any = "left" if heading == "model" else "right"
+            words = [w if len(w) < 9 else f"{w[:5]}-\n{w[5:]}" for w in pretty(heading).split()]
+            one.add_column("\n".join(words), justify=justify, no_wrap=True)
         for i, row in enumerate((*board.rows, *board.real)):
-            cells = [f"{c[i].text} {f'({c[i].rank})' if c[i].rank else ''}".strip() for c in found.values()]
-            one.add_row(*cells, style="dim" if is_real(row) else None if is_teacher(row) else "bold")
+            cells = []
+            for heading, column in found.items():
+                rank = f" ({column[i].rank})" if column[i].rank and heading == board.metrics[0] else ""
+                cells.append(column[i].text + rank)
+            one.add_row(*map(Text, cells), style="dim" if is_real(row) else None if is_teacher(row) else "bold")
         one.caption, one.caption_justify = "(1) is the rank; overlapping intervals are a tie and share it", "left"
         out.append(one)
     return out
