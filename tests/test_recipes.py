@@ -482,7 +482,7 @@ def test_push_to_hub(broken, tmp_path):
             if file.is_file():
                 assert repo.files[f"{file.relative_to(tmp_path / 'run' / 'pipeline')}"] == file.read_bytes()
         card = repo.files["README.md"].decode()
-        assert 'from_pretrained("ada/student")' in card and "license: cc-by-4.0" in card
+        assert 'from_pretrained("ada/student", torch_dtype=torch.float32)' in card and "license: cc-by-4.0" in card
 
 
 # ---- trackers ----
