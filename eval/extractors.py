@@ -128,7 +128,6 @@ def inception_logits(weights: str = "") -> Extractor:
     return Extractor("inception-logits", hash, "clean:299", run)
 
 
-@cache
 def _torchscript(weights: str) -> tuple[Any, str]:
     path = Path(weights) if weights else cache_folder() / INCEPTION
     if not path.is_file():
@@ -136,6 +135,12 @@ def _torchscript(weights: str) -> tuple[Any, str]:
             f"there is no file {path}; inception needs {INCEPTION}, the TorchScript file that clean-fid fetches: "
             f"put it there, or name it by inception-clean:PATH"
         )
+    return _script(path.resolve())
+
+
+@cache
+def _script(path: Path) -> tuple[Any, str]:
+    """The network, shared by three extractors, and its hash."""
     try:
         net = torch.jit.load(str(path), map_location=device()).eval()
     except RuntimeError as error:
