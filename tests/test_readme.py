@@ -44,7 +44,7 @@ def test_three_commands(place):
     assert done.returncode == 0, done.stderr[-3000:]
     with Image.open(place / "fox.png") as picture:
         assert np.asarray(picture).std() > 1
-    assert (place / "sdxl-4step" / "README.md").is_file()
+    assert (place / "sdxl-dmd2" / "README.md").is_file()
 
 
 def test_links():
