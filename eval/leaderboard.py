@@ -115,7 +115,8 @@ def results(rows: Sequence[Row]) -> list[Result]:
     out = []
     for board in boards(rows):
         for row in board.rows:
-            how = [board.title, *(f"{row[key]:g} {key}" for key in ("steps",) if row.get(key))]
+            count = row.get("steps")
+            how = [board.title, *([f"{count} step{'s' if count > 1 else ''}"] if count else [])]
             how += [f"guidance {row['guidance']:g}"] if row.get("guidance") not in (None, 0, 1) else []
             out += [Result(", ".join(how), pretty(name), m["value"]) for name, m in row["metrics"].items()]
     return out

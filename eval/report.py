@@ -143,7 +143,8 @@ def mean(rows: Sequence[Row]) -> list[Row]:
             metrics[name] = figure
         for key in COSTS:
             measured = [c[key] for c in (row.get("cost") or {} for row in group) if c.get(key) is not None]
-            cost |= {key: fmean(measured)} if measured else {}
+            same = len(set(measured)) == 1  # an integer stays one
+            cost |= {key: measured[0] if same else fmean(measured)} if measured else {}
         seeds = sorted({seed for row in group for seed in row.get("seeds") or []})
         runs = {"runs": sorted({row["run"] for row in group if "run" in row})} if "run" in first else {}
         out.append({**first, "metrics": metrics, "cost": cost, "seeds": seeds, **runs})

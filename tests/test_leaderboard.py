@@ -138,7 +138,7 @@ def test_the_mean_of_seeds():
     nested = [row("a", v + d, seeds=[j], run=i) for i, v in enumerate((9.0, 10.0, 11.0)) for j, d in ((0, -1), (1, 1))]
     (both,) = mean(nested)
     assert both["metrics"]["fid"]["high"] == pytest.approx(figure["high"]) and both["metrics"]["fid"]["n"] == 6
-    assert both["runs"] == [0, 1, 2]
+    assert both["runs"] == [0, 1, 2] and type(both["cost"]["nfe"]) is int
     (single,) = mean(nested[:2])
     assert "low" not in single["metrics"]["fid"], "noise seeds of one training run say nothing about another run"
     assert mean([rows[0], row("b", 1.0)]) == [rows[0], row("b", 1.0)]
@@ -175,13 +175,13 @@ def test_figures_go_into_a_models_card(tmp_path):
     first = (folder / "README.md").read_text()
     found = ModelCard(first).data
     assert [(r.metric_name, r.metric_value, r.dataset_name) for r in found.eval_results] == [
-        ("FID", 10.4, "p [aa11], n = 2,000, extractor net e1, 1 steps"),
-        ("precision", pytest.approx(0.796), "p [aa11], n = 2,000, extractor net e1, 1 steps"),
+        ("FID", 10.4, "p [aa11], n = 2,000, extractor net e1, 1 step"),
+        ("precision", pytest.approx(0.796), "p [aa11], n = 2,000, extractor net e1, 1 step"),
     ]
     assert found.model_name == "dmd2" and found.license == "mit" and snippet(first).endswith("pipe = 1")
     assert first.count("## Evaluation") == 1 and first.index("## Evaluation") < first.index("## What does not work")
     assert "| FID | 10.4 | p [aa11]" in first and "## Training" in first
-    evaluated(folder, [Result("p [aa11], n = 2,000, extractor net e1, 1 steps", "FID", 9.0), Result("q", "KID", 0.5)])
+    evaluated(folder, [Result("p [aa11], n = 2,000, extractor net e1, 1 step", "FID", 9.0), Result("q", "KID", 0.5)])
     second = (folder / "README.md").read_text()
     assert [r.metric_value for r in ModelCard(second).data.eval_results] == [9.0, pytest.approx(0.796), 0.5]
     assert second.count("## Evaluation") == 1 and "10.4" not in second
