@@ -2,6 +2,7 @@
 
 .venv/bin/python benchmarks/metrics.py                 the section "Speed" of docs/metrics.md
 .venv/bin/python benchmarks/metrics.py --n 1000 --width 256 --docs some/other.md
+.venv/bin/python benchmarks/metrics.py --seeds runs/results/samples/teacher-35-0-*       spread against intervals
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ class Bench:
     n: int = 10_000  # digit images
     width: int = 2048  # features of the Frechet step
     docs: Path = Path("docs/metrics.md")  # its section "Speed" is replaced
+    seeds: tuple[Path, ...] = ()  # folders of digits that differ in the noise alone: their spread is printed instead
 
 
 def timed(**calls: Callable[[], Any]) -> dict[str, tuple[float, Any]]:
@@ -145,6 +147,22 @@ def frechet_step(width: int) -> list[tuple[str, float, float]]:
     return [(names[key], seconds, seconds / runs["peer"][0]) for key, (seconds, _) in runs.items()]
 
 
+def spread(folders: tuple[Path, ...]) -> str:
+    """A Markdown table: a figure's standard deviation over folders, and the standard error that its intervals claim."""
+    from statistics import fmean, stdev
+
+    from eval.metrics import Z
+    from eval.score import score
+
+    rows = [score(folder, "digits")["metrics"] for folder in folders]
+    lines = ["| figure | mean | standard deviation over seeds | standard error of one interval |", "|---|---|---|---|"]
+    for name in rows[0]:
+        values = [row[name]["value"] for row in rows]
+        claimed = fmean((row[name]["high"] - row[name]["low"]) / 2 / Z for row in rows)
+        lines.append(f"| {name} | {fmean(values):.3f} | {stdev(values):.4f} | {claimed:.4f} |")
+    return "\n".join(lines)
+
+
 def table(rows: list[tuple[str, float, float]], against: str) -> str:
     lines = [f"| what | CPU seconds | over {against} |", "|---|---|---|"]
     for what, seconds, ratio in rows:
@@ -156,6 +174,8 @@ def main(cfg: Bench) -> None:
     from rich.console import Console
 
     torch.set_num_threads(1)
+    if cfg.seeds:
+        return Console().print(spread(cfg.seeds), highlight=False, soft_wrap=True)
     with tempfile.TemporaryDirectory() as folder:
         from eval.digits import classifier
 
