@@ -11,7 +11,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean
+from statistics import fmean, median_low
 from typing import TYPE_CHECKING, Any
 
 from eval import plots
@@ -198,10 +198,10 @@ def label(row: Row, rows: Iterable[Row]) -> str:
 
 
 def digits(board: Board, metric: str) -> int:
-    """Decimals that give the smallest figure of a column three digits."""
+    """Decimals that give the middle figure of a column three digits."""
     values = [abs(r["metrics"][metric]["value"]) for r in board.rows if metric in r["metrics"]]
-    least = min((v for v in values if v > 0), default=1.0)
-    return min(6, max(0, 2 - math.floor(math.log10(least))))
+    middle = median_low([v for v in values if v > 0] or [1.0])
+    return min(6, max(0, 2 - math.floor(math.log10(middle))))
 
 
 @dataclass(frozen=True)
