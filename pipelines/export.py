@@ -76,7 +76,8 @@ def export(
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        write(student, teacher, merged(net), scheduler, partial)
+        told = getattr(teacher.parts.family, "exported", lambda net, student: net)
+        write(teacher, told(merged(net), student), scheduler, partial)
         facts = {"student": True, "steps": len(student.times), "times": list(student.times), "config": about.config}
         (partial / "distill.json").write_text(json.dumps(facts | teacher.parts.asked, indent=1))
         made, limits = singles(student, teacher, net, partial, about)
@@ -231,17 +232,16 @@ def loaded(pipe: Any, teacher: Teacher, file: Path) -> Any:
     return settled(pipe, place(net))
 
 
-def write(student: Student, teacher: Teacher, net: nn.Module, scheduler: Any, folder: Path) -> None:
-    """The pipeline folder of the teacher with the student's network and scheduler."""
+def write(teacher: Teacher, net: nn.Module, scheduler: Any, folder: Path) -> None:
+    """The pipeline folder of the teacher with another network and scheduler."""
     parts = teacher.parts
-    told = getattr(parts.family, "exported", lambda net, student: net)
     index = dict(parts.index)
     for name, entry in parts.index.items():
         if isinstance(entry, list) and entry[0] is not None and name not in (parts.network, "scheduler"):
             copy(parts.folder / name, folder / name, parts.variant)
     for file in parts.folder.glob("LICENSE*"):
         shutil.copy(file, folder / file.name)
-    told(net, student).save_pretrained(folder / parts.network, safe_serialization=True)
+    net.save_pretrained(folder / parts.network, safe_serialization=True)
     scheduler.save_pretrained(folder / "scheduler")
     index["scheduler"] = ["diffusers", type(scheduler).__name__]
     index["_name_or_path"] = ""

@@ -326,7 +326,7 @@ def test_wrong_weights_are_caught(which, one, runs, tmp_path, monkeypatch):
     assert export.export(student, teacher, net, scheduler, folder, told)["pipeline"] < 1e-5
     before = {p: p.stat().st_mtime_ns for p in folder.rglob("*")}
     monkeypatch.setattr(
-        export, "write", lambda student, teacher, net, *rest: right(student, teacher, wrong[which], *rest)
+        export, "write", lambda teacher, net, *rest: right(teacher, wrong[which], *rest)
     )
     with pytest.raises(ExportError, match="differs from the student: pipeline by"):
         export.export(student, teacher, net, scheduler, folder, told)
@@ -383,8 +383,8 @@ def test_two_steps_are_exported(tmp_path):
 def test_a_recipe_fails_with_its_export(tmp_path, monkeypatch, capsys):
     right = export.write
 
-    def wrong(student, teacher, net, *rest):
-        right(student, teacher, teacher.denoiser.net, *rest)
+    def wrong(teacher, net, *rest):
+        right(teacher, teacher.denoiser.net, *rest)
 
     monkeypatch.setattr(export, "write", wrong)
     with pytest.raises(SystemExit) as error:
@@ -457,8 +457,8 @@ sys.path.insert(0, {root!r})
 from pipelines import export, run
 from recipes import sid_digits
 right = export.write
-def wrong(student, teacher, net, *rest):
-    right(student, teacher, teacher.denoiser.net, *rest)
+def wrong(teacher, net, *rest):
+    right(teacher, teacher.denoiser.net, *rest)
 export.write = wrong if {broken} else right
 run.main(sid_digits.CONFIG, {argv!r})
 """
