@@ -49,7 +49,7 @@ def fail(message: str) -> NoReturn:
     raise SystemExit(2)
 
 
-def parse(default: Config[M], argv: list[str] | None = None, doc: str | None = None) -> Config[M]:
+def parse(default: Config[M, D], argv: list[str] | None = None, doc: str | None = None) -> Config[M, D]:
     """The recipe's configuration, overridden by `--config file.yaml`, overridden by flags.
 
     An unknown flag, a wrong type or an impossible value ends with one message that names it, exit status 2.
@@ -80,7 +80,7 @@ def _file(path: list[str]) -> list[str]:
     return _flags(tree)
 
 
-def dump(config: Config[Any]) -> str:
+def dump(config: Config[Any, Any]) -> str:
     """The resolved configuration as YAML that `--config` reads back."""
     tree = dataclasses.asdict(config)
     tree |= tree.pop("train")
@@ -89,8 +89,8 @@ def dump(config: Config[Any]) -> str:
 
 def revived(kind: type[T], tree: dict[str, Any]) -> T:
     """A dataclass from the part of a run's config.yaml that holds it."""
-    known = {f.name: f.default_factory for f in dataclasses.fields(kind) if f.name in tree}  # type: ignore[arg-type]
-    nested = {k: revived(make, tree[k]) if isinstance(tree[k], dict) else tree[k] for k, make in known.items()}
+    made: dict[str, Any] = {f.name: f.default_factory for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    nested = {k: revived(made[k], v) if isinstance(v, dict) else v for k, v in tree.items() if k in made}
     return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in nested.items()})
 
 

@@ -18,7 +18,7 @@ from pipelines import FAMILIES, Parts, index
 KL = {"block_out_channels": (128, 256, 512, 512)}  # the autoencoders of SD, SDXL, SD3, FLUX and PixArt: factor 8
 DC = {"encoder_block_out_channels": (128, 256, 512, 512, 1024, 1024)}  # SANA's: factor 32
 SD_TABLE = ("DDIMScheduler", {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"})
-FLOW = ("FlowMatchEulerDiscreteScheduler", {})
+FLOW: tuple[str, dict[str, float]] = ("FlowMatchEulerDiscreteScheduler", {})
 SANA = {"num_attention_heads": 36, "num_cross_attention_heads": 16, "cross_attention_head_dim": 72}
 
 

@@ -30,7 +30,16 @@ from distill.trainer import began, own, start
 if TYPE_CHECKING:
     from distill.trainer import Method, Update
 
-HALF = (F.linear, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose2d, torch.matmul, torch.bmm, torch.baddbmm)
+HALF: tuple[Any, ...] = (
+    F.linear,
+    F.conv1d,
+    F.conv2d,
+    F.conv3d,
+    F.conv_transpose2d,
+    torch.matmul,
+    torch.bmm,
+    torch.baddbmm,
+)
 HALF += (torch.Tensor.matmul, torch.Tensor.__matmul__, F.scaled_dot_product_attention)
 FULL = (F.layer_norm, F.group_norm, F.rms_norm, F.softmax, torch.softmax, torch.Tensor.softmax, F.softplus, F.mse_loss)
 
@@ -167,7 +176,8 @@ def cost(
     """
     mode = GPU(half) if fused or half else None
     again = partial(checkpoint, use_reentrant=False, context_fn=lambda: (nullcontext(), mode or nullcontext()))
-    for role, net in {"teacher": nets.teacher.net, **nets.modules()}.items():
+    roles: dict[str, Any] = {"teacher": nets.teacher.net, **nets.modules()}
+    for role, net in roles.items():
         if role in ("teacher", "student", "fake") and hasattr(net, "enable_gradient_checkpointing"):
             net.enable_gradient_checkpointing(again) if checkpointing else net.disable_gradient_checkpointing()
     owners = players(nets)

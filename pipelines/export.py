@@ -232,7 +232,7 @@ def loaded(pipe: Any, teacher: Teacher, file: Path) -> Any:
     return settled(pipe, place(net))
 
 
-def write(teacher: Teacher, net: nn.Module, scheduler: Any, folder: Path) -> None:
+def write(teacher: Teacher, net: Any, scheduler: Any, folder: Path) -> None:
     """The pipeline folder of the teacher with another network and scheduler."""
     parts = teacher.parts
     index = dict(parts.index)

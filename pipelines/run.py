@@ -96,10 +96,10 @@ def check(config: Config[Any, Any], out: Path) -> Path | None:
     if resume == "latest":
         if not found:
             sys.stderr.write(f"no checkpoint in {out}: starting afresh\n")
-        resume = found[-1] if found else None
-        if resume and checkpoint.step(resume) >= config.train.max_train_steps:
-            sys.stderr.write(f"{resume} is at --max_train_steps already: nothing to train, it is exported\n")
-        return resume
+        newest = found[-1] if found else None
+        if newest and checkpoint.step(newest) >= config.train.max_train_steps:
+            sys.stderr.write(f"{newest} is at --max_train_steps already: nothing to train, it is exported\n")
+        return newest
     if not (Path(resume) / "state.json").is_file():
         raise ValueError(f"no checkpoint at {resume!r}; {out} holds {[p.name for p in found] or 'none'}")
     return Path(resume)

@@ -325,9 +325,7 @@ def test_wrong_weights_are_caught(which, one, runs, tmp_path, monkeypatch):
     folder, right = tmp_path / "pipeline", export.write
     assert export.export(student, teacher, net, scheduler, folder, told)["pipeline"] < 1e-5
     before = {p: p.stat().st_mtime_ns for p in folder.rglob("*")}
-    monkeypatch.setattr(
-        export, "write", lambda teacher, net, *rest: right(teacher, wrong[which], *rest)
-    )
+    monkeypatch.setattr(export, "write", lambda teacher, net, *rest: right(teacher, wrong[which], *rest))
     with pytest.raises(ExportError, match="differs from the student: pipeline by"):
         export.export(student, teacher, net, scheduler, folder, told)
     assert {p: p.stat().st_mtime_ns for p in folder.rglob("*")} == before

@@ -94,8 +94,9 @@ class Classes:
 
         channels, side, _ = self.teacher.shape
         try:
-            with Image.open(file) as image:
-                image = ImageOps.fit(image.convert("L" if channels == 1 else "RGB"), (side, side), Image.LANCZOS)
+            with Image.open(file) as opened:
+                whole = opened.convert("L" if channels == 1 else "RGB")
+            image = ImageOps.fit(whole, (side, side), Image.Resampling.LANCZOS)
         except OSError as error:
             raise ValueError(f"image {file} cannot be read: {error}") from None
         pixels = torch.from_numpy(np.asarray(image).copy()).float() / 127.5 - 1

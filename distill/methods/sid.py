@@ -66,7 +66,7 @@ class SiD:
         real = Guided(nets.teacher, k4)(x_t, t, c).x0
         fake = Guided(nets.fake, k2)(x_t, t, c).x0
         fake3 = fake if k3 == k2 else Guided(nets.fake, k3)(x_t, t, c).x0
-        w = 1.0
+        w: Tensor | float = 1.0
         if self.normalise:
             w = 1 / normaliser(x, real) if self.weight == "mean" else expand(path.coefficients(t)[0], x)
         delta = real - fake
