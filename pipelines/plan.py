@@ -170,7 +170,7 @@ class Run:
         if self.sharded:
             parts = [size // self.gpus for size in parts]
             buckets += 2 * (2 if self.half else 4) * largest_block(teacher.denoiser.net)
-        return Bytes(*parts, buckets=buckets, activations=0)
+        return Bytes(*parts, buckets, 0)  # type: ignore[call-arg]
 
     @property
     def memory(self) -> Bytes:
