@@ -7,7 +7,6 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two threads on two busy cores can be fifty times slower than one
 os.environ.setdefault("WANDB_MODE", "offline")
-os.environ.setdefault("MPLBACKEND", "Agg")
 
 import numpy as np
 import pytest
