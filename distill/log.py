@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,14 +32,24 @@ class Log:
         self.sums: dict[str, Tensor] = {}
         self.counts: dict[str, int] = {}
         main = accelerator.is_main_process
-        kept = [line for line in self._lines() if json.loads(line)["step"] <= step] if main else []
-        self.start = time.perf_counter() - (json.loads(kept[-1])["seconds"] if kept else 0.0)
+        kept = [line for line in self._lines() if line["step"] <= step] if main else []
+        self.start = time.perf_counter() - (kept[-1]["seconds"] if kept else 0.0)
         if main:
-            self.path.write_text("".join(kept))
+            partial = self.path.with_name(".log.jsonl.partial")
+            partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            os.replace(partial, self.path)
         self.bar = tqdm(total=cfg.max_train_steps, initial=step, disable=not main, dynamic_ncols=True, unit="step")
 
-    def _lines(self) -> list[str]:
-        return self.path.read_text().splitlines(keepends=True) if self.path.is_file() else []
+    def _lines(self) -> list[dict[str, float]]:
+        """What an earlier process wrote, without a last line that it was killed in."""
+        texts, lines = self.path.read_text().splitlines() if self.path.is_file() else [], []
+        for i, text in enumerate(texts, 1):
+            try:
+                lines.append(json.loads(text))
+            except json.JSONDecodeError:
+                if i < len(texts):
+                    raise ValueError(f"{self.path} is damaged in line {i}: delete that line, or the file") from None
+        return lines
 
     def __call__(self, state: State) -> None:
         if not state.logs:  # a finished run, resumed
