@@ -126,7 +126,7 @@ class TestWhatIsStored:
         pairs.main(f"{where} {flags}".split())
         close(samples(tmp_path / "pairs")[0], samples(made)[0])
         said = capfd.readouterr().err
-        assert "image: 11 x 520 bytes = 5.7 kB in 1 shards" in said and "train with --data.cache" in said
+        assert "image: 11 x 520 bytes = 5.7 kB in 1 shard\n" in said and "train with --data.cache" in said
         same = (tmp_path / "pairs" / "texts.jsonl").read_text()
         assert same == (made / "texts.jsonl").read_text() and len(same.splitlines()) == 8
 
