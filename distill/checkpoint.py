@@ -1,16 +1,22 @@
 """Checkpoints: everything a run is, as safetensors and JSON; written whole or not at all. The teacher is not in them.
 
 `checkpoint-N/` holds one file a role (student, fake, disc, target), the student's average `ema`, one file an optimizer
-and `state.json`. Random numbers need no state (draw.py), so a resumed run equals the uninterrupted one bit for bit.
+and `state.json`, with the size and BLAKE2b of each. What does not fit them is torn or corrupted: an older one is used.
+Random numbers need no state (draw.py), so a resumed run equals the uninterrupted one bit for bit.
 """
 
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import re
 import shutil
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,29 +30,43 @@ if TYPE_CHECKING:
 
 
 def save(state: State, output_dir: Path, limit: int | None = None) -> Path:
-    """Write `checkpoint-{state.step}` and keep the newest `limit` (None: all)."""
+    """Write `checkpoint-{state.step}` and keep `limit` up to it (None: all), itself before all others."""
     folder = output_dir / f"checkpoint-{state.step}"
     partial = output_dir / f".checkpoint-{state.step}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
+    for left in output_dir.glob(".checkpoint-*.partial"):  # by a kill
+        shutil.rmtree(left)
     partial.mkdir(parents=True)
     try:
         for name, tensors in _tensors(state).items():
             own = {key: t.detach().to("cpu", copy=True).contiguous() for key, t in tensors.items()}  # no shared memory
             save_file(own, partial / f"{name}.safetensors")
-        (partial / "state.json").write_text(json.dumps({"step": state.step, "torch": torch.__version__}))
+            _sync(partial / f"{name}.safetensors")
+        files = {file.name: [file.stat().st_size, digest] for file, digest in _digests(sorted(partial.iterdir()))}
+        facts = {"step": state.step, "torch": torch.__version__, "files": files}
+        (partial / "state.json").write_text(json.dumps(facts, indent=1))
+        _sync(partial / "state.json")
+        _sync(partial)
     except BaseException:  # a full disk, say: what was written of it would keep it full
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    shutil.rmtree(folder, ignore_errors=True)
+    replaced = _aside(folder) if folder.exists() else None
     os.replace(partial, folder)
+    _sync(output_dir)
+    if replaced:
+        shutil.rmtree(replaced)
     if limit is not None:
-        for old in found(output_dir)[:-limit]:
-            shutil.rmtree(old)
+        older = [p for p in _folders(output_dir) if _number(p) < state.step]
+        kept = [*(p for p in older if damage(p, deep=False) is None), folder][-limit:]
+        for old in older:
+            if old not in kept:
+                shutil.rmtree(_aside(old))
     return folder
 
 
 def load(state: State, folder: Path) -> None:
-    """Restore `state` in place from a checkpoint of the same method and networks."""
+    """Restore `state` in place from a checkpoint of the same method and networks; a damaged one is a ValueError."""
+    if why := damage(folder):
+        raise ValueError(why)
     for name, tensors in _tensors(state, empty=True).items():
         path = folder / f"{name}.safetensors"
         if not path.is_file():
@@ -140,9 +160,87 @@ def step(folder: Path) -> int:
 
 
 def found(output_dir: Path) -> list[Path]:
-    """The checkpoints of a run, oldest first."""
+    """The checkpoints of a run, oldest first, without those that are torn or corrupted: stderr names them, once each.
+
+    Of the last one every byte has been read; of those before it, the sizes of the files.
+    """
+    whole: list[Path] = []
+    for folder in reversed(_folders(output_dir)):
+        if why := damage(folder, deep=not whole):
+            _skipped(folder, why)
+        else:
+            whole.insert(0, folder)
+    return whole
+
+
+def damage(folder: Path, deep: bool = True) -> str | None:
+    """What is wrong with a checkpoint and in which file; None: nothing. deep: by its bytes, else by its sizes alone.
+
+    One from before there were checksums is whole if its files can be opened.
+    """
+    try:
+        facts = json.loads((folder / "state.json").read_text())
+        written = {folder / name: (size, digest) for name, (size, digest) in facts.get("files", {}).items()}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        return f"{folder / 'state.json'} is missing or damaged ({error})"
+    try:
+        for file, (size, _) in written.items():
+            if (there := file.stat().st_size) != size:
+                return f"{file} is torn: it has {there} bytes of {size}"
+        for file in () if written else sorted(folder.glob("*.safetensors")):
+            opened(file)
+        for file, digest in _digests([*written] if deep else []):
+            if digest != written[file][1]:
+                return f"{file} is corrupted: its bytes are not those that were written"
+    except OSError as error:
+        return f"{error.filename or folder} cannot be read ({error.strerror})"
+    except ValueError as error:  # of opened
+        return str(error)
+    return None
+
+
+@cache
+def _skipped(folder: Path, why: str) -> None:
+    sys.stderr.write(f"{folder} is skipped: {why}\n")
+
+
+def _folders(output_dir: Path) -> list[Path]:
     folders = [p for p in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
-    return sorted((p for p in folders if (p / "state.json").is_file()), key=lambda p: int(p.name.split("-")[1]))
+    return sorted(folders, key=_number)
+
+
+def _number(folder: Path) -> int:
+    return int(folder.name.split("-")[1])
+
+
+def _aside(folder: Path) -> Path:
+    """Moved to where no one looks for a checkpoint: a kill while it is deleted must not leave half of one."""
+    hidden = folder.with_name(f".{folder.name}.old.partial")
+    shutil.rmtree(hidden, ignore_errors=True)
+    return folder.rename(hidden)
+
+
+def _sync(path: Path) -> None:
+    """What was written to a file, or renamed in a folder, is on the disk."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
+
+
+def _digests(files: list[Path]) -> Iterator[tuple[Path, str]]:
+    """(file, BLAKE2b of its bytes), several at a time; a file that has not changed is read once in a process."""
+    stats = [file.stat() for file in files]
+    with ThreadPoolExecutor(4) as pool:
+        digests = pool.map(_digest, files, [(s.st_ino, s.st_size, s.st_mtime_ns) for s in stats])
+        yield from zip(files, digests, strict=True)
+
+
+@cache
+def _digest(file: Path, stamp: tuple[int, int, int]) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=32)).hexdigest()
 
 
 def _tensors(state: State, empty: bool = False) -> dict[str, dict[str, Tensor]]:

@@ -92,16 +92,18 @@ def check(config: Config[Any, Any], out: Path) -> Path | None:
                 "or choose another --output_dir"
             )
         return None
-    found = checkpoint.found(out)
     if resume == "latest":
+        found = checkpoint.found(out)
         if not found:
             sys.stderr.write(f"no checkpoint in {out}: starting afresh\n")
         newest = found[-1] if found else None
         if newest and checkpoint.step(newest) >= config.train.max_train_steps:
             sys.stderr.write(f"{newest} is at --max_train_steps already: nothing to train, it is exported\n")
         return newest
-    if not (Path(resume) / "state.json").is_file():
-        raise ValueError(f"no checkpoint at {resume!r}; {out} holds {[p.name for p in found] or 'none'}")
+    why = checkpoint.damage(Path(resume))
+    if why:
+        why = why if (Path(resume) / "state.json").is_file() else f"no checkpoint at {resume!r}"
+        raise ValueError(f"{why}; {out} holds {[p.name for p in checkpoint.found(out)] or 'none'}")
     return Path(resume)
 
 
@@ -184,7 +186,7 @@ def run(config: Config[Any, Any], out: Path, resume: Path | None) -> None:
             if stop:
                 raise SystemExit(130)  # the launcher ends the others
     if accelerator.is_main_process:
-        if not (out / f"checkpoint-{state.step}").exists():
+        if checkpoint.damage(out / f"checkpoint-{state.step}"):  # or there is none
             checkpoint.save(state, out, cfg.checkpoints_total_limit)
         state.optimizers.clear()
         whole(nets, state, teacher)

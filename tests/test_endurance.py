@@ -1,12 +1,22 @@
 """Hard to kill: what a run that was killed leaves, and that it goes on from there."""
 
 import json
+import os
+import shutil
+from dataclasses import replace
 
 import pytest
+import torch
 from accelerate import Accelerator
+from safetensors.torch import load_file
+from tiny import tiny
 
+from distill import checkpoint
 from distill.log import Log
-from distill.trainer import TrainConfig
+from distill.methods import SiD
+from distill.roles import build
+from distill.schedule import Flow
+from distill.trainer import TrainConfig, train
 
 # ---- the log ----
 
@@ -26,3 +36,132 @@ def test_a_damaged_line_of_the_log_is_named(tmp_path):
     (tmp_path / "log.jsonl").write_text(LINES[0] + LINES[1][:9] + "\n" + LINES[2])
     with pytest.raises(ValueError, match="log.jsonl is damaged in line 2: delete"):
         Log(TrainConfig(output_dir=f"{tmp_path}", max_train_steps=9), Accelerator(cpu=True), 3)
+
+
+# ---- checkpoints ----
+
+
+def steps(last, resume=None):
+    """The states of a run of SiD on points."""
+    nets = build(SiD(), tiny(Flow(), "flow", dtype=torch.float32), (2,))
+    cfg = TrainConfig(max_train_steps=last, train_batch_size=4, learning_rate=1e-2, lr_scheduler="constant")
+    yield from train(SiD(), nets, lambda draw: {}, cfg, Accelerator(cpu=True), resume)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("made")
+    for state in steps(3):
+        checkpoint.save(state, folder)
+    return folder
+
+
+@pytest.fixture
+def run(made, tmp_path):
+    """Three checkpoints."""
+    return shutil.copytree(made, tmp_path / "run")
+
+
+def cut(file):
+    os.truncate(file, file.stat().st_size - 1)
+
+
+def flip(file):
+    """One bit, where no format would notice: in the last number."""
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+
+
+def names(run):
+    return [folder.name for folder in checkpoint.found(run)]
+
+
+HARM = {
+    "torn": (cut, "ema.safetensors", "ema.safetensors is torn: it has"),
+    "corrupted": (flip, "student.safetensors", "student.safetensors is corrupted: its bytes are not"),
+    "missing": (os.remove, "optimizer_fake.safetensors", "optimizer_fake.safetensors cannot be read"),
+    "torn facts": (cut, "state.json", "state.json is missing or damaged"),
+    "no facts": (os.remove, "state.json", "state.json is missing or damaged"),
+}
+
+
+@pytest.mark.parametrize("harm", HARM)
+def test_a_damaged_checkpoint_is_skipped_and_named(harm, run, capsys):
+    """The newest ones: the one before them is the last; to load a damaged one is an error."""
+    spoil, name, says = HARM[harm]
+    spoil(run / "checkpoint-3" / name)
+    assert names(run) == ["checkpoint-1", "checkpoint-2"]
+    said = capsys.readouterr().err
+    assert said.startswith(f"{run / 'checkpoint-3'} is skipped: ") and says in said
+    with pytest.raises(ValueError, match=says):
+        next(steps(4, run / "checkpoint-3"))
+    spoil(run / "checkpoint-2" / name)
+    assert names(run) == ["checkpoint-1"]
+    spoil(run / "checkpoint-1" / name)
+    assert names(run) == []
+
+
+@pytest.mark.parametrize("harm", ("torn", "corrupted"))
+def test_it_is_written_again(harm, run, made):
+    """The run goes on from the one before, and comes to the same checkpoint."""
+    spoil, name, _ = HARM[harm]
+    spoil(run / "checkpoint-3" / name)
+    *_, state = steps(3, checkpoint.found(run)[-1])
+    checkpoint.save(state, run)
+    assert {p: p.read_bytes() for p in sorted(run.rglob("*")) if p.is_file()} == {
+        run / p.relative_to(made): p.read_bytes() for p in sorted(made.rglob("*")) if p.is_file()
+    }
+
+
+def test_the_limit_keeps_the_last_good_one(run):
+    """Neither a damaged one nor a later one counts for what was just saved."""
+    flip(run / "checkpoint-3" / "ema.safetensors")
+    *_, state = steps(2, run / "checkpoint-1")
+    checkpoint.save(state, run, limit=1)
+    assert names(run) == ["checkpoint-2"]
+    *_, state = steps(4, run / "checkpoint-2")
+    cut(run / "checkpoint-3" / "ema.safetensors")
+    checkpoint.save(state, run, limit=2)
+    assert names(run) == ["checkpoint-2", "checkpoint-4"] and not (run / "checkpoint-3").exists()
+    assert {p.name for p in run.iterdir()} == {"checkpoint-2", "checkpoint-4"}
+
+
+def test_a_run_takes_the_one_before(run, capsys):
+    """--resume_from_checkpoint latest; one that is named must be whole, and this is seen before any work."""
+    from pipelines.run import check
+    from recipes.sid_digits import CONFIG
+
+    def resumed(name):
+        cfg = replace(CONFIG.train, output_dir=f"{run}", resume_from_checkpoint=name, max_train_steps=2)
+        return check(replace(CONFIG, smoke=True, train=cfg), run)
+
+    flip(run / "checkpoint-3" / "ema.safetensors")
+    assert resumed("latest") == run / "checkpoint-2"
+    assert "checkpoint-3 is skipped" in capsys.readouterr().err
+    assert resumed(f"{run / 'checkpoint-1'}") == run / "checkpoint-1"
+    with pytest.raises(ValueError, match="ema.safetensors is corrupted: .*holds .'checkpoint-1', 'checkpoint-2'"):
+        resumed(f"{run / 'checkpoint-3'}")
+
+
+def test_one_without_checksums_loads(run):
+    """Of before there were any; torn files are still seen."""
+    before = {"step": 3, "torch": torch.__version__}
+    (run / "checkpoint-3" / "state.json").write_text(json.dumps(before))
+    assert names(run)[-1] == "checkpoint-3"
+    assert next(steps(3, run / "checkpoint-3")).step == 3
+    cut(run / "checkpoint-3" / "fake.safetensors")
+    assert names(run)[-1] == "checkpoint-2"
+
+
+def test_on_the_disk_before_it_is_named(made, tmp_path, monkeypatch):
+    """Every file and its folder are synchronised before the rename, the rename after it."""
+    done, sync, rename = [], checkpoint._sync, os.replace
+    monkeypatch.setattr(checkpoint, "_sync", lambda path: (done.append(path), sync(path)))
+    monkeypatch.setattr(os, "replace", lambda a, b: (done.append(b), rename(a, b)))
+    (state,) = steps(3, made / "checkpoint-3")
+    folder = checkpoint.save(state, tmp_path)
+    partial = tmp_path / ".checkpoint-3.partial"
+    assert done[-3:] == [partial, folder, tmp_path]
+    assert sorted(done[:-3]) == sorted(partial / file.name for file in folder.iterdir())
+    assert load_file(folder / "ema.safetensors")
