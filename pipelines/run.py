@@ -49,9 +49,9 @@ def main(default: Config[Any, Any], argv: list[str] | None = None, doc: str | No
             f"the disk is full ({error}); what was whole before is still there: free some space, then go on with "
             "--resume_from_checkpoint latest"
         )
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         sys.stderr.write("\ninterrupted: nothing of this step is saved\n")
-        raise SystemExit(130) from None
+        raise SystemExit(128 + (error.args or (signal.SIGINT,))[0]) from None
 
 
 def smoke(config: Config[Any, Any]) -> Config[Any, Any]:
@@ -172,10 +172,10 @@ def run(config: Config[Any, Any], out: Path, resume: Path | None) -> None:
             done += [teacher.decode(one).cpu() for one in x.split(1)]
         log.images(torch.cat(done), state.step)
 
-    with closing(log), ctrl_c() as pressed:
+    with closing(log), signals() as caught:
         for state in train(config.method, nets, data, cfg, accelerator, resume):
             log(state)
-            stop = bool(pressed) and accelerator.is_main_process  # another process may be a step ahead
+            stop = bool(caught) and accelerator.is_main_process  # another process may be a step ahead
             if accelerator.is_main_process:
                 if cfg.validation_steps and state.step % cfg.validation_steps == 0:
                     preview(state)
@@ -184,7 +184,7 @@ def run(config: Config[Any, Any], out: Path, resume: Path | None) -> None:
                 if stop:
                     sys.stderr.write(f"\ninterrupted; saved {folder}. Go on with --resume_from_checkpoint latest\n")
             if stop:
-                raise SystemExit(130)  # the launcher ends the others
+                raise SystemExit(128 + caught[0])  # the launcher ends the others
     if accelerator.is_main_process:
         if checkpoint.damage(out / f"checkpoint-{state.step}"):  # or there is none
             checkpoint.save(state, out, cfg.checkpoints_total_limit)
@@ -246,20 +246,24 @@ def whole(nets: Nets, state: State, teacher: Teacher) -> None:
 
 
 @contextmanager
-def ctrl_c() -> Iterator[list[int]]:
-    """A list that the first Ctrl-C fills, so that a run can end between two steps; the second one interrupts."""
-    pressed: list[int] = []
+def signals() -> Iterator[list[int]]:
+    """A list that the first Ctrl-C, SIGTERM or SIGUSR1 fills, so that a run can end between two steps.
+
+    The second one interrupts. The status of a process that ended so is 128 + the signal: 130, 143, 138.
+    """
+    caught: list[int] = []
 
     def handle(number: int, frame: object) -> None:
-        if pressed:
-            raise KeyboardInterrupt
-        pressed.append(number)
+        if caught:
+            raise KeyboardInterrupt(number)
+        caught.append(number)
 
-    before = signal.signal(signal.SIGINT, handle)
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     try:
-        yield pressed
+        yield caught
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def quiet() -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 from dataclasses import replace
 
 import pytest
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 from tiny import tiny
 
 from distill import checkpoint
+from distill.data import Digits
 from distill.log import Log
 from distill.methods import SiD
 from distill.roles import build
@@ -165,3 +167,56 @@ def test_on_the_disk_before_it_is_named(made, tmp_path, monkeypatch):
     assert done[-3:] == [partial, folder, tmp_path]
     assert sorted(done[:-3]) == sorted(partial / file.name for file in folder.iterdir())
     assert load_file(folder / "ema.safetensors")
+
+
+# ---- signals ----
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    """digits(folder, flags) -> the status of a run of five steps on a tiny teacher, with this process's handlers."""
+    from pipelines import tiny as teachers
+    from recipes.sid_digits import CONFIG, main
+
+    teacher = tmp_path_factory.mktemp("teacher")
+    teachers.save("edm", teacher)
+
+    def call(folder, *flags):
+        try:
+            main(CONFIG, [*SHORT.split(), "--teacher", f"{teacher}", "--output_dir", f"{folder}", *flags])
+        except SystemExit as error:
+            return error.code
+        return 0
+
+    return call
+
+
+SHORT = "--max_train_steps 5 --checkpointing_steps 5 --train_batch_size 8 --validation_images 4 --validation_steps 0"
+LATEST = ("--resume_from_checkpoint", "latest")
+
+
+@pytest.mark.parametrize(("number", "status"), ((signal.SIGTERM, 143), (signal.SIGUSR1, 138)))
+def test_a_preempted_run_ends_the_step_and_goes_on(number, status, digits, tmp_path, monkeypatch, capsys):
+    """Within a step: it is finished and saved, the status says why; a second signal exits without."""
+    handler, right = signal.getsignal(number), Digits.__call__
+
+    def at(*signals):
+        def call(data, draw):
+            if (draw.step, draw.player) == (2, "student"):
+                for one in signals:
+                    signal.raise_signal(one)
+            return right(data, draw)
+
+        return call
+
+    monkeypatch.setattr(Digits, "__call__", at(signal.SIGINT, number))
+    assert digits(tmp_path) == status and not checkpoint.found(tmp_path)
+    assert "interrupted: nothing of this step is saved" in capsys.readouterr().err
+
+    monkeypatch.setattr(Digits, "__call__", at(number))
+    assert digits(tmp_path, *LATEST) == status and signal.getsignal(number) is handler
+    assert [folder.name for folder in checkpoint.found(tmp_path)] == ["checkpoint-3"]
+    assert f"saved {tmp_path / 'checkpoint-3'}. Go on with --resume" in capsys.readouterr().err
+
+    monkeypatch.setattr(Digits, "__call__", right)
+    assert digits(tmp_path, *LATEST) == 0 and (tmp_path / "pipeline" / "model_index.json").is_file()
