@@ -106,8 +106,9 @@ def features(
     threads that read and resize. ValueError, naming the file, for a corrupt image, for sizes that differ after both
     rules (in a generated folder: at all), and for NaN among the features.
     """
-    from accelerate import Accelerator
     from tqdm import tqdm
+
+    from pipelines.run import launched
 
     files = listing(folder)[:first]
     images = images_hash(files)
@@ -116,7 +117,7 @@ def features(
     found = Features(where, len(files), images, extractor.name, extractor.hash)
     parts = _chunk_files(where, len(files))
     missing = [c for c, part in enumerate(parts) if not part.is_file()]
-    accelerator = Accelerator()
+    accelerator = launched()
     accelerator.wait_for_everyone()  # all have looked before one begins
     if missing:
         where.mkdir(parents=True, exist_ok=True)

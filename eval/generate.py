@@ -292,13 +292,9 @@ class Ranks:
     def __init__(self) -> None:
         self.accelerator, self.index, self.count = None, 0, 1
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            from datetime import timedelta
+            from pipelines.run import launched
 
-            from accelerate import Accelerator
-            from accelerate.utils import InitProcessGroupKwargs
-
-            patient = InitProcessGroupKwargs(timeout=timedelta(days=7))  # for one that has more left to make
-            self.accelerator = Accelerator(kwargs_handlers=[patient])
+            self.accelerator = launched(days=7)  # for one that has more left to make
             self.index, self.count = self.accelerator.process_index, self.accelerator.num_processes
 
     def device(self, asked: str | None) -> torch.device:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import signal
 import sys
@@ -196,12 +197,17 @@ def run(config: Config[Any, Any], out: Path, resume: Path | None) -> None:
             sys.stderr.write(f"pushed to {hub.push(folder, repository)}\n")
 
 
-def launched(**options: Any) -> Accelerator:
-    """The processes of a command. They wait a day for one that downloads, encodes or saves; ten minutes is common."""
+def launched(days: int = 1, **options: Any) -> Accelerator:
+    """The processes of a command. They wait days for one that downloads, encodes or saves; ten minutes is common.
+
+    Several processes without an accelerator share the work on the CPU: left alone, each would do all of it, unaware.
+    """
+    import torch
     from accelerate import Accelerator
     from accelerate.utils import InitProcessGroupKwargs
 
-    return Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=1))], **options)
+    cpu = "LOCAL_RANK" in os.environ and not torch.accelerator.is_available()
+    return Accelerator(cpu=cpu, kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days))], **options)
 
 
 def precision(config: Config[Any, Any], accelerator: Accelerator) -> torch.dtype:

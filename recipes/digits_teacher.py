@@ -53,7 +53,6 @@ def main(cfg: Teacher) -> None:
         )
     except ValueError as error:
         fail(str(error))
-    from accelerate import Accelerator
     from accelerate.utils import set_seed
 
     from distill.data import Digits
@@ -63,11 +62,11 @@ def main(cfg: Teacher) -> None:
     from distill.times import LogNormal
     from distill.trainer import train
     from pipelines import edm
-    from pipelines.run import quiet
+    from pipelines.run import launched, quiet
 
     quiet()
     set_seed(cfg.seed)
-    accelerator = Accelerator()
+    accelerator = launched()
     out.mkdir(parents=True, exist_ok=True)
     (out / "config.yaml").write_text(yaml.safe_dump(asdict(cfg), sort_keys=False))
     teacher = edm.teacher(edm.unet(cfg.channels, layers=cfg.layers), cfg.sigma_d, null_class=10)

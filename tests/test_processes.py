@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TWO = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 LAUNCH = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "--num_machines", "1"]
 LAUNCH += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+CPU2 = ["-m", "accelerate.commands.launch", "--config_file", "recipes/accelerate/cpu2.yaml"]
 STEPS = 5
 
 
@@ -115,12 +116,21 @@ def plain(tmp_path_factory):
     return logged(folder)
 
 
-@pytest.mark.parametrize("launcher", (LAUNCH, TWO), ids=("accelerate launch", "two processes"))
+@pytest.mark.parametrize("launcher", (LAUNCH, CPU2), ids=("accelerate launch", "two processes"))
 def test_a_recipe_by_every_launcher(plain, launcher, tmp_path):
     """The log is the same; that of two processes is of the whole batch, not of one half."""
     python(*launcher, ROOT / "recipes" / "dmd2_digits.py", "--smoke", "--output_dir", tmp_path)
     for line, other in zip(plain, logged(tmp_path), strict=True):
         assert other == pytest.approx(line, rel=1e-4)
+
+
+def test_processes_without_a_gpu_know_each_other():
+    """Left alone, accelerate would make two whole runs of them, in one folder: a batch of 8 would be 1 x 8."""
+    flags = ["--smoke", "--gradient_accumulation_steps", "8"]
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "0"}
+    command = [sys.executable, *CPU2, ROOT / "recipes" / "dmd2_digits.py", *flags]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode and "train_batch_size 8 is not divisible by 2 process(es) x 8" in done.stderr
 
 
 if __name__ == "__main__":
