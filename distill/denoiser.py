@@ -27,7 +27,7 @@ class Denoiser:
     """net + schedule + kind: (x [B, ...], t [B] in [0, 1], c) -> Prediction.
 
     call    call(net, x, native_t, c) -> out; adapts a network's own signature. Its attribute feature(output), if it has
-            one, picks the feature from what a tapped module returns; else it is the first of a tuple.
+            one, picks the feature from a tuple that a tapped module returns; else it is the first.
     null    the condition of "no condition": the same keys as c, leading dimension 1.
     sigma_d standard deviation of the data in EDM's preconditioning (kind "edm" only).
     frame   the schedule that callers speak; None is the network's own. See `on`.
@@ -113,9 +113,9 @@ class _Reached(Exception):
     """Raised by the last tap: the rest of the forward pass is not needed."""
 
 
-def first(output: Any) -> Tensor:
-    """What a module says, or the first of several things that it says."""
-    return output[0] if isinstance(output, tuple) else output
+def first(output: tuple[Any, ...]) -> Tensor:
+    """Of several things that a module says, the first."""
+    return output[0]
 
 
 @contextmanager
@@ -135,7 +135,7 @@ def tapped(
 
     def hook(name: str) -> Callable[..., None]:
         def keep(module: nn.Module, args: Any, output: Any) -> None:
-            found[name] = feature(output)
+            found[name] = feature(output) if isinstance(output, tuple) else output
             if stop and len(found) == len(taps):
                 raise _Reached
 

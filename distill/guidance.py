@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from distill.denoiser import Condition, Denoiser
+from distill.denoiser import Condition, Denoiser, first, tapped
 from distill.schedule import Prediction, Schedule, expand
 
 if TYPE_CHECKING:
@@ -59,6 +59,17 @@ class Guided:
         w = expand(self.w, x) if isinstance(self.w, Tensor) else self.w
         half: dict[str, Any] = {k: v.chunk(2)[0] for k, v in vars(pred).items() if isinstance(v, Tensor)}
         return replace(pred, **half | {"out": empty + w * (cond - empty)})
+
+    def tapping(self, x: Tensor, t: Tensor, c: Condition, taps: tuple[str, ...]) -> tuple[Prediction, list[Tensor]]:
+        """The prediction and the outputs [B, ...] of the named submodules under c itself, whatever w is.
+
+        They are of the same pass, but for w = 0, which makes none under c: there a second one ends at the last of them.
+        """
+        if taps and isinstance(self.w, int | float) and self.w == 0:
+            return self(x, t, c), self.base.features(x, t, c, taps)
+        with tapped(self.base.net, taps, False, getattr(self.base.call, "feature", first)) as found:
+            pred = self(x, t, c)
+        return pred, [found[name][: len(x)] for name in taps]
 
     def on(self, schedule: Schedule) -> Guided:
         return replace(self, base=self.base.on(schedule))

@@ -30,7 +30,7 @@ BUCKET = 1 << 25  # elements of one all-reduce: 128 MiB of float32
 
 @dataclass(frozen=True)
 class Update:
-    """`player` ("student", or "fake" with the discriminator) moves under `loss` every `every` steps.
+    """`player` ("student", or "fake" with the discriminator) moves under `loss` every `every` steps from `start` on.
 
     reuse: on the detached samples of an earlier update of the same step, where there was one, instead of fresh ones.
     walk: fresh samples of successive steps are those after 1, 2, ... calls of one generation, until the student moves
@@ -42,6 +42,7 @@ class Update:
     every: int = 1
     reuse: bool = False
     walk: bool = False
+    start: int = 0
 
 
 class Method(Protocol):
@@ -78,6 +79,7 @@ class TrainConfig:
     adam_epsilon: float = 1e-8
     adam_weight_decay: float = 0.0
     max_grad_norm: float | None = None  # clip the gradient of each player to this norm; None: never
+    fake_max_grad_value: float | None = None  # clip every entry of the fake score's gradient to this; None: never
     ema_half_life: float = 10_000  # of the student's average, in images; 0 follows the student
     ema_ramp: float | None = 0.05  # half-life at most this share of the images seen; None: no ramp
     checkpointing_steps: int = 500
@@ -100,7 +102,7 @@ class TrainConfig:
         for name in ("adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be in [0, 1)")
-        for name in ("max_grad_norm", "ema_ramp", "checkpoints_total_limit"):
+        for name in ("max_grad_norm", "fake_max_grad_value", "ema_ramp", "checkpoints_total_limit"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name} is {value}; it must be above 0, or None")
@@ -181,7 +183,7 @@ def train(
         step, state.logs = state.step, {}
         kept: list[tuple[Tensor, Batch]] = []
         for update in method.updates():
-            if step % update.every:
+            if step % update.every or step < update.start:
                 continue
             player, optimizer = update.player, state.optimizers[update.player]
             own(players, player)
@@ -214,6 +216,8 @@ def train(
             state.logs[f"{player}/grad_norm"] = norm = clip(players[player], cfg.max_grad_norm)
             if not torch.isfinite(norm):
                 raise FloatingPointError(diagnose(nets, player, step, accelerator.process_index, state.logs))
+            if player == "fake" and cfg.fake_max_grad_value is not None:
+                torch.nn.utils.clip_grad_value_(players[player], cfg.fake_max_grad_value)
             for group in optimizer.param_groups:
                 group["lr"] = rates[player] * cfg.rate(step)
             optimizer.step()

@@ -1,4 +1,4 @@
-"""SiD and SiD-LSG: the numbers of the authors' own code, through our objects. See CONTRIBUTING.md, Tests.
+"""SiD, SiDA and SiD-LSG: the numbers of the authors' own code, through our objects. See CONTRIBUTING.md, Tests.
 
 Stored files spell the players psi (fake) and g (generator); k is the guidance on all four places, a is alpha.
 """
@@ -13,7 +13,7 @@ from replay import Replay, filled, gradients, load, module, preconditioned, push
 from distill import losses
 from distill.denoiser import Denoiser
 from distill.guidance import Guided
-from distill.methods import SiD, sid
+from distill.methods import SiD, SiDA, sid
 from distill.roles import Nets, StudentConfig, build
 from distill.schedule import EDM, VP
 from distill.student import Student
@@ -123,6 +123,76 @@ def test_edm_fake_loss(edm_functions, close, monkeypatch):
     close("level sigma", scores[0][1].sigma, stored["sigma"], DOUBLE)
     close("loss, every element", elements[0][0][0], stored["loss_elem"], DOUBLE)
     close("loss", loss, stored["loss_scaled"], DOUBLE)
+    close("gradient to the fake score", gradients(nets.fake.net), under(stored, "grad"), DOUBLE)
+
+
+# ---- SiDA: functions, float64 ----
+
+
+class Read(torch.nn.Conv2d):
+    """The stored networks' last convolution; the pooled map that their classifier is read off is a module of it."""
+
+    def __init__(self):
+        super().__init__(8, 3, 3, padding=1)
+        self.bottleneck = torch.nn.AvgPool2d(2)
+
+    def forward(self, h):
+        self.bottleneck(h)
+        return super().forward(h)
+
+
+@pytest.fixture
+def sida_functions(golden):
+    stored = load(golden("sid/sida_edm_functions_f64.npz"))
+
+    def tiny(prefix):
+        net = module(golden("sid/tiny_nets.py")).TinyEDM(label_dim=5)
+        net.c3 = Read()
+        return edm(net, under(stored, prefix))
+
+    teacher, fake = tiny("true"), tiny("fake")
+    c = {"class_labels": stored["labels"]}
+    return stored, Nets(teacher, Student(teacher), (3, 8, 8), fake), {"c": c, "real": stored["real_images"]}
+
+
+def sida(**changes):
+    return SiDA(**{"times": EDM_TIMES, "taps": ("c3.bottleneck",)} | changes)
+
+
+@pytest.mark.parametrize("alpha", [1.0, 1.2], ids="alpha {}".format)
+def test_sida_student_loss(sida_functions, alpha, close, monkeypatch):
+    everything, nets, batch = sida_functions
+    stored, x = under(everything, f"g_alpha{alpha}"), everything["images"].requires_grad_()
+    weights = spy(monkeypatch, sid, "normaliser")
+
+    def student(method):
+        draw = edm_student_draw(stored)
+        loss, logs = method.student_loss(x, nets, batch, draw)
+        assert draw.used_up
+        return loss, logs, torch.autograd.grad(loss, x)[0]
+
+    alone, _, grad_sid = student(sida(alpha=alpha, gan=0))
+    close("loss of SiD", alone, stored["loss_sid_scaled"], DOUBLE)
+    close("gradient of SiD to the images", grad_sid, stored["grad_images_sid"], DOUBLE)
+    loss, logs, grad = student(sida(alpha=alpha))
+    close("loss", loss, stored["loss_total"], DOUBLE)
+    close("gradient to the images", grad, stored["grad_images"], DOUBLE)
+    close("loss of the GAN", 2 * loss - alone, stored["loss_gan_scaled"], DOUBLE)
+    close("  each sample's", logs["gan"] / weights[0][1], stored["loss_gan_elem"], DOUBLE)
+    close("gradient of the GAN to the images", 2 * grad - grad_sid, stored["grad_images_gan"], DOUBLE)
+
+
+def test_sida_fake_loss(sida_functions, close):
+    everything, nets, batch = sida_functions
+    stored = under(everything, "psi")
+    turn = lambda: Replay(normal={"eps": stored["eps"], "t": stored["rnd_normal"]}, player="fake")
+    alone, _ = sida(gan_fake=0).fake_loss(everything["images"], nets, batch, turn())
+    loss, logs = sida().fake_loss(everything["images"], nets, batch, turn())
+    loss.backward()
+    weight = 4 + 1 / stored["sigma"] ** 2
+    close("denoising loss", alone, stored["loss_fake_scaled"], DOUBLE)
+    close("loss of the classifier", loss - alone, stored["loss_D_scaled"], DOUBLE)
+    close("  each sample's", logs["gan"] * weight, stored["loss_D_elem"], DOUBLE)
     close("gradient to the fake score", gradients(nets.fake.net), under(stored, "grad"), DOUBLE)
 
 

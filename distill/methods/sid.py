@@ -49,7 +49,7 @@ class SiD:
         return [Update("fake", self.fake_loss), Update("student", self.student_loss, self.fake_steps)]
 
     def sample(self, nets: Nets, batch: Batch, draw: Draw) -> Tensor:
-        if self.needs and draw.player == "fake":  # before generating, as in the LSG code
+        if "null" in self.needs and draw.player == "fake":  # before generating, as in the LSG code
             batch["c"] = drop(batch["c"], nets.fake.null, draw.uniform("drop", (len(draw.samples),)) < self.p_drop)
         return nets.generate(batch, draw, 1 + draw.index("steps", len(nets.student.times)))
 
@@ -60,15 +60,22 @@ class SiD:
         return denoising(pred, x, eps, self.reduction), {}
 
     def student_loss(self, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
+        return self.identity(x, nets, batch, draw)[:2]
+
+    def identity(
+        self, x: Tensor, nets: Nets, batch: Batch, draw: Draw, taps: tuple[str, ...] = ()
+    ) -> tuple[Tensor, Logs, Tensor | float, list[Tensor]]:  # loss, logs, w and the fake score's features of its pass
         c, path, (_, k2, k3, k4) = batch.get("c"), nets.teacher.path, self.kappa
         t, eps = self.times(draw, "t", len(x), path), draw.normal("eps", x.shape).to(x)
         x_t = path.diffuse(x, eps, t)
         real = Guided(nets.teacher, k4)(x_t, t, c).x0
-        fake = Guided(nets.fake, k2)(x_t, t, c).x0
+        pred, features = Guided(nets.fake, k2).tapping(x_t, t, c, taps)
+        fake = pred.x0
         fake3 = fake if k3 == k2 else Guided(nets.fake, k3)(x_t, t, c).x0
         w: Tensor | float = 1.0
         if self.normalise:
             w = 1 / normaliser(x, real) if self.weight == "mean" else expand(path.coefficients(t)[0], x)
         delta = real - fake
         loss = w * delta * ((fake3 - x) + (1 - self.alpha) * delta)
-        return self.gain * reduce(loss, self.reduction), {"score_gap": delta.detach().square().mean()}
+        logs = {"score_gap": delta.detach().square().mean()}
+        return self.gain * reduce(loss, self.reduction), logs, w, features

@@ -1,0 +1,89 @@
+"""SiDA: adversarial score identity distillation. Zhou et al. 2024, arXiv 2410.14919; few-step, DiT: 2509.25127.
+
+    x_t = alpha_t x + sigma_t eps,   y_t = alpha_t y + sigma_t eps          real images y at the same t and eps
+    l(x_t)    = mean over channels of the fake score's bottleneck at x_t, a map; of tokens [B, N, C] over N: no weights
+    L_student = m ( L_SiD + lambda_g n w f( softplus(-l(x_t)) ) )      n elements of x, w of SiD; L_SiD before gan_start
+    L_fake    = L_fake of SiD + lambda_d v ( f(softplus(l(x_t))) + f(softplus(-l(y_t))) ) / 2
+    batch fusion: f is the mean over the micro-batch, v = sigma_d^-2 + (alpha_t / sigma_t)^2, EDM's weight
+    per sample:   f is each sample's own mean, v = n
+
+l(x_t) is read off the passes that SiD makes anyway, under c itself where the score is guided; of y only the encoder is
+run. Gradients flow as in SiD, and from l through the encoder to x; the encoder learns both tasks. SiD2A is SiDA whose
+student starts from SiD's (--student.init). Diffusion-GAN of the few-step models: fusion "sample".
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from distill.draw import Draw
+from distill.guidance import Guided
+from distill.losses import denoising, reduce
+from distill.methods.sid import SiD
+from distill.schedule import expand
+from distill.trainer import Batch, Logs, Nets, Update
+
+
+@dataclass(frozen=True)
+class SiDA(SiD):
+    """Score identity distillation with a GAN on real images and their conditions, without new parameters."""
+
+    alpha: float = 1.0  # scripts (SiD2A: 1.0 or 1.2)
+    gan: float = 0.01  # lambda_g (scripts; SiD-DiT 1)
+    gan_fake: float = 1.0  # lambda_d (scripts; on EDM2's networks 100)
+    mix: float = 0.5  # m, on both losses together (code)
+    fusion: Literal["batch", "sample"] = "batch"  # f and v; SiD-DiT: sample
+    clamp: float = 10.0  # of |l| where the student reads it; with fusion "sample" for the fake, too (code)
+    taps: tuple[str, ...] = ("mid_block",)  # the bottleneck; of transformers the last norm, norm_out (SiD-DiT)
+    pairs: bool = True  # the fake step's samples have the real images' conditions (SiDA code; SiD-DiT: their own)
+    start: int = 0  # the student moves from this step on (code: after 100k images; SiD-DiT 20k)
+    gan_start: int = 0  # it sees the GAN from this step on (code: after 200k images; SiD-DiT 40k)
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return (*super().needs, *(("real",) if self.gan or self.gan_fake else ()))
+
+    def updates(self) -> list[Update]:
+        student = Update("student", self.student_loss, self.fake_steps, start=self.start)
+        return [Update("fake", self.fake_loss), student]
+
+    def sample(self, nets: Nets, batch: Batch, draw: Draw) -> Tensor:
+        paired = self.pairs and self.gan_fake and draw.player == "fake" and "real_c" in batch
+        if paired:
+            batch["c"] = batch["real_c"]
+        x = super().sample(nets, batch, draw)
+        if paired:
+            batch["real_c"] = batch["c"]  # some of them dropped
+        return x
+
+    def student_loss(self, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
+        if not self.gan or draw.step < self.gan_start:
+            return super().student_loss(x, nets, batch, draw)
+        loss, logs, w, features = self.identity(x, nets, batch, draw, self.taps)
+        f = self.fused(F.softplus(-self.logits(features, x).clamp(-self.clamp, self.clamp)), x)
+        gan = reduce((w * f).expand_as(x), self.reduction)
+        return self.mix * (loss + self.gan * gan), logs | {"gan": f.mean()}
+
+    def fake_loss(self, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
+        if not self.gan_fake:
+            return super().fake_loss(x, nets, batch, draw)
+        c, y, fake = batch.get("c"), batch["real"].to(x), nets.fake
+        t, eps = self.fake_times(draw, "t", len(x), fake.path), draw.normal("eps", x.shape).to(x)
+        pred, of_x = Guided(fake, self.kappa[0]).tapping(fake.path.diffuse(x, eps, t), t, c, self.taps)
+        of_y = fake.features(fake.path.diffuse(y, eps, t), t, batch.get("real_c", c), self.taps)
+        low, high = self.logits(of_x, x), self.logits(of_y, x)
+        if self.fusion == "sample":
+            low, high = low.clamp(-self.clamp, self.clamp), high.clamp(-self.clamp, self.clamp)
+        f = (self.fused(F.softplus(low), x) + self.fused(F.softplus(-high), x)) / 2
+        v = expand(fake.sigma_d**-2 + fake.path.ratio(t) ** -2, x) if self.fusion == "batch" else 1.0
+        gan = reduce(v * f if self.fusion == "batch" else f.expand_as(x), self.reduction)
+        loss = denoising(pred, x, eps, self.reduction) + self.gan_fake * gan
+        return loss, {"gan": f.mean(), "logit_gap": (high.mean() - low.mean()).detach()}
+
+    def logits(self, features: list[Tensor], x: Tensor) -> Tensor:
+        return features[0].to(x).mean(1)
+
+    def fused(self, elements: Tensor, x: Tensor) -> Tensor:  # a scalar, or [B, 1, ...]
+        return elements.mean() if self.fusion == "batch" else expand(elements.flatten(1).mean(1), x)
