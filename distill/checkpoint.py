@@ -42,7 +42,7 @@ def save(state: State, output_dir: Path, limit: int | None = None) -> Path:
             save_file(own, partial / f"{name}.safetensors")
             _sync(partial / f"{name}.safetensors")
         files = {file.name: [file.stat().st_size, digest] for file, digest in _digests(sorted(partial.iterdir()))}
-        facts = {"step": state.step, "torch": torch.__version__, "files": files}
+        facts = {"step": state.step, "skipped": state.skipped, "torch": torch.__version__, "files": files}
         (partial / "state.json").write_text(json.dumps(facts, indent=1))
         _sync(partial / "state.json")
         _sync(partial)
@@ -83,6 +83,7 @@ def load(state: State, folder: Path) -> None:
             for key, tensor in tensors.items():
                 tensor.copy_(stored[key])
     state.step = step(folder)
+    state.skipped = json.loads((folder / "state.json").read_text()).get("skipped", {})
 
 
 def files(path: str | Path, role: str) -> list[Path]:

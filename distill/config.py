@@ -40,6 +40,7 @@ class Config(Generic[M, D]):
     hub_private: bool = False  # a new repository on the Hub is private
     license: str | None = None  # of the student, where the teacher's is not known: apache-2.0, say, or NAME,URL
     family: str = "edm"  # of the tiny random teacher of --smoke
+    replay: str | None = None  # a run's replay-STEP-PLAYER: only compute that update again; status 1: not finite again
     smoke: bool = False  # two steps on a tiny random teacher, to see that everything runs
 
 
@@ -55,7 +56,10 @@ def parse(default: Config[M, D], argv: list[str] | None = None, doc: str | None 
     An unknown flag, a wrong type or an impossible value ends with one message that names it, exit status 2.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    argv = [part for arg in argv for part in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
+    ours = ("--config=", "--replay=")
+    argv = [part for arg in argv for part in (arg.split("=", 1) if arg.startswith(ours) else [arg])]
+    if "--replay" in argv[:-1] and "--config" not in argv:
+        argv += ["--config", f"{argv[argv.index('--replay') + 1]}/config.yaml"]
     if "--config" in argv:
         i = argv.index("--config")
         argv = _file(argv[i + 1 : i + 2]) + argv[:i] + argv[i + 2 :]

@@ -5,7 +5,8 @@ A role is a module tree of its own (lora.py), and a recomputed block is a module
 
 from __future__ import annotations
 
-from typing import Any
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,17 @@ from torch import Tensor, nn
 from distill.denoiser import Condition, Denoiser
 from distill.roles import Nets
 
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
 TOLERANCE = 0.1  # relative difference of two attention kernels, in half precision
+
+
+def autocast(accelerator: Accelerator) -> AbstractContextManager[Any]:
+    """The precision of a run, cast anew each time: a weight cast under no_grad keeps no graph (torch before 2.10)."""
+    from accelerate.utils import AutocastKwargs
+
+    return accelerator.autocast(AutocastKwargs(cache_enabled=False))
 
 
 def recompute(nets: Nets) -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from distill import memory
+from distill import health, memory
 from distill.draw import Draw
 from distill.ema import EMA
 from distill.roles import Batch, Nets
@@ -63,7 +63,7 @@ class Method(Protocol):
 class TrainConfig:
     """How to train, independent of the method. Names follow the training scripts of diffusers."""
 
-    output_dir: str = "runs/distill"  # checkpoints, log.jsonl, sample grids and the exported pipeline go here
+    output_dir: str = "runs/distill"  # checkpoints, log.jsonl, sample grids, replays and the exported pipeline go here
     max_train_steps: int = 1000  # iterations of the co-training loop
     train_batch_size: int = 64  # images per update, over all processes and accumulation rounds
     gradient_accumulation_steps: int = 1  # micro-batches per update, for every player
@@ -88,14 +88,17 @@ class TrainConfig:
     validation_steps: int = 100  # a grid of samples every so many iterations; 0: never
     logging_steps: int = 10  # fetch the logs from the device every so many iterations
     report_to: Literal["none", "tensorboard", "wandb", "all"] = "none"
+    skip_nonfinite: int = 0  # updates in a row that a player may leave out for a NaN or infinity; 0: the first is fatal
+    hang_seconds: float = 1800  # a step that takes longer is reported with the stacks of all threads; 0: never
     seed: int = 0
 
     def __post_init__(self) -> None:
         for name in ("max_train_steps", "train_batch_size", "gradient_accumulation_steps", "logging_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("lr_warmup_steps", "validation_steps", "checkpointing_steps", "ema_half_life"):
-            if getattr(self, name) < 0:
+        counts = ("lr_warmup_steps", "validation_steps", "checkpointing_steps", "skip_nonfinite")
+        for name in (*counts, "ema_half_life", "hang_seconds"):
+            if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 or more")
         if not self.learning_rate > 0 or not (self.fake_learning_rate is None or self.fake_learning_rate > 0):
             raise ValueError(f"learning rates are {self.learning_rate}, {self.fake_learning_rate}; they must be > 0")
@@ -118,6 +121,10 @@ class TrainConfig:
             )
         return size
 
+    def rates(self) -> dict[str, float]:
+        """The learning rate of each player."""
+        return {"student": self.learning_rate, "fake": self.fake_learning_rate or self.learning_rate}
+
     def rate(self, step: int) -> float:
         """The factor on the learning rates at iteration `step`."""
         warm = min(1.0, (step + 1) / (self.lr_warmup_steps + 1))
@@ -134,6 +141,7 @@ class State:
     ema: EMA
     optimizers: dict[str, torch.optim.Optimizer]
     step: int = 0  # iterations done
+    skipped: dict[str, int] = field(default_factory=dict)  # by player: updates left out since the last one that was not
     logs: Logs = field(default_factory=dict)
 
 
@@ -152,36 +160,18 @@ def train(
     data(draw) -> batch with "c" and what the method needs. resume: a checkpoint folder to continue, bit for bit.
     draw: the source of random numbers, called (seed, step, player, samples [B]); replaced in tests.
     """
-    from accelerate.utils import AutocastKwargs
-
-    supported(cfg, accelerator)
+    state = begin(nets, data, cfg, accelerator, resume, draw)
+    players = {player: optimizer.param_groups[0]["params"] for player, optimizer in state.optimizers.items()}
+    rates = cfg.rates()
     micro = cfg.micro_batch(accelerator.num_processes)
-    precision = AutocastKwargs(cache_enabled=False)  # a weight cast under no_grad keeps no graph (torch before 2.10)
-    players = start(nets, accelerator)
     first = accelerator.process_index * micro * cfg.gradient_accumulation_steps
     samples = torch.arange(first, first + micro * cfg.gradient_accumulation_steps, device=accelerator.device)
-    if cfg.gradient_checkpointing:
-        memory.recompute(nets)
-    if cfg.attention is not None:
-        with accelerator.autocast(precision):
-            memory.attend(nets, cfg.attention, data(draw(cfg.seed, 0, "student", samples[:1])).get("c"))
-    rates = {"student": cfg.learning_rate, "fake": cfg.fake_learning_rate or cfg.learning_rate}
-    state = State(
-        nets,
-        EMA(nets.student.denoiser.net, cfg.ema_half_life, cfg.ema_ramp),
-        {name: adam(params, rates[name], cfg) for name, params in players.items()},
-    )
-    if resume is not None:
-        from distill import checkpoint
-
-        checkpoint.load(state, resume)
-
-    walked: list[tuple[Tensor, Batch]] = []  # the last step's samples, where the next one's go on from them
+    walked: list[health.Turn] = []  # the last step's samples, where the next one's go on from them
     if state.step >= cfg.max_train_steps:
         yield state
     while state.step < cfg.max_train_steps:
         step, state.logs = state.step, {}
-        kept: list[tuple[Tensor, Batch]] = []
+        kept: list[health.Turn] = []
         for update in method.updates():
             if step % update.every or step < update.start:
                 continue
@@ -190,24 +180,25 @@ def train(
             done = []
             for i, indices in enumerate(samples.split(micro)):
                 numbers = draw(cfg.seed, step, player, indices)
-                with accelerator.autocast(precision):
+                with memory.autocast(accelerator):
                     if update.reuse and kept:
-                        x, batch = kept[i]
+                        (x, batch, *_), source = kept[i], None
                     else:
                         batch, source = data(numbers), numbers
                         if update.walk:
                             late = began(method, nets, step)
                             source = draw(cfg.seed, step - late, player, indices)
                             if late and walked:
-                                source.before, begun = walked[i]
+                                source.before, begun, *_ = walked[i]
                             elif late:  # a resumed run
                                 begun = data(source)
                             source.late, batch = late, batch | {"c": begun.get("c")} if late else batch
                         with torch.set_grad_enabled(player == "student"):
                             x = method.sample(nets, batch, source)
                     loss, logs = update.loss(x, nets, batch, numbers)
-                (loss / cfg.gradient_accumulation_steps).backward()
-                done.append((x.detach(), batch))
+                one = 1 + 0 * loss.detach()  # a loss that is not finite makes all gradients so, on every process
+                (loss / cfg.gradient_accumulation_steps).backward(one)
+                done.append(health.Turn(x.detach(), batch, numbers, source))
                 for name, value in {f"{player}/loss": loss, **{f"{player}/{k}": v for k, v in logs.items()}}.items():
                     value = value.detach() / cfg.gradient_accumulation_steps
                     state.logs[name] = state.logs.get(name, 0.0) + value
@@ -215,13 +206,17 @@ def train(
             average(players[player], accelerator)
             state.logs[f"{player}/grad_norm"] = norm = clip(players[player], cfg.max_grad_norm)
             if not torch.isfinite(norm):
-                raise FloatingPointError(diagnose(nets, player, step, accelerator.process_index, state.logs))
+                health.refuse(state, method, update, done, cfg, accelerator)  # raises, unless it may be left out
+                continue
             if player == "fake" and cfg.fake_max_grad_value is not None:
                 torch.nn.utils.clip_grad_value_(players[player], cfg.fake_max_grad_value)
             for group in optimizer.param_groups:
                 group["lr"] = rates[player] * cfg.rate(step)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+            state.skipped.pop(player, None)
+            if cfg.skip_nonfinite:
+                state.logs[f"{player}/skipped"] = torch.zeros_like(norm)
             if player == "student":
                 state.ema.update(nets.student.denoiser.net, cfg.train_batch_size, step * cfg.train_batch_size)
             if hasattr(method, "after"):
@@ -229,6 +224,39 @@ def train(
         own(players, *players)
         state.step += 1
         yield state
+
+
+def begin(
+    nets: Nets,
+    data: Callable[[Draw], Batch],
+    cfg: TrainConfig,
+    accelerator: Accelerator,
+    resume: Path | None = None,
+    draw: Callable[..., Draw] = Draw,
+) -> State:
+    """The networks on the device, ready to train, with optimizers and average; all from a checkpoint, if there is one.
+
+    The arguments are those of `train`.
+    """
+    supported(cfg, accelerator)
+    cfg.micro_batch(accelerator.num_processes)
+    players = start(nets, accelerator)
+    if cfg.gradient_checkpointing:
+        memory.recompute(nets)
+    if cfg.attention is not None:
+        first = draw(cfg.seed, 0, "student", torch.zeros(1, dtype=torch.long, device=accelerator.device))
+        with memory.autocast(accelerator):
+            memory.attend(nets, cfg.attention, data(first).get("c"))
+    state = State(
+        nets,
+        EMA(nets.student.denoiser.net, cfg.ema_half_life, cfg.ema_ramp),
+        {name: adam(params, cfg.rates()[name], cfg) for name, params in players.items()},
+    )
+    if resume is not None:
+        from distill import checkpoint
+
+        checkpoint.load(state, resume)
+    return state
 
 
 def began(method: Method, nets: Nets, step: int) -> int:
@@ -310,20 +338,3 @@ def average(params: list[nn.Parameter], accelerator: Accelerator) -> None:
 def clip(params: list[nn.Parameter], max_norm: float | None) -> Tensor:
     """The total gradient norm; with `max_norm`, gradients are scaled down to it."""
     return torch.nn.utils.clip_grad_norm_(params, float("inf") if max_norm is None else max_norm)
-
-
-def diagnose(nets: Nets, player: str, step: int, rank: int, logs: Logs) -> str:
-    roles = {"student": ("student",), "fake": ("fake", "disc")}[player]
-    bad = [
-        f"{role}.{name}"
-        for role, net in nets.modules().items()
-        if role in roles
-        for name, p in net.named_parameters()
-        if p.grad is not None and not torch.isfinite(p.grad).all()
-    ]
-    values = ", ".join(f"{k} {float(v):.4g}" for k, v in logs.items() if k.startswith(player))
-    return (
-        f"non-finite gradient at step {step}, player {player!r}, rank {rank}: {len(bad)} tensors, first "
-        f"{bad[0] if bad else 'none (overflow of the norm)'}; {values}. The step was not applied. Lower the learning "
-        f"rate, set max_grad_norm, or check the data of this step"
-    )

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
-from distill import checkpoint
+from distill import checkpoint, health
 from distill.config import Config, dump, fail, parse
 from pipelines import ExportError, Teacher, index, opened, perceptual
 
@@ -86,6 +86,9 @@ def check(config: Config[Any, Any], out: Path) -> Path | None:
         config.data.check(config.method.needs)
         if "perceptual" in config.method.needs:
             perceptual.check()
+    if config.replay is not None:
+        health.read(Path(config.replay))
+        return None
     if resume is None:
         if (out / "config.yaml").exists():
             raise ValueError(
@@ -156,6 +159,8 @@ def run(config: Config[Any, Any], out: Path, resume: Path | None) -> None:
         nets.perceptual = perceptual.asked(config, teacher)
     if accelerator.mixed_precision == "bf16":
         half(teacher.denoiser.net)  # what is trained are float32 copies, or adapters on it
+    if config.replay is not None:
+        raise SystemExit(replay(Path(config.replay), config, nets, data, accelerator))
     if accelerator.is_main_process:
         out.mkdir(parents=True, exist_ok=True)
         (out / "config.yaml").write_text(dump(config))
@@ -195,6 +200,20 @@ def run(config: Config[Any, Any], out: Path, resume: Path | None) -> None:
         report(folder, export(nets.student, teacher, state.ema.net, scheduler, folder, told))
         if repository:
             sys.stderr.write(f"pushed to {hub.push(folder, repository)}\n")
+
+
+def replay(folder: Path, config: Config[Any, Any], nets: Nets, data: Any, accelerator: Accelerator) -> int:
+    """Compute an update that was not finite again, say what it gave, and whether (1) or not (0) it still is not."""
+    facts = health.read(folder)
+    sys.stdout.write(f"then: {facts['message']}\n")
+    if accelerator.mixed_precision != facts["mixed_precision"]:
+        now = f"--mixed_precision {accelerator.mixed_precision}"
+        sys.stdout.write(f"it ran under --mixed_precision {facts['mixed_precision']}; this is {now}\n")
+    found = health.replay(folder, config.method, nets, data, config.train, accelerator)
+    for rank, findings in found.items():
+        for i, finding in enumerate(findings):
+            sys.stdout.write(f"now: rank {rank}, micro-batch {i}: {finding}\n")
+    return int(any(any(findings) for findings in found.values()))
 
 
 def launched(days: int = 1, **options: Any) -> Accelerator:

@@ -93,10 +93,10 @@ def test_edm_beside_a_nan(edm_functions, alpha, close, monkeypatch):
 
 
 @pytest.mark.parametrize("player", ["fake", "student"])
-def test_a_nan_stops_and_is_named(edm_functions, player):
+def test_a_nan_stops_and_is_named(edm_functions, player, tmp_path):
     """Where the authors lose a step without a word: ours stops, names step and player, and keeps the weights."""
     _, nets, batch = edm_functions
-    config = TrainConfig(max_train_steps=3, train_batch_size=4)
+    config = TrainConfig(output_dir=f"{tmp_path}", max_train_steps=3, train_batch_size=4)
     nets = build(SiD(), nets.teacher, nets.shape, student=StudentConfig(sigma=2.5, scale=2.5))
     trained = nets.fake if player == "fake" else nets.student.denoiser
 

@@ -372,14 +372,15 @@ class Broken(Draw):
 @pytest.mark.parametrize(
     "name, player", (("dmd2", "student"), ("dmd2", "fake"), ("sid", "student"), ("lcd", "student"))
 )
-def test_a_nan_stops_by_name(name, player):
+def test_a_nan_stops_by_name(name, player, tmp_path):
     """Step, player, rank and tensor are named; nobody's weights, average or moments took it in."""
     method = METHODS[name]
     nets = nets_of(method)
-    loop = train(method, nets, vectors, config(), Accelerator(cpu=True), draw=lambda *key: Broken(*key, at=(2, player)))
+    cfg = config(output_dir=f"{tmp_path}")
+    loop = train(method, nets, vectors, cfg, Accelerator(cpu=True), draw=lambda *key: Broken(*key, at=(2, player)))
     _, state = next(loop), next(loop)
     before = weights(nets.modules()[player])
-    with pytest.raises(FloatingPointError, match=f"step 2, player '{player}', rank 0: .* first {player}\\..*nan"):
+    with pytest.raises(FloatingPointError, match=f"step 2, player '{player}', rank 0: first bad tensor: .*loss nan"):
         next(loop)
     assert equal(weights(nets.modules()[player]), before)
     assert all(w.isfinite().all() for w in everything(state).values())
