@@ -2,14 +2,21 @@
 
 A head has the width of its features, and its logit is a mean over places where more than one is left: a map whose side
 is not 4, 8, 16, ... is halved until its smaller side is below 8 and judged by its 4x4 patches; of tokens and of the
-frames of a video each is judged alone, for attention has already told it of the others.
+frames of a video each is judged alone, for attention has already told it of the others. With `places` every place keeps
+a logit of its own, [B, places]: a loss that is not linear then sees each (LADD's hinge).
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
+
+from distill.denoiser import Condition, Denoiser
+from distill.draw import Draw
+from distill.times import Law
 
 
 class Float(nn.Sequential):
@@ -26,44 +33,88 @@ class Head(Float):
     appendix). kernel: of the collapsing one; less than 4 where a side is.
     """
 
-    def __init__(self, channels: int, strided: int = 0, groups: int = 32, kernel: tuple[int, int] = (4, 4)) -> None:
+    def __init__(
+        self,
+        channels: int,
+        strided: int = 0,
+        groups: int = 32,
+        kernel: tuple[int, int] = (4, 4),
+        places: bool = False,
+    ) -> None:
         def block(kernel: tuple[int, int], stride: int, padding: int) -> list[nn.Module]:
             return [nn.Conv2d(channels, channels, kernel, stride, padding), nn.GroupNorm(groups, channels), nn.SiLU()]
 
         layers = [layer for _ in range(strided) for layer in block((4, 4), 2, 1)] + block(kernel, 1, 0)
         super().__init__(*layers, nn.Conv2d(channels, 1, 1))
+        self.places = places
 
     def forward(self, features: Tensor) -> Tensor:
         B = len(features)
         if features.ndim == 5:  # frames are images
             features = features.transpose(1, 2).flatten(0, 1)
-        return super().forward(features).reshape(B, -1).mean(1).reshape(B, 1, 1, 1)
+        logits = super().forward(features).reshape(B, -1)
+        return logits if self.places else logits.mean(1).reshape(B, 1, 1, 1)
 
 
 class Tokens(Float):
     """A two-layer perceptron on each normalised token, and the mean of their logits. [B, N, C] -> [B, 1]."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, places: bool = False) -> None:
         super().__init__(nn.LayerNorm(channels), nn.Linear(channels, channels), nn.SiLU(), nn.Linear(channels, 1))
+        self.places = places
 
     def forward(self, features: Tensor) -> Tensor:
-        return super().forward(features).mean(1)
+        logits = super().forward(features)
+        return logits.flatten(1) if self.places else logits.mean(1)
 
 
-def head(feature: Tensor) -> nn.Module:
+def head(feature: Tensor, places: bool = False) -> nn.Module:
     """A head for features shaped like `feature`: [1, C, H, W], video [1, C, T, H, W], tokens [1, N, C] or [1, C]."""
     match feature.ndim:
         case 2:
             channels = feature.shape[1]
             return Float(nn.Linear(channels, channels), nn.SiLU(), nn.Linear(channels, 1))
         case 3:
-            return Tokens(feature.shape[2])
+            return Tokens(feature.shape[2], places)
         case 4 | 5:
             channels, (height, width) = feature.shape[1], feature.shape[-2:]
             strided = max(0, int(math.log2(min(height, width) / 4)))
             groups = math.gcd(32, max(channels // 8, 1))  # of 8 channels or more: on a 1x1 map, of one it is zero
-            return Head(channels, strided, groups, (min(4, height), min(4, width)))
+            return Head(channels, strided, groups, (min(4, height), min(4, width)), places)
     raise ValueError(
         f"the tapped feature has shape {tuple(feature.shape)}; a head needs [B, C], tokens [B, N, C], "
         "maps [B, C, H, W] or video [B, C, T, H, W]: tap another module"
     )
+
+
+class Heads(nn.ModuleList):
+    """A head for each of several tapped modules; their logits side by side, [B, all heads and places]."""
+
+    def forward(self, *features: Tensor) -> Tensor:
+        return torch.cat([head(f).flatten(1) for head, f in zip(self, features, strict=True)], dim=1)
+
+
+def heads(features: Sequence[Tensor], places: bool = False) -> nn.Module:
+    """What reads these features, called disc(*features): the head itself where there is one, else Heads."""
+    made = [head(feature, places) for feature in features]
+    return made[0] if len(made) == 1 else Heads(made)
+
+
+def judge(
+    disc: nn.Module,
+    denoiser: Denoiser,
+    taps: tuple[str, ...],
+    times: Law,
+    x: Tensor,
+    c: Condition,
+    draw: Draw,
+    *names: str,
+) -> Tensor:
+    """Logits of samples x [B len(names), ...] at noise of their own: disc on the features of alpha_u x + sigma_u eps.
+
+    One pass for all groups of x, one group of B a name; u and eps are the draws "NAME_t" and "NAME_eps".
+    """
+    path, B, shape = denoiser.path, len(x) // len(names), x[: len(x) // len(names)].shape
+    u = torch.cat([times(draw, f"{name}_t", B, path) for name in names])
+    eps = torch.cat([draw.normal(f"{name}_eps", shape) for name in names]).to(x)
+    return disc(*denoiser.features(path.diffuse(x, eps, u), u, c, taps))

@@ -62,6 +62,16 @@ def gan_discriminator(fake: Tensor, real: Tensor) -> Tensor:
     return F.softplus(fake).mean() + F.softplus(-real).mean()
 
 
+def hinge_generator(fake: Tensor) -> Tensor:
+    """-logit, mean: the student's side of the hinge loss."""
+    return -fake.mean()
+
+
+def hinge_discriminator(fake: Tensor, real: Tensor) -> Tensor:
+    """relu(1 + logit) on fakes + relu(1 - logit) on reals, means (Lim & Ye 2017)."""
+    return F.relu(1 + fake).mean() + F.relu(1 - real).mean()
+
+
 class _Affine(TorchFunctionMode):
     """Linear layers and convolutions act on a tangent as on a value, less the bias: two products, torch makes three."""
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from distill import checkpoint
 from distill.denoiser import Condition, Denoiser
-from distill.disc import head
+from distill.disc import heads
 from distill.draw import Draw
 from distill.lora import LoRA, twin
 from distill.schedule import Schedule
@@ -150,9 +150,9 @@ def build(
     if "disc" in method.roles:
         taps: tuple[str, ...] = method.taps  # type: ignore[attr-defined]
         if not taps:
-            raise ValueError("taps is empty: the discriminator reads at least one module of the fake score")
+            raise ValueError("taps is empty: the discriminator reads at least one module of a score network")
         like = next(teacher.net.parameters())
         x, t = torch.zeros(1, *shape, device=like.device), torch.full((1,), 0.5, device=like.device).double()
         with torch.no_grad():
-            nets.disc = head(teacher.features(x, t, c, taps)[0])
+            nets.disc = heads(teacher.features(x, t, c, taps), getattr(method, "places", False))
     return nets

@@ -30,7 +30,8 @@ BUCKET = 1 << 25  # elements of one all-reduce: 128 MiB of float32
 
 @dataclass(frozen=True)
 class Update:
-    """`player` ("student", or "fake" with the discriminator) moves under `loss` every `every` steps from `start` on.
+    """`player` ("student", or "fake": fake score, discriminator or both) moves under `loss` every `every` steps from
+    `start` on.
 
     reuse: on the detached samples of an earlier update of the same step, where there was one, instead of fresh ones.
     walk: fresh samples of successive steps are those after 1, 2, ... calls of one generation, until the student moves
@@ -48,7 +49,8 @@ class Update:
 class Method(Protocol):
     """An algorithm: a frozen dataclass of its hyper-parameters. May define `after(player, nets)`.
 
-    One with the role "disc" also has `taps`, the modules of the fake score that the discriminator reads.
+    One with the role "disc" also has `taps`, the modules of the fake score or the teacher that the discriminator reads
+    with a head each, and may have `places`: whether each place of a head has a logit, or all have their mean.
     """
 
     roles: tuple[str, ...]  # of Nets, beside teacher and student

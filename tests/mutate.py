@@ -58,6 +58,7 @@ def m(name, file, old, new, *tests, more=()):
 
 
 SID, DMD2, VSD = "distill/methods/sid", "distill/methods/dmd2", "distill/methods/vsd"
+DISC = "distill/disc"
 LCD, SCM = "distill/methods/lcd", "distill/methods/scm"
 ODE, LOOKS, PAIR = "distill/methods/regression", "pipelines/perceptual", "distill/data/pairs"
 NO_GRAD, GRAD = "with torch.no_grad():\n            x_t = path", "with torch.enable_grad():\n            x_t = path"
@@ -89,24 +90,23 @@ MUTATIONS = {
           "fake.path.diffuse(x, eps, t), 1 - t, c)", FAKE),
     ),
     "DMD2": (
-        m("sign of g", DMD2, "g = (fake - real)", "g = (real - fake)", GRADIENT),
+        m("sign of g", DMD2, "g = h * (fake - real)", "g = h * (real - fake)", GRADIENT),
         m("sum for mean", DMD2, "reduce(push(x, g), self.reduction)", 'reduce(push(x, g), "sum")', BY_HAND),
         m("normaliser left out", DMD2, "(normaliser(x, real) if self.normalise else 1.0)", "1.0", BY_HAND),
         m("normaliser of the fake", DMD2, "normaliser(x, real)", "normaliser(x, fake)", BY_HAND),
         m("gradient through the scores", DMD2, NO_GRAD, GRAD, GRADIENT, more=(KEEP_G,)),
         m("teacher not guided", DMD2, "Guided(nets.teacher, self.guidance)(x_t", "nets.teacher(x_t", BY_HAND),
-        m("fake guided", DMD2, "nets.fake(x_t, t, c).x0\n", "Guided(nets.fake, self.guidance)(x_t, t, c).x0\n",
-          BY_HAND),
-        m("GAN on the clean image", DMD2, "path.diffuse(x, eps, u), u, c, self", "x, u, c, self", GAN),
-        m("GAN told another level", DMD2, "path.diffuse(x, eps, u), u, c, self",
-          "path.diffuse(x, eps, u), 1 - u, c, self", GAN),
+        m("fake guided", DMD2, "nets.fake(x_t, t, c).x0, 1.0",
+          "Guided(nets.fake, self.guidance)(x_t, t, c).x0, 1.0", BY_HAND),
+        m("GAN on the clean image", DISC, "path.diffuse(x, eps, u), u, c", "x, u, c", GAN),
+        m("GAN told another level", DISC, "path.diffuse(x, eps, u), u, c", "path.diffuse(x, eps, u), 1 - u, c", GAN),
         m("GAN without gradient", DMD2, "self.logits(x, c, nets", "self.logits(x.detach(), c, nets", GAN),
         m("sign of the GAN", DMD2, "loss + self.gan * ", "loss - self.gan * ", GAN),
         m("GAN weights exchanged", DMD2, "loss + self.gan_fake * ", "loss + self.gan * ", GAN),
         m("reals under the fakes' condition", DMD2, "merge(c, y_c)", "merge(c, c)", GAN),
         m("samples not reused", DMD2, "self.fake_loss, 1, True,", "self.fake_loss, 1, False,",
           f"{TRAINER}::test_samples_are_reused"),
-        m("shared pass at other features", DMD2, "nets.disc(features[0])", "nets.disc(0 * features[0])",
+        m("shared pass at other features", DMD2, "nets.disc(*features)", "nets.disc(0 * features[0])",
           "tests/test_ledger.py::TestShare"),
         m("walk that stands", DMD2, "if draw.late is None else draw.late", "if draw.late is None else 0",
           "tests/test_ledger.py::TestWalk"),

@@ -9,7 +9,7 @@ from tiny import tiny
 from torch import nn
 
 from distill import losses
-from distill.disc import head
+from distill.disc import head, heads
 from distill.losses import (
     denoising,
     gan_discriminator,
@@ -221,6 +221,32 @@ class TestHead:
         assert disc(tokens).shape == (3, 1)
         near(disc(tokens), disc(tokens[:, torch.randperm(10)]), 1e-6)
         near(disc(tokens), (disc(tokens[:, :5]) + disc(tokens[:, 5:])) / 2, 1e-6)
+
+    def test_every_place_may_have_a_logit(self):
+        """[B, places], whose mean is the one logit; of tokens, maps of 4x4 patches and the frames of a video."""
+        for feature, places in (
+            (torch.randn(3, 10, 16), 10),
+            (torch.randn(3, 8, 6, 5), 6),
+            (torch.randn(3, 8, 2, 4, 4), 2),
+        ):
+            disc = head(feature[:1])
+            each = head(feature[:1], places=True)
+            each.load_state_dict(disc.state_dict())
+            assert each(feature).shape == (3, places)
+            near(each(feature).mean(1), disc(feature).flatten(), 1e-6)
+
+    def test_one_tap_is_a_head_alone(self):
+        """With the names of its weights as they were; several are read side by side, whatever their kinds."""
+        maps, tokens = torch.randn(3, 8, 4, 4), torch.randn(3, 10, 16)
+        assert heads([maps[:1]]).state_dict().keys() == head(maps[:1]).state_dict().keys()
+        both = heads([maps[:1], tokens[:1]])
+        logits = both(maps, tokens)
+        assert logits.shape == (3, 2) and len(both.state_dict()) == sum(len(one.state_dict()) for one in both)
+        near(logits[:, :1], both[0](maps).flatten(1), 1e-6)
+        near(logits[:, 1:], both[1](tokens), 1e-6)
+        assert heads([maps[:1], tokens[:1]], places=True)(maps, tokens).shape == (3, 11)
+        with pytest.raises(ValueError, match="zip"):
+            both(maps)
 
     def test_precision(self):
         """Half-precision features enter a float32 head."""

@@ -111,6 +111,18 @@ def test_the_head_fits_the_tapped_features():
     assert nets.disc(feature).shape == (2, 1, 1, 1)
 
 
+def test_a_head_for_each_tap():
+    """In the order of the taps; of two of the same kind each its own."""
+    teacher = tiny(Flow(), "flow", dtype=torch.float32)
+    nets = build(DMD2(taps=("first", "mid")), teacher, (2,))
+    features = nets.fake.features(torch.randn(5, 2), torch.full((5,), 0.5), None, ("first", "mid"))
+    logits = nets.disc(*features)
+    assert logits.shape == (5, 2) and len(nets.disc) == 2
+    assert torch.equal(logits, torch.cat([one(f) for one, f in zip(nets.disc, features)], dim=1))
+    one = build(DMD2(taps=("mid",)), teacher, (2,)).disc
+    assert [*one.state_dict()] == ["0.weight", "0.bias", "2.weight", "2.bias"]  # as checkpoints have them
+
+
 # ---- starting from an earlier run ----
 
 ADAPTERS = LoRA(2, 4.0, ("mid", "last"))

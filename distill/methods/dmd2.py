@@ -5,10 +5,9 @@
     g         = (fake - real) / mean| x - real |                            per sample, without gradient
     L_student = x . g + lambda_g softplus(-l(x))
     L_fake    = | D_fake(x_t) - x |^2 + lambda_d ( softplus(l(x)) + softplus(-l(real image)) )
-    l(x)      = head(features of the fake score at alpha_u x + sigma_u eps', u)        diffusion GAN, own u and eps'
+    l(x)      = heads(features of the fake score at alpha_u x + sigma_u eps', u)       diffusion GAN, own u and eps'
 
-The fake score and head move every step, the student every `every` steps, before them, on the same samples.
-No gradient flows through the scores of g; the GAN's flows through the fake score's encoder.
+The student moves first, every `every` steps; fake and heads at each, on the same x. Gradients flow through l, not g.
 """
 
 from dataclasses import dataclass, replace
@@ -16,6 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from distill.disc import judge
 from distill.draw import Draw
 from distill.guidance import Guided, merge
 from distill.losses import Reduction, denoising, gan_discriminator, gan_generator, normaliser, push, reduce
@@ -31,7 +31,7 @@ class DMD2:
     every: int = 5  # fake steps per student step: 5; SD 1.5 10 (scripts)
     gan: float = 5e-3  # lambda_g: 5e-3 SDXL, 1e-3 SD 1.5, 3e-3 ImageNet (scripts)
     gan_fake: float = 1e-2  # lambda_d (scripts)
-    taps: tuple[str, ...] = ("mid_block",)  # features of the fake score that the head reads: the bottleneck
+    taps: tuple[str, ...] = ("mid_block",)  # features of the fake score that heads read: the bottleneck
     times: Law = Grid(1000, 20, 980)  # of the student's loss (code)
     fake_times: Law = Grid(1000, 0, 999)  # of the fake's loss (code)
     gan_times: Law = Grid(1000, 0, 999)  # of the classifier's input (code)
@@ -60,13 +60,16 @@ class DMD2:
         t, eps = self.times(draw, "t", len(x), path), draw.normal("eps", x.shape).to(x)
         with torch.no_grad():
             x_t = path.diffuse(x, eps, t)
-            real, fake = Guided(nets.teacher, self.guidance)(x_t, t, c).x0, nets.fake(x_t, t, c).x0
-            g = (fake - real) / (normaliser(x, real) if self.normalise else 1.0)
-        loss, logs = reduce(push(x, g), self.reduction), {"score_gap": (fake - real).square().mean()}
+            real, (fake, h, logs) = Guided(nets.teacher, self.guidance)(x_t, t, c).x0, self.weighed(x_t, t, c, nets)
+            g = h * (fake - real) / (normaliser(x, real) if self.normalise else 1.0)
+        loss, logs = reduce(push(x, g), self.reduction), {"score_gap": (fake - real).square().mean()} | logs
         if self.gan:
             logs["gan"] = gan_generator(self.logits(x, c, nets, draw, "gan"))
             loss = loss + self.gan * logs["gan"]
         return loss, logs
+
+    def weighed(self, x_t: Tensor, t: Tensor, c, nets: Nets) -> tuple[Tensor, Tensor | float, Logs]:
+        return nets.fake(x_t, t, c).x0, 1.0, {}  # its x0 and a weight of g per sample (not 1 in f-distill)
 
     def fake_loss(self, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
         c, path = batch.get("c"), nets.fake.path
@@ -76,15 +79,12 @@ class DMD2:
         if self.gan_fake:
             y, y_c, method = batch["real"].to(x), batch.get("real_c"), replace(self, gan_times=self.fake_times)
             if self.share:
-                fake, real = nets.disc(features[0]), method.logits(y, y_c, nets, draw, "gan_real")
+                fake, real = nets.disc(*features), method.logits(y, y_c, nets, draw, "gan_real")
             else:
                 fake, real = self.logits(torch.cat([x, y]), merge(c, y_c), nets, draw, "gan_fake", "gan_real").chunk(2)
             logs["gan"] = gan_discriminator(fake, real)
             loss = loss + self.gan_fake * logs["gan"]
         return loss, logs
 
-    def logits(self, x: Tensor, c, nets: Nets, draw: Draw, *names: str) -> Tensor:  # one pass for all named groups of x
-        path, B, shape = nets.fake.path, len(x) // len(names), x[: len(x) // len(names)].shape
-        u = torch.cat([self.gan_times(draw, f"{name}_t", B, path) for name in names])
-        eps = torch.cat([draw.normal(f"{name}_eps", shape) for name in names]).to(x)
-        return nets.disc(nets.fake.features(path.diffuse(x, eps, u), u, c, self.taps)[0])
+    def logits(self, x: Tensor, c, nets: Nets, draw: Draw, *names: str) -> Tensor:
+        return judge(nets.disc, nets.fake, self.taps, self.gan_times, x, c, draw, *names)
