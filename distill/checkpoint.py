@@ -14,12 +14,14 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
+from threading import Thread
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -28,34 +30,133 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from distill.trainer import State
 
+REFUSED = {  # (why, cure): numbers of the errors
+    ("the disk is full", "free some space"): (errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
+    ("the disk is read-only", "make it writable"): (errno.EROFS,),
+    ("permission is denied", "grant it"): (errno.EACCES, errno.EPERM),
+    ("the disk fails", "see to it"): (errno.EIO, errno.ESTALE),
+}
+
 
 def save(state: State, output_dir: Path, limit: int | None = None) -> Path:
     """Write `checkpoint-{state.step}` and keep `limit` up to it (None: all), itself before all others."""
-    folder = output_dir / f"checkpoint-{state.step}"
-    partial = output_dir / f".checkpoint-{state.step}.partial"
+    copied = ((name, {key: _apart(t) for key, t in tensors.items()}) for name, tensors in _tensors(state).items())
+    return commit(write(_facts(state), copied, output_dir), limit)  # one file at a time is in memory
+
+
+class Saver:
+    """Saves in the background, one checkpoint at a time: training waits while its tensors are copied, no longer.
+
+    The next save and leaving `with` wait for the one that is being written; an exception, for it alone; a second
+    signal (KeyboardInterrupt), for nothing. What a write raised (a full disk) is raised by the next call.
+    The copies stay in memory, pinned where they come from CUDA; a state with no room for them is saved by `save`.
+    """
+
+    def __init__(self, output_dir: Path, limit: int | None = None) -> None:
+        self.output_dir, self.limit = output_dir, limit
+        self.copies: dict[str, dict[str, Tensor]] = {}
+        self.thread: Thread | None = None
+        self.error: BaseException | None = None
+
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.wait()
+        elif self.thread and not issubclass(kind, KeyboardInterrupt):
+            self.thread.join()
+
+    def save(self, state: State) -> None:
+        """Begin to write `checkpoint-{state.step}`; the state may change from now on."""
+        self.wait()
+        files, facts = _tensors(state), _facts(state)
+        copies = {name: self.copies.get(name, {}) for name in files}
+        new = [(name, key, t) for name, ts in files.items() for key, t in ts.items() if key not in copies[name]]
+        if (need := sum(t.nbytes for *_, t in new)) > psutil.virtual_memory().available:
+            sys.stderr.write(f"no memory for a copy of {need / 2**30:.0f} GiB: training waits for checkpoints\n")
+            save(state, self.output_dir, self.limit)
+            return
+        for name, key, t in new:
+            copies[name][key] = torch.empty(t.shape, dtype=t.dtype, pin_memory=t.is_cuda)
+        pairs = [(copies[name][key], t) for name, ts in files.items() for key, t in ts.items()]
+        copied = _copy([copy for copy, _ in pairs], [t for _, t in pairs])
+
+        def work() -> None:
+            try:
+                if copied:
+                    copied.synchronize()
+                commit(write(facts, copies.items(), self.output_dir), self.limit)
+            except BaseException as error:
+                self.error = error
+
+        self.copies, self.thread = copies, Thread(target=work, name="checkpoint", daemon=True)
+        self.thread.start()
+
+    def wait(self) -> None:
+        """Until nothing is being written."""
+        if self.thread:
+            self.thread.join()
+        self.check()
+
+    def check(self) -> None:
+        """Raise what a write has raised."""
+        if self.error:
+            error, self.error = self.error, None
+            raise error
+
+
+@torch.no_grad()
+def _copy(into: list[Tensor], tensors: list[Tensor]) -> torch.cuda.Event | None:
+    """To the CPU. From CUDA without waiting, in the order of its stream: the event tells when it is done."""
+    cuda = any(t.is_cuda for t in tensors)
+    torch._foreach_copy_(into, tensors, non_blocking=cuda)
+    if not cuda:
+        return None
+    event = torch.cuda.Event(blocking=True)
+    event.record()
+    return event
+
+
+def _apart(t: Tensor) -> Tensor:
+    """On the CPU, in memory of its own."""
+    return t.detach().to("cpu", copy=True).contiguous()
+
+
+def _facts(state: State) -> dict[str, Any]:
+    return {"step": state.step, "skipped": {**state.skipped}, "torch": torch.__version__}
+
+
+def write(facts: dict[str, Any], files: Iterable[tuple[str, Mapping[str, Tensor]]], output_dir: Path) -> Path:
+    """All of a checkpoint, on the disk under a name that no one looks for; what an earlier one left is removed."""
+    partial = output_dir / f".checkpoint-{facts['step']}.partial"
     for left in output_dir.glob(".checkpoint-*.partial"):  # by a kill
         shutil.rmtree(left)
     partial.mkdir(parents=True)
     try:
-        for name, tensors in _tensors(state).items():
-            own = {key: t.detach().to("cpu", copy=True).contiguous() for key, t in tensors.items()}  # no shared memory
-            save_file(own, partial / f"{name}.safetensors")
+        for name, tensors in files:
+            save_file(dict(tensors), partial / f"{name}.safetensors")
             _sync(partial / f"{name}.safetensors")
-        files = {file.name: [file.stat().st_size, digest] for file, digest in _digests(sorted(partial.iterdir()))}
-        facts = {"step": state.step, "skipped": state.skipped, "torch": torch.__version__, "files": files}
-        (partial / "state.json").write_text(json.dumps(facts, indent=1))
+        sizes = {file.name: [file.stat().st_size, digest] for file, digest in _digests(sorted(partial.iterdir()))}
+        (partial / "state.json").write_text(json.dumps({**facts, "files": sizes}, indent=1))
         _sync(partial / "state.json")
         _sync(partial)
     except BaseException:  # a full disk, say: what was written of it would keep it full
         shutil.rmtree(partial, ignore_errors=True)
         raise
+    return partial
+
+
+def commit(partial: Path, limit: int | None = None) -> Path:
+    """Give a written checkpoint its name, at once, and remove what is beyond `limit`."""
+    output_dir, folder = partial.parent, partial.with_name(partial.stem[1:])
     replaced = _aside(folder) if folder.exists() else None
     os.replace(partial, folder)
     _sync(output_dir)
     if replaced:
         shutil.rmtree(replaced)
     if limit is not None:
-        older = [p for p in _folders(output_dir) if _number(p) < state.step]
+        older = [p for p in _folders(output_dir) if _number(p) < _number(folder)]
         kept = [*(p for p in older if damage(p, deep=False) is None), folder][-limit:]
         for old in older:
             if old not in kept:
@@ -140,11 +241,17 @@ def fill(net: nn.Module, path: str | Path, role: str, backbone: nn.Module) -> No
             own[name].copy_(file.get_tensor(name))
 
 
-def full(error: Exception) -> bool:
-    """Whether an error of writing says that the disk or a quota is full; safetensors has the number in words only."""
+def refused(error: Exception) -> str | None:
+    """What to tell the user where a disk has refused to be written; None: the error is another.
+
+    safetensors has the number of the error in words only.
+    """
     said = re.search(r"os error (\d+)", str(error)) if isinstance(error, SafetensorError) else None
     number = int(said[1]) if said else getattr(error, "errno", None)
-    return number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    for (why, cure), numbers in REFUSED.items():
+        if number in numbers:
+            return f"{why} ({error}); what was whole before is still there: {cure}"
+    return None
 
 
 def opened(file: Path) -> Any:

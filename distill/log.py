@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +17,7 @@ from tqdm import tqdm
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from accelerate.tracking import GeneralTracker
     from PIL.Image import Image
 
     from distill.trainer import State, TrainConfig
@@ -68,7 +71,7 @@ class Log:
             with self.path.open("a") as file:
                 file.write(json.dumps(line) + "\n")
             self.bar.set_postfix({k: f"{v:.3g}" for k, v in values.items() if k.endswith("/loss")})
-        self.accelerator.log(values, step=state.step)
+        self._track(lambda tracker: tracker.log(values, step=state.step))
 
     def images(self, x: Tensor, step: int, columns: int = 10) -> None:
         """A grid of images [B, C, H, W] or videos in [-1, 1] as samples/step-N.png and to every tracker."""
@@ -78,7 +81,8 @@ class Log:
         folder = self.path.parent / "samples"
         folder.mkdir(exist_ok=True)
         picture.save(folder / f"step-{step:06d}.png")
-        for tracker in self.accelerator.trackers:
+
+        def show(tracker: GeneralTracker) -> None:
             if tracker.name == "tensorboard":
                 tracker.writer.add_image("samples", np.asarray(picture.convert("RGB")), step, dataformats="HWC")
             elif tracker.name == "wandb":
@@ -86,9 +90,22 @@ class Log:
 
                 tracker.log({"samples": wandb.Image(picture)}, step=step)
 
+        self._track(show)
+
     def close(self) -> None:
         self.bar.close()
+        self._track(lambda tracker: tracker.finish())
+        self.accelerator.trackers.clear()
         self.accelerator.end_training()
+
+    def _track(self, tell: Callable[[GeneralTracker], None]) -> None:
+        """Tell every tracker; one that fails is told no more, and the run goes on: log.jsonl has every line."""
+        for tracker in [*self.accelerator.trackers]:
+            try:
+                tell(tracker)
+            except Exception as error:
+                self.accelerator.trackers.remove(tracker)
+                sys.stderr.write(f"\n{tracker.name} has failed ({error}): the run goes on without it\n")
 
 
 def grid(x: Tensor, columns: int = 10, side: int = 32) -> Image:

@@ -360,9 +360,9 @@ def main(again: Again) -> None:
     except (ValueError, ExportError) as error:
         fail(str(error))
     except (OSError, SafetensorError) as error:
-        if not checkpoint.full(error):
+        if not (why := checkpoint.refused(error)):
             raise
-        fail(f"the disk is full ({error}); {out} is as it was: free some space and give the same command again")
+        fail(f"{why} and give the same command again")
 
 
 def report(folder: Path, gaps: dict[str, float]) -> None:

@@ -44,12 +44,9 @@ def main(default: Config[Any, Any], argv: list[str] | None = None, doc: str | No
     except (ValueError, FloatingPointError, ExportError) as error:
         fail(str(error))
     except (OSError, SafetensorError) as error:
-        if not checkpoint.full(error):
+        if not (why := checkpoint.refused(error)):
             raise
-        fail(
-            f"the disk is full ({error}); what was whole before is still there: free some space, then go on with "
-            "--resume_from_checkpoint latest"
-        )
+        fail(f"{why}, then go on with --resume_from_checkpoint latest")
     except KeyboardInterrupt as error:
         sys.stderr.write("\ninterrupted: nothing of this step is saved\n")
         raise SystemExit(128 + (error.args or (signal.SIGINT,))[0]) from None
@@ -178,22 +175,26 @@ def run(config: Config[Any, Any], out: Path, resume: Path | None) -> None:
             done += [teacher.decode(one).cpu() for one in x.split(1)]
         log.images(torch.cat(done), state.step)
 
-    with closing(log), signals() as caught:
+    with closing(log), signals() as caught, checkpoint.Saver(out, cfg.checkpoints_total_limit) as saver:
         for state in train(config.method, nets, data, cfg, accelerator, resume):
             log(state)
             stop = bool(caught) and accelerator.is_main_process  # another process may be a step ahead
             if accelerator.is_main_process:
+                saver.check()
                 if cfg.validation_steps and state.step % cfg.validation_steps == 0:
                     preview(state)
-                if stop or (cfg.checkpointing_steps and state.step % cfg.checkpointing_steps == 0):
-                    folder = checkpoint.save(state, out, cfg.checkpoints_total_limit)
-                if stop:
-                    sys.stderr.write(f"\ninterrupted; saved {folder}. Go on with --resume_from_checkpoint latest\n")
+                due = cfg.checkpointing_steps and state.step % cfg.checkpointing_steps == 0
+                last = state.step >= cfg.max_train_steps and checkpoint.damage(out / f"checkpoint-{state.step}")
+                if stop or due or last:
+                    saver.save(state)
             if stop:
-                raise SystemExit(128 + caught[0])  # the launcher ends the others
+                break
+        saver.wait()
+        if caught and accelerator.is_main_process:
+            name = out / f"checkpoint-{state.step}"
+            sys.stderr.write(f"\ninterrupted; saved {name}. Go on with --resume_from_checkpoint latest\n")
+            raise SystemExit(128 + caught[0])  # the launcher ends the others
     if accelerator.is_main_process:
-        if checkpoint.damage(out / f"checkpoint-{state.step}"):  # or there is none
-            checkpoint.save(state, out, cfg.checkpoints_total_limit)
         state.optimizers.clear()
         whole(nets, state, teacher)
         folder = out / "pipeline"

@@ -3,6 +3,7 @@
 `python tests/test_endurance.py 200` kills a short run that often and prints what came of it; 6 times is a test.
 """
 
+import errno
 import json
 import os
 import random
@@ -11,10 +12,12 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -179,6 +182,151 @@ def test_on_the_disk_before_it_is_named(made, tmp_path, monkeypatch):
     assert load_file(folder / "ema.safetensors")
 
 
+# ---- saving in the background ----
+
+
+@pytest.fixture
+def held(monkeypatch):
+    """(begun, go): a checkpoint's first file waits, once `begun` is set, until `go` is."""
+    begun, go, right = threading.Event(), threading.Event(), checkpoint.save_file
+
+    def save_file(*args):
+        begun.set()
+        assert go.wait(60)
+        right(*args)
+
+    monkeypatch.setattr(checkpoint, "save_file", save_file)
+    yield begun, go
+    go.set()
+
+
+def test_what_is_saved_is_the_state_of_the_call(made, held, tmp_path):
+    """Steps that are made while it is written are not in it: every byte is as of a save that training waited for."""
+    begun, go = held
+    states = steps(3)
+    with checkpoint.Saver(tmp_path) as saver:
+        for state in states:
+            saver.save(state)
+            if state.step == 2:
+                assert begun.wait(60)
+                next(states)
+                assert names(tmp_path) == ["checkpoint-1"]
+                go.set()
+            elif state.step == 1:
+                go.set()
+                saver.wait()
+                go.clear(), begun.clear()
+    assert names(tmp_path) == ["checkpoint-1", "checkpoint-2"]
+    for file in tmp_path.rglob("*.*"):
+        assert file.is_dir() or file.read_bytes() == (made / file.relative_to(tmp_path)).read_bytes(), file
+
+
+def test_one_save_at_a_time_with_the_limit(tmp_path):
+    """What stays is what `limit` says."""
+    with checkpoint.Saver(tmp_path, limit=2) as saver:
+        for state in steps(5):
+            saver.save(state)
+            assert sum(thread.name == "checkpoint" for thread in threading.enumerate()) <= 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-4", "checkpoint-5"]
+
+
+def test_without_memory_for_a_copy_training_waits(made, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(checkpoint.psutil, "virtual_memory", lambda: SimpleNamespace(available=100))
+    with checkpoint.Saver(tmp_path) as saver:
+        for state in steps(3):
+            saver.save(state)
+            assert saver.thread is None and names(tmp_path)[-1] == f"checkpoint-{state.step}"
+    assert "training waits for checkpoints" in capsys.readouterr().err
+    assert all((made / p.relative_to(tmp_path)).read_bytes() == p.read_bytes() for p in tmp_path.glob("*/*"))
+
+
+@pytest.mark.parametrize("number", (errno.ENOSPC, errno.EROFS))
+def test_what_a_write_raises_is_raised_by_the_next_call(number, tmp_path, monkeypatch):
+    """By check, save and wait, and on leaving; once. The checkpoint before it is whole, and nothing else is there."""
+    error, right = OSError(number, os.strerror(number)), checkpoint._sync
+
+    def sync(path):
+        if path.name == "fake.safetensors" and "-1" not in path.parent.name:
+            raise error
+        right(path)
+
+    monkeypatch.setattr(checkpoint, "_sync", sync)
+    for call in ("check", "save", "wait", "leave"):
+        *_, state = steps(2)
+        with pytest.raises(OSError) as raised, checkpoint.Saver(tmp_path) as saver:
+            state.step = 1
+            saver.save(state)
+            saver.wait()
+            state.step = 2
+            saver.save(state)
+            saver.thread.join()
+            if call != "leave":
+                getattr(saver, call)(*[state] * (call == "save"))
+        assert raised.value is error and saver.error is None
+        assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-1"] == names(tmp_path)
+
+
+REFUSED = {errno.ENOSPC: "the disk is full", errno.EROFS: "the disk is read-only", errno.EACCES: "permission is denied"}
+
+
+@pytest.mark.parametrize(("what", "number"), zip(("checkpoint", "log", "samples"), REFUSED, strict=True))
+def test_a_disk_that_refuses_stops_the_run(what, number, digits, tmp_path, monkeypatch, capsys):
+    """In the middle of it, with a message and no traceback; it goes on when there is room."""
+    refuse, right = OSError(number, os.strerror(number), "a file"), Path.open
+
+    def write(*args, **kwargs):
+        raise refuse
+
+    def opened(file, mode="r", *args, **kwargs):
+        if file.name == "log.jsonl" and mode == "a" and '"step": 2' in file.read_text():
+            raise refuse
+        return right(file, mode, *args, **kwargs)
+
+    places = {"checkpoint": (checkpoint, "write", write), "log": (Path, "open", opened)}
+    places["samples"] = Log, "images", write
+    flags = ("--logging_steps", "1", "--checkpointing_steps", "2", "--validation_steps", "3")
+    with monkeypatch.context() as patch:
+        patch.setattr(*places[what])
+        assert digits(tmp_path, *flags) == 2
+    said = capsys.readouterr().err
+    assert f"{REFUSED[number]} ([Errno {number}]" in said and "go on with --resume_from_checkpoint latest" in said
+    assert "Traceback" not in said and not (tmp_path / "pipeline").exists()
+    assert names(tmp_path) == ([] if what == "checkpoint" else ["checkpoint-2"])
+    assert digits(tmp_path, *flags, *LATEST) == 0 and names(tmp_path) == ["checkpoint-4", "checkpoint-5"]
+
+
+def test_a_tracker_that_vanishes_is_left_behind(tmp_path, capsys):
+    """At a line, a grid or the end: the run says so once and goes on; the others are still told."""
+
+    class Tracker:
+        name, requires_logging_directory, tracker = "flaky", False, None
+
+        def __init__(self, fails):
+            self.fails, self.told = fails, []
+
+        def _tell(self, what):
+            self.told.append(what)
+            if what in self.fails:
+                raise ConnectionError("the server is gone")
+
+        def log(self, values, step):
+            self._tell(step)
+
+        def finish(self):
+            self._tell("end")
+
+    trackers = first, second, _ = Tracker((2, 3)), Tracker(()), Tracker(("end",))
+    accelerator = Accelerator(cpu=True)
+    accelerator.trackers = [*trackers]
+    log = Log(TrainConfig(output_dir=f"{tmp_path}", max_train_steps=3, logging_steps=1), accelerator)
+    for state in steps(3):
+        log(state)
+    log.close()
+    assert first.told == [1, 2] and second.told == [1, 2, 3, "end"]
+    assert capsys.readouterr().err.count("flaky has failed (the server is gone): the run goes on without it") == 2
+    assert [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").open()] == [1, 2, 3]
+
+
 # ---- signals ----
 
 
@@ -230,6 +378,26 @@ def test_a_preempted_run_ends_the_step_and_goes_on(number, status, digits, tmp_p
 
     monkeypatch.setattr(Digits, "__call__", right)
     assert digits(tmp_path, *LATEST) == 0 and (tmp_path / "pipeline" / "model_index.json").is_file()
+
+
+@pytest.mark.parametrize("again", (False, True), ids=("once", "twice"))
+def test_a_signal_while_a_checkpoint_is_written(again, held, digits, tmp_path, monkeypatch):
+    """The first one finishes the write, the step and a checkpoint of it; a second one waits for nothing."""
+    begun, go = held
+    right = Digits.__call__
+
+    def call(data, draw):
+        if (draw.step, draw.player) == (2, "student"):
+            assert begun.wait(60)
+            signal.raise_signal(signal.SIGTERM)
+            if again:
+                signal.raise_signal(signal.SIGTERM)
+            go.set()
+        return right(data, draw)
+
+    monkeypatch.setattr(Digits, "__call__", call)
+    assert digits(tmp_path, "--checkpointing_steps", "2") == 143
+    assert names(tmp_path) == ([] if again else ["checkpoint-2", "checkpoint-3"])
 
 
 # ---- a campaign of kills ----

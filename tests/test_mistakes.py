@@ -259,7 +259,7 @@ def test_a_full_disk(said, home):
     """While a checkpoint is written, or the export: what was whole stays, nothing half-made, and one can go on."""
     flags = f"--teacher sdxl --data.cache text {PLAIN} {SHORT} --output_dir disk --checkpointing_steps 1"
     run, listing = home / "disk", lambda folder: {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
-    with full(checkpoint, "save", 2):
+    with full(checkpoint, "write", 2):
         text = said("dmd2_sdxl", flags)
     assert "the disk is full" in text and "go on with --resume_from_checkpoint latest" in text
     assert [p.name for p in checkpoint.found(run)] == ["checkpoint-1"] and not list(run.glob(".*"))
