@@ -7,9 +7,12 @@ player, sample) alone, and looks at every tensor.
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import shutil
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -179,6 +182,60 @@ def read(folder: Path) -> dict[str, Any]:
         raise ValueError(
             f"replay is {str(folder)!r}, which is no replay-STEP-PLAYER folder of a run ({error})"
         ) from None
+
+
+class Watchdog:
+    """Reports a step that hangs: `with Watchdog(...) as watch`, and `watch(step)` whenever a step begins.
+
+    One that takes longer than `seconds` (0: none is too long) is reported once, on stderr and in `out`/hang-rankN.txt,
+    with its number and the stacks of all threads. The run goes on: a report ends nothing, and a step costs two
+    assignments. Native code that keeps Python's lock stops this thread as well; then faulthandler's own writes the
+    stacks, to stderr alone and after twice the time.
+    """
+
+    def __init__(self, seconds: float, out: Path, rank: int, step: int = 0) -> None:
+        self.seconds, self.out, self.rank = seconds, out, rank
+        self._now, self._over = (step, time.monotonic()), threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def __call__(self, step: int) -> None:
+        self._now = step, time.monotonic()
+
+    def __enter__(self) -> Watchdog:
+        self(self._now[0])
+        if self.seconds:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._over.set()
+        if self.seconds:
+            self._thread.join()
+
+    def _watch(self) -> None:
+        told: tuple[int, float] | None = None
+        while not self._over.wait(self.seconds / 4):
+            if sys.__stderr__ is not None:
+                faulthandler.dump_traceback_later(2 * self.seconds, file=sys.__stderr__)
+            step, since = now = self._now
+            if time.monotonic() - since > self.seconds and told != now:
+                told = now
+                self._report(f"rank {self.rank}: step {step} has taken more than {self.seconds:g} s (hang_seconds)")
+        faulthandler.cancel_dump_traceback_later()
+
+    def _report(self, said: str) -> None:
+        path = self.out / f"hang-rank{self.rank}.txt"
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+            with path.open("a+") as file:
+                start = file.tell()
+                file.write(f"{said}; the stacks of its threads:\n")
+                file.flush()
+                faulthandler.dump_traceback(file)
+                file.seek(start)
+                sys.stderr.write(file.read())
+        except OSError as error:
+            sys.stderr.write(f"{said}; {path} cannot be written ({error})\n")
 
 
 def _write(folder: Path, state: State, turns: list[Turn], accelerator: Accelerator) -> Exception | None:

@@ -162,7 +162,11 @@ def run(config: Config[Any, Any], out: Path, resume: Path | None) -> None:
         out.mkdir(parents=True, exist_ok=True)
         (out / "config.yaml").write_text(dump(config))
     accelerator.init_trackers("distill", init_kwargs={"wandb": {"dir": f"{out}"}})
-    log = Log(cfg, accelerator, checkpoint.step(resume) if resume else 0)
+    begun = checkpoint.step(resume) if resume else 0
+    log, watchdog = (
+        Log(cfg, accelerator, begun),
+        health.Watchdog(cfg.hang_seconds, out, accelerator.process_index, begun),
+    )
 
     @torch.no_grad()
     def preview(state: State) -> None:
@@ -175,8 +179,10 @@ def run(config: Config[Any, Any], out: Path, resume: Path | None) -> None:
             done += [teacher.decode(one).cpu() for one in x.split(1)]
         log.images(torch.cat(done), state.step)
 
-    with closing(log), signals() as caught, checkpoint.Saver(out, cfg.checkpoints_total_limit) as saver:
+    saver = checkpoint.Saver(out, cfg.checkpoints_total_limit)
+    with closing(log), signals() as caught, saver, watchdog as watch:
         for state in train(config.method, nets, data, cfg, accelerator, resume):
+            watch(state.step)
             log(state)
             stop = bool(caught) and accelerator.is_main_process  # another process may be a step ahead
             if accelerator.is_main_process:
