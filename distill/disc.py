@@ -100,21 +100,14 @@ def heads(features: Sequence[Tensor], places: bool = False) -> nn.Module:
     return made[0] if len(made) == 1 else Heads(made)
 
 
-def judge(
-    disc: nn.Module,
-    denoiser: Denoiser,
-    taps: tuple[str, ...],
-    times: Law,
-    x: Tensor,
-    c: Condition,
-    draw: Draw,
-    *names: str,
-) -> Tensor:
-    """Logits of samples x [B len(names), ...] at noise of their own: disc on the features of alpha_u x + sigma_u eps.
+def seen(
+    denoiser: Denoiser, taps: tuple[str, ...], times: Law, x: Tensor, c: Condition, draw: Draw, *names: str
+) -> list[Tensor]:
+    """What a discriminator sees of samples x: features of alpha_u x + sigma_u eps, whose u and eps are x's own.
 
-    One pass for all groups of x, one group of B a name; u and eps are the draws "NAME_t" and "NAME_eps".
+    x [B len(names), ...]: one pass for groups of B samples; u and eps of a group are the draws "NAME_t", "NAME_eps".
     """
     path, B, shape = denoiser.path, len(x) // len(names), x[: len(x) // len(names)].shape
     u = torch.cat([times(draw, f"{name}_t", B, path) for name in names])
     eps = torch.cat([draw.normal(f"{name}_eps", shape) for name in names]).to(x)
-    return disc(*denoiser.features(path.diffuse(x, eps, u), u, c, taps))
+    return denoiser.features(path.diffuse(x, eps, u), u, c, taps)

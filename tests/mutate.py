@@ -61,6 +61,8 @@ SID, DMD2, VSD = "distill/methods/sid", "distill/methods/dmd2", "distill/methods
 DISC = "distill/disc"
 LCD, SCM = "distill/methods/lcd", "distill/methods/scm"
 ODE, LOOKS, PAIR = "distill/methods/regression", "pipelines/perceptual", "distill/data/pairs"
+DMD, DI, F_DISTILL, LADD = (f"distill/methods/{name}" for name in ("dmd", "diff_instruct", "f_distill", "ladd"))
+OF = "tests/methods/test_"  # NAME.py
 NO_GRAD, GRAD = "with torch.no_grad():\n            x_t = path", "with torch.enable_grad():\n            x_t = path"
 KEEP_G = ("distill/losses.py", "    g = g.detach()\n", "")
 # fmt: off
@@ -167,6 +169,59 @@ MUTATIONS = {
         m("no warm-up", SCM, "min(1.0, draw.step / self.warmup) if self.warmup else 1.0", "1.0",
           f"{CONTRACTS}::TestTargets"),
         m("sign of the velocity", SCM, "* pred.eps - expand", "* pred.eps + expand", CONTINUOUS),
+    ),
+    "DMD": (
+        m("sign of the regression", DMD, "loss + self.regression *", "loss - self.regression *", f"{OF}dmd.py"),
+        m("regression left out", DMD, "if self.regression:\n            logs", "if False:\n            logs",
+          f"{OF}dmd.py"),
+        m("regression on the samples of g", DMD, "self.paired.sample(nets, batch, draw), nets", "x, nets",
+          f"{OF}dmd.py"),
+        m("mean for sum", DMD, "self.huber_c, self.reduction)", 'self.huber_c, "mean")', f"{OF}dmd.py"),
+        m("teacher not guided", DMD, "DMD2(self.guidance, 1", "DMD2(1.0, 1", f"{OF}dmd.py::TestWithoutRegression"),
+        m("fake on fresh samples", DMD, "self.matching.fake_loss, reuse=True", "self.matching.fake_loss",
+          f"{OF}dmd.py::TestWithoutRegression"),
+    ),
+    "Diff-Instruct": (
+        m("sign of g", DI, "reduce(push(x, g)", "reduce(push(x, -g)", f"{OF}diff_instruct.py"),
+        m("weight by sigma / alpha", DI, "path.ratio(t) ** 2", "path.ratio(t)", f"{OF}diff_instruct.py"),
+        m("weight the wrong way", DI, "gap / expand(", "gap * expand(", f"{OF}diff_instruct.py"),
+        m("mean for sum", DI, 'push(x, g), self.reduction)', 'push(x, g), "mean")', f"{OF}diff_instruct.py"),
+        m("gradient through the scores", DI, NO_GRAD, GRAD, f"{OF}diff_instruct.py", more=(KEEP_G,)),
+        m("student before the fake", DI,
+          'Update("fake", self.fake_loss), Update("student", self.student_loss, self.fake_steps)',
+          'Update("student", self.student_loss, self.fake_steps), Update("fake", self.fake_loss)',
+          f"{OF}diff_instruct.py"),
+        m("fake on the wrong level", DI, "nets.fake(path.diffuse(x, eps, t), t, c), x",
+          "nets.fake(path.diffuse(x, eps, t), 1 - t, c), x", f"{OF}diff_instruct.py"),
+    ),
+    "f-distill": (
+        m("ratio upside down", F_DISTILL, "logit.exp()", "(-logit).exp()", f"{OF}f_distill.py"),
+        m("no h", F_DISTILL, "expand(h, x_t), logs", "1.0, logs", f"{OF}f_distill.py"),
+        m("js for softened-kl", F_DISTILL, "2 * r / (1 + r)", "2 / (1 + r)", f"{OF}f_distill.py"),
+        m("r not bounded", F_DISTILL, ".clamp(self.low, self.high)", "", f"{OF}f_distill.py"),
+        m("hellinger without its root", F_DISTILL, "torch.sqrt,", "lambda r: r,", f"{OF}f_distill.py"),
+        m("sum of the heads", F_DISTILL, ".flatten(1).mean(1).double()", ".flatten(1).sum(1).double()",
+          f"{OF}f_distill.py"),
+        m("weight of the loss, not of g", DMD2, "g = h * (fake - real)", "g = (fake - real)", f"{OF}f_distill.py"),
+    ),
+    "LADD": (
+        m("sign of the student", "distill/losses", "return -fake.mean()", "return fake.mean()", f"{OF}ladd.py"),
+        m("reals called fakes", LADD, "fake, real = nets.disc", "real, fake = nets.disc", f"{OF}ladd.py"),
+        m("no margin", "distill/losses", "F.relu(1 + fake).mean() + F.relu(1 - real)",
+          "(1 + fake).mean() + (1 - real)", f"{OF}ladd.py"),
+        m("the student's without gradient", LADD, "self.gan_times, x, batch", "self.gan_times, x.detach(), batch",
+          f"{OF}ladd.py"),
+        m("on the clean sample", DISC, "path.diffuse(x, eps, u), u, c", "x, u, c", f"{OF}ladd.py"),
+        m("features of the student", LADD, "seen(nets.teacher, self.taps, self.gan_times, both",
+          "seen(nets.student.denoiser, self.taps, self.gan_times, both", f"{OF}ladd.py"),
+        m("always the first call", LADD, "dtype=torch.float64, device=u.device)[call]",
+          "dtype=torch.float64, device=u.device)[0 * call]", f"{OF}ladd.py"),
+        m("samples under prompts of their own", LADD, 'batch["c"] = batch["real_c"]', 'batch["c"] = batch["c"]',
+          f"{OF}ladd.py"),
+        m("one logit for all places", DISC, "return logits.flatten(1) if self.places else logits.mean(1)",
+          "return logits.mean(1)", LOSSES),
+        m("the first tap alone", DISC, "made = [head(feature, places) for feature in features]",
+          "made = [head(feature, places) for feature in features[:1]]", ROLES, LOSSES),
     ),
     "schedules, kinds": (
         m("v to x0", "distill/schedule", "return (a * x - s * out) / (a**2", "return (a * x + s * out) / (a**2",

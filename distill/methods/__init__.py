@@ -1,7 +1,11 @@
 """The distillation algorithms, one file each beside its equations."""
 
 from distill.methods.denoise import Denoise
+from distill.methods.diff_instruct import DiffInstruct
+from distill.methods.dmd import DMD
 from distill.methods.dmd2 import DMD2
+from distill.methods.f_distill import FDistill
+from distill.methods.ladd import LADD
 from distill.methods.lcd import LCD
 from distill.methods.regression import Regression
 from distill.methods.scm import SCM
@@ -9,4 +13,17 @@ from distill.methods.sid import SiD
 from distill.methods.sida import SiDA
 from distill.methods.vsd import VSD
 
-__all__ = ["DMD2", "Denoise", "LCD", "Regression", "SCM", "SiD", "SiDA", "VSD"]
+__all__ = [
+    "DMD",
+    "DMD2",
+    "Denoise",
+    "DiffInstruct",
+    "FDistill",
+    "LADD",
+    "LCD",
+    "Regression",
+    "SCM",
+    "SiD",
+    "SiDA",
+    "VSD",
+]

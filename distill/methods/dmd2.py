@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from distill.disc import judge
+from distill.disc import seen
 from distill.draw import Draw
 from distill.guidance import Guided, merge
 from distill.losses import Reduction, denoising, gan_discriminator, gan_generator, normaliser, push, reduce
@@ -87,4 +87,4 @@ class DMD2:
         return loss, logs
 
     def logits(self, x: Tensor, c, nets: Nets, draw: Draw, *names: str) -> Tensor:
-        return judge(nets.disc, nets.fake, self.taps, self.gan_times, x, c, draw, *names)
+        return nets.disc(*seen(nets.fake, self.taps, self.gan_times, x, c, draw, *names))

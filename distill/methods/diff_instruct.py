@@ -1,0 +1,61 @@
+"""Diff-Instruct: a universal approach for transferring knowledge from diffusion models. Luo et al. 2023, 2305.18455.
+
+    x         = G(z, c),   x_t = alpha_t x + sigma_t eps,   t and eps new for each sample
+    IKL       = integral over t of w_t KL( law of x_t of the student || of the teacher )
+    g         = w_t (alpha_t / sigma_t)^2 ( D_fake(x_t) - D_real(x_t) )     IKL's gradient to x, without gradient
+    L_student = x . g
+    L_fake    = | D_fake(x_t) - x |^2                  in the network's own space, x without gradient
+
+w_t = (sigma_t / alpha_t)^2 in the authors' code, so that g is the plain difference of the denoisers; w = 1 is the KL
+itself. No normaliser, no guidance, no data. The fake score moves first, each player on samples of its own; gradient
+flows through x alone.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from distill.draw import Draw
+from distill.losses import Reduction, denoising, push, reduce
+from distill.schedule import expand
+from distill.times import Law, LogNormal
+from distill.trainer import Batch, Logs, Nets, Update
+
+
+@dataclass(frozen=True)
+class DiffInstruct:
+    """The integral KL between student and teacher over all levels of noise: data-free."""
+
+    weight: Literal["ratio", "one"] = "ratio"  # w_t: (sigma_t / alpha_t)^2 (code), or 1
+    fake_steps: int = 1  # fake steps per student step (code: 1)
+    times: Law = LogNormal(-1.2, 1.2)  # of the student's loss (code: EDM's training law)
+    fake_times: Law = LogNormal(-1.2, 1.2)  # of the fake's loss (code)
+    reduction: Reduction = "sum"  # over elements, mean over the batch (code)
+
+    roles, needs = ("fake",), ()
+
+    def __post_init__(self) -> None:
+        if self.weight not in ("ratio", "one"):
+            raise ValueError(f"weight is {self.weight!r}; it must be 'ratio', (sigma / alpha)^2, or 'one'")
+
+    def updates(self) -> list[Update]:
+        return [Update("fake", self.fake_loss), Update("student", self.student_loss, self.fake_steps)]
+
+    def sample(self, nets: Nets, batch: Batch, draw: Draw) -> Tensor:
+        return nets.generate(batch, draw, 1 + draw.index("steps", len(nets.student.times)))
+
+    def student_loss(self, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
+        c, path = batch.get("c"), nets.teacher.path
+        t, eps = self.times(draw, "t", len(x), path), draw.normal("eps", x.shape).to(x)
+        with torch.no_grad():
+            x_t = path.diffuse(x, eps, t)
+            gap = nets.fake(x_t, t, c).x0 - nets.teacher(x_t, t, c).x0
+            g = gap if self.weight == "ratio" else gap / expand(path.ratio(t) ** 2, x)
+        return reduce(push(x, g), self.reduction), {"score_gap": gap.square().mean()}
+
+    def fake_loss(self, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
+        c, path = batch.get("c"), nets.fake.path
+        t, eps = self.fake_times(draw, "t", len(x), path), draw.normal("eps", x.shape).to(x)
+        return denoising(nets.fake(path.diffuse(x, eps, t), t, c), x, eps, self.reduction), {}

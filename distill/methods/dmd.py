@@ -1,0 +1,66 @@
+"""DMD: one-step diffusion with distribution matching distillation. Yin et al. 2023, arXiv 2311.18828.
+
+    x   = G(z, c),   x_t = alpha_t x + sigma_t eps,   real = D_real^w(x_t),   fake = D_fake(x_t)
+    g         = (fake - real) / mean| x - real |                            per sample, without gradient
+    L_student = x . g + lambda d( G(z', c), y )        y: where the guided teacher's ODE takes z', stored in advance
+    L_fake    = | D_fake(x_t) - x |^2                  in the network's own space, on the same x, without gradient
+
+g is that of DMD2 without a GAN, d that of the regression onto the teacher's ODE (distill/methods/regression.py), which
+keeps x from collapsing where the fake score lags. Pairs: python -m pipelines.pairs. Gradients flow through both x and
+G(z', c), and through the decoder of LPIPS; not through the scores.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from distill.draw import Draw
+from distill.losses import Reduction
+from distill.methods.dmd2 import DMD2
+from distill.methods.regression import Regression
+from distill.times import Grid, Law
+from distill.trainer import Batch, Logs, Nets, Update
+
+
+@dataclass(frozen=True)
+class DMD:
+    """Distribution matching with a regression on stored pairs of the teacher: noise "z", sample "y", condition "c"."""
+
+    guidance: float = 1.0  # w of the teacher: 3 SD 1.5 (as quoted by SwiftBrush v2); EDM 1
+    regression: float = 0.25  # lambda (paper)
+    distance: Literal["lpips", "huber", "mse"] = "lpips"  # d (paper: LPIPS)
+    decoder: str | None = None  # of LPIPS: folder or Hub name of an AutoencoderTiny; None: the teacher's own decoder
+    huber_c: float = 1e-3  # of the pseudo-Huber distance
+    times: Law = Grid(1000, 20, 980)  # of g (paper: 0.02 T .. 0.98 T)
+    fake_times: Law = Grid(1000, 0, 999)  # of the fake's loss
+    reduction: Reduction = "mean"  # over all elements, of x . g as of d
+    normalise: bool = True  # divide g by mean|x - real| (paper, eq. 8)
+
+    roles = ("fake",)
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return (("null",) if self.guidance != 1 else ()) + (self.paired.needs if self.regression else ())
+
+    @property
+    def matching(self) -> DMD2:
+        laws = {"times": self.times, "fake_times": self.fake_times}
+        return DMD2(self.guidance, 1, 0, 0, reduction=self.reduction, normalise=self.normalise, **laws)
+
+    @property
+    def paired(self) -> Regression:
+        return Regression(self.distance, self.decoder, self.huber_c, self.reduction)
+
+    def updates(self) -> list[Update]:
+        return [Update("student", self.student_loss), Update("fake", self.matching.fake_loss, reuse=True)]
+
+    def sample(self, nets: Nets, batch: Batch, draw: Draw) -> Tensor:
+        return nets.generate(batch, draw)
+
+    def student_loss(self, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
+        loss, logs = self.matching.student_loss(x, nets, batch, draw)
+        if self.regression:
+            logs["regression"], _ = self.paired.student_loss(self.paired.sample(nets, batch, draw), nets, batch, draw)
+            loss = loss + self.regression * logs["regression"]
+        return loss, logs

@@ -1,0 +1,66 @@
+"""LADD: latent adversarial diffusion distillation (SD3-Turbo). Sauer et al. 2024, arXiv 2403.12015.
+
+    x    = D_student(y_s, s, c),   y_s = alpha_s y + sigma_s z of a real sample y; at the student's first time z alone
+    l(x) = heads(features of the frozen teacher at alpha_u x + sigma_u eps, u, c)      a head each tapped block
+    L_student = -mean l(x)
+    L_heads   = mean relu(1 + l(x)) + mean relu(1 - l(y))           hinge, over all heads and their places
+
+No score matching and no fake score: the teacher's features at a level of noise u are the discriminator's, low u tells
+details apart, high u compositions. y: the guided teacher's own samples (paper), which python -m pipelines.pairs stores,
+or images. student_loss and fake_loss take any x and can be a term of other methods. L_student's gradient flows through
+the frozen teacher up to its last tap, L_heads' reaches the heads alone.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from distill.disc import seen
+from distill.draw import Draw
+from distill.guidance import merge
+from distill.losses import hinge_discriminator, hinge_generator
+from distill.schedule import expand
+from distill.times import Law, LogitNormal
+from distill.trainer import Batch, Logs, Nets, Update
+
+
+@dataclass(frozen=True)
+class LADD:
+    """A GAN in the features of the teacher: needs its samples, or images, with their conditions."""
+
+    taps: tuple[str, ...] = ("mid_block",)  # blocks of the teacher with a head each (paper: every attention block)
+    shares: tuple[float, ...] = ()  # of the student's calls in training: .7 .1 .1 .1 of four (paper); none: equal
+    gan_times: Law = LogitNormal(1.0, 1.0)  # u (paper: pi(t; m = 1, s = 1) of a flow)
+    places: bool = True  # every token or patch has a logit of its own; False: a head has their mean
+    every: int = 1  # steps of the heads per step of the student
+
+    roles, needs = ("disc",), ("real",)
+
+    def updates(self) -> list[Update]:
+        return [Update("student", self.student_loss, self.every), Update("fake", self.fake_loss, reuse=True)]
+
+    def sample(self, nets: Nets, batch: Batch, draw: Draw) -> Tensor:
+        student, y = nets.student, batch["real"]
+        if self.shares and len(self.shares) != len(student.times):
+            raise ValueError(f"shares are {self.shares}, of {len(student.times)} calls: give one for each, or none")
+        if "real_c" in batch:
+            batch["c"] = batch["real_c"]
+        ends = torch.tensor(self.shares or (1.0,) * len(student.times), dtype=torch.float64).cumsum(0)
+        u = draw.uniform("call", (len(y),)).double() * ends[-1]
+        call = torch.searchsorted(ends.to(u.device), u, right=True).clamp(max=len(ends) - 1)
+        s, z = torch.tensor(student.times, dtype=torch.float64, device=u.device)[call], draw.normal("z", y.shape)
+        y_s = student.denoiser.path.diffuse(y, z.to(y), s)
+        start = expand(call == 0, y).bool()
+        return student.denoiser(torch.where(start, student.input_scale * z.to(y), y_s), s, batch.get("c")).x0
+
+    def student_loss(self, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
+        features = seen(nets.teacher, self.taps, self.gan_times, x, batch.get("c"), draw, "gan")
+        return hinge_generator(nets.disc(*features)), {}
+
+    def fake_loss(self, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
+        both, c = torch.cat([x, batch["real"].to(x)]), merge(batch.get("c"), batch.get("real_c"))
+        with torch.no_grad():
+            features = seen(nets.teacher, self.taps, self.gan_times, both, c, draw, "gan_fake", "gan_real")
+        fake, real = nets.disc(*features).chunk(2)
+        return hinge_discriminator(fake, real), {"logit_gap": (real.mean() - fake.mean()).detach()}
