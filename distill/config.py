@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import sys
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Generic, NoReturn, TypeVar
+from typing import Annotated, Any, Generic, NoReturn, TypeVar, get_args, get_origin
 
 import tyro
 import yaml
 
+from distill.ranges import Count, check, leaves
 from distill.roles import FakeConfig, StudentConfig
 from distill.trainer import TrainConfig
 
@@ -29,12 +31,12 @@ class Config(Generic[M, D]):
     teacher: Annotated[str, TEACHER] = ""  # folder or Hub name of the teacher's diffusers pipeline
     revision: str | None = None  # of the teacher on the Hub
     variant: str | None = None  # of the teacher's weight files: fp16
-    resolution: int | None = None  # pixels of a side; None: what the teacher was trained for
-    frames: int | None = None  # of a video; None: what the teacher was trained for
+    resolution: Count | None = None  # pixels of a side; None: what the teacher was trained for
+    frames: Count | None = None  # of a video; None: what the teacher was trained for
     student: StudentConfig = field(default_factory=StudentConfig)
     fake: FakeConfig = field(default_factory=FakeConfig)
     train: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
-    validation_images: int = 8  # of a grid of samples, from the data's first prompts
+    validation_images: Count = 8  # of a grid of samples, from the data's first prompts
     push_to_hub: bool = False  # upload the verified export
     hub_model_id: str | None = None  # user/name; None: the name of output_dir
     hub_private: bool = False  # a new repository on the Hub is private
@@ -62,26 +64,36 @@ def parse(default: Config[M, D], argv: list[str] | None = None, doc: str | None 
         argv += ["--config", f"{argv[argv.index('--replay') + 1]}/config.yaml"]
     if "--config" in argv:
         i = argv.index("--config")
-        argv = _file(argv[i + 1 : i + 2]) + argv[:i] + argv[i + 2 :]
+        argv = _file(argv[i + 1 : i + 2], default) + argv[:i] + argv[i + 2 :]
     doc = f"{doc or ''}\n\n--config FILE.yaml, a run's config.yaml say, sets all that it holds; flags go on top."
     kind: Any = Config.__class_getitem__((type(default.method), type(default.data)))  # type: ignore[attr-defined]
+    cli = partial(tyro.cli, kind, default=default, args=argv, description=doc, use_underscores=True)
     try:
-        return tyro.cli(kind, default=default, args=argv, description=doc, use_underscores=True)
+        config, unknown = cli(return_unknown_args=True)
+        if unknown and not unknown[0].startswith("--"):
+            i = next(i for i, arg in enumerate(argv) if unknown[0] in (arg, arg.partition("=")[2]))
+            flag = next((arg.partition("=")[0] for arg in argv[i::-1] if arg.startswith("--")), "the command line")
+            fail(f"{flag} takes no {unknown[0]!r}: see --help")
+        if unknown:
+            cli()  # it says what may have been meant
+        check(config, "--")
     except ValueError as error:  # a value that a dataclass refuses
-        fail(str(error))
+        fail(str(error).removeprefix("--train."))
+    return config
 
 
-def _file(path: list[str]) -> list[str]:
+def _file(path: list[str], default: Config[Any, Any]) -> list[str]:
     """A YAML file as flags."""
     if not path or not Path(path[0]).is_file():
         fail(f"--config needs the path of a YAML file (as a run writes it to its config.yaml); got {path or 'nothing'}")
     try:
-        tree = yaml.safe_load(Path(path[0]).read_text())
-    except yaml.YAMLError as error:
+        tree = yaml.safe_load(Path(path[0]).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:  # no UTF-8, a date of month 13, too deep
         fail(f"--config {path[0]} is not YAML: {error}")
     if not isinstance(tree, dict):
         fail(f"--config {path[0]} must hold names with values, as a run's config.yaml does")
-    return _flags(tree)
+    known = {name.removeprefix("train."): hint for name, hint, *_ in leaves(default)}
+    return _flags(tree, known)
 
 
 def dump(config: Config[Any, Any]) -> str:
@@ -104,13 +116,21 @@ def _plain(value: Any) -> Any:
     return [_plain(v) for v in value] if isinstance(value, tuple) else value
 
 
-def _flags(tree: dict[str, Any], prefix: str = "") -> list[str]:
+def _flags(tree: dict[str, Any], known: dict[str, Any], prefix: str = "") -> list[str]:
+    """known: the type of every field by its name. What a flag could not say, or would say wrongly, is refused here."""
     flags: list[str] = []
     for key, value in tree.items():
+        name = f"{prefix}{key}"
+        kinds = {get_origin(kind) or kind for kind in (known.get(name), *get_args(known.get(name)))}
         if isinstance(value, dict):
-            flags += _flags(value, f"{prefix}{key}.")
-        elif isinstance(value, bool):
-            flags.append(f"--{prefix}{key}" if value else f"--{prefix}no_{key}")
+            flags += _flags(value, known, f"{name}.")
+        elif isinstance(value, bool) and bool in kinds:
+            flags.append(f"--{name}" if value else f"--{prefix}no_{key}")
         else:
-            flags += [f"--{prefix}{key}", *map(str, value if isinstance(value, list) else [value])]
+            plain = value if isinstance(value, list) and tuple in kinds else [value] * (value is not None)
+            odd = any(isinstance(v, bool | list | dict | None) or f"{v}".startswith("--") for v in plain)
+            if name in known and (odd or bool in kinds or (value is None and type(None) not in kinds)):
+                may = "true or false" if bool in kinds else "a list of plain values" if tuple in kinds else "one value"
+                fail(f"--config: {name} is {value!r}; it must be {may}{', or null' * (type(None) in kinds)}")
+            flags += [f"--{name}", *map(str, plain or [value] * (value is None))]
     return flags

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from distill.ranges import Count, Positive, check
+
 
 def shared(net: nn.Module) -> nn.Module:
     """A copy of the module tree of `net` that shares every parameter and buffer tensor with it."""
@@ -36,23 +38,16 @@ def masters(net: nn.Module) -> nn.Module:
 class LoRA:
     """Adapters of rank r and scale alpha / r on the modules whose names end in one of `targets` (Hu et al. 2021)."""
 
-    rank: int | None = None  # None: no adapters, a full copy is trained; SwiftBrush's fake 64
-    alpha: float = 108.0  # SwiftBrush's fake
+    rank: Count | None = None  # None: no adapters, a full copy is trained; SwiftBrush's fake 64
+    alpha: Positive = 108.0  # SwiftBrush's fake
     targets: tuple[str, ...] = ("to_q", "to_v")  # SwiftBrush's fake
-
-    def __post_init__(self) -> None:
-        if self.rank is not None and self.rank < 1:
-            raise ValueError(f"LoRA rank is {self.rank}; it must be at least 1, or None for a full copy")
-        if not 0 < self.alpha < float("inf") or not self.targets:
-            raise ValueError(
-                f"LoRA alpha is {self.alpha} on targets {self.targets}; one above 0, on at least one target"
-            )
 
     def __call__(self, net: nn.Module) -> nn.Module:
         """A role that starts as the backbone `net`: a trainable copy, or zero-initialised trainable adapters on it.
 
         An adapter's role shares the frozen weights of `net`, in their precision; what trains is float32.
         """
+        check(self, "lora.")
         if self.rank is None:
             return masters(copy.deepcopy(net).requires_grad_(True))
         from peft import LoraConfig, inject_adapter_in_model

@@ -14,8 +14,9 @@ from distill.denoiser import Condition, Denoiser
 from distill.disc import heads
 from distill.draw import Draw
 from distill.lora import LoRA, twin
+from distill.ranges import Count, Positive, Share, check
 from distill.schedule import Schedule
-from distill.student import Student, grid_times
+from distill.student import Student, falling, grid_times
 
 if TYPE_CHECKING:
     from distill.trainer import Method
@@ -58,23 +59,21 @@ class Nets:
 class StudentConfig:
     """The student's calls. Levels of noise are ratios sigma / alpha, the same on every schedule."""
 
-    steps: int = 1  # network calls
-    sigma: float | None = None  # level of the first call (SiD: 2.5); None: the schedule's last
-    timestep: float | None = None  # native time of a one-step student's call (DMD2 SDXL: 399); several start at the end
-    scale: float | None = None  # of the unit noise at the first call; None: sigma at that level
+    steps: Count = 1  # network calls
+    sigma: Positive | None = None  # level of the first call (SiD: 2.5); None: the schedule's last
+    timestep: Positive | None = (
+        None  # native time of a one-step student's call (DMD2 SDXL: 399); several start at the end
+    )
+    scale: Positive | None = None  # of the unit noise at the first call; None: sigma at that level
     renoise: Literal["fresh", "ddim"] = "fresh"  # noise between calls
-    times: tuple[float, ...] | None = None  # all times in (0, 1], instead of `steps` falling uniformly
+    times: tuple[Share, ...] | None = None  # all times in (0, 1], instead of `steps` falling uniformly
     lora: LoRA = field(default_factory=LoRA)  # adapters on the teacher's weights instead of a full copy
     freeze: tuple[str, ...] = ()  # modules that keep the teacher's weights: "time_embedding", say
     init: str | None = None  # weights to start from: a checkpoint-N (its average), a network's folder or a .safetensors
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise ValueError(f"steps is {self.steps}; it must be at least 1")
-        for name in ("sigma", "timestep", "scale"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < float("inf"):
-                raise ValueError(f"{name} is {value}; it must be above 0, or None")
+        if self.times:
+            falling(self.times)
         if self.sigma is not None and self.timestep is not None:
             raise ValueError(
                 f"sigma {self.sigma} and timestep {self.timestep} both name the first call; give one of them"
@@ -116,8 +115,8 @@ def build(
     shape: of one sample; c: an example condition of batch 1, to find the size of the discriminator's features.
     """
     student, fake = student or StudentConfig(), fake or FakeConfig()
-    if least := [update.every for update in method.updates() if update.every < 1]:
-        raise ValueError(f"every is {least[0]}; a player moves at most once a step, so it must be at least 1")
+    for name, part in (("method", method), ("student", student), ("fake", fake)):
+        check(part, f"{name}.")
     if "null" in method.needs and teacher.null is None:
         raise ValueError(
             f"{type(method).__name__} with these guidance values needs a null condition, but the teacher is "
@@ -149,8 +148,6 @@ def build(
         nets.target = replace(teacher, net=twin(nets.student.denoiser.net).requires_grad_(False))
     if "disc" in method.roles:
         taps: tuple[str, ...] = method.taps  # type: ignore[attr-defined]
-        if not taps:
-            raise ValueError("taps is empty: the discriminator reads at least one module of a score network")
         like = next(teacher.net.parameters())
         x, t = torch.zeros(1, *shape, device=like.device), torch.full((1,), 0.5, device=like.device).double()
         with torch.no_grad():

@@ -30,9 +30,7 @@ class Student:
 
     def __post_init__(self) -> None:
         self.times = tuple(float(t) for t in self.times)
-        falling = all(a > b for a, b in zip(self.times, self.times[1:], strict=False))
-        if not self.times or not falling or not 0 < self.times[-1] <= self.times[0] <= 1:
-            raise ValueError(f"student times are {self.times}; they must fall strictly within (0, 1], at least one")
+        falling(self.times)
         if self.renoise not in ("fresh", "ddim"):
             raise ValueError(f"renoise is {self.renoise!r}; it must be 'fresh' or 'ddim'")
 
@@ -72,6 +70,12 @@ class Student:
                     eps = draw.normal(f"renoise{i}", tuple(z.shape)).to(z)
                 x = path.diffuse(x0, eps, times[i + 1])
         return self.denoiser(x, times[steps - 1], c).x0
+
+
+def falling(times: tuple[float, ...]) -> None:
+    """ValueError unless the student's times, one at least, fall strictly within (0, 1]."""
+    if not times or not all(a > b for a, b in zip((1.1, *times), (*times, 0.0), strict=True)) or times[0] > 1:
+        raise ValueError(f"student times are {times}; they must fall strictly within (0, 1], at least one")
 
 
 def grid_times(steps: int, first: float = 1.0) -> tuple[float, ...]:

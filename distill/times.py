@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from distill.ranges import Count, Finite, Natural, Positive, Share, Weight
 from distill.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -31,8 +32,8 @@ class Law(ABC):
 class Uniform(Law):
     """t uniform in [low, high]."""
 
-    low: float = 0.02
-    high: float = 0.98
+    low: Share = 0.02
+    high: Share = 0.98
 
     def __post_init__(self) -> None:
         _ordered(0, self.low, self.high, 1)
@@ -45,9 +46,9 @@ class Uniform(Law):
 class Grid(Law):
     """t = n / (N - 1) with n a uniform integer in low .. high, both included (DMD2: 20 .. 980 of 1000)."""
 
-    N: int = 1000
-    low: int = 0
-    high: int = 999
+    N: Count = 1000
+    low: Natural = 0
+    high: Natural = 999
 
     def __post_init__(self) -> None:
         _ordered(0, self.low, self.high, self.N - 1)
@@ -61,8 +62,8 @@ class Grid(Law):
 class LogNormal(Law):
     """sigma / alpha = exp(mean + std n), n standard normal (EDM: -1.2, 1.2)."""
 
-    mean: float = -1.2
-    std: float = 1.2
+    mean: Finite = -1.2
+    std: Weight = 1.2
 
     def __call__(self, draw: Draw, name: str, B: int, schedule: Schedule) -> Tensor:
         return schedule.time((self.mean + self.std * draw.normal(name, (B,)).double()).exp())
@@ -72,9 +73,9 @@ class LogNormal(Law):
 class Karras(Law):
     """sigma / alpha on EDM's rho-grid, uniform in its index between the levels `low` and `high` (SiD: .002 .. 24.4)."""
 
-    low: float = 0.002
-    high: float = 80.0
-    rho: float = 7.0
+    low: Weight = 0.002
+    high: Positive = 80.0
+    rho: Positive = 7.0
 
     def __post_init__(self) -> None:
         _ordered(0, self.low, self.high, float("inf"))
@@ -88,8 +89,8 @@ class Karras(Law):
 class LogitNormal(Law):
     """t = sigmoid(mean + std n), n standard normal (SD3: 0, 1; SiD-DiT: log 2, 1.6)."""
 
-    mean: float = 0.0
-    std: float = 1.0
+    mean: Finite = 0.0
+    std: Weight = 1.0
 
     def __call__(self, draw: Draw, name: str, B: int, schedule: Schedule) -> Tensor:
         return torch.sigmoid(self.mean + self.std * draw.normal(name, (B,)).double())
@@ -100,7 +101,7 @@ class Shifted(Law):
     """t -> s t / (1 + (s - 1) t) of another law: the resolution shift of flow models (SD3, section 5.3.2)."""
 
     law: Law
-    s: float = 3.0
+    s: Positive = 3.0
 
     def __call__(self, draw: Draw, name: str, B: int, schedule: Schedule) -> Tensor:
         return shift(self.law(draw, name, B, schedule), self.s)
@@ -110,7 +111,7 @@ class Shifted(Law):
 class Fixed(Law):
     """The same t for every sample: for closed forms and diagnostics."""
 
-    t: float = 0.5
+    t: Share = 0.5
 
     def __call__(self, draw: Draw, name: str, B: int, schedule: Schedule) -> Tensor:
         return torch.full((B,), self.t, dtype=torch.float64, device=draw.device)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from distill import health, memory
 from distill.draw import Draw
 from distill.ema import EMA
+from distill.ranges import Count, Decay, Natural, Positive, Seed, Weight, check
 from distill.roles import Batch, Nets
 
 if TYPE_CHECKING:
@@ -66,51 +67,38 @@ class TrainConfig:
     """How to train, independent of the method. Names follow the training scripts of diffusers."""
 
     output_dir: str = "runs/distill"  # checkpoints, log.jsonl, sample grids, replays and the exported pipeline go here
-    max_train_steps: int = 1000  # iterations of the co-training loop
-    train_batch_size: int = 64  # images per update, over all processes and accumulation rounds
-    gradient_accumulation_steps: int = 1  # micro-batches per update, for every player
-    learning_rate: float = 1e-4  # of the student
-    fake_learning_rate: float | None = None  # of the fake score and discriminator; None: the student's
+    max_train_steps: Count = 1000  # iterations of the co-training loop
+    train_batch_size: Count = 64  # images per update, over all processes and accumulation rounds
+    gradient_accumulation_steps: Count = 1  # micro-batches per update, for every player
+    learning_rate: Positive = 1e-4  # of the student
+    fake_learning_rate: Positive | None = None  # of the fake score and discriminator; None: the student's
     lr_scheduler: Literal["constant", "linear"] = "constant"  # linear: constant, then to 0 over the last half
-    lr_warmup_steps: int = 0  # iterations of linear warm-up
+    lr_warmup_steps: Natural = 0  # iterations of linear warm-up
     gradient_checkpointing: bool = False  # recompute blocks in the backward pass: less memory, a third more time
     attention: str | None = None  # backend of diffusers: native, flash, xformers, ...; None: as the networks come
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"  # moments of 8 bits by bitsandbytes: 2 bytes a weight, not 8
-    adam_beta1: float = 0.0
-    adam_beta2: float = 0.999
-    adam_epsilon: float = 1e-8
-    adam_weight_decay: float = 0.0
-    max_grad_norm: float | None = None  # clip the gradient of each player to this norm; None: never
-    fake_max_grad_value: float | None = None  # clip every entry of the fake score's gradient to this; None: never
-    ema_half_life: float = 10_000  # of the student's average, in images; 0 follows the student
-    ema_ramp: float | None = 0.05  # half-life at most this share of the images seen; None: no ramp
-    checkpointing_steps: int = 500
-    checkpoints_total_limit: int | None = 2  # keep the newest; None: all
+    adam_beta1: Decay = 0.0
+    adam_beta2: Decay = 0.999
+    adam_epsilon: Positive = 1e-8
+    adam_weight_decay: Weight = 0.0
+    max_grad_norm: Positive | None = None  # clip the gradient of each player to this norm; None: never
+    fake_max_grad_value: Positive | None = None  # clip every entry of the fake score's gradient to this; None: never
+    ema_half_life: Weight = 10_000  # of the student's average, in images; 0 follows the student
+    ema_ramp: Positive | None = 0.05  # half-life at most this share of the images seen; None: no ramp
+    checkpointing_steps: Natural = 500
+    checkpoints_total_limit: Count | None = 2  # keep the newest; None: all
     resume_from_checkpoint: str | None = None  # "latest" or a checkpoint folder
-    validation_steps: int = 100  # a grid of samples every so many iterations; 0: never
-    logging_steps: int = 10  # fetch the logs from the device every so many iterations
+    validation_steps: Natural = 100  # a grid of samples every so many iterations; 0: never
+    logging_steps: Count = 10  # fetch the logs from the device every so many iterations
     report_to: Literal["none", "tensorboard", "wandb", "all"] = "none"
-    skip_nonfinite: int = 0  # updates in a row that a player may leave out for a NaN or infinity; 0: the first is fatal
-    hang_seconds: float = 1800  # a step that takes longer is reported with the stacks of all threads; 0: never
-    seed: int = 0
+    skip_nonfinite: Natural = (
+        0  # updates in a row that a player may leave out for a NaN or infinity; 0: the first is fatal
+    )
+    hang_seconds: Weight = 1800  # a step that takes longer is reported with the stacks of all threads; 0: never
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
-        for name in ("max_train_steps", "train_batch_size", "gradient_accumulation_steps", "logging_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        counts = ("lr_warmup_steps", "validation_steps", "checkpointing_steps", "skip_nonfinite")
-        for name in (*counts, "ema_half_life", "hang_seconds"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 or more")
-        if not self.learning_rate > 0 or not (self.fake_learning_rate is None or self.fake_learning_rate > 0):
-            raise ValueError(f"learning rates are {self.learning_rate}, {self.fake_learning_rate}; they must be > 0")
-        for name in ("adam_beta1", "adam_beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be in [0, 1)")
-        for name in ("max_grad_norm", "fake_max_grad_value", "ema_ramp", "checkpoints_total_limit"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{name} is {value}; it must be above 0, or None")
+        check(self)
 
     def micro_batch(self, processes: int) -> int:
         """Images of one micro-batch on one process."""

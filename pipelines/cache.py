@@ -29,6 +29,7 @@ from distill.data.index import INDEX, TEXTS, fingerprint
 from distill.data.online import Images, Texts
 from distill.data.shards import Rows, Table, file, narrow, note, pack, save
 from distill.data.sources import Broken
+from distill.ranges import Count, Natural, check
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -50,21 +51,19 @@ class Cache:
     prompt_column: str | None = None  # of a table of prompts; None: text, caption or prompt
     caption_column: str | None = None  # of the images' captions; None: text, caption or prompt
     image_column: str = "image"  # of a dataset
-    crops: int = 0  # random cuts of each image, with SDXL's conditions of size; 0: the image squeezed into a square
-    max_samples: int | None = None  # the first so many prompts and images
-    resolution: int | None = None  # pixels of a side; None: what the teacher was trained for
+    crops: Natural = 0  # random cuts of each image, with SDXL's conditions of size; 0: the image squeezed into a square
+    max_samples: Count | None = None  # the first so many prompts and images
+    resolution: Count | None = None  # pixels of a side; None: what the teacher was trained for
     revision: str | None = None  # of the teacher on the Hub
     variant: str | None = None  # of the teacher's weight files: fp16
-    batch_size: int = 16  # prompts or images that are encoded at once
+    batch_size: Count = 16  # prompts or images that are encoded at once
     precision: Literal["float32", "bfloat16", "float16"] = "float32"  # of the text encoders at work
     dtype: Literal["float16", "bfloat16", "float32"] = "float16"  # of what is stored
-    shard_bytes: int = 10**9  # of one file, about
+    shard_bytes: Count = 10**9  # of one file, about
     skip_broken: bool = False  # leave out images that cannot be read, and list them
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "shard_bytes"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        check(self)
 
     def sources(self) -> Text:
         names = ("prompts", "images", "prompt_column", "caption_column", "image_column", "crops", "max_samples")

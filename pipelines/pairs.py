@@ -26,6 +26,7 @@ from distill.data.index import TEXTS, digest, fingerprint
 from distill.data.online import Texts
 from distill.data.pairs import Trajectories
 from distill.data.shards import Rows, Shards, Table
+from distill.ranges import Count, Finite, Seed, check
 from pipelines.cache import SAMPLE, TEACHER, Cache, begin, fill, finish, layout, resume, spread
 
 if TYPE_CHECKING:
@@ -44,22 +45,20 @@ class Sampling:
     prompts: str = ""  # or prompts to encode now: .txt (one a line), .jsonl or .parquet file, or a dataset
     prompt_column: str | None = None  # of a table of prompts; None: text, caption or prompt
     output_dir: str = "pairs"
-    n: int = 10_000  # pairs (DMD2); prompts are used over again where there are fewer
-    steps: int = 50  # of the teacher
-    guidance: float = 8.0  # of the teacher (DMD2)
+    n: Count = 10_000  # pairs (DMD2); prompts are used over again where there are fewer
+    steps: Count = 50  # of the teacher
+    guidance: Finite = 8.0  # of the teacher (DMD2)
     scheduler: Literal["own", "euler"] = "own"  # the pipeline's own, or Euler's steps that end at trailing times (DMD2)
-    seed: int = 0  # of the noise
-    resolution: int | None = None  # pixels of a side; None: what the teacher was trained for
+    seed: Seed = 0  # of the noise
+    resolution: Count | None = None  # pixels of a side; None: what the teacher was trained for
     revision: str | None = None  # of the teacher on the Hub
     variant: str | None = None  # of the teacher's weight files: fp16
-    batch_size: int = 8  # pairs that are sampled at once
+    batch_size: Count = 8  # pairs that are sampled at once
     precision: Literal["float32", "bfloat16", "float16"] = "float32"  # of the teacher at work; the ODE is float32
     dtype: Literal["float16", "bfloat16", "float32"] = "float16"  # of what is stored
 
     def __post_init__(self) -> None:
-        for name in ("n", "steps", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        check(self)
         if self.cache and self.prompts:
             raise ValueError("a cache has its own prompts: leave out --prompts or --cache")
 

@@ -379,7 +379,7 @@ class TestCheck:
     @pytest.mark.parametrize("values", (dict(p_empty=1.5), dict(crops=-1), dict(max_samples=0)))
     def test_values(self, values):
         with pytest.raises(ValueError, match=f"{next(iter(values))} is {next(iter(values.values()))}"):
-            Text(**values)
+            Text(**values).check(())
 
     def test_smoke(self, tmp_path):
         data = Text(cache="mine").smoke(tmp_path)

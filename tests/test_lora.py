@@ -96,13 +96,13 @@ class TestAdapter:
 
     @pytest.mark.parametrize("rank", (0, -1))
     def test_wrong_rank(self, rank):
-        with pytest.raises(ValueError, match=f"LoRA rank is {rank}; it must be at least 1, or None for a full copy"):
-            LoRA(rank=rank)
+        with pytest.raises(ValueError, match=f"lora.rank is {rank}; it must be at least 1 .*, or None"):
+            LoRA(rank=rank)(denoiser().net)
 
     @pytest.mark.parametrize("wrong", ({"alpha": 0.0}, {"alpha": float("nan")}, {"targets": ()}), ids=str)
     def test_adapters_that_do_nothing(self, wrong):
-        with pytest.raises(ValueError, match="LoRA alpha is .* one above 0, on at least one target"):
-            LoRA(rank=4, **wrong)
+        with pytest.raises(ValueError, match="lora.alpha is .*; it must be above 0|lora.targets is empty"):
+            LoRA(rank=4, **wrong)(denoiser().net)
         with pytest.raises(ValueError, match="no_such_layer"):
             LoRA(rank=4, targets=("no_such_layer",))(denoiser().net)
 

@@ -125,7 +125,7 @@ IMPOSSIBLE = {  # what: (recipe, flags, words of the message)
         "--data.cache text",
         "the cache text has no images, which this method needs: make",
     ),
-    "LoRA of rank 0": ("--student.lora.rank 0", "LoRA rank is 0; it must be at least 1"),
+    "LoRA of rank 0": ("--student.lora.rank 0", "--student.lora.rank is 0; it must be at least 1"),
     "LoRA targets that match nothing": (
         "--student.lora.rank 2 --student.lora.targets to_q qkv",
         r"no module's name ends in the LoRA targets \['qkv'\]; the layers here end in \[.*'to_q'",
@@ -134,9 +134,9 @@ IMPOSSIBLE = {  # what: (recipe, flags, words of the message)
         "--method.taps transformer_blocks.3",
         r"no submodule \['transformer_blocks.3'\] to tap .*the top-level modules are \['conv_in'.*'mid_block'",
     ),
-    "no taps": ("--method.taps", "taps is empty: the discriminator reads at least one module"),
+    "no taps": ("--method.taps", "--method.taps is empty; give at least one"),
     "freezing nothing": ("--student.freeze neck", "no module 'neck' to freeze .*at the top there are .*'mid_block'"),
-    "never a student": ("--method.every 0", "every is 0; a player moves at most once a step"),
+    "never a student": ("--method.every 0", "--method.every is 0; it must be at least 1"),
     "an empty range of times": (
         "--method.times.low 990",
         r"times from low = 990 to high = 980; both lie in \[0, 9",

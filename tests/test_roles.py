@@ -77,8 +77,8 @@ def test_first_call_is_named_by_its_timestep(n):
 def test_impossible_timesteps():
     with pytest.raises(ValueError, match="sigma 2.5 and timestep 399 both name the first call; give one of them"):
         StudentConfig(sigma=2.5, timestep=399)
-    with pytest.raises(ValueError, match="timestep is 0; it must be above 0, or None"):
-        StudentConfig(timestep=0)
+    with pytest.raises(ValueError, match="student.timestep is 0; it must be above 0 and finite, or None"):
+        build(SiD(), tiny(EDM()), (2,), student=StudentConfig(timestep=0))
     with pytest.raises(ValueError, match="timestep is 1000; on this schedule it must be above 0 and at most 999"):
         build(SiD(), tiny(VP.scaled_linear()), (2,), student=StudentConfig(timestep=1000))
     with pytest.raises(ValueError, match="timestep is 10, but EDM counts no steps; give sigma"):

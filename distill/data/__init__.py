@@ -20,6 +20,7 @@ from distill.data.online import SIZES, Images, Texts
 from distill.data.shards import Shards, Table
 from distill.data.sources import Pictures
 from distill.draw import Draw
+from distill.ranges import Count, Natural, Share, check
 
 ONLINE = ("prompts", "images", "prompt_column", "caption_column", "image_column", "crops", "max_samples")
 DIGITS_TRAIN = 1200  # of 1,797 scans; the other 597 are held out and never trained on
@@ -81,20 +82,13 @@ class Text:
     prompt_column: str | None = None  # of a table of prompts; None: text, caption or prompt
     caption_column: str | None = None  # of the images' captions; None: text, caption or prompt
     image_column: str = "image"  # of a dataset
-    crops: int = 0  # online: random cuts of each image; 0: the whole image, squeezed into a square (DMD2)
-    max_samples: int | None = None  # online: use the first prompts and images only
-    p_empty: float = 0.0  # share of prompts and captions that are replaced by the empty one
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.p_empty <= 1:
-            raise ValueError(f"p_empty is {self.p_empty}; it must be in [0, 1]")
-        if self.crops < 0:
-            raise ValueError(f"crops is {self.crops}; it must be 0 or more")
-        if self.max_samples is not None and self.max_samples < 1:
-            raise ValueError(f"max_samples is {self.max_samples}; it must be at least 1, or None")
+    crops: Natural = 0  # online: random cuts of each image; 0: the whole image, squeezed into a square (DMD2)
+    max_samples: Count | None = None  # online: use the first prompts and images only
+    p_empty: Share = 0.0  # share of prompts and captions that are replaced by the empty one
 
     def check(self, needs: tuple[str, ...]) -> None:
         """ValueError that says what is missing and how to make it; nothing is read but an index."""
+        check(self, "--data.")
         real = "real" in needs
         if self.text == "cached":
             if not self.cache:

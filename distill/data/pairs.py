@@ -18,6 +18,7 @@ from distill.data.index import INDEX, TEXTS, belongs, digest, read_index
 from distill.data.online import SIZES, Texts
 from distill.data.shards import Rows, Shards, Table
 from distill.draw import Draw
+from distill.ranges import Count, Finite
 
 COMMAND = "python -m pipelines.pairs --pretrained_model_name_or_path FOLDER --prompts prompts.txt --output_dir pairs"
 
@@ -73,8 +74,8 @@ class Pairs:
     pairs: Literal["cached", "online"] = "cached"  # online: sample while training, which is for trying things out
     cache: str = ""  # folder that `python -m pipelines.pairs` has made
     prompts: str = ""  # online: .txt, .jsonl or .parquet file, or a dataset; one pair each
-    steps: int = 50  # online: of the teacher
-    guidance: float = 8.0  # online: of the teacher
+    steps: Count = 50  # online: of the teacher
+    guidance: Finite = 8.0  # online: of the teacher
 
     def check(self, needs: tuple[str, ...]) -> None:
         """ValueError that says what is missing and how to make it; nothing is read but an index."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from distill.draw import Draw
 from distill.guidance import drop
 from distill.losses import Reduction, denoising
+from distill.ranges import Share
 from distill.roles import Batch, Nets
 from distill.times import Law, LogNormal
 from distill.trainer import Logs, Update
@@ -22,7 +23,7 @@ from distill.trainer import Logs, Update
 class Denoise:
     """Train the "student" role as a denoiser on real images."""
 
-    p_drop: float = 0.1  # share of null conditions
+    p_drop: Share = 0.1  # share of null conditions
     times: Law = LogNormal(-1.2, 1.2)  # EDM, table 1
     reduction: Reduction = "mean"
 

@@ -19,7 +19,7 @@ from distill.disc import seen
 from distill.draw import Draw
 from distill.guidance import Guided, merge
 from distill.losses import Reduction, denoising, gan_discriminator, gan_generator, normaliser, push, reduce
-from distill.times import Grid, Law
+from distill.times import Count, Finite, Grid, Law, Weight
 from distill.trainer import Batch, Logs, Nets, Update
 
 
@@ -27,10 +27,10 @@ from distill.trainer import Batch, Logs, Nets, Update
 class DMD2:
     """Distribution matching with a GAN on real images; prompts alone where both GAN weights are 0."""
 
-    guidance: float = 1.0  # w of the teacher: 8 SDXL, 1.75 SD 1.5 (scripts)
-    every: int = 5  # fake steps per student step: 5; SD 1.5 10 (scripts)
-    gan: float = 5e-3  # lambda_g: 5e-3 SDXL, 1e-3 SD 1.5, 3e-3 ImageNet (scripts)
-    gan_fake: float = 1e-2  # lambda_d (scripts)
+    guidance: Finite = 1.0  # w of the teacher: 8 SDXL, 1.75 SD 1.5 (scripts)
+    every: Count = 5  # fake steps per student step: 5; SD 1.5 10 (scripts)
+    gan: Weight = 5e-3  # lambda_g: 5e-3 SDXL, 1e-3 SD 1.5, 3e-3 ImageNet (scripts)
+    gan_fake: Weight = 1e-2  # lambda_d (scripts)
     taps: tuple[str, ...] = ("mid_block",)  # features of the fake score that heads read: the bottleneck
     times: Law = Grid(1000, 20, 980)  # of the student's loss (code)
     fake_times: Law = Grid(1000, 0, 999)  # of the fake's loss (code)

@@ -19,6 +19,7 @@ from distill.denoiser import Condition, Denoiser
 from distill.draw import Draw
 from distill.guidance import Guided, scale_of, told
 from distill.losses import Reduction, huber, reduce
+from distill.ranges import Count, Decay, Finite, Positive
 from distill.schedule import expand
 from distill.solver import STEPS
 from distill.times import Grid
@@ -29,11 +30,11 @@ from distill.trainer import Batch, Logs, Nets, Update
 class LCD:
     """Consistency distillation on a grid of the teacher's ODE: needs images (or samples of the teacher)."""
 
-    N: int = 50  # ODE steps from t = 1 to 0: 50 (LCM); 18 CIFAR-10, 40 ImageNet-64 (CD)
-    guidance: float | tuple[float, float] = 1.0  # of the teacher; a range (LCM: 6, 16) is embedded. w = omega + 1
+    N: Count = 50  # ODE steps from t = 1 to 0: 50 (LCM); 18 CIFAR-10, 40 ImageNet-64 (CD)
+    guidance: Finite | tuple[Finite, Finite] = 1.0  # of the teacher; a range (LCM: 6, 16) is embedded. w = omega + 1
     solver: Literal["ddim", "heun"] = "ddim"  # LCM: ddim; CD: heun
-    target_ema: float = 0.95  # mu of the target (CD, LCM); 0: the student itself
-    huber_c: float | None = 1e-3  # of the pseudo-Huber distance (LCM); None: squared error
+    target_ema: Decay = 0.95  # mu of the target (CD, LCM); 0: the student itself
+    huber_c: Positive | None = 1e-3  # of the pseudo-Huber distance (LCM); None: squared error
     reduction: Reduction = "mean"
 
     @property

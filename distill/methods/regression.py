@@ -14,6 +14,7 @@ from torch import Tensor
 
 from distill.draw import Draw
 from distill.losses import Reduction, huber, reduce
+from distill.ranges import Positive
 from distill.trainer import Batch, Logs, Nets, Update
 
 
@@ -23,7 +24,7 @@ class Regression:
 
     distance: Literal["lpips", "huber", "mse"] = "lpips"  # d (DMD, DMD2: LPIPS)
     decoder: str | None = None  # of LPIPS: folder or Hub name of an AutoencoderTiny; None: the teacher's own decoder
-    huber_c: float = 1e-3  # of the pseudo-Huber distance
+    huber_c: Positive = 1e-3  # of the pseudo-Huber distance
     reduction: Reduction = "mean"  # of huber and mse, over all elements; LPIPS is a mean over the batch
 
     roles = ()

@@ -20,6 +20,7 @@ from torch import Tensor
 from distill.draw import Draw
 from distill.guidance import Guided, scale_of, told
 from distill.losses import jvp, per_sample
+from distill.ranges import Finite, Natural, Positive, Weight
 from distill.schedule import Prediction, Trig, expand
 from distill.times import Law, LogNormal
 from distill.trainer import Batch, Logs, Nets, Update
@@ -29,12 +30,12 @@ from distill.trainer import Batch, Logs, Nets, Update
 class SCM:
     """Continuous-time consistency distillation: needs images (or samples of the teacher)."""
 
-    guidance: float | tuple[float, float] = 1.0  # of the teacher; a range (SANA-Sprint: 4, 5) is embedded
-    sigma_d: float = 0.5  # standard deviation of the data (EDM, sCM); 1 for latents (rCM)
+    guidance: Finite | tuple[Finite, Finite] = 1.0  # of the teacher; a range (SANA-Sprint: 4, 5) is embedded
+    sigma_d: Positive = 0.5  # standard deviation of the data (EDM, sCM); 1 for latents (rCM)
     times: Law = LogNormal(-1.0, 1.4)  # tau: (-1, 1.4) CIFAR-10, (-1, 1.6) ImageNet-64 (paper)
-    warmup: int = 10_000  # steps until r = 1 (paper)
+    warmup: Natural = 10_000  # steps until r = 1 (paper)
     normalise: bool = True  # the tangent
-    c: float = 0.1  # its floor (paper)
+    c: Weight = 0.1  # its floor (paper)
     norm: Literal["rms", "vector"] = "rms"  # |g| per element (c keeps its meaning at any size), or of the whole vector
     one_pass: bool = True  # F of the loss is that of dF/dt; False: a pass of its own, which can recompute blocks
 

@@ -22,6 +22,7 @@ from distill.draw import Draw
 from distill.guidance import Guided
 from distill.losses import denoising, reduce
 from distill.methods.sid import SiD
+from distill.ranges import Finite, Natural, Positive, Weight
 from distill.schedule import expand
 from distill.trainer import Batch, Logs, Nets, Update
 
@@ -30,16 +31,16 @@ from distill.trainer import Batch, Logs, Nets, Update
 class SiDA(SiD):
     """Score identity distillation with a GAN on real images and their conditions, without new parameters."""
 
-    alpha: float = 1.0  # scripts (SiD2A: 1.0 or 1.2)
-    gan: float = 0.01  # lambda_g (scripts; SiD-DiT 1)
-    gan_fake: float = 1.0  # lambda_d (scripts; on EDM2's networks 100)
-    mix: float = 0.5  # m, on both losses together (code)
+    alpha: Finite = 1.0  # scripts (SiD2A: 1.0 or 1.2)
+    gan: Weight = 0.01  # lambda_g (scripts; SiD-DiT 1)
+    gan_fake: Weight = 1.0  # lambda_d (scripts; on EDM2's networks 100)
+    mix: Positive = 0.5  # m, on both losses together (code)
     fusion: Literal["batch", "sample"] = "batch"  # f and v; SiD-DiT: sample
-    clamp: float = 10.0  # of |l| where the student reads it; with fusion "sample" for the fake, too (code)
+    clamp: Positive = 10.0  # of |l| where the student reads it; with fusion "sample" for the fake, too (code)
     taps: tuple[str, ...] = ("mid_block",)  # the bottleneck; of transformers the last norm, norm_out (SiD-DiT)
     pairs: bool = True  # the fake step's samples have the real images' conditions (SiDA code; SiD-DiT: their own)
-    start: int = 0  # the student moves from this step on (code: after 100k images; SiD-DiT 20k)
-    gan_start: int = 0  # it sees the GAN from this step on (code: after 200k images; SiD-DiT 40k)
+    start: Natural = 0  # the student moves from this step on (code: after 100k images; SiD-DiT 20k)
+    gan_start: Natural = 0  # it sees the GAN from this step on (code: after 200k images; SiD-DiT 40k)
 
     @property
     def needs(self) -> tuple[str, ...]:

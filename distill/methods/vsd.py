@@ -18,6 +18,7 @@ from torch import Tensor
 from distill.draw import Draw
 from distill.guidance import Guided, drop, scale_of
 from distill.losses import Reduction, denoising, push, reduce
+from distill.ranges import Count, Finite, Share
 from distill.schedule import expand
 from distill.times import Grid, Law
 from distill.trainer import Batch, Logs, Nets, Update
@@ -27,12 +28,12 @@ from distill.trainer import Batch, Logs, Nets, Update
 class VSD:
     """Score distillation with a fake score that follows the student: prompts alone."""
 
-    guidance: float | tuple[float, float] = 4.5  # k (SwiftBrush), or (low, high) of a random k (PG-SB: .5, 4)
-    fake_guidance: float | None = (
+    guidance: Finite | tuple[Finite, Finite] = 4.5  # k (SwiftBrush), or (low, high) of a random k (PG-SB: .5, 4)
+    fake_guidance: Finite | None = (
         None  # k of the fake; None: the teacher's (SwiftBrush, PG-SB); 1: DMD; 1 - lambda: ESD
     )
-    p_drop: float = 0.1  # share of null conditions in the fake's step, where a guidance is not 1 (SwiftBrush code)
-    fake_steps: int = 1  # fake steps per student step (SwiftBrush: 1)
+    p_drop: Share = 0.1  # share of null conditions in the fake's step, where a guidance is not 1 (SwiftBrush code)
+    fake_steps: Count = 1  # fake steps per student step (SwiftBrush: 1)
     times: Law = Grid(1000, 20, 980)  # of the student's loss (SwiftBrush code)
     fake_times: Law = Grid(1000, 0, 999)  # of the fake's loss (SwiftBrush code)
     reduction: Reduction = "mean"  # over all elements (SwiftBrush code)

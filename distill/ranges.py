@@ -1,0 +1,97 @@
+"""What the values of a configuration may be: ranges in the types of its fields, told by --help and kept by `check`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import Field, fields, is_dataclass
+from functools import cache
+from typing import Annotated, Any, get_args, get_type_hints
+
+from tyro.constructors import PrimitiveConstructorSpec
+
+MOST = 2**31 - 1  # of what is counted: the numbers of samples are words of 32 bits (draw.py)
+NAME = 255  # bytes of a file's name
+
+
+class Range(PrimitiveConstructorSpec[Any]):
+    """Finite numbers of a kind from `low` to `high`, `ends` as in [0, 1): the metadata of a field's type."""
+
+    def __init__(self, kind: type, low: float = -math.inf, high: float = math.inf, ends: str = "[]") -> None:
+        self.kind, self.low, self.high, self.ends = kind, low, high, ends
+        name, (left, right) = kind.__name__.upper(), ("<" + "=" * (end in "[]") for end in ends)
+        if high < MOST:
+            name = f"{low}{left}{name}{right}{high}"
+        elif low > -math.inf:
+            name = f"{name}{left.replace('<', '>')}{low}"
+        super().__init__(1, name, lambda s: kind(s[0]), lambda x: isinstance(x, int | float), lambda x: [f"{x}"])
+
+    def __contains__(self, value: object) -> bool:
+        if isinstance(value, bool) or not isinstance(value, int | self.kind) or not math.isfinite(value):
+            return False
+        above = value >= self.low if self.ends[0] == "[" else value > self.low
+        return above and (value <= self.high if self.ends[1] == "]" else value < self.high)
+
+    def __str__(self) -> str:
+        low = f"{'at least' if self.ends[0] == '[' else 'above'} {self.low}"
+        high = f"{'at most' if self.ends[1] == ']' else 'below'} {self.high}" if self.high < math.inf else "finite"
+        return f"{low} and {high}" if self.low > -math.inf else high
+
+    __repr__ = __str__  # where tyro names the members of a union
+
+
+Count = Annotated[int, Range(int, 1, MOST)]
+Natural = Annotated[int, Range(int, 0, MOST)]
+Seed = Annotated[int, Range(int, 0, 2**32 - 1)]  # numpy's
+Finite = Annotated[float, Range(float)]
+Positive = Annotated[float, Range(float, 0, ends="(]")]
+Weight = Annotated[float, Range(float, 0)]
+Share = Annotated[float, Range(float, 0, 1)]
+Decay = Annotated[float, Range(float, 0, 1, "[)")]
+
+
+def leaves(config: Any, path: str = "") -> Iterator[tuple[str, Any, Field[Any], Any]]:
+    """(name, type, field, value) of every field of a dataclass and of those in it; names have dots."""
+    hints = _hints(type(config))
+    for field in fields(config):
+        value, name = getattr(config, field.name), f"{path}{field.name}"
+        if is_dataclass(value):
+            yield from leaves(value, f"{name}.")
+        else:
+            yield name, hints[field.name], field, value
+
+
+def check(config: Any, path: str = "") -> None:
+    """ValueError that names the first field of a dataclass, or of those in it, whose value is none.
+
+    A number keeps the Range of its type. A string or a tuple is empty where its default is, and only there; a string
+    is printable, and could name a file.
+    """
+    for name, hint, field, value in leaves(config, path):
+        if value is None and type(None) in get_args(hint):
+            continue
+        none = ", or None" * (type(None) in get_args(hint))
+        if value in ("", ()) and field.default != value:
+            raise ValueError(f"{name} is empty; give {'at least one' if value == () else 'it a value'}{none}")
+        for one in value if isinstance(value, tuple) else (value,):
+            if (range := _range(hint)) and one not in range:
+                raise ValueError(f"{name} is {one!r}; it must be {range}{none}")
+            if isinstance(one, str) and not (
+                one.isprintable() and all(len(p.encode()) <= NAME for p in one.split("/"))
+            ):
+                raise ValueError(f"{name} is {one[:NAME]!r}; it must be printable, with names of at most {NAME} bytes")
+            if one == "" and isinstance(value, tuple):
+                raise ValueError(f"{name} is {value!r}; none of it may be empty")
+
+
+def _range(hint: Any) -> Range | None:
+    """The Range in a type: of the number itself, or of those in its tuple or union."""
+    if isinstance(hint, Range):
+        return hint
+    inner = (*get_args(hint), *getattr(hint, "__metadata__", ()))
+    return next(filter(None, map(_range, inner)), None)
+
+
+@cache
+def _hints(kind: type) -> dict[str, Any]:
+    return get_type_hints(kind, include_extras=True)
