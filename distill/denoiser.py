@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from distill import shard
 from distill.schedule import KINDS, Kind, Prediction, Schedule, expand
 
 Condition = dict[str, Tensor] | None
@@ -31,6 +32,7 @@ class Denoiser:
     null    the condition of "no condition": the same keys as c, leading dimension 1.
     sigma_d standard deviation of the data in EDM's preconditioning (kind "edm" only).
     frame   the schedule that callers speak; None is the network's own. See `on`.
+    blocks  class names of the submodules that are gathered one by one where the network is sharded (shard.py).
     """
 
     net: nn.Module
@@ -40,6 +42,7 @@ class Denoiser:
     null: Condition = None
     sigma_d: float = 0.5
     frame: Schedule | None = None
+    blocks: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -74,6 +77,11 @@ class Denoiser:
         """The schedule of the x and t that this denoiser takes."""
         return self.frame or self.schedule
 
+    @property
+    def dual(self) -> bool:
+        """Whether forward-mode differentiation can keep a graph for backward: recomputed and sharded blocks cannot."""
+        return not (getattr(self.net, "is_gradient_checkpointing", False) or shard.sharded(self.net))
+
     def tapping(self, x: Tensor, t: Tensor, c: Condition, taps: tuple[str, ...]) -> tuple[Prediction, list[Tensor]]:
         """The prediction and, of the same pass, the outputs of the named submodules."""
         with tapped(self.net, taps, False, getattr(self.call, "feature", first)) as found:
@@ -86,7 +94,7 @@ class Denoiser:
             try:
                 self(x, t, c)
             except _Reached:
-                pass
+                shard.ended(self.net, [*found.values()])
         return [found[name] for name in taps]
 
     def copy(self) -> Denoiser:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from distill.lora import twin
+from distill.shard import part
 
 
 class EMA:
@@ -31,10 +32,14 @@ class EMA:
         beta = 0.5 ** (batch / max(half_life, 1e-8))
         if self.follows is not net:  # walking a large module tree costs milliseconds
             self.follows = net
-            pairs = [(a, b) for a, b in zip(self.net.parameters(), net.parameters(), strict=True) if a is not b]
-            self.ours: list[Tensor] = [a for a, _ in pairs]
-            self.theirs: list[Tensor] = [b for _, b in pairs]
+            self.ours, self.theirs = apart(self.net, net)
             self.buffers = list(zip(self.net.buffers(), net.buffers(), strict=True))
         torch._foreach_lerp_(self.ours, self.theirs, 1 - beta)
         for mine, new in self.buffers:
             mine.copy_(new)
+
+
+def apart(net: nn.Module, other: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
+    """The parameters that two copies of a network do not share, a frozen backbone say; of sharded ones our parts."""
+    pairs = [(a, b) for a, b in zip(net.parameters(), other.parameters(), strict=True) if a is not b]
+    return [part(a) for a, _ in pairs], [part(b) for _, b in pairs]

@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from distill import checkpoint, memory
+from distill import checkpoint, memory, shard
 from distill.draw import Draw
 from distill.roles import Batch, Nets
 
@@ -133,7 +133,7 @@ def examine(state: State, method: Method, update: Update, turns: list[Turn], acc
         ]
         grads = [(name, grad) for name, grad in reversed(named) if grad is not None]  # about as backward comes to them
         seen += [f"gradient of the weight {name}" for name, grad in grads if not _finite(grad)]
-        if not _finite(torch.nn.utils.get_total_norm([grad for _, grad in grads])):
+        if not _finite(shard.whole(torch.nn.utils.get_total_norm([grad for _, grad in grads]))):
             seen.append("the norm of all gradients")
         found.append(Finding(turn.numbers.samples.tolist(), f"{float(loss.detach()):.6g}", seen[0] if seen else None))
     for p in trained:
@@ -318,4 +318,4 @@ def _nested(tensors: dict[str, Tensor]) -> dict[str, Any]:
 
 
 def _finite(tensor: Tensor) -> bool:
-    return bool(torch.isfinite(tensor).all())
+    return bool(torch.isfinite(shard.part(tensor)).all())

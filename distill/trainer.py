@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from distill import health, memory
+from distill import health, memory, shard
 from distill.draw import Draw
 from distill.ema import EMA
 from distill.ranges import Count, Decay, Natural, Positive, Seed, Weight, check
@@ -76,6 +76,7 @@ class TrainConfig:
     lr_warmup_steps: Natural = 0  # iterations of linear warm-up
     gradient_checkpointing: bool = False  # recompute blocks in the backward pass: less memory, a third more time
     attention: str | None = None  # backend of diffusers: native, flash, xformers, ...; None: as the networks come
+    replicate_teacher: bool = False  # where networks are sharded (FSDP): it alone is whole on every process
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"  # moments of 8 bits by bitsandbytes: 2 bytes a weight, not 8
     adam_beta1: Decay = 0.0
     adam_beta2: Decay = 0.999
@@ -230,18 +231,17 @@ def begin(
     """
     supported(cfg, accelerator)
     cfg.micro_batch(accelerator.num_processes)
-    players = start(nets, accelerator)
+    start(nets, accelerator)
     if cfg.gradient_checkpointing:
         memory.recompute(nets)
     if cfg.attention is not None:
         first = draw(cfg.seed, 0, "student", torch.zeros(1, dtype=torch.long, device=accelerator.device))
         with memory.autocast(accelerator):
             memory.attend(nets, cfg.attention, data(first).get("c"))
-    state = State(
-        nets,
-        EMA(nets.student.denoiser.net, cfg.ema_half_life, cfg.ema_ramp),
-        {name: adam(params, cfg.rates()[name], cfg) for name, params in players.items()},
-    )
+    ema = EMA(nets.student.denoiser.net, cfg.ema_half_life, cfg.ema_ramp)
+    if shard.asked(accelerator):
+        split(nets, ema, accelerator, cfg.replicate_teacher)
+    state = State(nets, ema, {name: adam(params, cfg.rates()[name], cfg) for name, params in owners(nets).items()})
     if resume is not None:
         from distill import checkpoint
 
@@ -266,31 +266,50 @@ def supported(cfg: TrainConfig, accelerator: Accelerator) -> None:
         )
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         raise ValueError("DeepSpeed wraps one model with one loss; students and fake scores share theirs: use DDP")
+    sharded = shard.asked(accelerator)
+    if cfg.replicate_teacher and not sharded:
+        raise ValueError("replicate_teacher is for sharded runs (FSDP); elsewhere every process has the teacher whole")
     if cfg.optimizer == "adamw8bit":
-        if accelerator.distributed_type == DistributedType.FSDP:
+        if sharded:
             raise ValueError("optimizer adamw8bit cannot be sharded: use adamw with FSDP, or adamw8bit with DDP")
         memory.adam8bit()
 
 
-def start(nets: Nets, accelerator: Accelerator) -> dict[str, list[nn.Parameter]]:
-    """Move the networks to the device, equal on all processes; the parameters that each player owns."""
+def start(nets: Nets, accelerator: Accelerator) -> None:
+    """Networks that are equal on all processes, on the device; those to be sharded stay where they are."""
     from accelerate.utils import broadcast
 
     for denoiser in (nets.teacher, nets.student.denoiser, nets.fake, nets.target):
         if denoiser is not None and denoiser.null is not None:
             denoiser.null = {name: value.to(accelerator.device) for name, value in denoiser.null.items()}
-    nets.teacher.net.to(accelerator.device).requires_grad_(False).eval()
-    players: dict[str, list[nn.Parameter]] = {}
-    for role, net in nets.modules().items():
-        net.to(accelerator.device)
-        params = [] if role == "target" else [p for p in net.parameters() if p.requires_grad]
+    nets.teacher.net.requires_grad_(False).eval()
+    for role, net in {"teacher": nets.teacher.net, **nets.modules()}.items():
+        if not shard.asked(accelerator):
+            net.to(accelerator.device)
         low = [name for name, p in net.named_parameters() if p.requires_grad and p.dtype.itemsize < 4]
         if low:
             raise ValueError(f"{role} has trainable weights in half precision ({low[0]}, ...); load them as float32")
-        for tensor in params:
-            tensor.data = broadcast(tensor.data)
-        players.setdefault("fake" if role == "disc" else role, []).extend(params)
-    players.pop("target", None)
+        for tensor in (p for p in net.parameters() if p.requires_grad):
+            tensor.data = broadcast(tensor.data.to(accelerator.device)).to(tensor.device)
+
+
+def split(nets: Nets, ema: EMA, accelerator: Accelerator, replicate_teacher: bool) -> None:
+    """Shard every role, the average too; a teacher that is to be whole goes to the device."""
+    mesh, half, blocks = shard.mesh(accelerator), accelerator.mixed_precision == "bf16", nets.teacher.blocks
+    modules = {id(net): net for net in (nets.teacher.net, ema.net, *nets.modules().values())}
+    if replicate_teacher:
+        modules.pop(id(nets.teacher.net)).to(accelerator.device)
+    for net in modules.values():
+        shard.shard(net, blocks, mesh, half)
+
+
+def owners(nets: Nets) -> dict[str, list[nn.Parameter]]:
+    """The parameters that each player moves: those that require gradients now."""
+    players: dict[str, list[nn.Parameter]] = {}
+    for role, net in nets.modules().items():
+        if role != "target":
+            params = [p for p in net.parameters() if p.requires_grad]
+            players.setdefault("fake" if role == "disc" else role, []).extend(params)
     return players
 
 
@@ -310,10 +329,10 @@ def own(players: dict[str, list[nn.Parameter]], *player: str) -> None:
 
 
 def average(params: list[nn.Parameter], accelerator: Accelerator) -> None:
-    """Mean of the gradients over processes, in buckets."""
+    """Mean of the gradients over processes, in buckets; those of sharded networks are means already."""
+    grads = [p.grad for p in params if p.grad is not None and not shard.split(p)]
     if accelerator.num_processes == 1:
         return
-    grads = [p.grad for p in params if p.grad is not None]
     while grads:
         bucket: list[Tensor] = []
         size = 0
@@ -327,4 +346,5 @@ def average(params: list[nn.Parameter], accelerator: Accelerator) -> None:
 
 def clip(params: list[nn.Parameter], max_norm: float | None) -> Tensor:
     """The total gradient norm; with `max_norm`, gradients are scaled down to it."""
-    return torch.nn.utils.clip_grad_norm_(params, float("inf") if max_norm is None else max_norm)
+    norm = torch.nn.utils.clip_grad_norm_(params, float("inf") if max_norm is None else max_norm)
+    return shard.whole(norm)

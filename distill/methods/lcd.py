@@ -17,6 +17,7 @@ from torch import Tensor
 
 from distill.denoiser import Condition, Denoiser
 from distill.draw import Draw
+from distill.ema import apart
 from distill.guidance import Guided, scale_of, told
 from distill.losses import Reduction, huber, reduce
 from distill.ranges import Count, Decay, Finite, Positive
@@ -70,6 +71,4 @@ class LCD:
     def after(self, player: str, nets: Nets) -> None:
         if nets.target is not None:
             with torch.no_grad():
-                pairs = zip(nets.target.net.parameters(), nets.student.denoiser.net.parameters(), strict=True)
-                ours, theirs = zip(*((a, b) for a, b in pairs if a is not b), strict=True)  # not a common backbone
-                torch._foreach_lerp_(ours, theirs, 1 - self.target_ema)
+                torch._foreach_lerp_(*apart(nets.target.net, nets.student.denoiser.net), 1 - self.target_ema)

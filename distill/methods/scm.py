@@ -37,7 +37,7 @@ class SCM:
     normalise: bool = True  # the tangent
     c: Weight = 0.1  # its floor (paper)
     norm: Literal["rms", "vector"] = "rms"  # |g| per element (c keeps its meaning at any size), or of the whole vector
-    one_pass: bool = True  # F of the loss is that of dF/dt; False: a pass of its own, which can recompute blocks
+    one_pass: bool = True  # F of the loss is that of dF/dt; False: a pass of its own, as where blocks are recomputed
 
     roles = ()
 
@@ -65,7 +65,7 @@ class SCM:
         with torch.no_grad():
             dx = self.velocity(Guided(teacher, w)(x_t, t, c), t)
             along = (cos * sin * dx, (cos * sin).reshape(t.shape).to(t) * (2 / math.pi))
-        once = self.one_pass and not getattr(student.net, "is_gradient_checkpointing", False)
+        once = self.one_pass and student.dual
         out, dF = jvp(F, (x_t, t), along, once)
         with torch.no_grad():
             sgF = out.detach()
