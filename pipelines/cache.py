@@ -23,13 +23,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import torch
 import tyro
 
+from distill import ranges
 from distill.config import fail
 from distill.data import Text, sources
 from distill.data.index import INDEX, TEXTS, fingerprint
 from distill.data.online import Images, Texts
 from distill.data.shards import Rows, Table, file, narrow, note, pack, save
 from distill.data.sources import Broken
-from distill.ranges import Count, Natural, check
+from distill.ranges import Count, Natural
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -63,7 +64,7 @@ class Cache:
     skip_broken: bool = False  # leave out images that cannot be read, and list them
 
     def __post_init__(self) -> None:
-        check(self)
+        ranges.check(self)
 
     def sources(self) -> Text:
         names = ("prompts", "images", "prompt_column", "caption_column", "image_column", "crops", "max_samples")

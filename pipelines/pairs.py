@@ -20,13 +20,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import torch
 import tyro
 
+from distill import ranges
 from distill.config import fail
 from distill.data import Text
 from distill.data.index import TEXTS, digest, fingerprint
 from distill.data.online import Texts
 from distill.data.pairs import Trajectories
 from distill.data.shards import Rows, Shards, Table
-from distill.ranges import Count, Finite, Seed, check
+from distill.ranges import Count, Finite, Seed
 from pipelines.cache import SAMPLE, TEACHER, Cache, begin, fill, finish, layout, resume, spread
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ class Sampling:
     dtype: Literal["float16", "bfloat16", "float32"] = "float16"  # of what is stored
 
     def __post_init__(self) -> None:
-        check(self)
+        ranges.check(self)
         if self.cache and self.prompts:
             raise ValueError("a cache has its own prompts: leave out --prompts or --cache")
 
