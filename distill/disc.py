@@ -111,3 +111,9 @@ def seen(
     u = torch.cat([times(draw, f"{name}_t", B, path) for name in names])
     eps = torch.cat([draw.normal(f"{name}_eps", shape) for name in names]).to(x)
     return denoiser.features(path.diffuse(x, eps, u), u, c, taps)
+
+
+@torch.no_grad()
+def verdicts(fake: Tensor, real: Tensor) -> Tensor:
+    """The share of logits with the right sign, below 0 for fakes and above for real ones, in [0, 1]."""
+    return ((fake < 0).float().mean() + (real > 0).float().mean()) / 2

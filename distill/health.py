@@ -1,4 +1,4 @@
-"""A run that goes wrong says so: what is not finite, where and on which rank; its replay; a step that hangs.
+"""A run that goes wrong says so: signs in the log; what is not finite, where and on which rank; a step that hangs.
 
 The gradient is averaged before it is looked at, so a NaN of one process stops all of them at the same update. Then, and
 only then, each computes its own micro-batches again, which are functions of the weights, the batch and (seed, step,
@@ -35,6 +35,19 @@ if TYPE_CHECKING:
     from distill.trainer import Method, State, TrainConfig, Update
 
 ADVICE = "Lower the learning rate, set max_grad_norm, or look at the data of this step"
+
+
+@torch.no_grad()
+def samples(x: Tensor) -> dict[str, Tensor]:
+    """Logs of a student's samples [B, ...]: the mean of their rms, and of the rms distance of two over sqrt(2).
+
+    Both are sizes per element; the second is 0 where all samples are one. It compares neighbours, so that micro-batches
+    of even size say what the whole batch says; of one sample alone there is none.
+    """
+    x = x.float().flatten(1)
+    pairs = x[: len(x) // 2 * 2].unflatten(0, (-1, 2))
+    logs = {"x_rms": x.square().mean(1).sqrt().mean()}
+    return logs | ({"x_spread": (pairs.diff(dim=1).square().mean((1, 2)) / 2).sqrt().mean()} if len(pairs) else {})
 
 
 class Turn(NamedTuple):

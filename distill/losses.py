@@ -72,6 +72,19 @@ def hinge_discriminator(fake: Tensor, real: Tensor) -> Tensor:
     return F.relu(1 + fake).mean() + F.relu(1 - real).mean()
 
 
+@torch.no_grad()
+def scores(x: Tensor, real: Tensor, fake: Tensor, own: bool = True) -> dict[str, Tensor]:
+    """Logs of two scores: score_gap = mean (real - fake)^2 and lag = mean (x - fake) (real - fake).
+
+    x, real, fake [B, ...]: samples and both scores' x0 at x_t, or noise and both scores' eps. A fake score that has
+    caught up with the student is E[x | x_t], and then the lag is 0 in expectation: x - E[x | x_t] has no correlation
+    with a function of x_t (the identity of SiD, arXiv 2404.04057). lag / score_gap is the share of the way from fake to
+    real that the student is ahead. own: the fake is guided here as in its own loss; without that there is no lag.
+    """
+    gap = real - fake
+    return {"score_gap": gap.square().mean()} | ({"lag": ((x - fake) * gap).mean()} if own else {})
+
+
 class _Affine(TorchFunctionMode):
     """Linear layers and convolutions act on a tangent as on a value, less the bias: two products, torch makes three."""
 

@@ -190,7 +190,8 @@ def train(
                 one = 1 + 0 * loss.detach()  # a loss that is not finite makes all gradients so, on every process
                 (loss / cfg.gradient_accumulation_steps).backward(one)
                 done.append(health.Turn(x.detach(), batch, numbers, source))
-                for name, value in {f"{player}/loss": loss, **{f"{player}/{k}": v for k, v in logs.items()}}.items():
+                logs = {"loss": loss} | logs | (health.samples(x) if x.requires_grad else {})
+                for name, value in {f"{player}/{k}": v for k, v in logs.items()}.items():
                     value = value.detach() / cfg.gradient_accumulation_steps
                     state.logs[name] = state.logs.get(name, 0.0) + value
             kept, walked = done, done if update.walk else walked

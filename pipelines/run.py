@@ -163,10 +163,8 @@ def run(config: Config[Any, Any], out: Path, resume: Path | None) -> None:
         (out / "config.yaml").write_text(dump(config))
     accelerator.init_trackers("distill", init_kwargs={"wandb": {"dir": f"{out}"}})
     begun = checkpoint.step(resume) if resume else 0
-    log, watchdog = (
-        Log(cfg, accelerator, begun),
-        health.Watchdog(cfg.hang_seconds, out, accelerator.process_index, begun),
-    )
+    log = Log(cfg, accelerator, begun)
+    watchdog = health.Watchdog(cfg.hang_seconds, out, accelerator.process_index, begun)
 
     @torch.no_grad()
     def preview(state: State) -> None:

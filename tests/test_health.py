@@ -17,6 +17,8 @@ from test_processes import TWO, python
 from test_trainer import METHODS, config, equal, everything, nets_of, roles, vectors
 
 from distill import checkpoint, data, health
+from distill.disc import verdicts
+from distill.losses import scores
 from distill.methods import DMD2, SiD
 from distill.trainer import train
 
@@ -38,6 +40,47 @@ def states(out, *at, method=METHODS["dmd2"], nets=None, resume=None, accelerator
     """The states of a run of two micro-batches a process, with NaNs in its data at each of `at`."""
     cfg = config(output_dir=f"{out}", gradient_accumulation_steps=2, **change)
     yield from train(method, nets or nets_of(method), ill(*at), cfg, accelerator or Accelerator(cpu=True), resume)
+
+
+# ---- signs of dying ----
+
+
+@pytest.mark.parametrize("share", (0.0, 0.25, 1.0))
+def test_the_lag_is_the_way_that_the_student_is_ahead(share):
+    """Gaussians of mean 0 (fake) and 2 (teacher): lag / score_gap is where the student's mean is."""
+    N, alpha, sigma = 200_000, 0.8, 0.6
+    x = 2 * share + torch.randn(N, 1, dtype=torch.float64)
+    x_t = alpha * x + sigma * torch.randn_like(x)
+    fake, real = (m + alpha / (alpha**2 + sigma**2) * (x_t - alpha * m) for m in (0.0, 2.0))
+    logs = scores(x, real, fake)
+    assert float(logs["lag"] / logs["score_gap"]) == pytest.approx(share, abs=0.01)
+    assert logs.keys() - scores(x, real, fake, own=False) == {"lag"}
+
+
+def test_size_and_spread_of_samples():
+    """In words: as large as noise, of one mode, of samples that are all one; none of a single sample."""
+    z = torch.randn(64, 3, 16, 16)
+    found = health.samples(z)
+    assert [float(found[key]) for key in ("x_rms", "x_spread")] == pytest.approx([1, 1], rel=0.01)
+    assert float(health.samples(5 + 0.1 * z)["x_spread"]) == pytest.approx(0.1, rel=0.01)
+    assert float(health.samples(z[:1].expand(7, -1, -1, -1))["x_spread"]) == 0
+    assert health.samples(z[:1]).keys() == {"x_rms"}
+
+
+def test_verdicts_of_a_discriminator():
+    low, high = torch.tensor([-1.0, -2.0, 3.0, -0.1]), torch.tensor([1.0, 1.0, -1.0, -1.0])
+    assert float(verdicts(low, high)) == (0.75 + 0.5) / 2
+
+
+def test_what_is_logged():
+    """Samples of the student alone: consistency methods look at real images."""
+    samples, found = {"student/x_rms", "student/x_spread"}, {}
+    for name in METHODS:
+        nets = nets_of(METHODS[name])
+        found[name] = next(train(METHODS[name], nets, vectors, config(), Accelerator(cpu=True))).logs.keys()
+    assert {name for name, keys in found.items() if samples <= keys} == {"sid", "sid-lsg", "dmd2", "vsd"}
+    assert {name for name, keys in found.items() if "student/lag" in keys} == {"sid", "sid-lsg", "dmd2"}
+    assert [name for name, keys in found.items() if "fake/gan_right" in keys] == ["dmd2"]
 
 
 # ---- what is not finite is named and can be seen again ----

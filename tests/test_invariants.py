@@ -67,7 +67,7 @@ CASES = [(method, schedule) for method in METHODS for schedule in SCHEDULES]
 def test_first_steps(method, schedule):
     want = json.loads(FILE.read_text())[f"{method} {schedule}"]
     got = curves(method, schedule)
-    assert got.keys() == want.keys()
+    assert got.keys() >= want.keys()  # signs of health are not stored
     for name in want:
         zero = 0.1 * RTOL * max(map(abs, want[name]))  # of a loss that changes its sign
         assert got[name] == pytest.approx(want[name], rel=RTOL, abs=zero), name

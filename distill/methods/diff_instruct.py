@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from distill.draw import Draw
-from distill.losses import Reduction, denoising, push, reduce
+from distill.losses import Reduction, denoising, push, reduce, scores
 from distill.schedule import expand
 from distill.times import Law, LogNormal
 from distill.trainer import Batch, Logs, Nets, Update
@@ -51,9 +51,10 @@ class DiffInstruct:
         t, eps = self.times(draw, "t", len(x), path), draw.normal("eps", x.shape).to(x)
         with torch.no_grad():
             x_t = path.diffuse(x, eps, t)
-            gap = nets.fake(x_t, t, c).x0 - nets.teacher(x_t, t, c).x0
+            real, fake = nets.teacher(x_t, t, c).x0, nets.fake(x_t, t, c).x0
+            gap = fake - real
             g = gap if self.weight == "ratio" else gap / expand(path.ratio(t) ** 2, x)
-        return reduce(push(x, g), self.reduction), {"score_gap": gap.square().mean()}
+        return reduce(push(x, g), self.reduction), scores(x, real, fake)
 
     def fake_loss(self, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
         c, path = batch.get("c"), nets.fake.path

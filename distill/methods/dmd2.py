@@ -15,10 +15,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from distill.disc import seen
+from distill.disc import seen, verdicts
 from distill.draw import Draw
 from distill.guidance import Guided, merge
-from distill.losses import Reduction, denoising, gan_discriminator, gan_generator, normaliser, push, reduce
+from distill.losses import Reduction, denoising, gan_discriminator, gan_generator, normaliser, push, reduce, scores
 from distill.times import Count, Finite, Grid, Law, Weight
 from distill.trainer import Batch, Logs, Nets, Update
 
@@ -62,7 +62,7 @@ class DMD2:
             x_t = path.diffuse(x, eps, t)
             real, (fake, h, logs) = Guided(nets.teacher, self.guidance)(x_t, t, c).x0, self.weighed(x_t, t, c, nets)
             g = h * (fake - real) / (normaliser(x, real) if self.normalise else 1.0)
-        loss, logs = reduce(push(x, g), self.reduction), {"score_gap": (fake - real).square().mean()} | logs
+        loss, logs = reduce(push(x, g), self.reduction), scores(x, real, fake) | logs
         if self.gan:
             logs["gan"] = gan_generator(self.logits(x, c, nets, draw, "gan"))
             loss = loss + self.gan * logs["gan"]
@@ -82,7 +82,7 @@ class DMD2:
                 fake, real = nets.disc(*features), method.logits(y, y_c, nets, draw, "gan_real")
             else:
                 fake, real = self.logits(torch.cat([x, y]), merge(c, y_c), nets, draw, "gan_fake", "gan_real").chunk(2)
-            logs["gan"] = gan_discriminator(fake, real)
+            logs |= {"gan": gan_discriminator(fake, real), "gan_right": verdicts(fake, real)}
             loss = loss + self.gan_fake * logs["gan"]
         return loss, logs
 

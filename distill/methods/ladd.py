@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from distill.disc import seen
+from distill.disc import seen, verdicts
 from distill.draw import Draw
 from distill.guidance import merge
 from distill.losses import hinge_discriminator, hinge_generator
@@ -63,4 +63,5 @@ class LADD:
         with torch.no_grad():
             features = seen(nets.teacher, self.taps, self.gan_times, both, c, draw, "gan_fake", "gan_real")
         fake, real = nets.disc(*features).chunk(2)
-        return hinge_discriminator(fake, real), {"logit_gap": (real.mean() - fake.mean()).detach()}
+        logs = {"gan_right": verdicts(fake, real), "logit_gap": (real.mean() - fake.mean()).detach()}
+        return hinge_discriminator(fake, real), logs

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from distill.draw import Draw
 from distill.guidance import Guided, drop
-from distill.losses import Reduction, denoising, normaliser, reduce
+from distill.losses import Reduction, denoising, normaliser, reduce, scores
 from distill.ranges import Count, Finite, Positive, Share
 from distill.schedule import expand
 from distill.times import Karras, Law, LogNormal
@@ -78,5 +78,5 @@ class SiD:
             w = 1 / normaliser(x, real) if self.weight == "mean" else expand(path.coefficients(t)[0], x)
         delta = real - fake
         loss = w * delta * ((fake3 - x) + (1 - self.alpha) * delta)
-        logs = {"score_gap": delta.detach().square().mean()}
+        logs = scores(x, real, fake, own=k2 == self.kappa[0])
         return self.gain * reduce(loss, self.reduction), logs, w, features

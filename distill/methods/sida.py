@@ -18,6 +18,7 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor
 
+from distill.disc import verdicts
 from distill.draw import Draw
 from distill.guidance import Guided
 from distill.losses import denoising, reduce
@@ -80,8 +81,8 @@ class SiDA(SiD):
         f = (self.fused(F.softplus(low), x) + self.fused(F.softplus(-high), x)) / 2
         v = expand(fake.sigma_d**-2 + fake.path.ratio(t) ** -2, x) if self.fusion == "batch" else 1.0
         gan = reduce(v * f if self.fusion == "batch" else f.expand_as(x), self.reduction)
-        loss = denoising(pred, x, eps, self.reduction) + self.gan_fake * gan
-        return loss, {"gan": f.mean(), "logit_gap": (high.mean() - low.mean()).detach()}
+        logs = {"gan": f.mean(), "gan_right": verdicts(low, high), "logit_gap": (high.mean() - low.mean()).detach()}
+        return denoising(pred, x, eps, self.reduction) + self.gan_fake * gan, logs
 
     def logits(self, features: list[Tensor], x: Tensor) -> Tensor:
         return features[0].to(x).mean(1)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from distill.draw import Draw
 from distill.guidance import Guided, drop, scale_of
-from distill.losses import Reduction, denoising, push, reduce
+from distill.losses import Reduction, denoising, push, reduce, scores
 from distill.ranges import Count, Finite, Share
 from distill.schedule import expand
 from distill.times import Grid, Law
@@ -58,10 +58,11 @@ class VSD:
         k_fake = k if self.fake_guidance is None else self.fake_guidance
         with torch.no_grad():
             x_t = path.diffuse(x, eps, t)
-            gap = Guided(nets.teacher, k)(x_t, t, c).eps - Guided(nets.fake, k_fake)(x_t, t, c).eps
+            real, fake = Guided(nets.teacher, k)(x_t, t, c).eps, Guided(nets.fake, k_fake)(x_t, t, c).eps
             alpha, sigma = path.coefficients(t)
             w = expand(sigma**2 / (alpha**2 + sigma**2), x) if self.weight else 1.0
-        return reduce(push(x, w * gap), self.reduction), {"score_gap": gap.square().mean()}
+        own = not isinstance(k_fake, Tensor) and k_fake == 1
+        return reduce(push(x, w * (real - fake)), self.reduction), scores(eps, real, fake, own)
 
     def fake_loss(self, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
         c, path = batch.get("c"), nets.fake.path
