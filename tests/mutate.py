@@ -149,7 +149,7 @@ MUTATIONS = {
         m("teacher not guided", LCD, "solver(Guided(nets.teacher, w), x_t", "solver(nets.teacher, x_t", BY_HAND),
         m("student not told", LCD, "self.f(student, x_t, t, told(c, w))", "self.f(student, x_t, t, c)", BY_HAND),
         m("sum for mean", LCD, "reduce(loss, self.reduction)", 'reduce(loss, "sum")', BY_HAND, DISCRETE),
-        m("average the wrong way", LCD, "theirs, 1 - self.target_ema", "theirs, self.target_ema", BY_HAND),
+        m("average the wrong way", LCD, "net), 1 - self.target_ema", "net), self.target_ema", BY_HAND),
         m("target never moves", LCD, "if nets.target is not None", "if False", BY_HAND),
     ),
     "sCM": (

@@ -65,8 +65,7 @@ class SiDA(SiD):
             return super().student_loss(x, nets, batch, draw)
         loss, logs, w, features = self.identity(x, nets, batch, draw, self.taps)
         f = self.fused(F.softplus(-self.logits(features, x).clamp(-self.clamp, self.clamp)), x)
-        gan = reduce((w * f).expand_as(x), self.reduction)
-        return self.mix * (loss + self.gan * gan), logs | {"gan": f.mean()}
+        return self.mix * (loss + self.gan * reduce((w * f).expand_as(x), self.reduction)), logs | {"gan": f.mean()}
 
     def fake_loss(self, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
         if not self.gan_fake:
