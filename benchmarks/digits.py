@@ -1,27 +1,37 @@
-"""What the loop costs: time of a turn over the bare network calls that it must make, and peak memory, per method.
+"""What the loop costs: its time over the bare network calls that it must make, per turn and as a whole; memory; stalls.
 
-Each turn of `train` (draws, losses, optimizer, EMA, log values included) against the same forward and backward passes
-of the bare network at the same batch, interleaved, medians of CPU seconds of one thread (or synchronised CUDA time).
+Each turn of `train` (draws, losses, optimizer, EMA, log values included), and whole runs with accumulation, a log and
+checkpoints, against the same forward and backward passes of the bare network at the same batch, interleaved, medians
+of CPU seconds of one thread (or synchronised CUDA time). How long training stands still for a checkpoint is wall time.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import platform
 import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import redirect_stderr
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tyro
+from tqdm import tqdm
+
+if TYPE_CHECKING:
+    from distill.trainer import State, TrainConfig
 
 # The passes that a turn must make: n no-grad forward; f forward and full backward; i forward and backward to the input
-# of a frozen network; c, ci, cf the same up to the discriminator's tap; j forward-mode derivative. Prefix 2: on 2B.
+# of a frozen network; c, ci, cf the same up to the discriminator's tap and through its head; j forward-mode derivative.
+# Prefix 2: on 2B.
 PASSES = {
     "DMD2": {"student": "f n n ci", "fake": "n f 2cf"},
     "SiD": {"student": "f i i", "fake": "n f"},
@@ -37,7 +47,8 @@ class Bench:
 
     output: Path | None = Path("docs/bench.md")  # None: the terminal only
     batch: int = 64
-    rounds: int = 30  # timed repetitions of everything
+    rounds: int = 30  # timed repetitions of every turn and pass, and saves of either kind
+    blocks: int = 3  # timed stretches of a run of 50 steps, a log line every 10th, a checkpoint at the last
     channels: tuple[int, ...] = (16, 32)  # of the digits UNet
     memory_of: str | None = None  # one method: print its peak memory in MiB and stop (used by the benchmark itself)
 
@@ -69,21 +80,85 @@ class Turn:
         return [self.update]
 
 
-def turns(method: Any, player: str, cfg: Bench) -> Callable[[], Any]:
-    """A function that makes one turn of `player` through train()."""
+def loop(method: Any, settings: TrainConfig, cfg: Bench) -> Iterator[State]:
+    """train() of a method on the digits UNet."""
     from accelerate import Accelerator
 
     from distill.data import Digits
     from distill.roles import StudentConfig, build
-    from distill.trainer import TrainConfig, train
+    from distill.trainer import train
     from pipelines import edm
 
     teacher = edm.teacher(edm.unet(cfg.channels), 0.75, 10)
-    turn = Turn(method, player)
-    nets = build(turn, teacher.denoiser, teacher.shape, teacher.encode([0]), StudentConfig(sigma=2.5))
-    settings = TrainConfig(max_train_steps=10**9, train_batch_size=cfg.batch)
-    loop = train(turn, nets, Digits(), settings, Accelerator())
-    return lambda: next(loop)
+    nets = build(method, teacher.denoiser, teacher.shape, teacher.encode([0]), StudentConfig(sigma=2.5))
+    return train(method, nets, Digits(), settings, Accelerator())
+
+
+def turns(method: Any, player: str, cfg: Bench) -> Callable[[], Any]:
+    """A function that makes one turn of `player` through train()."""
+    from distill.trainer import TrainConfig
+
+    states = loop(Turn(method, player), TrainConfig(max_train_steps=10**9, train_batch_size=cfg.batch), cfg)
+    return lambda: next(states)
+
+
+def whole(method: Any, cfg: Bench, folder: Path) -> Callable[[], None]:
+    """A function that makes ten steps of two micro-batches and a line of the log, and every fifth time a checkpoint."""
+    from accelerate import Accelerator
+
+    from distill.checkpoint import Saver
+    from distill.log import Log
+    from distill.trainer import TrainConfig
+
+    settings = TrainConfig(
+        output_dir=f"{folder}",
+        max_train_steps=10**9,
+        train_batch_size=2 * cfg.batch,
+        gradient_accumulation_steps=2,
+        logging_steps=10,
+        checkpointing_steps=50,
+    )
+    folder.mkdir()
+    with redirect_stderr(StringIO()):  # where its progress bar goes
+        log = Log(settings, Accelerator())
+    saver, states = Saver(folder, settings.checkpoints_total_limit), loop(method, settings, cfg)
+
+    def run() -> None:
+        for state in itertools.islice(states, 10):
+            log(state)
+        if state.step % settings.checkpointing_steps == 0:
+            saver.save(state)
+
+    return run
+
+
+def needed(method: Any, passes: dict[str, str]) -> list[str]:
+    """The passes of one micro-batch of every player; samples that a player takes from another are made once."""
+    kinds = []
+    for i, update in enumerate(method.updates()):
+        own = passes[update.player].split()
+        kinds += own[own[0] == "n" :] if update.reuse and i else own
+    return kinds
+
+
+def stall(method: Any, cfg: Bench, folder: Path) -> tuple[float, float, float]:
+    """(MiB of a checkpoint, seconds that training waits for `checkpoint.save`, for a Saver), saved in turn."""
+    from distill import checkpoint
+    from distill.trainer import TrainConfig
+
+    states = loop(method, TrainConfig(max_train_steps=10**9, train_batch_size=cfg.batch), cfg)
+    times: dict[str, list[float]] = {"sync": [], "async": []}
+    saver = checkpoint.Saver(folder / "async", 2)
+    saves = {"sync": lambda state: checkpoint.save(state, folder / "sync", 2), "async": saver.save}
+    for state in itertools.islice(states, cfg.rounds + 1):
+        for name, save in saves.items():
+            synchronize()
+            began = time.perf_counter()
+            save(state)
+            times[name].append(time.perf_counter() - began)
+        saver.wait()
+    size = sum(file.stat().st_size for file in checkpoint.found(folder / "sync")[-1].iterdir())
+    return size / 2**20, *(statistics.median(seconds[1:]) for seconds in times.values())
 
 
 def bare(kind: str, cfg: Bench) -> Callable[[], Any]:
@@ -92,6 +167,7 @@ def bare(kind: str, cfg: Bench) -> Callable[[], Any]:
     from accelerate import Accelerator
 
     from distill.denoiser import _Reached, tapped
+    from distill.disc import head
     from distill.losses import jvp
     from pipelines import edm
 
@@ -102,14 +178,17 @@ def bare(kind: str, cfg: Bench) -> Callable[[], Any]:
     labels = torch.arange(B, device=device) % 10
     net.requires_grad_(kind in ("f", "cf"))
 
-    def forward(x: Any = x, t: Any = t) -> Any:
-        if not kind.startswith("c"):
-            return net(x, t, class_labels=labels, return_dict=False)[0]
+    def feature(x: Any) -> Any:
         with tapped(net, ("mid_block",), stop=True) as found:
             try:
                 net(x, t, class_labels=labels)
             except _Reached:
                 return found["mid_block"]
+
+    disc = head(feature(x)).to(device).requires_grad_(kind == "cf") if kind.startswith("c") else None
+
+    def forward(x: Any = x, t: Any = t) -> Any:
+        return net(x, t, class_labels=labels, return_dict=False)[0] if disc is None else disc(feature(x))
 
     def run() -> None:
         if kind == "n":
@@ -118,7 +197,8 @@ def bare(kind: str, cfg: Bench) -> Callable[[], Any]:
         elif kind == "j":
             jvp(forward, (x, t), (x, t))
         elif kind in ("f", "cf"):
-            net.zero_grad(set_to_none=True)
+            for module in filter(None, (net, disc)):
+                module.zero_grad(set_to_none=True)
             forward().sum().backward()
         else:
             leaf = x.clone().requires_grad_()
@@ -127,18 +207,22 @@ def bare(kind: str, cfg: Bench) -> Callable[[], Any]:
     return run
 
 
-def clock(run: Callable[[], Any]) -> float:
+def synchronize() -> None:
     import torch
 
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-        began = time.perf_counter()
-        run()
-        torch.cuda.synchronize()
-        return time.perf_counter() - began
-    began = time.process_time()
+
+
+def clock(run: Callable[[], Any]) -> float:
+    import torch
+
+    now = time.perf_counter if torch.cuda.is_available() else time.process_time
+    synchronize()
+    began = now()
     run()
-    return time.process_time() - began
+    synchronize()
+    return now() - began
 
 
 def peak(name: str, cfg: Bench) -> float:
@@ -157,6 +241,18 @@ def peak(name: str, cfg: Bench) -> float:
     return int(next(line for line in status.read_text().splitlines() if line.startswith("VmHWM")).split()[1]) / 2**10
 
 
+def steps(
+    method: Any, passes: list[str], kinds: dict[str, Callable[[], Any]], cfg: Bench, folder: Path
+) -> tuple[float, float]:
+    """Seconds of a step of a whole run: of its bare passes, and in all. Passes are timed between ten steps and ten."""
+    run, alone, together = whole(method, cfg, folder), [], []
+    clock(run)  # the first is warm-up
+    for _ in tqdm(range(5 * cfg.blocks), desc=folder.name, unit="ten steps"):
+        together.append(clock(run))
+        alone += [sum(clock(kinds[kind]) for kind in passes) for _ in range(2)]
+    return 2 * statistics.median(alone), statistics.mean(together) / 10
+
+
 def main(cfg: Bench) -> None:
     import torch
 
@@ -164,8 +260,6 @@ def main(cfg: Bench) -> None:
     if cfg.memory_of:
         sys.stdout.write(json.dumps(peak(cfg.memory_of, cfg)))
         return
-    from tqdm import tqdm
-
     runs = {(m, p): turns(method, p, cfg) for m, method in methods().items() for p in PASSES[m]}
     kinds = {kind: bare(kind, cfg) for m in PASSES for p in PASSES[m].values() for kind in p.split()}
     everything: dict[Any, Callable[[], Any]] = runs | kinds
@@ -188,21 +282,42 @@ def main(cfg: Bench) -> None:
             lines.append(
                 f"| {m} | {p} | {passes} | {need * 1e3:.1f} | {took * 1e3:.1f} | {took / need:.2f} | {mib:.0f} |"
             )
+    rows = ["| method | bare ms | step ms | ratio | checkpoint MiB | stall ms, sync | stall ms, async | ratio |"]
+    rows += ["|---|---|---|---|---|---|---|---|"]
+    with tempfile.TemporaryDirectory() as name:
+        for m, method in methods().items():
+            need, took = steps(method, needed(method, PASSES[m]), kinds, cfg, Path(name) / m)
+            mib, sync, async_ = stall(method, cfg, Path(name) / f"{m} stall")
+            rows.append(
+                f"| {m} | {need * 1e3:.1f} | {took * 1e3:.1f} | {took / need:.2f} "
+                f"| {mib:.1f} | {sync * 1e3:.1f} | {async_ * 1e3:.1f} | {async_ / sync:.2f} |"
+            )
+    by_turn, by_run = "\n".join(lines), "\n".join(rows)
     text = f"""# What the loop costs
 
 `make bench`: digits UNet {cfg.channels}, batch {cfg.batch}, {device}, torch {torch.__version__}, medians of
 {cfg.rounds} interleaved rounds.
 
+## A turn
 Passes: n no-grad forward, f forward and full backward, i forward and backward to the input of a frozen network, c.. the
-same up to the discriminator's tap, j forward-mode derivative, 2.. on real and generated images together. A turn also
-draws its noise, steps Adam, averages the student and checks the gradient. Peak memory is of the whole
-process on a CPU (torch and diffusers themselves are most of it), of CUDA's allocator on a GPU.
+same up to the discriminator's tap and through its head, j forward-mode derivative, 2.. on real and generated images
+together. A turn also draws its noise, steps Adam, averages the student and checks the gradient. Peak memory is of the
+whole process on a CPU (torch and diffusers themselves are most of it), of CUDA's allocator on a GPU.
 
-""" + "\n".join(lines)
-    sys.stdout.write(text + "\n")
+{by_turn}
+
+## A run
+Steps of every player's turn, each of two micro-batches of {cfg.batch}, with a line of the log every 10 steps and a
+checkpoint, written in the background, every 50: the time of {cfg.blocks} x 50 steps over that of their passes; on a CPU
+the thread that writes counts too. The stall is how long (wall time) training stands still for a checkpoint: with
+`checkpoint.save`, which writes, and with `checkpoint.Saver`, which copies.
+
+{by_run}
+"""
+    sys.stdout.write(text)
     if cfg.output is not None:
         cfg.output.parent.mkdir(exist_ok=True)
-        cfg.output.write_text(text + "\n")
+        cfg.output.write_text(text)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ A role is a module tree of its own (lora.py), and a recomputed block is a module
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +24,8 @@ def autocast(accelerator: Accelerator) -> AbstractContextManager[Any]:
     """The precision of a run, cast anew each time: a weight cast under no_grad keeps no graph (torch before 2.10)."""
     from accelerate.utils import AutocastKwargs
 
+    if accelerator.mixed_precision == "no":
+        return nullcontext()
     return accelerator.autocast(AutocastKwargs(cache_enabled=False))
 
 

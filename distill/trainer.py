@@ -347,5 +347,6 @@ def average(params: list[nn.Parameter], accelerator: Accelerator) -> None:
 
 def clip(params: list[nn.Parameter], max_norm: float | None) -> Tensor:
     """The total gradient norm; with `max_norm`, gradients are scaled down to it."""
-    norm = torch.nn.utils.clip_grad_norm_(params, float("inf") if max_norm is None else max_norm)
-    return shard.whole(norm)
+    if max_norm is None:
+        return shard.whole(torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None]))
+    return shard.whole(torch.nn.utils.clip_grad_norm_(params, max_norm))

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from gaussian import F64, SCHEDULES
@@ -26,10 +27,12 @@ class TestThreefry:
             ((0x13198A2E, 0x03707344), (0x243F6A88, 0x85A308D3), (0xC4923A9C, 0x483DF7A0)),
         ),
     )
-    def test_known_answers(self, key, counter, want):
-        """Random123's published vectors."""
+    @pytest.mark.parametrize("library", (torch.tensor, np.array))
+    def test_known_answers(self, key, counter, want, library):
+        """Random123's published vectors, by either library."""
         signed = lambda n: n - (1 << 32) if n >> 31 else n
-        a, b = threefry(key, *(torch.tensor([signed(n)], dtype=torch.int32) for n in counter))
+        int32 = {torch.tensor: torch.int32, np.array: np.int32}[library]
+        (a,), (b,) = threefry(key, *(library([signed(n)], dtype=int32) for n in counter))
         assert (int(a) & 0xFFFFFFFF, int(b) & 0xFFFFFFFF) == want
 
 
