@@ -2,6 +2,7 @@
 
 `checkpoint-N/` holds one file a role (student, fake, disc, target), the student's average `ema`, one file an optimizer
 and `state.json`, with the size and BLAKE2b of each. What does not fit them is torn or corrupted: an older one is used.
+Of a sharded run each is a folder, where every process writes its parts (stored.py); all processes save together.
 Random numbers need no state (draw.py), so a resumed run equals the uninterrupted one bit for bit.
 """
 
@@ -23,9 +24,12 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from distill.shard import split
+from distill.stored import Share, Stored
 
 if TYPE_CHECKING:
     from distill.trainer import State
@@ -40,8 +44,13 @@ REFUSED = {  # (why, cure): numbers of the errors
 
 def save(state: State, output_dir: Path, limit: int | None = None) -> Path:
     """Write `checkpoint-{state.step}` and keep `limit` up to it (None: all), itself before all others."""
-    copied = ((name, {key: _apart(t) for key, t in tensors.items()}) for name, tensors in _tensors(state).items())
-    return commit(write(_facts(state), copied, output_dir), limit)  # one file at a time is in memory
+    share, files = _share(state)
+    partial = _prepare(output_dir, state.step, share)
+    copied = ((file, {key: _apart(t) for key, t in tensors.items()}) for file, tensors in files.items())
+    folder = commit(write(_facts(state), copied, partial, share), limit, share)  # one file at a time is in memory
+    if share:
+        torch.distributed.barrier()
+    return folder
 
 
 class Saver:
@@ -70,12 +79,14 @@ class Saver:
     def save(self, state: State) -> None:
         """Begin to write `checkpoint-{state.step}`; the state may change from now on."""
         self.wait()
-        files, facts = _tensors(state), _facts(state)
+        facts, (share, files) = _facts(state), _share(state)
+        partial = _prepare(self.output_dir, state.step, share)
         copies = {name: self.copies.get(name, {}) for name in files}
         new = [(name, key, t) for name, ts in files.items() for key, t in ts.items() if key not in copies[name]]
         if (need := sum(t.nbytes for *_, t in new)) > psutil.virtual_memory().available:
             sys.stderr.write(f"no memory for a copy of {need / 2**30:.0f} GiB: training waits for checkpoints\n")
-            save(state, self.output_dir, self.limit)
+            late = ((file, {key: _apart(t) for key, t in tensors.items()}) for file, tensors in files.items())
+            commit(write(facts, late, partial, share), self.limit, share)
             return
         for name, key, t in new:
             copies[name][key] = torch.empty(t.shape, dtype=t.dtype, pin_memory=t.is_cuda)
@@ -86,7 +97,7 @@ class Saver:
             try:
                 if copied:
                     copied.synchronize()
-                commit(write(facts, copies.items(), self.output_dir), self.limit)
+                commit(write(facts, copies.items(), partial, share), self.limit, share)
             except BaseException as error:
                 self.error = error
 
@@ -127,29 +138,39 @@ def _facts(state: State) -> dict[str, Any]:
     return {"step": state.step, "skipped": {**state.skipped}, "torch": torch.__version__}
 
 
-def write(facts: dict[str, Any], files: Iterable[tuple[str, Mapping[str, Tensor]]], output_dir: Path) -> Path:
-    """All of a checkpoint, on the disk under a name that no one looks for; what an earlier one left is removed."""
-    partial = output_dir / f".checkpoint-{facts['step']}.partial"
-    for left in output_dir.glob(".checkpoint-*.partial"):  # by a kill
-        shutil.rmtree(left)
-    partial.mkdir(parents=True)
+def write(
+    facts: dict[str, Any], files: Iterable[tuple[str, Mapping[str, Tensor]]], partial: Path, share: Share | None
+) -> Path:
+    """All of a checkpoint, on the disk in a folder that no one looks for. The first process waits for the others."""
     try:
-        for name, tensors in files:
-            save_file(dict(tensors), partial / f"{name}.safetensors")
-            _sync(partial / f"{name}.safetensors")
-        sizes = {file.name: [file.stat().st_size, digest] for file, digest in _digests(sorted(partial.iterdir()))}
-        (partial / "state.json").write_text(json.dumps({**facts, "files": sizes}, indent=1))
-        _sync(partial / "state.json")
-        _sync(partial)
-    except BaseException:  # a full disk, say: what was written of it would keep it full
-        shutil.rmtree(partial, ignore_errors=True)
+        written = []
+        for file, tensors in files:
+            (partial / file).parent.mkdir(exist_ok=True)
+            save_file(dict(tensors), partial / file, share.metadata[file] if share else None)
+            _sync(partial / file)
+            written.append(partial / file)
+        sizes = {f"{f.relative_to(partial)}": [f.stat().st_size, digest] for f, digest in _digests(written)}
+        if share:
+            sizes = share.told(partial, sizes)
+        if share is None or share.rank == 0:
+            (partial / "state.json").write_text(json.dumps({**facts, "files": sizes}, indent=1))
+            _sync(partial / "state.json")
+            for folder in (*{file.parent for file in written} - {partial}, partial):
+                _sync(folder)
+    except BaseException as error:  # a full disk, say: what was written of it would keep it full
+        if share:
+            share.failed(partial, error)
+        if share is None or share.rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
         raise
     return partial
 
 
-def commit(partial: Path, limit: int | None = None) -> Path:
+def commit(partial: Path, limit: int | None = None, share: Share | None = None) -> Path:
     """Give a written checkpoint its name, at once, and remove what is beyond `limit`."""
     output_dir, folder = partial.parent, partial.with_name(partial.stem[1:])
+    if share and share.rank:
+        return folder
     replaced = _aside(folder) if folder.exists() else None
     os.replace(partial, folder)
     _sync(output_dir)
@@ -169,20 +190,17 @@ def load(state: State, folder: Path) -> None:
     if why := damage(folder):
         raise ValueError(why)
     for name, tensors in _tensors(state, empty=True).items():
-        path = folder / f"{name}.safetensors"
-        if not path.is_file():
+        path = _path(folder, name)
+        if not path.exists():
             raise ValueError(f"{folder} has no {path.name}: it is not a checkpoint of this method and networks")
-        file = opened(path)
-        stored = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        stored = Stored(path)
         if name.startswith("optimizer_"):
             if not _load_optimizer(state.optimizers[name.removeprefix("optimizer_")], stored):
                 raise ValueError(f"{path} is not of this run's parameters: use the configuration of that run")
             continue
-        if stored.keys() != tensors.keys() or any(stored[k].shape != t.shape for k, t in tensors.items()):
+        if stored.shapes != {key: tuple(t.shape) for key, t in tensors.items()}:
             raise ValueError(f"{path} holds other tensors than this run's {name}: use the configuration of that run")
-        with torch.no_grad():
-            for key, tensor in tensors.items():
-                tensor.copy_(stored[key])
+        stored.into(tensors)
     state.step = step(folder)
     state.skipped = json.loads((folder / "state.json").read_text()).get("skipped", {})
 
@@ -194,10 +212,10 @@ def files(path: str | Path, role: str) -> list[Path]:
     network (in shards too) or of a pipeline, or a .safetensors file.
     """
     path = Path(path)
-    name = "ema" if role == "student" and (path / "ema.safetensors").is_file() else role
+    name = "ema" if role == "student" and _path(path, "ema").exists() else role
     found = [path] if path.suffix == ".safetensors" else []
     if (path / "state.json").is_file():
-        found = [path / f"{name}.safetensors"]
+        found = [_path(path, name)]
     for folder in (path, path / "unet", path / "transformer"):
         whole = folder / "diffusion_pytorch_model.safetensors"
         shards = folder / "diffusion_pytorch_model.safetensors.index.json"
@@ -205,7 +223,7 @@ def files(path: str | Path, role: str) -> list[Path]:
             found = [whole]
         elif shards.is_file():
             found = [folder / shard for shard in sorted({*json.loads(shards.read_text())["weight_map"].values()})]
-    missing = [file for file in found if not file.is_file()]
+    missing = [file for file in found if not file.exists()]
     if missing or not found:
         lack = f"has no {missing[0].name}" if missing else "holds no weights"
         raise ValueError(
@@ -224,8 +242,8 @@ def fill(net: nn.Module, path: str | Path, role: str, backbone: nn.Module) -> No
     """
     shared = {id(t) for t in (*backbone.parameters(), *backbone.buffers())}
     buffers, own = dict(net.named_buffers()), {n: t for n, t in _named(net).items() if id(t) not in shared}
-    stored = [opened(file) for file in files(path, role)]
-    shapes = {key: tuple(file.get_slice(key).get_shape()) for file in stored for key in file.keys()}  # noqa: SIM118
+    stored = [Stored(file) for file in files(path, role)]
+    shapes = {key: shape for file in stored for key, shape in file.shapes.items()}
     trained = [name for name, p in net.named_parameters() if p.requires_grad]
     wrong = [f"it has no {name}" for name in trained if name not in shapes]
     wrong += [f"it has {name}, which this {role} does not" for name in shapes if name not in {**own, **buffers}]
@@ -237,8 +255,7 @@ def fill(net: nn.Module, path: str | Path, role: str, backbone: nn.Module) -> No
     if wrong:
         raise ValueError(f"{role}.init {str(path)!r} does not fit: {wrong[0]} ({len(wrong)} such); see {role}.lora too")
     for file in stored:
-        for name in own.keys() & file.keys():
-            own[name].copy_(file.get_tensor(name))
+        file.into({name: t for name, t in own.items() if name in file.shapes})
 
 
 def refused(error: Exception) -> str | None:
@@ -252,14 +269,6 @@ def refused(error: Exception) -> str | None:
         if number in numbers:
             return f"{why} ({error}); what was whole before is still there: {cure}"
     return None
-
-
-def opened(file: Path) -> Any:
-    """A safetensors file, to read tensors from; a ValueError if it is damaged."""
-    try:
-        return safe_open(file, "pt")
-    except SafetensorError as error:
-        raise ValueError(f"{file} is damaged or no safetensors file ({error})") from None
 
 
 def step(folder: Path) -> int:
@@ -296,13 +305,13 @@ def damage(folder: Path, deep: bool = True) -> str | None:
             if (there := file.stat().st_size) != size:
                 return f"{file} is torn: it has {there} bytes of {size}"
         for file in () if written else sorted(folder.glob("*.safetensors")):
-            opened(file)
+            Stored(file)
         for file, digest in _digests([*written] if deep else []):
             if digest != written[file][1]:
                 return f"{file} is corrupted: its bytes are not those that were written"
     except OSError as error:
         return f"{error.filename or folder} cannot be read ({error.strerror})"
-    except ValueError as error:  # of opened
+    except ValueError as error:  # of Stored
         return str(error)
     return None
 
@@ -315,6 +324,32 @@ def _skipped(folder: Path, why: str) -> None:
 def _folders(output_dir: Path) -> list[Path]:
     folders = [p for p in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
     return sorted(folders, key=_number)
+
+
+def _path(folder: Path, name: str) -> Path:
+    """The file of a checkpoint, or the folder of its parts."""
+    return folder / name if (folder / name).is_dir() else folder / f"{name}.safetensors"
+
+
+def _prepare(output_dir: Path, step: int, share: Share | None) -> Path:
+    """An empty folder to write to; what an earlier process left is removed."""
+    partial = output_dir / f".checkpoint-{step}.partial"
+    if share is None or share.rank == 0:
+        for left in output_dir.glob(".checkpoint-*.partial"):  # by a kill
+            shutil.rmtree(left)
+        partial.mkdir(parents=True)
+    if share:
+        torch.distributed.barrier()
+    return partial
+
+
+def _share(state: State) -> tuple[Share | None, dict[str, dict[str, Tensor]]]:
+    """What this process writes: (its share, None of a run that is not sharded; file -> tensors)."""
+    files = _tensors(state)
+    if not any(split(t) for tensors in files.values() for t in tensors.values()):
+        return None, {f"{name}.safetensors": tensors for name, tensors in files.items()}
+    share = Share(torch.distributed.get_rank(), torch.distributed.get_world_size())
+    return share, {share.file(name): share(share.file(name), tensors) for name, tensors in files.items()}
 
 
 def _number(folder: Path) -> int:
@@ -372,11 +407,12 @@ def _named(net: nn.Module, owned: set[int] | None = None) -> dict[str, Tensor]:
     return parameters | dict(net.named_buffers())
 
 
-def _load_optimizer(optimizer: torch.optim.Optimizer, stored: dict[str, Tensor]) -> bool:
+def _load_optimizer(optimizer: torch.optim.Optimizer, stored: Stored) -> bool:
     """False if the moments do not fit the parameters."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
+    numbers = {key: int(key.split(".", 1)[0]) for key in stored.shapes}
     entries: dict[int, dict[str, Any]] = {}
-    for key, tensor in stored.items():
+    for key, tensor in stored.like({key: params[i] for key, i in numbers.items() if i < len(params)}).items():
         i, name = key.split(".", 1)
         whole = tensor.ndim == 0 and not tensor.is_floating_point()  # the 8-bit optimizer counts its steps in Python
         entries.setdefault(int(i), {})[name] = int(tensor) if whole else tensor

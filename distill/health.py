@@ -254,12 +254,12 @@ class Watchdog:
 def _write(folder: Path, state: State, turns: list[Turn], accelerator: Accelerator) -> Exception | None:
     """This process's part of a replay: its micro-batches; the main one's also the weights, without Adam's moments."""
     try:
-        if accelerator.is_main_process:
+        if accelerator.is_main_process or shard.asked(accelerator):
             players = {name: optimizer.param_groups[0]["params"] for name, optimizer in state.optimizers.items()}
             bare: dict[str, torch.optim.Optimizer] = {name: torch.optim.SGD(ps, 0.0) for name, ps in players.items()}
             checkpoint.save(replace(state, optimizers=bare), folder)
-            if (folder.parent / "config.yaml").is_file():
-                shutil.copy(folder.parent / "config.yaml", folder)
+        if accelerator.is_main_process and (folder.parent / "config.yaml").is_file():
+            shutil.copy(folder.parent / "config.yaml", folder)
         if turns:
             folder.mkdir(parents=True, exist_ok=True)
             tensors = {name: t.detach().cpu().clone() for name, t in _named([_stored(turn) for turn in turns])}

@@ -22,8 +22,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from distill.checkpoint import opened
 from distill.lora import shared
+from distill.stored import opened
 from pipelines.files import Adapter, part
 from pipelines.kohya import original_names
 

@@ -1,0 +1,182 @@
+"""Sharded runs: their checkpoints, resumed in every other form; export; what is refused. torchrun runs it too."""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from sharded import sharded
+from test_trainer import METHODS, config, nets_of, vectors
+
+from distill import checkpoint, shard
+from distill.lora import LoRA
+from distill.roles import FakeConfig, StudentConfig
+from distill.trainer import supported, train
+
+ROOT = Path(__file__).resolve().parent.parent
+CASES = ("sid", "dmd2", "lcd")  # with a head; with a target
+MODES = ("whole", "parts")
+CUT, END = 3, 6
+
+
+def run(name, accelerator, last, folder=None, resume=None, lora=False):
+    """All weights at the end, whole; checkpoints on the way."""
+    adapter = LoRA(4, 8.0, ("mid", "last")) if lora else LoRA()
+    method = replace(METHODS[name], huber_c=0.1) if name == "lcd" else METHODS[name]
+    student = StudentConfig(times=(1.0, 0.5), lora=adapter)
+    nets = nets_of(method, student=student, fake=FakeConfig(adapter))
+    nets.teacher.blocks = ("Linear",)
+    cfg = config(max_train_steps=last, adam_epsilon=1e-2, max_grad_norm=1.0)
+    for state in train(method, nets, vectors, cfg, accelerator, resume):
+        if folder and state.step == CUT:
+            with checkpoint.Saver(folder) as saver:
+                saver.save(state)
+    moments = {
+        f"{player}.{i}.{key}": shard.whole(value)
+        for player, optimizer in state.optimizers.items()
+        for i, p in enumerate(optimizer.param_groups[0]["params"])
+        for key, value in optimizer.state[p].items()
+    }
+    roles = {**state.nets.modules(), "ema": state.ema.net}
+    named = {f"{role}.{key}": shard.whole(p) for role, net in roles.items() for key, p in net.named_parameters()}
+    return {key: value.detach().clone() for key, value in (named | moments).items()}
+
+
+def saved(folder, name):
+    return folder / name / f"checkpoint-{CUT}"
+
+
+def main(folder):
+    """On two processes: as replicas and in parts, from the start and from what one process and each form left."""
+    from safetensors.torch import save_file
+
+    torch.set_num_threads(1)
+    accelerator, found = Accelerator(), {}
+    for mode in MODES:
+        if mode == "parts":
+            sharded(accelerator)
+        for name in CASES:
+            main_writes = folder / mode / name if mode == "parts" or accelerator.is_main_process else None
+            found[f"{mode} {name}"] = run(name, accelerator, END, main_writes)
+            accelerator.wait_for_everyone()
+            for other in ("one", *MODES):
+                if (saved(folder / other, name) / "state.json").exists():
+                    again = run(name, accelerator, END, resume=saved(folder / other, name))
+                    found[f"{mode} {name} from {other}"] = again
+    tensors = {f"{case}|{key}": value for case, values in found.items() for key, value in values.items()}
+    save_file(tensors, f"{folder}/rank{accelerator.process_index}.safetensors")
+    accelerator.end_training()
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """(folder, what two processes ended with, what one did)."""
+    from safetensors.torch import load_file
+
+    folder = tmp_path_factory.mktemp("sharded")
+    one = {name: run(name, Accelerator(cpu=True), END, folder / "one" / name) for name in CASES}
+    env = os.environ | {"ACCELERATE_USE_CPU": "1", "PYTHONPATH": f"{ROOT}"}
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__, f"{folder}"]
+    done = subprocess.run([sys.executable, *command], env=env, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = load_file(folder / "rank0.safetensors")
+    return folder, lambda case: {k.partition("|")[2]: v for k, v in found.items() if k.partition("|")[0] == case}, one
+
+
+def close(a, b):
+    return a.keys() == b.keys() and all((a[k] - b[k]).norm() <= 1e-6 * b[k].norm() + 1e-7 for k in a)
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("mode", MODES)
+def test_resumed_is_uninterrupted(two, mode, name):
+    """On two processes, bit for bit: weights, averages and moments."""
+    _, of, _ = two
+    there, again = of(f"{mode} {name}"), of(f"{mode} {name} from {mode}")
+    assert there.keys() == again.keys() and len(there) > 10
+    assert all(torch.equal(value, again[key]) for key, value in there.items())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_resumed_in_another_form(two, name):
+    """One process, two, and two with parts go on from each other's checkpoints, to 1e-6."""
+    folder, of, one = two
+    for mode in MODES:
+        assert close(of(f"{mode} {name} from one"), one[name])
+        assert close(run(name, Accelerator(cpu=True), END, resume=saved(folder / mode, name)), one[name])
+    assert close(of(f"parts {name} from whole"), one[name])
+
+
+def test_what_a_sharded_checkpoint_is(two):
+    """Every process has written its parts; torch.distributed.checkpoint reads them; damage of one is seen."""
+    from safetensors.torch import load_file
+    from torch.distributed import checkpoint as dcp
+
+    folder, _, _ = two
+    parts, whole = saved(folder / "parts", "dmd2"), saved(folder / "one", "dmd2")
+    shards = ["shard-00001-of-00002.safetensors", "shard-00002-of-00002.safetensors"]
+    assert sorted(file.name for file in (parts / "student").iterdir()) == shards
+    assert sorted(p.name for p in parts.iterdir()) == sorted([*(p.stem for p in whole.glob("*.saf*")), "state.json"])
+    assert checkpoint.damage(parts) is None and not list(parts.parent.glob(".*"))
+    expected = load_file(whole / "student.safetensors")
+    found = {key: torch.zeros_like(value) for key, value in expected.items()}
+    dcp.load(found, storage_reader=dcp.HuggingFaceStorageReader(f"{parts / 'student'}"), no_dist=True)
+    assert close(found, expected)
+    file = parts / "optimizer_fake" / shards[1]
+    data = file.read_bytes()
+    file.write_bytes(data[:-1])
+    assert "optimizer_fake/shard-00002-of-00002.safetensors is torn" in checkpoint.damage(parts)
+    file.write_bytes(data)
+
+
+def test_another_run_starts_from_it(two):
+    """--student.init with a folder of parts: the average, as it was."""
+    folder, _, _ = two
+    init = StudentConfig(times=(1.0, 0.5), init=f"{saved(folder / 'parts', 'sid')}")
+    net = nets_of(METHODS["sid"], student=init).student.denoiser.net
+    from safetensors.torch import load_file
+
+    assert close(dict(net.named_parameters()), load_file(saved(folder / "one", "sid") / "ema.safetensors"))
+
+
+# ---- what is asked for ----
+
+
+@pytest.fixture
+def alone():
+    yield Accelerator(cpu=True)
+    Accelerator._shared_state = {}
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    assert not PartialState._shared_state
+
+
+def test_version_one_is_refused(alone):
+    with pytest.raises(ValueError, match="fsdp_version is 1; it must be 2: .*--fsdp_version 2"):
+        supported(config(), sharded(alone, fsdp_version=1))
+
+
+def test_offloading_is_refused(alone):
+    with pytest.raises(ValueError, match="fsdp_offload_params is on; it must be false"):
+        supported(config(), sharded(alone, cpu_offload=True))
+
+
+def test_a_replicated_teacher_is_for_sharded_runs(alone):
+    with pytest.raises(ValueError, match="replicate_teacher is for sharded runs"):
+        supported(config(replicate_teacher=True), alone)
+    supported(config(replicate_teacher=True), sharded(alone))
+
+
+def test_8_bit_moments_are_not_sharded(alone):
+    with pytest.raises(ValueError, match="adamw8bit cannot be sharded"):
+        supported(config(optimizer="adamw8bit"), sharded(alone))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
