@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 from dataclasses import dataclass, field
 from functools import partial
@@ -61,7 +62,10 @@ def parse(default: Config[M, D], argv: list[str] | None = None, doc: str | None 
     ours = ("--config=", "--replay=")
     argv = [part for arg in argv for part in (arg.split("=", 1) if arg.startswith(ours) else [arg])]
     if "--replay" in argv[:-1] and "--config" not in argv:
-        argv += ["--config", f"{argv[argv.index('--replay') + 1]}/config.yaml"]
+        replay = argv[argv.index("--replay") + 1]
+        if not os.path.isfile(f"{replay}/config.yaml"):
+            fail(f"--replay is {replay!r}, which has no config.yaml: give a run's replay-STEP-PLAYER")
+        argv += ["--config", f"{replay}/config.yaml"]
     if "--config" in argv:
         i = argv.index("--config")
         argv = _file(argv[i + 1 : i + 2], default) + argv[:i] + argv[i + 2 :]
@@ -84,7 +88,7 @@ def parse(default: Config[M, D], argv: list[str] | None = None, doc: str | None 
 
 def _file(path: list[str], default: Config[Any, Any]) -> list[str]:
     """A YAML file as flags."""
-    if not path or not Path(path[0]).is_file():
+    if not path or not os.path.isfile(path[0]):
         fail(f"--config needs the path of a YAML file (as a run writes it to its config.yaml); got {path or 'nothing'}")
     try:
         tree = yaml.safe_load(Path(path[0]).read_text(encoding="utf-8"))

@@ -11,7 +11,7 @@ from typing import Annotated, Any, get_args, get_type_hints
 from tyro.constructors import PrimitiveConstructorSpec
 
 MOST = 2**31 - 1  # of what is counted: the numbers of samples are words of 32 bits (draw.py)
-NAME = 255  # bytes of a file's name
+NAME, PATH = 255, 4000  # bytes of a file's name, and of its path
 
 
 class Range(PrimitiveConstructorSpec[Any]):
@@ -76,12 +76,18 @@ def check(config: Any, path: str = "") -> None:
         for one in value if isinstance(value, tuple) else (value,):
             if (range := _range(hint)) and one not in range:
                 raise ValueError(f"{name} is {one!r}; it must be {range}{none}")
-            if isinstance(one, str) and not (
-                one.isprintable() and all(len(p.encode()) <= NAME for p in one.split("/"))
-            ):
-                raise ValueError(f"{name} is {one[:NAME]!r}; it must be printable, with names of at most {NAME} bytes")
+            if isinstance(one, str) and not _path(one):
+                raise ValueError(
+                    f"{name} is {one[:NAME]!r}; it must be printable, its parts between / of at most {NAME} bytes, "
+                    f"{PATH} in all{none}"
+                )
             if one == "" and isinstance(value, tuple):
                 raise ValueError(f"{name} is {value!r}; none of it may be empty")
+
+
+def _path(text: str) -> bool:
+    """Whether it can be shown, and asked for on a disk."""
+    return text.isprintable() and len(text.encode()) <= PATH and all(len(p.encode()) <= NAME for p in text.split("/"))
 
 
 def _range(hint: Any) -> Range | None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from distill.ranges import Count, Finite, Natural, Positive, Share, Weight
+from distill.ranges import Count, Finite, Natural, Positive, Share, Weight, check
 from distill.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ class Uniform(Law):
     high: Share = 0.98
 
     def __post_init__(self) -> None:
-        _ordered(0, self.low, self.high, 1)
+        _ordered(self, 1)
 
     def __call__(self, draw: Draw, name: str, B: int, schedule: Schedule) -> Tensor:
         return self.low + (self.high - self.low) * draw.uniform(name, (B,)).double()
@@ -51,7 +51,7 @@ class Grid(Law):
     high: Natural = 999
 
     def __post_init__(self) -> None:
-        _ordered(0, self.low, self.high, self.N - 1)
+        _ordered(self, self.N - 1)
 
     def __call__(self, draw: Draw, name: str, B: int, schedule: Schedule) -> Tensor:
         n = (draw.uniform(name, (B,)).double() * (self.high - self.low + 1)).floor() + self.low
@@ -78,7 +78,7 @@ class Karras(Law):
     rho: Positive = 7.0
 
     def __post_init__(self) -> None:
-        _ordered(0, self.low, self.high, float("inf"))
+        _ordered(self, float("inf"))
 
     def __call__(self, draw: Draw, name: str, B: int, schedule: Schedule) -> Tensor:
         low, high = self.low ** (1 / self.rho), self.high ** (1 / self.rho)
@@ -117,10 +117,11 @@ class Fixed(Law):
         return torch.full((B,), self.t, dtype=torch.float64, device=draw.device)
 
 
-def _ordered(least: float, low: float, high: float, most: float) -> None:
-    """ValueError unless least <= low <= high <= most."""
-    if not least <= low <= high <= most:
-        raise ValueError(f"times from low = {low} to high = {high}; both lie in [{least}, {most}], low below high")
+def _ordered(law: Uniform | Grid | Karras, most: float) -> None:
+    """ValueError unless 0 <= low <= high <= most."""
+    check(law)
+    if not law.low <= law.high <= most:
+        raise ValueError(f"times from low = {law.low} to high = {law.high}; both lie in [0, {most}], low below high")
 
 
 def shift(t: Tensor, s: float) -> Tensor:

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 
 from distill import checkpoint, health
 from distill.config import Config, dump, fail, parse
-from pipelines import ExportError, Teacher, index, opened, perceptual
+from pipelines import FAMILIES, ExportError, Teacher, index, opened, perceptual
 
 if TYPE_CHECKING:
     import torch
@@ -38,8 +38,8 @@ def main(default: Config[Any, Any], argv: list[str] | None = None, doc: str | No
     config = parse(default, argv, doc)
     out = Path(config.train.output_dir)
     try:
-        config = smoke(config) if config.smoke else config
         resume = check(config, out)
+        config = smoke(config) if config.smoke else config
         run(config, out, resume)
     except (ValueError, FloatingPointError, ExportError) as error:
         fail(str(error))
@@ -65,11 +65,16 @@ def check(config: Config[Any, Any], out: Path) -> Path | None:
     from pipelines.export import replaceable
 
     resume = config.train.resume_from_checkpoint
-    if config.validation_images < 1:
-        raise ValueError(
-            f"validation_images is {config.validation_images}; it must be at least 1 (no grids of samples:"
-            " --validation_steps 0)"
-        )
+    if config.family not in FAMILIES.values():
+        raise ValueError(f"--family is {config.family!r}; it must be one of {sorted({*FAMILIES.values()})}")
+    if not re.fullmatch(r"([\w.-]{1,96}/)?[\w.-]{1,96}", config.hub_model_id or "name"):
+        raise ValueError(f"--hub_model_id is {config.hub_model_id!r}; it must be user/name or name")
+    if config.train.attention is not None:
+        from diffusers.models.attention_dispatch import AttentionBackendName
+
+        known = sorted({"xformers", *(backend.value for backend in AttentionBackendName)})
+        if config.train.attention not in known:
+            raise ValueError(f"attention is {config.train.attention!r}; it must be None or one of {known}")
     replaceable(out / "pipeline")
     for role, init in (("student", config.student.init), ("fake", config.fake.init)):
         if init is not None:
