@@ -26,7 +26,7 @@ class Range(PrimitiveConstructorSpec[Any]):
             name = f"{name}{left.replace('<', '>')}{low}"
         super().__init__(1, name, lambda s: kind(s[0]), lambda x: isinstance(x, int | float), lambda x: [f"{x}"])
 
-    def __contains__(self, value: object) -> bool:
+    def __contains__(self, value: Any) -> bool:
         if isinstance(value, bool) or not isinstance(value, int | self.kind) or not math.isfinite(value):
             return False
         above = value >= self.low if self.ends[0] == "[" else value > self.low
@@ -52,7 +52,7 @@ Decay = Annotated[float, Range(float, 0, 1, "[)")]
 
 def leaves(config: Any, path: str = "") -> Iterator[tuple[str, Any, Field[Any], Any]]:
     """(name, type, field, value) of every field of a dataclass and of those in it; names have dots."""
-    hints = _hints(type(config))
+    hints = _hints(type(config))  # type: ignore[arg-type]
     for field in fields(config):
         value, name = getattr(config, field.name), f"{path}{field.name}"
         if is_dataclass(value):
