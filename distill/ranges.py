@@ -27,7 +27,8 @@ class Range(PrimitiveConstructorSpec[Any]):
         super().__init__(1, name, lambda s: kind(s[0]), lambda x: isinstance(x, int | float), lambda x: [f"{x}"])
 
     def __contains__(self, value: Any) -> bool:
-        if isinstance(value, bool) or not isinstance(value, int | self.kind) or not math.isfinite(value):
+        known = isinstance(value, int if self.kind is int else int | float) and not isinstance(value, bool)
+        if not (known and math.isfinite(value)):
             return False
         above = value >= self.low if self.ends[0] == "[" else value > self.low
         return above and (value <= self.high if self.ends[1] == "]" else value < self.high)
