@@ -5,13 +5,14 @@ meta device. Only what a GPU does beyond shapes is imitated: autocast's precisio
 from __future__ import annotations
 
 import itertools
+import re
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +26,7 @@ from torch.utils.flop_counter import flop_registry
 from distill.denoiser import Denoiser
 from distill.draw import Draw
 from distill.roles import Nets
-from distill.trainer import began, own, start
+from distill.trainer import began, own, owners, start
 
 if TYPE_CHECKING:
     from distill.trainer import Method, Update
@@ -113,16 +114,87 @@ class Meter(TorchDispatchMode):
             self.now -= storage.nbytes()
 
 
+class Traffic(NamedTuple):
+    """What networks in shards send: parameters gathered, gradients reduced (elements), and in how many collectives."""
+
+    gathered: float = 0
+    reduced: float = 0
+    collectives: float = 0
+
+    def plus(self, more: Traffic, times: float = 1) -> Traffic:
+        return Traffic(*(a + times * b for a, b in zip(self, more, strict=True)))
+
+
+class Shards:
+    """Counts the traffic of networks whose units are sharded and let go after every pass (FSDP2).
+
+    A unit is gathered for its forward pass and again where a gradient comes back, which is then reduced; recomputation
+    happens while it is gathered. What no unit holds is one more, the network's own.
+    """
+
+    def __init__(self, *nets: nn.Module) -> None:
+        self.traffic, self.backward, self.handles = Traffic(), False, []
+        for net in nets:
+            blocks = units(net) or [net]
+            inside = {id(p) for block in blocks for p in block.parameters()}
+            rest = [p for p in net.parameters() if id(p) not in inside]
+            for block in blocks:
+                params = list(block.parameters())
+                self.handles.append(block.register_forward_hook(partial(self.passed, net, params)))
+            self.handles.append(net.register_forward_pre_hook(partial(self.entered, rest)))
+        self.returned: dict[nn.Module, Any] = {}
+
+    def entered(self, rest: list[nn.Parameter], net: nn.Module, args: Any) -> None:
+        """A pass begins."""
+        self.gather(rest)
+        self.returned[net] = self.once(lambda: self.back(rest))
+
+    def passed(self, net: nn.Module, params: list[nn.Parameter], block: nn.Module, args: Any, out: Any) -> None:
+        if self.backward:
+            return
+        self.gather(params)
+        ended = self.returned[net]
+
+        came = self.once(lambda: self.back(params), ended)
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor) and tensor.requires_grad:
+                tensor.register_hook(lambda gradient: came())
+
+    @staticmethod
+    def once(*acts: Callable[[], None]) -> Callable[[], None]:
+        left = list(acts)
+
+        def act() -> None:
+            while left:
+                left.pop()()
+
+        return act
+
+    def gather(self, params: list[nn.Parameter]) -> None:
+        if whole := sum(p.numel() for p in params):
+            self.traffic = self.traffic.plus(Traffic(whole, 0, 1))
+
+    def back(self, params: list[nn.Parameter]) -> None:
+        self.gather(params)
+        if trained := sum(p.numel() for p in params if p.requires_grad):
+            self.traffic = self.traffic.plus(Traffic(0, trained, 1))
+
+
+def units(net: nn.Module) -> list[nn.Module]:
+    """What is gathered at a time: the transformer and ResNet blocks of a network."""
+    return [m for m in net.modules() if re.search(r"(Transformer|Resnet)Block(2D)?$", type(m).__name__)]
+
+
 @dataclass(frozen=True)
 class Turn:
     """One update of one player on a micro-batch: FLOPs, and bytes of the tensors that live during it."""
 
     player: str
-    call: int  # FLOPs of a no-grad call of the student: what generation is made of
-    generation: int  # FLOPs of making the samples with a single call
+    generation: int  # FLOPs of making the samples with a single call of the student
     loss: int  # FLOPs of the loss, and of the backward pass
     activations: int  # bytes: the largest total of all tensors but weights and gradients
     gradients: int  # bytes
+    traffic: tuple[Traffic, Traffic] = (Traffic(), Traffic())  # of generation and loss, if networks were sharded
 
 
 @dataclass(frozen=True)
@@ -133,6 +205,7 @@ class Cost:
     flops: float  # of a step and micro-batch, averaged over a cycle and over the random numbers of calls
     cycle: int  # steps until the pattern of the updates repeats
     micro: int
+    traffic: Traffic  # of a step and micro-batch, averaged likewise, if networks were sharded
 
     @property
     def activations(self) -> int:
@@ -146,7 +219,8 @@ class Cost:
 def players(nets: Nets) -> dict[str, list[nn.Parameter]]:
     """As the trainer starts them, on whatever device the networks are."""
     device = next(nets.teacher.net.parameters()).device
-    return start(nets, SimpleNamespace(device=device, mixed_precision="no", distributed_type=None))
+    start(nets, SimpleNamespace(device=device, mixed_precision="no", distributed_type=None))
+    return owners(nets)
 
 
 class Choice(Draw):
@@ -195,18 +269,19 @@ def cost(
             turns.append(_turn(method, nets, owners, update, batch(), micro, mode))
     own(owners, *owners)
     cycle = max(update.every for update in updates)
-    total = 0.0
+    total, traffic = 0.0, Traffic()
     for step in range(cycle):
         made = False
         for update, turn in zip(updates, turns, strict=True):
             if step % update.every:
                 continue
-            total += turn.loss
+            making, losing = turn.traffic
+            total, traffic = total + turn.loss, traffic.plus(losing)
             if not (update.reuse and made):
-                calls = _calls(method, nets, update, step, batch, micro)
-                total += turn.generation + max(0.0, calls - 1) * turn.call
+                calls = max(1.0, _calls(method, nets, update, step, batch, micro))
+                total, traffic = total + calls * turn.generation, traffic.plus(making, calls)
             made = True
-    return Cost(tuple(turns), total / cycle, cycle, micro)
+    return Cost(tuple(turns), total / cycle, cycle, micro, Traffic().plus(traffic, 1 / cycle))
 
 
 def _turn(
@@ -220,22 +295,25 @@ def _turn(
 ) -> Turn:
     """Run one update as the trainer does."""
     draw = Choice(update.every, update.player, micro, 0)
-    meter = Meter(nets.teacher.net, *nets.modules().values())
+    networks = [nets.teacher.net, *nets.modules().values()]
+    meter, shards = Meter(*networks), Shards(*networks)
     hooks = [p.register_post_accumulate_grad_hook(lambda p: meter.forget(p.grad)) for p in owners[update.player]]
     try:
         with meter, mode or nullcontext():
             with torch.set_grad_enabled(update.player == "student"):
                 x = method.sample(nets, batch, draw)
-            generation = meter.flops
+            generation, making = meter.flops, shards.traffic
             loss, _ = update.loss(x, nets, batch, draw)
+            shards.backward = True
             loss.backward()
         gradients = sum(p.grad.nbytes for p in owners[update.player] if p.grad is not None)
     finally:
-        for hook in hooks:
+        for hook in (*hooks, *shards.handles):
             hook.remove()
         for p in owners[update.player]:
             p.grad = None
-    return Turn(update.player, generation, generation, meter.flops - generation, meter.peak, gradients)
+    losing = shards.traffic.plus(making, -1)
+    return Turn(update.player, generation, meter.flops - generation, meter.peak, gradients, (making, losing))
 
 
 def _calls(method: Method, nets: Nets, update: Update, step: int, batch: Any, micro: int) -> float:

@@ -89,7 +89,7 @@ class Bytes:
     average: int  # the student's
     gradients: int  # of one player: each is cleared before the other moves
     optimizer: int
-    buckets: int  # of the all-reduce, or of gathered blocks
+    buckets: int  # of the all-reduce, or of gathered units
     activations: int  # estimated
 
     @property
@@ -105,7 +105,7 @@ class Run:
     parts: Meta
     gpus: int = 1
     half: bool = True
-    sharded: bool = False  # weights, gradients and optimizer state in equal parts on all GPUs
+    shards: int = 1  # parts of weights, gradients and optimizer state (FSDP), each part on gpus / shards GPUs
 
     @cached_property
     def built(self) -> tuple[Teacher, dict[str, Any], Nets]:
@@ -151,8 +151,8 @@ class Run:
         return cost(self.config.method, nets, c, self.micro, self.half, recompute)
 
     @cached_property
-    def state(self) -> Bytes:
-        """All but the activations."""
+    def whole(self) -> Bytes:
+        """Where nothing is sharded: all but the activations."""
         from distill.ema import EMA
         from pipelines.count import distinct, players
 
@@ -166,29 +166,37 @@ class Run:
         kind = self.config.train.optimizer
         optimizer = sum(moments(p.numel(), kind) for params in owners.values() for p in params)
         parts = [sum(t.nbytes for t in weights), sum(t.nbytes for t in ema), gradients, optimizer]
-        buckets = min(4 * BUCKET, gradients) if self.gpus > 1 else 0
-        if self.sharded:
-            parts = [size // self.gpus for size in parts]
-            buckets += 2 * (2 if self.half else 4) * largest_block(teacher.denoiser.net)
-        return Bytes(*parts, buckets, 0)  # type: ignore[call-arg]
+        return Bytes(*parts, 0, 0)  # type: ignore[call-arg]
+
+    @property
+    def state(self) -> Bytes:
+        """All but the activations."""
+        whole = self.whole
+        if self.shards == 1:
+            return replace(whole, buckets=min(4 * BUCKET, whole.gradients) if self.gpus > 1 else 0)
+        teacher, _, nets = self.built
+        largest, rest = gathered(teacher.denoiser.net)
+        bytes_of = lambda net: sum(t.nbytes for t in (*net.parameters(), *net.buffers()))
+        weights = sum(map(bytes_of, (teacher.denoiser.net, *nets.modules().values())))  # adapters' backbones: one each
+        average = bytes_of(nets.student.denoiser.net) if whole.average else 0
+        parts = [size // self.shards for size in (weights, average, whole.gradients, whole.optimizer)]
+        return Bytes(*parts, (2 if self.half else 4) * (2 * largest + rest) + 4 * largest, 0)
 
     @property
     def memory(self) -> Bytes:
         return replace(self.state, activations=self.cost.activations)
 
-    def over(self, gpus: int) -> Run:
-        """With sharded state; what was counted is kept."""
-        run = replace(self, gpus=gpus, sharded=True)
-        if run.micro == self.micro:
-            run.__dict__["cost"] = self.cost
+    def over(self, gpus: int, shards: int) -> Run:
+        """The same micro-batch on other GPUs; what was counted is kept."""
+        run = replace(self, gpus=gpus, shards=shards)
+        run.__dict__.update({name: getattr(self, name) for name in ("built", "whole", "cost")})
         return run
 
     @property
     def checkpoint(self) -> int:
         """Bytes of a checkpoint: trained weights, their average, optimizer state."""
         trained = 4 * sum(n for _, n in self.parameters.values())
-        whole = replace(self, gpus=1, sharded=False).state
-        return trained + whole.average + whole.optimizer
+        return trained + self.whole.average + self.whole.optimizer
 
     @property
     def flops(self) -> float:
@@ -204,13 +212,12 @@ def moments(numel: int, kind: str) -> int:
     return 8 * numel + (4 if kind == "adamw" else 0)  # torch counts steps in a float32 of each parameter
 
 
-def largest_block(net: Any) -> int:
-    """Parameters of the largest repeated block, or of the largest child: what sharding gathers at a time."""
-    from torch import nn
+def gathered(net: Any) -> tuple[int, int]:
+    """Parameters of the largest unit of sharding, two of which are whole at a time, and of the rest, which stays so."""
+    from pipelines.count import units
 
-    blocks = [b for m in net.modules() if isinstance(m, nn.ModuleList) for b in m if b is not None]
-    blocks = blocks or list(net.children())
-    return max(sum(p.numel() for p in block.parameters()) for block in blocks)
+    sizes = [sum(p.numel() for p in unit.parameters()) for unit in units(net)]
+    return max(sizes, default=0), sum(p.numel() for p in net.parameters()) - sum(sizes)
 
 
 def configured(plan: Plan, flags: list[str]) -> tuple[Config[Any, Any], Meta]:
@@ -322,7 +329,7 @@ def nearer(run: Run) -> Iterator[tuple[str, Run]]:
             more = fresh(whole, train=replace(whole.config.train, **options))
             label = f"weights sharded over {gpus} GPUs (FSDP; the loop of this version replicates them)"
             shared = [change for change in before if "adamw8bit" not in change]
-            yield ", ".join([*shared, label]), replace(more, gpus=gpus, sharded=True)
+            yield ", ".join([*shared, label]), replace(more, gpus=gpus, shards=gpus)
 
 
 def fits(run: Run, plan: Plan) -> bool:
@@ -352,7 +359,7 @@ def memories(run: Run, plan: Plan) -> Table:
     runs |= {} if full == run.config else {"full copies": replace(run, config=full)}
     runs |= {} if lora == run.config else {f"LoRA {RANK}": replace(run, config=lora)}
     if plan.gpus > 1:
-        runs[f"full copies, FSDP over {plan.gpus}"] = runs.get("full copies", run).over(plan.gpus)
+        runs[f"full copies, FSDP over {plan.gpus}"] = runs.get("full copies", run).over(plan.gpus, plan.gpus)
     names = list(Bytes.__dataclass_fields__)
     rows = [["GiB on each GPU", *names, "total", "fits"]]
     for name, one in runs.items():

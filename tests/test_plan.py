@@ -183,7 +183,7 @@ def test_sharding_divides_the_state(folder):
     whole, parts = (
         run.state,
         dataclasses.replace(
-            run, config=dataclasses.replace(run.config, train=TrainConfig(train_batch_size=4)), gpus=4, sharded=True
+            run, config=dataclasses.replace(run.config, train=TrainConfig(train_batch_size=4)), gpus=4, shards=4
         ).state,
     )
     for name in ("weights", "average", "gradients", "optimizer"):
