@@ -202,8 +202,8 @@ class Watchdog:
 
     One that takes longer than `seconds` (0: none is too long) is reported once, on stderr and in `out`/hang-rankN.txt,
     with its number and the stacks of all threads. The run goes on: a report ends nothing, and a step costs two
-    assignments. Native code that keeps Python's lock stops this thread as well; then faulthandler's own writes the
-    stacks, to stderr alone and after twice the time.
+    assignments. faulthandler's own timer would also see native code that keeps Python's lock, which stops this thread
+    too; but it reads the stacks without that lock, and a run that was only slow could die of it.
     """
 
     def __init__(self, seconds: float, out: Path, rank: int, step: int = 0) -> None:
@@ -228,13 +228,10 @@ class Watchdog:
     def _watch(self) -> None:
         told: tuple[int, float] | None = None
         while not self._over.wait(self.seconds / 4):
-            if sys.__stderr__ is not None:
-                faulthandler.dump_traceback_later(2 * self.seconds, file=sys.__stderr__)
             step, since = now = self._now
             if time.monotonic() - since > self.seconds and told != now:
                 told = now
                 self._report(f"rank {self.rank}: step {step} has taken more than {self.seconds:g} s (hang_seconds)")
-        faulthandler.cancel_dump_traceback_later()
 
     def _report(self, said: str) -> None:
         path = self.out / f"hang-rank{self.rank}.txt"
@@ -254,7 +251,7 @@ class Watchdog:
 def _write(folder: Path, state: State, turns: list[Turn], accelerator: Accelerator) -> Exception | None:
     """This process's part of a replay: its micro-batches; the main one's also the weights, without Adam's moments."""
     try:
-        if accelerator.is_main_process or shard.asked(accelerator):
+        if accelerator.is_main_process or shard.asked(accelerator):  # sharded weights are saved by all together
             players = {name: optimizer.param_groups[0]["params"] for name, optimizer in state.optimizers.items()}
             bare: dict[str, torch.optim.Optimizer] = {name: torch.optim.SGD(ps, 0.0) for name, ps in players.items()}
             checkpoint.save(replace(state, optimizers=bare), folder)

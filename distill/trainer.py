@@ -92,9 +92,7 @@ class TrainConfig:
     validation_steps: Natural = 100  # a grid of samples every so many iterations; 0: never
     logging_steps: Count = 10  # fetch the logs from the device every so many iterations
     report_to: Literal["none", "tensorboard", "wandb", "all"] = "none"
-    skip_nonfinite: Natural = (
-        0  # updates in a row that a player may leave out for a NaN or infinity; 0: the first is fatal
-    )
+    skip_nonfinite: Natural = 0  # updates in a row that a player may leave out for a NaN; 0: the first is fatal
     hang_seconds: Weight = 1800  # a step that takes longer is reported with the stacks of all threads; 0: never
     seed: Seed = 0
 
