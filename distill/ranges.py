@@ -28,7 +28,7 @@ class Range(PrimitiveConstructorSpec[Any]):
 
     def __contains__(self, value: Any) -> bool:
         known = isinstance(value, int if self.kind is int else int | float) and not isinstance(value, bool)
-        if not (known and math.isfinite(value)):
+        if not known or not (isinstance(value, int) or math.isfinite(value)):
             return False
         above = value >= self.low if self.ends[0] == "[" else value > self.low
         return above and (value <= self.high if self.ends[1] == "]" else value < self.high)

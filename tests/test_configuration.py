@@ -48,7 +48,7 @@ def outside(range):
     edges += [range.high] if range.ends[1] == ")" else []
     edges += [e for e in (range.low - 1, range.low - 10**30, range.high + 1, range.high + 10**30) if math.isfinite(e)]
     if range.kind is int:
-        return st.sampled_from([*map(str, edges), f"{10**30}", "nan", "1.5", "1e3"]) | WORDS
+        return st.sampled_from([f"{10**400}", *map(str, edges), f"{10**30}", "nan", "1.5", "1e3"]) | WORDS
     return st.sampled_from([*map(str, edges), "nan", "inf", "-inf", "1e400"]) | WORDS
 
 
