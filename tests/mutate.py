@@ -57,6 +57,7 @@ def m(name, file, old, new, *tests, more=()):
     return Mutation(name, f"{file}.py", old, new, tests, more)
 
 
+SIDA, JUDGE = "distill/methods/sida", "tests/methods/test_sida.py"
 SID, DMD2, VSD = "distill/methods/sid", "distill/methods/dmd2", "distill/methods/vsd"
 DISC = "distill/disc"
 LCD, SCM = "distill/methods/lcd", "distill/methods/scm"
@@ -89,6 +90,28 @@ MUTATIONS = {
           f"{TRAINER}::test_order_of_turns"),
         m("fake on the wrong level", SID, "fake.path.diffuse(x, eps, t), t, c)",
           "fake.path.diffuse(x, eps, t), 1 - t, c)", FAKE),
+    ),
+    "SiDA": (
+        m("sign of the student's GAN", SIDA, "F.softplus(-self.logits(features", "F.softplus(self.logits(features", JUDGE),
+        m("reals called fakes", SIDA, "F.softplus(low), x) + self.fused(F.softplus(-high)",
+          "F.softplus(-low), x) + self.fused(F.softplus(high)", JUDGE),
+        m("GAN without gradient", SIDA, "features[0].to(x).mean(1)", "features[0].to(x).mean(1).detach()", JUDGE),
+        m("sum over channels", SIDA, "features[0].to(x).mean(1)", "features[0].to(x).sum(1)", JUDGE),
+        m("SiD's weight left out", SIDA, "(w * f)", "(0 * w + f)", JUDGE),
+        m("every sample by itself", SIDA, 'mean() if self.fusion == "batch" else', "mean() if False else", JUDGE),
+        m("once, not for every element", SIDA, "f.expand_as(x), self.reduction", "f, self.reduction", JUDGE),
+        m("EDM's weight left out", SIDA, "fake.sigma_d**-2 + fake.path.ratio(t) ** -2", "0 * t + 1.0", JUDGE),
+        m("both losses in full", SIDA, "self.mix * (loss", "(loss", JUDGE),
+        m("reals at another level", SIDA, "diffuse(y, eps, t), t,", "diffuse(y, eps, t), 1 - t,", JUDGE),
+        m("reals under other labels", SIDA, 'batch.get("real_c", c)', "c", JUDGE),
+        m("labels not paired", SIDA, "paired = self.pairs and", "paired = False and", JUDGE),
+        m("scan keeps a dropped label", SIDA, 'batch["real_c"] = batch["c"]', "pass", JUDGE),
+        m("GAN from the start", SIDA, "draw.step < self.gan_start", "False", JUDGE),
+        m("student from the start", SIDA, "start=self.start", "start=0", JUDGE),
+        m("features of no condition", "distill/guidance", "[: len(x)] for name", "[-len(x) :] for name", JUDGE),
+        m("gradient not clipped by its entries", "distill/trainer", "(players[player], cfg.fake_max_grad_value)",
+          "(players[player], 1e9)", JUDGE),
+        m("logits not clamped", SIDA, ".clamp(-self.clamp, self.clamp)), x)", "), x)", JUDGE),
     ),
     "DMD2": (
         m("sign of g", DMD2, "g = h * (fake - real)", "g = h * (real - fake)", GRADIENT),
@@ -513,7 +536,7 @@ def table(group, rows):
     found.add_column("caught by", overflow="fold")
     found.add_column("s", justify="right", width=4)
     for name, test, why, seconds in rows:
-        test = test and escape(re.sub(r"tests/test_(\w+)\.py::(\w+::)?test_", r"\1: ", test))
+        test = test and escape(re.sub(r"tests/(?:methods/)?test_(\w+)\.py::(\w+::)?test_", r"\1: ", test))
         found.add_row(name, test or f"[red]{why}[/]", f"{seconds:.1f}")
     return found
 

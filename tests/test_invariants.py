@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from tiny import tiny
 
-from distill.methods import DMD2, LCD, SCM, VSD, SiD
+from distill.methods import DMD2, LCD, SCM, VSD, SiD, SiDA
 from distill.roles import StudentConfig, build
 from distill.schedule import EDM, Flow
 from distill.trainer import TrainConfig, train
@@ -22,6 +22,7 @@ RTOL, STEPS, CLASSES = 1e-4, 20, 3
 METHODS = {
     "sid": SiD(),
     "sid-lsg": SiD(alpha=1.0, kappa=(1.5,) * 4, gain=1.0),
+    "sida": SiDA(gan=0.5, kappa=(1.5,) * 4, taps=("mid",)),
     "dmd2": DMD2(guidance=1.75, every=2, taps=("mid",)),
     "vsd": VSD(guidance=(0.5, 4.0)),
     "lcd": LCD(guidance=(2.0, 4.0), huber_c=0.1),  # smooth: at its 1e-3 the sign of a small difference counts

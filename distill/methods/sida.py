@@ -87,4 +87,4 @@ class SiDA(SiD):
         return features[0].to(x).mean(1)
 
     def fused(self, elements: Tensor, x: Tensor) -> Tensor:  # a scalar, or [B, 1, ...]
-        return elements.mean() if self.fusion == "batch" else expand(elements.flatten(1).mean(1), x)
+        return elements.mean() if self.fusion == "batch" else expand(elements.reshape(len(x), -1).mean(1), x)
