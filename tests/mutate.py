@@ -92,7 +92,7 @@ MUTATIONS = {
           "fake.path.diffuse(x, eps, t), 1 - t, c)", FAKE),
     ),
     "SiDA": (
-        m("sign of the student's GAN", SIDA, "F.softplus(-self.logits(features", "F.softplus(self.logits(features", JUDGE),
+        m("sign of the student's GAN", SIDA, "F.softplus(-self.logits(", "F.softplus(self.logits(", JUDGE),
         m("reals called fakes", SIDA, "F.softplus(low), x) + self.fused(F.softplus(-high)",
           "F.softplus(-low), x) + self.fused(F.softplus(high)", JUDGE),
         m("GAN without gradient", SIDA, "features[0].to(x).mean(1)", "features[0].to(x).mean(1).detach()", JUDGE),
@@ -111,7 +111,7 @@ MUTATIONS = {
         m("features of no condition", "distill/guidance", "[: len(x)] for name", "[-len(x) :] for name", JUDGE),
         m("gradient not clipped by its entries", "distill/trainer", "(players[player], cfg.fake_max_grad_value)",
           "(players[player], 1e9)", JUDGE),
-        m("logits not clamped", SIDA, ".clamp(-self.clamp, self.clamp)), x)", "), x)", JUDGE),
+        m("logits not clamped", SIDA, ".clamp(-most, most)", "", JUDGE),
     ),
     "DMD2": (
         m("sign of g", DMD2, "g = h * (fake - real)", "g = h * (real - fake)", GRADIENT),

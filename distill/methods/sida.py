@@ -64,8 +64,9 @@ class SiDA(SiD):
         if not self.gan or draw.step < self.gan_start:
             return super().student_loss(x, nets, batch, draw)
         loss, logs, w, features = self.identity(x, nets, batch, draw, self.taps)
-        f = self.fused(F.softplus(-self.logits(features, x).clamp(-self.clamp, self.clamp)), x)
-        return self.mix * (loss + self.gan * reduce((w * f).expand_as(x), self.reduction)), logs | {"gan": f.mean()}
+        f = self.fused(F.softplus(-self.logits(features, x, True)), x)
+        gan = reduce((w * f).expand_as(x), self.reduction)
+        return self.mix * (loss + self.gan * gan), logs | {"gan": f.mean()}
 
     def fake_loss(self, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
         if not self.gan_fake:
@@ -74,17 +75,16 @@ class SiDA(SiD):
         t, eps = self.fake_times(draw, "t", len(x), fake.path), draw.normal("eps", x.shape).to(x)
         pred, of_x = Guided(fake, self.kappa[0]).tapping(fake.path.diffuse(x, eps, t), t, c, self.taps)
         of_y = fake.features(fake.path.diffuse(y, eps, t), t, batch.get("real_c", c), self.taps)
-        low, high = self.logits(of_x, x), self.logits(of_y, x)
-        if self.fusion == "sample":
-            low, high = low.clamp(-self.clamp, self.clamp), high.clamp(-self.clamp, self.clamp)
+        low, high = (self.logits(h, x, self.fusion == "sample") for h in (of_x, of_y))
         f = (self.fused(F.softplus(low), x) + self.fused(F.softplus(-high), x)) / 2
         v = expand(fake.sigma_d**-2 + fake.path.ratio(t) ** -2, x) if self.fusion == "batch" else 1.0
         gan = reduce(v * f if self.fusion == "batch" else f.expand_as(x), self.reduction)
         logs = {"gan": f.mean(), "gan_right": verdicts(low, high), "logit_gap": (high.mean() - low.mean()).detach()}
         return denoising(pred, x, eps, self.reduction) + self.gan_fake * gan, logs
 
-    def logits(self, features: list[Tensor], x: Tensor) -> Tensor:
-        return features[0].to(x).mean(1)
+    def logits(self, features: list[Tensor], x: Tensor, clamp: bool) -> Tensor:
+        most = self.clamp if clamp else float("inf")
+        return features[0].to(x).mean(1).clamp(-most, most)
 
     def fused(self, elements: Tensor, x: Tensor) -> Tensor:  # a scalar, or [B, 1, ...]
         return elements.mean() if self.fusion == "batch" else expand(elements.reshape(len(x), -1).mean(1), x)
