@@ -64,11 +64,12 @@ class Turn(NamedTuple):
 
 @dataclass
 class Finding:
-    """What a micro-batch gave when it was computed again. bad: the first tensor that is not finite."""
+    """What a micro-batch gave when it was computed again."""
 
     samples: list[int]  # in the global batch
     loss: str
-    bad: str | None
+    bad: str | None  # the first tensor that is not finite
+    alone: bool = True  # not a mean over processes, as a sharded network's gradient is
 
     def __bool__(self) -> bool:
         return self.bad is not None
@@ -94,24 +95,22 @@ def refuse(
     found = examine(state, method, update, turns, accelerator)
     there = any(out.glob(f"replay-*-{player}"))
     everyone, known = zip(*gather_object([(found, there)]), strict=True)
-    bad = {rank: next(one for one in theirs if one.bad) for rank, theirs in enumerate(everyone) if any(theirs)}
-
+    bad = {
+        rank: min(filter(bool, ones), key=lambda one: not one.alone) for rank, ones in enumerate(everyone) if any(ones)
+    }
+    bad = {rank: one for rank, one in bad.items() if one.alone} or bad
     ranks = f"rank{'s' * (len(bad) > 1)} {', '.join(map(str, bad))}" if bad else "no rank"
     what = next(iter(bad.values()), "computed again it is finite: a fault of a kernel or of the memory?")
     kind = "loss" if any("n" in one.loss for one in bad.values()) else "gradient"  # nan or inf
     message = f"non-finite {kind} at step {step}, player {player!r}, {ranks}: {what}. The update was not applied"
     if fatal or not any(known):
         folder = out / f"replay-{step}-{player}"
-        kept = {rank: theirs for rank, theirs in enumerate(everyone) if rank in bad or not bad}
-        error = _write(folder, state, turns if accelerator.process_index in kept else [], accelerator)
-        errors = [f"{error}" for error in gather_object([error]) if error]
-        if accelerator.is_main_process and not errors:
-            facts = {"message": message, "step": step, "player": player, "seed": cfg.seed}
-            facts |= {"processes": accelerator.num_processes, "mixed_precision": accelerator.mixed_precision}
-            facts |= {"ranks": {rank: [asdict(one) for one in theirs] for rank, theirs in kept.items()}}
-            (folder / "replay.json").write_text(json.dumps(facts, indent=1))
+        facts = {"message": message, "step": step, "player": player, "seed": cfg.seed}
+        facts |= {"processes": accelerator.num_processes, "mixed_precision": accelerator.mixed_precision}
+        kept = {rank: [asdict(one) for one in ones] for rank, ones in enumerate(everyone) if rank in bad or not bad}
+        error = _write(folder, state, turns, facts | {"ranks": kept}, accelerator)
+        errors = [f"{error}" for error in gather_object([error]) if error]  # all wait until it is written
         message += f"; no replay could be written ({errors[0]})" if errors else f"; see it again: --replay {folder}"
-        accelerator.wait_for_everyone()  # the launcher ends the others when one of them has raised
     if fatal:
         raise FloatingPointError(f"{message}. {ADVICE}")
     if accelerator.is_main_process:
@@ -122,7 +121,10 @@ def refuse(
 
 
 def examine(state: State, method: Method, update: Update, turns: list[Turn], accelerator: Accelerator) -> list[Finding]:
-    """Compute the loss of every micro-batch and its gradient again, on this process alone, looking at every tensor."""
+    """Compute the loss of every micro-batch and its gradient again, without averaging, looking at every tensor.
+
+    Sharded networks average what they compute: all processes call this together.
+    """
     nets, found = state.nets, []
     trained = [p for optimizer in state.optimizers.values() for p in optimizer.param_groups[0]["params"]]
     for turn in turns:
@@ -141,6 +143,7 @@ def examine(state: State, method: Method, update: Update, turns: list[Turn], acc
             later.clear()
             (loss / len(turns)).backward()
         seen += later
+        alone = bool(seen) or not shard.asked(accelerator)
         named = [
             (f"{role}.{name}", p.grad) for role, net in nets.modules().items() for name, p in net.named_parameters()
         ]
@@ -148,7 +151,8 @@ def examine(state: State, method: Method, update: Update, turns: list[Turn], acc
         seen += [f"gradient of the weight {name}" for name, grad in grads if not _finite(grad)]
         if not _finite(shard.whole(torch.nn.utils.get_total_norm([grad for _, grad in grads]))):
             seen.append("the norm of all gradients")
-        found.append(Finding(turn.numbers.samples.tolist(), f"{float(loss.detach()):.6g}", seen[0] if seen else None))
+        first = seen[0] if seen else None
+        found.append(Finding(turn.numbers.samples.tolist(), f"{float(loss.detach()):.6g}", first, alone))
     for p in trained:
         p.grad = None
     return found
@@ -248,16 +252,21 @@ class Watchdog:
             sys.stderr.write(f"{said}; {path} cannot be written ({error})\n")
 
 
-def _write(folder: Path, state: State, turns: list[Turn], accelerator: Accelerator) -> Exception | None:
-    """This process's part of a replay: its micro-batches; the main one's also the weights, without Adam's moments."""
+def _write(
+    folder: Path, state: State, turns: list[Turn], facts: dict[str, Any], accelerator: Accelerator
+) -> Exception | None:
+    """This process's part of a replay: its micro-batches, if it is among facts["ranks"]; the main one's also the facts
+    and the weights, without Adam's moments."""
     try:
         if accelerator.is_main_process or shard.asked(accelerator):  # sharded weights are saved by all together
             players = {name: optimizer.param_groups[0]["params"] for name, optimizer in state.optimizers.items()}
             bare: dict[str, torch.optim.Optimizer] = {name: torch.optim.SGD(ps, 0.0) for name, ps in players.items()}
             checkpoint.save(replace(state, optimizers=bare), folder)
-        if accelerator.is_main_process and (folder.parent / "config.yaml").is_file():
-            shutil.copy(folder.parent / "config.yaml", folder)
-        if turns:
+        if accelerator.is_main_process:
+            (folder / "replay.json").write_text(json.dumps(facts, indent=1))
+            if (folder.parent / "config.yaml").is_file():
+                shutil.copy(folder.parent / "config.yaml", folder)
+        if accelerator.process_index in facts["ranks"]:
             folder.mkdir(parents=True, exist_ok=True)
             tensors = {name: t.detach().cpu().clone() for name, t in _named([_stored(turn) for turn in turns])}
             save_file(

@@ -236,7 +236,9 @@ def test_a_row_that_is_too_long_is_fatal_also_after_resuming(tmp_path):
 
 
 def main(folder):
-    """Rank 1 alone has a NaN: a run that ends with it, and one that leaves it out."""
+    """Rank 1 alone has a NaN: a run that ends with it, one that leaves it out, and one of sharded networks."""
+    from sharded import sharded
+
     torch.set_num_threads(1)
     accelerator, told = Accelerator(cpu=True), {}
     at = (1, "fake", 5)
@@ -246,17 +248,24 @@ def main(folder):
         told["raised"] = str(error)
     *_, state = states(f"{folder}/skip", at, accelerator=accelerator, skip_nonfinite=1)
     rank = accelerator.process_index
-    Path(f"{folder}/rank{rank}.json").write_text(json.dumps(told))
     save_file({k: v.contiguous() for k, v in everything(state).items()}, f"{folder}/rank{rank}.safetensors")
+    nets = nets_of(METHODS["dmd2"])
+    nets.teacher.blocks = ("Linear", "Embedding")
+    try:
+        list(states(f"{folder}/sharded", at, nets=nets, accelerator=sharded(accelerator)))
+    except FloatingPointError as error:
+        told["sharded"] = str(error)
+    Path(f"{folder}/rank{rank}.json").write_text(json.dumps(told))
     accelerator.end_training()
 
 
 def test_both_ranks_name_the_one(tmp_path):
     """Both raise, or both leave the update out, name rank 1, and stay equal; one process replays it."""
     done = python(*TWO, __file__, tmp_path)
-    told = [json.loads((tmp_path / f"rank{rank}.json").read_text())["raised"] for rank in (0, 1)]
-    assert told[0] == told[1]
-    assert "step 1, player 'fake', rank 1: first bad tensor: batch/real (loss nan, samples 4 to 5)" in told[0]
+    told = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+    assert told[0] == told[1] and told[0].keys() == {"raised", "sharded"}
+    says = "step 1, player 'fake', rank 1: first bad tensor: batch/real (loss nan, samples 4 to 5)"
+    assert all(says in message for message in told[0].values())
     assert done.stderr.count("rank 1: first bad tensor") == 1 and "left out, 1 in a row of 1 allowed" in done.stderr
     weights = [load_file(tmp_path / f"rank{rank}.safetensors") for rank in (0, 1)]
     assert equal(*weights)
@@ -264,8 +273,9 @@ def test_both_ranks_name_the_one(tmp_path):
     assert all((v - weights[0][k]).norm() <= 1e-5 * v.norm() + 1e-9 for k, v in one.items() if "optimizer" not in k)
 
     method, cfg = METHODS["dmd2"], config(gradient_accumulation_steps=2)
-    found = health.replay(tmp_path / "replay-1-fake", method, nets_of(method), None, cfg, Accelerator(cpu=True))
-    assert {rank: [one.bad for one in ones] for rank, ones in found.items()} == {1: ["batch/real", None]}
+    for folder in (tmp_path, tmp_path / "sharded"):
+        found = health.replay(folder / "replay-1-fake", method, nets_of(method), None, cfg, Accelerator(cpu=True))
+        assert {rank: [one.bad for one in ones] for rank, ones in found.items()} == {1: ["batch/real", None]}
 
 
 # ---- the command ----
