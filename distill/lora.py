@@ -26,6 +26,13 @@ def twin(net: nn.Module) -> nn.Module:
     return copy.deepcopy(net, {id(p): p for p in net.parameters() if not p.requires_grad})
 
 
+def weightless(net: nn.Module) -> nn.Module:
+    """A copy on the meta device: shapes without numbers."""
+    tensors = {id(t): t.detach().to("meta") for t in net.buffers()}
+    parameters = {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in net.parameters()}
+    return copy.deepcopy(net, tensors | parameters)
+
+
 def masters(net: nn.Module) -> nn.Module:
     """`net`, its trainable parameters at least float32: half precision rounds small steps away. Frozen ones stay."""
     for p in net.parameters():

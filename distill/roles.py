@@ -13,7 +13,7 @@ from distill import checkpoint
 from distill.denoiser import Condition, Denoiser
 from distill.disc import heads
 from distill.draw import Draw
-from distill.lora import LoRA, twin
+from distill.lora import LoRA, twin, weightless
 from distill.ranges import Count, Positive, Share, check
 from distill.schedule import Schedule
 from distill.student import Student, falling, grid_times
@@ -148,8 +148,9 @@ def build(
         nets.target = replace(teacher, net=twin(nets.student.denoiser.net).requires_grad_(False))
     if "disc" in method.roles:
         taps: tuple[str, ...] = method.taps  # type: ignore[attr-defined]
-        like = next(teacher.net.parameters())
-        x, t = torch.zeros(1, *shape, device=like.device), torch.full((1,), 0.5, device=like.device).double()
-        with torch.no_grad():
-            nets.disc = heads(teacher.features(x, t, c, taps), getattr(method, "places", False))
+        with torch.device("meta"), torch.no_grad():  # shapes are enough, and the network may not fit the device yet
+            x, t = torch.zeros(1, *shape), torch.full((1,), 0.5, dtype=torch.float64)
+            told = None if c is None else {key: torch.empty_like(value, device="meta") for key, value in c.items()}
+            features = replace(teacher, net=weightless(teacher.net)).features(x, t, told, taps)
+        nets.disc = heads(features, getattr(method, "places", False))
     return nets

@@ -192,7 +192,9 @@ def load(
     parts.asked = {key: value for key, value in asked.items() if value is not None}
     if frames is not None and getattr(parts.family, "TASK", "") != "text-to-video":
         raise ValueError(f"frames is {frames}, but {folder} is a {parts.index['_class_name']}, which makes no videos")
-    return parts.family.load(parts, resolution, frames)
+    teacher = parts.family.load(parts, resolution, frames)
+    teacher.denoiser.blocks = parts.family.BLOCKS
+    return teacher
 
 
 def opened(

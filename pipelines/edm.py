@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 RHO = 7.0
 C_NOISE = 250.0  # a ConsistencyModelPipeline tells its network 250 ln sigma
 TASK = "unconditional-image-generation"
+BLOCKS = ("ResnetBlock2D", "Attention", "Block")  # classes of modules that are sharded one by one; Block: SongUNet's
 UNCONDITIONAL = 0.0  # unused by the pipeline: guidance is built in
 FACTS = {"null_class": 10}  # of the tiny teacher
 EXAMPLES = tuple(range(8))  # labels that an export is verified on

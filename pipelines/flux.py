@@ -25,6 +25,7 @@ TARGETS = (  # modules of a LoRA: attention and feed-forward of both streams
     *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2", "proj_mlp"),
 )
 TAPS = ("single_transformer_blocks.9",)  # modules whose output is a discriminator's feature: the middle of 19 + 38
+BLOCKS = ("FluxTransformerBlock", "FluxSingleTransformerBlock")  # classes of modules that are sharded one by one
 FACTS = {"resolution": 16}  # of the tiny teacher: no component of the pipeline holds its size
 
 

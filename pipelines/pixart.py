@@ -19,6 +19,7 @@ CALL: dict[str, Any] = {
 }  # options of the call that a model card shows
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")  # modules of a LoRA
 TAPS = ("transformer_blocks.13",)  # modules whose output is a discriminator's feature: the middle of 28
+BLOCKS = ("BasicTransformerBlock",)  # classes of modules that are sharded one by one
 LENGTH = {"PixArtAlphaPipeline": 120, "PixArtSigmaPipeline": 300}  # tokens of a prompt
 
 

@@ -29,6 +29,7 @@ TARGETS = (  # modules of a LoRA: attention and feed-forward of both streams
     *("img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2"),
 )
 TAPS = ("transformer_blocks.29",)  # modules whose output is a discriminator's feature: the middle of 60
+BLOCKS = ("QwenImageTransformerBlock",)  # classes of modules that are sharded one by one
 LENGTH = 512  # tokens of a prompt in its template
 FACTS = {"resolution": 16}  # of the tiny teacher: no component of the pipeline holds its size
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
-from distill import checkpoint, health
+from distill import checkpoint, health, shard
 from distill.config import Config, dump, fail, parse
 from pipelines import FAMILIES, ExportError, Teacher, index, opened, perceptual
 
@@ -131,7 +131,7 @@ def run(config: Config[Any, Any], out: Path, resume: Path | None) -> None:
     from distill.roles import build
     from distill.trainer import supported, train
     from pipelines import hub, tiny
-    from pipelines.export import about, export, report
+    from pipelines.export import Again, about, export, report, trained
 
     cfg = config.train
     accelerator = launched(log_with=None if cfg.report_to == "none" else cfg.report_to, project_dir=out)
@@ -148,7 +148,9 @@ def run(config: Config[Any, Any], out: Path, resume: Path | None) -> None:
         size = config.resolution, config.frames
         teacher = opened(config.teacher, config.revision, config.variant, *size, precision(config, accelerator))
     teacher.parts.device = accelerator.device
-    teacher.denoiser.net.to(accelerator.device)
+    sharded = shard.asked(accelerator)
+    if not sharded:
+        teacher.denoiser.net.to(accelerator.device)
     data = config.data.open(teacher, config.method.needs)
     scheduler, student = carried(teacher, config.student)  # what can't be exported is refused now
     prompts, c = data.fixed(config.validation_images)
@@ -179,35 +181,45 @@ def run(config: Config[Any, Any], out: Path, resume: Path | None) -> None:
             z, rows = fixed.normal("z", (len(i), *teacher.shape)), {key: value[i] for key, value in c.items()}
             with accelerator.autocast():  # kernels of attention may know half precision alone
                 x = nets.student.using(state.ema.net).generate(z, rows, fixed)
-            done += [teacher.decode(one).cpu() for one in x.split(1)]
-        log.images(torch.cat(done), state.step)
+            if accelerator.is_main_process:
+                done += [teacher.decode(one).cpu() for one in x.split(1)]
+        if done:
+            log.images(torch.cat(done), state.step)
 
     saver = checkpoint.Saver(out, cfg.checkpoints_total_limit)
     with closing(log), signals() as caught, saver, watchdog as watch:
         for state in train(config.method, nets, data, cfg, accelerator, resume):
             watch(state.step)
             log(state)
-            stop = bool(caught) and accelerator.is_main_process  # another process may be a step ahead
-            if accelerator.is_main_process:
+            if sharded:  # all of them show, save and end together
+                stop = shard.agreed(bool(caught), accelerator)
+            else:  # another process may be a step ahead
+                stop = bool(caught) and accelerator.is_main_process
+            if accelerator.is_main_process or sharded:
                 saver.check()
                 if cfg.validation_steps and state.step % cfg.validation_steps == 0:
                     preview(state)
                 due = cfg.checkpointing_steps and state.step % cfg.checkpointing_steps == 0
-                last = state.step >= cfg.max_train_steps and checkpoint.damage(out / f"checkpoint-{state.step}")
-                if stop or due or last:
+                last = state.step >= cfg.max_train_steps
+                if stop or due or last and (sharded or checkpoint.damage(out / f"checkpoint-{state.step}")):
                     saver.save(state)
             if stop:
                 break
         saver.wait()
-        if caught and accelerator.is_main_process:
+        if stop and accelerator.is_main_process:
             name = out / f"checkpoint-{state.step}"
             sys.stderr.write(f"\ninterrupted; saved {name}. Go on with --resume_from_checkpoint latest\n")
-            raise SystemExit(128 + caught[0])  # the launcher ends the others
+            raise SystemExit(128 + (caught or [signal.SIGTERM])[0])  # the launcher ends the others
     if accelerator.is_main_process:
         state.optimizers.clear()
-        whole(nets, state, teacher)
-        folder = out / "pipeline"
-        report(folder, export(nets.student, teacher, state.ema.net, scheduler, folder, told))
+        folder, student, net = out / "pipeline", nets.student, state.ema.net
+        if sharded:  # its parts are put together from the disk
+            again = Again(f"{out}", f"checkpoint-{state.step}", teacher=config.teacher)
+            student, teacher, *_ = trained(again)
+            net = student.denoiser.net
+        else:
+            whole(nets, state, teacher)
+        report(folder, export(student, teacher, net, scheduler, folder, told))
         if repository:
             sys.stderr.write(f"pushed to {hub.push(folder, repository)}\n")
 

@@ -18,6 +18,7 @@ CALL: dict[str, Any] = {
 }  # options of the call that a model card shows
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "conv_inverted", "conv_point")  # modules of a LoRA
 TAPS = ("transformer_blocks.9",)  # modules whose output is a discriminator's feature: the middle of 20
+BLOCKS = ("SanaTransformerBlock",)  # classes of modules that are sharded one by one
 
 
 def call(net: Any, x: Tensor, n: Tensor, c: Condition) -> Tensor:

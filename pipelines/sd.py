@@ -18,6 +18,7 @@ TARGETS = (  # modules of a LoRA: DMD2's list
     *("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj"),
 )
 TAPS = ("mid_block",)  # modules whose output is a discriminator's feature
+BLOCKS = ("BasicTransformerBlock", "ResnetBlock2D")  # classes of modules that are sharded one by one
 
 
 def call(net: Any, x: Tensor, n: Tensor, c: Condition) -> Tensor:

@@ -18,6 +18,7 @@ TARGETS = (  # modules of a LoRA: attention and feed-forward of both streams
     *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
 )
 TAPS = ("transformer_blocks.12",)  # modules whose output is a discriminator's feature: the middle of 24
+BLOCKS = ("JointTransformerBlock",)  # classes of modules that are sharded one by one
 
 
 @dataclass(frozen=True)

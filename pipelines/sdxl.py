@@ -16,6 +16,7 @@ UNCONDITIONAL = 0.0  # guidance_scale of the pipeline that makes one call a step
 CALL: dict[str, Any] = {"guidance_scale": 0}  # options of the call that a model card shows
 TARGETS = sd.TARGETS  # modules of a LoRA
 TAPS = ("mid_block",)  # modules whose output is a discriminator's feature
+BLOCKS = sd.BLOCKS  # classes of modules that are sharded one by one
 LENGTH = 77  # tokens of a prompt
 
 

@@ -19,6 +19,7 @@ UNCONDITIONAL = 1.0  # guidance_scale of the pipeline that makes one call a step
 CALL: dict[str, Any] = {"guidance_scale": 1}  # options of the call that a model card shows
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")  # modules of a LoRA
 TAPS = ("blocks.14",)  # modules whose output is a discriminator's feature: the middle of 30
+BLOCKS = ("WanTransformerBlock",)  # classes of modules that are sharded one by one
 LENGTH = 512  # tokens of a prompt
 SIZES = {480: (480, 832), 704: (704, 1280), 720: (720, 1280)}  # resolution -> height, width; others are square
 FACTS = {"resolution": 32, "frames": 5}  # of the tiny teacher: no component of a Wan pipeline holds its size

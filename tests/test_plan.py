@@ -265,3 +265,12 @@ def test_large_models(family, capsys):
     with pytest.raises(SystemExit):
         main(["--family", family, "--method", "dmd2-prompts", "--gpus", "8"])
     assert "--student.lora.rank 64" in capsys.readouterr().out.split("It does not fit")[1]
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in ("imagenet64", "cifar10")])
+def test_blocks_that_are_sharded(name):
+    """At its public size a family's blocks hold nearly all weights, and none of them more than a twelfth."""
+    parts = Meta(MODELS[name])
+    size = lambda net: sum(p.numel() for p in net.parameters())
+    blocks = [m for m in parts.net.modules() if type(m).__name__ in parts.family.BLOCKS]
+    assert sum(map(size, blocks)) > 0.9 * size(parts.net) and max(map(size, blocks)) < size(parts.net) / 12

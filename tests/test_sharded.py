@@ -46,6 +46,15 @@ def run(name, accelerator, last, folder=None, resume=None, lora=False):
     return {key: value.detach().clone() for key, value in (named | moments).items()}
 
 
+def recipe(folder, launched):
+    """A smoke run with its export. Gradients are not divided by their own size: that amplifies rounding."""
+    from pipelines import run
+    from recipes import dmd2_digits
+
+    run.launched = launched
+    dmd2_digits.main(dmd2_digits.CONFIG, ["--smoke", "--adam_epsilon", "0.01", "--output_dir", f"{folder}"])
+
+
 def saved(folder, name):
     return folder / name / f"checkpoint-{CUT}"
 
@@ -67,6 +76,7 @@ def main(folder):
                 if (saved(folder / other, name) / "state.json").exists():
                     again = run(name, accelerator, END, resume=saved(folder / other, name))
                     found[f"{mode} {name} from {other}"] = again
+    recipe(folder / "recipe", lambda **options: sharded(Accelerator(cpu=True, **options)))
     tensors = {f"{case}|{key}": value for case, values in found.items() for key, value in values.items()}
     save_file(tensors, f"{folder}/rank{accelerator.process_index}.safetensors")
     accelerator.end_training()
@@ -141,6 +151,22 @@ def test_another_run_starts_from_it(two):
     from safetensors.torch import load_file
 
     assert close(dict(net.named_parameters()), load_file(saved(folder / "one", "sid") / "ema.safetensors"))
+
+
+def test_the_pipeline_of_a_sharded_run(two, tmp_path, monkeypatch):
+    """Checkpoint, log, sample grid and an exported pipeline, which is that of the run of one process."""
+    from safetensors.torch import load_file
+
+    from pipelines import run
+
+    folder = two[0] / "recipe"
+    monkeypatch.setattr(run, "launched", run.launched)
+    recipe(tmp_path, lambda **options: Accelerator(cpu=True, **options))
+    ours, theirs = (at / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors" for at in (folder, tmp_path))
+    assert close(load_file(ours), load_file(theirs))
+    for name in ("samples/step-000002.png", "checkpoint-2/state.json", "log.jsonl", "pipeline/README.md"):
+        assert (folder / name).is_file() and (tmp_path / name).is_file()
+    assert (folder / "checkpoint-2" / "ema" / "shard-00002-of-00002.safetensors").is_file()
 
 
 # ---- what is asked for ----
