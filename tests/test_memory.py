@@ -9,7 +9,6 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType
 from replay import pushed
 from safetensors.torch import load_file
 from test_trainer import METHODS, config, equal, nets_of, roles, vectors
@@ -24,7 +23,7 @@ from distill.lora import LoRA, twin
 from distill.methods import DMD2, LCD, VSD, SiD
 from distill.roles import FakeConfig, StudentConfig, build
 from distill.schedule import VP, Flow
-from distill.trainer import start, supported, train
+from distill.trainer import start, train
 
 ADAPTERS = LoRA(rank=4, alpha=8.0, targets=("mid", "last"))
 
@@ -312,12 +311,6 @@ def test_adamw8bit_needs_its_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
     with pytest.raises(ValueError, match="adamw8bit needs bitsandbytes .*pip install bitsandbytes, or take adamw"):
         next(train(SiD(), None, None, config(optimizer="adamw8bit"), Accelerator(cpu=True)))
-
-
-def test_adamw8bit_is_not_sharded():
-    sharded = SimpleNamespace(mixed_precision="bf16", distributed_type=DistributedType.FSDP)
-    with pytest.raises(ValueError, match="adamw8bit cannot be sharded: use adamw with FSDP"):
-        supported(config(optimizer="adamw8bit"), sharded)
 
 
 def test_adamw8bit(tmp_path):
