@@ -7,6 +7,7 @@ of CPU seconds of one thread (or synchronised CUDA time). How long training stan
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import platform
@@ -65,19 +66,11 @@ def methods() -> dict[str, Any]:
     }
 
 
-class Turn:
-    """One player's turn of a method as a method of its own."""
-
-    def __init__(self, method: Any, player: str) -> None:
-        self.roles, self.needs, self.sample = method.roles, method.needs, method.sample
-        self.update = next(u for u in method.updates() if u.player == player)
-        if hasattr(method, "taps"):
-            self.taps = method.taps
-        if hasattr(method, "after"):
-            self.after = method.after
-
-    def updates(self) -> list[Any]:
-        return [self.update]
+def alone(method: Any, player: str) -> Any:
+    """The method with the turn of one player only."""
+    one, update = copy.copy(method), next(u for u in method.updates() if u.player == player)
+    object.__setattr__(one, "updates", lambda: [update])
+    return one
 
 
 def loop(method: Any, settings: TrainConfig, cfg: Bench) -> Iterator[State]:
@@ -98,7 +91,7 @@ def turns(method: Any, player: str, cfg: Bench) -> Callable[[], Any]:
     """A function that makes one turn of `player` through train()."""
     from distill.trainer import TrainConfig
 
-    states = loop(Turn(method, player), TrainConfig(max_train_steps=10**9, train_batch_size=cfg.batch), cfg)
+    states = loop(alone(method, player), TrainConfig(max_train_steps=10**9, train_batch_size=cfg.batch), cfg)
     return lambda: next(states)
 
 
@@ -245,12 +238,12 @@ def steps(
     method: Any, passes: list[str], kinds: dict[str, Callable[[], Any]], cfg: Bench, folder: Path
 ) -> tuple[float, float]:
     """Seconds of a step of a whole run: of its bare passes, and in all. Passes are timed between ten steps and ten."""
-    run, alone, together = whole(method, cfg, folder), [], []
+    run, bare, together = whole(method, cfg, folder), [], []
     clock(run)  # the first is warm-up
     for _ in tqdm(range(5 * cfg.blocks), desc=folder.name, unit="ten steps"):
         together.append(clock(run))
-        alone += [sum(clock(kinds[kind]) for kind in passes) for _ in range(2)]
-    return 2 * statistics.median(alone), statistics.mean(together) / 10
+        bare += [sum(clock(kinds[kind]) for kind in passes) for _ in range(2)]
+    return 2 * statistics.median(bare), statistics.mean(together) / 10
 
 
 def main(cfg: Bench) -> None:

@@ -1,6 +1,8 @@
 """The benchmark of the loop, on a tiny network: that its parts measure what the table says."""
 
-from benchmarks.digits import PASSES, Bench, bare, methods, needed, stall, steps
+import torch
+
+from benchmarks.digits import PASSES, Bench, bare, methods, needed, stall, steps, turns
 from distill import checkpoint
 
 TINY = Bench(output=None, batch=2, rounds=2, blocks=1, channels=(8, 8))
@@ -10,6 +12,16 @@ def test_passes_of_a_step():
     """DMD2's fake score is trained on the student's samples of the same step, SiD's on its own."""
     found = {name: " ".join(needed(method, PASSES[name])) for name, method in methods().items()}
     assert found["DMD2"] == "f n n ci f 2cf" and found["SiD"] == "n f f i i" and found["VSD"] == "f n n f"
+
+
+def test_a_turn_moves_one_player():
+    moved = lambda before, net: any(not torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True))
+    turn = turns(methods()["DMD2"], "fake", TINY)
+    state = turn()
+    nets = state.nets.modules()
+    before = {role: [p.clone() for p in net.parameters()] for role, net in nets.items()}
+    turn()
+    assert [role for role, net in nets.items() if moved(before[role], net)] == ["fake", "disc"]
 
 
 def test_a_run_and_its_stalls(tmp_path):
