@@ -222,7 +222,10 @@ def files(path: str | Path, role: str) -> list[Path]:
         if whole.is_file():
             found = [whole]
         elif shards.is_file():
-            found = [folder / shard for shard in sorted({*json.loads(shards.read_text())["weight_map"].values()})]
+            names = sorted({*json.loads(shards.read_text())["weight_map"].values()})
+            if odd := [name for name in names if Path(name).name != name or not name.endswith(".safetensors")]:
+                raise ValueError(f"{role}.init: {shards} names {odd[0]!r}; it may name .safetensors files beside it")
+            found = [folder / name for name in names]
     missing = [file for file in found if not file.exists()]
     if missing or not found:
         lack = f"has no {missing[0].name}" if missing else "holds no weights"
@@ -273,7 +276,10 @@ def refused(error: Exception) -> str | None:
 
 def step(folder: Path) -> int:
     """Iterations done when a checkpoint was saved."""
-    return json.loads((folder / "state.json").read_text())["step"]
+    found = json.loads((folder / "state.json").read_text())["step"]
+    if type(found) is not int or found < 0:  # it becomes part of a folder's name
+        raise ValueError(f"{folder}/state.json is damaged: its step is {found!r}")
+    return found
 
 
 def found(output_dir: Path) -> list[Path]:

@@ -49,8 +49,13 @@ class Config(Generic[M, D]):
 
 def fail(message: str) -> NoReturn:
     """End with one message for the user on stderr and exit status 2."""
-    sys.stderr.write(f"error: {message}\n")
+    sys.stderr.write(f"error: {visible(message)}\n")
     raise SystemExit(2)
+
+
+def visible(text: str) -> str:
+    """Text for a terminal, which characters from files must not steer: of what controls it, line breaks are left."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
 def parse(default: Config[M, D], argv: list[str] | None = None, doc: str | None = None) -> Config[M, D]:

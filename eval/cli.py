@@ -14,12 +14,14 @@ def run(stage: Callable[..., Any] | Mapping[str, Callable[..., Any]]) -> Any:
     """
     import tyro
 
+    from distill.config import visible
+
     config = (tyro.conf.OmitArgPrefixes,)
     try:
         if isinstance(stage, Mapping):
             return tyro.extras.subcommand_cli_from_dict(dict(stage), config=config, use_underscores=True)
         return tyro.cli(stage, config=config, use_underscores=True)
     except ValueError as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {visible(str(error))}")
     except KeyboardInterrupt:
         sys.exit("interrupted; what was complete is kept, run the same command again")

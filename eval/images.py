@@ -71,7 +71,7 @@ def level(file: Path) -> Tensor:
     try:
         with Image.open(file) as image:
             array = np.array(image if image.mode in ("L", "RGB") else image.convert("RGB"))
-    except (OSError, SyntaxError, ValueError) as error:  # PIL raises all three for broken files
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # all of PIL, for broken files
         raise ValueError(f"{file} is not a readable image ({error}); remove or replace it") from None
     return torch.from_numpy(array[None] if array.ndim == 2 else array.transpose(2, 0, 1).copy())
 

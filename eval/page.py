@@ -77,7 +77,7 @@ def asset(name: str) -> str:
 
 def section(board: Board, number: int, several: bool) -> str:
     """One board: its table, its plots, how its figures were made."""
-    heading = f"{board.protocol} <small>{text(board.hash)}</small>" if several else "Figures"
+    heading = f"{text(board.protocol)} <small>{text(board.hash)}</small>" if several else "Figures"
     return (
         f'<section id="board-{number}"><h2>{heading}</h2>{table(board)}<p class="note">{legend(board)}</p>'
         f"{scatters(board, number)}{protocol(board)}</section>"

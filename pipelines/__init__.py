@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
 import re
 from collections.abc import Callable, Sequence
@@ -29,6 +30,9 @@ FAMILIES = {  # _class_name of model_index.json -> module of this package
     "QwenImagePipeline": "qwen",
     "WanPipeline": "wan",
 }
+
+
+LIBRARIES = ("diffusers", "transformers", "pipelines.edm_nets")  # whose classes components may be
 
 
 class ExportError(Exception):
@@ -69,14 +73,14 @@ class Parts:
         if not isinstance(self.index.get(name), list):
             raise ValueError(f"{self.folder}: its model_index.json names no {name}")
         library, kind = self.index[name]
-        if library not in ("diffusers", "transformers", "pipelines.edm_nets"):  # a class of the repository's own code
-            raise ValueError(f"{self.folder}: component {name} is of {library!r}, code that is not run from here")
-        cls = getattr(importlib.import_module(library), kind)
+        cls = getattr(importlib.import_module(library), kind, None) if library in LIBRARIES else None
+        if not hasattr(cls, "from_pretrained"):
+            raise ValueError(f"{self.folder}: its {name} is a {kind} of {library}, which has no such class")
         options = {"variant": self.variant, "use_safetensors": True, "dtype": dtype or self.precision}
         options = options if hasattr(cls, "parameters") else {}  # a scheduler or a tokenizer has no weights
         try:
             found = cls.from_pretrained(self.folder, subfolder=name, local_files_only=True, **options)
-        except OSError as error:
+        except (OSError, ValueError) as error:
             raise ValueError(f"{self.folder}: its {name} cannot be read: {error}") from None
         return found.requires_grad_(False).eval() if options else found
 
@@ -239,6 +243,23 @@ def index(folder: str | Path) -> dict[str, Any]:
         seen = "" if path.is_absolute() else f" (seen from {Path.cwd()})"
         raise ValueError(f"no teacher at {str(folder)!r}: a diffusers pipeline folder has a model_index.json{seen}")
     try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+        found = json.loads(path.read_text())
+    except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}") from None
+    if not isinstance(found, dict) or not isinstance(found.get("_class_name"), str):
+        raise ValueError(f"{path} is damaged: it has no _class_name of a pipeline")
+    for part, entry in found.items():
+        if isinstance(entry, list) and entry != [None, None]:
+            _known(path, part, entry)
+    return found
+
+
+def _known(path: Path, part: str, entry: list[Any]) -> None:
+    """ValueError for a component whose folder lies elsewhere or whose class is not a library's: its code is not run."""
+    named = len(entry) == 2 and all(isinstance(word, str) for word in entry) and entry[1].isidentifier()
+    if not (named and re.fullmatch(r"[A-Za-z]\w*", part)):
+        raise ValueError(f"{path} is damaged: its component {part!r} is {entry}; it is [library, class] of a folder")
+    library = entry[0]
+    own = Path(importlib.util.find_spec("diffusers").origin).parent / "pipelines"  # "stable_diffusion", for one
+    if library not in LIBRARIES and not (library.isidentifier() and (own / library).is_dir()):
+        raise ValueError(f"{path.parent}: component {part} is of {library!r}, code that is not run from here")

@@ -97,7 +97,7 @@ class Classes:
             with Image.open(file) as opened:
                 whole = opened.convert("L" if channels == 1 else "RGB")
             image = ImageOps.fit(whole, (side, side), Image.Resampling.LANCZOS)
-        except OSError as error:
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise ValueError(f"image {file} cannot be read: {error}") from None
         pixels = torch.from_numpy(np.asarray(image).copy()).float() / 127.5 - 1
         return pixels.reshape(side, side, channels).permute(2, 0, 1)

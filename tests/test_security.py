@@ -1,0 +1,249 @@
+"""Malicious inputs: nothing of them is executed, nothing is written outside, and each ends in one message."""
+
+import io
+import json
+import os
+import pickle
+import re
+import shutil
+import struct
+import tarfile
+import zlib
+
+import pytest
+import torch
+
+from distill import checkpoint
+from distill.config import fail
+from distill.data.sources import Broken, pictures, prompts
+from eval import images
+from eval.page import page
+from pipelines import hub, load, located, tiny
+from pipelines.files import file_name
+from recipes import dmd2_digits
+
+ESCAPE = "\x1b]0;owned\x07\x9b31m\u202e"
+SCRIPT = "<script>alert(1)</script>"
+
+
+@pytest.fixture
+def canary(tmp_path):
+    """What a payload would make, were it executed."""
+    path = tmp_path / "canary"
+    yield path
+    assert not path.exists()
+
+
+class Payload:
+    def __init__(self, canary):
+        self.canary = canary
+
+    def __reduce__(self):
+        return os.mkdir, (f"{self.canary}",)
+
+
+def code(canary):
+    return f"import os\nos.mkdir({str(canary)!r})\nclass Evil:\n    pass\n"
+
+
+def test_the_payloads_work(tmp_path):
+    """Else the rest would show nothing."""
+    with pytest.raises(FileExistsError):
+        for _ in range(2):
+            pickle.loads(pickle.dumps(Payload(tmp_path / "canary")))
+    (tmp_path / "canary").rmdir()
+    exec(code(tmp_path / "canary"))
+    assert (tmp_path / "canary").is_dir()
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sd") / "pipeline"
+    tiny.save("sd", folder)
+    return folder
+
+
+@pytest.fixture
+def folder(original, tmp_path):
+    return shutil.copytree(original, tmp_path / "teacher")
+
+
+def edited(path, **entries):
+    path.write_text(json.dumps(json.loads(path.read_text()) | entries))
+
+
+WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+
+
+@pytest.mark.parametrize(
+    "kind", ("named safetensors", "a .bin", "a .bin in an index", "a file elsewhere in an index", "huge header")
+)
+def test_weights_of_a_teacher(folder, canary, kind):
+    """Also as what a student starts from."""
+    evil = pickle.dumps({"weight": Payload(canary)})
+    weights = folder / WEIGHTS
+    if kind == "named safetensors":
+        weights.write_bytes(evil)
+    elif kind == "huge header":
+        weights.write_bytes(struct.pack("<Q", 1 << 40) + b"{" * 1000)
+    else:
+        weights.unlink()
+        name = "diffusion_pytorch_model.bin"
+        torch.save({"weight": Payload(canary)}, folder / "unet" / name)
+        if kind != "a .bin":
+            names = (name, name) if kind == "a .bin in an index" else (f"../unet/{name}", f"{folder}/unet/{name}")
+            index = {"metadata": {}, "weight_map": dict(zip(("conv_in.weight", "conv_in.bias"), names, strict=True))}
+            weights.with_name(f"{weights.name}.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"unet cannot be read|student\.init|damaged"):
+        load(folder)
+    net = torch.nn.Linear(1, 1)
+    with pytest.raises(ValueError, match=r"student\.init|damaged"):
+        checkpoint.fill(net, folder, "student", net)
+    if kind == "named safetensors":
+        with pytest.raises(ValueError, match="damaged"):
+            checkpoint.fill(net, weights, "student", net)
+
+
+@pytest.mark.parametrize("name", ("student", "ema", "optimizer_student"))
+def test_a_checkpoint(tmp_path, canary, name):
+    """A pickle whose size and checksum are told rightly."""
+    from accelerate import Accelerator
+    from test_trainer import METHODS, config, nets_of, vectors
+
+    from distill.trainer import train
+
+    (state,) = train(METHODS["sid"], nets_of(METHODS["sid"]), vectors, config(max_train_steps=1), Accelerator(cpu=True))
+    saved = checkpoint.save(state, tmp_path)
+    assert checkpoint.damage(saved) is None
+    file = saved / f"{name}.safetensors"
+    assert file.is_file()
+    file.write_bytes(pickle.dumps(Payload(canary)))
+    facts = json.loads((saved / "state.json").read_text())
+    facts["files"][file.name] = [file.stat().st_size, *[d for f, d in checkpoint._digests([file])]]
+    (saved / "state.json").write_text(json.dumps(facts))
+    assert checkpoint.damage(saved) is None
+    with pytest.raises(ValueError, match="damaged"):
+        checkpoint.load(state, saved)
+
+
+def test_code_in_a_pipeline(folder, canary):
+    """A module of the repository's own, a pipeline of its own, transformers' auto_map."""
+    for name in ("evil.py", "pipeline.py", "text_encoder/evil.py", "unet/evil.py", "text_encoder/modeling_evil.py"):
+        (folder / name).write_text(code(canary))
+    auto = {"auto_map": {"AutoModel": "modeling_evil.Evil", "AutoConfig": "modeling_evil.Evil"}}
+    edited(folder / "text_encoder" / "config.json", **auto)
+    load(folder).encode(["a fox"])
+    index = folder / "model_index.json"
+    whole = json.loads(index.read_text())
+    wrong = [{part: ["evil", "Evil"]} for part in ("text_encoder", "unet", "vae", "scheduler", "new")]
+    wrong += [{"_class_name": ["evil", "EvilPipeline"]}, {"_class_name": "EvilPipeline"}]
+    wrong += [{"unet": ["diffusers", "utils.os"]}, {"unet": ["os", "mkdir"]}, {"unet": [1, 2]}]
+    for one in wrong:
+        index.write_text(json.dumps(whole | one))
+        with pytest.raises(ValueError):
+            load(located(f"{folder}")).encode(["a fox"])
+
+
+@pytest.mark.parametrize("name", ("../outside", "/tmp/outside", "a/b", "..", "", "a\\b", ESCAPE))
+def test_names_that_climb(folder, tmp_path, name):
+    """Of components, of files, of repositories: before anything is written."""
+    if name != "..":
+        with pytest.raises(ValueError):
+            file_name(name, 1, "unet")
+    if name != "a/b":
+        with pytest.raises(ValueError):
+            hub.create(name)
+    edited(folder / "model_index.json", **{name: ["diffusers", "AutoencoderKL"]})
+    with pytest.raises(ValueError, match="model_index.json"):
+        located(f"{folder}")
+    assert {path.name for path in tmp_path.iterdir()} == {"teacher"}
+
+
+def test_a_step_that_climbs(tmp_path):
+    """The number of steps of a checkpoint becomes a folder's name."""
+    for step in ("../../x", -1, True, 1.5):
+        (tmp_path / "state.json").write_text(json.dumps({"step": step, "files": {}}))
+        with pytest.raises(ValueError, match=r"state\.json is damaged"):
+            checkpoint.step(tmp_path)
+
+
+def png(width, height):
+    """A picture that is small on disk only."""
+    part = lambda kind, data: struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    head = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + part(b"IHDR", head) + part(b"IDAT", zlib.compress(bytes(1000))) + part(b"IEND", b"")
+
+
+def test_a_tar(tmp_path, canary):
+    """Names that climb, links, devices and pipes: only regular files are read, in place; nothing is extracted."""
+    (tmp_path / "secret.txt").write_text("secret")
+    with tarfile.open(tmp_path / "shard.tar", "w") as tar:
+        for name in ("../../outside", f"{canary}", "good"):
+            for suffix, data in ((".png", png(4, 4)), (".txt", b"a fox")):
+                entry = tarfile.TarInfo(name + suffix)
+                entry.size = len(data)
+                tar.addfile(entry, io.BytesIO(data))
+        for i, kind in enumerate(
+            (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE)
+        ):
+            entry = tarfile.TarInfo(f"odd{i}.png")
+            entry.type, entry.linkname = kind, f"{tmp_path}/secret.txt"
+            tar.addfile(entry)
+            entry.name = "good.txt" if kind == tarfile.SYMTYPE else f"odd{i}.txt"
+            tar.addfile(entry)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    found = pictures(f"{tmp_path / 'shard.tar'}")
+    assert len(found) == 3 and set(found.captions) == {"a fox"}
+    assert [found[i].size for i in range(3)] == [(4, 4)] * 3
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+    assert not (tmp_path.parent.parent / "outside.png").exists()
+
+
+def test_a_bomb_among_images(tmp_path):
+    """A gigapixel of 100 bytes is one message, wherever images are read."""
+    (tmp_path / "000000.png").write_bytes(png(60_000, 60_000))
+    (tmp_path / "000000.txt").write_text("a fox")
+    with pytest.raises(Broken, match="decompression bomb"):
+        pictures(f"{tmp_path}")[0]
+    with pytest.raises(ValueError, match="decompression bomb"):
+        images.level(tmp_path / "000000.png")
+
+
+def test_prompts(tmp_path, capsys):
+    """Control characters and a line of a megabyte stay data; in a message they cannot steer the terminal."""
+    long = "fox " * 250_000
+    (tmp_path / "prompts.txt").write_text(f"{ESCAPE}\n{long}\n{SCRIPT}\n", newline="\n")
+    assert prompts(f"{tmp_path / 'prompts.txt'}") == [ESCAPE, long.strip(), SCRIPT]
+    with pytest.raises(SystemExit):
+        fail(f"prompt {ESCAPE} is wrong\nsecond line")
+    told = capsys.readouterr().err
+    assert "owned" in told and told.endswith(" is wrong\nsecond line\n")
+    assert not [c for c in told if not (c.isprintable() or c == "\n")]
+
+
+def test_a_page(tmp_path):
+    """Every text of a row reaches the page escaped, one board or several."""
+
+    def row(protocol):
+        texts = ("model", "kind", "scheduler", "protocol_hash", "extractor", "extractor_hash", "device", "weights")
+        metric = {"value": 1.0, "low": 0.5, "high": 2.0, "n": 10}
+        facts = {"steps": 1, "nfe": 1, "n": 10, "guidance": 1.0, "seed": 0, "settings": {SCRIPT: SCRIPT}}
+        return (
+            {key: SCRIPT for key in texts} | facts | {"protocol": protocol, "metrics": {SCRIPT: metric, "fid": metric}}
+        )
+
+    rows = [row(SCRIPT), row(f"{SCRIPT}2")]
+    for some in (rows[:1], rows):
+        made = page(some, title=SCRIPT, lead=SCRIPT, failed={SCRIPT: SCRIPT})
+        assert SCRIPT not in made and "&lt;script&gt;" in made
+        assert len(re.findall("<script", made)) == 1
+
+
+def test_yaml(tmp_path, canary, capsys):
+    """A tag of Python's in --config is no value."""
+    file = tmp_path / "config.yaml"
+    for line in (f"!!python/object/apply:os.mkdir [{canary}]", f"!!python/object/new:os.mkdir [{canary}]"):
+        file.write_text(f"seed: {line}\n")
+        with pytest.raises(SystemExit) as end:
+            dmd2_digits.main(dmd2_digits.CONFIG, ["--config", f"{file}", "--output_dir", f"{tmp_path / 'out'}"])
+        assert end.value.code == 2 and "is not YAML" in capsys.readouterr().err
