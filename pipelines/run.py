@@ -227,14 +227,14 @@ def run(config: Config[Any, Any], out: Path, resume: Path | None) -> None:
 def replay(folder: Path, config: Config[Any, Any], nets: Nets, data: Any, accelerator: Accelerator) -> int:
     """Compute an update that was not finite again, say what it gave, and whether (1) or not (0) it still is not."""
     facts = health.read(folder)
-    sys.stdout.write(f"then: {facts['message']}\n")
+    said = [f"then: {facts['message']}"]
     if accelerator.mixed_precision != facts["mixed_precision"]:
         now = f"--mixed_precision {accelerator.mixed_precision}"
-        sys.stdout.write(f"it ran under --mixed_precision {facts['mixed_precision']}; this is {now}\n")
+        said.append(f"it ran under --mixed_precision {facts['mixed_precision']}; this is {now}")
     found = health.replay(folder, config.method, nets, data, config.train, accelerator)
-    for rank, findings in found.items():
-        for i, finding in enumerate(findings):
-            sys.stdout.write(f"now: rank {rank}, micro-batch {i}: {finding}\n")
+    said += [f"now: rank {rank}, micro-batch {i}: {one}" for rank, ones in found.items() for i, one in enumerate(ones)]
+    if accelerator.is_main_process:
+        sys.stdout.write("\n".join([*said, ""]))
     return int(any(any(findings) for findings in found.values()))
 
 

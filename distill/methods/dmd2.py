@@ -82,7 +82,7 @@ class DMD2:
                 fake, real = nets.disc(*features), method.logits(y, y_c, nets, draw, "gan_real")
             else:
                 fake, real = self.logits(torch.cat([x, y]), merge(c, y_c), nets, draw, "gan_fake", "gan_real").chunk(2)
-            logs |= {"gan": gan_discriminator(fake, real), "gan_right": verdicts(fake, real)}
+            logs["gan"], logs["gan_right"] = gan_discriminator(fake, real), verdicts(fake, real)
             loss = loss + self.gan_fake * logs["gan"]
         return loss, logs
 
