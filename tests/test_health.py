@@ -72,7 +72,7 @@ def test_verdicts_of_a_discriminator():
 
 
 def test_what_is_logged():
-    """Samples of the student alone: consistency methods look at real images."""
+    """Samples of the student alone: consistency methods look at real images. docs/health.md explains all of it."""
     samples, found = {"student/x_rms", "student/x_spread"}, {}
     for name in METHODS:
         nets = nets_of(METHODS[name])
@@ -80,6 +80,8 @@ def test_what_is_logged():
     assert {name for name, keys in found.items() if samples <= keys} == {"sid", "sid-lsg", "dmd2", "vsd"}
     assert {name for name, keys in found.items() if "student/lag" in keys} == {"sid", "sid-lsg", "dmd2"}
     assert [name for name, keys in found.items() if "fake/gan_right" in keys] == ["dmd2"]
+    explained = (Path(__file__).parent.parent / "docs" / "health.md").read_text()
+    assert not {key for keys in found.values() for key in keys if f"`{key}`" not in explained}
 
 
 # ---- what is not finite is named and can be seen again ----
