@@ -265,6 +265,8 @@ MUTATIONS = {
           "(low + t.double() * (high - low)) ** 6", SCHEDULE),
         m("frames by signal", "distill/denoiser", "expand(torch.hypot(a, s) / torch.hypot(a_f, s_f), x)",
           "expand(a_f / a, x)", DENOISER),
+        m("second sample for the second stream", "distill/denoiser",
+          "feature(output) if isinstance(output, tuple) else output", "feature(output)", DENOISER),
         m("score of the frame", "distill/denoiser", "-self.eps / self.sigma * self.scale", "-self.eps / self.sigma",
           DENOISER),
         m("Grid without its last", "distill/times", "(self.high - self.low + 1)", "(self.high - self.low)", DRAW),

@@ -122,7 +122,10 @@ def test_guidance_with_the_null_condition(family):
 def test_taps_give_features_with_gradient(family):
     f = family
     x = f.x.clone().requires_grad_()
-    for feature in f.teacher.denoiser.features(x, torch.full((2,), 0.6).double(), f.c, f.module.TAPS):
+    taps = f.module.TAPS + ("norm_out",) * hasattr(
+        f.teacher.denoiser.net, "norm_out"
+    )  # the last norm, of SiD-DiT's GAN
+    for feature in f.teacher.denoiser.features(x, torch.full((2,), 0.6).double(), f.c, taps):
         assert feature.ndim >= 3 and len(feature) == 2 and feature.std() > 0
         (grad,) = torch.autograd.grad(feature.square().sum(), x, retain_graph=True)
         assert grad.isfinite().all() and grad.abs().amax(dim=tuple(range(1, x.ndim))).min() > 0
