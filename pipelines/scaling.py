@@ -142,7 +142,9 @@ class Layout:
     def limit(self) -> str:
         if self.communication <= self.compute:
             return "compute"
-        return "NVLink" if max(self.gpus if self.shards == 1 else self.shards, 1) <= self.machine.node else "network"
+        ring, *across = (size / speed + late for size, speed, late in self.moved)
+        inside = (self.gpus if self.shards == 1 else self.shards) <= self.machine.node
+        return "NVLink" if inside and ring >= sum(across) else "network"
 
     @property
     def mode(self) -> str:
