@@ -180,7 +180,8 @@ class Run:
         weights = sum(map(bytes_of, (teacher.denoiser.net, *nets.modules().values())))  # adapters' backbones: one each
         average = bytes_of(nets.student.denoiser.net) if whole.average else 0
         parts = [size // self.shards for size in (weights, average, whole.gradients, whole.optimizer)]
-        return Bytes(*parts, (2 if self.half else 4) * (2 * largest + rest) + 4 * largest, 0)
+        buckets = (2 if self.half else 4) * (2 * largest + rest) + 4 * largest
+        return Bytes(*parts, buckets, 0)  # type: ignore[call-arg]
 
     @property
     def memory(self) -> Bytes:
@@ -327,7 +328,7 @@ def nearer(run: Run) -> Iterator[tuple[str, Run]]:
             rounds = train.train_batch_size // gpus
             options = {"gradient_accumulation_steps": rounds, "optimizer": "adamw"}  # 8-bit moments are not sharded
             more = fresh(whole, train=replace(whole.config.train, **options))
-            label = f"weights sharded over {gpus} GPUs (FSDP; the loop of this version replicates them)"
+            label = f"weights sharded over {gpus} GPUs (FSDP2: docs/scaling.md)"
             shared = [change for change in before if "adamw8bit" not in change]
             yield ", ".join([*shared, label]), replace(more, gpus=gpus, shards=gpus)
 
