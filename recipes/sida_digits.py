@@ -12,7 +12,13 @@ from distill.trainer import TrainConfig
 from pipelines.run import main
 
 CONFIG = Config(
-    method=SiDA(alpha=1.2, gan=0.1, gan_fake=0.1, times=Karras(0.02, 20.0), fake_times=LogNormal(-1.0, 1.2)),
+    method=SiDA(
+        alpha=1.2,  # as SiD's
+        gan=10.0,  # of (0.1, 0.1), (1, 1) and (10, 10) for both weights the least distance to the training split
+        gan_fake=10.0,
+        times=Karras(0.02, 20.0),
+        fake_times=LogNormal(-1.0, 1.2),  # the teacher's training law
+    ),
     data=Digits(),
     validation_images=40,
     teacher="runs/digits/teacher",
