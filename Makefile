@@ -7,7 +7,7 @@ OFFLINE := HF_HUB_OFFLINE=1
 TEST := $(OFFLINE) OMP_NUM_THREADS=1 $(PY) -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help setup install demo test slow lint types bench sdxl results toys golden mutate clean
+.PHONY: help setup install demo test slow lint types bench sdxl results toys faults golden mutate clean
 
 help:  ## this list
 	@echo "make TARGET [ARGS='more arguments'] [PYTHON=python3.12, for the first setup]"
@@ -73,6 +73,9 @@ results: setup  ## the table of the digits over seeds, with intervals (long)
 
 toys: setup  ## the table of the toys: each method on each schedule
 	@$(OFFLINE) $(PY) benchmarks/toys.py $(ARGS)
+
+faults: setup  ## 200 kills, damaged checkpoints, full disks: every run ends as the undisturbed one (long)
+	@$(OFFLINE) $(PY) tests/campaign.py --output docs/endurance.md $(ARGS)
 
 golden: setup  ## the authors' own numbers, reproduced
 	@$(TEST) -v tests/test_golden*.py $(ARGS)

@@ -186,11 +186,13 @@ def run(config: Config[Any, Any], out: Path, resume: Path | None) -> None:
         if done:
             log.images(torch.cat(done), state.step)
 
-    saver = checkpoint.Saver(out, cfg.checkpoints_total_limit)
+    saver, parent = checkpoint.Saver(out, cfg.checkpoints_total_limit), launcher()
     with closing(log), signals() as caught, saver, watchdog as watch:
         for state in train(config.method, nets, data, cfg, accelerator, resume):
             watch(state.step)
             log(state)
+            if not caught and launcher() != parent:  # it was killed alone, and nobody would end this process
+                caught.append(signal.SIGTERM)
             if sharded:  # all of them show, save and end together
                 stop = shard.agreed(bool(caught), accelerator)
             else:  # another process may be a step ahead
@@ -290,6 +292,11 @@ def whole(nets: Nets, state: State, teacher: Teacher) -> None:
         for name, buffer in module.named_buffers():
             if name in buffers:
                 buffer.data = buffers[name]
+
+
+def launcher() -> int | None:
+    """The process of `accelerate launch` or torchrun above this one; None: a shell, which may end before its jobs."""
+    return os.getppid() if os.environ.keys() & {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} else None
 
 
 @contextmanager

@@ -1,20 +1,13 @@
-"""Hard to kill: what a run that was killed leaves, and that it goes on from there.
-
-`python tests/test_endurance.py 200` kills a short run that often and prints what came of it; 6 times is a test.
-"""
+"""Hard to kill: what a run that was killed leaves, and that it goes on from there. campaign.py does it at random."""
 
 import errno
 import json
 import os
-import random
 import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
-import time
-import traceback
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -400,99 +393,33 @@ def test_a_signal_while_a_checkpoint_is_written(again, held, digits, tmp_path, m
     assert names(tmp_path) == ([] if again else ["checkpoint-2", "checkpoint-3"])
 
 
-# ---- a campaign of kills ----
+@pytest.mark.parametrize("launched", (True, False), ids=("by a launcher", "by a shell"))
+def test_a_run_ends_with_its_launcher(launched, digits, tmp_path, monkeypatch):
+    """`accelerate launch` was killed alone: as by SIGTERM. A shell may go: its job runs on."""
+    right, parent = Digits.__call__, [os.getppid()]
 
-RUN = "--max_train_steps 12 --checkpointing_steps 2 --logging_steps 1 --train_batch_size 8 --validation_images 4"
+    def call(data, draw):
+        if draw.step == 2:
+            parent[0] = 1
+        return right(data, draw)
 
-
-def begun(teacher, folder):
-    """The process of a run that starts, or goes on. A fork: what is imported is not imported again."""
-    if child := os.fork():
-        return child
-    status = 70
-    try:
-        from recipes.sid_digits import CONFIG, main
-
-        with (folder.parent / "said.txt").open("a") as said:
-            os.dup2(said.fileno(), 2)
-        main(CONFIG, [*RUN.split(), "--teacher", f"{teacher}", "--output_dir", f"{folder}", *LATEST])
-        status = 0
-    except SystemExit as error:
-        status = error.code
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        os._exit(status)
+    for name in ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    if launched:
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    monkeypatch.setattr(os, "getppid", lambda: parent[0])
+    monkeypatch.setattr(Digits, "__call__", call)
+    assert digits(tmp_path) == (143 if launched else 0)
+    assert names(tmp_path) == ["checkpoint-3" if launched else "checkpoint-5"]
 
 
-def ended(child, seconds):
-    """Its status, as subprocess gives it, or None if it still runs after so long."""
-    deadline = time.monotonic() + seconds
-    while True:
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status)
-        if time.monotonic() > deadline:
-            return None
-        time.sleep(0.002)
+# ---- a campaign of faults ----
 
 
-def result(folder):
-    """Every byte that a finished run must have: the last checkpoint, the exported weights; and the steps logged."""
-    last = checkpoint.found(folder)[-1]
-    files = [*last.iterdir(), *(folder / "pipeline").rglob("*.safetensors")]
-    lines = [json.loads(line)["step"] for line in (folder / "log.jsonl").open()]
-    return {f"{file.relative_to(folder)}": file.read_bytes() for file in files}, lines
-
-
-def campaign(kills, seed=0):
-    """Kill at random moments until `kills` are done, go on after each; the counts. A difference is an error."""
-    from pipelines import tiny as teachers
-
-    torch.set_num_threads(1)
-    chance, counts = random.Random(seed), {"runs": 0, "SIGKILL": 0, "SIGTERM, saved": 0, "SIGTERM, at once": 0}
-    with tempfile.TemporaryDirectory() as name:
-        home = Path(name)
-        teachers.save("edm", home / "teacher")
-        assert ended(begun(home / "teacher", home / "whole"), 600) == 0, (home / "said.txt").read_text()
-        start = time.monotonic()  # the second one is as fast as those to come
-        assert ended(begun(home / "teacher", home / "again"), 600) == 0
-        seconds, whole = time.monotonic() - start, result(home / "whole")
-        assert result(home / "again") == whole
-        done = 0
-        while done < kills:
-            folder, status, newest = home / f"run-{counts['runs']}", None, 0
-            while status != 0:
-                child = begun(home / "teacher", folder)
-                status = ended(child, chance.uniform(0, seconds) if done < kills else 600)
-                if status is None:
-                    number = chance.choice((signal.SIGKILL, signal.SIGTERM))
-                    os.kill(child, number)
-                    status = ended(child, 600)
-                kind = {0: None, -9: "SIGKILL", 143: "SIGTERM, saved", -15: "SIGTERM, at once"}.get(status, "")
-                assert kind != "", (status, (home / "said.txt").read_text()[-3000:])
-                if kind:  # else it has ended before
-                    counts[kind] += 1
-                    done += 1
-                last = max([checkpoint.step(f) for f in checkpoint.found(folder)], default=0)
-                assert last >= newest, "a checkpoint is lost"
-                newest = last
-            assert result(folder) == whole
-            shutil.rmtree(folder)
-            counts["runs"] += 1
-        assert "is skipped" not in (home / "said.txt").read_text(), "a kill has left a damaged checkpoint"
-    return counts
-
-
-def test_six_kills():
-    """In a process of its own, for it forks."""
-    done = subprocess.run([sys.executable, __file__, "6"], capture_output=True, text=True)
+def test_a_short_campaign():
+    """In a process of its own, for it forks: five signals, on one process and on two, and damage."""
+    command = [sys.executable, Path(__file__).with_name("campaign.py"), "--kills", "5", "--disks", "0"]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    counts = json.loads(done.stdout)
-    assert counts.pop("runs") >= 1 and sum(counts.values()) == 6
-
-
-if __name__ == "__main__":
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    sys.path.insert(0, f"{Path(__file__).resolve().parent.parent}")
-    sys.stdout.write(json.dumps(campaign(int(sys.argv[1]))) + "\n")
+    rows = [line.split(" | ") for line in done.stdout.splitlines() if " | SIG" in line]
+    assert sum(int(often) for *_, often, _ in rows) == 5 and {row[0] for row in rows} == {"| 1", "| 2"}
