@@ -10,9 +10,12 @@ from diffusers import EulerDiscreteScheduler, LCMScheduler
 from safetensors.torch import load_file, save_file
 
 from distill.data import Text
+from distill.data.labels import LabelPairs
 from distill.data.pairs import Pairs, noise
 from distill.draw import Draw
-from pipelines import cache, load, pairs, sdxl, tiny
+from distill.guidance import Guided
+from distill.solver import sample
+from pipelines import cache, edm, load, pairs, sdxl, tiny
 
 HALF = 2.0**-10  # relative rounding of float16
 DRAW = Draw(0, 3, "student", torch.arange(6))
@@ -225,3 +228,37 @@ def test_a_smoke_samples_online(teacher, tmp_path):
     batch = feed(DRAW)
     torch.testing.assert_close(batch["y"], teacher.sample(batch["z"], batch["c"], 2, 8.0), rtol=1e-4, atol=1e-4)
     assert len(feed.fixed(8)[0]) == 8
+
+
+class TestLabels:
+    """Pairs of a teacher of class labels, sampled when a run opens them."""
+
+    @pytest.fixture(scope="class")
+    def digits(self):
+        torch.manual_seed(0)
+        return edm.teacher(edm.unet((8, 16)), 0.5, null_class=10)
+
+    def test_noise_sample_and_label_belong_together(self, digits):
+        """In blocks, over all labels in turn, with guidance; another run has the same, another seed does not."""
+        data = LabelPairs(n=70, steps=3, guidance=2.0)
+        data.check(("pairs",))
+        feed = data.open(digits, ("pairs",))
+        batch = feed(DRAW)
+        assert batch.keys() == {"z", "y", "c"}
+        want = sample(Guided(digits.denoiser, 2.0), batch["z"], batch["c"], 3).detach()
+        torch.testing.assert_close(batch["y"], want, rtol=1e-4, atol=1e-4)
+        plain = sample(digits.denoiser, batch["z"], batch["c"], 3)
+        assert (batch["y"] - plain).abs().max() > 1e-2 and batch["y"].std() > 0.1
+        assert len({z.sum().item() for z in batch["z"]}) > 2
+        assert torch.equal(feed.labels, torch.arange(70) % 10)
+        assert torch.equal(data.open(digits, ())(DRAW)["y"], batch["y"])
+        assert not torch.equal(dataclasses.replace(data, seed=1).open(digits, ())(DRAW)["z"], batch["z"])
+        names, c = feed.fixed(12)
+        assert names[10:] == [0, 1] and c["class_labels"].tolist() == names
+
+    def test_mistakes(self):
+        for field in ("n", "steps"):
+            with pytest.raises(ValueError, match=f"{field} is 0; it must be at least 1"):
+                LabelPairs(**{field: 0})
+        with pytest.raises(ValueError, match="needs real images, and --data has pairs"):
+            LabelPairs().check(("real",))

@@ -42,8 +42,14 @@ RUNS = {name: (name, "") for name in RECIPES} | {
     ),
 }
 LAUNCH = {"half precision": ("--mixed_precision", "bf16")}  # of accelerate
-EVERY = {"DMD2": "--method.every 1", "SiD": "--method.fake_steps 1", "VSD": "--method.fake_steps 1"}
-EVERY["SiDA"] = "--method.fake_steps 1 --method.start 0 --method.gan_start 0"
+EVERY = {
+    "DMD2": "--method.every 1",
+    "DiffInstruct": "--method.fake_steps 1",
+    "FDistill": "--method.every 1",
+    "SiD": "--method.fake_steps 1",
+    "SiDA": "--method.fake_steps 1 --method.start 0 --method.gan_start 0",
+    "VSD": "--method.fake_steps 1",
+}
 # two steps that move the student, and an average that is neither the student nor the teacher
 FAST = (
     "--smoke --learning_rate 1e-2 --lr_warmup_steps 0 --ema_half_life 16 --ema_ramp None --checkpointing_steps 1 "

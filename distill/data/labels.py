@@ -1,4 +1,4 @@
-"""Class labels, and the images of folders whose subfolders are the classes."""
+"""Class labels, the images of folders whose subfolders are the classes, and pairs of a teacher of labels."""
 
 from __future__ import annotations
 
@@ -11,8 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from distill.data.pairs import noise
 from distill.data.sources import PICTURES
 from distill.draw import Draw
+from distill.guidance import Guided
+from distill.solver import sample
+
+BLOCK = 64  # pairs that are sampled at once
 
 
 @dataclass(frozen=True)
@@ -101,3 +106,55 @@ class Classes:
             raise ValueError(f"image {file} cannot be read: {error}") from None
         pixels = torch.from_numpy(np.asarray(image).copy()).float() / 127.5 - 1
         return pixels.reshape(side, side, channels).permute(2, 0, 1)
+
+
+@dataclass(frozen=True)
+class LabelPairs:
+    """Pairs of a teacher of class labels: noise, where Heun's method takes it under a label, and that label.
+
+    They are sampled when a run opens them, in n (2 steps - 1) calls, and stay in memory; a resumed run has the same.
+    Those of teachers of prompts are stored: python -m pipelines.pairs.
+    """
+
+    n: int = 1000  # pairs, of all labels in turn
+    steps: int = 18  # of Heun's method
+    guidance: float = 1.0  # of the teacher
+    seed: int = 0  # of the noise
+
+    def __post_init__(self) -> None:
+        for name in ("n", "steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+
+    def check(self, needs: tuple[str, ...]) -> None:
+        """ValueError for a method that needs more than pairs."""
+        if "real" in needs:
+            raise ValueError("this method needs real images, and --data has pairs of the teacher alone")
+
+    def open(self, teacher: Any, needs: tuple[str, ...]) -> ClassPairs:
+        return ClassPairs("", teacher, False, self)
+
+    def smoke(self, folder: Path) -> LabelPairs:
+        """Sixteen pairs of two steps."""
+        return replace(self, n=16, steps=2)
+
+
+@dataclass(eq=False)
+class ClassPairs(Classes):
+    """data(draw) -> batch with noise "z", samples "y" [B, *shape] and their condition "c"."""
+
+    pairs: LabelPairs
+
+    @torch.no_grad()
+    def __post_init__(self) -> None:
+        denoiser, rows = self.teacher.denoiser, torch.arange(self.pairs.n)
+        guided, device = Guided(denoiser, self.pairs.guidance), next(denoiser.net.parameters()).device
+        self.labels = rows % self.classes
+        self.z = noise(self.pairs.seed, rows.tolist(), self.teacher.shape)
+        blocks = zip(self.z.to(device).split(BLOCK), self.labels.to(device).split(BLOCK), strict=True)
+        self.y = torch.cat([sample(guided, z, self._c(labels), self.pairs.steps).cpu() for z, labels in blocks])
+
+    def __call__(self, draw: Draw) -> dict[str, Any]:
+        pick = draw.integers("pair", self.pairs.n).cpu()
+        z, y, labels = (found[pick].to(draw.device) for found in (self.z, self.y, self.labels))
+        return {"z": z, "y": y, "c": self._c(labels)}

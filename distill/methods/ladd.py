@@ -6,9 +6,10 @@
     L_heads   = mean relu(1 + l(x)) + mean relu(1 - l(y))           hinge, over all heads and their places
 
 No score matching and no fake score: the teacher's features at a level of noise u are the discriminator's, low u tells
-details apart, high u compositions. y: the guided teacher's own samples (paper), which python -m pipelines.pairs stores,
-or images. student_loss and fake_loss take any x and can be a term of other methods. L_student's gradient flows through
-the frozen teacher up to its last tap, L_heads' reaches the heads alone.
+details apart, high u compositions. y: the guided teacher's own samples (paper), which python -m pipelines.pairs
+stores, or images. The heads are those of distill/disc.py; the paper's are told u and c once more. student_loss and
+fake_loss take any x and can be a term of other methods. L_student's gradient flows through the frozen teacher up to
+its last tap, L_heads' reaches the heads alone.
 """
 
 from dataclasses import dataclass

@@ -1,0 +1,29 @@
+"""Diff-Instruct on CIFAR-10: one step, no data. Luo et al. 2023, arXiv 2305.18455; values of the authors' code.
+
+The teacher is EDM's checkpoint, converted: `python -m pipelines.edm_convert edm-cifar10-32x32-uncond-vp.pkl FOLDER`,
+then `accelerate launch recipes/diff_instruct_cifar10.py --teacher FOLDER`. Published: FID 4.53, unconditional, on one
+V100; its length is not, so that of max_train_steps is ours. Not run at full size by us.
+"""
+
+from distill.config import Config
+from distill.data.labels import Labels
+from distill.methods import DiffInstruct
+from distill.roles import StudentConfig
+from distill.trainer import TrainConfig
+from pipelines.run import main
+
+CONFIG = Config(
+    method=DiffInstruct(weight="ratio", fake_steps=1),
+    data=Labels(),
+    student=StudentConfig(sigma=1.0),  # init_sigma; beside the data's .5 not pure noise
+    train=TrainConfig(
+        output_dir="runs/diff_instruct_cifar10",
+        max_train_steps=400_000,
+        train_batch_size=128,
+        learning_rate=1e-5,
+        ema_half_life=500_000,
+    ),
+)
+
+if __name__ == "__main__":
+    main(CONFIG, doc=__doc__)

@@ -1,0 +1,36 @@
+"""LADD on the digits: one step, a GAN in the teacher's features and nothing else. Values ours unless a source is named.
+
+`accelerate launch recipes/ladd_digits.py --teacher runs/digits/teacher`
+"""
+
+from distill.config import Config
+from distill.data import Digits
+from distill.methods import LADD
+from distill.roles import StudentConfig
+from distill.times import LogNormal
+from distill.trainer import TrainConfig
+from pipelines.run import main
+
+CONFIG = Config(
+    method=LADD(
+        taps=("down_blocks.0", "mid_block"),
+        gan_times=LogNormal(-1.0, 1.2),  # the teacher's training law
+    ),
+    data=Digits(),
+    validation_images=40,
+    teacher="runs/digits/teacher",
+    student=StudentConfig(sigma=2.5),  # SiD
+    train=TrainConfig(
+        output_dir="runs/digits/ladd",
+        max_train_steps=4800,
+        train_batch_size=64,
+        learning_rate=2e-4,
+        fake_learning_rate=4e-4,
+        lr_scheduler="linear",
+        lr_warmup_steps=20,
+        ema_half_life=10_000,
+    ),
+)
+
+if __name__ == "__main__":
+    main(CONFIG, doc=__doc__)
