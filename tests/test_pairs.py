@@ -257,8 +257,5 @@ class TestLabels:
         assert names[10:] == [0, 1] and c["class_labels"].tolist() == names
 
     def test_mistakes(self):
-        for field in ("n", "steps"):
-            with pytest.raises(ValueError, match=f"{field} is 0; it must be at least 1"):
-                LabelPairs(**{field: 0})
         with pytest.raises(ValueError, match="needs real images, and --data has pairs"):
             LabelPairs().check(("real",))

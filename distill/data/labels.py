@@ -15,6 +15,7 @@ from distill.data.pairs import noise
 from distill.data.sources import PICTURES
 from distill.draw import Draw
 from distill.guidance import Guided
+from distill.ranges import Count, Finite, Seed
 from distill.solver import sample
 
 BLOCK = 64  # pairs that are sampled at once
@@ -116,15 +117,10 @@ class LabelPairs:
     Those of teachers of prompts are stored: python -m pipelines.pairs.
     """
 
-    n: int = 1000  # pairs, of all labels in turn
-    steps: int = 18  # of Heun's method
-    guidance: float = 1.0  # of the teacher
-    seed: int = 0  # of the noise
-
-    def __post_init__(self) -> None:
-        for name in ("n", "steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+    n: Count = 1000  # pairs, of all labels in turn
+    steps: Count = 18  # of Heun's method
+    guidance: Finite = 1.0  # of the teacher
+    seed: Seed = 0  # of the noise
 
     def check(self, needs: tuple[str, ...]) -> None:
         """ValueError for a method that needs more than pairs."""

@@ -10,7 +10,7 @@ keeps x from collapsing where the fake score lags. Pairs: python -m pipelines.pa
 G(z', c), and through the decoder of LPIPS; not through the scores.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from torch import Tensor
@@ -19,6 +19,7 @@ from distill.draw import Draw
 from distill.losses import Reduction
 from distill.methods.dmd2 import DMD2
 from distill.methods.regression import Regression
+from distill.ranges import Finite, Positive, Weight
 from distill.times import Grid, Law
 from distill.trainer import Batch, Logs, Nets, Update
 
@@ -27,11 +28,11 @@ from distill.trainer import Batch, Logs, Nets, Update
 class DMD:
     """Distribution matching with a regression on stored pairs of the teacher: noise "z", sample "y", condition "c"."""
 
-    guidance: float = 1.0  # w of the teacher: 3 SD 1.5 (as quoted by SwiftBrush v2); EDM 1
-    regression: float = 0.25  # lambda (paper)
+    guidance: Finite = 1.0  # w of the teacher: 3 SD 1.5 (as quoted by SwiftBrush v2); EDM 1
+    regression: Weight = 0.25  # lambda (paper)
     distance: Literal["lpips", "huber", "mse"] = "lpips"  # d (paper: LPIPS)
     decoder: str | None = None  # of LPIPS: folder or Hub name of an AutoencoderTiny; None: the teacher's own decoder
-    huber_c: float = 1e-3  # of the pseudo-Huber distance
+    huber_c: Positive = 1e-3  # of the pseudo-Huber distance
     times: Law = Grid(1000, 20, 980)  # of g (paper: 0.02 T .. 0.98 T)
     fake_times: Law = Grid(1000, 0, 999)  # of the fake's loss
     reduction: Reduction = "mean"  # over all elements, of x . g as of d
@@ -45,8 +46,8 @@ class DMD:
 
     @property
     def matching(self) -> DMD2:
-        laws = {"times": self.times, "fake_times": self.fake_times}
-        return DMD2(self.guidance, 1, 0, 0, reduction=self.reduction, normalise=self.normalise, **laws)
+        base = DMD2(self.guidance, 1, 0, 0, reduction=self.reduction, normalise=self.normalise)
+        return replace(base, times=self.times, fake_times=self.fake_times)
 
     @property
     def paired(self) -> Regression:

@@ -75,7 +75,7 @@ class DMD2:
         c, path = batch.get("c"), nets.fake.path
         t, eps = self.fake_times(draw, "t", len(x), path), draw.normal("eps", x.shape).to(x)
         pred, features = nets.fake.tapping(path.diffuse(x, eps, t), t, c, self.taps if self.share else ())
-        loss, logs = denoising(pred, x, eps, self.reduction), {}
+        loss, logs = denoising(pred, x, eps, self.reduction), Logs()
         if self.gan_fake:
             y, y_c, method = batch["real"].to(x), batch.get("real_c"), replace(self, gan_times=self.fake_times)
             if self.share:

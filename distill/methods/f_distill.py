@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from distill.methods.dmd2 import DMD2
+from distill.ranges import Positive
 from distill.schedule import expand
 from distill.trainer import Logs, Nets
 
@@ -45,8 +46,9 @@ class FDistill(DMD2):
     """DMD2 under another divergence: its gradient is weighed by the density ratio that its discriminator tells."""
 
     divergence: Literal["reverse-kl", "forward-kl", "js", "softened-kl", "hellinger", "jeffreys", "neyman"] = "js"
-    low: float = 0.1  # least r (FastGen)
-    high: float = 20.0  # greatest r (FastGen)
+    gan_fake: Positive = 1e-2  # lambda_d (DMD2); the ratio is learnt with it
+    low: Positive = 0.1  # least r (FastGen)
+    high: Positive = 20.0  # greatest r (FastGen)
 
     def __post_init__(self) -> None:
         if self.divergence not in H:

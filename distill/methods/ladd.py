@@ -21,6 +21,7 @@ from distill.disc import seen, verdicts
 from distill.draw import Draw
 from distill.guidance import merge
 from distill.losses import hinge_discriminator, hinge_generator
+from distill.ranges import Count, Positive
 from distill.schedule import expand
 from distill.times import Law, LogitNormal
 from distill.trainer import Batch, Logs, Nets, Update
@@ -31,10 +32,10 @@ class LADD:
     """A GAN in the features of the teacher: needs its samples, or images, with their conditions."""
 
     taps: tuple[str, ...] = ("mid_block",)  # blocks of the teacher with a head each (paper: every attention block)
-    shares: tuple[float, ...] = ()  # of the student's calls in training: .7 .1 .1 .1 of four (paper); none: equal
+    shares: tuple[Positive, ...] = ()  # of the student's calls in training: .7 .1 .1 .1 of four (paper); none: equal
     gan_times: Law = LogitNormal(1.0, 1.0)  # u (paper: pi(t; m = 1, s = 1) of a flow)
     places: bool = True  # every token or patch has a logit of its own; False: a head has their mean
-    every: int = 1  # steps of the heads per step of the student
+    every: Count = 1  # steps of the heads per step of the student
 
     roles, needs = ("disc",), ("real",)
 
