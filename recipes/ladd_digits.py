@@ -1,6 +1,7 @@
 """LADD on the digits: one step, a GAN in the teacher's features and nothing else. Values ours unless a source is named.
 
-`accelerate launch recipes/ladd_digits.py --teacher runs/digits/teacher`
+`accelerate launch recipes/ladd_digits.py --teacher runs/digits/teacher`. These values are not tuned, and collapse: one
+seed came to FD 278 on the held-out scans, accuracy .90, precision .94 and recall 0 (DMD2: 10.9, .98, .90, .87).
 """
 
 from distill.config import Config
