@@ -5,6 +5,7 @@ A role is a module tree of its own (lora.py), and a recomputed block is a module
 
 from __future__ import annotations
 
+import os
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +42,13 @@ def recompute(nets: Nets) -> None:
                 "enable_gradient_checkpointing(); networks of diffusers do. Leave gradient_checkpointing off"
             )
         net.enable_gradient_checkpointing()
+
+
+def deterministic() -> None:
+    """The same bits from the same run, on a GPU too: torch raises where it has no such kernel. Before any CUDA call."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
 
 
 def attend(nets: Nets, backend: str, c: Condition = None) -> None:

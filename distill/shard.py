@@ -6,6 +6,7 @@ averaged over processes; optimizers, averages and checkpoints work on parts. Zha
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -61,6 +62,7 @@ def shard(net: nn.Module, blocks: Iterable[str], mesh: DeviceMesh, half: bool) -
     dtype = torch.bfloat16 if half else None
     precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     options: dict[str, Any] = {"mesh": mesh, "mp_policy": precision, "reshard_after_forward": True}
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)  # of views: no output is changed in place
     units = [module for module in net.modules() if type(module).__name__ in {*blocks} and module is not net]
     for module in (*reversed(units), net):  # from the inside out
         fully_shard(module, **options)

@@ -94,6 +94,7 @@ class TrainConfig:
     report_to: Literal["none", "tensorboard", "wandb", "all"] = "none"
     skip_nonfinite: Natural = 0  # updates in a row that a player may leave out for a NaN; 0: the first is fatal
     hang_seconds: Weight = 1800  # a step that takes longer is reported with the stacks of all threads; 0: never
+    deterministic: bool = False  # on a GPU, too, the same run gives the same bits: slower kernels, or an error
     seed: Seed = 0
 
     def __post_init__(self) -> None:
@@ -299,7 +300,7 @@ def split(nets: Nets, ema: EMA, accelerator: Accelerator, replicate_teacher: boo
     if replicate_teacher:
         modules.pop(id(nets.teacher.net)).to(accelerator.device)
     for net in modules.values():
-        shard.shard(net, blocks, mesh, half)
+        shard.shard(net, blocks, mesh, half and net is not nets.disc)  # a head is small and works in float32
 
 
 def owners(nets: Nets) -> dict[str, list[nn.Parameter]]:

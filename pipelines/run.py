@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
-from distill import checkpoint, health, shard
+from distill import checkpoint, health, memory, shard
 from distill.config import Config, dump, fail, parse
 from pipelines import FAMILIES, ExportError, Teacher, index, opened, perceptual
 
@@ -134,6 +134,8 @@ def run(config: Config[Any, Any], out: Path, resume: Path | None) -> None:
     from pipelines.export import Again, about, export, report, trained
 
     cfg = config.train
+    if cfg.deterministic:
+        memory.deterministic()
     accelerator = launched(log_with=None if cfg.report_to == "none" else cfg.report_to, project_dir=out)
     micro = cfg.micro_batch(accelerator.num_processes)
     supported(cfg, accelerator)
@@ -275,8 +277,6 @@ def half(net: Any) -> None:
 def whole(nets: Nets, state: State, teacher: Teacher) -> None:
     """Off the device, and the backbone in its stored precision again: an export must not keep what training rounded."""
     import torch
-
-    from distill import memory
 
     roles = (teacher.denoiser.net, state.ema.net, *nets.modules().values())
     for module in roles:

@@ -1,7 +1,8 @@
 """Sharded runs: their checkpoints, resumed in every other form; export; what is refused. torchrun runs it too."""
 
+import importlib
 import os
-import subprocess
+import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -10,17 +11,19 @@ import pytest
 import torch
 from accelerate import Accelerator
 from sharded import sharded
+from test_processes import TWO, python
 from test_trainer import METHODS, config, nets_of, vectors
 
-from distill import checkpoint, shard
+from distill import checkpoint, memory, shard
+from distill.data import Digits
 from distill.lora import LoRA
 from distill.roles import FakeConfig, StudentConfig
 from distill.trainer import supported, train
 
-ROOT = Path(__file__).resolve().parent.parent
 CASES = ("sid", "dmd2", "lcd")  # with a head; with a target
 MODES = ("whole", "parts")
 CUT, END = 3, 6
+SMOKE = "--smoke --adam_epsilon 0.01 --train_batch_size 4"
 
 
 def run(name, accelerator, last, folder=None, resume=None, lora=False):
@@ -46,13 +49,30 @@ def run(name, accelerator, last, folder=None, resume=None, lora=False):
     return {key: value.detach().clone() for key, value in (named | moments).items()}
 
 
-def recipe(folder, launched):
+def recipe(folder, launched, name="dmd2_digits", *flags):
     """A smoke run with its export. Gradients are not divided by their own size: that amplifies rounding."""
     from pipelines import run
-    from recipes import dmd2_digits
 
-    run.launched = launched
-    dmd2_digits.main(dmd2_digits.CONFIG, ["--smoke", "--adam_epsilon", "0.01", "--output_dir", f"{folder}"])
+    run.launched, module = launched, importlib.import_module(f"recipes.{name}")
+    module.main(module.CONFIG, [*SMOKE.split(), "--output_dir", f"{folder}", *flags])
+
+
+def interrupted(folder, launched, rank):
+    """The same, but the second process is told to end in the first step: both end together."""
+    right = Digits.__call__
+
+    def call(data, draw):
+        if (draw.step, draw.player, rank) == (0, "student", 1):
+            signal.raise_signal(signal.SIGTERM)
+        return right(data, draw)
+
+    Digits.__call__ = call
+    try:
+        recipe(folder, launched)
+        status = 0
+    except SystemExit as error:
+        status = error.code
+    assert status == (0 if rank else 143)  # the first one says why it ends, the launcher ends the others
 
 
 def saved(folder, name):
@@ -76,10 +96,10 @@ def main(folder):
                 if (saved(folder / other, name) / "state.json").exists():
                     again = run(name, accelerator, END, resume=saved(folder / other, name))
                     found[f"{mode} {name} from {other}"] = again
-    recipe(folder / "recipe", lambda **options: sharded(Accelerator(cpu=True, **options)))
     tensors = {f"{case}|{key}": value for case, values in found.items() for key, value in values.items()}
     save_file(tensors, f"{folder}/rank{accelerator.process_index}.safetensors")
-    accelerator.end_training()
+    rank = accelerator.process_index
+    interrupted(folder / "recipe", lambda **options: sharded(Accelerator(cpu=True, **options)), rank)
 
 
 @pytest.fixture(scope="module")
@@ -89,10 +109,7 @@ def two(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("sharded")
     one = {name: run(name, Accelerator(cpu=True), END, folder / "one" / name) for name in CASES}
-    env = os.environ | {"ACCELERATE_USE_CPU": "1", "PYTHONPATH": f"{ROOT}"}
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__, f"{folder}"]
-    done = subprocess.run([sys.executable, *command], env=env, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    python(*TWO, __file__, folder)
     found = load_file(folder / "rank0.safetensors")
     return folder, lambda case: {k.partition("|")[2]: v for k, v in found.items() if k.partition("|")[0] == case}, one
 
@@ -154,12 +171,17 @@ def test_another_run_starts_from_it(two):
 
 
 def test_the_pipeline_of_a_sharded_run(two, tmp_path, monkeypatch):
-    """Checkpoint, log, sample grid and an exported pipeline, which is that of the run of one process."""
+    """Checkpoint, log, sample grid and an exported pipeline, which is that of the run of one process.
+
+    It was interrupted after a step, and went on.
+    """
     from safetensors.torch import load_file
 
     from pipelines import run
 
     folder = two[0] / "recipe"
+    assert [f.name for f in checkpoint.found(folder)] == ["checkpoint-1"]
+    python(*TWO, __file__, folder, "dmd2_digits", "--resume_from_checkpoint", "latest")
     monkeypatch.setattr(run, "launched", run.launched)
     recipe(tmp_path, lambda **options: Accelerator(cpu=True, **options))
     ours, theirs = (at / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors" for at in (folder, tmp_path))
@@ -167,6 +189,21 @@ def test_the_pipeline_of_a_sharded_run(two, tmp_path, monkeypatch):
     for name in ("samples/step-000002.png", "checkpoint-2/state.json", "log.jsonl", "pipeline/README.md"):
         assert (folder / name).is_file() and (tmp_path / name).is_file()
     assert (folder / "checkpoint-2" / "ema" / "shard-00002-of-00002.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_a_unet_with_recomputed_blocks(tmp_path, monkeypatch):
+    """SDXL's, tiny: recomputation, features of the middle, four steps, and two texts; the pipeline of one process."""
+    from safetensors.torch import load_file
+
+    from pipelines import run
+
+    python(*TWO, __file__, tmp_path / "two", "dmd2_sdxl")
+    monkeypatch.setattr(run, "launched", run.launched)
+    recipe(tmp_path / "one", lambda **options: Accelerator(cpu=True, **options), "dmd2_sdxl")
+    ours, theirs = (tmp_path / n / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors" for n in ("two", "one"))
+    ours, theirs = load_file(ours), load_file(theirs)
+    assert all((ours[key] - theirs[key]).norm() <= 1e-5 * theirs[key].norm() + 1e-7 for key in theirs)
 
 
 # ---- what is asked for ----
@@ -204,5 +241,20 @@ def test_8_bit_moments_are_not_sharded(alone):
         supported(config(optimizer="adamw8bit"), sharded(alone))
 
 
+def test_deterministic(monkeypatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    try:
+        memory.deterministic()
+        assert torch.are_deterministic_algorithms_enabled() and not torch.backends.cudnn.benchmark
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    if sys.argv[2:]:
+        torch.set_num_threads(1)
+        recipe(Path(sys.argv[1]), lambda **options: sharded(Accelerator(cpu=True, **options)), *sys.argv[2:])
+    else:
+        main(Path(sys.argv[1]))
