@@ -170,7 +170,13 @@ def run(config: Config[Any, Any], out: Path, resume: Path | None) -> None:
     if accelerator.is_main_process:
         out.mkdir(parents=True, exist_ok=True)
         (out / "config.yaml").write_text(dump(config))
-    accelerator.init_trackers("distill", init_kwargs={"wandb": {"dir": f"{out}"}})
+    try:
+        accelerator.init_trackers("distill", init_kwargs={"wandb": {"dir": f"{out}"}})
+    except Exception as error:
+        raise ValueError(
+            f"report_to is {cfg.report_to!r}, which does not start ({error}): log in to it, set WANDB_MODE=offline, "
+            "or pass --report_to none; log.jsonl has every line"
+        ) from error
     begun = checkpoint.step(resume) if resume else 0
     log = Log(cfg, accelerator, begun)
     watchdog = health.Watchdog(cfg.hang_seconds, out, accelerator.process_index, begun)

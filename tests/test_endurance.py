@@ -320,6 +320,17 @@ def test_a_tracker_that_vanishes_is_left_behind(tmp_path, capsys):
     assert [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").open()] == [1, 2, 3]
 
 
+def test_a_tracker_that_does_not_start_is_a_message(digits, tmp_path, monkeypatch, capsys):
+    def start(*args, **kwargs):
+        raise ConnectionError("no route to the server")
+
+    monkeypatch.setattr(Accelerator, "init_trackers", start)
+    assert digits(tmp_path, "--report_to", "tensorboard") == 2
+    said = capsys.readouterr().err
+    assert "report_to is 'tensorboard', which does not start (no route to the server)" in said
+    assert "Traceback" not in said
+
+
 # ---- signals ----
 
 
