@@ -63,6 +63,7 @@ DISC = "distill/disc"
 LCD, SCM = "distill/methods/lcd", "distill/methods/scm"
 ODE, LOOKS, PAIR = "distill/methods/regression", "pipelines/perceptual", "distill/data/pairs"
 DMD, DI, F_DISTILL, LADD = (f"distill/methods/{name}" for name in ("dmd", "diff_instruct", "f_distill", "ladd"))
+SPRINT, RUN_UP = "distill/methods/sprint", "tests/methods/test_sprint.py"
 OF = "tests/methods/test_"  # NAME.py
 NO_GRAD, GRAD = "with torch.no_grad():\n            x_t = path", "with torch.enable_grad():\n            x_t = path"
 KEEP_G = ("distill/losses.py", "    g = g.detach()\n", "")
@@ -225,6 +226,24 @@ MUTATIONS = {
         m("sum of the heads", F_DISTILL, ".flatten(1).mean(1).double()", ".flatten(1).sum(1).double()",
           f"{OF}f_distill.py"),
         m("weight of the loss, not of g", DMD2, "g = h * (fake - real)", "g = (fake - real)", f"{OF}f_distill.py"),
+    ),
+    "SANA-Sprint": (
+        m("the GAN forgotten", SPRINT, "return loss + self.gan * gan", "return loss + 0 * gan", RUN_UP),
+        m("sign of the GAN", SPRINT, "return loss + self.gan * gan", "return loss - self.gan * gan", RUN_UP),
+        m("sCM at weight 0 of a generated sample", SPRINT,
+          "        if not self.gan:\n            return super().sample",
+          "        if False:\n            return super().sample", RUN_UP),
+        m("sCM on the student's samples", SPRINT,
+          'student_loss(batch["real"].to(x), nets', "student_loss(x, nets", RUN_UP),
+        m("the last time never", SPRINT, "(B,)) < self.last", "(B,)) < 0", RUN_UP),
+        m("the last time's share turned round", SPRINT, "(B,)) < self.last", "(B,)) >= self.last", RUN_UP),
+        m("the real sample shines through at the end", SPRINT,
+          "torch.where(expand(last, y).bool(), student.input_scale * z,",
+          "torch.where(expand(0 * last, y).bool(), student.input_scale * z,", RUN_UP),
+        m("half latents' levels", SPRINT, "LogNormal(0.2 + math.log(2), 1.6)", "LogNormal(0.2, 1.6)", RUN_UP),
+        m("guidance not told", SPRINT, 'told(batch["c"], w)', 'batch["c"]', RUN_UP),
+        m("another level of noise", SPRINT, "path.diffuse(y, z, s)", "path.diffuse(y, z, s / 2)", RUN_UP),
+        m("flow's input not rescaled", "distill/denoiser", "return scale * x, t, scale", "return x, t, scale", RUN_UP),
     ),
     "LADD": (
         m("sign of the student", "distill/losses", "return -fake.mean()", "return fake.mean()", f"{OF}ladd.py"),

@@ -11,6 +11,7 @@ from distill.methods.regression import Regression
 from distill.methods.scm import SCM
 from distill.methods.sid import SiD
 from distill.methods.sida import SiDA
+from distill.methods.sprint import Sprint
 from distill.methods.vsd import VSD
 
 __all__ = [
@@ -25,5 +26,6 @@ __all__ = [
     "SCM",
     "SiD",
     "SiDA",
+    "Sprint",
     "VSD",
 ]

@@ -28,7 +28,10 @@ class Denoise:
     reduction: Reduction = "mean"
 
     roles = ()
-    needs = ("real",)
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return ("real", "null") if self.p_drop else ("real",)
 
     def updates(self) -> list[Update]:
         return [Update("student", self.student_loss)]

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from distill.draw import Draw
 from distill.guidance import Guided, scale_of, told
-from distill.losses import jvp, per_sample
+from distill.losses import Reduction, jvp, per_sample, reduce
 from distill.ranges import Finite, Natural, Positive, Weight
 from distill.schedule import Prediction, Trig, expand
 from distill.times import Law, LogNormal
@@ -37,6 +37,7 @@ class SCM:
     normalise: bool = True  # the tangent
     c: Weight = 0.1  # its floor (paper)
     norm: Literal["rms", "vector"] = "rms"  # |g| per element (c keeps its meaning at any size), or of the whole vector
+    reduction: Reduction = "mean"  # of the loss (rCM, and SANA-Sprint's weight at its optimum: sum)
     one_pass: bool = True  # F of the loss is that of dF/dt; False: a pass of its own, as where blocks are recomputed
 
     roles = ()
@@ -74,7 +75,7 @@ class SCM:
             size = per_sample(g**2).sqrt() * (1.0 if self.norm == "rms" else x[0].numel() ** 0.5)
             tangent = g / (size + self.c) if self.normalise else g
         loss = ((out if once else F(x_t, t)) - sgF - tangent) ** 2
-        return loss.mean(), {"tangent": size.mean()}
+        return reduce(loss, self.reduction), {"tangent": size.mean()}
 
     def velocity(self, pred: Prediction, t: Tensor) -> Tensor:
         """dx/dt = cos(t) sigma_d eps - sin(t) x0: never x0 divided by sin(t)."""

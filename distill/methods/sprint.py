@@ -1,0 +1,81 @@
+"""SANA-Sprint: sCM with LADD, one to four steps of one model. Chen et al. 2025, arXiv 2503.09641.
+
+    L_student = L_sCM(y) + lambda L_LADD(x),  y real,  sCM's guidance w told to the student wherever it is called
+    x         = D_student(y_s, s, c, w),      y_s = alpha_s y + sigma_s z, s of sCM's law; or, with probability p,
+                                              the first call of a generation: noise alone at the student's first time
+    L_heads   = L_heads of LADD on x and y    hinge, in features of the frozen teacher at u, eps of their own
+
+The teacher is a flow network, told t in [0, 1], of normalised queries and keys (python -m pipelines.sana); it is read
+on TrigFlow exactly (Denoiser.on). The authors multiply latents by sigma_d = 1/2 first: here sigma_d = 1, tau + ln 2 and
+c / sigma_d say the same of latents as they are. Their weight v = 1 / (sigma_d tan t) and learned log-variance l are
+left out: v e^-l m + l, m the mean square, is least in l where v e^-l = 1 / m, whatever v is; here m = 1 / n, n the
+elements of a sample, for tangents have length 1. That is a sum. Gradients flow as in sCM and in LADD.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from distill.draw import Draw
+from distill.guidance import scale_of, told
+from distill.losses import Reduction
+from distill.methods.ladd import LADD
+from distill.methods.scm import SCM
+from distill.ranges import Finite, Natural, Positive, Share, Weight
+from distill.schedule import expand
+from distill.times import Law, LogNormal
+from distill.trainer import Batch, Logs, Nets, Update
+
+
+@dataclass(frozen=True)
+class Sprint(SCM):
+    """Continuous-time consistency with a GAN in the teacher's features: needs images with their conditions."""
+
+    guidance: Finite | tuple[Finite, Finite] = (4.0, 5.0)  # of the teacher, embedded (paper: one of 4, 4.5, 5)
+    sigma_d: Positive = 1.0  # of latents that are not halved first
+    times: Law = LogNormal(0.2 + math.log(2), 1.6)  # P_G (code; paper: 0 + ln 2), of sCM and of s
+    warmup: Natural = 4000  # code
+    c: Weight = 0.2  # 0.1 of halved latents
+    norm: Literal["rms", "vector"] = "vector"  # code
+    reduction: Reduction = "sum"
+    gan: Weight = 0.5  # lambda (paper)
+    gan_times: Law = LogNormal(-0.6 + math.log(2), 1.0)  # P_D (paper), of u
+    taps: tuple[str, ...] = ("mid_block",)  # of SANA blocks 2, 8, 14 and 19 (code)
+    places: bool = True  # every token has a logit of its own (code)
+    last: Share = 0.5  # p, max-time weighting (paper)
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        return ("disc",) if self.gan else ()
+
+    @property
+    def ladd(self) -> LADD:
+        return LADD(self.taps, gan_times=self.gan_times, places=self.places)
+
+    def updates(self) -> list[Update]:
+        heads = [Update("fake", self.fake_loss, reuse=True)] if self.gan else []
+        return [*super().updates(), *heads]
+
+    def sample(self, nets: Nets, batch: Batch, draw: Draw) -> Tensor:
+        if not self.gan:
+            return super().sample(nets, batch, draw)
+        student, y, B = nets.student, batch["real"], len(batch["real"])
+        batch["c"], w = batch.get("real_c"), scale_of(self.guidance, draw, B)
+        path, z = student.denoiser.path, draw.normal("z", y.shape).to(y)
+        s, last = self.times(draw, "s", B, path), draw.uniform("last", (B,)) < self.last
+        s = torch.where(last, student.times[0], s)
+        y_s = torch.where(expand(last, y).bool(), student.input_scale * z, path.diffuse(y, z, s))
+        return student.denoiser(y_s, s, told(batch["c"], w)).x0
+
+    def student_loss(self, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
+        if not self.gan:
+            return super().student_loss(x, nets, batch, draw)
+        loss, logs = super().student_loss(batch["real"].to(x), nets, batch, draw)
+        gan, _ = self.ladd.student_loss(x, nets, batch, draw)
+        return loss + self.gan * gan, logs | {"gan": gan}
+
+    def fake_loss(self, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
+        return self.ladd.fake_loss(x, nets, batch, draw)
