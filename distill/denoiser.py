@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from distill import shard
+from distill.interval import Interval
 from distill.schedule import KINDS, Kind, Prediction, Schedule, expand
 
 Condition = dict[str, Tensor] | None
@@ -50,18 +51,23 @@ class Denoiser:
 
     def __call__(self, x: Tensor, t: Tensor, c: Condition = None) -> Prediction:
         """Predict at x = alpha_t x0 + sigma_t eps, with alpha and sigma of the frame."""
-        x, t, scale = self._native(x, t)
+        u, (x, t, scale) = t, self._native(x, t)
         alpha, sigma = self.schedule.coefficients(t)
         like = next(self.net.parameters(), x)
         native = self.schedule.native(t).to(torch.promote_types(x.dtype, torch.float32))
         out = self.call(self.net, x.to(like.dtype), native, c).to(x.dtype)
         pred = Prediction(out, self.kind, x, expand(alpha, x), expand(sigma, x), self.sigma_d)
+        if isinstance(self.frame, Interval):
+            return self.frame.inside(pred, u)
         return pred if scale is None else Reframed(**vars(pred), scale=scale)
 
     def _native(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Carry (x, t) from the frame to the network's schedule: the same ratio, x rescaled to the same signal."""
         if self.frame is None:
             return x, t, None
+        if isinstance(self.frame, Interval):
+            assert self.frame.base == self.schedule, "an interval of another path than the network's"
+            return x, self.frame.outer(t), None
         a_f, s_f = self.frame.coefficients(t)
         t = self.schedule.time(s_f / a_f)
         a, s = self.schedule.coefficients(t)
@@ -69,7 +75,10 @@ class Denoiser:
         return scale * x, t, scale
 
     def on(self, schedule: Schedule) -> Denoiser:
-        """The same denoiser, spoken to on another schedule: x and t are of `schedule`, x0 and eps are unchanged."""
+        """The same denoiser, spoken to on another schedule: x and t are of `schedule`, x0 and eps are unchanged.
+
+        On an Interval of its own schedule they are x_s and the noise since s.
+        """
         return replace(self, frame=None if schedule == self.schedule else schedule)
 
     @property

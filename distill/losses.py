@@ -44,7 +44,7 @@ def normaliser(x: Tensor, real: Tensor, low: float = 1e-5) -> Tensor:
 
 def denoising(pred: Prediction, x0: Tensor, eps: Tensor, reduction: Reduction) -> Tensor:
     """Squared error in the network's own space: eps-, v-, flow-matching, or EDM's weighted denoising loss."""
-    return reduce((pred.out - pred.target(x0, eps)) ** 2, reduction)
+    return reduce(pred.weight * (pred.out - pred.target(x0, eps)) ** 2, reduction)
 
 
 def huber(delta: Tensor, c: float = 1e-3) -> Tensor:

@@ -49,10 +49,15 @@ class Nets:
         }
         return {name: net for name, net in roles.items() if net is not None}
 
-    def generate(self, batch: Batch, draw: Draw, steps: int | None = None) -> Tensor:
+    def frozen(self) -> dict[str, nn.Module]:
+        """The teacher, and the experts of a student's earlier phases: networks that no player moves."""
+        experts = {f"expert {i}": expert.net for i, expert in enumerate(self.student.experts)}
+        return {"teacher": self.teacher.net, **experts}
+
+    def generate(self, batch: Batch, draw: Draw, steps: int | None = None, to: float | None = None) -> Tensor:
         """A sample of the student for every index of `draw`, from its noise "z" and the batch's condition."""
         z = draw.normal("z", (len(draw.samples), *self.shape))
-        return self.student.generate(z, batch.get("c"), draw, steps)
+        return self.student.generate(z, batch.get("c"), draw, steps, to)
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,8 @@ class StudentConfig:
     lora: LoRA = field(default_factory=LoRA)  # adapters on the teacher's weights instead of a full copy
     freeze: tuple[str, ...] = ()  # modules that keep the teacher's weights: "time_embedding", say
     init: str | None = None  # weights to start from: a checkpoint-N (its average), a network's folder or a .safetensors
+    phases: Count = 1  # into which the calls are divided equally, each with an expert of its own (Phased DMD: 2)
+    experts: tuple[str, ...] = ()  # weights of the earlier phases' experts, as for init; the one after them is trained
 
     def __post_init__(self) -> None:
         if self.times:
@@ -78,6 +85,13 @@ class StudentConfig:
             raise ValueError(
                 f"sigma {self.sigma} and timestep {self.timestep} both name the first call; give one of them"
             )
+
+    def earlier(self, teacher: Denoiser) -> tuple[Denoiser, ...]:
+        """The experts of the earlier phases, frozen: copies of the teacher, or adapters on it, from their weights."""
+        nets = [self.lora(teacher.net) for _ in self.experts]
+        for net, path in zip(nets, self.experts, strict=True):
+            checkpoint.fill(net, path, "student", teacher.net)
+        return tuple(replace(teacher, net=net.requires_grad_(False).eval()) for net in nets)
 
     def first(self, schedule: Schedule) -> float:
         """The time of the first call on `schedule`; ValueError where the schedule has no such timestep."""
@@ -129,6 +143,8 @@ def build(
             student.times or grid_times(student.steps, student.first(teacher.schedule)),
             student.scale,
             student.renoise,
+            student.phases,
+            student.earlier(teacher),
         ),
         shape,
     )

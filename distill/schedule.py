@@ -187,6 +187,11 @@ class Prediction:
     sigma: Tensor  # [B, 1, ...]
     sigma_d: float = 0.5
 
+    @property
+    def weight(self) -> Tensor | float:
+        """Of the squared error between `out` and its target."""
+        return 1.0
+
     def _norm(self) -> Tensor:
         """sqrt(sigma^2 + alpha^2 sigma_d^2), the standard deviation of x: with it, nothing is divided by alpha."""
         return (self.sigma**2 + (self.alpha * self.sigma_d) ** 2).sqrt()

@@ -12,6 +12,7 @@ from distill.denoiser import Condition, Denoiser
 
 if TYPE_CHECKING:
     from distill.draw import Draw
+    from distill.schedule import Prediction
 
 
 @dataclass(eq=False)
@@ -21,18 +22,27 @@ class Student:
     times    from noisy to clean, in (0, 1]; one time is a one-step student.
     scale    of the unit noise z at the first call; None is sigma(times[0]) (DMD2's latents: 1).
     renoise  "fresh" noise between calls (DMD2, consistency), or "ddim": the noise that the call itself predicts.
+    phases   into which the calls are divided equally; `denoiser` makes those after the phases of `experts`.
+    experts  frozen denoisers, one for each of the first phases (Phased DMD).
     """
 
     denoiser: Denoiser
     times: tuple[float, ...] = (1.0,)
     scale: float | None = None
     renoise: Literal["fresh", "ddim"] = "fresh"
+    phases: int = 1
+    experts: tuple[Denoiser, ...] = ()
 
     def __post_init__(self) -> None:
         self.times = tuple(float(t) for t in self.times)
         falling(self.times)
         if self.renoise not in ("fresh", "ddim"):
             raise ValueError(f"renoise is {self.renoise!r}; it must be 'fresh' or 'ddim'")
+        if len(self.times) % self.phases or len(self.experts) >= self.phases:
+            raise ValueError(
+                f"{len(self.times)} calls in {self.phases} phases with {len(self.experts)} experts of earlier ones; "
+                "the phases have equally many calls, and at most all but one an expert"
+            )
 
     def using(self, net: nn.Module) -> Student:
         """The same student with other weights: its average, say."""
@@ -44,10 +54,29 @@ class Student:
             return self.scale
         return float(self.denoiser.path.coefficients(torch.tensor([self.times[0]], dtype=torch.float64))[1])
 
-    def generate(self, z: Tensor, c: Condition, draw: Draw | None = None, steps: int | None = None) -> Tensor:
+    @property
+    def phase(self) -> tuple[int, int]:
+        """The calls of the phase after those of `experts`: the first, and that after the last."""
+        n = len(self.times) // self.phases
+        return n * len(self.experts), n * (len(self.experts) + 1)
+
+    @property
+    def end(self) -> float | None:
+        """The time of the first call after that phase; None: it ends at x0."""
+        last = self.phase[1]
+        return self.times[last] if last < len(self.times) else None
+
+    def at(self, i: int) -> Denoiser:
+        """What makes call i."""
+        first, last = self.phase
+        return self.experts[i // (last - first)] if i < first else self.denoiser
+
+    def generate(
+        self, z: Tensor, c: Condition, draw: Draw | None = None, steps: int | None = None, to: float | None = None
+    ) -> Tensor:
         """x0 [B, ...] after `steps` calls (default: all) from unit noise z; gradient flows through the last call only.
 
-        Noise between calls is draw.normal("renoise0"), "renoise1", ...
+        Noise between calls is draw.normal("renoise0"), "renoise1", ... to: a time, whose x_t is returned instead.
         """
         steps = len(self.times) if steps is None else steps
         if not 1 <= steps <= len(self.times):
@@ -58,18 +87,22 @@ class Student:
         known = draw.before if draw is not None and self.renoise == "fresh" else None  # x0 of the last call but one
         for i in range(0 if known is None else max(0, steps - 2), steps - 1):
             with torch.no_grad():
-                x0 = known
-                if known is None:
-                    pred = self.denoiser(x, times[i], c)
-                    x0 = pred.x0
-                if self.renoise == "ddim":
-                    eps = pred.eps
-                elif draw is None:
-                    raise ValueError("a student with fresh noise between its steps needs `draw` to generate")
-                else:
-                    eps = draw.normal(f"renoise{i}", tuple(z.shape)).to(z)
-                x = path.diffuse(x0, eps, times[i + 1])
-        return self.denoiser(x, times[steps - 1], c).x0
+                pred = self.at(i)(x, times[i], c) if known is None else None
+                x0 = known if pred is None else pred.x0
+                x = path.diffuse(x0, self._noise(pred, i, z, draw), times[i + 1])
+        pred = self.at(steps - 1)(x, times[steps - 1], c)
+        if to is None:
+            return pred.x0
+        return path.diffuse(pred.x0, self._noise(pred, steps - 1, z, draw), torch.full_like(times[0], to))
+
+    def _noise(self, pred: Prediction | None, i: int, z: Tensor, draw: Draw | None) -> Tensor:
+        """Of the level after call i."""
+        if self.renoise == "ddim":
+            assert pred is not None
+            return pred.eps
+        if draw is None:
+            raise ValueError("a student with fresh noise between its steps needs `draw` to generate")
+        return draw.normal(f"renoise{i}", tuple(z.shape)).to(z)
 
 
 def falling(times: tuple[float, ...]) -> None:

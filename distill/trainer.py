@@ -282,8 +282,9 @@ def start(nets: Nets, accelerator: Accelerator) -> None:
     for denoiser in (nets.teacher, nets.student.denoiser, nets.fake, nets.target):
         if denoiser is not None and denoiser.null is not None:
             denoiser.null = {name: value.to(accelerator.device) for name, value in denoiser.null.items()}
-    nets.teacher.net.requires_grad_(False).eval()
-    for role, net in {"teacher": nets.teacher.net, **nets.modules()}.items():
+    for net in nets.frozen().values():
+        net.requires_grad_(False).eval()
+    for role, net in {**nets.frozen(), **nets.modules()}.items():
         if not shard.asked(accelerator):
             net.to(accelerator.device)
         low = [name for name, p in net.named_parameters() if p.requires_grad and p.dtype.itemsize < 4]
@@ -296,7 +297,7 @@ def start(nets: Nets, accelerator: Accelerator) -> None:
 def split(nets: Nets, ema: EMA, accelerator: Accelerator, replicate_teacher: bool) -> None:
     """Shard every role, the average too; a teacher that is to be whole goes to the device."""
     mesh, half, blocks = shard.mesh(accelerator), accelerator.mixed_precision == "bf16", nets.teacher.blocks
-    modules = {id(net): net for net in (nets.teacher.net, ema.net, *nets.modules().values())}
+    modules = {id(net): net for net in (*nets.frozen().values(), ema.net, *nets.modules().values())}
     if replicate_teacher:
         modules.pop(id(nets.teacher.net)).to(accelerator.device)
     for net in modules.values():

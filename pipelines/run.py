@@ -76,7 +76,8 @@ def check(config: Config[Any, Any], out: Path) -> Path | None:
         if config.train.attention not in known:
             raise ValueError(f"attention is {config.train.attention!r}; it must be None or one of {known}")
     replaceable(out / "pipeline")
-    for role, init in (("student", config.student.init), ("fake", config.fake.init)):
+    experts = [("student", expert) for expert in config.student.experts]
+    for role, init in (("student", config.student.init), ("fake", config.fake.init), *experts):
         if init is not None:
             checkpoint.files(init, role)
     if not config.smoke:
@@ -284,7 +285,7 @@ def whole(nets: Nets, state: State, teacher: Teacher) -> None:
     """Off the device, and the backbone in its stored precision again: an export must not keep what training rounded."""
     import torch
 
-    roles = (teacher.denoiser.net, state.ema.net, *nets.modules().values())
+    roles = (*nets.frozen().values(), state.ema.net, *nets.modules().values())
     for module in roles:
         module.to("cpu")
         memory.unset(module)

@@ -64,6 +64,7 @@ LCD, SCM = "distill/methods/lcd", "distill/methods/scm"
 ODE, LOOKS, PAIR = "distill/methods/regression", "pipelines/perceptual", "distill/data/pairs"
 DMD, DI, F_DISTILL, LADD = (f"distill/methods/{name}" for name in ("dmd", "diff_instruct", "f_distill", "ladd"))
 SPRINT, RUN_UP = "distill/methods/sprint", "tests/methods/test_sprint.py"
+PHASED, INTERVAL = "distill/methods/phased", "distill/interval"
 OF = "tests/methods/test_"  # NAME.py
 NO_GRAD, GRAD = "with torch.no_grad():\n            x_t = path", "with torch.enable_grad():\n            x_t = path"
 KEEP_G = ("distill/losses.py", "    g = g.detach()\n", "")
@@ -113,6 +114,26 @@ MUTATIONS = {
         m("gradient not clipped by its entries", "distill/trainer", "(players[player], cfg.fake_max_grad_value)",
           "(players[player], 1e9)", JUDGE),
         m("logits not clamped", SIDA, ".clamp(-most, most)", "", JUDGE),
+    ),
+    "PhasedDMD": (
+        m("x_s for x_0 in the target", INTERVAL,
+          "x0 / a_s - self.alpha * s_s**2 / (a_s**2 * b) * eps, self.sigma / b * eps",
+          "x0, eps", f"{OF}phased.py::TestClosedForms"),
+        m("noise since s for all noise", INTERVAL, "self.sigma / b * eps)", "eps)", f"{OF}phased.py::TestClosedForms"),
+        m("sign of the anchor's part", INTERVAL, "x0 / a_s - self.alpha", "x0 / a_s + self.alpha",
+          f"{OF}phased.py::TestClosedForms"),
+        m("x_0 read for x_s", INTERVAL,
+          "return (self.a * s_s**2 * self.x + a_s * self.b**2 * super().x0) / self.sigma**2",
+          "return super().x0", f"{OF}phased.py::TestClosedForms"),
+        m("weight left out", INTERVAL, "(self.clamp * torch.as_tensor(self.b) ** 2).clamp(max=1)",
+          "torch.ones_like(torch.as_tensor(self.b))", f"{OF}phased.py::test_weight_near_the_boundary"),
+        m("levels below s", INTERVAL, "self.s + (1 - self.s) * u.double()", "u.double()",
+          f"{OF}phased.py::TestClosedForms"),
+        m("teacher of the whole path", PHASED, "teacher=nets.teacher.on(path), ", "", f"{OF}phased.py"),
+        m("ends at x_0", PHASED, "draw.index(\"steps\", last - first), nets.student.end)",
+          "draw.index(\"steps\", last - first))", f"{OF}phased.py::TestTraining"),
+        m("second phase without the first", "distill/student", "if i < first else self.denoiser",
+          "if i < 0 else self.denoiser", f"{OF}phased.py"),
     ),
     "DMD2": (
         m("sign of g", DMD2, "g = h * (fake - real)", "g = h * (real - fake)", GRADIENT),

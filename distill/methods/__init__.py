@@ -7,6 +7,7 @@ from distill.methods.dmd2 import DMD2
 from distill.methods.f_distill import FDistill
 from distill.methods.ladd import LADD
 from distill.methods.lcd import LCD
+from distill.methods.phased import PhasedDMD
 from distill.methods.regression import Regression
 from distill.methods.scm import SCM
 from distill.methods.sid import SiD
@@ -22,6 +23,7 @@ __all__ = [
     "FDistill",
     "LADD",
     "LCD",
+    "PhasedDMD",
     "Regression",
     "SCM",
     "SiD",

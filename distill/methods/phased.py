@@ -1,0 +1,66 @@
+"""Phased DMD: few-step distribution matching via score matching within subintervals. Fan et al. 2025, arXiv 2510.27684.
+
+    The student's calls are in phases that end at 1 > s_1 > s_2 > ... > 0, an expert each. A phase whose end is s:
+    x_s = R(z, c)  at a uniform exit among the phase's calls, brought to s; gradient through the last call and to s
+    x_t = a x_s + b eps,   a = alpha_t / alpha_s,   b^2 = sigma_t^2 - a^2 sigma_s^2,   t in (s, 1)
+    D^s(x_t)  = (a sigma_s^2 x_t + alpha_s b^2 D(x_t)) / sigma_t^2           E[x_s | x_t], from D = E[x_0 | x_t]
+    g         = (D_fake^s - D_real^{s,w}) / mean| x_s - D_real^{s,w} |       per sample, without gradient
+    L_student = x_s . g
+    L_fake    = min(1, clamp b^2) | out - target |^2                   in the fake network's own space
+
+The target is that of (x_0, eps) with x_0 = x_s / alpha_s - alpha_t sigma_s^2 eps / (alpha_s^2 b) and (sigma_t / b) eps:
+unbiased without knowing x_0. So phase k is DMD2 on the path above s, whose data is x_s (distill/interval.py): its g is
+b^2 / a times the difference of scores, as DMD2's is sigma_t^2 / alpha_t times; the KL's own weight is a. The last
+phase has s = 0 and is DMD2. A run trains one phase, the experts before it frozen: --student.phases 2, and then with
+--student.experts FIRST/checkpoint-N; the fake score starts as the teacher in each. Gradients flow as in DMD2.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from distill.draw import Draw
+from distill.interval import Interval
+from distill.methods.dmd2 import DMD2
+from distill.ranges import Count, Finite, Positive, Weight
+from distill.times import Grid, Law
+from distill.trainer import Batch, Logs, Nets
+
+
+@dataclass(frozen=True)
+class PhasedDMD(DMD2):
+    """DMD2 one phase at a time, each matching the noisy samples that the next one starts from: prompts alone."""
+
+    guidance: Finite = 4.0  # w of the teacher (LightX2V: 4 to 5)
+    every: Count = 5  # fake steps per student step (paper)
+    gan: Weight = 0.0  # lambda_g (paper: none); above 0 real images are noised to s
+    gan_fake: Weight = 0.0  # lambda_d (paper: none)
+    times: Law = Grid(1000, 20, 980)  # of the student's loss, within (s, 1) (LightX2V: 20 / 1000 from both ends)
+    fake_times: Law = Grid(1000, 20, 999)  # of the fake's loss, within (s, 1)
+    clamp: Positive = 10.0  # of 1 / b^2 (paper, as a review restates it)
+
+    def __post_init__(self) -> None:
+        if self.walk:
+            raise ValueError("walk goes on from x0, but a phase ends at noisy samples; leave out --method.walk")
+
+    def sample(self, nets: Nets, batch: Batch, draw: Draw) -> Tensor:
+        first, last = nets.student.phase
+        return nets.generate(batch, draw, first + 1 + draw.index("steps", last - first), nets.student.end)
+
+    def student_loss(self, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
+        return super().student_loss(x, self.above(nets), batch, draw)
+
+    def fake_loss(self, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
+        if self.gan_fake and nets.student.end is not None:
+            y = batch["real"].to(x)
+            s = torch.full((len(y),), nets.student.end, dtype=torch.float64, device=y.device)
+            batch = batch | {"real": nets.fake.path.diffuse(y, draw.normal("end", tuple(y.shape)).to(y), s)}
+        return super().fake_loss(x, self.above(nets), batch, draw)
+
+    def above(self, nets: Nets) -> Nets:
+        """The roles on the levels above the phase's end."""
+        if nets.student.end is None:
+            return nets
+        path = Interval(nets.teacher.path, nets.student.end, self.clamp)
+        return replace(nets, teacher=nets.teacher.on(path), fake=nets.fake.on(path))
