@@ -89,7 +89,8 @@ class Student:
             with torch.no_grad():
                 pred = self.at(i)(x, times[i], c) if known is None else None
                 x0 = known if pred is None else pred.x0
-                x = path.diffuse(x0, self._noise(pred, i, z, draw), times[i + 1])
+                eps = self._noise(pred, i, z, draw)
+                x = path.diffuse(x0, eps, times[i + 1])
         pred = self.at(steps - 1)(x, times[steps - 1], c)
         if to is None:
             return pred.x0
