@@ -93,12 +93,12 @@ def split(tensor: Tensor) -> bool:
 
 def part(tensor: Tensor) -> Tensor:
     """What this process holds of a tensor: memory of the tensor itself."""
-    return tensor.to_local() if split(tensor) else tensor  # type: ignore[operator]
+    return tensor.to_local() if split(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def whole(tensor: Tensor) -> Tensor:
     """The tensor on every process, which all must ask for; of one that is not split, itself."""
-    return tensor.full_tensor() if split(tensor) else tensor  # type: ignore[operator]
+    return tensor.full_tensor() if split(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def place(tensor: Tensor) -> tuple[slice, ...]:

@@ -223,14 +223,13 @@ def run(config: Config[Any, Any], out: Path, resume: Path | None) -> None:
             raise SystemExit(128 + (caught or [signal.SIGTERM])[0])  # the launcher ends the others
     if accelerator.is_main_process:
         state.optimizers.clear()
-        folder, student, net = out / "pipeline", nets.student, state.ema.net
+        folder, made, net = out / "pipeline", nets.student, state.ema.net
         if sharded:  # its parts are put together from the disk
-            again = Again(f"{out}", f"checkpoint-{state.step}", teacher=config.teacher)
-            student, teacher, *_ = trained(again)
-            net = student.denoiser.net
+            made, teacher, *_ = trained(Again(f"{out}", f"checkpoint-{state.step}", teacher=config.teacher))
+            net = made.denoiser.net
         else:
             whole(nets, state, teacher)
-        report(folder, export(student, teacher, net, scheduler, folder, told))
+        report(folder, export(made, teacher, net, scheduler, folder, told))
         if repository:
             sys.stderr.write(f"pushed to {hub.push(folder, repository)}\n")
 

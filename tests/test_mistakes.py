@@ -173,9 +173,11 @@ def test_impossible_runs(what, said, home, monkeypatch):
 
 
 def test_ranges_of_times():
-    for law in (lambda: Uniform(0.5, 0.4), lambda: Uniform(-0.1, 1), lambda: Grid(1000, 0, 1000), lambda: Karras(2, 1)):
+    for law in (lambda: Uniform(0.5, 0.4), lambda: Grid(1000, 0, 1000), lambda: Karras(2, 1)):
         with pytest.raises(ValueError, match="both lie in"):
             law()
+    with pytest.raises(ValueError, match="low is -0.1; it must be at least 0 and at most 1"):
+        Uniform(-0.1, 1)
 
 
 # ---- the commands ----
