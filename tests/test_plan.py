@@ -273,4 +273,5 @@ def test_blocks_that_are_sharded(name):
     parts = Meta(MODELS[name])
     size = lambda net: sum(p.numel() for p in net.parameters())
     blocks = [m for m in parts.net.modules() if type(m).__name__ in parts.family.BLOCKS]
+    assert {type(m).__name__ for m in count.units(parts.net)} == {*parts.family.BLOCKS}
     assert sum(map(size, blocks)) > 0.9 * size(parts.net) and max(map(size, blocks)) < size(parts.net) / 12
