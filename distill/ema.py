@@ -43,3 +43,9 @@ def apart(net: nn.Module, other: nn.Module) -> tuple[list[Tensor], list[Tensor]]
     """The parameters that two copies of a network do not share, a frozen backbone say; of sharded ones our parts."""
     pairs = [(a, b) for a, b in zip(net.parameters(), other.parameters(), strict=True) if a is not b]
     return [part(a) for a, _ in pairs], [part(b) for _, b in pairs]
+
+
+@torch.no_grad()
+def follow(target: nn.Module, net: nn.Module, mu: float) -> None:
+    """target <- mu target + (1 - mu) net: the average that a consistency loss takes for its target."""
+    torch._foreach_lerp_(*apart(target, net), 1 - mu)

@@ -52,6 +52,15 @@ def huber(delta: Tensor, c: float = 1e-3) -> Tensor:
     return (delta**2 + c**2).sqrt() - c if c else delta.abs()  # the root has no derivative at 0
 
 
+def adaptive(size: Tensor, p: float, floor: float) -> Tensor:
+    """size / sg(size + floor)^p of the squared size [B] of every sample's error: 1 weighs all gradients alike, 0 none.
+
+    MeanFlow: the sum of squares, p = 1, floor = .01. Barron's loss of alpha = 1 and c (TwinFlow): their mean, p = .5,
+    floor = c^2. The value says little: log the size.
+    """
+    return size / (size.detach() + floor) ** p
+
+
 def gan_generator(fake: Tensor) -> Tensor:
     """Non-saturating loss softplus(-logit), mean."""
     return F.softplus(-fake).mean()

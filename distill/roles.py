@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from distill import checkpoint
+from distill.average import timed
 from distill.denoiser import Condition, Denoiser
 from distill.disc import heads
 from distill.draw import Draw
@@ -156,12 +157,14 @@ def build(
             raise ValueError(f"no module {name!r} to freeze ({error}); at the top there are {top}") from None
     if student.init is not None:
         checkpoint.fill(nets.student.denoiser.net, student.init, "student", teacher.net)
+    if "end" in method.needs:
+        nets.student.denoiser = timed(nets.student.denoiser)
     if "fake" in method.roles:
         nets.fake = replace(teacher, net=fake.lora(teacher.net))
         if fake.init is not None:
             checkpoint.fill(nets.fake.net, fake.init, "fake", teacher.net)
     if "target" in method.roles:
-        nets.target = replace(teacher, net=twin(nets.student.denoiser.net).requires_grad_(False))
+        nets.target = replace(nets.student.denoiser, net=twin(nets.student.denoiser.net).requires_grad_(False))
     if "disc" in method.roles:
         taps: tuple[str, ...] = method.taps  # type: ignore[attr-defined]
         with torch.device("meta"), torch.no_grad():  # shapes are enough, and the network may not fit the device yet

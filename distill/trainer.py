@@ -51,7 +51,8 @@ class Method(Protocol):
     """An algorithm: a frozen dataclass of its hyper-parameters. May define `after(player, nets)`.
 
     One with the role "disc" also has `taps`, the modules of the fake score or the teacher that the discriminator reads
-    with a head each, and may have `places`: whether each place of a head has a logit, or all have their mean.
+    with a head each, and may have `places`: whether each place of a head has a logit, or all have their mean. One that
+    needs "end" has a student that is told a second time (average.py).
     """
 
     roles: tuple[str, ...]  # of Nets, beside teacher and student

@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from distill import checkpoint
+from distill.average import untimed
 from distill.config import TEACHER, fail, revived
 from distill.log import grid
 from distill.lora import merged
@@ -77,7 +78,7 @@ def export(
     shutil.rmtree(partial, ignore_errors=True)
     try:
         told = getattr(teacher.parts.family, "exported", lambda net, student: net)
-        write(teacher, told(merged(net), student), scheduler, partial)
+        write(teacher, told(merged(untimed(net)), student), scheduler, partial)
         facts = {"student": True, "steps": len(student.times), "times": list(student.times), "config": about.config}
         (partial / "distill.json").write_text(json.dumps(facts | teacher.parts.asked, indent=1))
         made, limits = singles(student, teacher, net, partial, about)

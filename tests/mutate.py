@@ -62,10 +62,14 @@ SID, DMD2, VSD = "distill/methods/sid", "distill/methods/dmd2", "distill/methods
 DISC = "distill/disc"
 LCD, SCM = "distill/methods/lcd", "distill/methods/scm"
 ODE, LOOKS, PAIR = "distill/methods/regression", "pipelines/perceptual", "distill/data/pairs"
+AVERAGE, MEAN, RCGM, TWIN, BOOT, SIGN = (
+    "distill/average", *(f"distill/methods/{name}" for name in ("meanflow", "rcgm", "twinflow", "boot", "sign"))
+)
 DMD, DI, F_DISTILL, LADD = (f"distill/methods/{name}" for name in ("dmd", "diff_instruct", "f_distill", "ladd"))
 SPRINT, RUN_UP = "distill/methods/sprint", "tests/methods/test_sprint.py"
-PHASED, INTERVAL = "distill/methods/phased", "distill/interval"
+PHASED, INTERVAL = "distill/methods/phased", "distill/average"
 OF = "tests/methods/test_"  # NAME.py
+ENDS, MEANS, TWINS, BOOTS, SIGNS = (f"{OF}{name}.py" for name in "average meanflow twinflow boot sign".split())
 NO_GRAD, GRAD = "with torch.no_grad():\n            x_t = path", "with torch.enable_grad():\n            x_t = path"
 KEEP_G = ("distill/losses.py", "    g = g.detach()\n", "")
 # fmt: off
@@ -119,15 +123,15 @@ MUTATIONS = {
         m("x_s for x_0 in the target", INTERVAL,
           "x0 / a_s - self.alpha * s_s**2 / (a_s**2 * b) * eps, self.sigma / b * eps",
           "x0, eps", f"{OF}phased.py::TestClosedForms"),
-        m("noise since s for all noise", INTERVAL, "self.sigma / b * eps)", "eps)", f"{OF}phased.py::TestClosedForms"),
-        m("sign of the anchor's part", INTERVAL, "x0 / a_s - self.alpha", "x0 / a_s + self.alpha",
+        m("noise since s for all noise", AVERAGE, "self.sigma / b * eps)", "eps)", f"{OF}phased.py::TestClosedForms"),
+        m("sign of the anchor's part", AVERAGE, "x0 / a_s - self.alpha", "x0 / a_s + self.alpha",
           f"{OF}phased.py::TestClosedForms"),
         m("x_0 read for x_s", INTERVAL,
           "return (self.a * s_s**2 * self.x + a_s * self.b**2 * super().x0) / self.sigma**2",
           "return super().x0", f"{OF}phased.py::TestClosedForms"),
-        m("weight left out", INTERVAL, "(self.clamp * torch.as_tensor(self.b) ** 2).clamp(max=1)",
+        m("weight left out", AVERAGE, "(self.clamp * torch.as_tensor(self.b) ** 2).clamp(max=1)",
           "torch.ones_like(torch.as_tensor(self.b))", f"{OF}phased.py::test_weight_near_the_boundary"),
-        m("levels below s", INTERVAL, "self.s + (1 - self.s) * u.double()", "u.double()",
+        m("levels below s", AVERAGE, "self.s + (1 - self.s) * u.double()", "u.double()",
           f"{OF}phased.py::TestClosedForms"),
         m("teacher of the whole path", PHASED, "teacher=nets.teacher.on(path), ", "", f"{OF}phased.py"),
         m("ends at x_0", PHASED, "draw.index(\"steps\", last - first), nets.student.end)",
@@ -194,8 +198,83 @@ MUTATIONS = {
         m("teacher not guided", LCD, "solver(Guided(nets.teacher, w), x_t", "solver(nets.teacher, x_t", BY_HAND),
         m("student not told", LCD, "self.f(student, x_t, t, told(c, w))", "self.f(student, x_t, t, c)", BY_HAND),
         m("sum for mean", LCD, "reduce(loss, self.reduction)", 'reduce(loss, "sum")', BY_HAND, DISCRETE),
-        m("average the wrong way", LCD, "net), 1 - self.target_ema", "net), self.target_ema", BY_HAND),
+        m("average the wrong way", LCD, "net, self.target_ema)", "net, 1 - self.target_ema)", BY_HAND),
         m("target never moves", LCD, "if nets.target is not None", "if False", BY_HAND),
+    ),
+    "MeanFlow": (
+        m("sign of the derivative", MEAN, "+ warm * expand(t - r, x)", "- warm * expand(t - r, x)", MEANS),
+        m("r - t", MEAN, "expand(t - r, x)", "expand(r - t, x)", MEANS),
+        m("along t alone", MEAN, "(v, torch.ones_like(t))", "(0 * v, torch.ones_like(t))", MEANS),
+        m("along x alone", MEAN, "(v, torch.ones_like(t))", "(v, torch.zeros_like(t))", MEANS),
+        m("sign of v", MEAN, "v = eps - x if", "v = x - eps if", MEANS),
+        m("r above t", MEAN, "torch.maximum(a, b), torch.minimum(a, b)", "torch.minimum(a, b), torch.maximum(a, b)",
+          MEANS),
+        m("told t - r", MEAN, "average(net, x_t, t, r, c), (x_t", "average(net, x_t, t, t - r, c), (x_t", MEANS),
+        m("teacher not guided", MEAN, "nets.teacher.on(PATH), self.guidance)", "nets.teacher.on(PATH), 1.0)", MEANS),
+        m("dropped samples guided", MEAN, "expand(dropped, x).bool(), v, own)", "expand(dropped, x).bool(), own, own)",
+          MEANS),
+        m("weight with gradient", "distill/losses", "(size.detach() + floor) ** p", "(size + floor) ** p", MEANS),
+        m("mean for sum", MEAN, ".flatten(1).sum(1)", ".flatten(1).mean(1)", MEANS),
+        m("omega and kappa exchanged", AVERAGE, "omega * v + (1 - omega - kappa) * null + kappa * cond",
+          "kappa * v + (1 - omega - kappa) * null + omega * cond", ENDS),
+        m("not zero at zero", AVERAGE, "1 - phase.cos()", "phase.cos()", ENDS),
+        m("told for good", AVERAGE, "            handle.remove()", "            pass", ENDS),
+        m("target of one time", "distill/roles", "replace(nets.student.denoiser, net=twin(",
+          "replace(teacher, net=twin(",
+          ENDS),
+    ),
+    "RCGM": (
+        m("sign of v", RCGM, "/ self.step - v)", "/ self.step + v)", TWINS),
+        m("start not moved", RCGM, "x - self.step * v, t", "x, t", TWINS),
+        m("moved the wrong way", RCGM, "x - self.step * v, t", "x + self.step * v, t", TWINS),
+        m("jumps stay where they are", RCGM, "x, a, I = x - jump, b, I + jump", "a, I = b, I + jump", TWINS),
+        m("target from the student", RCGM, "target = (nets.target or nets.student.denoiser)",
+          "target = (nets.student.denoiser)", TWINS),
+        m("target never moves", RCGM, "if nets.target is not None", "if False", TWINS),
+        m("average the wrong way", "distill/ema", "apart(target, net), 1 - mu)", "apart(target, net), mu)", TWINS),
+        m("g not clamped", RCGM, "g.clamp(-self.clamp, self.clamp)", "g", TWINS),
+        m("weight the wrong way", RCGM, "(1 - (t - r)) * math.pi", "(t - r) * math.pi", TWINS),
+        m("no steps to 0", RCGM, "draw.samples % 3 == 0, draw", "draw.samples % 3 == 7, draw", TWINS),
+        m("c for c^2", RCGM, "self.c**2", "self.c", TWINS),
+        m("kappa left out", RCGM, "guided(v, 1.0, self.kappa,", "guided(v, 1.0, 0.0,", TWINS),
+    ),
+    "TwinFlow": (
+        m("sign of the descent", TWIN, "self.distance(x, -g", "self.distance(x, g", TWINS),
+        m("twin under the positive sign", TWIN, "F = average(net, x_t, t, -t, c)", "F = average(net, x_t, t, t, c)",
+          TWINS),
+        m("twin learns data", TWIN, "F - (eps - x)", 'F - (eps - batch["real"])', TWINS),
+        m("twin moves the samples", TWIN, 'self.noised(x.detach(), draw, "twin")', 'self.noised(x, draw, "twin")',
+          TWINS),
+        m("samples as data", TWIN, "average(net, x_u, u, u, c)", "average(net, x_u, u, 0 * u, c)", TWINS),
+        m("rectify not clamped", TWIN, "-g.clamp(-self.clamp, self.clamp)", "-g", TWINS),
+        m("weights exchanged", TWIN, 'self.twin * logs["twin"] + self.rectify * logs["rectify"]',
+          'self.rectify * logs["twin"] + self.twin * logs["rectify"]', TWINS),
+    ),
+    "BOOT": (
+        m("target at t", BOOT, "path.coefficients(s)", "path.coefficients(t)", BOOTS),
+        m("student told t", BOOT, "return self.signal(s, T,", "return self.signal(self.times(nets, draw)[0], T,",
+          BOOTS),
+        m("w left out", BOOT, "(x - target) / w", "(x - target) / 1", BOOTS),
+        m("noise left in", BOOT, "(x_s - expand(sigma, z) * z)", "(x_s - 0 * z)", BOOTS),
+        m("no boundary", BOOT, "self.boundary * logs", "0 * logs", BOOTS),
+        m("boundary at the end", BOOT, "y, z = self.signal(T, T,", "y, z = self.signal(0 * T, T,", BOOTS),
+        m("teacher not guided", BOOT, "Guided(nets.teacher, self.guidance)", "Guided(nets.teacher, 1.0)", BOOTS),
+        m("target with gradient", BOOT, "with torch.no_grad():\n            y,",
+          "with torch.enable_grad():\n            y,",
+          BOOTS),
+        m("two steps of the grid", BOOT, "(t - T / self.N)", "(t - 2 * T / self.N)", BOOTS),
+    ),
+    "SIGN": (
+        m("idempotence of the student", SIGN, "replace(nets.student, denoiser=nets.target)", "nets.student", SIGNS),
+        m("no gradient through the copy", SIGN, 'generate(x, batch.get("c"), steps=1) - x',
+          'generate(x.detach(), batch.get("c"), steps=1) - x', SIGNS),
+        m("the copy lags", SIGN, "denoiser.net, 0.0)", "denoiser.net, 0.5)", SIGNS),
+        m("flow's target at t", SIGN, "self.projected(x_s, s, nets, c)", "self.projected(x_s, t, nets, c)", SIGNS),
+        m("flow's target with gradient", SIGN, "with torch.no_grad()", "with torch.enable_grad()", SIGNS),
+        m("inputs not scaled", SIGN, "x_t / expand(torch.hypot(alpha, sigma), x_t)", "x_t", SIGNS),
+        m("rec of samples", SIGN, 'nets.student.generate(y, c, steps=1) - y',
+          "nets.student.generate(y, c, steps=1) - x",
+          SIGNS),
     ),
     "sCM": (
         m("sign of the derivative", SCM, "self.sigma_d * dF)", "-self.sigma_d * dF)", CONTINUOUS),

@@ -38,3 +38,29 @@ def tiny(schedule, kind="v", seed=0, dtype=torch.float64, classes=0, **sizes):
     """A denoiser around it. With `classes` its condition is {"label": [B]}, and label `classes` is none."""
     null = {"label": torch.tensor([classes])} if classes else None
     return Denoiser(filled(Tiny(classes=classes, **sizes), seed, dtype), schedule, kind, null=null)
+
+
+class TimestepEmbedding(nn.Linear):
+    """Named as diffusers' embedding of time, so that distill.average.timed finds it."""
+
+
+class Clock(nn.Module):
+    """out(x, native time, label), the time embedded apart."""
+
+    def __init__(self, d=2, width=16, classes=0):
+        super().__init__()
+        self.first = nn.Linear(d, width)
+        self.time = TimestepEmbedding(2, width)
+        self.last = nn.Linear(width, d)
+        self.label = nn.Embedding(classes + 1, width) if classes else None
+
+    def forward(self, x, t, label=None):
+        t = t.to(x.dtype)[:, None]
+        h = torch.tanh(self.first(x) + self.time(torch.cat([t.log1p() / 4, t / (1 + t)], dim=1)))
+        return self.last(h if self.label is None else h + self.label(label))
+
+
+def clock(schedule, kind="v", seed=0, dtype=torch.float64, classes=0, **sizes):
+    """`tiny` with a network that can be given a second time."""
+    null = {"label": torch.tensor([classes])} if classes else None
+    return Denoiser(filled(Clock(classes=classes, **sizes), seed, dtype), schedule, kind, null=null)

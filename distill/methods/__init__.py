@@ -1,5 +1,6 @@
 """The distillation algorithms, one file each beside its equations."""
 
+from distill.methods.boot import BOOT
 from distill.methods.denoise import Denoise
 from distill.methods.diff_instruct import DiffInstruct
 from distill.methods.dmd import DMD
@@ -7,15 +8,20 @@ from distill.methods.dmd2 import DMD2
 from distill.methods.f_distill import FDistill
 from distill.methods.ladd import LADD
 from distill.methods.lcd import LCD
+from distill.methods.meanflow import MeanFlow
 from distill.methods.phased import PhasedDMD
+from distill.methods.rcgm import RCGM
 from distill.methods.regression import Regression
 from distill.methods.scm import SCM
 from distill.methods.sid import SiD
 from distill.methods.sida import SiDA
+from distill.methods.sign import SIGN
 from distill.methods.sprint import Sprint
+from distill.methods.twinflow import TwinFlow
 from distill.methods.vsd import VSD
 
 __all__ = [
+    "BOOT",
     "DMD",
     "DMD2",
     "Denoise",
@@ -24,10 +30,14 @@ __all__ = [
     "LADD",
     "LCD",
     "PhasedDMD",
+    "MeanFlow",
+    "RCGM",
     "Regression",
     "SCM",
+    "SIGN",
     "SiD",
     "SiDA",
     "Sprint",
+    "TwinFlow",
     "VSD",
 ]

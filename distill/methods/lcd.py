@@ -17,7 +17,7 @@ from torch import Tensor
 
 from distill.denoiser import Condition, Denoiser
 from distill.draw import Draw
-from distill.ema import apart
+from distill.ema import follow
 from distill.guidance import Guided, scale_of, told
 from distill.losses import Reduction, huber, reduce
 from distill.ranges import Count, Decay, Finite, Positive
@@ -70,5 +70,4 @@ class LCD:
 
     def after(self, player: str, nets: Nets) -> None:
         if nets.target is not None:
-            with torch.no_grad():
-                torch._foreach_lerp_(*apart(nets.target.net, nets.student.denoiser.net), 1 - self.target_ema)
+            follow(nets.target.net, nets.student.denoiser.net, self.target_ema)

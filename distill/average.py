@@ -1,0 +1,112 @@
+"""Networks of two times: the average velocity F(x_t, t, r) of rectified flow from t down to r.
+
+    x_t = (1 - t) x + t eps,    x_r = x_t - (t - r) F(x_t, t, r),    F(x_t, t, t) = dx_t/dt,  the plain velocity
+
+The second time is a condition, "end" [B], as "guidance" is one; 0 is where data are, and where a network that is not
+told goes. So a student's plain call is F(., t, 0): it samples, is exported and loads in plain diffusers as any other.
+A negative end is TwinFlow's sign: F(., t, -t) is the velocity of the student's own samples.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as nnf
+from torch import Tensor, nn
+
+from distill.denoiser import Call, Condition, Denoiser, first
+from distill.guidance import Guided
+from distill.lora import shared
+from distill.schedule import Flow
+
+PATH = Flow()  # F is a velocity of this path; a denoiser of any schedule is spoken to on it
+
+
+def ending(c: Condition, r: Tensor) -> Condition:
+    """The condition with the second time r [B] in [-1, 1]."""
+    return (c or {}) | {"end": r}
+
+
+def average(denoiser: Denoiser | Guided, x: Tensor, t: Tensor, r: Tensor | None, c: Condition) -> Tensor:
+    """F(x_t, t, r) [B, ...] of a denoiser on `PATH`; r None: the velocity of a network of one time."""
+    return denoiser(x, t, c if r is None else ending(c, r)).flow
+
+
+def guided(v: Tensor, omega: float, kappa: float, net: Denoiser, x: Tensor, t: Tensor, c: Condition) -> Tensor:
+    """omega v + (1 - omega - kappa) F(null) + kappa F(c) at (t, t), of F itself: guidance omega / (1 - kappa) built in.
+
+    MeanFlow's omega and kappa; TwinFlow's enhancement has omega = 1 and kappa = its ratio. Call it without grad.
+    """
+    if omega == 1 and kappa == 0:
+        return v
+    null, cond = (average(Guided(net, w), x, t, t, c) for w in (0.0, 1.0))
+    return omega * v + (1 - omega - kappa) * null + kappa * cond
+
+
+class End(nn.Module):
+    """r [B] -> [B, dim], what a network's embedding of time gains: 0 at r = 0, and for all r at the start."""
+
+    def __init__(self, dim: int, waves: int = 16) -> None:
+        super().__init__()
+        self.waves = waves
+        self.linear_1 = nn.Linear(2 * waves, dim, bias=False)
+        self.linear_2 = nn.Linear(dim, dim, bias=False)
+        nn.init.zeros_(self.linear_2.weight)
+
+    def forward(self, r: Tensor) -> Tensor:
+        like = self.linear_1.weight
+        waves = torch.logspace(0, 1.2, self.waves, dtype=like.dtype, device=like.device)  # 1 to 16: smooth in r
+        phase = r.to(like)[:, None] * waves
+        return self.linear_2(nnf.silu(self.linear_1(torch.cat([phase.sin(), 1 - phase.cos()], dim=1))))
+
+
+@dataclass(frozen=True)
+class Told:
+    """`call`, of a network whose child `end` adds to the output of its submodule `where` if c has "end"."""
+
+    call: Call
+    where: str
+
+    @property
+    def feature(self) -> Any:
+        return getattr(self.call, "feature", first)
+
+    def __call__(self, net: nn.Module, x: Tensor, t: Tensor, c: Condition) -> Tensor:
+        if c is None or "end" not in c:
+            return self.call(net, x, t, c)
+        r, rest = c["end"], {k: v for k, v in c.items() if k != "end"}
+        add = lambda module, args, out: out + net.end(r).to(out)  # type: ignore[operator]
+        handle = net.get_submodule(self.where).register_forward_hook(add)
+        try:
+            return self.call(net, x, t, rest or None)
+        finally:
+            handle.remove()
+
+
+def timed(denoiser: Denoiser) -> Denoiser:
+    """A denoiser whose network, which gains the trainable child `end`, is told "end"; nothing changes at the start.
+
+    It works on every network with a TimestepEmbedding of diffusers: its first one embeds the time.
+    """
+    net = denoiser.net
+    where = next((n for n, m in net.named_modules() if type(m).__name__ == "TimestepEmbedding"), None)
+    if where is None:
+        raise ValueError(
+            f"this method's student has a second time, which is added to a TimestepEmbedding; {type(net).__name__} has "
+            "none: choose another method"
+        )
+    *_, last = (m for m in net.get_submodule(where).modules() if isinstance(m, nn.Linear))
+    like = last.weight
+    net.end = End(last.out_features).to(like.device, torch.promote_types(like.dtype, torch.float32))
+    return replace(denoiser, call=Told(denoiser.call, where))
+
+
+def untimed(net: nn.Module) -> nn.Module:
+    """The network without its second time, which is what it says where it is told none; weights are shared."""
+    if not isinstance(getattr(net, "end", None), End):
+        return net
+    net = shared(net)
+    del net.end
+    return net

@@ -1,0 +1,84 @@
+"""BOOT: data-free distillation of denoising diffusion models with bootstrapping. Gu et al. 2023, arXiv 2306.05544.
+
+    y_t = (x_t - sigma_t z) / alpha_t      the signal on the teacher's trajectory from noise z;   y_0 is its sample
+    dy/dlambda = D(x_t) - y_t,   lambda = log(alpha / sigma)                                      the signal ODE
+    y_s' = (x_s - sigma_s z) / alpha_s,   x_s one solver step of D^k from x_t = alpha_t y(z, t) + sigma_t z
+         = y_t + w (D^k(x_t) - y_t) with DDIM,     w = 1 - exp(lambda_t - lambda_s),     s = t - T / N
+    L = | y(z, s) - sg(y_s') |^2 / w^2 + beta | y(z, T) - D^k(sigma_T z, T) |^2       the second is the boundary
+    D^k = D(null) + k (D(c) - D(null));   means over all elements
+
+y(z, s) is the student's first call, at its time T, told s / T as its second time (distill/average.py): it starts as
+the teacher, which is the boundary, and an untold call is y(z, 0). (The paper tells its network s in place of T.)
+Gradients flow through y(z, s) and y(z, T) alone.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from distill.average import ending
+from distill.draw import Draw
+from distill.guidance import Guided
+from distill.losses import Reduction, reduce
+from distill.ranges import Count, Finite, Weight
+from distill.schedule import expand
+from distill.solver import STEPS
+from distill.trainer import Batch, Logs, Nets, Update
+
+
+@dataclass(frozen=True)
+class BOOT:
+    """Bootstrapping along the teacher's ODE from noise to sample: data-free, one step."""
+
+    N: Count = 25  # T / N is the step of s (paper: .04)
+    guidance: Finite = 1.0  # k of the teacher
+    solver: Literal["ddim", "heun"] = "ddim"  # paper: both
+    boundary: Weight = 0.5  # beta
+    reduction: Reduction = "mean"
+
+    roles = ()
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return ("end",) + (() if self.guidance == 1 else ("null",))
+
+    def updates(self) -> list[Update]:
+        return [Update("student", self.student_loss)]
+
+    def times(self, nets: Nets, draw: Draw) -> tuple[Tensor, Tensor, Tensor]:
+        """t, s and T [B]: t is uniform in [T / N, T]."""
+        u = draw.uniform("t", (len(draw.samples),)).double()
+        T = torch.full_like(u, nets.student.times[0])
+        t = T * (1 + u * (self.N - 1)) / self.N
+        return t, (t - T / self.N).clamp(min=0), T
+
+    def signal(self, s: Tensor, T: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Tensor]:
+        """y(z, s), z [B, ...]."""
+        z, student = draw.normal("z", (len(s), *nets.shape)), nets.student
+        return student.denoiser(student.input_scale * z, T, ending(batch.get("c"), s / T)).x0, z
+
+    def sample(self, nets: Nets, batch: Batch, draw: Draw) -> Tensor:
+        _, s, T = self.times(nets, draw)
+        return self.signal(s, T, nets, batch, draw)[0]
+
+    def student_loss(self, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
+        (t, s, T), c, path = self.times(nets, draw), batch.get("c"), nets.teacher.path
+        teacher = Guided(nets.teacher, self.guidance)
+        solver = STEPS[self.solver] if isinstance(self.solver, str) else self.solver
+        with torch.no_grad():
+            y, z = self.signal(t, T, nets, batch, draw)
+            alpha, sigma = path.coefficients(s)
+            x_s = solver(teacher, path.diffuse(y, z, t), t, s, c)
+            target = (x_s - expand(sigma, z) * z) / expand(alpha, z)
+            w = expand(1 - path.ratio(s) / path.ratio(t), z)
+        delta = (x - target) / w
+        loss, logs = reduce(delta**2, self.reduction), {"delta": (delta * w).detach().square().mean()}
+        if self.boundary:
+            y, z = self.signal(T, T, nets, batch, draw)
+            with torch.no_grad():
+                start = teacher(path.diffuse(torch.zeros_like(z), z, T), T, c).x0
+            logs["boundary"] = reduce((y - start) ** 2, self.reduction)
+            loss = loss + self.boundary * logs["boundary"]
+        return loss, logs

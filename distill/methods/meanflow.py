@@ -1,0 +1,77 @@
+"""MeanFlow: mean flows for one-step generative modeling. Geng et al. 2025, arXiv 2505.13447.
+
+    x_t = (1 - t) x + t eps,   F(x_t, t, r) the average velocity from t down to r (distill/average.py)
+    v   = eps - x   or the guided teacher's velocity at x_t (distillation);   with guidance in F itself:
+          v <- omega v + (1 - omega - kappa) F(x_t, t, t | null) + kappa F(x_t, t, t)
+    g   = F - v + (t - r) dF/dt,    dF/dt = v . dF/dx + dF/dt    the identity (t - r) F = integral of v, differentiated
+    L   = |F - sg(F - g)|^2 / sg(|g|^2 + floor)^p                sums over the elements of a sample, mean over the batch
+
+dF/dt is a forward-mode pass of (x_t, t) with tangents (v, 1), r fixed, without gradient; the loss's F is of the same
+pass. Gradients flow through that F alone. With r = t it is flow matching.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from distill.average import PATH, average, guided
+from distill.draw import Draw
+from distill.guidance import Guided, drop
+from distill.losses import adaptive, jvp
+from distill.ranges import Finite, Natural, Share, Weight
+from distill.schedule import expand
+from distill.times import Law, LogitNormal
+from distill.trainer import Batch, Logs, Nets, Update
+
+
+@dataclass(frozen=True)
+class MeanFlow:
+    """Average velocities of data, or of a teacher: needs images (or samples of the teacher)."""
+
+    velocity: Literal["data", "teacher"] = "data"  # v: eps - x (paper), or the teacher's (FastGen)
+    guidance: Finite = 1.0  # of the teacher (FastGen, Wan: 3)
+    omega: Finite = 1.0  # guidance of F in itself, omega / (1 - kappa) (FastGen, XL/2: .2 and .92)
+    kappa: Finite = 0.0
+    p_drop: Share = 0.1  # share of null conditions where F is guided (paper)
+    times: Law = LogitNormal(-0.4, 1.0)  # of t and r, the larger is t (paper, ImageNet-256)
+    equal: Share = 0.75  # share of r = t (paper; CIFAR-10 .25)
+    p: Weight = 1.0  # of the adaptive weight (paper; CIFAR-10 .75); 0: squared error
+    floor: Weight = 0.01  # of it (code)
+    warmup: Natural = 0  # steps until dF/dt counts in full (FastGen's distillation 2000)
+    one_pass: bool = True  # F of the loss is that of dF/dt; False: a pass of its own, as where blocks are recomputed
+
+    roles = ()
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return ("real", "end") + (("null",) if (self.guidance, self.omega, self.kappa) != (1, 1, 0) else ())
+
+    def updates(self) -> list[Update]:
+        return [Update("student", self.student_loss)]
+
+    def sample(self, nets: Nets, batch: Batch, draw: Draw) -> Tensor:
+        return batch["real"]
+
+    def student_loss(self, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
+        net, c, eps = nets.student.denoiser.on(PATH), batch.get("real_c"), draw.normal("eps", x.shape).to(x)
+        a, b = (self.times(draw, name, len(x), PATH) for name in ("t", "r"))
+        t, r = torch.maximum(a, b), torch.minimum(a, b)
+        r = torch.where(draw.uniform("equal", (len(x),)) < self.equal, t, r)
+        dropped = draw.uniform("drop", (len(x),)) < self.p_drop
+        if (self.omega, self.kappa) != (1, 0):
+            c = drop(c, net.null, dropped)
+        x_t = PATH.diffuse(x, eps, t)
+        with torch.no_grad():
+            teacher = Guided(nets.teacher.on(PATH), self.guidance)
+            v = eps - x if self.velocity == "data" else average(teacher, x_t, t, None, c)
+            own = guided(v, self.omega, self.kappa, net, x_t, t, c)
+            v = own if own is v else torch.where(expand(dropped, x).bool(), v, own)
+        once = self.one_pass and net.dual
+        F, dF = jvp(lambda x_t, t: average(net, x_t, t, r, c), (x_t, t), (v, torch.ones_like(t)), once)
+        warm = min(1.0, draw.step / self.warmup) if self.warmup else 1.0
+        g = F.detach() - v + warm * expand(t - r, x) * dF
+        F = F if once else average(net, x_t, t, r, c)
+        size = (F - F.detach() + g).square().flatten(1).sum(1)
+        return adaptive(size, self.p, self.floor).mean(), {"delta": g.square().mean()}

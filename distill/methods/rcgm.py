@@ -1,0 +1,89 @@
+"""RCGM: recursive consistent velocities, the any-step base of TwinFlow. Cheng et al. 2025, arXiv 2512.05150.
+
+    x_t = (1 - t) x + t eps,   F(x_t, t, r) the average velocity from t down to r (distill/average.py)
+    v   = eps - x, or the guided teacher's;   v <- v + kappa ( F'(x_t, t, t | c) - F'(x_t, t, t | null) )
+    I   = the integral of F' from x_t - d v at t - d down to r by N jumps    d = .01
+    g   = clamp( ((t - r) F - I) / d - v, +-1 )       0 where (t - r) F is the integral of v;  t - r <= d: F - v
+    L   = w e / sg(e + c^2)^.5,   e = mean |F - sg(F - g)|^2 of a sample,   w = 1 + tan( (1 - (t - r)) pi / 2.5 )
+
+F' is the student's average. A third of the batch each: (t, r) = (1, 0); r in [.95 t, t]; r in [0, t]. Gradients flow
+through F alone. As d -> 0, g is MeanFlow's.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from distill.average import PATH, average, guided
+from distill.denoiser import Condition, Denoiser
+from distill.draw import Draw
+from distill.ema import follow
+from distill.guidance import Guided
+from distill.losses import adaptive
+from distill.ranges import Count, Decay, Finite, Positive
+from distill.schedule import expand
+from distill.times import Law, Uniform
+from distill.trainer import Batch, Logs, Nets, Update
+
+
+@dataclass(frozen=True)
+class RCGM:
+    """Average velocities by bootstrapping: needs images (or samples of the teacher)."""
+
+    velocity: Literal["data", "teacher"] = "data"  # of v
+    guidance: Finite = 1.0  # of the teacher's v
+    kappa: Finite = 0.0  # guidance of F in itself, 1 / (1 - kappa) (code: .8)
+    target_ema: Decay = 0.99  # of F' (code: .999 OpenUni, .99 SD3.5 and LoRA); 0: the student itself
+    times: Law = Uniform(0.0, 1.0)  # of t: Beta(1, 1) (code)
+    step: Positive = 0.01  # d (code)
+    N: Count = 2  # jumps of I (code)
+    clamp: Positive = 1.0  # of g (code)
+    c: Positive | None = 1e-3  # of Barron's loss (code); None: L = e
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        return ("target",) if self.target_ema else ()
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return ("real", "end") + (() if (self.guidance, self.kappa) == (1, 0) else ("null",))
+
+    def updates(self) -> list[Update]:
+        return [Update("student", self.student_loss)]
+
+    def sample(self, nets: Nets, batch: Batch, draw: Draw) -> Tensor:
+        return batch["real"]
+
+    def student_loss(self, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
+        net, c, eps = nets.student.denoiser.on(PATH), batch.get("real_c"), draw.normal("eps", x.shape).to(x)
+        t, share = self.times(draw, "t", len(x), PATH), draw.uniform("r", (len(x),)).double()
+        whole, short = draw.samples % 3 == 0, draw.samples % 3 == 1
+        t, r = torch.where(whole, 1.0, t), torch.where(whole, 0.0, t * torch.where(short, 1 - 0.05 * share, share))
+        x_t = PATH.diffuse(x, eps, t)
+        F = average(net, x_t, t, r, c)
+        with torch.no_grad():
+            target = (nets.target or nets.student.denoiser).on(PATH)
+            teacher = Guided(nets.teacher.on(PATH), self.guidance)
+            v = eps - x if self.velocity == "data" else average(teacher, x_t, t, None, c)
+            g = self.residual(F, x_t, t, r, guided(v, 1.0, self.kappa, target, x_t, t, c), target, c)
+        w = (1 + torch.tan((1 - (t - r)) * math.pi / 2.5)).to(F.dtype)
+        return (w * self.distance(F, g.clamp(-self.clamp, self.clamp))).mean(), {"delta": g.square().mean()}
+
+    def residual(self, F: Tensor, x: Tensor, t: Tensor, r: Tensor, v: Tensor, net: Denoiser, c: Condition) -> Tensor:
+        near, x, a, I = t - r <= self.step, x - self.step * v, t - self.step, torch.zeros_like(x)
+        for i in range(self.N):
+            b = r + (t - self.step - r) * (1 - (i + 1) / self.N)
+            jump = expand(a - b, x) * average(net, x, a.clamp(min=0), b.clamp(min=0), c)
+            x, a, I = x - jump, b, I + jump
+        return torch.where(expand(near, x).bool(), F - v, (expand(t - r, x) * F - I) / self.step - v)
+
+    def distance(self, x: Tensor, g: Tensor) -> Tensor:  # d(x, sg(x - g)) [B]
+        e = (x - x.detach() + g.detach()).square().flatten(1).mean(1)
+        return e if self.c is None else adaptive(e, 0.5, self.c**2)
+
+    def after(self, player: str, nets: Nets) -> None:
+        if nets.target is not None:
+            follow(nets.target.net, nets.student.denoiser.net, self.target_ema)

@@ -1,0 +1,90 @@
+"""SIGN: score-based idempotent distillation. Withdrawn submission 2025, no arXiv id. EXPERIMENTAL: L is reconstructed.
+
+    f(u)      = D(scale u, T), untimed: u is noise z, data x, or x_t / sqrt(alpha_t^2 + sigma_t^2) between them
+    L_dmd     = f(z) . g + lambda d( f(z'), y )         DMD's, with its fake score and its pairs of the teacher's ODE
+    L_idem    = | f'(f(z)) - f(z) |^2                   f' is f with frozen weights (IGN, Shocher et al. 2023)
+    L_rec     = | f(x) - x |^2                          of a real image x
+    L_flow    = | f(u_t) - sg f(u_s) |^2                x_s is one step of the guided teacher from x_t, s = t - 1 / N
+    L_denoise = | f(u_t) - x |^2                        t in [0, t_max]: corrupted data are projected
+    L         = L_dmd + their weighted sum;  means over all elements
+
+Six terms of an equation that we have not seen: they follow its description, and the weights are ours. Gradients flow
+through every f but the sg, and through f' to its input.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from distill.denoiser import Condition
+from distill.draw import Draw
+from distill.ema import follow
+from distill.guidance import Guided
+from distill.losses import reduce
+from distill.methods.dmd import DMD
+from distill.ranges import Count, Share, Weight
+from distill.schedule import expand
+from distill.solver import STEPS
+from distill.times import Grid, Uniform
+from distill.trainer import Batch, Logs, Nets
+
+
+@dataclass(frozen=True)
+class SIGN(DMD):
+    """DMD of a generator that leaves data, and what it made, as they are: needs images."""
+
+    regression: Weight = 0.0  # lambda; above 0 it needs pairs
+    idem: Weight = 1.0
+    rec: Weight = 1.0
+    flow: Weight = 1.0
+    denoise: Weight = 1.0
+    N: Count = 50  # ODE steps from t = 1 to 0 in L_flow
+    solver: Literal["ddim", "heun"] = "ddim"
+    t_max: Share = 0.3  # of L_denoise
+
+    @property
+    def roles(self) -> tuple[str, ...]:  # type: ignore[override]
+        return ("fake", "target") if self.idem else ("fake",)
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return super().needs + (("real",) if self.rec or self.flow or self.denoise else ())
+
+    def student_loss(self, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
+        loss, logs = super().student_loss(x, nets, batch, draw)
+        gaps = {}
+        if self.idem:
+            assert nets.target is not None
+            gaps["idem"] = replace(nets.student, denoiser=nets.target).generate(x, batch.get("c"), steps=1) - x
+        y, c = batch.get("real"), batch.get("real_c")
+        if self.rec:
+            gaps["rec"] = nets.student.generate(y, c, steps=1) - y
+        if self.flow:
+            gaps["flow"] = self.along(y, nets, c, draw)
+        if self.denoise:
+            t = Uniform(0.0, self.t_max)(draw, "t_denoise", len(y), nets.teacher.path)
+            x_t = nets.teacher.path.diffuse(y, draw.normal("eps_denoise", y.shape).to(y), t)
+            gaps["denoise"] = self.projected(x_t, t, nets, c) - y
+        for name, gap in gaps.items():
+            logs[name] = reduce(gap**2, self.reduction)
+            loss = loss + getattr(self, name) * logs[name]
+        return loss, logs
+
+    def along(self, y: Tensor, nets: Nets, c: Condition, draw: Draw) -> Tensor:
+        path = nets.teacher.path
+        t = Grid(self.N + 1, 1, self.N)(draw, "t_flow", len(y), path)
+        x_t, s = path.diffuse(y, draw.normal("eps_flow", y.shape).to(y), t), t - 1 / self.N
+        with torch.no_grad():
+            x_s = STEPS[self.solver](Guided(nets.teacher, self.guidance), x_t, t, s, c)
+            target = self.projected(x_s, s, nets, c)
+        return self.projected(x_t, t, nets, c) - target
+
+    def projected(self, x_t: Tensor, t: Tensor, nets: Nets, c: Condition) -> Tensor:
+        alpha, sigma = nets.teacher.path.coefficients(t)
+        return nets.student.generate(x_t / expand(torch.hypot(alpha, sigma), x_t), c, steps=1)
+
+    def after(self, player: str, nets: Nets) -> None:
+        if nets.target is not None:
+            follow(nets.target.net, nets.student.denoiser.net, 0.0)

@@ -1,0 +1,57 @@
+"""TwinFlow: one-step generation on large models with self-adversarial flows. Cheng et al. 2025, arXiv 2512.05150.
+
+    x      = G(z, c) in one call;   x_t = (1 - t) x + t eps, with a t and eps of its own in each loss
+    L_twin = d( F(x_t, t, -t), eps - x )                    F under the negative sign learns the student's own samples
+    g      = clamp( F(x_t, t, -t) - F(x_t, t, t), +-1 )     the velocity of samples less that of data, without gradient
+    L_rect = d( F(z, 1, 0), sg( F(z, 1, 0) - g ) ) = d( x, sg(x + g) )
+    L      = L_base + lambda_twin L_twin + lambda_rect L_rect       d: Barron's loss of the base, mean over the batch
+
+F is one network: no teacher, no fake score, no discriminator. L_base is RCGM's (distill/methods/rcgm.py), its target an
+average. g = (D_data - D_samples)(x_t) / t, so L_rect descends as DMD does. The sign is told with the second time. The
+authors split a batch in four, one part for L_twin; here each loss has the whole. Gradients flow through F and, in
+L_rect, through x.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from distill.average import PATH, average
+from distill.draw import Draw
+from distill.methods.rcgm import RCGM
+from distill.ranges import Weight
+from distill.trainer import Batch, Logs, Nets
+
+
+@dataclass(frozen=True)
+class TwinFlow(RCGM):
+    """RCGM and its twin: needs images (or samples of the teacher)."""
+
+    twin: Weight = 1 / 3  # lambda_twin (code: the mean over four parts of which three are the base's)
+    rectify: Weight = 0.5  # lambda_rect: .5 SD3.5, Qwen-Image; .75 OpenUni (code)
+
+    @property
+    def alone(self) -> bool:
+        return not (self.twin or self.rectify)
+
+    def sample(self, nets: Nets, batch: Batch, draw: Draw) -> Tensor:
+        return batch["real"] if self.alone else nets.generate(batch, draw, 1)
+
+    def student_loss(self, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
+        loss, logs = super().student_loss(batch["real"], nets, batch, draw)
+        if self.alone:
+            return loss, logs
+        logs["base"], net, c = loss, nets.student.denoiser.on(PATH), batch.get("c")
+        x_t, t, eps = self.noised(x.detach(), draw, "twin")
+        F = average(net, x_t, t, -t, c)
+        with torch.no_grad():
+            x_u, u, _ = self.noised(x, draw, "rectify")
+            g = average(net, x_u, u, -u, c) - average(net, x_u, u, u, c)
+        logs |= {"gap": g.square().mean(), "twin": self.distance(F, F - (eps - x)).mean()}
+        logs["rectify"] = self.distance(x, -g.clamp(-self.clamp, self.clamp)).mean()
+        return loss + self.twin * logs["twin"] + self.rectify * logs["rectify"], logs
+
+    def noised(self, x: Tensor, draw: Draw, name: str) -> tuple[Tensor, Tensor, Tensor]:
+        t, eps = self.times(draw, f"t_{name}", len(x), PATH), draw.normal(f"eps_{name}", x.shape).to(x)
+        return PATH.diffuse(x, eps, t), t, eps

@@ -1,0 +1,134 @@
+"""The second time: nothing where it is not told, a change where it is; its networks are copied, trained, exported."""
+
+import copy
+
+import pytest
+import torch
+from gaussian import F64, SCHEDULES
+from tiny import clock, filled, tiny
+
+from distill.average import End, average, ending, guided, timed, untimed
+from distill.lora import LoRA, merged
+from distill.methods import MeanFlow, TwinFlow
+from distill.roles import StudentConfig, build
+from distill.schedule import Flow
+
+N, CLASSES = 8, 3
+FAMILIES = ("edm", "sd", "sdxl", "sd3", "flux", "pixart", "sana", "qwen", "wan")
+
+
+def told(denoiser, seed=3):
+    """`timed`, and its last layer is not zero."""
+    found = timed(denoiser)
+    found.net.end = filled(found.net.end, seed, next(denoiser.net.parameters()).dtype)
+    return found
+
+
+def point(seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(N, 2, dtype=F64, generator=g), torch.linspace(0.1, 0.9, N, dtype=F64)
+
+
+def test_end_is_zero_at_zero():
+    end, r = filled(End(16), 0, F64), torch.linspace(-1, 1, 9, dtype=F64)
+    out = end(r)
+    assert torch.equal(out[4], torch.zeros(16, dtype=F64)) and bool(
+        (out[[0, 1, 2, 3, 5, 6, 7, 8]].norm(dim=1) > 0.1).all()
+    )
+    assert (out[0] - out[8]).norm() > 0.1  # the sign is heard
+    assert torch.equal(End(16).double()(r), torch.zeros(9, 16, dtype=F64))
+
+
+def test_told_and_untold():
+    x, t = point()
+    plain, two = clock(Flow()), told(clock(Flow()))
+    assert torch.equal(two(x, t).out, plain(x, t).out)
+    assert torch.equal(two(x, t, ending(None, 0 * t)).out, plain(x, t).out)
+    assert (two(x, t, ending(None, t / 2)).out - plain(x, t).out).norm() > 0.1
+    assert torch.equal(two(x, t).out, plain(x, t).out)  # nothing of an earlier call is left
+    fresh = timed(clock(Flow()))
+    assert torch.equal(fresh(x, t, ending(None, t / 2)).out, plain(x, t).out)
+    assert torch.equal(untimed(two.net)(x, t * 1000), plain.net(x, t * 1000)) and not hasattr(untimed(two.net), "end")
+    assert hasattr(two.net, "end") and untimed(plain.net) is plain.net
+
+
+def test_a_copy_tells_its_own():
+    x, t = point()
+    two = told(clock(Flow()))
+    other, before = two.copy(), two(x, t, ending(None, t)).out
+    with torch.no_grad():
+        other.net.end.linear_2.weight.mul_(2)
+    assert (other(x, t, ending(None, t)).out - before).norm() > 0.1
+    assert torch.equal(two(x, t, ending(None, t)).out, before)
+
+
+def test_guidance_in_itself():
+    """omega v + (1 - omega - kappa) F(null) + kappa F(c) at (t, t); 1, 0 is v itself."""
+    net, (x, t) = told(clock(Flow(), "flow", classes=CLASSES)), point()
+    c, v = {"label": torch.arange(N) % CLASSES}, torch.ones(N, 2, dtype=F64)
+    none = {"label": torch.full((N,), CLASSES)}
+    want = 0.3 * v + (1 - 0.3 - 0.6) * net(x, t, ending(none, t)).out + 0.6 * net(x, t, ending(c, t)).out
+    torch.testing.assert_close(guided(v, 0.3, 0.6, net, x, t, c), want, rtol=1e-12, atol=1e-12)
+    assert guided(v, 1.0, 0.0, net, x, t, c) is v
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_average_is_of_the_flow(schedule):
+    """x0 = x_t - t F and eps = x_t + (1 - t) F, of a network on any schedule."""
+    path = SCHEDULES[schedule]
+    net, (x, t) = told(clock(path, "edm" if schedule == "edm" else "v")), point()
+    pred = net.on(Flow())(x, t, ending(None, t / 3))
+    F = average(net.on(Flow()), x, t, t / 3, None)
+    torch.testing.assert_close(x - t[:, None] * F, pred.x0, rtol=1e-9, atol=1e-9)
+
+
+def test_build():
+    """Student and target are told, the teacher is not changed; a network without an embedding of time is refused."""
+    teacher = clock(Flow(), "flow", classes=CLASSES)
+    names = {n for n, _ in teacher.net.named_parameters()}
+    nets = build(TwinFlow(), teacher, (2,), {"label": torch.tensor([0])})
+    ends = {"end.linear_1.weight", "end.linear_2.weight"}
+    assert {n for n, _ in nets.student.denoiser.net.named_parameters()} == names | ends
+    assert {n for n, _ in nets.target.net.named_parameters()} == names | ends
+    assert {n for n, _ in nets.teacher.net.named_parameters()} == names
+    assert all(p.requires_grad for p in nets.student.denoiser.net.parameters())
+    x, t = point()
+    c = ending({"label": torch.zeros(N, dtype=torch.long)}, t / 2)
+    nets.target.net.end = filled(nets.target.net.end, 1, F64)
+    assert not torch.equal(nets.target(x, t, c).out, nets.student.denoiser(x, t, c).out)
+    with pytest.raises(ValueError, match="TimestepEmbedding; Tiny has none"):
+        build(MeanFlow(), tiny(Flow(), "flow"), (2,))
+
+
+def test_adapters():
+    """Of a LoRA student the second time trains too, and is its own; an export has neither."""
+    teacher = clock(Flow(), "flow")
+    nets = build(MeanFlow(), teacher, (2,), None, StudentConfig(lora=LoRA(2, 2.0, ("first", "last"))))
+    net = nets.student.denoiser.net
+    trained = {n for n, p in net.named_parameters() if p.requires_grad}
+    assert {"end.linear_1.weight", "end.linear_2.weight"} < trained and len(trained) == 6
+    net.end = filled(net.end, 1, F64)
+    plain = merged(untimed(net))
+    assert plain.state_dict().keys() == teacher.net.state_dict().keys()
+    x, t = point()
+    torch.testing.assert_close(plain(x, 1000 * t), nets.student.denoiser(x, t).out)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family(family, tmp_path):
+    """Each family's network is told by its own embedding of time, and unchanged where it is not told."""
+    from pipelines import load
+    from pipelines import tiny as small
+
+    small.save(family, tmp_path)
+    teacher = load(tmp_path)
+    c = teacher.encode([0, 1] if family == "edm" else ["a cat", "a dog on the moon"])
+    x, t = torch.randn(2, *teacher.shape), torch.full((2,), 0.6, dtype=F64)
+    two = copy.copy(teacher.denoiser)
+    with torch.no_grad():
+        before = two(x, t, c).out
+        two = told(two)
+        assert torch.equal(two(x, t, c).out, before)
+        torch.testing.assert_close(two(x, t, ending(c, 0 * t)).out, before)
+        assert (two(x, t, ending(c, t)).out - before).norm() > 1e-3 * before.norm()
