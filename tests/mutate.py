@@ -67,7 +67,7 @@ AVERAGE, MEAN, RCGM, TWIN, BOOT, SIGN = (
 )
 DMD, DI, F_DISTILL, LADD = (f"distill/methods/{name}" for name in ("dmd", "diff_instruct", "f_distill", "ladd"))
 SPRINT, RUN_UP = "distill/methods/sprint", "tests/methods/test_sprint.py"
-PHASED, INTERVAL = "distill/methods/phased", "distill/average"
+PHASED, INTERVAL = "distill/methods/phased", "distill/interval"
 OF = "tests/methods/test_"  # NAME.py
 ENDS, MEANS, TWINS, BOOTS, SIGNS = (f"{OF}{name}.py" for name in "average meanflow twinflow boot sign".split())
 NO_GRAD, GRAD = "with torch.no_grad():\n            x_t = path", "with torch.enable_grad():\n            x_t = path"
@@ -123,15 +123,15 @@ MUTATIONS = {
         m("x_s for x_0 in the target", INTERVAL,
           "x0 / a_s - self.alpha * s_s**2 / (a_s**2 * b) * eps, self.sigma / b * eps",
           "x0, eps", f"{OF}phased.py::TestClosedForms"),
-        m("noise since s for all noise", AVERAGE, "self.sigma / b * eps)", "eps)", f"{OF}phased.py::TestClosedForms"),
-        m("sign of the anchor's part", AVERAGE, "x0 / a_s - self.alpha", "x0 / a_s + self.alpha",
+        m("noise since s for all noise", INTERVAL, "self.sigma / b * eps)", "eps)", f"{OF}phased.py::TestClosedForms"),
+        m("sign of the anchor's part", INTERVAL, "x0 / a_s - self.alpha", "x0 / a_s + self.alpha",
           f"{OF}phased.py::TestClosedForms"),
         m("x_0 read for x_s", INTERVAL,
           "return (self.a * s_s**2 * self.x + a_s * self.b**2 * super().x0) / self.sigma**2",
           "return super().x0", f"{OF}phased.py::TestClosedForms"),
-        m("weight left out", AVERAGE, "(self.clamp * torch.as_tensor(self.b) ** 2).clamp(max=1)",
+        m("weight left out", INTERVAL, "(self.clamp * torch.as_tensor(self.b) ** 2).clamp(max=1)",
           "torch.ones_like(torch.as_tensor(self.b))", f"{OF}phased.py::test_weight_near_the_boundary"),
-        m("levels below s", AVERAGE, "self.s + (1 - self.s) * u.double()", "u.double()",
+        m("levels below s", INTERVAL, "self.s + (1 - self.s) * u.double()", "u.double()",
           f"{OF}phased.py::TestClosedForms"),
         m("teacher of the whole path", PHASED, "teacher=nets.teacher.on(path), ", "", f"{OF}phased.py"),
         m("ends at x_0", PHASED, "draw.index(\"steps\", last - first), nets.student.end)",
