@@ -121,7 +121,8 @@ class Saver:
 def _copy(into: list[Tensor], tensors: list[Tensor]) -> torch.cuda.Event | None:
     """To the CPU. From CUDA without waiting, in the order of its stream: the event tells when it is done."""
     cuda = any(t.is_cuda for t in tensors)
-    torch._foreach_copy_(into, tensors, non_blocking=cuda)
+    if into:
+        torch._foreach_copy_(into, tensors, non_blocking=cuda)
     if not cuda:
         return None
     event = torch.cuda.Event(blocking=True)
@@ -355,7 +356,8 @@ def _share(state: State) -> tuple[Share | None, dict[str, dict[str, Tensor]]]:
     if not any(split(t) for tensors in files.values() for t in tensors.values()):
         return None, {f"{name}.safetensors": tensors for name, tensors in files.items()}
     share = Share(torch.distributed.get_rank(), torch.distributed.get_world_size())
-    return share, {share.file(name): share(share.file(name), tensors) for name, tensors in files.items()}
+    held = {share.file(name): share(share.file(name), tensors) for name, tensors in files.items()}
+    return share, {file: tensors for file, tensors in held.items() if tensors}  # a copy on another node holds none
 
 
 def _number(folder: Path) -> int:

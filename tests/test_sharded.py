@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
 from sharded import sharded
 from test_processes import TWO, python
 from test_trainer import METHODS, config, nets_of, vectors
@@ -81,8 +82,6 @@ def saved(folder, name):
 
 def main(folder):
     """On two processes: as replicas and in parts, from the start and from what one process and each form left."""
-    from safetensors.torch import save_file
-
     torch.set_num_threads(1)
     accelerator, found = Accelerator(), {}
     for mode in MODES:
@@ -105,8 +104,6 @@ def main(folder):
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     """(folder, what two processes ended with, what one did)."""
-    from safetensors.torch import load_file
-
     folder = tmp_path_factory.mktemp("sharded")
     one = {name: run(name, Accelerator(cpu=True), END, folder / "one" / name) for name in CASES}
     python(*TWO, __file__, folder)
@@ -140,7 +137,6 @@ def test_resumed_in_another_form(two, name):
 
 def test_what_a_sharded_checkpoint_is(two):
     """Every process has written its parts; torch.distributed.checkpoint reads them; damage of one is seen."""
-    from safetensors.torch import load_file
     from torch.distributed import checkpoint as dcp
 
     folder, _, _ = two
@@ -165,8 +161,6 @@ def test_another_run_starts_from_it(two):
     folder, _, _ = two
     init = StudentConfig(times=(1.0, 0.5), init=f"{saved(folder / 'parts', 'sid')}")
     net = nets_of(METHODS["sid"], student=init).student.denoiser.net
-    from safetensors.torch import load_file
-
     assert close(dict(net.named_parameters()), load_file(saved(folder / "one", "sid") / "ema.safetensors"))
 
 
@@ -175,8 +169,6 @@ def test_the_pipeline_of_a_sharded_run(two, tmp_path, monkeypatch):
 
     It was interrupted after a step, and went on.
     """
-    from safetensors.torch import load_file
-
     from pipelines import run
 
     folder = two[0] / "recipe"
@@ -192,10 +184,19 @@ def test_the_pipeline_of_a_sharded_run(two, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+def test_parts_on_every_node_and_copies_across(tmp_path):
+    """Four processes, two copies of two parts: the run of one process, and a checkpoint that it goes on from."""
+    python(*TWO[:-1], "4", __file__, tmp_path, "hybrid")
+    one = run("sid", Accelerator(cpu=True), END)
+    assert close(load_file(tmp_path / "weights.safetensors"), one)
+    there = saved(tmp_path, "")
+    assert len([*(there / "student").iterdir()]) == 2 and checkpoint.damage(there) is None
+    assert close(run("sid", Accelerator(cpu=True), END, resume=there), one)
+
+
+@pytest.mark.slow
 def test_a_unet_with_recomputed_blocks(tmp_path, monkeypatch):
     """SDXL's, tiny: recomputation, features of the middle, four steps, and two texts; the pipeline of one process."""
-    from safetensors.torch import load_file
-
     from pipelines import run
 
     python(*TWO, __file__, tmp_path / "two", "dmd2_sdxl")
@@ -255,6 +256,11 @@ def test_deterministic(monkeypatch):
 if __name__ == "__main__":
     if sys.argv[2:]:
         torch.set_num_threads(1)
+        if sys.argv[2] == "hybrid":
+            found = run("sid", accelerator := sharded(replicas=2), END, Path(sys.argv[1]))
+            if accelerator.is_main_process:
+                save_file(found, f"{sys.argv[1]}/weights.safetensors")
+            sys.exit()
         recipe(Path(sys.argv[1]), lambda **options: sharded(Accelerator(cpu=True, **options)), *sys.argv[2:])
     else:
         main(Path(sys.argv[1]))
