@@ -47,6 +47,7 @@ EVERY = {
     "DMD2": "--method.every 1",
     "DiffInstruct": "--method.fake_steps 1",
     "FDistill": "--method.every 1",
+    "PhasedDMD": "--method.every 1",
     "SiD": "--method.fake_steps 1",
     "SiDA": "--method.fake_steps 1 --method.start 0 --method.gan_start 0",
     "VSD": "--method.fake_steps 1",
