@@ -198,8 +198,11 @@ def singles(
 
     if not hasattr(teacher.parts.family, "TARGETS"):
         return [], list(teacher.parts.family.limits(net))
-    if student.experts:
-        return [], [NEGATIVE, "There are no single files: the student has several networks."]
+    other = {k: v for k, v in net.config.items() if k[0] != "_"} != {  # type: ignore[union-attr]
+        k: v for k, v in teacher.parts.net.config.items() if k[0] != "_"
+    }
+    if student.experts or other:
+        return [], [NEGATIVE, "There are no single files: they would be weights of the base's network."]
     steps, kind, limits = len(student.times), student.denoiser.kind, [NEGATIVE]
     size = teacher.shape[-1] * factor(teacher.parts), teacher.shape[-2] * factor(teacher.parts)
     spec = lambda lora: files.modelspec(net, kind, about.name, size, lora, license=about.license.id)
@@ -317,7 +320,7 @@ def trained(again: Again) -> tuple[Student, Teacher, Any, str, str, str]:
     teacher = opened(base, *(tree[key] for key in ("revision", "variant", "resolution", "frames")))
     config = revived(StudentConfig, tree["student"])
     scheduler, times = carrying(teacher, config)
-    net = config.lora(teacher.denoiser.net)
+    net = config.net(teacher.denoiser.net)
     checkpoint.fill(net, chosen[0], "student", teacher.denoiser.net)
     denoiser = replace(teacher.denoiser, net=net)
     rest = config.phases, config.earlier(teacher.denoiser)

@@ -57,7 +57,7 @@ class Labels:
             path = folder / f"class-{i % 3}" / f"{i}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(random.integers(0, 256, (10, 9 + i, 3), dtype=np.uint8)).save(path)
-        return replace(self, images=f"{folder}")
+        return replace(self, images=f"{folder}", classes=tuple(label for label in self.classes if label < 3))
 
 
 @dataclass(eq=False)

@@ -18,6 +18,7 @@ from distill.methods.sid import SiD
 from distill.methods.sida import SiDA
 from distill.methods.sign import SIGN
 from distill.methods.sprint import Sprint
+from distill.methods.tsm import TSM
 from distill.methods.twinflow import TwinFlow
 from distill.methods.vsd import VSD
 
@@ -41,5 +42,6 @@ __all__ = [
     "SiDA",
     "Sprint",
     "TwinFlow",
+    "TSM",
     "VSD",
 ]
