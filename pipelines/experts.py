@@ -39,10 +39,11 @@ LIMIT = (
 
 @contextmanager
 def told(student: Student) -> Iterator[list[float]]:
-    """The timesteps that the student's networks are told, call by call, within the context."""
+    """The timesteps that the networks of a student with experts are told, call by call, within the context."""
     seen: list[float] = []
     handles = []
-    for net in {id(net): net for net in (student.denoiser.net, *(e.net for e in student.experts))}.values():
+    nets = [student.denoiser.net, *(expert.net for expert in student.experts)] if student.experts else []
+    for net in nets:
         signature = inspect.signature(type(net).forward)
 
         def keep(net: nn.Module, args: Any, options: Any, signature: inspect.Signature = signature) -> None:
