@@ -290,6 +290,7 @@ MUTATIONS = {
         m("rec of samples", SIGN, 'nets.student.generate(y, c, steps=1) - y',
           "nets.student.generate(y, c, steps=1) - x",
           SIGNS),
+    ),
     "ECT, iCT": (
         m("other noise at r", CT, "path.diffuse(x, eps, r), r, c)", "path.diffuse(x, eps.roll(1, 0), r), r, c)",
           f"{OF}ct.py"),
