@@ -29,7 +29,7 @@ from distill.log import grid
 from distill.lora import merged
 from distill.roles import StudentConfig
 from distill.student import Student
-from pipelines import FAMILIES, ExportError, Teacher, comfy, experts, files, hub, kohya, opened
+from pipelines import FAMILIES, ExportError, Teacher, comfy, files, hub, kohya, opened
 from pipelines import published as others
 from pipelines.card import NEGATIVE, Result, card, code
 from pipelines.latents import factor
@@ -73,21 +73,15 @@ def export(
     folder, if anything differs.
     """
     replaceable(folder)
-    student = student.using(net)
-    with experts.told(student) as steps:
-        expected = reference(student, teacher, net)
+    expected = reference(student, teacher, net)
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         told = getattr(teacher.parts.family, "exported", lambda net, student: net)
         write(teacher, told(merged(untimed(net)), student), scheduler, partial)
-        limits: Sequence[str] = ()
-        if student.experts and not experts.write(student, net, steps, teacher.parts.network, partial):
-            limits = [experts.LIMIT.format(len(student.experts) + 1)]
         facts = {"student": True, "steps": len(student.times), "times": list(student.times), "config": about.config}
         (partial / "distill.json").write_text(json.dumps(facts | teacher.parts.asked, indent=1))
-        made, others = singles(student, teacher, net, partial, about)
-        limits = [*limits, *others]
+        made, limits = singles(student, teacher, net, partial, about)
         gaps = verified(partial, made, teacher, expected, len(student.times))
         grid(expected.images * 2 - 1, columns=len(expected.prompts), side=256).save(partial / "samples.png")
         lora = next((file.name for file in made if file.stem.endswith("_lora")), "")
@@ -122,8 +116,7 @@ def verified(folder: Path, made: list[Path], teacher: Teacher, expected: Referen
 
     absent = dict.fromkeys(lacking(teacher))
     options = {"dtype": torch.float32, "local_files_only": True}  # its text encoders and VAE may be stored in half
-    pipe = experts.install(DiffusionPipeline.from_pretrained(folder, **options, **absent), folder)
-    pipe = settled(pipe, place(teacher.parts.net))
+    pipe = settled(DiffusionPipeline.from_pretrained(folder, **options, **absent), place(teacher.parts.net))
     pipe.safety_checker = None  # SD 1.x's: it blackens what it takes for harmful, which is not the student's doing
     gaps = {"pipeline": compare(pipe, teacher, expected, steps)}
     for file in made:
@@ -198,11 +191,6 @@ def singles(
 
     if not hasattr(teacher.parts.family, "TARGETS"):
         return [], list(teacher.parts.family.limits(net))
-    other = {k: v for k, v in net.config.items() if k[0] != "_"} != {  # type: ignore[union-attr]
-        k: v for k, v in teacher.parts.net.config.items() if k[0] != "_"
-    }
-    if student.experts or other:
-        return [], [NEGATIVE, "There are no single files: they would be weights of the base's network."]
     steps, kind, limits = len(student.times), student.denoiser.kind, [NEGATIVE]
     size = teacher.shape[-1] * factor(teacher.parts), teacher.shape[-2] * factor(teacher.parts)
     spec = lambda lora: files.modelspec(net, kind, about.name, size, lora, license=about.license.id)
@@ -320,11 +308,10 @@ def trained(again: Again) -> tuple[Student, Teacher, Any, str, str, str]:
     teacher = opened(base, *(tree[key] for key in ("revision", "variant", "resolution", "frames")))
     config = revived(StudentConfig, tree["student"])
     scheduler, times = carrying(teacher, config)
-    net = config.net(teacher.denoiser.net)
+    net = config.lora(teacher.denoiser.net)
     checkpoint.fill(net, chosen[0], "student", teacher.denoiser.net)
     denoiser = replace(teacher.denoiser, net=net)
-    rest = config.phases, config.earlier(teacher.denoiser)
-    return Student(denoiser, times, config.scale, config.renoise, *rest), teacher, scheduler, base, method, text
+    return Student(denoiser, times, config.scale, config.renoise), teacher, scheduler, base, method, text
 
 
 def published(again: Again) -> tuple[Student, Teacher, Any, str, str, str]:

@@ -67,8 +67,6 @@ AVERAGE, MEAN, RCGM, TWIN, BOOT, SIGN = (
 )
 DMD, DI, F_DISTILL, LADD = (f"distill/methods/{name}" for name in ("dmd", "diff_instruct", "f_distill", "ladd"))
 SPRINT, RUN_UP = "distill/methods/sprint", "tests/methods/test_sprint.py"
-CT, CURRICULUM = "distill/methods/ct", "distill/curriculum"
-TSM = "distill/methods/tsm"
 PHASED, INTERVAL = "distill/methods/phased", "distill/interval"
 OF = "tests/methods/test_"  # NAME.py
 ENDS, MEANS, TWINS, BOOTS, SIGNS = (f"{OF}{name}.py" for name in "average meanflow twinflow boot sign".split())
@@ -120,19 +118,6 @@ MUTATIONS = {
         m("gradient not clipped by its entries", "distill/trainer", "(players[player], cfg.fake_max_grad_value)",
           "(players[player], 1e9)", JUDGE),
         m("logits not clamped", SIDA, ".clamp(-most, most)", "", JUDGE),
-    ),
-    "Multi-Student": (
-        m("guidance forgotten", TSM, "Guided(nets.teacher, self.guidance)(x_t", "nets.teacher(x_t", f"{OF}tsm.py"),
-        m("clean samples for the target", TSM, "self.guidance)(x_t, t, c).out", "self.guidance)(x, t, c).out",
-          f"{OF}tsm.py"),
-        m("target at another level", TSM, "self.guidance)(x_t, t, c).out", "self.guidance)(x_t, 1 - t, c).out",
-          f"{OF}tsm.py"),
-        m("labels of all parts", "distill/data/__init__", "part.to(draw.device)[draw.integers(\"label\", len(part))]",
-          "draw.integers(\"label\", 10)", "tests/test_experts.py::test_one_part_is_all"),
-        m("labels to the wrong student", "pipelines/experts", "= k\n    return which", "= -k\n    return which",
-          "tests/test_experts.py::test_students_of_parts"),
-        m("the first student for all", "pipelines/experts", "(which == k).reshape", "(which < 0).reshape",
-          "tests/test_experts.py::test_students_of_parts"),
     ),
     "PhasedDMD": (
         m("x_s for x_0 in the target", INTERVAL,
@@ -290,22 +275,6 @@ MUTATIONS = {
         m("rec of samples", SIGN, 'nets.student.generate(y, c, steps=1) - y',
           "nets.student.generate(y, c, steps=1) - x",
           SIGNS),
-    ),
-    "ECT, iCT": (
-        m("other noise at r", CT, "path.diffuse(x, eps, r), r, c)", "path.diffuse(x, eps.roll(1, 0), r), r, c)",
-          f"{OF}ct.py"),
-        m("target with gradient", CT, "with torch.no_grad():\n            target",
-          "with torch.enable_grad():\n            target",
-          f"{OF}ct.py"),
-        m("target at t", CT, "path.diffuse(x, eps, r), r, c)", "path.diffuse(x, eps, t), t, c)", f"{OF}ct.py"),
-        m("no boundary", CT, "expand(r, x) > 0,", "expand(r, x) >= 0,", f"{OF}ct.py"),
-        m("not weighted", CT, "gap.to(x) if self.weighted", "1.0 if self.weighted", f"{OF}ct.py"),
-        m("elements for the vector", "distill/losses", "linalg.vector_norm(delta.flatten(1), dim=1)",
-          "linalg.vector_norm(delta.flatten(1), dim=1) / delta[0].numel() ** 0.5", f"{OF}ct.py"),
-        m("sign of n", CURRICULUM, "torch.sigmoid(-self.b * s)", "torch.sigmoid(self.b * s)", f"{OF}ct.py"),
-        m("a stage late", CURRICULUM, "step // self.every + 1", "step // self.every + 2", f"{OF}ct.py"),
-        m("grid not doubled", CURRICULUM, "self.n_0 << min(step", "self.n_0 + min(step", f"{OF}ct.py"),
-        m("sign of the mean", CURRICULUM, "s.log() - self.mean", "s.log() + self.mean", f"{OF}ct.py"),
     ),
     "sCM": (
         m("sign of the derivative", SCM, "self.sigma_d * dF)", "-self.sigma_d * dF)", CONTINUOUS),

@@ -16,7 +16,6 @@ from torch import Tensor
 from distill.data import sources
 from distill.data.feed import FIXED, Feed
 from distill.data.index import TEXTS, belongs, command, read_index
-from distill.data.labels import chosen
 from distill.data.online import SIZES, Images, Texts
 from distill.data.shards import Shards, Table
 from distill.data.sources import Pictures
@@ -48,11 +47,6 @@ def digits(split: str) -> tuple[Tensor, Tensor]:
 class Digits:
     """Conditions are uniform class labels; real images, with their own labels, are of the training split."""
 
-    classes: tuple[int, ...] = ()  # labels of this student's part (Multi-Student); none given: all ten
-
-    def __post_init__(self) -> None:
-        chosen(self.classes, 10)
-
     def check(self, needs: tuple[str, ...]) -> None:
         """Nothing can be missing."""
 
@@ -61,16 +55,14 @@ class Digits:
 
     def fixed(self, n: int = 40) -> tuple[list[int], dict[str, Tensor]]:
         """Labels of a grid of samples, and their condition."""
-        part = chosen(self.classes, 10)
-        labels = part[torch.arange(n) % len(part)]
+        labels = torch.arange(n) % 10
         return labels.tolist(), {"class_labels": labels}
 
     def __call__(self, draw: Draw) -> dict[str, Any]:
-        (images, labels), part = digits("train"), chosen(self.classes, 10)
-        mine = torch.isin(labels, part).nonzero()[:, 0]
-        pick = mine[draw.integers("real", len(mine)).cpu()]
+        images, labels = digits("train")
+        pick = draw.integers("real", len(labels)).cpu()
         return {
-            "c": {"class_labels": part.to(draw.device)[draw.integers("label", len(part))]},
+            "c": {"class_labels": draw.integers("label", 10)},
             "real": images[pick].to(draw.device),
             "real_c": {"class_labels": labels[pick].to(draw.device)},
         }

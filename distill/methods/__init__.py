@@ -1,7 +1,6 @@
 """The distillation algorithms, one file each beside its equations."""
 
 from distill.methods.boot import BOOT
-from distill.methods.ct import CT
 from distill.methods.denoise import Denoise
 from distill.methods.diff_instruct import DiffInstruct
 from distill.methods.dmd import DMD
@@ -18,13 +17,11 @@ from distill.methods.sid import SiD
 from distill.methods.sida import SiDA
 from distill.methods.sign import SIGN
 from distill.methods.sprint import Sprint
-from distill.methods.tsm import TSM
 from distill.methods.twinflow import TwinFlow
 from distill.methods.vsd import VSD
 
 __all__ = [
     "BOOT",
-    "CT",
     "DMD",
     "DMD2",
     "Denoise",
@@ -42,6 +39,5 @@ __all__ = [
     "SiDA",
     "Sprint",
     "TwinFlow",
-    "TSM",
     "VSD",
 ]
