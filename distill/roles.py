@@ -30,6 +30,7 @@ class Nets:
     """The roles. A role that a method does not use is None. shape: of one sample, (C, H, W) say.
 
     perceptual: how far decoded samples [B, *shape] look from others, [B], with gradient; for methods that need it.
+    reward: how good samples [B, *shape] are under a condition, [B], with gradient to the samples; likewise.
     """
 
     teacher: Denoiser
@@ -39,6 +40,7 @@ class Nets:
     disc: nn.Module | None = None
     target: Denoiser | None = None
     perceptual: Callable[[Tensor, Tensor], Tensor] | None = None
+    reward: Callable[[Tensor, Condition], Tensor] | None = None
 
     def modules(self) -> dict[str, nn.Module]:
         """Every trained or averaged network by role; the teacher is frozen and not among them."""

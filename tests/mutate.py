@@ -68,6 +68,8 @@ AVERAGE, MEAN, RCGM, TWIN, BOOT, SIGN = (
 DMD, DI, F_DISTILL, LADD = (f"distill/methods/{name}" for name in ("dmd", "diff_instruct", "f_distill", "ladd"))
 SPRINT, RUN_UP = "distill/methods/sprint", "tests/methods/test_sprint.py"
 PHASED, INTERVAL = "distill/methods/phased", "distill/interval"
+REWARD, CLIP, WRAPPED = "distill/methods/reward", "pipelines/reward", "distill/methods/wrapped"
+REWARDED = "tests/methods/test_reward.py"
 OF = "tests/methods/test_"  # NAME.py
 ENDS, MEANS, TWINS, BOOTS, SIGNS = (f"{OF}{name}.py" for name in "average meanflow twinflow boot sign".split())
 NO_GRAD, GRAD = "with torch.no_grad():\n            x_t = path", "with torch.enable_grad():\n            x_t = path"
@@ -96,6 +98,26 @@ MUTATIONS = {
           f"{TRAINER}::test_order_of_turns"),
         m("fake on the wrong level", SID, "fake.path.diffuse(x, eps, t), t, c)",
           "fake.path.diffuse(x, eps, t), 1 - t, c)", FAKE),
+    ),
+    "Rewarded": (
+        m("sign of the reward", REWARD, "d = -r if", "d = r if", REWARDED),
+        m("sign of the clamped reward", REWARD, "(self.clamp - r).relu()", "(r - self.clamp).relu()", REWARDED),
+        m("clamp of the mean", REWARD, "(self.clamp - r).relu()", "(self.clamp - r.mean()).relu()", REWARDED),
+        m("reward without gradient", REWARD, "r = nets.reward(*said[-1])", "r = nets.reward(*said[-1]).detach()",
+          REWARDED),
+        m("sum over the batch", REWARD, "d.mean()", "d.sum()", REWARDED),
+        m("weight does not fall", REWARD, "max(0.0, 1 - draw.step / self.until)", "1.0", REWARDED),
+        m("prompt, not caption", REWARD, "self.said.append((pred.x0, c))", "self.said.append((pred.x0.detach(), c))",
+          REWARDED),
+        m("wrapper forgets the role", WRAPPED, "return self.base.roles", 'return ("fake",)', REWARDED),
+        m("every player rewarded", WRAPPED, 'f"{update.player}_term"', '"student_term"', REWARDED),
+        m("pictures clamped", CLIP, "(pictures(x), (size", "(pictures(x).clamp(-1, 1), (size", REWARDED),
+        m("CLIP's shift forgotten", CLIP, "/ 2 + 0.5 - seen", "- seen", REWARDED),
+        m("CLIP without gradient", CLIP, "F.interpolate(pictures(x)", "F.interpolate(pictures(x).detach()", REWARDED),
+        m("shares left out", CLIP, "share.log() - (mean.T * w)", "share.log() + (mean.T * w)", REWARDED),
+        m("row of the prompt before it was emptied", "distill/data/feed",
+          "        rows = torch.where(empty, len(self.text) - 1, rows)\n        return self.text.read(rows.tolist())",
+          "        return self.text.read(torch.where(empty, len(self.text) - 1, rows).tolist())", REWARDED),
     ),
     "SiDA": (
         m("sign of the student's GAN", SIDA, "F.softplus(-self.logits(", "F.softplus(self.logits(", JUDGE),

@@ -12,6 +12,7 @@ from distill.methods.meanflow import MeanFlow
 from distill.methods.phased import PhasedDMD
 from distill.methods.rcgm import RCGM
 from distill.methods.regression import Regression
+from distill.methods.reward import Rewarded
 from distill.methods.scm import SCM
 from distill.methods.sid import SiD
 from distill.methods.sida import SiDA
@@ -33,6 +34,7 @@ __all__ = [
     "MeanFlow",
     "RCGM",
     "Regression",
+    "Rewarded",
     "SCM",
     "SIGN",
     "SiD",
