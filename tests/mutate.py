@@ -70,6 +70,8 @@ SPRINT, RUN_UP = "distill/methods/sprint", "tests/methods/test_sprint.py"
 PHASED, INTERVAL = "distill/methods/phased", "distill/interval"
 REWARD, CLIP, WRAPPED = "distill/methods/reward", "pipelines/reward", "distill/methods/wrapped"
 REWARDED = "tests/methods/test_reward.py"
+FORGET, FORGOTTEN = "distill/methods/forget", "tests/methods/test_forget.py"
+ENTROPIC, SPREAD = "distill/methods/entropic", "tests/methods/test_entropic.py"
 OF = "tests/methods/test_"  # NAME.py
 ENDS, MEANS, TWINS, BOOTS, SIGNS = (f"{OF}{name}.py" for name in "average meanflow twinflow boot sign".split())
 NO_GRAD, GRAD = "with torch.no_grad():\n            x_t = path", "with torch.enable_grad():\n            x_t = path"
@@ -118,6 +120,27 @@ MUTATIONS = {
         m("row of the prompt before it was emptied", "distill/data/feed",
           "        rows = torch.where(empty, len(self.text) - 1, rows)\n        return self.text.read(rows.tolist())",
           "        return self.text.read(torch.where(empty, len(self.text) - 1, rows).tolist())", REWARDED),
+    ),
+    "Forgetting": (
+        m("teacher told the class itself", FORGET, "self.rule(c))", "c)", FORGOTTEN),
+        m("rule for student and fake", FORGET, "second: Any = batch", "c_f = self.overridden(c_f)\n"
+          "            second: Any = batch", FORGOTTEN),
+        m("forgetting in full", FORGET, "weight * forgetting,", "forgetting,", FORGOTTEN),
+        m("sign of forgetting", FORGET, "total + weight", "total - weight", FORGOTTEN),
+        m("rule the wrong way", FORGET, "torch.where(label == old, new, out)", "torch.where(label == new, old, out)",
+          FORGOTTEN),
+        m("samples without gradient", FORGET, 'draw.player == "student"', "False", FORGOTTEN),
+        m("samples of the first batch", FORGET, "x_f = self.sample(nets, second, draw)", "x_f = x", FORGOTTEN),
+    ),
+    "Entropic": (
+        m("1 + lambda", ENTROPIC, "k=1 - self.entropy", "k=1 + self.entropy", SPREAD),
+        m("lambda for 1 - lambda", ENTROPIC, "k=1 - self.entropy", "k=self.entropy", SPREAD),
+        m("teacher guided, too", ENTROPIC, "replace(nets, fake=", "replace(nets, teacher=Scaled(**vars(nets.teacher), "
+          "k=1 - self.entropy), fake=", SPREAD),
+        m("no conditions dropped", ENTROPIC, "< self.p_drop", "< 0", SPREAD),
+        m("images keep theirs", ENTROPIC, 'for key in ("c", "real_c")', 'for key in ("c",)', SPREAD),
+        m("features of no condition", ENTROPIC, "return Guided(self.bare, self.k).tapping(x, t, c, taps)",
+          "return Guided(self.bare, self.k).tapping(x, t, self.null, taps)", SPREAD),
     ),
     "SiDA": (
         m("sign of the student's GAN", SIDA, "F.softplus(-self.logits(", "F.softplus(self.logits(", JUDGE),

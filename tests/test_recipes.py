@@ -45,6 +45,7 @@ LAUNCH = {"half precision": ("--mixed_precision", "bf16")}  # of accelerate
 EVERY = {
     "DMD2": "--method.every 1",
     "DiffInstruct": "--method.fake_steps 1",
+    "Entropic": "--method.base.every 1",
     "FDistill": "--method.every 1",
     "SiD": "--method.fake_steps 1",
     "SiDA": "--method.fake_steps 1 --method.start 0 --method.gan_start 0",

@@ -5,7 +5,9 @@ from distill.methods.denoise import Denoise
 from distill.methods.diff_instruct import DiffInstruct
 from distill.methods.dmd import DMD
 from distill.methods.dmd2 import DMD2
+from distill.methods.entropic import Entropic
 from distill.methods.f_distill import FDistill
+from distill.methods.forget import Forgetting
 from distill.methods.ladd import LADD
 from distill.methods.lcd import LCD
 from distill.methods.meanflow import MeanFlow
@@ -27,7 +29,9 @@ __all__ = [
     "DMD2",
     "Denoise",
     "DiffInstruct",
+    "Entropic",
     "FDistill",
+    "Forgetting",
     "LADD",
     "LCD",
     "PhasedDMD",
