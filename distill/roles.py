@@ -157,10 +157,10 @@ def build(
         except AttributeError as error:
             top = [child for child, _ in teacher.net.named_children()]
             raise ValueError(f"no module {name!r} to freeze ({error}); at the top there are {top}") from None
-    if student.init is not None:
-        checkpoint.fill(nets.student.denoiser.net, student.init, "student", teacher.net)
     if "end" in method.needs:
         nets.student.denoiser = timed(nets.student.denoiser)
+    if student.init is not None:
+        checkpoint.fill(nets.student.denoiser.net, student.init, "student", teacher.net)
     if "fake" in method.roles:
         nets.fake = replace(teacher, net=fake.lora(teacher.net))
         if fake.init is not None:

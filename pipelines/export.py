@@ -75,12 +75,14 @@ def export(
     folder, if anything differs.
     """
     replaceable(folder)
+    one = untimed(replace(student.denoiser, net=net))
+    student, net = replace(student, denoiser=one), one.net
     expected = reference(student, teacher, net)
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         told = getattr(teacher.parts.family, "exported", lambda net, student: net)
-        write(teacher, told(merged(untimed(net)), student), scheduler, partial)
+        write(teacher, told(merged(net), student), scheduler, partial)
         facts = {"student": True, "steps": len(student.times), "times": list(student.times), "config": about.config}
         (partial / "distill.json").write_text(json.dumps(facts | teacher.parts.asked, indent=1))
         made, limits = singles(student, teacher, net, partial, about)
