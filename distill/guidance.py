@@ -86,6 +86,11 @@ def scale_of(w: float | tuple[float, float], draw: Draw, B: int) -> float | Tens
     return w[0] + (w[1] - w[0]) * draw.uniform("guidance", (B,))
 
 
+def needed(w: float | tuple[float, float]) -> tuple[str, ...]:
+    """What guidance w of the teacher needs: a null condition, and of a range a student that is told it."""
+    return () if w == 1 else ("null", "told") if isinstance(w, tuple) else ("null",)
+
+
 def told(c: Condition, w: float | Tensor) -> Condition:
     """The condition of a network that is told its guidance, as the key "guidance" [B]; a fixed w is not told."""
     return (c or {}) | {"guidance": w} if isinstance(w, Tensor) else c

@@ -56,7 +56,7 @@ class Method(Protocol):
     """
 
     roles: tuple[str, ...]  # of Nets, beside teacher and student
-    needs: tuple[str, ...]  # "real" with "real_c"; "null" for guidance; "pairs": "z", "y"; "perceptual", "reward"
+    needs: tuple[str, ...]  # "real", "real_c"; "null", "told" for guidance; "pairs": "z", "y"; "perceptual": of Nets
 
     def updates(self) -> list[Update]: ...
 

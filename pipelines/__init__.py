@@ -27,6 +27,7 @@ FAMILIES = {  # _class_name of model_index.json -> module of this package
     "PixArtAlphaPipeline": "pixart",
     "PixArtSigmaPipeline": "pixart",
     "SanaPipeline": "sana",
+    "SanaSprintPipeline": "sana",
     "QwenImagePipeline": "qwen",
     "WanPipeline": "wan",
 }
@@ -44,15 +45,37 @@ class Parts:
 
     A run whose prompts and images are cached never holds a text encoder, nor a VAE where it draws no samples.
     variant: of the weight files ("fp16"). dtype: of the network; that of text encoders and VAE is `precision`.
+    told: its guidance is told to the network, which gets an embedding for it where it has none.
     """
 
-    def __init__(self, folder: str | Path, variant: str | None = None, dtype: torch.dtype = torch.float32) -> None:
+    told = False
+
+    def __init__(
+        self, folder: str | Path, variant: str | None = None, dtype: torch.dtype = torch.float32, told: bool = False
+    ) -> None:
         self.folder, self.variant, self.dtype = Path(folder), variant, dtype
         self.index = index(folder)
+        if told:
+            self.tell()
         self.precision = torch.float32
         self.device = torch.device("cpu")  # where encoders and VAE work; the network is moved by the trainer
         self.given: dict[str, Any] = {}  # components that are not read from the folder
         self.asked: dict[str, int] = {}  # a size that is not the teacher's own: "resolution", "frames"
+
+    def tell(self) -> None:
+        """Have the network be told its guidance: a ValueError, as soon as it is read, where it can't be."""
+        self.told, self.index = True, self.index | getattr(self.family, "TOLD", {})
+
+    def hearing(self, net: Any) -> Any:
+        """The network that hears its guidance, as FLUX.1-dev's and an LCM's do, or the family's makes itself do."""
+        if hasattr(self.family, "hearing"):
+            return self.family.hearing(net)
+        if not (net.config.get("guidance_embeds") or net.config.get("time_cond_proj_dim")):
+            raise ValueError(
+                f"a range of guidance is told to the student, but the network of {self.folder} has no embedding of it: "
+                "give --method.guidance one number"
+            )
+        return net
 
     @property
     def family(self) -> ModuleType:
@@ -82,6 +105,7 @@ class Parts:
             found = cls.from_pretrained(self.folder, subfolder=name, local_files_only=True, **options)
         except (OSError, ValueError) as error:
             raise ValueError(f"{self.folder}: its {name} cannot be read: {error}") from None
+        found = self.hearing(found) if self.told and name == self.network else found
         return found.requires_grad_(False).eval() if options else found
 
     def config(self, name: str) -> dict[str, Any]:
@@ -185,13 +209,14 @@ def load(
     frames: int | None = None,
     variant: str | None = None,
     dtype: torch.dtype = torch.float32,
+    told: bool = False,
 ) -> Teacher:
     """The teacher of a local diffusers pipeline folder; its family is found from model_index.json.
 
     resolution, frames: of its samples, in pixels and pictures; None: what the network was trained for. dtype: of the
-    network.
+    network. told: it is to be told its guidance (Parts).
     """
-    parts = Parts(folder, variant, dtype)
+    parts = Parts(folder, variant, dtype, told)
     asked = {"resolution": resolution, "frames": frames}
     parts.asked = {key: value for key, value in asked.items() if value is not None}
     if frames is not None and getattr(parts.family, "TASK", "") != "text-to-video":
@@ -208,9 +233,10 @@ def opened(
     resolution: int | None = None,
     frames: int | None = None,
     dtype: torch.dtype = torch.float32,
+    told: bool = False,
 ) -> Teacher:
-    """The teacher of a folder or of a name on the Hub, which is downloaded; its network in `dtype`."""
-    return load(located(name, revision, variant), resolution, frames, variant, dtype)
+    """The teacher of a folder or of a name on the Hub, which is downloaded; its network in `dtype`, `told` or not."""
+    return load(located(name, revision, variant), resolution, frames, variant, dtype, told)
 
 
 def located(name: str, revision: str | None = None, variant: str | None = None) -> Path:

@@ -173,7 +173,8 @@ class Meta(Parts):
         import torch
 
         with torch.device(self.place):
-            return getattr(diffusers, self.model.network)(**self.model.config).requires_grad_(False).eval()
+            found = getattr(diffusers, self.model.network)(**self.model.config)
+        return (self.hearing(found) if self.told else found).requires_grad_(False).eval()
 
     def component(self, name: str, dtype: Any = None) -> Any:
         raise ValueError(f"of {self.folder} only the network is built, from its config: there is no {name}")

@@ -1,7 +1,6 @@
 """A student as a pipeline folder that plain diffusers loads; reloaded and compared before it is called done.
 
 python -m pipelines.export runs/dmd2_sdxl                       again, from the newest checkpoint of a run
-python -m pipelines.export runs/a --other runs/b                the mean of two students' weights (SwiftBrush v2)
 python -m pipelines.export --from FILE --pretrained_model_name_or_path BASE --output_dir OUT      a published student
 """
 
@@ -23,12 +22,11 @@ import yaml
 from safetensors import SafetensorError
 from torch import nn
 
-from distill import checkpoint
+from distill import checkpoint, methods
 from distill.average import untimed
 from distill.config import TEACHER, fail, revived
 from distill.log import grid
 from distill.lora import merged
-from distill.ranges import Share
 from distill.roles import StudentConfig
 from distill.student import Student
 from pipelines import FAMILIES, ExportError, Teacher, comfy, files, hub, kohya, opened
@@ -75,18 +73,21 @@ def export(
     folder, if anything differs.
     """
     replaceable(folder)
-    one = untimed(replace(student.denoiser, net=net))
-    student, net = replace(student, denoiser=one), one.net
     expected = reference(student, teacher, net)
+    others = {
+        steps: reference(replace(student, times=carrying(teacher, StudentConfig(steps=steps))[1]), teacher, net)
+        for steps in getattr(teacher.parts.family, "steps", lambda parts: ())(teacher.parts)
+        if steps != len(student.times)
+    }
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         told = getattr(teacher.parts.family, "exported", lambda net, student: net)
-        write(teacher, told(merged(net), student), scheduler, partial)
+        write(teacher, told(merged(untimed(net)), student), scheduler, partial)
         facts = {"student": True, "steps": len(student.times), "times": list(student.times), "config": about.config}
         (partial / "distill.json").write_text(json.dumps(facts | teacher.parts.asked, indent=1))
         made, limits = singles(student, teacher, net, partial, about)
-        gaps = verified(partial, made, teacher, expected, len(student.times))
+        gaps = verified(partial, made, teacher, expected, len(student.times), others)
         grid(expected.images * 2 - 1, columns=len(expected.prompts), side=256).save(partial / "samples.png")
         lora = next((file.name for file in made if file.stem.endswith("_lora")), "")
         beside = sorted(file.name for file in partial.iterdir() if file.is_file())
@@ -114,8 +115,13 @@ def replaceable(folder: Path) -> None:
         raise ValueError(f"{parent} is no folder that may be written to: choose another --output_dir")
 
 
-def verified(folder: Path, made: list[Path], teacher: Teacher, expected: Reference, steps: int) -> dict[str, float]:
-    """The largest image difference of the folder and of each single file; an ExportError where it is too large."""
+def verified(
+    folder: Path, made: list[Path], teacher: Teacher, expected: Reference, steps: int, others: dict[int, Reference]
+) -> dict[str, float]:
+    """The largest image difference of the folder and of each single file; an ExportError where it is too large.
+
+    others: of the folder with other numbers of steps.
+    """
     from diffusers import DiffusionPipeline
 
     absent = dict.fromkeys(lacking(teacher))
@@ -123,9 +129,10 @@ def verified(folder: Path, made: list[Path], teacher: Teacher, expected: Referen
     pipe = settled(DiffusionPipeline.from_pretrained(folder, **options, **absent), place(teacher.parts.net))
     pipe.safety_checker = None  # SD 1.x's: it blackens what it takes for harmful, which is not the student's doing
     gaps = {"pipeline": compare(pipe, teacher, expected, steps)}
+    gaps |= {f"pipeline, {n} step{'s' * (n > 1)}": compare(pipe, teacher, other, n) for n, other in others.items()}
     for file in made:
         gaps[file.name] = compare(loaded(pipe, teacher, file), teacher, expected, steps)
-    limit = lambda name: TOLERANCE if name == "pipeline" else HALF
+    limit = lambda name: TOLERANCE if name.startswith("pipeline") else HALF
     if wrong := {name: gap for name, gap in gaps.items() if not gap <= limit(name)}:
         told = ", ".join(f"{name} by {gap:.2g} (limit {limit(name)})" for name, gap in wrong.items())
         raise ExportError(f"the exported pipeline differs from the student: {told}; see {folder}")
@@ -179,7 +186,8 @@ def call(teacher: Teacher, steps: int, prompt: Any) -> str:
     if not hasattr(family, "TARGETS"):
         return family.snippet(steps, prompt)
     height, width = (side * factor(teacher.parts) for side in teacher.shape[-2:])
-    options = {"height": height, "width": width, "num_inference_steps": steps, **family.CALL}
+    options = {"height": height, "width": width, "num_inference_steps": steps}
+    options |= family.options(teacher.parts, steps) if hasattr(family, "options") else family.CALL
     if "frames" in teacher.parts.asked:
         options["num_frames"] = teacher.parts.asked["frames"]
     given = ", ".join([json.dumps(prompt), *(f"{name}={value!r}" for name, value in options.items())])
@@ -281,8 +289,6 @@ class Again:
 
     run: Annotated[str, tyro.conf.Positional] = ""  # a run's folder; its config.yaml says what the student is
     checkpoint: str = "latest"  # of the run, or checkpoint-N
-    other: str = ""  # folder of a run of the same teacher and student, whose newest weights are mixed in
-    share: Share = 0.5  # of `run` in that mixture: share A + (1 - share) B (SwiftBrush v2: .5)
     published: Annotated[str, tyro.conf.arg(name="from")] = ""  # instead of a run: a published file or its folder
     layout: Literal["dmd2", "lightning", "lcm"] | None = None  # of that file; None: as its name says
     steps: int | None = None  # of that student; None: as its name says
@@ -311,33 +317,20 @@ def trained(again: Again) -> tuple[Student, Teacher, Any, str, str, str]:
     if not chosen:
         raise ValueError(f"no checkpoint {again.checkpoint!r} in {run}; there are {[f.name for f in found]}")
     base = again.teacher or tree["teacher"]
-    teacher = opened(base, *(tree[key] for key in ("revision", "variant", "resolution", "frames")))
+    options = [tree[key] for key in ("revision", "variant", "resolution", "frames")]
+    teacher = opened(base, *options, torch.float32, tells(method, tree["method"]))
     config = revived(StudentConfig, tree["student"])
     scheduler, times = carrying(teacher, config)
     net = config.lora(teacher.denoiser.net)
     checkpoint.fill(net, chosen[0], "student", teacher.denoiser.net)
-    student = Student(replace(teacher.denoiser, net=net), times, config.scale, config.renoise)
-    if again.other:
-        student = mixed(
-            student, trained(replace(again, run=again.other, other="", checkpoint="latest"))[0], again.share
-        )
-        text += yaml.safe_dump({"other": again.other, "share": again.share})
-    return student, teacher, scheduler, base, method, text
+    denoiser = replace(teacher.denoiser, net=net)
+    return Student(denoiser, times, config.scale, config.renoise), teacher, scheduler, base, method, text
 
 
-def mixed(a: Student, b: Student, share: float) -> Student:
-    """The student with the weights share A + (1 - share) B, adapters merged; both take their calls at the same levels.
-
-    ValueError if they do not: a mean of weights is a student only where both began at the same ones.
-    """
-    ours, theirs = ((s.times, s.input_scale, s.renoise) for s in (a, b))
-    if ours != theirs:
-        raise ValueError(f"the other student's calls are (times, scale, noise) {theirs}, this one's {ours}: not mixed")
-    net, other = merged(a.denoiser.net), merged(b.denoiser.net).state_dict()
-    for name, tensor in net.state_dict().items():
-        if tensor.is_floating_point():
-            tensor.lerp_(other[name].to(tensor), 1 - share)
-    return a.using(net)
+def tells(method: str, fields: dict[str, Any]) -> bool:
+    """Whether a method of this name with these values tells its student the guidance."""
+    known, w = {name.lower(): getattr(methods, name) for name in methods.__all__}, fields.get("guidance")
+    return isinstance(w, list) and method in known and "told" in known[method](guidance=tuple(w)).needs
 
 
 def published(again: Again) -> tuple[Student, Teacher, Any, str, str, str]:

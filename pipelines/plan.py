@@ -114,6 +114,8 @@ class Run:
 
         from distill.roles import build
 
+        if "told" in self.config.method.needs:
+            self.parts.tell()
         teacher = self.parts.family.load(self.parts, self.config.resolution, self.config.frames)
         kinds = {"class_labels": torch.long}
         shapes = self.parts.condition().items()

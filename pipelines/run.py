@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 
 from distill import checkpoint, health, memory, shard
 from distill.config import Config, dump, fail, parse
-from pipelines import FAMILIES, ExportError, Teacher, index, opened, perceptual, reward
+from pipelines import FAMILIES, ExportError, Teacher, index, opened, perceptual
 
 if TYPE_CHECKING:
     import torch
@@ -148,8 +148,9 @@ def run(config: Config[Any, Any], out: Path, resume: Path | None) -> None:
     with accelerator.main_process_first():
         if config.smoke and accelerator.is_main_process:
             tiny.save(config.family, config.teacher)
-        size = config.resolution, config.frames
-        teacher = opened(config.teacher, config.revision, config.variant, *size, precision(config, accelerator))
+        size, kind = (config.resolution, config.frames), precision(config, accelerator)
+        told = "told" in config.method.needs
+        teacher = opened(config.teacher, config.revision, config.variant, *size, kind, told)
     teacher.parts.device = accelerator.device
     sharded = shard.asked(accelerator)
     if not sharded:
@@ -159,10 +160,11 @@ def run(config: Config[Any, Any], out: Path, resume: Path | None) -> None:
     prompts, c = data.fixed(config.validation_images)
     c = {key: value.to(accelerator.device) for key, value in c.items()}
     method = type(config.method).__name__.lower()
-    told = about(out.resolve().name, teacher, config.teacher, method, dump(config), config.license, repository)
+    card = about(out.resolve().name, teacher, config.teacher, method, dump(config), config.license, repository)
     example = {key: value[:1] for key, value in c.items()}
     nets = build(config.method, teacher.denoiser, teacher.shape, example, student, config.fake)
-    judged(nets, config, teacher, data)
+    if "perceptual" in config.method.needs:
+        nets.perceptual = perceptual.asked(config, teacher)
     if accelerator.mixed_precision == "bf16":
         half(teacher.denoiser.net)  # what is trained are float32 copies, or adapters on it
     if config.replay is not None:
@@ -228,17 +230,9 @@ def run(config: Config[Any, Any], out: Path, resume: Path | None) -> None:
             net = made.denoiser.net
         else:
             whole(nets, state, teacher)
-        report(folder, export(made, teacher, net, scheduler, folder, told))
+        report(folder, export(made, teacher, net, scheduler, folder, card))
         if repository:
             sys.stderr.write(f"pushed to {hub.push(folder, repository)}\n")
-
-
-def judged(nets: Nets, config: Config[Any, Any], teacher: Teacher, data: Any) -> None:
-    """Give the networks what judges their samples, where the method needs it."""
-    if "perceptual" in config.method.needs:
-        nets.perceptual = perceptual.asked(config, teacher)
-    if "reward" in config.method.needs:
-        nets.reward = reward.asked(config, teacher, data)
 
 
 def replay(folder: Path, config: Config[Any, Any], nets: Nets, data: Any, accelerator: Accelerator) -> int:

@@ -7,6 +7,7 @@ config can say is refused before training. With a table of betas (all checked ag
     ddim, input scaled by sigma        EulerDiscreteScheduler, trailing                       Lightning
     one call at n < N - 1              the same two on the first n + 1 betas     DMD2 at 399, SiD-LSG at 625
     flow                               FlowMatchEuler, stochastic_sampling where noise is fresh
+    flow that is told its guidance     SCM, which reads it on TrigFlow                   SANA-Sprint
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ def scheduler(teacher: Teacher, student: StudentConfig) -> tuple[Any, tuple[floa
     match schedule:
         case VP():
             return _table(teacher, schedule, student)
+        case Flow() if teacher.parts.index["_class_name"] == "SanaSprintPipeline":
+            return _trig(schedule, student)
         case Flow():
             return _flow(teacher, schedule, student)
         case EDM():
@@ -105,6 +108,22 @@ def _flow(teacher: Teacher, schedule: Flow, student: StudentConfig) -> tuple[Any
     found = FlowMatchEulerDiscreteScheduler(**options, stochastic_sampling=student.renoise == "fresh" and steps > 1)
     teacher.set_timesteps(found, steps)
     return found, _checked(student, tuple(found.sigmas[:-1].double().tolist()))
+
+
+def _trig(schedule: Flow, student: StudentConfig) -> tuple[Any, tuple[float, ...]]:
+    from diffusers import SCMScheduler
+
+    from pipelines.sana import angles
+
+    if student.scale is not None and abs(student.scale - 1) > 1e-6:
+        raise ValueError(f"SANA-Sprint's pipeline feeds unit noise, not noise scaled by {student.scale}")
+    if student.steps > 1 and student.renoise != "fresh":
+        raise ValueError("SANA-Sprint's pipeline renoises with fresh noise: train with --student.renoise fresh")
+    if student.first(schedule) < 1:
+        raise ValueError("SANA-Sprint's pipeline starts at noise alone: leave --student.sigma and timestep out")
+    angle = torch.tensor(angles(student.steps), dtype=torch.float64)
+    times = angle.sin() / (angle.sin() + angle.cos())
+    return SCMScheduler(), _checked(student, tuple(times.tolist()))
 
 
 def _edm(teacher: Teacher, schedule: EDM, student: StudentConfig) -> tuple[Any, tuple[float, ...]]:

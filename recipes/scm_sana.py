@@ -1,9 +1,12 @@
 """sCM on SANA: continuous-time consistency, one to four steps. Lu & Song 2024, 2410.11081; SANA-Sprint 2503.09641.
 
 `accelerate launch recipes/scm_sana.py --data.cache CACHE`, a cache of prompts and images (python -m pipelines.cache).
-SANA-Sprint's values without its adversarial loss and its embedded guidance (a fixed one here, not run at full size):
-the paper's ablation has FID 8.93 on MJHQ for sCM alone, 8.11 with both.
+SANA-Sprint's values (of latents that it halves first, see distill/methods/sprint.py) without its adversarial loss and
+its embedded guidance (a fixed one here, not run at full size): the paper's ablation has FID 8.93 on MJHQ for sCM alone,
+8.11 with both, as in recipes/sana_sprint.py.
 """
+
+import math
 
 from distill.config import Config
 from distill.data import Text
@@ -14,7 +17,7 @@ from distill.trainer import TrainConfig
 from pipelines.run import main
 
 CONFIG = Config(
-    method=SCM(guidance=4.5, sigma_d=0.5, times=LogNormal(0.2, 1.6), warmup=4000),
+    method=SCM(guidance=4.5, sigma_d=1.0, times=LogNormal(0.2 + math.log(2), 1.6), warmup=4000, c=0.2),
     data=Text(),
     teacher="Efficient-Large-Model/Sana_600M_512px_diffusers",
     family="sana",

@@ -24,6 +24,7 @@ VARIANTS = {  # of a family: its module, what its tiny pipeline differs in, how 
     "sd3-without-t5": ("sd3", {"t5": False}, {}),
     "flux-schnell": ("flux", {"guidance": False}, {}),
     "pixart-alpha": ("pixart", {"kind": "PixArtAlphaPipeline", "sample_size": 128}, {"resolution": 16}),
+    "sana-1": ("sana", {"qk_norm": None, "timestep_scale": 1.0}, {}),  # SANA-Sprint's teacher is the default
     "wan-5b": ("wan", {"expand_timesteps": True}, {}),
 }
 

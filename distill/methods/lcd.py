@@ -18,7 +18,7 @@ from torch import Tensor
 from distill.denoiser import Condition, Denoiser
 from distill.draw import Draw
 from distill.ema import follow
-from distill.guidance import Guided, scale_of, told
+from distill.guidance import Guided, needed, scale_of, told
 from distill.losses import Reduction, huber, reduce
 from distill.ranges import Count, Decay, Finite, Positive
 from distill.schedule import expand
@@ -44,7 +44,7 @@ class LCD:
 
     @property
     def needs(self) -> tuple[str, ...]:
-        return ("real",) + (() if self.guidance == 1 else ("null",))
+        return ("real", *needed(self.guidance))
 
     def updates(self) -> list[Update]:
         return [Update("student", self.student_loss)]

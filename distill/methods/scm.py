@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from distill.draw import Draw
-from distill.guidance import Guided, scale_of, told
+from distill.guidance import Guided, needed, scale_of, told
 from distill.losses import Reduction, jvp, per_sample, reduce
 from distill.ranges import Finite, Natural, Positive, Weight
 from distill.schedule import Prediction, Trig, expand
@@ -40,11 +40,13 @@ class SCM:
     reduction: Reduction = "mean"  # of the loss (rCM, and SANA-Sprint's weight at its optimum: sum)
     one_pass: bool = True  # F of the loss is that of dF/dt; False: a pass of its own, as where blocks are recomputed
 
-    roles = ()
+    @property
+    def roles(self) -> tuple[str, ...]:
+        return ()
 
     @property
     def needs(self) -> tuple[str, ...]:
-        return ("real",) + (() if self.guidance == 1 else ("null",))
+        return ("real", *needed(self.guidance))
 
     def updates(self) -> list[Update]:
         return [Update("student", self.student_loss)]
