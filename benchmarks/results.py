@@ -1,29 +1,36 @@
 """The leaderboard of all methods on digits, over seeds: docs/digits.md, docs/digits.json and docs/digits.html.
 
-For every training seed a teacher, and a student of it by every recipe; for every model `noises` sets of n images. Runs
-that are there are kept, so an interrupted command goes on where it was.
+For every training seed a teacher, and a student of it by every recipes/*_digits.py, each for the same number of forward
+passes; for every model `noises` sets of n images. Runs that are there are kept, so an interrupted command goes on where
+it was, and all that are finished are in the table:
+
+make results ARGS="--methods sida dmd --seeds 0"     train these with this seed, and write the table of all
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
+import re
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import tyro
 from tqdm import tqdm
 
-from distill.config import fail
+from distill.config import Config, fail, parse
 from eval.jobs import Job, recipe, run
 
 ROOT = Path(__file__).resolve().parent.parent
 REFERENCE = "teacher-35"  # model-calls; Heun's method with n steps makes 2 n - 1 calls
 TEACHERS = {"teacher-9": 5, "teacher-17": 9, REFERENCE: 18}  # steps of Heun's method
-STUDENTS = {"dmd2-1": 1, "sid-1": 1, "vsd-1": 1, "scm-1": 1, "lcd-1": 1, "lcd-2": 2}  # steps
+METHODS = tuple(sorted(p.stem.removesuffix("_digits") for p in (ROOT / "recipes").glob("*_digits.py")))
+FEWER = {"lcd": (1,)}  # calls of students that can do with fewer than their recipe's
 GOALS = {"dmd2-1": 1.0, "sid-1": 1.15, "vsd-1": 1.15, "scm-1": 1.3, "lcd-2": 1.5}  # fd_heldout over the teacher's
-METHODS = tuple(dict.fromkeys(name.split("-")[0] for name in STUDENTS))
 
 
 @dataclass(frozen=True)
@@ -35,7 +42,49 @@ class Results:
     seeds: tuple[int, ...] = (0, 1, 2)  # of training
     noises: tuple[int, ...] = (100, 101, 102, 103, 104)  # of the samples
     n: int = 2000  # images of every evaluation
+    methods: tuple[str, ...] = METHODS  # that are trained if they are not yet; all that are finished are measured
+    passes: int = 1_536_000  # forward passes of one image that each student's training may cost
+    timing: bool = True  # measure latency and memory: on a machine that does nothing else
     workers: int = field(default_factory=lambda: os.cpu_count() or 1)  # jobs side by side, one thread each
+
+
+@cache
+def module(method: str) -> Any:
+    """The recipe of a method on the digits."""
+    return importlib.import_module(f"recipes.{method}_digits")
+
+
+@cache
+def models() -> dict[str, int]:
+    """The calls of every teacher and student, or the teacher's steps: {"dmd2-1": 1, ...}."""
+    own = {m: module(m).CONFIG.student for m in METHODS}
+    calls = {m: {*FEWER.get(m, ()), len(s.times) if s.times else s.steps} for m, s in own.items()}
+    return TEACHERS | {f"{m}-{k}": k for m in METHODS for k in sorted(calls[m])}
+
+
+def passes(config: Config, steps: int) -> float:
+    """Forward passes of one image that so many steps cost: a backward pass is 2, making pairs counts, too."""
+    from distill.data.labels import LabelPairs
+    from distill.roles import build
+    from pipelines import count, edm
+    from recipes.digits_teacher import Teacher
+
+    made = Teacher()
+    teacher = edm.teacher(edm.unet(made.channels, layers=made.layers), made.sigma_d, null_class=10)
+    teacher.denoiser.net.to("meta")
+    c = {key: value.to("meta") for key, value in teacher.encode([0]).items()}
+    nets = build(config.method, teacher.denoiser, teacher.shape, c, config.student, config.fake)
+    step = config.train.train_batch_size * count.passes(config.method, nets, c)
+    pairs, data = 0, config.data
+    if isinstance(data, LabelPairs):
+        pairs = data.n * (2 * data.steps - 1) * (1 if data.guidance == 1 else 2)  # Heun's method
+    return pairs + steps * step
+
+
+def affordable(config: Config, budget: int) -> int:
+    """The steps that so many forward passes of one image pay for."""
+    start, one = passes(config, 0), passes(config, 1)
+    return round((budget - start) / (one - start))
 
 
 def jobs(cfg: Results) -> dict[str, Job]:
@@ -46,45 +95,70 @@ def jobs(cfg: Results) -> dict[str, Job]:
         script, flags = ROOT / "recipes" / "digits_teacher.py", ("--seed", f"{seed}")
         if not (teacher / "model_index.json").is_file():
             todo[teacher.name] = recipe(script, f"teacher, seed {seed}", teacher, *flags)
-        for m in sorted(METHODS):
+        for m in cfg.methods:
             folder, script = cfg.output_dir / f"{m}-{seed}", ROOT / "recipes" / f"{m}_digits.py"
             resume = ("--resume_from_checkpoint", "latest") if (folder / "config.yaml").is_file() else ()
             if not (folder / "pipeline" / "model_index.json").is_file():
-                given = (*flags, "--teacher", f"{teacher}", *resume)
+                steps = ("--max_train_steps", f"{affordable(module(m).CONFIG, cfg.passes)}")
+                given = (*flags, *steps, "--teacher", f"{teacher}", *resume)
                 after = (teacher.name,) if teacher.name in todo else ()
                 todo[folder.name] = recipe(script, f"{m}, seed {seed}", folder, *given, after=after)
     return todo
 
 
-def measure(cfg: Results) -> list[dict[str, Any]]:
-    """The rows of every model x training seed ("run") x noise seed; the costs of the first seeds."""
-    from eval.generate import generate
-    from eval.score import score
+def trained(cfg: Results) -> list[int]:
+    """The seeds that have a teacher."""
+    return sorted(int(file.parent.name.split("-")[1]) for file in cfg.output_dir.glob("teacher-*/model_index.json"))
 
+
+def measure(cfg: Results) -> list[dict[str, Any]]:
+    """The rows of every finished model x training seed ("run") x noise seed; the costs of the first seeds."""
     rows = []
-    models = [(name, steps, seed) for seed in cfg.seeds for name, steps in (TEACHERS | STUDENTS).items()]
-    for name, steps, seed in tqdm(models, desc="evaluate", unit="model"):
+    asked = [(name, steps, seed) for seed in trained(cfg) for name, steps in models().items()]
+    for name, steps, seed in tqdm(asked, desc="evaluate", unit="model"):
         family = name.split("-")[0]
-        model = cfg.output_dir / f"{family}-{seed}" / ("" if family == "teacher" else "pipeline")
-        log = cfg.output_dir / f"{family}-{seed}" / "log.jsonl"
-        seconds = json.loads(log.read_text().splitlines()[-1])["seconds"]
-        for noise in cfg.noises:
-            out = cfg.output_dir / "samples" / f"{name}-{seed}-{noise}"
-            cost = cfg.output_dir / "costs" / f"{name}.json" if (seed, noise) == (cfg.seeds[0], cfg.noises[0]) else None
-            asked: dict[str, Any] = {"seed": noise, "name": family, "protocol": "digits", "cost": cost}
-            generate(f"{model}", out, cfg.n, steps, overwrite=True, **asked)
-            row = score(out) | {"run": seed}
-            known = (
-                json.loads(cost.read_text()) if cost else {k: row["cost"][k] for k in ("nfe", "parameters", "hardware")}
-            )
-            row["cost"] = known | {"train_seconds": seconds}
-            rows.append(row)
+        folder = cfg.output_dir / f"{family}-{seed}"
+        model = folder / ("" if family == "teacher" else "pipeline")
+        if not (model / "model_index.json").is_file():
+            continue
+        file = cfg.output_dir / "rows" / f"{name}-{seed}.json"
+        known = json.loads(file.read_text()) if file.is_file() else []
+        if [(row["seeds"], row["n"]) for row in known] != [([noise], cfg.n) for noise in cfg.noises]:
+            spent = None
+            if family != "teacher":
+                config = parse(module(family).CONFIG, ["--config", f"{folder / 'config.yaml'}"])
+                spent = passes(config, config.train.max_train_steps)
+            known = [evaluate(cfg, name, steps, seed, noise, model, spent) for noise in cfg.noises]
+            file.parent.mkdir(exist_ok=True)
+            file.write_text(json.dumps(known))
+        rows += known
     return rows
 
 
+def evaluate(
+    cfg: Results, name: str, steps: int, seed: int, noise: int, model: Path, spent: float | None
+) -> dict[str, Any]:
+    """The row of one model and noise seed; spent: forward passes of its training."""
+    from eval.generate import generate
+    from eval.score import score
+
+    family = name.split("-")[0]
+    log = cfg.output_dir / f"{family}-{seed}" / "log.jsonl"
+    out = cfg.output_dir / "samples" / f"{name}-{seed}-{noise}"
+    first = cfg.timing and (seed, noise) == (trained(cfg)[0], cfg.noises[0])
+    cost = cfg.output_dir / "costs" / f"{name}.json" if first else None
+    asked: dict[str, Any] = {"seed": noise, "name": family, "protocol": "digits", "cost": cost}
+    generate(f"{model}", out, cfg.n, steps, overwrite=True, **asked)
+    row = score(out) | {"run": seed}
+    known = json.loads(cost.read_text()) if cost else {k: row["cost"][k] for k in ("nfe", "parameters", "hardware")}
+    seconds = json.loads(log.read_text().splitlines()[-1])["seconds"]
+    row["cost"] = known | {"train_seconds": seconds, "train_passes": spent}
+    return row
+
+
 def of(rows: list[dict[str, Any]], model: str) -> list[dict[str, Any]]:
-    """The rows of a model of TEACHERS or STUDENTS."""
-    family, steps = model.split("-")[0], (TEACHERS | STUDENTS)[model]
+    """The rows of one of the `models`."""
+    family, steps = model.split("-")[0], models()[model]
     return [row for row in rows if (row["model"], row["steps"]) == (family, steps)]
 
 
@@ -94,62 +168,101 @@ def nested(rows: list[dict[str, Any]], key: str) -> list[list[float]]:
 
 
 def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row a model: means with intervals over training seeds, the ratio to the reference teacher, the goal."""
+    """One row a model: means with intervals over training seeds, the ratio to the reference teacher, the goal.
+
+    A model of a single training seed has no intervals.
+    """
     from eval.intervals import ratio_ci
     from eval.report import mean
 
     table: list[dict[str, Any]] = []
-    for model in TEACHERS | STUDENTS:
-        (row,) = mean(of(rows, model))
-        mine, reference = (nested(of(rows, m), "fd_heldout") for m in (model, REFERENCE))
-        ratio = ratio_ci(mine, reference, paired=True) if model != REFERENCE else None
-        compared = [ratio.mean, ratio.low, ratio.high] if ratio else [1.0, 1.0, 1.0]
-        figure = dict(zip(("value", "low", "high"), compared))
+    for model in models():
+        if not (found := of(rows, model)):
+            continue
+        (row,), runs = mean(found), {r["run"] for r in found}
+        mine, reference = (
+            nested([r for r in of(rows, m) if r["run"] in runs], "fd_heldout") for m in (model, REFERENCE)
+        )
+        figure = {"value": fmean(mine[0]) / fmean(reference[0])}
+        if len(runs) > 1 and model != REFERENCE:
+            ratio = ratio_ci(mine, reference, paired=True)
+            figure = {"value": ratio.mean, "low": ratio.low, "high": ratio.high}
         goal = {"ratio": figure, "goal": GOALS.get(model)}
-        table.append({**row, **goal})
+        table.append({**row, **goal, "runs": sorted(runs)})
     return table
 
 
+def collapsed(row: dict[str, Any], reference: dict[str, Any]) -> bool:
+    """Whether a student's recall is below 0.8 of the reference teacher's."""
+    mine, theirs = (r["metrics"]["recall"]["value"] for r in (row, reference))
+    return mine < 0.8 * theirs
+
+
 def verdict(row: dict[str, Any], reference: dict[str, Any]) -> str:
-    """Whether a student meets its goal, as the mean says, and whether the interval agrees."""
-    if row["goal"] is None:
+    """Whether a student collapsed or meets its goal, as the mean says, and whether the interval agrees."""
+    if row["kind"] == "teacher":
         return ""
     mine, theirs = ({k: m["value"] for k, m in r["metrics"].items()} for r in (row, reference))
     if theirs["fd_train"] > 8 or theirs["accuracy"] < 0.96:
         return "the teacher is too weak to count"
-    if mine["recall"] < 0.8 * theirs["recall"]:
+    if collapsed(row, reference):
         return "collapsed"
+    if row["goal"] is None:
+        return ""
     ratio = row["ratio"]
     met = ratio["value"] <= row["goal"] and mine["accuracy"] >= 0.96
-    sure = ratio["high"] <= row["goal"] if met else ratio["low"] > row["goal"]
+    sure = "low" in ratio and (ratio["high"] <= row["goal"] if met else ratio["low"] > row["goal"])
     return ("met" if met else "missed") + ("" if sure else ", interval undecided")
 
 
+def ranked(table: list[dict[str, Any]]) -> dict[int, str]:
+    """{place in the table: rank by the held-out distance}, 2= for a tie; of students of several training seeds."""
+    from eval.report import boards
+
+    place = {id(row): i for i, row in enumerate(table)}
+    rows = [row for row in table if row["kind"] != "teacher" and len(row["runs"]) > 1]
+    if not rows:
+        return {}
+    (board,) = boards(rows)
+    ranks = board.ranks("fd_heldout")
+    return {place[id(board.rows[i])]: f"{rank}{'=' if tie else ''}" for i, (rank, tie) in ranks.items()}
+
+
+def advice(method: str) -> str:
+    """What the recipe's docstring says from "Choose it" on."""
+    said = re.search(r"Choose it .*", module(method).__doc__, re.DOTALL)
+    return " ".join(said[0].split()) if said else ""
+
+
 def markdown(table: list[dict[str, Any]], floor: float, cfg: Results) -> str:
-    """The document: how it was made, and a line a model."""
+    """The document: how it was made, a line a model, and a few words on each method."""
     reference = next(row for row in table if row["model"] == "teacher" and row["steps"] == TEACHERS[REFERENCE])
-    head = ("model", "calls", "FD held-out", "/ teacher's", "goal", "verdict", "FD train")
-    lines = [f"| {' | '.join((*head, 'accuracy', 'precision', 'recall'))} |", "|---" * 10 + "|"]
-    for row in table:
+    head = ("model", "calls", "seeds", "rank", "FD held-out", "/ teacher's", "goal", "verdict", "FD train")
+    head += ("accuracy", "precision", "recall", "passes")
+    lines, ranks = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"], ranked(table)
 
-        def cell(figure: dict[str, float], digits: int) -> str:
-            span = (
-                f" [{figure['low']:.{digits}f}, {figure['high']:.{digits}f}]" if figure["low"] < figure["high"] else ""
-            )
-            return f"{figure['value']:.{digits}f}{span}"
+    def cell(figure: dict[str, float], digits: int) -> str:
+        low, high = (figure.get(key) for key in ("low", "high"))
+        span = "" if low is None or low == high else f" [{low:.{digits}f}, {high:.{digits}f}]"
+        return f"{figure['value']:.{digits}f}{span}"
 
-        goal = "" if row["goal"] is None else f"<= {row['goal']:.2f}"
-        figures = row["metrics"]
-        cells = [row["model"], f"{row['cost']['nfe']:g}", cell(figures["fd_heldout"], 2), cell(row["ratio"], 3), goal]
-        cells += [verdict(row, reference), cell(figures["fd_train"], 2)]
-        cells += [cell(figures[key], 3) for key in ("accuracy", "precision", "recall")]
-        lines.append(f"| {' | '.join(cells)} |")
-    return f"""# One-step students of handwritten digits
+    for i, row in enumerate(table):
+        figures, spent = row["metrics"], row["cost"].get("train_passes")
+        cells = [row["model"], f"{row['cost']['nfe']:g}", " ".join(map(str, row["runs"])), ranks.get(i, "")]
+        cells += [cell(figures["fd_heldout"], 2), cell(row["ratio"], 3)]
+        cells += ["" if row["goal"] is None else f"<= {row['goal']:.2f}", verdict(row, reference)]
+        cells += [cell(figures["fd_train"], 2), *(cell(figures[key], 3) for key in ("accuracy", "precision", "recall"))]
+        lines.append(f"| {' | '.join([*cells, f'{spent / 1e6:.2f} M' if spent else ''])} |")
+    names = dict.fromkeys(row["model"] for row in table if row["kind"] != "teacher")
+    missing = [m for m in METHODS if m not in names]
+    words = [f"- **{m}**: {advice(m)}" for m in METHODS if advice(m)]
+    return f"""# Students of handwritten digits, by every method
 
-`make results`: {len(cfg.seeds)} training seeds, each with its own teacher and students, x {len(cfg.noises)} noise seeds
-x {cfg.n} images. Values are means; intervals are 95 % of Student's t over the training seeds. The ratio is paired: a
-student against the teacher that it was distilled from. [digits.html](digits.html) is the leaderboard of the same run:
-ranks and ties, quality against cost, and pictures and curves of the first seeds.
+`make results`: a training seed has a teacher and students of its own; every model makes {len(cfg.noises)} sets of
+{cfg.n} images. Values are means; intervals are 95 % of Student's t over the training seeds, and a model of a single
+seed has none and no rank. Methods whose intervals overlap, also through others, tie (=). The ratio is paired: a student
+against the teacher that it was distilled from. [digits.html](digits.html) is the leaderboard of the models of several
+seeds: quality against cost, and pictures and curves of the first seeds.
 
 Protocol {reference["protocol"]}, hash {reference["protocol_hash"]}. FD is the Frechet distance of 64 features of a
 classifier trained on the training split (`eval/digits.py`, extractor {reference["extractor_hash"]}), to 597 held-out or
@@ -160,7 +273,12 @@ Settings were chosen by the distance to the *training* split; the held-out scans
 checkpoint is chosen: every student is the average at its last step. A student counts only if the teacher has FD train
 <= 8.0 and accuracy >= .96; it has collapsed if its recall is below 0.8 of the teacher's.
 
-""" + "\n".join(lines)
+The budget of a training is {cfg.passes / 1e6:.2f} M forward passes of one image: a backward pass counts 2, one to the
+input alone 1, an encoder its share of the network, stored pairs the calls that made them. `benchmarks/results.py`
+counts what an iteration of each recipe costs and gives it the steps that this pays for. **passes** is what a row's
+training did cost: another figure than the budget is a run of the recipe's own steps.
+
+""" + "\n".join([*lines, "", f"Not run: {', '.join(missing) or 'none'}.", "", "## When to choose which", "", *words])
 
 
 def publish(rows: list[dict[str, Any]], floor: float, cfg: Results) -> Path:
@@ -174,21 +292,23 @@ def publish(rows: list[dict[str, Any]], floor: float, cfg: Results) -> Path:
     found = {"floor": floor, "rows": [row | {"samples": None} for row in table]}
     found["runs"] = [row | {"samples": None} for row in rows]
     (cfg.docs / "digits.json").write_text(json.dumps(found, indent=1) + "\n")
-    logs = {m: cfg.output_dir / f"{m}-{cfg.seeds[0]}" / "log.jsonl" for m in ("teacher", *METHODS)}
-    runs, noises = len(cfg.seeds), len(cfg.noises)
+    seeds, noises = trained(cfg), len(cfg.noises)
+    several = [row for row in table if len(row["runs"]) > 1] or table
+    shown = dict.fromkeys(row["model"] for row in several)
+    logs = {m: cfg.output_dir / f"{m}-{seeds[0]}" / "log.jsonl" for m in shown}
     lead = (
-        f"Means and 95 % intervals over {runs} training seeds, {noises} sets of {cfg.n:,} images each. The dashed "
-        "line is the distance of two sets of real digits. Pictures and curves are of the first seeds."
+        f"Means and 95 % intervals over up to {len(seeds)} training seeds, {noises} sets of {cfg.n:,} images each. The "
+        "dashed line is the distance of two sets of real digits. Pictures and curves are of the first seeds."
     )
-    shown = [*table, report.real(table[0], "real digits", fd_heldout=floor)]
-    page = write(cfg.output_dir, shown, "One-step students of handwritten digits", lead, logs)
+    rows = [*several, report.real(table[0], "real digits", fd_heldout=floor)]
+    page = write(cfg.output_dir, rows, "One-step students of handwritten digits", lead, logs)
     (cfg.docs / "digits.html").write_text(page.read_text())
     return page
 
 
 def main(cfg: Results) -> None:
-    if len(cfg.seeds) < 2:
-        fail("intervals need at least two training seeds: --seeds 0 1 2")
+    if unknown := set(cfg.methods) - set(METHODS):
+        fail(f"no recipe of the digits for {', '.join(sorted(unknown))}; there are {', '.join(METHODS)}")
     os.environ["DISTILL_CACHE"] = f"{cfg.output_dir / 'cache'}"
     try:
         run(jobs(cfg), cfg.output_dir, cfg.workers)

@@ -21,6 +21,7 @@ from distill.guidance import Guided
 from distill.lora import shared
 from distill.schedule import Flow
 
+SECOND = "end."  # the names of what a network is told its second time with
 PATH = Flow()  # F is a velocity of this path; a denoiser of any schedule is spoken to on it
 
 
@@ -103,10 +104,10 @@ def timed(denoiser: Denoiser) -> Denoiser:
     return replace(denoiser, call=Told(denoiser.call, where))
 
 
-def untimed(net: nn.Module) -> nn.Module:
-    """The network without its second time, which is what it says where it is told none; weights are shared."""
-    if not isinstance(getattr(net, "end", None), End):
-        return net
-    net = shared(net)
+def untimed(denoiser: Denoiser) -> Denoiser:
+    """The denoiser without its second time: what it says where it is told none. Weights are shared."""
+    if not isinstance(denoiser.call, Told):
+        return denoiser
+    net = shared(denoiser.net)
     del net.end
-    return net
+    return replace(denoiser, net=net, call=denoiser.call.call)

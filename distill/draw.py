@@ -6,6 +6,7 @@ number of processes, of micro-batches or of restarts. There is no generator stat
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 from typing import TypeVar
@@ -89,6 +90,12 @@ class Draw:
     def integers(self, name: str, n: int) -> Tensor:
         """Uniform integers 0 .. n - 1, one per sample [B]."""
         return (self.uniform(name, (len(self.samples),)).double() * n).long().clamp(max=n - 1)
+
+    def apart(self, name: str) -> Draw:
+        """A source for a second batch of the same turn: what it gives has nothing to do with what this one gives."""
+        other = copy.copy(self)
+        other.seed, other.late, other.before = _hash(self.seed, name)[0], None, None
+        return other
 
     def index(self, name: str, n: int) -> int:
         """One choice of control flow, 0 .. n - 1: the same for both players, all samples and all processes."""

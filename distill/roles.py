@@ -30,6 +30,7 @@ class Nets:
     """The roles. A role that a method does not use is None. shape: of one sample, (C, H, W) say.
 
     perceptual: how far decoded samples [B, *shape] look from others, [B], with gradient; for methods that need it.
+    reward: how good samples [B, *shape] are under a condition, [B], with gradient to the samples; likewise.
     """
 
     teacher: Denoiser
@@ -39,6 +40,7 @@ class Nets:
     disc: nn.Module | None = None
     target: Denoiser | None = None
     perceptual: Callable[[Tensor, Tensor], Tensor] | None = None
+    reward: Callable[[Tensor, Condition], Tensor] | None = None
 
     def modules(self) -> dict[str, nn.Module]:
         """Every trained or averaged network by role; the teacher is frozen and not among them."""
@@ -155,10 +157,10 @@ def build(
         except AttributeError as error:
             top = [child for child, _ in teacher.net.named_children()]
             raise ValueError(f"no module {name!r} to freeze ({error}); at the top there are {top}") from None
-    if student.init is not None:
-        checkpoint.fill(nets.student.denoiser.net, student.init, "student", teacher.net)
     if "end" in method.needs:
         nets.student.denoiser = timed(nets.student.denoiser)
+    if student.init is not None:
+        checkpoint.fill(nets.student.denoiser.net, student.init, "student", teacher.net)
     if "fake" in method.roles:
         nets.fake = replace(teacher, net=fake.lora(teacher.net))
         if fake.init is not None:

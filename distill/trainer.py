@@ -56,7 +56,7 @@ class Method(Protocol):
     """
 
     roles: tuple[str, ...]  # of Nets, beside teacher and student
-    needs: tuple[str, ...]  # "real", "real_c"; "null", "told" for guidance; "pairs": "z", "y"; "perceptual": of Nets
+    needs: tuple[str, ...]  # "real", "real_c"; "null", "told" for guidance; "pairs": "z", "y"; "perceptual", "reward"
 
     def updates(self) -> list[Update]: ...
 

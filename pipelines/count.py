@@ -233,6 +233,10 @@ class Choice(Draw):
     def index(self, name: str, n: int) -> int:
         return min(self.k, n - 1)
 
+    def _words(self, name: str, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        word = torch.empty(shape, dtype=torch.int32, device="meta")  # nobody reads it
+        return word, word
+
 
 def cost(
     method: Method,
@@ -259,7 +263,7 @@ def cost(
         nets = _with_null(nets, {key: value.to("meta") for key, value in nets.teacher.null.items()})
     many = {key: value.expand(micro, *value.shape[1:]) for key, value in c.items()}
     real = torch.empty(micro, *nets.shape, device="meta")
-    batch = lambda: {"c": dict(many), "real": real, "real_c": dict(many)}
+    batch = lambda: {"c": dict(many), "real": real, "real_c": dict(many), "z": real, "y": real}
     updates, turns = method.updates(), []
     for update in updates:
         own(owners, update.player)
@@ -358,3 +362,12 @@ def forward(denoiser: Denoiser, shape: tuple[int, ...], c: dict[str, Tensor]) ->
     with Meter() as meter, torch.no_grad():
         denoiser(x, t, c)
     return meter.flops
+
+
+def passes(method: Method, nets: Nets, c: dict[str, Tensor]) -> float:
+    """Forward passes of one network that an iteration costs, for each of its samples, averaged over a cycle.
+
+    A forward pass is 1, a backward pass 2, one to the input alone 1, an encoder its share of the network. Arguments as
+    in `cost`.
+    """
+    return cost(method, nets, c, half=False, fused=False).flops / forward(nets.teacher, nets.shape, c)

@@ -1,6 +1,7 @@
 """A student as a pipeline folder that plain diffusers loads; reloaded and compared before it is called done.
 
 python -m pipelines.export runs/dmd2_sdxl                       again, from the newest checkpoint of a run
+python -m pipelines.export runs/a --other runs/b                the mean of two students' weights (SwiftBrush v2)
 python -m pipelines.export --from FILE --pretrained_model_name_or_path BASE --output_dir OUT      a published student
 """
 
@@ -27,6 +28,7 @@ from distill.average import untimed
 from distill.config import TEACHER, fail, revived
 from distill.log import grid
 from distill.lora import merged
+from distill.ranges import Share
 from distill.roles import StudentConfig
 from distill.student import Student
 from pipelines import FAMILIES, ExportError, Teacher, comfy, files, hub, kohya, opened
@@ -73,6 +75,8 @@ def export(
     folder, if anything differs.
     """
     replaceable(folder)
+    one = untimed(replace(student.denoiser, net=net))
+    student, net = replace(student, denoiser=one), one.net
     expected = reference(student, teacher, net)
     others = {
         steps: reference(replace(student, times=carrying(teacher, StudentConfig(steps=steps))[1]), teacher, net)
@@ -83,7 +87,7 @@ def export(
     shutil.rmtree(partial, ignore_errors=True)
     try:
         told = getattr(teacher.parts.family, "exported", lambda net, student: net)
-        write(teacher, told(merged(untimed(net)), student), scheduler, partial)
+        write(teacher, told(merged(net), student), scheduler, partial)
         facts = {"student": True, "steps": len(student.times), "times": list(student.times), "config": about.config}
         (partial / "distill.json").write_text(json.dumps(facts | teacher.parts.asked, indent=1))
         made, limits = singles(student, teacher, net, partial, about)
@@ -289,6 +293,8 @@ class Again:
 
     run: Annotated[str, tyro.conf.Positional] = ""  # a run's folder; its config.yaml says what the student is
     checkpoint: str = "latest"  # of the run, or checkpoint-N
+    other: str = ""  # folder of a run of the same teacher and student, whose newest weights are mixed in
+    share: Share = 0.5  # of `run` in that mixture: share A + (1 - share) B (SwiftBrush v2: .5)
     published: Annotated[str, tyro.conf.arg(name="from")] = ""  # instead of a run: a published file or its folder
     layout: Literal["dmd2", "lightning", "lcm"] | None = None  # of that file; None: as its name says
     steps: int | None = None  # of that student; None: as its name says
@@ -323,8 +329,28 @@ def trained(again: Again) -> tuple[Student, Teacher, Any, str, str, str]:
     scheduler, times = carrying(teacher, config)
     net = config.lora(teacher.denoiser.net)
     checkpoint.fill(net, chosen[0], "student", teacher.denoiser.net)
-    denoiser = replace(teacher.denoiser, net=net)
-    return Student(denoiser, times, config.scale, config.renoise), teacher, scheduler, base, method, text
+    student = Student(replace(teacher.denoiser, net=net), times, config.scale, config.renoise)
+    if again.other:
+        student = mixed(
+            student, trained(replace(again, run=again.other, other="", checkpoint="latest"))[0], again.share
+        )
+        text += yaml.safe_dump({"other": again.other, "share": again.share})
+    return student, teacher, scheduler, base, method, text
+
+
+def mixed(a: Student, b: Student, share: float) -> Student:
+    """The student with the weights share A + (1 - share) B, adapters merged; both take their calls at the same levels.
+
+    ValueError if they do not: a mean of weights is a student only where both began at the same ones.
+    """
+    ours, theirs = ((s.times, s.input_scale, s.renoise) for s in (a, b))
+    if ours != theirs:
+        raise ValueError(f"the other student's calls are (times, scale, noise) {theirs}, this one's {ours}: not mixed")
+    net, other = merged(a.denoiser.net), merged(b.denoiser.net).state_dict()
+    for name, tensor in net.state_dict().items():
+        if tensor.is_floating_point():
+            tensor.lerp_(other[name].to(tensor), 1 - share)
+    return a.using(net)
 
 
 def tells(method: str, fields: dict[str, Any]) -> bool:

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distill.average import untimed
 from distill.lora import merged
 
 ARCHITECTURES = {
@@ -94,7 +93,7 @@ def write(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str], dtyp
 
 def unet_file(net: nn.Module, path: Path, metadata: dict[str, str], dtype: torch.dtype = torch.float16) -> Path:
     """The network with its adapters merged, in diffusers' keys."""
-    return write(merged(untimed(net)).state_dict(), path, metadata, dtype)
+    return write(merged(net).state_dict(), path, metadata, dtype)
 
 
 def adapters(net: nn.Module) -> dict[str, Adapter]:

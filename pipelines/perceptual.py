@@ -43,11 +43,7 @@ def perceptual(
     each: one sample after another, recomputed in the backward pass: the memory of a single image.
     features: of images [B, 3, H, W] in [-1, 1], not clamped; None: LPIPS on VGG16, which takes [0, 1] as [-1, 1].
     """
-    decode, net = teacher.decode if decoder is None else tiny(teacher, decoder), features or lpips()
-
-    def images(x: Tensor) -> Tensor:
-        found = decode(x.float())
-        return found.transpose(1, 2).flatten(0, 1) if found.ndim == 5 else found  # frames
+    images, net = pictures(teacher, decoder), features or lpips()
 
     def distance(x: Tensor, y: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
@@ -62,6 +58,20 @@ def perceptual(
         return torch.cat([checkpoint(distance, *pair, use_reentrant=False) for pair in pairs])
 
     return one_by_one if each else distance
+
+
+def pictures(teacher: Teacher, decoder: str | None = None) -> Callable[[Tensor], Tensor]:
+    """Samples [B, *teacher.shape] -> images [B, 3, H, W] in [-1, 1], of a video frames [B T, 3, H, W], with gradient.
+
+    decoder: folder or Hub name of an AutoencoderTiny; None: the teacher's own.
+    """
+    decode = teacher.decode if decoder is None else tiny(teacher, decoder)
+
+    def images(x: Tensor) -> Tensor:
+        found = decode(x.float())
+        return found.transpose(1, 2).flatten(0, 1) if found.ndim == 5 else found
+
+    return images
 
 
 def lpips(**options: Any) -> Distance:

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 
 from distill import checkpoint, health, memory, shard
 from distill.config import Config, dump, fail, parse
-from pipelines import FAMILIES, ExportError, Teacher, index, opened, perceptual
+from pipelines import FAMILIES, ExportError, Teacher, index, opened, perceptual, reward
 
 if TYPE_CHECKING:
     import torch
@@ -163,8 +163,7 @@ def run(config: Config[Any, Any], out: Path, resume: Path | None) -> None:
     card = about(out.resolve().name, teacher, config.teacher, method, dump(config), config.license, repository)
     example = {key: value[:1] for key, value in c.items()}
     nets = build(config.method, teacher.denoiser, teacher.shape, example, student, config.fake)
-    if "perceptual" in config.method.needs:
-        nets.perceptual = perceptual.asked(config, teacher)
+    judged(nets, config, teacher, data)
     if accelerator.mixed_precision == "bf16":
         half(teacher.denoiser.net)  # what is trained are float32 copies, or adapters on it
     if config.replay is not None:
@@ -233,6 +232,14 @@ def run(config: Config[Any, Any], out: Path, resume: Path | None) -> None:
         report(folder, export(made, teacher, net, scheduler, folder, card))
         if repository:
             sys.stderr.write(f"pushed to {hub.push(folder, repository)}\n")
+
+
+def judged(nets: Nets, config: Config[Any, Any], teacher: Teacher, data: Any) -> None:
+    """Give the networks what judges their samples, where the method needs it."""
+    if "perceptual" in config.method.needs:
+        nets.perceptual = perceptual.asked(config, teacher)
+    if "reward" in config.method.needs:
+        nets.reward = reward.asked(config, teacher, data)
 
 
 def replay(folder: Path, config: Config[Any, Any], nets: Nets, data: Any, accelerator: Accelerator) -> int:

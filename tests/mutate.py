@@ -68,6 +68,10 @@ AVERAGE, MEAN, RCGM, TWIN, BOOT, SIGN = (
 DMD, DI, F_DISTILL, LADD = (f"distill/methods/{name}" for name in ("dmd", "diff_instruct", "f_distill", "ladd"))
 SPRINT, RUN_UP = "distill/methods/sprint", "tests/methods/test_sprint.py"
 PHASED, INTERVAL = "distill/methods/phased", "distill/interval"
+REWARD, CLIP, WRAPPED = "distill/methods/reward", "pipelines/reward", "distill/methods/wrapped"
+REWARDED = "tests/methods/test_reward.py"
+FORGET, FORGOTTEN = "distill/methods/forget", "tests/methods/test_forget.py"
+ENTROPIC, SPREAD = "distill/methods/entropic", "tests/methods/test_entropic.py"
 OF = "tests/methods/test_"  # NAME.py
 ENDS, MEANS, TWINS, BOOTS, SIGNS = (f"{OF}{name}.py" for name in "average meanflow twinflow boot sign".split())
 NO_GRAD, GRAD = "with torch.no_grad():\n            x_t = path", "with torch.enable_grad():\n            x_t = path"
@@ -96,6 +100,47 @@ MUTATIONS = {
           f"{TRAINER}::test_order_of_turns"),
         m("fake on the wrong level", SID, "fake.path.diffuse(x, eps, t), t, c)",
           "fake.path.diffuse(x, eps, t), 1 - t, c)", FAKE),
+    ),
+    "Rewarded": (
+        m("sign of the reward", REWARD, "d = -r if", "d = r if", REWARDED),
+        m("sign of the clamped reward", REWARD, "(self.clamp - r).relu()", "(r - self.clamp).relu()", REWARDED),
+        m("clamp of the mean", REWARD, "(self.clamp - r).relu()", "(self.clamp - r.mean()).relu()", REWARDED),
+        m("reward without gradient", REWARD, "r = nets.reward(*said[-1])", "r = nets.reward(*said[-1]).detach()",
+          REWARDED),
+        m("sum over the batch", REWARD, "d.mean()", "d.sum()", REWARDED),
+        m("weight does not fall", REWARD, "max(0.0, 1 - draw.step / self.until)", "1.0", REWARDED),
+        m("prompt, not caption", REWARD, "self.said.append((pred.x0, c))", "self.said.append((pred.x0.detach(), c))",
+          REWARDED),
+        m("wrapper forgets the role", WRAPPED, "return self.base.roles", 'return ("fake",)', REWARDED),
+        m("every player rewarded", WRAPPED, 'f"{update.player}_term"', '"student_term"', REWARDED),
+        m("pictures clamped", CLIP, "(pictures(x), (size", "(pictures(x).clamp(-1, 1), (size", REWARDED),
+        m("CLIP's shift forgotten", CLIP, "/ 2 + 0.5 - seen", "- seen", REWARDED),
+        m("CLIP without gradient", CLIP, "F.interpolate(pictures(x)", "F.interpolate(pictures(x).detach()", REWARDED),
+        m("shares left out", CLIP, "share.log() - (mean.T * w)", "share.log() + (mean.T * w)", REWARDED),
+        m("row of the prompt before it was emptied", "distill/data/feed",
+          "        rows = torch.where(empty, len(self.text) - 1, rows)\n        return self.text.read(rows.tolist())",
+          "        return self.text.read(torch.where(empty, len(self.text) - 1, rows).tolist())", REWARDED),
+    ),
+    "Forgetting": (
+        m("teacher told the class itself", FORGET, "self.rule(c))", "c)", FORGOTTEN),
+        m("rule for student and fake", FORGET, "second: Any = batch", "c_f = self.overridden(c_f)\n"
+          "            second: Any = batch", FORGOTTEN),
+        m("forgetting in full", FORGET, "weight * forgetting,", "forgetting,", FORGOTTEN),
+        m("sign of forgetting", FORGET, "total + weight", "total - weight", FORGOTTEN),
+        m("rule the wrong way", FORGET, "torch.where(label == old, new, out)", "torch.where(label == new, old, out)",
+          FORGOTTEN),
+        m("samples without gradient", FORGET, 'draw.player == "student"', "False", FORGOTTEN),
+        m("samples of the first batch", FORGET, "x_f = self.sample(nets, second, draw)", "x_f = x", FORGOTTEN),
+    ),
+    "Entropic": (
+        m("1 + lambda", ENTROPIC, "k=1 - self.entropy", "k=1 + self.entropy", SPREAD),
+        m("lambda for 1 - lambda", ENTROPIC, "k=1 - self.entropy", "k=self.entropy", SPREAD),
+        m("teacher guided, too", ENTROPIC, "replace(nets, fake=", "replace(nets, teacher=Scaled(**vars(nets.teacher), "
+          "k=1 - self.entropy), fake=", SPREAD),
+        m("no conditions dropped", ENTROPIC, "< self.p_drop", "< 0", SPREAD),
+        m("images keep theirs", ENTROPIC, 'for key in ("c", "real_c")', 'for key in ("c",)', SPREAD),
+        m("features of no condition", ENTROPIC, "return Guided(self.bare, self.k).tapping(x, t, c, taps)",
+          "return Guided(self.bare, self.k).tapping(x, t, self.null, taps)", SPREAD),
     ),
     "SiDA": (
         m("sign of the student's GAN", SIDA, "F.softplus(-self.logits(", "F.softplus(self.logits(", JUDGE),

@@ -96,6 +96,7 @@ class TestTable:
         near(got[1], db, 1e-12)
 
 
+@pytest.mark.level(1, "DMD2", "VSD", "SiD")
 @pytest.mark.parametrize("d", (2, 16))
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("name", METHODS)
@@ -325,6 +326,7 @@ def fits(schedule, kind):
 PAIRS = [(schedule, kind) for schedule in SCHEDULES for kind in KINDS if fits(schedule, kind)]
 
 
+@pytest.mark.level(1, "LCD")
 @pytest.mark.parametrize("schedule, kind", PAIRS)
 class TestDiscreteConsistency:
     """LCD at the exact consistency function of a Gaussian; the residual is what its loss reports as delta."""
@@ -357,6 +359,7 @@ class TestDiscreteConsistency:
         assert slope == pytest.approx(order, abs=0.1)
 
 
+@pytest.mark.level(1, "SCM")
 @pytest.mark.parametrize("schedule, kind", PAIRS)
 class TestContinuousConsistency:
     """sCM's tangent, cos(t) df/dt along the teacher's trajectory, at the exact consistency function of a Gaussian."""

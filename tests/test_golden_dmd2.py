@@ -186,6 +186,7 @@ class Given(DMD2):
         return batch["x"]
 
 
+@pytest.mark.level(4, "DMD2")
 @pytest.mark.parametrize("case", ["sd_cfg1", "sd_cfg1.75"], indirect=True)
 def test_turns(case, close):
     """The student's turn, then the fake's on the same samples: totals, gradient; and the teacher stays frozen."""

@@ -159,6 +159,7 @@ def sida(**changes):
     return SiDA(**{"times": EDM_TIMES, "taps": ("c3.bottleneck",)} | changes)
 
 
+@pytest.mark.level(4, "SiDA")
 @pytest.mark.parametrize("alpha", [1.0, 1.2], ids="alpha {}".format)
 def test_sida_student_loss(sida_functions, alpha, close, monkeypatch):
     everything, nets, batch = sida_functions
@@ -321,6 +322,7 @@ def replayed(method, nets, stored, draws, condition, close, monkeypatch):
     close("average has moved", moved(average), moved(final), MOVED)
 
 
+@pytest.mark.level(4, "SiD")
 def test_edm_loop(golden, close, monkeypatch):
     stored = load(golden("sid/sid_edm_loop_alpha1.0.npz"))
     teacher = edm(module(golden("sid/tiny_nets.py")).TinyEDM(label_dim=5), under(stored, "teacher"))

@@ -1,5 +1,9 @@
-"""The README's own commands, on a tiny SDXL: cache, train, export, load."""
+"""The README's own commands, on a tiny SDXL: cache, train, export, load; its table of recipes.
 
+DISTILL_WRITE=1 python -m pytest tests/test_readme.py -k recipes    writes that table
+"""
+
+import ast
 import os
 import re
 import subprocess
@@ -15,6 +19,7 @@ from pipelines import tiny
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
+FIRST, LAST = "<!-- the first lines of recipes/, by tests/test_readme.py -->\n", "<!-- end -->"
 SHORT = "--max_train_steps 2 --train_batch_size 2 --lr_warmup_steps 0 --learning_rate 1e-2 --method.every 1"
 
 
@@ -51,3 +56,21 @@ def test_links():
     """What the README links to is there."""
     targets = [t for t in re.findall(r"\]\(([^)#]+)\)", README) if "://" not in t]
     assert targets and not [t for t in targets if not (ROOT / t).exists()]
+
+
+def test_its_table_of_recipes():
+    """Every one of a published size, by family, in its own words."""
+    rows = []
+    for file in sorted((ROOT / "recipes").glob("*.py")):
+        text = file.read_text()
+        if "\nCONFIG = Config(" in text and not file.stem.endswith("_digits"):
+            says = ast.get_docstring(ast.parse(text)).partition("\n")[0].rstrip(".")
+            says = re.sub(r"(?:arXiv )?(\d{4}\.\d{5})", r"[\1](https://arxiv.org/abs/\1)", says)
+            rows.append((file.stem.rpartition("_")[2], f"| [{file.name}](recipes/{file.name}) | {says} |"))
+    table = "\n".join(["| recipe | what it is |", "|---|---|", *(row for _, row in sorted(rows))]) + "\n"
+    head, _, rest = README.partition(FIRST)
+    written, _, tail = rest.partition(LAST)
+    if os.environ.get("DISTILL_WRITE"):
+        (ROOT / "README.md").write_text(head + FIRST + table + LAST + tail)
+    else:
+        assert written == table, "DISTILL_WRITE=1 python -m pytest tests/test_readme.py -k recipes writes it"

@@ -23,12 +23,11 @@ from distill.roles import build
 from distill.schedule import EDM
 from distill.student import Student
 from distill.trainer import train
-from pipelines import ExportError, export, index, load, opened, perceptual, run, verify
+from pipelines import ExportError, export, index, load, opened, run, verify
 from pipelines.card import snippet
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = sorted(p.stem for p in (ROOT / "recipes").glob("*.py") if "\nCONFIG = Config(" in p.read_text())
-SHORT = [name for name in RECIPES if name.endswith("_digits") or name in ("dmd2_sdxl", "sid_sana", "lcm_lora_sdxl")]
 CONVOLUTIONS = "lora.rank 2 --student.lora.targets conv1 conv2 time_emb_proj"
 RUNS = {name: (name, "") for name in RECIPES} | {
     "two steps": ("sid_digits", "--student.steps 2"),
@@ -46,6 +45,7 @@ LAUNCH = {"half precision": ("--mixed_precision", "bf16")}  # of accelerate
 EVERY = {
     "DMD2": "--method.every 1",
     "DiffInstruct": "--method.fake_steps 1",
+    "Entropic": "--method.base.every 1",
     "FDistill": "--method.every 1",
     "SiD": "--method.fake_steps 1",
     "SiDA": "--method.fake_steps 1 --method.start 0 --method.gan_start 0",
@@ -106,8 +106,7 @@ def resumed(name, folder, checkpoint):
     _, student = run.carried(teacher, config.student)
     c = {key: value[:1] for key, value in data.fixed(1)[1].items()}
     nets = build(config.method, teacher.denoiser, teacher.shape, c, student, config.fake)
-    if "perceptual" in config.method.needs:
-        nets.perceptual = perceptual.asked(config, teacher)
+    run.judged(nets, config, teacher, data)
     *_, state = train(config.method, nets, data, config.train, Accelerator(cpu=True), checkpoint)
     return teacher, state
 
@@ -274,7 +273,7 @@ def test_pipeline_is_the_averaged_student(name, out, plainly):
             assert np.abs(placed(images, own) - sampled(teacher, student, other)).max() > 10 * verify.TOLERANCE
 
 
-@pytest.mark.parametrize("name", [n if n in SHORT else pytest.param(n, marks=pytest.mark.slow) for n in RECIPES])
+@pytest.mark.parametrize("name", RECIPES)
 def test_resumes(name, out, tmp_path):
     """From its first checkpoint it ends bit for bit where it ended."""
     folder = out(name)
@@ -411,6 +410,20 @@ def test_export_again(out, tmp_path):
     assert (tmp_path / "again" / unet).read_bytes() == (folder / "pipeline" / unet).read_bytes()
     export.main(export.Again(run=f"{folder}", checkpoint="checkpoint-1", output_dir=f"{tmp_path / 'first'}"))
     assert (tmp_path / "first" / unet).read_bytes() != (folder / "pipeline" / unet).read_bytes()
+
+
+def test_export_the_mean_of_two(out, tmp_path, capsys):
+    """SwiftBrush v2: the weights are those of both students' averages, by their shares; other calls are refused."""
+    a, b, two = out("sid_digits"), out("reward_digits"), out("two steps")
+    export.main(export.Again(f"{a}", other=f"{b}", share=0.75, output_dir=f"{tmp_path / 'mean'}"))
+    name = "unet/diffusion_pytorch_model.safetensors"
+    mean, first, second = (load_file(f / name) for f in (tmp_path / "mean", a / "pipeline", b / "pipeline"))
+    for key in mean:
+        torch.testing.assert_close(mean[key], 0.75 * first[key] + 0.25 * second[key])
+    assert any(not torch.equal(first[key], second[key]) for key in mean)
+    with pytest.raises(SystemExit):
+        export.main(export.Again(f"{a}", other=f"{two}", output_dir=f"{tmp_path / 'no'}"))
+    assert "not mixed" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -40,6 +40,7 @@ def ode(law, path, z):
     return Line((carried(torch.eye(z.shape[1], dtype=F64)) - b).T, b), carried(z)
 
 
+@pytest.mark.level(1, "Regression")
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("distance", FORMS)
 def test_the_optimum_is_the_map_of_the_ode(distance, schedule):
@@ -112,6 +113,7 @@ def test_one_call_at_the_students_time_with_its_scale():
     torch.testing.assert_close(x, want, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.level(2, "Regression")
 def test_it_learns_the_teachers_trajectories():
     """On a teacher of three classes, over all pairs: by a factor of 600 in 300 steps."""
     teacher = tiny(VP.scaled_linear(), "v", dtype=torch.float32, classes=3, width=32)

@@ -54,6 +54,7 @@ def test_a_few_hundred_steps_help(method, schedule, steps):
     assert row["factor"] > 2, row
 
 
+@pytest.mark.level(2, "DMD2", "LCD", "SCM", "SiD", "VSD")
 @pytest.mark.slow
 @pytest.mark.parametrize("schedule", toys.SPACES)
 @pytest.mark.parametrize("method", toys.SETTINGS)

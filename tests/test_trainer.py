@@ -12,8 +12,9 @@ import torch
 from accelerate import Accelerator
 from replay import gradients, pushed, spy
 from safetensors.torch import load_file
-from tiny import tiny
+from tiny import clock, tiny
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from zoo import CLASSES, example
 
 from distill import checkpoint
 from distill.data import Digits
@@ -36,9 +37,11 @@ METHODS = {
 
 
 def vectors(draw):
-    """Conditions and "real" vectors [B, 2] with their own."""
+    """Conditions, "real" vectors [B, 2] with their own, and pairs of noise and a vector."""
     label = draw.integers("real", 3)
     return {
+        "z": draw.normal("pairs", (len(label), 2)),
+        "y": draw.normal("pairs", (len(label), 2)).tanh(),
         "c": {"label": draw.integers("label", 3)},
         "real": torch.stack([label - 1.0, 0.3 * draw.normal("pixels", (len(label),))], dim=1),
         "real_c": {"label": label},
@@ -47,7 +50,8 @@ def vectors(draw):
 
 def nets_of(method, **change):
     """Two-step students, so that renoising is part of every test; a fake score that is not the teacher."""
-    teacher = tiny(Trig(), "v", dtype=torch.float32, classes=3)
+    made = clock if "end" in method.needs else tiny
+    teacher = made(Trig(), "v", dtype=torch.float32, classes=3)
     torch.manual_seed(1)  # the head's
     c = {"label": torch.tensor([0])}
     nets = build(method, teacher, (2,), c, **{"student": StudentConfig(times=(1.0, 0.5))} | change)
@@ -136,6 +140,20 @@ def test_only_the_player_moves(name, watched):
     assert {turn.player for turn in turns} == ({"student", "fake"} if nets.fake else {"student"})
     assert equal(weights(nets.teacher.net), teacher)
     assert not any(p.requires_grad or p.grad is not None for p in nets.teacher.net.parameters())
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_every_method_moves_its_roles(name, watched):
+    """With its defaults: a player's turn touches nobody else, and in a few steps every role has moved."""
+    method = example(name, "mid")
+    teacher = weights(nets_of(method).teacher.net)
+    turns, nets = watched(method)
+    roles = nets.modules().keys() - {"target"}
+    for turn in turns:
+        assert turn.touched <= ({"student"} if turn.player == "student" else {"fake", "disc"}) & roles, turn
+        assert turn.graded <= ({"student"} if turn.player == "student" else {"fake", "disc"}) & roles, turn
+    assert set().union(*(turn.touched for turn in turns)) == roles
+    assert equal(weights(nets.teacher.net), teacher)
 
 
 @pytest.mark.parametrize(
@@ -442,6 +460,19 @@ def test_resume_equals_the_uninterrupted_run(name, tmp_path):
     assert state.step == 6 and equal(everything(state), expected)
     moved = {role for role, net in roles(nets).items() if not equal(net, start[role])}
     assert moved == nets.modules().keys()
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_every_method_resumes(name, tmp_path):
+    """2 steps, a checkpoint, fresh objects and 2 more are 4 steps, bit for bit."""
+    method, cfg = example(name, "mid"), config(ema_half_life=50.0)
+    for state in train(method, nets_of(method), vectors, cfg, Accelerator(cpu=True)):
+        if state.step == 2:
+            folder = checkpoint.save(state, tmp_path)
+    torch.randn(7)
+    *_, again = train(method, nets_of(method), vectors, cfg, Accelerator(cpu=True), resume=folder)
+    assert again.step == 4 and equal(again.logs, state.logs) and equal(everything(again), everything(state))
+    assert all(torch.isfinite(value).all() for value in again.logs.values())
 
 
 @pytest.fixture

@@ -123,6 +123,8 @@ class Text:
         """
         read = self._cached if self.text == "cached" else self._online
         feed = Feed(*read(teacher, "real" in needs), self.p_empty)
+        if "reward" in needs:
+            feed.texts = self._texts(feed.text)
         if teacher.denoiser.null is None:  # sizes stay those of the image
             teacher.denoiser.null = {key: v for key, v in feed.empty().items() if key != SIZES}
         return feed
@@ -141,6 +143,12 @@ class Text:
         text = Texts(teacher, prompts, pictures.captions if pictures else ())
         images = Images(teacher, pictures, text.captions, self.crops) if real else None
         return text, images, text.prompts, text.texts[: min(text.prompts, FIXED)]
+
+    def _texts(self, table: Table) -> list[str]:
+        if isinstance(table, Texts):
+            return table.texts
+        with (Path(self.cache) / TEXTS).open(encoding="utf-8") as lines:
+            return [*map(json.loads, lines), ""]
 
     def sources(self) -> tuple[list[str], Pictures | None]:
         """All prompts, and the images with their captions."""

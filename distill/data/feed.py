@@ -22,12 +22,15 @@ FIXED = 1000  # prompts whose text is kept for grids of samples
 class Feed:
     """data(draw) -> batch with "c" [B, ...] and, where the method needs them, "real" [B, *shape] and "real_c".
 
+    texts: of every row, for a method with a reward; conditions then have their rows as "prompt" [B], too.
+
     Every row is known in advance, so one thread reads the next step's batch during this one. A batch is the same
     whether it was read ahead or not: there, encoders run without gradient and autocast.
     """
 
     def __init__(self, text: Table, images: Table | None, prompts: int, names: list[str], p_empty: float = 0.0) -> None:
         self.text, self.images, self.prompts, self.names, self.p_empty = text, images, prompts, names, p_empty
+        self.texts: list[str] = []
         self._thread = ThreadPoolExecutor(1, "data")
         self._ahead: dict[tuple[str, Samples], tuple[Ask, Future[Batch]]] = {}
         self._step: dict[tuple[str, Samples], int] = {}
@@ -63,7 +66,8 @@ class Feed:
         return batch
 
     def _texts(self, rows: Tensor, empty: Tensor) -> dict[str, Tensor]:
-        return self.text.read(torch.where(empty, len(self.text) - 1, rows).tolist())
+        rows = torch.where(empty, len(self.text) - 1, rows)
+        return self.text.read(rows.tolist()) | ({"prompt": rows} if self.texts else {})
 
     def fixed(self, n: int) -> tuple[list[str], dict[str, Tensor]]:
         """The first n prompts, over again where there are fewer, and their condition."""

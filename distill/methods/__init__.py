@@ -5,13 +5,16 @@ from distill.methods.denoise import Denoise
 from distill.methods.diff_instruct import DiffInstruct
 from distill.methods.dmd import DMD
 from distill.methods.dmd2 import DMD2
+from distill.methods.entropic import Entropic
 from distill.methods.f_distill import FDistill
+from distill.methods.forget import Forgetting
 from distill.methods.ladd import LADD
 from distill.methods.lcd import LCD
 from distill.methods.meanflow import MeanFlow
 from distill.methods.phased import PhasedDMD
 from distill.methods.rcgm import RCGM
 from distill.methods.regression import Regression
+from distill.methods.reward import Rewarded
 from distill.methods.scm import SCM
 from distill.methods.sid import SiD
 from distill.methods.sida import SiDA
@@ -26,13 +29,16 @@ __all__ = [
     "DMD2",
     "Denoise",
     "DiffInstruct",
+    "Entropic",
     "FDistill",
+    "Forgetting",
     "LADD",
     "LCD",
     "PhasedDMD",
     "MeanFlow",
     "RCGM",
     "Regression",
+    "Rewarded",
     "SCM",
     "SIGN",
     "SiD",

@@ -1,4 +1,4 @@
-"""Regression onto the teacher's ODE. DMD, Yin et al. 2023, arXiv 2311.18828; start of DMD2's one-step SDXL, 2405.14867.
+"""Regression: to the teacher's ODE. DMD, Yin et al. 2023, arXiv 2311.18828; start of DMD2's one-step SDXL, 2405.14867.
 
     y = the guided teacher's ODE sample from unit noise z under c, stored in advance      python -m pipelines.pairs
     L = d( G(z, c), y )       d: LPIPS of the decoded images, pseudo-Huber per element, or square

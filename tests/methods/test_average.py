@@ -1,6 +1,7 @@
 """The second time: nothing where it is not told, a change where it is; its networks are copied, trained, exported."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from tiny import clock, filled, tiny
 
 from distill.average import End, average, ending, guided, timed, untimed
 from distill.lora import LoRA, merged
-from distill.methods import MeanFlow, TwinFlow
+from distill.methods import LCD, MeanFlow, TwinFlow
 from distill.roles import StudentConfig, build
 from distill.schedule import Flow
 
@@ -48,8 +49,9 @@ def test_told_and_untold():
     assert torch.equal(two(x, t).out, plain(x, t).out)  # nothing of an earlier call is left
     fresh = timed(clock(Flow()))
     assert torch.equal(fresh(x, t, ending(None, t / 2)).out, plain(x, t).out)
-    assert torch.equal(untimed(two.net)(x, t * 1000), plain.net(x, t * 1000)) and not hasattr(untimed(two.net), "end")
-    assert hasattr(two.net, "end") and untimed(plain.net) is plain.net
+    one = untimed(two)
+    assert torch.equal(one(x, t).out, plain(x, t).out) and not hasattr(one.net, "end") and one.call is plain.call
+    assert hasattr(two.net, "end") and untimed(plain) is plain
 
 
 def test_a_copy_tells_its_own():
@@ -108,7 +110,7 @@ def test_adapters():
     trained = {n for n, p in net.named_parameters() if p.requires_grad}
     assert {"end.linear_1.weight", "end.linear_2.weight"} < trained and len(trained) == 6
     net.end = filled(net.end, 1, F64)
-    plain = merged(untimed(net))
+    plain = merged(untimed(nets.student.denoiser).net)
     assert plain.state_dict().keys() == teacher.net.state_dict().keys()
     x, t = point()
     torch.testing.assert_close(plain(x, 1000 * t), nets.student.denoiser(x, t).out)
@@ -132,3 +134,21 @@ def test_every_family(family, tmp_path):
         assert torch.equal(two(x, t, c).out, before)
         torch.testing.assert_close(two(x, t, ending(c, 0 * t)).out, before)
         assert (two(x, t, ending(c, t)).out - before).norm() > 1e-3 * before.norm()
+
+
+@pytest.mark.parametrize("first, second", (("two", "one"), ("one", "two"), ("two", "two")))
+def test_a_second_stage(first, second, tmp_path):
+    """A student of two times and one of one time start from each other: the plain call is the same."""
+    from safetensors.torch import save_file
+
+    teacher, (x, t) = clock(Flow(), "flow", dtype=torch.float32), point()
+    student = replace(teacher, net=clock(Flow(), seed=7, dtype=torch.float32).net)
+    student = told(student) if first == "two" else student
+    save_file(student.net.state_dict(), tmp_path / "a.safetensors")
+    method = MeanFlow() if second == "two" else LCD(target_ema=0)
+    found = build(method, teacher, (2,), None, StudentConfig(init=str(tmp_path / "a.safetensors"))).student.denoiser
+    x = x.float()
+    assert torch.equal(found(x, t).out, student(x, t).out)
+    if second == "two":
+        got, want = (d(x, t, ending(None, t)).out for d in (found, student if first == "two" else found))
+        assert torch.equal(got, want)

@@ -46,6 +46,7 @@ class Signal(nn.Module):
         return encode(self.kind, x, y, alpha, sigma)
 
 
+@pytest.mark.level(1, "BOOT")
 @pytest.mark.parametrize("schedule, kind", PAIRS)
 class TestSignal:
     def residual(self, schedule, kind, solver, N=25, first=1.0, law=None, **change):

@@ -28,6 +28,7 @@ def near(got, want, rtol=1e-10):
     assert (got - want).norm() <= rtol * want.norm(), f"off by {(got - want).norm() / want.norm():.3g}"
 
 
+@pytest.mark.level(1, "DiffInstruct")
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("weight", ("one", "ratio"))
 def test_one_level(weight, schedule):

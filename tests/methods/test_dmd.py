@@ -54,6 +54,7 @@ def gradient(method, law, line, path, t):
     return student_gradient(method, nets, Whitened(N, len(line.b)), batch)[1:]
 
 
+@pytest.mark.level(1, "DMD")
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_gradient(schedule):
     """s^2 of the KL's, and lambda of the squared distance of the maps."""

@@ -100,6 +100,7 @@ def divergence(name, teacher, line, s):
     return [float(g) / float(second(F[name], torch.ones(1, dtype=F64))) for g in torch.autograd.grad(value, (A, b))]
 
 
+@pytest.mark.level(1, "FDistill")
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("name", H)
 def test_gradient_is_the_divergences(name, schedule):

@@ -33,6 +33,7 @@ class Known(Whitened):
         return torch.full(shape, 0.5, dtype=F64)
 
 
+@pytest.mark.level(1, "LADD")
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_gradients(schedule):
     """The teacher's output as the feature, a linear head within its margins: all losses are linear.
@@ -190,6 +191,7 @@ def test_where_gradients_flow():
                 p.grad = None
 
 
+@pytest.mark.level(2, "LADD")
 def test_the_student_comes_to_the_data():
     """From a teacher of another law: the gap of the means falls to a fifth in 300 steps."""
     method = LADD(taps=("first", "mid"), gan_times=Fixed(0.3))

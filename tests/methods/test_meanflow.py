@@ -59,6 +59,7 @@ def draw_of(n=N, step=0):
 METHOD = MeanFlow(velocity="teacher", times=Uniform(0.1, 0.9), equal=0.0)
 
 
+@pytest.mark.level(1, "MeanFlow")
 @pytest.mark.parametrize("schedule, kind", PAIRS)
 class TestIdentity:
     def delta(self, schedule, kind, method=METHOD, law=None, student=None):

@@ -86,6 +86,7 @@ def test_the_interval_is_a_path(schedule):
     assert anchor[1] / anchor[0] == pytest.approx(LEVEL)
 
 
+@pytest.mark.level(1, "PhasedDMD")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("schedule", SCHEDULES)
 class TestClosedForms:

@@ -109,6 +109,7 @@ def judged(schedule, law, W):
     return Denoiser(net, schedule, "x0")
 
 
+@pytest.mark.level(1, "SiDA")
 class TestClassifier:
     """Samples N(b, 1), real images N(mu, 1), a linear logit: closed forms, on every schedule."""
 
@@ -348,6 +349,7 @@ def test_whole_iterations(schedule):
         assert any(not torch.equal(p, start[name]) for name, p in net.named_parameters())
 
 
+@pytest.mark.level(2, "SiDA")
 def test_it_finds_what_the_teacher_lacks():
     """Real points 1.5 to the right of where teacher and student are: SiD stays, the GAN moves the student there."""
     torch.manual_seed(0)

@@ -52,6 +52,7 @@ def test_off_is_dmd(schedule):
         assert on[2][term] > 1e-6
 
 
+@pytest.mark.level(1, "SIGN")
 @pytest.mark.parametrize("schedule", ("vp", "edm", "flow"))
 def test_by_hand(schedule):
     """Each term and its gradient, f(u) = A u + b and the frozen f'(u) = A' u + b'."""

@@ -98,6 +98,7 @@ class TestFlowOnTrig:
         torch.testing.assert_close(g / (size(g) + METHOD.c), 0.5 * g / (size(0.5 * g) + 0.1))
 
 
+@pytest.mark.level(1, "Sprint")
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_samples_of_an_exact_student_have_the_teachers_law(schedule):
     """From any level: mean and covariance of x are those at the schedule's end: nothing is left to tell apart."""

@@ -78,6 +78,7 @@ class Average(nn.Module):
         return encode(self.kind, x, x_f - t * F, alpha, sigma)
 
 
+@pytest.mark.level(1, "RCGM")
 @pytest.mark.parametrize("schedule, kind", PAIRS)
 class TestBase:
     def residual(self, schedule, kind, law, real=None, **change):
@@ -224,6 +225,7 @@ def terms(schedule, t, kind="v", **change):
     return law, line, nets.student.denoiser.net, logs
 
 
+@pytest.mark.level(1, "TwinFlow")
 @pytest.mark.parametrize("schedule, kind", PAIRS)
 @pytest.mark.parametrize("t", (0.3, 0.7))
 def test_rectify_descends_the_kl(schedule, kind, t):

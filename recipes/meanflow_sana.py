@@ -1,0 +1,33 @@
+"""MeanFlow on SANA: one or two steps along the guided teacher's velocity. Geng et al. 2025, arXiv 2505.13447.
+
+`accelerate launch recipes/meanflow_sana.py --data.cache CACHE`, a cache of prompts and images (python -m
+pipelines.cache). Learning rate, warm-up and floor are those of FastGen's distillation of a video model, the batch and
+the guidance SANA-Sprint's, the rest ours. Not run at full size by us.
+"""
+
+from distill.config import Config
+from distill.data import Text
+from distill.methods import MeanFlow
+from distill.roles import StudentConfig
+from distill.times import LogitNormal
+from distill.trainer import TrainConfig
+from pipelines.run import main
+
+CONFIG = Config(
+    method=MeanFlow(velocity="teacher", guidance=4.5, times=LogitNormal(0.4, 1.0), floor=10.0, warmup=2000),
+    data=Text(),
+    teacher="Efficient-Large-Model/Sana_600M_512px_diffusers",
+    family="sana",
+    student=StudentConfig(steps=2),
+    train=TrainConfig(
+        output_dir="runs/meanflow_sana",
+        max_train_steps=20_000,
+        train_batch_size=512,
+        learning_rate=1e-5,
+        adam_beta1=0.9,
+        max_grad_norm=1.0,
+    ),
+)
+
+if __name__ == "__main__":
+    main(CONFIG, doc=__doc__)

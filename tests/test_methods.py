@@ -1,0 +1,123 @@
+"""The README's table of methods: every class of distill/methods, what it takes, what it costs and what is shown of it.
+
+DISTILL_WRITE=1 python -m pytest tests/test_methods.py    writes that table
+
+A new method is found by itself; tests/test_trainer.py runs it, too. It needs a first docstring line "NAME: title.
+Authors year, arXiv XXXX.XXXXX.", a line in tests/zoo.py where its defaults do not run on vectors, and on each test that
+proves it a marker: @pytest.mark.level(1, "SiD") for a closed form, 2 for a toy problem, 4 for the authors' own numbers,
+5 for a figure that was published. Level 3 are the digits: a row in docs/digits.json that has not collapsed.
+"""
+
+import ast
+import importlib
+import inspect
+import json
+import os
+import re
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+from zoo import CLASSES, example
+
+from benchmarks.results import REFERENCE, TEACHERS, collapsed
+from distill.roles import build
+from pipelines import count, edm
+
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+FIRST, LAST = "<!-- what tests/test_methods.py found -->\n", "<!-- end -->"
+WORDS = {  # of Method.needs
+    "real": "images",
+    "end": "a second time of the student (added)",
+    "null": "a null condition",
+    "pairs": "pairs of the teacher (`python -m pipelines.pairs`)",
+    "perceptual": "LPIPS",
+}
+
+
+def marked():
+    """{(level, method): its tests}, of the markers in the source; ValueError names one on a test that does not run."""
+    found = {}
+    for file in sorted((ROOT / "tests").rglob("test_*.py")):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if not isinstance(node, ast.FunctionDef | ast.ClassDef):
+                continue
+            marks = [ast.unparse(mark) for mark in node.decorator_list]
+            for mark in node.decorator_list:
+                if not (isinstance(mark, ast.Call) and ast.unparse(mark.func) == "pytest.mark.level"):
+                    continue
+                level, *names = (ast.literal_eval(arg) for arg in mark.args)
+                where = f"{file.relative_to(ROOT)}::{node.name}"
+                if any(re.match(r"pytest\.mark\.(skip|skipif|xfail)\b", m) for m in marks):
+                    raise ValueError(f"{where} is said to prove level {level} of {', '.join(names)}, but is skipped")
+                if not node.name.lower().startswith("test"):
+                    raise ValueError(f"{where} is no test")
+                for name in names:
+                    found.setdefault((level, name), []).append(where)
+    return found
+
+
+def of_digits():
+    """The classes whose students of the digits did not collapse."""
+    rows = json.loads((ROOT / "docs" / "digits.json").read_text())["rows"]
+    (teacher,) = (row for row in rows if row["model"] == "teacher" and row["steps"] == TEACHERS[REFERENCE])
+    names = {row["model"] for row in rows if row["model"] != "teacher" and not collapsed(row, teacher)}
+    return {type(importlib.import_module(f"recipes.{name}_digits").CONFIG.method).__name__ for name in names}
+
+
+def without(method):
+    """The method without its GAN, if it has one and can do without."""
+    try:
+        return replace(method, **{f.name: 0.0 for f in fields(method) if f.name in ("gan", "gan_fake")})
+    except ValueError:
+        return method
+
+
+def passes(method):
+    """Forward passes of an iteration, a one-step student of the digits' teacher."""
+    teacher = edm.teacher(edm.unet((16, 32)), 0.75, null_class=10)
+    teacher.denoiser.net.to("meta")
+    c = {name: value.to("meta") for name, value in teacher.encode([0]).items()}
+    return count.passes(method, build(method, teacher.denoiser, teacher.shape, c), c)
+
+
+def row(name, levels):
+    cls, method = CLASSES[name], example(name, "mid_block")
+    module = inspect.getmodule(cls)
+    title, _, paper = module.__doc__.partition("\n")[0].partition(": ")
+    paper = re.sub(r"(?:arXiv )?(\d{4}\.\d{5})", r"[\1](https://arxiv.org/abs/\1)", paper.rstrip("."))
+    what = inspect.getdoc(cls).partition("\n")[0].rstrip(".")
+    said = lambda m: ", ".join(WORDS[need] for need in m.needs) or "nothing but conditions"
+    default, bare = cls(), without(cls())
+    needs, cost = said(default), f"{passes(method):.1f}"
+    if bare != default:
+        needs += f"; {said(bare)} without its GAN" if bare.needs != default.needs else ""
+        cost += f"; {passes(without(method)):.1f} without its GAN"
+    roles = ", ".join(("student", *default.roles))
+    file = f"distill/methods/{Path(module.__file__).name}"
+    return f"| {title} | [{name}]({file}) | {paper} | {what} | {roles} | {needs} | {cost} | {levels} |"
+
+
+def test_the_readme_says_what_is_there():
+    found, digits = marked(), of_digits()
+    unknown = {name for _, name in found} - CLASSES.keys()
+    assert not unknown, f"a marker names {unknown}, which distill.methods does not export"
+    head = ("method", "class", "paper", "what it is", "trained", "needs", "passes", "shown")
+    rows = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for name in sorted(CLASSES, key=str.lower):
+        levels = {level for level, method in found if method == name} | ({3} if name in digits else set())
+        rows.append(row(name, " ".join(map(str, sorted(levels or {0})))))
+    table = "\n".join(rows) + "\n"
+    text = README.read_text()
+    head, _, rest = text.partition(FIRST)
+    written, _, tail = rest.partition(LAST)
+    if os.environ.get("DISTILL_WRITE"):
+        README.write_text(head + FIRST + table + LAST + tail)
+    else:
+        assert written == table, "DISTILL_WRITE=1 python -m pytest tests/test_methods.py writes it"
+
+
+def test_a_pass_is_one_forward_two_backward():
+    """Denoise: one forward and one backward pass of the student, but for the gradient of the first layer's input."""
+    assert passes(CLASSES["Denoise"]()) == pytest.approx(3, abs=0.05)
