@@ -12,7 +12,7 @@ from distill.times import Uniform
 from distill.trainer import TrainConfig, train
 
 MEAN, ROOT = torch.tensor([1.0, -0.5]), torch.tensor([[0.5, 0.3], [0.0, 0.2]])
-# The factor by which one call comes nearer to the data: half of what was measured (51.2, 49.2, 20.7, 5.0), rounded down.
+# The factor by which one call comes nearer: half of what was measured (51.2, 49.2, 20.7, 5.0), rounded down.
 FACTOR = {"twinflow": (TwinFlow(), 25), "rcgm": (RCGM(), 24), "boot": (BOOT(), 10)}
 FACTOR["meanflow"] = MeanFlow(velocity="teacher", equal=0.25), 2
 
