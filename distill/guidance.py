@@ -65,6 +65,8 @@ class Guided:
 
         They are of the same pass, but for w = 0, which makes none under c: there a second one ends at the last of them.
         """
+        if isinstance(self.w, int | float) and self.w == 1:
+            return self.base.tapping(x, t, c, taps)
         if taps and isinstance(self.w, int | float) and self.w == 0:
             return self(x, t, c), self.base.features(x, t, c, taps)
         with tapped(self.base.net, taps, False, getattr(self.base.call, "feature", first)) as found:

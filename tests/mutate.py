@@ -71,6 +71,7 @@ PHASED, INTERVAL = "distill/methods/phased", "distill/interval"
 REWARD, CLIP, WRAPPED = "distill/methods/reward", "pipelines/reward", "distill/methods/wrapped"
 REWARDED = "tests/methods/test_reward.py"
 FORGET, FORGOTTEN = "distill/methods/forget", "tests/methods/test_forget.py"
+NEGATIVE, TURNED = "pipelines/negative", "tests/methods/test_negative.py"
 ENTROPIC, SPREAD = "distill/methods/entropic", "tests/methods/test_entropic.py"
 OF = "tests/methods/test_"  # NAME.py
 ENDS, MEANS, TWINS, BOOTS, SIGNS = (f"{OF}{name}.py" for name in "average meanflow twinflow boot sign".split())
@@ -141,6 +142,21 @@ MUTATIONS = {
         m("images keep theirs", ENTROPIC, 'for key in ("c", "real_c")', 'for key in ("c",)', SPREAD),
         m("features of no condition", ENTROPIC, "return Guided(self.bare, self.k).tapping(x, t, c, taps)",
           "return Guided(self.bare, self.k).tapping(x, t, self.null, taps)", SPREAD),
+    ),
+    "negative prompts": (
+        m("sign of NASA", NEGATIVE, "z - self.alpha", "z + self.alpha", TURNED),
+        m("scale of NAG", NEGATIVE, "(self.scale - 1) * z_neg", "self.scale * z_neg", TURNED),
+        m("squares for L1", NEGATIVE, "self.tau * z.abs()", "self.tau * z.square()", TURNED),
+        m("blend the other way", NEGATIVE, "self.blend * far + (1 - self.blend) * z",
+          "(1 - self.blend) * far + self.blend * z", TURNED),
+        m("prompt against itself", NEGATIVE, "hidden_states, words, *", "hidden_states, encoder_hidden_states, *",
+          TURNED),
+        m("padding is heard", NEGATIVE, "words if mask is None else", "words if True else", TURNED),
+        m("layers stay as they are", NEGATIVE, "layer.processor = processor", "pass", TURNED),
+    ),
+    "PG-SB": (
+        m("a k of its own for the fake", VSD, "k_fake = k if",
+          "k_fake = scale_of(self.guidance, draw, len(x)).flip(0) if", TURNED),
     ),
     "SiDA": (
         m("sign of the student's GAN", SIDA, "F.softplus(-self.logits(", "F.softplus(self.logits(", JUDGE),

@@ -128,12 +128,13 @@ def test_drops_on_both_sides_of_a_gan():
             assert torch.equal(heard["student"][key]["label"], batch[key]["label"])
 
 
-def test_features_are_those_under_the_condition():
+@pytest.mark.parametrize("entropy", (0.5, 1.0))
+def test_features_are_those_under_the_condition(entropy):
     """SiDA's logits of a guided fake score are read under c."""
     teacher, fake, student = (tiny(Flow(), "flow", seed, classes=CLASSES) for seed in range(3))
     nets = Nets(teacher, Student(student), (2,), fake)
     base = SiDA(taps=("mid",), gan=1.0)
     draw = Doubles(0, 0, "student", torch.arange(N))
     batch = labelled(draw)
-    found = [m.updates()[1].loss(batch["real"], nets, batch, draw)[1]["gan"] for m in (base, Entropic(base))]
+    found = [m.updates()[1].loss(batch["real"], nets, batch, draw)[1]["gan"] for m in (base, Entropic(base, entropy))]
     near(*found)
