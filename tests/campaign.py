@@ -249,7 +249,8 @@ class Faults:
                 assert all(f"{one} is skipped: " in said for one in harmed) or "step/s" not in said, said
                 assert (" is skipped: " in said) <= bool(harmed) and later(folder) <= harmed, said
                 if hit is not None and status == 0:
-                    late = "waits for the first process" if ranks == (1,) else "too late: ends as it would have"
+                    waits = hit == signal.SIGTERM and ranks == (1,)  # it is the launcher's to tell all of them
+                    late = "waits for the first process" if waits else "too late: ends as it would have"
                     self.count(processes, hit.name, late, in_save)
                 elif hit is not None:
                     came = self.came(hit, group)
