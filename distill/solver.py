@@ -10,7 +10,7 @@ from torch import Tensor
 
 from distill.denoiser import Condition, Denoiser
 from distill.guidance import Guided
-from distill.schedule import expand
+from distill.schedule import Prediction, Schedule, expand
 
 Step = Callable[[Denoiser | Guided, Tensor, Tensor, Tensor, Condition], Tensor]
 Name = Literal["ddim", "heun"]
@@ -34,6 +34,13 @@ def heun(denoiser: Denoiser | Guided, x: Tensor, t: Tensor, s: Tensor, c: Condit
     twice = (a_t > 1e-6) & (s_s > 1e-12)
     gain = expand(a_s / torch.where(twice, a_t, 1.0), x)
     return torch.where(expand(twice, x).bool(), gain * (x - expand(s_t, x) * eps) + expand(s_s, x) * eps, euler)
+
+
+def jump(pred: Prediction, path: Schedule, e: Tensor | None) -> Tensor:
+    """x_e = alpha_e x0 + sigma_e eps of one prediction, at e [B]; x0 where e is 0, and for None."""
+    if e is None:
+        return pred.x0
+    return torch.where(expand(e, pred.x) > 0, path.diffuse(pred.x0, pred.eps, e), pred.x0)
 
 
 STEPS: dict[str, Step] = {"ddim": ddim, "heun": heun}

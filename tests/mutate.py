@@ -67,6 +67,8 @@ AVERAGE, MEAN, RCGM, TWIN, BOOT, SIGN = (
 )
 DMD, DI, F_DISTILL, LADD = (f"distill/methods/{name}" for name in ("dmd", "diff_instruct", "f_distill", "ladd"))
 SPRINT, RUN_UP = "distill/methods/sprint", "tests/methods/test_sprint.py"
+PCM, TCD = "distill/methods/pcm", "distill/methods/tcd"
+CT, CURRICULUM = "distill/methods/ct", "distill/curriculum"
 PHASED, INTERVAL = "distill/methods/phased", "distill/interval"
 REWARD, CLIP, WRAPPED = "distill/methods/reward", "pipelines/reward", "distill/methods/wrapped"
 REWARDED = "tests/methods/test_reward.py"
@@ -249,15 +251,15 @@ MUTATIONS = {
           f"{TRAINER}::test_samples_are_reused"),
     ),
     "LCD": (
-        m("target at t", LCD, "x_s, s, told(c, w))", "x_s, t, told(c, w))", DISCRETE),
-        m("target at x_t", LCD, "student, x_s, s, told", "student, x_t, s, told", DISCRETE),
+        m("target at t", LCD, "x_s, s, e, told(c, w))", "x_s, t, e, told(c, w))", DISCRETE),
+        m("target at x_t", LCD, "student, x_s, s, e, told", "student, x_t, s, e, told", DISCRETE),
         m("target from the student", LCD, "nets.target or student", "student", BY_HAND, f"{CONTRACTS}::TestPushed"),
-        m("target with gradient", LCD, "            target = self.f(nets.target or student, x_s, s, told(c, w))\n",
-          "        target = self.f(nets.target or student, x_s, s, told(c, w))\n", f"{CONTRACTS}::TestTargets"),
-        m("no boundary", LCD, "expand(t < 0.5 / self.N, x)", "expand(t < -1, x)", BY_HAND, DISCRETE),
+        m("target with gradient", LCD, "            target = self.f(nets.target or student, x_s, s, e, told(c, w))\n",
+          "        target = self.f(nets.target or student, x_s, s, e, told(c, w))\n", f"{CONTRACTS}::TestTargets"),
+        m("no boundary", LCD, "expand(t < low, x)", "expand(t < -1, x)", BY_HAND, DISCRETE),
         m("two steps of the grid", LCD, "t - 1 / self.N", "(t - 2 / self.N).clamp(min=0)", f"{DISCRETE}", BY_HAND),
         m("teacher not guided", LCD, "solver(Guided(nets.teacher, w), x_t", "solver(nets.teacher, x_t", BY_HAND),
-        m("student not told", LCD, "self.f(student, x_t, t, told(c, w))", "self.f(student, x_t, t, c)", BY_HAND),
+        m("student not told", LCD, "self.f(student, x_t, t, e, told(c, w))", "self.f(student, x_t, t, e, c)", BY_HAND),
         m("sum for mean", LCD, "reduce(loss, self.reduction)", 'reduce(loss, "sum")', BY_HAND, DISCRETE),
         m("average the wrong way", LCD, "net, self.target_ema)", "net, 1 - self.target_ema)", BY_HAND),
         m("target never moves", LCD, "if nets.target is not None", "if False", BY_HAND),
@@ -336,6 +338,34 @@ MUTATIONS = {
         m("rec of samples", SIGN, 'nets.student.generate(y, c, steps=1) - y',
           "nets.student.generate(y, c, steps=1) - x",
           SIGNS),
+    ),
+    "PCM, TCD": (
+        m("phase of t", PCM, "s * self.N)", "s * self.N + 1)", f"{OF}pcm.py"),
+        m("the end of the phase before", PCM, "right=True) - 1]", "right=True) - 2]", f"{OF}pcm.py"),
+        m("x0 for x_e", "distill/solver", "path.diffuse(pred.x0, pred.eps, e), pred.x0)", "pred.x0, pred.x0)",
+          f"{OF}pcm.py", f"{OF}tcd.py"),
+        m("no boundary at the edges", LCD, "0.5 / self.N if e is None else e + 0.5 / self.N", "0.5 / self.N",
+          f"{OF}pcm.py", f"{OF}tcd.py"),
+        m("target to the end of another", LCD, "student, x_s, s, e, told", "student, x_s, s, None, told",
+          f"{OF}pcm.py", f"{OF}tcd.py"),
+        m("never to s itself", TCD, "* n).floor() + 1", "* n).floor().clamp(min=1)", f"{OF}tcd.py"),
+        m("up to t", TCD, "(s * self.N).round()", "(s * self.N + 1).round()", f"{OF}tcd.py"),
+    ),
+    "ECT, iCT": (
+        m("other noise at r", CT, "path.diffuse(x, eps, r), r, c)", "path.diffuse(x, eps.roll(1, 0), r), r, c)",
+          f"{OF}ct.py"),
+        m("target with gradient", CT, "with torch.no_grad():\n            target",
+          "with torch.enable_grad():\n            target",
+          f"{OF}ct.py"),
+        m("target at t", CT, "path.diffuse(x, eps, r), r, c)", "path.diffuse(x, eps, t), t, c)", f"{OF}ct.py"),
+        m("no boundary", CT, "expand(r, x) > 0,", "expand(r, x) >= 0,", f"{OF}ct.py"),
+        m("not weighted", CT, "gap.to(x) if self.weighted", "1.0 if self.weighted", f"{OF}ct.py"),
+        m("elements for the vector", "distill/losses", "linalg.vector_norm(delta.flatten(1), dim=1)",
+          "linalg.vector_norm(delta.flatten(1), dim=1) / delta[0].numel() ** 0.5", f"{OF}ct.py"),
+        m("sign of n", CURRICULUM, "torch.sigmoid(-self.b * s)", "torch.sigmoid(self.b * s)", f"{OF}ct.py"),
+        m("a stage late", CURRICULUM, "step // self.every + 1", "step // self.every + 2", f"{OF}ct.py"),
+        m("grid not doubled", CURRICULUM, "self.n_0 << min(step", "self.n_0 + min(step", f"{OF}ct.py"),
+        m("sign of the mean", CURRICULUM, "s.log() - self.mean", "s.log() + self.mean", f"{OF}ct.py"),
     ),
     "sCM": (
         m("sign of the derivative", SCM, "self.sigma_d * dF)", "-self.sigma_d * dF)", CONTINUOUS),

@@ -11,6 +11,7 @@ from distill.methods.forget import Forgetting
 from distill.methods.ladd import LADD
 from distill.methods.lcd import LCD
 from distill.methods.meanflow import MeanFlow
+from distill.methods.pcm import PCM
 from distill.methods.phased import PhasedDMD
 from distill.methods.rcgm import RCGM
 from distill.methods.regression import Regression
@@ -20,6 +21,7 @@ from distill.methods.sid import SiD
 from distill.methods.sida import SiDA
 from distill.methods.sign import SIGN
 from distill.methods.sprint import Sprint
+from distill.methods.tcd import TCD
 from distill.methods.twinflow import TwinFlow
 from distill.methods.vsd import VSD
 
@@ -34,6 +36,7 @@ __all__ = [
     "Forgetting",
     "LADD",
     "LCD",
+    "PCM",
     "PhasedDMD",
     "MeanFlow",
     "RCGM",
@@ -44,6 +47,7 @@ __all__ = [
     "SiD",
     "SiDA",
     "Sprint",
+    "TCD",
     "TwinFlow",
     "VSD",
 ]

@@ -22,7 +22,7 @@ from distill.guidance import Guided, needed, scale_of, told
 from distill.losses import Reduction, huber, reduce
 from distill.ranges import Count, Decay, Finite, Positive
 from distill.schedule import expand
-from distill.solver import STEPS
+from distill.solver import STEPS, jump
 from distill.times import Grid
 from distill.trainer import Batch, Logs, Nets, Update
 
@@ -57,16 +57,21 @@ class LCD:
         t, eps = Grid(self.N + 1, 1, self.N)(draw, "t", len(x), path), draw.normal("eps", x.shape).to(x)
         w = scale_of(self.guidance, draw, len(x))
         x_t, s = path.diffuse(x, eps, t), t - 1 / self.N
+        e = self.end(s, draw)
         with torch.no_grad():
             solver = STEPS[self.solver] if isinstance(self.solver, str) else self.solver
             x_s = solver(Guided(nets.teacher, w), x_t, t, s, c)
-            target = self.f(nets.target or student, x_s, s, told(c, w))
-        delta = self.f(student, x_t, t, told(c, w)) - target
+            target = self.f(nets.target or student, x_s, s, e, told(c, w))
+        delta = self.f(student, x_t, t, e, told(c, w)) - target
         loss = delta**2 if self.huber_c is None else huber(delta, self.huber_c)
         return reduce(loss, self.reduction), {"delta": delta.detach().square().mean()}
 
-    def f(self, denoiser: Denoiser, x: Tensor, t: Tensor, c: Condition) -> Tensor:
-        return torch.where(expand(t < 0.5 / self.N, x).bool(), x, denoiser(x, t, c).x0)
+    def f(self, denoiser: Denoiser, x: Tensor, t: Tensor, e: Tensor | None, c: Condition) -> Tensor:
+        low = 0.5 / self.N if e is None else e + 0.5 / self.N
+        return torch.where(expand(t < low, x).bool(), x, jump(denoiser(x, t, c), denoiser.path, e))
+
+    def end(self, s: Tensor, draw: Draw) -> Tensor | None:
+        return None  # where f leads to: to data (not in PCM and TCD)
 
     def after(self, player: str, nets: Nets) -> None:
         if nets.target is not None:

@@ -1,0 +1,94 @@
+"""TCD: off it is LCD to the bit; its ends are uniform; where the ODE is a line, one prediction leads to all of it."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from gaussian import F64, SCHEDULES, Gaussian, consistent, exact, problem
+from tiny import tiny
+
+from distill.draw import Draw
+from distill.losses import huber
+from distill.methods import LCD, TCD
+from distill.roles import Nets
+from distill.solver import STEPS
+from distill.student import Student
+
+B = 16
+OFF = {"guidance": 1.0, "target_ema": 0.0}
+
+
+def turn(n=B):
+    return Draw(0, 0, "student", torch.arange(n))
+
+
+def nets_of(schedule):
+    make = lambda seed: tiny(SCHEDULES[schedule], "edm" if schedule == "edm" else "v", seed)
+    return Nets(make(0), Student(make(1), (0.5,)), (2,))
+
+
+def loss_of(method, nets):
+    """The loss and its gradient to the student."""
+    loss, _ = method.student_loss(turn().normal("real", (B, 2)).double(), nets, {}, turn())
+    return loss, *torch.autograd.grad(loss, [*nets.student.denoiser.net.parameters()])
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_without_reach_it_is_lcd(schedule):
+    """Bit for bit, loss and gradient; with it, it is another loss."""
+    nets = nets_of(schedule)
+    want = loss_of(LCD(N=10, **OFF), nets)
+    assert all(torch.equal(a, b) for a, b in zip(loss_of(TCD(N=10, reach=0.0, **OFF), nets), want))
+    assert not any(torch.equal(a, b) for a, b in zip(loss_of(TCD(N=10, **OFF), nets), want))
+
+
+@pytest.mark.parametrize("reach, last", ((1.0, 6), (0.5, 3)))
+def test_ends_are_uniform(reach, last):
+    """0, 1 / N, ... up to s itself, or a share of it."""
+    n = 7000
+    ends = TCD(N=10, reach=reach).end(torch.full((n,), 0.6, dtype=F64), turn(n)) * 10
+    share = torch.bincount(ends.round().long()) / n
+    assert len(share) == last + 1 and (share - 1 / (last + 1)).abs().max() < 0.02  # four standard deviations
+    assert (ends - ends.round()).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_by_hand(schedule):
+    """d( f(x_t, t, e), f(x_s, s, e) ), the target without gradient; x_s itself where e = s, x0 where e = 0."""
+    method, nets, path, draw = TCD(N=3, **OFF), nets_of(schedule), SCHEDULES[schedule], turn()
+    x, eps, net = draw.normal("real", (B, 2)).double(), draw.normal("eps", (B, 2)).double(), nets.student.denoiser
+    n = (draw.uniform("t", (B,)).double() * 3).floor()
+    e = (draw.uniform("end", (B,)).double() * (n + 1)).floor() / 3
+    t, s = (n + 1) / 3, n / 3
+    assert (e == s).any() and (e < s).any() and (e == 0).any() and ((e > 0) & (e < s)).any()
+    x_t = path.diffuse(x, eps, t)
+    x_s = STEPS["ddim"](nets.teacher, x_t, t, s)
+    led = []
+    for y, u in ((x_t, t), (x_s, s)):
+        pred = net(y, u)
+        (a, b) = (c[:, None] for c in path.coefficients(e))
+        led.append(torch.where((e == 0)[:, None], pred.x0, a * pred.x0 + b * pred.eps))
+    target = torch.where((e == s)[:, None], x_s, led[1]).detach()
+    want = huber(led[0] - target, 1e-3).mean()
+    got = loss_of(method, nets)
+    torch.testing.assert_close(got[0], want)
+    for a, b in zip(got[1:], torch.autograd.grad(want, [*net.net.parameters()])):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_data_of_one_point(schedule):
+    """All trajectories are lines in sigma / alpha: the teacher leads to each of their points, other students do not."""
+    point, path = Gaussian(torch.tensor([0.4, -1.0], dtype=F64), torch.zeros(2, 2, dtype=F64)), SCHEDULES[schedule]
+    x, method = point.mean.expand(B, 2), TCD(N=8, huber_c=None, **OFF)
+
+    def residual(student):
+        nets = Nets(exact(point, path), Student(student, (1.0,)), (2,))
+        draw = turn()
+        draw.normal = lambda name, shape: Draw.normal(draw, name, shape).double()
+        draw.uniform = lambda name, shape: Draw.uniform(draw, name, shape) * 7 / 8 + 1 / 8  # s > 0: x_0 has noise left
+        return float(method.student_loss(x, nets, {}, draw)[1]["delta"]) ** 0.5
+
+    assert residual(exact(point, path)) < 1e-12
+    assert residual(consistent(problem(2)[0], path)) > 1e-2
+    assert replace(method, reach=0.0).end(torch.ones(B, dtype=F64) / 2, turn()).abs().max() == 0
