@@ -1,7 +1,8 @@
 """TCD on the digits: one or two steps from one student. Values ours unless a source is named.
 
 `accelerate launch recipes/tcd_digits.py --teacher runs/digits/teacher`; as CD's recipe, but for the ends. The pipeline
-of the digits renoises with fresh noise, TCD's gamma = 1.
+of the digits renoises with fresh noise, TCD's gamma = 1. Choose it where the number of steps
+is settled after training; at one step it is CD, with less of its training spent there.
 """
 
 from distill.config import Config

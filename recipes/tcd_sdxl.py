@@ -2,8 +2,8 @@
 
 `accelerate launch recipes/tcd_sdxl.py --data.cache CACHE`, a cache of prompts and images (python -m pipelines.cache).
 Values as reported of the paper, the rest those of LCM-LoRA; it draws omega from 2 to 14, here w = omega + 1 is fixed.
-It is exported without new noise (gamma 0); diffusers' TCDScheduler takes any. Published: FID 12.68 on 5k prompts of COCO
-with four steps. Not run at full size by us.
+It is exported without new noise (gamma 0); diffusers' TCDScheduler takes any. Published: FID 12.68 on 5k prompts of
+COCO with four steps. Not run at full size by us.
 """
 
 from distill.config import Config

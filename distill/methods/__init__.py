@@ -1,6 +1,7 @@
 """The distillation algorithms, one file each beside its equations."""
 
 from distill.methods.boot import BOOT
+from distill.methods.ct import CT
 from distill.methods.denoise import Denoise
 from distill.methods.diff_instruct import DiffInstruct
 from distill.methods.dmd import DMD
@@ -27,6 +28,7 @@ from distill.methods.vsd import VSD
 
 __all__ = [
     "BOOT",
+    "CT",
     "DMD",
     "DMD2",
     "Denoise",

@@ -70,6 +70,7 @@ def fits(schedule, kind):
 PAIRS = [(s, k) for s in SCHEDULES for k in ("x0", "eps", "v", "flow", "edm") if fits(s, k)]
 
 
+@pytest.mark.level(1, "PCM")
 @pytest.mark.parametrize("schedule, kind", PAIRS)
 class TestGaussian:
     METHOD = PCM(phases=3, N=12, solver="ddim", **OFF)  # edges 0, 4, 8

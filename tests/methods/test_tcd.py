@@ -76,6 +76,7 @@ def test_by_hand(schedule):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.level(1, "TCD")
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_data_of_one_point(schedule):
     """All trajectories are lines in sigma / alpha: the teacher leads to each of their points, other students do not."""

@@ -1,0 +1,68 @@
+"""ECT and iCT: consistency training. Geng et al. 2024, arXiv 2406.14548; Song & Dhariwal 2023, arXiv 2310.14189.
+
+    x_t  = alpha_t x + sigma_t eps,   x_r = alpha_r x + sigma_r eps      a real image x, one eps;  s = sigma / alpha
+    f(x_t, t) = D_student(x_t, t),    f(x_0, 0) = x of the image itself              the boundary
+    L    = d( f(x_t, t) - sg f(x_r, r) ) / (s_t - s_r),   d(y) = sqrt( |y|^2 + c^2 ) - c     of a sample's whole vector
+    ECT  : s_t log-normal, s_r / s_t from 0 to 1 in stages;   iCT: neighbours of a grid whose steps halve in stages
+
+In place of the teacher's ODE step stands the noise that made x_t: it is right on average where s_r draws close to s_t,
+and with s_r = 0 the loss is that of denoising. The teacher is only where the student starts (ECT; iCT starts from
+nothing) and is never called. Gradients flow through f(x_t, t) alone. The loss is a mean over samples, not elements.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from distill.curriculum import Closing, Curriculum
+from distill.denoiser import Condition
+from distill.draw import Draw
+from distill.losses import cauchy_norm, huber_norm
+from distill.ranges import Weight
+from distill.schedule import expand
+from distill.trainer import Batch, Logs, Nets, Update
+
+
+@dataclass(frozen=True)
+class CT:
+    """Consistency training on real images: no teacher's ODE, one network call with gradient and one without."""
+
+    curriculum: Curriculum = Closing()  # of the two levels: Closing (ECT), Doubling (iCT)
+    distance: Literal["huber", "square", "cauchy"] = "huber"  # d; square: |y|^2; cauchy: log(1 + |y|^2 / (2 c^2))
+    c: Weight = 0.0  # ECT CIFAR-10: 0; iCT: 0.00054 sqrt(elements): 0.03 CIFAR-10, 0.06 ImageNet-64
+    weighted: bool = True  # by 1 / (s_t - s_r)
+
+    roles = ()
+    needs = ("real",)
+
+    def __post_init__(self) -> None:
+        if self.distance == "cauchy" and not self.c:
+            raise ValueError(f"c is {self.c}; the Cauchy distance needs a c above 0")
+
+    def updates(self) -> list[Update]:
+        return [Update("student", self.student_loss)]
+
+    def sample(self, nets: Nets, batch: Batch, draw: Draw) -> Tensor:
+        return batch["real"]
+
+    def student_loss(self, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
+        path, c = nets.student.denoiser.path, batch.get("real_c")
+        (t, r, gap), eps = self.curriculum(draw, len(x), path), self.noise(x, draw)
+        with torch.no_grad():
+            target = torch.where(expand(r, x) > 0, self.f(nets, path.diffuse(x, eps, r), r, c), x)
+        delta = self.f(nets, path.diffuse(x, eps, t), t, c) - target
+        loss = self.far(delta, draw) / (gap.to(x) if self.weighted else 1.0)
+        return loss.mean(), {"delta": delta.detach().square().mean(), "clean": (r == 0).float().mean()}
+
+    def f(self, nets: Nets, x: Tensor, t: Tensor, c: Condition) -> Tensor:
+        return nets.student.denoiser(x, t, c).x0
+
+    def noise(self, x: Tensor, draw: Draw) -> Tensor:
+        return draw.normal("eps", x.shape).to(x)
+
+    def far(self, delta: Tensor, draw: Draw) -> Tensor:  # [B]
+        if self.distance == "square":
+            return delta.flatten(1).square().sum(1)
+        return (huber_norm if self.distance == "huber" else cauchy_norm)(delta, self.c)
