@@ -217,7 +217,7 @@ def run(config: Config[Any, Any], out: Path, resume: Path | None) -> None:
             if stop:
                 break
         saver.wait()
-        if stop and accelerator.is_main_process:
+        if (stop or caught) and accelerator.is_main_process:
             name = out / f"checkpoint-{state.step}"
             sys.stderr.write(f"\ninterrupted; saved {name}. Go on with --resume_from_checkpoint latest\n")
             raise SystemExit(128 + (caught or [signal.SIGTERM])[0])  # the launcher ends the others

@@ -404,6 +404,22 @@ def test_a_signal_while_a_checkpoint_is_written(again, held, digits, tmp_path, m
     assert names(tmp_path) == ([] if again else ["checkpoint-2", "checkpoint-3"])
 
 
+def test_a_signal_while_the_last_checkpoint_is_written(digits, tmp_path, monkeypatch):
+    """Nothing is left to train, the export is: it is done by the run that goes on."""
+    wait = checkpoint.Saver.wait
+
+    def told(saver):
+        if saver.thread and not told.done:
+            told.done = True
+            signal.raise_signal(signal.SIGTERM)
+        wait(saver)
+
+    told.done = False
+    monkeypatch.setattr(checkpoint.Saver, "wait", told)
+    assert digits(tmp_path) == 143 and names(tmp_path) == ["checkpoint-5"] and not (tmp_path / "pipeline").exists()
+    assert digits(tmp_path, *LATEST) == 0 and (tmp_path / "pipeline" / "model_index.json").is_file()
+
+
 @pytest.mark.parametrize("launched", (True, False), ids=("by a launcher", "by a shell"))
 def test_a_run_ends_with_its_launcher(launched, digits, tmp_path, monkeypatch):
     """`accelerate launch` was killed alone: as by SIGTERM. A shell may go: its job runs on."""
