@@ -63,7 +63,8 @@ DISC = "distill/disc"
 LCD, SCM = "distill/methods/lcd", "distill/methods/scm"
 ODE, LOOKS, PAIR = "distill/methods/regression", "pipelines/perceptual", "distill/data/pairs"
 AVERAGE, MEAN, RCGM, TWIN, BOOT, SIGN = (
-    "distill/average", *(f"distill/methods/{name}" for name in ("meanflow", "rcgm", "twinflow", "boot", "sign"))
+    "distill/average",
+    *(f"distill/methods/{name}" for name in ("meanflow", "rcgm", "twinflow", "boot", "sign")),
 )
 DMD, DI, F_DISTILL, LADD = (f"distill/methods/{name}" for name in ("dmd", "diff_instruct", "f_distill", "ladd"))
 SPRINT, RUN_UP = "distill/methods/sprint", "tests/methods/test_sprint.py"

@@ -33,6 +33,7 @@ WORDS = {  # of Method.needs
     "null": "a null condition",
     "pairs": "pairs of the teacher (`python -m pipelines.pairs`)",
     "perceptual": "LPIPS",
+    "reward": "a reward",
 }
 
 

@@ -11,6 +11,7 @@ from distill import methods
 FIELDS = {  # what a class needs other than its defaults, to run without images
     "DMD": {"distance": "huber"},
     "Regression": {"distance": "huber"},
+    "Rewarded": {"weight": 0.0},
 }
 CLASSES = {name: getattr(methods, name) for name in methods.__all__}
 

@@ -1,4 +1,4 @@
-"""ESD: entropic score distillation. Wang et al. 2023, arXiv 2401.00604; a wrapper of any method with a fake score.
+"""ESD: entropic score distillation. Wang et al. 2023, arXiv 2401.00909; a wrapper of any method with a fake score.
 
     D_fake^k = D_fake(null) + k ( D_fake(c) - D_fake(null) ),   k = 1 - lambda       in the student's loss alone
     L_fake   = that of the base, with a share p_drop of null conditions

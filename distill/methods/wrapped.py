@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from distill.draw import Draw
+from distill.methods.sid import SiD
 from distill.trainer import Batch, Logs, Loss, Nets, Update
 
 Term = Callable[[Loss, Tensor, Nets, Batch, Draw], tuple[Tensor, Logs]]
@@ -19,7 +20,7 @@ class Wrapped:
     Wrappers go around wrappers: Rewarded(Forgetting(SiD())). The fields of the base are --method.base.NAME.
     """
 
-    base: Any  # the method
+    base: Any = SiD()  # the method: any
 
     def __getattr__(self, name: str) -> Any:  # taps, places, after and the like, where the base has them
         if name == "base" or name.startswith("__"):

@@ -41,6 +41,7 @@ def test_off_is_the_base(name):
     assert Entropic(base).needs == (*base.needs, "null") and Entropic(base, 0).needs == base.needs
 
 
+@pytest.mark.level(1, "Entropic")
 @pytest.mark.parametrize("entropy", (0.3, 1.0, 1.5))
 @pytest.mark.parametrize("schedule", ("vp", "edm", "flow"))
 def test_is_the_guidance_of_sid_and_vsd(schedule, entropy):
@@ -63,6 +64,7 @@ def test_is_the_guidance_of_sid_and_vsd(schedule, entropy):
                 near(ours, theirs)
 
 
+@pytest.mark.level(1, "Entropic")
 @pytest.mark.parametrize("entropy", (0.25, 0.5, 1.0, 1.25))
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_variance(schedule, entropy):

@@ -126,6 +126,7 @@ SCORES = {
 }
 
 
+@pytest.mark.level(1, "Forgetting")
 @pytest.mark.parametrize("name", SCORES)
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_fixed_point(schedule, name):
@@ -190,6 +191,7 @@ def test_composition():
     assert "student/reward" in after(Forgetting(Rewarded(BASES["sid"]), *rule))[1]
 
 
+@pytest.mark.level(2, "Forgetting")
 def test_dmd2_forgets():
     """SFD on DMD2, from the teacher's own laws: class 0 becomes class 2 in mean and spread, the others stay."""
     line, nets = gaussians("edm", [-3.0, 0.0, 3.0], [0.5, 1.0, 0.7])

@@ -91,6 +91,7 @@ def test_no_cross_attention(tmp_path):
         pass
 
 
+@pytest.mark.level(1, "VSD")
 @pytest.mark.parametrize("low, high", ((0.5, 4.0), (2.0, 2.0)))
 def test_random_guidance_is_one_for_both_scores(low, high):
     """PG-SB: x . (real^k - fake^k), one k a sample in [low, high] and the same in both; of low = high, SwiftBrush's."""

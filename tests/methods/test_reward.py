@@ -82,6 +82,7 @@ def test_off_is_the_base(name):
     assert (off.needs, off.roles) == (base.needs, base.roles) and "reward" in Rewarded(base).needs
 
 
+@pytest.mark.level(1, "Rewarded")
 @pytest.mark.parametrize("clamp", (None, -0.5))
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_gradient(schedule, clamp):
@@ -105,6 +106,7 @@ def test_gradient(schedule, clamp):
     near(logs["reward"].detach(), r.mean())
 
 
+@pytest.mark.level(1, "Rewarded")
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_fixed_point(schedule):
     """VSD at one level with R = a . x ends at N(mu + w C a / (alpha sigma), Sigma), C = alpha^2 Sigma + sigma^2.
@@ -171,6 +173,7 @@ def test_on_methods_of_data(schedule):
         near(with_reward - without, alone)
 
 
+@pytest.mark.level(2, "Rewarded")
 def test_sid_and_a_reward():
     """Through the trainer: after 40 steps SiD's samples are nearer to the goal with the reward than without."""
     mean = {}
