@@ -49,8 +49,8 @@ demo: setup  ## the main job on digits: teacher, one-step students, evaluation, 
 	@$(OFFLINE) $(PY) recipes/digits_demo.py $(ARGS)
 
 test: setup  ## the tests, without the slow ones
-	@echo 'test: all tests but the slow ones, offline, one thread'
-	@$(TEST) -m 'not slow' $(ARGS)
+	@echo 'test: all tests but the slow ones, offline, a file at a time on each of up to four cores'
+	@$(TEST) -m 'not slow' -n logical --maxprocesses 4 --dist loadfile $(ARGS)
 
 slow: setup  ## the slow tests: toy science, whole runs
 	@$(TEST) -m slow $(ARGS)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -76,6 +78,7 @@ class StudentConfig:
     renoise: Literal["fresh", "ddim"] = "fresh"  # noise between calls
     times: tuple[Share, ...] | None = None  # all times in (0, 1], instead of `steps` falling uniformly
     lora: LoRA = field(default_factory=LoRA)  # adapters on the teacher's weights instead of a full copy
+    network: str | None = None  # folder with the config.json of another network of the teacher's class, smaller say
     freeze: tuple[str, ...] = ()  # modules that keep the teacher's weights: "time_embedding", say
     init: str | None = None  # weights to start from: a checkpoint-N (its average), a network's folder or a .safetensors
     phases: Count = 1  # into which the calls are divided equally, each with an expert of its own (Phased DMD: 2)
@@ -88,10 +91,22 @@ class StudentConfig:
             raise ValueError(
                 f"sigma {self.sigma} and timestep {self.timestep} both name the first call; give one of them"
             )
+        if self.network is not None and self.lora.rank is not None:
+            raise ValueError("student.network is another network, and student.lora.rank adapts the teacher's: give one")
+
+    def net(self, backbone: nn.Module) -> nn.Module:
+        """What is trained: a copy of the backbone, an adapter on it, or another network of its class, at random."""
+        if self.network is None:
+            return self.lora(backbone)
+        file = Path(self.network) / "config.json"
+        if not file.is_file():
+            raise ValueError(f"student.network is {self.network!r}; it must be a folder that holds a config.json")
+        made = type(backbone).from_config(json.loads(file.read_text()))  # type: ignore[attr-defined]
+        return made.float().requires_grad_(True).eval()
 
     def earlier(self, teacher: Denoiser) -> tuple[Denoiser, ...]:
         """The experts of the earlier phases, frozen: copies of the teacher, or adapters on it, from their weights."""
-        nets = [self.lora(teacher.net) for _ in self.experts]
+        nets = [self.net(teacher.net) for _ in self.experts]
         for net, path in zip(nets, self.experts, strict=True):
             checkpoint.fill(net, path, "student", teacher.net)
         return tuple(replace(teacher, net=net.requires_grad_(False).eval()) for net in nets)
@@ -142,7 +157,7 @@ def build(
     nets = Nets(
         teacher,
         Student(
-            replace(teacher, net=student.lora(teacher.net)),
+            replace(teacher, net=student.net(teacher.net)),
             student.times or grid_times(student.steps, student.first(teacher.schedule)),
             student.scale,
             student.renoise,

@@ -168,6 +168,7 @@ def load(
     import diffusers
 
     from pipelines import index
+    from pipelines.experts import install
 
     entries = index(folder)
     cls = getattr(diffusers, str(entries["_class_name"]), None)
@@ -201,7 +202,7 @@ def load(
         if getattr(pipe, name, None) is None:
             raise ValueError(f"this protocol replaces {name}, which {folder} does not have; choose another protocol")
         pipe.register_modules(**{name: getattr(pipe, other)})
-    return pipe
+    return install(pipe, folder)
 
 
 def _line(error: BaseException) -> str:

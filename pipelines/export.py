@@ -31,7 +31,7 @@ from distill.lora import merged
 from distill.ranges import Share
 from distill.roles import StudentConfig
 from distill.student import Student
-from pipelines import FAMILIES, ExportError, Teacher, comfy, files, hub, kohya, opened
+from pipelines import FAMILIES, ExportError, Teacher, comfy, experts, files, hub, kohya, opened
 from pipelines import published as others
 from pipelines.card import NEGATIVE, Result, card, code
 from pipelines.latents import factor
@@ -77,20 +77,25 @@ def export(
     replaceable(folder)
     one = untimed(replace(student.denoiser, net=net))
     student, net = replace(student, denoiser=one), one.net
-    expected = reference(student, teacher, net)
+    with experts.told(student) as steps:
+        expected = reference(student, teacher, net)
     others = {
-        steps: reference(replace(student, times=carrying(teacher, StudentConfig(steps=steps))[1]), teacher, net)
-        for steps in getattr(teacher.parts.family, "steps", lambda parts: ())(teacher.parts)
-        if steps != len(student.times)
+        n: reference(replace(student, times=carrying(teacher, StudentConfig(steps=n))[1]), teacher, net)
+        for n in getattr(teacher.parts.family, "steps", lambda parts: ())(teacher.parts)
+        if n != len(student.times)
     }
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         told = getattr(teacher.parts.family, "exported", lambda net, student: net)
         write(teacher, told(merged(net), student), scheduler, partial)
+        limits: Sequence[str] = ()
+        if student.experts and not experts.write(student, net, steps, teacher.parts.network, partial):
+            limits = [experts.LIMIT.format(len(student.experts) + 1)]
         facts = {"student": True, "steps": len(student.times), "times": list(student.times), "config": about.config}
         (partial / "distill.json").write_text(json.dumps(facts | teacher.parts.asked, indent=1))
-        made, limits = singles(student, teacher, net, partial, about)
+        made, more = singles(student, teacher, net, partial, about)
+        limits = [*limits, *more]
         gaps = verified(partial, made, teacher, expected, len(student.times), others)
         grid(expected.images * 2 - 1, columns=len(expected.prompts), side=256).save(partial / "samples.png")
         lora = next((file.name for file in made if file.stem.endswith("_lora")), "")
@@ -130,7 +135,8 @@ def verified(
 
     absent = dict.fromkeys(lacking(teacher))
     options = {"dtype": torch.float32, "local_files_only": True}  # its text encoders and VAE may be stored in half
-    pipe = settled(DiffusionPipeline.from_pretrained(folder, **options, **absent), place(teacher.parts.net))
+    pipe = experts.install(DiffusionPipeline.from_pretrained(folder, **options, **absent), folder)
+    pipe = settled(pipe, place(teacher.parts.net))
     pipe.safety_checker = None  # SD 1.x's: it blackens what it takes for harmful, which is not the student's doing
     gaps = {"pipeline": compare(pipe, teacher, expected, steps)}
     gaps |= {f"pipeline, {n} step{'s' * (n > 1)}": compare(pipe, teacher, other, n) for n, other in others.items()}
@@ -207,6 +213,11 @@ def singles(
 
     if not hasattr(teacher.parts.family, "TARGETS"):
         return [], list(teacher.parts.family.limits(net))
+    other = {k: v for k, v in net.config.items() if k[0] != "_"} != {  # type: ignore[union-attr]
+        k: v for k, v in teacher.parts.net.config.items() if k[0] != "_"
+    }
+    if student.experts or other:
+        return [], [NEGATIVE, "There are no single files: they would be weights of the base's network."]
     steps, kind, limits = len(student.times), student.denoiser.kind, [NEGATIVE]
     size = teacher.shape[-1] * factor(teacher.parts), teacher.shape[-2] * factor(teacher.parts)
     spec = lambda lora: files.modelspec(net, kind, about.name, size, lora, license=about.license.id)
@@ -327,9 +338,10 @@ def trained(again: Again) -> tuple[Student, Teacher, Any, str, str, str]:
     teacher = opened(base, *options, torch.float32, tells(method, tree["method"]))
     config = revived(StudentConfig, tree["student"])
     scheduler, times = carrying(teacher, config)
-    net = config.lora(teacher.denoiser.net)
+    net = config.net(teacher.denoiser.net)
     checkpoint.fill(net, chosen[0], "student", teacher.denoiser.net)
-    student = Student(replace(teacher.denoiser, net=net), times, config.scale, config.renoise)
+    rest = config.phases, config.earlier(teacher.denoiser)
+    student = Student(replace(teacher.denoiser, net=net), times, config.scale, config.renoise, *rest)
     if again.other:
         student = mixed(
             student, trained(replace(again, run=again.other, other="", checkpoint="latest"))[0], again.share

@@ -81,12 +81,15 @@ def reference(student: Student, teacher: Teacher, net: nn.Module) -> Reference:
         encoded = [teacher.encode([prompt]) for prompt in prompts]
     teacher.parts.drop_text()
     before, found = next(net.parameters()).device, []
-    net.to(device)
+    roles = net, *(expert.net for expert in student.experts)
+    for role in roles:
+        role.to(device)
     for i, given in enumerate(encoded):
         c = {key: value.to(device) for key, value in (given or {}).items()}
         with exact(i, device):
             found.append(student.using(net).generate(z[i : i + 1].to(device), c or None, Generated(teacher, device)))
-    net.to(before)
+    for role in roles:
+        role.to(before)
     with exact(0, device):  # network and decoder are never on the device together
         images = torch.cat([teacher.decode(x).cpu() for x in found])
     return Reference(tuple(prompts), z, (images.float() / 2 + 0.5).clamp(0, 1))

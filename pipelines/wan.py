@@ -32,7 +32,10 @@ def call(net: nn.Module, x: Tensor, n: Tensor, c: Condition) -> Tensor:
 
 
 def load(parts: Parts, resolution: int | None, frames: int | None) -> Teacher:
-    if parts.index.get("boundary_ratio") is not None or parts.index.get("transformer_2", [None])[0] is not None:
+    extra = parts.folder / "distill.json"
+    student = extra.is_file() and json.loads(extra.read_text()).get("student")
+    two = parts.index.get("boundary_ratio") is not None or parts.index.get("transformer_2", [None])[0] is not None
+    if two and not student:
         raise ValueError(
             f"{parts.folder} holds two experts, transformer and transformer_2 (Wan 2.2 A14B): one student cannot start "
             "from both. Teachers with one transformer are Wan 2.1 (1.3B, 14B) and Wan 2.2 TI2V-5B"

@@ -115,10 +115,10 @@ class Group:
             os.kill(self.alive[rank], number)
 
 
-def saving(folder: Path) -> bool:
-    """Whether a checkpoint is being written, or was when its process died."""
+def saving(folder: Path, since: float) -> bool:
+    """Whether a checkpoint is being written, or was when its process died; what is older than `since` was left."""
     try:
-        return any(name.startswith(".checkpoint-") for name in os.listdir(folder))
+        return any(p.stat().st_mtime > since for p in folder.glob(".checkpoint-*[0-9].partial"))
     except FileNotFoundError:
         return False
 
@@ -270,17 +270,14 @@ class Faults:
 
     def life(self, processes: int, folder: Path, every: int, number: int):
         """One start: (status, the signal that was to end it or None, to which ranks, whether in a save, processes)."""
-        group, chance, hit = Group(self.home, folder, processes, every), self.chance, None
+        since, group, chance, hit = time.time(), Group(self.home, folder, processes, every), self.chance, None
         while self.hits[processes] < number and hit is None:
-            status = group.wait(chance.uniform(0, self.seconds[processes]))
-            if status is None and chance.random() < 0.6:  # the next save, and a moment within it
-                status = group.wait(600, lambda: saving(folder))
-                time.sleep(chance.uniform(0, 0.01))
+            status = self.moment(processes, folder, group, since)
             if status is not None:
                 return status, None, (), False, group
             hit = chance.choice((signal.SIGKILL, signal.SIGTERM, signal.SIGSTOP))
             ranks = chance.choice(((0, 1), (0,), (1,))) if processes > 1 else (0,)
-            in_save = saving(folder)
+            in_save = saving(folder, since)
             group.send(hit, ranks)
             self.hits[processes] += 1
             if hit == signal.SIGSTOP:
@@ -293,8 +290,21 @@ class Faults:
         if hit is None:
             return status, None, (), False, group
         if hit == signal.SIGKILL:
-            in_save = saving(folder)  # the others may have gone on to it, or have finished it
+            in_save = saving(folder, since)  # the others may have gone on to it, or have finished it
         return status, hit, ranks, in_save, group
+
+    def moment(self, processes: int, folder: Path, group: Group, since: float) -> int | None:
+        """Wait for one: while it starts, after a step, or in a save after it; the status of a run that has ended."""
+        kind, step, late = self.chance.choice("start step save save".split()), self.chance.randrange(STEPS), None
+        if kind == "start":
+            return group.wait(self.chance.uniform(0, self.seconds[processes] / 2))
+        late = group.wait(600, lambda: group.said.read_text().count("step/s") > 1 and logged(folder) >= step)
+        if late is None and kind == "save":
+            late = group.wait(600, lambda: saving(folder, since))
+        if late is None:
+            time.sleep(self.chance.uniform(0, 0.01 if kind == "save" else 0.1))
+            late = group.wait(0)
+        return late
 
     def came(self, hit: signal.Signals, group: Group) -> str:
         """How a start ended, in words; only what is allowed has words."""

@@ -70,6 +70,7 @@ DMD, DI, F_DISTILL, LADD = (f"distill/methods/{name}" for name in ("dmd", "diff_
 SPRINT, RUN_UP = "distill/methods/sprint", "tests/methods/test_sprint.py"
 PCM, TCD = "distill/methods/pcm", "distill/methods/tcd"
 CT, CURRICULUM = "distill/methods/ct", "distill/curriculum"
+TSM = "distill/methods/tsm"
 PHASED, INTERVAL = "distill/methods/phased", "distill/interval"
 REWARD, CLIP, WRAPPED = "distill/methods/reward", "pipelines/reward", "distill/methods/wrapped"
 REWARDED = "tests/methods/test_reward.py"
@@ -182,6 +183,19 @@ MUTATIONS = {
         m("gradient not clipped by its entries", "distill/trainer", "(players[player], cfg.fake_max_grad_value)",
           "(players[player], 1e9)", JUDGE),
         m("logits not clamped", SIDA, ".clamp(-most, most)", "", JUDGE),
+    ),
+    "Multi-Student": (
+        m("guidance forgotten", TSM, "Guided(nets.teacher, self.guidance)(x_t", "nets.teacher(x_t", f"{OF}tsm.py"),
+        m("clean samples for the target", TSM, "self.guidance)(x_t, t, c).out", "self.guidance)(x, t, c).out",
+          f"{OF}tsm.py"),
+        m("target at another level", TSM, "self.guidance)(x_t, t, c).out", "self.guidance)(x_t, 1 - t, c).out",
+          f"{OF}tsm.py"),
+        m("labels of all parts", "distill/data/__init__", "part.to(draw.device)[draw.integers(\"label\", len(part))]",
+          "draw.integers(\"label\", 10)", "tests/test_experts.py::test_one_part_is_all"),
+        m("labels to the wrong student", "pipelines/experts", "= k\n    return which", "= -k\n    return which",
+          "tests/test_experts.py::test_students_of_parts"),
+        m("the first student for all", "pipelines/experts", "(which == k).reshape", "(which < 0).reshape",
+          "tests/test_experts.py::test_students_of_parts"),
     ),
     "PhasedDMD": (
         m("x_s for x_0 in the target", INTERVAL,

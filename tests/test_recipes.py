@@ -28,6 +28,7 @@ from pipelines.card import snippet
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = sorted(p.stem for p in (ROOT / "recipes").glob("*.py") if "\nCONFIG = Config(" in p.read_text())
+SHORT = [name for name in RECIPES if name.endswith("_digits") or name in ("dmd2_sdxl", "sid_sana", "lcm_lora_sdxl")]
 CONVOLUTIONS = "lora.rank 2 --student.lora.targets conv1 conv2 time_emb_proj"
 RUNS = {name: (name, "") for name in RECIPES} | {
     "two steps": ("sid_digits", "--student.steps 2"),
@@ -47,6 +48,7 @@ EVERY = {
     "DiffInstruct": "--method.fake_steps 1",
     "Entropic": "--method.base.every 1",
     "FDistill": "--method.every 1",
+    "PhasedDMD": "--method.every 1",
     "SiD": "--method.fake_steps 1",
     "SiDA": "--method.fake_steps 1 --method.start 0 --method.gan_start 0",
     "VSD": "--method.fake_steps 1",
@@ -273,7 +275,7 @@ def test_pipeline_is_the_averaged_student(name, out, plainly):
             assert np.abs(placed(images, own) - sampled(teacher, student, other)).max() > 10 * verify.TOLERANCE
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", [n if n in SHORT else pytest.param(n, marks=pytest.mark.slow) for n in RECIPES])
 def test_resumes(name, out, tmp_path):
     """From its first checkpoint it ends bit for bit where it ended."""
     folder = out(name)

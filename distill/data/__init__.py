@@ -16,6 +16,7 @@ from torch import Tensor
 from distill.data import sources
 from distill.data.feed import FIXED, Feed
 from distill.data.index import TEXTS, belongs, command, read_index
+from distill.data.labels import chosen
 from distill.data.online import SIZES, Images, Texts
 from distill.data.shards import Shards, Table
 from distill.data.sources import Pictures
@@ -47,6 +48,11 @@ def digits(split: str) -> tuple[Tensor, Tensor]:
 class Digits:
     """Conditions are uniform class labels; real images, with their own labels, are of the training split."""
 
+    classes: tuple[int, ...] = ()  # labels of this student's part (Multi-Student); none given: all ten
+
+    def __post_init__(self) -> None:
+        chosen(self.classes, 10)
+
     def check(self, needs: tuple[str, ...]) -> None:
         """Nothing can be missing."""
 
@@ -55,14 +61,16 @@ class Digits:
 
     def fixed(self, n: int = 40) -> tuple[list[int], dict[str, Tensor]]:
         """Labels of a grid of samples, and their condition."""
-        labels = torch.arange(n) % 10
+        part = chosen(self.classes, 10)
+        labels = part[torch.arange(n) % len(part)]
         return labels.tolist(), {"class_labels": labels}
 
     def __call__(self, draw: Draw) -> dict[str, Any]:
-        images, labels = digits("train")
-        pick = draw.integers("real", len(labels)).cpu()
+        (images, labels), part = digits("train"), chosen(self.classes, 10)
+        mine = torch.isin(labels, part).nonzero()[:, 0]
+        pick = mine[draw.integers("real", len(mine)).cpu()]
         return {
-            "c": {"class_labels": draw.integers("label", 10)},
+            "c": {"class_labels": part.to(draw.device)[draw.integers("label", len(part))]},
             "real": images[pick].to(draw.device),
             "real_c": {"class_labels": labels[pick].to(draw.device)},
         }

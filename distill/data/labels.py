@@ -21,11 +21,19 @@ from distill.solver import sample
 BLOCK = 64  # pairs that are sampled at once
 
 
+def chosen(classes: tuple[int, ...], n: int) -> Tensor:
+    """The labels of a part of n classes, all where none are named; ValueError where they are no labels."""
+    if wrong := [label for label in classes if not 0 <= label < n] or len({*classes}) < len(classes):
+        raise ValueError(f"--data.classes is {classes}; it must be labels of 0 .. {n - 1}, each once: see {wrong}")
+    return torch.tensor(classes or range(n))
+
+
 @dataclass(frozen=True)
 class Labels:
     """Uniform class labels of the teacher; real images, where the method needs them, with labels of their own."""
 
     images: str = ""  # folder with one subfolder a class, which is numbered in the order of their names
+    classes: tuple[int, ...] = ()  # labels of this student's part (Multi-Student); none given: all of the teacher's
 
     def check(self, needs: tuple[str, ...]) -> None:
         if "real" in needs and not self.images:
@@ -34,7 +42,8 @@ class Labels:
             raise ValueError(f"no folder of images at {self.images!r}")
 
     def open(self, teacher: Any, needs: tuple[str, ...]) -> Classes:
-        found = Classes(self.images, teacher, "real" in needs)
+        found = Classes(self.images, teacher, "real" in needs, self.classes)
+        chosen(self.classes, found.classes)
         if "real" in needs and not found.files:
             raise ValueError(f"{self.images} has no images ({' '.join(PICTURES)}) in one subfolder a class")
         return found
@@ -48,7 +57,7 @@ class Labels:
             path = folder / f"class-{i % 3}" / f"{i}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(random.integers(0, 256, (10, 9 + i, 3), dtype=np.uint8)).save(path)
-        return replace(self, images=f"{folder}")
+        return replace(self, images=f"{folder}", classes=tuple(label for label in self.classes if label < 3))
 
 
 @dataclass(eq=False)
@@ -58,6 +67,12 @@ class Classes:
     images: str
     teacher: Any
     real: bool
+    only: tuple[int, ...]  # labels; none: all
+
+    @cached_property
+    def part(self) -> Tensor:
+        """The labels that are drawn."""
+        return chosen(self.only, self.classes)
 
     @cached_property
     def classes(self) -> int:
@@ -73,12 +88,12 @@ class Classes:
         return [
             (file, label)
             for label, folder in enumerate(folders)
-            for file in sorted(folder.iterdir())
+            for file in (sorted(folder.iterdir()) if label in self.part else ())
             if file.suffix.lower() in PICTURES
         ]
 
     def __call__(self, draw: Draw) -> dict[str, Any]:
-        batch: dict[str, Any] = {"c": self._c(draw.integers("label", self.classes))}
+        batch: dict[str, Any] = {"c": self._c(self.part.to(draw.device)[draw.integers("label", len(self.part))])}
         if self.real:
             picked = [self.files[i] for i in draw.integers("real", len(self.files)).tolist()]
             labels = torch.tensor([label for _, label in picked], device=draw.device)
@@ -88,7 +103,7 @@ class Classes:
 
     def fixed(self, n: int) -> tuple[list[int], dict[str, Tensor]]:
         """Labels of a grid of samples, and their condition."""
-        labels = torch.arange(n) % self.classes
+        labels = self.part[torch.arange(n) % len(self.part)]
         return labels.tolist(), self._c(labels)
 
     def _c(self, labels: Tensor) -> dict[str, Tensor]:
@@ -128,7 +143,7 @@ class LabelPairs:
             raise ValueError("this method needs real images, and --data has pairs of the teacher alone")
 
     def open(self, teacher: Any, needs: tuple[str, ...]) -> ClassPairs:
-        return ClassPairs("", teacher, False, self)
+        return ClassPairs("", teacher, False, (), self)
 
     def smoke(self, folder: Path) -> LabelPairs:
         """Sixteen pairs of two steps."""

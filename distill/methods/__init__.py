@@ -23,6 +23,7 @@ from distill.methods.sida import SiDA
 from distill.methods.sign import SIGN
 from distill.methods.sprint import Sprint
 from distill.methods.tcd import TCD
+from distill.methods.tsm import TSM
 from distill.methods.twinflow import TwinFlow
 from distill.methods.vsd import VSD
 
@@ -51,5 +52,6 @@ __all__ = [
     "Sprint",
     "TCD",
     "TwinFlow",
+    "TSM",
     "VSD",
 ]

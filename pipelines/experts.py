@@ -1,0 +1,170 @@
+"""Several networks in one pipeline: experts of levels of noise (Phased DMD), students of parts of the classes (MSD).
+
+python -m pipelines.experts runs/part0/pipeline runs/part1/pipeline --output_dir runs/msd/pipeline     students of parts
+
+Where diffusers knows such a pipeline, it is that one: two experts of Wan are `transformer` and `transformer_2` with
+`boundary_ratio`. Elsewhere the folder has its pipeline's own network, the last, and the others in experts/0, experts/1,
+..., each a network's folder that diffusers loads; experts.json says who is called for what. Plain diffusers loads such
+a folder, and calls the last network alone: `install` makes the pipeline call all. eval.generate does.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import tyro
+import yaml
+from torch import Tensor, nn
+
+from distill.config import fail
+from distill.lora import merged
+from distill.student import Student
+from pipelines import index
+
+INDEX = "experts.json"
+LIMIT = (
+    "Plain diffusers calls the last of {} networks alone: `pipelines.experts.install(pipe, folder)` of "
+    "distill-one-step makes it call each for its part, which experts.json names."
+)
+
+
+@contextmanager
+def told(student: Student) -> Iterator[list[float]]:
+    """The timesteps that the networks of a student with experts are told, call by call, within the context."""
+    seen: list[float] = []
+    handles = []
+    nets = [student.denoiser.net, *(expert.net for expert in student.experts)] if student.experts else []
+    for net in nets:
+        signature = inspect.signature(type(net).forward)
+
+        def keep(net: nn.Module, args: Any, options: Any, signature: inspect.Signature = signature) -> None:
+            value = signature.bind(net, *args, **options).arguments["timestep"]
+            seen.append(float(torch.as_tensor(value).flatten()[0]))
+
+        handles.append(net.register_forward_pre_hook(keep, with_kwargs=True))
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def write(student: Student, net: nn.Module, steps: Sequence[float], network: str, folder: Path) -> bool:
+    """Add a student's experts to the exported folder of its own network `net`; whether plain diffusers calls them all.
+
+    steps: the timestep that each call's network is told, falling.
+    """
+    first, last = student.phase
+    n = last - first
+    bounds = [(steps[i - 1] + steps[i]) / 2 for i in range(n, first + 1, n)]
+    entries = index(folder)
+    if len(student.experts) == 1 and f"{network}_2" in entries:
+        shutil.move(folder / network, folder / f"{network}_2")
+        merged(student.experts[0].net).save_pretrained(folder / network)  # type: ignore[operator]
+        ratio = (student.times[first - 1] + student.times[first]) / 2
+        entries |= {f"{network}_2": entries[network], "boundary_ratio": ratio}
+        (folder / "model_index.json").write_text(json.dumps(entries, indent=2) + "\n")
+        return True
+    for i, expert in enumerate(student.experts):
+        merged(expert.net).save_pretrained(folder / "experts" / f"{i}")  # type: ignore[operator]
+    (folder / INDEX).write_text(json.dumps({"by": "timestep", "bounds": bounds}))
+    return False
+
+
+def install(pipe: Any, folder: str | Path) -> Any:
+    """`pipe`, which was loaded from `folder`, calling for each row of a batch the network that its experts.json names.
+
+    A folder without one is left as it is. A batch of rows of several networks is seen whole by each of these, so that
+    an image does not depend on its neighbours.
+    """
+    path = Path(folder) / INDEX
+    if not path.is_file():
+        return pipe
+    facts = json.loads(path.read_text())
+    net = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
+    count = len(list((path.parent / "experts").iterdir()))
+    others = [
+        type(net).from_pretrained(path.parent / "experts" / f"{i}", torch_dtype=net.dtype, use_safetensors=True)
+        for i in range(count)
+    ]
+    net.add_module("experts", nn.ModuleList(others).eval())  # they go where it goes
+    signature, calls = inspect.signature(net.forward), [*others, net.forward]
+
+    def forward(*args: Any, **options: Any) -> Any:
+        given = torch.as_tensor(signature.bind(*args, **options).arguments[facts["by"]]).reshape(-1)
+        which = chosen(facts, given)
+        if len(each := which.unique().tolist()) == 1:
+            return calls[each[0]](*args, **options)
+        made = {k: calls[k](*args, **options) for k in each}
+        mixed = made[each[0]][0]
+        for k in each[1:]:
+            mixed = torch.where((which == k).reshape(-1, *[1] * (mixed.ndim - 1)), made[k][0], mixed)
+        return (mixed,) if isinstance(made[each[0]], tuple) else type(made[each[0]])(mixed)
+
+    net.forward = forward
+    return pipe
+
+
+def chosen(facts: dict[str, Any], given: Tensor) -> Tensor:
+    """The number of the network for each value that a pipeline tells: a timestep, or a label."""
+    if facts["by"] == "timestep":
+        bounds = torch.tensor(facts["bounds"], device=given.device)
+        return (given[:, None] < bounds).sum(1)
+    which = torch.full_like(given, len(facts["classes"]) - 1)
+    for k, classes in enumerate(facts["classes"]):
+        which[torch.isin(given, torch.tensor(classes, device=given.device))] = k
+    return which
+
+
+@dataclass(frozen=True)
+class Students:
+    """One pipeline of the students of all parts of the classes (--data.classes)."""
+
+    students: Annotated[tuple[str, ...], tyro.conf.Positional]  # exported folders
+    output_dir: str = ""  # the folder to write
+
+
+def gather(students: Sequence[str | Path], out: Path) -> None:
+    """Write the pipeline of all students to `out`, a new folder. ValueError where they are not parts of one whole."""
+    folders = [Path(student) for student in students]
+    if not str(out).strip(".") or out.exists():
+        raise ValueError(f"output_dir is {str(out)!r}; it must name a folder that does not exist yet")
+    facts = [json.loads((f / "distill.json").read_text()) if (f / "distill.json").is_file() else {} for f in folders]
+    if bare := [f"{f}" for f, fact in zip(folders, facts, strict=True) if not fact.get("student")]:
+        raise ValueError(f"{bare[0]} is no exported student: it has no distill.json of one")
+    classes = [yaml.safe_load(fact["config"])["data"].get("classes") or [] for fact in facts]
+    if not all(classes) or len({c for part in classes for c in part}) < sum(map(len, classes)):
+        raise ValueError(f"the students' classes are {classes}; each needs its own, --data.classes, and none has two")
+    scheduled = {(f / "scheduler" / "scheduler_config.json").read_text() for f in folders}
+    if len(scheduled) > 1 or len({f"{fact['times']}" for fact in facts}) > 1:
+        raise ValueError("the students have different times or schedulers; they must differ in their data alone")
+    *others, last = folders
+    network = "unet" if "unet" in index(last) else "transformer"
+    partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(last, partial, ignore=shutil.ignore_patterns("*_*step_*", "samples.png", "README.md"))
+    for i, folder in enumerate(others):
+        shutil.copytree(folder / network, partial / "experts" / f"{i}")
+    (partial / INDEX).write_text(json.dumps({"by": "class_labels", "classes": classes}))
+    partial.rename(out)
+
+
+def main(given: Students) -> None:
+    try:
+        gather(given.students, Path(given.output_dir))
+    except (ValueError, OSError) as error:
+        fail(str(error))
+    sys.stderr.write(f"wrote {given.output_dir}, of {len(given.students)} students\n")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Students, use_underscores=True, description=__doc__))
