@@ -34,6 +34,7 @@ WORDS = {  # of Method.needs
     "pairs": "pairs of the teacher (`python -m pipelines.pairs`)",
     "perceptual": "LPIPS",
     "reward": "a reward",
+    "told": "a network that is told its guidance",
 }
 
 
