@@ -28,9 +28,29 @@ Batch = dict[str, Any]
 
 
 @dataclass(eq=False)
+class Recorded:
+    """A denoiser as it was at each of several checkpoints of the role "fake": one network, with the last asked for.
+
+    backbone: the network whose tensors it may share, which are never written.
+    """
+
+    denoiser: Denoiser
+    folders: tuple[Path, ...]
+    backbone: nn.Module
+    at: int | None = None
+
+    def __call__(self, i: int) -> Denoiser:
+        if i != self.at:
+            checkpoint.fill(self.denoiser.net, self.folders[i], "fake", self.backbone)
+            self.at = i
+        return self.denoiser
+
+
+@dataclass(eq=False)
 class Nets:
     """The roles. A role that a method does not use is None. shape: of one sample, (C, H, W) say.
 
+    past: the teacher on its recorded way to the student (DisBack).
     perceptual: how far decoded samples [B, *shape] look from others, [B], with gradient; for methods that need it.
     reward: how good samples [B, *shape] are under a condition, [B], with gradient to the samples; likewise.
     """
@@ -41,6 +61,7 @@ class Nets:
     fake: Denoiser | None = None
     disc: nn.Module | None = None
     target: Denoiser | None = None
+    past: Recorded | None = None
     perceptual: Callable[[Tensor, Tensor], Tensor] | None = None
     reward: Callable[[Tensor, Condition], Tensor] | None = None
 
@@ -55,9 +76,10 @@ class Nets:
         return {name: net for name, net in roles.items() if net is not None}
 
     def frozen(self) -> dict[str, nn.Module]:
-        """The teacher, and the experts of a student's earlier phases: networks that no player moves."""
+        """The teacher, its past, and the experts of a student's earlier phases: networks that no player moves."""
         experts = {f"expert {i}": expert.net for i, expert in enumerate(self.student.experts)}
-        return {"teacher": self.teacher.net, **experts}
+        past = {} if self.past is None else {"past": self.past.denoiser.net}
+        return {"teacher": self.teacher.net, **past, **experts}
 
     def generate(self, batch: Batch, draw: Draw, steps: int | None = None, to: float | None = None) -> Tensor:
         """A sample of the student for every index of `draw`, from its noise "z" and the batch's condition."""
@@ -176,6 +198,11 @@ def build(
         nets.student.denoiser = timed(nets.student.denoiser)
     if student.init is not None:
         checkpoint.fill(nets.student.denoiser.net, student.init, "student", teacher.net)
+    if "past" in method.roles:
+        folders: tuple[Path, ...] = method.recorded()  # type: ignore[attr-defined]
+        nets.past = Recorded(replace(teacher, net=fake.lora(teacher.net)), folders, teacher.net)
+        nets.past(len(folders) - 1).net.requires_grad_(False)
+        fake = replace(fake, init=fake.init or f"{folders[-1]}")
     if "fake" in method.roles:
         nets.fake = replace(teacher, net=fake.lora(teacher.net))
         if fake.init is not None:

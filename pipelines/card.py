@@ -39,7 +39,7 @@ The resolved configuration:
 
 
 METHODS = {"dmd2": "DMD2", "sid": "SiD", "vsd": "VSD", "lcd": "consistency distillation", "lcm": "LCM", "scm": "sCM"}
-METHODS |= {"phaseddmd": "Phased DMD", "tsm": "teacher score matching"}
+METHODS |= {"phaseddmd": "Phased DMD", "disback": "DisBack", "tsm": "teacher score matching"}
 FILES = {  # end of a file's name: what it is
     "_unet.safetensors": "the network alone, in half precision",
     "_transformer.safetensors": "the network alone, in half precision",

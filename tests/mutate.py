@@ -70,7 +70,7 @@ DMD, DI, F_DISTILL, LADD = (f"distill/methods/{name}" for name in ("dmd", "diff_
 SPRINT, RUN_UP = "distill/methods/sprint", "tests/methods/test_sprint.py"
 PCM, TCD = "distill/methods/pcm", "distill/methods/tcd"
 CT, CURRICULUM = "distill/methods/ct", "distill/curriculum"
-TSM = "distill/methods/tsm"
+TSM, DISBACK = "distill/methods/tsm", "distill/methods/disback"
 PHASED, INTERVAL = "distill/methods/phased", "distill/interval"
 REWARD, CLIP, WRAPPED = "distill/methods/reward", "pipelines/reward", "distill/methods/wrapped"
 REWARDED = "tests/methods/test_reward.py"
@@ -184,6 +184,19 @@ MUTATIONS = {
           "(players[player], 1e9)", JUDGE),
         m("logits not clamped", SIDA, ".clamp(-most, most)", "", JUDGE),
     ),
+    "DisBack": (
+        m("forwards", DISBACK, "len(nets.past.folders) - 2 - step // self.interval", "step // self.interval",
+          f"{OF}disback.py::TestTraining"),
+        m("from the last of all", DISBACK, "len(nets.past.folders) - 2", "len(nets.past.folders) - 1",
+          f"{OF}disback.py::TestTraining"),
+        m("the teacher left out", DISBACK, "if i >= 0 else nets", "if i >= -1 else nets",
+          f"{OF}disback.py::TestTraining"),
+        m("the past not asked", DISBACK, "self.towards(nets, draw.step), batch", "nets, batch", f"{OF}disback.py"),
+        m("the student learns too", DISBACK, 'return [Update("fake", self.fake_loss)]',
+          'return [*DMD2(gan=0, gan_fake=0, every=1).updates()]', f"{OF}disback.py::TestFarAway"),
+        m("fake score from the teacher", "distill/roles", 'init=fake.init or f"{folders[-1]}"', "init=fake.init",
+          f"{OF}disback.py::TestTraining"),
+    ),
     "Multi-Student": (
         m("guidance forgotten", TSM, "Guided(nets.teacher, self.guidance)(x_t", "nets.teacher(x_t", f"{OF}tsm.py"),
         m("clean samples for the target", TSM, "self.guidance)(x_t, t, c).out", "self.guidance)(x, t, c).out",
@@ -192,7 +205,7 @@ MUTATIONS = {
           f"{OF}tsm.py"),
         m("labels of all parts", "distill/data/__init__", "part.to(draw.device)[draw.integers(\"label\", len(part))]",
           "draw.integers(\"label\", 10)", "tests/test_experts.py::test_one_part_is_all"),
-        m("labels to the wrong student", "pipelines/experts", "= k\n    return which", "= -k\n    return which",
+        m("labels to the wrong student", "pipelines/experts", "= k\n    return which", "= 1 - k\n    return which",
           "tests/test_experts.py::test_students_of_parts"),
         m("the first student for all", "pipelines/experts", "(which == k).reshape", "(which < 0).reshape",
           "tests/test_experts.py::test_students_of_parts"),

@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RECIPES = sorted(p.stem for p in (ROOT / "recipes").glob("*.py") if "\nCONFIG = Config(" in p.read_text())
 SHORT = [name for name in RECIPES if name.endswith("_digits") or name in ("dmd2_sdxl", "sid_sana", "lcm_lora_sdxl")]
 CONVOLUTIONS = "lora.rank 2 --student.lora.targets conv1 conv2 time_emb_proj"
-RUNS = {name: (name, "") for name in RECIPES} | {
+RUNS = {name: (name, "") for name in RECIPES if name != "degradation_digits"} | {  # it moves no student
     "two steps": ("sid_digits", "--student.steps 2"),
     "adapters": ("dmd2_digits", f"--student.{CONVOLUTIONS}"),
     "adapters on both": ("vsd_digits", f"--student.{CONVOLUTIONS} --fake.lora.rank 2 --fake.lora.targets conv1"),
@@ -48,6 +48,7 @@ EVERY = {
     "DiffInstruct": "--method.fake_steps 1",
     "Entropic": "--method.base.every 1",
     "FDistill": "--method.every 1",
+    "DisBack": "--method.every 1",
     "PhasedDMD": "--method.every 1",
     "SiD": "--method.fake_steps 1",
     "SiDA": "--method.fake_steps 1 --method.start 0 --method.gan_start 0",

@@ -1,0 +1,70 @@
+"""DisBack: distribution backtracking. Zhang et al. 2024, arXiv 2408.15991.
+
+    Record:  s'_0 = the teacher learns the samples of the initial student G_0, which stays as it is:
+             L = | D_{s'}(x_t) - x |^2,   x = G_0(z, c);   checkpoints s'_1, ..., s'_N
+    Go back: DMD2 whose fake score starts as s'_N and whose teacher is s'_{N-1}, ..., s'_1, `interval` iterations each,
+             and then s'_0, the teacher itself, for the rest
+
+Early on the teacher is asked where it has never been, far from its data; the recorded ones know the way. It helps where
+the initial student is far from the data and the teacher's score is wrong there. Where that score is right it is slower
+than DMD2, whose first goal is the last one: so it is off unless `record` is given. With N = 1 it is DMD2. Gradients
+flow as in DMD2.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from torch import Tensor
+
+from distill import checkpoint
+from distill.draw import Draw
+from distill.methods.dmd2 import DMD2
+from distill.ranges import Count
+from distill.times import Grid, Law
+from distill.trainer import Batch, Logs, Nets, Update
+
+
+@dataclass(frozen=True)
+class Degradation:
+    """The first stage: a copy of the teacher learns the untrained student, and its checkpoints record the way."""
+
+    fake_times: Law = Grid(1000, 0, 999)  # of the denoising loss, mean over all elements
+
+    roles, needs = ("fake",), ()
+
+    def updates(self) -> list[Update]:
+        return [Update("fake", self.fake_loss)]
+
+    def sample(self, nets: Nets, batch: Batch, draw: Draw) -> Tensor:
+        return nets.generate(batch, draw, 1 + draw.index("steps", len(nets.student.times)))
+
+    def fake_loss(self, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
+        return DMD2(gan=0, gan_fake=0, fake_times=self.fake_times).fake_loss(x, nets, batch, draw)
+
+
+@dataclass(frozen=True)
+class DisBack(DMD2):
+    """DMD2 towards the teacher along its recorded degradation, backwards."""
+
+    record: str | None = None  # folder of the run that recorded it (Degradation); None: DMD2
+    interval: Count = 1000  # iterations towards each recorded teacher (code)
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        return super().roles + (("past",) if self.record else ())
+
+    def recorded(self) -> tuple[Path, ...]:
+        """The checkpoints s'_1, ..., s'_N; ValueError where there are none."""
+        if not (found := checkpoint.found(Path(f"{self.record}"))):
+            raise ValueError(f"--method.record is {self.record!r}, which holds no checkpoint of a Degradation")
+        return tuple(found)
+
+    def student_loss(self, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
+        return super().student_loss(x, self.towards(nets, draw.step), batch, draw)
+
+    def towards(self, nets: Nets, step: int) -> Nets:
+        """The roles with the teacher of this iteration."""
+        if nets.past is None:
+            return nets
+        i = len(nets.past.folders) - 2 - step // self.interval  # of s'_{i + 1}
+        return replace(nets, teacher=nets.past(i)) if i >= 0 else nets
