@@ -7,7 +7,7 @@ teacher, called once.
 
 from distill.config import Config
 from distill.data import Digits
-from distill.methods import Degradation
+from distill.methods.disback import Degradation
 from distill.roles import StudentConfig
 from distill.times import LogNormal
 from distill.trainer import TrainConfig

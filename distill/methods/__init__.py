@@ -4,7 +4,7 @@ from distill.methods.boot import BOOT
 from distill.methods.ct import CT
 from distill.methods.denoise import Denoise
 from distill.methods.diff_instruct import DiffInstruct
-from distill.methods.disback import Degradation, DisBack
+from distill.methods.disback import DisBack
 from distill.methods.dmd import DMD
 from distill.methods.dmd2 import DMD2
 from distill.methods.entropic import Entropic
@@ -29,7 +29,6 @@ from distill.methods.twinflow import TwinFlow
 from distill.methods.vsd import VSD
 
 __all__ = [
-    "Degradation",
     "DisBack",
     "BOOT",
     "CT",

@@ -13,7 +13,8 @@ from torch import nn
 from distill import checkpoint
 from distill.denoiser import Denoiser
 from distill.lora import LoRA
-from distill.methods import DMD2, Degradation, DisBack
+from distill.methods import DMD2, DisBack
+from distill.methods.disback import Degradation
 from distill.roles import FakeConfig, Nets, Recorded, StudentConfig, build
 from distill.schedule import EDM
 from distill.student import Student
@@ -57,6 +58,7 @@ class TestFarAway:
                 checkpoint.save(state, save)
         return float(nets.student.denoiser.net.b.detach())
 
+    @pytest.mark.level(2, "DisBack")
     def test_the_way_back(self, tmp_path):
         nets = self.nets()
         assert self.run(Degradation(self.LAW), nets, 240, tmp_path) == -4.0  # the student stays

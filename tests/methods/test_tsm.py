@@ -20,6 +20,7 @@ from distill.times import Fixed
 from distill.trainer import TrainConfig, train
 
 
+@pytest.mark.level(1, "TSM")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_its_gradient_is_that_of_denoising(schedule, kind):
