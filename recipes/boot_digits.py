@@ -1,6 +1,9 @@
 """BOOT on the digits: one step, from noise and labels alone. Values ours unless a source is named.
 
 `accelerate launch recipes/boot_digits.py --teacher runs/digits/teacher`
+
+Choose it where there are neither images nor memory for a second trained network. It learns each level of noise from
+its own answer at the one before, so early errors are handed on.
 """
 
 from distill.config import Config

@@ -2,6 +2,9 @@
 
 `accelerate launch recipes/dmd_digits.py --teacher runs/digits/teacher`. The pairs take 35,000 calls of the teacher
 before the first step.
+
+Choose it where there are no images and samples of the teacher can be made in advance: they hold the modes. They cost
+thousands of calls before the first step, and the student learns their faults, too.
 """
 
 from distill.config import Config

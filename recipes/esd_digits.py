@@ -1,6 +1,9 @@
 """DMD2 with an entropic fake score on the digits: one step, no data. Values ours unless a source is named.
 
 `accelerate launch recipes/esd_digits.py --teacher runs/digits/teacher`
+
+Choose it where a student's samples of one condition look too much alike, and the teacher knows none. With entropy
+near 1 they spread over what the condition says; it costs a guided pass of the fake score.
 """
 
 from distill.config import Config

@@ -2,6 +2,9 @@
 
 `accelerate launch recipes/f_distill_digits.py --teacher runs/digits/teacher`; other divergences: `--method.divergence
 forward-kl`. All but the divergence is recipes/dmd2_digits.py.
+
+Choose it where DMD2 loses modes: a divergence other than reverse-kl weighs samples that the student makes too seldom.
+It hangs on the discriminator: a ratio at its bounds says nothing (watch student/h_low and h_high).
 """
 
 from distill.config import Config

@@ -1,6 +1,9 @@
 """Consistency distillation (CD) on the digits: one or two steps from one student. Values ours unless a source is named.
 
 `accelerate launch recipes/lcd_digits.py --teacher runs/digits/teacher`
+
+Choose it where one student should serve one and several calls, and training should be plain. Its samples are noisy
+unless the teacher is guided, and a small huber_c is unstable at a large learning rate.
 """
 
 from distill.config import Config

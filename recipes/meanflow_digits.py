@@ -1,6 +1,9 @@
 """MeanFlow on the digits: one step, along the velocity of the teacher. Values ours unless a source is named.
 
 `accelerate launch recipes/meanflow_digits.py --teacher runs/digits/teacher`
+
+Choose it where there are images and one network should do with one call or a few, without an adversary or a fake
+score. It differentiates the network in both times: one that is not smooth there makes it unstable, as sCM.
 """
 
 from distill.config import Config

@@ -4,6 +4,9 @@
 `--data.classes 5 6 7 8 9 --output_dir runs/digits/msd-1` the other; one pipeline of both: `python -m pipelines.experts
 runs/digits/msd-0/pipeline runs/digits/msd-1/pipeline --output_dir runs/digits/msd/pipeline`. Values those of
 recipes/dmd2_digits.py.
+
+Choose it where one student is too small for all conditions: each learns a part of them. All students have to be kept,
+and each sees a part of the data only.
 """
 
 from distill.config import Config

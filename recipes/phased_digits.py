@@ -2,6 +2,9 @@
 
 `accelerate launch recipes/phased_digits.py --teacher runs/digits/teacher` trains the first expert. The second, and with
 both the pipeline: `--output_dir runs/digits/phased --student.experts runs/digits/phased-1/checkpoint-1200` beside it.
+
+Choose it for several calls, each with an expert of its own, of a teacher too large to hold several times. The phases
+are trained one after the other, what an earlier one lacks stays, and the student cannot do with fewer calls.
 """
 
 from distill.config import Config

@@ -1,6 +1,9 @@
 """SiD with a reward on the digits: one step; how sure a linear classifier is of the label. Values ours unless said.
 
 `accelerate launch recipes/reward_digits.py --teacher runs/digits/teacher`. --method.weight 0 is SiD itself.
+
+Choose it where samples should please something that has a gradient: a classifier, CLIP. Without a clamp, or with a
+large weight, the student finds what fools the reward.
 """
 
 from distill.config import Config

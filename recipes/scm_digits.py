@@ -1,6 +1,10 @@
 """sCM on the digits: one step. Values ours unless a source is named.
 
 `accelerate launch recipes/scm_digits.py --teacher runs/digits/teacher`
+
+Choose it where there are images and no room for a second trained network: no fake score, no adversary. It
+differentiates the network in time: one that is not smooth there, or no warm-up, makes the tangent explode (watch
+student/tangent).
 """
 
 from distill.config import Config

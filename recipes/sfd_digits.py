@@ -1,6 +1,9 @@
 """SFD on the digits: SiD, whose student of the label 3 makes eights. Values ours unless a source is named.
 
 `accelerate launch recipes/sfd_digits.py --teacher runs/digits/teacher`
+
+Choose it where a student must not make what its teacher can. A class is one other class in its place: sent to several
+at random it becomes a mixture between them.
 """
 
 from distill.config import Config

@@ -1,6 +1,9 @@
 """SiDA on the digits: one step, with a GAN on real scans and their labels. Values ours unless a source is named.
 
 `accelerate launch recipes/sida_digits.py --teacher runs/digits/teacher`
+
+Choose it where SiD has real images and labels beside it: a GAN for the price of one more encoder pass. Its weights
+have to be found again for other data, by factors of ten.
 """
 
 from distill.config import Config

@@ -1,6 +1,8 @@
 """SIGN (experimental) on the digits: an idempotent one-step student. Values ours unless a source is named.
 
 `accelerate launch recipes/sign_digits.py --teacher runs/digits/teacher`
+
+Choose it to study it: its equation is a reconstruction. Otherwise take DMD2 or VSD, which it adds to.
 """
 
 from distill.config import Config

@@ -2,6 +2,9 @@
 
 `accelerate launch recipes/sprint_digits.py --teacher runs/digits/teacher`; the digits' network is told no guidance, so
 it is a fixed one.
+
+Choose it for one to four steps of one model of a large flow teacher: sCM for the modes, LADD for sharpness. What goes
+wrong in sCM and in LADD goes wrong in both.
 """
 
 from distill.config import Config

@@ -3,6 +3,9 @@
 `accelerate launch recipes/tsm_digits.py --teacher runs/digits/teacher`; then any method starts from it, its student the
 same network: `recipes/sid_digits.py --student.network recipes/digits_small --student.init
 runs/digits/tsm/checkpoint-2000`. What is exported here is the denoiser called once: a start, no generator.
+
+Choose it to begin a student that is smaller than its teacher and cannot start as its copy. It is a start: a denoiser,
+whose single call is blurred until a distillation follows.
 """
 
 from pathlib import Path

@@ -1,6 +1,9 @@
 """TwinFlow on the digits: one step, from scans. Values ours unless a source is named.
 
 `accelerate launch recipes/twinflow_digits.py --teacher runs/digits/teacher`
+
+Choose it where there are images, one model should serve any number of calls and no fake score fits. Its twin is the
+same network at negative times: it takes capacity and further passes, and is late as any fake score.
 """
 
 from distill.config import Config

@@ -2,6 +2,9 @@
 
 `accelerate launch recipes/vsd_digits.py --teacher runs/digits/teacher`. PG-SB: `--method.guidance 0.5 4`. SwiftBrush's
 LoRA fake score: `--fake.lora.rank 16 --fake.lora.alpha 32 --fake.lora.targets conv1 conv2 time_emb_proj`.
+
+Choose it for data-free training with the least memory: the fake score may be an adapter on the teacher. It seeks
+modes, so recall is the first to fall; more fake steps a student step, or random guidance (PG-SB), help.
 """
 
 from distill.config import Config

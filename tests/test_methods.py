@@ -3,7 +3,7 @@
 DISTILL_WRITE=1 python -m pytest tests/test_methods.py    writes that table
 
 A new method is found by itself; tests/test_trainer.py runs it, too. It needs a first docstring line "NAME: title.
-Authors year, arXiv XXXX.XXXXX.", a line in tests/zoo.py where its defaults do not run on vectors, and on each test that
+Authors year, arXiv XXXX.XXXXX.", a line in tests/zoo.py where it cannot do without an argument, and on each test that
 proves it a marker: @pytest.mark.level(1, "SiD") for a closed form, 2 for a toy problem, 4 for the authors' own numbers,
 5 for a figure that was published. Level 3 are the digits: a row in docs/digits.json that has not collapsed.
 """
@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 from zoo import CLASSES, example
 
+from benchmarks import results
 from benchmarks.results import REFERENCE, TEACHERS, collapsed
 from distill.roles import build
 from pipelines import count, edm
@@ -85,17 +86,18 @@ def passes(method):
 
 
 def row(name, levels):
-    cls, method = CLASSES[name], example(name, "mid_block")
+    cls, default = CLASSES[name], example(name)
     module = inspect.getmodule(cls)
     title, _, paper = module.__doc__.partition("\n")[0].partition(": ")
     paper = re.sub(r"(?:arXiv )?(\d{4}\.\d{5})", r"[\1](https://arxiv.org/abs/\1)", paper.rstrip("."))
     what = inspect.getdoc(cls).partition("\n")[0].rstrip(".")
     said = lambda m: ", ".join(WORDS[need] for need in m.needs) or "nothing but conditions"
-    default, bare = cls(), without(cls())
-    needs, cost = said(default), f"{passes(method):.1f}"
+    bare, around = without(default), getattr(default, "base", None)
+    needs, cost = said(default), f"{passes(default):.1f}"
+    cost += f" around {type(around).__name__}" if around else ""
     if bare != default:
         needs += f"; {said(bare)} without its GAN" if bare.needs != default.needs else ""
-        cost += f"; {passes(without(method)):.1f} without its GAN"
+        cost += f"; {passes(bare):.1f} without its GAN"
     roles = ", ".join(("student", *default.roles))
     file = f"distill/methods/{Path(module.__file__).name}"
     return f"| {title} | [{name}]({file}) | {paper} | {what} | {roles} | {needs} | {cost} | {levels} |"
@@ -123,3 +125,9 @@ def test_the_readme_says_what_is_there():
 def test_a_pass_is_one_forward_two_backward():
     """Denoise: one forward and one backward pass of the student, but for the gradient of the first layer's input."""
     assert passes(CLASSES["Denoise"]()) == pytest.approx(3, abs=0.05)
+
+
+@pytest.mark.parametrize("method", results.METHODS)
+def test_a_recipe_of_the_digits_says_when_to_choose_it(method):
+    """docs/digits.md has it: the last paragraph of the docstring, from "Choose it" on, and what goes wrong."""
+    assert results.advice(method), f'end the docstring of recipes/{method}_digits.py with "Choose it where ..."'

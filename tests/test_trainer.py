@@ -55,6 +55,7 @@ def nets_of(method, **change):
     torch.manual_seed(1)  # the head's
     c = {"label": torch.tensor([0])}
     nets = build(method, teacher, (2,), c, **{"student": StudentConfig(times=(1.0, 0.5))} | change)
+    nets.perceptual, nets.reward = lambda x, y: (x - y).square().mean(1), lambda x, c: x.mean(1)
     for p in nets.fake.net.parameters() if nets.fake else ():
         p.data += 0.1 * torch.randn_like(p) if p.requires_grad else 0.0
     return nets
