@@ -68,6 +68,7 @@ AVERAGE, MEAN, RCGM, TWIN, BOOT, SIGN = (
 )
 DMD, DI, F_DISTILL, LADD = (f"distill/methods/{name}" for name in ("dmd", "diff_instruct", "f_distill", "ladd"))
 SPRINT, RUN_UP = "distill/methods/sprint", "tests/methods/test_sprint.py"
+SLCT, RCM = "distill/methods/slct", "distill/methods/rcm"
 PCM, TCD = "distill/methods/pcm", "distill/methods/tcd"
 CT, CURRICULUM = "distill/methods/ct", "distill/curriculum"
 TSM, DISBACK = "distill/methods/tsm", "distill/methods/disback"
@@ -368,7 +369,7 @@ MUTATIONS = {
           SIGNS),
     ),
     "PCM, TCD": (
-        m("phase of t", PCM, "s * self.N)", "s * self.N + 1)", f"{OF}pcm.py"),
+        m("phase of t", PCM, "torch.round(s * self.N)", "torch.round(s * self.N + 1)", f"{OF}pcm.py"),
         m("the end of the phase before", PCM, "right=True) - 1]", "right=True) - 2]", f"{OF}pcm.py"),
         m("x0 for x_e", "distill/solver", "path.diffuse(pred.x0, pred.eps, e), pred.x0)", "pred.x0, pred.x0)",
           f"{OF}pcm.py", f"{OF}tcd.py"),
@@ -378,6 +379,23 @@ MUTATIONS = {
           f"{OF}pcm.py", f"{OF}tcd.py"),
         m("never to s itself", TCD, "* n).floor() + 1", "* n).floor().clamp(min=1)", f"{OF}tcd.py"),
         m("up to t", TCD, "(s * self.N).round()", "(s * self.N + 1).round()", f"{OF}tcd.py"),
+    ),
+    "sLCT": (
+        m("noise not coupled", SLCT, "return coupled(x, eps) if self.coupled else eps", "return eps", f"{OF}slct.py"),
+        m("coupled for the worst", SLCT, "cost.cpu()", "-cost.cpu()", f"{OF}slct.py"),
+        m("coupled the other way", SLCT, ".numpy())[1]", ".numpy())[1].argsort()", f"{OF}slct.py"),
+        m("c does not fall", SLCT, "math.exp(-1.18 * math.log(N) - 0.72)", "math.exp(-0.72)", f"{OF}slct.py"),
+        m("denoising at the high levels", SLCT, "<= self.early", ">= self.early", f"{OF}slct.py"),
+        m("2 c for 2 c^2", "distill/losses", "/ (2 * c**2))", "/ (2 * c))", f"{OF}ct.py"),
+    ),
+    "rCM": (
+        m("sign of DMD", RCM, "loss + self.dmd * dmd", "loss - self.dmd * dmd", f"{OF}rcm.py"),
+        m("sCM on the student's samples", RCM, 'batch["real"].to(x), nets', "x, nets", f"{OF}rcm.py"),
+        m("DMD before its start", RCM, "if self.dmd and draw.step >= self.warmup", "if self.dmd", f"{OF}rcm.py"),
+        m("DMD without weight", RCM, "+ self.dmd * dmd", "+ dmd", f"{OF}rcm.py"),
+        m("DMD's teacher not guided", RCM, "DMD2(self.guidance, ", "DMD2(1.0, ", f"{OF}rcm.py"),
+        m("mean for sum", RCM, "0, 0, reduction=self.reduction)", "0, 0)", f"{OF}rcm.py"),
+        m("fake from the first step", RCM, "start=self.warmup", "start=0", f"{OF}rcm.py"),
     ),
     "ECT, iCT": (
         m("other noise at r", CT, "path.diffuse(x, eps, r), r, c)", "path.diffuse(x, eps.roll(1, 0), r), r, c)",

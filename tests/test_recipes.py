@@ -50,6 +50,7 @@ EVERY = {
     "FDistill": "--method.every 1",
     "DisBack": "--method.every 1",
     "PhasedDMD": "--method.every 1",
+    "RCM": "--method.every 1 --method.warmup 0",
     "SiD": "--method.fake_steps 1",
     "SiDA": "--method.fake_steps 1 --method.start 0 --method.gan_start 0",
     "VSD": "--method.fake_steps 1",

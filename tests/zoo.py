@@ -9,6 +9,7 @@ from distill import methods
 
 ARGUMENTS = {
     "Forgetting": {"forget": (1,), "override": (0,)},
+    "RCM": {"warmup": 0},  # before its end the fake score rests
     "TSM": {"guidance": 2.0},  # without, a student that starts as its teacher stays there
 }
 CLASSES = {name: getattr(methods, name) for name in methods.__all__}

@@ -16,12 +16,14 @@ from distill.methods.meanflow import MeanFlow
 from distill.methods.pcm import PCM
 from distill.methods.phased import PhasedDMD
 from distill.methods.rcgm import RCGM
+from distill.methods.rcm import RCM
 from distill.methods.regression import Regression
 from distill.methods.reward import Rewarded
 from distill.methods.scm import SCM
 from distill.methods.sid import SiD
 from distill.methods.sida import SiDA
 from distill.methods.sign import SIGN
+from distill.methods.slct import SLCT
 from distill.methods.sprint import Sprint
 from distill.methods.tcd import TCD
 from distill.methods.tsm import TSM
@@ -45,9 +47,11 @@ __all__ = [
     "PhasedDMD",
     "MeanFlow",
     "RCGM",
+    "RCM",
     "Regression",
     "Rewarded",
     "SCM",
+    "SLCT",
     "SIGN",
     "SiD",
     "SiDA",

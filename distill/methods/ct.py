@@ -52,8 +52,9 @@ class CT:
         (t, r, gap), eps = self.curriculum(draw, len(x), path), self.noise(x, draw)
         with torch.no_grad():
             target = torch.where(expand(r, x) > 0, self.f(nets, path.diffuse(x, eps, r), r, c), x)
-        delta = self.f(nets, path.diffuse(x, eps, t), t, c) - target
-        loss = self.far(delta, draw) / (gap.to(x) if self.weighted else 1.0)
+        out = self.f(nets, path.diffuse(x, eps, t), t, c)
+        delta = out - target
+        loss = self.far(delta, draw) / (gap.to(x) if self.weighted else 1.0) + self.more(out - x, path.ratio(t))
         return loss.mean(), {"delta": delta.detach().square().mean(), "clean": (r == 0).float().mean()}
 
     def f(self, nets: Nets, x: Tensor, t: Tensor, c: Condition) -> Tensor:
@@ -61,6 +62,9 @@ class CT:
 
     def noise(self, x: Tensor, draw: Draw) -> Tensor:
         return draw.normal("eps", x.shape).to(x)
+
+    def more(self, error: Tensor, s: Tensor) -> Tensor | float:  # [B], of f(x_t, t) - x at the level s (sLCT)
+        return 0.0
 
     def far(self, delta: Tensor, draw: Draw) -> Tensor:  # [B]
         if self.distance == "square":

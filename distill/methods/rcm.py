@@ -1,0 +1,66 @@
+"""rCM: score-regularized continuous-time consistency models. Zheng et al. 2025, arXiv 2510.08431.
+
+    L_student = L_sCM(y) + lambda L_DMD(x),  y real (or of the teacher),  x = G(z, c) after 1, 2, ... or N calls
+    L_sCM     = | F - sg( F + g / (|g| + c) ) |^2            sCM, its tangent g along the guided teacher
+    L_DMD     = x . (fake - real) / mean| x - real |         DMD2 without a GAN; the teacher guided, the fake not
+    L_fake    = | D_fake(x_t) - x |^2                        of a student whose samples are made anew
+
+sCM covers the modes and blurs, DMD sharpens and loses modes: lambda weighs them. Both are sums over elements (lambda =
+0.01 is of sums). Until `warmup` the student has sCM alone, and the fake rests. The intermediate times of x are the
+student's own, where the paper draws them, and the warm-up is sCM's. Gradients flow as in sCM and in DMD2.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from torch import Tensor
+
+from distill.draw import Draw
+from distill.losses import Reduction
+from distill.methods.dmd2 import DMD2
+from distill.methods.scm import SCM
+from distill.ranges import Count, Finite, Natural, Positive, Weight
+from distill.times import Law, LogNormal, Shifted, Uniform
+from distill.trainer import Batch, Logs, Nets, Update
+
+
+@dataclass(frozen=True)
+class RCM(SCM):
+    """Continuous-time consistency with distribution matching: needs images (or samples of the teacher)."""
+
+    guidance: Finite = 5.0  # of the teacher, in both losses (code)
+    sigma_d: Positive = 1.0  # paper
+    times: Law = LogNormal(0.7, 1.6)  # p_G: (0.7, 1.6) 1.3B, (1.5, 1.6) 14B (paper)
+    warmup: Natural = 1000  # steps until r = 1, and until DMD begins: 1000 1.3B, 0 14B (paper)
+    norm: Literal["rms", "vector"] = "vector"  # code
+    reduction: Reduction = "sum"  # of both losses (code)
+    dmd: Weight = 0.01  # lambda (paper)
+    dmd_times: Law = Shifted(Uniform(0.0, 1.0), 5.0)  # p_D, of flows; also of the fake's loss (code)
+    every: Count = 5  # fake steps per student step: 5, 14B 10 (code)
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        return ("fake",) if self.dmd else ()
+
+    @property
+    def matching(self) -> DMD2:
+        base = DMD2(self.guidance, self.every, 0, 0, reduction=self.reduction)
+        return replace(base, times=self.dmd_times, fake_times=self.dmd_times)
+
+    def updates(self) -> list[Update]:
+        if not self.dmd:
+            return super().updates()
+        student = Update("student", self.student_loss, self.every)
+        return [student, Update("fake", self.matching.fake_loss, start=self.warmup)]
+
+    def sample(self, nets: Nets, batch: Batch, draw: Draw) -> Tensor:
+        if not self.dmd or draw.step < self.warmup:
+            return super().sample(nets, batch, draw)
+        return self.matching.sample(nets, batch, draw)
+
+    def student_loss(self, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
+        loss, logs = super().student_loss(batch["real"].to(x), nets, batch, draw)
+        if self.dmd and draw.step >= self.warmup:
+            dmd, found = self.matching.student_loss(x, nets, batch, draw)
+            loss, logs = loss + self.dmd * dmd, logs | found | {"dmd": dmd}
+        return loss, logs
