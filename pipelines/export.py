@@ -213,9 +213,9 @@ def singles(
 
     if not hasattr(teacher.parts.family, "TARGETS"):
         return [], list(teacher.parts.family.limits(net))
-    other = {k: v for k, v in net.config.items() if k[0] != "_"} != {  # type: ignore[union-attr]
-        k: v for k, v in teacher.parts.net.config.items() if k[0] != "_"
-    }
+    both: list[Any] = [net, teacher.parts.net]
+    ours, base = (dict(one.config) for one in both)
+    other = any(ours.get(key) != base.get(key) for key in {*ours, *base} if not key.startswith("_"))
     if student.experts or other:
         return [], [NEGATIVE, "There are no single files: they would be weights of the base's network."]
     steps, kind, limits = len(student.times), student.denoiser.kind, [NEGATIVE]
