@@ -370,6 +370,6 @@ def passes(method: Method, nets: Nets, c: dict[str, Tensor]) -> float:
     A forward pass is 1, a backward pass 2, one to the input alone 1, an encoder its share of the network; LPIPS and a
     reward are left out. Arguments as in `cost`.
     """
-    free = {"perceptual": lambda x, y: (x - y).flatten(1).mean(1), "reward": lambda x, c: x.flatten(1).mean(1)}
-    nets = replace(nets, **{need: free[need] for need in free.keys() & set(method.needs)})
+    free = lambda x, *_: x.flatten(1).mean(1)
+    nets = replace(nets, perceptual=nets.perceptual or free, reward=nets.reward or free)
     return cost(method, nets, c, half=False, fused=False).flops / forward(nets.teacher, nets.shape, c)
