@@ -3,6 +3,8 @@
 `accelerate launch recipes/degradation_digits.py --teacher runs/digits/teacher`; its checkpoints are what counts, and
 recipes/disback_digits.py goes back along them. The student is not trained: exported is the
 teacher, called once.
+
+Choose it to make the record that DisBack goes back along; it is no student.
 """
 
 from distill.config import Config

@@ -2,6 +2,9 @@
 
 `accelerate launch recipes/disback_digits.py --teacher runs/digits/teacher --method.record runs/digits/degradation`,
 which recipes/degradation_digits.py has made; without --method.record it is DMD2. The iterations of both are DMD2's.
+
+Choose it where the student starts far from the teacher's samples. The record costs a run of its own: without one it is
+off, and is DMD2.
 """
 
 from distill.config import Config
