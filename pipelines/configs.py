@@ -110,6 +110,13 @@ MODELS = {
         SANA | {"num_layers": 28, "cross_attention_dim": 1152, "sample_size": 16},
         vae=DC,
     ),
+    "sprint": Model(
+        "Efficient-Large-Model/SANA_Sprint_1.6B_1024px_teacher_diffusers",
+        "SanaPipeline",
+        "SanaTransformer2DModel",
+        {"qk_norm": "rms_norm_across_heads", "timestep_scale": 1e-3},
+        vae=DC,
+    ),
     "qwen": Model("Qwen/Qwen-Image", "QwenImagePipeline", "QwenImageTransformer2DModel"),
     "wan": Model(
         "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",

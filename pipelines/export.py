@@ -334,8 +334,8 @@ def trained(again: Again) -> tuple[Student, Teacher, Any, str, str, str]:
     if not chosen:
         raise ValueError(f"no checkpoint {again.checkpoint!r} in {run}; there are {[f.name for f in found]}")
     base = again.teacher or tree["teacher"]
-    options = [tree[key] for key in ("revision", "variant", "resolution", "frames")]
-    teacher = opened(base, *options, torch.float32, tells(method, tree["method"]))
+    options = {key: tree[key] for key in ("revision", "variant", "resolution", "frames")}
+    teacher = opened(base, **options, told=tells(method, tree["method"]))
     config = revived(StudentConfig, tree["student"])
     scheduler, times = carrying(teacher, config)
     net = config.net(teacher.denoiser.net)

@@ -64,10 +64,10 @@ def hearing(net: Any) -> Any:
 
 def changed(net: Any, **config: Any) -> Any:
     """The network with another config and the same weights; norms that it did not have start as ones."""
-    like = next(net.parameters())
+    like, own = next(net.parameters()), {key: v for key, v in net.config.items() if not key.startswith("_")}
     with torch.random.fork_rng(), torch.device(like.device):
         torch.manual_seed(0)  # the same new weights on every process
-        made = type(net).from_config({**net.config, **config}).to(like.dtype)
+        made = type(net)(**own | config).to(like.dtype)
     plain = {name.replace("time_embed.emb.", "time_embed."): p for name, p in net.state_dict().items()}
     names = {name.replace("time_embed.emb.", "time_embed."): name for name in made.state_dict()}
     made.load_state_dict({names[name]: p for name, p in plain.items()}, strict=False, assign=like.is_meta)

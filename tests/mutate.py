@@ -480,6 +480,12 @@ MUTATIONS = {
         m("half latents' levels", SPRINT, "LogNormal(0.2 + math.log(2), 1.6)", "LogNormal(0.2, 1.6)", RUN_UP),
         m("guidance not told", SPRINT, 'told(batch["c"], w)', 'batch["c"]', RUN_UP),
         m("another level of noise", SPRINT, "path.diffuse(y, z, s)", "path.diffuse(y, z, s / 2)", RUN_UP),
+        m("SANA's embedding moves at first", "pipelines/sana", "torch.nn.init.zeros_(p)", "pass",
+          "tests/test_sana.py::test_the_embedding_moves_nothing_at_first"),
+        m("SANA's guidance not scaled", "pipelines/sana", "w * net.config.guidance_embeds_scale", "w",
+          "tests/test_sana.py::test_sana_sprints_pipeline_gives_what_the_student_gives"),
+        m("SANA's second angle", "pipelines/sana", "(math.pi / 2, 1.3)", "(math.pi / 2, 1.1)",
+          "tests/test_sana.py::test_times"),
         m("flow's input not rescaled", "distill/denoiser", "return scale * x, t, scale", "return x, t, scale", RUN_UP),
     ),
     "LADD": (

@@ -137,6 +137,10 @@ def test_the_copy_that_is_fine_tuned(tmp_path):
     assert len(added) == 20 * 4 and all((new[name] == 1).all() for name in added)
     assert {name: after.config[name] for name in sana.SPRINT} == sana.SPRINT
     assert json.loads((tmp_path / "copy" / "model_index.json").read_text())["_class_name"] == "SanaPipeline"
+    config = json.loads((tmp_path / "copy" / "transformer" / "config.json").read_text())
+    config.pop("guidance_embeds")  # a config of an older diffusers
+    (tmp_path / "copy" / "transformer" / "config.json").write_text(json.dumps(config))
+    assert load(tmp_path / "copy", told=True).denoiser.net.config.guidance_embeds
     with pytest.raises(SystemExit):
         sana.main(sana.Copy(f"{tmp_path / 'plain'}", f"{tmp_path / 'copy'}"))
 

@@ -10,6 +10,7 @@ from distill import methods
 ARGUMENTS = {
     "Forgetting": {"forget": (1,), "override": (0,)},
     "RCM": {"warmup": 0},  # before its end the fake score rests
+    "Sprint": {"guidance": 1.5},  # a range is told to the network
     "TSM": {"guidance": 2.0},  # without, a student that starts as its teacher stays there
 }
 CLASSES = {name: getattr(methods, name) for name in methods.__all__}

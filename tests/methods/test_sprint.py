@@ -41,6 +41,7 @@ def data(draw):
     return {"c": {"label": draw.integers("label", 3)}, "real": real, "real_c": {"label": label}}
 
 
+@pytest.mark.level(1, "Sprint")
 class TestFlowOnTrig:
     """The exact transformation (section 3.1): no weight changes, and nothing is lost on the way."""
 
@@ -98,6 +99,7 @@ class TestFlowOnTrig:
         torch.testing.assert_close(g / (size(g) + METHOD.c), 0.5 * g / (size(0.5 * g) + 0.1))
 
 
+@pytest.mark.level(1, "Sprint")
 @pytest.mark.level(1, "Sprint")
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_samples_of_an_exact_student_have_the_teachers_law(schedule):
