@@ -48,7 +48,7 @@ def digits(split: str) -> tuple[Tensor, Tensor]:
 class Digits:
     """Conditions are uniform class labels; real images, with their own labels, are of the training split."""
 
-    classes: tuple[int, ...] = ()  # labels of this student's part (Multi-Student); none given: all ten
+    classes: tuple[Natural, ...] = ()  # labels of this student's part (Multi-Student); none given: all ten
 
     def __post_init__(self) -> None:
         chosen(self.classes, 10)

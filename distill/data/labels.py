@@ -15,7 +15,7 @@ from distill.data.pairs import noise
 from distill.data.sources import PICTURES
 from distill.draw import Draw
 from distill.guidance import Guided
-from distill.ranges import Count, Finite, Seed
+from distill.ranges import Count, Finite, Natural, Seed
 from distill.solver import sample
 
 BLOCK = 64  # pairs that are sampled at once
@@ -33,7 +33,7 @@ class Labels:
     """Uniform class labels of the teacher; real images, where the method needs them, with labels of their own."""
 
     images: str = ""  # folder with one subfolder a class, which is numbered in the order of their names
-    classes: tuple[int, ...] = ()  # labels of this student's part (Multi-Student); none given: all of the teacher's
+    classes: tuple[Natural, ...] = ()  # labels of this student's part (Multi-Student); none given: all of the teacher's
 
     def check(self, needs: tuple[str, ...]) -> None:
         if "real" in needs and not self.images:
