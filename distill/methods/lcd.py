@@ -67,8 +67,7 @@ class LCD:
         return reduce(loss, self.reduction), {"delta": delta.detach().square().mean()}
 
     def f(self, denoiser: Denoiser, x: Tensor, t: Tensor, e: Tensor | None, c: Condition) -> Tensor:
-        low = 0.5 / self.N if e is None else e + 0.5 / self.N
-        return torch.where(expand(t < low, x).bool(), x, jump(denoiser(x, t, c), denoiser.path, e))
+        return torch.where(expand(t < 0.5 / self.N, x).bool(), x, jump(denoiser(x, t, c), denoiser.path, e))
 
     def end(self, s: Tensor, draw: Draw) -> Tensor | None:
         return None  # where f leads to: to data (not in PCM and TCD)

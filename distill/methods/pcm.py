@@ -1,7 +1,7 @@
 """PCM: phased consistency models. Wang et al. 2024, arXiv 2405.18407.
 
     0 = e_1 < e_2 < ... < e_M < 1,   e_m = floor((m - 1) N / M) / N          phases of the grid of LCD
-    f(x_t, t) = alpha_e x0 + sigma_e eps of D_student(x_t, t), e the start of the phase of t;   f(x_e, e) = x_e
+    f(x_t, t) = alpha_e x0 + sigma_e eps of D_student(x_t, t), e the start of the phase of t;   so f(x_e, e) = x_e
     L         = d( f(x_t, t) - f_target(x_s, s) )                            x_s and d as in LCD, both with the e of t
 
 The student need not find data from everywhere, only the start of a phase: M calls, at t = 1 and e_M, ..., e_2, follow
