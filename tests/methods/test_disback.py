@@ -42,13 +42,13 @@ class TestFarAway:
     LAW = Karras(0.05, 0.5)
     METHOD = DMD2(every=1, gan=0, gan_fake=0, times=LAW, fake_times=LAW, normalise=False)
 
-    def nets(self):
+    def nets(self, side):
         path = EDM()
-        teacher = Denoiser(Belief(4.0, 4.0), path, "x0")
-        line = Line(torch.tensor([[1.0]]), torch.tensor([-4.0]))
+        teacher = Denoiser(Belief(4.0 * side, 4.0), path, "x0")
+        line = Line(torch.tensor([[1.0]]), torch.tensor([-4.0 * side]))
         line.A.requires_grad_(False)  # it moves, and keeps its width
         student = Student(Denoiser(line, path, "x0"), scale=1.0)
-        return Nets(teacher, student, (1,), replace(teacher, net=Belief(4.0)))
+        return Nets(teacher, student, (1,), replace(teacher, net=Belief(4.0 * side)))
 
     def run(self, method, nets, steps, save=None):
         """The student's mean at the end."""
@@ -60,16 +60,22 @@ class TestFarAway:
 
     @pytest.mark.level(2, "DisBack")
     def test_the_way_back(self, tmp_path):
-        nets = self.nets()
-        assert self.run(Degradation(self.LAW), nets, 240, tmp_path) == -4.0  # the student stays
-        assert float(nets.fake.net.mean.detach()) == pytest.approx(-4, abs=0.3)
-        folders = tuple(checkpoint.found(tmp_path))
-        nets.past = Recorded(replace(nets.teacher, net=Belief(0.0, 4.0)), folders, nets.teacher.net)
-        mean = self.run(DisBack(**vars(self.METHOD), record=f"{tmp_path}", interval=35), nets, 550)
-        assert mean == pytest.approx(4, abs=0.4)
-
-    def test_the_end_alone(self):
-        assert abs(self.run(self.METHOD, self.nets(), 550) - 4) > 2
+        """From either side. Towards the teacher alone, from the same fake score, it flees from that, anywhere."""
+        back, alone = [], []
+        for side in (1, -1):
+            nets, folder = self.nets(side), tmp_path / f"{side}"
+            assert self.run(Degradation(self.LAW), nets, 240, folder) == -4 * side  # the student stays
+            last = nets.fake.net.state_dict()
+            assert side * float(last["mean"]) == pytest.approx(-4, abs=0.3)
+            past = replace(nets.teacher, net=Belief(0.0, 4.0))
+            nets.past = Recorded(past, tuple(checkpoint.found(folder)), nets.teacher.net)
+            method = DisBack(**vars(self.METHOD), record=f"{folder}", interval=35)
+            bare = self.nets(side)
+            bare.fake.net.load_state_dict(last)
+            back.append(side * self.run(method, nets, 550))
+            alone.append(side * self.run(self.METHOD, bare, 550))
+        assert back == pytest.approx([4, 4], abs=0.4)
+        assert min(alone) < 2, alone
 
 
 class TestTraining:
