@@ -159,10 +159,6 @@ MUTATIONS = {
         m("padding is heard", NEGATIVE, "words if mask is None else", "words if True else", TURNED),
         m("layers stay as they are", NEGATIVE, "layer.processor = processor", "pass", TURNED),
     ),
-    "PG-SB": (
-        m("a k of its own for the fake", VSD, "k_fake = k if",
-          "k_fake = scale_of(self.guidance, draw, len(x)).flip(0) if", TURNED),
-    ),
     "SiDA": (
         m("sign of the student's GAN", SIDA, "F.softplus(-self.logits(", "F.softplus(self.logits(", JUDGE),
         m("reals called fakes", SIDA, "F.softplus(low), x) + self.fused(F.softplus(-high)",
@@ -260,6 +256,8 @@ MUTATIONS = {
           "tapping(path.diffuse(x, eps, t), 1 - t, c", FAKE),
     ),
     "VSD": (
+        m("PG-SB: a k of its own for the fake", VSD, "k_fake = k if",
+          "k_fake = scale_of(self.guidance, draw, len(x)).flip(0) if", "tests/methods/test_negative.py"),
         m("sign of g", VSD, "push(x, w * (real - fake))", "push(x, -w * (real - fake))", GRADIENT),
         m("weight of the signal", VSD, "expand(sigma**2 / (", "expand(alpha**2 / (", GRADIENT),
         m("sigma for sigma^2", VSD, "expand(sigma**2 / (", "expand(sigma / (", GRADIENT),
