@@ -360,7 +360,7 @@ def _share(state: State) -> tuple[Share | None, dict[str, dict[str, Tensor]]]:
         return None, {f"{name}.safetensors": tensors for name, tensors in files.items()}
     share = Share(torch.distributed.get_rank(), torch.distributed.get_world_size())
     held = {share.file(name): share(share.file(name), tensors) for name, tensors in files.items()}
-    return share, {file: tensors for file, tensors in held.items() if tensors}  # a copy on another node holds none
+    return share, {f: tensors for f, tensors in held.items() if tensors or not share.rank}  # other nodes' copies: none
 
 
 def _number(folder: Path) -> int:

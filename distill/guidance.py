@@ -65,6 +65,8 @@ class Guided:
 
         They are of the same pass, but for w = 0, which makes none under c: there a second one ends at the last of them.
         """
+        if not taps:
+            return self(x, t, c), []
         if isinstance(self.w, int | float) and self.w == 1:
             return self.base.tapping(x, t, c, taps)
         if taps and isinstance(self.w, int | float) and self.w == 0:

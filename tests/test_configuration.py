@@ -26,7 +26,20 @@ SOURCES = [p for p in sorted((ROOT / "recipes").glob("*.py")) if "\nCONFIG = Con
 RECIPES = {p.stem: importlib.import_module(f"recipes.{p.stem}").CONFIG for p in SOURCES}
 ALL = {(r, name.removeprefix("train.")): leaf for r, config in RECIPES.items() for name, *leaf in leaves(config)}
 ONCE = {f"{r} {name}": (r, name) for (r, name), leaf in {id(leaf[1]): (k, leaf) for k, leaf in ALL.items()}.values()}
-TIED = ("low", "high", "N", "sigma", "timestep", "times")  # legal with some values of other fields only
+TIED = (
+    "low",
+    "high",
+    "N",
+    "sigma",
+    "timestep",
+    "times",
+    "n_0",
+    "n_1",
+    "q",
+    "phases",
+    "c",
+    "student.lora.rank",
+)  # legal with some values of other fields only
 WORDS = st.text("abcdefghij XYZ.:", min_size=1, max_size=9).filter(lambda s: s.strip() == s and s != "inf")
 FEW = settings(max_examples=3, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 MANY = settings(FEW, max_examples=300)
@@ -175,7 +188,7 @@ def test_legal_values(recipe, data):
     values = {}
     for (r, name), (hint, _, _) in ALL.items():
         ranges = [get_args(kind)[1] for kind in members(hint) if get_origin(kind) is Annotated]
-        if r == recipe and ranges and name.split(".")[-1] not in TIED:
+        if r == recipe and ranges and name.split(".")[-1] not in TIED and name not in TIED:
             values[name] = data.draw(inside(ranges[0]), name)
     argv = [word for name, value in values.items() for word in (f"--{name}", repr(value))]
     config, said = called(recipe, argv)

@@ -31,7 +31,8 @@ ROOT = Path(__file__).resolve().parent.parent
 RECIPES = sorted(p.stem for p in (ROOT / "recipes").glob("*.py") if "\nCONFIG = Config(" in p.read_text())
 SHORT = [name for name in RECIPES if name.endswith("_digits") or name in ("dmd2_sdxl", "sid_sana", "lcm_lora_sdxl")]
 CONVOLUTIONS = "lora.rank 2 --student.lora.targets conv1 conv2 time_emb_proj"
-RUNS = {name: (name, "") for name in RECIPES if name != "degradation_digits"} | {  # it moves no student
+STUDENTS = [name for name in RECIPES if name != "degradation_digits"]  # that one moves none
+RUNS = {name: (name, "") for name in STUDENTS} | {
     "two steps": ("sid_digits", "--student.steps 2"),
     "adapters": ("dmd2_digits", f"--student.{CONVOLUTIONS}"),
     "adapters on both": ("vsd_digits", f"--student.{CONVOLUTIONS} --fake.lora.rank 2 --fake.lora.targets conv1"),
@@ -280,7 +281,7 @@ def test_pipeline_is_the_averaged_student(name, out, plainly):
             assert np.abs(placed(images, own) - sampled(teacher, student, other)).max() > 10 * verify.TOLERANCE
 
 
-@pytest.mark.parametrize("name", [n if n in SHORT else pytest.param(n, marks=pytest.mark.slow) for n in RECIPES])
+@pytest.mark.parametrize("name", [n if n in SHORT else pytest.param(n, marks=pytest.mark.slow) for n in STUDENTS])
 def test_resumes(name, out, tmp_path):
     """From its first checkpoint it ends bit for bit where it ended."""
     folder = out(name)

@@ -154,7 +154,7 @@ def test_every_method_moves_its_roles(name, watched):
         assert turn.touched <= ({"student"} if turn.player == "student" else {"fake", "disc"}) & roles, turn
         assert turn.graded <= ({"student"} if turn.player == "student" else {"fake", "disc"}) & roles, turn
     moved = roles - {"student"} if name == "TSM" else roles  # a copy of the teacher is what it learns
-    assert set().union(*(turn.touched for turn in turns)) == moved
+    assert set().union(*(turn.touched for turn in turns)) >= moved
     assert equal(weights(nets.teacher.net), teacher)
 
 

@@ -63,7 +63,7 @@ def test_encoders_that_are_stored_in_half(tmp_path):
 
 
 def test_processes_wait_for_one_that_downloads_or_encodes():
-    assert launched(cpu=True).init_handler.timeout == timedelta(days=1)
+    assert launched().init_handler.timeout == timedelta(days=1)
 
 
 def test_half_precision_keeps_what_the_class_keeps():
