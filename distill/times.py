@@ -7,21 +7,22 @@ the noise-to-signal ratio, so one law means the same levels of noise on every sc
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
+from distill.draw import Draw
 from distill.ranges import Count, Finite, Natural, Positive, Share, Weight, check
 from distill.schedule import Schedule
 
-if TYPE_CHECKING:
-    from distill.draw import Draw
+TASKS = 1000  # equally likely times of a law, that clusters are made of
 
 
 class Law(ABC):
-    """A distribution of t. `__call__(draw, name, B, schedule) -> t [B]`, float64."""
+    """A distribution of t. `__call__(draw, name, B, schedule) -> t [B]`, float64, rising with the random number."""
 
     @abstractmethod
     def __call__(self, draw: Draw, name: str, B: int, schedule: Schedule) -> Tensor:
@@ -115,6 +116,70 @@ class Fixed(Law):
 
     def __call__(self, draw: Draw, name: str, B: int, schedule: Schedule) -> Tensor:
         return torch.full((B,), self.t, dtype=torch.float64, device=draw.device)
+
+
+@dataclass(frozen=True)
+class Staged(Law):
+    """Another law from its noisiest times on, for low levels are the harder tasks (Kim et al. 2024, arXiv 2403.10348).
+
+    Stage n draws from the noisiest n of N clusters, the last stage from all: it is the law itself, and so is N = 1.
+    Clusters are intervals of the law in which the logarithm of sigma / alpha is as near as can be to its median. The
+    paper's stages end where the loss no longer falls; these last `every` steps each, so that a step says its stage.
+    """
+
+    law: Law
+    N: Count = 20  # at most 1000
+    every: Count = 1000  # steps of a stage
+
+    def __post_init__(self) -> None:
+        check(self)
+        if self.N > TASKS:
+            raise ValueError(f"N is {self.N}; a law has at most {TASKS} clusters")
+
+    def __call__(self, draw: Draw, name: str, B: int, schedule: Schedule) -> Tensor:
+        n = draw.step // self.every + 1
+        if n < self.N:
+            low = clusters(self.law, self.N, schedule)[self.N - n]
+            draw = Moved(draw, lambda u: low + (1 - low) * u)
+        return self.law(draw, name, B, schedule)
+
+
+class Moved(Draw):
+    """A draw whose uniform numbers u become f(u); its normal ones are moved by their shares below."""
+
+    def __init__(self, draw: Draw, f: Callable[[Tensor], Tensor]) -> None:
+        super().__init__(draw.seed, draw.step, draw.player, draw.samples)
+        self.draw, self.f = draw, f
+
+    def uniform(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        return self.f(self.draw.uniform(name, shape).double())
+
+    def normal(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        return torch.special.ndtri(self.f(torch.special.ndtr(self.draw.normal(name, shape).double())))
+
+
+@lru_cache
+def clusters(law: Law, N: int, schedule: Schedule) -> tuple[float, ...]:
+    """Shares 0 = q_0 < ... < q_N = 1 of a law between its N clusters, from clean to noisy.
+
+    They make the sum over TASKS equally likely t of |y - the median y of its cluster| least, y = log(sigma / alpha),
+    by dynamic programming (SNR-based interval clustering: Go et al. 2023, arXiv 2306.00354).
+    """
+    u = (torch.arange(TASKS).double() + 0.5) / TASKS
+    t = law(Moved(Draw(0, 0, "", torch.arange(TASKS)), lambda _: u), "", TASKS, schedule)
+    y = schedule.ratio(t).clamp(1e-6, 1e6).log()
+    total = torch.cat([y.new_zeros(1), y.cumsum(0)])
+    j, i = torch.arange(TASKS + 1)[:, None], torch.arange(TASKS + 1)
+    cost = total[i] + total[j] - total[(i + j) // 2] - total[(i + j + 1) // 2]  # of the tasks i .. j - 1
+    cost, ends = cost.where(i < j, torch.inf), []
+    least = cost[:, 0]  # of the first 0 .. TASKS tasks in one cluster, in two, ...
+    for _ in range(N - 1):
+        least, start = (least + cost).min(1)
+        ends.append(start)
+    edges = [TASKS]
+    for start in reversed(ends):
+        edges.append(int(start[edges[-1]]))
+    return tuple(edge / TASKS for edge in (0, *reversed(edges)))
 
 
 def _ordered(law: Uniform | Grid | Karras, most: float) -> None:

@@ -31,6 +31,7 @@ DISCRETE, CONTINUOUS = f"{CLOSED}::TestDiscreteConsistency", f"{CLOSED}::TestCon
 BY_HAND, GAN, FAKE = (f"{CONTRACTS}::{name}" for name in ("TestByHand", "TestGan", "TestFakeTurn"))
 SCHEDULE, DENOISER, STUDENT = "tests/test_schedule.py", "tests/test_denoiser.py", "tests/test_student.py"
 LOSSES, DRAW, EMA = "tests/test_losses.py", "tests/test_draw.py", "tests/test_ema.py"
+STAGED = "tests/test_times.py"
 OPTIMUM, PAIRS = "tests/test_regression.py", "tests/test_pairs.py"
 MEMORY = "tests/test_memory.py"
 EXPORTED = "tests/test_recipes.py::test_the_average_is_exported"
@@ -530,6 +531,16 @@ MUTATIONS = {
         m("Grid without its last", "distill/times", "(self.high - self.low + 1)", "(self.high - self.low)", DRAW),
         m("LogNormal in base 10", "distill/times", "draw.normal(name, (B,)).double()).exp())",
           "draw.normal(name, (B,)).double()).mul(2.302585).exp())", DRAW),
+    ),
+    "Staged": (
+        m("the cleanest first", "distill/times", "lambda u: low + (1 - low) * u", "lambda u: (1 - low) * u", STAGED),
+        m("one cluster at a time", "distill/times", "low + (1 - low) * u", "low + u / self.N", STAGED),
+        m("a stage late", "distill/times", "draw.step // self.every + 1", "draw.step // self.every", STAGED),
+        m("the last cluster never", "distill/times", "if n < self.N:", "if (n := min(n, self.N - 1)):", STAGED),
+        m("normal numbers not moved", "distill/times", "torch.special.ndtri(self.f(torch.special.ndtr(",
+          "torch.special.ndtri((torch.special.ndtr(", STAGED),
+        m("means for medians", "distill/times", "total[(i + j) // 2] - total[(i + j + 1) // 2]",
+          "total[(i + j) // 3] - total[(i + j + 1) // 3]", STAGED),
     ),
     "regression": (
         m("onto the noise", ODE, 'batch["y"].to(x)', 'batch["z"].to(x)', OPTIMUM),
