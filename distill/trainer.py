@@ -37,6 +37,7 @@ class Update:
     reuse: on the detached samples of an earlier update of the same step, where there was one, instead of fresh ones.
     walk: fresh samples of successive steps are those after 1, 2, ... calls of one generation, until the student moves
     or has no more calls: Draw.late is how many steps ago it began, and a step costs one call.
+    alone: before this step it moves at each one, the others having not begun.
     """
 
     player: Literal["student", "fake"]
@@ -45,6 +46,7 @@ class Update:
     reuse: bool = False
     walk: bool = False
     start: int = 0
+    alone: int = 0
 
 
 class Method(Protocol):
@@ -164,7 +166,7 @@ def train(
         step, state.logs = state.step, {}
         kept: list[health.Turn] = []
         for update in method.updates():
-            if step % update.every or step < update.start:
+            if step % update.every and step >= update.alone or step < update.start:
                 continue
             player, optimizer = update.player, state.optimizers[update.player]
             own(players, player)

@@ -20,6 +20,7 @@ CONFIG = Config(
         warmup=300,
         norm="rms",
         reduction="mean",
+        dmd=0.005,  # of means
         dmd_times=Karras(0.02, 20.0),
         every=2,
     ),

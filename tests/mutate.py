@@ -386,12 +386,14 @@ MUTATIONS = {
         m("2 c for 2 c^2", "distill/losses", "/ (2 * c**2))", "/ (2 * c))", f"{OF}ct.py"),
     ),
     "rCM": (
-        m("sign of DMD", RCM, "loss + self.dmd * dmd", "loss - self.dmd * dmd", f"{OF}rcm.py"),
+        m("sign of DMD", RCM, "loss + 2 * self.dmd * dmd", "loss - 2 * self.dmd * dmd", f"{OF}rcm.py"),
         m("sCM on the student's samples", RCM, 'batch["real"].to(x), nets', "x, nets", f"{OF}rcm.py"),
         m("DMD before its start", RCM, "if self.dmd and draw.step >= self.warmup", "if self.dmd", f"{OF}rcm.py"),
-        m("DMD without weight", RCM, "+ self.dmd * dmd", "+ dmd", f"{OF}rcm.py"),
+        m("DMD without weight", RCM, "+ 2 * self.dmd * dmd", "+ dmd", f"{OF}rcm.py"),
         m("DMD's teacher not guided", RCM, "DMD2(self.guidance, ", "DMD2(1.0, ", f"{OF}rcm.py"),
         m("mean for sum", RCM, "0, 0, reduction=self.reduction)", "0, 0)", f"{OF}rcm.py"),
+        m("DMD with a half", RCM, "+ 2 * self.dmd * dmd", "+ self.dmd * dmd", f"{OF}rcm.py"),
+        m("the student waits for nobody", RCM, ", alone=self.warmup", "", f"{OF}rcm.py"),
         m("fake from the first step", RCM, "start=self.warmup", "start=0", f"{OF}rcm.py"),
     ),
     "ECT, iCT": (

@@ -4,14 +4,16 @@ from dataclasses import replace
 
 import pytest
 import torch
+from accelerate import Accelerator
 from gaussian import F64, SCHEDULES, Gaussian, consistent, exact, problem
 from tiny import tiny
 
 from distill.draw import Draw
 from distill.methods import DMD2, RCM, SCM
-from distill.roles import Nets
+from distill.roles import Nets, build
 from distill.student import Student
 from distill.times import LogNormal
+from distill.trainer import TrainConfig, train
 
 B, CLASSES = 8, 3
 SHARED = {"guidance": 1.5, "sigma_d": 0.5, "warmup": 4, "norm": "vector", "reduction": "sum", "times": LogNormal()}
@@ -61,22 +63,29 @@ def test_switched_off_and_before_its_start_it_is_scm(schedule):
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_it_is_the_sum_of_both(schedule):
-    """sCM on the images plus lambda times DMD2 on the student's samples, and DMD2's fake score."""
+    """sCM on the images plus 2 lambda times DMD2 on the student's samples, and DMD2's fake score."""
     nets, method = nets_of(schedule), RCM(**SHARED, dmd=0.3, dmd_times=DMD_TIMES)
     dmd2 = DMD2(1.5, 5, 0, 0, times=DMD_TIMES, fake_times=DMD_TIMES, reduction="sum")
     parts = [loss_of(m, nets, 7)[0] for m in (SCM(**SHARED), dmd2)]
     for ours, a, b in zip(loss_of(method, nets, 7)[0], *parts):
-        torch.testing.assert_close(ours, a + 0.3 * b)
+        torch.testing.assert_close(ours, a + 2 * 0.3 * b)
     draw, batch = turn("fake", 7), batch_of()
     x = dmd2.sample(nets, batch, draw)
     assert torch.equal(loss_of(method, nets, 7, "fake")[0][0], dmd2.fake_loss(x, nets, batch, draw)[0])
 
 
 def test_turns():
-    """The student every fifth step; the fake at each, once DMD has begun."""
-    student, fake = RCM(warmup=40).updates()
-    assert (student.player, student.every, student.start) == ("student", 5, 0)
-    assert (fake.player, fake.every, fake.start, fake.reuse) == ("fake", 1, 40, False)
+    """Alone the student moves at each step; once DMD has begun at every fourth, and the fake at each."""
+    teacher, label = tiny(SCHEDULES["edm"], "edm", dtype=torch.float32, classes=CLASSES), torch.arange(B) % CLASSES
+    method = RCM(**SHARED | {"guidance": 1.0, "warmup": 3}, dmd_times=DMD_TIMES)
+    nets = build(method, teacher, (2,), {"label": label[:1]})
+    data = lambda draw: {"c": {"label": label}, "real": torch.ones(B, 2), "real_c": {"label": label}}
+    cfg = TrainConfig(max_train_steps=9, train_batch_size=B)
+    turns = [
+        {name.split("/")[0][0] for name in state.logs}
+        for state in train(method, nets, data, cfg, Accelerator(cpu=True))
+    ]
+    assert " ".join("".join(sorted(turn, reverse=True)) for turn in turns) == "s s s f sf f f f sf"
     assert [u.every for u in RCM(dmd=0.0).updates()] == [1]
 
 
