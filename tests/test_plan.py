@@ -1,6 +1,7 @@
 """The plan against real runs: bytes and FLOPs exactly, activations within a factor; what does not fit is refused."""
 
 import dataclasses
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,10 +15,10 @@ from distill.config import Config
 from distill.data import Digits
 from distill.draw import Draw
 from distill.lora import LoRA
-from distill.methods import DMD2, LCD, SCM, SiD
+from distill.methods import DMD2, LCD, RCM, SCM, VSD, Rewarded, SiD
 from distill.roles import FakeConfig, StudentConfig, build
 from distill.trainer import TrainConfig, train
-from pipelines import count, load, tiny
+from pipelines import count, edm, load, tiny
 from pipelines.configs import MODELS, Meta
 from pipelines.plan import Plan, Run, configured, main, moments
 
@@ -83,7 +84,8 @@ def real(folder, run, steps, k=None):
     hook = register_optimizer_step_pre_hook(note)
     settings = dataclasses.replace(config.train, max_train_steps=steps)
     loop = train(config.method, nets, data, settings, Accelerator(cpu=True), draw=Draw if k is None else Fixed)
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as flops:
+    flops = FlopCounterMode(display=False, custom_mapping=count.FLOPS)
+    with sdpa_kernel(SDPBackend.MATH), flops:
         *_, state = loop
     hook.remove()
     return state, grads, flops.get_total_flops()
@@ -169,6 +171,35 @@ def test_recomputed_blocks_cost_time_and_save_memory(folder):
     plain, recomputed = (planned(folder, "dmd2", gradient_checkpointing=on).cost for on in (False, True))
     assert recomputed.activations < 0.9 * plain.activations
     assert 1.05 < recomputed.flops / plain.flops < 1.4
+
+
+@pytest.mark.parametrize("groups, transposed", ((1, False), (8, False), (8, True)))
+def test_gradients_of_a_convolution_cost_twice_its_pass(groups, transposed):
+    """To input and weight, also of a depthwise one, where torch counts the weight's once for each channel."""
+    kind = torch.nn.ConvTranspose2d if transposed else torch.nn.Conv2d
+    net, x = kind(8, 8, 3, 2, groups=groups, device="meta"), torch.empty(2, 8, 9, 9, device="meta", requires_grad=True)
+    with count.Meter() as meter:
+        y = net(x)
+        forward = meter.flops
+        y.sum().backward()
+    pixels = 9 * 9 if transposed else 4 * 4
+    assert forward == 2 * 2 * pixels * 9 * 8 * 8 // groups and meter.flops == 3 * forward
+
+
+def test_a_run_is_counted_where_all_its_terms_are_there():
+    """When every player has started, however long it waits; a reward or LPIPS that is not at hand costs nothing."""
+    teacher = edm.teacher(edm.unet((8, 16)), 0.75, null_class=10)
+    teacher.denoiser.net.to("meta")
+    c = {name: value.to("meta") for name, value in teacher.encode([0]).items()}
+
+    def count_of(method):
+        nets = build(method, teacher.denoiser, teacher.shape, c)
+        return count.cost(method, nets, c, half=False, fused=False).flops
+
+    soon = RCM(guidance=1.0, warmup=0)
+    assert count_of(replace(soon, warmup=1000)) == count_of(soon)
+    vsd = VSD(guidance=1.0)
+    assert count_of(Rewarded(vsd)) == count_of(vsd)
 
 
 def test_moments_of_eight_bits():
