@@ -25,8 +25,8 @@ def null_of(null: Condition, c: Condition) -> Condition:
     """The null condition with the batch size of c; keys that it lacks (a guidance embedding, say) are kept from c."""
     if null is None or c is None:
         raise ValueError(
-            "guidance other than 1 needs a null condition, but this denoiser is unconditional or was trained without "
-            "one; set the guidance to 1, or give the Denoiser a `null` with the keys of its condition"
+            "guidance other than 1 needs a null condition, and so does CFG++, but this denoiser is unconditional or "
+            "was trained without one; set the guidance to 1, or give the Denoiser a `null` with its condition's keys"
         )
     return {k: null[k].to(v.device, v.dtype).expand_as(v) if k in null else v for k, v in c.items()}
 
@@ -51,14 +51,17 @@ class Guided:
     def __call__(self, x: Tensor, t: Tensor, c: Condition = None) -> Prediction:
         if isinstance(self.w, int | float) and self.w == 1:
             return self.base(x, t, c)
-        null = null_of(self.base.null, c)
         if isinstance(self.w, int | float) and self.w == 0:
-            return self.base(x, t, null)
-        pred = self.base(torch.cat([x, x]), torch.cat([t, t]), merge(c, null))
+            return self.base(x, t, null_of(self.base.null, c))
+        return self.both(x, t, c)[0]
+
+    def both(self, x: Tensor, t: Tensor, c: Condition) -> tuple[Prediction, Prediction]:
+        """The guided prediction and that of the null condition, of one call of 2B samples."""
+        pred = self.base(torch.cat([x, x]), torch.cat([t, t]), merge(c, null_of(self.base.null, c)))
         cond, empty = pred.out.chunk(2)
         w = expand(self.w, x) if isinstance(self.w, Tensor) else self.w
         half: dict[str, Any] = {k: v.chunk(2)[0] for k, v in vars(pred).items() if isinstance(v, Tensor)}
-        return replace(pred, **half | {"out": empty + w * (cond - empty)})
+        return replace(pred, **half | {"out": empty + w * (cond - empty)}), replace(pred, **half | {"out": empty})
 
     def tapping(self, x: Tensor, t: Tensor, c: Condition, taps: tuple[str, ...]) -> tuple[Prediction, list[Tensor]]:
         """The prediction and the outputs [B, ...] of the named submodules under c itself, whatever w is.
@@ -90,9 +93,9 @@ def scale_of(w: float | tuple[float, float], draw: Draw, B: int) -> float | Tens
     return w[0] + (w[1] - w[0]) * draw.uniform("guidance", (B,))
 
 
-def needed(w: float | tuple[float, float]) -> tuple[str, ...]:
+def needed(w: float | tuple[float, float], solver: str = "ddim") -> tuple[str, ...]:
     """What guidance w of the teacher needs: a null condition, and of a range a student that is told it."""
-    return () if w == 1 else ("null", "told") if isinstance(w, tuple) else ("null",)
+    return () if w == 1 and solver != "cfg++" else ("null", "told") if isinstance(w, tuple) else ("null",)
 
 
 def told(c: Condition, w: float | Tensor) -> Condition:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from distill.denoiser import Condition, Denoiser
+from distill.solver import Call, Step, ddim, fresh
 
 if TYPE_CHECKING:
     from distill.draw import Draw
@@ -95,6 +96,17 @@ class Student:
         if to is None:
             return pred.x0
         return path.diffuse(pred.x0, self._noise(pred, steps - 1, z, draw), torch.full_like(times[0], to))
+
+    def calls(self, draw: Draw | None = None) -> list[Call]:
+        """The calls one by one: `relay` makes of them what `generate` makes, and networks may take turns on them."""
+        if self.renoise == "fresh" and draw is None and len(self.times) > 1:
+            raise ValueError("a student with fresh noise between its steps needs `draw` to generate")
+
+        def step(i: int) -> Step:
+            noise = lambda x: draw.normal(f"renoise{i}", tuple(x.shape)).to(x)  # type: ignore[union-attr]
+            return fresh(noise) if self.renoise == "fresh" else ddim
+
+        return [Call(self.at(i), t, step(i), self.scale) for i, t in enumerate(self.times)]
 
     def _noise(self, pred: Prediction | None, i: int, z: Tensor, draw: Draw | None) -> Tensor:
         """Of the level after call i."""

@@ -2,6 +2,7 @@
 
 python -m eval.generate --model runs/dmd2/pipeline --prompts prompts.txt --out runs/samples/dmd2
 python -m eval.generate --model stabilityai/sdxl-turbo --protocol coco10k-dmd2 --steps 1 --guidance 0 --out ...
+python -m eval.generate --model sdxl-dmd2 --first sdxl --prompts prompts.txt --out ...     pipelines/stitch.py
 python -m eval.generate --model my_4step_lora.safetensors --base FOLDER --steps 4 --guidance 0 --prompts ... --out ...
 accelerate launch -m eval.generate ...          processes share the images; a command that was killed goes on
 
@@ -32,9 +33,10 @@ from eval import images as folders
 from eval.conditions import Asked, of_labels, of_prompts, of_protocol
 from eval.cost import hardware, measure, store
 from eval.protocols import Protocol, protocol
-from eval.sampler import Sampler, family_of, generator, load, pipeline_sampler, teacher_sampler
+from eval.sampler import Sampler, family_of, generator, load, pipeline_sampler, teacher_sampler, turns_sampler
 
-Solver = Literal["pipeline", "heun", "ddim"]
+Solver = Literal["pipeline", "heun", "ddim", "cfg++"]
+FIRST = ("first", "first_steps", "first_guidance", "first_solver", "skip")
 EDM = "ConsistencyModelPipeline"
 PADS = ("QwenImagePipeline",)  # they pad prompts to the longest of a call: rows would depend on their neighbours
 
@@ -53,8 +55,8 @@ class Sampling:
     # takes --n for a flag of its own, write --num_images
     n: Annotated[int | None, tyro.conf.arg(aliases=["--num_images"])] = None
     steps: int | None = None  # by default an exported student's; a pipeline's own default; of an EDM teacher 18
-    # the pipeline as it is, or our heun (2 steps - 1 calls) or ddim (steps calls) on the teacher's ODE; by default heun
-    # for EDM teachers, else the pipeline
+    # the pipeline as it is, or on the teacher's ODE our heun (2 steps - 1 calls), ddim (steps calls) or cfg++, whose
+    # lambda is `guidance`; by default heun for EDM teachers, else the pipeline. cfg++ is also for students under Euler
     solver: Solver | None = None
     # the pipeline's guidance_scale (true_cfg_scale), by default its own; of an exported student and of our solvers none
     guidance: float | None = None
@@ -76,6 +78,13 @@ class Sampling:
     frame: int | None = None  # which picture of a video is kept
     revision: str | None = None  # of a name on the Hub
     variant: str | None = None  # of the weight files: fp16
+    # a pipeline that makes the calls at high noise instead of the first `skip` calls of `model`: a student's teacher,
+    # for diversity, or a smaller model (T-Stitch)
+    first: str | None = None
+    first_steps: int = 20  # of its whole way to an image; it makes those above the level of the model's next call
+    first_guidance: float = 1.0
+    first_solver: Literal["heun", "ddim", "cfg++"] = "ddim"
+    skip: int = 1  # calls of the model that `first` makes instead
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the pipeline at work
     device: str | None = None  # cpu, cuda, cuda:1 ...; by default the process's own, cuda where there is one
     # of every call of the networks: 1 by default, 50 of pixel models. It is part of what an image is, by rounding; more
@@ -86,7 +95,7 @@ class Sampling:
     cost: Path | None = None
 
     def __post_init__(self) -> None:
-        for what in ("n", "steps", "per_prompt", "classes", "rows", "batch"):
+        for what in ("n", "steps", "per_prompt", "classes", "rows", "batch", "first_steps"):
             if (value := getattr(self, what)) is not None and value < 1:
                 raise ValueError(f"{what} is {value}; it must be at least 1")
         if self.seed < 0:
@@ -121,6 +130,13 @@ class Sampling:
         if self.lora is None and self.base is not None:
             raise ValueError(f"base is {self.base}, but {self.model} is no LoRA's .safetensors file; leave out --base")
         return located(self.base if self.lora else self.model, self.revision, self.variant)
+
+    @cached_property
+    def before(self) -> Path | None:
+        """The folder of `first`."""
+        from pipelines import located
+
+        return None if self.first is None else located(self.first, None, self.variant)
 
     @cached_property
     def about(self) -> dict[str, Any]:
@@ -176,9 +192,12 @@ class Sampling:
     def check(self) -> None:
         """ValueError for what does not go together, before anything heavy is imported."""
         has, name = self.about.get("steps"), self.model
-        if self.method != "pipeline" and (self.student or self.lora or any(self.scheduling)):
+        plain = self.student and self.method != "cfg++"
+        if self.method != "pipeline" and (plain or self.lora or any(self.scheduling)):
             raise ValueError(f"solver is {self.solver}: it is for teachers, without LoRA and scheduler; use pipeline")
-        if self.student and self.guidance not in (None, 0, 1):
+        if self.first is not None and self.calls is None:
+            raise ValueError(f"{name} goes on after {self.first}: say by --steps of how many calls it is")
+        if plain and self.guidance not in (None, 0, 1):
             raise ValueError(
                 f"guidance is {self.guidance}, but {name} is a student, which has its guidance built in; use 1"
             )
@@ -197,7 +216,7 @@ class Sampling:
         scheduler, changed = self.scheduling
         return {
             "model": self.name or title or self.model,
-            "model_hash": model_hash(self.folder, *([self.lora] if self.lora else [])),
+            "model_hash": model_hash(self.folder, *filter(None, (self.lora, self.before))),
             "n": len(self.asked.conditions),
             "prompts": self.asked.hash,
             "protocol_hash": self.plan and self.plan.hash,
@@ -207,15 +226,19 @@ class Sampling:
             "scheduler_config": changed,
             "rows": self.height,
             **{key: getattr(self, key) for key in ("guidance", "seed", "resolution", "frame", "dtype")},
+            **({key: getattr(self, key) for key in FIRST} if self.first else {}),
         }
 
     def sampler(self, device: torch.device) -> Sampler:
         """Load the model; its facts say the steps and the guidance that it is sampled with."""
         precision = getattr(torch, self.dtype)
-        if self.method == "pipeline":
+        turns = self.before is not None or (self.student and self.method == "cfg++")
+        if self.method == "pipeline" or turns:
             replaced = self.plan.components if self.plan else ()
             pipe = load(self.folder, self.lora, *self.scheduling, self.variant, precision, replaced).to(device)
-            family, shape = family_of(self.folder, pipe, self.resolution)
+            if turns:
+                return self.turns(pipe)
+            family, shape = family_of(pipe, self.resolution)
             return pipeline_sampler(pipe, self.calls, self.guidance, family, shape, own=not self.student)
         from pipelines import load as teacher_of
 
@@ -223,6 +246,19 @@ class Sampling:
         teacher.parts.device = device
         teacher.denoiser.net.to(device, precision)
         return teacher_sampler(teacher, self.calls, self.method, 1.0 if self.guidance is None else self.guidance)
+
+    def turns(self, pipe: Any) -> Sampler:
+        """The sampler of `first` and the loaded model, or of a student's calls one by one."""
+        from pipelines.stitch import Turn, around
+
+        solver, guidance = None if self.method == "pipeline" else self.method, self.guidance or 1.0
+        then = Turn(around(pipe, self.resolution), self.calls or 1, guidance, self.skip if self.first else 0, solver)
+        facts = {"steps": self.calls, "guidance": guidance, "scheduler": solver or type(pipe.scheduler).__name__}
+        if self.before is None:
+            return turns_sampler([then], facts)
+        other = load(self.before, None, None, {}, self.variant, pipe.dtype).to(pipe.device)
+        first = Turn(around(other, self.resolution), self.first_steps, self.first_guidance, 0, self.first_solver)
+        return turns_sampler([first, then], facts)
 
     def run(self) -> dict[str, Any]:
         """Make what is missing; the manifest."""

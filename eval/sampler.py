@@ -12,13 +12,16 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from eval.cost import DENOISERS, parameters
+
+if TYPE_CHECKING:
+    from distill.solver import Name
 
 LIBRARIES = ("diffusers", "transformers", "pipelines.edm_nets")  # whose components are loaded
 LOADING = (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError)
@@ -42,18 +45,17 @@ class Sampler(NamedTuple):
     facts: dict[str, Any]
 
 
-def teacher_sampler(
-    teacher: Any, steps: int = 18, solver: Literal["heun", "ddim"] = "heun", guidance: float = 1.0
-) -> Sampler:
+def teacher_sampler(teacher: Any, steps: int = 18, solver: Name = "heun", guidance: float = 1.0) -> Sampler:
     """Samples a `pipelines.Teacher` along its probability-flow ODE, by a solver of ours.
 
-    nfe is twice the solver's calls under guidance (other than 0 and 1).
+    nfe is twice the solver's calls under guidance (other than 0 and 1); but CFG++ calls both branches always.
     """
     from distill.guidance import Guided
     from distill.solver import calls, sample
 
     denoiser = teacher.denoiser if guidance == 1 else Guided(teacher.denoiser, guidance)
-    nfe = calls(solver, steps) * (1 if guidance in (0, 1) else 2)
+    branches = 1 if guidance in (0, 1) else 2
+    nfe = 2 * (steps - 1) + branches if solver == "cfg++" else calls(solver, steps) * branches
 
     def make(generators: list[torch.Generator], conditions: list[Any]) -> Tensor:
         net = next(teacher.denoiser.net.parameters())
@@ -107,6 +109,22 @@ def pipeline_sampler(
 
     facts = {"steps": steps, "guidance": guidance, "scheduler": type(pipe.scheduler).__name__}
     return Sampler(make, lambda: spent[0] / max(made[0], 1), facts | {"parameters": parameters(pipe)})
+
+
+def turns_sampler(turns: Sequence[Any], facts: dict[str, Any]) -> Sampler:
+    """Samples pipelines that take turns on an image (`pipelines.stitch.Turn`), each a `pipelines.Teacher`."""
+    from pipelines.stitch import stitch
+
+    spent, made, nets = [0], [0], [turn.pipe.denoiser.net for turn in turns]
+    for net in nets:
+        net.register_forward_pre_hook(_counter(spent), with_kwargs=True)
+
+    def make(generators: list[torch.Generator], conditions: list[Any]) -> Tensor:
+        made[0] += len(generators)
+        return stitch(turns, conditions, generators).float().cpu()
+
+    size = sum(p.numel() for net in nets for p in net.parameters())
+    return Sampler(make, lambda: spent[0] / max(made[0], 1), facts | {"parameters": size})
 
 
 def _counter(spent: list[int]) -> Callable[..., None]:
@@ -227,14 +245,14 @@ def _scheduler(pipe: Any, name: str | None, config: dict[str, Any]) -> Any:
     return cls.from_config(base, **config)
 
 
-def family_of(folder: Path, pipe: Any, resolution: int | None) -> tuple[Any, Any]:
+def family_of(pipe: Any, resolution: int | None) -> tuple[Any, Any]:
     """(module of pipelines/, shape of a sample) of a known family, (None, None) of other pipelines."""
-    from pipelines import FAMILIES, Parts
+    from pipelines import FAMILIES
+    from pipelines.stitch import around
 
     if type(pipe).__name__ not in FAMILIES:
         if resolution is not None:
             raise ValueError(f"resolution cannot be chosen for a {type(pipe).__name__}; leave it out")
         return None, None
-    parts = Parts(folder)
-    parts.given = {name: value for name, value in pipe.components.items() if value is not None}
-    return parts.family, parts.family.load(parts, resolution, None).shape
+    teacher = around(pipe, resolution)
+    return teacher.parts.family, teacher.shape

@@ -186,13 +186,13 @@ class TestSolvers:
         assert heun[2] < 0.02 * ddim[2]
 
     @pytest.mark.parametrize("kind", ("x0", "v", "flow", "edm"))
-    @pytest.mark.parametrize("solver", STEPS)
+    @pytest.mark.parametrize("solver", ("ddim", "heun"))
     def test_finite_on_the_whole_of_every_schedule(self, schedule, solver, kind):
         """From alpha = 0 to sigma = 0, where there is no noise to predict: kind x0 divides 0 by 0 there."""
         z = torch.randn(N, 2)
         assert sample(tiny(schedule, kind, dtype=torch.float32), z, None, 4, solver).isfinite().all()
 
-    @pytest.mark.parametrize("solver", STEPS)
+    @pytest.mark.parametrize("solver", ("ddim", "heun"))
     @pytest.mark.parametrize("steps", (1, 2, 5))
     def test_calls(self, z, solver, steps):
         denoiser, seen = tiny(EDM()), []
@@ -205,7 +205,7 @@ class TestSolvers:
         sigma = schedule.coefficients(times(1.0))[1][:, None]
         near(sample(denoiser, z, None, 1), denoiser(sigma * z, times(1.0)).x0)
 
-    @pytest.mark.parametrize("solver", STEPS)
+    @pytest.mark.parametrize("solver", ("ddim", "heun"))
     def test_a_frame_changes_nothing(self, solver, z):
         """A step on another schedule is the same step: both are Euler's or Heun's in sigma / alpha."""
         law, _ = problem(2)
@@ -228,7 +228,7 @@ class TestSolvers:
         near(ddim(denoiser, z, t, s), euler, 1e-11)
 
     def test_errors(self, z):
-        with pytest.raises(ValueError, match=r"solver is 'euler'; it must be one of \['ddim', 'heun'\]"):
+        with pytest.raises(ValueError, match=r"solver is 'euler'; it must be one of \['cfg\+\+', 'ddim', 'heun'\]"):
             sample(tiny(EDM()), z, solver="euler")
         with pytest.raises(ValueError, match="steps is 0; it must be at least 1"):
             sample(tiny(EDM()), z, steps=0)

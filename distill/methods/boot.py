@@ -13,18 +13,17 @@ Gradients flow through y(z, s) and y(z, T) alone.
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from distill.average import ending
 from distill.draw import Draw
-from distill.guidance import Guided
+from distill.guidance import Guided, needed
 from distill.losses import Reduction, reduce
 from distill.ranges import Count, Finite, Weight
 from distill.schedule import expand
-from distill.solver import STEPS
+from distill.solver import STEPS, Name
 from distill.trainer import Batch, Logs, Nets, Update
 
 
@@ -34,7 +33,7 @@ class BOOT:
 
     N: Count = 25  # T / N is the step of s (paper: .04)
     guidance: Finite = 1.0  # k of the teacher
-    solver: Literal["ddim", "heun"] = "ddim"  # paper: both
+    solver: Name = "ddim"  # paper: both
     boundary: Weight = 0.5  # beta
     reduction: Reduction = "mean"
 
@@ -42,7 +41,7 @@ class BOOT:
 
     @property
     def needs(self) -> tuple[str, ...]:
-        return ("end",) + (() if self.guidance == 1 else ("null",))
+        return ("end", *needed(self.guidance, self.solver))
 
     def updates(self) -> list[Update]:
         return [Update("student", self.student_loss)]

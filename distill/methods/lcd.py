@@ -10,7 +10,6 @@ guidance is drawn per sample and told to the student as the condition "guidance"
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -22,7 +21,7 @@ from distill.guidance import Guided, needed, scale_of, told
 from distill.losses import Reduction, huber, reduce
 from distill.ranges import Count, Decay, Finite, Positive
 from distill.schedule import expand
-from distill.solver import STEPS, jump
+from distill.solver import STEPS, Name, jump
 from distill.times import Grid
 from distill.trainer import Batch, Logs, Nets, Update
 
@@ -33,7 +32,7 @@ class LCD:
 
     N: Count = 50  # ODE steps from t = 1 to 0: 50 (LCM); 18 CIFAR-10, 40 ImageNet-64 (CD)
     guidance: Finite | tuple[Finite, Finite] = 1.0  # of the teacher; a range (LCM: 6, 16) is embedded. w = omega + 1
-    solver: Literal["ddim", "heun"] = "ddim"  # LCM: ddim; CD: heun
+    solver: Name = "ddim"  # LCM: ddim; CD: heun; under cfg++ guidance is its lambda
     target_ema: Decay = 0.95  # mu of the target (CD, LCM); 0: the student itself
     huber_c: Positive | None = 1e-3  # of the pseudo-Huber distance (LCM); None: squared error
     reduction: Reduction = "mean"
@@ -44,7 +43,7 @@ class LCD:
 
     @property
     def needs(self) -> tuple[str, ...]:
-        return ("real", *needed(self.guidance))
+        return ("real", *needed(self.guidance, self.solver))
 
     def updates(self) -> list[Update]:
         return [Update("student", self.student_loss)]

@@ -13,7 +13,6 @@ through every f but the sg, and through f' to its input.
 """
 
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -26,7 +25,7 @@ from distill.losses import reduce
 from distill.methods.dmd import DMD
 from distill.ranges import Count, Share, Weight
 from distill.schedule import expand
-from distill.solver import STEPS
+from distill.solver import STEPS, Name
 from distill.times import Grid, Uniform
 from distill.trainer import Batch, Logs, Nets
 
@@ -41,7 +40,7 @@ class SIGN(DMD):
     flow: Weight = 1.0
     denoise: Weight = 1.0
     N: Count = 50  # ODE steps from t = 1 to 0 in L_flow
-    solver: Literal["ddim", "heun"] = "ddim"
+    solver: Name = "ddim"
     t_max: Share = 0.3  # of L_denoise
 
     @property

@@ -1,0 +1,179 @@
+"""Pipelines that take turns: what plain diffusers makes of the same calls, on tiny random pipelines."""
+
+import pytest
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    LCMScheduler,
+)
+
+from distill.schedule import EDM
+from distill.solver import Call, relay
+from eval.generate import generate
+from eval.sampler import generator
+from pipelines import edm, load, tiny
+from pipelines.stitch import Turn, around, levels, stitch
+
+PROMPTS = ["a red fox in the snow", "seven cats under the stars"]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """SDXL, and a student of it: another network under LCM's scheduler."""
+    home = tmp_path_factory.mktemp("models")
+    tiny.save("sdxl", home / "sdxl")
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        pipe = DiffusionPipeline.from_pretrained(home / "sdxl", unet=tiny_unet())
+    pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config, original_inference_steps=50)
+    pipe.save_pretrained(home / "student")
+    return home
+
+
+def tiny_unet():
+    from pipelines import sdxl
+
+    return sdxl.tiny().unet
+
+
+def pipe(folder, scheduler=None, **config):
+    made = DiffusionPipeline.from_pretrained(folder)
+    made.scheduler = made.scheduler if scheduler is None else scheduler.from_config(made.scheduler.config, **config)
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def generators():
+    return [generator(0, i) for i in range(len(PROMPTS))]
+
+
+def noise(pipe):
+    return torch.cat([torch.randn(1, *around(pipe).shape, generator=g) for g in generators()])
+
+
+@torch.no_grad()
+def told(pipe, z, steps, guidance, latent=False, **options):
+    """What the pipeline itself makes, images in [-1, 1] or latents."""
+    kind = "latent" if latent else "pt"
+    options |= {"height": 16, "width": 16, "num_inference_steps": steps, "guidance_scale": guidance}
+    images = pipe(PROMPTS, latents=z, output_type=kind, **options).images
+    return images if latent else images * 2 - 1
+
+
+@pytest.mark.parametrize("scheduler", [EulerDiscreteScheduler, DDIMScheduler])
+def test_one_turn_is_the_pipeline(home, scheduler):
+    """Euler's and DDIM's start and steps; two turns of the same calls are one."""
+    base = pipe(home / "sdxl", scheduler, clip_sample=False)
+    want = told(base, noise(base), 6, 4.0)
+    turn = Turn(base, 6, 4.0)
+    got = stitch([turn], PROMPTS, generators())
+    assert (got - want).abs().max() < 1e-3 and want.std() > 0.01
+    assert stitch([turn, Turn(base, 6, 4.0, skip=2)], PROMPTS, generators()).equal(got)
+
+
+def test_a_student_is_its_pipeline(home):
+    """LCM's fresh noise, from each image's own generator."""
+    student = pipe(home / "student")
+    z, sources = noise(student), generators()
+    [torch.randn(1, *around(student).shape, generator=g) for g in sources]
+    step = student.scheduler.step
+    student.scheduler.step = lambda *args, **options: step(*args, **options | {"generator": sources})
+    want = told(student, z, 4, 0.0)
+    got = stitch([Turn(pipe(home / "student"), 4)], PROMPTS, generators())
+    assert (got - want).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("scheduler", [DDIMScheduler, EulerDiscreteScheduler])
+@torch.no_grad()
+def test_the_hybrid_is_that_of_plain_diffusers(home, scheduler):
+    """The base pipeline is stopped on its way, and the student is given its latents; Euler's are x / alpha."""
+    base = pipe(home / "sdxl", scheduler, timestep_spacing="trailing", clip_sample=False)
+    student = pipe(home / "student")
+    at = levels(around(base), base.scheduler, 8).index(pytest.approx(levels(around(student), student.scheduler, 2)[1]))
+
+    def stop(pipe, i, t, found):
+        pipe._interrupt = i + 1 == at
+        return found
+
+    x = told(base, noise(base), 8, 4.0, latent=True, callback_on_step_end=stop)
+    n, c = base.scheduler.timesteps[at], around(student).encode(PROMPTS)
+    added = {"text_embeds": c["pooled"], "time_ids": c["time_ids"]}
+    x, alpha = base.scheduler.scale_model_input(x, n), base.scheduler.alphas_cumprod[int(n)]
+    eps = student.unet(x, n, c["prompt_embeds"], added_cond_kwargs=added, return_dict=False)[0]
+    x0 = (x - (1 - alpha).sqrt() * eps) / alpha.sqrt()
+    want = student.vae.decode(x0 / student.vae.config.scaling_factor, return_dict=False)[0].clamp(-1, 1)
+    got = stitch([Turn(base, 8, 4.0), Turn(student, 2, skip=1)], PROMPTS, generators())
+    assert (got - want).abs().max() < 1e-3
+    assert (got - stitch([Turn(student, 2)], PROMPTS, generators())).abs().max() > 0.05
+
+
+@torch.no_grad()
+def test_flows_and_their_shift(tmp_path):
+    """Packed latents, a shift by the size, guidance twice: what the teacher samples under its own scheduler."""
+    tiny.save("flux", tmp_path / "flux")
+    teacher = load(tmp_path / "flux")
+    z = torch.cat([torch.randn(1, *teacher.shape, generator=g) for g in generators()])
+    want = teacher.decode(teacher.sample(z, teacher.encode(PROMPTS), 3, 2.0)).clamp(-1, 1)
+    assert (stitch([Turn(teacher, 3, 2.0)], PROMPTS, generators()) - want).abs().max() < 1e-4
+
+
+@torch.no_grad()
+def test_pixels(tmp_path):
+    """An EDM student as its pipeline samples it, and after a teacher on EDM's grid."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        edm.pipeline(edm.unet((8, 16)), 0.5, 80.0, 2).save_pretrained(tmp_path / "student")
+    tiny.save("edm", tmp_path / "teacher")
+    student, teacher, labels, sources = pipe(tmp_path / "student"), load(tmp_path / "teacher"), [3, 7], generators()
+    z = torch.cat([torch.randn(1, 1, 8, 8, generator=g) for g in sources])
+    step = student.scheduler.step
+    student.scheduler.step = lambda *args, **options: step(*args, **options | {"generator": sources})
+    want = edm.sample(student, labels, z, 2, 0.0) * 2 - 1
+    assert (stitch([Turn(pipe(tmp_path / "student"), 2)], labels, generators()) - want).abs().max() < 1e-4
+    first = Turn(teacher, 6, 2.0, solver="heun")
+    got = stitch([first, Turn(around(student), 2, skip=1)], labels, generators())
+    calls = [
+        call for call in first.calls(teacher, None) if call.t > (level := float(EDM().time(torch.tensor(80 / 2**7))))
+    ]
+    x = relay([*calls, Call(around(student).denoiser, level)], z, teacher.encode(labels)).clamp(-1, 1)
+    assert len(calls) == 4 and (got - x).abs().max() < 1e-5
+
+
+def test_the_handover_meets_the_students_level(home):
+    """Whose grid has another level there: the last step of the base goes to it."""
+    base, student = around(pipe(home / "sdxl")), around(pipe(home / "student"))
+    heard = []
+    for role in (base, student):
+        role.denoiser.net.register_forward_pre_hook(
+            lambda net, args, r=role: heard.append((r is student, float(args[1].reshape(-1)[0])))
+        )
+    stitch([Turn(base, 7), Turn(student, 4, skip=1)], PROMPTS, generators())
+    assert [who for who, _ in heard] == sorted(who for who, _ in heard)
+    first = next(n for who, n in heard if who)
+    assert first == float(levels(student, student.parts.scheduler(), 4)[1] * 999) < heard[0][1]
+    assert sum(who for who, _ in heard) == 3
+
+
+def test_mistakes(home):
+    student = pipe(home / "student")
+    with pytest.raises(ValueError, match="no call above the level"):
+        stitch([Turn(student, 4, skip=1)], PROMPTS, generators())
+    base = pipe(home / "sdxl", DPMSolverMultistepScheduler)
+    with pytest.raises(ValueError, match="DPMSolverMultistepScheduler does between two calls is none of our steps"):
+        stitch([Turn(base, 4)], PROMPTS, generators())
+    assert stitch([Turn(base, 4, solver="ddim")], PROMPTS, generators()).isfinite().all()
+
+
+def test_from_the_command_line(home, tmp_path):
+    """eval.generate: the hybrid counts its calls; a student in place of its own first call is itself."""
+    (tmp_path / "p.txt").write_text("\n".join(PROMPTS))
+    common = {"prompts": f"{tmp_path / 'p.txt'}", "steps": 4}
+    made = generate(
+        home / "student", tmp_path / "a", first=f"{home / 'sdxl'}", first_steps=8, first_guidance=3.0, **common
+    )
+    assert made["nfe"] == 2 + 3 and made["request"]["first_steps"] == 8
+    plain = generate(home / "student", tmp_path / "b", **common)
+    assert plain["hash"] != made["hash"] and "first" not in plain["request"]
