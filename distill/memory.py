@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from distill.denoiser import Condition, Denoiser
+from distill.negative import Heeding
 from distill.roles import Nets
 
 if TYPE_CHECKING:
@@ -78,6 +79,8 @@ def _denoisers(nets: Nets) -> dict[str, Any]:
 
 def _set(net: Any, backend: str) -> None:
     """Some families run all attention through one dispatcher; the others, UNets say, know torch's and xformers'."""
+    if any(isinstance(getattr(m, "processor", None), Heeding) for m in net.modules()) and backend == "xformers":
+        raise ValueError("xformers takes the place of what hears negative prompts; choose another, or None")
     dispatched = any(hasattr(getattr(m, "processor", None), "_attention_backend") for m in net.modules())
     try:
         if dispatched and hasattr(net, "set_attention_backend"):

@@ -17,7 +17,8 @@ from distill.denoiser import Condition, Denoiser
 from distill.disc import heads
 from distill.draw import Draw
 from distill.lora import LoRA, twin, weightless
-from distill.ranges import Count, Positive, Share, check
+from distill.negative import TEXT, adapted
+from distill.ranges import Count, Natural, Positive, Share, check
 from distill.schedule import Schedule
 from distill.student import Student, falling, grid_times
 
@@ -101,6 +102,7 @@ class StudentConfig:
     times: tuple[Share, ...] | None = None  # all times in (0, 1], instead of `steps` falling uniformly
     lora: LoRA = field(default_factory=LoRA)  # adapters on the teacher's weights instead of a full copy
     network: str | None = None  # folder with the config.json of another network of the teacher's class, smaller say
+    negative: Natural = 0  # words of a prompt, 77 of CLIP: an adapter that hears a negative one too (SUN); 0: none
     freeze: tuple[str, ...] = ()  # modules that keep the teacher's weights: "time_embedding", say
     init: str | None = None  # weights to start from: a checkpoint-N (its average), a network's folder or a .safetensors
     phases: Count = 1  # into which the calls are divided equally, each with an expert of its own (Phased DMD: 2)
@@ -113,13 +115,15 @@ class StudentConfig:
             raise ValueError(
                 f"sigma {self.sigma} and timestep {self.timestep} both name the first call; give one of them"
             )
-        if self.network is not None and self.lora.rank is not None:
-            raise ValueError("student.network is another network, and student.lora.rank adapts the teacher's: give one")
+        if [self.network is None, self.lora.rank is None, self.negative == 0].count(False) > 1:
+            raise ValueError(
+                "student.network is another network, lora.rank and negative are adapters of the teacher: give one"
+            )
 
     def net(self, backbone: nn.Module) -> nn.Module:
         """What is trained: a copy of the backbone, an adapter on it, or another network of its class, at random."""
         if self.network is None:
-            return self.lora(backbone)
+            return adapted(backbone, self.negative) if self.negative else self.lora(backbone)
         file = Path(self.network) / "config.json"
         if not file.is_file():
             raise ValueError(f"student.network is {self.network!r}; it must be a folder that holds a config.json")
@@ -176,6 +180,14 @@ def build(
             f"{type(method).__name__} with these guidance values needs a null condition, but the teacher is "
             "unconditional or was trained without label dropout; set its guidance (or every kappa) to 1"
         )
+    if "negative" in method.needs:
+        words = c[TEXT[0]].shape[1] if c is not None and TEXT[0] in c else 0
+        if student.negative != words or not words:
+            raise ValueError(
+                f"{type(method).__name__} trains an adapter that hears a negative prompt after the {words} words of "
+                f"the prompt, and student.negative is {student.negative}: "
+                + (f"pass --student.negative {words}" if words else "it needs a teacher that is told a text")
+            )
     nets = Nets(
         teacher,
         Student(

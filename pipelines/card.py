@@ -39,13 +39,14 @@ The resolved configuration:
 
 
 METHODS = {"dmd2": "DMD2", "sid": "SiD", "vsd": "VSD", "lcd": "consistency distillation", "lcm": "LCM", "scm": "sCM"}
-METHODS |= {"phaseddmd": "Phased DMD", "disback": "DisBack", "tsm": "teacher score matching"}
+METHODS |= {"phaseddmd": "Phased DMD", "disback": "DisBack", "tsm": "teacher score matching", "sun": "SpeedUpNet"}
 FILES = {  # end of a file's name: what it is
     "_unet.safetensors": "the network alone, in half precision",
     "_transformer.safetensors": "the network alone, in half precision",
     "_lora.safetensors": "the LoRA, for `pipe.load_lora_weights`",
     "_lora_comfy.safetensors": "the same LoRA in kohya's names, for ComfyUI and A1111",
     "_comfyui.json": "a workflow for ComfyUI; put your file of the base in place of BASE.safetensors",
+    "negative.safetensors": "the adapter that hears negative prompts, for `pipelines.negative.install`",
     "distill.json": "the times and the configuration; diffusers does not read it",
 }
 

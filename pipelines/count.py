@@ -390,4 +390,5 @@ def passes(method: Method, nets: Nets, c: dict[str, Tensor]) -> float:
     A forward pass is 1, a backward pass 2, one to the input alone 1, an encoder its share of the network. Arguments as
     in `cost`.
     """
-    return cost(method, nets, c, half=False, fused=False).flops / forward(nets.teacher, nets.shape, c)
+    pair = cost(method, nets, c, 2, half=False, fused=False)  # SUN takes one sample's condition for another
+    return pair.flops / pair.micro / forward(nets.teacher, nets.shape, c)

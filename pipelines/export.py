@@ -27,11 +27,12 @@ from distill import checkpoint, methods
 from distill.average import untimed
 from distill.config import TEACHER, fail, revived
 from distill.log import grid
-from distill.lora import merged
+from distill.lora import merged, shared
+from distill.negative import adapters, strip
 from distill.ranges import Share
 from distill.roles import StudentConfig
 from distill.student import Student
-from pipelines import FAMILIES, ExportError, Teacher, comfy, experts, files, hub, kohya, opened
+from pipelines import FAMILIES, ExportError, Teacher, comfy, experts, files, hub, kohya, negative, opened
 from pipelines import published as others
 from pipelines.card import NEGATIVE, Result, card, code
 from pipelines.latents import factor
@@ -88,7 +89,9 @@ def export(
     shutil.rmtree(partial, ignore_errors=True)
     try:
         told = getattr(teacher.parts.family, "exported", lambda net, student: net)
-        write(teacher, told(merged(net), student), scheduler, partial)
+        write(teacher, told(merged(strip(shared(net)) if adapters(net) else net), student), scheduler, partial)
+        if adapters(net):
+            negative.write(net, partial / negative.FILE)
         limits: Sequence[str] = ()
         if student.experts and not experts.write(student, net, steps, teacher.parts.network, partial):
             limits = [experts.LIMIT.format(len(student.experts) + 1)]
@@ -136,6 +139,8 @@ def verified(
     absent = dict.fromkeys(lacking(teacher))
     options = {"dtype": torch.float32, "local_files_only": True}  # its text encoders and VAE may be stored in half
     pipe = experts.install(DiffusionPipeline.from_pretrained(folder, **options, **absent), folder)
+    if expected.negative is not None:
+        pipe = negative.install(pipe, folder / negative.FILE)
     pipe = settled(pipe, place(teacher.parts.net))
     pipe.safety_checker = None  # SD 1.x's: it blackens what it takes for harmful, which is not the student's doing
     gaps = {"pipeline": compare(pipe, teacher, expected, steps)}
@@ -213,6 +218,8 @@ def singles(
 
     if not hasattr(teacher.parts.family, "TARGETS"):
         return [], list(teacher.parts.family.limits(net))
+    if adapters(net):
+        return [], [negative.LIMIT]
     both: list[Any] = [net, teacher.parts.net]
     ours, base = (dict(one.config) for one in both)
     other = any(ours.get(key) != base.get(key) for key in {*ours, *base} if not key.startswith("_"))

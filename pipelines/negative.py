@@ -1,40 +1,45 @@
-"""Negative prompts for students of a few steps, at inference: NASA and NAG in the cross-attention, without guidance.
+"""Negative prompts without guidance, in the cross-attention: NASA and NAG of any student, SUN's trained adapter.
 
     Z+ = softmax(Q K+^T) V+ of the prompt, Z- of the negative one, with the same Q, before the output projection
     NASA: Z = Z+ - alpha Z-                     Nguyen et al. 2024 (SNOOPI), arXiv 2412.02687
     NAG:  Z~ = phi Z+ - (phi - 1) Z-, of every token cut to |Z~|_1 <= tau |Z+|_1;  Z = a Z~ + (1 - a) Z+    2505.21179
+
+    from distill.negative import NASA
 
     teacher = opened("runs/swiftbrush/pipeline")
     with negative(teacher, "blurry", NASA(0.2), pipe.unet):
         pipe("a red fox", num_inference_steps=1, guidance_scale=0)
 
 It costs a second attention over the text. NASA shrinks what it does not turn, by about 1 - alpha: images grow grey.
+SUN's adapter (distill/methods/sun.py) is a file that `install` adds to a plain pipeline of diffusers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import inspect
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from distill.lora import weightless
+from distill.negative import Rule, Turned, adapt, adapters, layers, strip
 
 if TYPE_CHECKING:
     from pipelines import Teacher
 
-Rule = Callable[[Tensor, Tensor], Tensor]
 
-
-@dataclass(frozen=True)
-class NASA:
-    """Z+ - alpha Z-; alpha = 0 is no negative prompt."""
-
-    alpha: float = 0.2  # .1 SD 1.5, .2 SD 2.1, .5 PixArt-alpha (paper)
-
-    def __call__(self, z: Tensor, z_neg: Tensor) -> Tensor:
-        return z - self.alpha * z_neg
+FILE = "negative.safetensors"  # of an exported student: SUN's adapter
+LIMIT = (
+    "Plain diffusers runs the base alone, without guidance: `pipelines.negative.install(pipe, file)` of "
+    f"distill-one-step adds {FILE}, and the call's negative prompt is heard; none is the empty one."
+)
 
 
 @dataclass(frozen=True)
@@ -60,51 +65,61 @@ def negative(teacher: Teacher, text: str, rule: Rule, net: nn.Module | None = No
     networks whose text and image tokens are in one sequence (SD 3, FLUX, Qwen-Image).
     """
     net = teacher.denoiser.net if net is None else net
-    layers = [m for name, m in net.named_modules() if name.endswith("attn2") and hasattr(m, "to_out")]
-    if not layers:
-        raise ValueError(f"{type(net).__name__} has no cross-attention that a negative prompt could turn from")
-    words = said(teacher, text, net, layers[0])
-    before = [layer.processor for layer in layers]
+    found = [*layers(net).values()]
+    words, before = said(teacher, text, net, found[0]), [layer.processor for layer in found]
     try:
-        for layer, processor in zip(layers, before, strict=True):
-            layer.processor = Turned(processor, words, rule)
+        for layer, processor in zip(found, before, strict=True):
+            layer.processor = Turned(processor, rule, words=words)
         yield
     finally:
-        for layer, processor in zip(layers, before, strict=True):
+        for layer, processor in zip(found, before, strict=True):
             layer.processor = processor
 
 
-class Turned:
-    """An attention processor that runs another one with the negative words, too."""
-
-    def __init__(self, processor: Any, words: Tensor, rule: Rule) -> None:
-        self.processor, self.words, self.rule = processor, words, rule
-
-    def __call__(
-        self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Any = None, *args: Any, **options: Any
-    ) -> Any:
-        seen: list[Tensor] = []
-        words = self.words.to(hidden_states).expand(len(hidden_states), -1, -1)
-        bare = options | ({"attention_mask": None} if "attention_mask" in options else {})
-        with before(attn.to_out[0], seen.append):
-            self.processor(attn, hidden_states, words, *(None for _ in args[:1]), *args[1:], **bare)
-        with before(attn.to_out[0], lambda z: self.rule(z, seen[0])):
-            return self.processor(attn, hidden_states, encoder_hidden_states, *args, **options)
+def write(net: nn.Module, file: Path) -> None:
+    """SUN's adapters of a network, in float32, and how many words a prompt has."""
+    (length,) = {layer.processor.length for layer in layers(net).values()}
+    save_file({name: t.float().contiguous() for name, t in adapters(net).items()}, file, {"length": f"{length}"})
 
 
-@contextmanager
-def before(layer: nn.Module, see: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
-    """`see` is shown what the layer is given, and may give it something else."""
+@torch.no_grad()
+def install(pipe: Any, file: str | Path) -> Any:
+    """The pipeline, its network with the adapters of `file`: it hears its negative prompt, guidance switched off.
 
-    def hook(module: nn.Module, args: tuple[Any, ...]) -> Any:
-        other = see(args[0])
-        return None if other is None else (other, *args[1:])
+        install(pipe, "runs/sun/pipeline/negative.safetensors")
+        pipe("a red fox", negative_prompt="blurry", guidance_scale=0, num_inference_steps=4)
 
-    handle = layer.register_forward_pre_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
+    Any of diffusers whose network has the base's class and sizes: a fine-tuned one, say. Without a negative prompt that
+    is the empty one; under guidance the pipeline is what it was. ValueError where the file does not fit.
+    """
+    net, plain = pipe.unet if hasattr(pipe, "unet") else pipe.transformer, type(pipe).encode_prompt
+    signature = inspect.signature(plain)
+    with safe_open(file, "pt") as stored:
+        length = int((stored.metadata() or {}).get("length", 0))
+        tensors = {name: stored.get_tensor(name) for name in stored.keys()}
+    fits = {name: t.shape for name, t in adapters(adapt(strip(weightless(net)), length)).items()}
+    if not length or fits != {name: t.shape for name, t in tensors.items()}:
+        raise ValueError(f"{file} is no adapter for negative prompts of this {type(net).__name__}")
+    if "do_classifier_free_guidance" not in signature.parameters:
+        raise ValueError(f"a {type(pipe).__name__} has no negative prompts")
+    for name, p in adapters(adapt(strip(net), length)).items():
+        p.copy_(tensors[name])
+
+    def encode_prompt(*args: Any, **options: Any) -> Any:
+        given = signature.bind(pipe, *args, **options)
+        given.apply_defaults()
+        guided, given.arguments["do_classifier_free_guidance"] = given.arguments["do_classifier_free_guidance"], True
+        made = plain(*given.args, **given.kwargs)
+        if guided:
+            return made
+        first, second, *rest = made
+        if second.ndim == 3:  # words of both; SDXL's pooled embeddings
+            return torch.cat([first, second], dim=1), None, *rest
+        words, mask = rest  # words and masks of both: PixArt, SANA
+        return torch.cat([first, words], dim=1), torch.cat([second, mask], dim=1), None, None
+
+    pipe.encode_prompt = encode_prompt
+    return pipe
 
 
 class _Heard(Exception):

@@ -129,6 +129,7 @@ def run(config: Config[Any, Any], out: Path, resume: Path | None) -> None:
 
     from distill.draw import Draw
     from distill.log import Log
+    from distill.negative import against
     from distill.roles import build
     from distill.trainer import supported, train
     from pipelines import hub, tiny
@@ -163,6 +164,8 @@ def run(config: Config[Any, Any], out: Path, resume: Path | None) -> None:
     card = about(out.resolve().name, teacher, config.teacher, method, dump(config), config.license, repository)
     example = {key: value[:1] for key, value in c.items()}
     nets = build(config.method, teacher.denoiser, teacher.shape, example, student, config.fake)
+    if config.student.negative:  # grids are of what is made against the empty prompt
+        c = against(c, teacher.null())
     judged(nets, config, teacher, data)
     if accelerator.mixed_precision == "bf16":
         half(teacher.denoiser.net)  # what is trained are float32 copies, or adapters on it
@@ -273,8 +276,10 @@ def precision(config: Config[Any, Any], accelerator: Accelerator) -> torch.dtype
     """Of the teacher's network as it is read: half where nothing but adapters is trained on it."""
     import torch
 
-    full = [config.student.lora] + ([config.fake.lora] if "fake" in config.method.roles else [])
-    half = accelerator.mixed_precision == "bf16" and all(lora.rank is not None for lora in full)
+    frozen = config.student.negative or config.student.lora.rank is not None
+    if "fake" in config.method.roles:
+        frozen = frozen and config.fake.lora.rank is not None
+    half = accelerator.mixed_precision == "bf16" and frozen
     return torch.bfloat16 if half else torch.float32
 
 

@@ -11,11 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from distill.draw import Draw
+from distill.negative import adapters, against
 from distill.student import Student
 from pipelines import Teacher
 
 TOLERANCE = 1e-3  # largest difference of an image in [0, 1]
 HALF = 3e-2  # of files whose weights are rounded to half precision
+NEGATIVE = "blurry, grey"  # what a student that hears negative prompts is compared with
 EXAMPLES = ("a photo of a red fox in the snow", "an old man reading a newspaper under a lamp")
 
 
@@ -26,6 +28,7 @@ class Reference:
     prompts: tuple[Any, ...]
     z: Tensor
     images: Tensor
+    negative: str | None = None  # prompt of all of them
 
 
 class Generated(Draw):
@@ -79,6 +82,8 @@ def reference(student: Student, teacher: Teacher, net: nn.Module) -> Reference:
     teacher.parts.device = device
     with exact(0, device):
         encoded = [teacher.encode([prompt]) for prompt in prompts]
+        if negative := NEGATIVE if adapters(net) else None:
+            encoded = [against(c, teacher.negative([negative])) for c in encoded]
     teacher.parts.drop_text()
     before, found = next(net.parameters()).device, []
     roles = net, *(expert.net for expert in student.experts)
@@ -92,7 +97,7 @@ def reference(student: Student, teacher: Teacher, net: nn.Module) -> Reference:
         role.to(before)
     with exact(0, device):  # network and decoder are never on the device together
         images = torch.cat([teacher.decode(x).cpu() for x in found])
-    return Reference(tuple(prompts), z, (images.float() / 2 + 0.5).clamp(0, 1))
+    return Reference(tuple(prompts), z, (images.float() / 2 + 0.5).clamp(0, 1), negative)
 
 
 @torch.no_grad()
@@ -102,6 +107,6 @@ def compare(pipe: Any, teacher: Teacher, expected: Reference, steps: int) -> flo
     for i, prompt in enumerate(expected.prompts):
         with exact(i, device):
             z = expected.z[i : i + 1].to(device)
-            image = family.sample(pipe, [prompt], z, steps, family.UNCONDITIONAL)
+            image = family.sample(pipe, [prompt], z, steps, family.UNCONDITIONAL, expected.negative)
         gaps.append((image.float().cpu().clamp(0, 1) - expected.images[i : i + 1]).abs().max())
     return float(torch.stack(gaps).max())

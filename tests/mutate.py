@@ -78,6 +78,7 @@ REWARD, CLIP, WRAPPED = "distill/methods/reward", "pipelines/reward", "distill/m
 REWARDED = "tests/methods/test_reward.py"
 FORGET, FORGOTTEN = "distill/methods/forget", "tests/methods/test_forget.py"
 NEGATIVE, TURNED = "pipelines/negative", "tests/methods/test_negative.py"
+HEEDING, SUN, OFFSET = "distill/negative", "distill/methods/sun", "tests/methods/test_sun.py"
 ENTROPIC, SPREAD = "distill/methods/entropic", "tests/methods/test_entropic.py"
 OF = "tests/methods/test_"  # NAME.py
 ENDS, MEANS, TWINS, BOOTS, SIGNS = (f"{OF}{name}.py" for name in "average meanflow twinflow boot sign".split())
@@ -150,15 +151,38 @@ MUTATIONS = {
           "return Guided(self.bare, self.k).tapping(x, t, self.null, taps)", SPREAD),
     ),
     "negative prompts": (
-        m("sign of NASA", NEGATIVE, "z - self.alpha", "z + self.alpha", TURNED),
+        m("sign of NASA", HEEDING, "z - self.alpha", "z + self.alpha", TURNED),
         m("scale of NAG", NEGATIVE, "(self.scale - 1) * z_neg", "self.scale * z_neg", TURNED),
         m("squares for L1", NEGATIVE, "self.tau * z.abs()", "self.tau * z.square()", TURNED),
         m("blend the other way", NEGATIVE, "self.blend * far + (1 - self.blend) * z",
           "(1 - self.blend) * far + self.blend * z", TURNED),
-        m("prompt against itself", NEGATIVE, "hidden_states, words, *", "hidden_states, encoder_hidden_states, *",
-          TURNED),
+        m("prompt against itself", HEEDING, "self.rule(z, hear(other))", "self.rule(z, hear(text))", TURNED),
         m("padding is heard", NEGATIVE, "words if mask is None else", "words if True else", TURNED),
         m("layers stay as they are", NEGATIVE, "layer.processor = processor", "pass", TURNED),
+    ),
+    "SUN": (
+        m("sign of the guidance", SUN, "self.guidance)\n", "-self.guidance)\n", OFFSET),
+        m("teacher against its own null", SUN, "replace(nets.teacher, null={k: other[k] for k in nets.teacher.null})",
+          "nets.teacher", OFFSET),
+        m("a sample against itself", HEEDING, "+ 1 + draw.integers", "+ draw.integers", OFFSET),
+        m("more steps with gradient", SUN, "with torch.no_grad():\n            many", "if True:\n            many",
+          OFFSET),
+        m("one student step fewer", SUN, "walk(student, x_t, t, s, told, 2)", "walk(student, x_t, t, s, told)", OFFSET),
+        m("steps without the negative prompt", SUN, "walk(student, x_t, t, s, told)\n", "walk(student, x_t, t, s, c)\n",
+          OFFSET),
+        m("weight of MSC left out", SUN, "self.msc * (logs", "(logs", OFFSET),
+        m("norm over the batch", HEEDING, "dim=(1, 2), keepdim", "dim=(0, 1, 2), keepdim", OFFSET),
+        m("sign of the offset", HEEDING, "z - attn.negative.minus(z, other, hear) + attn",
+          "z + attn.negative.minus(z, other, hear) - attn", OFFSET),
+        m("not rescaled", HEEDING, "gain * u)", "u)", OFFSET),
+        m("the public code's start", HEEDING, "like.new_zeros(like.shape[1])", "like.new_ones(like.shape[1])", OFFSET),
+        m("negative prompt in both branches", HEEDING, "plus(z, text, hear)", "plus(z, other, hear)", OFFSET),
+        m("network's own keys and values", HEEDING, "hear(text, to_k=self.to_k, to_v=self.to_v)", "hear(text)", OFFSET),
+        m("mask of the prompt for both", HEEDING, "(mask[..., :n], mask[..., n:])", "(mask[..., :n], mask[..., :n])",
+          OFFSET),
+        m("all is trained", HEEDING, "adapt(shared(backbone.requires_grad_(False)), length)",
+          "adapt(shared(backbone.requires_grad_(True)), length)", OFFSET),
+        m("guidance hears it twice", NEGATIVE, "if guided:", "if False:", OFFSET),
     ),
     "SiDA": (
         m("sign of the student's GAN", SIDA, "F.softplus(-self.logits(", "F.softplus(self.logits(", JUDGE),

@@ -18,12 +18,15 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
+import torch
 from zoo import CLASSES, example
 
 from benchmarks import results
 from benchmarks.results import REFERENCE, TEACHERS, collapsed
-from distill.roles import build
-from pipelines import count, edm
+from distill.denoiser import Denoiser
+from distill.roles import StudentConfig, build
+from distill.schedule import VP
+from pipelines import count, edm, sd
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -35,6 +38,7 @@ WORDS = {  # of Method.needs
     "pairs": "pairs of the teacher (`python -m pipelines.pairs`)",
     "perceptual": "LPIPS",
     "reward": "a reward",
+    "negative": "cross-attention (adapters are added)",
     "told": "a network that is told its guidance",
 }
 
@@ -78,11 +82,17 @@ def without(method):
 
 
 def passes(method):
-    """Forward passes of an iteration, a one-step student of the digits' teacher."""
-    teacher = edm.teacher(edm.unet((16, 32)), 0.75, null_class=10)
-    teacher.denoiser.net.to("meta")
-    c = {name: value.to("meta") for name, value in teacher.encode([0]).items()}
-    return count.passes(method, build(method, teacher.denoiser, teacher.shape, c), c)
+    """Forward passes of an iteration, a one-step student of the digits' teacher; of a small SD where text is heard."""
+    if "negative" in method.needs:
+        c = {"prompt_embeds": torch.zeros(1, 77, 32)}
+        teacher, shape = Denoiser(sd.unet(), VP.scaled_linear(), "eps", sd.call, null=c), (4, 8, 8)
+    else:
+        digits = edm.teacher(edm.unet((16, 32)), 0.75, null_class=10)
+        teacher, shape, c = digits.denoiser, digits.shape, digits.encode([0])
+    teacher.net.to("meta")
+    c = {name: value.to("meta") for name, value in c.items()}
+    student = StudentConfig(negative=77 if "negative" in method.needs else 0)
+    return count.passes(method, build(method, teacher, shape, c, student), c)
 
 
 def row(name, levels):

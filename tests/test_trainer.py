@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from replay import gradients, pushed, spy
 from safetensors.torch import load_file
-from tiny import clock, tiny
+from tiny import WORDS, clock, reader, spoken, tiny
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from zoo import CLASSES, example
 
@@ -48,13 +48,25 @@ def vectors(draw):
     }
 
 
+def texts(draw):
+    """The same of words in place of labels."""
+    batch = vectors(draw)
+    return batch | {key: spoken(batch[key]["label"]) for key in ("c", "real_c")}
+
+
+def data_of(method):
+    return texts if "negative" in method.needs else vectors
+
+
 def nets_of(method, **change):
     """Two-step students, so that renoising is part of every test; a fake score that is not the teacher."""
-    made = clock if "end" in method.needs else tiny
+    hears = "negative" in method.needs
+    made = clock if "end" in method.needs else reader if hears else tiny
     teacher = made(Trig(), "v", dtype=torch.float32, classes=3)
     torch.manual_seed(1)  # the head's
-    c = {"label": torch.tensor([0])}
-    nets = build(method, teacher, (2,), c, **{"student": StudentConfig(times=(1.0, 0.5))} | change)
+    c = spoken(torch.tensor([0])) if hears else {"label": torch.tensor([0])}
+    student = StudentConfig(times=(1.0, 0.5), negative=WORDS if hears else 0)
+    nets = build(method, teacher, (2,), c, **{"student": student} | change)
     nets.perceptual, nets.reward = lambda x, y: (x - y).square().mean(1), lambda x, c: x.mean(1)
     for p in nets.fake.net.parameters() if nets.fake else ():
         p.data += 0.1 * torch.randn_like(p) if p.requires_grad else 0.0
@@ -116,12 +128,13 @@ def watched():
             graded = {role for role, net in nets.modules().items() if gradients(net)}
             changed = {r: [not torch.equal(w, before[r][name]) for name, w in after[r].items()] for r in after}
             moved, touched = ({r for r in after if f(changed[r])} for f in (all, any))
-            player = "student" if id(next(nets.student.denoiser.net.parameters())) in ours else "fake"
+            student = {id(p) for p in nets.student.denoiser.net.parameters()}
+            player = "student" if ours & student else "fake"
             turns.append(Turn(step[0], player, graded, moved, touched, optimizer.param_groups[0]["lr"]))
 
         handles.extend((register_optimizer_step_pre_hook(pre), register_optimizer_step_post_hook(post)))
         step = [0]
-        for state in train(method, nets, vectors, config(**change), Accelerator(cpu=True)):
+        for state in train(method, nets, data_of(method), config(**change), Accelerator(cpu=True)):
             step[0] = state.step
         return turns, nets
 
@@ -468,11 +481,12 @@ def test_resume_equals_the_uninterrupted_run(name, tmp_path):
 def test_every_method_resumes(name, tmp_path):
     """2 steps, a checkpoint, fresh objects and 2 more are 4 steps, bit for bit."""
     method, cfg = example(name, "mid"), config(ema_half_life=50.0)
-    for state in train(method, nets_of(method), vectors, cfg, Accelerator(cpu=True)):
+    data = data_of(method)
+    for state in train(method, nets_of(method), data, cfg, Accelerator(cpu=True)):
         if state.step == 2:
             folder = checkpoint.save(state, tmp_path)
     torch.randn(7)
-    *_, again = train(method, nets_of(method), vectors, cfg, Accelerator(cpu=True), resume=folder)
+    *_, again = train(method, nets_of(method), data, cfg, Accelerator(cpu=True), resume=folder)
     assert again.step == 4 and equal(again.logs, state.logs) and equal(everything(again), everything(state))
     assert all(torch.isfinite(value).all() for value in again.logs.values())
 

@@ -64,3 +64,36 @@ def clock(schedule, kind="v", seed=0, dtype=torch.float64, classes=0, **sizes):
     """`tiny` with a network that can be given a second time."""
     null = {"label": torch.tensor([classes])} if classes else None
     return Denoiser(filled(Clock(classes=classes, **sizes), seed, dtype), schedule, kind, null=null)
+
+
+class Reader(nn.Module):
+    """out(x, native time, words): a layer of cross-attention of diffusers between two of Tiny's."""
+
+    def __init__(self, d=2, width=16, D=4):
+        from diffusers.models.attention_processor import Attention
+
+        super().__init__()
+        self.first = nn.Linear(d + 2, width)
+        self.attn2 = Attention(width, D, heads=2, dim_head=width // 2)
+        self.mid = nn.Linear(width, width)
+        self.last = nn.Linear(width, d)
+
+    def forward(self, x, t, prompt_embeds):
+        t = t.to(x.dtype)[:, None]
+        h = torch.tanh(self.first(torch.cat([x, t.log1p() / 4, t / (1 + t)], dim=1)))[:, None]
+        h = h + self.attn2(h, encoder_hidden_states=prompt_embeds)
+        return self.last(torch.tanh(self.mid(h)))[:, 0]
+
+
+WORDS = 3  # of a text
+
+
+def reader(schedule, kind="v", seed=0, dtype=torch.float64, classes=0, **sizes):
+    """A denoiser around it. Its condition is {"prompt_embeds": [B, WORDS, D]}: `spoken` makes it of labels."""
+    return Denoiser(filled(Reader(**sizes), seed, dtype), schedule, kind, null=spoken(torch.tensor([classes]), dtype))
+
+
+def spoken(label, dtype=torch.float32, D=4):
+    """The words of a label [B]."""
+    draw = Draw(0, 0, "words", label)
+    return {"prompt_embeds": draw.normal("words", (len(label), WORDS, D)).to(dtype)}

@@ -25,6 +25,7 @@ from distill.methods.sida import SiDA
 from distill.methods.sign import SIGN
 from distill.methods.slct import SLCT
 from distill.methods.sprint import Sprint
+from distill.methods.sun import SUN
 from distill.methods.tcd import TCD
 from distill.methods.tsm import TSM
 from distill.methods.twinflow import TwinFlow
@@ -56,6 +57,7 @@ __all__ = [
     "SiD",
     "SiDA",
     "Sprint",
+    "SUN",
     "TCD",
     "TwinFlow",
     "TSM",

@@ -7,12 +7,13 @@ from tiny import tiny as small
 from distill.draw import Draw
 from distill.guidance import Guided
 from distill.methods import VSD
+from distill.negative import NASA
 from distill.roles import Nets
 from distill.schedule import EDM
 from distill.student import Student
 from distill.times import Fixed
 from pipelines import load, tiny
-from pipelines.negative import NAG, NASA, negative
+from pipelines.negative import NAG, negative
 
 FAMILIES = ("sd", "pixart", "sana", "wan")
 near = lambda got, want, tol=1e-5: torch.testing.assert_close(got, want, rtol=tol, atol=tol)

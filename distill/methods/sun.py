@@ -1,0 +1,85 @@
+"""SUN: an adapter for negative prompts (SpeedUpNet). Chai et al. 2023, arXiv 2312.08887. EXPERIMENTAL: L reconstructed.
+
+    T(c-, c)    = out(x_t, c-) + w ( out(x_t, c) - out(x_t, c-) )            the teacher, guided away from c-
+    L_cfg       = | out_phi(x_t, c, c-) - sg T(c-, c) |^2                    one pass for two, in the network's space
+    Phi(x_t; s) = alpha_s x0 + sigma_s eps of one call, x0 at s = 0          a step of DDIM
+    L_msc       = | Phi_phi(x_t; s) - sg Phi_T^k(x_t; s) |^2                 t, s: neighbours of the student's times;
+                + | Phi_phi(x_t; s) - sg Phi_phi(Phi_phi(x_t; u); s) |^2     T takes k equal steps; u = (t + s) / 2
+    L           = L_cfg + lambda L_msc;  means over all elements
+
+x is real, c its caption and c- another sample's of the micro-batch, never its own, or at times the null condition. Only
+the adapter phi (distill/negative.py) is trained, --student.negative: without a negative prompt the student is the
+teacher. It is told the words of c-, not its pooled embedding (SDXL). The adapter is that of the authors' code but for
+its start; the losses follow their description; the weights, k and the null conditions are ours. Gradients flow through
+out_phi and Phi_phi on the left. Not for the digits, whose labels no cross-attention reads.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from distill.denoiser import Condition, Denoiser
+from distill.draw import Draw
+from distill.guidance import Guided, drop
+from distill.losses import Reduction, reduce
+from distill.negative import against, another
+from distill.ranges import Count, Finite, Share, Weight
+from distill.solver import jump
+from distill.times import Grid, Law
+from distill.trainer import Batch, Logs, Nets, Update
+
+
+@dataclass(frozen=True)
+class SUN:
+    """Guidance with negative prompts in one pass, and few steps, by an adapter of the cross-attention: needs images."""
+
+    guidance: Finite = 7.5  # w (SD 1.5's)
+    msc: Weight = 1.0  # lambda (ours)
+    k: Count = 6  # steps of the teacher in one of the student's (ours: 24 in four, as the paper's 25 of DPM-Solver++)
+    p_null: Share = 0.1  # share of null conditions as c- (ours: what pipelines take where no negative prompt is given)
+    times: Law = Grid(1000, 0, 999)  # of L_cfg
+    reduction: Reduction = "mean"
+
+    roles = ()
+    needs = ("real", "null", "negative")
+
+    def updates(self) -> list[Update]:
+        return [Update("student", self.student_loss)]
+
+    def sample(self, nets: Nets, batch: Batch, draw: Draw) -> Tensor:
+        return batch["real"]
+
+    def student_loss(self, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
+        c, path = batch["real_c"], nets.teacher.path
+        other = drop(another(c, draw), nets.teacher.null, draw.uniform("null", (len(x),)) < self.p_null)
+        teacher = Guided(replace(nets.teacher, null={k: other[k] for k in nets.teacher.null}), self.guidance)
+        t, eps = self.times(draw, "t", len(x), path), draw.normal("eps", x.shape).to(x)
+        x_t, told = path.diffuse(x, eps, t), against(c, other)
+        with torch.no_grad():
+            target = teacher(x_t, t, c).out
+        loss = reduce((nets.student.denoiser(x_t, t, told).out - target) ** 2, self.reduction)
+        logs = {"cfg": loss.detach()}
+        if self.msc:
+            logs["many"], logs["two"] = self.consistency(x, nets, teacher, c, told, draw)
+            loss = loss + self.msc * (logs["many"] + logs["two"])
+        return loss, logs
+
+    def consistency(
+        self, x: Tensor, nets: Nets, teacher: Guided, c: Condition, told: Condition, draw: Draw
+    ) -> tuple[Tensor, Tensor]:
+        times = torch.tensor([*nets.student.times, 0.0], dtype=torch.float64, device=x.device)
+        i = draw.integers("step", len(times) - 1)
+        x_t = nets.teacher.path.diffuse(x, draw.normal("eps_msc", x.shape).to(x), times[i])
+        t, s, student = times[i], times[i + 1], nets.student.denoiser
+        with torch.no_grad():
+            many, two = walk(teacher, x_t, t, s, c, self.k), walk(student, x_t, t, s, told, 2)
+        one = walk(student, x_t, t, s, told)
+        return reduce((one - many) ** 2, self.reduction), reduce((one - two) ** 2, self.reduction)
+
+
+def walk(net: Denoiser | Guided, x: Tensor, t: Tensor, s: Tensor, c: Condition, steps: int = 1) -> Tensor:
+    """x_t -> x_s by `steps` equal steps of DDIM, of which the last may end at x0."""
+    for j in range(steps):
+        x = jump(net(x, t + (s - t) * j / steps, c), net.path, t + (s - t) * (j + 1) / steps)
+    return x
