@@ -48,9 +48,12 @@ class Closing(Curriculum):
             raise ValueError(f"q is {self.q}; it must be above 1: the two levels draw together by q^-stage")
 
     def __call__(self, draw: Draw, B: int, schedule: Schedule) -> tuple[Tensor, Tensor, Tensor]:
-        t = self.times(draw, "t", B, schedule)
+        return self.below(self.times(draw, "t", B, schedule), draw.step, schedule)
+
+    def below(self, t: Tensor, step: int, schedule: Schedule) -> tuple[Tensor, Tensor, Tensor]:
+        """The pairs at `step` whose upper times are t [B]."""
         s = schedule.ratio(t)
-        s_r = s * self.share(s, draw.step)
+        s_r = s * self.share(s, step)
         return t, schedule.time(s_r), s - s_r
 
     def share(self, s: Tensor, step: int) -> Tensor:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from distill.trainer import Method
 
 Batch = dict[str, Any]
+HEADS = {"disc": "", "proxy": "proxy_"}  # roles that are heads, and how a method's fields for them begin
 
 
 @dataclass(eq=False)
@@ -51,6 +52,7 @@ class Recorded:
 class Nets:
     """The roles. A role that a method does not use is None. shape: of one sample, (C, H, W) say.
 
+    disc, proxy: heads over features of the fake score or the teacher, a discriminator and a reward; "fake" moves them.
     past: the teacher on its recorded way to the student (DisBack).
     perceptual: how far decoded samples [B, *shape] look from others, [B], with gradient; for methods that need it.
     reward: how good samples [B, *shape] are under a condition, [B], with gradient to the samples; likewise.
@@ -61,6 +63,7 @@ class Nets:
     shape: tuple[int, ...]
     fake: Denoiser | None = None
     disc: nn.Module | None = None
+    proxy: nn.Module | None = None
     target: Denoiser | None = None
     past: Recorded | None = None
     perceptual: Callable[[Tensor, Tensor], Tensor] | None = None
@@ -71,7 +74,7 @@ class Nets:
         roles = {
             "student": self.student.denoiser.net,
             "fake": self.fake.net if self.fake is not None else None,
-            "disc": self.disc,
+            **{role: getattr(self, role) for role in HEADS},
             "target": self.target.net if self.target is not None else None,
         }
         return {name: net for name, net in roles.items() if net is not None}
@@ -221,11 +224,11 @@ def build(
             checkpoint.fill(nets.fake.net, fake.init, "fake", teacher.net)
     if "target" in method.roles:
         nets.target = replace(nets.student.denoiser, net=twin(nets.student.denoiser.net).requires_grad_(False))
-    if "disc" in method.roles:
-        taps: tuple[str, ...] = method.taps  # type: ignore[attr-defined]
+    for role in HEADS.keys() & {*method.roles}:
+        taps: tuple[str, ...] = getattr(method, f"{HEADS[role]}taps")
         with torch.device("meta"), torch.no_grad():  # shapes are enough, and the network may not fit the device yet
             x, t = torch.zeros(1, *shape), torch.full((1,), 0.5, dtype=torch.float64)
             told = None if c is None else {key: torch.empty_like(value, device="meta") for key, value in c.items()}
             features = replace(teacher, net=weightless(teacher.net)).features(x, t, told, taps)
-        nets.disc = heads(features, getattr(method, "places", False))
+        setattr(nets, role, heads(features, getattr(method, f"{HEADS[role]}places", False)))
     return nets

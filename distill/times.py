@@ -6,6 +6,7 @@ the noise-to-signal ratio, so one law means the same levels of noise on every sc
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -68,6 +69,33 @@ class LogNormal(Law):
 
     def __call__(self, draw: Draw, name: str, B: int, schedule: Schedule) -> Tensor:
         return schedule.time((self.mean + self.std * draw.normal(name, (B,)).double()).exp())
+
+
+@dataclass(frozen=True)
+class StudentT(Law):
+    """sigma / alpha = exp(mean + std T) between `low` and `high`, T of Student's t with `df` degrees of freedom (TCM).
+
+    A small df makes it fall as 1 / |log(sigma / alpha) - mean|: most of it is near `mean`, and all levels have some.
+    """
+
+    mean: Finite = 0.0
+    std: Positive = 0.2
+    df: Positive = 0.01
+    low: Positive = 1.0
+    high: Positive = 80.0
+
+    def __post_init__(self) -> None:
+        _ordered(self, float("inf"))
+
+    def __call__(self, draw: Draw, name: str, B: int, schedule: Schedule) -> Tensor:
+        from scipy.special import stdtr, stdtrit
+
+        u = draw.uniform(name, (B,)).double()
+        if u.is_meta:  # shapes alone, as where a step's cost is counted
+            return u
+        first, last = (stdtr(self.df, (math.log(s) - self.mean) / self.std) for s in (self.low, self.high))
+        T = torch.as_tensor(stdtrit(self.df, (first + (last - first) * u).cpu().numpy()), device=u.device)
+        return schedule.time((self.mean + self.std * T).exp())
 
 
 @dataclass(frozen=True)
@@ -182,7 +210,7 @@ def clusters(law: Law, N: int, schedule: Schedule) -> tuple[float, ...]:
     return tuple(edge / TASKS for edge in (0, *reversed(edges)))
 
 
-def _ordered(law: Uniform | Grid | Karras, most: float) -> None:
+def _ordered(law: Uniform | Grid | Karras | StudentT, most: float) -> None:
     """ValueError unless 0 <= low <= high <= most."""
     check(law)
     if not law.low <= law.high <= most:

@@ -72,10 +72,12 @@ SPRINT, RUN_UP = "distill/methods/sprint", "tests/methods/test_sprint.py"
 SLCT, RCM = "distill/methods/slct", "distill/methods/rcm"
 PCM, TCD = "distill/methods/pcm", "distill/methods/tcd"
 CT, CURRICULUM = "distill/methods/ct", "distill/curriculum"
+TCM, TRUNCATED = "distill/methods/tcm", "tests/methods/test_tcm.py"
 TSM, DISBACK = "distill/methods/tsm", "distill/methods/disback"
 PHASED, INTERVAL = "distill/methods/phased", "distill/interval"
 REWARD, CLIP, WRAPPED = "distill/methods/reward", "pipelines/reward", "distill/methods/wrapped"
 REWARDED = "tests/methods/test_reward.py"
+PROXIED, PROXY = "distill/methods/proxied", "tests/methods/test_proxied.py"
 FORGET, FORGOTTEN = "distill/methods/forget", "tests/methods/test_forget.py"
 NEGATIVE, TURNED = "pipelines/negative", "tests/methods/test_negative.py"
 HEEDING, SUN, OFFSET = "distill/negative", "distill/methods/sun", "tests/methods/test_sun.py"
@@ -128,6 +130,34 @@ MUTATIONS = {
         m("row of the prompt before it was emptied", "distill/data/feed",
           "        rows = torch.where(empty, len(self.text) - 1, rows)\n        return self.text.read(rows.tolist())",
           "        return self.text.read(torch.where(empty, len(self.text) - 1, rows).tolist())", REWARDED),
+    ),
+    "Proxied": (
+        m("sign of the preference", PROXIED, "d, want = (found[a] - found[b])", "d, want = (found[b] - found[a])",
+          PROXY),
+        m("the reward itself", PROXIED, "return self.proxy([x], c, nets, draw)[0]", "return judge(nets)(x, c)", PROXY),
+        m("proxy without gradient", PROXIED, "return self.proxy([x], c, nets, draw)[0]",
+          "return self.proxy([x], c, nets, draw)[0].detach()", PROXY),
+        m("noise of one's own", PROXIED, '["proxy"] * n', '[f"proxy{i}" for i in range(n)]', PROXY),
+        m("real images of other prompts", PROXIED, "(c or {}).get(k) is v for", "(c or {}).get(k) is not None for",
+          PROXY),
+        m("the same sample twice", PROXIED, 'draw.apart("proxy"))', "draw)", PROXY),
+        m("proxy never moved", PROXIED, "return [one for update in updates for one in (update, own(update))]",
+          "return updates", PROXY),
+        m("fake forgets the proxy", PROXIED, "return total + more, logs | own", "return total, logs | own", PROXY),
+        m("moved by the student", "distill/trainer", '"fake" if role in HEADS', '"student" if role in HEADS',
+          f"{TRAINER}::test_every_method_moves_its_roles"),
+    ),
+    "TCM": (
+        m("frozen above, student below", TCM, "ratio(t) < self.start", "ratio(t) >= self.start", TRUNCATED),
+        m("all targets frozen", TCM, "nets.target(x, t, c).x0, super().f(nets, x, t, c)",
+          "nets.target(x, t, c).x0, nets.target(x, t, c).x0", TRUNCATED),
+        m("means of all samples", TCM, "self.weight / (rho or 1.0), 1 / (1 - rho)", "self.weight, 1.0", TRUNCATED),
+        m("nobody at the boundary", TCM, "torch.where(self.bound(draw), start, t.maximum(start))", "t.maximum(start)",
+          TRUNCATED),
+        m("levels below s'", TCM, "t.maximum(start))", "t)", TRUNCATED),
+        m("law cut on one side", "distill/times", "first + (last - first) * u", "first + (1 - first) * u", TRUNCATED),
+        m("distance of s' unweighted", TCM, "super().far(delta, draw) * share.to(delta)", "super().far(delta, draw)",
+          TRUNCATED),
     ),
     "Forgetting": (
         m("teacher told the class itself", FORGET, "self.rule(c))", "c)", FORGOTTEN),

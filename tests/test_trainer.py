@@ -21,7 +21,7 @@ from distill.data import Digits
 from distill.draw import Draw
 from distill.lora import LoRA
 from distill.methods import DMD2, LCD, SCM, VSD, SiD
-from distill.roles import FakeConfig, StudentConfig, build
+from distill.roles import HEADS, FakeConfig, StudentConfig, build
 from distill.schedule import Trig
 from distill.trainer import TrainConfig, train
 
@@ -164,8 +164,8 @@ def test_every_method_moves_its_roles(name, watched):
     turns, nets = watched(method)
     roles = nets.modules().keys() - {"target"}
     for turn in turns:
-        assert turn.touched <= ({"student"} if turn.player == "student" else {"fake", "disc"}) & roles, turn
-        assert turn.graded <= ({"student"} if turn.player == "student" else {"fake", "disc"}) & roles, turn
+        assert turn.touched <= ({"student"} if turn.player == "student" else {"fake", *HEADS}) & roles, turn
+        assert turn.graded <= ({"student"} if turn.player == "student" else {"fake", *HEADS}) & roles, turn
     moved = roles - {"student"} if name == "TSM" else roles  # a copy of the teacher is what it learns
     assert set().union(*(turn.touched for turn in turns)) >= moved
     assert equal(weights(nets.teacher.net), teacher)

@@ -18,5 +18,5 @@ CLASSES = {name: getattr(methods, name) for name in methods.__all__}
 
 def example(name, tap=None):
     """The method; it reads features at the module `tap`, if it reads any."""
-    own = {"taps": (tap,)} if tap and any(f.name == "taps" for f in fields(CLASSES[name])) else {}
+    own = {f.name: (tap,) for f in fields(CLASSES[name]) if tap and f.name.endswith("taps")}
     return CLASSES[name](**own, **ARGUMENTS.get(name, {}))

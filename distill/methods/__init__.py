@@ -15,6 +15,7 @@ from distill.methods.lcd import LCD
 from distill.methods.meanflow import MeanFlow
 from distill.methods.pcm import PCM
 from distill.methods.phased import PhasedDMD
+from distill.methods.proxied import Proxied
 from distill.methods.rcgm import RCGM
 from distill.methods.rcm import RCM
 from distill.methods.regression import Regression
@@ -27,6 +28,7 @@ from distill.methods.slct import SLCT
 from distill.methods.sprint import Sprint
 from distill.methods.sun import SUN
 from distill.methods.tcd import TCD
+from distill.methods.tcm import TCM
 from distill.methods.tsm import TSM
 from distill.methods.twinflow import TwinFlow
 from distill.methods.vsd import VSD
@@ -47,6 +49,7 @@ __all__ = [
     "PCM",
     "PhasedDMD",
     "MeanFlow",
+    "Proxied",
     "RCGM",
     "RCM",
     "Regression",
@@ -59,6 +62,7 @@ __all__ = [
     "Sprint",
     "SUN",
     "TCD",
+    "TCM",
     "TwinFlow",
     "TSM",
     "VSD",

@@ -11,7 +11,7 @@ nothing) and is never called. Gradients flow through f(x_t, t) alone. The loss i
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from distill.denoiser import Condition
 from distill.draw import Draw
 from distill.losses import cauchy_norm, huber_norm
 from distill.ranges import Weight
-from distill.schedule import expand
+from distill.schedule import Schedule, expand
 from distill.trainer import Batch, Logs, Nets, Update
 
 
@@ -34,7 +34,7 @@ class CT:
     c: Weight = 0.0  # ECT CIFAR-10: 0; iCT: 0.00054 sqrt(elements): 0.03 CIFAR-10, 0.06 ImageNet-64
     weighted: bool = True  # by 1 / (s_t - s_r)
 
-    roles = ()
+    roles: ClassVar[tuple[str, ...]] = ()
     needs = ("real",)
 
     def __post_init__(self) -> None:
@@ -49,15 +49,18 @@ class CT:
 
     def student_loss(self, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
         path, c = nets.student.denoiser.path, batch.get("real_c")
-        (t, r, gap), eps = self.curriculum(draw, len(x), path), self.noise(x, draw)
+        (t, r, gap), eps = self.pairs(draw, len(x), path), self.noise(x, draw)
         with torch.no_grad():
             target = torch.where(expand(r, x) > 0, self.f(nets, path.diffuse(x, eps, r), r, c), x)
-        out = self.f(nets, path.diffuse(x, eps, t), t, c)
+        out = nets.student.denoiser(path.diffuse(x, eps, t), t, c).x0
         delta = out - target
         loss = self.far(delta, draw) / (gap.to(x) if self.weighted else 1.0) + self.more(out - x, path.ratio(t))
         return loss.mean(), {"delta": delta.detach().square().mean(), "clean": (r == 0).float().mean()}
 
-    def f(self, nets: Nets, x: Tensor, t: Tensor, c: Condition) -> Tensor:
+    def pairs(self, draw: Draw, B: int, path: Schedule) -> tuple[Tensor, Tensor, Tensor]:  # t, r, s_t - s_r [B]
+        return self.curriculum(draw, B, path)
+
+    def f(self, nets: Nets, x: Tensor, t: Tensor, c: Condition) -> Tensor:  # of the target
         return nets.student.denoiser(x, t, c).x0
 
     def noise(self, x: Tensor, draw: Draw) -> Tensor:

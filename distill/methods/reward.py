@@ -9,6 +9,7 @@ under the condition of that call. A clamp keeps one sample's excess from hiding 
 the mean. The gradient flows through the frozen decoder and the reward to x; the fake score's loss is the base's.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor
@@ -39,17 +40,25 @@ class Rewarded(Wrapped):
         w = self.weight * (1.0 if self.until is None else max(0.0, 1 - draw.step / self.until))
         if not w:
             return loss(x, nets, batch, draw)
-        if nets.reward is None:
-            raise ValueError("a reward needs nets.reward (pipelines.reward); or set its weight to 0")
         said = [(x, batch.get("c"))] if x.requires_grad else []
         if said:
             total, logs = loss(x, nets, batch, draw)
         else:
             heard = Heard(**vars(nets.student.denoiser), said=said)
             total, logs = loss(x, replace(nets, student=replace(nets.student, denoiser=heard)), batch, draw)
-        r = nets.reward(*said[-1])
+        r = self.score(*said[-1], nets, batch, draw)
         d = -r if self.clamp is None else (self.clamp - r).relu()
         return total + w * d.mean().to(total), logs | {"reward": r.mean()}
+
+    def score(self, x: Tensor, c: Condition, nets: Nets, batch: Batch, draw: Draw) -> Tensor:  # R(x, c) [B]
+        return judge(nets)(x, c)
+
+
+def judge(nets: Nets) -> Callable[[Tensor, Condition], Tensor]:
+    """The reward that the networks were given, or ValueError."""
+    if nets.reward is None:
+        raise ValueError("a reward needs nets.reward (pipelines.reward); or set its weight to 0")
+    return nets.reward
 
 
 @dataclass(eq=False)

@@ -1,0 +1,58 @@
+"""TCM: truncated consistency models. Lee et al. 2024, arXiv 2410.14895.
+
+    f(x_t, t) = D_student(x_t, t) where s_t >= s',   D_frozen(x_t, t) below;     s = sigma / alpha
+    L_C = mean of d( f(x_t, t) - sg f(x_r, r) ) / (s_t - s_r),  s_t of a law above s'         as CT
+    L_B = the same at s_t = s'; all its targets are the frozen network's                      the boundary
+    L   = L_C + w_b L_B                                         a share rho of the samples is for L_B
+
+The second stage of CT: the first one's student knows every level, and its capacity goes into denoising, which nobody
+asks of a generator. Here one is frozen, says what it knows below s', and the student, its copy, forgets that and learns
+from s' on alone: call it at no level below. Start it from the first stage's (student.init) and with pairs as near as
+its last; where nothing is given both are the teacher. Gradients flow as in CT, the frozen network has none.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from distill.curriculum import Closing
+from distill.denoiser import Condition
+from distill.draw import Draw
+from distill.methods.ct import CT
+from distill.ranges import MOST, Decay, Positive, Weight
+from distill.roles import Nets
+from distill.schedule import Schedule, expand
+from distill.times import StudentT
+
+
+@dataclass(frozen=True)
+class TCM(CT):
+    """Consistency training of high levels alone, on a frozen student of all: needs images and that student."""
+
+    curriculum: Closing = Closing(StudentT(), q=1000.0, every=MOST)  # 1 - s_r / s_t = n(s_t) / 1000 (code)
+    c: Weight = 1e-8  # CIFAR-10 (code); ImageNet-64 .06
+    start: Positive = 1.0  # s'
+    boundary: Decay = 0.25  # rho: of the samples of a step, exactly
+    weight: Weight = 0.1  # w_b
+
+    roles = ("target",)
+
+    def pairs(self, draw: Draw, B: int, path: Schedule) -> tuple[Tensor, Tensor, Tensor]:
+        t = self.curriculum.times(draw, "t", B, path)
+        start = path.time(torch.tensor([self.start], dtype=torch.float64, device=t.device))
+        return self.curriculum.below(torch.where(self.bound(draw), start, t.maximum(start)), draw.step, path)
+
+    def bound(self, draw: Draw) -> Tensor:  # [B]: which samples are at the boundary, by their number in the batch
+        i = draw.samples.double()
+        return ((i + 1) * self.boundary).floor() > (i * self.boundary).floor()
+
+    def f(self, nets: Nets, x: Tensor, t: Tensor, c: Condition) -> Tensor:
+        assert nets.target is not None
+        low = nets.target.path.ratio(t) < self.start
+        return torch.where(expand(low, x).bool(), nets.target(x, t, c).x0, super().f(nets, x, t, c))
+
+    def far(self, delta: Tensor, draw: Draw) -> Tensor:
+        rho = self.boundary
+        share = torch.where(self.bound(draw), self.weight / (rho or 1.0), 1 / (1 - rho))
+        return super().far(delta, draw) * share.to(delta)
