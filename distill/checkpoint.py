@@ -30,12 +30,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from distill.average import SECOND
+from distill.dual import DUAL
 from distill.shard import split
 from distill.stored import Share, Stored
 
 if TYPE_CHECKING:
     from distill.trainer import State
 
+MORE = (SECOND, DUAL)  # the names of what a network may have or not
 REFUSED = {  # (why, cure): numbers of the errors
     ("the disk is full", "free some space"): (errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
     ("the disk is read-only", "make it writable"): (errno.EROFS,),
@@ -245,15 +247,15 @@ def fill(net: nn.Module, path: str | Path, role: str, backbone: nn.Module) -> No
 
     backbone: the network whose tensors `net` may share; they are never written, and a file for an adapter holds none.
     A ValueError names the first tensor that is missing, unknown or of another shape; then nothing was written. Only a
-    second time (average.py) may be there or not: the network is the same without.
+    second time (average.py) and a multiplier (dual.py) may be there or not: the network is the same without.
     """
     shared = {id(t) for t in (*backbone.parameters(), *backbone.buffers())}
     buffers, own = dict(net.named_buffers()), {n: t for n, t in _named(net).items() if id(t) not in shared}
     stored = [Stored(file) for file in files(path, role)]
     shapes = {key: shape for file in stored for key, shape in file.shapes.items()}
     trained = [name for name, p in net.named_parameters() if p.requires_grad]
-    wrong = [f"it has no {name}" for name in trained if name not in shapes and not name.startswith(SECOND)]
-    unknown = [name for name in shapes if name not in {**own, **buffers} and not name.startswith(SECOND)]
+    wrong = [f"it has no {name}" for name in trained if name not in shapes and not name.startswith(MORE)]
+    unknown = [name for name in shapes if name not in {**own, **buffers} and not name.startswith(MORE)]
     wrong += [f"it has {name}, which this {role} does not" for name in unknown]
     wrong += [
         f"its {name} is {shapes[name]}, this {role}'s {tuple(t.shape)}"

@@ -26,6 +26,13 @@ def twin(net: nn.Module) -> nn.Module:
     return copy.deepcopy(net, {id(p): p for p in net.parameters() if not p.requires_grad})
 
 
+def trained_alone(net: nn.Module, child: str) -> nn.Module:
+    """A copy of `net` whose child module `child` is its own and trains; the rest is frozen and shared."""
+    found = shared(net).requires_grad_(False)
+    setattr(found, child, masters(copy.deepcopy(getattr(net, child)).requires_grad_(True)))
+    return found
+
+
 def weightless(net: nn.Module) -> nn.Module:
     """A copy on the meta device: shapes without numbers."""
     tensors = {id(t): t.detach().to("meta") for t in net.buffers()}

@@ -16,7 +16,7 @@ from distill.average import timed
 from distill.denoiser import Condition, Denoiser
 from distill.disc import heads
 from distill.draw import Draw
-from distill.lora import LoRA, twin, weightless
+from distill.lora import LoRA, trained_alone, twin, weightless
 from distill.negative import TEXT, adapted
 from distill.ranges import Count, Natural, Positive, Share, check
 from distill.schedule import Schedule
@@ -56,6 +56,7 @@ class Nets:
     past: the teacher on its recorded way to the student (DisBack).
     perceptual: how far decoded samples [B, *shape] look from others, [B], with gradient; for methods that need it.
     reward: how good samples [B, *shape] are under a condition, [B], with gradient to the samples; likewise.
+    control: the picture [B, C, H, W] of samples [B, *shape] that a student is told as c["control"]; likewise.
     """
 
     teacher: Denoiser
@@ -68,6 +69,7 @@ class Nets:
     past: Recorded | None = None
     perceptual: Callable[[Tensor, Tensor], Tensor] | None = None
     reward: Callable[[Tensor, Condition], Tensor] | None = None
+    control: Callable[[Tensor], Tensor] | None = None
 
     def modules(self) -> dict[str, nn.Module]:
         """Every trained or averaged network by role; the teacher is frozen and not among them."""
@@ -124,7 +126,12 @@ class StudentConfig:
             )
 
     def net(self, backbone: nn.Module) -> nn.Module:
-        """What is trained: a copy of the backbone, an adapter on it, or another network of its class, at random."""
+        """What is trained: a copy of the backbone, an adapter on it, or another network of its class, at random.
+
+        Of a backbone with a child `control`, an adapter to pictures (pipelines/control.py), that child.
+        """
+        if hasattr(backbone, "control"):
+            return trained_alone(backbone, "control")
         if self.network is None:
             return adapted(backbone, self.negative) if self.negative else self.lora(backbone)
         file = Path(self.network) / "config.json"
@@ -231,4 +238,6 @@ def build(
             told = None if c is None else {key: torch.empty_like(value, device="meta") for key, value in c.items()}
             features = replace(teacher, net=weightless(teacher.net)).features(x, t, told, taps)
         setattr(nets, role, heads(features, getattr(method, f"{HEADS[role]}places", False)))
+    if hasattr(method, "before"):
+        method.before(nets)
     return nets

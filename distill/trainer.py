@@ -50,7 +50,9 @@ class Update:
 
 
 class Method(Protocol):
-    """An algorithm: a frozen dataclass of its hyper-parameters. May define `after(player, nets)`.
+    """An algorithm: a frozen dataclass of its hyper-parameters.
+
+    May define `after(player, nets)`, and `before(nets)` for a state that is to be kept, as buffers of a network.
 
     One with the role "disc" also has `taps`, the modules of the fake score or the teacher that the discriminator reads
     with a head each, and may have `places`: whether each place of a head has a logit, or all have their mean. One that
@@ -58,7 +60,7 @@ class Method(Protocol):
     """
 
     roles: tuple[str, ...]  # of Nets, beside teacher and student
-    needs: tuple[str, ...]  # "real", "real_c"; "null", "told" for guidance; "pairs": "z", "y"; "perceptual", "reward"
+    needs: tuple[str, ...]  # "real", "real_c"; "null", "told": guidance; "pairs": "z", "y"; of Nets "perceptual", ...
 
     def updates(self) -> list[Update]: ...
 

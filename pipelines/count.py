@@ -269,6 +269,7 @@ def cost(
     """
     free = lambda x, *_: x.flatten(1).mean(1)
     nets = replace(nets, perceptual=nets.perceptual or free, reward=nets.reward or free)
+    nets.control = nets.control or (lambda x: x)
     mode = GPU(half) if fused or half else None
     again = partial(checkpoint, use_reentrant=False, context_fn=lambda: (nullcontext(), mode or nullcontext()))
     roles: dict[str, Any] = nets.frozen() | nets.modules()

@@ -32,7 +32,7 @@ from distill.negative import adapters, strip
 from distill.ranges import Share
 from distill.roles import StudentConfig
 from distill.student import Student
-from pipelines import FAMILIES, ExportError, Teacher, comfy, experts, files, hub, kohya, negative, opened
+from pipelines import FAMILIES, ExportError, Teacher, comfy, control, experts, files, hub, kohya, negative, opened
 from pipelines import published as others
 from pipelines.card import NEGATIVE, Result, card, code
 from pipelines.latents import factor
@@ -88,10 +88,13 @@ def export(
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        told = getattr(teacher.parts.family, "exported", lambda net, student: net)
-        write(teacher, told(merged(strip(shared(net)) if adapters(net) else net), student), scheduler, partial)
+        told, base = getattr(teacher.parts.family, "exported", lambda net, student: net), control.bare(one)
+        plain = strip(shared(net)) if adapters(net) else base.net
+        write(teacher, told(merged(plain), replace(student, denoiser=base)), scheduler, partial)
         if adapters(net):
             negative.write(net, partial / negative.FILE)
+        if base is not one:
+            net.control.save_pretrained(partial / control.FOLDER)
         limits: Sequence[str] = ()
         if student.experts and not experts.write(student, net, steps, teacher.parts.network, partial):
             limits = [experts.LIMIT.format(len(student.experts) + 1)]
@@ -141,6 +144,7 @@ def verified(
     pipe = experts.install(DiffusionPipeline.from_pretrained(folder, **options, **absent), folder)
     if expected.negative is not None:
         pipe = negative.install(pipe, folder / negative.FILE)
+    pipe = control.piped(pipe, folder, **options, **absent)
     pipe = settled(pipe, place(teacher.parts.net))
     pipe.safety_checker = None  # SD 1.x's: it blackens what it takes for harmful, which is not the student's doing
     gaps = {"pipeline": compare(pipe, teacher, expected, steps)}
@@ -216,6 +220,8 @@ def singles(
     """(files that load into plain diffusers, what does not work or cannot be expressed in a file)."""
     import diffusers
 
+    if isinstance(student.denoiser.call, control.Controlled):
+        return [], [control.LIMIT]
     if not hasattr(teacher.parts.family, "TARGETS"):
         return [], list(teacher.parts.family.limits(net))
     if adapters(net):
@@ -344,6 +350,8 @@ def trained(again: Again) -> tuple[Student, Teacher, Any, str, str, str]:
     options = {key: tree[key] for key in ("revision", "variant", "resolution", "frames")}
     teacher = opened(base, **options, told=tells(method, tree["method"]))
     config = revived(StudentConfig, tree["student"])
+    if "control" in tree["method"]:
+        control.install(teacher)
     scheduler, times = carrying(teacher, config)
     net = config.net(teacher.denoiser.net)
     checkpoint.fill(net, chosen[0], "student", teacher.denoiser.net)

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 
 from distill import checkpoint, health, memory, shard
 from distill.config import Config, dump, fail, parse
-from pipelines import FAMILIES, ExportError, Teacher, index, opened, perceptual, reward
+from pipelines import FAMILIES, ExportError, Teacher, control, index, opened, perceptual, reward
 
 if TYPE_CHECKING:
     import torch
@@ -134,6 +134,7 @@ def run(config: Config[Any, Any], out: Path, resume: Path | None) -> None:
     from distill.trainer import supported, train
     from pipelines import hub, tiny
     from pipelines.export import Again, about, export, report, trained
+    from pipelines.scheduler import finished
 
     cfg = config.train
     if cfg.deterministic:
@@ -152,6 +153,10 @@ def run(config: Config[Any, Any], out: Path, resume: Path | None) -> None:
         size, kind = (config.resolution, config.frames), precision(config, accelerator)
         told = "told" in config.method.needs
         teacher = opened(config.teacher, config.revision, config.variant, *size, kind, told)
+    if "finished" in config.method.needs:
+        config = dataclasses.replace(config, student=finished(teacher, config.student))
+    if "control" in config.method.needs:
+        control.install(teacher)
     teacher.parts.device = accelerator.device
     sharded = shard.asked(accelerator)
     if not sharded:
@@ -192,6 +197,9 @@ def run(config: Config[Any, Any], out: Path, resume: Path | None) -> None:
             fixed = Draw(cfg.seed, -1, "validation", i)
             z, rows = fixed.normal("z", (len(i), *teacher.shape)), {key: value[i] for key, value in c.items()}
             with accelerator.autocast():  # kernels of attention may know half precision alone
+                if nets.control is not None:  # the picture of the sample before it
+                    base = dataclasses.replace(nets.student, denoiser=nets.teacher)
+                    rows["control"] = nets.control(base.generate(z, rows, fixed)).roll(1, 0)
                 x = nets.student.using(state.ema.net).generate(z, rows, fixed)
             if accelerator.is_main_process:
                 done += [teacher.decode(one).cpu() for one in x.split(1)]
@@ -238,11 +246,14 @@ def run(config: Config[Any, Any], out: Path, resume: Path | None) -> None:
 
 
 def judged(nets: Nets, config: Config[Any, Any], teacher: Teacher, data: Any) -> None:
-    """Give the networks what judges their samples, where the method needs it."""
+    """Give the networks what judges or pictures their samples, where the method needs it."""
     if "perceptual" in config.method.needs:
         nets.perceptual = perceptual.asked(config, teacher)
     if "reward" in config.method.needs:
         nets.reward = reward.asked(config, teacher, data)
+    if "control" in config.method.needs:
+        nets.control = control.asked(config, teacher)
+        nets.teacher = teacher.denoiser = control.bare(teacher.denoiser)  # the adapter is the student's alone
 
 
 def replay(folder: Path, config: Config[Any, Any], nets: Nets, data: Any, accelerator: Accelerator) -> int:

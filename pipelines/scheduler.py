@@ -12,6 +12,8 @@ config can say is refused before training. With a table of betas (all checked ag
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -42,6 +44,35 @@ def scheduler(teacher: Teacher, student: StudentConfig) -> tuple[Any, tuple[floa
         case EDM():
             return _edm(teacher, schedule, student)
     raise ValueError(f"no scheduler of diffusers carries a student on {type(schedule).__name__}")
+
+
+def finished(teacher: Teacher, given: StudentConfig) -> StudentConfig:
+    """`given`, called as the exported student that the teacher is: the inverse of `scheduler`. Else `given` itself.
+
+    The folder's scheduler says how; times of a table are on that scheduler's own, which ends at the first call.
+    """
+    path = teacher.parts.folder / "distill.json"
+    facts = json.loads(path.read_text()) if path.is_file() else {}
+    if facts.get("student") is not True:
+        return given
+    found, steps = teacher.parts.scheduler(), facts["steps"]
+    calls: dict[str, Any] = dict.fromkeys(("sigma", "timestep", "scale", "times")) | {"steps": steps}
+    calls["renoise"] = "fresh"
+    if isinstance(teacher.denoiser.schedule, VP):
+        found.set_timesteps(steps)
+        calls["times"] = tuple(
+            (found.timesteps.double() / (len(teacher.denoiser.schedule.alphas_cumprod) - 1)).tolist()
+        )
+    match type(found).__name__:
+        case "LCMScheduler":
+            calls["scale"] = 1.0
+        case "EulerDiscreteScheduler":
+            calls["renoise"] = "ddim"
+        case "FlowMatchEulerDiscreteScheduler" if not found.config.stochastic_sampling:
+            calls["renoise"] = "ddim"
+        case "CMStochasticIterativeScheduler":
+            calls["sigma"] = found.config.sigma_max
+    return dataclasses.replace(given, **calls)
 
 
 def _table(teacher: Teacher, schedule: VP, student: StudentConfig) -> tuple[Any, tuple[float, ...]]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from distill.draw import Draw
 from distill.negative import adapters, against
 from distill.student import Student
-from pipelines import Teacher
+from pipelines import Teacher, control
 
 TOLERANCE = 1e-3  # largest difference of an image in [0, 1]
 HALF = 3e-2  # of files whose weights are rounded to half precision
@@ -23,12 +23,16 @@ EXAMPLES = ("a photo of a red fox in the snow", "an old man reading a newspaper 
 
 @dataclass(frozen=True)
 class Reference:
-    """What the trainer's own sampler makes of stored noise: z [n, *shape], images [n, C, (T,) H, W] in [0, 1]."""
+    """What the trainer's own sampler makes of stored noise: z [n, *shape], images [n, C, (T,) H, W] in [0, 1].
+
+    picture: what a student with an adapter was shown, [1, C, H, W] (control.py).
+    """
 
     prompts: tuple[Any, ...]
     z: Tensor
     images: Tensor
     negative: str | None = None  # prompt of all of them
+    picture: Tensor | None = None
 
 
 class Generated(Draw):
@@ -85,25 +89,28 @@ def reference(student: Student, teacher: Teacher, net: nn.Module) -> Reference:
         if negative := NEGATIVE if adapters(net) else None:
             encoded = [against(c, teacher.negative([negative])) for c in encoded]
     teacher.parts.drop_text()
-    before, found = next(net.parameters()).device, []
+    before, found, told = next(net.parameters()).device, [], control.example(student.denoiser, teacher)
     roles = net, *(expert.net for expert in student.experts)
     for role in roles:
         role.to(device)
     for i, given in enumerate(encoded):
-        c = {key: value.to(device) for key, value in (given or {}).items()}
+        c = {key: value.to(device) for key, value in ((given or {}) | told).items()}
         with exact(i, device):
             found.append(student.using(net).generate(z[i : i + 1].to(device), c or None, Generated(teacher, device)))
     for role in roles:
         role.to(before)
     with exact(0, device):  # network and decoder are never on the device together
         images = torch.cat([teacher.decode(x).cpu() for x in found])
-    return Reference(tuple(prompts), z, (images.float() / 2 + 0.5).clamp(0, 1), negative)
+    images = (images.float() / 2 + 0.5).clamp(0, 1)
+    return Reference(tuple(prompts), z, images, negative, told.get("control"))
 
 
 @torch.no_grad()
 def compare(pipe: Any, teacher: Teacher, expected: Reference, steps: int) -> float:
     """Largest difference between a pipeline's images and the reference; nan where one is not finite."""
     family, gaps, device = teacher.parts.family, [], pipe._execution_device
+    if expected.picture is not None:
+        pipe = control.Shown(pipe, expected.picture.to(device))
     for i, prompt in enumerate(expected.prompts):
         with exact(i, device):
             z = expected.z[i : i + 1].to(device)

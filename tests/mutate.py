@@ -79,6 +79,7 @@ REWARD, CLIP, WRAPPED = "distill/methods/reward", "pipelines/reward", "distill/m
 REWARDED = "tests/methods/test_reward.py"
 PROXIED, PROXY = "distill/methods/proxied", "tests/methods/test_proxied.py"
 FORGET, FORGOTTEN = "distill/methods/forget", "tests/methods/test_forget.py"
+NCT, DUAL, TOLD = "distill/methods/nct", "distill/dual", "tests/methods/test_nct.py"
 NEGATIVE, TURNED = "pipelines/negative", "tests/methods/test_negative.py"
 HEEDING, SUN, OFFSET = "distill/negative", "distill/methods/sun", "tests/methods/test_sun.py"
 ENTROPIC, SPREAD = "distill/methods/entropic", "tests/methods/test_entropic.py"
@@ -158,6 +159,26 @@ MUTATIONS = {
         m("law cut on one side", "distill/times", "first + (last - first) * u", "first + (1 - first) * u", TRUNCATED),
         m("distance of s' unweighted", TCM, "super().far(delta, draw) * share.to(delta)", "super().far(delta, draw)",
           TRUNCATED),
+    "NCT": (
+        m("target with gradient", NCT, "with torch.no_grad():\n            target", "if True:\n            target",
+          f"{TOLD}::test_gradient"),
+        m("levels exchanged", NCT, "target = f(k)", "target = f(k + 1)", f"{TOLD}::test_gradient",
+          more=((f"{NCT}.py", "f(k + 1) - target", "f(k) - target"),)),
+        m("boundary at the noisy level", NCT, "f(0 * k) - x", "f(k) - x", f"{TOLD}::test_gradient"),
+        m("other noise at the next level", NCT, 's * eps, c', 's * eps.roll(1, 0), c', f"{TOLD}::test_gradient"),
+        m("noise that is no unit noise", NCT, "(1 - s**2).sqrt() * z", "(1 - s) * z", f"{TOLD}::test_gradient"),
+        m("lambda left out", NCT, "consistency + multiplier.value * boundary", "consistency + boundary",
+          f"{TOLD}::test_without_its_constraint_it_collapses"),
+        m("picture of the told sample", NCT, "denoiser=nets.teacher", "denoiser=nets.student.denoiser", f"{TOLD}"),
+        m("sign of the dual step", DUAL, "(mean - bound)", "(bound - mean)", f"{TOLD}::test_multiplier"),
+        m("lambda below 0", DUAL, ".clamp(min=0)", "", f"{TOLD}::test_multiplier"),
+        m("a skipped update counts", DUAL, "if step != self.at:", "if self.at is None:", f"{TOLD}::test_multiplier"),
+        m("the last micro-batch counts", DUAL, "torch.stack(self.losses).mean()", "self.losses[-1]",
+          f"{TOLD}::test_multiplier"),
+        m("lambda is not kept", DUAL, 'self.register_buffer("value", torch.tensor(float(value)), persistent=False)',
+          "self.value = torch.tensor(float(value))", f"{TOLD}::test_lambda_survives_a_checkpoint"),
+        m("the base trains too", "distill/lora", "found = shared(net).requires_grad_(False)",
+          "found = shared(net).requires_grad_(True)", f"{TOLD}::test_only_the_adapter_is_trained"),
     ),
     "Forgetting": (
         m("teacher told the class itself", FORGET, "self.rule(c))", "c)", FORGOTTEN),

@@ -39,6 +39,8 @@ WORDS = {  # of Method.needs
     "perceptual": "LPIPS",
     "reward": "a reward",
     "negative": "cross-attention (adapters are added)",
+    "finished": "a finished student as its teacher",
+    "control": "a picture of its samples (`pipelines/control.py`)",
     "told": "a network that is told its guidance",
 }
 

@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RECIPES = sorted(p.stem for p in (ROOT / "recipes").glob("*.py") if "\nCONFIG = Config(" in p.read_text())
 SHORT = [name for name in RECIPES if name.endswith("_digits") or name in ("dmd2_sdxl", "sid_sana", "lcm_lora_sdxl")]
 CONVOLUTIONS = "lora.rank 2 --student.lora.targets conv1 conv2 time_emb_proj"
-UNMOVED = ("degradation_digits", "sun_sd15")  # the teacher's weights are exported
+UNMOVED = ("degradation_digits", "sun_sd15", "digits_nct", "nct_sd15")  # the teacher's weights are exported
 STUDENTS = [name for name in RECIPES if name not in UNMOVED]
 RUNS = {name: (name, "") for name in STUDENTS} | {
     "two steps": ("sid_digits", "--student.steps 2"),

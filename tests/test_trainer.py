@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from replay import gradients, pushed, spy
 from safetensors.torch import load_file
-from tiny import WORDS, clock, reader, spoken, tiny
+from tiny import WORDS, clock, reader, spoken, steered, tiny
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from zoo import CLASSES, example
 
@@ -60,14 +60,15 @@ def data_of(method):
 
 def nets_of(method, **change):
     """Two-step students, so that renoising is part of every test; a fake score that is not the teacher."""
-    hears = "negative" in method.needs
-    made = clock if "end" in method.needs else reader if hears else tiny
+    hears, made = "negative" in method.needs, {"end": clock, "negative": reader, "control": steered}
+    made = next((made[need] for need in method.needs if need in made), tiny)
     teacher = made(Trig(), "v", dtype=torch.float32, classes=3)
     torch.manual_seed(1)  # the head's
     c = spoken(torch.tensor([0])) if hears else {"label": torch.tensor([0])}
     student = StudentConfig(times=(1.0, 0.5), negative=WORDS if hears else 0)
     nets = build(method, teacher, (2,), c, **{"student": student} | change)
     nets.perceptual, nets.reward = lambda x, y: (x - y).square().mean(1), lambda x, c: x.mean(1)
+    nets.control = lambda x: x[:, :1]
     for p in nets.fake.net.parameters() if nets.fake else ():
         p.data += 0.1 * torch.randn_like(p) if p.requires_grad else 0.0
     return nets

@@ -97,3 +97,21 @@ def spoken(label, dtype=torch.float32, D=4):
     """The words of a label [B]."""
     draw = Draw(0, 0, "words", label)
     return {"prompt_embeds": draw.normal("words", (len(label), WORDS, D)).to(dtype)}
+
+
+class Steered(Tiny):
+    """out(x, native time, label, guidance) with an adapter to a control [B, 1]."""
+
+    def __init__(self, d=2, width=16, classes=0):
+        super().__init__(d, width, classes)
+        self.control = nn.Linear(1, d)
+
+    def forward(self, x, t, label=None, guidance=None, control=None):
+        out = super().forward(x, t, label, guidance)
+        return out if control is None else out + self.control(control.to(out))
+
+
+def steered(schedule, kind="v", seed=0, dtype=torch.float64, classes=0, **sizes):
+    """`tiny` with a network whose adapter alone a student trains."""
+    null = {"label": torch.tensor([classes])} if classes else None
+    return Denoiser(filled(Steered(classes=classes, **sizes), seed, dtype), schedule, kind, null=null)

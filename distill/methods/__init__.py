@@ -13,6 +13,7 @@ from distill.methods.forget import Forgetting
 from distill.methods.ladd import LADD
 from distill.methods.lcd import LCD
 from distill.methods.meanflow import MeanFlow
+from distill.methods.nct import NCT
 from distill.methods.pcm import PCM
 from distill.methods.phased import PhasedDMD
 from distill.methods.proxied import Proxied
@@ -46,6 +47,7 @@ __all__ = [
     "Forgetting",
     "LADD",
     "LCD",
+    "NCT",
     "PCM",
     "PhasedDMD",
     "MeanFlow",

@@ -1,0 +1,37 @@
+"""The multiplier of a constraint E L <= xi: ascent on the dual, lambda <- max(0, lambda + eta (E L - xi))."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+DUAL = "multiplier."  # the name of one in a network
+
+
+class Multiplier(nn.Module):
+    """lambda >= 0, a buffer: on the device, in checkpoints with the network that it is a child of, and in no export.
+
+    A loss is `seen` on every micro-batch; `step` then moves lambda by their mean, over all processes.
+    """
+
+    value: Tensor
+
+    def __init__(self, value: float) -> None:
+        super().__init__()
+        self.register_buffer("value", torch.tensor(float(value)), persistent=False)
+        self.losses: list[Tensor] = []
+        self.at: int | None = None
+
+    def seen(self, loss: Tensor, step: int) -> None:
+        """L of a micro-batch of a step; what is left of an update that was skipped is forgotten."""
+        if step != self.at:
+            self.at, self.losses = step, []
+        self.losses.append(loss.detach().float())
+
+    @torch.no_grad()
+    def step(self, rate: float, bound: float) -> None:
+        """lambda <- max(0, lambda + rate (mean - bound))."""
+        from accelerate.utils import reduce
+
+        mean = reduce(torch.stack(self.losses).mean(), "mean")
+        self.value.copy_((self.value + rate * (mean - bound)).clamp(min=0))

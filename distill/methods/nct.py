@@ -1,0 +1,77 @@
+"""NCT: noise consistency training of a control. Luo et al. 2025, arXiv 2506.19741.
+
+    x = f(z),   y = c(x)                                the finished generator, frozen, and a picture of its sample
+    z_s = sqrt(1 - s^2) z + s eps                       unit noise again; z_0 = z, and z_1 = eps knows nothing of y
+    L_con   = | f'(z_u, y) - sg f'(z_s, y) |^2          s, u = k / K, (k + 1) / K, k uniform below K; the same eps
+    L_bound = | f'(z, y) - x |^2
+    L = L_con + lambda L_bound,      lambda <- max(0, lambda + eta (E L_bound - xi)) after every step
+
+f' is f with an adapter that is told y. What is right at z_0 is carried to noise that has nothing to do with y; without
+L_bound all samples become one. Gradients flow through f'(z_u, y) and f'(z, y) to the adapter alone.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from distill.draw import Draw
+from distill.dual import Multiplier
+from distill.losses import Reduction, huber, reduce
+from distill.ranges import Count, Positive, Weight
+from distill.schedule import expand
+from distill.trainer import Batch, Logs, Nets, Update
+
+
+@dataclass(frozen=True)
+class NCT:
+    """A control adapter on a finished generator, which is the teacher: needs no images"""
+
+    control: Literal["canny", "downsample", "gray"] = "canny"  # c (paper: Canny, HED, depth, 8x super-resolution)
+    factor: Count = 8  # of "downsample" (paper: 8)
+    levels: Count = 10  # K; it and the next three are ours, for the paper's values are not known to us
+    dual: Weight = 1.0  # lambda at the start, on the mean; with rate 0 it stays
+    rate: Weight = 1.0  # eta
+    bound: Weight = 1e-3  # xi, of L_bound as it is reduced
+    huber_c: Positive | None = None  # of the pseudo-Huber distance; None: squared error
+    reduction: Reduction = "mean"  # of both losses
+    control_decoder: str | None = None  # folder or Hub name of an AutoencoderTiny that c sees through; None: its own
+
+    roles = ()
+    needs = ("finished", "control")
+
+    def before(self, nets: Nets) -> None:
+        nets.student.denoiser.net.multiplier = Multiplier(self.dual)
+
+    def updates(self) -> list[Update]:
+        return [Update("student", self.student_loss)]
+
+    @torch.no_grad()
+    def sample(self, nets: Nets, batch: Batch, draw: Draw) -> Tensor:
+        return replace(nets, student=replace(nets.student, denoiser=nets.teacher)).generate(batch, draw)
+
+    def student_loss(self, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
+        if nets.control is None:
+            raise ValueError("NCT needs nets.control, which makes the picture of a sample (pipelines.control)")
+        multiplier: Multiplier = nets.student.denoiser.net.multiplier
+        c = (batch.get("c") or {}) | {"control": nets.control(x)}
+        z, eps, k = draw.normal("z", x.shape), draw.normal("eps", x.shape), draw.integers("k", self.levels)
+
+        def f(k: Tensor) -> Tensor:
+            s = expand(k / self.levels, z)
+            return nets.student.generate((1 - s**2).sqrt() * z + s * eps, c, draw)
+
+        with torch.no_grad():
+            target = f(k)
+        consistency = self.distance(f(k + 1) - target)
+        boundary = self.distance(f(0 * k) - x)
+        multiplier.seen(boundary, draw.step)
+        logs = {"consistency": consistency, "boundary": boundary, "lambda": multiplier.value.clone()}
+        return consistency + multiplier.value * boundary, {name: value.detach() for name, value in logs.items()}
+
+    def distance(self, delta: Tensor) -> Tensor:
+        return reduce(delta**2 if self.huber_c is None else huber(delta, self.huber_c), self.reduction)
+
+    def after(self, player: str, nets: Nets) -> None:
+        nets.student.denoiser.net.multiplier.step(self.rate, self.bound)

@@ -1,0 +1,31 @@
+"""NCT on the digits: a control adapter on a finished one-step student, which keeps to a coarse picture. Values ours.
+
+`accelerate launch recipes/digits_nct.py --teacher runs/digits/dmd2/pipeline`, any exported one-step student of the
+digits; then `python -m pipelines.control runs/digits/nct/pipeline` measures how well it keeps to pictures.
+"""
+
+from distill.config import Config
+from distill.data import Digits
+from distill.methods import NCT
+from distill.trainer import TrainConfig
+from pipelines.run import main
+
+CONFIG = Config(
+    method=NCT(control="downsample", factor=2),
+    data=Digits(),
+    validation_images=40,
+    teacher="runs/digits/dmd2/pipeline",
+    train=TrainConfig(
+        output_dir="runs/digits/nct",
+        max_train_steps=1000,
+        train_batch_size=64,
+        learning_rate=1e-3,
+        lr_scheduler="linear",
+        lr_warmup_steps=20,
+        adam_beta1=0.9,
+        ema_half_life=10_000,
+    ),
+)
+
+if __name__ == "__main__":
+    main(CONFIG, doc=__doc__)
