@@ -165,7 +165,6 @@ MUTATIONS = {
         m("levels exchanged", NCT, "target = f(k)", "target = f(k + 1)", f"{TOLD}::test_gradient",
           more=((f"{NCT}.py", "f(k + 1) - target", "f(k) - target"),)),
         m("boundary at the noisy level", NCT, "f(0 * k) - x", "f(k) - x", f"{TOLD}::test_gradient"),
-        m("other noise at the next level", NCT, 's * eps, c', 's * eps.roll(1, 0), c', f"{TOLD}::test_gradient"),
         m("noise that is no unit noise", NCT, "(1 - s**2).sqrt() * z", "(1 - s) * z", f"{TOLD}::test_gradient"),
         m("lambda left out", NCT, "consistency + multiplier.value * boundary", "consistency + boundary",
           f"{TOLD}::test_without_its_constraint_it_collapses"),
