@@ -35,3 +35,10 @@ class Multiplier(nn.Module):
 
         mean = reduce(torch.stack(self.losses).mean(), "mean")
         self.value.copy_((self.value + rate * (mean - bound)).clamp(min=0))
+
+
+def multiplier(net: nn.Module) -> Multiplier:
+    """That of a network."""
+    found = net.get_submodule("multiplier")
+    assert isinstance(found, Multiplier)
+    return found

@@ -125,15 +125,14 @@ def controlnet(net: Any, channels: int, factor: int) -> Any:
     from diffusers import ControlNetModel, UNet2DConditionModel, UNet2DModel
 
     widths = WIDTHS[: factor.bit_length()]
+    options = {"conditioning_channels": channels, "conditioning_embedding_out_channels": widths}
     if isinstance(net, UNet2DConditionModel):
-        options = {"conditioning_channels": channels, "conditioning_embedding_out_channels": widths}
         return ControlNetModel.from_unet(net, **options).eval()
     if not isinstance(net, UNet2DModel):
         raise ValueError(f"a control is for the UNets of SD, SDXL and EDM; this network is a {type(net).__name__}")
     known = set(inspect.signature(ControlNetModel.__init__).parameters) - {"mid_block_type"}
     config = {key: value for key, value in net.config.items() if key in known}
-    widths = {"conditioning_channels": channels, "conditioning_embedding_out_channels": widths}
-    found = ControlNetModel(**config | widths, mid_block_type="UNetMidBlock2D")  # of one block
+    found = ControlNetModel(**config | options, mid_block_type="UNetMidBlock2D")  # of one block
     for name in ("conv_in", "time_embedding", "class_embedding", "down_blocks", "mid_block.resnets.0"):
         if net.class_embedding is not None or name != "class_embedding":
             found.get_submodule(name).load_state_dict(net.get_submodule(name).state_dict())
@@ -207,9 +206,14 @@ def example(denoiser: Denoiser, teacher: Teacher) -> dict[str, Tensor]:
     """A picture that an export is verified on, as a condition [1, ...]; of a denoiser without an adapter nothing."""
     if not isinstance(denoiser.call, Controlled):
         return {}
-    config, side = denoiser.net.control.config, latents.factor(teacher.parts) if "vae" in teacher.parts.index else 1
-    size = config.conditioning_channels, *(side * n for n in teacher.shape[-2:])
-    return {"control": torch.rand(1, *size, generator=torch.Generator().manual_seed(0))}
+    adapter: Any = denoiser.net.control
+    side = latents.factor(teacher.parts) if "vae" in teacher.parts.index else 1
+    size = [side * n for n in teacher.shape[-2:]]
+    return {
+        "control": torch.rand(
+            1, adapter.config.conditioning_channels, *size, generator=torch.Generator().manual_seed(0)
+        )
+    }
 
 
 class Shown:

@@ -94,7 +94,7 @@ def export(
         if adapters(net):
             negative.write(net, partial / negative.FILE)
         if base is not one:
-            net.control.save_pretrained(partial / control.FOLDER)
+            net.control.save_pretrained(partial / control.FOLDER)  # type: ignore[operator,union-attr]
         limits: Sequence[str] = ()
         if student.experts and not experts.write(student, net, steps, teacher.parts.network, partial):
             limits = [experts.LIMIT.format(len(student.experts) + 1)]

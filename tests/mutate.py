@@ -166,7 +166,7 @@ MUTATIONS = {
           more=((f"{NCT}.py", "f(k + 1) - target", "f(k) - target"),)),
         m("boundary at the noisy level", NCT, "f(0 * k) - x", "f(k) - x", f"{TOLD}::test_gradient"),
         m("noise that is no unit noise", NCT, "(1 - s**2).sqrt() * z", "(1 - s) * z", f"{TOLD}::test_gradient"),
-        m("lambda left out", NCT, "consistency + multiplier.value * boundary", "consistency + boundary",
+        m("lambda left out", NCT, "consistency + dual.value * boundary", "consistency + boundary",
           f"{TOLD}::test_without_its_constraint_it_collapses"),
         m("picture of the told sample", NCT, "denoiser=nets.teacher", "denoiser=nets.student.denoiser", f"{TOLD}"),
         m("sign of the dual step", DUAL, "(mean - bound)", "(bound - mean)", f"{TOLD}::test_multiplier"),

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from distill.draw import Draw
-from distill.dual import Multiplier
+from distill.dual import Multiplier, multiplier
 from distill.losses import Reduction, huber, reduce
 from distill.ranges import Count, Positive, Weight
 from distill.schedule import expand
@@ -54,7 +54,7 @@ class NCT:
     def student_loss(self, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
         if nets.control is None:
             raise ValueError("NCT needs nets.control, which makes the picture of a sample (pipelines.control)")
-        multiplier: Multiplier = nets.student.denoiser.net.multiplier
+        dual = multiplier(nets.student.denoiser.net)
         c = (batch.get("c") or {}) | {"control": nets.control(x)}
         z, eps, k = draw.normal("z", x.shape), draw.normal("eps", x.shape), draw.integers("k", self.levels)
 
@@ -66,12 +66,12 @@ class NCT:
             target = f(k)
         consistency = self.distance(f(k + 1) - target)
         boundary = self.distance(f(0 * k) - x)
-        multiplier.seen(boundary, draw.step)
-        logs = {"consistency": consistency, "boundary": boundary, "lambda": multiplier.value.clone()}
-        return consistency + multiplier.value * boundary, {name: value.detach() for name, value in logs.items()}
+        dual.seen(boundary, draw.step)
+        logs = {"consistency": consistency, "boundary": boundary, "lambda": dual.value.clone()}
+        return consistency + dual.value * boundary, {name: value.detach() for name, value in logs.items()}
 
     def distance(self, delta: Tensor) -> Tensor:
         return reduce(delta**2 if self.huber_c is None else huber(delta, self.huber_c), self.reduction)
 
     def after(self, player: str, nets: Nets) -> None:
-        nets.student.denoiser.net.multiplier.step(self.rate, self.bound)
+        multiplier(nets.student.denoiser.net).step(self.rate, self.bound)
