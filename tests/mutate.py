@@ -159,6 +159,7 @@ MUTATIONS = {
         m("law cut on one side", "distill/times", "first + (last - first) * u", "first + (1 - first) * u", TRUNCATED),
         m("distance of s' unweighted", TCM, "super().far(delta, draw) * share.to(delta)", "super().far(delta, draw)",
           TRUNCATED),
+    ),
     "NCT": (
         m("target with gradient", NCT, "with torch.no_grad():\n            target", "if True:\n            target",
           f"{TOLD}::test_gradient"),
