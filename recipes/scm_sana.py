@@ -17,7 +17,15 @@ from distill.trainer import TrainConfig
 from pipelines.run import main
 
 CONFIG = Config(
-    method=SCM(guidance=4.5, sigma_d=1.0, times=LogNormal(0.2 + math.log(2), 1.6), warmup=4000, c=0.2),
+    method=SCM(
+        guidance=4.5,
+        sigma_d=1.0,
+        times=LogNormal(0.2 + math.log(2), 1.6),
+        warmup=4000,
+        c=0.2,
+        norm="vector",
+        reduction="sum",
+    ),
     data=Text(),
     teacher="Efficient-Large-Model/Sana_600M_512px_diffusers",
     family="sana",

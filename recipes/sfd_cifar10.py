@@ -1,19 +1,27 @@
 """SFD on CIFAR-10: SiD, whose student of a forgotten class makes another one. Chen et al. 2024, arXiv 2409.11219.
 
 `accelerate launch recipes/sfd_cifar10.py --teacher TEACHER --method.forget 0 --method.override 2`, TEACHER a teacher of
-labels (python -m pipelines.edm_convert). The authors' values for a DDPM, on EDM's network; a second stage starts from
-SiD's student and fake score: --student.init and --fake.init runs/sid_cifar10/checkpoint-N. Not run at full size by us.
+labels (python -m pipelines.edm_convert). The authors' values for a DDPM, their times as levels, on EDM's network, whose
+law the fake score keeps; a second stage starts from SiD's student and fake score: --student.init and --fake.init
+runs/sid_cifar10/checkpoint-N. Not run at full size by us.
 """
 
 from distill.config import Config
 from distill.data.labels import Labels
 from distill.methods import Forgetting, SiD
 from distill.roles import StudentConfig
+from distill.times import Karras
 from distill.trainer import TrainConfig
 from pipelines.run import main
 
 CONFIG = Config(
-    method=Forgetting(SiD(alpha=1.2), forget=(0,), override=(2,), weight=0.01, fake_weight=0.01),
+    method=Forgetting(
+        SiD(alpha=1.2, times=Karras(0.137, 13.01)),  # t = 38 .. 711
+        forget=(0,),
+        override=(2,),
+        weight=0.01,
+        fake_weight=0.01,
+    ),
     data=Labels(),
     student=StudentConfig(sigma=2.5),  # SiD
     train=TrainConfig(

@@ -1,9 +1,9 @@
 """SiDA on CIFAR-10, class-conditional: one step, with real images. Zhou et al. 2024, arXiv 2410.14919.
 
-Values of the authors' code. The teacher is EDM's checkpoint, converted: `python -m pipelines.edm_convert
-edm-cifar10-32x32-cond-vp.pkl FOLDER`, then `accelerate launch recipes/sida_cifar10.py --teacher FOLDER --data.images
-IMAGES` (one folder a class). SiD2A, 100 M images from SiD's student: `--max_train_steps 390625 --student.init
-runs/sid_cifar10/checkpoint-3125000`. Published: FID 1.396 (SiD2A). Not run at full size by us.
+Values of the authors' code, less dropout (.13) and augmentation. The teacher is EDM's checkpoint, converted: `python -m
+pipelines.edm_convert edm-cifar10-32x32-cond-vp.pkl FOLDER`, then `accelerate launch recipes/sida_cifar10.py --teacher
+FOLDER --data.images IMAGES` (one folder a class). SiD2A, 100 M images from SiD's student: `--max_train_steps 390625
+--student.init runs/sid_cifar10/checkpoint-3125000`. Published: FID 1.396 (SiD2A). Not run at full size by us.
 """
 
 from distill.config import Config

@@ -105,6 +105,7 @@ MUTATIONS = {
           BY_HAND),
         m("fake trained under k2", SID, "Guided(fake, self.kappa[0])", "Guided(fake, self.kappa[1])", FAKE),
         m("no conditions dropped", SID, 'draw.player == "fake"', "False", FAKE),
+        m("conditions dropped for the teacher", SID, "self.kappa[:3]", "self.kappa", FAKE),
         m("student before the fake", SID,
           'Update("fake", self.fake_loss), Update("student", self.student_loss, self.fake_steps)',
           'Update("student", self.student_loss, self.fake_steps), Update("fake", self.fake_loss)',

@@ -612,7 +612,8 @@ class TestFakeTurn:
             assert "drop" not in draw.names
 
     def test_and_only_there(self):
-        for method in (SiD(p_drop=1.0), VSD(guidance=1.0, p_drop=1.0), DMD2(guidance=3.0, gan=0, gan_fake=0)):
+        guided = SiD(kappa=(1.0, 1.0, 1.0, 4.5), p_drop=1.0)  # its teacher, not its fake score
+        for method in (SiD(p_drop=1.0), guided, VSD(guidance=1.0, p_drop=1.0), DMD2(3.0, gan=0, gan_fake=0)):
             draw = Plain("fake")
             batch = batch_of(draw)
             nets = nets_of(method)

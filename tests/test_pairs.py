@@ -89,7 +89,8 @@ class TestWhatIsStored:
         data.check(("pairs",))
         feed = data.open(teacher, ("pairs",))
         batch = feed(DRAW)
-        assert batch.keys() == {"z", "y", "c"} and all(v.dtype == torch.float32 for v in (batch["z"], batch["y"]))
+        assert batch.keys() == {"z", "y", "c", "real", "real_c"} and torch.equal(batch["real"], batch["y"])
+        assert all(v.dtype == torch.float32 for v in (batch["z"], batch["y"]))
         close(batch["y"], teacher.sample(batch["z"], batch["c"], STEPS, GUIDANCE))
         every, c = noise(0, range(N), teacher.shape), encoded(home, teacher)
         rows = [int((every - z).abs().amax((1, 2, 3)).argmin()) for z in batch["z"]]

@@ -54,7 +54,7 @@ class Trajectories:
 
 
 class PairFeed(Feed):
-    """data(draw) -> batch with noise "z", samples "y" [B, *shape] and their condition "c"."""
+    """data(draw) -> batch with noise "z", samples "y" [B, *shape] and their condition "c"; both also as real ones."""
 
     def __init__(self, text: Table, pairs: Table, prompts: int, names: list[str], seed: int) -> None:
         super().__init__(text, pairs, prompts, names)
@@ -64,7 +64,8 @@ class PairFeed(Feed):
         rows = draw.integers("pair", len(self.images)).tolist()
         stored = self.images.read(rows)
         z = noise(self.seed, rows, stored["x"].shape[1:])
-        return {"z": z, "y": stored["x"], "c": self.text.read(stored["caption"].tolist())}
+        y, c = stored["x"], self.text.read(stored["caption"].tolist())
+        return {"z": z, "y": y, "c": c, "real": y, "real_c": dict(c)}
 
 
 @dataclass(frozen=True)

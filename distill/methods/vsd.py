@@ -32,7 +32,7 @@ class VSD:
     fake_guidance: Finite | None = (
         None  # k of the fake; None: the teacher's (SwiftBrush, PG-SB); 1: DMD; 1 - lambda: ESD
     )
-    p_drop: Share = 0.1  # share of null conditions in the fake's step, where a guidance is not 1 (SwiftBrush code)
+    p_drop: Share = 0.1  # share of null conditions in the fake's step, where a guidance is not 1 (code: of batches)
     fake_steps: Count = 1  # fake steps per student step (SwiftBrush: 1)
     times: Law = Grid(1000, 20, 980)  # of the student's loss (SwiftBrush code)
     fake_times: Law = Grid(1000, 0, 999)  # of the fake's loss (SwiftBrush code)
