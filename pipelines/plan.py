@@ -113,6 +113,7 @@ class Run:
         import torch
 
         from distill.roles import build
+        from pipelines import control
 
         if "told" in self.config.method.needs:
             self.parts.tell()
@@ -125,7 +126,12 @@ class Run:
         student = self.config.student  # of its times, only their number costs
         student = replace(student, times=student.times or grid_times(student.steps), sigma=None)
         with torch.device("meta"):
+            if "control" in self.config.method.needs:
+                control.install(teacher)
             nets = build(self.config.method, teacher.denoiser, teacher.shape, c, student, self.config.fake)
+        if told := control.example(teacher.denoiser, teacher):
+            nets.control = lambda x: told["control"].to("meta").expand(len(x), -1, -1, -1)
+            nets.teacher = teacher.denoiser = control.bare(teacher.denoiser)
         if self.half:
             for p in teacher.denoiser.net.parameters():  # adapters share these
                 p.data = p.data.to(torch.bfloat16)

@@ -79,6 +79,7 @@ REWARD, CLIP, WRAPPED = "distill/methods/reward", "pipelines/reward", "distill/m
 REWARDED = "tests/methods/test_reward.py"
 PROXIED, PROXY = "distill/methods/proxied", "tests/methods/test_proxied.py"
 FORGET, FORGOTTEN = "distill/methods/forget", "tests/methods/test_forget.py"
+CONTROL, SHOWN = "pipelines/control", "tests/test_control.py"
 NCT, DUAL, TOLD = "distill/methods/nct", "distill/dual", "tests/methods/test_nct.py"
 NEGATIVE, TURNED = "pipelines/negative", "tests/methods/test_negative.py"
 HEEDING, SUN, OFFSET = "distill/negative", "distill/methods/sun", "tests/methods/test_sun.py"
@@ -170,8 +171,8 @@ MUTATIONS = {
         m("noise that is no unit noise", NCT, "(1 - s**2).sqrt() * z", "(1 - s) * z", f"{TOLD}::test_gradient"),
         m("lambda left out", NCT, "consistency + dual.value * boundary", "consistency + boundary",
           f"{TOLD}::test_without_its_constraint_it_collapses"),
-        m("picture of the told sample", NCT, "denoiser=nets.teacher", "denoiser=nets.student.denoiser", f"{TOLD}"),
-        m("sign of the dual step", DUAL, "(mean - bound)", "(bound - mean)", f"{TOLD}::test_multiplier"),
+        m("sign of the dual step", DUAL, "rate * (mean - bound)).clamp", "rate * (bound - mean)).clamp",
+          f"{TOLD}::test_multiplier"),
         m("lambda below 0", DUAL, ".clamp(min=0)", "", f"{TOLD}::test_multiplier"),
         m("a skipped update counts", DUAL, "if step != self.at:", "if self.at is None:", f"{TOLD}::test_multiplier"),
         m("the last micro-batch counts", DUAL, "torch.stack(self.losses).mean()", "self.losses[-1]",
@@ -179,7 +180,21 @@ MUTATIONS = {
         m("lambda is not kept", DUAL, 'self.register_buffer("value", torch.tensor(float(value)), persistent=False)',
           "self.value = torch.tensor(float(value))", f"{TOLD}::test_lambda_survives_a_checkpoint"),
         m("the base trains too", "distill/lora", "found = shared(net).requires_grad_(False)",
-          "found = shared(net).requires_grad_(True)", f"{TOLD}::test_only_the_adapter_is_trained"),
+          "found = copy.deepcopy(net).requires_grad_(True)", f"{TOLD}::test_only_the_adapter_is_trained"),
+    ),
+    "control": (
+        m("middle left out", CONTROL, "return out + found.pop()", "return out + 0 * found.pop()",
+          f"{SHOWN}::test_features_go_where_diffusers_puts_them"),
+        m("features on the skips after them", CONTROL, "for _ in skips][::-1]", "for _ in skips]",
+          f"{SHOWN}::test_features_go_where_diffusers_puts_them"),
+        m("the picture stays", CONTROL, "for handle in handles:\n            handle.remove()", "pass",
+          f"{SHOWN}::test_features_go_where_diffusers_puts_them"),
+        m("input of a finished student not scaled", "pipelines/scheduler", 'calls["scale"] = 1.0', "pass",
+          f"{SHOWN}::test_a_finished_student_is_called_as_it_was"),
+        m("noise of a finished student", "pipelines/scheduler", 'calls["renoise"] = "fresh"',
+          'calls["renoise"] = "ddim"', f"{SHOWN}::test_a_finished_student_is_called_as_it_was"),
+        m("edges that are thick", CONTROL, "(size > behind) & (size >= ahead)", "size > 0", f"{SHOWN}::test_canny"),
+        m("every weak edge", CONTROL, "weak * F.max_pool2d(edges, 3, 1, 1)", "weak", f"{SHOWN}::test_canny"),
     ),
     "Forgetting": (
         m("teacher told the class itself", FORGET, "self.rule(c))", "c)", FORGOTTEN),

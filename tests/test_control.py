@@ -1,11 +1,13 @@
 """Controls: nothing where no picture is shown, pictures of samples, finished students, a run and its export."""
 
+import copy
 import importlib
 import json
 import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import forked
 import pytest
@@ -22,6 +24,7 @@ from distill.roles import StudentConfig, build
 from distill.student import Student
 from distill.trainer import train
 from pipelines import control, export, load, opened, run, tiny, verify
+from pipelines.plan import Plan, Run, configured
 from pipelines.scheduler import finished, scheduler
 
 F64 = torch.float64
@@ -101,6 +104,22 @@ def test_zero_is_the_base(family, teachers):
     assert (other - one).norm() > 1e-3 * want.norm()
     assert torch.equal(control.bare(teacher.denoiser)(x, t, c).out, want)
     assert not hasattr(control.bare(teacher.denoiser).net, "control") and control.bare(base) is base
+
+
+@torch.no_grad()
+def test_features_go_where_diffusers_puts_them(teachers):
+    """To the bit as a UNet2DConditionModel adds what it is given as additional residuals."""
+    net = copy.deepcopy(teachers["sd"].denoiser.net)
+    adapter = control.controlnet(net, 3, 2)
+    for p in adapter.parameters():
+        p.add_(0.1 * torch.randn_like(p))
+    x, t, text, picture = torch.randn(2, 4, 8, 8), torch.tensor(7), torch.randn(2, 5, 32), torch.rand(1, 3, 16, 16)
+    skips, middle = adapter(x, t, text, picture.expand(2, -1, -1, -1), return_dict=False)
+    want = net(x, t, text, down_block_additional_residuals=skips, mid_block_additional_residual=middle).sample
+    before = net(x, t, text).sample
+    with control.shown(net, adapter, picture):
+        assert torch.equal(net(x, t, encoder_hidden_states=text).sample, want)
+    assert torch.equal(net(x, t, text).sample, before) and (want - before).norm() > 0.01 * before.norm()
 
 
 def test_other_networks_are_refused(teachers):
@@ -241,6 +260,17 @@ def test_a_wrong_adapter_is_caught(name, runs, tmp_path, monkeypatch):
     with pytest.raises(SystemExit):
         export.main(export.Again(run=f"{folder}", output_dir=f"{tmp_path / 'wrong'}"))
     assert not (tmp_path / "wrong").exists()
+
+
+def test_plan(teachers):
+    """The base is counted once, of the student the adapter alone is trained and averaged."""
+    folder = teachers["sd"].parts.folder
+    plan = Run(*configured(Plan(Path("recipes/nct_sd15.py")), ["--teacher", f"{folder}", "--train_batch_size", "2"]))
+    teacher = again(teachers["sd"])
+    base, _ = (sum(p.numel() for p in teacher.denoiser.net.parameters()), control.install(teacher))
+    adapter = sum(p.numel() for p in teacher.denoiser.net.control.parameters())
+    assert plan.parameters == {"teacher": (base, 0), "student": (base + adapter, adapter)}
+    assert plan.whole.average == 4 * (adapter + 1) and plan.cost.flops > 0  # and lambda
 
 
 def test_consistency_command(runs, tmp_path, capsys):
