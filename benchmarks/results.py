@@ -13,7 +13,7 @@ import importlib
 import json
 import os
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from statistics import fmean
@@ -28,9 +28,32 @@ from eval.jobs import Job, recipe, run
 ROOT = Path(__file__).resolve().parent.parent
 REFERENCE = "teacher-35"  # model-calls; Heun's method with n steps makes 2 n - 1 calls
 TEACHERS = {"teacher-9": 5, "teacher-17": 9, REFERENCE: 18}  # steps of Heun's method
-METHODS = tuple(sorted(p.stem.removesuffix("_digits") for p in (ROOT / "recipes").glob("*_digits.py")))
-FEWER = {"lcd": (1,)}  # calls of students that can do with fewer than their recipe's
+FEWER = {"lcd": (1,), "tcd": (1,)}  # calls of students that can do with fewer than their recipe's
 GOALS = {"dmd2-1": 1.0, "sid-1": 1.15, "vsd-1": 1.15, "scm-1": 1.3, "lcd-2": 1.5}  # fd_heldout over the teacher's
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A run of a recipe. Its flags may name the folders of the stages before, {run[0]}, or their last checkpoints."""
+
+    recipe: str
+    flags: tuple[str, ...] = ()
+    own: bool = False  # takes its own number of steps; the other stages share what this leaves of the budget
+
+
+STAGES = {  # of the methods that are more than a run of their recipe
+    "disback": (Stage("degradation", own=True), Stage("disback", ("--method.record", "{run[0]}"))),
+    "msd": (Stage("msd"), Stage("msd", ("--data.classes", *"56789"))),
+    "phased": (Stage("phased"), Stage("phased", ("--student.experts", "{last[0]}"))),
+    "tsm": (
+        Stage("tsm"),
+        Stage("sid", ("--student.network", f"{ROOT / 'recipes' / 'digits_small'}", "--student.init", "{last[0]}")),
+    ),
+}
+PARTS = {"msd"}  # whose student is the students of all stages, in one pipeline
+METHODS = tuple(
+    sorted({p.stem.removesuffix("_digits") for p in (ROOT / "recipes").glob("*_digits.py")} - {"degradation"})
+)
 
 
 @dataclass(frozen=True)
@@ -69,40 +92,76 @@ def passes(config: Config, steps: int) -> float:
     from pipelines import count, edm
     from recipes.digits_teacher import Teacher
 
-    made = Teacher()
+    made, student, method = Teacher(), config.student, config.method
     teacher = edm.teacher(edm.unet(made.channels, layers=made.layers), made.sigma_d, null_class=10)
     teacher.denoiser.net.to("meta")
     c = {key: value.to("meta") for key, value in teacher.encode([0]).items()}
-    nets = build(config.method, teacher.denoiser, teacher.shape, c, config.student, config.fake)
-    step = config.train.train_batch_size * count.passes(config.method, nets, c)
+    if getattr(method, "record", None):  # a recorded teacher costs what the teacher does
+        method = replace(method, record=None)
+    nets = build(method, teacher.denoiser, teacher.shape, c, replace(student, init=None, experts=()), config.fake)
+    nets.student = replace(nets.student, experts=(nets.teacher,) * len(student.experts))  # as do experts
+    step = config.train.train_batch_size * count.passes(method, nets, c)
     pairs, data = 0, config.data
     if isinstance(data, LabelPairs):
         pairs = data.n * (2 * data.steps - 1) * (1 if data.guidance == 1 else 2)  # Heun's method
     return pairs + steps * step
 
 
-def affordable(config: Config, budget: int) -> int:
+def affordable(config: Config, budget: float) -> int:
     """The steps that so many forward passes of one image pay for."""
     start, one = passes(config, 0), passes(config, 1)
     return round((budget - start) / (one - start))
 
 
+def stages(method: str, budget: int) -> list[tuple[Stage, int]]:
+    """The stages of a method, each with the steps that its share of the budget pays for."""
+    found = STAGES.get(method, (Stage(method),))
+    configs = [parse(module(stage.recipe).CONFIG, list(stage.flags)) for stage in found]
+    own = [c for c, stage in zip(configs, found, strict=True) if stage.own]
+    share = (budget - sum(passes(c, c.train.max_train_steps) for c in own)) / (len(found) - len(own))
+    return [
+        (stage, c.train.max_train_steps if stage.own else affordable(c, share))
+        for stage, c in zip(found, configs, strict=True)
+    ]
+
+
+def runs(cfg: Results, method: str, seed: int) -> list[Path]:
+    """The folders of a method's runs; the student is in the last's, or, if it has parts, in one of its own."""
+    n = len(STAGES.get(method, (method,)))
+    names = [f"{method}-{seed}.{i + 1}" for i in range(n)]
+    return [cfg.output_dir / name for name in (names if method in PARTS else [*names[:-1], f"{method}-{seed}"])]
+
+
 def jobs(cfg: Results) -> dict[str, Job]:
     """The training runs that are not finished."""
     todo = {}
+    done = lambda folder: (folder / "pipeline" / "model_index.json").is_file()
     for seed in cfg.seeds:
         teacher = cfg.output_dir / f"teacher-{seed}"
         script, flags = ROOT / "recipes" / "digits_teacher.py", ("--seed", f"{seed}")
         if not (teacher / "model_index.json").is_file():
             todo[teacher.name] = recipe(script, f"teacher, seed {seed}", teacher, *flags)
         for m in cfg.methods:
-            folder, script = cfg.output_dir / f"{m}-{seed}", ROOT / "recipes" / f"{m}_digits.py"
-            resume = ("--resume_from_checkpoint", "latest") if (folder / "config.yaml").is_file() else ()
-            if not (folder / "pipeline" / "model_index.json").is_file():
-                steps = ("--max_train_steps", f"{affordable(module(m).CONFIG, cfg.passes)}")
-                given = (*flags, *steps, "--teacher", f"{teacher}", *resume)
-                after = (teacher.name,) if teacher.name in todo else ()
+            student, folders = cfg.output_dir / f"{m}-{seed}", runs(cfg, m, seed)
+            if done(student):
+                continue
+            planned = stages(m, cfg.passes)
+            last = [folder / f"checkpoint-{steps}" for folder, (_, steps) in zip(folders, planned, strict=True)]
+            for folder, (stage, steps) in zip(folders, planned, strict=True):
+                if done(folder):
+                    continue
+                script = ROOT / "recipes" / f"{stage.recipe}_digits.py"
+                given = [*flags, "--max_train_steps", f"{steps}", "--teacher", f"{teacher}"]
+                given += [flag.format(run=folders, last=last) for flag in stage.flags]
+                if (folder / "config.yaml").is_file():
+                    given += ["--resume_from_checkpoint", "latest"]
+                after = tuple(f.name for f in (teacher, *folders) if f.name in todo and f"{f}" in " ".join(given))
                 todo[folder.name] = recipe(script, f"{m}, seed {seed}", folder, *given, after=after)
+            if m in PARTS:
+                command = ["-m", "pipelines.experts", *(f"{folder / 'pipeline'}" for folder in folders)]
+                after = tuple(folder.name for folder in folders if folder.name in todo)
+                command += ["--output_dir", f"{student / 'pipeline'}"]
+                todo[student.name] = Job(f"{m}, seed {seed}, all parts", command, after)
     return todo
 
 
@@ -126,13 +185,21 @@ def measure(cfg: Results) -> list[dict[str, Any]]:
         if [(row["seeds"], row["n"]) for row in known] != [([noise], cfg.n) for noise in cfg.noises]:
             spent = None
             if family != "teacher":
-                config = parse(module(family).CONFIG, ["--config", f"{folder / 'config.yaml'}"])
-                spent = passes(config, config.train.max_train_steps)
+                spent = spending(cfg, family, seed)
             known = [evaluate(cfg, name, steps, seed, noise, model, spent) for noise in cfg.noises]
             file.parent.mkdir(exist_ok=True)
             file.write_text(json.dumps(known))
         rows += known
     return rows
+
+
+def spending(cfg: Results, method: str, seed: int) -> float:
+    """Forward passes of one image that a method's training has cost."""
+    total = 0.0
+    for stage, folder in zip(STAGES.get(method, (Stage(method),)), runs(cfg, method, seed), strict=True):
+        config = parse(module(stage.recipe).CONFIG, ["--config", f"{folder / 'config.yaml'}"])
+        total += passes(config, config.train.max_train_steps)
+    return total
 
 
 def evaluate(
@@ -143,7 +210,7 @@ def evaluate(
     from eval.score import score
 
     family = name.split("-")[0]
-    log = cfg.output_dir / f"{family}-{seed}" / "log.jsonl"
+    logs = [run / "log.jsonl" for run in runs(cfg, family, seed)]
     out = cfg.output_dir / "samples" / f"{name}-{seed}-{noise}"
     first = cfg.timing and (seed, noise) == (trained(cfg)[0], cfg.noises[0])
     cost = cfg.output_dir / "costs" / f"{name}.json" if first else None
@@ -151,7 +218,7 @@ def evaluate(
     generate(f"{model}", out, cfg.n, steps, overwrite=True, **asked)
     row = score(out) | {"run": seed}
     known = json.loads(cost.read_text()) if cost else {k: row["cost"][k] for k in ("nfe", "parameters", "hardware")}
-    seconds = json.loads(log.read_text().splitlines()[-1])["seconds"]
+    seconds = sum(json.loads(log.read_text().splitlines()[-1])["seconds"] for log in logs)
     row["cost"] = known | {"train_seconds": seconds, "train_passes": spent}
     return row
 
@@ -295,7 +362,7 @@ def publish(rows: list[dict[str, Any]], floor: float, cfg: Results) -> Path:
     seeds, noises = trained(cfg), len(cfg.noises)
     several = [row for row in table if len(row["runs"]) > 1] or table
     shown = dict.fromkeys(row["model"] for row in several)
-    logs = {m: cfg.output_dir / f"{m}-{seeds[0]}" / "log.jsonl" for m in shown}
+    logs = {m: runs(cfg, m, seeds[0])[-1] / "log.jsonl" for m in shown}
     lead = (
         f"Means and 95 % intervals over up to {len(seeds)} training seeds, {noises} sets of {cfg.n:,} images each. The "
         "dashed line is the distance of two sets of real digits. Pictures and curves are of the first seeds."
