@@ -24,7 +24,7 @@ from distill.trainer import Batch, Logs, Loss, Nets
 
 @dataclass(frozen=True)
 class Entropic(Wrapped):
-    """A method with a guided fake score, for the sake of diversity."""
+    """A method with a guided fake score: samples of different conditions are kept apart."""
 
     entropy: Weight = 0.5  # lambda (paper); above 1 it over-disperses
     p_drop: Share = 0.1  # of the fake's conditions, where lambda is not 0
