@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from distill.denoiser import Condition, Denoiser
-from distill.solver import Call, Step, ddim, fresh
+from distill.solver import Call, ddim, fresh
 
 if TYPE_CHECKING:
     from distill.draw import Draw
@@ -99,13 +99,8 @@ class Student:
 
     def calls(self, draw: Draw | None = None) -> list[Call]:
         """The calls one by one: `relay` makes of them what `generate` makes, and networks may take turns on them."""
-        if self.renoise == "fresh" and draw is None and len(self.times) > 1:
-            raise ValueError("a student with fresh noise between its steps needs `draw` to generate")
-
-        def step(i: int) -> Step:
-            noise = lambda x: draw.normal(f"renoise{i}", tuple(x.shape)).to(x)  # type: ignore[union-attr]
-            return fresh(noise) if self.renoise == "fresh" else ddim
-
+        anew = lambda i: fresh(lambda x: self._noise(None, i, x, draw))
+        step = lambda i: ddim if self.renoise == "ddim" else anew(i)
         return [Call(self.at(i), t, step(i), self.scale) for i, t in enumerate(self.times)]
 
     def _noise(self, pred: Prediction | None, i: int, z: Tensor, draw: Draw | None) -> Tensor:

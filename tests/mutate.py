@@ -83,6 +83,8 @@ CONTROL, SHOWN = "pipelines/control", "tests/test_control.py"
 NCT, DUAL, TOLD = "distill/methods/nct", "distill/dual", "tests/methods/test_nct.py"
 NEGATIVE, TURNED = "pipelines/negative", "tests/methods/test_negative.py"
 HEEDING, SUN, OFFSET = "distill/negative", "distill/methods/sun", "tests/methods/test_sun.py"
+SOLVER, STITCH = "distill/solver", "pipelines/stitch"
+TURNS, STITCHED = "tests/test_turns.py", "tests/test_stitch.py"
 ENTROPIC, SPREAD = "distill/methods/entropic", "tests/methods/test_entropic.py"
 OF = "tests/methods/test_"  # NAME.py
 ENDS, MEANS, TWINS, BOOTS, SIGNS = (f"{OF}{name}.py" for name in "average meanflow twinflow boot sign".split())
@@ -405,6 +407,36 @@ MUTATIONS = {
           "replace(teacher, net=twin(",
           ENDS),
     ),
+    "Turns": (
+        m("x of the other path", SOLVER, "denoiser=self.denoiser.on(path), t=float(t)", "t=float(t)", TURNS),
+        m("time of the other path", SOLVER, "denoiser=self.denoiser.on(path), t=float(t)",
+          "denoiser=self.denoiser.on(path)", TURNS),
+        m("calls below the handover", SOLVER, "if call.level > level]", "if call.level >= level / 2]", TURNS),
+        m("first calls kept", SOLVER, "rest = then[skip:]", "rest = then[max(0, skip - 1) :]", TURNS),
+        m("other order", SOLVER, "[*before, *rest]", "[*rest, *before]", TURNS),
+        m("a step too far", SOLVER, "times[:-1], times[1:], strict",
+          "times[:-1], [*times[2:], times[-1]], strict", TURNS),
+        m("scale forgotten", SOLVER, "if turns[0].scale is None else turns[0].scale", "", TURNS),
+        m("noise of one name", "distill/student", "fresh(lambda x: self._noise(None, i,",
+          "fresh(lambda x: self._noise(None, 0,", TURNS),
+        m("experts forgotten", "distill/student", "Call(self.at(i), t, step(i)", "Call(self.denoiser, t, step(i)",
+          TURNS),
+        m("no new noise", STITCH, "if self.solver is None and anew:", "if False:", STITCHED),
+        m("unit noise of Euler's", STITCH, "scale = float(scheduler.scale_model_input(start, scheduler.timesteps[0]))",
+          "scale = float(start)", STITCHED),
+        m("base without guidance", STITCH, "denoiser = getattr(teacher.parts.family",
+          "getattr(teacher.parts.family", STITCHED),
+        m("levels of another grid", STITCH, "teacher.set_timesteps(scheduler, steps)",
+          "scheduler.set_timesteps(steps)", STITCHED),
+    ),
+    "CFG++": (
+        m("guided noise", SOLVER, "diffuse(pred.x0, empty.eps, s)", "diffuse(pred.x0, pred.eps, s)", TURNS),
+        m("sample without guidance", SOLVER, "diffuse(pred.x0, empty.eps, s)", "diffuse(empty.x0, empty.eps, s)",
+          TURNS),
+        m("noise of the condition", "distill/guidance", 'half | {"out": empty})', 'half | {"out": cond})', TURNS),
+        m("scale of 0 without guidance", SOLVER, "Guided(denoiser, 1.0)", "Guided(denoiser, 0.0)", TURNS),
+        m("asks for no null condition", "distill/guidance", 'w == 1 and solver != "cfg++"', "w == 1", TURNS),
+    ),
     "RCGM": (
         m("sign of v", RCGM, "/ self.step - v)", "/ self.step + v)", TWINS),
         m("start not moved", RCGM, "x - self.step * v, t", "x, t", TWINS),
@@ -655,8 +687,8 @@ MUTATIONS = {
         m("branches exchanged", "distill/guidance", "cond, empty = pred", "empty, cond = pred", DENOISER),
         m("drops the wrong ones", "distill/guidance", "empty[k], v) for", "v, empty[k]) for", DENOISER),
         m("range from 0", "distill/guidance", "w[0] + (w[1] - w[0]) * draw", "w[1] * draw", DENOISER),
-        m("w = 0 is conditional", "distill/guidance", "return self.base(x, t, null)", "return self.base(x, t, c)",
-          DENOISER),
+        m("w = 0 is conditional", "distill/guidance", "self.base(x, t, null_of(self.base.null, c))",
+          "self.base(x, t, c)", DENOISER),
     ),
     "student, solvers": (
         m("gradient through all calls", "distill/student", "with torch.no_grad():", "with torch.enable_grad():",

@@ -1,14 +1,11 @@
 """Networks that take turns on one sample, and CFG++: identities in float64, and the ring of eight modes."""
 
-import math
-
 import pytest
 import torch
 from gaussian import F64, SCHEDULES, consistent, exact
 from test_student import near, problem
 from tiny import tiny
 
-from benchmarks.toys import Exact, Mixture
 from distill.denoiser import Denoiser
 from distill.draw import Draw
 from distill.guidance import Guided
@@ -40,8 +37,8 @@ class TestCalls:
 
     def test_fresh_noise_needs_a_draw(self):
         with pytest.raises(ValueError, match="needs `draw`"):
-            Student(tiny(EDM()), (1.0, 0.5)).calls()
-        assert len(Student(tiny(EDM())).calls()) == 1
+            relay(Student(tiny(EDM()), (1.0, 0.5)).calls(), noise())
+        assert relay(Student(tiny(EDM())).calls(), noise()).equal(Student(tiny(EDM())).generate(noise(), None))
 
     @pytest.mark.parametrize("here", SCHEDULES)
     @pytest.mark.parametrize("there", SCHEDULES)
@@ -52,6 +49,7 @@ class TestCalls:
         student = along(consistent(law, b), (1.0, 0.5), fresh(lambda x: 1 / 0))
         calls = handover(base, student, 1)
         assert 1 < len(calls) < 6 and all(x.level > y.level for x, y in zip(calls[:-1], calls[1:], strict=True))
+        assert student[1].on(a).level == pytest.approx(student[1].level, rel=1e-9)
         start, end = (
             tuple(v[:, None] for v in s.coefficients(torch.full((N,), t, dtype=F64))) for s, t in ((a, 1.0), (b, 0.0))
         )
@@ -122,36 +120,44 @@ def test_methods_know_that_it_needs_a_null_condition():
         sample(tiny(EDM()), noise(), None, 3, "cfg++")
 
 
-RING = Mixture(tuple((2 * math.cos(k * math.pi / 4), 2 * math.sin(k * math.pi / 4)) for k in range(8)), 0.1)
-
-
-def ring(x0=None, schedule=Trig()):
-    """The exact denoiser of the ring, or one that predicts x0(x, sigma) on EDM, spoken to on another schedule."""
-    net = Exact(RING) if x0 is None else x0
-    call = lambda net, x, sigma, c: net(x, sigma)
-    return Denoiser(net if isinstance(net, torch.nn.Module) else Plain(net), EDM(), "x0", call).on(schedule)
+STD, ANGLES = 0.1, torch.arange(8, dtype=F64) * (torch.pi / 4)
+RING = 2 * torch.stack([ANGLES.cos(), ANGLES.sin()], 1)  # eight equally likely modes
 
 
 class Plain(torch.nn.Module):
-    def __init__(self, f):
+    """A network of no weights that predicts x0 from x0 + sigma eps."""
+
+    def __init__(self, predict):
         super().__init__()
-        self.forward = f
+        self.forward = predict
+
+
+def posterior(x, sigma):
+    """E[x0 | x0 + sigma eps = x] of the ring."""
+    var = sigma[:, None] ** 2
+    which = ((x @ RING.T) / (STD**2 + var)).softmax(1)
+    return (STD**2 * x + var * (which @ RING)) / (STD**2 + var)
+
+
+def ring(predict=posterior, schedule=Trig()):
+    """The exact denoiser of the ring, or another, spoken to on a schedule that is not its own."""
+    return Denoiser(Plain(predict), EDM(), "x0").on(schedule)
 
 
 def inside(x):
     """Share of the samples within 4 standard deviations of a mode."""
-    return float((torch.cdist(x.float(), RING.centres).min(1).values < 4 * RING.std).float().mean())
+    return float((torch.cdist(x, RING).min(1).values < 4 * STD).double().mean())
 
 
 def spread(x):
     """Total variation between the histogram of modes and the uniform one."""
-    count = torch.bincount(torch.cdist(x.float(), RING.centres).argmin(1), minlength=8) / len(x)
+    count = torch.bincount(torch.cdist(x, RING).argmin(1), minlength=8) / len(x)
     return float((count - 1 / 8).abs().sum() / 2)
 
 
 def test_a_small_network_will_do_at_high_noise():
     """T-Stitch on the ring: the small network knows the data's mean and covariance alone."""
-    var = 2 + RING.std**2
+    var = 2 + STD**2
     large, small = ring(), ring(lambda x, sigma: x * (var / (var + sigma**2))[:, None])
     times = [1 - k / 50 for k in range(50)]
     few, many = along(small, times), along(large, times)
@@ -170,7 +176,7 @@ def test_a_base_model_brings_back_what_the_first_call_lost():
 
     def student(x, sigma):
         if sigma[0] > 10:
-            return RING.centres[[0, 4]].to(x)[(x[:, 0] < 0).long()]
+            return RING[[0, 4]][(x[:, 0] < 0).long()]
         t = float(EDM().time(sigma[:1]))
         return relay([Call(teacher, t * (1 - k / 20), ddim, 1.0) for k in range(20)], x)
 
