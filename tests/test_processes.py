@@ -22,7 +22,7 @@ CASES = {  # name: method, adapters, accumulation
     for method in ("sid", "dmd2", "vsd", "lcd", "scm")
     for lora in (False, True)
     for rounds in (1, 2)
-}
+} | {"nct full x1": ("nct", False, 1)}
 QUICK = [case for case, (_, lora, rounds) in CASES.items() if lora == (rounds == 2)]
 CHOSEN = [case if case in QUICK else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
 
@@ -40,6 +40,7 @@ def run(accelerator, case):
     from test_trainer import METHODS, config, nets_of, vectors
 
     from distill.lora import LoRA
+    from distill.methods import NCT
     from distill.roles import FakeConfig, StudentConfig
     from distill.shard import whole
     from distill.trainer import train
@@ -47,7 +48,8 @@ def run(accelerator, case):
     name, lora, rounds = CASES[case]
     adapter = LoRA(4, 8.0, ("mid", "last")) if lora else LoRA()
     student = StudentConfig(times=(1.0, 0.5), lora=adapter)
-    method = replace(METHODS[name], huber_c=0.1) if name == "lcd" else METHODS[name]  # |delta| amplifies rounding
+    method = (METHODS | {"nct": NCT()})[name]
+    method = replace(method, huber_c=0.1) if name == "lcd" else method  # |delta| amplifies rounding
     nets, shares, found, logs = nets_of(method, student=student, fake=FakeConfig(adapter)), [], {}, {}
     nets.teacher.blocks = ("Linear", "Embedding")
     for p in (p for net in nets.modules().values() for p in net.parameters() if p.requires_grad):
