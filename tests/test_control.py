@@ -106,20 +106,23 @@ def test_zero_is_the_base(family, teachers):
     assert not hasattr(control.bare(teacher.denoiser).net, "control") and control.bare(base) is base
 
 
+@pytest.mark.parametrize("family", ("sd", "sdxl"))
 @torch.no_grad()
-def test_features_go_where_diffusers_puts_them(teachers):
+def test_features_go_where_diffusers_puts_them(family, teachers):
     """To the bit as a UNet2DConditionModel adds what it is given as additional residuals."""
-    net = copy.deepcopy(teachers["sd"].denoiser.net)
+    net = copy.deepcopy(teachers[family].denoiser.net)
     adapter = control.controlnet(net, 3, 2)
     for p in adapter.parameters():
         p.add_(0.1 * torch.randn_like(p))
-    x, t, text, picture = torch.randn(2, 4, 8, 8), torch.tensor(7), torch.randn(2, 5, 32), torch.rand(1, 3, 16, 16)
-    skips, middle = adapter(x, t, text, picture.expand(2, -1, -1, -1), return_dict=False)
-    want = net(x, t, text, down_block_additional_residuals=skips, mid_block_additional_residual=middle).sample
-    before = net(x, t, text).sample
+    x, t, text = torch.randn(2, 4, 8, 8), torch.tensor(7), torch.randn(2, 5, net.config.cross_attention_dim)
+    sizes = {"added_cond_kwargs": {"text_embeds": torch.randn(2, 32), "time_ids": torch.rand(2, 6)}}
+    given, picture = sizes if family == "sdxl" else {}, torch.rand(1, 3, 16, 16)
+    skips, middle = adapter(x, t, text, picture.expand(2, -1, -1, -1), return_dict=False, **given)
+    told = {"down_block_additional_residuals": skips, "mid_block_additional_residual": middle}
+    want, before = (net(x, t, text, **given, **more).sample for more in (told, {}))
     with control.shown(net, adapter, picture):
-        assert torch.equal(net(x, t, encoder_hidden_states=text).sample, want)
-    assert torch.equal(net(x, t, text).sample, before) and (want - before).norm() > 0.01 * before.norm()
+        assert torch.equal(net(x, t, encoder_hidden_states=text, **given).sample, want)
+    assert torch.equal(net(x, t, text, **given).sample, before) and (want - before).norm() > 0.01 * before.norm()
 
 
 def test_other_networks_are_refused(teachers):
