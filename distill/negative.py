@@ -186,6 +186,17 @@ def layers(net: nn.Module) -> dict[str, Any]:
     return found
 
 
+def turn(net: nn.Module, rule: Rule, length: int) -> None:
+    """From now on the network's cross-attentions join a negative prompt by the rule, in place; no new weights.
+
+    The rule stays for blocks that are recomputed in the backward pass.
+    """
+    for layer in layers(net).values():
+        if not isinstance(layer.processor, Turned):
+            layer.processor = Turned(layer.processor, rule, length)
+        layer.processor.rule = rule
+
+
 def adapt(net: Any, length: int) -> Any:
     """Give every cross-attention of the network SUN's adapter, in place; it does as before.
 

@@ -17,7 +17,7 @@ from distill.denoiser import Condition, Denoiser
 from distill.disc import heads
 from distill.draw import Draw
 from distill.lora import LoRA, trained_alone, twin, weightless
-from distill.negative import TEXT, adapted
+from distill.negative import TEXT, adapted, layers
 from distill.ranges import Count, Natural, Positive, Share, check
 from distill.schedule import Schedule
 from distill.student import Student, falling, grid_times
@@ -190,6 +190,8 @@ def build(
             f"{type(method).__name__} with these guidance values needs a null condition, but the teacher is "
             "unconditional or was trained without label dropout; set its guidance (or every kappa) to 1"
         )
+    if "text" in method.needs:
+        layers(teacher.net)  # or a ValueError
     if "negative" in method.needs:
         words = c[TEXT[0]].shape[1] if c is not None and TEXT[0] in c else 0
         if student.negative != words or not words:

@@ -85,6 +85,7 @@ NEGATIVE, TURNED = "pipelines/negative", "tests/methods/test_negative.py"
 HEEDING, SUN, OFFSET = "distill/negative", "distill/methods/sun", "tests/methods/test_sun.py"
 SOLVER, STITCH = "distill/solver", "pipelines/stitch"
 TURNS, STITCHED = "tests/test_turns.py", "tests/test_stitch.py"
+NASA = "distill/methods/nasa"
 ENTROPIC, SPREAD = "distill/methods/entropic", "tests/methods/test_entropic.py"
 OF = "tests/methods/test_"  # NAME.py
 ENDS, MEANS, TWINS, BOOTS, SIGNS = (f"{OF}{name}.py" for name in "average meanflow twinflow boot sign".split())
@@ -252,6 +253,15 @@ MUTATIONS = {
         m("all is trained", HEEDING, "adapt(shared(backbone.requires_grad_(False)), length)",
           "adapt(shared(backbone.requires_grad_(True)), length)", OFFSET),
         m("guidance hears it twice", NEGATIVE, "if guided:", "if False:", OFFSET),
+    ),
+    "NASAT": (
+        m("fake is told, too", NASA, "replace(nets, teacher=",
+          "replace(nets, fake=replace(nets.fake, null=other), teacher=", OFFSET),
+        m("teacher keeps its null condition", NASA, "self.alpha and (null", "False and (null", OFFSET),
+        m("student is not told", NASA, '{"c": against(c, another(c, draw))}', "{}", OFFSET),
+        m("another negative prompt for the teacher", NASA, 'another(batch["c"], draw)',
+          'another(batch["c"], draw.apart("x"))', OFFSET),
+        m("always in full", NASA, 'draw.index("nasa", 1 << 20) / (1 << 20)', "1.0", OFFSET),
     ),
     "SiDA": (
         m("sign of the student's GAN", SIDA, "F.softplus(-self.logits(", "F.softplus(self.logits(", JUDGE),

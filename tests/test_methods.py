@@ -38,6 +38,7 @@ WORDS = {  # of Method.needs
     "pairs": "pairs of the teacher (`python -m pipelines.pairs`)",
     "perceptual": "LPIPS",
     "reward": "a reward",
+    "text": "cross-attention",
     "negative": "cross-attention (adapters are added)",
     "finished": "a finished student as its teacher",
     "control": "a picture of its samples (`pipelines/control.py`)",
@@ -85,7 +86,7 @@ def without(method):
 
 def passes(method):
     """Forward passes of an iteration, a one-step student of the digits' teacher; of a small SD where text is heard."""
-    if "negative" in method.needs:
+    if {"negative", "text"} & {*method.needs}:
         c = {"prompt_embeds": torch.zeros(1, 77, 32)}
         teacher, shape = Denoiser(sd.unet(), VP.scaled_linear(), "eps", sd.call, null=c), (4, 8, 8)
     else:

@@ -55,17 +55,18 @@ def texts(draw):
 
 
 def data_of(method):
-    return texts if "negative" in method.needs else vectors
+    return texts if {"negative", "text"} & {*method.needs} else vectors
 
 
 def nets_of(method, **change):
     """Two-step students, so that renoising is part of every test; a fake score that is not the teacher."""
-    hears, made = "negative" in method.needs, {"end": clock, "negative": reader, "control": steered}
+    hears, adapter = data_of(method) is texts, "negative" in method.needs
+    made = {"end": clock, "negative": reader, "text": reader, "control": steered}
     made = next((made[need] for need in method.needs if need in made), tiny)
     teacher = made(Trig(), "v", dtype=torch.float32, classes=3)
     torch.manual_seed(1)  # the head's
     c = spoken(torch.tensor([0])) if hears else {"label": torch.tensor([0])}
-    student = StudentConfig(times=(1.0, 0.5), negative=WORDS if hears else 0)
+    student = StudentConfig(times=(1.0, 0.5), negative=WORDS if adapter else 0)
     nets = build(method, teacher, (2,), c, **{"student": student} | change)
     nets.perceptual, nets.reward = lambda x, y: (x - y).square().mean(1), lambda x, c: x.mean(1)
     nets.control = lambda x: x[:, :1]

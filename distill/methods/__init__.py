@@ -13,6 +13,7 @@ from distill.methods.forget import Forgetting
 from distill.methods.ladd import LADD
 from distill.methods.lcd import LCD
 from distill.methods.meanflow import MeanFlow
+from distill.methods.nasa import NASAT
 from distill.methods.nct import NCT
 from distill.methods.pcm import PCM
 from distill.methods.phased import PhasedDMD
@@ -47,6 +48,7 @@ __all__ = [
     "Forgetting",
     "LADD",
     "LCD",
+    "NASAT",
     "NCT",
     "PCM",
     "PhasedDMD",

@@ -1,4 +1,4 @@
-"""SUN: off to the bit, one pass that is guidance exactly, steps by hand; its adapter in other networks and pipelines.
+"""SUN and NASA-T: off to the bit, one pass that is guidance exactly, steps by hand; the adapter in other pipelines.
 
 Conditions are words of one length: an attention to one word is that word, the mean of a Gaussian. So guidance w is the
 mean n + w (c - n), and the adapter that hears c and n through the network's own values says it with alpha = w - 1.
@@ -12,11 +12,12 @@ import torch
 from accelerate import Accelerator
 from gaussian import F64, SCHEDULES, encode, level
 from tiny import WORDS, reader, spoken
+from tiny import tiny as small
 from torch import nn
 
 from distill.denoiser import Denoiser
 from distill.draw import Draw
-from distill.methods import SUN
+from distill.methods import NASAT, SUN, VSD
 from distill.negative import TEXT, adapt, adapted, adapters, against, another, layers, strip
 from distill.roles import Nets, StudentConfig, build
 from distill.schedule import Flow
@@ -125,6 +126,27 @@ def test_no_offset_from_itself():
     assert (student(x, t, against(c, c)).out - plain).norm() > 0.1
 
 
+def test_the_offset_by_hand():
+    """Words of any length: the negative one and the branches' own are rescaled to the prompt's, sample by sample."""
+    nets, _ = world("flow")
+    c, n = (
+        scale * words(B, seed) for scale, seed in ((torch.linspace(0.5, 3, B).double()[:, None, None], 0), (5.0, 1))
+    )
+    branch, x = nets.student.denoiser.net.attn2.negative, torch.ones(B, D, dtype=F64)
+    with torch.no_grad():
+        for seed, one in enumerate((branch.minus, branch.plus)):
+            own = torch.randn(3, D, D, dtype=F64, generator=torch.Generator().manual_seed(seed))
+            one.alpha.copy_(own[0, 0]), one.beta.copy_(own[0, 1]), one.to_v.weight.copy_(own[1])
+        told = against({TEXT[0]: c}, {TEXT[0]: n})
+        got = nets.student.denoiser(x, torch.full((B,), 0.5, dtype=F64), told).x0
+        minus, plus = (
+            one.alpha * c.norm(dim=2, keepdim=True) * torch.nn.functional.normalize(one.to_v(word), dim=2) + one.beta
+            for one, word in ((branch.minus, n), (branch.plus, c))
+        )
+        want = posterior(x, (c - minus + plus)[:, 0], 0.5, 0.5)
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
+
+
 def by_hand(x, mean, path, t, s, steps):
     """DDIM towards N(mean, VAR) in `steps` equal steps, the last one to x0 where s = 0."""
     grid = [t + (s - t) * j / steps for j in range(steps + 1)]
@@ -198,6 +220,74 @@ def test_another():
     assert (seen.diagonal() == 0).all() and seen[~torch.eye(5, dtype=bool)].min() > 60
     with pytest.raises(ValueError, match="it has one: make it larger"):
         another({"n": torch.arange(1)}, turn(1))
+
+
+# ---- NASA-T ----
+
+
+def distilled(schedule="vp"):
+    """(roles, a batch): teacher, fake and student tell N(word, VAR) each, the last with the fake's words moved."""
+    nets, batch = world(schedule, times=(0.8,))
+    net = copy.deepcopy(nets.teacher.net).requires_grad_(True)
+    student = Student(replace(nets.teacher, net=net), (0.8,), 1.0)
+    null = {TEXT[0]: words(1, 9)}
+    return replace(nets, student=student, fake=replace(nets.teacher, null=null)), batch | {"c": batch["real_c"]}
+
+
+class Doubles(Draw):
+    def normal(self, name, shape):
+        return super().normal(name, shape).double()
+
+
+def turns(method, nets, batch, player="student"):
+    draw = Doubles(0, 0, player, torch.arange(B))
+    x = method.sample(nets, batch, draw)
+    (update,) = (one for one in method.updates() if one.player == player)
+    return x, update.loss(x, nets, batch, draw)[0], draw
+
+
+def test_without_nasa_it_is_the_base():
+    for player in ("student", "fake"):
+        got, want = (turns(method, *distilled(), player) for method in (NASAT(VSD(W), alpha=0.0), VSD(W)))
+        assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
+    assert NASAT(VSD(W), alpha=0.0).needs == VSD(W).needs
+
+
+@pytest.mark.level(1, "NASAT")
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_nasa_by_hand(schedule):
+    """The student's mean is c - a n, the teacher's n + k (c - n), the fake's that of its own null condition."""
+    nets, batch = distilled(schedule)
+    path, method = SCHEDULES[schedule], NASAT(VSD(W, times=Fixed(0.5), reduction="sum", weight=False), alpha=0.7)
+    x, loss, draw = turns(method, nets, batch)
+    c, n = batch["c"][TEXT[0]][:, 0], another(batch["c"], draw)[TEXT[0]][:, 0]
+    a = 0.7 * draw.index("nasa", 1 << 20) / (1 << 20)
+    at = lambda t: (level.reshape(1, 1) for level in path.coefficients(torch.tensor([t], dtype=F64)))
+    near = lambda got, want: torch.testing.assert_close(got, want, rtol=1e-7, atol=1e-9)
+    near(x, posterior(draw.normal("z", (B, D)), c - a * n, *at(0.8)))
+    (got,) = torch.autograd.grad(loss, x)
+    (alpha, sigma), null = at(0.5), nets.fake.null[TEXT[0]][:, 0]
+    x_t = (alpha * x + sigma * draw.normal("eps", (B, D))).detach()
+    real, fake = (posterior(x_t, m + W * (c - m), alpha, sigma) for m in (n, null))
+    near(got, alpha / sigma * (fake - real) / B)
+    assert 0.01 < a < 0.7
+
+
+def test_nasa_changes_with_the_step_alone():
+    """One a for all samples of a step, from 0 to alpha."""
+    nets, batch = distilled()
+    seen = []
+    for step in range(40):
+        NASAT(VSD(W), alpha=0.5).sample(nets, batch, Doubles(0, step, "student", torch.arange(B)))
+        seen.append(nets.student.denoiser.net.attn2.processor.rule.alpha)
+    assert 0 <= min(seen) < 0.1 and 0.4 < max(seen) < 0.5 and len({*seen}) == 40
+    x, t = batch["real"], torch.full((B,), 0.5, dtype=F64)
+    assert torch.equal(nets.student.denoiser(x, t, batch["c"]).out, nets.teacher(x, t, batch["c"]).out)
+
+
+def test_nasa_needs_cross_attention():
+    with pytest.raises(ValueError, match="Tiny has no cross-attention"):
+        build(NASAT(), small(Flow(), "flow", classes=3), (2,), {"label": torch.tensor([0])})
 
 
 # ---- what is learned ----
