@@ -21,6 +21,11 @@ def merge(a: Condition, b: Condition) -> Condition:
     return None if a is None or b is None else {key: torch.cat([a[key], b[key].to(a[key].dtype)]) for key in a}
 
 
+def repeated(c: Condition, n: int) -> Condition:
+    """The condition of n batches one after another, each under c."""
+    return None if c is None else {key: torch.cat([value] * n) for key, value in c.items()}
+
+
 def null_of(null: Condition, c: Condition) -> Condition:
     """The null condition with the batch size of c; keys that it lacks (a guidance embedding, say) are kept from c."""
     if null is None or c is None:

@@ -52,6 +52,11 @@ class LCD:
         return batch["real"]
 
     def student_loss(self, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
+        out, target, _ = self.solutions(x, nets, batch, draw)
+        return self.distance(out - target)
+
+    def solutions(self, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Tensor, Tensor | None]:
+        """f(x_t, t), f_target(x_s, s), both at e [B], and e."""
         student, c, path = nets.student.denoiser, batch.get("real_c"), nets.teacher.path
         t, eps = Grid(self.N + 1, 1, self.N)(draw, "t", len(x), path), draw.normal("eps", x.shape).to(x)
         w = scale_of(self.guidance, draw, len(x))
@@ -61,7 +66,9 @@ class LCD:
             solver = STEPS[self.solver] if isinstance(self.solver, str) else self.solver
             x_s = solver(Guided(nets.teacher, w), x_t, t, s, c)
             target = self.f(nets.target or student, x_s, s, e, told(c, w))
-        delta = self.f(student, x_t, t, e, told(c, w)) - target
+        return self.f(student, x_t, t, e, told(c, w)), target, e
+
+    def distance(self, delta: Tensor) -> tuple[Tensor, Logs]:
         loss = delta**2 if self.huber_c is None else huber(delta, self.huber_c)
         return reduce(loss, self.reduction), {"delta": delta.detach().square().mean()}
 

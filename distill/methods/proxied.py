@@ -23,6 +23,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits as cross_entrop
 from distill.denoiser import Condition
 from distill.disc import seen
 from distill.draw import Draw
+from distill.guidance import repeated
 from distill.methods.lcd import LCD
 from distill.methods.reward import Rewarded, judge
 from distill.ranges import Finite, Positive, Weight
@@ -64,9 +65,8 @@ class Proxied(Rewarded):
     def proxy(self, xs: list[Tensor], c: Condition, nets: Nets, draw: Draw) -> list[Tensor]:
         """R_L of each of several batches under the same conditions and noise, [B] each."""
         n = len(xs)
-        many = None if c is None else {key: torch.cat([value] * n) for key, value in c.items()}
         where, names = (self.proxy_taps, self.proxy_times), ["proxy"] * n
-        features = seen(nets.teacher, *where, torch.cat(xs), many, draw, *names)
+        features = seen(nets.teacher, *where, torch.cat(xs), repeated(c, n), draw, *names)
         return [*nets.proxy(*features).flatten(1).mean(1).chunk(n)]
 
     def proxy_loss(self, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
