@@ -13,7 +13,7 @@ from typing import Annotated, Any, Generic, NoReturn, TypeVar, get_args, get_ori
 import tyro
 import yaml
 
-from distill.ranges import Count, check, leaves
+from distill.ranges import Count, Weight, check, leaves
 from distill.roles import FakeConfig, StudentConfig
 from distill.trainer import TrainConfig
 
@@ -34,6 +34,8 @@ class Config(Generic[M, D]):
     variant: str | None = None  # of the teacher's weight files: fp16
     resolution: Count | None = None  # pixels of a side; None: what the teacher was trained for
     frames: Count | None = None  # of a video; None: what the teacher was trained for
+    pag_scale: Weight = 0.0  # s of perturbed-attention guidance of the teacher, on top of the method's own; 0: none
+    pag_layers: tuple[str, ...] = ("mid_block",)  # where its self-attention is perturbed; of SANA transformer_blocks.0
     student: StudentConfig = field(default_factory=StudentConfig)
     fake: FakeConfig = field(default_factory=FakeConfig)
     train: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)

@@ -1,13 +1,17 @@
-"""Classifier-free guidance is itself a denoiser. Convention: out = null + w (cond - null); w = 1 is no guidance."""
+"""Guidance is itself a denoiser.
+
+classifier-free, w = 1 is none          out = null + w (cond - null)
+away from a worse network, s = 0 is none     out = out + s (out - worse), under both w too: s (cond - worse cond)
+"""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from distill.denoiser import Condition, Denoiser, first, tapped
 from distill.schedule import Prediction, Schedule, expand
@@ -44,10 +48,36 @@ def drop(c: Condition, null: Condition, mask: Tensor) -> Condition:
 
 
 @dataclass(eq=False)
+class Away(Denoiser):
+    """A denoiser that goes on, by a share s, from where a worse network says: a further call on B samples.
+
+    PAG (Ahn et al. 2024, arXiv 2403.17377): `worse` is the same weights without self-attention (pipelines/pag.py);
+    its repository counts s + 1. Autoguidance (Karras et al. 2024, arXiv 2406.02507) has another worse network.
+    Features are the network's own.
+    """
+
+    worse: nn.Module = field(kw_only=True)
+    s: float = field(kw_only=True)
+
+    def __call__(self, x: Tensor, t: Tensor, c: Condition = None) -> Prediction:
+        pred = self.alone(x, t, c)
+        return replace(pred, out=pred.out + self.term(pred.out, x, t, c))
+
+    def alone(self, x: Tensor, t: Tensor, c: Condition = None) -> Prediction:
+        """What the network says by itself."""
+        return super().__call__(x, t, c)
+
+    def term(self, out: Tensor, x: Tensor, t: Tensor, c: Condition) -> Tensor:
+        """s (out - what the worse network says)."""
+        return self.s * (out - replace(self, net=self.worse).alone(x, t, c).out)
+
+
+@dataclass(eq=False)
 class Guided:
     """base with guidance w: a float, or one number per sample [B]. Gradients flow through both branches.
 
-    w = 1 calls the conditional branch alone, w = 0 the null branch alone; any other w makes one call of 2B samples.
+    w = 1 calls the conditional branch alone, w = 0 the null branch alone; any other w makes one call of 2B samples,
+    and where base is `Away` from a worse network, one of B under c to that: w does not multiply its s.
     """
 
     base: Denoiser
@@ -62,11 +92,15 @@ class Guided:
 
     def both(self, x: Tensor, t: Tensor, c: Condition) -> tuple[Prediction, Prediction]:
         """The guided prediction and that of the null condition, of one call of 2B samples."""
-        pred = self.base(torch.cat([x, x]), torch.cat([t, t]), merge(c, null_of(self.base.null, c)))
+        away = self.base if isinstance(self.base, Away) else None
+        ask = away.alone if away else self.base
+        pred = ask(torch.cat([x, x]), torch.cat([t, t]), merge(c, null_of(self.base.null, c)))
         cond, empty = pred.out.chunk(2)
         w = expand(self.w, x) if isinstance(self.w, Tensor) else self.w
+        out = empty + w * (cond - empty)
+        out = out + away.term(cond, x, t, c) if away else out
         half: dict[str, Any] = {k: v.chunk(2)[0] for k, v in vars(pred).items() if isinstance(v, Tensor)}
-        return replace(pred, **half | {"out": empty + w * (cond - empty)}), replace(pred, **half | {"out": empty})
+        return replace(pred, **half | {"out": out}), replace(pred, **half | {"out": empty})
 
     def tapping(self, x: Tensor, t: Tensor, c: Condition, taps: tuple[str, ...]) -> tuple[Prediction, list[Tensor]]:
         """The prediction and the outputs [B, ...] of the named submodules under c itself, whatever w is.

@@ -304,7 +304,7 @@ def _watching(nets: Nets) -> Iterator[list[str]]:
                 tensor.register_hook(partial(look, f"gradient of the output of {name}"))
 
     handles = []
-    for role, net in {"teacher": nets.teacher.net, **nets.modules()}.items():
+    for role, net in {**nets.frozen(), **nets.modules()}.items():
         handles.append(net.register_forward_pre_hook(partial(entered, role), with_kwargs=True))
         for name, module in net.named_modules():
             handles.append(module.register_forward_hook(partial(left, f"{role}.{name}".rstrip("."))))

@@ -36,7 +36,7 @@ def recompute(nets: Nets) -> None:
 
     ValueError for a network that has no enable_gradient_checkpointing(), as those of diffusers have.
     """
-    for role, net in _denoisers(nets).items():
+    for role, net in {**_denoisers(nets), **nets.frozen()}.items():
         if not hasattr(net, "enable_gradient_checkpointing"):
             raise ValueError(
                 f"gradient_checkpointing: the {role}'s network, a {type(net).__name__}, has no method "

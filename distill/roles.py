@@ -16,6 +16,7 @@ from distill.average import timed
 from distill.denoiser import Condition, Denoiser
 from distill.disc import heads
 from distill.draw import Draw
+from distill.guidance import Away
 from distill.lora import LoRA, trained_alone, twin, weightless
 from distill.negative import TEXT, adapted, layers
 from distill.ranges import Count, Natural, Positive, Share, check
@@ -82,10 +83,12 @@ class Nets:
         return {name: net for name, net in roles.items() if net is not None}
 
     def frozen(self) -> dict[str, nn.Module]:
-        """The teacher, its past, and the experts of a student's earlier phases: networks that no player moves."""
+        """The teacher, the worse network that it is guided away from, its past, and the experts of a student's earlier
+        phases: networks that no player moves."""
         experts = {f"expert {i}": expert.net for i, expert in enumerate(self.student.experts)}
         past = {} if self.past is None else {"past": self.past.denoiser.net}
-        return {"teacher": self.teacher.net, **past, **experts}
+        worse = {"worse": self.teacher.worse} if isinstance(self.teacher, Away) else {}
+        return {"teacher": self.teacher.net, **worse, **past, **experts}
 
     def generate(self, batch: Batch, draw: Draw, steps: int | None = None, to: float | None = None) -> Tensor:
         """A sample of the student for every index of `draw`, from its noise "z" and the batch's condition."""

@@ -304,7 +304,8 @@ def split(nets: Nets, ema: EMA, accelerator: Accelerator, replicate_teacher: boo
     mesh, half, blocks = shard.mesh(accelerator), accelerator.mixed_precision == "bf16", nets.teacher.blocks
     modules = {id(net): net for net in (*nets.frozen().values(), ema.net, *nets.modules().values())}
     if replicate_teacher:
-        modules.pop(id(nets.teacher.net)).to(accelerator.device)
+        for role in nets.frozen().keys() & {"teacher", "worse"}:
+            modules.pop(id(nets.frozen()[role])).to(accelerator.device)
     for net in modules.values():
         shard.shard(net, blocks, mesh, half and net not in (nets.disc, nets.proxy))  # heads are small
 

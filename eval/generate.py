@@ -91,6 +91,10 @@ class Sampling:
     # are faster
     rows: int | None = None
     batch: int | None = None  # images made and written together, by default `rows`; multiples of `rows` waste nothing
+    skip_tuning: float | None = None  # factor of a UNet's deepest skip, up to 1 at the top (pipelines/skips.py): 0.8
+    # perturbed-attention guidance (pipelines/pag.py) of a teacher that a solver of ours samples, and where: mid_block
+    pag_scale: float = 0.0
+    pag_layers: tuple[str, ...] = ("mid_block",)
     # a file for latency, images per second in batches and peak memory (eval/cost.py), measured after the images
     cost: Path | None = None
 
@@ -98,6 +102,10 @@ class Sampling:
         for what in ("n", "steps", "per_prompt", "classes", "rows", "batch", "first_steps"):
             if (value := getattr(self, what)) is not None and value < 1:
                 raise ValueError(f"{what} is {value}; it must be at least 1")
+        if not 0 <= self.pag_scale < float("inf"):
+            raise ValueError(f"pag_scale is {self.pag_scale}; it must be at least 0 and finite")
+        if self.skip_tuning is not None and not 0 <= self.skip_tuning < float("inf"):
+            raise ValueError(f"skip_tuning is {self.skip_tuning}; it must be at least 0 and finite: 1 changes nothing")
         if self.seed < 0:
             raise ValueError(f"seed is {self.seed}; it must be at least 0")
         if self.protocol is not None and (self.prompts or self.classes or self.per_prompt > 1):
@@ -197,6 +205,11 @@ class Sampling:
             raise ValueError(f"solver is {self.solver}: it is for teachers, without LoRA and scheduler; use pipeline")
         if self.first is not None and self.calls is None:
             raise ValueError(f"{name} goes on after {self.first}: say by --steps of how many calls it is")
+        if self.pag_scale and (self.method == "pipeline" or self.student or self.first is not None):
+            raise ValueError(
+                f"pag_scale is {self.pag_scale}, which a solver of ours adds to a teacher that samples alone: pass "
+                "--solver ddim. Pipelines with it are diffusers' own (enable_pag=True)"
+            )
         if plain and self.guidance not in (None, 0, 1):
             raise ValueError(
                 f"guidance is {self.guidance}, but {name} is a student, which has its guidance built in; use 1"
@@ -214,6 +227,8 @@ class Sampling:
             self.lora.stem if self.lora else self.folder.absolute().name if self.folder == Path(self.model) else None
         )
         scheduler, changed = self.scheduling
+        skips = {} if self.skip_tuning is None else {"skip_tuning": self.skip_tuning}
+        pag = {"pag_scale": self.pag_scale, "pag_layers": list(self.pag_layers)} if self.pag_scale else {}
         return {
             "model": self.name or title or self.model,
             "model_hash": model_hash(self.folder, *filter(None, (self.lora, self.before))),
@@ -227,6 +242,8 @@ class Sampling:
             "rows": self.height,
             **{key: getattr(self, key) for key in ("guidance", "seed", "resolution", "frame", "dtype")},
             **({key: getattr(self, key) for key in FIRST} if self.first else {}),
+            **skips,
+            **pag,
         }
 
     def sampler(self, device: torch.device) -> Sampler:
@@ -236,6 +253,7 @@ class Sampling:
         if self.method == "pipeline" or turns:
             replaced = self.plan.components if self.plan else ()
             pipe = load(self.folder, self.lora, *self.scheduling, self.variant, precision, replaced).to(device)
+            self.weaken(getattr(pipe, "unet", pipe))
             if turns:
                 return self.turns(pipe)
             family, shape = family_of(pipe, self.resolution)
@@ -245,6 +263,13 @@ class Sampling:
         teacher = teacher_of(self.folder, self.resolution, None, self.variant, precision)
         teacher.parts.device = device
         teacher.denoiser.net.to(device, precision)
+        if self.guidance not in (None, 1) and self.pipeline_class != EDM:
+            teacher.null()  # the empty prompt's; an EDM teacher says which label is none
+        self.weaken(teacher.denoiser.net)
+        if self.pag_scale:
+            from pipelines.pag import away
+
+            teacher.denoiser = away(teacher.denoiser, self.pag_scale, self.pag_layers)
         return teacher_sampler(teacher, self.calls, self.method, 1.0 if self.guidance is None else self.guidance)
 
     def turns(self, pipe: Any) -> Sampler:
@@ -259,6 +284,14 @@ class Sampling:
         other = load(self.before, None, None, {}, self.variant, pipe.dtype).to(pipe.device)
         first = Turn(around(other, self.resolution), self.first_steps, self.first_guidance, 0, self.first_solver)
         return turns_sampler([first, then], facts)
+
+    def weaken(self, net: Any) -> None:
+        """Scale the skips of a network that was loaded, and of the experts beside it, if asked to."""
+        from pipelines.skips import line, tune
+
+        if self.skip_tuning is not None:
+            for one in (net, *getattr(net, "experts", ())):
+                tune(one, line(one, self.skip_tuning))
 
     def run(self) -> dict[str, Any]:
         """Make what is missing; the manifest."""
@@ -419,7 +452,8 @@ def _begin(out: Path, request: dict[str, Any], asked: Asked, overwrite: bool) ->
             leftover.unlink()
         return
     if "request" in old and not overwrite:
-        differ = [f"{k} {old['request'].get(k)!r}, not {v!r}" for k, v in request.items() if old["request"].get(k) != v]
+        was, asks = old["request"], {**dict.fromkeys(old["request"]), **request}
+        differ = [f"{k} {was.get(k)!r}, not {v!r}" for k, v in asks.items() if was.get(k) != v]
         raise ValueError(
             f"{out} is not empty: it holds images of another run ({'; '.join(differ)}); choose another folder, or "
             "pass --overwrite"

@@ -48,14 +48,16 @@ class Sampler(NamedTuple):
 def teacher_sampler(teacher: Any, steps: int = 18, solver: Name = "heun", guidance: float = 1.0) -> Sampler:
     """Samples a `pipelines.Teacher` along its probability-flow ODE, by a solver of ours.
 
-    nfe is twice the solver's calls under guidance (other than 0 and 1); but CFG++ calls both branches always.
+    nfe is twice the solver's calls under guidance (other than 0 and 1), but CFG++ calls both branches always; of a
+    denoiser that is guided away from a worse network, as many again as there are without guidance.
     """
-    from distill.guidance import Guided
+    from distill.guidance import Away, Guided
     from distill.solver import calls, sample
 
     denoiser = teacher.denoiser if guidance == 1 else Guided(teacher.denoiser, guidance)
-    branches = 1 if guidance in (0, 1) else 2
-    nfe = 2 * (steps - 1) + branches if solver == "cfg++" else calls(solver, steps) * branches
+    branches, n = 1 if guidance in (0, 1) else 2, steps if solver == "cfg++" else calls(solver, steps)
+    nfe = 2 * (n - 1) + branches if solver == "cfg++" else n * branches
+    nfe += n * isinstance(teacher.denoiser, Away)
 
     def make(generators: list[torch.Generator], conditions: list[Any]) -> Tensor:
         net = next(teacher.denoiser.net.parameters())

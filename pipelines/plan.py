@@ -113,7 +113,7 @@ class Run:
         import torch
 
         from distill.roles import build
-        from pipelines import control
+        from pipelines import control, pag
 
         if "told" in self.config.method.needs:
             self.parts.tell()
@@ -132,6 +132,7 @@ class Run:
         if told := control.example(teacher.denoiser, teacher):
             nets.control = lambda x: told["control"].to("meta").expand(len(x), -1, -1, -1)
             nets.teacher = teacher.denoiser = control.bare(teacher.denoiser)
+        pag.guide(nets, self.config.pag_scale, self.config.pag_layers)
         if self.half:
             for p in teacher.denoiser.net.parameters():  # adapters share these
                 p.data = p.data.to(torch.bfloat16)

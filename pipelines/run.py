@@ -132,7 +132,7 @@ def run(config: Config[Any, Any], out: Path, resume: Path | None) -> None:
     from distill.negative import against
     from distill.roles import build
     from distill.trainer import supported, train
-    from pipelines import hub, tiny
+    from pipelines import hub, pag, tiny
     from pipelines.export import Again, about, export, report, trained
     from pipelines.scheduler import finished
 
@@ -172,6 +172,7 @@ def run(config: Config[Any, Any], out: Path, resume: Path | None) -> None:
     if config.student.negative:  # grids are of what is made against the empty prompt
         c = against(c, teacher.null())
     judged(nets, config, teacher, data)
+    pag.guide(nets, config.pag_scale, config.pag_layers)
     if accelerator.mixed_precision == "bf16":
         half(teacher.denoiser.net)  # what is trained are float32 copies, or adapters on it
     if config.replay is not None:

@@ -81,6 +81,10 @@ PROXIED, PROXY = "distill/methods/proxied", "tests/methods/test_proxied.py"
 FORGET, FORGOTTEN = "distill/methods/forget", "tests/methods/test_forget.py"
 CONTROL, SHOWN = "pipelines/control", "tests/test_control.py"
 NCT, DUAL, TOLD = "distill/methods/nct", "distill/dual", "tests/methods/test_nct.py"
+SKIPS, SKIP = "pipelines/skips", "tests/methods/test_skips.py"
+PAG, PAGS = "pipelines/pag", "tests/methods/test_pag.py"
+PAG_LAW, PAG_SD = f"{PAGS}::test_students_variance", f"{PAGS}::test_formula[sd]"
+PAG_SAME, PAG_ROLES = f"{PAGS}::test_is_diffusers_pag[", f"{PAGS}::test_no_other_role_is_perturbed"
 NEGATIVE, TURNED = "pipelines/negative", "tests/methods/test_negative.py"
 HEEDING, SUN, OFFSET = "distill/negative", "distill/methods/sun", "tests/methods/test_sun.py"
 SOLVER, STITCH = "distill/solver", "pipelines/stitch"
@@ -262,6 +266,39 @@ MUTATIONS = {
         m("another negative prompt for the teacher", NASA, 'another(batch["c"], draw)',
           'another(batch["c"], draw.apart("x"))', OFFSET),
         m("always in full", NASA, 'draw.index("nasa", 1 << 20) / (1 << 20)', "1.0", OFFSET),
+    ),
+    "PAG": (
+        m("sign", "distill/guidance", "self.s * (out", "-self.s * (out", PAG_LAW),
+        m("under guidance, from the null branch", "distill/guidance", "away.term(cond,", "away.term(empty,", PAG_SD),
+        m("guidance multiplies it", "distill/guidance", "out + away.term(cond, x, t, c) if away",
+          "out + w * away.term(cond, x, t, c) if away", PAG_SD),
+        m("both branches perturbed", "distill/guidance", "ask = away.alone if away else self.base", "ask = self.base",
+          PAG_SD),
+        m("not itself but a better one", "distill/guidance", "replace(self, net=self.worse).alone", "self.alone",
+          PAG_LAW),
+        m("the teacher's own processors", PAG, "made = shared(net)", "made = net", PAG_ROLES),
+        m("weights of its own", PAG, "made = shared(net)", "made = __import__('copy').deepcopy(net)",
+          PAG_ROLES),
+        m("no output projection", PAG, "attn.to_out[1](attn.to_out[0](attn.to_v(x)))", "attn.to_v(x)",
+          PAG_SAME + "sd]"),
+        m("the text unseen", PAG, "mask[: self.n, : self.n]", "mask[: self.n]", PAG_SAME + "sd3]"),
+        m("tokens do not see themselves", PAG, "mask.fill_diagonal_(0)", "mask", PAG_SAME + "sd3]"),
+        m("not recomputed", "distill/memory", "{**_denoisers(nets), **nets.frozen()}", "_denoisers(nets)",
+          PAG_ROLES),
+        m("sampled without it", "eval/generate", "if self.pag_scale:\n", "if False:\n", f"{PAGS}::test_generate"),
+        m("a run without it", "pipelines/run", "pag.guide(nets, config.pag_scale,", "pag.guide(nets, 0.0,",
+          f"{PAGS}::test_a_run"),
+        m("not in the plan", "pipelines/plan", "pag.guide(nets, self.config.pag_scale,", "pag.guide(nets, 0.0,",
+          f"{PAGS}::test_costs_one_pass_more"),
+    ),
+    "Skip-Tuning": (
+        m("the other end first", SKIPS, "reversed(rho)", "rho", f"{SKIP}::test_every_skip_has_its_own_factor"),
+        m("every block the same", SKIPS, "i += len(shares)", "i += 0", f"{SKIP}::test_every_skip_has_its_own_factor"),
+        m("the top is never reached", SKIPS, "i / max(k, 1)", "i / (k + 1)", f"{SKIP}::test_line"),
+        m("stays on", SKIPS, "handle.remove()", "pass", f"{SKIP}::test_off"),
+        m("not in the request", "eval/generate", "            **skips,\n", "", f"{SKIP}::test_generate"),
+        m("asked for in vain", "eval/generate", "tune(one, line(one, self.skip_tuning))", "pass",
+          f"{SKIP}::test_generate"),
     ),
     "SiDA": (
         m("sign of the student's GAN", SIDA, "F.softplus(-self.logits(", "F.softplus(self.logits(", JUDGE),
@@ -794,8 +831,8 @@ MUTATIONS = {
           f"{MEMORY}::test_no_cast_outlives_a_call"),
         m("target with a backbone of its own", "distill/roles", "twin(nets.student.denoiser.net)",
           "nets.student.denoiser.copy().net", f"{MEMORY}::test_a_target_shares_the_backbone"),
-        m("the teacher is not recomputed", "distill/memory", 'if role != "disc"}',
-          'if role not in ("disc", "teacher")}', f"{MEMORY}::test_gradient_checkpointing"),
+        m("the teacher is not recomputed", "distill/memory", "{**_denoisers(nets), **nets.frozen()}.items()",
+          "nets.modules().items()", f"{MEMORY}::test_gradient_checkpointing"),
         m("a backend is believed", "distill/memory", "if not gap <= TOLERANCE:", "if False:",
           f"{MEMORY}::test_a_broken_backend_is_found_before_training"),
         m("second stage from the last weights", "distill/checkpoint", 'name = "ema" if role',
