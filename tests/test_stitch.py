@@ -1,5 +1,7 @@
 """Pipelines that take turns: what plain diffusers makes of the same calls, on tiny random pipelines."""
 
+import json
+
 import pytest
 import torch
 from diffusers import (
@@ -168,7 +170,7 @@ def test_mistakes(home):
 
 
 def test_from_the_command_line(home, tmp_path):
-    """eval.generate: the hybrid counts its calls; a student in place of its own first call is itself."""
+    """eval.generate: the hybrid counts its calls."""
     (tmp_path / "p.txt").write_text("\n".join(PROMPTS))
     common = {"prompts": f"{tmp_path / 'p.txt'}", "steps": 4}
     made = generate(
@@ -177,3 +179,19 @@ def test_from_the_command_line(home, tmp_path):
     assert made["nfe"] == 2 + 3 and made["request"]["first_steps"] == 8
     plain = generate(home / "student", tmp_path / "b", **common)
     assert plain["hash"] != made["hash"] and "first" not in plain["request"]
+
+
+def test_cfgpp_from_the_command_line(home, tmp_path):
+    """Of a teacher, and of a student that keeps its noise (Lightning), which is called twice a step but the last."""
+    (tmp_path / "p.txt").write_text("a red fox")
+    common = {"prompts": f"{tmp_path / 'p.txt'}", "solver": "cfg++"}
+    assert generate(home / "sdxl", tmp_path / "a", steps=3, guidance=0.6, **common)["nfe"] == 6
+    student = pipe(home / "student", EulerDiscreteScheduler, timestep_spacing="trailing")
+    student.save_pretrained(tmp_path / "student")
+    (tmp_path / "student" / "distill.json").write_text(json.dumps({"student": True, "steps": 3}))
+    made = generate(tmp_path / "student", tmp_path / "b", **common)
+    assert made["nfe"] == 5 and made["guidance"] == 1
+    plain = generate(tmp_path / "student", tmp_path / "c", prompts=common["prompts"])
+    assert plain["nfe"] == 3 and plain["hash"] != made["hash"]
+    with pytest.raises(ValueError, match="it is for teachers"):
+        generate(tmp_path / "student", tmp_path / "d", prompts=common["prompts"], solver="ddim")
