@@ -73,7 +73,7 @@ SLCT, RCM = "distill/methods/slct", "distill/methods/rcm"
 PCM, TCD = "distill/methods/pcm", "distill/methods/tcd"
 CT, CURRICULUM = "distill/methods/ct", "distill/curriculum"
 TCM, TRUNCATED = "distill/methods/tcm", "tests/methods/test_tcm.py"
-TSM, DISBACK = "distill/methods/tsm", "distill/methods/disback"
+TSM, DISBACK, DENOISE = (f"distill/methods/{name}" for name in ("tsm", "disback", "denoise"))
 PHASED, INTERVAL = "distill/methods/phased", "distill/interval"
 REWARD, CLIP, WRAPPED = "distill/methods/reward", "pipelines/reward", "distill/methods/wrapped"
 REWARDED = "tests/methods/test_reward.py"
@@ -125,7 +125,8 @@ MUTATIONS = {
         m("sign of the reward", REWARD, "d = -r if", "d = r if", REWARDED),
         m("sign of the clamped reward", REWARD, "(self.clamp - r).relu()", "(r - self.clamp).relu()", REWARDED),
         m("clamp of the mean", REWARD, "(self.clamp - r).relu()", "(self.clamp - r.mean()).relu()", REWARDED),
-        m("reward without gradient", REWARD, "r = nets.reward(*said[-1])", "r = nets.reward(*said[-1]).detach()",
+        m("reward without gradient", REWARD, "r = self.score(*said[-1], nets, batch, draw)",
+          "r = self.score(*said[-1], nets, batch, draw).detach()",
           REWARDED),
         m("sum over the batch", REWARD, "d.mean()", "d.sum()", REWARDED),
         m("weight does not fall", REWARD, "max(0.0, 1 - draw.step / self.until)", "1.0", REWARDED),
@@ -323,6 +324,10 @@ MUTATIONS = {
         m("logits not clamped", SIDA, ".clamp(-most, most)", "", JUDGE),
     ),
     "DisBack": (
+        m("sign of g", DMD2, "g = h * (fake - real)", "g = h * (real - fake)", f"{OF}disback.py::test_gradient"),
+        m("gradient through the scores", DMD2, NO_GRAD, GRAD, f"{OF}disback.py::test_gradient", more=(KEEP_G,)),
+        m("a teacher too long", DISBACK, "step // self.interval", "(step - 1) // self.interval",
+          f"{OF}disback.py::test_gradient"),
         m("forwards", DISBACK, "len(nets.past.folders) - 2 - step // self.interval", "step // self.interval",
           f"{OF}disback.py::TestTraining"),
         m("from the last of all", DISBACK, "len(nets.past.folders) - 2", "len(nets.past.folders) - 1",
@@ -337,6 +342,7 @@ MUTATIONS = {
     ),
     "Multi-Student": (
         m("guidance forgotten", TSM, "Guided(nets.teacher, self.guidance)(x_t", "nets.teacher(x_t", f"{OF}tsm.py"),
+        m("sign of the target", TSM, ".out - target)", ".out + target)", f"{OF}tsm.py"),
         m("clean samples for the target", TSM, "self.guidance)(x_t, t, c).out", "self.guidance)(x, t, c).out",
           f"{OF}tsm.py"),
         m("target at another level", TSM, "self.guidance)(x_t, t, c).out", "self.guidance)(x_t, 1 - t, c).out",
@@ -349,6 +355,8 @@ MUTATIONS = {
           "tests/test_experts.py::test_students_of_parts"),
     ),
     "PhasedDMD": (
+        m("sign of g", DMD2, "g = h * (fake - real)", "g = h * (real - fake)", f"{OF}phased.py::TestClosedForms"),
+        m("gradient through the scores", DMD2, NO_GRAD, GRAD, f"{OF}phased.py::TestClosedForms", more=(KEEP_G,)),
         m("x_s for x_0 in the target", INTERVAL,
           "x0 / a_s - self.alpha * s_s**2 / (a_s**2 * b) * eps, self.sigma / b * eps",
           "x0, eps", f"{OF}phased.py::TestClosedForms"),
@@ -419,6 +427,7 @@ MUTATIONS = {
           f"{TRAINER}::test_samples_are_reused"),
     ),
     "LCD": (
+        m("sign of the target", LCD, "told(c, w)) - target", "told(c, w)) + target", DISCRETE),
         m("target at t", LCD, "x_s, s, e, told(c, w))", "x_s, t, e, told(c, w))", DISCRETE),
         m("target at x_t", LCD, "student, x_s, s, e, told", "student, x_t, s, e, told", DISCRETE),
         m("target from the student", LCD, "nets.target or student", "student", BY_HAND, f"{CONTRACTS}::TestPushed"),
@@ -435,6 +444,7 @@ MUTATIONS = {
     "MeanFlow": (
         m("sign of the derivative", MEAN, "+ warm * expand(t - r, x)", "- warm * expand(t - r, x)", MEANS),
         m("r - t", MEAN, "expand(t - r, x)", "expand(r - t, x)", MEANS),
+        m("target with gradient", MEAN, "g = F.detach() - v", "g = F - v", MEANS),
         m("along t alone", MEAN, "(v, torch.ones_like(t))", "(0 * v, torch.ones_like(t))", MEANS),
         m("along x alone", MEAN, "(v, torch.ones_like(t))", "(v, torch.zeros_like(t))", MEANS),
         m("sign of v", MEAN, "v = eps - x if", "v = x - eps if", MEANS),
@@ -486,6 +496,9 @@ MUTATIONS = {
     ),
     "RCGM": (
         m("sign of v", RCGM, "/ self.step - v)", "/ self.step + v)", TWINS),
+        m("target with gradient", RCGM, "with torch.no_grad():\n            target",
+          "with torch.enable_grad():\n            target", TWINS,
+          more=(("distill/methods/rcgm.py", "+ g.detach()).square()", "+ g).square()"),)),
         m("start not moved", RCGM, "x - self.step * v, t", "x, t", TWINS),
         m("moved the wrong way", RCGM, "x - self.step * v, t", "x + self.step * v, t", TWINS),
         m("jumps stay where they are", RCGM, "x, a, I = x - jump, b, I + jump", "a, I = b, I + jump", TWINS),
@@ -506,6 +519,9 @@ MUTATIONS = {
         m("twin learns data", TWIN, "F - (eps - x)", 'F - (eps - batch["real"])', TWINS),
         m("twin moves the samples", TWIN, 'self.noised(x.detach(), draw, "twin")', 'self.noised(x, draw, "twin")',
           TWINS),
+        m("scores with gradient", TWIN, "with torch.no_grad():\n            x_u",
+          "with torch.enable_grad():\n            x_u", TWINS,
+          more=(("distill/methods/rcgm.py", "+ g.detach()).square()", "+ g).square()"),)),
         m("samples as data", TWIN, "average(net, x_u, u, u, c)", "average(net, x_u, u, 0 * u, c)", TWINS),
         m("rectify not clamped", TWIN, "-g.clamp(-self.clamp, self.clamp)", "-g", TWINS),
         m("weights exchanged", TWIN, 'self.twin * logs["twin"] + self.rectify * logs["rectify"]',
@@ -513,6 +529,8 @@ MUTATIONS = {
     ),
     "BOOT": (
         m("target at t", BOOT, "path.coefficients(s)", "path.coefficients(t)", BOOTS),
+        m("sign of the target", BOOT, "(x - target) / w", "(x + target) / w", BOOTS),
+        m("sign of lambda", BOOT, "path.ratio(s) / path.ratio(t)", "path.ratio(t) / path.ratio(s)", BOOTS),
         m("student told t", BOOT, "return self.signal(s, T,", "return self.signal(self.times(nets, draw)[0], T,",
           BOOTS),
         m("w left out", BOOT, "(x - target) / w", "(x - target) / 1", BOOTS),
@@ -527,6 +545,7 @@ MUTATIONS = {
     ),
     "SIGN": (
         m("idempotence of the student", SIGN, "replace(nets.student, denoiser=nets.target)", "nets.student", SIGNS),
+        m("sign of the terms", SIGN, "loss = loss + getattr", "loss = loss - getattr", SIGNS),
         m("no gradient through the copy", SIGN, 'generate(x, batch.get("c"), steps=1) - x',
           'generate(x.detach(), batch.get("c"), steps=1) - x', SIGNS),
         m("the copy lags", SIGN, "denoiser.net, 0.0)", "denoiser.net, 0.5)", SIGNS),
@@ -552,6 +571,10 @@ MUTATIONS = {
         m("the end of the phase before", PCM, "right=True) - 1]", "right=True) - 2]", f"{OF}pcm.py"),
         m("x0 for x_e", "distill/solver", "path.diffuse(pred.x0, pred.eps, e), pred.x0)", "pred.x0, pred.x0)",
           f"{OF}pcm.py", f"{OF}tcd.py"),
+        m("sign of the noise", "distill/solver", "path.diffuse(pred.x0, pred.eps, e)",
+          "path.diffuse(pred.x0, -pred.eps, e)", f"{OF}pcm.py", f"{OF}tcd.py"),
+        m("target with gradient", LCD, "            target = self.f(nets.target or student, x_s, s, e, told(c, w))\n",
+          "        target = self.f(nets.target or student, x_s, s, e, told(c, w))\n", f"{OF}tcd.py"),
         m("target to the end of another", LCD, "student, x_s, s, e, told", "student, x_s, s, None, told",
           f"{OF}pcm.py", f"{OF}tcd.py"),
         m("never to s itself", TCD, "* n).floor() + 1", "* n).floor().clamp(min=1)", f"{OF}tcd.py"),
@@ -561,6 +584,8 @@ MUTATIONS = {
         m("noise not coupled", SLCT, "return coupled(x, eps) if self.coupled else eps", "return eps", f"{OF}slct.py"),
         m("coupled for the worst", SLCT, "cost.cpu()", "-cost.cpu()", f"{OF}slct.py"),
         m("coupled the other way", SLCT, ".numpy())[1]", ".numpy())[1].argsort()", f"{OF}slct.py"),
+        m("sign of the denoising", SLCT, "return self.diffusion * low", "return -self.diffusion * low", f"{OF}slct.py"),
+        m("denoising of the target", CT, "self.more(out - x", "self.more(target - x", f"{OF}slct.py"),
         m("c does not fall", SLCT, "math.exp(-1.18 * math.log(N) - 0.72)", "math.exp(-0.72)", f"{OF}slct.py"),
         m("denoising at the high levels", SLCT, "<= self.early", ">= self.early", f"{OF}slct.py"),
         m("2 c for 2 c^2", "distill/losses", "/ (2 * c**2))", "/ (2 * c))", f"{OF}ct.py"),
@@ -568,6 +593,8 @@ MUTATIONS = {
     "rCM": (
         m("sign of DMD", RCM, "loss + 2 * self.dmd * dmd", "loss - 2 * self.dmd * dmd", f"{OF}rcm.py"),
         m("sCM on the student's samples", RCM, 'batch["real"].to(x), nets', "x, nets", f"{OF}rcm.py"),
+        m("DMD's samples without gradient", RCM, "self.matching.student_loss(x, nets",
+          "self.matching.student_loss(x.detach(), nets", f"{OF}rcm.py"),
         m("DMD before its start", RCM, "if self.dmd and draw.step >= self.warmup", "if self.dmd", f"{OF}rcm.py"),
         m("DMD without weight", RCM, "+ 2 * self.dmd * dmd", "+ dmd", f"{OF}rcm.py"),
         m("DMD's teacher not guided", RCM, "DMD2(self.guidance, ", "DMD2(1.0, ", f"{OF}rcm.py"),
@@ -611,6 +638,7 @@ MUTATIONS = {
     ),
     "DMD": (
         m("sign of the regression", DMD, "loss + self.regression *", "loss - self.regression *", f"{OF}dmd.py"),
+        m("gradient through the scores", DMD2, NO_GRAD, GRAD, f"{OF}dmd.py::test_gradient", more=(KEEP_G,)),
         m("regression left out", DMD, "if self.regression:\n            logs", "if False:\n            logs",
           f"{OF}dmd.py"),
         m("regression on the samples of g", DMD, "self.paired.sample(nets, batch, draw), nets", "x, nets",
@@ -635,6 +663,7 @@ MUTATIONS = {
     ),
     "f-distill": (
         m("ratio upside down", F_DISTILL, "logit.exp()", "(-logit).exp()", f"{OF}f_distill.py"),
+        m("gradient through scores and ratio", DMD2, NO_GRAD, GRAD, f"{OF}f_distill.py", more=(KEEP_G,)),
         m("no h", F_DISTILL, "expand(h, x_t), logs", "1.0, logs", f"{OF}f_distill.py"),
         m("js for softened-kl", F_DISTILL, "2 * r / (1 + r)", "2 / (1 + r)", f"{OF}f_distill.py"),
         m("r not bounded", F_DISTILL, ".clamp(self.low, self.high)", "", f"{OF}f_distill.py"),
@@ -645,6 +674,8 @@ MUTATIONS = {
     ),
     "SANA-Sprint": (
         m("the GAN forgotten", SPRINT, "return loss + self.gan * gan", "return loss + 0 * gan", RUN_UP),
+        m("the GAN's samples without gradient", SPRINT, "self.ladd.student_loss(x, nets",
+          "self.ladd.student_loss(x.detach(), nets", RUN_UP),
         m("sign of the GAN", SPRINT, "return loss + self.gan * gan", "return loss - self.gan * gan", RUN_UP),
         m("sCM at weight 0 of a generated sample", SPRINT,
           "        if not self.gan:\n            return super().sample",
@@ -686,6 +717,14 @@ MUTATIONS = {
         m("the first tap alone", DISC, "made = [head(feature, places) for feature in features]",
           "made = [head(feature, places) for feature in features[:1]]", ROLES, LOSSES),
     ),
+    "Denoise": (
+        m("sign of the target", "distill/losses", "(pred.out - pred.target(x0, eps))",
+          "(pred.out + pred.target(x0, eps))", f"{OF}denoise.py"),
+        m("told another level", DENOISE, "eps, t), t, c), x", "eps, t), 1 - t, c), x", f"{OF}denoise.py"),
+        m("of the clean image", DENOISE, "denoiser.path.diffuse(x, eps, t)", "x", f"{OF}denoise.py"),
+        m("target of other noise", DENOISE, "c), x, eps, self", "c), x, eps.roll(1, 0), self", f"{OF}denoise.py"),
+        m("drops the others", DENOISE, "< self.p_drop)", ">= self.p_drop)", f"{OF}denoise.py"),
+    ),
     "schedules, kinds": (
         m("v to x0", "distill/schedule", "return (a * x - s * out) / (a**2", "return (a * x + s * out) / (a**2",
           SCHEDULE),
@@ -725,6 +764,7 @@ MUTATIONS = {
           "total[(i + j) // 3] - total[(i + j + 1) // 3]", STAGED),
     ),
     "regression": (
+        m("sign of the target", ODE, "delta = x - y", "delta = x + y", OPTIMUM),
         m("onto the noise", ODE, 'batch["y"].to(x)', 'batch["z"].to(x)', OPTIMUM),
         m("samples without gradient", ODE, "delta = x - y", "delta = x.detach() - y", OPTIMUM),
         m("mean for sum", ODE, "self.huber_c), self.reduction)", 'self.huber_c), "mean")', OPTIMUM),
@@ -755,7 +795,7 @@ MUTATIONS = {
         m("last call at the first time", "distill/student", "(x, times[steps - 1], c)", "(x, times[0], c)", STUDENT),
         m("scaled by the signal", "distill/student", "dtype=torch.float64))[1])", "dtype=torch.float64))[0])",
           STUDENT),
-        m("the same noise again", "distill/student", 'f"renoise{i}"', '"renoise0"', STUDENT),
+        m("the same noise again", "distill/student", 'f"renoise{i}", tuple(z', '"renoise0", tuple(z', STUDENT),
         m("DDIM without its noise", "distill/solver", "diffuse(pred.x0, pred.eps, s)",
           "diffuse(pred.x0, 0 * pred.eps, s)", STUDENT),
         m("Heun's second slope at t", "distill/solver", "denoiser(euler, s, c).eps", "denoiser(euler, t, c).eps",

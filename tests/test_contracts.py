@@ -148,7 +148,7 @@ def random_direction(params):
     return [torch.randn_like(p) for p in params]
 
 
-@pytest.mark.parametrize("schedule", ("edm", "flow", "vp"))
+@pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("name", PUSHED)
 class TestPushed:
     def at(self, schedule):
@@ -168,7 +168,7 @@ class TestPushed:
         assert tape.graph and not any(tape.graph)
 
 
-@pytest.mark.parametrize("schedule", ("edm", "flow", "vp"))
+@pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("name", THROUGH)
 class TestThrough:
     def at(self, schedule):
@@ -207,7 +207,7 @@ class TestTargets:
         assert all(torch.equal(a, b) for a, b in zip(got, gradients(want, weights(nets))))
 
     @pytest.mark.parametrize("normalise", (True, False))
-    @pytest.mark.parametrize("schedule", ("edm", "flow", "vp"))
+    @pytest.mark.parametrize("schedule", SCHEDULES)
     def test_scm(self, schedule, normalise, monkeypatch):
         """The derivative of |F - constant|^2, by finite differences with what jvp said held."""
         method = SCM(guidance=1.5, warmup=0, normalise=normalise, one_pass=False)
@@ -259,7 +259,7 @@ class TestTargets:
 class TestZero:
     """A score method has nothing to teach where fake = teacher, under equal guidance and without a GAN."""
 
-    @pytest.mark.parametrize("schedule", ("edm", "flow", "vp"))
+    @pytest.mark.parametrize("schedule", SCHEDULES)
     @pytest.mark.parametrize(
         "method",
         (

@@ -10,7 +10,7 @@ from tiny import tiny
 from distill.draw import Draw
 from distill.methods import DMD2, VSD, DiffInstruct
 from distill.roles import build
-from distill.schedule import EDM, KINDS
+from distill.schedule import KINDS
 from distill.times import Fixed, Law
 
 
@@ -59,8 +59,9 @@ def test_integral(weight, schedule):
         near(one, want)
 
 
-def nets(dtype=torch.float32):
-    found = build(DiffInstruct(), tiny(EDM(), "edm", dtype=dtype, classes=3), (2,), {"label": torch.tensor([0])})
+def nets(schedule="edm"):
+    teacher = tiny(SCHEDULES[schedule], "edm" if schedule == "edm" else "v", dtype=torch.float32, classes=3)
+    found = build(DiffInstruct(), teacher, (2,), {"label": torch.tensor([0])})
     for i, net in enumerate((found.student.denoiser.net, found.fake.net)):
         torch.manual_seed(i)
         for p in net.parameters():
@@ -78,9 +79,10 @@ def turn(method, nets, player):
     return [loss, *torch.autograd.grad(loss, net.parameters())]
 
 
-def test_with_the_codes_weight_it_is_dmd2_without_its_additions():
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_with_the_codes_weight_it_is_dmd2_without_its_additions(schedule):
     """No normaliser, no GAN: bit for bit; the KL's own weight moves the gradient."""
-    base, roles = DMD2(gan=0, gan_fake=0, normalise=False, reduction="sum"), nets()
+    base, roles = DMD2(gan=0, gan_fake=0, normalise=False, reduction="sum"), nets(schedule)
     method = DiffInstruct(times=base.times, fake_times=base.fake_times)
     for player in ("student", "fake"):
         assert all(torch.equal(a, b) for a, b in zip(turn(method, roles, player), turn(base, roles, player)))

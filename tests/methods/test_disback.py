@@ -6,7 +6,19 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from gaussian import Line
+from gaussian import (
+    F64,
+    RATIOS,
+    SCHEDULES,
+    Gaussian,
+    Line,
+    Whitened,
+    exact,
+    kl_gradient,
+    nets_of,
+    problem,
+    student_gradient,
+)
 from tiny import tiny
 from torch import nn
 
@@ -18,10 +30,37 @@ from distill.methods.disback import Degradation
 from distill.roles import FakeConfig, Nets, Recorded, StudentConfig, build
 from distill.schedule import EDM
 from distill.student import Student
-from distill.times import Karras
+from distill.times import Fixed, Karras
 from distill.trainer import TrainConfig, train
 from pipelines import run
 from recipes import degradation_digits, disback_digits
+
+
+class Laws:
+    """A teacher's past whose denoisers are exact for these laws."""
+
+    def __init__(self, *laws):
+        self.folders = laws
+
+    def __call__(self, i):
+        return self.folders[i]
+
+
+@pytest.mark.level(1, "DisBack")
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_gradient(schedule):
+    """s^2 of the KL's to the law of s'_2, of s'_1, `interval` iterations each, and then of the teacher."""
+    (law, line), path = problem(2), SCHEDULES[schedule]
+    past = [Gaussian(law.mean + i, (1 + i) * law.cov) for i in (1, 2, 3)]
+    nets, draw = nets_of(line, exact(law, path, "v"), fake=exact(line.law, path, "v")), Whitened(64, 2)
+    nets.past = Laws(*(exact(one, path, "v") for one in past))
+    method = DisBack(gan=0, gan_fake=0, normalise=False, reduction="sum", interval=10)
+    for t in path.time(torch.tensor(RATIOS, dtype=F64)):
+        s = float(path.ratio(t))
+        for draw.step, goal in ((0, past[1]), (9, past[1]), (10, past[0]), (19, past[0]), (20, law), (99, law)):
+            _, *got = student_gradient(replace(method, times=Fixed(float(t))), nets, draw)
+            for one, want in zip(got, kl_gradient(goal, line.A.detach(), line.b.detach(), s)):
+                torch.testing.assert_close(one, s**2 * want, rtol=1e-9, atol=1e-11)
 
 
 class Belief(nn.Module):

@@ -24,7 +24,6 @@ from tiny import tiny
 from distill.draw import Draw
 from distill.methods import DMD, DMD2
 from distill.roles import StudentConfig, build
-from distill.schedule import EDM
 from distill.solver import sample
 from distill.times import Fixed
 from distill.trainer import TrainConfig, train
@@ -98,8 +97,9 @@ class TestWithoutRegression:
         y = sample(teacher, z, {"label": self.C}, 10)
         return lambda draw: {"z": z, "y": y, "c": {"label": self.C}}, z, y
 
-    def run(self, method, steps=4):
-        teacher = tiny(EDM(), "edm", dtype=torch.float32, classes=3)
+    def run(self, method, steps=4, schedule="edm"):
+        kind = "edm" if schedule == "edm" else "v"
+        teacher = tiny(SCHEDULES[schedule], kind, dtype=torch.float32, classes=3)
         data, z, y = self.data(teacher)
         nets = build(method, teacher, (2,), {"label": self.C[:1]}, StudentConfig(sigma=2.5))
         cfg = TrainConfig(max_train_steps=steps, train_batch_size=16, learning_rate=3e-3)
@@ -108,8 +108,9 @@ class TestWithoutRegression:
             x = nets.student.generate(z, {"label": self.C})
         return state, float((x - y).square().mean())
 
-    def test_bit_for_bit(self):
-        (ours, _), (base, _) = self.run(self.METHOD), self.run(self.BASE)
+    @pytest.mark.parametrize("schedule", SCHEDULES)
+    def test_bit_for_bit(self, schedule):
+        (ours, _), (base, _) = (self.run(method, schedule=schedule) for method in (self.METHOD, self.BASE))
         assert ours.logs.keys() == base.logs.keys() and all(torch.equal(ours.logs[k], base.logs[k]) for k in base.logs)
         for role, net in ours.nets.modules().items():
             assert all(torch.equal(a, b) for a, b in zip(net.parameters(), base.nets.modules()[role].parameters()))

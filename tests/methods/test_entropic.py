@@ -43,7 +43,7 @@ def test_off_is_the_base(name):
 
 @pytest.mark.level(1, "Entropic")
 @pytest.mark.parametrize("entropy", (0.3, 1.0, 1.5))
-@pytest.mark.parametrize("schedule", ("vp", "edm", "flow"))
+@pytest.mark.parametrize("schedule", SCHEDULES)
 def test_is_the_guidance_of_sid_and_vsd(schedule, entropy):
     """kappa2 = kappa3 = 1 - lambda of SiD, fake_guidance = 1 - lambda of VSD; and VSD's drops of conditions."""
     path, kind = SCHEDULES[schedule], "edm" if schedule == "edm" else "v"

@@ -118,9 +118,10 @@ def test_gradient_is_the_divergences(name, schedule):
 LEVELS = {"times": Fixed(0.5), "fake_times": Fixed(0.5), "gan_times": Fixed(0.5)}
 
 
-def nets_like(method):
+def nets_like(method, schedule="edm"):
     torch.manual_seed(0)
-    nets = build(method, tiny(EDM(), "edm", dtype=torch.float32), (2,))
+    kind = "edm" if schedule == "edm" else "v"
+    nets = build(method, tiny(SCHEDULES[schedule], kind, dtype=torch.float32), (2,))
     for p in nets.fake.net.parameters():
         p.data += 0.1 * torch.randn_like(p)
     return nets
@@ -142,11 +143,12 @@ def same(a, b):
     return (a is None and b is None) or torch.equal(a, b)
 
 
+@pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("off", ({"divergence": "reverse-kl"}, {"divergence": "forward-kl", "low": 1.0, "high": 1.0}))
-def test_switched_off_it_is_dmd2(off):
+def test_switched_off_it_is_dmd2(off, schedule):
     """Bit for bit, in both turns: the reverse KL, or any other of equal densities."""
     method, base = FDistill(taps=("mid",), gan=0.1, **off), DMD2(taps=("mid",), gan=0.1)
-    nets = nets_like(base)
+    nets = nets_like(base, schedule)
     for (ours, logs), (theirs, others) in zip(turns(method, nets), turns(base, nets)):
         assert all(same(a, b) for a, b in zip(ours, theirs, strict=True))
         assert all(torch.equal(logs[name], others[name]) for name in others)

@@ -141,7 +141,7 @@ def test_fixed_point(schedule, name):
     near(kept[0][0], 3 * here[0][0], 0.2)
 
 
-@pytest.mark.parametrize("schedule", ("vp", "edm", "flow"))
+@pytest.mark.parametrize("schedule", SCHEDULES)
 def test_random_overrides_meet_between(schedule):
     """The hazard: of -3 and +3 in turn, N(+-3, .25) alike, the scores' mean is that of N(0, .25): it lies between."""
 

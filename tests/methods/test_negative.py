@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from gaussian import SCHEDULES
 from tiny import tiny as small
 
 from distill.draw import Draw
@@ -9,7 +10,6 @@ from distill.guidance import Guided
 from distill.methods import VSD
 from distill.negative import NASA
 from distill.roles import Nets
-from distill.schedule import EDM
 from distill.student import Student
 from distill.times import Fixed
 from pipelines import load, tiny
@@ -93,11 +93,13 @@ def test_no_cross_attention(tmp_path):
 
 
 @pytest.mark.level(1, "VSD")
+@pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("low, high", ((0.5, 4.0), (2.0, 2.0)))
-def test_random_guidance_is_one_for_both_scores(low, high):
+def test_random_guidance_is_one_for_both_scores(low, high, schedule):
     """PG-SB: x . (real^k - fake^k), one k a sample in [low, high] and the same in both; of low = high, SwiftBrush's."""
     N, classes = 64, 3
-    teacher, fake, student = (small(EDM(), "edm", seed, classes=classes) for seed in range(3))
+    path, kind = SCHEDULES[schedule], "edm" if schedule == "edm" else "v"
+    teacher, fake, student = (small(path, kind, seed, classes=classes) for seed in range(3))
     nets, draw = Nets(teacher, Student(student, (0.5,)), (2,), fake), Draw(0, 0, "student", torch.arange(N))
     c, t = {"label": torch.arange(N) % classes}, torch.full((N,), 0.4, dtype=torch.float64)
     x = draw.normal("x", (N, 2)).double().requires_grad_()

@@ -148,7 +148,7 @@ def test_weight_falls():
     near(loss(Rewarded(base, clamp=None), 1000) - loss(base, 1000), added[0])
 
 
-@pytest.mark.parametrize("schedule", ("vp", "edm", "flow"))
+@pytest.mark.parametrize("schedule", SCHEDULES)
 def test_on_methods_of_data(schedule):
     """LCD's sample is data: rewarded is what the student says at x_t, under the image's own condition."""
     path, kind = SCHEDULES[schedule], "edm" if schedule == "edm" else "v"

@@ -202,7 +202,7 @@ class TestGuidance:
             assert said["student"] == [N, label] and said["fake"] == [N, [CLASSES] * N]
             assert said["teacher"] == ([N, label] if player == "student" else [])
 
-    @pytest.mark.parametrize("schedule", ("vp", "edm", "flow"))
+    @pytest.mark.parametrize("schedule", SCHEDULES)
     def test_anti_cfg(self, schedule):
         """fake = 2 D(null) - D(c) in the student's loss; the fake score learns as it is under k1."""
         nets, batch, draw = nets_of(schedule), batch_of(), turn()

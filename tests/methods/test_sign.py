@@ -53,7 +53,7 @@ def test_off_is_dmd(schedule):
 
 
 @pytest.mark.level(1, "SIGN")
-@pytest.mark.parametrize("schedule", ("vp", "edm", "flow"))
+@pytest.mark.parametrize("schedule", SCHEDULES)
 def test_by_hand(schedule):
     """Each term and its gradient, f(u) = A u + b and the frozen f'(u) = A' u + b'."""
     law, line = problem(2)

@@ -26,9 +26,9 @@ def as_scm(method):
     return SCM(**{f.name: getattr(method, f.name) for f in fields(SCM)})
 
 
-def nets_like(method, dtype=torch.float32, **student):
+def nets_like(method, dtype=torch.float32, schedule="flow", **student):
     torch.manual_seed(0)
-    teacher = tiny(FLOW, "flow", dtype=dtype, classes=3)
+    teacher = tiny(SCHEDULES[schedule], {"flow": "flow", "edm": "edm"}.get(schedule, "v"), dtype=dtype, classes=3)
     nets = build(method, teacher, (2,), {"label": torch.tensor([0])}, StudentConfig(**student))
     if nets.disc is not None:
         nets.disc.to(dtype)
@@ -99,7 +99,6 @@ class TestFlowOnTrig:
         torch.testing.assert_close(g / (size(g) + METHOD.c), 0.5 * g / (size(0.5 * g) + 0.1))
 
 
-@pytest.mark.level(1, "Sprint")
 @pytest.mark.level(1, "Sprint")
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_samples_of_an_exact_student_have_the_teachers_law(schedule):
@@ -180,8 +179,9 @@ def test_without_the_gan_it_is_scm():
     assert not torch.equal(weights(on), weights(base)) and logs[0].keys() > want[0].keys()
 
 
-def test_the_loss_is_scms_and_half_of_ladds():
-    nets, draw = nets_like(METHOD, F64), Draw(0, 1, "student", torch.arange(8))
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_the_loss_is_scms_and_half_of_ladds(schedule):
+    nets, draw = nets_like(METHOD, F64, schedule), Draw(0, 1, "student", torch.arange(8))
     batch = data(draw)
     batch["real"] = batch["real"].double()
     params = [*nets.student.denoiser.net.parameters()]
