@@ -427,7 +427,7 @@ MUTATIONS = {
           f"{TRAINER}::test_samples_are_reused"),
     ),
     "LCD": (
-        m("sign of the target", LCD, "told(c, w)) - target", "told(c, w)) + target", DISCRETE),
+        m("sign of the target", LCD, "distance(out - target)", "distance(out + target)", DISCRETE),
         m("target at t", LCD, "x_s, s, e, told(c, w))", "x_s, t, e, told(c, w))", DISCRETE),
         m("target at x_t", LCD, "student, x_s, s, e, told", "student, x_t, s, e, told", DISCRETE),
         m("target from the student", LCD, "nets.target or student", "student", BY_HAND, f"{CONTRACTS}::TestPushed"),
