@@ -95,6 +95,10 @@ class Nets:
         z = draw.normal("z", (len(draw.samples), *self.shape))
         return self.student.generate(z, batch.get("c"), draw, steps, to)
 
+    def walk(self, batch: Batch, draw: Draw) -> list[Tensor]:
+        """Every x on the way to that sample, and the sample (Student.walk)."""
+        return self.student.walk(draw.normal("z", (len(draw.samples), *self.shape)), batch.get("c"), draw)
+
 
 @dataclass(frozen=True)
 class StudentConfig:
@@ -215,6 +219,12 @@ def build(
         ),
         shape,
     )
+    if "steps" in method.needs and (len(nets.student.times) < 2 or nets.student.renoise != "fresh"):
+        raise ValueError(
+            f"{type(method).__name__} tunes the random calls of a student, all but the last; one of "
+            f"{len(nets.student.times)} call(s) with {nets.student.renoise!r} noise between them has none: it needs "
+            "two calls or more, with fresh noise"
+        )
     for name in student.freeze:
         try:
             nets.student.denoiser.net.get_submodule(name).requires_grad_(False)

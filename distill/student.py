@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from distill.denoiser import Condition, Denoiser
+from distill.schedule import expand
 from distill.solver import Call, ddim, fresh
 
 if TYPE_CHECKING:
     from distill.draw import Draw
-    from distill.schedule import Prediction
 
 
 @dataclass(eq=False)
@@ -50,6 +50,12 @@ class Student:
         return replace(self, denoiser=replace(self.denoiser, net=net))
 
     @property
+    def level(self) -> float | None:
+        """sigma / alpha at the first call; None: at the end of the schedule."""
+        t = torch.tensor([self.times[0]], dtype=torch.float64)
+        return None if self.times[0] == 1 else float(self.denoiser.path.ratio(t))
+
+    @property
     def input_scale(self) -> float:
         if self.scale is not None:
             return self.scale
@@ -82,35 +88,56 @@ class Student:
         steps = len(self.times) if steps is None else steps
         if not 1 <= steps <= len(self.times):
             raise ValueError(f"steps is {steps}; this student has {len(self.times)} time(s), so 1 to {len(self.times)}")
-        path = self.denoiser.path
-        times = [torch.full((len(z),), t, dtype=torch.float64, device=z.device) for t in self.times]
         x = self.input_scale * z
         known = draw.before if draw is not None and self.renoise == "fresh" else None  # x0 of the last call but one
         for i in range(0 if known is None else max(0, steps - 2), steps - 1):
             with torch.no_grad():
-                pred = self.at(i)(x, times[i], c) if known is None else None
-                x0 = known if pred is None else pred.x0
-                eps = self._noise(pred, i, z, draw)
-                x = path.diffuse(x0, eps, times[i + 1])
-        pred = self.at(steps - 1)(x, times[steps - 1], c)
-        if to is None:
-            return pred.x0
-        return path.diffuse(pred.x0, self._noise(pred, steps - 1, z, draw), torch.full_like(times[0], to))
+                moments = self.step(x, i, c) if known is None else self._level(known, self.times[i + 1])
+                x = self._drawn(*moments, i, draw)
+        mean, std = self.step(x, steps - 1, c, to or 0.0)
+        return mean if to is None else self._drawn(mean, std, steps - 1, draw)
 
     def calls(self, draw: Draw | None = None) -> list[Call]:
         """The calls one by one: `relay` makes of them what `generate` makes, and networks may take turns on them."""
-        anew = lambda i: fresh(lambda x: self._noise(None, i, x, draw))
+        anew = lambda i: fresh(lambda x: self._noise(i, x, draw))
         step = lambda i: ddim if self.renoise == "ddim" else anew(i)
         return [Call(self.at(i), t, step(i), self.scale) for i, t in enumerate(self.times)]
 
-    def _noise(self, pred: Prediction | None, i: int, z: Tensor, draw: Draw | None) -> Tensor:
-        """Of the level after call i."""
-        if self.renoise == "ddim":
-            assert pred is not None
-            return pred.eps
+    def walk(self, z: Tensor, c: Condition, draw: Draw | None = None) -> list[Tensor]:
+        """The x [B, ...] of every call on the way from unit noise z, and the sample x0; numbers as in `generate`."""
+        walk, last = [self.input_scale * z], len(self.times) - 1
+        for i in range(last):
+            walk.append(self._drawn(*self.step(walk[i], i, c), i, draw))
+        return [*walk, self.step(walk[last], last, c)[0]]
+
+    def step(self, x: Tensor, i: int, c: Condition, to: float | None = None) -> tuple[Tensor, Tensor]:
+        """Mean [B, ...] and standard deviation [B, 1, ...] of what call i makes of its x, normally distributed.
+
+        to: its time, 0 for x0; None: that of the next call, after the last 0. The deviation is 0 at x0 and for "ddim".
+        """
+        to = (*self.times, 0.0)[i + 1] if to is None else to
+        pred = self.at(i)(x, self._time(self.times[i], x), c)
+        if not to:
+            return pred.x0, torch.zeros_like(pred.sigma)
+        mean, std = self._level(pred.x0, to)
+        return (mean, std) if self.renoise == "fresh" else (mean + std * pred.eps, torch.zeros_like(std))
+
+    def _time(self, t: float, x: Tensor) -> Tensor:
+        return torch.full((len(x),), t, dtype=torch.float64, device=x.device)
+
+    def _level(self, x0: Tensor, t: float) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of x_t given x0."""
+        alpha, sigma = self.denoiser.path.coefficients(self._time(t, x0))
+        return expand(alpha, x0) * x0, expand(sigma, x0)
+
+    def _drawn(self, mean: Tensor, std: Tensor, i: int, draw: Draw | None) -> Tensor:
+        """What call i makes, with noise of its own."""
+        return mean if self.renoise == "ddim" else mean + std * self._noise(i, mean, draw)
+
+    def _noise(self, i: int, x: Tensor, draw: Draw | None) -> Tensor:
         if draw is None:
             raise ValueError("a student with fresh noise between its steps needs `draw` to generate")
-        return draw.normal(f"renoise{i}", tuple(z.shape)).to(z)
+        return draw.normal(f"renoise{i}", tuple(x.shape)).to(x)
 
 
 def falling(times: tuple[float, ...]) -> None:

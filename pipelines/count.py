@@ -204,7 +204,7 @@ class Turn:
     """One update of one player on a micro-batch: FLOPs, and bytes of the tensors that live during it."""
 
     player: str
-    generation: int  # FLOPs of making the samples with a single call of the student
+    generation: int  # FLOPs of making the samples, with a single call of the student where the method has the choice
     loss: int  # FLOPs of the loss, and of the backward pass
     activations: int  # bytes: the largest total of all tensors but weights and gradients
     gradients: int  # bytes
@@ -303,6 +303,8 @@ def cost(
             total, traffic = total + turn.loss, traffic.plus(losing)
             if not (update.reuse and made):
                 calls = max(1.0, _calls(method, nets, update, step, batch, micro))
+                turned = _calls(method, nets, replace(update, walk=False), first, batch, micro, 1)  # in the turn above
+                calls /= max(1.0, turned)
                 total, traffic = total + calls * turn.generation, traffic.plus(making, calls)
             made = True
     return Cost(tuple(turns), total / cycle, cycle, micro, Traffic().plus(traffic, 1 / cycle))
@@ -341,8 +343,10 @@ def _turn(
     return Turn(update.player, generation, meter.flops - generation, meter.peak, gradients, (making, losing))
 
 
-def _calls(method: Method, nets: Nets, update: Update, step: int, batch: Any, micro: int) -> float:
-    """The student's calls in making samples at this step, averaged over the choices of the method."""
+def _calls(
+    method: Method, nets: Nets, update: Update, step: int, batch: Any, micro: int, choices: int | None = None
+) -> float:
+    """The student's calls in making samples at this step, averaged over the first `choices` of the method, or all."""
     asked = 0
 
     def call(net: nn.Module, x: Tensor, t: Tensor, c: Any) -> Tensor:
@@ -351,15 +355,15 @@ def _calls(method: Method, nets: Nets, update: Update, step: int, batch: Any, mi
         return torch.empty_like(x)
 
     student = replace(nets.student, denoiser=replace(nets.student.denoiser, call=call))
-    choices = range(len(nets.student.times))
+    choices = choices or len(nets.student.times)
     with torch.no_grad():
-        for k in choices:
+        for k in range(choices):
             draw = Choice(step, update.player, micro, k)
             if update.walk:
                 draw.late = began(method, nets, step)
                 draw.before = torch.empty(micro, *nets.shape, device="meta") if draw.late else None
             method.sample(replace(nets, student=student), batch(), draw)
-    return asked / len(choices)
+    return asked / choices
 
 
 def _with_null(nets: Nets, null: dict[str, Tensor]) -> Nets:

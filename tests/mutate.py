@@ -85,6 +85,8 @@ SKIPS, SKIP = "pipelines/skips", "tests/methods/test_skips.py"
 PAG, PAGS = "pipelines/pag", "tests/methods/test_pag.py"
 PAG_LAW, PAG_SD = f"{PAGS}::test_students_variance", f"{PAGS}::test_formula[sd]"
 PAG_SAME, PAG_ROLES = f"{PAGS}::test_is_diffusers_pag[", f"{PAGS}::test_no_other_role_is_perturbed"
+PAIRWISE, OFFLINE = "distill/methods/pso", "distill/methods/pso_offline"
+STEPPING, TUNED = "distill/student", "tests/methods/test_pso.py"
 NEGATIVE, TURNED = "pipelines/negative", "tests/methods/test_negative.py"
 HEEDING, SUN, OFFSET = "distill/negative", "distill/methods/sun", "tests/methods/test_sun.py"
 SOLVER, STITCH = "distill/solver", "pipelines/stitch"
@@ -354,6 +356,28 @@ MUTATIONS = {
         m("the first student for all", "pipelines/experts", "(which == k).reshape", "(which < 0).reshape",
           "tests/test_experts.py::test_students_of_parts"),
     ),
+    "PSO": (
+        m("worse preferred", PAIRWISE, "F.softplus(-self.beta", "F.softplus(self.beta", TUNED),
+        m("no preference", PAIRWISE, "(reward[0] - reward[1]).sign()", "1", TUNED),
+        m("size of the reward", PAIRWISE, "(reward[0] - reward[1]).sign()", "(reward[0] - reward[1])", TUNED),
+        m("reference forgotten", PAIRWISE, "replace(nets.student, denoiser=nets.teacher)", "nets.student", TUNED),
+        m("not clipped", PAIRWISE, "h.clamp(log1p(-self.eps), log1p(self.eps))", "1 * h", TUNED),
+        m("clipped above alone", PAIRWISE, "h.clamp(log1p(-self.eps), ", "h.clamp(None, ", TUNED),
+        m("sum over elements", PAIRWISE, "flatten(1).mean(1)", "flatten(1).sum(1)", TUNED),
+        m("sigma, not its square", PAIRWISE, "/ sigma**2", "/ sigma", TUNED),
+        m("a step left out", PAIRWISE, "range(x.shape[2] - 2)", "range(x.shape[2] - 3)", TUNED),
+        m("pairs of one noise", PAIRWISE, 'draw.apart("second")', "draw", TUNED),
+        m("the reward of noise", PAIRWISE, "walk[:, -1]", "walk[:, -2]", TUNED),
+        m("one map of noise", STEPPING, "tuple(x.shape)).to(x)", "tuple(x.shape)).to(x)[:1]", TUNED),
+        m("hinge the other way", OFFLINE, "self.beta * gap) + ", "self.beta * -gap) + ", TUNED),
+        m("winners kept, not losers", OFFLINE, "self.gamma * worse", "self.gamma * better", TUNED),
+        m("data is worse", OFFLINE, "gap - (better - worse)", "(better - worse) - gap", TUNED),
+        m("reference of the student", OFFLINE, "errors(nets.teacher)", "errors(nets.student.denoiser)", TUNED),
+        m("samples of the student itself", OFFLINE, "reference.generate", "nets.generate", TUNED),
+        m("no weight", OFFLINE, "(alpha / sigma).to(y) ** 2 * ", "", TUNED),
+        m("noise of their own", OFFLINE, "for y in x.unbind(1)]", "for y, eps in zip(x.unbind(1), (eps, -eps))]",
+          TUNED),
+    ),
     "PhasedDMD": (
         m("sign of g", DMD2, "g = h * (fake - real)", "g = h * (real - fake)", f"{OF}phased.py::TestClosedForms"),
         m("gradient through the scores", DMD2, NO_GRAD, GRAD, f"{OF}phased.py::TestClosedForms", more=(KEEP_G,)),
@@ -474,8 +498,8 @@ MUTATIONS = {
         m("a step too far", SOLVER, "times[:-1], times[1:], strict",
           "times[:-1], [*times[2:], times[-1]], strict", TURNS),
         m("scale forgotten", SOLVER, "if turns[0].scale is None else turns[0].scale", "", TURNS),
-        m("noise of one name", "distill/student", "fresh(lambda x: self._noise(None, i,",
-          "fresh(lambda x: self._noise(None, 0,", TURNS),
+        m("noise of one name", "distill/student", "fresh(lambda x: self._noise(i,",
+          "fresh(lambda x: self._noise(0,", TURNS),
         m("experts forgotten", "distill/student", "Call(self.at(i), t, step(i)", "Call(self.denoiser, t, step(i)",
           TURNS),
         m("no new noise", STITCH, "if self.solver is None and anew:", "if False:", STITCHED),
@@ -790,9 +814,10 @@ MUTATIONS = {
     "student, solvers": (
         m("gradient through all calls", "distill/student", "with torch.no_grad():", "with torch.enable_grad():",
           STUDENT),
-        m("renoised to the old level", "distill/student", "diffuse(x0, eps, times[i + 1])",
-          "diffuse(x0, eps, times[i])", STUDENT),
-        m("last call at the first time", "distill/student", "(x, times[steps - 1], c)", "(x, times[0], c)", STUDENT),
+        m("renoised to the old level", "distill/student", "(*self.times, 0.0)[i + 1]",
+          "(*self.times, 0.0)[i]", STUDENT),
+        m("calls at the first time", "distill/student", "self._time(self.times[i], x)", "self._time(self.times[0], x)",
+          STUDENT),
         m("scaled by the signal", "distill/student", "dtype=torch.float64))[1])", "dtype=torch.float64))[0])",
           STUDENT),
         m("the same noise again", "distill/student", 'f"renoise{i}", tuple(z', '"renoise0", tuple(z', STUDENT),

@@ -42,6 +42,7 @@ WORDS = {  # of Method.needs
     "negative": "cross-attention (adapters are added)",
     "finished": "a finished student as its teacher",
     "control": "a picture of its samples (`pipelines/control.py`)",
+    "steps": "several calls with fresh noise",
     "told": "a network that is told its guidance",
 }
 
@@ -94,7 +95,7 @@ def passes(method):
         teacher, shape, c = digits.denoiser, digits.shape, digits.encode([0])
     teacher.net.to("meta")
     c = {name: value.to("meta") for name, value in c.items()}
-    student = StudentConfig(negative=77 if "negative" in method.needs else 0)
+    student = StudentConfig(1 + ("steps" in method.needs), negative=77 if "negative" in method.needs else 0)
     return count.passes(method, build(method, teacher, shape, c, student), c)
 
 

@@ -18,6 +18,8 @@ from distill.methods.nct import NCT
 from distill.methods.pcm import PCM
 from distill.methods.phased import PhasedDMD
 from distill.methods.proxied import Proxied
+from distill.methods.pso import PSO
+from distill.methods.pso_offline import OfflinePSO
 from distill.methods.rcgm import RCGM
 from distill.methods.rcm import RCM
 from distill.methods.regression import Regression
@@ -53,6 +55,8 @@ __all__ = [
     "PCM",
     "PhasedDMD",
     "MeanFlow",
+    "OfflinePSO",
+    "PSO",
     "Proxied",
     "RCGM",
     "RCM",

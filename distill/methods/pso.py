@@ -1,0 +1,67 @@
+"""PSO: Pairwise Sample Optimization. Miao et al. 2024, arXiv 2410.03190.
+
+Online, on samples of its own; pso_offline.py is on data. The teacher is a finished student of N calls, and the student
+starts as it. Its walk, for i < N, is
+
+    x_{i+1} ~ N( alpha_{i+1} D(x_i, t_i), sigma_{i+1}^2 ),     and then x = D(x_N, t_N) without noise
+    h_i(x)  = mean over elements of  log p_student(x_{i+1} | x_i) - log p_teacher(x_{i+1} | x_i)
+            = mean of (m - m_teacher) ( x_{i+1} - (m + m_teacher) / 2 ) / sigma_{i+1}^2,    m = alpha_{i+1} D(x_i, t_i)
+    r_i     = clip( exp h_i, 1 - eps, 1 + eps )                no gradient where it is clipped: logged is its share
+    L       = - log sigmoid( beta sign( R(x) - R(y) ) ( log r_i(x) - log r_i(y) ) )
+
+of two walks x and y under one condition, each with all noise of its own; means over i < N and the batch. Gradients flow
+through m alone, a call at a time: the walks and the reward R have none, so R may be anything that tells better from
+worse.
+"""
+
+from dataclasses import dataclass, replace
+from math import log1p
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from distill.denoiser import Condition
+from distill.draw import Draw
+from distill.ranges import Decay, Positive
+from distill.trainer import Batch, Logs, Nets, Update
+
+
+@dataclass(frozen=True)
+class PSO:
+    """Preferences for a finished student of several calls, by a reward on pairs of its samples: prompts alone."""
+
+    beta: Positive = 50.0  # SDXL DMD2 (code); h is a mean over elements, so it is large
+    eps: Decay = 0.1  # of the clip (code)
+    reward: str = "openai/clip-vit-base-patch32"  # R: folder or Hub name of a CLIP; "labels": pipelines/reward.py
+    reward_decoder: str | None = None  # folder or Hub name of an AutoencoderTiny; None: the teacher's
+
+    roles = ()
+    needs = ("finished", "steps", "reward")
+
+    def updates(self) -> list[Update]:
+        return [Update("student", self.student_loss)]
+
+    @torch.no_grad()
+    def sample(self, nets: Nets, batch: Batch, draw: Draw) -> Tensor:  # [B, 2, N + 1, ...]
+        pair = [nets.walk(batch, numbers) for numbers in (draw, draw.apart("second"))]
+        return torch.stack([torch.stack(walk, 1) for walk in pair], 1)
+
+    def student_loss(self, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
+        c, pair = batch.get("c"), x.unbind(1)
+        if nets.reward is None:
+            raise ValueError("PSO needs nets.reward (pipelines.reward), which says which of two samples is better")
+        with torch.no_grad():
+            reward = torch.stack([nets.reward(walk[:, -1], c) for walk in pair])
+        h = torch.stack([torch.stack([self.h(walk, i, c, nets) for i in range(x.shape[2] - 2)]) for walk in pair])
+        log_r = h.clamp(log1p(-self.eps), log1p(self.eps))  # [2, N - 1, B]
+        margin = (reward[0] - reward[1]).sign() * (log_r[0] - log_r[1])
+        logs = {"reward": reward.mean(), "margin": margin.mean(), "clipped": (h != log_r).float().mean()}
+        return F.softplus(-self.beta * margin).mean(), logs
+
+    def h(self, walk: Tensor, i: int, c: Condition, nets: Nets) -> Tensor:  # [B, N + 1, ...] -> [B]
+        x, y = walk[:, i], walk[:, i + 1]
+        m, sigma = nets.student.step(x, i, c)
+        with torch.no_grad():
+            base, _ = replace(nets.student, denoiser=nets.teacher).step(x, i, c)
+        return ((m - base) * (y - (m + base) / 2) / sigma**2).flatten(1).mean(1)

@@ -1,0 +1,64 @@
+"""PSO offline: Pairwise Sample Optimization on data. Miao et al. 2024, arXiv 2410.03190.
+
+As in pso.py the teacher is a finished student, and the student starts as it. With an image x, a sample y of the teacher
+under the condition of x, and a time t of the student's own, uniform, at which eps is that of both:
+
+    x_t  = alpha_t x + sigma_t eps,   y_t = alpha_t y + sigma_t eps
+    l(x) = mean over elements of | D(x_t, t) - x |^2 / r_t^2,   r_t = sigma_t / alpha_t        the squared error of eps
+    L    = - log sigmoid( beta ( l_teacher(x) - l_teacher(y) - l(x) + l(y) ) )                 "sigmoid"
+    L    = relu( 1 + beta ( l(x) - l(y) ) ) + gamma l(y)                                       "hinge", no reference
+
+Means over the batch. gamma keeps what the student made before: prior preservation. Gradients flow through the student's
+D, not through y. At pure noise, a flow's first call, r_t is infinite and nothing is learnt.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from distill.denoiser import Denoiser
+from distill.draw import Draw
+from distill.ranges import Positive, Weight
+from distill.trainer import Batch, Logs, Nets, Update
+
+
+@dataclass(frozen=True)
+class OfflinePSO:
+    """Images instead of what a finished student makes of their captions: a style, a subject, preferred pictures."""
+
+    beta: Positive = 5.0  # SDXL-Turbo, DreamBooth (code)
+    loss: Literal["sigmoid", "hinge"] = "hinge"  # DreamBooth: hinge (code)
+    gamma: Weight = 0.5  # of the hinge alone (code)
+
+    roles = ()
+    needs = ("finished", "real")
+
+    def updates(self) -> list[Update]:
+        return [Update("student", self.student_loss)]
+
+    @torch.no_grad()
+    def sample(self, nets: Nets, batch: Batch, draw: Draw) -> Tensor:  # [B, 2, ...]
+        reference = replace(nets, student=replace(nets.student, denoiser=nets.teacher))
+        y = reference.generate({"c": batch.get("real_c")}, draw)
+        return torch.stack([batch["real"].to(y), y], 1)
+
+    def student_loss(self, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
+        times = torch.tensor(nets.student.times, dtype=torch.float64, device=x.device)
+        t, eps = times[draw.integers("t", len(times))], draw.normal("eps", x[:, 0].shape).to(x)
+
+        def errors(denoiser: Denoiser) -> Tensor:  # l(x) and l(y): [2, B]
+            alpha, sigma = denoiser.path.coefficients(t)
+            preds = [(y, denoiser(denoiser.path.diffuse(y, eps, t), t, batch.get("real_c")).x0) for y in x.unbind(1)]
+            return torch.stack([(alpha / sigma).to(y) ** 2 * (x0 - y).flatten(1).square().mean(1) for y, x0 in preds])
+
+        better, worse = errors(nets.student.denoiser)
+        gap = better - worse
+        logs = {"better": better.mean(), "worse": worse.mean(), "gap": gap.mean()}
+        if self.loss == "hinge":
+            return (F.relu(1 + self.beta * gap) + self.gamma * worse).mean(), logs
+        with torch.no_grad():
+            better, worse = errors(nets.teacher)
+        return F.softplus(self.beta * (gap - (better - worse))).mean(), logs

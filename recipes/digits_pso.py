@@ -1,0 +1,33 @@
+"""PSO of a finished student of the digits: of two samples that of which a linear classifier is surer. Values ours.
+
+`python recipes/digits_pso.py --teacher runs/digits/lcd/pipeline`: any exported student of two calls or more.
+"""
+
+from distill.config import Config
+from distill.data import Digits
+from distill.methods import PSO
+from distill.roles import StudentConfig
+from distill.trainer import TrainConfig
+from pipelines.run import main
+
+CONFIG = Config(
+    method=PSO(reward="labels"),
+    data=Digits(),
+    validation_images=40,
+    teacher="runs/digits/lcd/pipeline",
+    student=StudentConfig(steps=2),  # of --smoke alone, whose teacher is no student: else its teacher's
+    train=TrainConfig(
+        output_dir="runs/digits/pso",
+        max_train_steps=300,
+        train_batch_size=64,
+        learning_rate=1e-4,
+        lr_scheduler="linear",
+        lr_warmup_steps=20,
+        adam_beta1=0.9,
+        max_grad_norm=1.0,
+        ema_half_life=1000,
+    ),
+)
+
+if __name__ == "__main__":
+    main(CONFIG, doc=__doc__)

@@ -1,0 +1,58 @@
+"""PSO of a finished student of the digits on data: scans of bold strokes before its own samples. Values ours.
+
+`python recipes/digits_pso_offline.py --teacher runs/digits/lcd/pipeline`: any exported student.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distill.config import Config
+from distill.data import Digits, digits
+from distill.draw import Draw
+from distill.methods import OfflinePSO
+from distill.ranges import Share
+from distill.trainer import TrainConfig
+from pipelines.run import main
+
+
+@dataclass(frozen=True)
+class Bold(Digits):
+    """The digits; real are the scans with the most ink of each label."""
+
+    share: Share = 0.3  # of a label's scans
+
+    def __call__(self, draw: Draw) -> dict[str, Any]:
+        (images, labels), batch = digits("train"), super().__call__(draw)
+        picked, u = batch["real_c"]["class_labels"].cpu(), draw.uniform("bold", (len(draw.samples),)).double().cpu()
+        rows = torch.stack([self.bold(images, labels == k, u[i]) for i, k in enumerate(picked)])
+        return batch | {"real": rows.to(draw.device)}
+
+    def bold(self, images: Tensor, mine: Tensor, u: Tensor) -> Tensor:
+        """One of the scans `mine` with the most ink, by a uniform number."""
+        ranked = images[mine][images[mine].mean((1, 2, 3)).argsort(descending=True)]
+        return ranked[int(u * self.share * len(ranked))]
+
+
+CONFIG = Config(
+    method=OfflinePSO(beta=5.0, loss="hinge", gamma=0.5),
+    data=Bold(),
+    validation_images=40,
+    teacher="runs/digits/lcd/pipeline",
+    train=TrainConfig(
+        output_dir="runs/digits/pso_offline",
+        max_train_steps=600,
+        train_batch_size=64,
+        learning_rate=2e-4,
+        lr_scheduler="linear",
+        lr_warmup_steps=20,
+        adam_beta1=0.9,
+        max_grad_norm=1.0,
+        ema_half_life=1000,
+    ),
+)
+
+if __name__ == "__main__":
+    main(CONFIG, doc=__doc__)
