@@ -39,6 +39,7 @@ TIED = (
     "phases",
     "c",
     "student.lora.rank",
+    "student.negative",
 )  # legal with some values of other fields only
 WORDS = st.text("abcdefghij XYZ.:", min_size=1, max_size=9).filter(lambda s: s.strip() == s and s != "inf")
 FEW = settings(max_examples=3, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
