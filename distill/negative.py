@@ -90,7 +90,7 @@ class Heeding:
         """The prompt, and the negative one if there is one."""
         if self.words is not None:
             return text, (self.words.to(like).expand(len(like), -1, -1), None)
-        words, mask, n = *text, self.length
+        (words, mask), n = text, self.length
         if words.shape[1] <= n:
             return text, None
         first, second = (None, None) if mask is None else (mask[..., :n], mask[..., n:])
