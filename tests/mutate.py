@@ -820,7 +820,7 @@ MUTATIONS = {
           STUDENT),
         m("scaled by the signal", "distill/student", "dtype=torch.float64))[1])", "dtype=torch.float64))[0])",
           STUDENT),
-        m("the same noise again", "distill/student", 'f"renoise{i}", tuple(z', '"renoise0", tuple(z', STUDENT),
+        m("the same noise again", "distill/student", 'f"renoise{i}", tuple(x', '"renoise0", tuple(x', STUDENT),
         m("DDIM without its noise", "distill/solver", "diffuse(pred.x0, pred.eps, s)",
           "diffuse(pred.x0, 0 * pred.eps, s)", STUDENT),
         m("Heun's second slope at t", "distill/solver", "denoiser(euler, s, c).eps", "denoiser(euler, t, c).eps",
