@@ -15,6 +15,7 @@ from tiny import WORDS, reader, spoken
 from tiny import tiny as small
 from torch import nn
 
+from distill import memory
 from distill.denoiser import Denoiser
 from distill.draw import Draw
 from distill.methods import NASAT, SUN, VSD
@@ -466,6 +467,8 @@ def test_what_does_not_fit(tmp_path):
     assert not adapters(pipe.unet)
     with pytest.raises(ValueError, match="is no adapter"):
         install(pipe, tmp_path / "sd" / "unet" / "diffusion_pytorch_model.safetensors")
+    with pytest.raises(ValueError, match="xformers takes the place of what hears negative prompts"):
+        memory._set(adapted(sd.denoiser.net, 77), "xformers")
     with pytest.raises(ValueError, match="has no cross-attention"):
         adapted(flux.denoiser.net, 77)
     sd.null()
