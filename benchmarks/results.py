@@ -28,7 +28,7 @@ from eval.jobs import Job, recipe, run
 ROOT = Path(__file__).resolve().parent.parent
 REFERENCE = "teacher-35"  # model-calls; Heun's method with n steps makes 2 n - 1 calls
 TEACHERS = {"teacher-9": 5, "teacher-17": 9, REFERENCE: 18}  # steps of Heun's method
-FEWER = {"lcd": (1,), "tcd": (1,)}  # calls of students that can do with fewer than their recipe's
+FEWER = {"lcd": (1,), "rglcd": (1,), "tcd": (1,)}  # calls of students that can do with fewer than their recipe's
 GOALS = {"dmd2-1": 1.0, "sid-1": 1.15, "vsd-1": 1.15, "scm-1": 1.3, "lcd-2": 1.5}  # fd_heldout over the teacher's
 
 
@@ -45,6 +45,10 @@ STAGES = {  # of the methods that are more than a run of their recipe
     "disback": (Stage("degradation", own=True), Stage("disback", ("--method.record", "{run[0]}"))),
     "msd": (Stage("msd"), Stage("msd", ("--data.classes", *"56789"))),
     "phased": (Stage("phased"), Stage("phased", ("--student.experts", "{last[0]}"))),
+    "tcm": (  # ECT's stages in half its steps
+        Stage("ect", ("--method.curriculum.every", "375")),
+        Stage("tcm", ("--student.init", "{last[0]}")),
+    ),
     "tsm": (
         Stage("tsm"),
         Stage("sid", ("--student.network", f"{ROOT / 'recipes' / 'digits_small'}", "--student.init", "{last[0]}")),
