@@ -1,4 +1,4 @@
-"""DMD2 with an entropic fake score on the digits: one step, no data. Values ours unless a source is named.
+"""DMD2 with an entropic fake score on the digits: one step. Values ours unless a source is named.
 
 `accelerate launch recipes/esd_digits.py --teacher runs/digits/teacher`
 
@@ -18,13 +18,13 @@ from pipelines.run import main
 CONFIG = Config(
     method=Entropic(
         DMD2(
-            every=4,
-            gan=0.0,
-            gan_fake=0.0,
+            every=2,
+            gan=0.1,  # as dmd2_digits; without a GAN recall falls to .73, below .8 of the teacher's
+            gan_fake=0.03,
             times=Karras(0.02, 20.0),
             fake_times=LogNormal(-1.0, 1.2),  # the teacher's training law
         ),
-        entropy=0.25,  # the paper's .5 is for poses of one object; lambda = 0 is DMD2 from prompts alone
+        entropy=0.25,  # the paper's .5 is for poses of one object; lambda = 0 is DMD2
     ),
     data=Digits(),
     validation_images=40,
@@ -32,7 +32,7 @@ CONFIG = Config(
     student=StudentConfig(sigma=2.5),  # SiD
     train=TrainConfig(
         output_dir="runs/digits/esd",
-        max_train_steps=4000,
+        max_train_steps=2900,
         train_batch_size=64,
         learning_rate=5e-4,
         fake_learning_rate=1e-3,
