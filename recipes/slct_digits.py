@@ -1,8 +1,10 @@
 """sLCT's terms on the digits: one step, from the scans alone. Values ours unless a source is named.
 
 `accelerate launch recipes/slct_digits.py --teacher runs/digits/teacher`; the student starts from the teacher, which is
-not called. Choose it for latents with outliers and without a teacher; its noise is coupled over micro-batches, which
-must be large enough for that to matter.
+not called.
+
+Choose it for latents with outliers and without a teacher; its noise is coupled over the images of a micro-batch that
+have one condition, which must be many for that to matter: it is for one or few classes.
 """
 
 from distill.config import Config

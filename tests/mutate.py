@@ -605,7 +605,8 @@ MUTATIONS = {
         m("up to t", TCD, "(s * self.N).round()", "(s * self.N + 1).round()", f"{OF}tcd.py"),
     ),
     "sLCT": (
-        m("noise not coupled", SLCT, "return coupled(x, eps) if self.coupled else eps", "return eps", f"{OF}slct.py"),
+        m("noise not coupled", SLCT, "coupled(x, eps, c) if self.coupled else eps", "eps", f"{OF}slct.py"),
+        m("coupled across conditions", SLCT, "kind[:, None] != kind", "kind[:, None] < kind[:, None]", f"{OF}slct.py"),
         m("coupled for the worst", SLCT, "cost.cpu()", "-cost.cpu()", f"{OF}slct.py"),
         m("coupled the other way", SLCT, ".numpy())[1]", ".numpy())[1].argsort()", f"{OF}slct.py"),
         m("sign of the denoising", SLCT, "return self.diffusion * low", "return -self.diffusion * low", f"{OF}slct.py"),

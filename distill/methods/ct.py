@@ -49,7 +49,7 @@ class CT:
 
     def student_loss(self, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
         path, c = nets.student.denoiser.path, batch.get("real_c")
-        (t, r, gap), eps = self.pairs(draw, len(x), path), self.noise(x, draw)
+        (t, r, gap), eps = self.pairs(draw, len(x), path), self.noise(x, c, draw)
         with torch.no_grad():
             target = torch.where(expand(r, x) > 0, self.f(nets, path.diffuse(x, eps, r), r, c), x)
         out = nets.student.denoiser(path.diffuse(x, eps, t), t, c).x0
@@ -63,7 +63,7 @@ class CT:
     def f(self, nets: Nets, x: Tensor, t: Tensor, c: Condition) -> Tensor:  # of the target
         return nets.student.denoiser(x, t, c).x0
 
-    def noise(self, x: Tensor, draw: Draw) -> Tensor:
+    def noise(self, x: Tensor, c: Condition, draw: Draw) -> Tensor:
         return draw.normal("eps", x.shape).to(x)
 
     def more(self, error: Tensor, s: Tensor) -> Tensor | float:  # [B], of f(x_t, t) - x at the level s (sLCT)

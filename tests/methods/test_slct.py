@@ -61,6 +61,20 @@ def test_coupling_is_the_best_of_all():
 
 
 @pytest.mark.level(1, "SLCT")
+@pytest.mark.parametrize("prompts", (False, True))
+def test_noise_tells_nothing_of_the_condition(prompts):
+    """Of each condition the noises are those that it had, in the best order among them; one prompt each keeps its."""
+    x, eps, label = torch.randn(24, 2, dtype=F64), torch.randn(24, 2, dtype=F64), torch.arange(24) % 3
+    x = x + 5 * label[:, None]
+    c = {"text": torch.randn(3, 4, 2)[label], "pooled": torch.randn(3, 4)[label]} if prompts else {"label": label}
+    found = coupled(x, eps, c)
+    for k in range(3):
+        assert torch.equal(found[label == k], coupled(x[label == k], eps[label == k]))
+    assert not torch.equal(found, coupled(x, eps)) and not torch.equal(found, eps)
+    assert torch.equal(coupled(x, eps, {"text": torch.randn(24, 4, 2)}), eps)
+
+
+@pytest.mark.level(1, "SLCT")
 @pytest.mark.parametrize("step, N", ((0, 10), (399_999, 1280)))
 def test_c_falls_with_the_grid(step, N):
     """c = exp(-1.18 ln N - 0.72): 0.0322 at first, 1.05e-4 in the end."""
