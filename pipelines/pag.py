@@ -58,7 +58,7 @@ def perturbed(net: nn.Module, layers: tuple[str, ...]) -> nn.Module:
             raise ValueError(f"pag_layers: there is no self-attention in {layer!r}; it is in {', '.join(blocks)}")
         for module in inside:
             joint = getattr(module, "add_q_proj", None) is not None
-            module.processor = Joint(module.processor) if joint else Identity()  # type: ignore[assignment]
+            module.processor = Joint(module.processor) if joint else Identity()
     return made
 
 
