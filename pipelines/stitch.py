@@ -10,6 +10,9 @@ That has the diversity of the base model, for the student's first call decides w
 base makes those at higher levels of noise than the student's second (Gandikota & Bau 2025, arXiv 2503.10637). T-Stitch
 (Pan et al. 2024, 2402.14167) is [Turn(small, 50, w, solver="ddim"), Turn(large, 50, w, skip=20, solver="ddim")], of two
 models of the same latents; there may be three. The mathematics are distill/solver.py's; eval.generate has --first.
+
+The base's steps must be fine enough. On the digits, one seed, a CD student of two calls has recall .851 and FD 14.2;
+after six of ten of its teacher's Heun steps (25 passes for 2) .894 and 13.0, after two of four .901 and 297.
 """
 
 from __future__ import annotations
