@@ -6,11 +6,11 @@
     with tuned(pipe.unet, 0.8):
         pipe("a red fox", num_inference_steps=1, guidance_scale=0)
 
-Nothing is trained, and a call costs what it did. Which bottom is best, if one below 1 is, depends on the network: try a
-few by python -m eval.generate --skip_tuning 0.8, then eval.score. On the digits (`--protocol digits --n 1000`, one seed)
-the FD to training images is at a bottom of 1, .95, .9, .8, .6: 10.84 10.56 10.32 9.91 9.63 of DMD2's student (95 %
-interval of the first 6.6 to 15.1), 7.22 7.21 7.22 7.34 7.91 of LCD's, 87.8 88.5 89.2 90.9 95.0 of the teacher by Heun in
-five steps. No gain is shown: every interval holds the figure at 1.
+Nothing is trained, and a call costs what it did. Which bottom is best, if one below 1 is, depends on the network: try
+a few by python -m eval.generate --skip_tuning 0.8, then eval.score. On the digits (--protocol digits --n 1000, one
+seed) the FD to training images is at a bottom of 1, .95, .9, .8, .6: 10.84 10.56 10.32 9.91 9.63 of DMD2's student
+(95 % interval of the first 6.6 to 15.1), 7.22 7.21 7.22 7.34 7.91 of LCD's, 87.8 88.5 89.2 90.9 95.0 of the teacher
+by Heun in five steps. No gain is shown: every interval holds the figure at 1.
 """
 
 from __future__ import annotations
