@@ -95,7 +95,7 @@ for path in sys.argv[1:]:
     else:
         raise AssertionError(path)
     text = said.getvalue()
-    words = ("pipelines.cache", "pipelines.pairs", "pipelines.edm_convert", "no teacher at")
+    words = ("pipelines.cache", "pipelines.pairs", "pipelines.edm_convert", "no teacher at", "--data.images")
     assert text.startswith("error: no ") and any(word in text for word in words), (path, text)
 heavy = {"diffusers", "transformers", "peft", "accelerate", "datasets", "sklearn"} & sys.modules.keys()
 assert not heavy, heavy

@@ -264,7 +264,7 @@ def test_nothing_fits(digits, capsys):
     "argv, message",
     [
         ([], "give either a recipe"),
-        (["--family", "sdxk"], "family is 'sdxk'; it must be one of sd15, sd21, sdxl"),
+        (["--family", "sdxk"], "family is 'sdxk'; it must be one of sd15, sd21, sd21-base, sdxl"),
         (["recipes/none.py"], "no recipe at 'recipes/none.py'"),
         (["benchmarks/digits.py"], "has no Config named CONFIG"),
         ([RECIPE, "--", "--teacher", "somebody/something"], "no configs of teacher 'somebody/something'"),
