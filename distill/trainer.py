@@ -52,7 +52,8 @@ class Update:
 class Method(Protocol):
     """An algorithm: a frozen dataclass of its hyper-parameters.
 
-    May define `after(player, nets)`, and `before(nets)` for a state that is to be kept, as buffers of a network.
+    May define `after(nets)`, called when the student has moved, and `before(nets)` for a state that is to be kept, as
+    buffers of a network.
 
     One with the role "disc" also has `taps`, the modules of the fake score or the teacher that the discriminator reads
     with a head each, and may have `places`: whether each place of a head has a logit, or all have their mean. One that
@@ -216,8 +217,8 @@ def train(
                 state.logs[f"{player}/skipped"] = torch.zeros_like(norm)
             if player == "student":
                 state.ema.update(nets.student.denoiser.net, cfg.train_batch_size, step * cfg.train_batch_size)
-            if hasattr(method, "after"):
-                method.after(player, nets)
+                if hasattr(method, "after"):
+                    method.after(nets)
         own(players, *players)
         state.step += 1
         yield state

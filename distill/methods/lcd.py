@@ -78,6 +78,6 @@ class LCD:
     def end(self, s: Tensor, draw: Draw) -> Tensor | None:
         return None  # where f leads to: to data (not in PCM and TCD)
 
-    def after(self, player: str, nets: Nets) -> None:
+    def after(self, nets: Nets) -> None:
         if nets.target is not None:
             follow(nets.target.net, nets.student.denoiser.net, self.target_ema)

@@ -49,7 +49,7 @@ class NCT:
 
     @torch.no_grad()
     def sample(self, nets: Nets, batch: Batch, draw: Draw) -> Tensor:
-        return replace(nets, student=replace(nets.student, denoiser=nets.teacher)).generate(batch, draw)
+        return replace(nets, student=nets.finished).generate(batch, draw)
 
     def student_loss(self, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
         if nets.control is None:
@@ -73,5 +73,5 @@ class NCT:
     def distance(self, delta: Tensor) -> Tensor:
         return reduce(delta**2 if self.huber_c is None else huber(delta, self.huber_c), self.reduction)
 
-    def after(self, player: str, nets: Nets) -> None:
+    def after(self, nets: Nets) -> None:
         multiplier(nets.student.denoiser.net).step(self.rate, self.bound)

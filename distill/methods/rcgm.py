@@ -84,6 +84,6 @@ class RCGM:
         e = (x - x.detach() + g.detach()).square().flatten(1).mean(1)
         return e if self.c is None else adaptive(e, 0.5, self.c**2)
 
-    def after(self, player: str, nets: Nets) -> None:
+    def after(self, nets: Nets) -> None:
         if nets.target is not None:
             follow(nets.target.net, nets.student.denoiser.net, self.target_ema)

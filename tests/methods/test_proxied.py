@@ -211,6 +211,18 @@ def test_a_proxy_and_its_student():
 
 
 def test_taps_of_both():
-    """Two roles of heads, each where its method's fields say."""
-    nets = built(Proxied(DMD2(taps=("first",)), proxy_taps=("mid", "first")))
+    """Two roles of heads, each where its method's fields say; the discriminator starts as it does alone."""
+    base = DMD2(taps=("first",))
+    nets = built(Proxied(base, proxy_taps=("mid", "first")))
     assert len(nets.proxy) == 2 and not isinstance(nets.disc, type(nets.proxy))
+    assert all(torch.equal(*pair) for pair in zip(nets.disc.parameters(), built(base).disc.parameters(), strict=True))
+
+
+def test_the_target_follows_the_student_alone():
+    """Once a step, by mu: the proxy's turn does not move it."""
+    method = Proxied(LCD(N=4, target_ema=0.9), proxy_taps=("mid",))
+    first, (nets, _) = built(method), after(method, 1)
+    weights = [one.net.parameters() for one in (first.target, nets.student.denoiser, nets.target)]
+    for old, new, average in zip(*weights, strict=True):
+        assert not torch.equal(old, new)
+        near(average, 0.9 * old + 0.1 * new)

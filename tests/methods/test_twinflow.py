@@ -178,7 +178,7 @@ class TestTurn:
     def test_target_follows(self):
         nets = nets_of()
         want = [0.9 * a + 0.1 * b for a, b in zip(nets.target.net.parameters(), nets.student.denoiser.net.parameters())]
-        RCGM(target_ema=0.9).after("student", nets)
+        RCGM(target_ema=0.9).after(nets)
         for got, right in zip(nets.target.net.parameters(), want):
             torch.testing.assert_close(got, right)
 
