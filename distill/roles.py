@@ -90,6 +90,11 @@ class Nets:
         worse = {"worse": self.teacher.worse} if isinstance(self.teacher, Away) else {}
         return {"teacher": self.teacher.net, **worse, **past, **experts}
 
+    @property
+    def finished(self) -> Student:
+        """The teacher, called as the student is: what a finished student was before it is tuned."""
+        return replace(self.student, denoiser=self.teacher)
+
     def generate(self, batch: Batch, draw: Draw, steps: int | None = None, to: float | None = None) -> Tensor:
         """A sample of the student for every index of `draw`, from its noise "z" and the batch's condition."""
         z = draw.normal("z", (len(draw.samples), *self.shape))
@@ -246,7 +251,7 @@ def build(
             checkpoint.fill(nets.fake.net, fake.init, "fake", teacher.net)
     if "target" in method.roles:
         nets.target = replace(nets.student.denoiser, net=twin(nets.student.denoiser.net).requires_grad_(False))
-    for role in HEADS.keys() & {*method.roles}:
+    for role in (role for role in HEADS if role in method.roles):  # a set has no order, and heads start at random
         taps: tuple[str, ...] = getattr(method, f"{HEADS[role]}taps")
         with torch.device("meta"), torch.no_grad():  # shapes are enough, and the network may not fit the device yet
             x, t = torch.zeros(1, *shape), torch.full((1,), 0.5, dtype=torch.float64)

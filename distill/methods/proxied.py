@@ -12,7 +12,7 @@ target's prediction for the second). The paper's proxy is a CLIP of latents; the
 need no other network. It moves after the student or with the base's fake score. L_proxy's gradient reaches heads alone.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
 
@@ -50,7 +50,7 @@ class Proxied(Rewarded):
         updates = super().updates()
         if not self.weight or any(update.player == "fake" for update in updates):
             return updates
-        own = lambda update: Update("fake", self.proxy_loss, update.every, reuse=True, start=update.start)
+        own = lambda update: replace(update, player="fake", loss=self.proxy_loss, reuse=True)
         return [one for update in updates for one in (update, own(update))]
 
     def score(self, x: Tensor, c: Condition, nets: Nets, batch: Batch, draw: Draw) -> Tensor:

@@ -14,7 +14,7 @@ through m alone, a call at a time: the walks and the reward R have none, so R ma
 worse.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import log1p
 
 import torch
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from distill.denoiser import Condition
 from distill.draw import Draw
+from distill.methods.reward import judge
 from distill.ranges import Decay, Positive
 from distill.trainer import Batch, Logs, Nets, Update
 
@@ -49,10 +50,8 @@ class PSO:
 
     def student_loss(self, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
         c, pair = batch.get("c"), x.unbind(1)
-        if nets.reward is None:
-            raise ValueError("PSO needs nets.reward (pipelines.reward), which says which of two samples is better")
         with torch.no_grad():
-            reward = torch.stack([nets.reward(walk[:, -1], c) for walk in pair])
+            reward = torch.stack([judge(nets)(walk[:, -1], c) for walk in pair])
         h = torch.stack([torch.stack([self.h(walk, i, c, nets) for i in range(x.shape[2] - 2)]) for walk in pair])
         log_r = h.clamp(log1p(-self.eps), log1p(self.eps))  # [2, N - 1, B]
         margin = (reward[0] - reward[1]).sign() * (log_r[0] - log_r[1])
@@ -63,5 +62,5 @@ class PSO:
         x, y = walk[:, i], walk[:, i + 1]
         m, sigma = nets.student.step(x, i, c)
         with torch.no_grad():
-            base, _ = replace(nets.student, denoiser=nets.teacher).step(x, i, c)
+            base, _ = nets.finished.step(x, i, c)
         return ((m - base) * (y - (m + base) / 2) / sigma**2).flatten(1).mean(1)

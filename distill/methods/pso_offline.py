@@ -41,8 +41,7 @@ class OfflinePSO:
 
     @torch.no_grad()
     def sample(self, nets: Nets, batch: Batch, draw: Draw) -> Tensor:  # [B, 2, ...]
-        reference = replace(nets, student=replace(nets.student, denoiser=nets.teacher))
-        y = reference.generate({"c": batch.get("real_c")}, draw)
+        y = replace(nets, student=nets.finished).generate({"c": batch.get("real_c")}, draw)
         return torch.stack([batch["real"].to(y), y], 1)
 
     def student_loss(self, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:

@@ -57,7 +57,7 @@ class Rewarded(Wrapped):
 def judge(nets: Nets) -> Callable[[Tensor, Condition], Tensor]:
     """The reward that the networks were given, or ValueError."""
     if nets.reward is None:
-        raise ValueError("a reward needs nets.reward (pipelines.reward); or set its weight to 0")
+        raise ValueError("no nets.reward (pipelines.reward), which says how good samples are; or set its weight to 0")
     return nets.reward
 
 
