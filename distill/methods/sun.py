@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from distill.denoiser import Condition, Denoiser
+from distill.denoiser import Condition
 from distill.draw import Draw
 from distill.guidance import Guided, drop
 from distill.losses import Reduction, reduce
@@ -70,15 +70,17 @@ class SUN:
     ) -> tuple[Tensor, Tensor]:
         times = torch.tensor([*nets.student.times, 0.0], dtype=torch.float64, device=x.device)
         i = draw.integers("step", len(times) - 1)
-        x_t = nets.teacher.path.diffuse(x, draw.normal("eps_msc", x.shape).to(x), times[i])
-        t, s, student = times[i], times[i + 1], nets.student.denoiser
+        t, s, student, path = times[i], times[i + 1], nets.student.denoiser, nets.teacher.path
+        x_t = path.diffuse(x, draw.normal("eps_msc", x.shape).to(x), t)
+        u, pred = (t + s) / 2, student(x_t, t, told)
         with torch.no_grad():
-            many, two = walk(teacher, x_t, t, s, c, self.k), walk(student, x_t, t, s, told, 2)
-        one = walk(student, x_t, t, s, told)
+            many = walk(teacher, x_t, t, s, c, self.k)
+            two = jump(student(jump(pred, path, u), u, told), path, s)
+        one = jump(pred, path, s)
         return reduce((one - many) ** 2, self.reduction), reduce((one - two) ** 2, self.reduction)
 
 
-def walk(net: Denoiser | Guided, x: Tensor, t: Tensor, s: Tensor, c: Condition, steps: int = 1) -> Tensor:
+def walk(net: Guided, x: Tensor, t: Tensor, s: Tensor, c: Condition, steps: int) -> Tensor:
     """x_t -> x_s by `steps` equal steps of DDIM, of which the last may end at x0."""
     for j in range(steps):
         x = jump(net(x, t + (s - t) * j / steps, c), net.path, t + (s - t) * (j + 1) / steps)
