@@ -5,8 +5,8 @@
     eps  : the normal noises of a micro-batch, those of a condition given to its images so that sum |x - eps|^2 is least
 
 Latents have outliers: d forgets them, and c sharpens as the levels draw together. Coupled noise lowers the variance of
-the targets; it depends on the other samples of the micro-batch, alone among the random numbers here. c, lambda and the
-share of low levels are second-hand; the paper's LayerNorm without scale is a matter of the network. Gradients as in CT.
+the targets; it depends on the other samples of the micro-batch. c, lambda and the share of low levels are second-hand;
+the paper's LayerNorm without scale is a matter of the network. Gradients as in CT.
 """
 
 import math
