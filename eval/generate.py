@@ -56,7 +56,8 @@ class Sampling:
     n: Annotated[int | None, tyro.conf.arg(aliases=["--num_images"])] = None
     steps: int | None = None  # by default an exported student's; a pipeline's own default; of an EDM teacher 18
     # the pipeline as it is, or on the teacher's ODE our heun (2 steps - 1 calls), ddim (steps calls) or cfg++, whose
-    # lambda is `guidance`; by default heun for EDM teachers, else the pipeline. cfg++ is also for students under Euler
+    # lambda is `guidance`, 0 to 1; by default heun for EDM teachers, else the pipeline. cfg++ is also for students
+    # under Euler
     solver: Solver | None = None
     # the pipeline's guidance_scale (true_cfg_scale), by default its own; of an exported student and of our solvers none
     guidance: float | None = None
@@ -82,9 +83,9 @@ class Sampling:
     # for diversity, or a smaller model (T-Stitch)
     first: str | None = None
     first_steps: int = 20  # of its whole way to an image; it makes those above the level of the model's next call
-    first_guidance: float = 1.0
-    first_solver: Literal["heun", "ddim", "cfg++"] = "ddim"
-    skip: int = 1  # calls of the model that `first` makes instead
+    first_guidance: float = 1.0  # of `first`; under cfg++ its lambda
+    first_solver: Literal["heun", "ddim", "cfg++"] = "ddim"  # of `first`
+    skip: int = 1  # calls of the model that `first` makes instead, fewer than there are
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the pipeline at work
     device: str | None = None  # cpu, cuda, cuda:1 ...; by default the process's own, cuda where there is one
     # of every call of the networks: 1 by default, 50 of pixel models. It is part of what an image is, by rounding; more
@@ -92,9 +93,9 @@ class Sampling:
     rows: int | None = None
     batch: int | None = None  # images made and written together, by default `rows`; multiples of `rows` waste nothing
     skip_tuning: float | None = None  # factor of a UNet's deepest skip, up to 1 at the top (pipelines/skips.py): 0.8
-    # perturbed-attention guidance (pipelines/pag.py) of a teacher that a solver of ours samples, and where: mid_block
+    # perturbed-attention guidance (pipelines/pag.py) of a teacher that a solver of ours samples; 0 is none
     pag_scale: float = 0.0
-    pag_layers: tuple[str, ...] = ("mid_block",)
+    pag_layers: tuple[str, ...] = ("mid_block",)  # modules of the network, all self-attention in which is perturbed
     # a file for latency, images per second in batches and peak memory (eval/cost.py), measured after the images
     cost: Path | None = None
 
@@ -106,6 +107,13 @@ class Sampling:
             raise ValueError(f"pag_scale is {self.pag_scale}; it must be at least 0 and finite")
         if self.skip_tuning is not None and not 0 <= self.skip_tuning < float("inf"):
             raise ValueError(f"skip_tuning is {self.skip_tuning}; it must be at least 0 and finite: 1 changes nothing")
+        unread = {key: "first" for key in FIRST[1:] if self.first is None}
+        unread |= {} if self.pag_scale else {"pag_layers": "pag_scale"}
+        for key, other in unread.items():
+            if (value := getattr(self, key)) != type(self).__dataclass_fields__[key].default:
+                raise ValueError(f"{key} is {value}, which nothing reads without --{other}: pass that, or leave it out")
+        if self.skip < 0:
+            raise ValueError(f"skip is {self.skip}; it must be at least 0")
         if self.seed < 0:
             raise ValueError(f"seed is {self.seed}; it must be at least 0")
         if self.protocol is not None and (self.prompts or self.classes or self.per_prompt > 1):
@@ -205,6 +213,22 @@ class Sampling:
             raise ValueError(f"solver is {self.solver}: it is for teachers, without LoRA and scheduler; use pipeline")
         if self.first is not None and self.calls is None:
             raise ValueError(f"{name} goes on after {self.first}: say by --steps of how many calls it is")
+        if self.first is not None and self.calls is not None and self.skip >= self.calls:
+            raise ValueError(
+                f"skip is {self.skip}, and {name} makes {self.calls} call(s), of which at least one must be left: use "
+                f"0 to {self.calls - 1}; with 0, {self.first} makes what it would above the level of the first"
+            )
+        if self.before is not None and describe(self.before).get("student"):
+            raise ValueError(f"first is {self.first}, a student; a solver follows a teacher's ODE: give a teacher")
+        for key, solver in (("guidance", self.method), ("first_guidance", self.first_solver)):
+            if solver == "cfg++" and not 0 <= (scale := getattr(self, key) or 0) <= 1:
+                raise ValueError(f"{key} is {scale}, which is lambda under cfg++: it must be in [0, 1]; 0.6, say")
+        guided = self.method == "cfg++" or (self.method != "pipeline" and self.guidance not in (None, 1))
+        if guided and self.pipeline_class == EDM and self.about.get("null_class") is None:
+            raise ValueError(
+                f"{name} has no label for none (null_class in distill.json), which guidance and cfg++ need: leave "
+                "them out; an exported student of labels has none"
+            )
         if self.pag_scale and (self.method == "pipeline" or self.student or self.first is not None):
             raise ValueError(
                 f"pag_scale is {self.pag_scale}, which a solver of ours adds to a teacher that samples alone: pass "
@@ -307,9 +331,14 @@ class Sampling:
 
         quiet()
         device = ranks.device(self.device)
-        sampler = self.sampler(device)
-        if not manifest["complete"]:
-            share = fill(self, sampler, ranks)
+        try:
+            sampler = self.sampler(device)
+            share = None if manifest["complete"] else fill(self, sampler, ranks)
+        except ValueError:
+            if ranks.index == 0:
+                _withdraw(self.out)
+            raise
+        if share is not None:
             shares = ranks.gather(share)
             if ranks.index == 0:
                 _finish(self.out, manifest, self.facts(sampler, shares, device), shares)
@@ -466,6 +495,13 @@ def _begin(out: Path, request: dict[str, Any], asked: Asked, overwrite: bool) ->
         (out / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     labels = None if asked.prompts else asked.conditions
     folders.store(out, {"complete": False, **request, "labels": labels, "request": request})
+
+
+def _withdraw(out: Path) -> None:
+    """Remove what `_begin` wrote, where no image followed: a request that failed at once holds no folder."""
+    if not any(out.glob("*.png")):
+        for name in (folders.MANIFEST, "metadata.jsonl"):
+            (out / name).unlink(missing_ok=True)
 
 
 def _finish(out: Path, manifest: dict[str, Any], facts: dict[str, Any], shares: list[Share]) -> None:

@@ -179,6 +179,51 @@ def test_from_the_command_line(home, tmp_path):
     assert made["nfe"] == 2 + 3 and made["request"]["first_steps"] == 8
     plain = generate(home / "student", tmp_path / "b", **common)
     assert plain["hash"] != made["hash"] and "first" not in plain["request"]
+    with pytest.raises(ValueError, match=r"another run \(first_steps 8, not 9\)"):
+        generate(
+            home / "student", tmp_path / "a", first=f"{home / 'sdxl'}", first_steps=9, first_guidance=3.0, **common
+        )
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"first": "sdxl", "steps": 1}, "skip is 1, and .*student makes 1 call.*use 0 to 0"),
+        ({"first": "sdxl", "steps": 4, "skip": 4}, "use 0 to 3"),
+        ({"first": "sdxl", "steps": 4, "skip": -1}, "skip is -1; it must be at least 0"),
+        ({"first": "exported", "steps": 4}, "exported, a student; .* give a teacher"),
+        ({"skip": 2}, "skip is 2, which nothing reads without --first"),
+        ({"first_solver": "heun"}, "first_solver is heun, which nothing reads without --first"),
+        ({"pag_layers": ("down_blocks",)}, "pag_layers is .*, which nothing reads without --pag_scale"),
+        ({"solver": "cfg++", "guidance": 7.5}, r"guidance is 7.5, which is lambda under cfg\+\+"),
+    ],
+)
+def test_flags_that_do_not_go_together(home, tmp_path, flags, message):
+    """One message, before anything is written."""
+    (home / "exported").mkdir(exist_ok=True)
+    (home / "exported" / "distill.json").write_text('{"student": true}')
+    (home / "exported" / "model_index.json").write_text('{"_class_name": "StableDiffusionXLPipeline"}')
+    flags |= {"first": f"{home / flags['first']}"} if "first" in flags else {}
+    with pytest.raises(ValueError, match=message):
+        generate(home / "student", tmp_path / "out", prompts="none.txt", **flags)
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_label_for_none(tmp_path):
+    """Guidance of an EDM network without one is refused before work."""
+    tiny.save("edm", tmp_path / "edm")
+    (tmp_path / "edm" / "distill.json").write_text('{"student": true, "steps": 2}')
+    with pytest.raises(ValueError, match="edm has no label for none"):
+        generate(tmp_path / "edm", tmp_path / "out", 2, solver="cfg++")
+
+
+def test_a_request_that_fails_at_once_holds_no_folder(home, tmp_path):
+    """What the network itself refuses, after its loading: the folder is free for the next request."""
+    (tmp_path / "p.txt").write_text("a red fox")
+    common = {"prompts": f"{tmp_path / 'p.txt'}", "steps": 1, "solver": "ddim"}
+    with pytest.raises(ValueError, match="no self-attention in 'nothing'"):
+        generate(home / "sdxl", tmp_path / "out", pag_scale=1.0, pag_layers=("nothing",), **common)
+    assert generate(home / "sdxl", tmp_path / "out", **common)["complete"]
 
 
 def test_cfgpp_from_the_command_line(home, tmp_path):
