@@ -136,6 +136,8 @@ class Students:
 def gather(students: Sequence[str | Path], out: Path) -> None:
     """Write the pipeline of all students to `out`, a new folder. ValueError where they are not parts of one whole."""
     folders = [Path(student) for student in students]
+    if len(folders) < 2:
+        raise ValueError(f"{len(folders)} student(s) are given; a pipeline of several is made of two or more folders")
     if not str(out).strip(".") or out.exists():
         raise ValueError(f"output_dir is {str(out)!r}; it must name a folder that does not exist yet")
     facts = [json.loads((f / "distill.json").read_text()) if (f / "distill.json").is_file() else {} for f in folders]

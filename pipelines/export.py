@@ -347,7 +347,7 @@ def trained(again: Again) -> tuple[Student, Teacher, Any, str, str, str]:
     if not chosen:
         raise ValueError(f"no checkpoint {again.checkpoint!r} in {run}; there are {[f.name for f in found]}")
     base = again.teacher or tree["teacher"]
-    options = {key: tree[key] for key in ("revision", "variant", "resolution", "frames")}
+    options = {key: tree.get(key) for key in ("revision", "variant", "resolution", "frames")}
     teacher = opened(base, **options, told=tells(method, tree["method"]))
     config = revived(StudentConfig, tree["student"])
     if "control" in tree["method"]:

@@ -119,6 +119,8 @@ def test_one_part_is_all(students):
 
 def test_mistakes(students, digits, tmp_path):
     for given, said in (
+        ((), "two or more folders"),
+        (students[:1], "two or more folders"),
         ((students[0], students[0]), "none has two"),
         ((students[0], digits), "each needs its own"),
         ((students[0], students[0].parent / "teacher"), "no exported student"),
