@@ -15,6 +15,7 @@ are numbers of each channel, |.| the 2-norm over all tokens and channels of one 
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -61,7 +62,7 @@ def another(c: Condition, draw: Draw) -> Condition:
     return {key: value[i] for key, value in c.items()}
 
 
-class Heeding:
+class Heeding(ABC):
     """A processor of attention that runs another one, and joins what is heard of the negative prompt.
 
     length: words of the prompt, after which those of the negative one stand; or words [1, L, D], always the same.
@@ -96,9 +97,9 @@ class Heeding:
         first, second = (None, None) if mask is None else (mask[..., :n], mask[..., n:])
         return (words[:, :n], first), (words[:, n:], second)
 
+    @abstractmethod
     def join(self, attn: Any, z: Tensor, text: Any, other: Text, hear: Hear) -> Tensor:
         """What goes into the output projection; z is heard of the prompt."""
-        raise NotImplementedError
 
 
 class Turned(Heeding):
