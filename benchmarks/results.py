@@ -327,6 +327,7 @@ def markdown(table: list[dict[str, Any]], floor: float, cfg: Results) -> str:
     names = dict.fromkeys(row["model"] for row in table if row["kind"] != "teacher")
     missing = [m for m in METHODS if m not in names]
     words = [f"- **{m}**: {advice(m)}" for m in METHODS if advice(m)]
+    several = [f"{m} ({', then '.join(stage.recipe for stage in STAGES[m])})" for m in STAGES if m in names]
     return f"""# Students of handwritten digits, by every method
 
 `make results`: a training seed has a teacher and students of its own; every model makes {len(cfg.noises)} sets of
@@ -347,7 +348,8 @@ checkpoint is chosen: every student is the average at its last step. A student c
 The budget of a training is {cfg.passes / 1e6:.2f} M forward passes of one image: a backward pass counts 2, one to the
 input alone 1, an encoder its share of the network, stored pairs the calls that made them. `benchmarks/results.py`
 counts what an iteration of each recipe costs and gives it the steps that this pays for. **passes** is what a row's
-training did cost: another figure than the budget is a run of the recipe's own steps.
+training did cost: another figure than the budget is a run of the recipe's own steps. Several runs share the budget of
+{"; ".join(several) or "none"}.
 
 """ + "\n".join([*lines, "", f"Not run: {', '.join(missing) or 'none'}.", "", "## When to choose which", "", *words])
 
