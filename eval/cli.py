@@ -7,21 +7,28 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 
+class Unfinished(ValueError):
+    """The command did its work, but for some of its items, which the message names."""
+
+
 def run(stage: Callable[..., Any] | Mapping[str, Callable[..., Any]]) -> Any:
     """Call `stage`, or the one of several that the first word names, with the flags of this process.
 
-    A ValueError ends it with its message and exit code 1.
+    A ValueError ends it with its message and exit code 2, Unfinished with 1, Ctrl-C with 130.
     """
     import tyro
 
-    from distill.config import visible
+    from distill.config import fail, visible
 
     config = (tyro.conf.OmitArgPrefixes,)
     try:
         if isinstance(stage, Mapping):
             return tyro.extras.subcommand_cli_from_dict(dict(stage), config=config, use_underscores=True)
         return tyro.cli(stage, config=config, use_underscores=True)
-    except ValueError as error:
+    except Unfinished as error:
         sys.exit(f"error: {visible(str(error))}")
+    except ValueError as error:
+        fail(str(error))
     except KeyboardInterrupt:
-        sys.exit("interrupted; what was complete is kept, run the same command again")
+        sys.stderr.write("interrupted; what was complete is kept, run the same command again\n")
+        raise SystemExit(130) from None

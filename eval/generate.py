@@ -265,7 +265,7 @@ class Sampling:
             "scheduler_config": changed,
             "rows": self.height,
             **{key: getattr(self, key) for key in ("guidance", "seed", "resolution", "frame", "dtype")},
-            **({key: getattr(self, key) for key in FIRST} if self.first else {}),
+            **({key: getattr(self, key) for key in FIRST} | {"first": self.before.name} if self.before else {}),
             **skips,
             **pag,
         }

@@ -15,6 +15,7 @@ from typing import Annotated
 import tyro
 
 from eval import entries
+from eval.cli import Unfinished
 from eval.cost import store
 from eval.page import page as html_page
 from eval.report import Row, boards, checked, markdown, pretty
@@ -87,11 +88,11 @@ def run(board: Annotated[Path, tyro.conf.Positional], out: Path | None = None, c
     rows, failed = entries.evaluate(todo, out, int(tree.get("workers") or 1), cost)
     told = "".join(f"\n{name}: {why}" for name, why in failed.items())
     if not rows:
-        raise ValueError(f"no entry of {board} has a row{told}")
+        raise Unfinished(f"no entry of {board} has a row{told}")
     made = write(out, rows, str(tree.get("title") or "Leaderboard"), failed=failed)
     if failed:
         show(made)
-        raise ValueError(f"{len(failed)} of {len(todo)} entries failed; the page is of the others{told}")
+        raise Unfinished(f"{len(failed)} of {len(todo)} entries failed; the page is of the others{told}")
     return made
 
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from eval import images as folders
+from eval.cli import Unfinished
 from eval.cost import hardware
 from eval.extractors import Extractor, device, load
 from eval.features import features, listing, text_features
@@ -303,7 +304,7 @@ def scores(
         out.write_text(json.dumps(found, indent=1) + "\n")
     if failed:
         made = f" ({len(found)} of {len(folder)} folders were scored)" if len(folder) > 1 else ""
-        raise ValueError("; ".join(failed) + made)
+        raise Unfinished("; ".join(failed) + made)
     return found
 
 

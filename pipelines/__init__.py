@@ -248,7 +248,7 @@ def located(name: str, revision: str | None = None, variant: str | None = None) 
         try:
             folder = Path(DiffusionPipeline.download(name, revision=revision, variant=variant, use_safetensors=True))
         except (OSError, ValueError) as error:
-            raise ValueError(f"no teacher {name!r}, as a folder or on the Hub: {error}") from None
+            raise ValueError(f"no pipeline {name!r}, as a folder or on the Hub: {error}") from None
     named = [part for part, entry in index(folder).items() if isinstance(entry, list) and entry[0] is not None]
     if missing := [part for part in named if not (folder / part).is_dir()]:
         raise ValueError(
@@ -267,7 +267,7 @@ def index(folder: str | Path) -> dict[str, Any]:
         )
     if not path.is_file():
         seen = "" if path.is_absolute() else f" (seen from {Path.cwd()})"
-        raise ValueError(f"no teacher at {str(folder)!r}: a diffusers pipeline folder has a model_index.json{seen}")
+        raise ValueError(f"no pipeline at {str(folder)!r}: a diffusers folder has a model_index.json{seen}")
     try:
         found = json.loads(path.read_text())
     except ValueError as error:

@@ -350,8 +350,8 @@ class TestMistakes:
         "change, message",
         (
             (dict(teacher=""), "no teacher given: pass --pretrained_model_name_or_path"),
-            (dict(teacher="{home}/data"), "no teacher at .*: a diffusers pipeline folder has a model_index.json"),
-            (dict(teacher="{home}/none"), "no teacher at .*none"),
+            (dict(teacher="{home}/data"), "no pipeline at .*: a diffusers folder has a model_index.json"),
+            (dict(teacher="{home}/none"), "no pipeline at .*none"),
             (dict(prompts=""), "nothing to encode: pass --prompts"),
             (dict(prompts="{home}/none.txt"), "no prompts at .*none.txt"),
             (dict(images="{home}/sd"), "sd holds no images"),

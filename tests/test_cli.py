@@ -141,7 +141,7 @@ IMPOSSIBLE = {  # recipe and flags: words of the message
     "vsd --method.guidance 2": "VSD with these guidance values needs a null condition",
     "sid --method.kappa 1.5 1.5 1.5 1.5": "SiD with these guidance values needs a null condition",
     "dmd2 --train_batch_size 9 --gradient_accumulation_steps 2": "train_batch_size 9 is not divisible by 1 process",
-    "dmd2 --teacher nowhere": "no teacher at 'nowhere': a diffusers pipeline folder has a model_index.json",
+    "dmd2 --teacher nowhere": "no pipeline at 'nowhere': a diffusers folder has a model_index.json",
     "dmd2 --method.taps neck": "the top-level modules are ['conv_in', 'time_proj'",
     "sid --fake.lora.rank 2": "to_q",  # peft's own: these targets are not in the network
     "sid --student.steps 2 --student.times 1 0.4": "not (1.0, 0.4): leave --student.times out",

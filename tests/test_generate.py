@@ -407,7 +407,7 @@ def test_two_processes_and_a_kill_give_the_same_files(home, tmp_path):
 def test_a_mistake_is_one_line(tmp_path):
     line = [sys.executable, "-m", "eval.generate", "--model", "absent", "--out", f"{tmp_path / 'x'}"]
     done = subprocess.run(line, capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr.startswith("error: no teacher at 'absent'")
+    assert done.returncode == 2 and done.stderr.startswith("error: no pipeline at 'absent'")
     assert "Traceback" not in done.stderr
 
 

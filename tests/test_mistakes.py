@@ -95,7 +95,7 @@ for path in sys.argv[1:]:
     else:
         raise AssertionError(path)
     text = said.getvalue()
-    words = ("pipelines.cache", "pipelines.pairs", "pipelines.edm_convert", "no teacher at", "--data.images")
+    words = ("pipelines.cache", "pipelines.pairs", "pipelines.edm_convert", "no pipeline at", "--data.images")
     assert text.startswith("error: no ") and any(word in text for word in words), (path, text)
 heavy = {"diffusers", "transformers", "peft", "accelerate", "datasets", "sklearn"} & sys.modules.keys()
 assert not heavy, heavy
@@ -116,7 +116,7 @@ IMPOSSIBLE = {  # what: (recipe, flags, words of the message)
     "a teacher without network": ("--teacher no_unet", "names unet, and there is no such folder"),
     "a teacher without weights": ("--teacher no_weights", "no_weights: its unet cannot be read: Error no file named"),
     "a cut model_index.json": ("--teacher cut", "cut/model_index.json is damaged: Expecting"),
-    "a path from elsewhere": ("--teacher nowhere", "no teacher at 'nowhere': .* a model_index.json .seen from HOME"),
+    "a path from elsewhere": ("--teacher nowhere", "no pipeline at 'nowhere': .* a model_index.json .seen from HOME"),
     "another family": ("--teacher sd", "'sdxl', this teacher is StableDiffusionPipeline 'sd'"),
     "another resolution": ("--resolution 32", "the cache both was made for .* --resolution 32"),
     "half a pixel": ("--resolution 17", "resolution is 17; this teacher needs a multiple of 2"),

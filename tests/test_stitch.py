@@ -163,6 +163,8 @@ def test_mistakes(home):
     student = pipe(home / "student")
     with pytest.raises(ValueError, match="no call above the level"):
         stitch([Turn(student, 4, skip=1)], PROMPTS, generators())
+    with pytest.raises(ValueError, match="skip is 0, .* so it would do nothing"):  # this student starts at the top
+        stitch([Turn(pipe(home / "sdxl"), 8), Turn(student, 4)], PROMPTS, generators())
     base = pipe(home / "sdxl", DPMSolverMultistepScheduler)
     with pytest.raises(ValueError, match="DPMSolverMultistepScheduler does between two calls is none of our steps"):
         stitch([Turn(base, 4)], PROMPTS, generators())
@@ -176,7 +178,7 @@ def test_from_the_command_line(home, tmp_path):
     made = generate(
         home / "student", tmp_path / "a", first=f"{home / 'sdxl'}", first_steps=8, first_guidance=3.0, **common
     )
-    assert made["nfe"] == 2 + 3 and made["request"]["first_steps"] == 8
+    assert made["nfe"] == 2 + 3 and made["request"]["first_steps"] == 8 and made["request"]["first"] == "sdxl"
     plain = generate(home / "student", tmp_path / "b", **common)
     assert plain["hash"] != made["hash"] and "first" not in plain["request"]
     with pytest.raises(ValueError, match=r"another run \(first_steps 8, not 9\)"):
