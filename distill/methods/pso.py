@@ -23,6 +23,7 @@ from torch import Tensor
 
 from distill.denoiser import Condition
 from distill.draw import Draw
+from distill.guidance import repeated
 from distill.methods.reward import judge
 from distill.ranges import Decay, Positive
 from distill.trainer import Batch, Logs, Nets, Update
@@ -49,12 +50,13 @@ class PSO:
         return torch.stack([torch.stack(walk, 1) for walk in pair], 1)
 
     def student_loss(self, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
-        c, pair = batch.get("c"), x.unbind(1)
+        c, walks = repeated(batch.get("c"), 2), x.transpose(0, 1).flatten(0, 1)  # [2 B, N + 1, ...]: all x, then all y
         with torch.no_grad():
-            reward = torch.stack([judge(nets)(walk[:, -1], c) for walk in pair])
-        h = torch.stack([torch.stack([self.h(walk, i, c, nets) for i in range(x.shape[2] - 2)]) for walk in pair])
-        log_r = h.clamp(log1p(-self.eps), log1p(self.eps))  # [2, N - 1, B]
-        margin = (reward[0] - reward[1]).sign() * (log_r[0] - log_r[1])
+            reward = judge(nets)(walks[:, -1], c)
+        h = torch.stack([self.h(walks, i, c, nets) for i in range(x.shape[2] - 2)])
+        log_r = h.clamp(log1p(-self.eps), log1p(self.eps))  # [N - 1, 2 B]
+        gap = lambda of: of.chunk(2, -1)[0] - of.chunk(2, -1)[1]
+        margin = gap(reward).sign() * gap(log_r)
         logs = {"reward": reward.mean(), "margin": margin.mean(), "clipped": (h != log_r).float().mean()}
         return F.softplus(-self.beta * margin).mean(), logs
 
