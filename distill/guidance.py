@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from distill.draw import Draw
 
 
+OVERRIDE = "override."  # of the keys that say what a teacher is told in place of the others (SFD)
+
+
 def merge(a: Condition, b: Condition) -> Condition:
     """Concatenate two conditions along the batch."""
     return None if a is None or b is None else {key: torch.cat([a[key], b[key].to(a[key].dtype)]) for key in a}
@@ -28,6 +31,11 @@ def merge(a: Condition, b: Condition) -> Condition:
 def repeated(c: Condition, n: int) -> Condition:
     """The condition of n batches one after another, each under c."""
     return None if c is None else {key: torch.cat([value] * n) for key, value in c.items()}
+
+
+def overriding(c: dict[str, Tensor], told: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The condition c with `told` beside it, which a teacher is told in its place."""
+    return c | {OVERRIDE + key: value for key, value in told.items()}
 
 
 def null_of(null: Condition, c: Condition) -> Condition:

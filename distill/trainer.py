@@ -62,7 +62,8 @@ class Method(Protocol):
     """
 
     roles: tuple[str, ...]  # of Nets, beside teacher and student
-    needs: tuple[str, ...]  # "real", "real_c"; "null", "told": guidance; "pairs": "z", "y"; of Nets "perceptual", ...
+    # of data "real": and "real_c", "pairs": "z", "y", "forget": "forget_c"; guidance "null", "told"; of Nets "reward"
+    needs: tuple[str, ...]
 
     def updates(self) -> list[Update]: ...
 

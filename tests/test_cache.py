@@ -103,6 +103,45 @@ class TestWhatIsRead:
             assert len(sizes.unique(dim=0)) > 3 and sizes[:, 4:].eq(16).all()
             assert b["c"]["time_ids"].eq(torch.tensor([16.0, 16, 0, 0, 16, 16])).all()
 
+    def test_words_to_forget(self, home, tmp_path):
+        """What a prompt is overridden by stands beside it, in a cache and online; only such prompts are in forget_c."""
+        texts = ["Brad Pitt eats", "a cat", "smiling BRAD PITT", "Brad Pittsburgh", "a man eats", "smiling a man"]
+        lines = {"all": texts, "few": texts[:4]}
+        for name, some in lines.items():
+            (tmp_path / f"{name}.txt").write_text("\n".join(some))
+        words = {"forget": ("Brad Pitt",), "override": ("a man",), "p_empty": 0.2}
+        folder = cache.run(config(home, tmp_path / "c", prompts=f"{tmp_path / 'all.txt'}"))
+        online = Text("online", prompts=f"{tmp_path / 'all.txt'}", **words)
+        teachers = [load(home / "sd"), load(home / "sd")]
+        feeds = [d.open(t, ("forget",)) for d, t in zip((online, Text(cache=f"{folder}", **words)), teachers)]
+        with torch.no_grad():
+            known = teachers[0].encode([*texts, ""])["prompt_embeds"]
+        close = lambda a, b: torch.testing.assert_close(a, b, rtol=HALF, atol=1e-6)
+        row = lambda x: int((known - x).abs().amax((1, 2)).argmin())
+        seen, rule = set(), [4, 1, 5, 3, 4, 5, 6]
+        for step in range(6):
+            a, b = (feed(Draw(0, step, "student", torch.arange(6))) for feed in feeds)
+            assert a.keys() == {"c", "forget_c"}
+            for key in a:
+                for of in ("prompt_embeds", "override.prompt_embeds"):
+                    close(a[key][of], b[key][of])
+                pairs = [
+                    (row(x), row(y)) for x, y in zip(*(a[key][k] for k in ("prompt_embeds", "override.prompt_embeds")))
+                ]
+                assert all(rule[i] == j for i, j in pairs)
+                assert key == "c" or {i for i, _ in pairs} == {0, 2}
+                seen |= {i for i, _ in pairs}
+        assert seen == {*range(7)}
+        null = teachers[0].denoiser.null
+        close(null["override.prompt_embeds"], null["prompt_embeds"])
+        few = Text("online", prompts=f"{tmp_path / 'few.txt'}", **words).open(load(home / "sd"), ("forget",))
+        assert few.prompts == 4 and few.text.texts == [*texts[:4], *texts[4:], ""]
+        folder = cache.run(config(home, tmp_path / "d", prompts=f"{tmp_path / 'few.txt'}"))
+        with pytest.raises(ValueError, match="2 of 2 prompts .* are not in the cache .*, 'a man eats' for one"):
+            Text(cache=f"{folder}", **words).open(load(home / "sd"), ("forget",))
+        with pytest.raises(ValueError, match="no prompt holds one of .*'fox'"):
+            Text(cache=f"{folder}", forget=("fox",), override=("cat",)).open(load(home / "sd"), ("forget",))
+
     def test_null_of_a_family_stays(self, home, tmp_path):
         """SDXL's is zeros; where the empty prompt takes its place, the sizes stay those of the image."""
         folder, teacher = cache.run(config(home, tmp_path / "c", "sdxl")), load(home / "sdxl")

@@ -10,8 +10,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from distill.data import Text, sources
+from distill.data import Digits, Text, sources
 from distill.data.feed import Feed, _integers
+from distill.data.labels import Labels
 from distill.data.online import crop, squeeze
 from distill.data.shards import Shards, file, narrow, pack, save
 from distill.draw import Draw
@@ -370,6 +371,16 @@ class TestCheck:
             (Text("online", cache="c", prompts="a.txt"), (), "--data.cache is read with --data.text cached"),
             (Text("online", prompts="a.txt"), (), "no prompts at 'a.txt'"),
             (Text("online", prompts="a.txt"), ("real", "null"), "needs real images: pass --data.images"),
+            (Text("online", prompts="a.txt"), ("forget",), "nothing to forget: pass --data.forget"),
+            (Text("online", forget=("cat",), override=("dog",)), (), "which SFD alone reads"),
+            (Text("online", forget=("cat",)), ("forget",), "give one override for each"),
+            (
+                Text("online", forget=("cat",), override=("a Cat",)),
+                ("forget",),
+                "holds nothing that is to be forgotten",
+            ),
+            (Digits(), ("forget",), "nothing to forget: pass --method.forget"),
+            (Labels(), ("forget",), "nothing to forget: pass --method.forget"),
         ),
     )
     def test_mistakes(self, data, needs, message):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import islice
 from pathlib import Path
@@ -16,11 +17,12 @@ from torch import Tensor
 from distill.data import sources
 from distill.data.feed import FIXED, Feed
 from distill.data.index import TEXTS, belongs, command, read_index
-from distill.data.labels import chosen
+from distill.data.labels import NOTHING, chosen
 from distill.data.online import SIZES, Images, Texts
 from distill.data.shards import Shards, Table
 from distill.data.sources import Pictures
 from distill.draw import Draw
+from distill.guidance import overriding
 from distill.ranges import Count, Natural, Share, check
 
 ONLINE = ("prompts", "images", "prompt_column", "caption_column", "image_column", "crops", "max_samples")
@@ -54,7 +56,9 @@ class Digits:
         chosen(self.classes, 10)
 
     def check(self, needs: tuple[str, ...]) -> None:
-        """Nothing can be missing."""
+        """ValueError for SFD without a class to forget; nothing else can be missing."""
+        if "forget" in needs:
+            raise ValueError(NOTHING)
 
     def open(self, teacher: Any, needs: tuple[str, ...]) -> Digits:
         return self
@@ -93,11 +97,24 @@ class Text:
     crops: Natural = 0  # online: random cuts of each image; 0: the whole image, squeezed into a square (DMD2)
     max_samples: Count | None = None  # online: use the first prompts and images only
     p_empty: Share = 0.0  # share of prompts and captions that are replaced by the empty one
+    forget: tuple[str, ...] = ()  # words, for SFD: prompts that hold them are to be forgotten
+    override: tuple[str, ...] = ()  # what stands for each in what the teacher is told
 
     def check(self, needs: tuple[str, ...]) -> None:
         """ValueError that says what is missing and how to make it; nothing is read but an index."""
         check(self, "--data.")
         real = "real" in needs
+        if "forget" in needs and not self.forget:
+            raise ValueError('nothing to forget: pass --data.forget "Brad Pitt" --data.override "a man", say')
+        if self.forget and "forget" not in needs:
+            raise ValueError(
+                f"--data.forget is {self.forget}, which SFD alone reads, without --method.forget: leave it out"
+            )
+        if len(self.forget) != len(self.override) or any(map(self.overridden, self.override)):
+            raise ValueError(
+                f"--data.forget is {self.forget} and --data.override {self.override}: give one override for each, "
+                "which holds nothing that is to be forgotten"
+            )
         if self.text == "cached":
             if not self.cache:
                 online = f"--data.text online --data.prompts prompts.txt{' --data.images IMAGES' * real}"
@@ -135,7 +152,32 @@ class Text:
             feed.texts = self._texts(feed.text)
         if teacher.denoiser.null is None:  # sizes stay those of the image
             teacher.denoiser.null = {key: v for key, v in feed.empty().items() if key != SIZES}
+        if self.forget:
+            feed.rule = self._rule(self._texts(feed.text), feed.prompts)
+            teacher.denoiser.null = overriding(teacher.denoiser.null, teacher.denoiser.null)
         return feed
+
+    def overridden(self, text: str) -> str | None:
+        """A text with other words in place of those to be forgotten, None where it has none of them."""
+        new = text
+        for word, other in zip(self.forget, self.override, strict=True):
+            new = re.sub(rf"\b{re.escape(word)}\b", lambda _: other, new, flags=re.IGNORECASE)  # noqa: B023
+        return None if new == text else new
+
+    def _rule(self, texts: list[str], prompts: int) -> Tensor:
+        """The row of what each text is overridden by, or of itself."""
+        row, rule = {text: i for i, text in enumerate(texts)}, list(range(len(texts)))
+        new = {i: other for i, text in enumerate(texts[:prompts]) if (other := self.overridden(text))}
+        if not new:
+            raise ValueError(f"no prompt holds one of --data.forget {self.forget}: add some that do")
+        if absent := [other for other in new.values() if other not in row]:
+            raise ValueError(
+                f"{len(absent)} of {len(new)} prompts with other words in place of --data.forget {self.forget} are not "
+                f"in the cache {self.cache}, {absent[0]!r} for one: write them beside the others and make it again"
+            )
+        for i, other in new.items():
+            rule[i] = row[other]
+        return torch.tensor(rule)
 
     def _cached(self, teacher: Any, real: bool) -> tuple[Table, Table | None, int, list[str]]:
         folder = Path(self.cache)
@@ -148,7 +190,8 @@ class Text:
 
     def _online(self, teacher: Any, real: bool) -> tuple[Table, Table | None, int, list[str]]:
         prompts, pictures = self.sources()
-        text = Texts(teacher, prompts, pictures.captions if pictures else ())
+        others = [other for text in prompts if (other := self.overridden(text))]
+        text = Texts(teacher, prompts, [*(pictures.captions if pictures else ()), *others])
         images = Images(teacher, pictures, text.captions, self.crops) if real else None
         return text, images, text.prompts, text.texts[: min(text.prompts, FIXED)]
 
@@ -172,9 +215,10 @@ class Text:
 
         folder.mkdir(parents=True, exist_ok=True)
         names = [f"{color} {thing}" for color in ("a red", "a blue") for thing in ("cat", "dog", "house", "tree")]
-        (folder / "prompts.txt").write_text("\n".join(names))
+        (folder / "prompts.txt").write_text("\n".join([*names, *(f"a photo of {word}" for word in self.forget)]))
         random = np.random.default_rng(0)
         for i, name in enumerate(names):
             Image.fromarray(random.integers(0, 256, (24, 20 + i, 3), dtype=np.uint8)).save(folder / f"{i}.png")
             (folder / f"{i}.txt").write_text(name)
-        return Text("online", prompts=f"{folder / 'prompts.txt'}", images=f"{folder}", p_empty=self.p_empty)
+        given = Text("online", prompts=f"{folder / 'prompts.txt'}", images=f"{folder}", p_empty=self.p_empty)
+        return replace(given, forget=self.forget, override=self.override)

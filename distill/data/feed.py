@@ -12,6 +12,7 @@ from torch import Tensor
 from distill.data.online import SIZES
 from distill.data.shards import Table
 from distill.draw import Draw
+from distill.guidance import overriding
 
 Batch = dict[str, Any]
 Samples = tuple[int, ...]
@@ -23,6 +24,8 @@ class Feed:
     """data(draw) -> batch with "c" [B, ...] and, where the method needs them, "real" [B, *shape] and "real_c".
 
     texts: of every row, for a method with a reward; conditions then have their rows as "prompt" [B], too.
+    rule: for SFD, the row of what each text is overridden by, itself where nothing of it is to be forgotten. Beside
+    those of a prompt a condition then has the keys of its override, and "forget_c" are prompts that have another one.
 
     Every row is known in advance, so one thread reads the next step's batch during this one. A batch is the same
     whether it was read ahead or not: there, encoders run without gradient and autocast.
@@ -31,6 +34,7 @@ class Feed:
     def __init__(self, text: Table, images: Table | None, prompts: int, names: list[str], p_empty: float = 0.0) -> None:
         self.text, self.images, self.prompts, self.names, self.p_empty = text, images, prompts, names, p_empty
         self.texts: list[str] = []
+        self.rule: Tensor | None = None
         self._thread = ThreadPoolExecutor(1, "data")
         self._ahead: dict[tuple[str, Samples], tuple[Ask, Future[Batch]]] = {}
         self._step: dict[tuple[str, Samples], int] = {}
@@ -59,6 +63,10 @@ class Feed:
         empty = draw.uniform("empty", (len(draw.samples), 2)) < self.p_empty
         prompts = self._texts(_integers(draw, "prompt", self.prompts), empty[:, 0])
         batch: Batch = {"c": prompts}
+        if self.rule is not None:
+            forgotten = (self.rule != torch.arange(len(self.rule))).nonzero()[:, 0]
+            pick = forgotten[_integers(draw, "forget", len(forgotten))]
+            batch["forget_c"] = self._texts(pick, torch.zeros_like(empty[:, 0]))
         if self.images is not None:
             rows = self.images.read(_integers(draw, "real", len(self.images)).tolist())
             c = self._texts(rows["caption"], empty[:, 1])
@@ -67,7 +75,8 @@ class Feed:
 
     def _texts(self, rows: Tensor, empty: Tensor) -> dict[str, Tensor]:
         rows = torch.where(empty, len(self.text) - 1, rows)
-        return self.text.read(rows.tolist()) | ({"prompt": rows} if self.texts else {})
+        c = self.text.read(rows.tolist()) | ({"prompt": rows} if self.texts else {})
+        return c if self.rule is None else overriding(c, self.text.read(self.rule[rows].tolist()))
 
     def fixed(self, n: int) -> tuple[list[str], dict[str, Tensor]]:
         """The first n prompts, over again where there are fewer, and their condition."""

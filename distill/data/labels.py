@@ -18,6 +18,7 @@ from distill.guidance import Guided
 from distill.ranges import Count, Finite, Natural, Seed
 from distill.solver import sample
 
+NOTHING = "nothing to forget: pass --method.forget 0 --method.override 2, say, a class and the one in its place"
 BLOCK = 64  # pairs that are sampled at once
 
 
@@ -36,6 +37,8 @@ class Labels:
     classes: tuple[Natural, ...] = ()  # labels of this student's part (Multi-Student); none given: all of the teacher's
 
     def check(self, needs: tuple[str, ...]) -> None:
+        if "forget" in needs:
+            raise ValueError(NOTHING)
         if "real" in needs and not self.images:
             raise ValueError("this method needs real images: pass --data.images, a folder with one subfolder a class")
         if self.images and not Path(self.images).is_dir():
@@ -139,6 +142,8 @@ class LabelPairs:
 
     def check(self, needs: tuple[str, ...]) -> None:
         """ValueError for a method that needs more than pairs."""
+        if "forget" in needs:
+            raise ValueError(NOTHING)
         if "real" in needs:
             raise ValueError("this method needs real images, and --data has pairs of the teacher alone")
 

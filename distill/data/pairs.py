@@ -80,6 +80,8 @@ class Pairs:
 
     def check(self, needs: tuple[str, ...]) -> None:
         """ValueError that says what is missing and how to make it; nothing is read but an index."""
+        if "forget" in needs:
+            raise ValueError("pairs of the teacher show what is to be forgotten: take prompts (distill.data.Text)")
         if self.pairs == "online":
             if not self.prompts or self.cache:
                 raise ValueError(

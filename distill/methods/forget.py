@@ -1,12 +1,13 @@
 """SFD: score forgetting distillation. Chen, Zhang & Zhou 2024, arXiv 2409.11219.
 
-    T'(x_t, c) = T(x_t, rule(c))         rule: a class to forget -> the class in its place; every other one is itself
-    L_student  = L_base( x(c), T' ) + b L_base( x(c_f), T' )       c_f: uniform over the classes to forget
+    T'(x_t, c) = T(x_t, rule(c))         rule: a condition to forget -> the one in its place; every other one is itself
+    L_student  = L_base( x(c), T' ) + b L_base( x(c_f), T' )       c_f: uniform over the conditions to forget
     L_fake     = L_fake( x(c) )     + a L_fake( x(c_f) )           student and fake score are told c_f itself
 
-L_base is any score distillation's that needs no images: SiD (paper), DMD2 without its GAN, VSD. A rule has one class
-for each: where a class is sent to one of several at random, sample by sample, their scores are averaged and the student
-learns the normalised geometric mean of these classes, which lies between them. Gradients flow as in the base.
+Classes and their rule are fields. Of prompts they are the data's: c_f are those that hold certain words, rule(c) says
+others in their place (Text.forget), and stands in c beside the prompt. L_base is any score distillation's that needs no
+images: SiD (paper), DMD2 without its GAN, VSD. A rule has one override for each: were it one of several at random, the
+student would learn the normalised geometric mean of these, which lies between them. Gradients flow as in the base.
 """
 
 from dataclasses import dataclass, replace
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from distill.denoiser import Condition
 from distill.draw import Draw
+from distill.guidance import OVERRIDE
 from distill.methods.wrapped import Wrapped
 from distill.ranges import Natural, Weight
 from distill.trainer import Batch, Logs, Loss, Nets
@@ -24,9 +26,9 @@ from distill.trainer import Batch, Logs, Loss, Nets
 
 @dataclass(frozen=True)
 class Forgetting(Wrapped):
-    """Distillation of a teacher of classes without some of them: what is asked for by these is another class."""
+    """Distillation of a teacher without some of its classes or words: what is asked for by these is another thing."""
 
-    forget: tuple[Natural, ...] = ()  # c_f
+    forget: tuple[Natural, ...] = ()  # the classes c_f; none: the data's prompts
     override: tuple[Natural, ...] = ()  # what each becomes
     weight: Weight = 0.01  # b, of the student's second batch (CIFAR-10's code: .01; SD 1: 1)
     fake_weight: Weight = 0.01  # a, of the fake's (the same)
@@ -36,11 +38,15 @@ class Forgetting(Wrapped):
             raise ValueError(
                 f"forget is {self.forget} and override {self.override}: give each class to forget one that is kept"
             )
-        if self.forget and {"real", "pairs"} & set(self.base.needs):
+        if {"real", "pairs"} & set(self.base.needs):
             raise ValueError(
-                f"{type(self.base).__name__} learns from {self.base.needs}, which show what is to be forgotten: "
-                "set the weights of its GAN to 0, or take a method that needs none"
+                f"{type(self.base).__name__} learns from {self.base.needs}, which show what is to be forgotten: set "
+                "the weights of its GAN to 0, or take a method that needs none"
             )
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return self.base.needs if self.forget else (*self.base.needs, "forget")
 
     def student_term(self, loss: Loss, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
         return self.both(self.weight, loss, x, nets, batch, draw)
@@ -49,7 +55,7 @@ class Forgetting(Wrapped):
         return self.both(self.fake_weight, loss, x, nets, batch, draw)
 
     def both(self, weight: float, loss: Loss, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
-        if not self.forget:
+        if not (self.forget or "forget_c" in batch):
             return loss(x, nets, batch, draw)
         call = nets.teacher.call
 
@@ -59,23 +65,26 @@ class Forgetting(Wrapped):
         nets = replace(nets, teacher=replace(nets.teacher, call=ruled))
         total, logs = loss(x, nets, batch, draw)
         if weight:
-            draw, labels = draw.apart("forget"), torch.tensor(self.forget, device=draw.device)
-            c_f = labels[draw.integers("class", len(labels))]
-            second: Any = batch | {"c": {k: c_f if "label" in k else v for k, v in batch["c"].items()}}
+            draw = draw.apart("forget")
+            second: Any = batch | {"c": batch.get("forget_c") or self.forgotten(batch["c"], draw)}
             with torch.set_grad_enabled(draw.player == "student"):
                 x_f = self.sample(nets, second, draw)
             forgetting, _ = loss(x_f, nets, second, draw)
             total, logs = total + weight * forgetting, logs | {"forgetting": forgetting}
         return total, logs
 
+    def forgotten(self, c: dict[str, Tensor], draw: Draw) -> Condition:
+        c_f = torch.tensor(self.forget, device=draw.device)[draw.integers("class", len(self.forget))]
+        return {key: c_f if "label" in key else value for key, value in c.items()}
+
     def rule(self, c: Condition) -> Condition:
         """The condition that the teacher is told: of its keys those named after labels are classes."""
-        if c is None:
-            raise ValueError("an unconditional teacher has no class to forget")
-        return {key: self.overridden(v) if "label" in key else v for key, v in c.items()}
+        if c is None or not any("label" in key or OVERRIDE in key for key in c):
+            raise ValueError(f"a teacher that is told {sorted(c or ()) or 'nothing'} has no class to forget")
+        c = {key: self.overridden(value) if "label" in key else value for key, value in c.items()}
+        return c | {key.removeprefix(OVERRIDE): value for key, value in c.items() if OVERRIDE in key}
 
     def overridden(self, label: Tensor) -> Tensor:
-        out = label
-        for old, new in zip(self.forget, self.override, strict=True):
-            out = torch.where(label == old, new, out)
-        return out
+        for old, new in zip(self.forget, self.override, strict=True):  # no override is itself forgotten
+            label = torch.where(label == old, new, label)
+        return label

@@ -36,10 +36,26 @@ def labelled(draw, kept=(0, 1, 2)):
     return {"c": {"label": torch.tensor(kept)[draw.integers("label", len(kept))]}}
 
 
+def spoken(draw):
+    """As a feed of prompts gives them: with what overrides them beside them; here 0 stands for 2."""
+    beside = lambda label: {"label": label, "override.label": torch.where(label == 2, 0, label)}
+    c, forgotten = labelled(draw)["c"]["label"], torch.full((len(draw.samples),), 2)
+    return {"c": beside(c), "forget_c": beside(forgotten)}
+
+
+def reader(classes=CLASSES):
+    """A teacher that reads of a condition what it knows, as those of texts."""
+    none = torch.tensor([classes])
+    call = lambda net, x, t, c: net(x, t, label=c["label"])
+    null = {"label": none, "override.label": none}
+    return replace(tiny(Flow(), "flow", 0, classes=classes), call=call, null=null)
+
+
 def after(method, data=labelled, steps=3):
     """The networks after some steps of training tiny ones in float64."""
     torch.manual_seed(0)
-    nets = build(method, tiny(Flow(), "flow", 0, classes=CLASSES), (2,), {"label": torch.tensor([0])})
+    teacher = reader() if data is spoken else tiny(Flow(), "flow", 0, classes=CLASSES)
+    nets = build(method, teacher, (2,), {"label": torch.tensor([0])})
     nets.reward = lambda x, c: x.sum(1)
     cfg = TrainConfig(max_train_steps=steps, train_batch_size=N, learning_rate=1e-2, ema_half_life=0)
     *_, state = train(method, nets, data, cfg, Accelerator(cpu=True), draw=Doubles)
@@ -65,6 +81,14 @@ def test_off_is_the_base(name):
     found, logs = after(Forgetting(base, **rule), some)
     assert {"student/forgetting", "fake/forgetting"} <= logs.keys() and not same(found, want)
     assert same(after(Forgetting(base, **rule, weight=0, fake_weight=0))[0], after(base)[0]) is False  # 2 is drawn
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_words_are_as_classes(name):
+    """Where the data says what is to be forgotten, and by what it is overridden: null conditions stay null."""
+    found, logs = after(Forgetting(BASES[name]), spoken)
+    want, told = after(Forgetting(BASES[name], (2,), (0,)))
+    assert same(found, want) and {k: v.item() for k, v in logs.items()} == {k: v.item() for k, v in told.items()}
 
 
 class Classes(nn.Module):

@@ -1,0 +1,45 @@
+"""SFD on SD 1.5: one step, forgets what certain words name, prompts alone. Chen et al. 2024, arXiv 2409.11219.
+
+`accelerate launch recipes/sfd_sd15.py --data.cache CACHE --student.init RUN/checkpoint-N --fake.init RUN/checkpoint-N`,
+RUN one of sid_sd15.py at kappa 4.5 and CACHE one of prompts, some with the words and the same with others in their
+place: `sed 's/Brad Pitt/a middle aged man/' prompts.txt >> prompts.txt`, python -m pipelines.cache. Values of the
+authors' second stage, but for the words. Not run at full size by us.
+"""
+
+from distill.config import Config
+from distill.data import Text
+from distill.methods import Forgetting, SiD
+from distill.roles import StudentConfig
+from distill.times import Grid
+from distill.trainer import TrainConfig
+from pipelines.run import main
+
+CONFIG = Config(
+    method=Forgetting(
+        SiD(
+            alpha=1.0,
+            kappa=(4.5, 4.5, 4.5, 4.5),
+            times=Grid(1000, 20, 979),
+            fake_times=Grid(1000, 20, 979),
+            gain=1.0,
+        ),
+        weight=1.0,
+        fake_weight=1.0,
+    ),
+    data=Text(forget=("Brad Pitt",), override=("a middle aged man",)),
+    teacher="stable-diffusion-v1-5/stable-diffusion-v1-5",
+    family="sd",
+    student=StudentConfig(timestep=625),
+    train=TrainConfig(
+        output_dir="runs/sfd_sd15",
+        max_train_steps=12_500,  # 100,000 samples
+        train_batch_size=8,
+        learning_rate=1e-6,
+        fake_learning_rate=3e-6,
+        ema_half_life=50_000,
+        gradient_checkpointing=True,
+    ),
+)
+
+if __name__ == "__main__":
+    main(CONFIG, doc=__doc__)
