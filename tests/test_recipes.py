@@ -92,6 +92,8 @@ def launch(name, out):
 def runs(tmp_path_factory):
     """{run: its folder}, all made side by side."""
     folders = {name: tmp_path_factory.mktemp("runs") / name.replace(" ", "-") for name in RUNS}
+    for recipe in RECIPES:  # threads that import at once may each see half of a module
+        config_of(recipe)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         failed = dict(zip(RUNS, pool.map(launch, RUNS, folders.values()), strict=True))
     return folders, {name: said for name, said in failed.items() if said}
