@@ -71,7 +71,7 @@ sdxl: setup  ## time and memory of SDXL's steps on this GPU; ARGS=--tiny runs a 
 results: setup  ## the table of the digits over seeds, with intervals (long)
 	@$(OFFLINE) $(PY) benchmarks/results.py $(ARGS)
 
-toys: setup  ## the table of the toys: each method on each schedule
+toys: setup  ## the table of the toys: five methods on each schedule
 	@$(OFFLINE) $(PY) benchmarks/toys.py $(ARGS)
 
 faults: setup  ## 200 kills, damaged checkpoints, full disks: every run ends as the undisturbed one (long)

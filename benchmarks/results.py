@@ -328,7 +328,7 @@ def markdown(table: list[dict[str, Any]], floor: float, cfg: Results) -> str:
     missing = [m for m in METHODS if m not in names]
     words = [f"- **{m}**: {advice(m)}" for m in METHODS if advice(m)]
     several = [f"{m} ({', then '.join(stage.recipe for stage in STAGES[m])})" for m in STAGES if m in names]
-    return f"""# Students of handwritten digits, by every method
+    return f"""# Students of handwritten digits, by every method with a recipe of theirs
 
 `make results`: a training seed has a teacher and students of its own; every model makes {len(cfg.noises)} sets of
 {cfg.n} images. Values are means; intervals are 95 % of Student's t over the training seeds, and a model of a single

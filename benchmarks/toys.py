@@ -1,4 +1,4 @@
-"""Toy science: every method on every schedule distils an exact two-dimensional teacher to one step.
+"""Toy science: SiD, DMD2, VSD, CD and sCM on every schedule distil an exact two-dimensional teacher to one step.
 
     make toys                                                         all runs; writes docs/toys.md and docs/toys.json
     .venv/bin/python benchmarks/toys.py --method SCM --problem grid   some of them; the other rows stay
@@ -303,7 +303,7 @@ def page(rows: list[dict], floors: list[dict]) -> str:
     missed = [r for r in rows if r["modes"] < goal(r)]
     minutes = sum(r["seconds"] for r in rows) / 60
     lines = [
-        "# Toys: every method on every schedule",
+        "# Toys: SiD, DMD2, VSD, CD and sCM on every schedule",
         "",
         f"    make toys        # {minutes:.0f} CPU minutes of training, one thread; writes this page and toys.json",
         "",

@@ -150,8 +150,16 @@ def told(c: Condition, w: float | Tensor) -> Condition:
     return (c or {}) | {"guidance": w} if isinstance(w, Tensor) else c
 
 
-def embedding(w: Tensor, dim: int = 256) -> Tensor:
-    """LCM's embedding [B, dim] of a guidance w [B]: sines then cosines of 1000 w at geometric frequencies."""
+def embedding(w: Tensor, dim: int | None = 256) -> Tensor:
+    """LCM's embedding [B, dim] of a guidance w [B]: sines then cosines of 1000 w at geometric frequencies.
+
+    dim: time_cond_proj_dim of a network; None is one that is told no guidance, a ValueError.
+    """
+    if dim is None:
+        raise ValueError(
+            "the network has no embedding of guidance (time_cond_proj_dim), and the method draws it from a range: load "
+            "the teacher with pipelines.load(folder, told=True), or give one number"
+        )
     half = dim // 2
     freq = torch.exp(torch.arange(half, dtype=torch.float64, device=w.device) * (-math.log(10000.0) / (half - 1)))
     phase = 1000.0 * w.double()[:, None] * freq

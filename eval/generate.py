@@ -251,6 +251,7 @@ class Sampling:
             self.lora.stem if self.lora else self.folder.absolute().name if self.folder == Path(self.model) else None
         )
         scheduler, changed = self.scheduling
+        before = self.before.absolute().name if self.first and self.before == Path(self.first) else self.first
         skips = {} if self.skip_tuning is None else {"skip_tuning": self.skip_tuning}
         pag = {"pag_scale": self.pag_scale, "pag_layers": list(self.pag_layers)} if self.pag_scale else {}
         return {
@@ -265,7 +266,7 @@ class Sampling:
             "scheduler_config": changed,
             "rows": self.height,
             **{key: getattr(self, key) for key in ("guidance", "seed", "resolution", "frame", "dtype")},
-            **({key: getattr(self, key) for key in FIRST} | {"first": self.before.name} if self.before else {}),
+            **({key: getattr(self, key) for key in FIRST} | {"first": before} if self.before else {}),
             **skips,
             **pag,
         }

@@ -304,7 +304,7 @@ def scores(
         out.write_text(json.dumps(found, indent=1) + "\n")
     if failed:
         made = f" ({len(found)} of {len(folder)} folders were scored)" if len(folder) > 1 else ""
-        raise Unfinished("; ".join(failed) + made)
+        raise (Unfinished if found else ValueError)("; ".join(failed) + made)
     return found
 
 

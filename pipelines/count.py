@@ -25,6 +25,7 @@ from torch.utils.flop_counter import conv_flop_count, flop_registry, shape_wrapp
 
 from distill.denoiser import Denoiser
 from distill.draw import Draw
+from distill.guidance import overriding
 from distill.roles import Nets
 from distill.trainer import began, own, owners, start
 
@@ -281,7 +282,9 @@ def cost(
         nets = _with_null(nets, {key: value.to("meta") for key, value in nets.teacher.null.items()})
     many = {key: value.expand(micro, *value.shape[1:]) for key, value in c.items()}
     real = torch.empty(micro, *nets.shape, device="meta")
-    batch = lambda: {"c": dict(many), "real": real, "real_c": dict(many), "z": real, "y": real}
+    told = overriding(many, many) if "forget" in method.needs else many
+    also = {"forget_c": told} if told is not many else {}
+    batch = lambda: {"c": dict(told), "real": real, "real_c": dict(many), "z": real, "y": real, **also}
     updates, turns = method.updates(), []
     cycle = max(update.every for update in updates)
     begun = max(max(update.start, update.alone) for update in updates)

@@ -123,8 +123,9 @@ class Run:
         c = {key: torch.empty(1, *shape, dtype=kinds.get(key), device="meta") for key, shape in shapes}
         if teacher.denoiser.null is None and "null" in self.config.method.needs:
             teacher.denoiser.null = c
-        student = self.config.student  # of its times, only their number costs
-        student = replace(student, times=student.times or grid_times(student.steps), sigma=None)
+        student = self.config.student
+        times = student.times or grid_times(student.steps, student.first(teacher.denoiser.schedule))
+        student = replace(student, times=times, sigma=None, timestep=None)
         with torch.device("meta"):
             if "control" in self.config.method.needs:
                 control.install(teacher)

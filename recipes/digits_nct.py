@@ -2,7 +2,7 @@
 
 `accelerate launch recipes/digits_nct.py --teacher runs/digits/dmd2/pipeline`, any exported one-step student of the
 digits; then `python -m pipelines.control runs/digits/nct/pipeline` measures how well it keeps to pictures: on a student
-of dmd2_digits.py, mean |c(x) - y| is .055 with the adapter and .117 without (256 pairs of noise, pixels in [0, 1]).
+of dmd2_digits.py, mean |c(x) - y| is .055 with the adapter and .117 without (pixels in [0, 1]).
 With --method.dual 0 --method.rate 0, nothing holds the samples at the base's, and it is .286 after 300 steps.
 
 Choose it where a finished student should follow a picture that can be made of every sample. With a bound too large, or

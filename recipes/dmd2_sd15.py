@@ -1,10 +1,10 @@
 """DMD2 on SD 1.5: one step. Yin et al. 2024, arXiv 2405.14867; values of the authors' scripts.
 
 Stage 1, from prompts alone: `accelerate launch recipes/dmd2_sd15.py --data.cache CACHE` (python -m pipelines.cache).
-Stage 2, with the GAN: the same with `--method.gan 1e-3 --method.gan_fake 1e-2 --learning_rate 5e-7 --max_train_steps
-2000 --student.init runs/dmd2_sd15/checkpoint-39000 --fake.init runs/dmd2_sd15/checkpoint-39000 --output_dir
-runs/dmd2_sd15_gan`. Published: FID 9.28 on COCO-30k after stage 1 (1,600 A100 hours), 8.35 after stage 2 (128). Not
-run at full size by us.
+Stage 2, with the GAN and a cache of prompts and images: the same with `--method.gan 1e-3 --method.gan_fake 1e-2
+--learning_rate 5e-7 --max_train_steps 2000 --student.init runs/dmd2_sd15/checkpoint-39000 --fake.init
+runs/dmd2_sd15/checkpoint-39000 --output_dir runs/dmd2_sd15_gan`. Published: FID 9.28 on COCO-30k after stage 1 (1,600
+A100 hours), 8.35 after stage 2 (128). Not run at full size by us.
 """
 
 from distill.config import Config

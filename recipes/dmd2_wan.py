@@ -1,4 +1,4 @@
-"""DMD2 on Wan 2.x text-to-video: four steps, prompts alone; values of LightX2V's code where it states them.
+"""DMD2 on Wan 2.1 text-to-video: four steps, prompts alone; values of LightX2V's code where it states them.
 
 `accelerate launch recipes/dmd2_wan.py --data.cache CACHE`, a cache of prompts (python -m pipelines.cache).
 From that code: rates, Adam, guidance, range of times; batch and length are ours. Not run at full size by us.

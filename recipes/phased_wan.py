@@ -1,4 +1,4 @@
-"""Phased DMD on Wan 2.x text-to-video: four steps, two experts. Fan et al. 2025, arXiv 2510.27684; LightX2V's code.
+"""Phased DMD on Wan 2.1 text-to-video: four steps, two experts. Fan et al. 2025, arXiv 2510.27684; LightX2V's code.
 
 `accelerate launch recipes/phased_wan.py --data.cache CACHE`, a cache of prompts (python -m pipelines.cache), trains the
 expert of the first two steps; with `--output_dir runs/phased_wan --student.experts runs/phased_wan-1/checkpoint-3000`

@@ -1,7 +1,7 @@
 """PSO of a four-step SDXL student, online, with a LoRA. Miao et al. 2024, arXiv 2410.03190; values of the code.
 
 The teacher is an exported student with fresh noise between its calls: `python -m pipelines.export --from
-dmd2_sdxl_4step_unet_fp16.safetensors --teacher stabilityai/stable-diffusion-xl-base-1.0 --output_dir runs/dmd2` makes
+dmd2_sdxl_4step_unet_fp16.bin --teacher stabilityai/stable-diffusion-xl-base-1.0 --output_dir runs/dmd2` makes
 one of DMD2's file. `accelerate launch recipes/pso_sdxl.py --teacher runs/dmd2 --data.cache CACHE`, a cache of prompts
 (python -m pipelines.cache); SDXL's serves. Which sample is better says PickScore, a CLIP. Not run at full size by us.
 """

@@ -1,9 +1,9 @@
 """SFD on SD 1.5: one step, forgets what certain words name, prompts alone. Chen et al. 2024, arXiv 2409.11219.
 
 `accelerate launch recipes/sfd_sd15.py --data.cache CACHE --student.init RUN/checkpoint-N --fake.init RUN/checkpoint-N`,
-RUN one of sid_sd15.py at kappa 4.5 and CACHE one of prompts, some with the words and the same with others in their
-place: `sed 's/Brad Pitt/a middle aged man/' prompts.txt >> prompts.txt`, python -m pipelines.cache. Values of the
-authors' second stage, but for the words. Not run at full size by us.
+RUN one of sid_sd15.py at kappa 4.5, CACHE one of prompts (python -m pipelines.cache), some with the words, and these
+once more with others in place: `sed -n 's/\\bBrad Pitt\\b/a middle aged man/gIp' prompts.txt > more.txt`, then
+`cat more.txt >> prompts.txt`. Values of the authors' second stage, but for the words. Not run at full size by us.
 """
 
 from distill.config import Config

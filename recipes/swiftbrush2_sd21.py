@@ -2,9 +2,9 @@
 
 `accelerate launch recipes/swiftbrush2_sd21.py --data.cache CACHE --student.init SD-TURBO/unet`; the cache holds prompts
 (python -m pipelines.cache). The first student is the same under VSD alone: `--method.weight 0 --output_dir A`; the
-published one has the mean of both students' weights: `python -m pipelines.export --run A --other B`. Values of the
-paper, but that it trains adapters of rank 256 on SD-Turbo as its second student, this the whole network. Published: FID
-11.27 and 11.02 of the two on COCO-30k, 8.77 of their mean. Not run at full size by us.
+published one has the mean of both students' weights: `python -m pipelines.export A --other B --output_dir OUT`. Values
+of the paper, but that it trains adapters of rank 256 on SD-Turbo as its second student, this the whole network.
+Published: FID 11.27 and 11.02 of the two on COCO-30k, 8.77 of their mean. Not run at full size by us.
 """
 
 from distill.config import Config

@@ -132,6 +132,8 @@ class TestWhatIsRead:
                 assert key == "c" or {i for i, _ in pairs} == {0, 2}
                 seen |= {i for i, _ in pairs}
         assert seen == {*range(7)}
+        rewarded = online.open(teachers[0], ("forget", "reward"))(DRAW)["forget_c"]
+        assert {*rewarded["prompt"].tolist()} <= {4, 5}  # rewards are of what is told, not of what is forgotten
         null = teachers[0].denoiser.null
         close(null["override.prompt_embeds"], null["prompt_embeds"])
         few = Text("online", prompts=f"{tmp_path / 'few.txt'}", **words).open(load(home / "sd"), ("forget",))
@@ -139,7 +141,7 @@ class TestWhatIsRead:
         folder = cache.run(config(home, tmp_path / "d", prompts=f"{tmp_path / 'few.txt'}"))
         with pytest.raises(ValueError, match="2 of 2 prompts .* are not in the cache .*, 'a man eats' for one"):
             Text(cache=f"{folder}", **words).open(load(home / "sd"), ("forget",))
-        with pytest.raises(ValueError, match="no prompt holds one of .*'fox'"):
+        with pytest.raises(ValueError, match="no prompt of the cache .* holds .'fox'., which"):
             Text(cache=f"{folder}", forget=("fox",), override=("cat",)).open(load(home / "sd"), ("forget",))
 
     def test_null_of_a_family_stays(self, home, tmp_path):

@@ -15,6 +15,7 @@ from distill.data.feed import Feed, _integers
 from distill.data.labels import Labels
 from distill.data.online import crop, squeeze
 from distill.data.shards import Shards, file, narrow, pack, save
+from distill.data.words import Words
 from distill.draw import Draw
 
 TEXTS = ["a cat", "two dogs, running", "caf\u00e9"]
@@ -355,6 +356,54 @@ class TestShards:
             narrow({"x": torch.full((1, 20), 1e5)}, torch.float16)
         with pytest.raises(ValueError, match="x was encoded as NaN or infinity"):
             narrow({"x": torch.full((1, 20), torch.nan)}, torch.float32)
+
+
+class TestWords:
+    """What SFD forgets in prompts."""
+
+    @pytest.mark.parametrize(
+        "forget, override, text, want",
+        (
+            (("Brad Pitt",), ("a man",), "BRAD PITT and brad pitt's dog", "a man and a man's dog"),
+            (("cat",), ("dog",), "a category of Cat", "a category of dog"),
+            (("cat",), ("dog",), "a category", None),
+            (("Brad", "Brad Pitt"), ("a boy", "a man"), "Brad Pitt, Brad", "a man, a boy"),  # the longest first
+            (("C++",), ("Ada",), "C++ and C++!", "Ada and Ada!"),
+            (
+                ("\u76ae\u7279",),
+                ("\u7537\u4eba",),
+                "\u5e03\u62c9\u5fb7\u76ae\u7279\u5fae\u7b11",
+                "\u5e03\u62c9\u5fb7\u7537\u4eba\u5fae\u7b11",
+            ),
+            (("cat",), (r"a \1 dog",), "cat", r"a \1 dog"),
+        ),
+    )
+    def test_overridden(self, forget, override, text, want):
+        words = Words(forget, override)
+        words.check()
+        assert words.overridden(text) == want
+
+    def test_rule(self):
+        texts = ["a cat", "a fox", "a dog", "two CATS and a cat", "two CATS and a dog", ""]
+        rule = Words(("cat",), ("dog",)).rule(texts, 5, "here")
+        assert rule.tolist() == [2, 1, 2, 4, 4, 5]
+
+    @pytest.mark.parametrize(
+        "forget, override, texts, message",
+        (
+            (("cat", "fox"), ("dog", "dog"), ["a cat", "a dog"], "no prompt of here holds .'fox'."),
+            (("cat",), ("dog",), ["a cat", "a fox"], "1 of 1 prompts .* are not in here, 'a dog' for one"),
+            (("big dog", "cat"), ("wolf", "dog"), ["big cat", "big dog", "wolf"], "'big dog' still holds one"),
+        ),
+    )
+    def test_mistakes(self, forget, override, texts, message):
+        with pytest.raises(ValueError, match=message):
+            Words(forget, override).rule([*texts, ""], len(texts), "here")
+
+    @pytest.mark.parametrize("override", ((), ("Cat",), ("",), ("dog", "fox")))
+    def test_overrides(self, override):
+        with pytest.raises(ValueError, match="give one override for each"):
+            Words(("cat",), override).check()
 
 
 class TestCheck:

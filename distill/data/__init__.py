@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import islice
@@ -21,6 +20,7 @@ from distill.data.labels import NOTHING, chosen
 from distill.data.online import SIZES, Images, Texts
 from distill.data.shards import Shards, Table
 from distill.data.sources import Pictures
+from distill.data.words import Words
 from distill.draw import Draw
 from distill.guidance import overriding
 from distill.ranges import Count, Natural, Share, check
@@ -100,6 +100,10 @@ class Text:
     forget: tuple[str, ...] = ()  # words, for SFD: prompts that hold them are to be forgotten
     override: tuple[str, ...] = ()  # what stands for each in what the teacher is told
 
+    @property
+    def words(self) -> Words:
+        return Words(self.forget, self.override)
+
     def check(self, needs: tuple[str, ...]) -> None:
         """ValueError that says what is missing and how to make it; nothing is read but an index."""
         check(self, "--data.")
@@ -110,11 +114,7 @@ class Text:
             raise ValueError(
                 f"--data.forget is {self.forget}, which SFD alone reads, without --method.forget: leave it out"
             )
-        if len(self.forget) != len(self.override) or any(map(self.overridden, self.override)):
-            raise ValueError(
-                f"--data.forget is {self.forget} and --data.override {self.override}: give one override for each, "
-                "which holds nothing that is to be forgotten"
-            )
+        self.words.check()
         if self.text == "cached":
             if not self.cache:
                 online = f"--data.text online --data.prompts prompts.txt{' --data.images IMAGES' * real}"
@@ -153,31 +153,10 @@ class Text:
         if teacher.denoiser.null is None:  # sizes stay those of the image
             teacher.denoiser.null = {key: v for key, v in feed.empty().items() if key != SIZES}
         if self.forget:
-            feed.rule = self._rule(self._texts(feed.text), feed.prompts)
+            where = f"the cache {self.cache}" if self.text == "cached" else self.prompts or self.images
+            feed.override(self.words.rule(self._texts(feed.text), feed.prompts, where))
             teacher.denoiser.null = overriding(teacher.denoiser.null, teacher.denoiser.null)
         return feed
-
-    def overridden(self, text: str) -> str | None:
-        """A text with other words in place of those to be forgotten, None where it has none of them."""
-        new = text
-        for word, other in zip(self.forget, self.override, strict=True):
-            new = re.sub(rf"\b{re.escape(word)}\b", lambda _: other, new, flags=re.IGNORECASE)  # noqa: B023
-        return None if new == text else new
-
-    def _rule(self, texts: list[str], prompts: int) -> Tensor:
-        """The row of what each text is overridden by, or of itself."""
-        row, rule = {text: i for i, text in enumerate(texts)}, list(range(len(texts)))
-        new = {i: other for i, text in enumerate(texts[:prompts]) if (other := self.overridden(text))}
-        if not new:
-            raise ValueError(f"no prompt holds one of --data.forget {self.forget}: add some that do")
-        if absent := [other for other in new.values() if other not in row]:
-            raise ValueError(
-                f"{len(absent)} of {len(new)} prompts with other words in place of --data.forget {self.forget} are not "
-                f"in the cache {self.cache}, {absent[0]!r} for one: write them beside the others and make it again"
-            )
-        for i, other in new.items():
-            rule[i] = row[other]
-        return torch.tensor(rule)
 
     def _cached(self, teacher: Any, real: bool) -> tuple[Table, Table | None, int, list[str]]:
         folder = Path(self.cache)
@@ -190,8 +169,10 @@ class Text:
 
     def _online(self, teacher: Any, real: bool) -> tuple[Table, Table | None, int, list[str]]:
         prompts, pictures = self.sources()
-        others = [other for text in prompts if (other := self.overridden(text))]
-        text = Texts(teacher, prompts, [*(pictures.captions if pictures else ()), *others])
+        captions = pictures.captions if pictures else []
+        asked = prompts or [*dict.fromkeys(captions)]
+        others = [other for text in asked if (other := self.words.overridden(text)) is not None] if self.forget else []
+        text = Texts(teacher, asked, [*captions, *others])
         images = Images(teacher, pictures, text.captions, self.crops) if real else None
         return text, images, text.prompts, text.texts[: min(text.prompts, FIXED)]
 

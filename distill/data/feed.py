@@ -24,8 +24,7 @@ class Feed:
     """data(draw) -> batch with "c" [B, ...] and, where the method needs them, "real" [B, *shape] and "real_c".
 
     texts: of every row, for a method with a reward; conditions then have their rows as "prompt" [B], too.
-    rule: for SFD, the row of what each text is overridden by, itself where nothing of it is to be forgotten. Beside
-    those of a prompt a condition then has the keys of its override, and "forget_c" are prompts that have another one.
+    After `override` beside its own keys a condition has those of what overrides it, and "forget_c" are of such prompts.
 
     Every row is known in advance, so one thread reads the next step's batch during this one. A batch is the same
     whether it was read ahead or not: there, encoders run without gradient and autocast.
@@ -39,6 +38,10 @@ class Feed:
         self._ahead: dict[tuple[str, Samples], tuple[Ask, Future[Batch]]] = {}
         self._step: dict[tuple[str, Samples], int] = {}
         self._seen: dict[tuple[int, int], tuple[Tensor, int, Samples]] = {}
+
+    def override(self, rule: Tensor) -> None:
+        """For SFD: rule [len(text)] are the rows of what overrides each text, its own where nothing does."""
+        self.rule, self.forgotten = rule, (rule != torch.arange(len(rule))).nonzero()[:, 0]
 
     def __call__(self, draw: Draw) -> Batch:
         samples = self._host(draw.samples)
@@ -64,8 +67,7 @@ class Feed:
         prompts = self._texts(_integers(draw, "prompt", self.prompts), empty[:, 0])
         batch: Batch = {"c": prompts}
         if self.rule is not None:
-            forgotten = (self.rule != torch.arange(len(self.rule))).nonzero()[:, 0]
-            pick = forgotten[_integers(draw, "forget", len(forgotten))]
+            pick = self.forgotten[_integers(draw, "forget", len(self.forgotten))]
             batch["forget_c"] = self._texts(pick, torch.zeros_like(empty[:, 0]))
         if self.images is not None:
             rows = self.images.read(_integers(draw, "real", len(self.images)).tolist())
@@ -75,8 +77,13 @@ class Feed:
 
     def _texts(self, rows: Tensor, empty: Tensor) -> dict[str, Tensor]:
         rows = torch.where(empty, len(self.text) - 1, rows)
-        c = self.text.read(rows.tolist()) | ({"prompt": rows} if self.texts else {})
-        return c if self.rule is None else overriding(c, self.text.read(self.rule[rows].tolist()))
+        if self.rule is None:
+            return self.text.read(rows.tolist()) | ({"prompt": rows} if self.texts else {})
+        told = self.rule[rows]
+        both, place = torch.cat([rows, told]).unique(return_inverse=True)
+        read = self.text.read(both.tolist())
+        c, other = ({key: value[at] for key, value in read.items()} for at in place.chunk(2))
+        return overriding(c, other) | ({"prompt": told} if self.texts else {})  # a reward is of what is told
 
     def fixed(self, n: int) -> tuple[list[str], dict[str, Tensor]]:
         """The first n prompts, over again where there are fewer, and their condition."""

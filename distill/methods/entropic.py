@@ -38,7 +38,8 @@ class Entropic(Wrapped):
             return loss(x, nets, batch, draw)
         if nets.fake is None:
             raise ValueError(f"{type(self.base).__name__} has no fake score to guide: set entropy to 0")
-        return loss(x, replace(nets, fake=Scaled(**vars(nets.fake), k=1 - self.entropy)), batch, draw)
+        total, logs = loss(x, replace(nets, fake=Scaled(**vars(nets.fake), k=1 - self.entropy)), batch, draw)
+        return total, {name: value for name, value in logs.items() if name != "lag"}  # of a score guided as it learns
 
     def fake_term(self, loss: Loss, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
         if self.entropy and nets.fake is not None:  # real images' too: none must not mean generated

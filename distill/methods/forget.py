@@ -4,10 +4,9 @@
     L_student  = L_base( x(c), T' ) + b L_base( x(c_f), T' )       c_f: uniform over the conditions to forget
     L_fake     = L_fake( x(c) )     + a L_fake( x(c_f) )           student and fake score are told c_f itself
 
-Classes and their rule are fields. Of prompts they are the data's: c_f are those that hold certain words, rule(c) says
-others in their place (Text.forget), and stands in c beside the prompt. L_base is any score distillation's that needs no
-images: SiD (paper), DMD2 without its GAN, VSD. A rule has one override for each: were it one of several at random, the
-student would learn the normalised geometric mean of these, which lies between them. Gradients flow as in the base.
+Classes and their rule are fields. Prompts c_f are those that hold certain words of the data's (Text.forget); rule(c)
+stands beside them in c. L_base is any score distillation's that needs no images: SiD (paper), DMD2 without GAN, VSD. A
+rule has one override for each: of several at random the student would learn the geometric mean, which lies between.
 """
 
 from dataclasses import dataclass, replace
@@ -38,10 +37,10 @@ class Forgetting(Wrapped):
             raise ValueError(
                 f"forget is {self.forget} and override {self.override}: give each class to forget one that is kept"
             )
-        if {"real", "pairs"} & set(self.base.needs):
+        if shows := {"real", "pairs"} & set(self.base.needs) | {"past"} & set(self.base.roles):
             raise ValueError(
-                f"{type(self.base).__name__} learns from {self.base.needs}, which show what is to be forgotten: set "
-                "the weights of its GAN to 0, or take a method that needs none"
+                f"{type(self.base).__name__} learns from {sorted(shows)}, which show what is to be forgotten: set the "
+                "weights of its GAN to 0, or take a method that needs none"
             )
 
     @property
@@ -62,6 +61,7 @@ class Forgetting(Wrapped):
         def ruled(net: nn.Module, x: Tensor, t: Tensor, c: Condition) -> Tensor:
             return call(net, x, t, self.rule(c))
 
+        ruled.__dict__.update(vars(call))  # feature
         nets = replace(nets, teacher=replace(nets.teacher, call=ruled))
         total, logs = loss(x, nets, batch, draw)
         if weight:

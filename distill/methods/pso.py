@@ -52,7 +52,7 @@ class PSO:
     def student_loss(self, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
         c, walks = repeated(batch.get("c"), 2), x.transpose(0, 1).flatten(0, 1)  # [2 B, N + 1, ...]: all x, then all y
         with torch.no_grad():
-            reward = judge(nets)(walks[:, -1], c)
+            reward = torch.cat([judge(nets)(walk, batch.get("c")) for walk in walks[:, -1].chunk(2)])
         h = torch.stack([self.h(walks, i, c, nets) for i in range(x.shape[2] - 2)])
         log_r = h.clamp(log1p(-self.eps), log1p(self.eps))  # [N - 1, 2 B]
         gap = lambda of: of.chunk(2, -1)[0] - of.chunk(2, -1)[1]

@@ -36,6 +36,14 @@ class OfflinePSO:
     roles = ()
     needs = ("finished", "real")
 
+    def before(self, nets: Nets) -> None:
+        times = torch.tensor(nets.student.times, dtype=torch.float64, device="cpu")
+        if (nets.student.denoiser.path.coefficients(times)[0] < 1e-3).all():
+            raise ValueError(
+                "the student's only call is at pure noise, where offline PSO learns nothing: it needs one of several "
+                "calls, or with --student.sigma below"
+            )
+
     def updates(self) -> list[Update]:
         return [Update("student", self.student_loss)]
 

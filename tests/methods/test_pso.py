@@ -200,6 +200,16 @@ def errors(net, x, t, eps, path):
     return ((x0 - x) ** 2 / (sigma / alpha) ** 2).mean(1)
 
 
+def test_offline_at_pure_noise_is_refused():
+    """A flow's only call is there, a VP path's has signal left; several calls have lower ones."""
+    path = Flow()
+    with pytest.raises(ValueError, match="at pure noise, where offline PSO learns nothing: .* --student.sigma"):
+        build(OfflinePSO(), tiny(path), (D,))
+    for student in (StudentConfig(steps=2), StudentConfig(sigma=2.5)):
+        build(OfflinePSO(), tiny(path), (D,), student=student)
+    build(OfflinePSO(), tiny(SCHEDULES["vp"]), (D,))
+
+
 @pytest.mark.level(1, "OfflinePSO")
 @pytest.mark.parametrize("loss", ("sigmoid", "hinge"))
 @both
@@ -281,4 +291,4 @@ def test_a_finished_student_is_tuned(recipe, tmp_path):
 def test_students_without_random_calls_are_refused(student):
     with pytest.raises(ValueError, match="two calls or more, with fresh noise"):
         build(PSO(), tiny(Flow()), (D,), student=student)
-    build(OfflinePSO(), tiny(Flow()), (D,), student=student)
+    build(OfflinePSO(), tiny(SCHEDULES["vp"]), (D,), student=student)
