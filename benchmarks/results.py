@@ -362,9 +362,9 @@ def publish(rows: list[dict[str, Any]], floor: float, cfg: Results) -> Path:
     table = summary(rows)
     cfg.docs.mkdir(exist_ok=True)
     (cfg.docs / "digits.md").write_text(markdown(table, floor, cfg) + "\n")
-    found = {"floor": floor, "rows": [row | {"samples": None} for row in table]}
-    found["runs"] = [row | {"samples": None} for row in rows]
-    (cfg.docs / "digits.json").write_text(json.dumps(found, indent=1) + "\n")
+    lines = lambda rows: ",\n".join(json.dumps(row | {"samples": None}) for row in rows)
+    text = f'{{"floor": {floor},\n"rows": [\n{lines(table)}],\n"runs": [\n{lines(rows)}]}}\n'
+    (cfg.docs / "digits.json").write_text(text)
     seeds, noises = trained(cfg), len(cfg.noises)
     several = [row for row in table if len(row["runs"]) > 1] or table
     shown = dict.fromkeys(row["model"] for row in several)
