@@ -332,9 +332,10 @@ def markdown(table: list[dict[str, Any]], floor: float, cfg: Results) -> str:
 
 `make results`: a training seed has a teacher and students of its own; every model makes {len(cfg.noises)} sets of
 {cfg.n} images. Values are means; intervals are 95 % of Student's t over the training seeds, and a model of a single
-seed has none and no rank. Methods whose intervals overlap, also through others, tie (=). The ratio is paired: a student
-against the teacher that it was distilled from. [digits.html](digits.html) is the leaderboard of the models of several
-seeds: quality against cost, and pictures and curves of the first seeds.
+seed has none and no rank. The rank is one more than the number of rows that are surely better, whose whole interval
+is; those that share one tie (=). The ratio is paired: a student against the teacher that it was distilled from.
+[digits.html](digits.html) is the leaderboard of the models of several seeds: quality against cost, and pictures and
+curves of the first seeds.
 
 Protocol {reference["protocol"]}, hash {reference["protocol_hash"]}. FD is the Frechet distance of 64 features of a
 classifier trained on the training split (`eval/digits.py`, extractor {reference["extractor_hash"]}), to 597 held-out or

@@ -125,10 +125,9 @@ def legend(board: Board) -> str:
     """What the marks of a table mean, as far as they occur in it."""
     marks = [c for cells in columns(board).values() for c in cells]
     words = ["Click a heading to sort."]
-    words += ["The number before a figure is its rank in the column."] if any(c.rank for c in marks) else []
-    words += ["Rows whose intervals overlap, directly or through others, are a tie and share it."] * any(
-        c.tie for c in marks
-    )
+    if any(c.rank for c in marks):
+        words += ["The number before a figure is its rank: one more than the rows whose whole interval is better."]
+    words += ["Rows that share a rank are a tie."] * any(c.tie for c in marks)
     machines = {(r.get("cost") or {}).get("hardware") for r in board.rows} - {None}
     words += [f"Speed and memory were measured on {machines.pop()}."] if len(machines) == 1 else []
     return text(" ".join(words))

@@ -69,22 +69,17 @@ class Board:
         return f"{self.protocol} [{self.hash}]{count}{net}"
 
     def ranks(self, metric: str) -> dict[int, tuple[int, bool]]:
-        """{row's number: (rank, whether it is a tie)}: rows whose intervals overlap, also through others, share one.
+        """{row's number: (rank, whether another row shares it: a tie)}.
 
-        The rank is one more than the number of rows that are better. A row without an interval is its value alone.
+        The rank is one more than the number of rows that are surely better: whose whole interval is better than this
+        one's. So rows of one rank overlap, and of a chain of overlapping intervals the ends have different ranks. A row
+        without an interval is its value alone.
         """
-        found = [(i, row["metrics"][metric]) for i, row in enumerate(self.rows) if metric in row["metrics"]]
         sign = 1 if lower(metric) else -1
-        spans = sorted((min(s), max(s), i) for i, s in ((i, [sign * v for v in interval(m)]) for i, m in found))
-        groups: list[list[int]] = []
-        reach = -math.inf
-        for low, high, i in spans:
-            if low > reach:
-                groups.append([])
-            groups[-1].append(i)
-            reach = max(reach, high)
-        before = [sum(map(len, groups[:k])) for k in range(len(groups))]
-        return {i: (1 + before[k], len(group) > 1) for k, group in enumerate(groups) for i in group}
+        found = {i: row["metrics"][metric] for i, row in enumerate(self.rows) if metric in row["metrics"]}
+        spans = {i: sorted(sign * v for v in interval(m)) for i, m in found.items()}
+        ranks = {i: 1 + sum(high < low for _, high in spans.values()) for i, (low, _) in spans.items()}
+        return {i: (rank, [*ranks.values()].count(rank) > 1) for i, rank in ranks.items()}
 
 
 def interval(metric: Mapping[str, Any]) -> tuple[float, float]:
@@ -267,9 +262,10 @@ def headline(board: Board) -> str:
         return f"{label(best, board.rows)} leads {board.protocol} with {pretty(name)} {value(best)}{more}."
     fewest = min(calls(r) for _, r in students)
     among = [(i, r) for i, r in students if calls(r) == fewest]
-    (i, best), (j, slow) = among[0], max(teachers, key=lambda pair: calls(pair[1]))
+    (_, best), (_, slow) = among[0], max(teachers, key=lambda pair: calls(pair[1]))
     which = f", the best of {len(among)} students," if len(among) > 1 else ""
-    tie = ": a tie" if ranks[i] == ranks[j] else ""
+    (a, b), (low, high) = (interval(r["metrics"][name]) for r in (best, slow))
+    tie = ": a tie" if a <= high and low <= b else ""
     return (
         f"With {fewest} network call{'s' if fewest > 1 else ''} an image, {best['model']}{which} has {pretty(name)} "
         f"{value(best)}; its teacher has {value(slow)} with {calls(slow)}{tie}."
@@ -299,13 +295,16 @@ def table(rows: Sequence[Row]) -> list[Table]:
                 rank = f" ({column[i].rank})" if column[i].rank and heading == board.metrics[0] else ""
                 cells.append(column[i].text + rank)
             one.add_row(*map(Text, cells), style="dim" if is_real(row) else None if is_teacher(row) else "bold")
-        one.caption, one.caption_justify = "(1) is the rank; overlapping intervals are a tie and share it", "left"
+        one.caption, one.caption_justify = (
+            "(1) is the rank: one more than the rows whose intervals lie wholly before",
+            "left",
+        )
         out.append(one)
     return out
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """A table a board: value (low to high) #rank, tie where intervals overlap; under it how its figures were made."""
+    """A table a board: value (low to high) #rank, tie where others share it; under it how its figures were made."""
     parts = []
     for board in boards(rows):
         found = columns(board)
@@ -324,7 +323,9 @@ def markdown(rows: Sequence[Row]) -> str:
             made.setdefault(how, []).append(label(row, board.rows))
         lines += ["", *(f"- {', '.join(names)}: {how}" for how, names in made.items() if how)]
         parts.append("\n".join(lines).rstrip() + "\n")
-    note = "Overlapping intervals are a tie and share a rank; only figures of one protocol share a table.\n"
+    note = (
+        "A rank is one more than the rows whose whole interval is better; only figures of one protocol share a table.\n"
+    )
     return "\n".join([*parts, note])
 
 
