@@ -100,17 +100,17 @@ class Call:
 def handover(first: Sequence[Call], then: Sequence[Call], skip: int) -> list[Call]:
     """`then` without its first `skip` calls, after those of `first` that are at higher levels of noise.
 
-    skip = len(then) is `first` alone. ValueError where there is a `first`, and none of its calls would be made.
+    skip = len(then) is `first` alone. ValueError where `first` has no call to be made instead of those.
     """
     if not 0 <= skip <= len(then):
         raise ValueError(f"skip is {skip}, and there are {len(then)} calls: it must be 0 to {len(then)}")
     rest = then[skip:]
     level = rest[0].level * (1 + 1e-6) if rest else -1.0
     before = [call for call in first if call.level > level]
-    if not before and (skip or first):
+    if skip and not before:
         raise ValueError(
             f"skip is {skip}, and the first network has no call above the level that remains, sigma / alpha = "
-            f"{level:.4g}, so it would do nothing: skip more calls, or leave it out"
+            f"{level:.4g}, where it would start: skip more calls, or none"
         )
     return [*before, *rest]
 

@@ -114,7 +114,13 @@ def stitch(turns: Sequence[Turn], prompts: Sequence[Any], generators: Sequence[t
     teachers = [turn.pipe if isinstance(turn.pipe, Teacher) else around(turn.pipe) for turn in turns]
     last, draw, calls = teachers[-1], Own(generators), list[Call]()
     for turn, teacher in zip(turns, teachers, strict=True):
-        calls = handover(calls, turn.calls(teacher, draw), turn.skip)
+        own = turn.calls(teacher, draw)
+        joined = handover(calls, own, turn.skip)
+        if calls and len(joined) == len(own) - turn.skip:
+            raise ValueError(
+                f"skip is {turn.skip}, and the pipeline before would do nothing: skip a call, or leave it out"
+            )
+        calls = joined
     like = next(last.denoiser.net.parameters())
     c = {key: value.to(like.device) for key, value in (last.encode(prompts) or {}).items()}
     z = draw.normal("z", (len(prompts), *last.shape)).to(like)

@@ -163,7 +163,7 @@ def test_mistakes(home):
     student = pipe(home / "student")
     with pytest.raises(ValueError, match="no call above the level"):
         stitch([Turn(student, 4, skip=1)], PROMPTS, generators())
-    with pytest.raises(ValueError, match="skip is 0, .* so it would do nothing"):  # this student starts at the top
+    with pytest.raises(ValueError, match="skip is 0, .* before would do nothing"):  # this student starts at the top
         stitch([Turn(pipe(home / "sdxl"), 8), Turn(student, 4)], PROMPTS, generators())
     base = pipe(home / "sdxl", DPMSolverMultistepScheduler)
     with pytest.raises(ValueError, match="DPMSolverMultistepScheduler does between two calls is none of our steps"):
