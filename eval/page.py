@@ -165,7 +165,7 @@ def scatters(board: Board, number: int) -> str:
     return (
         f'<div class="quality"><div class="bar"><h3>Quality against cost</h3>{choose}</div>{"".join(figures)}'
         '<p class="note"><span class="key"></span>The Pareto front: nothing cheaper is as good. Bars are the intervals '
-        "of the table; rows of one model that differ in steps are joined.</p></div>"
+        "of the table; rows of one model that differ in steps are joined. Hover over a point for its name.</p></div>"
     )
 
 

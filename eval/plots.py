@@ -102,11 +102,19 @@ class Frame:
         self.low, self.high = min(spans) - room, max(spans) + room
         if self.log:
             self.low, self.high = min(spans) / 1.15, max(spans) * 1.15
-        columns = [sorted((p for p in points if p.x == x), key=lambda p: p.y) for x in {p.x for p in points}]
-        self.shift = {p: 8 * (i - (len(column) - 1) / 2) for column in columns for i, p in enumerate(column)}
         self.edge = TOP + 7 if lower else HEIGHT - BOTTOM - 7
         self.xs = sorted({p.x for p in points})
+        columns = [sorted((p for p in points if p.x == x), key=lambda p: p.y) for x in self.xs]
         self.left, self.right = self.xs[0] / 1.35, self.xs[-1] * (1.35 if len(self.xs) > 1 else 4)
+        lead = min(12 + 6 * len(columns[0]), 0.3 * WIDE) / WIDE  # room before the first column, for points and names
+        start = (math.log(self.xs[0]) - lead * math.log(self.right)) / (1 - lead)
+        self.left = min(self.left, math.exp(start))
+        at = [LEFT, *map(self.x, self.xs), WIDTH - RIGHT]
+        self.shift: dict[Point, float] = {}
+        for i, column in enumerate(columns):
+            room = 0.8 * min(at[i + 1] - at[i], at[i + 2] - at[i + 1])  # beside one another, and short of the next
+            step = min(8.0, room / max(len(column) - 1, 1))
+            self.shift |= {p: step * (k - (len(column) - 1) / 2) for k, p in enumerate(column)}
 
     def x(self, value: float) -> float:
         return LEFT + WIDE * math.log(value / self.left) / math.log(self.right / self.left)
@@ -172,23 +180,26 @@ def scatter(
         taken.append(next((box for box in tries if not any(_meet(box, other) for other in taken)), tries[0]))
         where = f'x="{taken[-1][0]}" y="{taken[-1][1] + 12:.1f}"'
         out.append(f'<text class="label reference" {where}>{text(reference[0])}</text>')
-    for p in sorted(points, key=lambda p: (frame.of(p)[1], p.x)):
+    first = lambda p: p in best or p.style == "teacher" or frame.off[p]  # where not all names find room
+    for p in sorted(points, key=lambda p: (not first(p), frame.of(p)[1], p.x)):
         label = f"{p.label} ({short(p.y)}, off the scale)" if frame.off[p] else p.label
-        x, y = frame.of(p)
-        taken.append(_free(x, y, len(label) * CHARACTER, taken))
+        box = _free(*frame.of(p), len(label) * CHARACTER, taken)
+        taken += [box] if box else []
         about = f"{p.label}: {up} {short(p.y)}, {tick(p.x)}{', on the Pareto front' if p in best else ''}"
         kind = f"point {p.style}{' best' if p in best else ''}"
-        out.append(f'<g class="{kind}"><title>{text(about)}</title>{_mark(p, frame, label, taken[-1])}</g>')
+        out.append(f'<g class="{kind}"><title>{text(about)}</title>{_mark(p, frame, label, box)}</g>')
     title = f"{up} against {across}, with the Pareto front"
     return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{text(title)}">{"".join(out)}</svg>'
 
 
-def _mark(p: Point, frame: Frame, label: str, box: Box) -> str:
-    """A point, its interval, its label in `box` with a line to it where that is far."""
-    (x, y), out = frame.of(p), ""
-    left, middle = box[0], (box[1] + box[3]) / 2
-    if abs(middle - y) > 9:
-        out += f'<path class="leader" d="M{x:.1f} {y:.1f}L{left - 2 if left > x else box[2] + 2:.1f} {middle:.1f}"/>'
+def _mark(p: Point, frame: Frame, label: str, box: Box | None) -> str:
+    """A point, its interval, its label in `box`, if there is one, with a line to it where that is far."""
+    (x, y), out, name = frame.of(p), "", ""
+    if box:
+        left, middle = box[0], (box[1] + box[3]) / 2
+        name = f'<text class="label" x="{left:.1f}" y="{middle + 4:.1f}">{text(label)}</text>'
+        near = left - 2 if left > x else box[2] + 2
+        out += f'<path class="leader" d="M{x:.1f} {y:.1f}L{near:.1f} {middle:.1f}"/>' if abs(middle - y) > 9 else ""
     if p.low is not None and p.high is not None and not frame.off[p]:
         out += f'<path class="span" d="M{x:.1f} {frame.y(p.low):.1f}V{frame.y(p.high):.1f}"/>'
     if frame.off[p]:
@@ -198,22 +209,22 @@ def _mark(p: Point, frame: Frame, label: str, box: Box) -> str:
         out += f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5"/>'
     else:
         out += f'<path d="M{x:.1f} {y - 6.5:.1f}l6.5 6.5l-6.5 6.5l-6.5-6.5z"/>'
-    return out + f'<text class="label" x="{left:.1f}" y="{middle + 4:.1f}">{text(label)}</text>'
+    return out + name
 
 
-def _free(x: float, y: float, long: float, taken: Sequence[Box]) -> Box:
-    """The nearest box for a label of a point at (x, y) that covers no other and stays inside; else the last tried.
+def _free(x: float, y: float, long: float, taken: Sequence[Box]) -> Box | None:
+    """The nearest box for a label of a point at (x, y) that covers no other and stays inside, if one is near.
 
     Beside the point first, then above and below on the right, then on the left.
     """
     levels = [sign * 15 * i for i in range(1, 9) for sign in (-1, 1)]
-    right, left, box = x + 11, x - 11 - long, (x, y, x, y)
+    right, left = x + 11, x - 11 - long
     for start, away in [(right, 0), (left, 0), *((right + 7, a) for a in levels), *((left - 7, a) for a in levels)]:
         box = (start, y + away - 8, start + long, y + away + 8)
         inside = LEFT <= box[0] and box[2] <= WIDTH - 2 and TOP - 8 <= box[1] and box[3] <= HEIGHT - BOTTOM
         if inside and not any(_meet(box, other) for other in taken):
-            break
-    return box
+            return box
+    return None
 
 
 def _meet(a: Box, b: Box) -> bool:
@@ -253,7 +264,7 @@ def _panel(key: str, points: Sequence[tuple[float, float]], name: str, wide: int
     low, high, last = low - room, high + room, max(points[-1][0], 1e-9)
 
     def line(points: Sequence[tuple[float, float]], kind: str) -> str:
-        every = -(-len(points) // 300)  # more than a panel has pixels
+        every = -(-len(points) // 150)  # a panel is 200 wide
         shown = [(s, min(max(v, low), high)) for s, v in points[::every]]
         at = [(34 + (wide - 40) * s / last, 20 + (tall - 42) * (high - v) / (high - low)) for s, v in shown]
         return f'<polyline class="{kind}" points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in at)}"/>'
@@ -284,8 +295,8 @@ def _running_mean(values: Sequence[float], width: int) -> list[float]:
 def grid(images: Tensor, labels: Tensor | None, rows: int = 6, columns: int = 10, side: int = 160) -> str:
     """Images [N, C, H, W] in [-1, 1] -> a picture's data address; column j holds the first images of class j, in order.
 
-    Without labels the images run line by line. Small images are enlarged by whole pixels to at most 48 pixels (PNG),
-    large ones reduced to `side` (JPEG); absent images are transparent, or black.
+    Without labels the images run line by line. Small images stay as they are (PNG), large ones are reduced to `side`
+    (JPEG); absent images are transparent, or black.
     """
     from PIL import Image
 
@@ -299,17 +310,17 @@ def grid(images: Tensor, labels: Tensor | None, rows: int = 6, columns: int = 10
         cells = {(i, j): pick for j, column in enumerate(of_class) for i, pick in enumerate(column)}
     lines, across = 1 + max(i for i, _ in cells), 1 + max(j for _, j in cells)
     small = max(height, width) <= side
-    scale = max(1, 48 // max(height, width)) if small else 1
     shrink = (width * side // max(height, width), height * side // max(height, width))
-    high, wide = (height * scale, width * scale) if small else shrink[::-1]
-    gap = scale if scale > 1 else 4
+    high, wide = (height, width) if small else shrink[::-1]
+    gap = max(1, min(4, max(high, wide) // 8))
     sheet = Image.new("RGBA" if small else "RGB", (across * (wide + gap) - gap, lines * (high + gap) - gap))
     for (i, j), pick in cells.items():
         level = quantize(images[pick]).permute(1, 2, 0)
         level = level.expand(-1, -1, 3) if channels == 1 else level
         picture = Image.fromarray(level.contiguous().numpy())
-        how = Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS
-        sheet.paste(picture.resize((wide, high), how), (j * (wide + gap), i * (high + gap)))
+        picture = picture if small else picture.resize((wide, high), Image.Resampling.LANCZOS)
+        sheet.paste(picture, (j * (wide + gap), i * (high + gap)))
+    sheet = sheet.convert("LA") if small and channels == 1 else sheet
     stream = io.BytesIO()
     sheet.save(stream, "PNG", optimize=True) if small else sheet.save(stream, "JPEG", quality=88)
     return f"data:image/{'png' if small else 'jpeg'};base64," + base64.b64encode(stream.getvalue()).decode()
