@@ -2,7 +2,7 @@
 
     Z+ = softmax(Q K+^T) V+ of the prompt, Z- of the negative one, with the same Q, before the output projection
     NASA: Z = Z+ - alpha Z-                     Nguyen et al. 2024 (SNOOPI), arXiv 2412.02687
-    NAG:  Z~ = phi Z+ - (phi - 1) Z-, of every token cut to |Z~|_1 <= tau |Z+|_1;  Z = a Z~ + (1 - a) Z+    2505.21179
+    NAG:  Z~ = phi Z+ - (phi - 1) Z-, of every token cut to |Z~| <= tau |Z+|;  Z = a Z~ + (1 - a) Z+        2505.21179
 
     from distill.negative import NASA
 
@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from safetensors import safe_open
@@ -47,13 +47,18 @@ class NAG:
     """Extrapolation, normalised token by token and blended; blend = 0 is no negative prompt."""
 
     scale: float = 5.0  # phi
-    tau: float = 2.5  # of the L1 norm (paper)
+    tau: float = 2.5  # greatest norm of Z~ in norms of Z+ (paper)
     blend: float = 0.25  # a (paper)
+    norm: Literal[1, 2] = 1  # 1: paper, authors' processors of SDXL, SD 3.5 and Wan; 2: their processor of FLUX
+
+    def __post_init__(self) -> None:
+        if self.norm not in (1, 2):
+            raise ValueError(f"norm is {self.norm!r}; it must be 1 (paper) or 2 (the authors' FLUX code)")
 
     def __call__(self, z: Tensor, z_neg: Tensor) -> Tensor:
         far = self.scale * z - (self.scale - 1) * z_neg
-        most = self.tau * z.abs().sum(-1, keepdim=True)
-        far = far * (most / far.abs().sum(-1, keepdim=True).clamp(min=1e-12)).clamp(max=1)
+        size, most = (torch.linalg.vector_norm(one, self.norm, dim=-1, keepdim=True) for one in (far, z))
+        far = far * (self.tau * most / size.clamp(min=1e-12)).clamp(max=1)
         return self.blend * far + (1 - self.blend) * z
 
 

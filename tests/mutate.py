@@ -244,7 +244,7 @@ MUTATIONS = {
     "negative prompts": (
         m("sign of NASA", HEEDING, "z - self.alpha", "z + self.alpha", TURNED),
         m("scale of NAG", NEGATIVE, "(self.scale - 1) * z_neg", "self.scale * z_neg", TURNED),
-        m("squares for L1", NEGATIVE, "self.tau * z.abs()", "self.tau * z.square()", TURNED),
+        m("always the 2-norm", NEGATIVE, "vector_norm(one, self.norm,", "vector_norm(one, 2,", TURNED),
         m("blend the other way", NEGATIVE, "self.blend * far + (1 - self.blend) * z",
           "(1 - self.blend) * far + self.blend * z", TURNED),
         m("prompt against itself", HEEDING, "self.rule(z, hear(other))", "self.rule(z, hear(text))", TURNED),
@@ -385,7 +385,8 @@ MUTATIONS = {
         m("one map of noise", STEPPING, "tuple(x.shape)).to(x)", "tuple(x.shape)).to(x)[:1]", TUNED),
         m("hinge the other way", OFFLINE, "self.beta * gap) + ", "self.beta * -gap) + ", TUNED),
         m("winners kept, not losers", OFFLINE, "self.gamma * worse", "self.gamma * better", TUNED),
-        m("data is worse", OFFLINE, "gap - (better - worse)", "(better - worse) - gap", TUNED),
+        m("data is worse", OFFLINE, "self.beta * (gap - ", "-self.beta * (gap - ", TUNED),
+        m("all of the loser", OFFLINE, "gap = better - self.neg_defactor * worse", "gap = better - worse", TUNED),
         m("reference of the student", OFFLINE, "errors(nets.teacher)", "errors(nets.student.denoiser)", TUNED),
         m("samples of the student itself", OFFLINE, "replace(nets, student=nets.finished)", "nets", TUNED),
         m("no weight", OFFLINE, "(alpha / sigma).to(y) ** 2 * ", "", TUNED),

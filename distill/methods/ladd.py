@@ -4,6 +4,7 @@
     l(x) = heads(features of the frozen teacher at alpha_u x + sigma_u eps, u, c)      a head each tapped block
     L_student = -mean l(x)
     L_heads   = mean relu(1 + l(x)) + mean relu(1 - l(y))           hinge, over all heads and their places
+    loss "softplus": mean softplus(-l(x)), and mean softplus(l(x)) + mean softplus(-l(y)) of the heads
 
 No score matching and no fake score: the teacher's features at a level of noise u are the discriminator's, low u tells
 details apart, high u compositions. y: the guided teacher's own samples (paper), which python -m pipelines.pairs
@@ -13,6 +14,7 @@ its last tap, L_heads' reaches the heads alone.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -20,7 +22,7 @@ from torch import Tensor
 from distill.disc import seen, verdicts
 from distill.draw import Draw
 from distill.guidance import merge
-from distill.losses import hinge_discriminator, hinge_generator
+from distill.losses import gan_discriminator, gan_generator, hinge_discriminator, hinge_generator
 from distill.ranges import Count, Positive
 from distill.schedule import expand
 from distill.times import Law, LogitNormal
@@ -35,9 +37,14 @@ class LADD:
     shares: tuple[Positive, ...] = ()  # of the student's calls in training: .7 .1 .1 .1 of four (paper); none: equal
     gan_times: Law = LogitNormal(1.0, 1.0)  # u (paper: pi(t; m = 1, s = 1) of a flow)
     places: bool = True  # every token or patch has a logit of its own; False: a head has their mean
-    every: Count = 1  # steps of the heads per step of the student
+    every: Count = 1  # steps of the heads per step of the student (FastGen: n counts both, so n - 1 here)
+    loss: Literal["hinge", "softplus"] = "hinge"  # paper, SANA-Sprint: hinge; FastGen: softplus
 
     roles, needs = ("disc",), ("real",)
+
+    def __post_init__(self) -> None:
+        if self.loss not in ("hinge", "softplus"):
+            raise ValueError(f"loss is {self.loss!r}; it must be 'hinge' or 'softplus'")
 
     def updates(self) -> list[Update]:
         return [Update("student", self.student_loss, self.every), Update("fake", self.fake_loss, reuse=True)]
@@ -58,7 +65,8 @@ class LADD:
 
     def student_loss(self, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
         features = seen(nets.teacher, self.taps, self.gan_times, x, batch.get("c"), draw, "gan")
-        return hinge_generator(nets.disc(*features)), {}
+        loss = hinge_generator if self.loss == "hinge" else gan_generator
+        return loss(nets.disc(*features)), {}
 
     def fake_loss(self, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
         both, c = torch.cat([x, batch["real"].to(x)]), merge(batch.get("c"), batch.get("real_c"))
@@ -66,4 +74,5 @@ class LADD:
             features = seen(nets.teacher, self.taps, self.gan_times, both, c, draw, "gan_fake", "gan_real")
         fake, real = nets.disc(*features).chunk(2)
         logs = {"gan_right": verdicts(fake, real), "logit_gap": (real.mean() - fake.mean()).detach()}
-        return hinge_discriminator(fake, real), logs
+        loss = hinge_discriminator if self.loss == "hinge" else gan_discriminator
+        return loss(fake, real), logs

@@ -5,11 +5,12 @@ under the condition of x, and a time t of the student's own, uniform, at which e
 
     x_t  = alpha_t x + sigma_t eps,   y_t = alpha_t y + sigma_t eps
     l(x) = mean over elements of | D(x_t, t) - x |^2 / r_t^2,   r_t = sigma_t / alpha_t        the squared error of eps
-    L    = - log sigmoid( beta ( l_teacher(x) - l_teacher(y) - l(x) + l(y) ) )                 "sigmoid"
-    L    = relu( 1 + beta ( l(x) - l(y) ) ) + gamma l(y)                                       "hinge", no reference
+    d    = l(x) - n l(y),   d_teacher the same of the teacher                                  n: neg_defactor
+    L    = - log sigmoid( beta ( d_teacher - d ) )                                             "sigmoid"
+    L    = relu( 1 + beta d ) + gamma l(y)                                                     "hinge", no reference
 
-Means over the batch. gamma keeps what the student made before: prior preservation. Gradients flow through the student's
-D, not through y. At pure noise, a flow's first call, r_t is infinite and nothing is learnt.
+Means over the batch. gamma keeps what the student made before: prior preservation. n = 1 is the paper's preference; a
+smaller n pushes less away from y. Gradients flow through the student's D, not through y. At pure noise, a flow's first call, r_t is infinite and nothing is learnt.
 """
 
 from dataclasses import dataclass, replace
@@ -32,6 +33,7 @@ class OfflinePSO:
     beta: Positive = 5.0  # SDXL-Turbo, DreamBooth (code)
     loss: Literal["sigmoid", "hinge"] = "hinge"  # DreamBooth: hinge (code)
     gamma: Weight = 0.5  # of the hinge alone (code)
+    neg_defactor: Weight = 1.0  # n, of the error on y (paper: 1; default of the DreamBooth script: .1)
 
     roles = ()
     needs = ("finished", "real")
@@ -62,10 +64,10 @@ class OfflinePSO:
             return torch.stack([(alpha / sigma).to(y) ** 2 * (x0 - y).flatten(1).square().mean(1) for y, x0 in preds])
 
         better, worse = errors(nets.student.denoiser)
-        gap = better - worse
+        gap = better - self.neg_defactor * worse
         logs = {"better": better.mean(), "worse": worse.mean(), "gap": gap.mean()}
         if self.loss == "hinge":
             return (F.relu(1 + self.beta * gap) + self.gamma * worse).mean(), logs
         with torch.no_grad():
             better, worse = errors(nets.teacher)
-        return F.softplus(self.beta * (gap - (better - worse))).mean(), logs
+        return F.softplus(self.beta * (gap - (better - self.neg_defactor * worse))).mean(), logs

@@ -65,6 +65,22 @@ def test_gradients(schedule):
         near(2 - loss.detach(), logs["logit_gap"])
 
 
+def test_softplus_losses():
+    """... of the same logits; another loss is refused."""
+    method = LADD(taps=("mid",), loss="softplus", gan_times=Fixed(0.5))
+    nets, draw = nets_like(method), Draw(0, 0, "student", torch.arange(4))
+    c = {"label": torch.zeros(4).long()}
+    x, y = torch.randn(2, 4, 2)
+    logits = lambda x, name: nets.disc(*seen(nets.teacher, ("mid",), Fixed(0.5), x, c, draw, name))
+    student, _ = method.student_loss(x, nets, {"c": c}, draw)
+    assert torch.equal(student, torch.log1p((-logits(x, "gan")).exp()).mean())
+    heads, _ = method.fake_loss(x, nets, {"c": c, "real": y, "real_c": c}, draw)
+    fake, real = logits(x, "gan_fake"), logits(y, "gan_real")
+    torch.testing.assert_close(heads, torch.log1p(fake.exp()).mean() + torch.log1p((-real).exp()).mean())
+    with pytest.raises(ValueError, match="loss is 'bce'; it must be 'hinge' or 'softplus'"):
+        LADD(loss="bce")
+
+
 def test_hinge_stops_beyond_the_margins():
     """Logits below -1 of samples and above 1 of real ones teach the heads nothing; each place is judged alone."""
     method, nets = LADD(taps=("mid",)), nets_like(LADD(taps=("mid",)))

@@ -80,8 +80,14 @@ def test_rules():
     near(NASA(0.2)(z, n), z - 0.2 * n, 1e-12)
     near(NAG(scale=1.0)(z, n), z, 1e-12)
     near(NAG(3.0, 1e9, 1.0)(z, n), z + 2 * (z - n), 1e-12)
+    for norm in (1, 2):
+        far = NAG(30.0, 2.5, 1.0, norm)(z, n)
+        near(far.abs().pow(norm).sum(-1), 2.5**norm * z.abs().pow(norm).sum(-1), 1e-12)
+        near(NAG(30.0, 2.5, 1.0, norm)(0 * z, 0 * n), 0 * z, 1e-12)  # of a token that hears nothing
     far = NAG(30.0, 2.5, 1.0)(z, n)
     near(far.abs().sum(-1), 2.5 * z.abs().sum(-1), 1e-12)
+    with pytest.raises(ValueError, match="norm is 3; it must be 1"):
+        NAG(norm=3)
     near(torch.nn.functional.cosine_similarity(far, 30 * z - 29 * n, -1), torch.ones(1, 5).double(), 1e-12)
     near(NAG(30.0, 2.5, 0.25)(z, n), 0.25 * far + 0.75 * z, 1e-12)
 

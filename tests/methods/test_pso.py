@@ -211,13 +211,13 @@ def test_offline_at_pure_noise_is_refused():
 
 
 @pytest.mark.level(1, "OfflinePSO")
-@pytest.mark.parametrize("loss", ("sigmoid", "hinge"))
+@pytest.mark.parametrize("loss, n", (("sigmoid", 1.0), ("sigmoid", 0.1), ("hinge", 1.0), ("hinge", 0.3)))
 @both
-def test_offline(schedule, loss):
+def test_offline(schedule, loss, n):
     """Both losses and their gradients by hand; samples of the teacher, times of the student's own."""
     path, draw, batch = SCHEDULES[schedule], numbers(), images(numbers())
     nets = nets_of(path, 0.3 * random(len(TIMES), D, seed=2))
-    method = OfflinePSO(beta=0.7, gamma=0.25, loss=loss)
+    method = OfflinePSO(beta=0.7, gamma=0.25, loss=loss, neg_defactor=n)
     x, got, logs = turn(method, nets, batch, draw)
     reference = replace(nets, student=Student(nets.teacher, TIMES)).generate({}, draw)
     assert torch.equal(x, torch.stack([batch["real"], reference], 1)) and not x.requires_grad
@@ -226,12 +226,12 @@ def test_offline(schedule, loss):
     own, base = nets.student.denoiser.net, nets.teacher.net
     (w, l), (rw, rl) = ([errors(net, y, t, eps, path) for y in x.unbind(1)] for net in (own, base))
     if loss == "hinge":
-        want = ((1 + 0.7 * (w - l)).clamp(min=0) + 0.25 * l).mean()
+        want = ((1 + 0.7 * (w - n * l)).clamp(min=0) + 0.25 * l).mean()
     else:
-        want = -torch.sigmoid(0.7 * ((rw - rl) - (w - l))).log().mean()
+        want = -torch.sigmoid(0.7 * ((rw - n * rl) - (w - n * l))).log().mean()
     near(got, want)
     near(*(torch.autograd.grad(a, [own.b])[0] for a in (got, want)))
-    near(logs["gap"], (w - l).mean())
+    near(logs["gap"], (w - n * l).mean())
 
 
 @both
