@@ -10,7 +10,8 @@ under the condition of x, and a time t of the student's own, uniform, at which e
     L    = relu( 1 + beta d ) + gamma l(y)                                                     "hinge", no reference
 
 Means over the batch. gamma keeps what the student made before: prior preservation. n = 1 is the paper's preference; a
-smaller n pushes less away from y. Gradients flow through the student's D, not through y. At pure noise, a flow's first call, r_t is infinite and nothing is learnt.
+smaller n pushes less away from y. Gradients flow through the student's D, not through y. At pure noise, a flow's first
+call, r_t is infinite and nothing is learnt.
 """
 
 from dataclasses import dataclass, replace
