@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -25,13 +26,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from distill.data import images
 from eval.extractors import Extractor, cache_folder, device, load
 from eval.images import manifest_of
 from eval.protocols import Prepare
 from eval.resize import resize
 
 CHUNK = 1000  # images of a file
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 @dataclass(frozen=True)
@@ -73,9 +74,12 @@ class Features:
 def listing(folder: str | Path) -> list[Path]:
     """The image files below a folder, sorted. ValueError for an absent or empty one, or one unlike its manifest."""
     manifest = manifest_of(folder)
-    files = sorted(f for f in Path(folder).rglob("*") if f.suffix.lower() in SUFFIXES and f.is_file())
+    there = images.files(folder)
+    files = [file for file in there if images.is_image(file)]
     if not files:
-        raise ValueError(f"{folder} holds no image ({', '.join(SUFFIXES)})")
+        raise ValueError(f"{folder} holds no image. {images.unread(there)}".rstrip(". "))
+    if odd := [file for file in files if not file.is_file()]:
+        raise ValueError(f"{odd[0]} is no regular file, or a link whose file is gone: remove or replace it")
     if manifest and manifest.get("n") != len(files):
         raise ValueError(
             f"{folder} holds {len(files)} images, its manifest says {manifest.get('n')}; generate it again"
@@ -111,13 +115,15 @@ def features(
     from pipelines.run import launched
 
     files = listing(folder)[:first]
-    images = images_hash(files)
-    key = json.dumps([images, asdict(prepare), extractor.rule, extractor.name, extractor.hash])
+    contents = images_hash(files)
+    key = json.dumps([contents, asdict(prepare), extractor.rule, extractor.name, extractor.hash])
     where = cache_folder() / "features" / hashlib.blake2b(key.encode(), digest_size=12).hexdigest()
-    found = Features(where, len(files), images, extractor.name, extractor.hash)
+    found = Features(where, len(files), contents, extractor.name, extractor.hash)
     parts = _chunk_files(where, len(files))
     missing = [c for c, part in enumerate(parts) if not part.is_file()]
     accelerator = launched()
+    if accelerator.is_main_process and (unread := images.unread(images.files(folder))):
+        sys.stderr.write(f"{folder}: {unread}; they are left out\n")
     accelerator.wait_for_everyone()  # all have looked before one begins
     if missing:
         where.mkdir(parents=True, exist_ok=True)
@@ -146,9 +152,9 @@ def _chunk_files(where: Path, n: int) -> list[Path]:
 def _outputs(batches: Iterator[tuple[list[Path], Tensor]], extractor: Extractor, bar: Any) -> dict[str, Tensor]:
     """All outputs of the network for some batches."""
     outputs = []
-    for names, images in batches:
+    for names, batch in batches:
         with torch.no_grad():
-            made = {k: v.float().cpu() for k, v in extractor.net(images.to(device())).items()}
+            made = {k: v.float().cpu() for k, v in extractor.net(batch.to(device())).items()}
         bad = ~torch.isfinite(made["features"]).all(1)
         if bad.any():
             raise ValueError(f"the features of {names[int(bad.nonzero()[0])]} are NaN or infinite")
@@ -195,16 +201,12 @@ def _batches(
 
 def _opened(file: Path, prepare: Prepare, rule: str) -> tuple[tuple[int, int], np.ndarray]:
     """The size of an image and its pixels after both rules."""
-    from PIL import Image
-
     try:
-        with Image.open(file) as image:
-            image.load()
-    except (OSError, SyntaxError, ValueError) as error:  # PIL raises all three for broken files
-        raise ValueError(f"{file} is not a readable image ({error}); remove or replace it") from None
-    rgb = image if image.mode in ("L", "RGB") else image.convert("RGB")
+        image = images.read(file)
+    except images.Broken as error:
+        raise ValueError(f"{error}; remove or replace it") from None
     try:
-        return image.size, resize(prepare(rgb), rule)
+        return image.size, resize(prepare(image), rule)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
 

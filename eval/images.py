@@ -66,13 +66,12 @@ def store(folder: Path, manifest: dict[str, Any]) -> None:
 
 def level(file: Path) -> Tensor:
     """An image as uint8 [C, H, W], C = 1 or 3. ValueError, naming the file, for one that cannot be read."""
-    from PIL import Image
+    from distill.data import images
 
     try:
-        with Image.open(file) as image:
-            array = np.array(image if image.mode in ("L", "RGB") else image.convert("RGB"))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # all of PIL, for broken files
-        raise ValueError(f"{file} is not a readable image ({error}); remove or replace it") from None
+        array = np.array(images.read(file))
+    except images.Broken as error:
+        raise ValueError(f"{error}; remove or replace it") from None
     return torch.from_numpy(array[None] if array.ndim == 2 else array.transpose(2, 0, 1).copy())
 
 

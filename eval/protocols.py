@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 PROMPTS = ("prompts.txt", "prompts.jsonl", "prompts.parquet")
-IMAGES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 def data_folder() -> Path:
@@ -144,7 +143,9 @@ class Protocol:
 def _present(path: Path) -> bool:
     if path.suffix:
         return path.is_file()
-    return path.is_dir() and any(file.suffix.lower() in IMAGES for file in path.rglob("*"))
+    from distill.data import images
+
+    return path.is_dir() and any(map(images.is_image, images.files(path)))
 
 
 def protocol(name: str) -> Protocol:

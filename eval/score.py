@@ -86,11 +86,10 @@ class Folder:
         return torch.tensor([number[text] for text in self.texts])
 
     def picture(self, prepare: Prepare) -> Callable[[int], Tensor]:
-        from PIL import Image
+        from distill.data import images
 
         def read(i: int) -> Tensor:
-            with Image.open(self.files[i]) as image:
-                array = np.array(prepare(image.convert("RGB")))
+            array = np.array(prepare(images.read(self.files[i]).convert("RGB")))
             return folders.restore(torch.from_numpy(array).permute(2, 0, 1))[None]
 
         return read

@@ -317,7 +317,7 @@ def test_wrong_folders_are_one_clear_error(tmp_path):
     fails(made, "holds 2 images, its manifest says 3")
     corrupt = noise(tmp_path / "corrupt", 3)
     (corrupt / "000002.png").write_bytes((corrupt / "000002.png").read_bytes()[:60])
-    fails(corrupt, "000002.png is not a readable image")
+    fails(corrupt, "000002.png cannot be read: .*; remove or replace it")
     fails(
         noise(tmp_path / "big", 2), "000000.png: the image is 20 x 14, this extractor takes 8 x 8", net=load("digits")
     )

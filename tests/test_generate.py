@@ -85,7 +85,7 @@ def test_bad_folders_are_one_clear_error(tmp_path):
     fails(mixed, "000001.png is 9 x 8 .* 000000.png is 8 x 8")
     corrupt = fresh("corrupt")
     (corrupt / "000002.png").write_bytes((corrupt / "000002.png").read_bytes()[:40])
-    fails(corrupt, "000002.png is not a readable image")
+    fails(corrupt, "000002.png cannot be read: .*; remove or replace it")
     short = fresh("short")
     (short / "000002.png").unlink()
     fails(short, "holds 2 images, its manifest says 3")

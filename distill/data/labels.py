@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from distill.data import images
 from distill.data.pairs import noise
-from distill.data.sources import PICTURES
 from distill.draw import Draw
 from distill.guidance import Guided
 from distill.ranges import Count, Finite, Natural, Seed
@@ -48,7 +48,7 @@ class Labels:
         found = Classes(self.images, teacher, "real" in needs, self.classes)
         chosen(self.classes, found.classes)
         if "real" in needs and not found.files:
-            raise ValueError(f"{self.images} has no images ({' '.join(PICTURES)}) in one subfolder a class")
+            raise ValueError(f"{self.images} has no images in one subfolder a class")
         return found
 
     def smoke(self, folder: Path) -> Labels:
@@ -85,14 +85,15 @@ class Classes:
 
     @cached_property
     def files(self) -> list[tuple[Path, int]]:
-        folders = sorted(path for path in Path(self.images).iterdir() if path.is_dir()) if self.real else []
+        there = sorted(Path(self.images).iterdir()) if self.real else []
+        folders = [path for path in there if path.is_dir() and not images.is_hidden(path.name)]
         if len(folders) > self.classes:
             raise ValueError(f"{self.images} has {len(folders)} classes, the teacher {self.classes}")
         return [
             (file, label)
             for label, folder in enumerate(folders)
-            for file in (sorted(folder.iterdir()) if label in self.part else ())
-            if file.suffix.lower() in PICTURES
+            for file in (images.files(folder) if label in self.part else ())
+            if images.is_image(file)
         ]
 
     def __call__(self, draw: Draw) -> dict[str, Any]:
@@ -117,12 +118,8 @@ class Classes:
         from PIL import Image, ImageOps
 
         channels, side, _ = self.teacher.shape
-        try:
-            with Image.open(file) as opened:
-                whole = opened.convert("L" if channels == 1 else "RGB")
-            image = ImageOps.fit(whole, (side, side), Image.Resampling.LANCZOS)
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise ValueError(f"image {file} cannot be read: {error}") from None
+        whole = images.read(file).convert("L" if channels == 1 else "RGB")
+        image = ImageOps.fit(whole, (side, side), Image.Resampling.LANCZOS)
         pixels = torch.from_numpy(np.asarray(image).copy()).float() / 127.5 - 1
         return pixels.reshape(side, side, channels).permute(2, 0, 1)
 

@@ -9,21 +9,18 @@ import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from io import BytesIO
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from distill.data import images
+from distill.data.images import Broken as Broken
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 COLUMNS = ("text", "caption", "prompt")  # looked for, in this order, where no column is named
 TABLES = (".txt", ".jsonl", ".parquet")
-PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
-
-
-class Broken(ValueError):
-    """An image that cannot be decoded."""
 
 
 @dataclass(frozen=True)
@@ -32,19 +29,14 @@ class Pictures:
 
     names: list[str]  # what an error calls them
     captions: list[str]
-    read: Callable[[int], Any]  # -> a PIL image
+    read: Callable[[int], Any]  # -> a file's path, its bytes or a PIL image
 
     def __len__(self) -> int:
         return len(self.names)
 
     def __getitem__(self, i: int) -> Image:
         """Image i in RGB, upright; Broken if it cannot be decoded."""
-        from PIL import Image, ImageOps
-
-        try:
-            return ImageOps.exif_transpose(self.read(i)).convert("RGB")
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise Broken(f"image {self.names[i]} cannot be read: {error}") from None
+        return images.read(self.read(i), self.names[i]).convert("RGB")
 
 
 def check(source: str) -> None:
@@ -115,7 +107,7 @@ def pictures(source: str, image: str = "image", column: str | None = None, limit
         found = _rows(_dataset(source), source, image, column)
     rows = list(islice(found, limit))
     if not rows:
-        raise ValueError(f"{source} holds no images ({' '.join(PICTURES)})")
+        raise ValueError(f"{source} holds no images")
     names, captions, reads = ([*part] for part in zip(*rows, strict=True))
     if None in captions:
         first = names[captions.index(None)]
@@ -129,29 +121,25 @@ Row = tuple[str, str | None, Callable[[], Any]]  # name, caption, how to read th
 
 
 def _folder(folder: Path, column: str | None) -> Iterator[Row]:
-    from PIL import Image
-
     told, metadata = {}, folder / "metadata.jsonl"
     if metadata.is_file():
         rows = list(_jsonl(metadata))
         told = {row.get("file_name"): row[_column(row, column, str(metadata))] for row in rows}
-    for path in sorted(p for p in folder.rglob("*") if p.suffix.lower() in PICTURES):
+    for path in sorted(p for p in folder.rglob("*") if images.is_image(p)):
         beside = path.with_suffix(".txt")
         text = told.get(path.relative_to(folder).as_posix())
         if text is None and beside.is_file():
             text = _text(beside).strip()
-        yield str(path), text, partial(Image.open, path)
+        yield str(path), text, lambda path=path: path
 
 
 def _tars(shards: list[Path], column: str | None) -> Iterator[Row]:
     """Where each image lies in the tars; the images themselves stay there."""
 
     def read(shard: Path, offset: int, size: int) -> Any:
-        from PIL import Image
-
         with shard.open("rb") as file:
             file.seek(offset)
-            return Image.open(BytesIO(file.read(size)))
+            return file.read(size)
 
     for shard in shards:
         samples: dict[str, dict[str, Any]] = {}
@@ -161,7 +149,7 @@ def _tars(shards: list[Path], column: str | None) -> Iterator[Row]:
                     folder, _, name = member.name.rpartition("/")
                     stem, _, suffix = name.partition(".")
                     sample = samples.setdefault(f"{folder}/{stem}", {})
-                    if f".{suffix.lower()}" in PICTURES:
+                    if f".{suffix.lower()}" in images.suffixes():
                         sample["image"] = member.name, member.offset_data, member.size
                     elif suffix in ("txt", "json"):
                         sample[suffix] = tar.extractfile(member).read().decode()

@@ -1,0 +1,150 @@
+"""The image types and the one reader of training and evaluation. It needs Pillow alone.
+
+An image becomes 8 bits, upright, grey or RGB. Values of 16 bits are divided by 257. Transparent parts lie over white.
+Of an animation the first frame is read. Pillow itself keeps the high byte of RGB with 16 bits a channel.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterable
+from functools import cache
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+from PIL import UnidentifiedImageError
+from PIL.Image import Image, Transpose
+
+# EPS runs Ghostscript. WMF needs Windows. The others are no pictures, or Pillow knows their names but not their pixels.
+REFUSED = ("EPS", "WMF", "FITS", "BUFR", "GRIB", "HDF5", "MPEG", "IPTC")
+BITS, PHOTOMETRIC = 258, 262  # tags of TIFF; 0 of the second says that values are inverted
+TEXTS = (".txt", ".caption", ".json", ".jsonl", ".csv", ".tsv", ".parquet", ".yaml", ".md")  # beside images
+ORIENTATION = 0x112  # tag of EXIF
+TURNS = {2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLIP_TOP_BOTTOM, 5: Transpose.TRANSPOSE}
+TURNS |= {6: Transpose.ROTATE_270, 7: Transpose.TRANSVERSE, 8: Transpose.ROTATE_90}
+
+
+class Broken(ValueError):
+    """An image that cannot be read."""
+
+
+@cache
+def formats() -> list[str]:
+    """Pillow's names of the formats that are read."""
+    PIL.Image.init()
+    return [name for name in PIL.Image.ID if name not in REFUSED]
+
+
+@cache
+def suffixes() -> frozenset[str]:
+    """Suffixes of files that are images, in small letters: all that this Pillow reads."""
+    known = {*formats(), "MPO"}  # Pillow opens .mpo as a JPEG
+    return frozenset(suffix for suffix, name in PIL.Image.registered_extensions().items() if name in known)
+
+
+def is_image(path: str | Path) -> bool:
+    """Whether the name of a file says that it is an image."""
+    return os.path.splitext(path)[1].lower() in suffixes()
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder is the system's: .name, ._name of macOS, __MACOSX."""
+    return name.startswith(".") or name == "__MACOSX"
+
+
+def files(folder: str | Path) -> list[Path]:
+    """The visible files below a folder, sorted. Links to folders are followed; each folder is read once."""
+    found: list[Path] = []
+    seen: set[tuple[int, int]] = set()
+    for where, folders, names in os.walk(folder, followlinks=True):
+        status = os.stat(where)
+        if (status.st_dev, status.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        folders[:] = sorted(name for name in folders if not is_hidden(name))
+        found += [Path(where, name) for name in names if not is_hidden(name)]
+    return sorted(found)
+
+
+def unread(paths: Iterable[Path]) -> str:
+    """Of these files, how many are neither images nor text, by their suffixes; "" for none."""
+    others = [path for path in paths if not is_image(path) and path.suffix.lower() not in TEXTS]
+    return f"{len(others):,} files are no images that can be read: {summary(others)}" if others else ""
+
+
+def summary(unread: Iterable[str | Path]) -> str:
+    """Files by their suffixes, the most frequent first: ".heic (12), .mov (1)"."""
+    counts = Counter(Path(path).suffix.lower() or "no suffix" for path in unread)
+    return ", ".join(f"{suffix} ({n:,})" for suffix, n in counts.most_common(9))
+
+
+def read(source: str | Path | bytes | Image, name: str | None = None) -> Image:
+    """A Pillow image in mode "L" or "RGB", from a file, its bytes or an image of Pillow's.
+
+    Raises Broken with `name`, by default the path, and the reason.
+    """
+    name = name or (source if isinstance(source, str | Path) else "")
+    try:
+        if isinstance(source, Image):
+            return _picture(source)
+        if isinstance(source, str | Path) and not os.path.isfile(source):
+            raise Broken("there is no such file" if not os.path.exists(source) else "it is no regular file")
+        with PIL.Image.open(BytesIO(source) if isinstance(source, bytes) else source, formats=formats()) as image:
+            return _picture(image)
+    except UnidentifiedImageError:
+        raise Broken(f"image {name} cannot be read: it is no image, or of a format that is not read") from None
+    except Exception as error:  # Pillow raises nearly every kind for hostile files
+        reason = str(error) or type(error).__name__
+        raise Broken(f"image {name} cannot be read: {reason}") from None
+
+
+def _picture(image: Image) -> Image:
+    """The image upright, in "L" or "RGB"."""
+    image.load()
+    if image.mode == "F":
+        raise Broken("its values are floats, and which one is white is unknown: save it with 8 or 16 bits")
+    grey = image.mode in ("1", "L", "LA", "La")
+    if image.mode == "I" or image.mode.startswith("I;"):
+        levels = _from_integers(image)
+    elif image.has_transparency_data:
+        levels = _on_white(image).convert("L" if grey else "RGB")
+    else:
+        levels = image.convert("L" if grey else "RGB")
+    return _upright(levels, image)
+
+
+def _upright(levels: Image, image: Image) -> Image:
+    """`levels` turned as the EXIF data of `image` says."""
+    try:
+        turn = TURNS.get(image.getexif().get(ORIENTATION, 1))
+    except Exception:  # damaged EXIF: the pixels are there, their orientation is not known
+        turn = None
+    return levels if turn is None else levels.transpose(turn)
+
+
+def _from_integers(image: Image) -> Image:
+    """A grey image of more than 8 bits, in "L"."""
+    tags = getattr(image, "tag_v2", {})
+    bits = min(16, tags.get(BITS, (16,))[0])
+    white = 2**bits - 1
+    values = np.asarray(image).astype(np.int64)
+    low, high = values.min(), values.max()
+    if low < 0 or high > white:
+        raise Broken(f"its values are {low} .. {high}, and which one is white is unknown: save it with 8 or 16 bits")
+    if image.mode == "I" and image.format not in ("PNG", "PPM") and 0 < high < 256:
+        raise Broken(f"its 32 bits hold values up to {high}, which may be of 8 or 16 bits: save it with 8")
+    levels = np.rint(values * (255 / white))
+    if tags.get(PHOTOMETRIC) == 0:
+        levels = 255 - levels
+    if isinstance(clear := image.info.get("transparency"), int):
+        levels[values == clear] = 255
+    return PIL.Image.fromarray(levels.astype(np.uint8))
+
+
+def _on_white(image: Image) -> Image:
+    pixels = image.convert("RGBA")
+    return PIL.Image.alpha_composite(PIL.Image.new("RGBA", pixels.size, "white"), pixels)
