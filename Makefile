@@ -7,7 +7,7 @@ OFFLINE := HF_HUB_OFFLINE=1
 TEST := $(OFFLINE) OMP_NUM_THREADS=1 $(PY) -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help setup install demo test slow lint types bench sdxl results toys faults golden mutate clean
+.PHONY: help setup install demo test slow lint types bench sdxl gpu results toys faults golden mutate clean
 
 help:  ## this list
 	@echo "make TARGET [ARGS='more arguments'] [PYTHON=python3.12, for the first setup]"
@@ -67,6 +67,9 @@ bench: setup  ## time of a step over the time of its network calls, and peak mem
 
 sdxl: setup  ## time and memory of SDXL's steps on this GPU; ARGS=--tiny runs a narrow network anywhere
 	@$(OFFLINE) $(PY) -m benchmarks.sdxl $(ARGS)
+
+gpu: setup  ## ten minutes on this GPU, the most important first: docs/gpu.md; ARGS=--tiny rehearses on a CPU
+	@$(OFFLINE) $(PY) -m benchmarks.gpu $(ARGS)
 
 results: setup  ## the table of the digits over seeds, with intervals (long)
 	@$(OFFLINE) $(PY) benchmarks/results.py $(ARGS)
