@@ -1,14 +1,13 @@
-"""What an image costs: parameters, latency, images per second, peak memory, and on which machine.
+"""What an image costs: parameters, latency, images per second, peak memory; on which machine, by which commit.
 
 python -m eval.generate --model runs/dmd2/pipeline --out runs/samples/dmd2 --cost runs/cost.json
 """
 
 from __future__ import annotations
 
-import json
-import os
 import platform
 import resource
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -119,9 +118,21 @@ def _peak(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def store(path: Path, value: Any) -> None:
-    """Write JSON; the file is whole or not there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    part.write_text(json.dumps(value, indent=1) + "\n")
-    os.replace(part, path)
+@cache
+def commit() -> str | None:
+    """12 hex digits of this checkout's commit, with "-dirty" where tracked files differ from it; None without git.
+
+    None too where the package is installed inside a checkout of another project.
+    """
+    here = Path(__file__).resolve()
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", "-C", f"{here.parent}", *words], capture_output=True, text=True, timeout=60)
+        done.check_returncode()
+        return done.stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", here.name)
+        return git("rev-parse", "--short=12", "HEAD") + "-dirty" * bool(git("status", "--porcelain", "-uno"))
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -26,7 +26,7 @@ from typing import Any
 
 import yaml
 
-from eval.cost import store
+from eval.files import store
 from eval.jobs import Job, run
 from eval.report import Row, checked, mean
 

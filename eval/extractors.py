@@ -30,7 +30,8 @@ class Extractor:
     """A frozen network with the name, the weights and the resize rule that make its numbers comparable.
 
     net: images float32 [B, C, H, W] in 0..255, as `rule` leaves them -> {"features": [B, D]} and, where the network
-    classifies, {"logits": [B, K]}. text: prompts -> [B, D], for CLIP. scale: exp of its logit scale.
+    classifies, {"logits": [B, K]}. text: prompts -> [B, D], for CLIP. scale: exp of its logit scale. width: D, None
+    where it is not known before an image is seen.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Extractor:
     net: Callable[[Tensor], Outputs]
     text: Callable[[list[str]], Tensor] | None = None
     scale: float = 1.0
+    width: int | None = None
 
 
 def cache_folder() -> Path:
@@ -86,7 +88,7 @@ def random(weights: str = "") -> Extractor:
         features = net["body"](net["stem"](x / 127.5 - 1)) * 10
         return {"features": features, "logits": net["head"](features)}
 
-    return Extractor(f"random-{seed or 0}", weights_hash(net), "", run)
+    return Extractor(f"random-{seed or 0}", weights_hash(net), "", run, width=dim)
 
 
 def digits(weights: str = "") -> Extractor:
@@ -101,20 +103,21 @@ def digits(weights: str = "") -> Extractor:
         features, logits = found((x.double() / 127.5 - 1).float().cpu())
         return {"features": features.float(), "logits": logits.float()}
 
-    return Extractor("digits", found.hash, "gray exact:8", run)
+    return Extractor("digits", found.hash, "gray exact:8", run, width=64)
 
 
 def inception_clean(weights: str = "") -> Extractor:
     """Inception-v3 of Heusel et al. 2017 as clean-fid runs it: 2048 pooled features."""
     net, hash = _torchscript(weights)
     run = lambda x: {"features": net.layers((x - 128) / 128).flatten(1)}
-    return Extractor("inception-clean", hash, "clean:299", run)
+    return Extractor("inception-clean", hash, "clean:299", run, width=2048)
 
 
 def inception_legacy(weights: str = "") -> Extractor:
     """The same network, which resizes by itself as TensorFlow 1 did: the features of StyleGAN's and EDM's figures."""
     net, hash = _torchscript(weights)
-    return Extractor("inception-legacy", hash, "", lambda x: {"features": net(x, return_features=True).flatten(1)})
+    run = lambda x: {"features": net(x, return_features=True).flatten(1)}
+    return Extractor("inception-legacy", hash, "", run, width=2048)
 
 
 def inception_logits(weights: str = "") -> Extractor:
@@ -158,7 +161,7 @@ def dinov2(weights: str = "") -> Extractor:
     def run(x: Tensor) -> Outputs:
         return {"features": net(_normalised(x, *IMAGENET)).last_hidden_state[:, 0]}
 
-    return Extractor("dinov2", weights_hash(net), "bicubic:224", run)
+    return Extractor("dinov2", weights_hash(net), "bicubic:224", run, width=net.config.hidden_size)
 
 
 def clip(weights: str = "", name: str = "clip") -> Extractor:
@@ -179,8 +182,8 @@ def clip(weights: str = "", name: str = "clip") -> Extractor:
         pooled = net.text_model(**tokens.to(net.device)).pooler_output
         return net.text_projection(pooled).cpu()
 
-    rule = f"short-bicubic:{size} crop:{size}"
-    return Extractor(name, weights_hash(net), rule, run, text, net.logit_scale.exp().item())
+    rule, scale = f"short-bicubic:{size} crop:{size}", net.logit_scale.exp().item()
+    return Extractor(name, weights_hash(net), rule, run, text, scale, net.config.projection_dim)
 
 
 def pickscore(weights: str = "") -> Extractor:
@@ -224,7 +227,8 @@ def open_clip(weights: str = "", name: str = "open_clip") -> Extractor:
     def text(prompts: list[str]) -> Tensor:
         return net.encode_text(tokenizer(prompts).to(device())).cpu()
 
-    return Extractor(name, weights_hash(net), rule, run, text, net.logit_scale.exp().item())
+    width = getattr(net.visual, "output_dim", None)
+    return Extractor(name, weights_hash(net), rule, run, text, net.logit_scale.exp().item(), width)
 
 
 def hpsv2(weights: str = "") -> Extractor:

@@ -18,7 +18,6 @@ import hashlib
 import json
 import os
 import shutil
-import subprocess
 import time
 from dataclasses import dataclass
 from functools import cached_property
@@ -31,7 +30,8 @@ from torch import Tensor
 
 from eval import images as folders
 from eval.conditions import Asked, of_labels, of_prompts, of_protocol
-from eval.cost import hardware, measure, store
+from eval.cost import commit, hardware, measure
+from eval.files import store
 from eval.protocols import Protocol, protocol
 from eval.sampler import Sampler, family_of, generator, load, pipeline_sampler, teacher_sampler, turns_sampler
 
@@ -538,17 +538,6 @@ def model_hash(*models: Path) -> str:
                 name = file.relative_to(model) if model.is_dir() else file.name
                 total.update(f"{name}".encode() + hashlib.file_digest(stream, "sha256").digest())
     return total.hexdigest()[:16]
-
-
-def commit() -> str | None:
-    """The commit of this checkout, with "-dirty" where tracked files differ from it; None where there is none."""
-    git = ["git", "-C", f"{Path(__file__).parent}"]
-    try:
-        head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
-        changes = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return head.stdout.strip() + "-dirty" * bool(changes.stdout.strip())
 
 
 def _whole(value: float) -> int | float:

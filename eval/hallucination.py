@@ -12,6 +12,7 @@ python -m eval.hallucination --folder runs/images/dmd2 --reference runs/real --t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -43,7 +44,7 @@ def renoised(
 
     c: of all N. The noise is a function of the seed, the level's place and the sample's.
     """
-    if len(levels) < 2 or min(levels) <= 0:
+    if len(levels) < 2 or not all(0 < level < math.inf for level in levels):
         raise ValueError(f"levels are {list(levels)}; at least 2 ratios sigma / alpha above 0 are needed")
     out = []
     for i, level in enumerate(levels):
@@ -64,12 +65,17 @@ def auc(scores: Tensor, truth: Tensor) -> float:
     positive = int(truth.sum())
     if not 0 < positive < len(truth):
         raise ValueError(f"{positive} of {len(truth)} samples are hallucinations; both kinds are needed")
+    if not torch.isfinite(scores).all():
+        raise ValueError("scores hold NaN or infinite values, which have no rank")
     ranks = torch.from_numpy(rankdata(scores.numpy()))
     return ((ranks[truth].sum() - positive * (positive + 1) / 2) / (positive * (len(truth) - positive))).item()
 
 
 def rate(fake: Tensor, real: Tensor, quantile: float = 0.99) -> Score:
     """The share of generated Hal [N] above the quantile of the real Hal [M], with Wilson's interval; real data: 1 %."""
+    for name, values in (("generated", fake), ("real", real)):
+        if not len(values) or not torch.isfinite(values).all():
+            raise ValueError(f"the {name} Hal of {len(values)} images holds NaN or infinite values, or none")
     return share(fake > real.quantile(quantile))
 
 

@@ -25,7 +25,8 @@ class Interval(NamedTuple):
 def _independent(values: Sequence[float] | Sequence[Sequence[float]]) -> Tensor:
     flat = [float(torch.tensor(v, dtype=torch.float64).mean()) for v in values]
     if len(flat) < 2 or not all(map(math.isfinite, flat)):
-        raise ValueError(f"an interval needs at least 2 finite values, one per independent run; given {flat}")
+        shown = f"{flat}" if len(flat) < 20 else f"{len(flat)}, of which the first is {flat[0]}"
+        raise ValueError(f"an interval needs at least 2 finite values, one per independent run; given {shown}")
     return torch.tensor(flat, dtype=torch.float64)
 
 

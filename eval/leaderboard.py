@@ -16,7 +16,7 @@ import tyro
 
 from eval import entries
 from eval.cli import Unfinished
-from eval.cost import store
+from eval.files import store
 from eval.page import page as html_page
 from eval.report import Row, boards, checked, markdown, pretty
 from pipelines.card import Result, evaluated

@@ -43,6 +43,13 @@ class Score(NamedTuple):
     n: int
 
 
+def score(value: float, low: float, high: float, n: int) -> Score:
+    """A figure with its interval. ValueError where one of them is NaN or infinite: it overflowed."""
+    if not all(map(math.isfinite, (value, low, high))):
+        raise ValueError(f"the figure is {value} ({low} to {high}), not finite: features or reference are too large")
+    return Score(value, low, high, n)
+
+
 def tie(a: Score | Mapping[str, float], b: Score | Mapping[str, float]) -> bool:
     """Whether two intervals (scores, or their entries in a row) overlap: then neither is said to be better."""
     (low, high), (other_low, other_high) = (
@@ -87,10 +94,14 @@ def check(x: Set, name: str, least: int, key: str = "features") -> int:
             raise ValueError(f"{name} features of sample {bad} are NaN or infinite; find the step that made them")
         seen += len(chunk)
     if seen < least or first is None:
-        raise ValueError(
-            f"{name} set has n = {seen} samples of {first or 0} features; at least {least} are needed: generate more"
-        )
+        raise ValueError(too_few(name, seen, first or 0, least))
     return first
+
+
+def too_few(name: str, n: int, width: int, least: int) -> str:
+    """What a set of too few images is told."""
+    kid = ", or measure kid, which needs 2 images for any number of features" if least > width > 0 else ""
+    return f"{name} set has n = {n} samples of {width} features; at least {least} are needed: use more images{kid}"
 
 
 def _pair(fake: Set, real: Set, least: int) -> int:
@@ -103,12 +114,34 @@ def _pair(fake: Set, real: Set, least: int) -> int:
 # Frechet distance
 
 
+ROUNDING = 1e-5  # of a covariance, relative to its largest value: published files hold float32
+
+
 class Moments(NamedTuple):
     """Mean [D] and covariance [D, D] (over n - 1) of n samples."""
 
     n: int
     mean: Tensor
     cov: Tensor
+
+    def check(self, name: str) -> Moments:
+        """The same, exactly symmetric. ValueError, with `name`, for what cannot be a mean and a covariance."""
+        mean, cov = self.mean, self.cov
+        if mean.ndim != 1 or not len(mean) or cov.shape != (len(mean), len(mean)):
+            raise ValueError(f"{name}: mu has shape {list(mean.shape)} and sigma {list(cov.shape)}; [D] and [D, D]")
+        for key, values in (("mu", mean), ("sigma", cov)):
+            if not torch.isfinite(values).all():
+                raise ValueError(f"{name}: {key} holds NaN or infinite values; make the statistics again")
+        off = (cov - cov.T).abs().max()
+        if off > ROUNDING * cov.abs().max():
+            raise ValueError(f"{name}: sigma is no covariance: it is not symmetric, by {off:.3g}")
+        cov = (cov + cov.T) / 2
+        values = _eigenvalues(cov, name)
+        if values[-1] <= 0:
+            raise ValueError(f"{name}: sigma has no positive eigenvalue, as of one image; make it of many")
+        if values[0] < -ROUNDING * values[-1]:
+            raise ValueError(f"{name}: sigma is no covariance: it has the eigenvalue {values[0]:.3g}, below 0")
+        return Moments(self.n, mean, cov)
 
 
 def moments(x: Set | Moments, name: str = "first") -> Moments:
@@ -137,7 +170,7 @@ def frechet(a: Set | Moments, b: Set | Moments) -> float:
     a, b = moments(a, "first"), moments(b, "second")
     _same_width(a, b)
     root = _root(a.cov)
-    cross = torch.linalg.eigvalsh(root @ b.cov @ root).clamp(min=0).sqrt().sum()
+    cross = _eigenvalues(root @ b.cov @ root, "the product of the covariances").clamp(min=0).sqrt().sum()
     return _distance(a, b, cross)
 
 
@@ -148,10 +181,10 @@ def fid(fake: Set, real: Set | Moments, strata: Tensor | None = None) -> Score:
     """
     a, b = moments(fake, "generated"), moments(real, "reference")
     _same_width(a, b)
-    values, vectors = torch.linalg.eigh(a.cov)
+    values, vectors = _eigen(a.cov, "the generated covariance")
     keep = values > values[-1].clamp(min=0) * 1e-12
     scaled = vectors[:, keep] * values[keep].sqrt()  # a square root of A
-    inner, turn = torch.linalg.eigh(scaled.T @ b.cov @ scaled)
+    inner, turn = _eigen(scaled.T @ b.cov @ scaled, "the product of the covariances")
     inner = inner.clamp(min=0).sqrt()
     white = vectors[:, keep] / values[keep].sqrt() @ turn
 
@@ -169,13 +202,30 @@ def _same_width(a: Moments, b: Moments) -> None:
 
 
 def _root(cov: Tensor) -> Tensor:
-    values, vectors = torch.linalg.eigh(cov)
+    values, vectors = _eigen(cov, "the covariance")
     return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
 
 
+def _eigen(matrix: Tensor, name: str) -> tuple[Tensor, Tensor]:
+    """Eigenvalues, ascending, and eigenvectors of a symmetric matrix. ValueError for NaN and infinite values."""
+    try:
+        values, vectors = torch.linalg.eigh(matrix)
+    except torch.linalg.LinAlgError:  # torch raises it for some matrices with NaN
+        values = vectors = torch.tensor([math.nan])
+    if not (torch.isfinite(values).all() and torch.isfinite(vectors).all()):
+        raise ValueError(f"{name} has no finite eigenvalues; the features or the reference are too large, or NaN")
+    return values, vectors
+
+
+def _eigenvalues(matrix: Tensor, name: str) -> Tensor:
+    return _eigen(matrix, name)[0]
+
+
 def _distance(a: Moments, b: Moments, cross: Tensor) -> float:
-    value = (a.mean - b.mean).square().sum() + a.cov.trace() + b.cov.trace() - 2 * cross
-    return max(0.0, value.item())
+    value = ((a.mean - b.mean).square().sum() + a.cov.trace() + b.cov.trace() - 2 * cross).item()
+    if not math.isfinite(value):
+        raise ValueError(f"the distance is {value}; the features or the reference are too large, or NaN")
+    return max(0.0, value)  # a negative one is rounding
 
 
 def _influence(value: float, psi: Iterable[Tensor], strata: Tensor | None = None) -> Score:
@@ -189,9 +239,11 @@ def _influence(value: float, psi: Iterable[Tensor], strata: Tensor | None = None
         sizes.index_add_(0, into, torch.ones_like(part))
         squares += part.square().sum().item()
         n += len(part)
-    within = max(0.0, squares - (sums.square() / sizes.clamp(min=1)).sum().item())
-    half = Z * math.sqrt(within / max(1, n - len(names)) / n)
-    return Score(value, value - half, value + half, n)
+    within = squares - (sums.square() / sizes.clamp(min=1)).sum().item()
+    if not math.isfinite(within):
+        raise ValueError(f"the variance of the figure {value} is {within}; the features are too large, or NaN")
+    half = Z * math.sqrt(max(0.0, within) / max(1, n - len(names)) / n)
+    return score(value, value - half, value + half, n)
 
 
 # Kernel distances
@@ -222,8 +274,8 @@ def kid(
         psi[i] += 2 * (kxx.sum(1) / (size - 1) - kxy.mean(1))
         drawn[i] += 1
     seen = drawn > 0
-    score = _influence(total / times, [(psi / drawn)[seen]], None if strata is None else strata[seen])
-    return score._replace(n=n)
+    found = _influence(total / times, [(psi / drawn)[seen]], None if strata is None else strata[seen])
+    return found._replace(n=n)
 
 
 def cmmd(fake: Set, real: Set, strata: Tensor | None = None, sigma: float = 10.0) -> Score:
@@ -310,6 +362,8 @@ def _squared(x: Tensor, y: Tensor) -> Tensor:
         d = a[i : i + 1000, None] + b - 2 * x[i : i + 1000] @ y.T
         scale = a[i : i + 1000, None] + b
         out[i : i + 1000] = torch.where(d < 1e-13 * scale, 0.0, d)
+    if not torch.isfinite(out).all():
+        raise ValueError("distances of features overflow float32; the features are too large")
     return out
 
 
@@ -330,15 +384,18 @@ class Halves:
         value = statistic(torch.arange(self.n))
         moved = [statistic(order[::2]) - statistic(order[1::2]) for order in self.orders]
         spread = Z * math.sqrt(sum(d * d for d in moved) / len(moved)) / 2
-        return Score(value, max(0.0, value - spread), min(top, value + spread), self.n)
+        found = score(value, value - spread, value + spread, self.n)
+        return found._replace(low=max(0.0, found.low), high=min(top, found.high))
 
 
 def share(hits: Tensor) -> Score:
     """The share of True among [N], with Wilson's interval (1927), which has a width at 0 and 1 too."""
+    if not len(hits):
+        raise ValueError("a share of no images is not defined; generate some")
     n, p = len(hits), hits.double().mean().item()
     centre, half = (p + Z**2 / (2 * n)), Z * math.sqrt(p * (1 - p) / n + Z**2 / (4 * n**2))
     low, high = ((centre + side * half) / (1 + Z**2 / n) for side in (-1, 1))
-    return Score(p, min(low, p), max(high, p), n)
+    return score(p, min(low, p), max(high, p), n)
 
 
 def average(values: Tensor) -> Score:
@@ -346,7 +403,7 @@ def average(values: Tensor) -> Score:
     from eval.intervals import mean_ci
 
     found = mean_ci(values.tolist())
-    return Score(found.mean, found.low, found.high, found.n)
+    return score(found.mean, found.low, found.high, found.n)
 
 
 # Classifiers
@@ -376,6 +433,9 @@ def accuracy(logits: Tensor, labels: Tensor) -> Score:
     """The share of images whose largest logit [N, K] is at the label [N] that was asked for."""
     if len(logits) != len(labels) or not len(labels):
         raise ValueError(f"{len(logits)} logits and {len(labels)} labels; one label per image is needed")
+    check(logits, "generated", 1)
+    if labels.min() < 0 or labels.max() >= logits.shape[1]:
+        raise ValueError(f"labels are {labels.min()} .. {labels.max()}, of {logits.shape[1]} classes; from 0 on")
     return share(logits.argmax(1) == labels)
 
 
@@ -401,13 +461,13 @@ def vendi(x: Set, strata: Tensor | None = None) -> Score:
     second = torch.zeros(width, width, dtype=torch.float64)
     for part in _unit(chunks(x)):
         second += part.T @ part / count(x)
-    values, vectors = torch.linalg.eigh(second)
+    values, vectors = _eigen(second, "the matrix of cosines")
     keep = values > 1e-12
     values, vectors = values[keep], vectors[:, keep]
     entropy = -(values * values.log()).sum()
-    score = entropy.exp()
-    psi = (score * (-((part @ vectors).square() @ values.log()) - entropy) for part in _unit(chunks(x)))
-    return _influence(score.item(), psi, strata)
+    number = entropy.exp()
+    psi = (number * (-((part @ vectors).square() @ values.log()) - entropy) for part in _unit(chunks(x)))
+    return _influence(number.item(), psi, strata)
 
 
 def diversity(x: Set, prompts: Tensor) -> Score:
@@ -492,6 +552,7 @@ class Metric:
     interval: Literal["influence", "halving", "mean", "splits"]
     source: str
     needs: tuple[str, ...] = ()  # of reference, labels, texts, seeds (several images of a prompt)
+    least: int | None = 2  # images that it needs on each side; None: one more than there are features
     patch: int | None = None  # the extractor sees the centre of this size
     run: bool = False  # whether it was ever run here with the real weights of its extractor
 
@@ -536,19 +597,23 @@ def _fid(g: Given) -> Score:
 
 
 REFERENCE = ("reference",)
+NEIGHBOURS = 7  # images that manifold() needs
 FRECHET = "Heusel et al. 2017, arXiv 1706.08500"
 G14, L336 = "open_clip:ViT-g-14/laion2b_s12b_b42k", "clip:openai/clip-vit-large-patch14-336"
 
 METRICS: dict[str, Metric] = {
-    "fid": Metric(_fid, "inception-clean", "lower", "influence", f"{FRECHET}; resize of clean-fid", REFERENCE),
+    "fid": Metric(_fid, "inception-clean", "lower", "influence", f"{FRECHET}; resize of clean-fid", REFERENCE, None),
     "patch_fid": Metric(
-        _fid, "inception-clean", "lower", "influence", "Lin et al. 2024, arXiv 2402.13929; 299 centre", REFERENCE, 299
+        _fid, "inception-clean", "lower", "influence", "Lin et al. 2024, arXiv 2402.13929; 299 centre", REFERENCE,
+        None, 299,
     ),
     "fd_dinov2": Metric(
-        _fid, "dinov2", "lower", "influence", "Stein et al. 2023, arXiv 2306.04675; DINOv2 ViT-L/14", REFERENCE
+        _fid, "dinov2", "lower", "influence", "Stein et al. 2023, arXiv 2306.04675; DINOv2 ViT-L/14", REFERENCE, None
     ),
-    "fd_heldout": Metric(_fid, "digits", "lower", "influence", f"{FRECHET}; 597 held-out digits", REFERENCE, run=True),
-    "fd_train": Metric(_fid, "digits", "lower", "influence", f"{FRECHET}; 1,200 digits", REFERENCE, run=True),
+    "fd_heldout": Metric(
+        _fid, "digits", "lower", "influence", f"{FRECHET}; 597 held-out digits", REFERENCE, None, run=True
+    ),
+    "fd_train": Metric(_fid, "digits", "lower", "influence", f"{FRECHET}; 1,200 digits", REFERENCE, None, run=True),
     "kid": Metric(
         lambda g: kid(g.fake, g.reference, g.strata),
         "inception-clean", "lower", "influence", "Binkowski et al. 2018, arXiv 1801.01401", REFERENCE,
@@ -560,20 +625,23 @@ METRICS: dict[str, Metric] = {
     "precision_recall": Metric(
         _named("precision", "recall"),
         "inception-clean", "higher", "halving", "Kynkaanniemi et al. 2019, arXiv 1904.06991; k = 3", REFERENCE,
+        NEIGHBOURS,
     ),
     "density_coverage": Metric(
         _named("density", "coverage"),
-        "inception-clean", "higher", "halving", "Naeem et al. 2020, arXiv 2002.09797; k = 5", REFERENCE,
+        "inception-clean", "higher", "halving", "Naeem et al. 2020, arXiv 2002.09797; k = 5", REFERENCE, NEIGHBOURS,
     ),
     "off_support": Metric(
         _named("off_support"),
-        "inception-clean", "lower", "mean", "after Aithal et al. 2024, arXiv 2406.09358; ours", REFERENCE,
+        "inception-clean", "lower", "mean", "after Aithal et al. 2024, arXiv 2406.09358; ours", REFERENCE, NEIGHBOURS,
     ),
     "inception_score": Metric(
         lambda g: inception_score(g.fake),
-        "inception-logits", "higher", "splits", "Salimans et al. 2016, arXiv 1606.03498",
+        "inception-logits", "higher", "splits", "Salimans et al. 2016, arXiv 1606.03498", (), 20,
     ),
-    "accuracy": Metric(_accuracy, "digits", "higher", "mean", "the label that was asked for", ("labels",), run=True),
+    "accuracy": Metric(
+        _accuracy, "digits", "higher", "mean", "the label that was asked for", ("labels",), 1, run=True
+    ),
     "clip_score": Metric(_texts, G14, "higher", "mean", "Hessel et al. 2021, arXiv 2104.08718", ("texts",)),
     "hpsv2": Metric(_texts, "hpsv2", "higher", "mean", "Wu et al. 2023, arXiv 2306.09341", ("texts",)),
     "pickscore": Metric(_scaled, "pickscore", "higher", "mean", "Kirstain et al. 2023, arXiv 2305.01569", ("texts",)),

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache, cached_property
@@ -24,7 +23,7 @@ from torch import Tensor
 
 from eval import images as folders
 from eval.cli import Unfinished
-from eval.cost import hardware
+from eval.cost import commit, hardware
 from eval.extractors import Extractor, device, load
 from eval.features import features, listing, text_features
 from eval.metrics import Given, Moments, Score, metric
@@ -249,17 +248,6 @@ def _row(found: Folder, p: Protocol, made: dict[str, Score], nets: dict[str, str
 def main_process() -> bool:
     """Whether this process, of those of one launch, writes."""
     return int(os.environ.get("RANK", 0)) == 0
-
-
-@cache
-def commit() -> str | None:
-    """The commit of this project's checkout; None where it was installed without git."""
-    here = Path(__file__).resolve().parent
-    try:
-        done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=10)
-    except OSError:
-        return None
-    return done.stdout.strip() or None
 
 
 def scores(

@@ -25,8 +25,8 @@ import tyro
 
 from distill import checkpoint
 from eval.cli import Unfinished
-from eval.cost import store
 from eval.entries import flags, stored
+from eval.files import store
 from eval.jobs import Job
 from eval.jobs import run as run_jobs
 from eval.leaderboard import results, show, write

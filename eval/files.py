@@ -1,0 +1,69 @@
+"""Files of the stages: what is broken is one message with the file's name, what is written appears whole or not."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+
+def read_json(path: Path, remedy: str) -> Any:
+    """The value of a JSON file. ValueError, with the remedy, for what is no regular file, no text or no JSON."""
+    try:
+        return json.loads(read_text(path, remedy))
+    except (ValueError, RecursionError) as error:
+        if f"{path}" in str(error):
+            raise
+        raise ValueError(f"{path} is not valid JSON ({error}); {remedy}") from None
+
+
+def read_text(path: Path, remedy: str) -> str:
+    """A text file without its byte-order mark. ValueError for what is no regular file, or no UTF-8."""
+    if not path.exists():
+        raise ValueError(f"there is no file {path}; {remedy}")
+    if not path.is_file():  # a pipe or a device would never end
+        raise ValueError(f"{path} is no regular file; {remedy}")
+    try:
+        return path.read_text("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text in UTF-8 ({error}); {remedy}") from None
+
+
+def check_output(path: Path, flag: str, folder: bool = False) -> None:
+    """ValueError where a file, or a folder, cannot be written to `path`."""
+    kind = "folder" if folder else "file"
+    if path.exists() and not (path.is_dir() if folder else path.is_file()):
+        what = "a folder" if path.is_dir() else "a file" if path.is_file() else "no regular file"
+        hint = f", such as {path / 'out.json'}" if path.is_dir() else ""
+        raise ValueError(f"{flag} is {path}, which is {what}; name a {kind}{hint}")
+    parent = path.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir():
+        raise ValueError(f"{flag} is {path}, but {parent} is a file; name a {kind} inside a folder")
+    target = path if path.is_dir() else parent
+    if not os.access(target, os.W_OK):
+        raise ValueError(f"{flag} is {path}, but {target} cannot be written; make it writable, or choose another place")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A hidden file beside `path` to write to. It replaces `path` in the end; an error removes it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        yield part
+        os.replace(part, path)
+    except BaseException:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+        raise
+
+
+def store(path: Path, value: Any) -> None:
+    """Write JSON."""
+    with replacing(path) as part:
+        part.write_text(json.dumps(value, indent=1) + "\n")
