@@ -177,7 +177,7 @@ MUTATIONS = {
           TRUNCATED),
         m("levels below s'", TCM, "t.maximum(start))", "t)", TRUNCATED),
         m("law cut on one side", "distill/times", "first + (last - first) * u", "first + (1 - first) * u", TRUNCATED),
-        m("distance of s' unweighted", TCM, "super().far(delta, draw) * share.to(delta)", "super().far(delta, draw)",
+        m("distance of s' unweighted", TCM, "super().far(delta, draw) * share", "super().far(delta, draw)",
           TRUNCATED),
     ),
     "NCT": (

@@ -53,6 +53,6 @@ class TCM(CT):
         return torch.where(expand(low, x).bool(), nets.target(x, t, c).x0, super().f(nets, x, t, c))
 
     def far(self, delta: Tensor, draw: Draw) -> Tensor:
-        rho = self.boundary
-        share = torch.where(self.bound(draw), self.weight / (rho or 1.0), 1 / (1 - rho))
-        return super().far(delta, draw) * share.to(delta)
+        rho, bound = self.boundary, self.bound(draw).to(delta)
+        share = bound * self.weight / (rho or 1.0) + (1 - bound) / (1 - rho)
+        return super().far(delta, draw) * share

@@ -1,0 +1,175 @@
+"""ECT, TCM, sCM, MeanFlow, rCM, SANA-Sprint and TwinFlow: the numbers of the authors' code. See CONTRIBUTING.md, Tests.
+
+All are float64; an error is relative to the largest entry, of gradients the largest of all of a case.
+"""
+
+import json
+
+import pytest
+import torch
+from replay import Replay, filled, gradients, load, module, under
+
+from distill.curriculum import Closing
+from distill.denoiser import Denoiser
+from distill.methods import CT, SCM, TCM, MeanFlow
+from distill.roles import Nets
+from distill.schedule import EDM, Flow
+from distill.student import Student
+from distill.times import LogNormal, Uniform
+
+DOUBLE = 1e-8
+
+
+@pytest.fixture
+def case(golden):
+    """case("scm/rf_sigma1") -> the stored tensors and numbers, and the class of the small networks."""
+
+    def read(name):
+        stored = load(golden(f"consistency/{name}.safetensors"))
+        facts = json.loads(golden(f"consistency/{name}.json").read_text())
+        return stored, facts, module(golden("consistency/tiny_nets.py")).Mini
+
+    return read
+
+
+def whole(tensors):
+    """One tensor of all gradients: an error is relative to the largest of them."""
+    return {"": torch.cat([tensors[name].flatten() for name in sorted(tensors)])}
+
+
+def inner(stored, prefix):
+    """Weights or gradients of a network without the name of the wrapper that the authors put around it."""
+    return {name.removeprefix("net."): a for name, a in under(stored, prefix).items()}
+
+
+def edm(Mini, weights, null=None):
+    """A network of EDM, told ln(sigma) / 4."""
+    call = lambda net, x, sigma, c: net(x / (0.25 + sigma**2).sqrt()[:, None, None, None], sigma.log() / 4, **(c or {}))
+    return Denoiser(filled(Mini(ch=3), weights), EDM(), "edm", call, null)
+
+
+def flow(net, scale=1.0, null=None):
+    """A velocity network of rectified flow, told scale * t."""
+    return Denoiser(net, Flow(scale), "flow", null=null)
+
+
+def squeezed(stored):
+    """Videos of one frame as images."""
+    return {name: a.squeeze(2) if a.ndim == 5 else a for name, a in stored.items()}
+
+
+def checked(close, loss, net, want, grad):
+    """The loss and its gradient to the network."""
+    loss.backward()
+    close("loss", loss, want, DOUBLE)
+    close("gradient to the student", whole(gradients(net)), whole(grad), DOUBLE)
+
+
+# ---- consistency training ----
+
+
+@pytest.mark.level(4, "ECT")
+@pytest.mark.parametrize("name", ["stage0", "stage3", "q256"])
+def test_ect(case, close, name):
+    stored, facts, Mini = case(f"ect/{name}")
+    student = edm(Mini, inner(stored, "net"))
+    method = CT(Closing(q=facts.get("q", 2)))
+    draw = Replay({"t": stored["draw/rnd_normal"], "eps": stored["draw/eps"]}, step=facts["stage"] * 25_000)
+    x = stored["in/images"]
+    loss, _ = method.student_loss(x, Nets(student, Student(student), x.shape[1:]), {}, draw)
+    assert draw.used_up
+    checked(close, loss, student.net, stored["out/loss"], inner(stored, "grad"))
+
+
+@pytest.mark.level(4, "TCM")
+def test_tcm(case, close):
+    """A batch's samples at the boundary are those of numbers 3, 7, ...: here the stored ones get these numbers."""
+    stored, facts, Mini = case("tcm/cifar")
+    student, first = (edm(Mini, inner(stored, name)) for name in ("net", "frozen"))
+    bound = stored["draw/boundary"].bool()
+    numbers = torch.zeros(8, dtype=torch.long)
+    numbers[bound], numbers[~bound] = torch.tensor([3, 7]), torch.tensor([0, 1, 2, 4, 5, 6])
+    draw = Replay({"eps": stored["draw/eps"]}, {"t": stored["draw/u"]}, samples=numbers)
+    x, c = stored["in/images"], {"c": stored["in/text"]}
+    nets = Nets(student, Student(student), x.shape[1:], target=first)
+    method = TCM(start=facts["transition_t"] + 1e-8)
+    loss, _ = method.student_loss(x, nets, {"real_c": c}, draw)
+    assert draw.used_up
+    checked(close, loss, student.net, stored["out/loss"], inner(stored, "grad"))
+
+
+# ---- continuous time ----
+
+
+@pytest.mark.level(4, "sCM")
+@pytest.mark.parametrize("name", ["edm_unguided", "rf_sigma1"])
+def test_scm(case, close, name):
+    stored, facts, Mini = case(f"scm/{name}")
+    null = {"c": stored["in/null"]}
+    if facts["net"] == "EdmNet":
+        student, teacher = (edm(Mini, inner(stored, p), null) for p in ("student", "teacher"))
+    else:
+        student, teacher = (flow(filled(Mini(ch=3), inner(stored, p)), 1.0, null) for p in ("student", "teacher"))
+    method = SCM(
+        guidance=facts["guidance"] or 1.0,
+        sigma_d=facts["sigma_data"],
+        times=LogNormal(*facts["law"]),
+        warmup=facts["warmup"],
+        c=facts["c"],
+        norm="rms" if facts["rms_norm"] else "vector",
+    )
+    draw = Replay({"t": stored["draw/n"], "eps": stored["draw/eps"]}, step=facts["iteration"])
+    x = stored["in/real"]
+    loss, _ = method.student_loss(
+        x, Nets(teacher, Student(student), x.shape[1:]), {"real_c": {"c": stored["in/text"]}}, draw
+    )
+    assert draw.used_up
+    checked(close, loss, student.net, stored["out/loss_elem"].mean(), inner(stored, "grad"))
+
+
+# ---- average velocities ----
+
+
+def averaging(net, null):
+    """A velocity network of two times."""
+    call = lambda net, x, t, c: net(x, t, c["c"], r=c.get("end"))
+    return Denoiser(net, Flow(1.0), "flow", call, null)
+
+
+@pytest.mark.level(4, "MeanFlow")
+@pytest.mark.parametrize("name", ["paper", "omega2"])
+def test_meanflow(case, close, name):
+    stored, facts, Mini = case(f"meanflow/{name}")
+    table, x = stored["in/table"], stored["in/x"]
+    student = averaging(filled(Mini(second=True), under(stored, "net")), {"c": table[facts["null_row"]][None]})
+    B, number = len(x), torch.arange(len(x))
+    method = MeanFlow(omega=facts["omega"], kappa=facts["kappa"], p=facts["norm_p"], floor=facts["norm_eps"])
+    equal = (number >= int(B * facts["data_proportion"])).double()
+    dropped = (number >= facts["dropped_first"]).double()
+    normal = {"t": stored["draw/n_a"], "r": stored["draw/n_b"], "eps": stored["draw/eps"]}
+    draw = Replay(normal, {"equal": equal, "drop": dropped})
+    batch = {"real_c": {"c": table[stored["in/label"]]}}
+    loss, _ = method.student_loss(x, Nets(student, Student(student), x.shape[1:]), batch, draw)
+    assert draw.used_up
+    checked(close, loss, student.net, stored["out/loss"], under(stored, "grad"))
+
+
+def test_meanflow_of_a_teacher(case, close):
+    stored, facts, Mini = case("meanflow/fg_l2_poly1")
+    null, x = {"c": stored["in/null"]}, stored["in/x"]
+    student = averaging(filled(Mini(second=True), under(stored, "student")), null)
+    teacher = flow(filled(Mini(), under(stored, "teacher")), 1.0, null)
+    times = {"t": stored["draw/t"], "r": stored["draw/r"], "equal": torch.ones(len(x)), "drop": torch.ones(len(x))}
+    draw = Replay({"eps": stored["draw/eps"]}, times, step=facts["iteration"])
+    method = MeanFlow(
+        velocity="teacher",
+        guidance=facts["guidance"],
+        times=Uniform(0.0, 1.0),
+        equal=0.0,
+        floor=facts["norm_const"],
+        warmup=facts["warmup"],
+    )
+    nets, batch = Nets(teacher, Student(student), x.shape[1:]), {"real_c": {"c": stored["in/text"]}}
+    loss, _ = method.student_loss(x, nets, batch, draw)
+    assert draw.used_up
+    checked(close, loss, student.net, stored["out/loss_elem"].mean(), under(stored, "grad"))
