@@ -26,14 +26,17 @@ def seeds():
 
 @pytest.fixture(scope="session")
 def golden():
-    """golden("sid/x.npz") -> Path of a stored file, golden() -> the folder; skips the test where it is absent."""
-    folder = Path(os.environ.get("DISTILL_GOLDEN") or ROOT.parent / "shared" / "golden")
+    """golden("sid/x.npz") -> Path of a stored file: of tests/golden, else of the folder with all of them.
 
-    def find(name="."):
-        if not (folder / name).exists():
-            reason = f"golden file {name!r} not found: point DISTILL_GOLDEN to the folder that holds it"
-            pytest.skip(reason)
-        return folder / name
+    The test is skipped where neither has it.
+    """
+    everything = Path(os.environ.get("DISTILL_GOLDEN") or ROOT.parent / "shared" / "golden")
+
+    def find(name):
+        for folder in (ROOT / "tests" / "golden", everything):
+            if (folder / name).exists():
+                return folder / name
+        pytest.skip(f"{name} is not in tests/golden: point DISTILL_GOLDEN to the folder of all stored numbers")
 
     return find
 

@@ -29,7 +29,7 @@ def under(stored, prefix):
 
 
 def module(path):
-    """The python file that defines the stored networks; it is not part of this repository."""
+    """The python file that defines the stored networks."""
     spec = importlib.util.spec_from_file_location(f"stored_{path.parent.name}", path)
     found = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(found)

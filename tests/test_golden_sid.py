@@ -44,7 +44,7 @@ def lsg(net, weights, stored, null):
 @pytest.fixture
 def edm_functions(golden):
     stored = load(golden("sid/sid_edm_functions_f64.npz"))
-    tiny = partial(module(golden("sid/tiny_nets.py")).TinyEDM, label_dim=5)
+    tiny = partial(module(golden("score/tiny_nets.py")).TinyEDM, label_dim=5)
     teacher, fake = (edm(tiny(), under(stored, prefix)) for prefix in ("true", "fake"))
     return stored, Nets(teacher, Student(teacher), (3, 8, 8), fake), {"c": {"class_labels": stored["labels"]}}
 
@@ -146,7 +146,7 @@ def sida_functions(golden):
     stored = load(golden("sid/sida_edm_functions_f64.npz"))
 
     def tiny(prefix):
-        net = module(golden("sid/tiny_nets.py")).TinyEDM(label_dim=5)
+        net = module(golden("score/tiny_nets.py")).TinyEDM(label_dim=5)
         net.c3 = Read()
         return edm(net, under(stored, prefix))
 
@@ -203,7 +203,7 @@ def test_sida_fake_loss(sida_functions, close):
 @pytest.fixture
 def lsg_functions(golden):
     stored = load(golden("sid/lsg_functions_cond.npz"))
-    tiny = module(golden("sid/tiny_nets.py")).TinyCond
+    tiny = module(golden("score/tiny_nets.py")).TinyCond
     null = stored["uncond_embeds"][:1]
     teacher, fake, student = (lsg(tiny(), under(stored, p), stored, null) for p in ("true", "fake", "G"))
     nets = Nets(teacher, Student(student, (625 / 999,)), (4, 8, 8), fake)
@@ -325,7 +325,7 @@ def replayed(method, nets, stored, draws, condition, close, monkeypatch):
 @pytest.mark.level(4, "SiD")
 def test_edm_loop(golden, close, monkeypatch):
     stored = load(golden("sid/sid_edm_loop_alpha1.0.npz"))
-    teacher = edm(module(golden("sid/tiny_nets.py")).TinyEDM(label_dim=5), under(stored, "teacher"))
+    teacher = edm(module(golden("score/tiny_nets.py")).TinyEDM(label_dim=5), under(stored, "teacher"))
     sigma = float(stored["init_sigma"])
     method = SiD(float(stored["alpha"]), times=EDM_TIMES, gain=float(stored["loss_scaling_G"]))
     nets = build(method, teacher, (3, 8, 8), student=StudentConfig(sigma=sigma, scale=sigma))
@@ -350,7 +350,7 @@ def lsg_turn(turn, player):
 def test_lsg_loop(golden, close, monkeypatch):
     stored = load(golden("sid/lsg_loop_k1.5.npz"))
     assert (int(stored["tmin"]), int(stored["tmax"])) == (STEPS.low, STEPS.high + 1)
-    net = module(golden("sid/tiny_nets.py")).TinyCond()
+    net = module(golden("score/tiny_nets.py")).TinyCond()
     teacher = lsg(net, under(stored, "teacher"), stored, stored["uncond_ctx"])
     method = sid_lsg(float(stored["kappa"]))
     nets = build(method, teacher, (4, 8, 8), student=StudentConfig(times=(int(stored["t_init"]) / 999,)))
@@ -361,7 +361,7 @@ def test_lsg_loop(golden, close, monkeypatch):
 def test_lsg_dropped_prompts(golden, monkeypatch):
     """The loop stores contexts after the drop; with any others in their place, our fake step drops the same two."""
     stored = load(golden("sid/lsg_loop_k1.5.npz"))
-    net = module(golden("sid/tiny_nets.py")).TinyCond()
+    net = module(golden("score/tiny_nets.py")).TinyCond()
     fake = lsg(net, under(stored, "teacher"), stored, stored["uncond_ctx"])
     nets, scores = Nets(fake, Student(fake), (4, 8, 8), fake), spy(monkeypatch, Guided, "__call__")
     prompts = []
