@@ -1,6 +1,5 @@
 """The small networks of the stored cases: ours, smooth (tangents exist everywhere), any precision."""
 
-
 import torch
 from torch import nn
 
