@@ -4,11 +4,14 @@
 
 The second time is a condition, "end" [B], as "guidance" is one; 0 is where data are, and where a network that is not
 told goes. So a student's plain call is F(., t, 0): it samples, is exported and loads in plain diffusers as any other.
+A student of several calls without new noise between them tells each the time of the next (student.renoise "ddim"); its
+export has these ends in the embedding of its times (`embedded`).
 A negative end is TwinFlow's sign: F(., t, -t) is the velocity of the student's own samples.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,7 +20,7 @@ import torch.nn.functional as nnf
 from torch import Tensor, nn
 
 from distill.denoiser import Call, Condition, Denoiser, first
-from distill.guidance import Guided
+from distill.guidance import Guided, repeated
 from distill.lora import shared
 from distill.schedule import Flow
 
@@ -86,6 +89,33 @@ class Told:
             handle.remove()
 
 
+@dataclass(frozen=True)
+class Until:
+    """`call`, of a network that is told the end r every time."""
+
+    call: Call
+    r: float
+
+    @property
+    def feature(self) -> Any:
+        return getattr(self.call, "feature", first)
+
+    def __call__(self, net: nn.Module, x: Tensor, t: Tensor, c: Condition) -> Tensor:
+        return self.call(net, x, t, ending(c, torch.full((len(x),), self.r, dtype=torch.float64, device=x.device)))
+
+
+def until(denoiser: Denoiser, to: float) -> Denoiser:
+    """The denoiser, told that each call ends at the time `to` of its own path."""
+    r = PATH.time(denoiser.path.ratio(torch.tensor([to], dtype=torch.float64)))
+    return replace(denoiser, call=Until(denoiser.call, float(r)))
+
+
+def last(embedding: nn.Module) -> nn.Linear:
+    """The last layer of an embedding of time."""
+    *_, layer = (m for m in embedding.modules() if isinstance(m, nn.Linear))
+    return layer
+
+
 def timed(denoiser: Denoiser) -> Denoiser:
     """A denoiser whose network, which gains the trainable child `end`, is told "end"; nothing changes at the start.
 
@@ -98,9 +128,9 @@ def timed(denoiser: Denoiser) -> Denoiser:
             f"this method's student has a second time, which is added to a TimestepEmbedding; {type(net).__name__} has "
             "none: choose another method"
         )
-    *_, last = (m for m in net.get_submodule(where).modules() if isinstance(m, nn.Linear))
-    like = last.weight
-    net.end = End(last.out_features).to(like.device, torch.promote_types(like.dtype, torch.float32))
+    layer = last(net.get_submodule(where))
+    like = layer.weight
+    net.end = End(layer.out_features).to(like.device, torch.promote_types(like.dtype, torch.float32))
     return replace(denoiser, call=Told(denoiser.call, where))
 
 
@@ -111,3 +141,25 @@ def untimed(denoiser: Denoiser) -> Denoiser:
     net = shared(denoiser.net)
     del net.end
     return replace(denoiser, net=net, call=denoiser.call.call)
+
+
+@torch.no_grad()
+def embedded(denoiser: Denoiser, legs: Sequence[tuple[float, float]], x: Tensor, c: Condition) -> Denoiser:
+    """The denoiser without its second time that says at each t of `legs`, (t, end), what this one says told the end.
+
+    The last layer of its embedding of time changes as little as it can to give the ends' values at these times; at no
+    other time is it to be called. x [1, ...] and c are an example.
+    """
+    assert isinstance(denoiser.call, Told)
+    plain, where = untimed(denoiser), denoiser.call.where
+    t, ends = torch.tensor(legs, dtype=torch.float64, device=x.device).T
+    r = torch.where(ends > 0, PATH.time(denoiser.path.ratio(ends)), 0.0)
+    layer, heard = last(plain.net.get_submodule(where)), []
+    handle = layer.register_forward_pre_hook(lambda module, args: heard.append(args[0].double()))
+    plain.features(x.expand(len(t), *x.shape[1:]), t, repeated(c, len(t)), (where,))
+    handle.remove()
+    before = torch.cat([heard[0], torch.ones_like(heard[0][:, :1])], dim=1)
+    change = torch.linalg.pinv(before) @ denoiser.net.end(r).double()  # type: ignore[operator]
+    layer.weight = nn.Parameter((layer.weight + change[:-1].T).to(layer.weight))
+    layer.bias = nn.Parameter((layer.bias + change[-1]).to(layer.bias))
+    return plain

@@ -238,6 +238,7 @@ def build(
             raise ValueError(f"no module {name!r} to freeze ({error}); at the top there are {top}") from None
     if "end" in method.needs:
         nets.student.denoiser = timed(nets.student.denoiser)
+        nets.student.jumps = getattr(method, "jumps", False)
     if student.init is not None:
         checkpoint.fill(nets.student.denoiser.net, student.init, "student", teacher.net)
     if "past" in method.roles:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
+from distill.average import until
 from distill.denoiser import Condition, Denoiser
 from distill.schedule import expand
 from distill.solver import Call, ddim, fresh
@@ -23,6 +24,7 @@ class Student:
     times    from noisy to clean, in (0, 1]; one time is a one-step student.
     scale    of the unit noise z at the first call; None is sigma(times[0]) (DMD2's latents: 1).
     renoise  "fresh" noise between calls (DMD2, consistency), or "ddim": the noise that the call itself predicts.
+    jumps    of a network of two times (average.py): with "ddim" every call is told the time to which x goes.
     phases   into which the calls are divided equally; `denoiser` makes those after the phases of `experts`.
     experts  frozen denoisers, one for each of the first phases (Phased DMD).
     """
@@ -33,6 +35,7 @@ class Student:
     renoise: Literal["fresh", "ddim"] = "fresh"
     phases: int = 1
     experts: tuple[Denoiser, ...] = ()
+    jumps: bool = False
 
     def __post_init__(self) -> None:
         self.times = tuple(float(t) for t in self.times)
@@ -73,10 +76,17 @@ class Student:
         last = self.phase[1]
         return self.times[last] if last < len(self.times) else None
 
-    def at(self, i: int) -> Denoiser:
-        """What makes call i."""
+    @property
+    def legs(self) -> list[tuple[float, float]]:
+        """Of each call its time, and that to which it is told to go: 0 where it is told none."""
+        told = self.jumps and self.renoise == "ddim"
+        return [(t, s if told else 0.0) for t, s in zip(self.times, (*self.times[1:], 0.0), strict=True)]
+
+    def at(self, i: int, to: float = 0.0) -> Denoiser:
+        """What makes call i on its way to the time `to`."""
         first, last = self.phase
-        return self.experts[i // (last - first)] if i < first else self.denoiser
+        denoiser = self.experts[i // (last - first)] if i < first else self.denoiser
+        return until(denoiser, to) if to and self.jumps and self.renoise == "ddim" else denoiser
 
     def generate(
         self, z: Tensor, c: Condition, draw: Draw | None = None, steps: int | None = None, to: float | None = None
@@ -101,7 +111,7 @@ class Student:
         """The calls one by one: `relay` makes of them what `generate` makes, and networks may take turns on them."""
         anew = lambda i: fresh(lambda x: self._noise(i, x, draw))
         step = lambda i: ddim if self.renoise == "ddim" else anew(i)
-        return [Call(self.at(i), t, step(i), self.scale) for i, t in enumerate(self.times)]
+        return [Call(self.at(i, to), t, step(i), self.scale) for i, (t, to) in enumerate(self.legs)]
 
     def walk(self, z: Tensor, c: Condition, draw: Draw | None = None) -> list[Tensor]:
         """The x [B, ...] of every call on the way from unit noise z, and the sample x0; numbers as in `generate`."""
@@ -116,7 +126,7 @@ class Student:
         to: its time, 0 for x0; None: that of the next call, after the last 0. The deviation is 0 at x0 and for "ddim".
         """
         to = (*self.times, 0.0)[i + 1] if to is None else to
-        pred = self.at(i)(x, self._time(self.times[i], x), c)
+        pred = self.at(i, to)(x, self._time(self.times[i], x), c)
         if not to:
             return pred.x0, torch.zeros_like(pred.sigma)
         mean, std = self._level(pred.x0, to)

@@ -57,8 +57,9 @@ class Method(Protocol):
 
     One with the role "disc" also has `taps`, the modules of the fake score or the teacher that the discriminator reads
     with a head each, and may have `places`: whether each place of a head has a logit, or all have their mean. One that
-    needs "end" has a student that is told a second time (average.py), "steps" one of several calls with fresh noise,
-    and "finished" one that is called as its teacher, an exported student (pipelines/scheduler.py).
+    needs "end" has a student that is told a second time (average.py), which `jumps` if it is the time to which x goes,
+    "steps" one of several calls with fresh noise, and "finished" one that is called as its teacher, an exported student
+    (pipelines/scheduler.py).
     """
 
     roles: tuple[str, ...]  # of Nets, beside teacher and student

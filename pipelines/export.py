@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from distill import checkpoint, methods
-from distill.average import untimed
+from distill.average import embedded, timed, untimed
 from distill.config import TEACHER, fail, revived
 from distill.log import grid
 from distill.lora import merged, shared
@@ -38,7 +38,7 @@ from pipelines.card import NEGATIVE, Result, card, code
 from pipelines.latents import factor
 from pipelines.license import UNKNOWN, License, license_of
 from pipelines.scheduler import scheduler as carrying
-from pipelines.verify import HALF, TOLERANCE, Reference, compare, place, reference, settled
+from pipelines.verify import EXAMPLES, HALF, TOLERANCE, Reference, compare, place, reference, settled
 
 
 @dataclass(frozen=True)
@@ -76,10 +76,11 @@ def export(
     folder, if anything differs.
     """
     replaceable(folder)
-    one = untimed(replace(student.denoiser, net=net))
-    student, net = replace(student, denoiser=one), one.net
+    student = student.using(net)
     with experts.told(student) as steps:
         expected = reference(student, teacher, net)
+    student = of_one_time(student, teacher)
+    one, net = student.denoiser, student.denoiser.net
     others = {
         n: reference(replace(student, times=carrying(teacher, StudentConfig(steps=n))[1]), teacher, net)
         for n in getattr(teacher.parts.family, "steps", lambda parts: ())(teacher.parts)
@@ -117,6 +118,20 @@ def export(
     for file in folder.rglob("*.safetensors"):
         file.chmod((folder / "README.md").stat().st_mode)  # the library writes them for their owner alone
     return gaps
+
+
+def of_one_time(student: Student, teacher: Teacher) -> Student:
+    """The student that is told no end: what several calls are told is put into the embedding of their times."""
+    denoiser = student.denoiser
+    if not any(to for _, to in student.legs):
+        return replace(student, denoiser=untimed(denoiser), jumps=False)
+    (prompt, *_) = getattr(teacher.parts.family, "EXAMPLES", EXAMPLES)
+    device = next(denoiser.net.parameters()).device
+    c = {key: value.to(device) for key, value in (teacher.encode([prompt]) or {}).items()} or None
+    teacher.parts.drop_text()
+    x = torch.zeros(1, *teacher.shape, device=device)
+    alone = replace(denoiser, net=merged(denoiser.net))  # a LoRA's file has no embedding
+    return replace(student, denoiser=embedded(alone, student.legs, x, c), jumps=False)
 
 
 def replaceable(folder: Path) -> None:
@@ -353,10 +368,13 @@ def trained(again: Again) -> tuple[Student, Teacher, Any, str, str, str]:
     if "control" in tree["method"]:
         control.install(teacher)
     scheduler, times = carrying(teacher, config)
-    net = config.net(teacher.denoiser.net)
-    checkpoint.fill(net, chosen[0], "student", teacher.denoiser.net)
-    rest = config.phases, config.earlier(teacher.denoiser)
-    student = Student(replace(teacher.denoiser, net=net), times, config.scale, config.renoise, *rest)
+    denoiser = replace(teacher.denoiser, net=config.net(teacher.denoiser.net))
+    kinds = {name.lower(): getattr(methods, name) for name in methods.__all__}
+    jumps = getattr(kinds.get(method), "jumps", False)
+    denoiser = timed(denoiser) if jumps else denoiser
+    checkpoint.fill(denoiser.net, chosen[0], "student", teacher.denoiser.net)
+    rest = config.phases, config.earlier(teacher.denoiser), jumps
+    student = Student(denoiser, times, config.scale, config.renoise, *rest)
     if again.other:
         student = mixed(
             student, trained(replace(again, run=again.other, other="", checkpoint="latest"))[0], again.share

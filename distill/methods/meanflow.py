@@ -43,6 +43,7 @@ class MeanFlow:
     one_pass: bool = True  # F of the loss is that of dF/dt; False: a pass of its own, as where blocks are recomputed
 
     roles = ()
+    jumps = True
 
     @property
     def needs(self) -> tuple[str, ...]:

@@ -43,6 +43,8 @@ class RCGM:
     clamp: Positive = 1.0  # of g (code)
     c: Positive | None = 1e-3  # of Barron's loss (code); None: L = e
 
+    jumps = True
+
     @property
     def roles(self) -> tuple[str, ...]:
         return ("target",) if self.target_ema else ()

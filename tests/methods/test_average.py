@@ -8,11 +8,13 @@ import torch
 from gaussian import F64, SCHEDULES
 from tiny import clock, filled, tiny
 
-from distill.average import End, average, ending, guided, timed, untimed
+from distill.average import End, average, embedded, ending, guided, timed, untimed
 from distill.lora import LoRA, merged
 from distill.methods import LCD, MeanFlow, TwinFlow
 from distill.roles import StudentConfig, build
 from distill.schedule import Flow
+from distill.solver import relay
+from distill.student import Student
 
 N, CLASSES = 8, 3
 FAMILIES = ("edm", "sd", "sdxl", "sd3", "flux", "pixart", "sana", "qwen", "wan")
@@ -84,9 +86,49 @@ def test_average_is_of_the_flow(schedule):
     torch.testing.assert_close(x - t[:, None] * F, pred.x0, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_calls_go_where_they_are_told(schedule):
+    """x_r = x_t - (t - r) F(x_t, t, r) from call to call, the last to 0; one that stops before its time goes to 0."""
+    path, (z, _) = SCHEDULES[schedule], point()
+    net = told(clock(path, "edm" if schedule == "edm" else "v"))
+    student = Student(net, (0.9, 0.6, 0.3), renoise="ddim", jumps=True)
+    times = torch.tensor(student.times, dtype=F64)
+    (alpha, sigma), r = path.coefficients(times), Flow().time(path.ratio(times))
+
+    def by_hand(*ends):
+        x = sigma[0] * z / (alpha[0] + sigma[0])
+        for t, end in zip(r, ends):
+            t, end = t.expand(N), torch.as_tensor(end, dtype=F64).expand(N)
+            x = x - (t - end)[:, None] * average(net.on(Flow()), x, t, end, None)
+        return x
+
+    want = by_hand(r[1], r[2], 0.0)
+    torch.testing.assert_close(student.generate(z, None), want, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(relay(student.calls(), z), want, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(student.generate(z, None, steps=2), by_hand(r[1], 0.0), rtol=1e-9, atol=1e-9)
+    for other in (replace(student, jumps=False), replace(student, renoise="fresh")):
+        assert not any(to for _, to in other.legs) and other.at(1, 0.3) is net
+    assert (replace(student, jumps=False).generate(z, None) - want).abs().max() > 0.1
+
+
+def test_ends_in_the_embedding_of_times():
+    """Without its second time the student gives the same at its own times, with adapters merged too."""
+    z, _ = point()
+    for schedule in SCHEDULES:
+        net = told(clock(SCHEDULES[schedule], "edm" if schedule == "edm" else "v"))
+        before = {name: p.clone() for name, p in net.net.named_parameters()}
+        student = Student(net, (0.9, 0.6, 0.3), renoise="ddim", jumps=True)
+        one = embedded(net, student.legs, z[:1], None)
+        assert not hasattr(one.net, "end") and one.net.state_dict().keys() == clock(Flow()).net.state_dict().keys()
+        plain = Student(one, student.times, renoise="ddim")
+        torch.testing.assert_close(plain.generate(z, None), student.generate(z, None), rtol=1e-9, atol=1e-9)
+        assert all(torch.equal(p, before[name]) for name, p in net.net.named_parameters())
+
+
 def test_build():
     """Student and target are told, the teacher is not changed; a network without an embedding of time is refused."""
     teacher = clock(Flow(), "flow", classes=CLASSES)
+    assert build(MeanFlow(), teacher, (2,)).student.jumps and not build(LCD(), teacher, (2,)).student.jumps
     names = {n for n, _ in teacher.net.named_parameters()}
     nets = build(TwinFlow(), teacher, (2,), {"label": torch.tensor([0])})
     ends = {"end.linear_1.weight", "end.linear_2.weight"}
