@@ -15,6 +15,7 @@ import json
 import os
 import re
 import shutil
+import stat
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -31,12 +32,15 @@ from torch import Tensor, nn
 
 from distill.average import SECOND
 from distill.dual import DUAL
+from distill.files import read_json
+from distill.ranges import MOST
 from distill.shard import split
 from distill.stored import Share, Stored
 
 if TYPE_CHECKING:
     from distill.trainer import State
 
+FILE = re.compile(r"[A-Za-z]\w*(/[A-Za-z][\w-]*)?\.safetensors")  # of a checkpoint: student, student/shard-00001-of-2
 MORE = (SECOND, DUAL)  # the names of what a network may have or not
 REFUSED = {  # (why, cure): numbers of the errors
     ("the disk is full", "free some space"): (errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
@@ -176,17 +180,17 @@ def commit(partial: Path, limit: int | None = None, share: Share | None = None) 
     output_dir, folder = partial.parent, partial.with_name(partial.stem[1:])
     if share and share.rank:
         return folder
-    replaced = _aside(folder) if folder.exists() else None
+    replaced = _aside(folder) if os.path.lexists(folder) else None
     os.replace(partial, folder)
     _sync(output_dir)
     if replaced:
-        shutil.rmtree(replaced)
+        _delete(replaced)
     if limit is not None:
         older = [p for p in _folders(output_dir) if _number(p) < _number(folder)]
         kept = [*(p for p in older if damage(p, deep=False) is None), folder][-limit:]
         for old in older:
             if old not in kept:
-                shutil.rmtree(_aside(old))
+                _delete(_aside(old))
     return folder
 
 
@@ -206,8 +210,8 @@ def load(state: State, folder: Path) -> None:
         if stored.shapes != {key: tuple(t.shape) for key, t in tensors.items()}:
             raise ValueError(f"{path} holds other tensors than this run's {name}: use the configuration of that run")
         stored.into(tensors)
-    state.step = step(folder)
-    state.skipped = json.loads((folder / "state.json").read_text()).get("skipped", {})
+    facts = _stored(folder)
+    state.step, state.skipped = facts["step"], facts.get("skipped", {})
 
 
 def files(path: str | Path, role: str) -> list[Path]:
@@ -227,9 +231,7 @@ def files(path: str | Path, role: str) -> list[Path]:
         if whole.is_file():
             found = [whole]
         elif shards.is_file():
-            names = sorted({*json.loads(shards.read_text())["weight_map"].values()})
-            if odd := [name for name in names if Path(name).name != name or not name.endswith(".safetensors")]:
-                raise ValueError(f"{role}.init: {shards} names {odd[0]!r}; it may name .safetensors files beside it")
+            names = _shards(shards, role)
             found = [folder / name for name in names]
     missing = [file for file in found if not file.exists()]
     if missing or not found:
@@ -239,6 +241,18 @@ def files(path: str | Path, role: str) -> list[Path]:
             "safetensors), a folder with diffusion_pytorch_model.safetensors, or a .safetensors file"
         )
     return found
+
+
+def _shards(index: Path, role: str) -> list[str]:
+    """The files that an index of weights in shards names; ValueError for what is no index, or leads elsewhere."""
+    tree = read_json(index)
+    table = tree.get("weight_map") if isinstance(tree, dict) else None
+    if not isinstance(table, dict) or not table:
+        raise ValueError(f"{role}.init: {index} is no index of weights: it has no table weight_map")
+    names = {name if isinstance(name, str) else repr(name) for name in table.values()}
+    if odd := [name for name in sorted(names) if Path(name).name != name or not name.endswith(".safetensors")]:
+        raise ValueError(f"{role}.init: {index} names {odd[0]!r}; it may name .safetensors files beside it")
+    return sorted(names)
 
 
 @torch.no_grad()
@@ -282,11 +296,40 @@ def refused(error: Exception) -> str | None:
 
 
 def step(folder: Path) -> int:
-    """Iterations done when a checkpoint was saved."""
-    found = json.loads((folder / "state.json").read_text())["step"]
-    if type(found) is not int or found < 0:  # it becomes part of a folder's name
-        raise ValueError(f"{folder}/state.json is damaged: its step is {found!r}")
-    return found
+    """Iterations done when a checkpoint was saved; ValueError where its state.json is damaged."""
+    return _stored(folder)["step"]
+
+
+def _stored(folder: Path) -> dict[str, Any]:
+    """state.json of a checkpoint: step, skipped, files. ValueError for what no run wrote."""
+    path = folder / "state.json"
+    try:
+        facts = read_json(path)
+    except ValueError as error:
+        raise ValueError(f"{path} is missing or damaged ({error})") from None
+    wrong = _wrong(facts)
+    if wrong:
+        raise ValueError(f"{path} is damaged: {wrong}")
+    return facts
+
+
+def _wrong(facts: Any) -> str | None:
+    """What of a state.json no run wrote; None: nothing. Its step names a folder, its files are read."""
+    if not isinstance(facts, dict):
+        return "it holds no names with values"
+    step, skipped, files = facts.get("step"), facts.get("skipped", {}), facts.get("files", {})
+    if type(step) is not int or not 0 <= step <= MOST:
+        return f"its step is {step!r}"
+    counts = isinstance(skipped, dict) and all(type(n) is int and 0 <= n <= MOST for n in skipped.values())
+    if not counts:
+        return f"its skipped is {skipped!r}"
+    if not isinstance(files, dict):
+        return f"its files are {files!r}"
+    for name, entry in files.items():
+        pair = isinstance(entry, list) and [type(part) for part in entry] == [int, str]
+        if not pair or not FILE.fullmatch(name):
+            return f"it lists the file {name!r} as {entry!r}"
+    return None
 
 
 def found(output_dir: Path) -> list[Path]:
@@ -309,14 +352,20 @@ def damage(folder: Path, deep: bool = True) -> str | None:
     One from before there were checksums is whole if its files can be opened.
     """
     try:
-        facts = json.loads((folder / "state.json").read_text())
-        written = {folder / name: (size, digest) for name, (size, digest) in facts.get("files", {}).items()}
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        return f"{folder / 'state.json'} is missing or damaged ({error})"
+        facts = _stored(folder)
+    except ValueError as error:
+        return str(error)
+    named = re.fullmatch(r"checkpoint-(\d+)", folder.name)
+    if named and int(named[1]) != facts["step"]:
+        return f"{folder} was renamed: it holds step {facts['step']}, so call it checkpoint-{facts['step']} again"
+    written = {folder / name: (size, digest) for name, (size, digest) in facts.get("files", {}).items()}
     try:
         for file, (size, _) in written.items():
-            if (there := file.stat().st_size) != size:
-                return f"{file} is torn: it has {there} bytes of {size}"
+            there = file.stat()
+            if not stat.S_ISREG(there.st_mode):
+                return f"{file} is not a regular file"
+            if there.st_size != size:
+                return f"{file} is torn: it has {there.st_size} bytes of {size}"
         for file in () if written else sorted(folder.glob("*.safetensors")):
             Stored(file)
         for file, digest in _digests([*written] if deep else []):
@@ -335,8 +384,9 @@ def _skipped(folder: Path, why: str) -> None:
 
 
 def _folders(output_dir: Path) -> list[Path]:
+    """What has the name of a checkpoint, oldest first; a link counts as what it leads to."""
     folders = [p for p in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
-    return sorted(folders, key=_number)
+    return sorted((p for p in folders if p.is_dir() or p.is_symlink()), key=_number)
 
 
 def _path(folder: Path, name: str) -> Path:
@@ -349,7 +399,7 @@ def _prepare(output_dir: Path, step: int, share: Share | None) -> Path:
     partial = output_dir / f".checkpoint-{step}.partial"
     if share is None or share.rank == 0:
         for left in output_dir.glob(".checkpoint-*.partial"):  # by a kill
-            shutil.rmtree(left)
+            _delete(left)
         partial.mkdir(parents=True)
     if share:
         torch.distributed.barrier()
@@ -373,8 +423,17 @@ def _number(folder: Path) -> int:
 def _aside(folder: Path) -> Path:
     """Moved to where no one looks for a checkpoint: a kill while it is deleted must not leave half of one."""
     hidden = folder.with_name(f".{folder.name}.old.partial")
-    shutil.rmtree(hidden, ignore_errors=True)
+    if os.path.lexists(hidden):
+        _delete(hidden)
     return folder.rename(hidden)
+
+
+def _delete(path: Path) -> None:
+    """Remove a folder; of a link the link alone, for what it leads to was put elsewhere on purpose."""
+    if path.is_symlink() or not path.is_dir():
+        path.unlink()
+    else:
+        shutil.rmtree(path)
 
 
 def _sync(path: Path) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import os
+import re
 import sys
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,6 +15,7 @@ from typing import Annotated, Any, Generic, NoReturn, TypeVar, get_args, get_ori
 import tyro
 import yaml
 
+from distill.files import read, read_yaml
 from distill.ranges import Count, Weight, check, leaves
 from distill.roles import FakeConfig, StudentConfig
 from distill.trainer import TrainConfig
@@ -20,7 +23,9 @@ from distill.trainer import TrainConfig
 M = TypeVar("M")
 D = TypeVar("D")
 T = TypeVar("T")
-TEACHER = tyro.conf.arg(aliases=["--pretrained_model_name_or_path", "--pretrained_teacher_model"])
+ALIASES = ("pretrained_model_name_or_path", "pretrained_teacher_model")
+TEACHER = tyro.conf.arg(aliases=[f"--{name}" for name in ALIASES])
+WRITTEN = ("teacher", "method", "student", "output_dir", "seed")  # a run's config.yaml begins and ends with these
 
 
 @dataclass(frozen=True)
@@ -98,13 +103,29 @@ def _file(path: list[str], default: Config[Any, Any]) -> list[str]:
     if not path or not os.path.isfile(path[0]):
         fail(f"--config needs the path of a YAML file (as a run writes it to its config.yaml); got {path or 'nothing'}")
     try:
-        tree = yaml.safe_load(Path(path[0]).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:  # no UTF-8, a date of month 13, too deep
-        fail(f"--config {path[0]} is not YAML: {error}")
+        tree = read_yaml(path[0])
+    except ValueError as error:
+        fail(f"--config {error}")
     if not isinstance(tree, dict):
         fail(f"--config {path[0]} must hold names with values, as a run's config.yaml does")
     known = {name.removeprefix("train."): hint for name, hint, *_ in leaves(default)}
-    return _flags(tree, known)
+    try:
+        return _flags(tree, known)
+    except ValueError as error:  # an integer of more digits than Python prints
+        fail(f"--config {path[0]}: {error}")
+
+
+def stored(run: Path) -> tuple[str, str, dict[str, Any]]:
+    """(text, class of the method, values) of a run's config.yaml; ValueError where it is absent, torn or damaged."""
+    path = run / "config.yaml"
+    tree = read_yaml(path)
+    text = read(path)
+    lacking = [name for name in WRITTEN if not isinstance(tree, dict) or name not in tree]
+    nested = not lacking and all(isinstance(tree[name], dict) for name in ("method", "student"))
+    if lacking or not nested or not (named := re.match(r"# (\w+)\n", text)):
+        why = f"it has no {lacking[0]}" if lacking else "its first line or its method or student is no run's"
+        raise ValueError(f"{path} is torn or damaged ({why}): put back a copy of it; exports and checkpoints have one")
+    return text, named[1], tree
 
 
 def dump(config: Config[Any, Any]) -> str:
@@ -127,13 +148,22 @@ def _plain(value: Any) -> Any:
     return [_plain(v) for v in value] if isinstance(value, tuple) else value
 
 
+def _known(name: str, known: list[str], table: bool) -> None:
+    """Refuse a name that is no field, and "help" and others that are flags of the command line alone."""
+    if name in known or (table and any(one.startswith(f"{name}.") for one in known)):
+        return
+    near = difflib.get_close_matches(name, known, 1)
+    fail(f"--config: there is no --{name[:200]}{f'; --{near[0]} is the nearest' if near else ''}; see --help")
+
+
 def _flags(tree: dict[str, Any], known: dict[str, Any], prefix: str = "") -> list[str]:
     """known: the type of every field by its name. What a flag could not say, or would say wrongly, is refused here."""
     flags: list[str] = []
     for key, value in tree.items():
         name = f"{prefix}{key}"
+        _known(name, [*known, *ALIASES], isinstance(value, dict))
         kinds = {get_origin(kind) or kind for kind in (known.get(name), *get_args(known.get(name)))}
-        if isinstance(value, dict):
+        if isinstance(value, dict) and name not in known:
             flags += _flags(value, known, f"{name}.")
         elif isinstance(value, bool) and bool in kinds:
             flags.append(f"--{name}" if value else f"--{prefix}no_{key}")

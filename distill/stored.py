@@ -78,6 +78,8 @@ class Share:
 
 def opened(file: Path) -> Any:
     """A safetensors file, to read tensors from; a ValueError if it is damaged."""
+    if file.exists() and not file.is_file():
+        raise ValueError(f"{file} is not a regular file")
     try:
         return safe_open(file, "pt")
     except SafetensorError as error:
@@ -92,8 +94,13 @@ class Stored:
         if path.is_dir():
             from torch.distributed.checkpoint import HuggingFaceStorageReader
 
+            if odd := [file for file in path.iterdir() if not file.is_file()]:
+                raise ValueError(f"{odd[0]} is not a regular file")
             self.reader = HuggingFaceStorageReader(f"{path}")
-            found = self.reader.read_metadata().state_dict_metadata
+            try:
+                found = self.reader.read_metadata().state_dict_metadata
+            except Exception as error:  # the reader checks nothing: whatever a damaged header makes of it
+                raise ValueError(f"{path} holds a damaged file ({error!r})") from None
             self.shapes = {key: tuple(meta.size) for key, meta in found.items()}  # type: ignore[union-attr]
             self.dtypes = {key: meta.properties.dtype for key, meta in found.items()}  # type: ignore[union-attr]
         else:

@@ -135,6 +135,33 @@ def test_the_limit_keeps_the_last_good_one(run):
     assert {p.name for p in run.iterdir()} == {"checkpoint-2", "checkpoint-4"}
 
 
+def test_a_linked_checkpoint_counts_and_its_target_stays(run, tmp_path):
+    """Beyond the limit the link is removed alone; one that leads nowhere, or a file, is no checkpoint."""
+    kept = (run / "checkpoint-1").rename(tmp_path / "checkpoint-1")
+    (run / "checkpoint-1").symlink_to(kept)
+    (run / "checkpoint-4").symlink_to(tmp_path / "nowhere")
+    (run / "checkpoint-9").write_text("notes")
+    assert names(run) == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
+    *_, state = steps(4, run / "checkpoint-3")
+    checkpoint.save(state, run, limit=2)
+    assert names(run) == ["checkpoint-3", "checkpoint-4"] and not (run / "checkpoint-4").is_symlink()
+    assert not (run / "checkpoint-1").is_symlink() and checkpoint.damage(kept) is None
+    assert {p.name for p in run.iterdir()} == {"checkpoint-3", "checkpoint-4", "checkpoint-9"}
+
+
+def test_a_renamed_checkpoint_says_its_step(run, capsys):
+    """It would be taken for the newest one, and be in the way of the one whose name it has."""
+    (run / "checkpoint-1").rename(run / "checkpoint-4")
+    assert names(run) == ["checkpoint-2", "checkpoint-3"]
+    says = f"{run / 'checkpoint-4'} was renamed: it holds step 1, so call it checkpoint-1 again"
+    assert says in capsys.readouterr().err
+    with pytest.raises(ValueError, match="was renamed: it holds step 1"):
+        next(steps(5, run / "checkpoint-4"))
+    *_, state = steps(4, run / "checkpoint-3")
+    checkpoint.save(state, run)
+    assert names(run) == ["checkpoint-2", "checkpoint-3", "checkpoint-4"]
+
+
 def test_a_run_takes_the_one_before(run, capsys):
     """--resume_from_checkpoint latest; one that is named must be whole, and this is seen before any work."""
     from pipelines.run import check

@@ -16,6 +16,7 @@ import torch
 from distill import checkpoint
 from distill.config import fail
 from distill.data.sources import Broken, pictures, prompts
+from distill.files import read_yaml
 from eval import images
 from eval.page import page
 from pipelines import hub, load, located, tiny
@@ -159,12 +160,55 @@ def test_names_that_climb(folder, tmp_path, name):
     assert {path.name for path in tmp_path.iterdir()} == {"teacher"}
 
 
-def test_a_step_that_climbs(tmp_path):
-    """The number of steps of a checkpoint becomes a folder's name."""
-    for step in ("../../x", -1, True, 1.5):
-        (tmp_path / "state.json").write_text(json.dumps({"step": step, "files": {}}))
-        with pytest.raises(ValueError, match=r"state\.json is damaged"):
-            checkpoint.step(tmp_path)
+HOSTILE = {  # text of a state.json: words of the message
+    '{"step": "../../x", "files": {}}': "its step is '../../x'",
+    '{"step": -1}': "its step is -1",
+    '{"step": true}': "its step is True",
+    '{"step": 1.5}': "its step is 1.5",
+    '{"step": 99999999999}': "its step is 99999999999",
+    '{"step": 3, "skipped": {"student": "x"}}': "its skipped is {'student': 'x'}",
+    '{"step": 3, "files": ["student.safetensors"]}': "its files are ['student.safetensors']",
+    '{"step": 3, "files": {"/dev/zero": [0, "0"]}}': "it lists the file '/dev/zero'",
+    '{"step": 3, "files": {"../a.safetensors": [0, "0"]}}': "it lists the file '../a.safetensors'",
+    '{"step": 3, "files": {"a/../../b.safetensors": [0, "0"]}}': "it lists the file 'a/../../b.safetensors'",
+    '{"step": 3, "files": {"ema.safetensors": ["0", "0"]}}': "it lists the file 'ema.safetensors'",
+    '{"step": 3, "files": {"zero.safetensors": [0, "0"]}}': "zero.safetensors is not a regular file",
+    '{"step": 3, "files": {"pipe.safetensors": [0, "0"]}}': "pipe.safetensors is not a regular file",
+    '{"step": 3}': "pipe.safetensors is not a regular file",  # as of before there were checksums
+    "[" * 100_000: "is not JSON",
+    '{"step": ' + "9" * 5000 + "}": "is not JSON",
+    "[3]": "it holds no names with values",
+    "": "is not JSON",
+}
+
+
+@pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
+def test_a_state_that_leads_elsewhere(text, tmp_path, capsys):
+    """A device, a pipe, a path that climbs, nesting without end: the checkpoint is skipped at once and named."""
+    folder = tmp_path / "checkpoint-3"
+    folder.mkdir()
+    (folder / "zero.safetensors").symlink_to("/dev/zero")
+    os.mkfifo(folder / "pipe.safetensors")
+    (folder / "state.json").write_text(text)
+    assert HOSTILE[text] in checkpoint.damage(folder)
+    assert checkpoint.found(tmp_path) == [] and f"{folder} is skipped: " in capsys.readouterr().err
+
+
+def test_a_state_that_is_no_file(tmp_path):
+    for name, target in (("checkpoint-1", "/dev/zero"), ("checkpoint-2", None)):
+        (tmp_path / name).mkdir()
+        path = tmp_path / name / "state.json"
+        path.symlink_to(target) if target else os.mkfifo(path)
+        assert "state.json is not a regular file" in checkpoint.damage(tmp_path / name)
+
+
+def test_an_index_of_shards_that_is_none(tmp_path):
+    """What a student starts from: no table, no names, names that are no texts."""
+    index = tmp_path / "diffusion_pytorch_model.safetensors.index.json"
+    for text in ("[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": 3}}', '{"weight_map": {}}', "{", "[" * 9999):
+        index.write_text(text)
+        with pytest.raises(ValueError, match=r"index\.json"):
+            checkpoint.files(tmp_path, "student")
 
 
 def png(width, height):
@@ -239,11 +283,45 @@ def test_a_page(tmp_path):
         assert len(re.findall("<script", made)) == 1
 
 
-def test_yaml(tmp_path, canary, capsys):
-    """A tag of Python's in --config is no value."""
+def unfolding(item, join):
+    """Ten aliases of ten aliases of ...: 10^10 characters in a kilobyte."""
+    rows = [f"a: &a {item}"]
+    rows += [
+        f"{name}: &{name} {join(','.join([f'*{before}'] * 10))}" for before, name in zip("abcdefghij", "bcdefghijk")
+    ]
+    return "\n".join(rows)
+
+
+YAMLS = {  # text: words of the message
+    "seed: !!python/object/apply:os.mkdir [CANARY]": "is not YAML: could not determine a constructor",
+    "seed: !!python/object/new:os.mkdir [CANARY]": "is not YAML: could not determine a constructor",
+    unfolding("[x, x]", "[{}]".format): "its aliases stand for more than 1,048,576 characters",
+    unfolding("{x: 1}", "{{<<: [{}]}}".format): "its aliases stand for more than 1,048,576 characters",
+    "a: &a [*a]": "an alias holds itself, line 1",
+    "seed: &a {b: *a}": "an alias holds itself, line 1",
+    "[" * 20_000: "is not YAML: maximum recursion depth exceeded",
+    "seed: 0x" + "f" * 5000: "digits",
+    "#" * 300_000: "has more than 262,144 bytes",
+    "help: true": "there is no --help",
+    "tyro-write-completion: [bash, CANARY]": "there is no --tyro-write-completion",
+    '"": 5': "there is no --;",
+    "sed: 5": "there is no --sed; --seed is the nearest",
+    "seed: {}": "seed is {}; it must be one value",
+}
+
+
+@pytest.mark.parametrize("text", YAMLS, ids=range(len(YAMLS)))
+def test_yaml(text, tmp_path, canary, capsys):
+    """In --config: no tag of Python's, no aliases without end, no flag that is not the recipe's."""
     file = tmp_path / "config.yaml"
-    for line in (f"!!python/object/apply:os.mkdir [{canary}]", f"!!python/object/new:os.mkdir [{canary}]"):
-        file.write_text(f"seed: {line}\n")
-        with pytest.raises(SystemExit) as end:
-            dmd2_digits.main(dmd2_digits.CONFIG, ["--config", f"{file}", "--output_dir", f"{tmp_path / 'out'}"])
-        assert end.value.code == 2 and "is not YAML" in capsys.readouterr().err
+    file.write_text(text.replace("CANARY", f"{canary}") + "\n")
+    with pytest.raises(SystemExit) as end:
+        dmd2_digits.main(dmd2_digits.CONFIG, ["--config", f"{file}", "--output_dir", f"{tmp_path / 'out'}"])
+    assert end.value.code == 2 and YAMLS[text] in capsys.readouterr().err
+
+
+def test_aliases_that_end(tmp_path):
+    """They are values as any others."""
+    (tmp_path / "board.yaml").write_text("a: &a [1, 2]\nb: *a\nc: &c {x: *a}\nd: {<<: *c, y: 3}\n")
+    found = read_yaml(tmp_path / "board.yaml")
+    assert found == {"a": [1, 2], "b": [1, 2], "c": {"x": [1, 2]}, "d": {"x": [1, 2], "y": 3}}

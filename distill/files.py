@@ -1,0 +1,173 @@
+"""Small files, read with limits and written at once; the lock of a folder that one command writes."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any
+
+import yaml
+
+LOCK = ".lock"
+LIMIT = 1 << 24  # bytes of a small file
+YAML = 1 << 18  # bytes of a YAML file: its parser reads about 100 kB a second
+UNFOLDED = 1 << 20  # characters of a YAML file whose aliases are written out
+RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")  # set by torchrun and by mpirun
+TRIES = 100  # to take a lock whose file other processes make and remove
+BUSY = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
+
+
+def read(path: str | Path, limit: int = LIMIT) -> str:
+    """The text of a regular file. ValueError for a device, a pipe, a large file or one that is not UTF-8."""
+    path = Path(path)
+    try:
+        if path.exists() and not path.is_file():
+            raise ValueError(f"{path} is not a regular file")
+        with path.open("rb") as file:
+            content = file.read(limit + 1)
+        if len(content) > limit:
+            raise ValueError(f"{path} has more than {limit:,} bytes; a file of this kind has fewer")
+        return content.decode("utf-8-sig")
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 ({error})") from None
+
+
+def read_json(path: str | Path) -> Any:
+    """The value of a JSON file; ValueError for what is none."""
+    text = read(path)
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON ({error})") from None
+
+
+def read_yaml(path: str | Path) -> Any:
+    """The value of a YAML file of plain data; ValueError for what is none, and for aliases without end."""
+    text = read(path, YAML)
+    try:
+        loader = yaml.SafeLoader(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        if _unfolded(node, {}, set()) > UNFOLDED:
+            raise ValueError(f"its aliases stand for more than {UNFOLDED:,} characters")
+        return loader.construct_document(node)
+    except (ValueError, OverflowError, RecursionError, yaml.YAMLError) as error:  # a date of month 13, too deep
+        raise ValueError(f"{path} is not YAML: {error}") from None
+
+
+def _unfolded(node: Any, sizes: dict[int, int], above: set[int]) -> int:
+    """Characters of a node whose aliases are written out; ValueError where it holds itself."""
+    key = id(node)
+    if key in above:
+        raise ValueError(f"an alias holds itself, line {node.start_mark.line + 1}")
+    if key not in sizes:
+        inner = [node.value] if isinstance(node, yaml.ScalarNode) else node.value
+        if isinstance(node, yaml.MappingNode):
+            inner = [part for pair in node.value for part in pair]
+        above.add(key)
+        sizes[key] = 1 + sum(len(one) if isinstance(one, str) else _unfolded(one, sizes, above) for one in inner)
+        above.remove(key)
+    return sizes[key]
+
+
+def write(path: Path, text: str) -> None:
+    """Write a file that is on the disk as a whole or stays as it was."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def rank() -> int:
+    """The number of this process among those that a launcher started, before any library knows it."""
+    return next((int(os.environ[name]) for name in RANKS if os.environ.get(name, "").isdigit()), 0)
+
+
+@contextmanager
+def locked(folder: str | Path, flag: str = "--output_dir", beside: bool = False) -> Iterator[None]:
+    """Keep other processes out of a folder that this one writes; ValueError if another one holds it.
+
+    The first process of a launch takes the lock for all. The operating system releases it when that process ends,
+    however it ends. beside: the lock lies beside the folder, which is going to be replaced. flag: names the folder.
+    """
+    if rank():
+        yield
+        return
+    folder = Path(folder)
+    real = Path(os.path.realpath(folder))
+    file = real.with_name(f".{real.name}.lock") if beside and real.name else folder / LOCK
+    new = [parent for parent in file.absolute().parents if not parent.exists()]
+    held = _take(file, folder, flag)
+    try:
+        yield
+    finally:
+        if held is not None:
+            file.unlink(missing_ok=True)
+            held.close()
+        with suppress(OSError):  # a command that failed at once leaves no folder
+            for parent in new:
+                parent.rmdir()
+
+
+def _take(file: Path, folder: Path, flag: str) -> IO[str] | None:
+    """The open lock file; None where it cannot be made or its file system has no locks."""
+    for _ in range(TRIES):
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            held = file.open("a+")
+        except FileNotFoundError:  # another process has just removed the folder
+            continue
+        except OSError:  # what is to be written there fails too, and says why
+            return None
+        if not _lock(held, folder, flag):
+            held.close()
+            file.unlink(missing_ok=True)
+            return None
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(held.fileno()), file.stat()):
+                with suppress(OSError):  # a full disk
+                    held.truncate(0)
+                    held.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%F %T')}")
+                    held.flush()
+                return held
+        held.close()  # its holder removed it before it was ours
+    return None
+
+
+def _lock(held: IO[str], folder: Path, flag: str) -> bool:
+    """Lock an open file; False, with a warning, where that is impossible. ValueError if another process holds it."""
+    try:
+        import fcntl
+
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:
+        why = "this operating system has no flock"
+    except OSError as error:
+        if error.errno in BUSY:
+            held.seek(0)
+            who = held.read(200).strip() or "another process"
+            held.close()
+            raise ValueError(
+                f"{folder} is in use by {who}: wait until it has ended, or choose another {flag}"
+            ) from None
+        why = f"its file system has no locks: {error.strerror}"
+    else:
+        return True
+    sys.stderr.write(f"warning: {folder} is not locked ({why}): start no second command that writes there\n")
+    return False
