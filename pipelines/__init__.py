@@ -55,6 +55,8 @@ class Parts:
     ) -> None:
         self.folder, self.variant, self.dtype = Path(folder), variant, dtype
         self.index = index(folder)
+        if variant and not any(has_variant(part, variant) for part in self.folder.iterdir()):
+            raise ValueError(f"no component of {folder} has weights of the variant {variant!r}: leave --variant out")
         if told:
             self.tell()
         self.precision = torch.float32
@@ -99,12 +101,13 @@ class Parts:
         cls = getattr(importlib.import_module(library), kind, None) if library in LIBRARIES else None
         if not hasattr(cls, "from_pretrained"):
             raise ValueError(f"{self.folder}: its {name} is a {kind} of {library}, which has no such class")
-        options = {"variant": self.variant, "use_safetensors": True, "dtype": dtype or self.precision}
+        variant = self.variant if has_variant(self.folder / name, self.variant) else None
+        options = {"variant": variant, "use_safetensors": True, "dtype": dtype or self.precision}
         options = options if hasattr(cls, "parameters") else {}  # a scheduler or a tokenizer has no weights
         try:
             found = cls.from_pretrained(self.folder, subfolder=name, local_files_only=True, **options)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{self.folder}: its {name} cannot be read: {error}") from None
+        except Exception as error:  # what a class raises at a config that it cannot use is open-ended
+            raise ValueError(f"{self.folder}: its {name} ({kind}) cannot be read: {error}") from error
         found = self.hearing(found) if self.told and name == self.network else found
         return found.requires_grad_(False).eval() if options else found
 
@@ -123,7 +126,7 @@ class Parts:
     @cached_property
     def text(self) -> Any:
         """The pipeline with its text encoders and tokenizers only: for encode_prompt."""
-        return self._pipeline({self.network: None, "vae": None}).to(self.device)
+        return self.pipeline({self.network: None, "vae": None}).to(self.device)
 
     def drop_text(self) -> None:
         """Free the text encoders."""
@@ -135,9 +138,10 @@ class Parts:
 
     def pipe(self, **given: Any) -> Any:
         """The whole pipeline around the teacher's network; `given` replaces components."""
-        return self._pipeline({self.network: self.net, "vae": self.vae} | given)
+        return self.pipeline({self.network: self.net, "vae": self.vae} | given)
 
-    def _pipeline(self, given: dict[str, Any]) -> Any:
+    def pipeline(self, given: dict[str, Any]) -> Any:
+        """The pipeline of the folder; `given` replaces components, by None where one is not to be loaded."""
         import diffusers
 
         cls = getattr(diffusers, self.index["_class_name"])
@@ -145,7 +149,10 @@ class Parts:
         absent += [name for name in ("safety_checker",) if name in self.index]
         given = dict.fromkeys(absent) | given
         options = {"variant": self.variant, "dtype": self.precision, "local_files_only": True}
-        pipe = cls.from_pretrained(self.folder, use_safetensors=True, **options, **self.given | given)
+        try:
+            pipe = cls.from_pretrained(self.folder, use_safetensors=True, **options, **self.given | given)
+        except Exception as error:  # likewise
+            raise ValueError(f"{self.folder}: its {cls.__name__} cannot be read: {error}") from error
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
@@ -237,6 +244,18 @@ def opened(
 ) -> Teacher:
     """The teacher of a folder or of a name on the Hub, which is downloaded; its network in `dtype`, `told` or not."""
     return load(located(name, revision, variant), resolution, frames, variant, dtype, told)
+
+
+def has_variant(component: Path, variant: str | None) -> bool:
+    """Whether a component's folder has safetensors of a variant; where it has none, its plain ones are loaded."""
+    if not variant or not component.is_dir():
+        return False
+    return any(f.suffix in (".safetensors", ".json") and is_variant(f, variant) for f in component.iterdir())
+
+
+def is_variant(file: Path, variant: str) -> bool:
+    """Whether a file is of a variant's weights, which its name says: model.fp16-00001-of-00002.safetensors, say."""
+    return ".safetensors" in file.name and re.search(rf"\.{re.escape(variant)}[.-]", file.name) is not None
 
 
 def located(name: str, revision: str | None = None, variant: str | None = None) -> Path:

@@ -102,13 +102,14 @@ def card(
     results: Sequence[Result] = (),
     datasets: Sequence[str] = (),
     files: Sequence[str] = (),
+    checked: str = "",
 ) -> str:
     """README.md of an exported folder.
 
     base: the teacher, a name on the Hub or a folder. code, lora: the programs (see `code`) that run the folder and its
     LoRA file; without the first the folder is an adapter. config: YAML. samples: a picture in the folder, of `prompt`.
     limits: what does not work. results: for the Hub's model-index. datasets: names on the Hub. files: beside the
-    pipeline, to be told of.
+    pipeline, to be told of. checked: what was verified, and against what.
     """
     from huggingface_hub import ModelCardData
 
@@ -137,6 +138,8 @@ def card(
     told = [(file, what) for file in files for end, what in FILES.items() if file.endswith(end)]
     if told:
         rest += "\n## Files beside the pipeline\n\n" + "".join(f"- `{file}`: {what}\n" for file, what in told)
+    if checked:
+        rest += f"\n## What was verified\n\n{checked}\n"
     if results:
         rest += f"\n{_table(results)}"
     title = license.name or license.id

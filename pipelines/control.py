@@ -274,7 +274,7 @@ def consistency(asked: Consistency) -> dict[str, float]:
     """mean |c(x) - y|, y = c(f(z)), for x = f'(z', y), "told", and for x = f(z'), "untold"."""
     from distill.student import Student
     from pipelines.scheduler import finished, scheduler
-    from pipelines.verify import EXAMPLES, Generated
+    from pipelines.verify import Generated, examples
 
     folder = Path(asked.folder)
     if not (folder / FOLDER).is_dir():
@@ -286,7 +286,7 @@ def consistency(asked: Consistency) -> dict[str, float]:
     teacher.denoiser.net.control = stored(folder)
     config = finished(teacher, StudentConfig())
     student = Student(teacher.denoiser, scheduler(teacher, config)[1], config.scale, config.renoise)
-    prompts = getattr(teacher.parts.family, "EXAMPLES", EXAMPLES)
+    prompts = examples(teacher)
     c, draw, gaps = teacher.encode(prompts) or {}, Generated(teacher), []
     generator = torch.Generator().manual_seed(asked.seed)
     for _ in range(asked.n):

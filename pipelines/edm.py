@@ -11,7 +11,7 @@ import copy
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from distill.denoiser import Condition, Denoiser
 from distill.schedule import EDM, expand
-from pipelines import Parts, Teacher
+from pipelines import Parts, Teacher, noise
 
 if TYPE_CHECKING:
     from diffusers import ConsistencyModelPipeline, UNet2DModel
@@ -32,7 +32,14 @@ TASK = "unconditional-image-generation"
 BLOCKS = ("ResnetBlock2D", "Attention", "Block")  # classes of modules that are sharded one by one; Block: SongUNet's
 UNCONDITIONAL = 0.0  # unused by the pipeline: guidance is built in
 FACTS = {"null_class": 10}  # of the tiny teacher
-EXAMPLES = tuple(range(8))  # labels that an export is verified on
+
+
+def examples(teacher: Teacher) -> tuple[int, ...]:
+    """The labels that an export is verified on: the first eight classes, fewer where there are fewer."""
+    net, null = teacher.denoiser.net, teacher.denoiser.null
+    count = net.config.get("num_class_embeds") if getattr(net, "class_embedding", None) is not None else None
+    no_label = None if null is None else int(null["class_labels"])
+    return tuple(label for label in range(8 if count is None else count) if label != no_label)[:8] or (0,)
 
 
 @dataclass(frozen=True)
@@ -81,8 +88,14 @@ def load(parts: Parts, resolution: int | None, frames: int | None) -> Teacher:
     """distill.json beside model_index.json says which label is "no label", and c_noise where it is not 250."""
     extra = parts.folder / "distill.json"
     facts = json.loads(extra.read_text()) if extra.is_file() else {}
-    sigma_d, c_noise = parts.scheduler().config.sigma_data, facts.get("c_noise", C_NOISE)
-    return teacher(parts.net, sigma_d, facts.get("null_class"), parts, c_noise)
+    scheduler, c_noise = parts.scheduler(), facts.get("c_noise", C_NOISE)
+    noise.known(scheduler, noise.EDM, "EDM's levels")
+    return teacher(parts.net, scheduler.config.sigma_data, facts.get("null_class"), parts, c_noise)
+
+
+def exported_call(call: Any) -> Call:
+    """How an exported network is called: as `exported` lets ConsistencyModelPipeline do it."""
+    return replace(call, c_noise=C_NOISE)
 
 
 @torch.no_grad()

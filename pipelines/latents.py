@@ -8,40 +8,34 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from distill.schedule import VP, Flow, Kind, Schedule
+from distill.schedule import Flow, Kind, Schedule
+from pipelines import noise
 
 if TYPE_CHECKING:
     from pipelines import Parts
 
-KINDS: dict[str, Kind] = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}  # prediction_type -> kind
-
-
-def table(scheduler: Any) -> tuple[Schedule, Kind]:
-    """The schedule and prediction kind of a DDPM-like scheduler."""
-    kind = KINDS[scheduler.config.prediction_type]
-    return VP(tuple(scheduler.alphas_cumprod.double().tolist())), kind
-
 
 def flow(scheduler: Any, scale: float | None = None) -> tuple[Schedule, Kind]:
     """The schedule and prediction kind of a flow-matching scheduler; its shift belongs to the times."""
-    return Flow(float(scale or scheduler.config.num_train_timesteps)), "flow"
+    return Flow(float(scale or noise.flow(scheduler))), "flow"
 
 
-def kl(parts: Parts) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]:
-    """(decode, latent) of an AutoencoderKL: x = (posterior sample - shift) * scale."""
+def kl(
+    parts: Parts, ends: Callable[[Any, Tensor], tuple[Any, Any]]
+) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]:
+    """(decode, latent) of an AutoencoderKL: x = (posterior sample - shift) * scale.
 
-    def ends() -> tuple[float, float]:
-        config = parts.vae.config
-        return config.scaling_factor, getattr(config, "shift_factor", None) or 0.0
+    ends(config, x) -> (scale, shift), as the family's pipeline reads them of the autoencoder's config.
+    """
 
     def decode(x: Tensor) -> Tensor:
-        scale, shift = ends()
+        scale, shift = ends(parts.vae.config, x)
         vae = parts.vae.to(x.device)
         return vae.decode((x / scale + shift).to(vae.dtype), return_dict=False)[0].to(x.dtype)
 
     @torch.no_grad()
     def latent(images: Tensor, eps: Tensor) -> Tensor:
-        scale, shift = ends()
+        scale, shift = ends(parts.vae.config, images)
         vae = parts.vae.to(images.device)
         posterior = vae.encode(images.to(vae.dtype)).latent_dist
         return (posterior.mean + posterior.std * eps.to(posterior.mean) - shift).to(images.dtype) * scale
@@ -49,11 +43,36 @@ def kl(parts: Parts) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tens
     return decode, latent
 
 
+def scaled(config: Any, x: Tensor) -> tuple[float, float]:
+    """(scale, shift) in the pipelines of SD and PixArt, which read scaling_factor alone."""
+    return config.scaling_factor, 0.0
+
+
+def shifted(config: Any, x: Tensor) -> tuple[float, float]:
+    """(scale, shift) in the pipelines of SD3 and FLUX, which need a shift_factor."""
+    if (shift := config.get("shift_factor")) is None:
+        raise ValueError(
+            "the teacher's VAE has no shift_factor, which its pipeline adds to latents: write 0 where it has none"
+        )
+    return config.scaling_factor, shift
+
+
+def standardised(config: Any, x: Tensor) -> tuple[Tensor | float, Tensor | float]:
+    """(scale, shift) in the pipeline of SDXL, which also reads latents_mean and latents_std, of each channel."""
+    mean, std = config.get("latents_mean"), config.get("latents_std")
+    if mean is None or std is None:
+        return config.scaling_factor, 0.0
+    of = lambda values: torch.tensor(values).to(x).reshape(-1, 1, 1)
+    return config.scaling_factor / of(std), of(mean)
+
+
 def kl3d(parts: Parts) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]:
     """(decode, latent) of a causal video autoencoder: x = (posterior sample - mean) / std, each of a channel."""
 
     def ends(x: Tensor) -> list[Tensor]:
         config = parts.vae.config
+        if config.get("latents_mean") is None or config.get("latents_std") is None:
+            raise ValueError("the teacher's VAE has no latents_mean or latents_std, which its pipeline reads")
         return [torch.tensor(v).to(x).reshape(-1, 1, 1, 1) for v in (config.latents_mean, config.latents_std)]
 
     def decode(x: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from distill.denoiser import Condition, Denoiser
-from pipelines import Parts, Teacher, latents
+from pipelines import Parts, Teacher, latents, noise
 
 UNCONDITIONAL = 1.0  # guidance_scale of the pipeline that makes one call a step
 CALL: dict[str, Any] = {
@@ -48,8 +48,8 @@ def load(parts: Parts, resolution: int | None, frames: int | None) -> Teacher:
             c["aspect_ratio"] = torch.ones(len(text), 1, device=text.device)
         return c
 
-    decode, latent = latents.kl(parts)
-    denoiser = Denoiser(parts.net, *latents.table(parts.scheduler()), call=call)
+    decode, latent = latents.kl(parts, latents.scaled)
+    denoiser = Denoiser(parts.net, *noise.table(parts.scheduler()), call=call)
     return Teacher(denoiser, encode, decode, latent, shape, parts)
 
 

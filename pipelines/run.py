@@ -134,6 +134,7 @@ def run(config: Config[Any, Any], out: Path, resume: Path | None) -> None:
     from distill.trainer import supported, train
     from pipelines import hub, pag, tiny
     from pipelines.export import Again, about, export, report, trained
+    from pipelines.rehearsal import rehearse
     from pipelines.scheduler import finished
 
     cfg = config.train
@@ -178,6 +179,7 @@ def run(config: Config[Any, Any], out: Path, resume: Path | None) -> None:
     if config.replay is not None:
         raise SystemExit(replay(Path(config.replay), config, nets, data, accelerator))
     if accelerator.is_main_process:
+        rehearse(nets.student, teacher, scheduler, card)
         out.mkdir(parents=True, exist_ok=True)
         (out / "config.yaml").write_text(dump(config))
     try:
@@ -241,7 +243,7 @@ def run(config: Config[Any, Any], out: Path, resume: Path | None) -> None:
             net = made.denoiser.net
         else:
             whole(nets, state, teacher)
-        report(folder, export(made, teacher, net, scheduler, folder, card))
+        report(folder, export(made, teacher, net, scheduler, folder, card), card)
         if repository:
             sys.stderr.write(f"pushed to {hub.push(folder, repository)}\n")
 

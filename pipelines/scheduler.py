@@ -20,7 +20,7 @@ import torch
 
 from distill.roles import StudentConfig
 from distill.schedule import EDM, VP, Flow
-from pipelines.latents import KINDS
+from pipelines import noise
 
 if TYPE_CHECKING:
     from pipelines import Teacher
@@ -78,18 +78,15 @@ def finished(teacher: Teacher, given: StudentConfig) -> StudentConfig:
 def _table(teacher: Teacher, schedule: VP, student: StudentConfig) -> tuple[Any, tuple[float, ...]]:
     from diffusers import EulerDiscreteScheduler, LCMScheduler
 
-    config = teacher.parts.scheduler().config
     last = len(schedule.alphas_cumprod) - 1
     n = round(student.first(schedule) * last)
     if n < last and student.steps > 1:
         raise ValueError(f"a student of {student.steps} steps starts at the end of the schedule; it is told {n}")
     common = {
         "num_train_timesteps": n + 1,
-        "beta_start": config.beta_start,
-        "beta_end": _beta(config, n),
-        "beta_schedule": config.beta_schedule,
+        **noise.betas(teacher.parts.scheduler(), schedule, n),
         "steps_offset": 1,  # unused; SD's pipeline warns of another
-        "prediction_type": {kind: name for name, kind in KINDS.items()}[teacher.denoiser.kind],
+        "prediction_type": {kind: name for name, kind in noise.KINDS.items()}[teacher.denoiser.kind],
     }
     sigma = float(schedule.coefficients(torch.tensor([n / last]).double())[1])
     unit = abs((student.scale or sigma) - 1) < 1e-4  # PixArt's table ends at .99998: as good as noise alone
@@ -109,17 +106,6 @@ def _table(teacher: Teacher, schedule: VP, student: StudentConfig) -> tuple[Any,
         found[tuple((made.timesteps.double() / last).tolist())] = made
     times = next((times for times in found if student.times is None or _close(student.times, times)), None)
     return found[times or _checked(student, next(iter(found)))], times
-
-
-def _beta(config: Any, n: int) -> float:
-    """beta_n of a table: the end of the table cut after n."""
-    power = {"linear": 1.0, "scaled_linear": 0.5}.get(config.beta_schedule)
-    if power is None or config.get("trained_betas") is not None:
-        raise ValueError(
-            f"a table of betas of kind {config.beta_schedule!r} is not known; linear and scaled_linear are"
-        )
-    low, high = config.beta_start**power, config.beta_end**power
-    return (low + (high - low) * n / (config.num_train_timesteps - 1)) ** (1 / power)
 
 
 def _flow(teacher: Teacher, schedule: Flow, student: StudentConfig) -> tuple[Any, tuple[float, ...]]:

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from distill.denoiser import Condition, Denoiser
 from distill.guidance import embedding
-from pipelines import Parts, Teacher, latents
+from pipelines import Parts, Teacher, latents, noise
 
 UNCONDITIONAL = 0.0  # guidance_scale of the pipeline that makes one call a step
 CALL: dict[str, Any] = {"guidance_scale": 0}  # options of the call that a model card shows
+GUIDANCE = 7.5  # that a network with a guidance embedding is told where nothing is said: the pipeline's default
 TARGETS = (  # modules of a LoRA: DMD2's list
     *("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"),
     *("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj"),
@@ -22,9 +23,27 @@ BLOCKS = ("BasicTransformerBlock", "ResnetBlock2D")  # classes of modules that a
 
 
 def call(net: Any, x: Tensor, n: Tensor, c: Condition) -> Tensor:
-    """c: "prompt_embeds" [B, L, D]; a network with a guidance embedding reads "guidance" w [B] (LCM: omega = w - 1)."""
-    told = embedding(c["guidance"] - 1, net.config.time_cond_proj_dim).to(x) if "guidance" in c else None
+    """c: "prompt_embeds" [B, L, D]; a network with a guidance embedding reads "guidance" w [B]."""
+    told = guidance(net, x, c, GUIDANCE)
     return net(x, n, c["prompt_embeds"].to(x.dtype), timestep_cond=told, return_dict=False)[0]
+
+
+def guidance(net: Any, x: Tensor, c: Condition, default: float) -> Tensor | None:
+    """The embedding [B, D] of w - 1 (LCM's omega), of a network that has one; w = `default` where c says nothing."""
+    if "guidance" not in c and not hears(net):
+        return None
+    w = c["guidance"] if "guidance" in c else x.new_full((len(x),), default)
+    return embedding(w - 1, net.config.time_cond_proj_dim).to(x)
+
+
+def hears(net: Any) -> bool:
+    """Whether a UNet is told its guidance: its pipeline then makes one call a step, whatever the guidance."""
+    return getattr(net.config, "time_cond_proj_dim", None) is not None
+
+
+def options(parts: Parts, steps: int) -> dict[str, Any]:
+    """Of the call that a model card shows."""
+    return {"guidance_scale": GUIDANCE} if hears(parts.net) else CALL
 
 
 def load(parts: Parts, resolution: int | None, frames: int | None) -> Teacher:
@@ -32,8 +51,8 @@ def load(parts: Parts, resolution: int | None, frames: int | None) -> Teacher:
         text = parts.text
         return {"prompt_embeds": text.encode_prompt(list(prompts), parts.device, 1, False)[0]}
 
-    decode, latent = latents.kl(parts)
-    denoiser = Denoiser(parts.net, *latents.table(parts.scheduler()), call=call)
+    decode, latent = latents.kl(parts, latents.scaled)
+    denoiser = Denoiser(parts.net, *noise.table(parts.scheduler()), call=call)
     return Teacher(denoiser, encode, decode, latent, latents.shape(parts, resolution), parts)
 
 
@@ -42,8 +61,10 @@ def sample(
 ) -> Tensor:
     """Images [B, 3, H, W] in [0, 1] of the pipeline itself from unit noise z."""
     many = None if negative is None else [negative] * len(prompts)
-    options = {"num_inference_steps": steps, "guidance_scale": guidance, "output_type": "pt"}
-    return pipe(list(prompts), negative_prompt=many, latents=z, **options).images
+    guidance = GUIDANCE if hears(pipe.unet) and guidance == UNCONDITIONAL else guidance
+    height, width = (side * pipe.vae_scale_factor for side in z.shape[-2:])
+    options = {"num_inference_steps": steps, "guidance_scale": guidance, "height": height, "width": width}
+    return pipe(list(prompts), negative_prompt=many, latents=z, output_type="pt", **options).images
 
 
 def tiny(**config: Any) -> Any:

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from distill.denoiser import Condition, Denoiser
-from distill.guidance import embedding
-from pipelines import Parts, Teacher, latents, sd
+from pipelines import Parts, Teacher, latents, noise, sd
 
 UNCONDITIONAL = 0.0  # guidance_scale of the pipeline that makes one call a step
 CALL: dict[str, Any] = {"guidance_scale": 0}  # options of the call that a model card shows
+GUIDANCE = 5.0  # that a network with a guidance embedding is told where nothing is said: the pipeline's default
 TARGETS = sd.TARGETS  # modules of a LoRA
 TAPS = ("mid_block",)  # modules whose output is a discriminator's feature
 BLOCKS = sd.BLOCKS  # classes of modules that are sharded one by one
@@ -26,10 +26,15 @@ def call(net: Any, x: Tensor, n: Tensor, c: Condition) -> Tensor:
     A network with a guidance embedding also reads "guidance" w [B], as in SD.
     """
     assert c is not None
-    told = embedding(c["guidance"] - 1, net.config.time_cond_proj_dim).to(x) if "guidance" in c else None
+    told = sd.guidance(net, x, c, GUIDANCE)
     added = {"text_embeds": c["pooled"].to(x.dtype), "time_ids": c["time_ids"]}
     text = c["prompt_embeds"].to(x.dtype)
     return net(x, n, text, timestep_cond=told, added_cond_kwargs=added, return_dict=False)[0]
+
+
+def options(parts: Parts, steps: int) -> dict[str, Any]:
+    """Of the call that a model card shows."""
+    return {"guidance_scale": GUIDANCE} if sd.hears(parts.net) else CALL
 
 
 def load(parts: Parts, resolution: int | None, frames: int | None) -> Teacher:
@@ -41,8 +46,8 @@ def load(parts: Parts, resolution: int | None, frames: int | None) -> Teacher:
         sizes = torch.tensor([side, side, 0, 0, side, side]).expand(len(prompts), 6).to(text.device)
         return {"prompt_embeds": text, "pooled": pooled, "time_ids": sizes}
 
-    decode, latent = latents.kl(parts)
-    denoiser = Denoiser(parts.net, *latents.table(parts.scheduler()), call=call)
+    decode, latent = latents.kl(parts, latents.standardised)
+    denoiser = Denoiser(parts.net, *noise.table(parts.scheduler()), call=call)
     if parts.index.get("force_zeros_for_empty_prompt", True):  # without the sizes: they stay those of the image
         config = parts.net.config
         width = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
@@ -56,6 +61,7 @@ def sample(
 ) -> Tensor:
     """Images [B, 3, H, W] in [0, 1] of the pipeline itself from unit noise z."""
     many = None if negative is None else [negative] * len(prompts)
+    guidance = GUIDANCE if sd.hears(pipe.unet) and guidance == UNCONDITIONAL else guidance
     height, width = (side * pipe.vae_scale_factor for side in z.shape[-2:])
     options = {"num_inference_steps": steps, "guidance_scale": guidance, "height": height, "width": width}
     return pipe(list(prompts), negative_prompt=many, latents=z, output_type="pt", **options).images

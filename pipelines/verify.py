@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from distill.student import Student
 from pipelines import Teacher, control
 
 TOLERANCE = 1e-3  # largest difference of an image in [0, 1]
-HALF = 3e-2  # of files whose weights are rounded to half precision
+LARGEST, PSNR = 0.25, 40.0  # of files whose weights are rounded to half precision: that difference, and decibels
 NEGATIVE = "blurry, grey"  # what a student that hears negative prompts is compared with
 EXAMPLES = ("a photo of a red fox in the snow", "an old man reading a newspaper under a lamp")
 
@@ -33,6 +33,16 @@ class Reference:
     images: Tensor
     negative: str | None = None  # prompt of all of them
     picture: Tensor | None = None
+
+
+class Gap(NamedTuple):
+    """How far images in [0, 1] are from those of the student: the largest difference, and the PSNR in decibels."""
+
+    largest: float
+    psnr: float
+
+    def __str__(self) -> str:
+        return f"{self.largest:.2g}, PSNR {self.psnr:.1f} dB"
 
 
 class Generated(Draw):
@@ -77,10 +87,16 @@ def settled(pipe: Any, device: torch.device) -> Any:
     return pipe
 
 
+def examples(teacher: Teacher) -> tuple[Any, ...]:
+    """What an export is verified on: prompts, or labels."""
+    family = teacher.parts.family
+    return family.examples(teacher) if hasattr(family, "examples") else EXAMPLES
+
+
 @torch.no_grad()
 def reference(student: Student, teacher: Teacher, net: nn.Module) -> Reference:
     """Samples of the student with the weights `net`, one by one, from noise of fixed seeds."""
-    prompts, device = getattr(teacher.parts.family, "EXAMPLES", EXAMPLES), place(net)
+    prompts, device = examples(teacher), place(net)
     z = torch.randn(len(prompts), *teacher.shape, generator=torch.Generator().manual_seed(0))
     teacher.parts.drop_text()  # it may be on another device
     teacher.parts.device = device
@@ -106,8 +122,8 @@ def reference(student: Student, teacher: Teacher, net: nn.Module) -> Reference:
 
 
 @torch.no_grad()
-def compare(pipe: Any, teacher: Teacher, expected: Reference, steps: int) -> float:
-    """Largest difference between a pipeline's images and the reference; nan where one is not finite."""
+def compare(pipe: Any, teacher: Teacher, expected: Reference, steps: int) -> Gap:
+    """How far a pipeline's images are from the reference; nan where one is not finite."""
     family, gaps, device = teacher.parts.family, [], pipe._execution_device
     if expected.picture is not None:
         pipe = control.Shown(pipe, expected.picture.to(device))
@@ -115,5 +131,6 @@ def compare(pipe: Any, teacher: Teacher, expected: Reference, steps: int) -> flo
         with exact(i, device):
             z = expected.z[i : i + 1].to(device)
             image = family.sample(pipe, [prompt], z, steps, family.UNCONDITIONAL, expected.negative)
-        gaps.append((image.float().cpu().clamp(0, 1) - expected.images[i : i + 1]).abs().max())
-    return float(torch.stack(gaps).max())
+        gaps.append(image.float().cpu().clamp(0, 1) - expected.images[i : i + 1])
+    gap = torch.cat(gaps).double()
+    return Gap(float(gap.abs().max()), float(-10 * gap.square().mean().log10()))

@@ -925,7 +925,7 @@ MUTATIONS = {
     "export": (
         m("level of the scheduler", "pipelines/edm", "sigma_min=0.0, sigma_max=sigma",
           "sigma_min=0.002, sigma_max=80.0", EXPORTED),
-        m("wrong export passes", "pipelines/export", "if not gap <= limit(name)}", "if False}",
+        m("wrong export passes", "pipelines/export", "if not gap.largest <= TOLERANCE}", "if False}",
           f"{RECIPES}::test_a_recipe_fails_with_its_export"),
         m("the raw weights", "pipelines/run", "nets.student, state.ema.net\n",
           "nets.student, nets.student.denoiser.net\n", EXPORTED),

@@ -156,7 +156,7 @@ def noise(teacher):
 @torch.no_grad()
 def sampled(teacher, student, net):
     """An image of the student with these weights, in [0, 1]."""
-    prompt = getattr(teacher.parts.family, "EXAMPLES", verify.EXAMPLES)[1]
+    prompt = verify.examples(teacher)[1]
     c, z = teacher.encode([prompt]), noise(teacher)
     x = student.using(net).generate(z, c, verify.Generated(teacher))
     return (teacher.decode(x) / 2 + 0.5).clamp(0, 1).numpy()
@@ -245,7 +245,7 @@ def plainly(runs, tmp_path_factory):
         family, facts = teacher.parts.family, json.loads((pipeline / "distill.json").read_text())
         pipe = Recorder(DiffusionPipeline.from_pretrained(pipeline, local_files_only=True))
         pipe.pipe.set_progress_bar_config(disable=True)
-        prompt = getattr(family, "EXAMPLES", verify.EXAMPLES)[1]
+        prompt = verify.examples(teacher)[1]
         family.sample(pipe, [prompt], noise(teacher), facts["steps"], family.UNCONDITIONAL)
         torch.save(pipe.called, where / f"{name}.pt")
         lora = [p.name for p in pipeline.glob("*_lora.safetensors")]
@@ -279,7 +279,7 @@ def test_pipeline_is_the_averaged_student(name, out, plainly):
     student, net = state.nets.student, state.ema.net
     own = sampled(teacher, student, net)
     for what, images in plainly[name].items():
-        assert np.abs(placed(images, own) - own).max() < (1e-4 if what == "pipeline" else verify.HALF)
+        assert np.abs(placed(images, own) - own).max() < (1e-4 if what == "pipeline" else verify.LARGEST)
         for other in (teacher.denoiser.net, student.denoiser.net):
             assert np.abs(placed(images, own) - sampled(teacher, student, other)).max() > 10 * verify.TOLERANCE
 
@@ -341,7 +341,7 @@ def test_wrong_weights_are_caught(which, one, runs, tmp_path, monkeypatch):
         wrong["stale"] = state.nets.student.denoiser.copy().net
         wrong["stale"].load_state_dict(stale)
     folder, right = tmp_path / "pipeline", export.write
-    assert export.export(student, teacher, net, scheduler, folder, told)["pipeline"] < 1e-5
+    assert export.export(student, teacher, net, scheduler, folder, told).gaps["pipeline"].largest < 1e-5
     before = {p: p.stat().st_mtime_ns for p in folder.rglob("*")}
     monkeypatch.setattr(export, "write", lambda teacher, net, *rest: right(teacher, wrong[which], *rest))
     with pytest.raises(ExportError, match="differs from the student: pipeline by"):
