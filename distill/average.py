@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from distill.denoiser import Call, Condition, Denoiser, first
 from distill.guidance import Guided, repeated
 from distill.lora import shared
-from distill.schedule import Flow
+from distill.schedule import Flow, expand
 
 SECOND = "end."  # the names of what a network is told its second time with
 PATH = Flow()  # F is a velocity of this path; a denoiser of any schedule is spoken to on it
@@ -38,15 +38,20 @@ def average(denoiser: Denoiser | Guided, x: Tensor, t: Tensor, r: Tensor | None,
     return denoiser(x, t, c if r is None else ending(c, r)).flow
 
 
-def guided(v: Tensor, omega: float, kappa: float, net: Denoiser, x: Tensor, t: Tensor, c: Condition) -> Tensor:
+def guided(
+    v: Tensor, omega: float, kappa: float, net: Denoiser, x: Tensor, t: Tensor, c: Condition, inside: Tensor
+) -> Tensor:
     """omega v + (1 - omega - kappa) F(null) + kappa F(c) at (t, t), of F itself: guidance omega / (1 - kappa) built in.
 
-    MeanFlow's omega and kappa; TwinFlow's enhancement has omega = 1 and kappa = its ratio. Call it without grad.
+    MeanFlow's omega and kappa; TwinFlow's enhancement has omega = 1 and kappa = its ratio. inside [B]: which samples;
+    the others keep v. Call it without grad.
     """
     if omega == 1 and kappa == 0:
         return v
-    null, cond = (average(Guided(net, w), x, t, t, c) for w in (0.0, 1.0))
-    return omega * v + (1 - omega - kappa) * null + kappa * cond
+    null = average(Guided(net, 0.0), x, t, t, c)
+    cond = average(net, x, t, t, c) if kappa else v
+    own = omega * v + (1 - omega - kappa) * null + kappa * cond
+    return torch.where(expand(inside, x).bool(), own, v)
 
 
 class End(nn.Module):

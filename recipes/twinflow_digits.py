@@ -14,7 +14,7 @@ from distill.trainer import TrainConfig
 from pipelines.run import main
 
 CONFIG = Config(
-    method=TwinFlow(),
+    method=TwinFlow(rectify=0.5),
     data=Digits(),
     validation_images=40,
     teacher="runs/digits/teacher",

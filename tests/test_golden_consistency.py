@@ -4,6 +4,7 @@ All are float64; an error is relative to the largest entry, of gradients the lar
 """
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from replay import Replay, filled, gradients, load, module, under
 
 from distill.curriculum import Closing
 from distill.denoiser import Denoiser
-from distill.methods import CT, SCM, TCM, MeanFlow
+from distill.methods import CT, SCM, TCM, MeanFlow, TwinFlow
 from distill.roles import Nets
 from distill.schedule import EDM, Flow
 from distill.student import Student
@@ -173,3 +174,55 @@ def test_meanflow_of_a_teacher(case, close):
     loss, _ = method.student_loss(x, nets, batch, draw)
     assert draw.used_up
     checked(close, loss, student.net, stored["out/loss_elem"].mean(), under(stored, "grad"))
+
+
+@pytest.mark.level(4, "TwinFlow")
+@pytest.mark.parametrize("name", ["kappa0_N2"])
+def test_twinflow(case, close, name):
+    """Theirs is a mean over three parts of the base and one of the twin, plus .5 of the third loss: 3/4 of our sum.
+
+    Each loss here has its own samples, so the terms are asked for one at a time. Their Barron is ours times 1.00499.
+    """
+    stored, facts, Mini = case(f"twinflow/{name}")
+    x, text = stored["in/real"], stored["in/text"]
+
+    def told(net, x, t, c):  # a negative end makes both times negative
+        r = c.get("end", torch.zeros_like(t))
+        return net(x, torch.where(r < 0, -t, t), c["c"], r=r)
+
+    null = {"c": stored["in/null"]}
+    of = lambda p: Denoiser(filled(Mini(ch=3, second=True), under(stored, p)), Flow(1.0), "flow", told, null)
+    student, target = of("student"), of("target")
+    nets = Nets(student, Student(student), x.shape[1:], target=target)
+    barron = facts["loss"].startswith("barron")
+    C = 1e-6 + 1e-8
+    whole_base = TwinFlow(
+        kappa=facts["kappa"], N=facts["estimate_order"], c=C**0.5 if barron else None, twin=0.0, rectify=0.0
+    )
+    share = torch.cat([torch.zeros(2), stored["draw/u_mul"][2:4].flatten(), 1 - stored["draw/u_any"][4:6].flatten()])
+    samples, z = torch.tensor([0, 3, 1, 4, 2, 5]), stored["draw/z"]
+
+    def base(method, **more):
+        uniform = {"t": stored["draw/t"].flatten()[:6], "r": share} | more.pop("uniform", {})
+        return Replay({"eps": z[:6]} | more, uniform, samples=samples)
+
+    def turn(method, x_of, draw, z0, c):
+        """The loss of `method` where its own samples are made from z0."""
+        batch = {"real": x[:6], "real_c": {"c": text[:6]}, "c": {"c": c}}
+        sample = method.sample(nets, batch, Replay({"z": z0}, samples=torch.arange(2))) if x_of else x[:6]
+        loss, logs = method.student_loss(sample, nets, batch, draw)
+        assert draw.used_up
+        return loss, logs, sample
+
+    alone, _, _ = turn(whole_base, False, base(whole_base), None, text[:6])
+    method = replace(TwinFlow(), kappa=whole_base.kappa, N=whole_base.N, c=whole_base.c)
+    with_twin = replace(method, rectify=0.0)
+    t = stored["draw/t"].flatten()
+    draw = base(with_twin, eps_twin=z[6:], uniform={"t_twin": t[6:]})
+    twin, _, x_fake = turn(with_twin, True, draw, stored["draw/z_fake"], text[6:])
+    close("samples of the twin", x_fake, stored["out/x_fake"], DOUBLE)
+    rectified = replace(method, twin=0.0)
+    draw = base(rectified, eps_rectify=stored["draw/z_rect"], uniform={"t_rectify": stored["draw/t_rect"].flatten()})
+    rect, _, _ = turn(rectified, True, draw, z[:2], text[:2])
+    loss = 0.75 * (C**0.5 / 1e-3 if barron else 1.0) * (twin + rect - alone)
+    checked(close, loss, student.net, stored["out/loss"], under(stored, "grad"))

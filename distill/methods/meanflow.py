@@ -5,9 +5,11 @@
           v <- omega v + (1 - omega - kappa) F(x_t, t, t | null) + kappa F(x_t, t, t)
     g   = F - v + (t - r) dF/dt,    dF/dt = v . dF/dx + dF/dt    the identity (t - r) F = integral of v, differentiated
     L   = |F - sg(F - g)|^2 / sg(|g|^2 + floor)^p                sums over the elements of a sample, mean over the batch
+    or    |F - sg(F - g / (|g| + floor)^p)|^2                    norm "vector"; "rms": of g / sqrt(its elements)
 
 dF/dt is a forward-mode pass of (x_t, t) with tangents (v, 1), r fixed, without gradient; the loss's F is of the same
-pass. Gradients flow through that F alone. With r = t it is flow matching.
+pass. Gradients flow through that F alone. With r = t it is flow matching. A student of several calls without new noise
+(student.renoise "ddim") goes from each to the time of the next (paper); with new noise each goes to 0.
 """
 
 from dataclasses import dataclass
@@ -34,11 +36,14 @@ class MeanFlow:
     guidance: Finite = 1.0  # of the teacher (FastGen, Wan: 3)
     omega: Finite = 1.0  # guidance of F in itself, omega / (1 - kappa) (FastGen, XL/2: .2 and .92)
     kappa: Finite = 0.0
+    interval: tuple[Share, Share] = (0.0, 1.0)  # of t, where these three act (FastGen, XL/2: 0, .75)
     p_drop: Share = 0.1  # share of null conditions where F is guided (paper)
     times: Law = LogitNormal(-0.4, 1.0)  # of t and r, the larger is t (paper, ImageNet-256)
+    end_times: Law | None = None  # of r in the place of `times` (FastGen, CIFAR-10: logit-normal, -4, 1.6)
     equal: Share = 0.75  # share of r = t (paper; CIFAR-10 .25)
     p: Weight = 1.0  # of the adaptive weight (paper; CIFAR-10 .75); 0: squared error
     floor: Weight = 0.01  # of it (code)
+    norm: Literal["square", "vector", "rms"] = "square"  # rms: per element, with p = 1 and floor 10 (FastGen, Wan)
     warmup: Natural = 0  # steps until dF/dt counts in full (FastGen's distillation 2000)
     one_pass: bool = True  # F of the loss is that of dF/dt; False: a pass of its own, as where blocks are recomputed
 
@@ -57,22 +62,27 @@ class MeanFlow:
 
     def student_loss(self, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
         net, c, eps = nets.student.denoiser.on(PATH), batch.get("real_c"), draw.normal("eps", x.shape).to(x)
-        a, b = (self.times(draw, name, len(x), PATH) for name in ("t", "r"))
+        a, b = self.times(draw, "t", len(x), PATH), (self.end_times or self.times)(draw, "r", len(x), PATH)
         t, r = torch.maximum(a, b), torch.minimum(a, b)
         r = torch.where(draw.uniform("equal", (len(x),)) < self.equal, t, r)
         dropped = draw.uniform("drop", (len(x),)) < self.p_drop
         if (self.omega, self.kappa) != (1, 0):
             c = drop(c, net.null, dropped)
-        x_t = PATH.diffuse(x, eps, t)
+        x_t, inside = PATH.diffuse(x, eps, t), (t >= self.interval[0]) & (t <= self.interval[1])
         with torch.no_grad():
-            teacher = Guided(nets.teacher.on(PATH), self.guidance)
+            w = self.guidance if self.interval == (0, 1) else 1 + (self.guidance - 1) * inside.double()
+            teacher = Guided(nets.teacher.on(PATH), w)
             v = eps - x if self.velocity == "data" else average(teacher, x_t, t, None, c)
-            own = guided(v, self.omega, self.kappa, net, x_t, t, c)
-            v = own if own is v else torch.where(expand(dropped, x).bool(), v, own)
+            v = guided(v, self.omega, self.kappa, net, x_t, t, c, inside & ~dropped)
         once = self.one_pass and net.dual
         F, dF = jvp(lambda x_t, t: average(net, x_t, t, r, c), (x_t, t), (v, torch.ones_like(t)), once)
         warm = min(1.0, draw.step / self.warmup) if self.warmup else 1.0
         g = F.detach() - v + warm * expand(t - r, x) * dF
-        F = F if once else average(net, x_t, t, r, c)
+        return self.distance(F if once else average(net, x_t, t, r, c), g).mean(), {"delta": g.square().mean()}
+
+    def distance(self, F: Tensor, g: Tensor) -> Tensor:  # [B]
+        if self.norm != "square":
+            g = g / g[0].numel() ** 0.5 if self.norm == "rms" else g
+            g = g / expand((torch.linalg.vector_norm(g.flatten(1), dim=1) + self.floor) ** self.p, g)
         size = (F - F.detach() + g).square().flatten(1).sum(1)
-        return adaptive(size, self.p, self.floor).mean(), {"delta": g.square().mean()}
+        return adaptive(size, self.p, self.floor) if self.norm == "square" else size

@@ -6,8 +6,7 @@
     g   = clamp( ((t - r) F - I) / d - v, +-1 )       0 where (t - r) F is the integral of v;  t - r <= d: F - v
     L   = w e / sg(e + c^2)^.5,   e = mean |F - sg(F - g)|^2 of a sample,   w = 1 + tan( (1 - (t - r)) pi / 2.5 )
 
-F' is the student's average. A third of the batch each: (t, r) = (1, 0); r in [.95 t, t]; r in [0, t]. Gradients flow
-through F alone. As d -> 0, g is MeanFlow's.
+F' is the student's average. A third each: (1, 0); r in [.95 t, t]; r in [0, t]. Gradients flow through F alone.
 """
 
 import math
@@ -23,7 +22,7 @@ from distill.draw import Draw
 from distill.ema import follow
 from distill.guidance import Guided
 from distill.losses import adaptive
-from distill.ranges import Count, Decay, Finite, Positive
+from distill.ranges import Count, Decay, Finite, Positive, Share
 from distill.schedule import expand
 from distill.times import Law, Uniform
 from distill.trainer import Batch, Logs, Nets, Update
@@ -36,13 +35,13 @@ class RCGM:
     velocity: Literal["data", "teacher"] = "data"  # of v
     guidance: Finite = 1.0  # of the teacher's v
     kappa: Finite = 0.0  # guidance of F in itself, 1 / (1 - kappa) (code: .8)
+    interval: tuple[Share, Share] = (0.0, 1.0)  # of t, without its ends, where kappa acts: at t = 1 it does not (code)
     target_ema: Decay = 0.99  # of F' (code: .999 OpenUni, .99 SD3.5 and LoRA); 0: the student itself
     times: Law = Uniform(0.0, 1.0)  # of t: Beta(1, 1) (code)
-    step: Positive = 0.01  # d (code)
+    step: Positive = 0.01  # d (code); as d -> 0, g is MeanFlow's
     N: Count = 2  # jumps of I (code)
     clamp: Positive = 1.0  # of g (code)
     c: Positive | None = 1e-3  # of Barron's loss (code); None: L = e
-
     jumps = True
 
     @property
@@ -64,15 +63,15 @@ class RCGM:
         t, share = self.times(draw, "t", len(x), PATH), draw.uniform("r", (len(x),)).double()
         whole, short = draw.samples % 3 == 0, draw.samples % 3 == 1
         t, r = torch.where(whole, 1.0, t), torch.where(whole, 0.0, t * torch.where(short, 1 - 0.05 * share, share))
-        x_t = PATH.diffuse(x, eps, t)
+        x_t, w = PATH.diffuse(x, eps, t), 1 + torch.tan((1 - (t - r)) * math.pi / 2.5)
         F = average(net, x_t, t, r, c)
         with torch.no_grad():
             target = (nets.target or nets.student.denoiser).on(PATH)
             teacher = Guided(nets.teacher.on(PATH), self.guidance)
             v = eps - x if self.velocity == "data" else average(teacher, x_t, t, None, c)
-            g = self.residual(F, x_t, t, r, guided(v, 1.0, self.kappa, target, x_t, t, c), target, c)
-        w = (1 + torch.tan((1 - (t - r)) * math.pi / 2.5)).to(F.dtype)
-        return (w * self.distance(F, g.clamp(-self.clamp, self.clamp))).mean(), {"delta": g.square().mean()}
+            v = guided(v, 1.0, self.kappa, target, x_t, t, c, (t > self.interval[0]) & (t < self.interval[1]))
+            g = self.residual(F, x_t, t, r, v, target, c)
+        return (w.to(F) * self.distance(F, g.clamp(-self.clamp, self.clamp))).mean(), {"delta": g.square().mean()}
 
     def residual(self, F: Tensor, x: Tensor, t: Tensor, r: Tensor, v: Tensor, net: Denoiser, c: Condition) -> Tensor:
         near, x, a, I = t - r <= self.step, x - self.step * v, t - self.step, torch.zeros_like(x)

@@ -8,8 +8,8 @@
 
 F is one network: no teacher, no fake score, no discriminator. L_base is RCGM's (distill/methods/rcgm.py), its target an
 average. g = (D_data - D_samples)(x_t) / t, so L_rect descends as DMD does. The sign is told with the second time. The
-authors split a batch in four, one part for L_twin; here each loss has the whole. Gradients flow through F and, in
-L_rect, through x.
+authors split a batch in four, three parts for L_base and one for L_twin, and add the mean over the four and .5 L_rect:
+3/4 of this sum. Here each loss has the whole batch. Gradients flow through F and, in L_rect, through x.
 """
 
 from dataclasses import dataclass
@@ -28,8 +28,8 @@ from distill.trainer import Batch, Logs, Nets
 class TwinFlow(RCGM):
     """RCGM and its twin: needs images (or samples of the teacher)."""
 
-    twin: Weight = 1 / 3  # lambda_twin (code: the mean over four parts of which three are the base's)
-    rectify: Weight = 0.5  # lambda_rect: .5 SD3.5, Qwen-Image; .75 OpenUni (code)
+    twin: Weight = 1 / 3  # lambda_twin (code: 1/4, beside 3/4 of the base)
+    rectify: Weight = 2 / 3  # lambda_rect: 2/3 SD3.5, Qwen-Image; 1 OpenUni (code: .5 and .75 beside these)
 
     @property
     def alone(self) -> bool:
@@ -43,14 +43,18 @@ class TwinFlow(RCGM):
         if self.alone:
             return loss, logs
         logs["base"], net, c = loss, nets.student.denoiser.on(PATH), batch.get("c")
-        x_t, t, eps = self.noised(x.detach(), draw, "twin")
-        F = average(net, x_t, t, -t, c)
-        with torch.no_grad():
-            x_u, u, _ = self.noised(x, draw, "rectify")
-            g = average(net, x_u, u, -u, c) - average(net, x_u, u, u, c)
-        logs |= {"gap": g.square().mean(), "twin": self.distance(F, F - (eps - x)).mean()}
-        logs["rectify"] = self.distance(x, -g.clamp(-self.clamp, self.clamp)).mean()
-        return loss + self.twin * logs["twin"] + self.rectify * logs["rectify"], logs
+        if self.twin:
+            x_t, t, eps = self.noised(x.detach(), draw, "twin")
+            F = average(net, x_t, t, -t, c)
+            logs["twin"] = self.distance(F, F - (eps - x)).mean()
+            loss = loss + self.twin * logs["twin"]
+        if self.rectify:
+            with torch.no_grad():
+                x_u, u, _ = self.noised(x, draw, "rectify")
+                g = average(net, x_u, u, -u, c) - average(net, x_u, u, u, c)
+            logs["gap"], logs["rectify"] = g.square().mean(), self.distance(x, -g.clamp(-self.clamp, self.clamp)).mean()
+            loss = loss + self.rectify * logs["rectify"]
+        return loss, logs
 
     def noised(self, x: Tensor, draw: Draw, name: str) -> tuple[Tensor, Tensor, Tensor]:
         t, eps = self.times(draw, f"t_{name}", len(x), PATH), draw.normal(f"eps_{name}", x.shape).to(x)

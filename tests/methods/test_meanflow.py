@@ -194,3 +194,62 @@ def test_told_its_end():
     MeanFlow(times=Two(), equal=0.0).student_loss(draw.normal("real", (N, 2)), nets, {}, draw)
     assert said and all(torch.equal(r, torch.full((N,), 0.3, dtype=F64)) for r in said)
     assert "end" in ending(None, said[0])
+
+
+def test_interval():
+    """Guidance, of the teacher or of F itself, where t is in the interval, its ends too; elsewhere v is unguided."""
+    nets, draw = trained(classes=3), draw_of()
+    real, c = draw.normal("real", (N, 2)), {"label": torch.arange(N) % 3}
+    base = MeanFlow(times=Fixed(0.4), equal=1.0, p_drop=0.0)
+    of = lambda method: method.student_loss(real, nets, {"real_c": c}, draw)[1]["delta"]
+    for change in ({"omega": 0.5, "kappa": 0.4}, {"velocity": "teacher", "guidance": 3.0}):
+        method, plain = replace(base, **change), replace(base, velocity=change.get("velocity", "data"))
+        for interval in ((0.4, 1.0), (0.0, 0.4)):
+            assert torch.equal(of(replace(method, interval=interval)), of(method))
+        for interval in ((0.41, 1.0), (0.0, 0.39)):
+            torch.testing.assert_close(of(replace(method, interval=interval)), of(plain), rtol=1e-12, atol=0)
+        assert abs(of(method) - of(plain)) > 1e-3
+
+
+def test_a_law_of_its_own_for_r():
+    said, nets = [], trained()
+    nets.student.denoiser.net.end.register_forward_hook(lambda m, a, o: said.append(a[0]))
+    real = draw_of().normal("real", (N, 2))
+    for method in (
+        MeanFlow(times=Fixed(0.8), end_times=Fixed(0.3), equal=0.0),
+        MeanFlow(times=Fixed(0.3), end_times=Fixed(0.8), equal=0.0),
+    ):
+        method.student_loss(real, nets, {}, draw_of())
+    assert said and all(torch.equal(r, torch.full((N,), 0.3, dtype=F64)) for r in said)
+
+
+@pytest.mark.parametrize("norm, unit", (("vector", 1.0), ("rms", 2**0.5)))
+def test_norm_of_the_tangent(norm, unit):
+    """The gradient to F is 2 g' / B, g' = (g / unit) / (|g / unit| + floor)^p: elements do not change it under rms."""
+    method, g = MeanFlow(norm=norm, floor=10.0, p=1.5), draw_of().normal("g", (N, 2)) * 30
+    F = draw_of().normal("F", (N, 2)).requires_grad_()
+    loss = method.distance(F, g)
+    (slope,) = torch.autograd.grad(loss.mean(), F)
+    want = g / unit / ((g / unit).norm(dim=1, keepdim=True) + 10) ** 1.5
+    torch.testing.assert_close(slope, 2 * want / N, rtol=1e-12, atol=0)
+    torch.testing.assert_close(loss, want.square().sum(1), rtol=1e-12, atol=0)
+    wide = method.distance(F.repeat(1, 50), g.repeat(1, 50))
+    ratio = float((wide / loss).mean())
+    assert ratio == pytest.approx(1.0) if norm == "rms" else ratio < 0.9
+
+
+def test_several_calls_follow_the_trajectory():
+    """The exact average velocity of a Gaussian, called two or five times, ends where its trajectory does."""
+    law, _ = problem(2)
+    for schedule, kind in (("flow", "flow"), ("vp", "v"), ("edm", "edm")):
+        path = SCHEDULES[schedule]
+        denoiser = nets_of(law, schedule, kind).student.denoiser
+        z = draw_of().normal("z", (N, 2))
+        for times in ((0.9, 0.4), (0.9, 0.7, 0.5, 0.3, 0.2)):
+            student = Student(denoiser, times, renoise="ddim", jumps=True)
+            alpha, sigma = path.coefficients(torch.tensor([0.9], dtype=F64))
+            want = law.carry(
+                sigma * z, (alpha[:, None], sigma[:, None]), (torch.ones(1, 1).double(), 0 * sigma[:, None])
+            )
+            torch.testing.assert_close(student.generate(z, None), want, rtol=1e-7, atol=1e-7)
+        assert (replace(student, jumps=False).generate(z, None) - want).abs().max() > 1e-2
