@@ -489,7 +489,7 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, stored: Stored) -> bool:
         i, name = key.split(".", 1)
         whole = tensor.ndim == 0 and not tensor.is_floating_point()  # the 8-bit optimizer counts its steps in Python
         entries.setdefault(int(i), {})[name] = int(tensor) if whole else tensor
-    moment = "exp_avg" if isinstance(optimizer, torch.optim.AdamW) else "state1"
+    moment = "exp_avg" if isinstance(optimizer, torch.optim.AdamW | torch.optim.RAdam) else "state1"
     shapes = {i: entry[moment].shape if moment in entry else None for i, entry in entries.items()}
     if any(i >= len(params) or shape != params[i].shape for i, shape in shapes.items()):
         return False

@@ -11,7 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from distill.draw import Draw
+from distill.ranges import Decay
 from distill.schedule import Prediction, Schedule, ends, expand
+from distill.times import Law, Moved, Staged, share
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,10 @@ class Interval(Schedule):
         """u -> t of the whole path."""
         return self.s + (1 - self.s) * u.double()
 
+    def inner(self, t: Tensor) -> Tensor:
+        """The inverse of outer."""
+        return ends((t - self.s) / (1 - self.s))
+
     def anchor(self) -> tuple[float, float]:
         """(alpha_s, sigma_s)."""
         alpha, sigma = self.base.coefficients(torch.tensor([self.s], dtype=torch.float64))
@@ -41,8 +48,7 @@ class Interval(Schedule):
 
     def time(self, ratio: Tensor) -> Tensor:
         a_s, s_s = self.anchor()
-        t = self.base.time((ratio.double() ** 2 + s_s**2).sqrt() / a_s)
-        return ends((t - self.s) / (1 - self.s))
+        return self.inner(self.base.time((ratio.double() ** 2 + s_s**2).sqrt() / a_s))
 
     def native(self, u: Tensor) -> Tensor:
         return self.base.native(self.outer(u))
@@ -97,3 +103,26 @@ class Inside(Prediction):
     def weight(self) -> Tensor:
         """Of the squared error, min(1, clamp b^2): the variance of the target grows as 1 / b^2 towards s."""
         return (self.clamp * torch.as_tensor(self.b) ** 2).clamp(max=1)
+
+
+@dataclass(frozen=True)
+class Tail(Law):
+    """A law of the whole path, given t > s: its times on the Interval above s, which it is called with.
+
+    Its density is that of the law over the law's share above s, of which the part next to s, `margin`, is left out.
+    """
+
+    law: Law
+    margin: Decay = 0.0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.law, Staged):
+            raise ValueError("a staged law changes from step to step, and a phase needs one law: leave Staged out")
+
+    def __call__(self, draw: Draw, name: str, B: int, schedule: Schedule) -> Tensor:
+        assert isinstance(schedule, Interval)
+        low = share(self.law, schedule.s, schedule.base)
+        if low == 1:
+            raise ValueError(f"{self.law} has no times above {schedule.s:.4g}, where the student's phase ends")
+        low += self.margin * (1 - low)
+        return schedule.inner(self.law(Moved(draw, lambda u: low + (1 - low) * u), name, B, schedule.base))

@@ -49,6 +49,7 @@ Positive = Annotated[float, Range(float, 0, ends="(]")]
 Weight = Annotated[float, Range(float, 0)]
 Share = Annotated[float, Range(float, 0, 1)]
 Decay = Annotated[float, Range(float, 0, 1, "[)")]
+Width = Annotated[float, Range(float, 0, 0.28, "(]")]  # of an average's weights: that of equal weights is .289
 
 
 def leaves(config: Any, path: str = "") -> Iterator[tuple[str, Any, Field[Any], Any]]:

@@ -137,6 +137,21 @@ class Shifted(Law):
 
 
 @dataclass(frozen=True)
+class Clip(Law):
+    """t of another law, those below `low` or above `high` at these (Self-Forcing, LightX2V: t after the shift)."""
+
+    law: Law
+    low: Share = 0.02
+    high: Share = 0.98
+
+    def __post_init__(self) -> None:
+        _ordered(self, 1)
+
+    def __call__(self, draw: Draw, name: str, B: int, schedule: Schedule) -> Tensor:
+        return self.law(draw, name, B, schedule).clamp(self.low, self.high)
+
+
+@dataclass(frozen=True)
 class Fixed(Law):
     """The same t for every sample: for closed forms and diagnostics."""
 
@@ -187,6 +202,25 @@ class Moved(Draw):
 
 
 @lru_cache
+def share(law: Law, t: float, schedule: Schedule) -> float:
+    """The share of a law at times of at most t, by bisection: above it every time is later than t.
+
+    The law is the same in every step (Staged is not).
+    """
+    low, high = 0.0, 1.0
+    for _ in range(32):  # random numbers have 24 bits
+        middle = (low + high) / 2
+        low, high = (middle, high) if quantile(law, middle, schedule) <= t else (low, middle)
+    return high
+
+
+def quantile(law: Law, u: float, schedule: Schedule) -> float:
+    """The time below which a law has the share u."""
+    draw = Moved(Draw(0, 0, "", torch.arange(1)), lambda old: torch.full_like(old, u))
+    return float(law(draw, "", 1, schedule))
+
+
+@lru_cache
 def clusters(law: Law, N: int, schedule: Schedule) -> tuple[float, ...]:
     """Shares 0 = q_0 < ... < q_N = 1 of a law between its N clusters, from clean to noisy.
 
@@ -210,7 +244,7 @@ def clusters(law: Law, N: int, schedule: Schedule) -> tuple[float, ...]:
     return tuple(edge / TASKS for edge in (0, *reversed(edges)))
 
 
-def _ordered(law: Uniform | Grid | Karras | StudentT, most: float) -> None:
+def _ordered(law: Uniform | Grid | Karras | StudentT | Clip, most: float) -> None:
     """ValueError unless 0 <= low <= high <= most."""
     check(law)
     if not law.low <= law.high <= most:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from distill import health, memory, shard
 from distill.draw import Draw
 from distill.ema import EMA
-from distill.ranges import Count, Decay, Natural, Positive, Seed, Weight, check
+from distill.ranges import Count, Decay, Natural, Positive, Seed, Weight, Width, check
 from distill.roles import HEADS, Batch, Nets
 
 if TYPE_CHECKING:
@@ -86,15 +86,19 @@ class TrainConfig:
     gradient_checkpointing: bool = False  # recompute blocks in the backward pass: less memory, a third more time
     attention: str | None = None  # backend of diffusers: native, flash, xformers, ...; None: as the networks come
     replicate_teacher: bool = False  # where networks are sharded (FSDP): it alone is whole on every process
-    optimizer: Literal["adamw", "adamw8bit"] = "adamw"  # moments of 8 bits by bitsandbytes: 2 bytes a weight, not 8
+    # moments of 8 bits are bitsandbytes': 2 bytes a weight, not 8; radam: Adam that needs no warm-up (ECT, iCT, TCM)
+    optimizer: Literal["adamw", "adamw8bit", "radam"] = "adamw"
     adam_beta1: Decay = 0.0
     adam_beta2: Decay = 0.999
     adam_epsilon: Positive = 1e-8
     adam_weight_decay: Weight = 0.0
     max_grad_norm: Positive | None = None  # clip the gradient of each player to this norm; None: never
+    fake_max_grad_norm: Weight | None = None  # of the fake score and discriminator; None: the same norm; 0: never
+    max_grad_value: Positive | None = None  # clip every entry of the student's gradient to this; None: never
     fake_max_grad_value: Positive | None = None  # clip every entry of the fake score's gradient to this; None: never
     ema_half_life: Weight = 10_000  # of the student's average, in images; 0 follows the student
     ema_ramp: Positive | None = 0.05  # half-life at most this share of the images seen; None: no ramp
+    ema_width: Width | None = None  # of a power average: sigma_rel of EDM2 (rCM: .1), in place of the half-life
     checkpointing_steps: Natural = 500
     checkpoints_total_limit: Count | None = 2  # keep the newest; None: all
     resume_from_checkpoint: str | None = None  # "latest" or a checkpoint folder
@@ -123,6 +127,12 @@ class TrainConfig:
     def rates(self) -> dict[str, float]:
         """The learning rate of each player."""
         return {"student": self.learning_rate, "fake": self.fake_learning_rate or self.learning_rate}
+
+    def norm(self, player: str) -> float | None:
+        """The norm that the gradient of `player` is clipped to; None: it is not clipped."""
+        if player == "student" or self.fake_max_grad_norm is None:
+            return self.max_grad_norm
+        return self.fake_max_grad_norm or None
 
     def rate(self, step: int) -> float:
         """The factor on the learning rates at iteration `step`."""
@@ -204,12 +214,13 @@ def train(
                     state.logs[name] = state.logs.get(name, 0.0) + value
             kept, walked = done, done if update.walk else walked
             average(players[player], accelerator)
-            state.logs[f"{player}/grad_norm"] = norm = clip(players[player], cfg.max_grad_norm)
+            state.logs[f"{player}/grad_norm"] = norm = clip(players[player], cfg.norm(player))
             if not torch.isfinite(norm):
                 health.refuse(state, method, update, done, cfg, accelerator)  # raises, unless it may be left out
                 continue
-            if player == "fake" and cfg.fake_max_grad_value is not None:
-                torch.nn.utils.clip_grad_value_(players[player], cfg.fake_max_grad_value)
+            limit = cfg.max_grad_value if player == "student" else cfg.fake_max_grad_value
+            if limit is not None:
+                torch.nn.utils.clip_grad_value_(players[player], limit)
             for group in optimizer.param_groups:
                 group["lr"] = rates[player] * cfg.rate(step)
             optimizer.step()
@@ -218,7 +229,8 @@ def train(
             if cfg.skip_nonfinite:
                 state.logs[f"{player}/skipped"] = torch.zeros_like(norm)
             if player == "student":
-                state.ema.update(nets.student.denoiser.net, cfg.train_batch_size, step * cfg.train_batch_size)
+                seen, updates = step * cfg.train_batch_size, moves(method, "student", step)
+                state.ema.update(nets.student.denoiser.net, cfg.train_batch_size, seen, updates)
                 if hasattr(method, "after"):
                     method.after(nets)
         own(players, *players)
@@ -247,7 +259,7 @@ def begin(
         first = draw(cfg.seed, 0, "student", torch.zeros(1, dtype=torch.long, device=accelerator.device))
         with memory.autocast(accelerator):
             memory.attend(nets, cfg.attention, data(first).get("c"))
-    ema = EMA(nets.student.denoiser.net, cfg.ema_half_life, cfg.ema_ramp)
+    ema = EMA(nets.student.denoiser.net, cfg.ema_half_life, cfg.ema_ramp, cfg.ema_width)
     if shard.asked(accelerator):
         split(nets, ema, accelerator, cfg.replicate_teacher)
     state = State(nets, ema, {name: adam(params, cfg.rates()[name], cfg) for name, params in owners(nets).items()})
@@ -262,6 +274,18 @@ def began(method: Method, nets: Nets, step: int) -> int:
     """How many steps ago the generation began that this step's samples continue (Update.walk)."""
     cycle = max(update.every for update in method.updates())
     return (step % cycle - 1) % len(nets.student.times) if step % cycle else 0
+
+
+def moves(method: Method, player: str, step: int) -> int:
+    """How many updates of `player` there are before iteration `step`; those left out for a NaN count, too."""
+    total = 0
+    for update in method.updates():
+        if update.player == player:
+            alone = min(step, update.alone) - update.start
+            first = max(update.start, update.alone)
+            later = -(-step // update.every) + first // -update.every  # multiples of `every` from `first` to step - 1
+            total += max(0, alone) + max(0, later)
+    return total
 
 
 def supported(cfg: TrainConfig, accelerator: Accelerator) -> None:
@@ -328,6 +352,9 @@ def adam(params: list[nn.Parameter], lr: float, cfg: TrainConfig) -> torch.optim
     betas = (float(cfg.adam_beta1), float(cfg.adam_beta2))
     if cfg.optimizer == "adamw8bit":
         return memory.adam8bit()(params, lr, betas, cfg.adam_epsilon, cfg.adam_weight_decay)
+    if cfg.optimizer == "radam":
+        decay = {"weight_decay": cfg.adam_weight_decay, "decoupled_weight_decay": True}
+        return torch.optim.RAdam(params, lr, betas, cfg.adam_epsilon, **decay)
     fused = params[0].device.type in ("cpu", "cuda", "mps", "xpu")
     return torch.optim.AdamW(params, lr, betas, cfg.adam_epsilon, cfg.adam_weight_decay, fused=fused)
 

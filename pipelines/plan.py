@@ -170,7 +170,8 @@ class Run:
         owners = players(nets)
         roles = [*nets.frozen().values(), *nets.modules().values()]
         weights = list(distinct(*roles))
-        average = EMA(nets.student.denoiser.net, self.config.train.ema_half_life).net
+        cfg = self.config.train
+        average = EMA(nets.student.denoiser.net, cfg.ema_half_life, width=cfg.ema_width).net
         ema = list(distinct(*roles, average))[len(weights) :]
         gradients = max(sum(p.nbytes for p in params) for params in owners.values())
         kind = self.config.train.optimizer
@@ -221,7 +222,7 @@ def moments(numel: int, kind: str) -> int:
     """Bytes of the optimizer's state for one parameter."""
     if kind == "adamw8bit" and numel >= 4096:  # bitsandbytes: two bytes, and two float32 scales a block of 256
         return 2 * numel + 2 * 4 * -(-numel // 256)
-    return 8 * numel + (4 if kind == "adamw" else 0)  # torch counts steps in a float32 of each parameter
+    return 8 * numel + (0 if kind == "adamw8bit" else 4)  # torch counts steps in a float32 of each parameter
 
 
 def gathered(net: Any) -> tuple[int, int]:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from distill.ema import EMA
+from distill.ema import EMA, exponent
 
 near = lambda got, want, tol=1e-12: torch.testing.assert_close(got, want, rtol=tol, atol=tol)
 
@@ -45,6 +45,25 @@ def test_ramp():
     assert moved(ema, net, 1, 64, start=1280) == pytest.approx(0.5, rel=1e-12)
     ema, net = fresh(64.0, ramp=0.05)
     assert moved(ema, net, 1, 64, start=10**9) == pytest.approx(0.5, rel=1e-12)  # the half-life caps the ramp
+
+
+@pytest.mark.parametrize(("width", "gamma"), ((0.05, 16.97), (0.10, 6.94), (0.01, 96.99)))
+def test_power_average(width, gamma):
+    """Weights of EDM2's power average: n^(gamma + 1) - (n - 1)^(gamma + 1) of update n, gamma as FastGen lists it."""
+    assert exponent(width) == pytest.approx(gamma, abs=5e-3)
+    net, seed = nn.Linear(1, 1, bias=False).double(), torch.Generator().manual_seed(0)
+    ema, values = EMA(net, 0.0, width=width), torch.randn(30, dtype=torch.float64, generator=seed)
+    for n, value in enumerate(values):
+        with torch.no_grad():
+            net.weight.fill_(value)
+        ema.update(net, 64, 64 * n, n)
+    powers = torch.arange(31, dtype=torch.float64) ** (exponent(width) + 1)
+    assert float(ema.net.weight) == pytest.approx(float(powers.diff() @ values / powers[-1]), rel=1e-9)
+    n = torch.arange(1, 100_001, dtype=torch.float64)
+    weights = (n / 1e5) ** exponent(width)
+    mean = (weights * n).sum() / weights.sum()
+    spread = ((weights * (n - mean) ** 2).sum() / weights.sum()).sqrt() / 1e5
+    assert float(spread) == pytest.approx(width, rel=1e-3)
 
 
 def test_average_is_a_frozen_copy():

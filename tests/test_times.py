@@ -12,7 +12,7 @@ from distill.config import Config, parse
 from distill.data import Digits
 from distill.draw import Draw
 from distill.methods import Denoise, SiD
-from distill.times import Fixed, Grid, Karras, LogitNormal, LogNormal, Shifted, Staged, Uniform, clusters
+from distill.times import Clip, Fixed, Grid, Karras, LogitNormal, LogNormal, Shifted, Staged, Uniform, clusters, share
 
 LAWS = (
     Uniform(0.0, 1.0),
@@ -100,3 +100,26 @@ def test_of_a_recipe():
     assert float(t.min()) > float(method.fake_times(turn(10), "t", B, SCHEDULES["flow"]).median()) * 0.9
     with pytest.raises(ValueError, match="N is 1001; a law has at most 100 clusters"):
         Staged(Uniform(), 1001)
+
+
+@pytest.mark.parametrize("schedule", ("vp", "flow"))
+@pytest.mark.parametrize("law", LAWS, ids=repr)
+def test_share(law, schedule):
+    """As many draws are at most t as the law has there; a law of steps has them all up to a step's own time."""
+    path = SCHEDULES[schedule]
+    drawn = law(turn(), "t", B, path)
+    for t in (float(drawn.quantile(0.3)), 0.0, 1.0):
+        found = share(law, t, path)
+        assert abs(found - float((drawn <= t).double().mean())) < 4 * 0.5 / B**0.5
+        if found < 1:
+            assert times.quantile(law, found, path) > t
+
+
+def test_clip():
+    """Self-Forcing: 5 u / (1 + 4 u) kept in [.02, .98]: the last .093 of u are at .98, the first .004 at .02."""
+    t = Clip(Shifted(Uniform(0.0, 1.0), 5.0), 0.02, 0.98)(turn(n=50_000), "t", 50_000, SCHEDULES["flow"])
+    assert t.min() == 0.02 and t.max() == 0.98
+    assert float((t == 0.98).double().mean()) == pytest.approx(1 - 0.98 / (5 - 4 * 0.98), abs=5e-3)
+    assert float((t <= 0.5).double().mean()) == pytest.approx(0.5 / (5 - 4 * 0.5), abs=5e-3)
+    with pytest.raises(ValueError, match="times from low = 0.9 to high = 0.1"):
+        Clip(Uniform(), 0.9, 0.1)

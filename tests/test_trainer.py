@@ -19,11 +19,12 @@ from zoo import CLASSES, example
 from distill import checkpoint
 from distill.data import Digits
 from distill.draw import Draw
+from distill.ema import exponent
 from distill.lora import LoRA
-from distill.methods import DMD2, LCD, SCM, VSD, SiD
+from distill.methods import DMD2, LCD, RCM, SCM, VSD, SiD
 from distill.roles import HEADS, FakeConfig, StudentConfig, build
 from distill.schedule import Trig
-from distill.trainer import TrainConfig, train
+from distill.trainer import TrainConfig, moves, train
 
 RANGE = (1.0, 3.0)  # of a random guidance
 METHODS = {
@@ -327,6 +328,76 @@ def test_clipping():
     assert norms[1e-3] == pytest.approx((1e-3, norms[None][1]), rel=1e-3)
 
 
+@pytest.mark.parametrize(
+    "change, limits",
+    (
+        ({"max_grad_norm": 1e-3}, (1e-3, 1e-3)),
+        ({"max_grad_norm": 1e-3, "fake_max_grad_norm": 2e-3}, (1e-3, 2e-3)),
+        ({"max_grad_norm": 1e-3, "fake_max_grad_norm": 0.0}, (1e-3, None)),  # FastGen: the student alone
+        ({"fake_max_grad_norm": 2e-3}, (None, 2e-3)),
+    ),
+)
+def test_each_player_has_its_norm(change, limits):
+    nets = nets_of(SiD())
+    with pushed(nets) as found:
+        state = run(SiD(), nets, max_train_steps=1, **change)
+    for player, limit in zip(("student", "fake"), limits, strict=True):
+        applied = float(torch.stack([g.norm() for g in found[player].values()]).norm())
+        whole = float(state.logs[f"{player}/grad_norm"])
+        assert whole > 1e-2 and applied == pytest.approx(limit or whole, rel=1e-3)
+
+
+@pytest.mark.parametrize("player", ("student", "fake"))
+def test_each_player_has_its_value(player):
+    """No entry of its gradient is larger, and those that are smaller stay."""
+    applied, limit = {}, 1e-3
+    for value in (None, limit):
+        nets, name = nets_of(SiD()), {"student": "max_grad_value", "fake": "fake_max_grad_value"}[player]
+        with pushed(nets) as found:
+            run(SiD(), nets, max_train_steps=1, **{name: value})
+        applied[value] = {role: torch.cat([g.flatten() for g in found[role].values()]) for role in ("student", "fake")}
+    assert float(applied[None][player].abs().max()) > 10 * limit
+    assert torch.equal(applied[limit][player], applied[None][player].clamp(-limit, limit))
+    if player == "student":  # which moves after the fake score
+        assert torch.equal(applied[limit]["fake"], applied[None]["fake"])
+
+
+def test_radam(tmp_path):
+    """Of RAdam's first five steps each is the mean gradient times the rate: its variance is not yet known."""
+    cfg = {"optimizer": "radam", "adam_beta1": 0.9, "adam_weight_decay": 0.1, "learning_rate": 1e-2}
+    nets = nets_of(LCD())
+    before = weights(nets.student.denoiser.net)
+    with pushed(nets) as found:
+        run(LCD(), nets, max_train_steps=1, **cfg)
+    after = weights(nets.student.denoiser.net)
+    for name, g in found["student"].items():
+        torch.testing.assert_close(after[name], before[name] * (1 - 1e-3) - 1e-2 * g, rtol=1e-5, atol=1e-7)
+    *_, half = train(LCD(), nets_of(LCD()), vectors, config(max_train_steps=7, **cfg), Accelerator(cpu=True))
+    folder = checkpoint.save(half, tmp_path)
+    cfg = config(max_train_steps=9, **cfg)
+    *_, whole = train(LCD(), nets_of(LCD()), vectors, cfg, Accelerator(cpu=True))
+    *_, resumed = train(LCD(), nets_of(LCD()), vectors, cfg, Accelerator(cpu=True), folder)
+    assert all(equal(role, roles(resumed.nets)[name]) for name, role in roles(whole.nets).items())
+
+
+def test_power_average():
+    """Update n of the student, not of the loop: rCM's alone at first, then at every fourth step."""
+    method, width = RCM(every=4, warmup=3, guidance=1.0), 0.1
+    nets, students, made = nets_of(method), [], []
+    cfg = config(ema_width=width, ema_half_life=0.0, max_train_steps=13, adam_beta1=0.9)
+    for state in train(method, nets, vectors, cfg, Accelerator(cpu=True)):
+        if "student/loss" in state.logs:
+            students.append(state.step)
+            made.append(weights(nets.student.denoiser.net))
+        assert moves(method, "student", state.step) == len(students)
+    powers = torch.arange(len(made) + 1, dtype=torch.float64) ** (exponent(width) + 1)
+    assert students == [1, 2, 3, 5, 9, 13] and moves(method, "fake", 13) == 10
+    for name, w in weights(state.ema.net).items():
+        values = torch.stack([one[name].double() for one in made])
+        want = torch.tensordot(powers.diff() / powers[-1], values, 1)
+        torch.testing.assert_close(w.double(), want, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("ramp", (None, 0.5))
 @pytest.mark.parametrize("half_life", (0.0, 40.0))
 def test_average(half_life, ramp):
@@ -366,6 +437,9 @@ def test_average(half_life, ramp):
         {"adam_beta1": 1.0},
         {"ema_half_life": -1.0},
         {"ema_ramp": -1.0},
+        {"ema_width": 0.3},
+        {"max_grad_value": 0.0},
+        {"fake_max_grad_norm": -1.0},
     ),
     ids=lambda change: " ".join(f"{k} {v}" for k, v in change.items()),
 )

@@ -2,7 +2,7 @@
 
     The student's calls are in phases that end at 1 > s_1 > s_2 > ... > 0, an expert each. A phase whose end is s:
     x_s = R(z, c)  at a uniform exit among the phase's calls, brought to s; gradient through the last call and to s
-    x_t = a x_s + b eps,   a = alpha_t / alpha_s,   b^2 = sigma_t^2 - a^2 sigma_s^2,   t in (s, 1)
+    x_t = a x_s + b eps,   a = alpha_t / alpha_s,   b^2 = sigma_t^2 - a^2 sigma_s^2,   t of a law, given t > s
     D^s(x_t)  = (a sigma_s^2 x_t + alpha_s b^2 D(x_t)) / sigma_t^2           E[x_s | x_t], from D = E[x_0 | x_t]
     g         = (D_fake^s - D_real^{s,w}) / mean| x_s - D_real^{s,w} |       per sample, without gradient
     L_student = x_s . g
@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from distill.draw import Draw
-from distill.interval import Interval
+from distill.interval import Interval, Tail
 from distill.methods.dmd2 import DMD2
-from distill.ranges import Count, Finite, Positive, Weight
+from distill.ranges import Count, Decay, Finite, Positive, Weight
 from distill.times import Grid, Law
 from distill.trainer import Batch, Logs, Nets
 
@@ -36,8 +36,9 @@ class PhasedDMD(DMD2):
     every: Count = 5  # fake steps per student step (paper)
     gan: Weight = 0.0  # lambda_g (paper: none); above 0 real images are noised to s
     gan_fake: Weight = 0.0  # lambda_d (paper: none)
-    times: Law = Grid(1000, 20, 980)  # of the student's loss, within (s, 1) (LightX2V: 20 / 1000 from both ends)
-    fake_times: Law = Grid(1000, 20, 999)  # of the fake's loss, within (s, 1)
+    times: Law = Grid(1000, 20, 980)  # of the student's loss on the whole path: its part above s (LightX2V)
+    fake_times: Law = Grid(1000, 20, 980)  # of the fake's loss, likewise (LightX2V)
+    margin: Decay = 0.04  # share of both laws above s that is left out, next to s (LightX2V: 20 of 480 steps)
     clamp: Positive = 10.0  # of 1 / b^2 (paper, as a review restates it)
 
     def __post_init__(self) -> None:
@@ -49,14 +50,21 @@ class PhasedDMD(DMD2):
         return nets.generate(batch, draw, first + 1 + draw.index("steps", last - first), nets.student.end)
 
     def student_loss(self, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
-        return super().student_loss(x, self.above(nets), batch, draw)
+        return DMD2.student_loss(self.within(nets), x, self.above(nets), batch, draw)
 
     def fake_loss(self, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
         if self.gan_fake and nets.student.end is not None:
             y = batch["real"].to(x)
             s = torch.full((len(y),), nets.student.end, dtype=torch.float64, device=y.device)
             batch = batch | {"real": nets.fake.path.diffuse(y, draw.normal("end", tuple(y.shape)).to(y), s)}
-        return super().fake_loss(x, self.above(nets), batch, draw)
+        return DMD2.fake_loss(self.within(nets), x, self.above(nets), batch, draw)
+
+    def within(self, nets: Nets) -> "PhasedDMD":
+        """The method with the parts of its laws above the phase's end."""
+        if nets.student.end is None:
+            return self
+        times, fake_times = (Tail(law, self.margin) for law in (self.times, self.fake_times))
+        return replace(self, times=times, fake_times=fake_times, gan_times=Tail(self.gan_times))
 
     def above(self, nets: Nets) -> Nets:
         """The roles on the levels above the phase's end."""

@@ -19,17 +19,18 @@ from gaussian import (
     problem,
     student_gradient,
 )
+from scipy.stats import kstest
 from tiny import tiny
 
 from distill import checkpoint
 from distill.draw import Draw
-from distill.interval import Interval
+from distill.interval import Interval, Tail
 from distill.lora import LoRA
 from distill.methods import DMD2, PhasedDMD
 from distill.roles import StudentConfig, build
 from distill.schedule import EDM, KINDS
 from distill.student import Student
-from distill.times import Fixed, Uniform
+from distill.times import Fixed, Shifted, Uniform
 from distill.trainer import TrainConfig, train
 
 BARE = PhasedDMD(guidance=1.0, reduction="sum", normalise=False)
@@ -110,7 +111,7 @@ class TestClosedForms:
         for u in path.time(torch.tensor(RATIOS[1:], dtype=F64)):
             r = float(path.ratio(u))
             got = gradient(
-                replace(BARE, times=Fixed(float(u))),
+                replace(BARE, times=Fixed(float(path.outer(u)))),
                 phased(line, exact(law, base, kind), path.s, fake=fake),
                 Whitened(64, 2),
             )
@@ -130,7 +131,8 @@ class TestClosedForms:
             draw = Whitened(64, d)
             x = root(noisy(law, anchor))(draw.columns["z"], None).detach()
             nets = phased(root(law), exact(law, path.base), path.s, fake=fake)
-            loss, _ = replace(BARE, fake_times=Fixed(u)).fake_loss(x, nets, {}, draw)
+            t = float(path.outer(torch.tensor(u)))
+            loss, _ = replace(BARE, fake_times=Fixed(t)).fake_loss(x, nets, {}, draw)
             found = torch.autograd.grad(loss, (shift, gain))
             plain = nets.fake(
                 path.diffuse(x, draw.columns["eps"], torch.full((64,), u)), path.outer(torch.full((64,), u))
@@ -152,6 +154,21 @@ def test_weight_near_the_boundary():
     assert torch.isfinite(error).all() and error.max() < 100
 
 
+def test_laws_above_the_boundary():
+    """LightX2V: t = 7 r / (1 + 6 r), shifted once, r uniform in the steps 520 .. 980 where the phase ends at r = .5."""
+    path, draw = Interval(SCHEDULES["flow"], 0.875), Draw(0, 0, "student", torch.arange(20_000))  # 7 / 2 / (1 + 6 / 2)
+    nets = phased(root(problem(2)[0]), exact(problem(2)[0], path.base), path.s)
+    method = replace(BARE, times=Shifted(Uniform(0.02, 0.98), 7.0), margin=20 / 480).within(nets)
+    t = path.outer(method.times(draw, "t", 20_000, path))
+    r = (t / (7 - 6 * t) - 0.52) / 0.46
+    assert kstest(r.numpy(), "uniform").pvalue > 1e-2 and 0 <= r.min() < 1e-3 and 1 - 1e-3 < r.max() <= 1
+    everything = path.outer(method.gan_times(draw, "u", 20_000, path))  # of the discriminator: without a margin
+    assert everything.min() == pytest.approx(875 / 999) and everything.max() == 1  # the next step of the table
+    assert kstest(everything.numpy(), "uniform", (0.875, 0.125)).statistic < 0.015
+    with pytest.raises(ValueError, match="no times above 0.875, where the student's phase ends"):
+        Tail(Uniform(0.0, 0.875))(draw, "t", 20_000, path)
+
+
 @pytest.mark.parametrize("schedule", ("vp", "flow"))
 def test_the_phases_compose(schedule):
     """Descent of the first to x_s, then of the second, which starts from the first's samples, ends at the teacher."""
@@ -159,7 +176,7 @@ def test_the_phases_compose(schedule):
     path, anchor = interval(base)
     line = Line(0.5 * torch.eye(2, dtype=F64), torch.zeros(2, dtype=F64))
     goal, (alpha, sigma) = noisy(law, anchor), anchor
-    method = replace(BARE, times=Fixed(0.5))
+    method = replace(BARE, times=Fixed(float(path.outer(torch.tensor(0.5)))))
     for _ in range(150):
         S = line.A.detach() @ line.A.detach().T  # the fake score: x_0's law, which may have a negative variance
         start = Gaussian(line.b.detach() / alpha, (S - sigma**2 * torch.eye(2, dtype=F64)) / alpha**2)
