@@ -123,7 +123,7 @@ def features(
     missing = [c for c, part in enumerate(parts) if not part.is_file()]
     accelerator = launched()
     if accelerator.is_main_process and (unread := images.unread(images.files(folder))):
-        sys.stderr.write(f"{folder}: {unread}; they are left out\n")
+        sys.stderr.write(f"{folder}: {unread}\n")
     accelerator.wait_for_everyone()  # all have looked before one begins
     if missing:
         where.mkdir(parents=True, exist_ok=True)

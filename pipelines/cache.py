@@ -46,7 +46,7 @@ class Cache:
     """What to encode, and where to."""
 
     teacher: Annotated[str, TEACHER] = ""  # folder or Hub name of the diffusers pipeline
-    prompts: str = ""  # .txt (one a line), .jsonl or .parquet file, or a dataset; none: the captions of the images
+    prompts: str = ""  # a table (.txt, .csv, .jsonl ...) or a dataset; none: the captions of the images
     images: str = ""  # a folder, tar shards 'x/{00..12}.tar' or a dataset, with captions
     output_dir: str = "cache"
     prompt_column: str | None = None  # of a table of prompts; None: text, caption or prompt

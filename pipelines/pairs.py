@@ -43,7 +43,7 @@ class Sampling:
 
     teacher: Annotated[str, TEACHER] = ""  # folder or Hub name of the diffusers pipeline
     cache: Annotated[str, CACHE] = ""  # its prompts, encoded by `python -m pipelines.cache`
-    prompts: str = ""  # or prompts to encode now: .txt (one a line), .jsonl or .parquet file, or a dataset
+    prompts: str = ""  # or prompts to encode now: a table (.txt, .csv, .jsonl ...) or a dataset
     prompt_column: str | None = None  # of a table of prompts; None: text, caption or prompt
     output_dir: str = "pairs"
     n: Count = 10_000  # pairs (DMD2); prompts are used over again where there are fewer

@@ -64,7 +64,7 @@ class TestPrompts:
             sources.prompts(path)
         with pytest.raises(ValueError, match="no column 'text'"):
             sources.prompts(path, "text")
-        with pytest.raises(ValueError, match="prompts are text, and 0 is not"):
+        with pytest.raises(ValueError, match="(line|row) 1: 0 is not text"):
             sources.prompts(path, "id", limit=1)
 
     def test_lines_of_strings(self, tmp_path):
@@ -79,7 +79,16 @@ class TestPrompts:
             ("empty.txt", b"", "empty.txt is empty"),
             ("blank.txt", b"\n \n", "blank.txt holds no prompts"),
             ("latin.txt", "caf\u00e9".encode("latin-1"), "latin.txt is not text in UTF-8"),
-            ("a.csv", b"text\ncat", "a.csv' is not something to read: give a file .*jsonl"),
+            ("a.doc", b"text\ncat", "a.doc' is not something to read: give a file .*jsonl"),
+            ("b.jsonl", b'["a", "b"]', r"b.jsonl, line 1: \['a', 'b'\] is no row: write an object"),
+            ("c.jsonl", b'{"text": {"en": "a"}}', "c.jsonl, line 1: .* is not text"),
+            ("d.jsonl", b"[" * 100_000, "d.jsonl, line 1, is no JSON"),
+            ("a.json", b'["a", 7]', "a.json, row 2: 7 is no row"),
+            ("b.json", b'{"text": [', "b.json, line 1, is no JSON"),
+            ("a.csv", b'text\nb\n"a\nb', "a.csv, line 3, is no CSV: unexpected end"),
+            ("b.csv", b"text\nb\na, b", "b.csv, line 3 has more cells than the first line"),
+            ("c.csv", b"words\na", r"c.csv, line 2 has no column called text, .*\['words'\]"),
+            ("a.parquet", b"PAR1 and no more", "a.parquet is no Parquet file that can be read"),
             ("a.jsonl", b'{"text": "a"}\n{"text', "a.jsonl, line 2, is no JSON"),
         ),
     )
@@ -158,7 +167,7 @@ class TestPictures:
         with pytest.raises(ValueError, match="holds no images"):
             sources.pictures(f"{tmp_path}")
         picture().save(tmp_path / "a.png")
-        with pytest.raises(ValueError, match="a.png has no caption: put it into a .txt file"):
+        with pytest.raises(ValueError, match="a.png has no caption: put it into a .txt or .caption file"):
             sources.pictures(f"{tmp_path}")
         (tmp_path / "a.txt").write_text("a")
         (tmp_path / "b.txt").write_text("b")

@@ -136,7 +136,7 @@ def test_files(tmp_path):
     (tmp_path / "real" / "loop").symlink_to("../home")
     found = images.files(tmp_path / "home")
     assert {path.name for path in found if images.is_image(path)} == {*named} and len(found) == len(named) + len(other)
-    assert images.unread(found) == "3 files are no images that can be read: .heic (2), .eps (1)"
+    assert images.unread(found) == "3 files left out, of types that are not read: .heic (2), .eps (1)"
     assert not images.unread([path for path in found if path.suffix == ".gif"])
 
 

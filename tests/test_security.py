@@ -254,10 +254,12 @@ def test_a_bomb_among_images(tmp_path):
 
 
 def test_prompts(tmp_path, capsys):
-    """Control characters and a line of a megabyte stay data; in a message they cannot steer the terminal."""
-    long = "fox " * 250_000
-    (tmp_path / "prompts.txt").write_text(f"{ESCAPE}\n{long}\n{SCRIPT}\n", newline="\n")
-    assert prompts(f"{tmp_path / 'prompts.txt'}") == [ESCAPE, long.strip(), SCRIPT]
+    """Control characters stay data; in a message they cannot steer the terminal. A megabyte is no prompt."""
+    (tmp_path / "prompts.txt").write_text(f"{ESCAPE}\n{SCRIPT}\n", newline="\n")
+    assert prompts(f"{tmp_path / 'prompts.txt'}") == [ESCAPE, SCRIPT]
+    (tmp_path / "long.txt").write_text("a\n" + "fox " * 250_000)
+    with pytest.raises(ValueError, match="long.txt, line 2: a text of 999,999 characters; at most 20,000 are read"):
+        prompts(f"{tmp_path / 'long.txt'}")
     with pytest.raises(SystemExit):
         fail(f"prompt {ESCAPE} is wrong\nsecond line")
     told = capsys.readouterr().err

@@ -89,7 +89,7 @@ class Text:
 
     text: Literal["cached", "online"] = "cached"  # online: encode while training, which keeps the encoders in memory
     cache: str = ""  # folder that `python -m pipelines.cache` has made
-    prompts: str = ""  # online: .txt, .jsonl or .parquet file, or a dataset; none: the captions of the images
+    prompts: str = ""  # online: a table (.txt, .csv, .jsonl ...) or a dataset; none: the captions of the images
     images: str = ""  # online: a folder, tar shards 'x/{00..12}.tar' or a dataset
     prompt_column: str | None = None  # of a table of prompts; None: text, caption or prompt
     caption_column: str | None = None  # of the images' captions; None: text, caption or prompt
@@ -188,7 +188,9 @@ class Text:
         prompts = sources.prompts(self.prompts, self.prompt_column, limit) if self.prompts else []
         if not self.images:
             return prompts, None
-        return prompts, sources.pictures(self.images, self.image_column, self.caption_column, limit)
+        pictures = sources.pictures(self.images, self.image_column, self.caption_column, limit)
+        sources.notice(pictures.notes)
+        return prompts, pictures
 
     def smoke(self, folder: Path) -> Text:
         """Eight prompts and random images, which are written to `folder`, encoded online."""

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cache
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -73,7 +74,12 @@ def files(folder: str | Path) -> list[Path]:
 def unread(paths: Iterable[Path]) -> str:
     """Of these files, how many are neither images nor text, by their suffixes; "" for none."""
     others = [path for path in paths if not is_image(path) and path.suffix.lower() not in TEXTS]
-    return f"{len(others):,} files are no images that can be read: {summary(others)}" if others else ""
+    return f"{number(others)} left out, of types that are not read: {summary(others)}" if others else ""
+
+
+def number(files: Sequence[Any]) -> str:
+    """How many files: "1 file", "2 files"."""
+    return f"{len(files):,} file{'s' * (len(files) != 1)}"
 
 
 def summary(unread: Iterable[str | Path]) -> str:

@@ -74,7 +74,7 @@ class Pairs:
 
     pairs: Literal["cached", "online"] = "cached"  # online: sample while training, which is for trying things out
     cache: str = ""  # folder that `python -m pipelines.pairs` has made
-    prompts: str = ""  # online: .txt, .jsonl or .parquet file, or a dataset; one pair each
+    prompts: str = ""  # online: a table (.txt, .csv, .jsonl ...) or a dataset; one pair each
     steps: Count = 50  # online: of the teacher
     guidance: Finite = 8.0  # online: of the teacher
 

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import importlib.util
-import json
-import re
-import tarfile
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distill.data import images
+from distill.data import folders, images, tables, tars
+from distill.data.folders import Row
 from distill.data.images import Broken as Broken
+from distill.data.tables import TABLES, caption
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-COLUMNS = ("text", "caption", "prompt")  # looked for, in this order, where no column is named
-TABLES = (".txt", ".jsonl", ".parquet")
+SAVED = ("state.json", "dataset_dict.json")  # what save_to_disk of `datasets` writes
 
 
 @dataclass(frozen=True)
@@ -29,33 +27,42 @@ class Pictures:
 
     names: list[str]  # what an error calls them
     captions: list[str]
-    read: Callable[[int], Any]  # -> a file's path, its bytes or a PIL image
+    read: Callable[[int], Any]  # -> a file's path, its bytes, a PIL image or {"bytes", "path"}
+    notes: tuple[str, ...] = ()  # what was not read
 
     def __len__(self) -> int:
         return len(self.names)
 
     def __getitem__(self, i: int) -> Image:
         """Image i in RGB, upright; Broken if it cannot be decoded."""
-        return images.read(self.read(i), self.names[i]).convert("RGB")
+        try:
+            found = self.read(i)
+        except Exception as error:  # of any reader of tables
+            raise Broken(f"image {self.names[i]} cannot be read: {error}") from None
+        if isinstance(found, dict):
+            found = found.get("bytes") or found.get("path")
+        if not found:
+            raise Broken(f"image {self.names[i]} cannot be read: its cell is empty")
+        return images.read(found, self.names[i]).convert("RGB")
 
 
 def check(source: str) -> None:
     """ValueError if prompts or images are plainly not there; opens nothing."""
-    path = Path(source)
-    if source.endswith(".tar"):
-        shards = _expand(source)
+    path, suffix = Path(source), Path(source).suffix.lower()
+    if suffix == ".tar":
+        shards = tars.expand(source)
         if missing := [str(shard) for shard in shards if not shard.is_file()] or ([] if shards else [source]):
             raise ValueError(f"no tar at {missing[0]!r}; give local shards, such as 'shards/{{000..127}}.tar'")
     elif path.is_dir():
         return
-    elif path.suffix in TABLES:
+    elif suffix in TABLES:
         if not path.is_file():
             raise ValueError(f"no prompts at {source!r}: it is not a file")
         if not path.stat().st_size:
             raise ValueError(f"{source} is empty; it needs one prompt a line")
-        if path.suffix == ".parquet":
+        if suffix == ".parquet":
             _require("pyarrow", source)
-    elif path.is_file() or "://" in source or path.is_absolute() or source.startswith("."):
+    elif path.exists() or "://" in source or path.is_absolute() or source.startswith("."):
         raise ValueError(
             f"{source!r} is not something to read: give a file ({', '.join(TABLES)}), a folder, local .tar shards, or "
             "the name of a dataset on the Hub"
@@ -65,113 +72,83 @@ def check(source: str) -> None:
 
 
 def prompts(source: str, column: str | None = None, limit: int | None = None) -> list[str]:
-    """The prompts of a .txt (one a line), .jsonl or .parquet file, or of a dataset's `train` split.
+    """The prompts of a table (TABLES; of .txt one a line), or of a dataset's `train` split.
 
-    column: of a table, by default the first of COLUMNS that it has. limit: the first so many.
+    column: a column, by default the first of COLUMNS that there is. limit: the first so many.
     """
     check(source)
     path = Path(source)
-    if path.suffix == ".txt":
-        found: Any = (line.strip() for line in _text(path).split("\n"))
-    elif path.suffix == ".jsonl":
-        found = (row if isinstance(row, str) else row[_column(row, column, source)] for row in _jsonl(path))
-    elif path.suffix == ".parquet":
-        from pyarrow import parquet
-
-        table = parquet.ParquetFile(path)
-        name = _column(table.schema_arrow.names, column, source)
-        found = (text for rows in table.iter_batches(columns=[name]) for text in rows.column(0).to_pylist())
+    if path.suffix.lower() in TABLES and not path.is_dir():
+        found = tables.texts(path, column)
     else:
         rows = _dataset(source)
-        found = rows[_column(rows.column_names, column, source)]
-    texts = list(islice((text for text in found if text not in (None, "")), limit))
+        cells = rows[tables.column(rows.column_names, column, source)]
+        found = (caption(cell, f"{source}, row {i}") for i, cell in enumerate(cells, 1))
+    texts = list(islice((text for text in found if text and not text.isspace()), limit))
     if not texts:
         raise ValueError(f"{source} holds no prompts")
-    if wrong := [text for text in texts if not isinstance(text, str)]:
-        raise ValueError(f"{source}: prompts are text, and {wrong[0]!r} is not")
     return texts
 
 
 def pictures(source: str, image: str = "image", column: str | None = None, limit: int | None = None) -> Pictures:
     """Images with their captions, from a folder, tar shards or a dataset.
 
-    A folder's captions are in its metadata.jsonl ("file_name" and a text column) or in a .txt file beside each image.
-    A sample of a tar is its files of one name, webdataset's convention: an image and .txt, or .json with a column.
+    A folder's captions are in its metadata, a table of file_name and text, or in a .txt or .caption file beside each
+    image. A sample of a tar is its files of one name, webdataset's convention: an image and .txt, or .json with a
+    column. Of several captions of an image one is drawn, always the same.
     """
     check(source)
-    if source.endswith(".tar"):
-        found = _tars(_expand(source), column)
-    elif Path(source).is_dir() and not (Path(source) / "state.json").is_file():
-        found = _folder(Path(source), column)
+    notes: list[str] = []
+    path = Path(source)
+    files = images.files(path) if path.is_dir() else []
+    if source.lower().endswith(".tar"):
+        found = tars.rows(tars.expand(source), column, notes)
+    elif files and not _is_dataset(path, files):
+        found = folders.rows(path, files, column, notes)
+    elif path.is_file() or (path.is_dir() and not files):
+        raise ValueError(f"{source!r} holds no images: give a folder, local .tar shards or the name of a dataset")
     else:
         found = _rows(_dataset(source), source, image, column)
     rows = list(islice(found, limit))
     if not rows:
-        raise ValueError(f"{source} holds no images")
+        raise ValueError(f"{source} holds no images. {' '.join(notes)}".rstrip())
     names, captions, reads = ([*part] for part in zip(*rows, strict=True))
     if None in captions:
         first = names[captions.index(None)]
         raise ValueError(
-            f"image {first} has no caption: put it into a .txt file of the same name, or into metadata.jsonl"
+            f"image {first} has no caption: put it into a .txt or .caption file of the same name, or into "
+            "metadata.jsonl or metadata.csv with file_name and text"
         )
-    return Pictures(names, captions, lambda i: reads[i]())
+    return Pictures(names, captions, lambda i: reads[i](), tuple(notes))
 
 
-Row = tuple[str, str | None, Callable[[], Any]]  # name, caption, how to read the image
+def notice(lines: tuple[str, ...] | list[str]) -> None:
+    """Write lines to stderr, in the first process only."""
+    from torch import distributed
+
+    if lines and not (distributed.is_initialized() and distributed.get_rank()):
+        sys.stderr.write("".join(f"{line}\n" for line in lines))
 
 
-def _folder(folder: Path, column: str | None) -> Iterator[Row]:
-    told, metadata = {}, folder / "metadata.jsonl"
-    if metadata.is_file():
-        rows = list(_jsonl(metadata))
-        told = {row.get("file_name"): row[_column(row, column, str(metadata))] for row in rows}
-    for path in sorted(p for p in folder.rglob("*") if images.is_image(p)):
-        beside = path.with_suffix(".txt")
-        text = told.get(path.relative_to(folder).as_posix())
-        if text is None and beside.is_file():
-            text = _text(beside).strip()
-        yield str(path), text, lambda path=path: path
-
-
-def _tars(shards: list[Path], column: str | None) -> Iterator[Row]:
-    """Where each image lies in the tars; the images themselves stay there."""
-
-    def read(shard: Path, offset: int, size: int) -> Any:
-        with shard.open("rb") as file:
-            file.seek(offset)
-            return file.read(size)
-
-    for shard in shards:
-        samples: dict[str, dict[str, Any]] = {}
-        try:
-            with tarfile.open(shard, "r:") as tar:
-                for member in filter(tarfile.TarInfo.isfile, tar):
-                    folder, _, name = member.name.rpartition("/")
-                    stem, _, suffix = name.partition(".")
-                    sample = samples.setdefault(f"{folder}/{stem}", {})
-                    if f".{suffix.lower()}" in images.suffixes():
-                        sample["image"] = member.name, member.offset_data, member.size
-                    elif suffix in ("txt", "json"):
-                        sample[suffix] = tar.extractfile(member).read().decode()
-        except (tarfile.TarError, UnicodeDecodeError) as error:
-            raise ValueError(f"{shard} is not a whole, uncompressed tar: {error}") from None
-        for sample in samples.values():
-            if "image" in sample:
-                name, offset, size = sample["image"]
-                text = sample.get("txt", "").strip() or None
-                if text is None and "json" in sample:
-                    row = json.loads(sample["json"])
-                    text = row[_column(row, column, f"{shard}:{name}")]
-                yield f"{shard}:{name}", text, partial(read, shard, offset, size)
+def _is_dataset(folder: Path, files: list[Path]) -> bool:
+    """Whether a folder is a dataset that was saved, or holds tables of data and no image."""
+    if any((folder / name).is_file() for name in SAVED):
+        return True
+    tables_of_data = [f for f in files if f.suffix.lower() in (".parquet", ".arrow") and f.stem.lower() != "metadata"]
+    return bool(tables_of_data) and not any(map(images.is_image, files))
 
 
 def _rows(rows: Any, source: str, image: str, column: str | None) -> Iterator[Row]:
-    name = _column(rows.column_names, column, source)
+    import datasets
+
+    name = tables.column(rows.column_names, column, source)
     if image not in rows.column_names:
         raise ValueError(f"{source} has no column {image!r} of images; it has {sorted(rows.column_names)}")
-    read = lambda i: rows[i][image]
+    if isinstance(rows.features[image], datasets.Image):
+        rows = rows.cast_column(image, datasets.Image(decode=False))  # images.read decodes
     for i, text in enumerate(rows[name]):
-        yield f"{source}[{i}]", text, partial(read, i)
+        where = f"{source}[{i}]"
+        yield where, caption(text, where), lambda i=i: rows[i][image]
 
 
 def _dataset(source: str) -> Any:
@@ -180,46 +157,20 @@ def _dataset(source: str) -> Any:
     import datasets
 
     try:
-        saved = (Path(source) / "state.json").is_file()
-        return datasets.load_from_disk(source) if saved else datasets.load_dataset(source, split="train")
-    except (OSError, ValueError) as error:  # not found, offline, no such split
-        raise ValueError(f"{source!r} cannot be read as a dataset: {error}") from None
+        saved = any((Path(source) / name).is_file() for name in SAVED)
+        if not saved:
+            return datasets.load_dataset(source, split="train")
+        found = datasets.load_from_disk(source)
+    except Exception as error:  # not found, offline, no such split, damaged
+        raise ValueError(f"{source!r} cannot be read as a dataset: {error.__cause__ or error}") from None
+    if isinstance(found, datasets.DatasetDict):
+        splits = sorted(found)
+        if "train" not in splits and len(splits) != 1:
+            raise ValueError(f"{source!r} has the splits {splits}, and none is called train: give the folder of one")
+        return found["train" if "train" in splits else splits[0]]
+    return found
 
 
 def _require(library: str, source: str) -> None:
     if importlib.util.find_spec(library) is None:
         raise ValueError(f"{source!r} is read by {library}, which is missing: pip install 'distill-one-step[data]'")
-
-
-def _column(names: Any, column: str | None, source: str) -> str:
-    for name in [column] if column else COLUMNS:
-        if name in names:
-            return name
-    wanted = repr(column) if column else f"called {', '.join(COLUMNS)}"
-    raise ValueError(f"{source} has no column {wanted}; it has {sorted(names)}: name its column of text")
-
-
-def _jsonl(path: Path) -> Iterator[Any]:
-    for i, line in enumerate(_text(path).split("\n")):
-        if line.strip():
-            try:
-                yield json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"{path}, line {i + 1}, is no JSON: {error}") from None
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not text in UTF-8: {error}") from None
-
-
-def _expand(pattern: str) -> list[Path]:
-    """Files of a pattern: 'a/{00..12}.tar' as webdataset writes it, or 'a/*.tar'."""
-    if span := re.search(r"\{(\d+)\.\.(\d+)\}", pattern):
-        low, high = span.groups()
-        numbers = (f"{i:0{len(low)}}" for i in range(int(low), int(high) + 1))
-        return [path for n in numbers for path in _expand(pattern[: span.start()] + n + pattern[span.end() :])]
-    path = Path(pattern)
-    return sorted(path.parent.glob(path.name)) if "*" in path.name else [path]

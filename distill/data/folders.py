@@ -1,0 +1,57 @@
+"""Captioned images in a folder: metadata as `datasets` reads them, or a text file beside each image."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from distill.data import images, tables
+
+METADATA = tuple(f"metadata{suffix}" for suffix in tables.TABLES if suffix != ".txt")
+BESIDE = (".txt", ".caption")  # the first one counts
+NAMED = 3  # files that a note names
+
+Row = tuple[str, str | None, Callable[[], Any]]  # name, caption, how to read the image
+
+
+def rows(folder: Path, files: list[Path], column: str | None, notes: list[str]) -> Iterator[Row]:
+    """The images among the files of a folder. `notes` takes what was not read."""
+    pictures = [path for path in files if images.is_image(path)]
+    told, metadata = captions(files, column)
+    beside = {(path.parent, path.stem, path.suffix.lower()): path for path in files if path.suffix.lower() in BESIDE}
+    if unread := images.unread(files):
+        notes.append(f"{folder}: {unread}")
+    there = {os.path.normpath(path) for path in files}
+    if gone := [name for name in told if name not in there]:
+        names = ", ".join(gone[:NAMED]) + ", ..." * (len(gone) > NAMED)
+        notes.append(f"{metadata[0]} names {images.number(gone)} that cannot be found: {names}")
+    for path in pictures:
+        text = told.get(os.path.normpath(path))
+        texts = [file for suffix in BESIDE if (file := beside.get((path.parent, path.stem, suffix)))]
+        if text is None and texts:
+            text = tables.caption(tables.text_of(texts[0]).strip(), str(texts[0]))
+        yield str(path), text, lambda path=path: path
+
+
+def captions(files: list[Path], column: str | None) -> tuple[dict[str, str | None], list[Path]]:
+    """The captions of metadata by the path of their image, and the files that hold them; the deepest one counts."""
+    metadata = [path for path in files if path.name.lower() in METADATA]
+    found: dict[str, str | None] = {}
+    for path in sorted(metadata, key=lambda path: len(path.parts)):
+        own: dict[str, list[Any]] = {}
+        for where, row in tables.rows(path, ("file_name", *([column] if column else tables.COLUMNS))):
+            if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
+                names = sorted(map(str, row)) if isinstance(row, dict) else "a string"
+                raise ValueError(f"{where} has no file_name, the path of an image; it has {names}")
+            text = tables.caption(row[tables.column(row, column, where)], where)
+            own.setdefault(_located(path.parent, row["file_name"]), []).append(text)
+        found |= {name: tables.caption(several, name) for name, several in own.items()}
+    return found, metadata
+
+
+def _located(folder: Path, name: str) -> str:
+    """The path of a file that metadata in `folder` name, perhaps as Windows does."""
+    path = os.path.normpath(os.path.join(folder, name))
+    return path if "\\" not in name or os.path.exists(path) else _located(folder, name.replace("\\", "/"))

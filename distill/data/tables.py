@@ -1,0 +1,149 @@
+"""Rows of texts in files: .txt, .csv, .tsv, .json, .jsonl and .parquet. Every message names the file and the row."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from io import StringIO
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+TABLES = (".txt", ".csv", ".tsv", ".json", ".jsonl", ".parquet")
+COLUMNS = ("text", "caption", "prompt")  # looked for, in this order, where no column is named
+LONGEST = 20_000  # characters of a text: encoders read a few hundred tokens, and a tokenizer takes a minute for 10^6
+SHOWN = 60  # characters of a wrong value in a message
+
+Row = tuple[str, Any]  # where it is, and its value
+
+
+def text_of(path: Path) -> str:
+    """The text of a file in UTF-8, without a byte order mark."""
+    if not path.is_file():
+        raise ValueError(f"{path} is no regular file, or a link whose file is gone: remove or replace it")
+    try:
+        return path.read_text("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not text in UTF-8: {error}") from None
+
+
+def column(names: Iterable[str], wanted: str | None, where: str) -> str:
+    """The name of the column of texts among `names`."""
+    for name in [wanted] if wanted else COLUMNS:
+        if name in names:
+            return name
+    looked = repr(wanted) if wanted else f"called {', '.join(COLUMNS)}"
+    raise ValueError(f"{where} has no column {looked}; it has {sorted(map(str, names))}: name its column of text")
+
+
+def caption(value: Any, where: str) -> str | None:
+    """The text of a cell; of a list of texts one, drawn by a hash of the list; None for an empty cell."""
+    if value is None:
+        return None
+    if isinstance(value, list | tuple):
+        if not value:
+            return None
+        number = int.from_bytes(hashlib.blake2b(repr(value).encode(errors="replace"), digest_size=8).digest(), "big")
+        return caption(value[number % len(value)], f"{where}, of its list")
+    if not isinstance(value, str):
+        raise ValueError(f"{where}: {_shown(value)} is not text, which prompts and captions are: correct or remove it")
+    if len(value) > LONGEST:
+        raise ValueError(f"{where}: a text of {len(value):,} characters; at most {LONGEST:,} are read: shorten it")
+    return value
+
+
+def texts(path: Path, wanted: str | None = None) -> Iterator[str | None]:
+    """The prompts of a table: its lines, its strings, or its column of text."""
+    for where, row in rows(path, (wanted,) if wanted else COLUMNS):
+        yield caption(row if isinstance(row, str) else row[column(row, wanted, where)], where)
+
+
+def rows(path: Path, wanted: Sequence[str]) -> Iterator[Row]:
+    """The rows of a table, each a string or a dict; of a .parquet file with its columns `wanted` only."""
+    suffix = path.suffix.lower()
+    if suffix == ".txt":
+        return ((f"{path}, line {i}", line.strip()) for i, line in enumerate(text_of(path).split("\n"), 1))
+    if suffix in (".csv", ".tsv"):
+        return _csv(path, "\t" if suffix == ".tsv" else ",")
+    if suffix == ".parquet":
+        return _parquet(path, wanted)
+    return _checked(_json(path) if suffix == ".json" else _jsonl(path))
+
+
+def loads(content: str, where: str) -> Any:
+    """JSON from a string."""
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError) as error:  # too deep
+        raise ValueError(f"{where}, is no JSON: {error}") from None
+
+
+def _shown(value: Any) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= SHOWN else f"{shown[:SHOWN]}..."
+
+
+def _checked(found: Iterator[Row]) -> Iterator[Row]:
+    """`found`, whose rows are strings or objects; ValueError for another one."""
+    for where, row in found:
+        if not isinstance(row, str | dict):
+            raise ValueError(f'{where}: {_shown(row)} is no row: write an object, {{"text": "a red fox"}}, or a string')
+        yield where, row
+
+
+def _jsonl(path: Path) -> Iterator[Row]:
+    for i, line in enumerate(text_of(path).split("\n"), 1):
+        if line.strip():
+            yield f"{path}, line {i}", loads(line, f"{path}, line {i}")
+
+
+def _json(path: Path) -> Iterator[Row]:
+    """A list of rows, a column of each name, or, as some write it, a row a line."""
+    content = text_of(path)
+    try:
+        found = json.loads(content)
+    except (ValueError, RecursionError):
+        yield from _jsonl(path)
+        return
+    if isinstance(found, dict) and all(isinstance(cells, list) for cells in found.values()):
+        n = min(map(len, found.values()), default=0)
+        found = [{name: cells[i] for name, cells in found.items()} for i in range(n)]
+    if isinstance(found, dict):
+        found = [found]
+    if not isinstance(found, list):
+        raise ValueError(f"{path} is {_shown(found)}: it must be a list of prompts, or of objects with one each")
+    yield from ((f"{path}, row {i}", row) for i, row in enumerate(found, 1))
+
+
+def _csv(path: Path, delimiter: str) -> Iterator[Row]:
+    csv.field_size_limit(2**31 - 1)  # a long text is refused by its row
+    reader = csv.DictReader(StringIO(text_of(path)), delimiter=delimiter, strict=True)
+    while True:
+        where = f"{path}, line {reader.line_num + 1}"
+        try:
+            row = next(reader, None)
+        except csv.Error as error:
+            raise ValueError(f"{where}, is no CSV: {error}") from None
+        if row is None:
+            return
+        where = f"{path}, line {reader.line_num}"
+        if None in row:
+            raise ValueError(f'{where} has more cells than the first line: put texts that hold a comma into "quotes"')
+        yield where, {name: value or None for name, value in row.items()}
+
+
+def _parquet(path: Path, wanted: Sequence[str]) -> Iterator[Row]:
+    from pyarrow import ArrowException, parquet
+
+    try:
+        table = parquet.ParquetFile(path)
+        there = table.schema_arrow.names
+        kept = [name for name in there if name in wanted]
+        if not kept:
+            column(there, wanted[0] if len(wanted) == 1 else None, str(path))
+        batches = (batch.to_pylist() for batch in table.iter_batches(columns=kept))
+        yield from ((f"{path}, row {i}", row) for i, row in enumerate(chain.from_iterable(batches), 1))
+    except (ArrowException, OSError) as error:
+        raise ValueError(f"{path} is no Parquet file that can be read: {error}") from None
