@@ -910,7 +910,7 @@ MUTATIONS = {
           "for key, t in _named(state.ema.net).items() if key in student}",
           "for key, t in _named(state.nets.student.denoiser.net).items() if key in student}",
           f"{TRAINER}::test_resume_equals_the_uninterrupted_run"),
-        m("step not restored", "distill/checkpoint", "state.step = step(folder)", "state.step = 0",
+        m("step not restored", "distill/checkpoint", "state.skipped = facts[\"step\"],", "state.skipped = 0,",
           f"{TRAINER}::test_resume_equals_the_uninterrupted_run"),
         m("fake is the student", "distill/roles", "nets.fake = replace(teacher, net=fake.lora(teacher.net))",
           "nets.fake = nets.student.denoiser", ROLES, TRAINER),
