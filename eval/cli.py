@@ -8,15 +8,20 @@ from typing import Any
 
 
 class Unfinished(ValueError):
-    """The command did its work, but for some of its items, which the message names."""
+    """The command did its work, but for some of its items, which the message names. made: what was done."""
+
+    def __init__(self, message: str, made: Any = None) -> None:
+        super().__init__(message)
+        self.made = made
 
 
 def run(stage: Callable[..., Any] | Mapping[str, Callable[..., Any]]) -> Any:
     """Call `stage`, or the one of several that the first word names, with the flags of this process.
 
-    A ValueError ends it with its message and exit code 2, Unfinished with 1, Ctrl-C with 130.
+    A ValueError, and a disk that refuses, end it with a message and exit code 2, Unfinished with 1, Ctrl-C with 130.
     """
     import tyro
+    from safetensors import SafetensorError
 
     from distill.config import fail, visible
 
@@ -29,6 +34,13 @@ def run(stage: Callable[..., Any] | Mapping[str, Callable[..., Any]]) -> Any:
         sys.exit(f"error: {visible(str(error))}")
     except ValueError as error:
         fail(str(error))
+    except (OSError, SafetensorError) as error:
+        from distill.checkpoint import refused
+
+        reason = refused(error)
+        if reason is None and getattr(error, "filename", None) is None:
+            raise
+        fail(reason or str(error))
     except KeyboardInterrupt:
         sys.stderr.write("interrupted; what was complete is kept, run the same command again\n")
         raise SystemExit(130) from None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch.nn import functional as F
 
 from distill.data import digits
 from eval.extractors import cache_folder, weights_hash
+from eval.files import replacing, store
 
 WIDTH = 64  # features per image
 REQUIRED = 0.97  # accuracy on the held-out split below which the network is not used
@@ -108,16 +108,12 @@ def classifier(folder: Path | None = None, recipe: Recipe = Recipe()) -> Classif
 
     Raises ValueError where its accuracy on the 597 held-out digits is below 97 %.
     """
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import save_file
 
     settings = json.dumps(asdict(recipe) | {"net": str(DigitsNet())}, sort_keys=True)
     name = f"digits-{hashlib.sha256(settings.encode()).hexdigest()[:8]}"
     path = (folder or cache_folder()) / f"{name}.safetensors"
-    if path.exists():
-        net = DigitsNet().eval().requires_grad_(False)
-        net.load_state_dict(load_file(path))
-    else:
-        net = train(recipe)
+    net = _stored(path) or train(recipe)
     images, labels = digits("heldout")
     found = Classifier(net, 0.0, weights_hash(net))
     accuracy = (found(images)[1].argmax(1) == labels).double().mean().item()
@@ -126,13 +122,21 @@ def classifier(folder: Path | None = None, recipe: Recipe = Recipe()) -> Classif
             f"the digits network reaches {accuracy:.3f} on the held-out digits, below {REQUIRED}; "
             f"its features cannot be trusted. Delete {path.name} from the cache to train it again"
         )
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(f".{os.getpid()}.part")  # several processes may arrive here at once
-        save_file(net.state_dict(), part)
-        about = json.dumps({"accuracy": accuracy, "hash": found.hash, "recipe": asdict(recipe)}, indent=2)
-        part_json = part.with_suffix(".json.part")
-        part_json.write_text(about + "\n")
-        os.replace(part_json, path.with_suffix(".json"))
-        os.replace(part, path)
+    if _stored(path) is None:
+        store(path.with_suffix(".json"), {"accuracy": accuracy, "hash": found.hash, "recipe": asdict(recipe)})
+        with replacing(path) as part:  # several processes may arrive here at once
+            save_file(net.state_dict(), part)
     return Classifier(net, accuracy, found.hash)
+
+
+def _stored(path: Path) -> DigitsNet | None:
+    """The network of a file; None where it is absent or torn."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    net = DigitsNet().eval().requires_grad_(False)
+    try:
+        net.load_state_dict(load_file(path))
+    except (OSError, SafetensorError, RuntimeError):  # RuntimeError: tensors that are not the network's
+        return None
+    return net

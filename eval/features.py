@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import sys
 import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -28,7 +27,8 @@ from torch import Tensor
 
 from distill.data import images
 from eval.extractors import Extractor, cache_folder, device, load
-from eval.images import manifest_of
+from eval.files import replacing, store
+from eval.images import listing, manifest_of
 from eval.protocols import Prepare
 from eval.resize import resize
 
@@ -71,22 +71,6 @@ class Features:
         return found
 
 
-def listing(folder: str | Path) -> list[Path]:
-    """The image files below a folder, sorted. ValueError for an absent or empty one, or one unlike its manifest."""
-    manifest = manifest_of(folder)
-    there = images.files(folder)
-    files = [file for file in there if images.is_image(file)]
-    if not files:
-        raise ValueError(f"{folder} holds no image. {images.unread(there)}".rstrip(". "))
-    if odd := [file for file in files if not file.is_file()]:
-        raise ValueError(f"{odd[0]} is no regular file, or a link whose file is gone: remove or replace it")
-    if manifest and manifest.get("n") != len(files):
-        raise ValueError(
-            f"{folder} holds {len(files)} images, its manifest says {manifest.get('n')}; generate it again"
-        )
-    return files
-
-
 def images_hash(files: list[Path]) -> str:
     """16 hex digits of BLAKE2b over the contents of the files in their order."""
     total = hashlib.blake2b(digest_size=8)
@@ -108,41 +92,79 @@ def features(
 
     prepare: what the protocol does to an image before the extractor's own rule. first: only so many images. workers:
     threads that read and resize. ValueError, naming the file, for a corrupt image, for sizes that differ after both
-    rules (in a generated folder: at all), and for NaN among the features.
+    rules (in a generated folder: at all), and for NaN among the features. An error of one process ends all of them.
+    A chunk in the cache that is torn is made again.
     """
     from tqdm import tqdm
 
     from pipelines.run import launched
 
+    for name, number in (("batch", batch), ("workers", workers)):
+        if number < 1:
+            raise ValueError(f"{name} is {number}; it must be at least 1")
     files = listing(folder)[:first]
     contents = images_hash(files)
     key = json.dumps([contents, asdict(prepare), extractor.rule, extractor.name, extractor.hash])
     where = cache_folder() / "features" / hashlib.blake2b(key.encode(), digest_size=12).hexdigest()
     found = Features(where, len(files), contents, extractor.name, extractor.hash)
     parts = _chunk_files(where, len(files))
-    missing = [c for c, part in enumerate(parts) if not part.is_file()]
+    missing = [c for c, part in enumerate(parts) if not is_complete(part, min(CHUNK, len(files) - c * CHUNK))]
     accelerator = launched()
-    if accelerator.is_main_process and (unread := images.unread(images.files(folder))):
-        sys.stderr.write(f"{folder}: {unread}\n")
     accelerator.wait_for_everyone()  # all have looked before one begins
     if missing:
-        where.mkdir(parents=True, exist_ok=True)
-        for left in where.glob("*.part"):  # of processes that were killed
-            if accelerator.is_main_process and time.time() - left.stat().st_mtime > 3600:
-                left.unlink(missing_ok=True)
         mine = [c for c in missing if c % accelerator.num_processes == accelerator.process_index]
-        size = _opened(files[0], prepare, extractor.rule)[0] if manifest_of(folder) else None
         total = sum(len(files[c * CHUNK : (c + 1) * CHUNK]) for c in mine)
         title = f"{extractor.name} {Path(folder).name}"
         hidden = not accelerator.is_main_process
-        with tqdm(total=total, unit="image", desc=title, leave=False, disable=hidden) as bar:
-            for c in mine:
-                some = files[c * CHUNK : (c + 1) * CHUNK]
-                _save(parts[c], _outputs(_batches(some, prepare, extractor.rule, size, batch, workers), extractor, bar))
-        accelerator.wait_for_everyone()
+        error: Exception | None = None
+        try:
+            _clear(where, accelerator.is_main_process)
+            size = _opened(files[0], prepare, extractor.rule)[0] if manifest_of(folder) else None
+            with tqdm(total=total, unit="image", desc=title, leave=False, disable=hidden) as bar:
+                for c in mine:
+                    some = files[c * CHUNK : (c + 1) * CHUNK]
+                    made = _outputs(_batches(some, prepare, extractor.rule, size, batch, workers), extractor, bar)
+                    _save(parts[c], made)
+        except Exception as caught:
+            error = caught
+        _agree(error)
         if accelerator.is_main_process:
-            (where / "about.json").write_text(json.dumps({"n": len(files), "key": json.loads(key)}) + "\n")
+            store(where / "about.json", {"n": len(files), "key": json.loads(key)})
     return found
+
+
+def _clear(where: Path, remove: bool) -> None:
+    """Make a folder, and remove what killed processes left in it."""
+    where.mkdir(parents=True, exist_ok=True)
+    for part in where.glob(".*.part") if remove else ():
+        with suppress(FileNotFoundError):
+            if time.time() - part.stat().st_mtime > 3600:
+                part.unlink()
+
+
+def _agree(error: Exception | None) -> None:
+    """Wait for all processes; raise this one's error, or name another's, so that none is waited for in vain."""
+    from accelerate.utils import gather_object
+
+    reasons = gather_object([None if error is None else f"{error}"])
+    if error is not None:
+        raise error
+    if others := [reason for reason in reasons if reason is not None]:
+        raise ValueError(others[0])
+
+
+def is_complete(file: Path, rows: int) -> bool:
+    """Whether a file of features has all its bytes and so many rows of each output; only its header is read."""
+    from safetensors import SafetensorError, safe_open
+
+    if not file.is_file():
+        return False
+    try:
+        with safe_open(file, framework="pt") as stored:
+            shapes = {key: stored.get_slice(key).get_shape() for key in stored.keys()}
+    except (SafetensorError, OSError, ValueError):
+        return False
+    return "features" in shapes and all(len(shape) == 2 and shape[0] == rows for shape in shapes.values())
 
 
 def _chunk_files(where: Path, n: int) -> list[Path]:
@@ -155,9 +177,10 @@ def _outputs(batches: Iterator[tuple[list[Path], Tensor]], extractor: Extractor,
     for names, batch in batches:
         with torch.no_grad():
             made = {k: v.float().cpu() for k, v in extractor.net(batch.to(device())).items()}
-        bad = ~torch.isfinite(made["features"]).all(1)
-        if bad.any():
-            raise ValueError(f"the features of {names[int(bad.nonzero()[0])]} are NaN or infinite")
+        for key, values in made.items():
+            bad = ~torch.isfinite(values).all(1)
+            if bad.any():
+                raise ValueError(f"the {key} of {names[int(bad.nonzero()[0])]} are NaN or infinite")
         outputs.append(made)
         bar.update(len(names))
     return {k: torch.cat([made[k] for made in outputs]) for k in outputs[0]}
@@ -167,10 +190,8 @@ def _save(path: Path, tensors: dict[str, Tensor]) -> None:
     """A file that appears complete or not at all."""
     from safetensors.torch import save_file
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(f".{os.getpid()}.part")
-    save_file({k: v.contiguous() for k, v in tensors.items()}, part)
-    os.replace(part, path)
+    with replacing(path) as part:
+        save_file({k: v.contiguous() for k, v in tensors.items()}, part)
 
 
 def _batches(
@@ -220,7 +241,7 @@ def text_features(prompts: list[str], extractor: Extractor, batch: int = 256) ->
         raise ValueError(f"extractor {extractor.name} reads no text; choose clip or open_clip")
     key = json.dumps([prompts, extractor.name, extractor.hash])
     path = cache_folder() / "features" / f"text-{hashlib.blake2b(key.encode(), digest_size=12).hexdigest()}.safetensors"
-    if not path.is_file():
+    if not is_complete(path, len(prompts)):
         starts = tqdm(range(0, len(prompts), batch), desc=f"{extractor.name} prompts", leave=False)
         made = torch.cat([extractor.text(prompts[i : i + batch]).float() for i in starts])
         _save(path, {"features": made})

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
-from collections.abc import Iterable, Sequence
+import math
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,41 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from distill.data import images as reader
+from eval.files import check_output, read_json, replacing, replacing_folder
+
 MANIFEST = "manifest.json"
+
+
+def is_count(value: Any) -> bool:
+    return type(value) is int and value > 0
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value of JSON is a finite number that is not negative."""
+    return type(value) in (int, float) and math.isfinite(value) and value >= 0
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _are_labels(value: Any) -> bool:
+    return isinstance(value, list) and all(type(label) is int and label >= 0 for label in value)
+
+
+FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {  # of a manifest: (its check, what it must be); null is allowed
+    "n": (is_count, "a number of images"),
+    "shape": (lambda v: isinstance(v, list) and len(v) == 3 and all(map(is_count, v)), "three sizes [C, H, W]"),
+    "labels": (_are_labels, "a list of labels, whole numbers from 0"),
+    "complete": (lambda v: isinstance(v, bool), "true or false"),
+    "seed": (lambda v: type(v) is int, "a whole number"),
+    "cost": (lambda v: isinstance(v, dict), "names with values"),
+    "request": (lambda v: isinstance(v, dict), "names with values"),
+    **dict.fromkeys(("steps",), (is_count, "a number of steps")),
+    **dict.fromkeys(("guidance", "nfe", "seconds", "images_per_second", "parameters"), (is_number, "a finite number")),
+    **dict.fromkeys(("name", "model", "kind", "scheduler", "protocol", "hash", "commit"), (_is_text, "text")),
+}
 
 
 def quantize(images: Tensor) -> Tensor:
@@ -52,25 +87,21 @@ def save(folder: Path, i: int, level: Tensor) -> None:
     from PIL import Image
 
     array = level.permute(1, 2, 0).numpy()
-    part = folder / f".{file_name(i)}.{os.getpid()}.part"
-    Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array).save(part, format="PNG")
-    os.replace(part, folder / file_name(i))
+    with replacing(folder / file_name(i)) as part:
+        Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array).save(part, format="PNG")
 
 
 def store(folder: Path, manifest: dict[str, Any]) -> None:
     """Write the manifest; it changes whole or not at all."""
-    part = folder / f".{MANIFEST}.{os.getpid()}.part"
-    part.write_text(json.dumps(manifest) + "\n")
-    os.replace(part, folder / MANIFEST)
+    with replacing(folder / MANIFEST) as part:
+        part.write_text(json.dumps(manifest) + "\n")
 
 
 def level(file: Path) -> Tensor:
     """An image as uint8 [C, H, W], C = 1 or 3. ValueError, naming the file, for one that cannot be read."""
-    from distill.data import images
-
     try:
-        array = np.array(images.read(file))
-    except images.Broken as error:
+        array = np.array(reader.read(file))
+    except reader.Broken as error:
         raise ValueError(f"{error}; remove or replace it") from None
     return torch.from_numpy(array[None] if array.ndim == 2 else array.transpose(2, 0, 1).copy())
 
@@ -104,20 +135,16 @@ def write(
         "hash": combined(map(digest, levels)),
         "labels": None if labels is None else torch.as_tensor(labels).tolist(),
     }
-    part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    for i, image in enumerate(levels):
-        save(part, i, image)
-    store(part, manifest)
-    if folder.exists():
-        shutil.rmtree(folder)
-    part.rename(folder)
+    with replacing_folder(folder) as part:
+        for i, image in enumerate(levels):
+            save(part, i, image)
+        store(part, manifest)
     return manifest
 
 
 def check_free(folder: Path, overwrite: bool = False) -> None:
     """ValueError unless images may be written to `folder`: absent, empty, or with `overwrite` a folder of images."""
+    check_output(folder, "the output", folder=True)
     if folder.is_dir() and not any(folder.iterdir()):
         return
     if folder.exists() and not overwrite:
@@ -129,38 +156,72 @@ def check_free(folder: Path, overwrite: bool = False) -> None:
 def manifest_of(folder: str | Path, unfinished: bool = False) -> dict[str, Any]:
     """The manifest of a folder of images; {} where it has none.
 
-    ValueError for an absent folder, broken JSON, or a folder that is not complete (unless `unfinished`).
+    ValueError for an absent folder, broken JSON, a field of a wrong kind, or a folder that is not complete (unless
+    `unfinished`).
     """
     path = Path(folder) / MANIFEST
     if not path.parent.is_dir():
         raise ValueError(f"there is no folder {folder}")
-    try:
-        found = json.loads(path.read_text()) if path.exists() else {}
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); generate the folder again") from None
+    if not path.exists():
+        return {}
+    found = _checked(read_json(path, "generate the folder again"), path)
     if not unfinished and not found.get("complete", True):
         there = len(list(Path(folder).glob("*.png")))
         raise ValueError(
-            f"{folder} is not complete: {there} of {found['n']} images are there; run the command that makes them "
+            f"{folder} is not complete: {there} of {found.get('n')} images are there; run the command that makes them "
             "again, and it goes on"
         )
     return found
 
 
-def read(folder: str | Path, first: int | None = None) -> tuple[Tensor, Tensor | None, dict[str, Any]]:
-    """Folder -> (images float32 [N, C, H, W] in [-1, 1], labels [N] or None, manifest or {}).
+def _checked(found: Any, path: Path) -> dict[str, Any]:
+    """A manifest whose fields have their kinds, and as many labels as images."""
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds no names with values; generate the folder again")
+    for key, (check, kind) in FIELDS.items():
+        if found.get(key) is not None and not check(found[key]):
+            raise ValueError(f"{path}: {key} is {f'{found[key]!r}'[:80]}; it must be {kind}. Generate the folder again")
+    labels = found.get("labels")
+    if labels is not None and len(labels) != found.get("n"):
+        raise ValueError(f"{path} has {len(labels)} labels for n = {found.get('n')} images; generate the folder again")
+    return found
 
-    Any folder of equally large PNG files will do. `first` reads only so many. ValueError, naming the file, for an
-    empty folder, mixed sizes, a corrupt image, or pixels that are not those of the manifest.
+
+def listing(folder: str | Path) -> list[Path]:
+    """The image files below a folder, sorted; stderr says once how many files are none.
+
+    ValueError for an absent or empty folder, one unlike its manifest, and for an image that is no regular file.
     """
-    folder, manifest = Path(folder), manifest_of(folder)
-    files = sorted(folder.glob("*.png"))
+    manifest = manifest_of(folder)
+    there = reader.files(folder)
+    files = [file for file in there if reader.is_image(file)]
+    others = reader.unread(there)
     if not files:
-        raise ValueError(f"{folder} holds no .png image")
+        raise ValueError(f"{folder} holds no image. {others}".rstrip(". "))
+    if odd := [file for file in files if not file.is_file()]:
+        raise ValueError(f"{odd[0]} is no regular file, or a link whose file is gone: remove or replace it")
     if manifest and manifest.get("n") != len(files):
         raise ValueError(
             f"{folder} holds {len(files)} images, its manifest says {manifest.get('n')}; generate it again"
         )
+    if others:
+        _note(f"{folder}: {others}\n")
+    return files
+
+
+@cache
+def _note(line: str) -> None:
+    """Write a line to stderr, once."""
+    sys.stderr.write(line)
+
+
+def read(folder: str | Path, first: int | None = None) -> tuple[Tensor, Tensor | None, dict[str, Any]]:
+    """Folder -> (images float32 [N, C, H, W] in [-1, 1], labels [N] or None, manifest or {}).
+
+    Any folder of equally large images will do. `first` reads only so many. ValueError, naming the file, for an
+    empty folder, mixed sizes, a corrupt image, or pixels that are not those of the manifest.
+    """
+    manifest, files = manifest_of(folder), listing(folder)
     found: list[Tensor] = []
     for file in files[:first]:
         found.append(level(file))

@@ -128,7 +128,9 @@ class Moments(NamedTuple):
         """The same, exactly symmetric. ValueError, with `name`, for what cannot be a mean and a covariance."""
         mean, cov = self.mean, self.cov
         if mean.ndim != 1 or not len(mean) or cov.shape != (len(mean), len(mean)):
-            raise ValueError(f"{name}: mu has shape {list(mean.shape)} and sigma {list(cov.shape)}; [D] and [D, D]")
+            raise ValueError(
+                f"{name}: mu has shape {list(mean.shape)} and sigma {list(cov.shape)}; [D], [D, D] are needed"
+            )
         for key, values in (("mu", mean), ("sigma", cov)):
             if not torch.isfinite(values).all():
                 raise ValueError(f"{name}: {key} holds NaN or infinite values; make the statistics again")

@@ -4,29 +4,33 @@ python -m eval.score --folder runs/images/dmd2 runs/images/teacher --protocol di
 python -m eval.score --folder runs/images/a --reference photos --metrics fid kid --extractor dinov2
 
 A row: {model, kind, steps, guidance, protocol, protocol_hash, n, seeds, extractor, extractor_hash, images (their hash),
-commit, hardware, metrics {name: {value, low, high, n}}, cost, samples (the folder)}.
+commit, hardware, metrics {name: {value, low, high, n}}, cost, samples (the folder)}. Of a metric that could not be
+computed "left_out" {name: reason} says why.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import cache, cached_property
+from functools import cache, cached_property, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from eval import images as folders
 from eval.cli import Unfinished
 from eval.cost import commit, hardware
 from eval.extractors import Extractor, device, load
-from eval.features import features, listing, text_features
-from eval.metrics import Given, Moments, Score, metric
+from eval.features import features, text_features
+from eval.files import check_output, read_text, store
+from eval.images import listing
+from eval.metrics import Given, Moments, Score, metric, too_few
 from eval.protocols import Measure, Prepare, Protocol
 from eval.protocols import protocol as named
 
@@ -67,11 +71,19 @@ class Folder:
         path = self.path / "metadata.jsonl"
         if not path.is_file():
             return None
+        found: dict[str, str] = {}
         try:
-            lines = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
-            found = {line["file_name"]: line["text"] for line in lines}
-            return [found[f"{file.relative_to(self.path)}"] for file in self.files]
-        except (KeyError, TypeError, ValueError) as error:
+            for number, line in enumerate(read_text(path, "prompts are needed").split("\n"), 1):
+                if not line.strip():
+                    continue
+                row = json.loads(line)
+                name, text = row["file_name"], row["text"]
+                if not (isinstance(name, str) and isinstance(text, str)):
+                    raise ValueError(f"line {number} has no text")
+                if found.setdefault(name, text) != text:
+                    raise ValueError(f"line {number} gives {name} a second text")
+            return [found[file.relative_to(self.path).as_posix()] for file in self.files]
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise ValueError(
                 f'{path} does not hold a line {{"file_name", "text"}} for every image ({error}); prompts are needed'
             ) from None
@@ -96,7 +108,8 @@ class Folder:
     def has(self, need: str) -> bool:
         """Whether the folder holds what a metric needs of it."""
         if need == "seeds":
-            return self.prompts is not None and len(self.prompts.unique()) < len(self.prompts)
+            counts = None if self.prompts is None else self.prompts.unique(return_counts=True)[1]
+            return counts is not None and int((counts > 1).sum()) > 1  # an interval over prompts needs two
         return need == "reference" or {"labels": self.labels, "texts": self.texts}[need] is not None
 
 
@@ -106,13 +119,32 @@ def reference(measure: Measure, p: Protocol, net: Extractor, folder: Path | None
     if path is None:
         return digits_reference("heldout" if measure.metric == "fd_heldout" else "train")
     if path.suffix == ".npz":
-        try:
-            with np.load(path) as stored:
-                mean, cov = (torch.from_numpy(stored[key]).double() for key in ("mu", "sigma"))
-        except (OSError, KeyError, ValueError) as error:
-            raise ValueError(f"{path} does not hold the arrays mu and sigma ({error})") from None
-        return Moments(p.references, mean, cov)
+        return statistics(path, p.references)
     return features(path, net, measure.reference or Prepare())
+
+
+def statistics(path: Path, n: int) -> Moments:
+    """The moments of a reference of n images, of an .npz file. ValueError where they are none."""
+    if not path.is_file():
+        raise ValueError(f"{path} is no regular file; name an .npz with the arrays mu and sigma")
+    return _statistics(path, path.stat().st_mtime_ns, n)
+
+
+@cache
+def _statistics(path: Path, _: int, n: int) -> Moments:
+    """`statistics` of a file as it was at a time: one eigen-decomposition for all folders."""
+    found: list[Tensor] = []
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            for key in ("mu", "sigma"):
+                array = np.asarray(stored[key])
+                if array.dtype.kind not in "iuf":
+                    raise ValueError(f"{key} is of kind {array.dtype}, no real numbers")
+                found.append(torch.from_numpy(array.astype(np.float64)))
+    except Exception as error:  # numpy and zipfile raise nearly every kind for broken files
+        reason = str(error) or type(error).__name__
+        raise ValueError(f"{path} does not hold the arrays mu and sigma ({reason}); make it again") from None
+    return Moments(n, *found).check(f"{path}")
 
 
 def custom(folder: Folder, metrics: tuple[str, ...], extractor: str | None, other: Path | None) -> Protocol:
@@ -147,32 +179,94 @@ def score(
     batch: int = 64,
     workers: int = 4,
 ) -> dict[str, Any]:
-    """The row of one folder; see `scores`. What is unknown, absent or too little is a ValueError, before long work."""
+    """The row of one folder; see `scores`. ValueError for what is unknown or absent, and where no metric is left.
+
+    What a metric lacks is found before a network runs; the others are computed, and the row's "left_out" says why.
+    """
     found = Folder(Path(folder), batch, workers)
     p = _protocol(found, protocol, metrics, extractor, reference_folder)
     swap = dict(_pair(text) for text in use)
+    specs = {m.metric: swap.get(m.extractor, m.extractor) for m in p.measures}
+    left_out: dict[str, str] = {}
     for m in p.measures:
-        entry = metric(m.metric)
-        lacks = [need for need in entry.needs if not found.has(need)]
-        if lacks:
-            raise ValueError(f"{folder} has no {' and '.join(map(_NEEDS.get, lacks))}, which {m.metric} needs")
+        try:
+            _check_needs(found, m, p, specs[m.metric], reference_folder)
+        except ValueError as error:
+            left_out[m.metric] = str(error)
     made: dict[str, Score] = {}
-    given: dict[Any, Given] = {}
+    given: dict[Any, Given | ValueError] = {}
     nets: dict[str, str] = {}
-    try:
-        for m in p.measures:
-            spec = swap.get(m.extractor, m.extractor)
-            key = (spec, m.generated, m.reference, m.text, m.metric if m.metric in ALONE else "")
+    for m in (m for m in p.measures if m.metric not in left_out):
+        spec = specs[m.metric]
+        key = (spec, m.generated, m.reference, m.text, m.metric if m.metric in ALONE else "")
+        try:
             if key not in given:
                 given[key] = _given(found, m, p, spec, reference_folder, nets)
-            scored = metric(m.metric).compute(given[key])
+            scored = metric(m.metric).compute(_unless_failed(given[key]))
+        except FAILURES as error:
+            failure = ValueError(explain(error))
+            given.setdefault(key, failure)  # what failed once for a network is not tried again for another metric
+            left_out[m.metric] = str(failure)
+        else:
             made |= scored if isinstance(scored, dict) else {m.metric: scored}
-    except ValueError as error:
-        raise ValueError(f"{folder}: {error}") from None
-    return _row(found, p, made, nets)
+    if not made:
+        raise ValueError(f"{folder}: {reasons(left_out)}")
+    return _row(found, p, made, nets) | ({"left_out": left_out} if left_out else {})
 
 
-_NEEDS = {"labels": "labels", "texts": "prompts (metadata.jsonl)", "seeds": "two images of a prompt"}
+FAILURES = (ValueError, OSError, RuntimeError, MemoryError, SafetensorError)  # of one folder: the others go on
+
+
+def explain(error: BaseException) -> str:
+    """What a user is told of a failure."""
+    from distill.checkpoint import refused
+
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return f"there is not enough memory ({type(error).__name__}): use a smaller --batch, or --workers 1"
+    if isinstance(error, OSError | SafetensorError):
+        return refused(error) or str(error)
+    text = str(error) or type(error).__name__
+    return text if isinstance(error, ValueError) else f"{type(error).__name__}: {text.splitlines()[0]}"
+
+
+def reasons(left_out: Mapping[str, str]) -> str:
+    """{metric: reason} in words, each reason once."""
+    names: dict[str, list[str]] = {}
+    for name, reason in left_out.items():
+        names.setdefault(reason, []).append(name)
+    return "; ".join(f"{', '.join(some)}: {reason}" for reason, some in names.items())
+
+
+def _unless_failed(given: Given | ValueError) -> Given:
+    if isinstance(given, ValueError):
+        raise given
+    return given
+
+
+def _check_needs(found: Folder, m: Measure, p: Protocol, spec: str, other: Path | None) -> None:
+    """ValueError for what a measure lacks, before a network sees an image."""
+    entry = metric(m.metric)
+    if lacks := [need for need in entry.needs if not found.has(need)]:
+        raise ValueError(f"{found.path} has no {' and '.join(map(_NEEDS.get, lacks))}, which {m.metric} needs")
+    width = None if entry.extractor == "lpips" else load(spec).width
+    least = entry.least or (width or 0) + 1
+    if len(found.files) < least:
+        raise ValueError(too_few("generated", len(found.files), width or 0, least))
+    path = other or p.reference_path
+    if "reference" not in entry.needs or path is None:
+        return
+    if path.suffix != ".npz":
+        if (n := len(listing(path))) < least:
+            raise ValueError(too_few("reference", n, width or 0, least))
+    elif entry.least is not None:
+        raise ValueError(f"{m.metric} needs a folder of reference images, not their mean and covariance alone")
+    elif width not in (None, known := len(statistics(path, p.references).mean)):
+        raise ValueError(f"{path} is of {known} features, {spec} has {width}; they must come from one extractor")
+
+
+_NEEDS = {"labels": "labels", "texts": "prompts (metadata.jsonl)", "seeds": "two images of each of two prompts"}
 
 
 def _pair(text: str) -> tuple[str, str]:
@@ -261,7 +355,7 @@ def scores(
     batch: int = 64,
     workers: int = 4,
 ) -> list[dict[str, Any]]:
-    """Score folders of images. A folder that fails does not stop the others; the end names it, with exit code 1.
+    """Score folders of images. A folder, or a metric, that fails does not stop the others; exit code 1 then, and why.
 
     Args:
         folder: one or more folders of images.
@@ -280,30 +374,51 @@ def scores(
         raise ValueError("no folder was given; name at least one after --folder")
     if reference is not None:
         _reference_files(reference)
+    if out is not None:
+        check_output(out, "--out")
     found, failed = [], []
     for path in tqdm(folder, unit="folder", desc="score", leave=False, disable=len(folder) < 2):
         try:
-            found.append(score(path, protocol, metrics, extractor, reference, use, batch, workers))
-        except ValueError as error:
-            failed.append(str(error))
+            row = score(path, protocol, metrics, extractor, reference, use, batch, workers)
+        except FAILURES as error:
+            why = explain(error)
+            failed.append(why if f"{path}" in why else f"{path}: {why}")
+            continue
+        found.append(row)
+        if "left_out" in row:
+            failed.append(f"{path} was scored without {reasons(row['left_out'])}")
     if out is not None and found and main_process():
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(found, indent=1) + "\n")
+        store(out, found)
     if failed:
         made = f" ({len(found)} of {len(folder)} folders were scored)" if len(folder) > 1 else ""
-        raise (Unfinished if found else ValueError)("; ".join(failed) + made)
+        told = "; ".join(failed) + made
+        raise Unfinished(told, found) if found else ValueError(told)
     return found
 
 
 def main() -> None:
     """Command line of `scores`."""
+    from eval.cli import run
+
+    @wraps(scores)
+    def stage(*given: Any, **named: Any) -> None:
+        try:
+            show(scores(*given, **named))
+        except Unfinished as error:
+            show(error.made)
+            raise
+
+    run(stage)
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """The rows as tables in the terminal."""
     from rich.console import Console
 
-    from eval.cli import run
     from eval.report import table
 
-    for one in table(run(scores)):
-        if main_process():
+    if main_process():
+        for one in table(rows):
             Console().print(one)
 
 

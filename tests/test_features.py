@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -209,6 +210,22 @@ def test_the_cache_answers_and_tells_apart(tmp_path, monkeypatch):
     assert other["fewer"].rows().allclose(first.rows()[:4])
     with pytest.raises(ValueError, match="gives features, logits, no texts"):
         next(first.chunks("texts"))
+    (chunk,) = first.folder.glob("*.safetensors")
+    whole = chunk.read_bytes()
+    for torn in (whole[:-8], whole[:40], b"", pickle.dumps([1])):
+        chunk.write_bytes(torn)
+        calls.clear()
+        assert features(folder, load("random")).rows().equal(first.rows()) and len(calls) == 1, "made again"
+    assert chunk.read_bytes() == whole
+
+
+@pytest.mark.slow
+def test_an_error_of_one_process_ends_both(tmp_path):
+    """The corrupt image is in the second process's chunk."""
+    folder = noise(tmp_path / "a", 11)
+    (folder / "000005.png").write_bytes(b"")
+    done = launch(folder, tmp_path / "two", processes=2)
+    assert done.returncode and done.stderr.count("000005.png cannot be read") >= 2
 
 
 RUN = """
@@ -315,6 +332,8 @@ def test_wrong_folders_are_one_clear_error(tmp_path):
     fails(made, "000001.png is 9 x 8, others are 8 x 8; one size a folder", prepare=Prepare("square", 8))
     (made / "000001.png").unlink()
     fails(made, "holds 2 images, its manifest says 3")
+    os.mkfifo(made / "000001.png")
+    fails(made, "000001.png is no regular file")
     corrupt = noise(tmp_path / "corrupt", 3)
     (corrupt / "000002.png").write_bytes((corrupt / "000002.png").read_bytes()[:60])
     fails(corrupt, "000002.png cannot be read: .*; remove or replace it")
@@ -344,6 +363,9 @@ def test_the_digits_extractor(tmp_path, monkeypatch):
         net(torch.zeros(2, 3, 8, 8))
     monkeypatch.setattr("eval.digits.train", lambda recipe: net.net)
     assert classifier.__wrapped__(tmp_path).hash == net.hash  # trained and stored
+    (file,) = tmp_path.glob("digits-*.safetensors")
+    file.write_bytes(file.read_bytes()[:1000])
+    assert classifier.__wrapped__(tmp_path).hash == net.hash  # torn: made again
     monkeypatch.setattr("eval.digits.train", lambda recipe: 1 / 0)
     assert classifier.__wrapped__(tmp_path).hash == net.hash  # read
 

@@ -78,7 +78,7 @@ def test_bad_folders_are_one_clear_error(tmp_path):
             folders.read(folder)
 
     (tmp_path / "empty").mkdir()
-    fails(tmp_path / "empty", "no .png image")
+    fails(tmp_path / "empty", "holds no image")
     fails(tmp_path / "absent", "no folder")
     mixed = fresh("mixed")
     Image.new("L", (9, 8)).save(mixed / "000001.png")
@@ -93,6 +93,23 @@ def test_bad_folders_are_one_clear_error(tmp_path):
     edited = fresh("edited")
     Image.new("L", (8, 8), 9).save(edited / "000001.png")
     fails(edited, "not those that its manifest describes")
+    lies = fresh("lies")
+    for text, match in (
+        ("null", "holds no names with values"),
+        ("{", "not valid JSON"),
+        ("[" * 100_000, "not valid JSON"),
+        ('{"n": 3, "labels": [1, 2]}', "2 labels for n = 3 images"),
+        ('{"n": 3, "labels": ["a", 1, 2]}', "labels is .* must be a list of labels"),
+        ('{"n": 3, "nfe": "<script>"}', "nfe is '<script>'; it must be a finite number"),
+        ('{"n": 3, "seconds": NaN}', "seconds is nan; it must be a finite number"),
+        ('{"n": true}', "n is True; it must be a number of images"),
+        ('{"complete": false}', "not complete: 3 of None"),
+    ):
+        (lies / folders.MANIFEST).write_text(text)
+        fails(lies, match)
+    (lies / folders.MANIFEST).unlink()
+    os.mkfifo(lies / folders.MANIFEST)
+    fails(lies, "is no regular file; generate the folder again")
     with pytest.raises(ValueError, match="not empty"):
         folders.write(edited, x)
     folders.write(edited, x, overwrite=True)

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import re
 import subprocess
 import sys
 
@@ -11,8 +12,10 @@ import pytest
 import torch
 from scipy.linalg import sqrtm
 from scipy.stats import t as student_t
+from test_security import png
 
 from distill.data import digits
+from eval import features as feature_module
 from eval import hallucination, metrics
 from eval import images as folders
 from eval.cli import Unfinished
@@ -23,6 +26,7 @@ from eval.intervals import mean_ci, ratio_ci
 from eval.metrics import METRICS, Score, fid, frechet, kid, manifold, tie, vendi
 from eval.protocols import PROTOCOLS
 from eval.score import score, scores
+from eval.score import statistics as statistics_of
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -616,9 +620,9 @@ def test_wrong_requests_are_one_clear_error(tmp_path):
             score(tmp_path / folder, **how)
         assert len(str(told.value)) < 600
 
-    fails("a has no labels, which accuracy needs")
+    fails("a has no labels, which accuracy needs", metrics=("accuracy",))
     fails("has no prompts .metadata.jsonl., which clip_score needs", metrics=("clip_score",), extractor="random")
-    fails("has no two images of a prompt, which dino_diversity needs", metrics=("dino_diversity",), extractor="random")
+    fails("has no two images of each of two prompts", metrics=("dino_diversity",), extractor="random")
     fails("there is no metric 'fud'; there are fid", metrics=("fud",))
     fails("there is no protocol 'coco'", protocol="coco")
     fails("extractor 'vgg' is unknown", metrics=("vendi",), extractor="vgg")
@@ -626,12 +630,135 @@ def test_wrong_requests_are_one_clear_error(tmp_path):
     fails("lacks data; put", protocol="mjhq30k")
     fails("write EXTRACTOR=EXTRACTOR", metrics=("vendi",), use=("random",))
     folders.write(tmp_path / "small", images[:20], labels[:20])
-    fails("small: generated set has n = 20 samples of 64 features; at least 65", "small")
+    fails(
+        "n = 20 samples of 64 features; at least 65 .* measure kid", "small", metrics=("fd_train",), protocol="digits"
+    )
     with_prompts(tmp_path / "short", images[:5], ["one"] * 4)
     fails('does not hold a line {"file_name", "text"} for every image', "short", metrics=("clip_score",))
-    with pytest.raises(Unfinished, match="no folder .*absent .1 of 2 folders were scored"):
-        scores((tmp_path / "absent", tmp_path / "a"), tmp_path / "rows.json", metrics=("vendi",), extractor="random")
-    assert len(json.loads((tmp_path / "rows.json").read_text())) == 1  # the other one went on
+    (tmp_path / "file").touch()
+    for out, match in (
+        (tmp_path / "a", "--out is .*a, which is a folder; name a file"),
+        (tmp_path / "file" / "x", "is a file"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            scores((tmp_path / "a",), out, metrics=("vendi",), extractor="random")
+
+
+def statistics(**changed):
+    e = np.eye(64)
+    return {"mu": np.zeros(64), "sigma": e, **changed}
+
+
+def edited(*entries):
+    sigma = np.eye(64)
+    for i, j, value in entries:
+        sigma[i, j] = value
+    return sigma
+
+
+@pytest.mark.parametrize(
+    "stored, match",
+    [
+        (statistics(mu=np.full(64, math.nan)), "mu holds NaN"),
+        (statistics(sigma=edited((3, 4, math.nan))), "sigma holds NaN"),
+        (statistics(sigma=np.full((64, 64), math.inf)), "sigma holds NaN or infinite"),
+        (statistics(sigma=edited((3, 4, 0.1))), "not symmetric, by 0.1"),
+        (statistics(sigma=edited((3, 3, -0.5))), "eigenvalue -0.5, below 0"),
+        (statistics(sigma=np.zeros((64, 64))), "no positive eigenvalue, as of one image"),
+        (statistics(sigma=np.ones((64, 3))), r"sigma \[64, 3\]"),
+        (statistics(sigma=np.ones(64)), r"sigma \[64\]"),
+        (statistics(mu=np.zeros((1, 64))), r"mu has shape \[1, 64\]"),
+        (statistics(mu=np.zeros(3), sigma=np.eye(3)), "is of 3 features, random has 64"),
+        (statistics(mu=np.zeros(64, complex)), "mu is of kind complex128, no real numbers"),
+        (statistics(mu=np.array(["a"] * 64)), "no real numbers"),
+        (statistics(mu=np.array([None] * 64)), "Object arrays cannot be loaded"),
+        (statistics(mu=np.full(64, 1e200)), "the distance is inf"),
+        ({"x": np.zeros(1)}, "does not hold the arrays mu and sigma"),
+        (b"PK\x03\x04 torn", "does not hold the arrays mu and sigma"),
+        (b"", "does not hold the arrays mu and sigma"),
+    ],
+)
+def test_a_reference_that_is_no_statistics_is_refused(stored, match, tmp_path):
+    """A NaN gave FID 0.00."""
+    path, folder = tmp_path / "reference.npz", tmp_path / "a"
+    folders.write(folder, torch.rand(80, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1)
+    path.write_bytes(stored) if isinstance(stored, bytes) else np.savez(path, **stored)
+    with pytest.raises(ValueError, match=match):
+        score(folder, metrics=("fid",), extractor="random", reference_folder=path)
+
+
+def test_statistics_in_float32_are_accepted(tmp_path):
+    """Published files are: of a nearly singular covariance rounding makes eigenvalues below 0."""
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(200, 8, generator=draw).double() @ torch.randn(8, 64, generator=draw).double()
+    found = metrics.moments(x)
+    np.savez(tmp_path / "m.npz", mu=found.mean.float().numpy(), sigma=found.cov.float().numpy())
+    stored = statistics_of(tmp_path / "m.npz", 200)
+    assert stored.cov.equal(stored.cov.T) and torch.linalg.eigvalsh(stored.cov)[0] < 0
+    y = torch.randn(300, 64, generator=draw)
+    assert fid(y, stored).value == pytest.approx(fid(y, found).value, rel=1e-3)
+
+
+def test_figures_that_overflow_are_refused():
+    """Finite features whose squares are not: no clamp and no comparison turns them into a figure."""
+    draw = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(80, 4, generator=draw).double() for _ in range(2))
+    with pytest.raises(ValueError, match="overflow float32"):
+        manifold(x * 1e25, y)
+    for found in (lambda: kid(x * 1e120, y), lambda: fid(x * 1e160, y), lambda: frechet(y, x * 1e160)):
+        with pytest.raises(ValueError, match="too large|not finite"):
+            found()
+    for fake, real in ((math.nan, 0.0), (0.0, math.nan)):
+        with pytest.raises(ValueError, match="NaN"):
+            hallucination.rate(torch.tensor([0.0, fake]), torch.tensor([1.0, real]))
+    with pytest.raises(ValueError, match="no rank"):
+        hallucination.auc(torch.tensor([0.0, math.nan]), torch.tensor([True, False]))
+    with pytest.raises(ValueError, match="sample 1 are NaN"):
+        metrics.accuracy(torch.tensor([[0.0, 1.0], [math.nan, 1.0]]), torch.tensor([1, 0]))
+    with pytest.raises(ValueError, match=r"labels are 0 \.\. 2, of 2 classes"):
+        metrics.accuracy(torch.zeros(2, 2), torch.tensor([2, 0]))
+
+
+def test_a_metric_or_a_folder_that_fails_takes_no_other_with_it(tmp_path, monkeypatch, capsys):
+    """Too few images for fid: no network runs for it, kid is kept and named. Broken folders leave the other rows."""
+    images = torch.rand(90, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    folders.write(tmp_path / "real", images)
+    for name in ("few", "torn", "bomb", "memory"):
+        folders.write(tmp_path / name, images[:20])
+    row = score(tmp_path / "few", metrics=("fid", "kid"), extractor="random", reference_folder=tmp_path / "real")
+    assert (
+        list(row["metrics"]) == ["kid"]
+        and "at least 65 are needed: use more images, or measure kid" in row["left_out"]["fid"]
+    )
+    ran = []
+    real = feature_module._outputs
+
+    def outputs(batches, *others):
+        ran.append(1)
+        batches = list(batches)
+        if batches[0][0][0].parent.name == "memory":
+            raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried")
+        return real(iter(batches), *others)
+
+    monkeypatch.setattr(feature_module, "_outputs", outputs)
+    with pytest.raises(ValueError, match="fid: generated set has n = 20"):
+        score(tmp_path / "few", metrics=("fid",), extractor="random:5", reference_folder=tmp_path / "real")
+    assert not ran, "refused before a network ran"
+    (tmp_path / "torn" / "000003.png").write_bytes((tmp_path / "torn" / "000003.png").read_bytes()[:40])
+    (tmp_path / "bomb" / "000003.png").write_bytes(png(60_000, 60_000))
+    names = ("absent", "torn", "bomb", "memory", "few")
+    how = {"metrics": ("fid", "kid"), "extractor": "random:5", "reference": tmp_path / "real"}
+    with pytest.raises(Unfinished) as ended:
+        scores(tuple(tmp_path / name for name in names), tmp_path / "rows.json", **how)
+    told = str(ended.value)
+    assert "(1 of 5 folders were scored)" in told and [row["samples"] for row in ended.value.made] == [
+        f"{tmp_path / 'few'}"
+    ]
+    for match in ("no folder .*absent", "torn/000003.png cannot be read", "bomb/000003.png cannot be read.*bomb"):
+        assert re.search(match, told)
+    assert "there is not enough memory" in told and "few was scored without fid: generated set" in told
+    (row,) = json.loads((tmp_path / "rows.json").read_text())
+    assert row["metrics"]["kid"]["n"] == 20 and math.isfinite(row["metrics"]["kid"]["value"])
 
 
 def test_every_metric_says_where_it_is_from():
