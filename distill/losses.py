@@ -23,6 +23,13 @@ def reduce(elements: Tensor, reduction: Reduction) -> Tensor:
     return elements.mean() if reduction == "mean" else elements.sum() / len(elements)
 
 
+def summed(numbers: Tensor) -> Tensor:
+    """The sum over all processes, without gradient; every process must call it."""
+    from accelerate.utils import reduce as over_processes
+
+    return numbers if numbers.is_meta else over_processes(numbers.detach(), "sum")
+
+
 def per_sample(elements: Tensor) -> Tensor:
     """Mean over everything but the batch, kept broadcastable: [B, ...] -> [B, 1, ...]."""
     return elements.flatten(1).mean(1).reshape(-1, *[1] * (elements.ndim - 1))
@@ -42,9 +49,20 @@ def normaliser(x: Tensor, real: Tensor, low: float = 1e-5) -> Tensor:
     return per_sample((x - real).abs()).clamp(min=low).detach()
 
 
-def denoising(pred: Prediction, x0: Tensor, eps: Tensor, reduction: Reduction) -> Tensor:
-    """Squared error in the network's own space: eps-, v-, flow-matching, or EDM's weighted denoising loss."""
-    return reduce(pred.weight * (pred.out - pred.target(x0, eps)) ** 2, reduction)
+def denoising(
+    pred: Prediction,
+    x0: Tensor,
+    eps: Tensor,
+    reduction: Reduction,
+    space: Literal["network", "x0"] = "network",
+    weight: Tensor | float = 1.0,
+) -> Tensor:
+    """Squared error in the network's own space: eps-, v-, flow-matching, or EDM's weighted denoising loss.
+
+    space "x0": of the clean sample instead, whatever the network predicts. weight: of each element.
+    """
+    error = pred.out - pred.target(x0, eps) if space == "network" else pred.x0 - x0
+    return reduce(weight * pred.weight * error**2, reduction)
 
 
 def huber(delta: Tensor, c: float = 1e-3) -> Tensor:

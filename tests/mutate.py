@@ -96,6 +96,7 @@ ENTROPIC, SPREAD = "distill/methods/entropic", "tests/methods/test_entropic.py"
 OF = "tests/methods/test_"  # NAME.py
 ENDS, MEANS, TWINS, BOOTS, SIGNS = (f"{OF}{name}.py" for name in "average meanflow twinflow boot sign".split())
 NO_GRAD, GRAD = "with torch.no_grad():\n            x_t = path", "with torch.enable_grad():\n            x_t = path"
+PREDICTED = tuple(f"with torch.{mode}_grad():\n            real, fake, h" for mode in ("no", "enable"))  # of DMD2
 KEEP_G = ("distill/losses.py", "    g = g.detach()\n", "")
 # fmt: off
 # fmt: off
@@ -342,7 +343,7 @@ MUTATIONS = {
     ),
     "DisBack": (
         m("sign of g", DMD2, "g = h * (fake - real)", "g = h * (real - fake)", f"{OF}disback.py::test_gradient"),
-        m("gradient through the scores", DMD2, NO_GRAD, GRAD, f"{OF}disback.py::test_gradient", more=(KEEP_G,)),
+        m("gradient through the scores", DMD2, *PREDICTED, f"{OF}disback.py::test_gradient", more=(KEEP_G,)),
         m("a teacher too long", DISBACK, "step // self.interval", "(step - 1) // self.interval",
           f"{OF}disback.py::test_gradient"),
         m("forwards", DISBACK, "len(nets.past.folders) - 2 - step // self.interval", "step // self.interval",
@@ -396,7 +397,7 @@ MUTATIONS = {
     ),
     "PhasedDMD": (
         m("sign of g", DMD2, "g = h * (fake - real)", "g = h * (real - fake)", f"{OF}phased.py::TestClosedForms"),
-        m("gradient through the scores", DMD2, NO_GRAD, GRAD, f"{OF}phased.py::TestClosedForms", more=(KEEP_G,)),
+        m("gradient through the scores", DMD2, *PREDICTED, f"{OF}phased.py::TestClosedForms", more=(KEEP_G,)),
         m("x_s for x_0 in the target", INTERVAL,
           "x0 / a_s - self.alpha * s_s**2 / (a_s**2 * b) * eps, self.sigma / b * eps",
           "x0, eps", f"{OF}phased.py::TestClosedForms"),
@@ -423,13 +424,14 @@ MUTATIONS = {
         m("sum for mean", DMD2, "reduce(push(x, g), self.reduction)", 'reduce(push(x, g), "sum")', BY_HAND),
         m("normaliser left out", DMD2, "(normaliser(x, real) if self.normalise else 1.0)", "1.0", BY_HAND),
         m("normaliser of the fake", DMD2, "normaliser(x, real)", "normaliser(x, fake)", BY_HAND),
-        m("gradient through the scores", DMD2, NO_GRAD, GRAD, GRADIENT, more=(KEEP_G,)),
+        m("gradient through the scores", DMD2, *PREDICTED, GRADIENT, more=(KEEP_G,)),
         m("teacher not guided", DMD2, "Guided(nets.teacher, self.guidance)(x_t", "nets.teacher(x_t", BY_HAND),
         m("fake guided", DMD2, "nets.fake(x_t, t, c).x0, 1.0",
           "Guided(nets.fake, self.guidance)(x_t, t, c).x0, 1.0", BY_HAND),
         m("GAN on the clean image", DISC, "path.diffuse(x, eps, u), u, c", "x, u, c", GAN),
         m("GAN told another level", DISC, "path.diffuse(x, eps, u), u, c", "path.diffuse(x, eps, u), 1 - u, c", GAN),
-        m("GAN without gradient", DMD2, "self.logits(x, c, nets", "self.logits(x.detach(), c, nets", GAN),
+        m("GAN without gradient", DMD2, 'self.logits(x, c, nets, draw, "gan"',
+          'self.logits(x.detach(), c, nets, draw, "gan"', GAN),
         m("sign of the GAN", DMD2, "loss + self.gan * ", "loss - self.gan * ", GAN),
         m("GAN weights exchanged", DMD2, "loss + self.gan_fake * ", "loss + self.gan * ", GAN),
         m("reals under the fakes' condition", DMD2, "merge(c, y_c)", "merge(c, c)", GAN),
@@ -443,8 +445,7 @@ MUTATIONS = {
           f"{TRAINER}::test_order_of_turns"),
         m("always all steps", DMD2, 'draw.index("steps", len(nets.student.times))', "len(nets.student.times) - 1",
           f"{TRAINER}::test_calls_of_dmd2"),
-        m("fake on the wrong level", DMD2, "tapping(path.diffuse(x, eps, t), t, c",
-          "tapping(path.diffuse(x, eps, t), 1 - t, c", FAKE),
+        m("fake on the wrong level", DMD2, "tapping(x_t, t, c", "tapping(x_t, 1 - t, c", FAKE),
     ),
     "VSD": (
         m("PG-SB: a k of its own for the fake", VSD, "k_fake = k if",
@@ -687,7 +688,7 @@ MUTATIONS = {
     ),
     "DMD": (
         m("sign of the regression", DMD, "loss + self.regression *", "loss - self.regression *", f"{OF}dmd.py"),
-        m("gradient through the scores", DMD2, NO_GRAD, GRAD, f"{OF}dmd.py::test_gradient", more=(KEEP_G,)),
+        m("gradient through the scores", DMD2, *PREDICTED, f"{OF}dmd.py::test_gradient", more=(KEEP_G,)),
         m("regression left out", DMD, "if self.regression:\n            logs", "if False:\n            logs",
           f"{OF}dmd.py"),
         m("regression on the samples of g", DMD, "self.paired.sample(nets, batch, draw), nets", "x, nets",
@@ -712,8 +713,8 @@ MUTATIONS = {
     ),
     "f-distill": (
         m("ratio upside down", F_DISTILL, "logit.exp()", "(-logit).exp()", f"{OF}f_distill.py"),
-        m("gradient through scores and ratio", DMD2, NO_GRAD, GRAD, f"{OF}f_distill.py", more=(KEEP_G,)),
-        m("no h", F_DISTILL, "expand(h, x_t), logs", "1.0, logs", f"{OF}f_distill.py"),
+        m("gradient through scores and ratio", DMD2, *PREDICTED, f"{OF}f_distill.py", more=(KEEP_G,)),
+        m("no h", F_DISTILL, "fake.x0, expand(h, x_t), logs", "fake.x0, 1.0, logs", f"{OF}f_distill.py"),
         m("js for softened-kl", F_DISTILL, "2 * r / (1 + r)", "2 / (1 + r)", f"{OF}f_distill.py"),
         m("r not bounded", F_DISTILL, ".clamp(self.low, self.high)", "", f"{OF}f_distill.py"),
         m("hellinger without its root", F_DISTILL, "torch.sqrt,", "lambda r: r,", f"{OF}f_distill.py"),
@@ -767,8 +768,8 @@ MUTATIONS = {
           "made = [head(feature, places) for feature in features[:1]]", ROLES, LOSSES),
     ),
     "Denoise": (
-        m("sign of the target", "distill/losses", "(pred.out - pred.target(x0, eps))",
-          "(pred.out + pred.target(x0, eps))", f"{OF}denoise.py"),
+        m("sign of the target", "distill/losses", "pred.out - pred.target(x0, eps) if",
+          "pred.out + pred.target(x0, eps) if", f"{OF}denoise.py"),
         m("told another level", DENOISE, "eps, t), t, c), x", "eps, t), 1 - t, c), x", f"{OF}denoise.py"),
         m("of the clean image", DENOISE, "denoiser.path.diffuse(x, eps, t)", "x", f"{OF}denoise.py"),
         m("target of other noise", DENOISE, "c), x, eps, self", "c), x, eps.roll(1, 0), self", f"{OF}denoise.py"),
@@ -857,7 +858,7 @@ MUTATIONS = {
         m("normaliser with gradient", "distill/losses", ".clamp(min=low).detach()", ".clamp(min=low)", LOSSES),
         m("normaliser of the batch", "distill/losses", "per_sample((x - real).abs())", "(x - real).abs().mean()",
           LOSSES),
-        m("denoising in x0", "distill/losses", "(pred.out - pred.target(x0, eps))", "(pred.x0 - x0)", LOSSES),
+        m("denoising in x0", "distill/losses", 'if space == "network" else', 'if space == "x0" else', LOSSES),
         m("GAN of the student saturates", "distill/losses", "F.softplus(-fake).mean()\n\n",
           "-F.softplus(fake).mean()\n\n", LOSSES),
         m("reals called fakes", "distill/losses", "F.softplus(fake).mean() + F.softplus(-real)",

@@ -11,11 +11,12 @@ The student moves first, every `every` steps; fake and heads at each, on the sam
 """
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from distill.disc import seen, verdicts
+from distill.disc import DiffusionGAN, verdicts
 from distill.draw import Draw
 from distill.guidance import Guided, merge
 from distill.losses import Reduction, denoising, gan_discriminator, gan_generator, normaliser, push, reduce, scores
@@ -24,20 +25,18 @@ from distill.trainer import Batch, Logs, Nets, Update
 
 
 @dataclass(frozen=True)
-class DMD2:
+class DMD2(DiffusionGAN):
     """Distribution matching with a GAN on real images; prompts alone where both GAN weights are 0."""
 
     guidance: Finite = 1.0  # w of the teacher: 8 SDXL, 1.75 SD 1.5 (scripts)
     every: Count = 5  # fake steps per student step: 5; SD 1.5 10 (scripts)
     gan: Weight = 5e-3  # lambda_g: 5e-3 SDXL, 1e-3 SD 1.5, 3e-3 ImageNet (scripts)
     gan_fake: Weight = 1e-2  # lambda_d (scripts)
-    taps: tuple[str, ...] = ("mid_block",)  # features of the fake score that heads read: the bottleneck
     times: Law = Grid(1000, 20, 980)  # of the student's loss (code)
     fake_times: Law = Grid(1000, 0, 999)  # of the fake's loss (code)
-    gan_times: Law = Grid(1000, 0, 999)  # of the classifier's input (code)
+    fake_space: Literal["network", "x0"] = "network"  # of the fake's error (code; FastGen's SD 1.5: x0)
     reduction: Reduction = "mean"  # over all elements (code)
     normalise: bool = True  # divide g by mean|x - real|
-    share: bool = False  # l(x) of L_fake is read off D_fake(x_t), the real images' u drawn as its t (ours: less work)
     walk: bool = False  # the fake's own samples: k = 1, 2, ... of one generation, a call a step (ours: less work)
 
     @property
@@ -58,33 +57,33 @@ class DMD2:
     def student_loss(self, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
         c, path = batch.get("c"), nets.teacher.path
         t, eps = self.times(draw, "t", len(x), path), draw.normal("eps", x.shape).to(x)
+        x_t = path.diffuse(x, eps, t)
         with torch.no_grad():
-            x_t = path.diffuse(x, eps, t)
-            real, (fake, h, logs) = Guided(nets.teacher, self.guidance)(x_t, t, c).x0, self.weighed(x_t, t, c, nets)
+            real, fake, h, logs = self.predict(x_t, t, c, nets)
             g = h * (fake - real) / (normaliser(x, real) if self.normalise else 1.0)
         loss, logs = reduce(push(x, g), self.reduction), scores(x, real, fake) | logs
         if self.gan:
-            logs["gan"] = gan_generator(self.logits(x, c, nets, draw, "gan"))
+            logs["gan"] = gan_generator(self.logits(x, c, nets, draw, "gan", at=(x_t, t) if self.same else None))
             loss = loss + self.gan * logs["gan"]
         return loss, logs
 
-    def weighed(self, x_t: Tensor, t: Tensor, c, nets: Nets) -> tuple[Tensor, Tensor | float, Logs]:
-        return nets.fake(x_t, t, c).x0, 1.0, {}  # its x0 and a weight of g per sample (not 1 in f-distill)
+    def predict(self, x_t: Tensor, t: Tensor, c, nets: Nets) -> tuple[Tensor, Tensor, Tensor | float, Logs]:
+        real = Guided(nets.teacher, self.guidance)(x_t, t, c).x0
+        return real, nets.fake(x_t, t, c).x0, 1.0, {}  # both x0 and a weight of g per sample (not 1 in f-distill)
 
     def fake_loss(self, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
         c, path = batch.get("c"), nets.fake.path
         t, eps = self.fake_times(draw, "t", len(x), path), draw.normal("eps", x.shape).to(x)
-        pred, features = nets.fake.tapping(path.diffuse(x, eps, t), t, c, self.taps if self.share else ())
-        loss, logs = denoising(pred, x, eps, self.reduction), Logs()
+        x_t = path.diffuse(x, eps, t)
+        pred, features = nets.fake.tapping(x_t, t, c, self.shared_taps)
+        loss, logs = denoising(pred, x, eps, self.reduction, self.fake_space), Logs()
         if self.gan_fake:
             y, y_c, method = batch["real"].to(x), batch.get("real_c"), replace(self, gan_times=self.fake_times)
-            if self.share:
-                fake, real = nets.disc(*features), method.logits(y, y_c, nets, draw, "gan_real")
+            if self.share or self.same:
+                fake = nets.disc(*features) if features else self.logits(x, c, nets, draw, at=(x_t, t))
+                real = method.logits(y, y_c, nets, draw, "gan_real")
             else:
                 fake, real = self.logits(torch.cat([x, y]), merge(c, y_c), nets, draw, "gan_fake", "gan_real").chunk(2)
             logs["gan"], logs["gan_right"] = gan_discriminator(fake, real), verdicts(fake, real)
             loss = loss + self.gan_fake * logs["gan"]
         return loss, logs
-
-    def logits(self, x: Tensor, c, nets: Nets, draw: Draw, *names: str) -> Tensor:
-        return nets.disc(*seen(nets.fake, self.taps, self.gan_times, x, c, draw, *names))

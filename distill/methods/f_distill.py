@@ -3,6 +3,7 @@
     D_f       = E_student f(r),   r = p_t(x_t) / q_t(x_t)        densities of real and of student's samples at level t
     h(r)      = r^2 f''(r) / f''(1)                              its gradient is -h (score_real - score_fake)
     r         = exp(l(x_t)) within [low, high]                   l: logit of DMD2's discriminator at the same x_t
+    r        <- r / its mean over the samples in the same of `ratio_bins` bins of t        E_student r is 1 at every t
     g         = h(r) (fake - real) / mean| x - real |            per sample, without gradient; the rest is DMD2
 
     reverse-kl   f = -log r                                   h = 1             DMD2 itself
@@ -13,9 +14,11 @@
     jeffreys     f = (r - 1) log r                            h = (1 + r) / 2
     neyman       f = (1 - r)^2 / r                            h = 1 / r
 
-An h that grows with r looks where the student has too few samples: it covers modes. The authors' code divides h by its
-mean over the batch of all processes; f''(1) makes it 1 where the student is the teacher, and no sample's weight depends
-on the others'. Where every r is at a bound, h says nothing: the logs have its range. It adds no network call.
+An h that grows with r looks where the student has too few samples: it covers modes. f''(1) makes h 1 where the student
+is the teacher; with `unit_mean` h is divided by its mean over the batch as well (the authors' second normalisation).
+Both means are over the micro-batches of all processes. A sample that is alone in its bin has r = 1: where few samples
+share a bin, this is DMD2. FastGen's ImageNet recipe also averages the bins over steps, which is left out. Where every
+r is at a bound, h says nothing: the logs have its range. It adds no network call.
 """
 
 from collections.abc import Callable
@@ -25,9 +28,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from distill.guidance import Guided
+from distill.losses import summed
 from distill.methods.dmd2 import DMD2
-from distill.ranges import Positive
-from distill.schedule import expand
+from distill.ranges import Natural, Positive
+from distill.schedule import Schedule, expand
 from distill.trainer import Logs, Nets
 
 H: dict[str, Callable[[Tensor], Tensor]] = {
@@ -49,8 +54,11 @@ class FDistill(DMD2):
     gan_fake: Positive = 1e-2  # lambda_d (DMD2); the ratio is learnt with it
     low: Positive = 0.1  # least r (FastGen)
     high: Positive = 20.0  # greatest r (FastGen)
+    ratio_bins: Natural = 10  # bins of native t, of equal width, whose mean r is set to 1 (FastGen); 0: r as it is
+    unit_mean: bool = False  # divide h by its mean over the batch (FastGen); False: h(1) = 1
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.divergence not in H:
             raise ValueError(f"divergence is {self.divergence!r}; it must be one of {', '.join(H)}")
         if not 0 < self.low <= self.high:
@@ -60,10 +68,23 @@ class FDistill(DMD2):
                 f"gan_fake is {self.gan_fake}; the ratio is the discriminator's, which learns only with gan_fake > 0"
             )
 
-    def weighed(self, x_t: Tensor, t: Tensor, c, nets: Nets) -> tuple[Tensor, Tensor, Logs]:
-        pred, features = nets.fake.tapping(x_t, t, c, self.taps)
-        logit = nets.disc(*features).flatten(1).mean(1).double()  # of several heads the mean
+    def predict(self, x_t: Tensor, t: Tensor, c, nets: Nets) -> tuple[Tensor, Tensor, Tensor | float, Logs]:
+        taps = {"fake": (), "teacher": ()} | {self.gan_features: self.taps}
+        real, theirs = Guided(nets.teacher, self.guidance).tapping(x_t, t, c, taps["teacher"])
+        fake, own = nets.fake.tapping(x_t, t, c, taps["fake"])
+        logit = nets.disc(*own, *theirs).flatten(1).mean(1).double()  # of several heads the mean
         r = logit.exp().clamp(self.low, self.high)
-        h = H[self.divergence](r)
+        h = H[self.divergence](r / self.mean_ratio(r, t, nets.teacher.path) if self.ratio_bins else r)
+        if self.unit_mean:
+            size, count = summed(torch.stack([h.sum(), torch.ones_like(h).sum()]))
+            h = h / (size / count + 1e-6)
         logs = {"ratio": r.mean(), "h": h.mean(), "h_low": h.min(), "h_high": h.max()}
-        return pred.x0, expand(h, x_t), logs
+        return real.x0, fake.x0, expand(h, x_t), logs
+
+    def mean_ratio(self, r: Tensor, t: Tensor, path: Schedule) -> Tensor:
+        """The mean of r in the bin of each sample [B]."""
+        low, high = path.native(torch.arange(2.0, dtype=torch.float64, device=t.device))
+        bins = ((path.native(t) - low) / (high - low) * self.ratio_bins).floor().clamp(0, self.ratio_bins - 1)
+        member = (bins[:, None] == torch.arange(self.ratio_bins, device=t.device)).to(r)
+        count, total = summed(torch.stack([member.sum(0), r @ member]))
+        return member @ (total / count.clamp(min=1)) + 1e-6

@@ -42,6 +42,7 @@ class PhasedDMD(DMD2):
     clamp: Positive = 10.0  # of 1 / b^2 (paper, as a review restates it)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.walk:
             raise ValueError("walk goes on from x0, but a phase ends at noisy samples; leave out --method.walk")
 

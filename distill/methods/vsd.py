@@ -7,10 +7,12 @@
 
 SwiftBrush: one k for teacher and fake, and a LoRA fake score. PG-SB: k ~ U(low, high) per sample, the same in both.
 g is the gradient of KL(student || teacher) at level t, times sigma_t w_t / alpha_t. Entropic distillation (ESD): k of
-the teacher 1, k of the fake 1 - lambda, `fake_guidance`.
+the teacher 1, k of the fake 1 - lambda, `fake_guidance`. SwiftBrush's code weighs L_fake by alpha_t^2, which is .005 at
+pure noise, though g is read up to t = 980; the optimum is the same, so the default weighs all levels alike.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -38,8 +40,13 @@ class VSD:
     fake_times: Law = Grid(1000, 0, 999)  # of the fake's loss (SwiftBrush code)
     reduction: Reduction = "mean"  # over all elements (SwiftBrush code)
     weight: bool = True  # w_t; False: 1
+    fake_weight: Literal["one", "alpha"] = "one"  # of the fake's error at t: 1, or alpha_t^2 (SwiftBrush code)
 
     roles = ("fake",)
+
+    def __post_init__(self) -> None:
+        if self.fake_weight not in ("one", "alpha"):
+            raise ValueError(f"fake_weight is {self.fake_weight!r}; it must be 'one', or 'alpha' for alpha_t^2")
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -69,4 +76,5 @@ class VSD:
         if self.needs:
             c = drop(c, nets.fake.null, draw.uniform("drop", (len(x),)) < self.p_drop)
         t, eps = self.fake_times(draw, "t", len(x), path), draw.normal("eps", x.shape).to(x)
-        return denoising(nets.fake(path.diffuse(x, eps, t), t, c), x, eps, self.reduction), {}
+        weight = expand(path.coefficients(t)[0] ** 2, x) if self.fake_weight == "alpha" else 1.0
+        return denoising(nets.fake(path.diffuse(x, eps, t), t, c), x, eps, self.reduction, weight=weight), {}
