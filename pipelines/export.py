@@ -50,6 +50,7 @@ from pipelines import published as others
 from pipelines.card import NEGATIVE, Result, card, code
 from pipelines.latents import factor
 from pipelines.license import UNKNOWN, License, license_of
+from pipelines.noise import zero_terminal
 from pipelines.scheduler import scheduler as carrying
 from pipelines.verify import LARGEST, PSNR, TOLERANCE, Gap, Reference, compare, examples, place, reference, settled
 
@@ -484,8 +485,8 @@ def tells(method: str, fields: dict[str, Any]) -> bool:
     return isinstance(w, list) and method in known and "told" in known[method](guidance=tuple(w)).needs
 
 
-def published(again: Again) -> tuple[Student, Teacher, Any, str, str, str]:
-    """A student that others published, on its base."""
+def published(again: Again) -> tuple[Student, Teacher, Any, str, str, str, tuple[str, ...]]:
+    """A student that others published, on its base; the last are notes on what of its file was used."""
     path = Path(again.published)
     if not path.exists():
         raise ValueError(f"no file or folder at {again.published!r}")
@@ -500,12 +501,15 @@ def published(again: Again) -> tuple[Student, Teacher, Any, str, str, str]:
         renoise=known.renoise,
         times=tuple(n / last for n in known.indices),
     )
-    net = others.install(teacher.denoiser.net, others.read(path, teacher.denoiser.net))
+    found = others.read(path, teacher.denoiser.net)
+    known = others.agreed(found, known, teacher.denoiser, zero_terminal(teacher.parts.scheduler()))
+    net = others.install(teacher.denoiser.net, found.weights)
     denoiser = replace(teacher.denoiser, net=net, kind=known.kind)
     scheduler, times = carrying(replace(teacher, denoiser=denoiser), config)
     student = Student(denoiser, times, known.scale, known.renoise)
     facts = yaml.safe_dump({"from": path.name, "student": {**asdict(known), "indices": [*known.indices]}})
-    return student, teacher, scheduler, again.teacher, again.layout or "", facts
+    notes = (*found.notes, "Nothing was compared with images of its publishers.")
+    return student, teacher, scheduler, again.teacher, again.layout or "", facts, notes
 
 
 def main(again: Again) -> None:
@@ -523,8 +527,11 @@ def main(again: Again) -> None:
         replaceable(out)
         quiet()
         repository = hub.create(again.hub_model_id or name, again.hub_private) if again.push_to_hub else None
-        student, teacher, scheduler, base, method, facts = trained(again) if again.run else published(again)
+        student, teacher, scheduler, base, method, facts, *notes = trained(again) if again.run else published(again)
         told = about(name, teacher, base, method, facts, again.license, repository)
+        if again.published:
+            source = f"the weights of {Path(again.published).name}, as they were read, on {base}"
+            told = replace(told, source=source, notes=notes[0])
         report(out, export(student, teacher, student.denoiser.net, scheduler, out, told), told)
         if repository:
             sys.stderr.write(f"pushed to {hub.push(out, repository)}\n")

@@ -74,7 +74,8 @@ def table(scheduler: Any) -> tuple[VP, Kind]:
 
 def zero_terminal(scheduler: Any) -> bool:
     """Whether the last level of a scheduler's table is noise alone."""
-    return bool(scheduler.config.get("rescale_betas_zero_snr")) or float(scheduler.alphas_cumprod[-1]) == 0
+    levels = getattr(scheduler, "alphas_cumprod", None)
+    return levels is not None and (bool(scheduler.config.get("rescale_betas_zero_snr")) or float(levels[-1]) == 0)
 
 
 def flow(scheduler: Any) -> float:

@@ -6,16 +6,17 @@ Lightning  sdxl_lightning_{N}step_unet, _lora, all-in-one             diffusers'
 LCM        pytorch_lora_weights (lcm-lora-sdxl, -sdv1-5)              kohya's with diffusers' names
 
 All but DMD2's UNets are safetensors. A .bin is a pickle: it is read as plain tensors (weights_only) or refused.
+Of an all-in-one checkpoint the network is read, and the marks of what it predicts; its text encoders and VAE are not
+used, which `Published.notes` says.
 """
 
 from __future__ import annotations
 
 import copy
-import json
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 
 from distill.lora import shared
 from distill.stored import opened
+from pipelines.adapter_config import FILE, settings
 from pipelines.files import Adapter, part
 from pipelines.kohya import original_names
 
@@ -33,6 +35,38 @@ KEY = re.compile(
 )
 ROLES = {f"lora{_}{role}.weight": role for _ in "._" for role in ("down", "up")}
 ROLES |= {"lora_A.weight": "down", "lora_B.weight": "up", "alpha": "alpha"}
+OTHERS = {"dora_scale": "DoRA", "lora_magnitude_vector": "DoRA", "hada_w": "LoHa", "lokr_w": "LoKr"}
+
+
+MARKS = ("v_pred", "ztsnr")  # keys by which an all-in-one checkpoint says what its network predicts (ComfyUI)
+EDM = ("edm_mean", "edm_std", "edm_vpred.sigma_max", "edm_vpred.sigma_min")  # of Playground v2.5 and CosXL
+GROUPS = {  # first word of a key in an all-in-one checkpoint: what it is of
+    "conditioner": "text encoders",
+    "cond_stage_model": "text encoder",
+    "text_encoders": "text encoders",
+    "first_stage_model": "VAE",
+    "vae": "VAE",
+    "model_ema": "averaged network",
+}
+
+
+@dataclass(frozen=True)
+class Published:
+    """What a published file holds. weights: a state dict, or a LoRA's adapters by module.
+
+    kind, zero: what the file says that its network predicts, and of a zero terminal SNR; None, False: it says nothing.
+    levels: its table of sigma / alpha. notes: what of it was not used, and what was assumed, in sentences.
+    """
+
+    weights: dict[str, Tensor] | dict[str, Adapter]
+    kind: Literal["eps", "v"] | None = None
+    zero: bool = False
+    levels: Tensor | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def lora(self) -> bool:
+        return any(isinstance(value, Adapter) for value in self.weights.values())
 
 
 @dataclass(frozen=True)
@@ -79,7 +113,7 @@ def known(path: Path, layout: str | None = None, steps: int | None = None) -> Kn
     return facts(steps)
 
 
-def read(path: Path, net: nn.Module) -> dict[str, Tensor] | dict[str, Adapter]:
+def read(path: Path, net: nn.Module) -> Published:
     """A published file, or a folder that holds one, in the names of `net`, the base's network (meta tensors do).
 
     A whole network comes as its state dict, a LoRA as its adapters by module. A ValueError names what does not fit.
@@ -89,10 +123,73 @@ def read(path: Path, net: nn.Module) -> dict[str, Tensor] | dict[str, Adapter]:
         if len(files) != 1:
             raise ValueError(f"{path} holds {len(files)} files of weights {[f.name for f in files]}: name one of them")
         (path,) = files
-    tensors, config = _load(path)
-    if any(re.search(r"[._]lora[._]", key) for key in tensors):
-        return _adapters(tensors, config, net, path)
-    return _weights(tensors, net, path)
+    tensors, metadata = _load(path)
+    if edm := sorted(tensors.keys() & {*EDM}):
+        raise ValueError(f"{path} holds {edm}, marks of an EDM network (Playground v2.5, CosXL), which is not read")
+    marks = {key for key in MARKS if tensors.pop(key, None) is not None}
+    said = metadata.get("modelspec.predict_key") or metadata.get("modelspec.prediction_type")
+    told: Literal["eps", "v"] | None = "v" if said == "v" else "eps" if said == "epsilon" else None
+    kind: Literal["eps", "v"] | None = "v" if "v_pred" in marks else told
+    if any(re.search(r"[._]lora[._]|[._]hada_|[._]lokr_|dora_scale", key) for key in tensors):
+        adapters, notes = _adapters(tensors, metadata, net, path)
+        return Published(adapters, kind, "ztsnr" in marks, notes=notes)
+    inside = "model.diffusion_model."
+    own = {k.removeprefix(inside): v for k, v in tensors.items() if k.startswith(inside)}
+    rest = {k: v for k, v in tensors.items() if own and not k.startswith(inside)}
+    weights = _weights(own or tensors, net, path)
+    return Published(weights, kind, "ztsnr" in marks, _levels(rest), _unused(rest, path))
+
+
+def agreed(found: Published, known: Known, base: Any, zero: bool) -> Known:
+    """`known`, predicting what file and base predict; a ValueError where they contradict each other.
+
+    base: the base's denoiser; zero: its terminal SNR is zero.
+    """
+    kind, named = base.kind, {"eps": "epsilon", "v": "v"}
+    if found.kind and found.kind != kind:
+        raise ValueError(
+            f"the file says that its network predicts {named[found.kind]}, and the base's prediction_type is that of "
+            f"{kind}: give the base that the file was made from"
+        )
+    if not found.lora and not found.kind and known.kind != "x0" and known.kind != kind:
+        raise ValueError(
+            f"published students of this layout predict {named[known.kind]}, and the base predicts {kind}: give the "
+            "base that the file was made from"
+        )
+    if found.zero and not zero:
+        raise ValueError(
+            "the file is marked ztsnr (zero terminal SNR), and the base's scheduler has no rescale_betas_zero_snr: "
+            "give the base that the file was made from"
+        )
+    table = base.schedule.ratio(torch.arange(1000, dtype=torch.float64) / 999)
+    if found.levels is not None and not torch.allclose(found.levels[:-1], table[:-1], rtol=1e-2):
+        raise ValueError(
+            f"the file's table of noise ends at sigma {found.levels[-2]:.4g}, the base's at {table[-2]:.4g} (of 999 "
+            "levels): give the base that the file was made from"
+        )
+    return known if known.kind == "x0" else replace(known, kind=kind)
+
+
+def _levels(rest: dict[str, Tensor]) -> Tensor | None:
+    """sigma / alpha of 1000 levels, where a checkpoint of the original code holds its table."""
+    if (abar := rest.get("alphas_cumprod")) is not None and len(abar) == 1000:
+        return ((1 - abar.double()) / abar.double()).sqrt()
+    if (sigmas := rest.get("denoiser.sigmas")) is not None and len(sigmas) == 1000:
+        return sigmas.double().sort().values
+    return None
+
+
+def _unused(rest: dict[str, Tensor], path: Path) -> tuple[str, ...]:
+    """A sentence that lists what of an all-in-one checkpoint is not used."""
+    counts: dict[str, int] = {}
+    for key in rest:
+        word = key.partition(".")[0]
+        what = f"{GROUPS[word]} ({word}.*)" if word in GROUPS else "other names"
+        counts[what] = counts.get(what, 0) + 1
+    if not counts:
+        return ()
+    listed = ", ".join(f"{n} of its {what}" for what, n in sorted(counts.items()))
+    return (f"Tensors of {path.name} that are not used: {listed}. The text encoders and the VAE are the base's.",)
 
 
 def install(net: nn.Module, weights: dict[str, Tensor] | dict[str, Adapter]) -> nn.Module:
@@ -121,12 +218,11 @@ def install(net: nn.Module, weights: dict[str, Tensor] | dict[str, Adapter]) -> 
     return net
 
 
-def _load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors of a file, and its lora_adapter_metadata, if any (diffusers; keys with the network's prefix)."""
+def _load(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a file, and its metadata."""
     if path.suffix == ".safetensors":
         with opened(path) as file:
-            metadata = file.metadata() or {}
-            return {k: file.get_tensor(k) for k in file.keys()}, json.loads(metadata.get("lora_adapter_metadata", "{}"))
+            return {k: file.get_tensor(k) for k in file.keys()}, file.metadata() or {}
     if path.suffix != ".bin":
         raise ValueError(f"{path} is no file of weights: give a .safetensors, or a .bin of plain tensors")
     try:
@@ -139,9 +235,7 @@ def _load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def _weights(tensors: dict[str, Tensor], net: nn.Module, path: Path) -> dict[str, Tensor]:
-    """A whole network: diffusers' keys, or the original code's, alone or in an all-in-one checkpoint."""
-    inside = "model.diffusion_model."
-    tensors = {k.removeprefix(inside): v for k, v in tensors.items() if k.startswith(inside)} or tensors
+    """A whole network, in diffusers' keys or the original code's."""
     if "input_blocks.0.0.weight" in tensors:
         names = {original: name for name, original in original_names(net).items()}
         split = {key: key.rpartition(".") for key in tensors}
@@ -157,9 +251,18 @@ def _weights(tensors: dict[str, Tensor], net: nn.Module, path: Path) -> dict[str
     return tensors
 
 
-def _adapters(tensors: dict[str, Tensor], config: dict[str, Any], net: nn.Module, path: Path) -> dict[str, Adapter]:
-    """A LoRA: kohya's keys (names of diffusers or of the original code), diffusers' older ones, PEFT's."""
+def _adapters(
+    tensors: dict[str, Tensor], metadata: dict[str, str], net: nn.Module, path: Path
+) -> tuple[dict[str, Adapter], tuple[str, ...]]:
+    """A LoRA: kohya's keys (names of diffusers or of the original code), diffusers' older ones, PEFT's.
+
+    With it a sentence that says where its alpha is from.
+    """
     prefix, state = part(net), net.state_dict()
+    told = settings(path, metadata, prefix)
+    for key in tensors:
+        if other := re.search(r"dora_scale|lora_magnitude_vector|hada_w|lokr_w", key):
+            raise ValueError(f"{path}: {key!r} is no LoRA: {OTHERS[other[0]]} is not read; merge it into its base")
     shapes = {k.removesuffix(".weight"): v.shape for k, v in state.items() if k.endswith(".weight") and v.ndim > 1}
     original = original_names(net) if prefix == "unet" else {}
     modules = {other.replace(".", "_"): name for name in shapes for other in (name, original.get(name, name))}
@@ -171,13 +274,26 @@ def _adapters(tensors: dict[str, Tensor], config: dict[str, Any], net: nn.Module
         if not match or not name:
             raise ValueError(f"{path}: {key!r} is no LoRA of a module of the base's {prefix}")
         found.setdefault(name, {})[ROLES[match["role"]]] = tensor
-    alphas, out = config.get(f"{prefix}.alpha_pattern", {}), {}
+    out, sources = {}, set()
     for name, pair in found.items():
         (rows, *rest), r = shapes[name], len(pair.get("down", ()))
         sizes = [pair[role].numel() for role in ("down", "up") if role in pair]
         if sizes != [r * math.prod(rest), rows * r]:
             raise ValueError(f"{path}: the LoRA of {name} does not fit the base's weight {tuple(shapes[name])}")
         down, up = pair["down"].reshape(r, *rest), pair["up"].reshape(rows, r, *[1] * (len(rest) - 1))
-        alpha = pair.get("alpha", alphas.get(name, config.get(f"{prefix}.lora_alpha", r)))  # untold: the rank
-        out[name] = Adapter(down, up, float(alpha))
-    return out
+        alpha, source = _alpha(pair, told.alpha(name, r) if told else None, f"{told}", name, r)
+        sources.add(source)
+        out[name] = Adapter(down, up, alpha)
+    return out, (f"The LoRA's alpha is {', '.join(sorted(sources))}.",)
+
+
+def _alpha(pair: dict[str, Tensor], told: float | None, source: str, name: str, r: int) -> tuple[float, str]:
+    """alpha of a module, and what tells it; a ValueError where two sources differ."""
+    own = float(pair["alpha"]) if "alpha" in pair else None
+    if own is not None and told is not None and not math.isclose(own, told, rel_tol=1e-3):
+        raise ValueError(f"the LoRA of {name} has the key .alpha {own:g}, and {source} makes it {told:g}")
+    if own is not None:
+        return own, "that of its .alpha keys"
+    if told is not None:
+        return told, source
+    return float(r), f"not told by any file (neither .alpha keys nor {FILE}): its rank is assumed, a scale of 1"

@@ -1,11 +1,16 @@
 """Synthetic files of the layouts that others published come back exactly."""
 
+import json
+
 import pytest
 import torch
 import unets
+from peft import LoraConfig, inject_adapter_in_model
 from safetensors.torch import save_file
 from test_comfy import ALL, DESCRIBED_NARROW
 
+from distill.denoiser import Denoiser
+from distill.schedule import VP
 from pipelines import files, kohya, published
 
 ORIGINAL = {ours: original for original, ours in DESCRIBED_NARROW[True].items()}  # matrices and kernels of narrow SDXL
@@ -63,7 +68,7 @@ def test_loras(nets, tmp_path, layout):
     base, _, role = nets
     found = {n: files.Adapter(a.down.half(), a.up.half(), a.alpha) for n, a in files.adapters(role).items()}
     save_file(LORAS[layout](found), tmp_path / "x.safetensors")
-    got = published.read(tmp_path / "x.safetensors", base)
+    got = published.read(tmp_path / "x.safetensors", base).weights
     assert got.keys() == found.keys()
     told = layout in ("DMD2 and LCM", "Lightning")  # elsewhere nothing tells alpha: it is the rank
     for name, a in found.items():
@@ -84,7 +89,7 @@ def test_our_own_files_come_back(nets, tmp_path):
     uneven = published.install(base, mixed)
     for net, write in ((role, files.lora_file), (uneven, files.lora_file), (uneven, kohya.lora_file)):
         write(net, tmp_path / "x.safetensors", {}, torch.float32)
-        again = published.install(base, published.read(tmp_path / "x.safetensors", base))
+        again = published.install(base, published.read(tmp_path / "x.safetensors", base).weights)
         assert torch.equal(unets.output(again), unets.output(net))
     assert (unets.output(uneven) - unets.output(role)).abs().max() > 1e-2
 
@@ -105,7 +110,7 @@ def test_networks(nets, tmp_path):
     paths = list(tmp_path.iterdir())
     assert len(paths) == 4
     for path in paths:
-        got = published.read(path, base)
+        got = published.read(path, base).weights
         assert got.keys() == state.keys() and all(torch.equal(got[k], state[k]) for k in state)
     net = published.install(base, got)
     assert (unets.output(net) - unets.output(other)).abs().max() < 5e-3
@@ -113,12 +118,117 @@ def test_networks(nets, tmp_path):
     assert not (net.state_dict()["conv_in.weight"] == base.state_dict()["conv_in.weight"]).all()
 
 
+PEFT = {  # adapter_config.json: alphas of conv_in and of another module, of rank 3, as alpha / r
+    "lora_alpha": ({"r": 3, "lora_alpha": 16}, (16, 16)),
+    "rslora": ({"r": 3, "lora_alpha": 16, "use_rslora": True}, (16 * 3**0.5, 16 * 3**0.5)),
+    "patterns": ({"r": 8, "lora_alpha": 4, "rank_pattern": {".*": 3}, "alpha_pattern": {"conv_in": 6}}, (6, 4)),
+    "nothing": (None, (3, 3)),
+}
+NOT_READ = {
+    "use_dora": ({"use_dora": True}, "use_dora True: a DoRA"),
+    "another kind": ({"peft_type": "LOHA"}, "peft_type 'LOHA'; only LORA"),
+    "another rank": ({"r": 8}, "has rank 8.*; its tensors have 3"),
+    "an altered base": ({"init_lora_weights": "pissa_niter_4"}, "pissa_niter_4'.*plain LoRA"),
+    "no number": ({"lora_alpha": "many"}, "lora_alpha 'many'; it must be a number"),
+    "no alpha": ({"lora_alpha": None}, "tells no lora_alpha"),
+    "biases": ({"bias": "all"}, "bias 'all'"),
+    "no object": ([1], "no JSON object"),
+}
+
+
+@pytest.mark.parametrize("place", ("beside", "inside"))
+def test_alpha_of_peft(nets, tmp_path, place):
+    """adapter_config.json beside the file and diffusers' metadata inside it; the weights are those that PEFT merges."""
+    base, _, role = nets
+    names = ("conv_in", "down_blocks.1.attentions.0.proj_in")
+    found = {n: files.adapters(role)[n] for n in names}
+    tensors, path = LORAS["PEFT"](found), tmp_path / "adapter_model.safetensors"
+
+    def saved(config):
+        (tmp_path / "adapter_config.json").unlink(missing_ok=True)
+        metadata = None
+        if place == "beside" and config is not None:
+            (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+        elif config is not None:
+            packed = {f"unet.{k}": v for k, v in config.items()} if isinstance(config, dict) else config
+            metadata = {"lora_adapter_metadata": json.dumps(packed)}
+        save_file(tensors, path, metadata)
+        return published.read(path, base)
+
+    for config, alphas in PEFT.values():
+        got = saved(config)
+        assert tuple(got.weights[n].alpha for n in names) == pytest.approx(alphas)
+        assert ("its rank is assumed" in got.notes[0]) == (config is None)
+        if config is not None:
+            told = LoraConfig(**{"target_modules": list(names)} | config)
+            layers = inject_adapter_in_model(told, unets.sdxl())
+            assert layers.get_submodule("conv_in").scaling["default"] == pytest.approx(alphas[0] / 3)
+    for config, words in NOT_READ.values():
+        with pytest.raises(ValueError, match=words):
+            saved({"r": 3, "lora_alpha": 16} | config if isinstance(config, dict) else config)
+    tensors |= {f"base_model.model.{n}.alpha": torch.tensor(5.0) for n in names}
+    with pytest.raises(ValueError, match=r"\.alpha 5, and lora_alpha 16 .* makes it 16"):
+        saved({"r": 3, "lora_alpha": 16})
+    assert saved(None).weights["conv_in"].alpha == 5 and "that of its .alpha keys" in saved(None).notes[0]
+
+
+def test_alpha_in_metadata_of_kohya(nets, tmp_path):
+    base, _, role = nets
+    found = {"conv_in": files.adapters(role)["conv_in"]}
+    tensors = kohya_keys(found, lambda name: name, alpha=False)
+    save_file(tensors, tmp_path / "x.safetensors", {"ss_network_alpha": "1.5"})
+    assert published.read(tmp_path / "x.safetensors", base).weights["conv_in"].alpha == 1.5
+    save_file(tensors | {"lora_unet_conv_in.hada_w1_a": torch.ones(1)}, tmp_path / "x.safetensors")
+    with pytest.raises(ValueError, match="LoHa is not read"):
+        published.read(tmp_path / "x.safetensors", base)
+
+
+def test_the_rest_of_an_all_in_one_checkpoint(nets, tmp_path):
+    """What is not used is listed; the marks of its prediction and of its table must be the base's."""
+    base, other, _ = nets
+    names, state = kohya.original_names(base), half(other.state_dict())
+    inside = {
+        f"model.diffusion_model.{names[k.rpartition('.')[0]]}.{k.rpartition('.')[2]}": v for k, v in state.items()
+    }
+    rest = {"first_stage_model.a": torch.zeros(1), "conditioner.b.c": torch.zeros(1), "conditioner.d": torch.zeros(1)}
+    table, marked = VP.scaled_linear(), {"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}
+
+    def read(more, metadata=None):
+        save_file(inside | more, tmp_path / "x.safetensors", metadata)
+        return published.read(tmp_path / "x.safetensors", base)
+
+    got = read(rest)
+    assert got.notes == (
+        "Tensors of x.safetensors that are not used: 1 of its VAE (first_stage_model.*), 2 of its text encoders "
+        "(conditioner.*). The text encoders and the VAE are the base's.",
+    )
+    assert got.weights.keys() == state.keys() and (got.kind, got.zero) == (None, False)
+    got, four = read(marked), published.Known((999, 749, 499, 249), 1.0, "fresh")
+    assert (got.kind, got.zero, got.notes) == ("v", True, ())
+    base_of = lambda kind: Denoiser(base, table, kind)
+    assert published.agreed(got, four, base_of("v"), True).kind == "v"
+    for kind, zero, words in (("eps", True, "predicts v, .* eps"), ("v", False, "marked ztsnr")):
+        with pytest.raises(ValueError, match=words):
+            published.agreed(got, four, base_of(kind), zero)
+    assert read(rest, {"modelspec.prediction_type": "epsilon"}).kind == "eps"
+    with pytest.raises(ValueError, match="this layout predict epsilon, and the base predicts v"):
+        published.agreed(read(rest), four, base_of("v"), False)
+    abar = torch.tensor(table.alphas_cumprod)
+    assert published.agreed(read({"alphas_cumprod": abar}), four, base_of("eps"), False).kind == "eps"
+    sigmas = ((1 - abar) / abar).sqrt().flip(0)
+    assert published.agreed(read({"denoiser.sigmas": sigmas}), four, base_of("eps"), False).kind == "eps"
+    with pytest.raises(ValueError, match="table of noise ends at"):
+        published.agreed(read({"alphas_cumprod": abar**2}), four, base_of("eps"), False)
+    with pytest.raises(ValueError, match=r"\['edm_mean'\], marks of an EDM network"):
+        read({"edm_mean": torch.zeros(4)})
+
+
 def test_the_base_may_be_on_meta(nets, tmp_path):
     _, other, _ = nets
     save_file(half(other.state_dict()), tmp_path / "x.safetensors")
     with torch.device("meta"):
         base = type(other).from_config(other.config)
-    assert published.read(tmp_path / "x.safetensors", base).keys() == other.state_dict().keys()
+    assert published.read(tmp_path / "x.safetensors", base).weights.keys() == other.state_dict().keys()
 
 
 class Evil:
@@ -142,7 +252,7 @@ def test_mistakes(nets, tmp_path, capsys):
     refused(state | {"conv_in.bias": torch.zeros(7)}, r"another shape \['conv_in.bias'\]")
     lora = kohya_keys(files.adapters(role), lambda name: name)
     refused(lora | {"lora_te_text_model_encoder.alpha": torch.ones(())}, "lora_te_text.* is no LoRA of a module")
-    refused(lora | {"lora_unet_conv_in.dora_scale": torch.ones(3)}, "dora_scale' is no LoRA")
+    refused(lora | {"lora_unet_conv_in.dora_scale": torch.ones(3)}, "dora_scale' is no LoRA: DoRA is not read")
     refused({k: v for k, v in lora.items() if k != "lora_unet_conv_in.lora_up.weight"}, "LoRA of conv_in does not fit")
     refused(lora | {"lora_unet_conv_in.lora_down.weight": torch.ones(3, 5, 3, 3)}, "LoRA of conv_in does not fit")
     refused(lora | {"lora_unet_conv_in.lora_up.weight": torch.ones(5, 3, 1, 1)}, "LoRA of conv_in does not fit")

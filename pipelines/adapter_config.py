@@ -1,0 +1,122 @@
+"""How strongly a published LoRA acts: alpha and rank of PEFT's adapter_config.json, or of a file's own metadata.
+
+A LoRA adds scale up down to a weight. PEFT: scale = alpha / r, with use_rslora alpha / sqrt(r). kohya: alpha / r.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+FILE = "adapter_config.json"  # beside the weights, where PEFT saved them
+ALTERED = ("pissa", "olora", "loftq", "corda")  # init_lora_weights that change the base's weights, too
+REFUSED = {  # option of LoraConfig: why a LoRA that has it is not read
+    "use_dora": "a DoRA scales every row of a weight",
+    "use_qalora": "a QALoRA pools its input",
+    "fan_in_fan_out": "its weights are transposed",
+    "layer_replication": "its network has more layers than the base",
+    "modules_to_save": "it replaces whole modules of the base",
+    "lora_bias": "it has biases",
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What tells alpha. source: the file that says it; lora: PEFT's options; kohya: ss_network_alpha."""
+
+    source: str
+    lora: dict[str, Any] | None = None
+    kohya: float | None = None
+
+    def alpha(self, module: str, r: int) -> float | None:
+        """alpha of a module, in the convention of alpha / r; None: nothing tells it. ValueError if r is another."""
+        if self.lora is None:
+            return self.kohya
+        from peft.utils.other import get_pattern_key
+
+        key = lambda pattern: get_pattern_key(self.lora[pattern], module)  # type: ignore[index]
+        rank = self.lora["rank_pattern"].get(key("rank_pattern"), self.lora["r"])
+        if rank is not None and rank != r:
+            raise ValueError(f"{self.source} says that the LoRA of {module} has rank {rank}; its tensors have {r}")
+        alpha = self.lora["alpha_pattern"].get(key("alpha_pattern"), self.lora["lora_alpha"])
+        if alpha is None:
+            raise ValueError(f"{self.source} tells no lora_alpha of {module}; add it: the scale is lora_alpha / r")
+        return float(alpha) * math.sqrt(r) if self.lora["use_rslora"] else float(alpha)
+
+    def __str__(self) -> str:
+        if self.lora is None:
+            return f"ss_network_alpha {self.kohya:g} in {self.source}"
+        rs = " with use_rslora" if self.lora["use_rslora"] else ""
+        return f"lora_alpha {self.lora['lora_alpha']:g}{rs} in {self.source}"
+
+
+def settings(path: Path, metadata: dict[str, str], prefix: str) -> Settings | None:
+    """What tells alpha of the file `path`: its own metadata (diffusers, kohya), else adapter_config.json beside it.
+
+    prefix: of the network's keys in diffusers' metadata. A ValueError names an option that is not read.
+    """
+    if "lora_adapter_metadata" in metadata:
+        source = f"lora_adapter_metadata of {path.name}"
+        found = _object(metadata["lora_adapter_metadata"], source)
+        return Settings(source, _options({k.removeprefix(f"{prefix}."): v for k, v in found.items()}, source))
+    beside = path.parent / FILE
+    if beside.is_file():
+        return Settings(FILE, _options(_object(beside.read_text(), f"{beside}"), f"{beside}"))
+    if "ss_network_alpha" in metadata:
+        return Settings(
+            f"metadata of {path.name}", kohya=_number(metadata["ss_network_alpha"], "ss_network_alpha", path)
+        )
+    return None
+
+
+def _object(text: str, source: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{source} is damaged: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{source} is damaged: it is no JSON object")
+    return found
+
+
+def _options(given: dict[str, Any], source: str) -> dict[str, Any]:
+    """The options that tell alpha, checked; a ValueError names one that is not read."""
+    kind = given.get("peft_type", "LORA")
+    if kind != "LORA":
+        raise ValueError(f"{source} has peft_type {kind!r}; only LORA is read")
+    for key, why in REFUSED.items():
+        if given.get(key):
+            raise ValueError(
+                f"{source} has {key} {given[key]!r}: {why}, which is not read. Merge it into its base with PEFT, and "
+                "give the whole network"
+            )
+    if (bias := given.get("bias") or "none") != "none":
+        raise ValueError(f"{source} has bias {bias!r}; only a LoRA without biases is read: 'none'")
+    start = given.get("init_lora_weights")
+    if isinstance(start, str) and start.lower().startswith(ALTERED):
+        raise ValueError(
+            f"{source} has init_lora_weights {start!r}: its base's weights were changed, too. Convert it to a plain "
+            "LoRA with PEFT (path_initial_model_for_weight_conversion)"
+        )
+    out: dict[str, Any] = {"use_rslora": bool(given.get("use_rslora"))}
+    for key in ("r", "lora_alpha"):
+        out[key] = None if given.get(key) is None else _number(given[key], key, source)
+    for key in ("rank_pattern", "alpha_pattern"):
+        pattern = given.get(key) or {}
+        if not isinstance(pattern, dict):
+            raise ValueError(f"{source} has {key} {pattern!r}; it must be an object of numbers by module")
+        out[key] = {name: _number(value, f"{key} of {name}", source) for name, value in pattern.items()}
+    return out
+
+
+def _number(value: Any, key: str, source: Any) -> float:
+    try:
+        found = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        found = math.nan
+    if not math.isfinite(found):
+        raise ValueError(f"{source} has {key} {value!r}; it must be a number")
+    return found
