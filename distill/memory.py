@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from distill.denoiser import Condition, Denoiser
 from distill.negative import Heeding
-from distill.roles import HEADS, Nets
+from distill.roles import SMALL, Nets
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -73,8 +73,8 @@ def attend(nets: Nets, backend: str, c: Condition = None) -> None:
 
 
 def _denoisers(nets: Nets) -> dict[str, Any]:
-    """The networks by role, without heads, which are ours."""
-    return {role: net for role, net in {"teacher": nets.teacher.net, **nets.modules()}.items() if role not in HEADS}
+    """The networks by role, without heads and a learned weight, which are ours."""
+    return {role: net for role, net in {"teacher": nets.teacher.net, **nets.modules()}.items() if role not in SMALL}
 
 
 def _set(net: Any, backend: str) -> None:

@@ -22,12 +22,14 @@ from distill.negative import TEXT, adapted, layers
 from distill.ranges import Count, Natural, Positive, Share, check
 from distill.schedule import Schedule
 from distill.student import Student, falling, grid_times
+from distill.weight import LogVariance
 
 if TYPE_CHECKING:
     from distill.trainer import Method
 
 Batch = dict[str, Any]
 HEADS = {"disc": "", "proxy": "proxy_"}  # roles that are heads, and how a method's fields for them begin
+SMALL = {"disc": "fake", "proxy": "fake", "weight": "student"}  # roles that are no denoisers, and the players of each
 
 
 @dataclass(eq=False)
@@ -54,6 +56,7 @@ class Nets:
     """The roles. A role that a method does not use is None. shape: of one sample, (C, H, W) say.
 
     disc, proxy: heads over features of the fake score or the teacher, a discriminator and a reward; "fake" moves them.
+    weight: the learned weight of the student's loss (weight.py); "student" moves it.
     past: the teacher on its recorded way to the student (DisBack).
     perceptual: how far decoded samples [B, *shape] look from others, [B], with gradient; for methods that need it.
     reward: how good samples [B, *shape] are under a condition, [B], with gradient to the samples; likewise.
@@ -66,6 +69,7 @@ class Nets:
     fake: Denoiser | None = None
     disc: nn.Module | None = None
     proxy: nn.Module | None = None
+    weight: nn.Module | None = None
     target: Denoiser | None = None
     past: Recorded | None = None
     perceptual: Callable[[Tensor, Tensor], Tensor] | None = None
@@ -77,7 +81,7 @@ class Nets:
         roles = {
             "student": self.student.denoiser.net,
             "fake": self.fake.net if self.fake is not None else None,
-            **{role: getattr(self, role) for role in HEADS},
+            **{role: getattr(self, role) for role in SMALL},
             "target": self.target.net if self.target is not None else None,
         }
         return {name: net for name, net in roles.items() if net is not None}
@@ -252,6 +256,8 @@ def build(
             checkpoint.fill(nets.fake.net, fake.init, "fake", teacher.net)
     if "target" in method.roles:
         nets.target = replace(nets.student.denoiser, net=twin(nets.student.denoiser.net).requires_grad_(False))
+    if "weight" in method.roles:
+        nets.weight = LogVariance()
     for role in (role for role in HEADS if role in method.roles):  # a set has no order, and heads start at random
         taps: tuple[str, ...] = getattr(method, f"{HEADS[role]}taps")
         with torch.device("meta"), torch.no_grad():  # shapes are enough, and the network may not fit the device yet

@@ -19,7 +19,7 @@ from distill import health, memory, shard
 from distill.draw import Draw
 from distill.ema import EMA
 from distill.ranges import Count, Decay, Natural, Positive, Seed, Weight, Width, check
-from distill.roles import HEADS, Batch, Nets
+from distill.roles import SMALL, Batch, Nets
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -31,8 +31,8 @@ BUCKET = 1 << 25  # elements of one all-reduce: 128 MiB of float32
 
 @dataclass(frozen=True)
 class Update:
-    """`player` ("student", or "fake": fake score, discriminator, proxy, or several of them) moves under `loss` every
-    `every` steps from `start` on.
+    """`player` ("student", with a learned weight; "fake": fake score, discriminator, proxy, or several of them) moves
+    under `loss` every `every` steps from `start` on.
 
     reuse: on the detached samples of an earlier update of the same step, where there was one, instead of fresh ones.
     walk: fresh samples of successive steps are those after 1, 2, ... calls of one generation, until the student moves
@@ -335,7 +335,7 @@ def split(nets: Nets, ema: EMA, accelerator: Accelerator, replicate_teacher: boo
         for role in nets.frozen().keys() & {"teacher", "worse"}:
             modules.pop(id(nets.frozen()[role])).to(accelerator.device)
     for net in modules.values():
-        shard.shard(net, blocks, mesh, half and net not in (nets.disc, nets.proxy))  # heads are small
+        shard.shard(net, blocks, mesh, half and net not in [getattr(nets, role) for role in SMALL])
 
 
 def owners(nets: Nets) -> dict[str, list[nn.Parameter]]:
@@ -344,7 +344,7 @@ def owners(nets: Nets) -> dict[str, list[nn.Parameter]]:
     for role, net in nets.modules().items():
         if role != "target":
             params = [p for p in net.parameters() if p.requires_grad]
-            players.setdefault("fake" if role in HEADS else role, []).extend(params)
+            players.setdefault(SMALL.get(role, role), []).extend(params)
     return players
 
 

@@ -62,6 +62,7 @@ SIDA, JUDGE = "distill/methods/sida", "tests/methods/test_sida.py"
 SID, DMD2, VSD = "distill/methods/sid", "distill/methods/dmd2", "distill/methods/vsd"
 DISC = "distill/disc"
 LCD, SCM = "distill/methods/lcd", "distill/methods/scm"
+WEIGHT, WEIGHED = "distill/weight", "tests/methods/test_weight.py"
 ODE, LOOKS, PAIR = "distill/methods/regression", "pipelines/perceptual", "distill/data/pairs"
 AVERAGE, MEAN, RCGM, TWIN, BOOT, SIGN = (
     "distill/average",
@@ -166,7 +167,7 @@ MUTATIONS = {
           '                if hasattr(method, "after"):\n                    method.after(nets)\n',
           '            if hasattr(method, "after"):\n                method.after(nets)\n', PROXY),
         m("fake forgets the proxy", PROXIED, "return total + more, logs | own", "return total, logs | own", PROXY),
-        m("moved by the student", "distill/trainer", '"fake" if role in HEADS', '"student" if role in HEADS',
+        m("moved by the student", "distill/roles", '"proxy": "fake"', '"proxy": "student"',
           f"{TRAINER}::test_every_method_moves_its_roles"),
     ),
     "TCM": (
@@ -648,7 +649,10 @@ MUTATIONS = {
         m("DMD before its start", RCM, "if self.dmd and draw.step >= self.warmup", "if self.dmd", f"{OF}rcm.py"),
         m("DMD without weight", RCM, "+ 2 * self.dmd * dmd", "+ dmd", f"{OF}rcm.py"),
         m("DMD's teacher not guided", RCM, "DMD2(self.guidance, ", "DMD2(1.0, ", f"{OF}rcm.py"),
-        m("mean for sum", RCM, "0, 0, reduction=self.reduction)", "0, 0)", f"{OF}rcm.py"),
+        m("mean for sum", RCM, ", reduction=self.reduction)", ")", f"{OF}rcm.py"),
+        m("warm-up of sCM", RCM, "- r * x - slope", "- r * (x + slope)", f"{OF}rcm.py"),
+        m("the fake's x0 unweighted", RCM, "expand(a, x) for a in path.coef", "expand(a, x) / 2 for a in path.coef",
+          f"{OF}rcm.py"),
         m("DMD with a half", RCM, "+ 2 * self.dmd * dmd", "+ self.dmd * dmd", f"{OF}rcm.py"),
         m("the student waits for nobody", RCM, ", alone=self.warmup", "", f"{OF}rcm.py"),
         m("fake from the first step", RCM, "start=self.warmup", "start=0", f"{OF}rcm.py"),
@@ -670,14 +674,18 @@ MUTATIONS = {
         m("sign of the mean", CURRICULUM, "s.log() - self.mean", "s.log() + self.mean", f"{OF}ct.py"),
     ),
     "sCM": (
-        m("sign of the derivative", SCM, "self.sigma_d * dF)", "-self.sigma_d * dF)", CONTINUOUS),
-        m("sign of the second term", SCM, "- r * (cos * sin", "+ r * (cos * sin", CONTINUOUS),
+        m("sign of the derivative", SCM, "self.sigma_d * dF,", "-self.sigma_d * dF,", CONTINUOUS),
+        m("sign of the second term", SCM, "- r * (x + slope)", "+ r * (x + slope)", CONTINUOUS),
+        m("prior the wrong way", WEIGHT, "m / expand(s, m) if", "m * expand(s, m) if", WEIGHED),
+        m("weight upside down", WEIGHT, "(-l).exp()", "l.exp()", WEIGHED),
+        m("weight without its price", WEIGHT, "+ l.mean(), {", "+ 0 * l.mean(), {", WEIGHED),
+        m("weight moved by the fake score", "distill/roles", '"weight": "student"', '"weight": "fake"', TRAINER),
         m("sign of the tangent", SCM, "- sgF - tangent", "- sgF + tangent", BY_HAND),
         m("target with gradient", SCM, "- sgF - tangent) ** 2", "- out - tangent) ** 2",
           "tests/test_ledger.py::TestOnePass"),
         m("time in quarter turns", SCM, "* (2 / math.pi))", ")", CONTINUOUS),
         m("x_t held still", SCM, "(cos * sin * dx, (", "(0 * dx, (", CONTINUOUS),
-        m("sigma_d forgotten", SCM, "(self.sigma_d * sgF - dx)", "(sgF - dx)", CONTINUOUS),
+        m("sigma_d forgotten", SCM, "(self.sigma_d * sgF - dx,", "(sgF - dx,", CONTINUOUS),
         m("velocity of the student", SCM, "Guided(teacher, w)(x_t, t, c)", "Guided(student, w)(x_t, t, c)",
           CONTINUOUS),
         m("not normalised", SCM, "g / (size + self.c)", "g", f"{CONTRACTS}::TestTargets"),

@@ -4,6 +4,7 @@ All are float64; an error is relative to the largest entry, of gradients the lar
 """
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -12,7 +13,7 @@ from replay import Replay, filled, gradients, load, module, under
 
 from distill.curriculum import Closing
 from distill.denoiser import Denoiser
-from distill.methods import CT, SCM, TCM, MeanFlow, TwinFlow
+from distill.methods import CT, RCM, SCM, TCM, MeanFlow, Sprint, TwinFlow
 from distill.roles import Nets
 from distill.schedule import EDM, Flow
 from distill.student import Student
@@ -226,3 +227,171 @@ def test_twinflow(case, close, name):
     rect, _, _ = turn(rectified, True, draw, z[:2], text[:2])
     loss = 0.75 * (C**0.5 / 1e-3 if barron else 1.0) * (twin + rect - alone)
     checked(close, loss, student.net, stored["out/loss"], under(stored, "grad"))
+
+
+# ---- rCM ----
+
+
+@pytest.fixture
+def rcm(case):
+    """rcm(name) -> stored tensors and numbers, the networks of a student with the stored times, and the batch."""
+
+    def read(name):
+        stored, facts, Mini = case(f"rcm/{name}")
+        stored, null = squeezed(stored), {"c": stored["in/null"]}
+        of = lambda p: flow(filled(Mini(ch=3, scale=1000.0), under(stored, p)), 1000.0, null)
+        angles = torch.tensor(facts.get("angles", [torch.pi / 2]), dtype=torch.float64)
+        times = (angles.sin() / (angles.sin() + angles.cos())).tolist()
+        fake = of("fake") if any(key.startswith("fake/") for key in stored) else None
+        nets = Nets(of("teacher"), Student(of("student"), (1.0, *times[1:])), (3, 8, 8), fake)
+        return stored, facts, nets, {"c": {"c": stored["in/text"]}, "real_c": {"c": stored["in/text"]}}
+
+    return read
+
+
+@pytest.mark.level(4, "rCM")
+@pytest.mark.parametrize("name", ["scm_after_warmup"])
+def test_rcm_consistency(rcm, close, name):
+    stored, facts, nets, batch = rcm(name)
+    draw = Replay({"t": stored["draw/n"], "eps": stored["draw/eps"]}, step=facts["iteration"])
+    method = RCM(facts["teacher_guidance"], times=LogNormal(*facts["p_G"]), warmup=facts["tangent_warmup"], dmd=0.0)
+    x = stored["in/real"]
+    loss, _ = method.student_loss(x, nets, batch | {"real": x}, draw)
+    assert draw.used_up
+    want = stored["out/loss_elem"].mean()
+    checked(close, facts["loss_scale"] * loss, nets.student.denoiser.net, want, under(stored, "grad"))
+
+
+@pytest.mark.parametrize("name", ["dmd_one_call"])
+def test_rcm_distribution_matching(rcm, close, name):
+    """The authors' |x - sg(x - g)|^2 has no half: it is twice DMD2's loss."""
+    stored, facts, nets, batch = rcm(name)
+    calls = facts["calls"]
+    method = RCM(facts["teacher_guidance"], warmup=0)
+    normal = {f"renoise{i - 1}": stored[f"draw/noise{i}"] for i in range(1, calls)}
+    normal |= {"z": stored["draw/noise0"], "eps": stored[f"draw/noise{calls}"]}
+    draw = Replay(normal, {"t": stored["draw/u"]}, {"steps": calls - 1}, samples=torch.arange(6))
+    x = method.sample(nets, batch, draw)
+    close("the student's sample", x, stored["out/G_x0"], DOUBLE)
+    loss, _ = method.matching.student_loss(x, nets, batch, draw)
+    assert draw.used_up
+    want = stored["out/loss_elem"].mean()
+    checked(close, 2 * facts["loss_scale_dmd"] * loss, nets.student.denoiser.net, want, under(stored, "grad"))
+
+
+@pytest.mark.parametrize("name", ["dmd_one_call"])
+def test_rcm_fake_score(rcm, close, name):
+    stored, facts, nets, batch = rcm(name)
+    critic, method = under(stored, "critic"), RCM(facts["teacher_guidance"], warmup=0)
+    normal = {"z": critic["draw/noise0"], "eps": critic["draw/noise1"]}
+    draw = Replay(normal, {"t": critic["draw/u"]}, {"steps": 0}, player="fake", samples=torch.arange(6))
+    with torch.no_grad():
+        x = method.sample(nets, batch, draw)
+    close("the student's sample", x, critic["out/G_x0"], DOUBLE)
+    loss, _ = method.fake_loss(x, nets, batch, draw)
+    assert draw.used_up
+    checked(close, loss, nets.fake.net, critic["out/loss_elem"].mean(), under(critic, "grad"))
+
+
+# ---- SANA-Sprint ----
+
+SPRINT = 1e-4  # the authors' float32 angle 1.57080 of noise alone moves samples by 7e-6
+
+
+class Tapped(torch.nn.Module):
+    """The stored network; its two features are outputs of the modules h and d."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net, self.h, self.d = net, torch.nn.Identity(), torch.nn.Identity()
+
+    def forward(self, x, t, c):
+        h, d = self.net(x, t, c, taps=True)
+        self.h(h), self.d(d)
+        return self.net(x, t, c)
+
+
+class Judges(torch.nn.Module):
+    """Logits [B, 80] of both features."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = torch.nn.Conv2d(32, 1, 1), torch.nn.Conv2d(32, 1, 1)
+
+    def forward(self, h, d):
+        return torch.cat([self.a(h.tanh()).flatten(1), self.b(d.tanh()).flatten(1)], dim=1)
+
+
+class Known(torch.nn.Module):
+    """The stored log-variance l, of halved latents: there v is twice ours."""
+
+    def __init__(self, l):
+        super().__init__()
+        self.l = l
+
+    def forward(self, s):
+        return self.l - math.log(2)
+
+
+@pytest.fixture
+def sprint(case):
+    def read(name):
+        stored, facts, Mini = case(f"sprint/{name}")
+        told = lambda net, x, t, c: net(x, t, c["c"], g=0.1 * c["guidance"][:, None])
+        student = Denoiser(filled(Mini(gdim=1), under(stored, "student")), Flow(1.0), "flow", told)
+        teacher = flow(Tapped(filled(Mini(), under(stored, "teacher"))), 1.0, {"c": stored.get("in/null")})
+        nets = Nets(teacher, Student(student), (4, 8, 8), disc=filled(Judges(), under(stored, "heads")))
+        batch = {"real": stored["in/latents"], "real_c": {"c": stored["in/text"]}}
+        return stored, facts, nets, batch
+
+    return read
+
+
+def sprint_sample(stored, method, nets, batch, n, z):
+    """The GAN's sample from the stored numbers."""
+    uniform = {"guidance": stored["draw/w"] - 4, "last": stored["draw/u_last"]}
+    draw = Replay({"s": stored[f"draw/{n}"], "z": stored[f"draw/{z}"]}, uniform)
+    x = method.sample(nets, batch, draw)
+    assert draw.used_up
+    return x
+
+
+@pytest.mark.level(4, "SANA-Sprint")
+@pytest.mark.parametrize("adaptive", (False, True))
+def test_sprint_student(sprint, close, adaptive):
+    """With l at its optimum theirs is our sum of squares; our own weight with the stored l is theirs too."""
+    stored, facts, nets, batch = sprint("G_logvar_at_optimum")
+    method = Sprint(warmup=facts["warmup"], gan=facts["adv_lambda"], taps=("h", "d"))
+    l = stored["out/logvar"].flatten()
+    if adaptive:
+        method, nets.weight = replace(method, adaptive=True, prior=True, reduction="mean"), Known(l)
+    x = sprint_sample(stored, method, nets, batch, "n_new", "z_new")
+    close("the GAN's sample", x, 2 * stored["out/pred_x_0"], SPRINT)
+    normal = {"t": stored["draw/n_t"], "eps": stored["draw/noise"], "gan_t": stored["draw/n_D"]}
+    draw = Replay(normal | {"gan_eps": stored["draw/z_D"]}, {"guidance": stored["draw/w"] - 4})
+    draw.step = facts["global_step"]
+    loss, logs = method.student_loss(x, nets, batch, draw)
+    assert draw.used_up
+    close("loss of the GAN", logs["gan"], stored["out/adv_loss"], SPRINT)
+    scm = loss - method.gan * logs["gan"] + (math.log(2) if adaptive else l.mean())
+    close("loss of consistency", scm, stored["out/scm_loss"], SPRINT)
+    loss.backward()
+    grads = gradients(nets.student.denoiser.net)
+    close("gradient to the student", whole(grads), whole(under(stored, "grad")), SPRINT)
+
+
+def test_sprint_heads(sprint, close):
+    """Theirs is half of the hinge loss."""
+    stored, _, nets, batch = sprint("D")
+    method = Sprint(taps=("h", "d"))
+    with torch.no_grad():
+        x = sprint_sample(stored, method, nets, batch, "n_t", "z")
+    close("the GAN's sample", x, 2 * stored["out/pred_x_0"], SPRINT)
+    normal = {f"gan_{what}_t": stored["draw/n_D"] for what in ("fake", "real")}
+    normal |= {f"gan_{what}_eps": stored[f"draw/z_{what}"] for what in ("fake", "real")}
+    draw = Replay(normal, player="fake")
+    loss, _ = method.fake_loss(x, nets, batch, draw)
+    assert draw.used_up
+    (loss / 2).backward()
+    close("loss of the heads", loss / 2, stored["out/loss_D"], SPRINT)
+    close("gradient to the heads", whole(gradients(nets.disc)), whole(under(stored, "grad")), SPRINT)

@@ -33,7 +33,7 @@ METHODS = {
     "dmd2": DMD2(every=2, taps=("mid",)),
     "vsd": VSD(guidance=RANGE),
     "lcd": LCD(guidance=RANGE),
-    "scm": SCM(guidance=2.0, warmup=4),
+    "scm": SCM(guidance=2.0, warmup=4, adaptive=True, prior=True),
 }
 
 
@@ -151,7 +151,8 @@ def test_only_the_player_moves(name, watched):
     """Whose turn it is: those networks alone hold gradients and change, wholly. The teacher never does."""
     teacher = weights(nets_of(METHODS[name]).teacher.net)
     turns, nets = watched(METHODS[name])
-    owned = {"student": {"student"}, "fake": {"fake", "disc"} & nets.modules().keys()}
+    owned = {"student": {"student", "weight"}, "fake": {"fake", "disc"}}
+    owned = {player: names & nets.modules().keys() for player, names in owned.items()}
     for turn in turns:
         assert turn.graded == turn.moved == turn.touched == owned[turn.player], turn
     assert {turn.player for turn in turns} == ({"student", "fake"} if nets.fake else {"student"})
@@ -553,10 +554,11 @@ def test_resume_equals_the_uninterrupted_run(name, tmp_path):
     assert moved == nets.modules().keys()
 
 
-@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("name", [*CLASSES, "learned weight"])
 def test_every_method_resumes(name, tmp_path):
     """2 steps, a checkpoint, fresh objects and 2 more are 4 steps, bit for bit."""
-    method, cfg = example(name, "mid"), config(ema_half_life=50.0)
+    method = METHODS["scm"] if name == "learned weight" else example(name, "mid")
+    cfg = config(ema_half_life=50.0)
     data = data_of(method)
     for state in train(method, nets_of(method), data, cfg, Accelerator(cpu=True)):
         if state.step == 2:

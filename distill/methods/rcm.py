@@ -3,24 +3,26 @@
     L_student = L_sCM(y) + lambda L_DMD(x),  y real (or of the teacher),  x = G(z, c) after 1, 2, ... or N calls
     L_sCM     = | F - sg( F + g / (|g| + c) ) |^2            sCM, its tangent g along the guided teacher
     L_DMD     = 2 x . (fake - real) / mean| x - real |       DMD2 without a GAN; the teacher guided, the fake not
-    L_fake    = | D_fake(x_t) - x |^2                        of a student whose samples are made anew
+    L_fake    = | D_fake(x_t) - x |^2 / sin^2(t)             of a student whose samples are made anew
+    g         = -cos(t) sqrt( 1 - r^2 sin^2(t) ) ( F - dx_t/dt ) - cos(t) sin(t) ( r x_t + dF/dt )      sigma_d = 1
 
 sCM covers the modes and blurs, DMD sharpens and loses modes: lambda weighs them. Both are sums over elements (lambda =
 0.01 is of sums), and the 2 is that of the authors' | x - sg(x - g) |^2, which has no half. Until `warmup` the student
-has sCM alone, at each step, and the fake rests. The intermediate times of x are the student's own, where the paper
-draws them, and the warm-up is sCM's. Gradients flow as in sCM and in DMD2.
+has sCM alone, at each step, and the fake rests; in its g, sCM's where r is 1, dF/dt counts in full from the start. The
+intermediate times of x are the student's own, where the paper draws them. Gradients flow as in sCM and in DMD2.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from torch import Tensor
 
 from distill.draw import Draw
-from distill.losses import Reduction
+from distill.losses import Reduction, reduce
 from distill.methods.dmd2 import DMD2
 from distill.methods.scm import SCM
 from distill.ranges import Count, Finite, Natural, Positive, Weight
+from distill.schedule import Trig, expand
 from distill.times import Law, LogNormal, Shifted, Uniform
 from distill.trainer import Batch, Logs, Nets, Update
 
@@ -41,18 +43,17 @@ class RCM(SCM):
 
     @property
     def roles(self) -> tuple[str, ...]:
-        return ("fake",) if self.dmd else ()
+        return (*super().roles, "fake") if self.dmd else super().roles
 
     @property
     def matching(self) -> DMD2:
-        base = DMD2(self.guidance, self.every, 0, 0, reduction=self.reduction)
-        return replace(base, times=self.dmd_times, fake_times=self.dmd_times)
+        return DMD2(self.guidance, self.every, 0, 0, times=self.dmd_times, reduction=self.reduction)
 
     def updates(self) -> list[Update]:
         if not self.dmd:
             return super().updates()
         student = Update("student", self.student_loss, self.every, alone=self.warmup)
-        return [student, Update("fake", self.matching.fake_loss, start=self.warmup)]
+        return [student, Update("fake", self.fake_loss, start=self.warmup)]
 
     def sample(self, nets: Nets, batch: Batch, draw: Draw) -> Tensor:
         if not self.dmd or draw.step < self.warmup:
@@ -65,3 +66,15 @@ class RCM(SCM):
             dmd, found = self.matching.student_loss(x, nets, batch, draw)
             loss, logs = loss + 2 * self.dmd * dmd, logs | found | {"dmd": dmd}
         return loss, logs
+
+    def tangent(self, lag: Tensor, x: Tensor, slope: Tensor, cos: Tensor, sin: Tensor, r: float) -> Tensor:
+        return -cos * (cos**2 + (1 - r**2) * sin**2).sqrt() * lag - r * x - slope
+
+    def fake_loss(self, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
+        """The error of x0 over sin(t) is that of the velocity, which divides by nothing."""
+        path, schedule, eps = Trig(self.sigma_d), nets.fake.schedule, draw.normal("eps", x.shape).to(x)
+        t = path.time(schedule.ratio(self.dmd_times(draw, "t", len(x), schedule)))
+        pred = nets.fake.on(path)(path.diffuse(x, eps, t), t, batch.get("c"))
+        cos, sin = (expand(a, x) for a in path.coefficients(t))
+        error = self.velocity(pred, t) - (cos * self.sigma_d * eps - sin / self.sigma_d * x)
+        return reduce(error**2, self.reduction), {}

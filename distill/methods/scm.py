@@ -3,7 +3,8 @@
     x_t = cos(t) x + sin(t) sigma_d eps of a real image x,   t = arctan( exp(tau) / sigma_d ),  tau normal
     f(x_t, t) = cos(t) x_t - sin(t) sigma_d F(x_t, t)        the student's x0;  sigma_d F is its dx/dt
     g   = -cos^2(t) ( sigma_d F - dx_t/dt ) - r cos(t) sin(t) ( x_t + sigma_d dF/dt )    = cos(t) df/dt at r = 1
-    L   = | F - sg( F + g / (|g| + c) ) |^2                  r warms up from 0 to 1
+    L   = v e^-l m + l,   m = | F - sg( F + g / (|g| + c) ) |^2       r warms up from 0 to 1
+    v   = 1 / ( sigma_d tan(t) ) or 1,   l(t) learned or 0: at its optimum it is log( v E m ), and v makes no difference
 
 dx_t/dt is the guided teacher's; dF/dt is the derivative along it, a forward-mode pass of (x_t, t) with tangents
 cos(t) sin(t) (dx_t/dt, 1), without gradient; the loss's F is of the same pass. The angle t is pi / 2 times that of the
@@ -19,11 +20,12 @@ from torch import Tensor
 
 from distill.draw import Draw
 from distill.guidance import Guided, needed, scale_of, told
-from distill.losses import Reduction, jvp, per_sample, reduce
+from distill.losses import Reduction, jvp, per_sample
 from distill.ranges import Finite, Natural, Positive, Weight
 from distill.schedule import Prediction, Trig, expand
 from distill.times import Law, LogNormal
 from distill.trainer import Batch, Logs, Nets, Update
+from distill.weight import weigh
 
 
 @dataclass(frozen=True)
@@ -37,12 +39,14 @@ class SCM:
     normalise: bool = True  # the tangent
     c: Weight = 0.1  # its floor (paper)
     norm: Literal["rms", "vector"] = "rms"  # |g| per element (c keeps its meaning at any size), or of the whole vector
-    reduction: Reduction = "mean"  # of the loss (rCM, and SANA-Sprint's weight at its optimum: sum)
+    reduction: Reduction = "mean"  # m over the elements; their sum is close to 1, so with it l = log v is the optimum
+    adaptive: bool = False  # l is learned (paper, code); normalised tangents are of one size: there it changes little
+    prior: bool = False  # v is not 1 (paper, code)
     one_pass: bool = True  # F of the loss is that of dF/dt; False: a pass of its own, as where blocks are recomputed
 
     @property
     def roles(self) -> tuple[str, ...]:
-        return ()
+        return ("weight",) if self.adaptive else ()
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -61,10 +65,7 @@ class SCM:
         w = scale_of(self.guidance, draw, len(x))
         x_t = path.diffuse(x, draw.normal("eps", x.shape).to(x), t)
         cos, sin = (expand(f(path.native(t)), x) for f in (torch.cos, torch.sin))
-
-        def F(x_t: Tensor, t: Tensor) -> Tensor:
-            return self.velocity(student(x_t, t, told(c, w)), t) / self.sigma_d
-
+        F = lambda x_t, t: self.velocity(student(x_t, t, told(c, w)), t) / self.sigma_d
         with torch.no_grad():
             dx = self.velocity(Guided(teacher, w)(x_t, t, c), t)
             along = (cos * sin * dx, (cos * sin).reshape(t.shape).to(t) * (2 / math.pi))
@@ -73,11 +74,15 @@ class SCM:
         with torch.no_grad():
             sgF = out.detach()
             r = min(1.0, draw.step / self.warmup) if self.warmup else 1.0
-            g = -(cos**2) * (self.sigma_d * sgF - dx) - r * (cos * sin * x_t + self.sigma_d * dF)
+            g = self.tangent(self.sigma_d * sgF - dx, cos * sin * x_t, self.sigma_d * dF, cos, sin, r)
             size = per_sample(g**2).sqrt() * (1.0 if self.norm == "rms" else x[0].numel() ** 0.5)
             tangent = g / (size + self.c) if self.normalise else g
         loss = ((out if once else F(x_t, t)) - sgF - tangent) ** 2
-        return reduce(loss, self.reduction), {"tangent": size.mean()}
+        loss, logs = weigh(loss, path.ratio(t), self.prior, nets.weight if self.adaptive else None, self.reduction)
+        return loss, {"tangent": size.mean()} | logs
+
+    def tangent(self, lag: Tensor, x: Tensor, slope: Tensor, cos: Tensor, sin: Tensor, r: float) -> Tensor:
+        return -(cos**2) * lag - r * (x + slope)
 
     def velocity(self, pred: Prediction, t: Tensor) -> Tensor:
         """dx/dt = cos(t) sigma_d eps - sin(t) x0: never x0 divided by sin(t)."""

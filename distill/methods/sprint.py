@@ -7,9 +7,9 @@
 
 The teacher is a flow network, told t in [0, 1], of normalised queries and keys (python -m pipelines.sana); it is read
 on TrigFlow exactly (Denoiser.on). The authors multiply latents by sigma_d = 1/2 first: here sigma_d = 1, tau + ln 2 and
-c / sigma_d say the same of latents as they are. Their weight v = 1 / (sigma_d tan t) and learned log-variance l are
-left out: v e^-l m + l, m the mean square, is least in l where v e^-l = 1 / m, whatever v is; here m = 1 / n, n the
-elements of a sample, for tangents have length 1. That is a sum. Gradients flow as in sCM and in LADD.
+c / sigma_d say the same of latents as they are. Their weight v e^-l is left out (`prior`, `adaptive`): at its optimum
+it is 1 / m, m the mean square, which is 1 / n, n the elements of a sample, for tangents have length 1. That is a sum.
+Their heads' loss is half of ours. Gradients flow as in sCM and in LADD.
 """
 
 import math
@@ -49,7 +49,7 @@ class Sprint(SCM):
 
     @property
     def roles(self) -> tuple[str, ...]:
-        return ("disc",) if self.gan else ()
+        return (*super().roles, "disc") if self.gan else super().roles
 
     @property
     def ladd(self) -> LADD:

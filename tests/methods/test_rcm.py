@@ -49,21 +49,50 @@ def loss_of(method, nets, step, player="student"):
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_switched_off_and_before_its_start_it_is_scm(schedule):
-    """Bit for bit."""
+def test_switched_off_it_is_scm(schedule):
+    """Once the warm-up is over; before it dF/dt counts in full, and DMD has not begun."""
     nets = nets_of(schedule)
     on = RCM(**SHARED, dmd_times=DMD_TIMES)
-    for step in (2, 7):
-        want = loss_of(SCM(**SHARED), nets, step)[0]
-        assert all(torch.equal(a, b) for a, b in zip(loss_of(replace(on, dmd=0.0), nets, step)[0], want))
-        same = [torch.equal(a, b) for a, b in zip(loss_of(on, nets, step)[0], want)]
-        assert all(same) if step < 4 else not any(same)
-    assert replace(on, dmd=0.0).roles == () and on.roles == ("fake",)
+    off = replace(on, dmd=0.0)
+    close = lambda a, b: all(torch.allclose(x, y, rtol=1e-9, atol=1e-9) for x, y in zip(a, b, strict=True))
+    assert close(loss_of(off, nets, 7)[0], loss_of(SCM(**SHARED), nets, 7)[0])
+    assert not close(loss_of(off, nets, 2)[0], loss_of(SCM(**SHARED), nets, 2)[0])
+    assert not close(loss_of(on, nets, 7)[0], loss_of(off, nets, 7)[0])
+    assert all(torch.equal(a, b) for a, b in zip(loss_of(on, nets, 2)[0], loss_of(off, nets, 2)[0]))
+    assert off.roles == () and on.roles == ("fake",)
+    assert replace(on, adaptive=True).roles == ("weight", "fake")
+
+
+def test_warm_up():
+    """-cos sqrt(1 - r^2 sin^2) (F - dx/dt) - r cos sin x_t - cos sin dF/dt, and sCM's where r is 1."""
+    lag, x, slope = (turn().normal(name, (B, 2)) for name in ("lag", "x", "slope"))
+    angle = torch.linspace(0.05, 1.57, B, dtype=F64)[:, None]
+    for r in (0.0, 0.3, 1.0):
+        want = -angle.cos() * (1 - r**2 * angle.sin() ** 2).sqrt() * lag - r * x - slope
+        got = RCM().tangent(lag, x, slope, angle.cos(), angle.sin(), r)
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(got, SCM().tangent(lag, x, slope, angle.cos(), angle.sin(), 1.0))
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("sigma_d", (0.5, 1.0))
+def test_fake_score(schedule, sigma_d):
+    """|x0 error|^2 / sin^2 of TrigFlow's angle, summed over elements; at t = 0 it is finite."""
+    nets, batch, draw = nets_of(schedule), batch_of(), turn("fake")
+    method = RCM(sigma_d=sigma_d, dmd_times=DMD_TIMES)
+    x = draw.normal("x", (B, 2))
+    loss, _ = method.fake_loss(x, nets, batch, draw)
+    path = nets.fake.path
+    t = DMD_TIMES(draw, "t", B, path)
+    alpha, sigma = (a[:, None] for a in path.coefficients(t))
+    x0 = nets.fake(path.diffuse(x, draw.normal("eps", (B, 2)), t), t, batch["c"]).x0
+    sin = sigma / (sigma**2 + (sigma_d * alpha) ** 2).sqrt()
+    torch.testing.assert_close(loss, ((x0 - x) / sin).square().sum() / B, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_it_is_the_sum_of_both(schedule):
-    """sCM on the images plus 2 lambda times DMD2 on the student's samples, and DMD2's fake score."""
+    """sCM on the images plus 2 lambda times DMD2 on the student's samples; the fake's samples are DMD2's."""
     nets, method = nets_of(schedule), RCM(**SHARED, dmd=0.3, dmd_times=DMD_TIMES)
     dmd2 = DMD2(1.5, 5, 0, 0, times=DMD_TIMES, fake_times=DMD_TIMES, reduction="sum")
     parts = [loss_of(m, nets, 7)[0] for m in (SCM(**SHARED), dmd2)]
@@ -71,7 +100,7 @@ def test_it_is_the_sum_of_both(schedule):
         torch.testing.assert_close(ours, a + 2 * 0.3 * b)
     draw, batch = turn("fake", 7), batch_of()
     x = dmd2.sample(nets, batch, draw)
-    assert torch.equal(loss_of(method, nets, 7, "fake")[0][0], dmd2.fake_loss(x, nets, batch, draw)[0])
+    assert torch.equal(loss_of(method, nets, 7, "fake")[0][0], method.fake_loss(x, nets, batch, draw)[0])
 
 
 def test_turns():
