@@ -52,7 +52,8 @@ class Cache:
     prompt_column: str | None = None  # of a table of prompts; None: text, caption or prompt
     caption_column: str | None = None  # of the images' captions; None: text, caption or prompt
     image_column: str = "image"  # of a dataset
-    crops: Natural = 0  # random cuts of each image, with SDXL's conditions of size; 0: the image squeezed into a square
+    crops: Natural = 0  # random cuts of each image, with SDXL's conditions of size; 0: its middle
+    squeeze: bool = False  # the whole image, squeezed into the square, as DMD2 does
     max_samples: Count | None = None  # the first so many prompts and images
     resolution: Count | None = None  # pixels of a side; None: what the teacher was trained for
     revision: str | None = None  # of the teacher on the Hub
@@ -65,6 +66,8 @@ class Cache:
 
     def __post_init__(self) -> None:
         ranges.check(self)
+        if self.squeeze and self.crops:
+            raise ValueError(f"--squeeze leaves nothing for --crops {self.crops}: leave one of them out")
 
     def sources(self) -> Text:
         names = ("prompts", "images", "prompt_column", "caption_column", "image_column", "crops", "max_samples")
@@ -95,7 +98,7 @@ def run(config: Cache) -> Path:
     text = Texts(teacher, prompts, pictures.captions if pictures else ())
     tables: dict[str, Table] = {"text": text}
     if pictures:
-        tables["image"] = Images(teacher, pictures, text.captions, config.crops)
+        tables["image"] = Images(teacher, pictures, text.captions, config.crops, config.squeeze)
     with state.main_process_first():  # the others find its index
         index = begun(folder, config, teacher, tables)
     for name, table in tables.items():
@@ -156,6 +159,8 @@ def begun(folder: Path, config: Cache, teacher: Teacher, tables: dict[str, Table
         "prompts": text.prompts,
         "sources": work.hexdigest(),
     }
+    if images is not None:
+        index["squeeze"] = config.squeeze
     if (old := resume(folder, index)) is not None:
         return old
     index["tables"] = {"text": layout(config, len(text), text.read(spread(len(text), SAMPLE)))}

@@ -16,7 +16,7 @@ from pipelines.run import main
 
 CONFIG = Config(
     method=DMD2(guidance=1.75, every=10, gan=0.0, gan_fake=0.0),
-    data=Text(),
+    data=Text(squeeze=True),  # the authors' latents (generate_vae_latents.py --resize)
     teacher="stable-diffusion-v1-5/stable-diffusion-v1-5",
     family="sd",
     student=StudentConfig(scale=1.0),

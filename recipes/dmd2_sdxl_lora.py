@@ -18,7 +18,7 @@ from pipelines.sd import TARGETS
 
 CONFIG = Config(
     method=DMD2(guidance=8.0, every=5, gan=5e-3, gan_fake=1e-2),
-    data=Text(),
+    data=Text(squeeze=True),  # the authors' latents (generate_vae_latents.py --resize)
     teacher="stabilityai/stable-diffusion-xl-base-1.0",
     family="sdxl",
     student=StudentConfig(steps=4, timestep=399, scale=1.0, lora=LoRA(rank=64, alpha=8, targets=TARGETS)),

@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from distill.data import Text
-from distill.data.online import Texts, squeeze
+from distill.data.online import Texts, crop
 from distill.draw import Draw
 from pipelines import cache, load, tiny
 
@@ -82,7 +82,7 @@ class TestWhatIsRead:
             i = int(distance.argmin())  # image i has prompt i as its caption
             assert distance[i] < 1e-2 < distance.sort().values[1]
             eps = Draw(0, 0, "images", torch.tensor([i])).normal("eps", (1, 4, 8, 8))
-            image = squeeze(Image.open(home / "data" / f"{i}.png"), (16, 16))
+            image, _ = crop(Image.open(home / "data" / f"{i}.png"), (16, 16), (0.5, 0.5))
             close(x, teacher.latent(image[None], eps)[0])
 
     @pytest.mark.parametrize("family, crops", (("sd", 0), ("sdxl", 3)))
@@ -155,9 +155,10 @@ class TestWhatIsRead:
         assert teacher.denoiser.null.keys() == {"prompt_embeds", "pooled"}
         assert teacher.denoiser.null["pooled"].abs().max() > 0
 
-    def test_without_encoders(self, home, made):
+    def test_without_encoders(self, home, made, capsys):
         teacher = load(home / "sd")
-        Text(cache=f"{made}").open(teacher, ("real", "null"))(DRAW)
+        Text(cache=f"{made}", squeeze=True).open(teacher, ("real", "null"))(DRAW)
+        assert "made holds cropped images; those of this recipe are squeezed: " in capsys.readouterr().err
         assert not {"text", "vae"} & vars(teacher.parts).keys()
 
     def test_the_command_reads_no_weights_of_the_network(self, home):
@@ -305,6 +306,7 @@ class TestRefused:
             (dict(dtype="bfloat16"), "dtype"),
             (dict(max_samples=4), "prompts, sources"),
             (dict(crops=1), "crops"),
+            (dict(squeeze=True), "squeeze"),
             (dict(resolution=32), "shape"),
             (dict(teacher="sdxl"), "teacher"),
         ),

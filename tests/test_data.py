@@ -3,6 +3,7 @@
 import io
 import json
 import tarfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from safetensors.torch import load_file
 from distill.data import Digits, Text, sources
 from distill.data.feed import Feed, _integers
 from distill.data.labels import Labels
-from distill.data.online import crop, squeeze
+from distill.data.online import Images, crop, squeeze
 from distill.data.shards import Shards, file, narrow, pack, save
 from distill.data.words import Words
 from distill.draw import Draw
@@ -213,6 +214,18 @@ class TestCuts:
         assert x.shape == (3, 40, 40) and sizes == [80, 120, 0, left, 40, 40]
         red = (x[0, 20] + 1) * 127.5
         torch.testing.assert_close(red[5:-5], (4 * (torch.arange(40.0) + left) + 1)[5:-5], atol=1.5, rtol=0)
+
+    def test_of_a_photo(self, image):
+        """By default its middle, with its proportions: of 60 columns those from 10 on. Squeezed on demand."""
+        teacher = SimpleNamespace(shape=(3, 40, 40), parts=SimpleNamespace(device="cpu"), latent=lambda x, eps: x)
+        photo = sources.Pictures(["a.png"], ["a"], lambda i: image)
+        whole, middle = (Images(teacher, photo, [0], squeeze=s).read([0]) for s in (True, False))
+        assert whole.keys() == middle.keys() == {"x", "caption"}
+        assert torch.equal(whole["x"][0], squeeze(image, (40, 40)))
+        red, green = (middle["x"][0, :2] + 1) * 127.5
+        want = torch.arange(40.0)
+        torch.testing.assert_close(red[20, 5:-5], (4 * (want + 10) + 1)[5:-5], atol=1.5, rtol=0)
+        torch.testing.assert_close(green[5:-5, 20], (4 * want + 1)[5:-5], atol=1.5, rtol=0)
 
     @pytest.mark.parametrize("size", ((40, 40), (30, 70), (333, 17)))
     def test_any_size(self, image, size):
@@ -432,6 +445,7 @@ class TestCheck:
             (Text("online", prompts="a.txt"), ("forget",), "nothing to forget: pass --data.forget"),
             (Text("online", forget=("cat",), override=("dog",)), (), "which SFD alone reads"),
             (Text("online", forget=("cat",)), ("forget",), "give one override for each"),
+            (Text("online", prompts="a.txt", crops=2, squeeze=True), (), "squeeze leaves nothing for --data.crops 2"),
             (
                 Text("online", forget=("cat",), override=("a Cat",)),
                 ("forget",),

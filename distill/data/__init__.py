@@ -26,6 +26,7 @@ from distill.guidance import overriding
 from distill.ranges import Count, Natural, Share, check
 
 ONLINE = ("prompts", "images", "prompt_column", "caption_column", "image_column", "crops", "max_samples")
+CACHE = "python -m pipelines.cache"
 DIGITS_TRAIN = 1200  # of 1,797 scans; the other 597 are held out and never trained on
 
 
@@ -94,7 +95,8 @@ class Text:
     prompt_column: str | None = None  # of a table of prompts; None: text, caption or prompt
     caption_column: str | None = None  # of the images' captions; None: text, caption or prompt
     image_column: str = "image"  # of a dataset
-    crops: Natural = 0  # online: random cuts of each image; 0: the whole image, squeezed into a square (DMD2)
+    crops: Natural = 0  # online: random cuts of each image; 0: its middle
+    squeeze: bool = False  # online: the whole image, squeezed into the square (DMD2); of a cache see its --squeeze
     max_samples: Count | None = None  # online: use the first prompts and images only
     p_empty: Share = 0.0  # share of prompts and captions that are replaced by the empty one
     forget: tuple[str, ...] = ()  # words, for SFD: prompts that hold them are to be forgotten
@@ -115,6 +117,8 @@ class Text:
                 f"--data.forget is {self.forget}, which SFD alone reads, without --method.forget: leave it out"
             )
         self.words.check()
+        if self.squeeze and self.crops:
+            raise ValueError(f"--data.squeeze leaves nothing for --data.crops {self.crops}: pass --data.no_squeeze")
         if self.text == "cached":
             if not self.cache:
                 online = f"--data.text online --data.prompts prompts.txt{' --data.images IMAGES' * real}"
@@ -162,6 +166,8 @@ class Text:
         folder = Path(self.cache)
         index = read_index(folder, real)
         belongs(folder, index, teacher, real)
+        if real and self.squeeze and not index.get("squeeze", True):
+            sources.notice([f"{folder} holds cropped images; those of this recipe are squeezed: {CACHE} --squeeze"])
         table = lambda name: Shards(folder, name, index["tables"][name])
         with (folder / TEXTS).open(encoding="utf-8") as lines:
             names = [json.loads(line) for line in islice(lines, min(index["prompts"], FIXED))]
@@ -173,7 +179,7 @@ class Text:
         asked = prompts or [*dict.fromkeys(captions)]
         others = [other for text in asked if (other := self.words.overridden(text)) is not None] if self.forget else []
         text = Texts(teacher, asked, [*captions, *others])
-        images = Images(teacher, pictures, text.captions, self.crops) if real else None
+        images = Images(teacher, pictures, text.captions, self.crops, self.squeeze) if real else None
         return text, images, text.prompts, text.texts[: min(text.prompts, FIXED)]
 
     def _texts(self, table: Table) -> list[str]:
@@ -204,4 +210,4 @@ class Text:
             Image.fromarray(random.integers(0, 256, (24, 20 + i, 3), dtype=np.uint8)).save(folder / f"{i}.png")
             (folder / f"{i}.txt").write_text(name)
         given = Text("online", prompts=f"{folder / 'prompts.txt'}", images=f"{folder}", p_empty=self.p_empty)
-        return replace(given, forget=self.forget, override=self.override)
+        return replace(given, squeeze=self.squeeze, forget=self.forget, override=self.override)

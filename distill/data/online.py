@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 SIZES = "time_ids"  # SDXL's condition: original height and width, top and left of the crop, target height and width
+CENTRE = (0.5, 0.5)  # the place of a cut
 PROBE = 64  # pixels of the image that shows by how much an autoencoder shrinks
 
 
@@ -48,15 +49,19 @@ class Texts:
 class Images:
     """Latents "x" of images and the row of their "caption" in a table of texts; with crops also their SIZES.
 
-    An image is squeezed into the teacher's square (crops = 0, what DMD2 does), or cut `crops` times: its shorter side
-    fills the square, and the place of the cut is random. Row i * crops + j is cut j of image i; its place and its one
-    sample of the autoencoder's posterior are functions of that number.
+    The shorter side of an image fills the teacher's square, and what lies beyond it is cut off: evenly on both ends
+    (crops = 0), or `crops` times at a random place. `squeeze` brings the whole image into the square instead, as DMD2
+    does. Row i * crops + j is cut j of image i; its place and its one sample of the autoencoder's posterior are
+    functions of that number.
     """
 
-    def __init__(self, teacher: Any, pictures: Pictures, captions: Sequence[int], crops: int = 0) -> None:
+    def __init__(
+        self, teacher: Any, pictures: Pictures, captions: Sequence[int], crops: int = 0, squeeze: bool = False
+    ) -> None:
         if len(teacher.shape) != 3:
             raise ValueError(f"a teacher of videos {tuple(teacher.shape)} cannot use images: leave --images out")
-        self.teacher, self.pictures, self.captions, self.crops = teacher, pictures, captions, crops
+        self.teacher, self.pictures, self.captions = teacher, pictures, captions
+        self.crops, self.squeeze = crops, squeeze
         self.decoders = ThreadPoolExecutor(4)
 
     def __len__(self) -> int:
@@ -79,7 +84,7 @@ class Images:
 
         def cut(i: int, place: list[float]) -> tuple[Tensor, list[int]]:
             image = self.pictures[i]
-            return crop(image, size, place) if self.crops else (squeeze(image, size), [])
+            return (squeeze(image, size), []) if self.squeeze else crop(image, size, place if self.crops else CENTRE)
 
         images, sizes = zip(*self.decoders.map(cut, numbers, places), strict=True)
         eps = draw.normal("eps", (len(rows), *self.teacher.shape))
