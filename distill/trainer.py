@@ -102,6 +102,9 @@ class TrainConfig:
     checkpointing_steps: Natural = 500
     checkpoints_total_limit: Count | None = 2  # keep the newest; None: all
     resume_from_checkpoint: str | None = None  # "latest" or a checkpoint folder
+    # what may differ from the run that is continued; without it such a difference ends in a message. batch is
+    # train_batch_size, times are the student's calls, a teacher is compared by its weights
+    resume_allow: tuple[Literal["method", "teacher", "seed", "batch", "times"], ...] = ()
     validation_steps: Natural = 100  # a grid of samples every so many iterations; 0: never
     logging_steps: Count = 10  # fetch the logs from the device every so many iterations
     report_to: Literal["none", "tensorboard", "wandb", "all"] = "none"

@@ -8,16 +8,17 @@ import re
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
-from distill import checkpoint, health, memory, shard
+from distill import checkpoint, health, history, memory, shard
 from distill.config import Config, dump, fail, parse
-from pipelines import FAMILIES, ExportError, Teacher, control, index, opened, perceptual, reward
+from distill.files import locked, rank
+from pipelines import FAMILIES, ExportError, Teacher, control, index, located, opened, perceptual, reward
 
 if TYPE_CHECKING:
     import torch
@@ -38,9 +39,10 @@ def main(default: Config[Any, Any], argv: list[str] | None = None, doc: str | No
     config = parse(default, argv, doc)
     out = Path(config.train.output_dir)
     try:
-        resume = check(config, out)
-        config = smoke(config) if config.smoke else config
-        run(config, out, resume)
+        with locked(out) if config.replay is None else nullcontext():
+            resume = check(config, out)
+            config = smoke(config) if config.smoke else config
+            run(config, out, resume)
     except (ValueError, FloatingPointError, ExportError) as error:
         fail(str(error))
     except (OSError, SafetensorError) as error:
@@ -54,10 +56,15 @@ def main(default: Config[Any, Any], argv: list[str] | None = None, doc: str | No
 
 def smoke(config: Config[Any, Any]) -> Config[Any, Any]:
     """Two steps of the same experiment on a tiny random teacher of its family."""
-    short: dict[str, Any] = {"max_train_steps": 2, "train_batch_size": 8, "logging_steps": 1, "validation_steps": 1}
-    train, out = dataclasses.replace(config.train, **short), Path(config.train.output_dir)
+    out = Path(config.train.output_dir)
     data = config.data.smoke(out / "data") if hasattr(config.data, "smoke") else config.data
-    return dataclasses.replace(config, train=train, data=data, teacher=f"{out / 'teacher'}", resolution=None)
+    return dataclasses.replace(shortened(config), data=data, teacher=f"{out / 'teacher'}", resolution=None)
+
+
+def shortened(config: Config[Any, Any]) -> Config[Any, Any]:
+    """The same experiment for two steps of a small batch."""
+    short: dict[str, Any] = {"max_train_steps": 2, "train_batch_size": 8, "logging_steps": 1, "validation_steps": 1}
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, **short))
 
 
 def check(config: Config[Any, Any], out: Path) -> Path | None:
@@ -106,12 +113,24 @@ def check(config: Config[Any, Any], out: Path) -> Path | None:
         newest = found[-1] if found else None
         if newest and checkpoint.step(newest) >= config.train.max_train_steps:
             sys.stderr.write(f"{newest} is at --max_train_steps already: nothing to train, it is exported\n")
-        return newest
+        return compared(config, newest) if newest else None
     why = checkpoint.damage(Path(resume))
     if why:
         why = why if (Path(resume) / "state.json").is_file() else f"no checkpoint at {resume!r}"
         raise ValueError(f"{why}; {out} holds {[p.name for p in checkpoint.found(out)] or 'none'}")
-    return Path(resume)
+    return compared(config, Path(resume))
+
+
+def compared(config: Config[Any, Any], resume: Path) -> Path:
+    """The checkpoint to resume from; ValueError where its run was of another method, seed, batch or other calls."""
+    before = history.last(resume.absolute().parent)
+    if before is None:
+        if rank() == 0:
+            sys.stderr.write(f"{resume}: no configuration lies beside it, so nothing is compared with it\n")
+        return resume
+    now = history.entry(shortened(config) if config.smoke else config)
+    history.same_run(resume, before, now, config.method.needs, config.train.resume_allow)
+    return resume
 
 
 def carried(teacher: Teacher, student: StudentConfig) -> tuple[Any, StudentConfig]:
@@ -134,10 +153,13 @@ def run(config: Config[Any, Any], out: Path, resume: Path | None) -> None:
     from distill.trainer import supported, train
     from pipelines import hub, pag, tiny
     from pipelines.export import Again, about, export, report, trained
+    from pipelines.identity import identity
     from pipelines.rehearsal import rehearse
     from pipelines.scheduler import finished
 
-    cfg = config.train
+    allowed = config.train.resume_allow
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, resume_allow=()))
+    cfg, entry = config.train, history.entry(config)
     if cfg.deterministic:
         memory.deterministic()
     accelerator = launched(log_with=None if cfg.report_to == "none" else cfg.report_to, project_dir=out)
@@ -145,6 +167,7 @@ def run(config: Config[Any, Any], out: Path, resume: Path | None) -> None:
     supported(cfg, accelerator)
     quiet()
     set_seed(cfg.seed)
+    before = history.last(resume.absolute().parent) if resume and accelerator.is_main_process else None
     repository = None
     if config.push_to_hub and accelerator.is_main_process:
         repository = hub.create(config.hub_model_id or out.resolve().name, config.hub_private)
@@ -152,8 +175,13 @@ def run(config: Config[Any, Any], out: Path, resume: Path | None) -> None:
         if config.smoke and accelerator.is_main_process:
             tiny.save(config.family, config.teacher)
         size, kind = (config.resolution, config.frames), precision(config, accelerator)
+        folder = located(config.teacher, config.revision, config.variant)
+        if accelerator.is_main_process:
+            entry["teacher"] = identity(folder, config.teacher, config.variant)
+        if before and not config.smoke:  # whose teacher is made anew
+            history.same_teacher(resume, before, entry["teacher"], allowed)
         told = "told" in config.method.needs
-        teacher = opened(config.teacher, config.revision, config.variant, *size, kind, told)
+        teacher = opened(f"{folder}", config.revision, config.variant, *size, kind, told)
     if "finished" in config.method.needs:
         config = dataclasses.replace(config, student=finished(teacher, config.student))
     if "control" in config.method.needs:
@@ -164,6 +192,9 @@ def run(config: Config[Any, Any], out: Path, resume: Path | None) -> None:
         teacher.denoiser.net.to(accelerator.device)
     data = config.data.open(teacher, config.method.needs)
     scheduler, student = carried(teacher, config.student)  # what can't be exported is refused now
+    entry["times"] = [*student.times]
+    if before:
+        history.same_times(resume, before, entry["times"], allowed)
     prompts, c = data.fixed(config.validation_images)
     c = {key: value.to(accelerator.device) for key, value in c.items()}
     method = type(config.method).__name__.lower()
@@ -180,8 +211,12 @@ def run(config: Config[Any, Any], out: Path, resume: Path | None) -> None:
         raise SystemExit(replay(Path(config.replay), config, nets, data, accelerator))
     if accelerator.is_main_process:
         rehearse(nets.student, teacher, scheduler, card)
+        if before and (changed := history.changes(before, entry)):
+            sys.stderr.write(
+                f"{resume} goes on with another configuration ({out / history.FILE} keeps both):\n{changed}"
+            )
         out.mkdir(parents=True, exist_ok=True)
-        (out / "config.yaml").write_text(dump(config))
+        history.record(out, entry, dump(config), checkpoint.step(resume) if resume else 0, resume)
     try:
         accelerator.init_trackers("distill", init_kwargs={"wandb": {"dir": f"{out}"}})
     except Exception as error:

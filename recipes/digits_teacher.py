@@ -13,6 +13,7 @@ import tyro
 import yaml
 
 from distill.config import fail
+from distill.files import locked, write
 from distill.trainer import TrainConfig
 
 
@@ -51,8 +52,14 @@ def main(cfg: Teacher) -> None:
             ema_half_life=cfg.ema_half_life,
             seed=cfg.seed,
         )
+        with locked(out):
+            train_teacher(cfg, settings, out)
     except ValueError as error:
         fail(str(error))
+
+
+def train_teacher(cfg: Teacher, settings: TrainConfig, out: Path) -> None:
+    """Train the teacher and write its pipeline folder."""
     from accelerate.utils import set_seed
 
     from distill.data import Digits
@@ -67,8 +74,8 @@ def main(cfg: Teacher) -> None:
     quiet()
     set_seed(cfg.seed)
     accelerator = launched()
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "config.yaml").write_text(yaml.safe_dump(asdict(cfg), sort_keys=False))
+    if accelerator.is_main_process:
+        write(out / "config.yaml", yaml.safe_dump(asdict(cfg), sort_keys=False))
     teacher = edm.teacher(edm.unet(cfg.channels, layers=cfg.layers), cfg.sigma_d, null_class=10)
     method = Denoise(cfg.p_drop, LogNormal(cfg.p_mean, cfg.p_std))
     log = Log(settings, accelerator)

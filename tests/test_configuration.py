@@ -6,7 +6,7 @@ The fields are found by walking the recipes' configurations, so a new recipe or 
 import importlib
 import io
 import math
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import MISSING, replace
 from pathlib import Path
 from types import NoneType
@@ -98,7 +98,8 @@ def wrong(hint, default):
             found += [strings(default).map(lambda w: [w])]
         elif get_origin(kind) is tuple:
             item, n = get_args(kind)[0], len(get_args(kind))
-            bad = strings(None) if item is str else outside(get_args(item)[1])
+            bad = WORDS if get_origin(item) is Literal else strings(None) if item is str else None
+            bad = outside(get_args(item)[1]) if bad is None else bad
             good = "a" if item is str else "0.5"
             if get_args(kind)[-1] is ...:
                 found += [bad.map(lambda w, good=good: [good, w])]
@@ -122,7 +123,8 @@ def wrong_in_a_file(hint):
 def called(recipe, argv):
     """(config or None, what was said): a recipe's main up to where work would begin."""
     ran, said = [], io.StringIO()
-    with patch.object(run, "check"), patch.object(run, "run", lambda config, *_: ran.append(config)):
+    begin = lambda config, *_: ran.append(config)
+    with patch.object(run, "check"), patch.object(run, "locked", nullcontext), patch.object(run, "run", begin):
         with redirect_stderr(said), redirect_stdout(said):
             try:
                 run.main(RECIPES[recipe], argv)

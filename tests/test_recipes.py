@@ -169,7 +169,16 @@ def sampled(teacher, student, net):
 def test_files(name, out):
     """The configuration, the log, grids of samples, checkpoints, the pipeline; nothing half-made."""
     folder = out(name)
-    names = {"config.yaml", "log.jsonl", "samples", "checkpoint-1", "checkpoint-2", "pipeline", "teacher"}
+    names = {
+        "config.yaml",
+        "history.jsonl",
+        "log.jsonl",
+        "samples",
+        "checkpoint-1",
+        "checkpoint-2",
+        "pipeline",
+        "teacher",
+    }
     assert {p.name for p in folder.iterdir()} - {"data"} == names
     recipe, flags = RUNS[name][0], argv(name, folder)
     config = run.smoke(parse(config_of(recipe), flags))

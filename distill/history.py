@@ -1,0 +1,163 @@
+"""What a run was configured to do since it began: config.yaml holds the present, history.jsonl every change.
+
+A line of history.jsonl is a JSON object: "step" from which it holds, "time", "from" (the checkpoint that was resumed),
+"method", "config", "teacher" (its name and a digest of each component) and "times" of the student's calls.
+A run that is resumed with another method, teacher, seed, batch or other times is refused unless that is allowed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from distill.config import Config, dump, stored, visible
+from distill.files import read, write
+
+FILE = "history.jsonl"
+FIELDS = {  # what may not change unnoticed -> its fields in a configuration
+    "seed": ("seed",),
+    "batch": ("train_batch_size",),
+    "times": tuple(f"student.{name}" for name in ("steps", "sigma", "timestep", "times", "scale", "renoise")),
+}
+OWN = ("output_dir", "resume_from_checkpoint", "resume_allow", "replay")  # of one command, not of the run
+
+
+def name(method: Any) -> str:
+    """The class of a method with those that it goes around: Rewarded(SiD)."""
+    inner = [getattr(method, field.name) for field in dataclasses.fields(method)]
+    inner = [name(value) for value in inner if hasattr(value, "updates")]
+    return f"{type(method).__name__}({', '.join(inner)})" if inner else type(method).__name__
+
+
+def entry(config: Config[Any, Any]) -> dict[str, Any]:
+    """A configuration as the history holds it."""
+    return {"method": name(config.method), "config": yaml.safe_load(dump(config))}
+
+
+def last(run: Path) -> dict[str, Any] | None:
+    """The newest entry of a run's folder; of a run before there was a history, its config.yaml. None: neither."""
+    if entries := _entries(run):
+        return entries[-1]
+    if not (run / "config.yaml").is_file():
+        return None
+    try:
+        _, method, tree = stored(run)
+    except ValueError as error:
+        raise ValueError(f"{error}; or remove it, and nothing is compared") from None
+    return {"step": 0, "method": method, "config": tree}
+
+
+def same_run(
+    checkpoint: Path, before: dict[str, Any], now: dict[str, Any], needs: Sequence[str], allowed: Sequence[str]
+) -> None:
+    """ValueError where a run would go on with another method, seed, batch or other calls; `allowed` may differ."""
+    old, new = _flat(before["config"]), _flat(now["config"])
+    changed = {kind: [f for f in names if f in old and old[f] != new.get(f)] for kind, names in FIELDS.items()}
+    said = {kind: [f"{f} {_short(old[f])}, not {_short(new.get(f))}" for f in names] for kind, names in changed.items()}
+    then, this = before["method"], now["method"]
+    recorded = "time" in before
+    if not recorded:  # a config.yaml names the outer class alone
+        this = this.partition("(")[0]
+    if then != this:
+        said["method"] = [f"method {then}, not {this}"]
+    if "finished" in needs and not recorded:  # its config.yaml holds the times of the teacher
+        said.pop("times")
+    refuse(checkpoint, said, allowed)
+
+
+def refuse(checkpoint: Path, said: dict[str, list[str]], allowed: Sequence[str]) -> None:
+    """ValueError that lists the differences of every kind that is not allowed."""
+    kinds = [kind for kind, words in said.items() if words and kind not in allowed]
+    if kinds:
+        differences = "; ".join(word for kind in kinds for word in said[kind])
+        raise ValueError(
+            f"{checkpoint} was trained with {differences}: the run would not be the one that it continues. Give the "
+            f"values of then, choose another --output_dir, or allow it by --resume_allow {' '.join(kinds)}"
+        )
+
+
+def same_teacher(checkpoint: Path, before: dict[str, Any], teacher: dict[str, Any], allowed: Sequence[str]) -> None:
+    """ValueError where a run would go on with other weights of its teacher; from another folder it may."""
+    old, new = before.get("teacher", {}).get("digests"), teacher["digests"]
+    if old is None:
+        sys.stderr.write(f"{checkpoint}: its teacher was not recorded, so its weights are not compared\n")
+        return
+    parts = [part for part in sorted({*old, *new}) if old.get(part) != new.get(part)]
+    was = f"another teacher ({_short(before['teacher'].get('name'))}; other: {', '.join(parts)})"
+    refuse(checkpoint, {"teacher": [was] if parts else []}, allowed)
+
+
+def same_times(checkpoint: Path, before: dict[str, Any], times: Sequence[float], allowed: Sequence[str]) -> None:
+    """ValueError where the student of a run would be called at other times than it was."""
+    old = before.get("times", [*times])
+    refuse(checkpoint, {"times": [f"calls at the times {old}, not {[*times]}"] if old != [*times] else []}, allowed)
+
+
+def changes(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """What differs between two entries, a line each; "" where nothing does."""
+    old, new = _flat(before["config"]), _flat(now["config"])
+    lines = []
+    if "time" in before and before["method"] != now["method"]:
+        lines.append(f"  method: {before['method']} -> {now['method']}")
+    names = [name for name in {**old, **new} if name not in OWN and old.get(name) != new.get(name)]
+    lines += [f"  {name}: {_short(old[name])} -> {_short(new[name])}" for name in names if name in old and name in new]
+    lines += [f"  {name}: not set -> {_short(new[name])}" for name in names if name not in old]
+    lines += [f"  {name}: {_short(old[name])} -> not set" for name in names if name not in new]
+    return "".join(f"{line}\n" for line in lines)
+
+
+def record(out: Path, entry: dict[str, Any], text: str, step: int, resumed: Path | None) -> None:
+    """Add an entry to a run's history where it is news, then write its config.yaml."""
+    entries = _entries(out)
+    if not entries:
+        try:
+            entries = [one for one in [last(out)] if one is not None]
+        except ValueError as error:
+            sys.stderr.write(f"{error}. It is written anew\n")
+    if not entries or _compared(entries[-1]) != _compared(entry):
+        facts = {"step": step, "time": time.strftime("%F %T%z"), "from": resumed and str(resumed)}
+        write(out / FILE, "".join(f"{json.dumps(one)}\n" for one in [*entries, facts | entry]))
+    write(out / "config.yaml", text)
+
+
+def _compared(entry: dict[str, Any]) -> tuple[Any, ...]:
+    """What of an entry makes it differ from another one."""
+    config = {key: value for key, value in _flat(entry["config"]).items() if key not in OWN}
+    return config, *(entry.get(key) for key in ("method", "teacher", "times"))
+
+
+def _entries(run: Path) -> list[dict[str, Any]]:
+    """The history of a run, oldest first; ValueError names the line that is none."""
+    path, entries = run / FILE, []
+    if not path.is_file():
+        return []
+    for i, line in enumerate(read(path).splitlines(), 1):
+        try:
+            one = json.loads(line)
+            _flat(one["config"])
+            whole = isinstance(one["method"], str) and isinstance(one.get("teacher", {}), dict)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            whole = False
+        if not whole:
+            raise ValueError(f"{path} is damaged in line {i}: delete that line")
+        entries.append(one)
+    return entries
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{dotted name: value}."""
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found
+
+
+def _short(value: Any) -> str:
+    return visible(str(value)[:80])

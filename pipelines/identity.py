@@ -1,0 +1,78 @@
+"""Which weights a teacher has, without reading them whole: a digest of each of its components.
+
+A digest covers the names and sizes of the files that are loaded, small files whole, of safetensors the header (names,
+types and shapes) and 256 bytes in the middle of every tensor. A tensor that was trained further differs there; one
+that differs elsewhere alone is not seen. It takes about a second for 12 billion parameters.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pipelines import index
+
+SMALL = 1 << 20  # bytes of a file that is read whole
+PIECE = 256  # bytes of a tensor
+HEADER = 100_000_000  # bytes of a header at most, as in the format's own readers
+UNUSED = ("safety_checker", "feature_extractor")  # of Stable Diffusion 1: no training reads them
+TEXTS = (".json", ".txt", ".model")  # configurations and tokenizers
+
+
+def identity(folder: Path, name: str, variant: str | None) -> dict[str, Any]:
+    """{"name", "revision" on the Hub or None, "digests" of each component} of a pipeline's folder."""
+    parts = [part for part, entry in index(folder).items() if isinstance(entry, list) and entry[0] is not None]
+    digests = {part: digest(folder / part, variant) for part in parts if part not in UNUSED}
+    hub = folder.resolve().parent
+    revision = folder.resolve().name if hub.name == "snapshots" and hub.parent.name.startswith("models--") else None
+    return {"name": name, "revision": revision, "digests": digests}
+
+
+def digest(component: Path, variant: str | None) -> str:
+    """32 hex digits of the files of a component that are loaded."""
+    seen = hashlib.blake2b(digest_size=16)
+    for path in _loaded(component, variant):
+        size = path.stat().st_size
+        seen.update(f"{path.relative_to(component)} {size} ".encode())
+        for piece in _pieces(path, size):
+            seen.update(piece)
+    return seen.hexdigest()
+
+
+def _loaded(component: Path, variant: str | None) -> list[Path]:
+    """Its configuration and, of several sets of weights, the one that is read."""
+    files = sorted(file for file in component.rglob("*") if file.is_file() and not file.name.startswith("."))
+    weights = [file for file in files if ".safetensors" in file.name]
+    tagged = [file for file in weights if variant and f".{variant}." in file.name]
+    plain = [file for file in weights if file.name.partition(".")[2] in ("safetensors", "safetensors.index.json")]
+    return (tagged or plain or weights) + [file for file in files if file.suffix in TEXTS and file not in weights]
+
+
+def _pieces(path: Path, size: int) -> Iterator[bytes]:
+    """The bytes of a file that its digest covers."""
+    with path.open("rb") as file:
+        if size <= SMALL:
+            yield file.read()
+            return
+        for start, length in _places(path, file.read(8), size):
+            file.seek(start)
+            yield file.read(length)
+
+
+def _places(path: Path, start: bytes, size: int) -> list[tuple[int, int]]:
+    """(offset, bytes) of a large file: of its header and each tensor, or 64 at equal distances."""
+    even = [(i * (size // 64), PIECE) for i in range(64)]
+    header = int.from_bytes(start, "little")
+    if path.suffix != ".safetensors" or 8 + header > min(size, HEADER):
+        return even
+    with path.open("rb") as file:
+        text = file.read(8 + header)[8:]
+    try:
+        table = {name: entry["data_offsets"] for name, entry in json.loads(text).items() if name != "__metadata__"}
+        middles = sorted((first + last) // 2 for first, last in table.values())
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):  # loading says what is wrong
+        return even
+    return [(0, 8 + header), *((8 + header + middle, PIECE) for middle in middles)]
