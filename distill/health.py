@@ -252,6 +252,34 @@ class Watchdog:
             sys.stderr.write(f"{said}; {path} cannot be written ({error})\n")
 
 
+class Agreement:
+    """The signal that all processes end on: each calls it after every step, and all get the greatest number, 0: none.
+
+    On CUDA the answer is that of the step before, which has arrived: the host waits for nothing. Alone, a process
+    agrees with itself.
+    """
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.device, self.alone = accelerator.device, accelerator.num_processes == 1
+        self.answer: tuple[Tensor, torch.cuda.Event] | None = None
+
+    def __call__(self, number: int) -> int:
+        if self.alone:
+            return number
+        greatest = torch.full((), number, device=self.device)  # filled there: a copy of a number would wait
+        torch.distributed.all_reduce(greatest, torch.distributed.ReduceOp.MAX)
+        if self.device.type != "cuda":
+            return int(greatest)
+        before, event = self.answer, torch.cuda.Event()
+        host = torch.empty((), dtype=greatest.dtype, pin_memory=True).copy_(greatest, non_blocking=True)
+        event.record()
+        self.answer = host, event
+        if before is None:
+            return 0
+        before[1].synchronize()
+        return int(before[0])
+
+
 def _write(
     folder: Path, state: State, turns: list[Turn], facts: dict[str, Any], accelerator: Accelerator
 ) -> Exception | None:

@@ -76,11 +76,6 @@ def ended(net: nn.Module, features: list[Tensor]) -> None:
             state._post_forward(module, (), tuple(features))
 
 
-def agreed(says: bool, accelerator: Accelerator) -> bool:
-    """Whether any process says so; all of them ask."""
-    return bool(accelerator.reduce(torch.tensor(float(says), device=accelerator.device)) > 0)
-
-
 def sharded(net: nn.Module) -> bool:
     """Whether `net` is a unit of a sharded network."""
     return hasattr(net, "set_requires_gradient_sync")

@@ -2,7 +2,7 @@
 
 A digest covers the names and sizes of the files that are loaded, small files whole, of safetensors the header (names,
 types and shapes) and 256 bytes in the middle of every tensor. A tensor that was trained further differs there; one
-that differs elsewhere alone is not seen. It takes about a second for 12 billion parameters.
+that differs elsewhere alone is not seen. 780 tensors of 24 GB take 0.06 s where they are in the memory of the disk.
 """
 
 from __future__ import annotations

@@ -245,16 +245,14 @@ def run(config: Config[Any, Any], out: Path, resume: Path | None) -> None:
             log.images(torch.cat(done), state.step)
 
     saver, parent = checkpoint.Saver(out, cfg.checkpoints_total_limit), launcher()
+    agree = health.Agreement(accelerator)
     with closing(log), signals() as caught, saver, watchdog as watch:
         for state in train(config.method, nets, data, cfg, accelerator, resume):
             watch(state.step)
             log(state)
             if not caught and launcher() != parent:  # it was killed alone, and nobody would end this process
                 caught.append(signal.SIGTERM)
-            if sharded:  # all of them show, save and end together
-                stop = shard.agreed(bool(caught), accelerator)
-            else:  # another process may be a step ahead
-                stop = bool(caught) and accelerator.is_main_process
+            stop = agree(caught[0] if caught else 0)
             if accelerator.is_main_process or sharded:
                 saver.check()
                 if cfg.validation_steps and state.step % cfg.validation_steps == 0:
@@ -269,7 +267,7 @@ def run(config: Config[Any, Any], out: Path, resume: Path | None) -> None:
         if (stop or caught) and accelerator.is_main_process:
             name = out / f"checkpoint-{state.step}"
             sys.stderr.write(f"\ninterrupted; saved {name}. Go on with --resume_from_checkpoint latest\n")
-            raise SystemExit(128 + (caught or [signal.SIGTERM])[0])  # the launcher ends the others
+            raise SystemExit(128 + (stop or caught[0]))
     if accelerator.is_main_process:
         state.optimizers.clear()
         folder, made, net = out / "pipeline", nets.student, state.ema.net
