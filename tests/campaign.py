@@ -249,9 +249,7 @@ class Faults:
                 assert all(f"{one} is skipped: " in said for one in harmed) or "step/s" not in said, said
                 assert (" is skipped: " in said) <= bool(harmed) and later(folder) <= harmed, said
                 if hit is not None and status == 0:
-                    waits = hit == signal.SIGTERM and ranks == (1,)  # it is the launcher's to tell all of them
-                    late = "waits for the first process" if waits else "too late: ends as it would have"
-                    self.count(processes, hit.name, late, in_save)
+                    self.count(processes, hit.name, "too late: ends as it would have", in_save)
                 elif hit is not None:
                     came = self.came(hit, group)
                     self.count(processes, hit.name, came, in_save)
@@ -396,7 +394,7 @@ def table(faults: Faults, campaign: Campaign, minutes: float) -> str:
         for (processes, what, came), (often, in_save) in sorted(faults.counts.items())
     ]
     lost = ", ".join(f"{n} where every {k} is saved" for k, n in sorted(faults.lost.items()))
-    ways, ends = {-9: "SIGKILL", 143: "SIGTERM", -15: "SIGTERM"}, Counter()
+    ways, ends = {-9: "SIGKILL", 143: "SIGTERM", -15: "SIGTERM", 0: "itself, after the same step"}, Counter()
     for status, n in faults.others.items():
         ends[ways.get(status, "itself, for its peer was gone")] += n
     others = ", ".join(f"{n} times by {how}" for how, n in sorted(ends.items()))

@@ -8,10 +8,12 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 from accelerate import Accelerator
@@ -465,6 +467,43 @@ def test_a_run_ends_with_its_launcher(launched, digits, tmp_path, monkeypatch):
     monkeypatch.setattr(Digits, "__call__", call)
     assert digits(tmp_path) == (143 if launched else 0)
     assert names(tmp_path) == ["checkpoint-3" if launched else "checkpoint-5"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", ("0", "1"))
+def test_a_signal_to_one_of_two_processes_ends_both(rank, tmp_path):
+    """After the same step: the first one saves it and exits with 128 + the signal, the other one with 0."""
+    from pipelines import tiny as teachers
+
+    teachers.save("edm", tmp_path / "teacher")
+    root, folder, log = Path(__file__).resolve().parent.parent, tmp_path / "run", tmp_path / "run" / "log.jsonl"
+    flags = [
+        *SHORT.split(),
+        "--teacher",
+        f"{tmp_path / 'teacher'}",
+        "--output_dir",
+        f"{folder}",
+        "--logging_steps",
+        "1",
+    ]
+    command = "-m torch.distributed.run --standalone --nproc_per_node 2 recipes/sid_digits.py".split()
+    env = os.environ | {"ACCELERATE_USE_CPU": "1", "PYTHONPATH": f"{root}"}
+    command = [sys.executable, *command, *flags, "--max_train_steps", "100000", "--checkpointing_steps", "0"]
+    launcher = subprocess.Popen(command, cwd=root, env=env, stderr=subprocess.PIPE, text=True)
+    try:
+        deadline = time.monotonic() + 300
+        while not (log.is_file() and log.read_text().count("\n") > 2):
+            assert launcher.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        (child,) = (c for c in psutil.Process(launcher.pid).children() if c.environ().get("RANK") == rank)
+        child.send_signal(signal.SIGTERM)
+        said = launcher.communicate(timeout=120)[1]
+    finally:
+        launcher.kill()
+    (saved,) = checkpoint.found(folder)
+    assert f"interrupted; saved {saved}. Go on with" in said and checkpoint.step(saved) == len(log.open().readlines())
+    assert "exitcode  : 143" in said and "rank      : 0" in said and "NO_OTHER_FAILURES" in said
+    assert "Connection closed" not in said and not (folder / ".lock").exists()
 
 
 # ---- a campaign of faults ----

@@ -75,9 +75,13 @@ def main(folder, cases):
     from safetensors.torch import save_file
     from sharded import sharded
 
+    from distill.health import Agreement
+
     torch.set_num_threads(1)
     accelerator = Accelerator()
     assert accelerator.num_processes == 2 and accelerator.device.type == "cpu"
+    agree = Agreement(accelerator)
+    assert [agree(number if accelerator.process_index else 0) for number in (0, 15, 0)] == [0, 15, 0]
     for mode in ("ddp", "fsdp"):
         tensors = {key: value for case in cases for key, value in run(accelerator, case).items()}
         save_file(tensors, f"{folder}/{mode}{accelerator.process_index}.safetensors")
