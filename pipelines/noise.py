@@ -68,7 +68,7 @@ def table(scheduler: Any) -> tuple[VP, Kind]:
     except ValueError as error:
         raise ValueError(
             f"the teacher's {name} has no usable table of noise (beta_start, beta_end, beta_schedule, trained_betas, "
-            f"num_train_timesteps): {error}"
+            f"num_train_timesteps, rescale_betas_zero_snr): {error}"
         ) from None
 
 

@@ -79,19 +79,20 @@ def _table(teacher: Teacher, schedule: VP, student: StudentConfig) -> tuple[Any,
     from diffusers import EulerDiscreteScheduler, LCMScheduler
 
     last = len(schedule.alphas_cumprod) - 1
-    n = round(student.first(schedule) * last)
+    n, own = round(student.first(schedule) * last), teacher.parts.scheduler()
     if n < last and student.steps > 1:
         raise ValueError(f"a student of {student.steps} steps starts at the end of the schedule; it is told {n}")
     common = {
         "num_train_timesteps": n + 1,
-        **noise.betas(teacher.parts.scheduler(), schedule, n),
+        **noise.betas(own, schedule, n),
         "steps_offset": 1,  # unused; SD's pipeline warns of another
         "prediction_type": {kind: name for name, kind in noise.KINDS.items()}[teacher.denoiser.kind],
     }
     sigma = float(schedule.coefficients(torch.tensor([n / last]).double())[1])
     unit = abs((student.scale or sigma) - 1) < 1e-4  # PixArt's table ends at .99998: as good as noise alone
     scaled = student.scale is None or abs(student.scale / sigma - 1) < 1e-4
-    if unit and (student.renoise == "fresh" or student.steps == 1):
+    exact = student.steps > 1 or n < last or not noise.zero_terminal(own)  # LCM's end is 0, not the 2^-24 of Euler's
+    if unit and exact and (student.renoise == "fresh" or student.steps == 1):
         grids = [LCMScheduler(**common, original_inference_steps=n, clip_sample=False) for n in (student.steps, LCM)]
     elif scaled and (student.renoise == "ddim" or student.steps == 1):
         grids = [EulerDiscreteScheduler(**common, timestep_spacing="trailing")]
