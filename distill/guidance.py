@@ -140,9 +140,11 @@ def scale_of(w: float | tuple[float, float], draw: Draw, B: int) -> float | Tens
     return w[0] + (w[1] - w[0]) * draw.uniform("guidance", (B,))
 
 
-def needed(w: float | tuple[float, float], solver: str = "ddim") -> tuple[str, ...]:
-    """What guidance w of the teacher needs: a null condition, and of a range a student that is told it."""
-    return () if w == 1 and solver != "cfg++" else ("null", "told") if isinstance(w, tuple) else ("null",)
+def needed(w: float | tuple[float, float], solver: str = "ddim", embed: bool = True) -> tuple[str, ...]:
+    """What guidance w of the teacher needs: a null condition, and of a range a student that is told it (embed)."""
+    if w == 1 and solver != "cfg++":
+        return ()
+    return ("null", "told") if isinstance(w, tuple) and embed else ("null",)
 
 
 def told(c: Condition, w: float | Tensor) -> Condition:

@@ -482,7 +482,10 @@ def mixed(a: Student, b: Student, share: float) -> Student:
 def tells(method: str, fields: dict[str, Any]) -> bool:
     """Whether a method of this name with these values tells its student the guidance."""
     known, w = {name.lower(): getattr(methods, name) for name in methods.__all__}, fields.get("guidance")
-    return isinstance(w, list) and method in known and "told" in known[method](guidance=tuple(w)).needs
+    if not isinstance(w, list) or method not in known:
+        return False
+    options = {"embed": fields["embed"]} if "embed" in fields else {}
+    return "told" in known[method](guidance=tuple(w), **options).needs
 
 
 def published(again: Again) -> tuple[Student, Teacher, Any, str, str, str, tuple[str, ...]]:

@@ -1,10 +1,10 @@
 """DMD on SD 1.5: one step, with a regression on the teacher's pairs. Yin et al. 2023, arXiv 2311.18828.
 
-`python -m pipelines.pairs --pretrained_model_name_or_path SD15 --prompts prompts.txt --guidance 3 --n 1000000`
-samples the pairs, and goes on where it was interrupted; then `accelerate launch recipes/dmd_sd15.py --data.cache
-pairs`. Published: FID 11.49 on COCO-30k at guidance 3. lambda, d and the range of times are the paper's; batch, rates
-and length are those of DMD2's scripts for this teacher. LPIPS needs `pip install 'distill-one-step[lpips]'`. Not run
-at full size by us.
+`python -m pipelines.pairs --pretrained_model_name_or_path SD15 --prompts prompts.txt --guidance 3 --n 1000000` samples
+the pairs, and goes on where it was interrupted; then `accelerate launch recipes/dmd_sd15.py --data.cache pairs`.
+Published: FID 11.49 on COCO-30k at guidance 3. There is no code of the authors': lambda, d and the range of times are
+the paper's (unverified); batch, rates and length are those of DMD2's scripts for this teacher. LPIPS needs `pip install
+'distill-one-step[lpips]'`. Not run at full size by us.
 """
 
 from distill.config import Config

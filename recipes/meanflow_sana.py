@@ -1,8 +1,9 @@
 """MeanFlow on SANA: one or two steps along the guided teacher's velocity. Geng et al. 2025, arXiv 2505.13447.
 
 `accelerate launch recipes/meanflow_sana.py --data.cache CACHE`, a cache of prompts and images (python -m
-pipelines.cache). Learning rate, warm-up and floor are those of FastGen's distillation of a video model, the batch and
-the guidance SANA-Sprint's, the rest ours. Not run at full size by us.
+pipelines.cache). Rate, Adam, average, warm-up, norm and floor are those of FastGen's distillation of a video model
+(Wan), whose rate falls as 1 / sqrt(step) after 2,000 steps and whose r is never t; the batch and the guidance are
+SANA-Sprint's, the rest is ours. Not run at full size by us.
 """
 
 from distill.config import Config
@@ -14,7 +15,7 @@ from distill.trainer import TrainConfig
 from pipelines.run import main
 
 CONFIG = Config(
-    method=MeanFlow(velocity="teacher", guidance=4.5, times=LogitNormal(0.4, 1.0), floor=10.0, warmup=2000),
+    method=MeanFlow(velocity="teacher", guidance=4.5, times=LogitNormal(0.4, 1.0), floor=10.0, norm="rms", warmup=2000),
     data=Text(),
     teacher="Efficient-Large-Model/Sana_600M_512px_diffusers",
     family="sana",
@@ -25,7 +26,9 @@ CONFIG = Config(
         train_batch_size=512,
         learning_rate=1e-5,
         adam_beta1=0.9,
-        max_grad_norm=1.0,
+        adam_beta2=0.99,
+        max_grad_norm=1.0,  # ours; FastGen does not clip
+        ema_width=0.01,
     ),
 )
 

@@ -3,8 +3,7 @@
 `python -m pipelines.pairs --pretrained_model_name_or_path SDXL --prompts prompts.txt --scheduler euler` samples 10,000
 pairs in 50 steps at guidance 8; `accelerate launch recipes/ode_sdxl.py --data.cache pairs` trains on them, and
 `recipes/dmd2_sdxl.py --student.steps 1 --student.init runs/ode_sdxl/checkpoint-2000` goes on. Values of the authors'
-script, Adam's those of their other scripts. LPIPS needs `pip install 'distill-one-step[lpips]'`. Not run at full size
-by us.
+script. LPIPS needs `pip install 'distill-one-step[lpips]'`. Not run at full size by us.
 """
 
 from distill.config import Config
@@ -28,6 +27,7 @@ CONFIG = Config(
         max_train_steps=2000,
         train_batch_size=256,  # 64 GPUs x 4
         learning_rate=1e-5,
+        lr_warmup_steps=8,  # "500" of a scheduler that advanced by 64 a call
         adam_beta1=0.9,
         adam_weight_decay=0.01,
         max_grad_norm=None,  # the authors' script does not clip

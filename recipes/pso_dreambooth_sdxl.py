@@ -15,22 +15,22 @@ from distill.trainer import TrainConfig
 from pipelines.run import main
 
 CONFIG = Config(
-    method=OfflinePSO(beta=5.0, loss="hinge", gamma=0.5),
+    method=OfflinePSO(beta=5.0, loss="hinge", gamma=0.5, neg_defactor=0.1),
     data=Text(text="online"),
     teacher="stabilityai/sdxl-turbo",
     family="sdxl",
     student=StudentConfig(
         steps=4,  # 512 pixels; 999, 749, 499, 249
         scale=1.0,  # of LCMScheduler, which carries the export: unit noise, fresh between calls
-        lora=LoRA(rank=16, alpha=16, targets=("to_q", "to_k", "to_v", "to_out.0")),  # alpha, targets: ours
+        lora=LoRA(rank=16, alpha=16, targets=("to_q", "to_k", "to_v", "to_out.0")),
     ),
     train=TrainConfig(
         output_dir="runs/pso_dreambooth",
         max_train_steps=600,
-        train_batch_size=4,  # ours
+        train_batch_size=4,  # 4 rounds of 1
         learning_rate=2e-4,
         adam_beta1=0.9,
-        adam_weight_decay=0.01,
+        adam_weight_decay=1e-4,
         max_grad_norm=1.0,
         ema_half_life=0,
         gradient_checkpointing=True,  # ours

@@ -22,16 +22,16 @@ CONFIG = Config(
     student=StudentConfig(
         steps=4,  # of --smoke; else its teacher's: 999, 749, 499, 249, three are tuned (config; script: seven of eight)
         scale=1.0,
-        lora=LoRA(rank=16, alpha=16, targets=("to_q", "to_k", "to_v", "to_out.0")),  # alpha, targets: ours
+        lora=LoRA(rank=16, alpha=16, targets=("to_q", "to_k", "to_v", "to_out.0")),
     ),
     train=TrainConfig(
         output_dir="runs/pso_sdxl",
         max_train_steps=1000,  # ours
-        train_batch_size=64,  # ours
+        train_batch_size=64,  # ours; the script: 4 a GPU
         learning_rate=1e-5,
         optimizer="adamw",  # of 8 bits in the code: adamw8bit
         adam_beta1=0.9,
-        adam_weight_decay=0.01,
+        adam_weight_decay=1e-6,
         max_grad_norm=1.0,
         ema_half_life=0,
         gradient_checkpointing=True,  # ours

@@ -27,8 +27,10 @@ CONFIG = Config(
         train_batch_size=64,
         learning_rate=2e-6,
         fake_learning_rate=4e-7,
+        lr_warmup_steps=100,  # of the student; the fake score, which begins later, has 100 of its own in their code
         adam_beta1=0.0,
         adam_weight_decay=0.01,
+        ema_width=0.1,
         gradient_checkpointing=True,
     ),
 )

@@ -24,7 +24,7 @@ CONFIG = Config(
         max_train_steps=5000,  # paper
         train_batch_size=1024,  # paper
         learning_rate=2e-5,  # paper
-        adam_beta1=0.9,
+        adam_beta1=0.9,  # the code's optimizer is CAME
         gradient_checkpointing=True,
     ),
 )

@@ -3,7 +3,8 @@
 `accelerate launch recipes/sfd_sd15.py --data.cache CACHE --student.init RUN/checkpoint-N --fake.init RUN/checkpoint-N`,
 RUN one of sid_sd15.py at kappa 4.5, CACHE one of prompts (python -m pipelines.cache), some with the words, and these
 once more with others in place: `sed -n 's/\\bBrad Pitt\\b/a middle aged man/gIp' prompts.txt > more.txt`, then
-`cat more.txt >> prompts.txt`. Values of the authors' second stage, but for the words. Not run at full size by us.
+`cat more.txt >> prompts.txt`. Values of the authors' script, which trains weights of 16 bits. Not run at full size by
+us.
 """
 
 from distill.config import Config
@@ -32,11 +33,11 @@ CONFIG = Config(
     student=StudentConfig(timestep=625),
     train=TrainConfig(
         output_dir="runs/sfd_sd15",
-        max_train_steps=12_500,  # 100,000 samples
+        max_train_steps=12_500,  # 100,000 samples, as the authors judge; the script goes on to a million
         train_batch_size=8,
         learning_rate=1e-6,
         fake_learning_rate=3e-6,
-        ema_half_life=50_000,
+        ema_half_life=0,
         gradient_checkpointing=True,
     ),
 )

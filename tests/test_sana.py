@@ -148,7 +148,8 @@ def test_the_copy_that_is_fine_tuned(tmp_path):
 @pytest.mark.parametrize(
     "method, told",
     [(Sprint(), True), (SCM(guidance=(4.0, 5.0)), True), (LCD(guidance=(6.0, 16.0)), True), (SCM(guidance=4.5), False)]
-    + [(VSD(guidance=(0.5, 4.0)), False), (Sprint(guidance=1.0), False)],
+    + [(VSD(guidance=(0.5, 4.0)), False), (Sprint(guidance=1.0), False)]
+    + [(LCD(guidance=(6.0, 16.0), embed=False), False)],
 )
 def test_who_tells(method, told):
     """Told before training, and again when a run is exported from its configuration alone."""

@@ -6,7 +6,8 @@
     L    = d( f(x_t, t) - f_target(x_s, s) )                                d: pseudo-Huber per element, or square
 
 The target is an average of the student (CD, LCM) or the student itself (iCT), always without gradient. A range of
-guidance is drawn per sample and told to the student as the condition "guidance" (LCM's embedding).
+guidance is drawn per sample and told to the student as the condition "guidance" (LCM's embedding), unless `embed` is
+off.
 """
 
 from dataclasses import dataclass
@@ -31,7 +32,8 @@ class LCD:
     """Consistency distillation on a grid of the teacher's ODE: needs images (or samples of the teacher)."""
 
     N: Count = 50  # ODE steps from t = 1 to 0: 50 (LCM); 18 CIFAR-10, 40 ImageNet-64 (CD)
-    guidance: Finite | tuple[Finite, Finite] = 1.0  # of the teacher; a range (LCM: 6, 16) is embedded. w = omega + 1
+    guidance: Finite | tuple[Finite, Finite] = 1.0  # of the teacher, or a range of it (LCM: 6, 16). w = omega + 1
+    embed: bool = True  # the student is told the w of a range (LCM); False: it is not (LCM-LoRA's and PCM's scripts)
     solver: Name = "ddim"  # LCM: ddim; CD: heun; under cfg++ guidance is its lambda
     target_ema: Decay = 0.95  # mu of the target (CD, LCM); 0: the student itself
     huber_c: Positive | None = 1e-3  # of the pseudo-Huber distance (LCM); None: squared error
@@ -43,7 +45,7 @@ class LCD:
 
     @property
     def needs(self) -> tuple[str, ...]:
-        return ("real", *needed(self.guidance, self.solver))
+        return ("real", *needed(self.guidance, self.solver, self.embed))
 
     def updates(self) -> list[Update]:
         return [Update("student", self.student_loss)]
@@ -61,12 +63,12 @@ class LCD:
         t, eps = Grid(self.N + 1, 1, self.N)(draw, "t", len(x), path), draw.normal("eps", x.shape).to(x)
         w = scale_of(self.guidance, draw, len(x))
         x_t, s = path.diffuse(x, eps, t), t - 1 / self.N
-        e = self.end(s, draw)
+        e, c_w = self.end(s, draw), told(c, w) if self.embed else c
         with torch.no_grad():
             solver = STEPS[self.solver] if isinstance(self.solver, str) else self.solver
             x_s = solver(Guided(nets.teacher, w), x_t, t, s, c)
-            target = self.f(nets.target or student, x_s, s, e, told(c, w))
-        return self.f(student, x_t, t, e, told(c, w)), target, e
+            target = self.f(nets.target or student, x_s, s, e, c_w)
+        return self.f(student, x_t, t, e, c_w), target, e
 
     def distance(self, delta: Tensor) -> tuple[Tensor, Logs]:
         loss = delta**2 if self.huber_c is None else huber(delta, self.huber_c)

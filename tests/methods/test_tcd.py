@@ -42,6 +42,20 @@ def test_without_reach_it_is_lcd(schedule):
     assert not any(torch.equal(a, b) for a, b in zip(loss_of(TCD(N=10, **OFF), nets), want))
 
 
+def test_a_guidance_that_the_student_is_not_told():
+    """LCM-LoRA's script: w of [4, 16] for each sample, and a student under its text alone."""
+    teacher, C = tiny(SCHEDULES["vp"], "eps", classes=3), {"label": torch.arange(B) % 3}
+    nets = Nets(teacher, Student(tiny(SCHEDULES["vp"], "eps", 1, classes=3), (1.0,)), (2,))
+    method, draw = LCD(N=10, guidance=(4.0, 16.0), target_ema=0.0, embed=False), turn()
+    assert "told" not in method.needs and "told" in replace(method, embed=True).needs
+    x, w = draw.normal("real", (B, 2)).double(), draw.uniform("guidance", (B,)).double() * 12 + 4
+    found, target, _ = method.solutions(x, nets, {"real_c": C}, draw)
+    for i in range(3):
+        fixed, batch = replace(method, guidance=float(w[i])), {"real_c": {"label": C["label"][i : i + 1]}}
+        want = fixed.solutions(x[i : i + 1], nets, batch, Draw(0, 0, "student", torch.tensor([i])))
+        torch.testing.assert_close(torch.stack([found[i], target[i]]), torch.cat(want[:2]), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("reach, last", ((1.0, 6), (0.5, 3)))
 def test_ends_are_uniform(reach, last):
     """0, 1 / N, ... up to s itself, or a share of it."""
