@@ -55,6 +55,14 @@ def drop(c: Condition, null: Condition, mask: Tensor) -> Condition:
     return {k: torch.where(mask.reshape(-1, *[1] * (v.ndim - 1)), empty[k], v) for k, v in c.items()}
 
 
+def relabel(c: dict[str, Tensor], classes: tuple[int, ...], draw: Draw, only: tuple[int, ...] = ()) -> Condition:
+    """The condition c of class labels with one of `classes`, each alike, in place of every label, or of `only` some."""
+    new = torch.tensor(classes, device=draw.device)[draw.integers("class", len(classes))]
+    old = torch.tensor(only, device=draw.device)
+    change = lambda label: torch.where(torch.isin(label, old), new, label) if only else new
+    return {key: change(value) if "label" in key else value for key, value in c.items()}
+
+
 @dataclass(eq=False)
 class Away(Denoiser):
     """A denoiser that goes on, by a share s, from where a worse network says: a further call on B samples.

@@ -21,7 +21,7 @@ CONFIG = Config(
         guidance=4.5,
         sigma_d=1.0,
         times=LogNormal(0.2 + math.log(2), 1.6),
-        warmup=4000,
+        warmup=2000,  # 4,000 of the code, which counts the steps of the heads, too
         c=0.2,
         norm="vector",
         reduction="sum",
@@ -32,7 +32,7 @@ CONFIG = Config(
     student=StudentConfig(steps=2),
     train=TrainConfig(
         output_dir="runs/scm_sana",
-        max_train_steps=20_000,
+        max_train_steps=10_000,  # 20,000, likewise
         train_batch_size=512,
         learning_rate=2e-6,
         adam_beta1=0.9,

@@ -219,8 +219,9 @@ MUTATIONS = {
     ),
     "Forgetting": (
         m("teacher told the class itself", FORGET, "self.rule(c))", "c)", FORGOTTEN),
-        m("rule for student and fake", FORGET, 'self.forgotten(batch["c"], draw)}',
-          'self.rule(self.forgotten(batch["c"], draw))}', FORGOTTEN),
+        m("rule for student and fake", FORGET, 'relabel(batch["c"], self.forget, draw)}',
+          'self.rule(relabel(batch["c"], self.forget, draw))}', FORGOTTEN),
+        m("main batch of what is forgotten", FORGET, "        if self.keep:\n", "        if False:\n", FORGOTTEN),
         m("words as they are", FORGET, "{key.removeprefix(OVERRIDE): value", "{key: value", FORGOTTEN),
         m("first batch of words twice", FORGET, 'batch.get("forget_c") or', 'batch["c"] if "forget_c" in batch else',
           FORGOTTEN),
@@ -231,8 +232,8 @@ MUTATIONS = {
         m("forgetting in full", FORGET, "weight * forgetting,", "forgetting,", FORGOTTEN),
         m("sign of forgetting", FORGET, "total + weight", "total - weight", FORGOTTEN),
         m("rule the wrong way", FORGET, "torch.where(label == old, new,", "torch.where(label == new, old,", FORGOTTEN),
-        m("samples without gradient", FORGET, 'draw.player == "student"', "False", FORGOTTEN),
-        m("samples of the first batch", FORGET, "x_f = self.sample(nets, second, draw)", "x_f = x", FORGOTTEN),
+        m("samples without gradient", FORGET, 'enabled(draw.player == "student")', "enabled(False)", FORGOTTEN),
+        m("samples of the first batch", FORGET, "x_f = self.base.sample(nets, second, draw)", "x_f = x", FORGOTTEN),
     ),
     "Entropic": (
         m("1 + lambda", ENTROPIC, "k=1 - self.entropy", "k=1 + self.entropy", SPREAD),

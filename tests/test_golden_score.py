@@ -368,7 +368,7 @@ def test_phased_call_and_fake_score(phased, close):
     assert nets.student.end == float(stored["s"][0]) and not std.any()
     close("x0 of the call", x0, stored["x0"], LOSS)
     close("x_s", x_s, stored["anchor"], LOSS)
-    method = PhasedDMD(guidance=4.0, fake_times=Uniform(0.0, 1.0), clamp=1e30)
+    method = PhasedDMD(guidance=4.0, fake_times=Uniform(0.0, 1.0), margin=0.0, clamp=1e30)
     path, u = method.above(nets).teacher.path, (stored["sigma_t"].double() - 0.5) / 0.5
     x_t = path.diffuse(stored["anchor"], stored["eps"], u)
     close("x_t", x_t, stored["x_t"], LOSS)
@@ -403,7 +403,7 @@ def test_phased_push(phased, close):
     close("their gradient to the student", gradients(nets.student.denoiser.net), under(stored, "grad_G"), GRADIENT)
     x_s = stored["anchor"].clone().requires_grad_()
     draw = Replay({"eps": stored["eps"]}, {"t": (sigma_t - s) / (1 - s)})
-    loss, _ = PhasedDMD(guidance=4.0, times=Uniform(0.0, 1.0)).student_loss(x_s, nets, batch, draw)
+    loss, _ = PhasedDMD(guidance=4.0, times=Uniform(0.0, 1.0), margin=0.0).student_loss(x_s, nets, batch, draw)
     loss.backward()
     a = (1 - sigma_t) / (1 - s)
     share = (((1 - s) * (sigma_t**2 - (a * s) ** 2)) / sigma_t**2).float()[:, None, None, None]

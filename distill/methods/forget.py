@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from distill.denoiser import Condition
 from distill.draw import Draw
-from distill.guidance import OVERRIDE
+from distill.guidance import OVERRIDE, relabel
 from distill.methods.wrapped import Wrapped
 from distill.ranges import Natural, Weight
 from distill.trainer import Batch, Logs, Loss, Nets
@@ -29,13 +29,16 @@ class Forgetting(Wrapped):
 
     forget: tuple[Natural, ...] = ()  # the classes c_f; none: the data's prompts
     override: tuple[Natural, ...] = ()  # what each becomes
+    keep: tuple[Natural, ...] = ()  # in place of c_f in the main batch, each alike (CIFAR-10's code: all others)
     weight: Weight = 0.01  # b, of the student's second batch (CIFAR-10's code: .01; SD 1: 1)
     fake_weight: Weight = 0.01  # a, of the fake's (the same)
 
     def __post_init__(self) -> None:
-        if len(self.forget) != len(self.override) or set(self.forget) & set(self.override):
+        wrong = set(self.forget) & {*self.override, *self.keep} or self.keep and not self.forget
+        if wrong or len(self.forget) != len(self.override):
             raise ValueError(
-                f"forget is {self.forget} and override {self.override}: give each class to forget one that is kept"
+                f"forget is {self.forget}, override {self.override} and keep {self.keep}: give each class to forget "
+                "one that is kept"
             )
         if shows := {"real", "pairs"} & set(self.base.needs) | {"past"} & set(self.base.roles):
             raise ValueError(
@@ -47,13 +50,12 @@ class Forgetting(Wrapped):
     def needs(self) -> tuple[str, ...]:
         return self.base.needs if self.forget else (*self.base.needs, "forget")
 
-    def student_term(self, loss: Loss, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
-        return self.both(self.weight, loss, x, nets, batch, draw)
+    def sample(self, nets: Nets, batch: Batch, draw: Draw) -> Tensor:
+        if self.keep:
+            batch["c"] = relabel(batch["c"], self.keep, draw, self.forget)
+        return self.base.sample(nets, batch, draw)
 
-    def fake_term(self, loss: Loss, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
-        return self.both(self.fake_weight, loss, x, nets, batch, draw)
-
-    def both(self, weight: float, loss: Loss, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
+    def both(self, loss: Loss, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
         if not (self.forget or "forget_c" in batch):
             return loss(x, nets, batch, draw)
         call = nets.teacher.call
@@ -64,18 +66,16 @@ class Forgetting(Wrapped):
         ruled.__dict__.update(vars(call))  # feature
         nets = replace(nets, teacher=replace(nets.teacher, call=ruled))
         total, logs = loss(x, nets, batch, draw)
-        if weight:
+        if weight := self.weight if draw.player == "student" else self.fake_weight:
             draw = draw.apart("forget")
-            second: Any = batch | {"c": batch.get("forget_c") or self.forgotten(batch["c"], draw)}
+            second: Any = batch | {"c": batch.get("forget_c") or relabel(batch["c"], self.forget, draw)}
             with torch.set_grad_enabled(draw.player == "student"):
-                x_f = self.sample(nets, second, draw)
+                x_f = self.base.sample(nets, second, draw)
             forgetting, _ = loss(x_f, nets, second, draw)
             total, logs = total + weight * forgetting, logs | {"forgetting": forgetting}
         return total, logs
 
-    def forgotten(self, c: dict[str, Tensor], draw: Draw) -> Condition:
-        c_f = torch.tensor(self.forget, device=draw.device)[draw.integers("class", len(self.forget))]
-        return {key: c_f if "label" in key else value for key, value in c.items()}
+    student_term = fake_term = both
 
     def rule(self, c: Condition) -> Condition:
         """The condition that the teacher is told: of its keys those named after labels are classes."""

@@ -14,6 +14,7 @@ from distill.config import Config, parse
 from distill.data import Digits
 from distill.denoiser import Denoiser
 from distill.draw import Draw
+from distill.guidance import relabel
 from distill.methods import DMD2, LCD, VSD, Forgetting, Rewarded, SiD
 from distill.roles import Nets, build
 from distill.schedule import Flow
@@ -81,6 +82,34 @@ def test_off_is_the_base(name):
     found, logs = after(Forgetting(base, **rule), some)
     assert {"student/forgetting", "fake/forgetting"} <= logs.keys() and not same(found, want)
     assert same(after(Forgetting(base, **rule, weight=0, fake_weight=0))[0], after(base)[0]) is False  # 2 is drawn
+
+
+def test_the_main_batch_has_the_classes_that_are_kept():
+    """Each alike, as of data without those to forget; they are asked for in the second batch alone."""
+    method, draw = Forgetting(PROMPTS, (2, 0), (1, 1), keep=(1, 3, 4)), Draw(0, 0, "student", torch.arange(30_000))
+    c = {"label": draw.integers("label", 5), "size": torch.arange(30_000)}
+    found = relabel(c, method.keep, draw, method.forget)
+    share = found["label"].bincount(minlength=5) / 30_000
+    torch.testing.assert_close(share, torch.tensor([0, 1, 0, 1, 1]) / 3, rtol=0, atol=0.011)  # four deviations
+    stays = (c["label"] != 2) & (c["label"] != 0)
+    assert torch.equal(found["label"][stays], c["label"][stays]) and found["size"] is c["size"]
+    nets, asked = after(PROMPTS)[0], []
+    call = nets.teacher.call
+    nets.teacher.call = lambda net, x, t, c: asked.append(c["label"]) or call(net, x, t, c)
+    nets.student.denoiser.call, nets.fake.call = nets.teacher.call, nets.teacher.call
+    draw = Doubles(0, 0, "student", torch.arange(N))
+    batch = labelled(draw)
+    method = Forgetting(PROMPTS, (2,), (0,), keep=(0, 1))
+    assert 2 in batch["c"]["label"]
+    x = method.sample(nets, batch, draw)
+    assert 2 not in batch["c"]["label"] and not any(2 in label for label in asked)
+    asked.clear()
+    (update, *_) = method.updates()
+    update.loss(x, nets, batch, draw)
+    assert any((label == 2).all() for label in asked) and not any(2 in label and 0 in label for label in asked)
+    for wrong in ({"keep": (2,)}, {"forget": (), "override": (), "keep": (1,)}):
+        with pytest.raises(ValueError, match=r"and keep \([12],\): give each class to forget one that is kept"):
+            Forgetting(PROMPTS, **{"forget": (2,), "override": (0,)} | wrong)
 
 
 @pytest.mark.parametrize("name", BASES)
