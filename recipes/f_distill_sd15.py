@@ -1,8 +1,10 @@
 """f-distill on SD 1.5: DMD2 under the Jensen-Shannon divergence, one step. Xu et al. 2025, arXiv 2502.15681.
 
 `accelerate launch recipes/f_distill_sd15.py --data.cache CACHE`, a cache of prompts and images (python -m
-pipelines.cache). Values of NVIDIA's FastGen, whose 100,000 iterations are the student's one time in ten, the fake
-score's otherwise; here the student moves beside it. Not run at full size by us.
+pipelines.cache). Values of NVIDIA's FastGen (34f30e8, experiments/SD15/config_f_distill.py). Its steps move either the
+student, or the fake score and the heads: one of ten the student. Here each step moves the fake score and the heads, and
+every ninth the student too, so 90,000 steps are its 100,000. Two things differ: on a step of the student the fake score
+learns from the same samples, and the first noise is not scaled by .998. Not run at full size by us.
 """
 
 from distill.config import Config
@@ -20,7 +22,7 @@ CONFIG = Config(
         guidance=1.75,
         every=9,
         gan=1e-3,
-        gan_fake=1.0,
+        gan_fake=1.0,  # of the heads alone: the teacher's features are frozen
         gan_features="teacher",
         gan_noise="score",
         fake_space="x0",

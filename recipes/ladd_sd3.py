@@ -26,7 +26,7 @@ CONFIG = Config(
     student=StudentConfig(steps=4),  # t = 1, .75, .5, .25
     train=TrainConfig(
         output_dir="runs/ladd_sd3",
-        max_train_steps=10_000,
+        max_train_steps=10_000,  # of the student and of the heads each
         train_batch_size=128,
         learning_rate=1e-6,
         fake_learning_rate=1e-4,

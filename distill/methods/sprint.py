@@ -37,7 +37,7 @@ class Sprint(SCM):
     guidance: Finite | tuple[Finite, Finite] = (4.0, 5.0)  # of the teacher, embedded (paper: one of 4, 4.5, 5)
     sigma_d: Positive = 1.0  # of latents that are not halved first
     times: Law = LogNormal(0.2 + math.log(2), 1.6)  # P_G (code; paper: 0 + ln 2), of sCM and of s
-    warmup: Natural = 4000  # code
+    warmup: Natural = 2000  # of the student's updates (code: 4000 turns, every other one is the heads')
     c: Weight = 0.2  # 0.1 of halved latents
     norm: Literal["rms", "vector"] = "vector"  # code
     reduction: Reduction = "sum"
