@@ -33,6 +33,12 @@ def read_text(path: Path, remedy: str) -> str:
         raise ValueError(f"{path} is no text in UTF-8 ({error}); {remedy}") from None
 
 
+def shown(value: Any) -> str:
+    """A value for a message, cut."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}..."
+
+
 def check_output(path: Path, flag: str, folder: bool = False) -> None:
     """ValueError where a file, or a folder, cannot be written to `path`."""
     kind = "folder" if folder else "file"

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from distill.data import images as reader
-from eval.files import check_output, read_json, replacing, replacing_folder
+from eval.files import check_output, read_json, replacing, replacing_folder, shown
 
 MANIFEST = "manifest.json"
 
@@ -180,7 +180,7 @@ def _checked(found: Any, path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} holds no names with values; generate the folder again")
     for key, (check, kind) in FIELDS.items():
         if found.get(key) is not None and not check(found[key]):
-            raise ValueError(f"{path}: {key} is {f'{found[key]!r}'[:80]}; it must be {kind}. Generate the folder again")
+            raise ValueError(f"{path}: {key} is {shown(found[key])}; it must be {kind}. Generate the folder again")
     labels = found.get("labels")
     if labels is not None and len(labels) != found.get("n"):
         raise ValueError(f"{path} has {len(labels)} labels for n = {found.get('n')} images; generate the folder again")

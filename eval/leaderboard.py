@@ -16,10 +16,11 @@ import tyro
 
 from eval import entries
 from eval.cli import Unfinished
-from eval.files import store
+from eval.files import check_output, read_json, replacing, store
 from eval.page import page as html_page
-from eval.report import Row, boards, checked, markdown, pretty
+from eval.report import Row, boards, checked, distinct, markdown, pretty
 from pipelines.card import Result, evaluated
+from pipelines.markdown import plain
 
 
 def write(
@@ -33,8 +34,9 @@ def write(
     """Write rows.json, leaderboard.md and index.html to the folder `out`; the page's path. See `page.page`."""
     made, words = html_page(rows, title, lead, runs, failed), markdown(rows)
     store(out / "rows.json", list(rows))
-    (out / "leaderboard.md").write_text(f"# {title}\n\n{words}")
-    (out / "index.html").write_text(made, encoding="utf-8")
+    for name, content in (("leaderboard.md", f"# {plain(title)}\n\n{words}"), ("index.html", made)):
+        with replacing(out / name) as part:
+            part.write_text(content, encoding="utf-8")
     return out / "index.html"
 
 
@@ -42,15 +44,10 @@ def read(paths: Sequence[Path]) -> list[Row]:
     """The rows of one or more JSON files. ValueError where one is absent or holds no rows."""
     rows: list[Row] = []
     for path in paths:
-        if not path.is_file():
-            raise ValueError(f"there is no file {path}; make it with python -m eval.score")
-        try:
-            rows += checked(json.loads(path.read_text()), str(path))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path} is not valid JSON ({error}); make it with python -m eval.score") from None
+        rows += checked(read_json(path, "make it with python -m eval.score"), str(path))
     if not rows:
         raise ValueError("no file of rows was given; name at least one that python -m eval.score wrote")
-    return rows
+    return distinct(rows)
 
 
 def page(
@@ -67,6 +64,7 @@ def page(
         title: of the page.
         logs: log.jsonl files of training runs to show, each called by the folder that it lies in.
     """
+    check_output(out, "--out", folder=True)
     return write(out, read(rows), title, runs={path.parent.name: path for path in logs})
 
 
@@ -83,7 +81,8 @@ def run(board: Annotated[Path, tyro.conf.Positional], out: Path | None = None, c
     tree = entries.read(board)
     if out is None and not tree.get("out"):
         raise ValueError(f"{board} has no `out`, the folder to write; add it, or pass --out")
-    out = out or Path(tree["out"])
+    out = out or Path(str(tree["out"]))
+    check_output(out, "out", folder=True)
     todo = entries.entries(tree)
     rows, failed = entries.evaluate(todo, out, int(tree.get("workers") or 1), cost)
     told = "".join(f"\n{name}: {why}" for name, why in failed.items())

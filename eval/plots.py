@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import base64
-import html
 import io
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
 from torch import Tensor
+
+from eval.files import read_text
+from eval.markup import NOTHING, Markup, join, tag
 
 WIDTH, HEIGHT = 620, 430  # of a scatter plot, in its own units
 LEFT, RIGHT, TOP, BOTTOM = 58, 18, 18, 52
@@ -20,7 +23,6 @@ WIDE, TALL = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
 CHARACTER = 6.6  # mean width of a letter at 12 px
 
 
-text = lambda value: html.escape(str(value), quote=True)
 Box = tuple[float, float, float, float]  # left, top, right, bottom
 
 
@@ -104,7 +106,10 @@ class Frame:
             self.low, self.high = min(spans) / 1.15, max(spans) * 1.15
         self.edge = TOP + 7 if lower else HEIGHT - BOTTOM - 7
         self.xs = sorted({p.x for p in points})
-        columns = [sorted((p for p in points if p.x == x), key=lambda p: p.y) for x in self.xs]
+        of_x: dict[float, list[Point]] = {x: [] for x in self.xs}
+        for point in sorted(points, key=lambda p: p.y):
+            of_x[point.x].append(point)
+        columns = list(of_x.values())
         self.left, self.right = self.xs[0] / 1.35, self.xs[-1] * (1.35 if len(self.xs) > 1 else 4)
         lead = min(12 + 6 * len(columns[0]), 0.3 * WIDE) / WIDE  # room before the first column, for points and names
         start = (math.log(self.xs[0]) - lead * math.log(self.right)) / (1 - lead)
@@ -128,22 +133,25 @@ class Frame:
         """Points of the same cost stand side by side, so that each interval can be seen."""
         return self.x(point.x) + self.shift[point], self.edge if self.off[point] else self.y(point.y)
 
-    def axes(self, across: str, up: str, tick: Callable[[float], str]) -> list[str]:
+    def axes(self, across: str, up: str, tick: Callable[[float], str]) -> list[Markup]:
         """The grid, its ticks and the names of the axes."""
         out, foot, before = [], HEIGHT - BOTTOM, -math.inf
         for value in decades(self.low, self.high) if self.log else ticks(self.low, self.high):
             y = self.y(value)
-            out.append(f'<path class="grid" d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}"/>')
-            out.append(f'<text class="tick" x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{short(value)}</text>')
+            out.append(tag('<path class="grid" d="M{} {:.1f}H{}"/>', LEFT, y, WIDTH - RIGHT))
+            at = LEFT - 8, y + 4, short(value)
+            out.append(tag('<text class="tick" x="{}" y="{:.1f}" text-anchor="end">{}</text>', *at))
         for value in self.xs if len(self.xs) <= 6 else decades(self.left, self.right):
             x = self.x(value)
-            out.append(f'<path class="grid" d="M{x:.1f} {TOP}V{foot}"/>')
+            out.append(tag('<path class="grid" d="M{:.1f} {}V{}"/>', x, TOP, foot))
             if x - before >= len(tick(value)) * CHARACTER + 8:
-                out.append(f'<text class="tick" x="{x:.1f}" y="{foot + 18}" text-anchor="middle">{tick(value)}</text>')
+                at = x, foot + 18, tick(value)
+                out.append(tag('<text class="tick" x="{:.1f}" y="{}" text-anchor="middle">{}</text>', *at))
                 before = x
-        middle = f'x="{LEFT + WIDE / 2}" y="{HEIGHT - 10}" text-anchor="middle"'
-        turned = f'text-anchor="middle" transform="translate(13 {TOP + TALL / 2}) rotate(-90)"'
-        out.append(f'<text class="axis" {middle}>{text(across)}</text><text class="axis" {turned}>{text(up)}</text>')
+        at = LEFT + WIDE / 2, HEIGHT - 10, across
+        out.append(tag('<text class="axis" x="{}" y="{}" text-anchor="middle">{}</text>', *at))
+        turned = f"translate(13 {TOP + TALL / 2}) rotate(-90)"
+        out.append(tag('<text class="axis" text-anchor="middle" transform="{}">{}</text>', turned, up))
         return out
 
 
@@ -154,65 +162,109 @@ def scatter(
     up: str,
     reference: tuple[str, float] | None = None,
     tick: Callable[[float], str] = short,
-) -> str:
+) -> Markup:
     """Quality against cost as <svg>: points with intervals, series joined, the Pareto front stepped, labels apart.
 
     across, up: what the axes are. reference: (name, y) of a dashed line. tick: how a cost is written.
     """
     frame, best = Frame(points, lower, reference and reference[1]), front(points, lower)
     out = frame.axes(across, f"{up}, {'lower' if lower else 'higher'} is better", tick)
-    stairs = [frame.of(p) for p in best]
-    path = f"M{stairs[0][0]:.1f} {stairs[0][1]:.1f}" + "".join(f"H{x:.1f}V{y:.1f}" for x, y in stairs[1:])
-    inside = f'x="{LEFT}" y="{TOP}" width="{WIDE}" height="{TALL}" viewBox="{LEFT} {TOP} {WIDE} {TALL}"'
-    lines = [f'<path class="front" d="{path}H{WIDTH - RIGHT}"/>']
-    for series in dict.fromkeys(p.series for p in points if p.series):
-        line = sorted((p for p in points if p.series == series), key=lambda p: p.x)
-        drawn = " ".join(f"{frame.of(p)[0]:.1f},{frame.y(p.y):.1f}" for p in line)
-        lines.append(f'<polyline class="series {line[0].style}" points="{drawn}"/>' if len(line) > 1 else "")
-    out.append(f"<svg {inside}>{''.join(lines)}</svg>")  # an inner svg cuts what leaves it
-
-    taken: list[Box] = [(x - 7, y - 7, x + 7, y + 7) for x, y in map(frame.of, points)]  # no label covers these
+    lines = join([_front([frame.of(p) for p in best]), *_series(points, frame)])
+    inner = LEFT, TOP, WIDE, TALL, lines  # an inner svg cuts what leaves it
+    out.append(tag('<svg x="{0}" y="{1}" width="{2}" height="{3}" viewBox="{0} {1} {2} {3}">{4}</svg>', *inner))
+    taken = Boxes((x - 7, y - 7, x + 7, y + 7) for x, y in map(frame.of, points))  # no label covers these
     if reference:
-        y, long = frame.y(reference[1]), len(reference[0]) * CHARACTER
-        out.append(f'<path class="reference" d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}"/>')
-        starts = range(int(WIDTH - RIGHT - long), LEFT, -12)
-        tries = [(x, y + d, x + long, y + d + 15) for x in starts for d in (-18, 4)]
-        taken.append(next((box for box in tries if not any(_meet(box, other) for other in taken)), tries[0]))
-        where = f'x="{taken[-1][0]}" y="{taken[-1][1] + 12:.1f}"'
-        out.append(f'<text class="label reference" {where}>{text(reference[0])}</text>')
-    first = lambda p: p in best or p.style == "teacher" or frame.off[p]  # where not all names find room
+        out.append(_reference(*reference, frame, taken))
+    fronts = set(best)
+    first = lambda p: p in fronts or p.style == "teacher" or frame.off[p]  # where not all names find room
     for p in sorted(points, key=lambda p: (not first(p), frame.of(p)[1], p.x)):
         label = f"{p.label} ({short(p.y)}, off the scale)" if frame.off[p] else p.label
         box = _free(*frame.of(p), len(label) * CHARACTER, taken)
-        taken += [box] if box else []
-        about = f"{p.label}: {up} {short(p.y)}, {tick(p.x)}{', on the Pareto front' if p in best else ''}"
-        kind = f"point {p.style}{' best' if p in best else ''}"
-        out.append(f'<g class="{kind}"><title>{text(about)}</title>{_mark(p, frame, label, box)}</g>')
+        if box:
+            taken.add(box)
+        about = f"{p.label}: {up} {short(p.y)}, {tick(p.x)}{', on the Pareto front' if p in fronts else ''}"
+        kind = f"point {p.style}{' best' if p in fronts else ''}"
+        out.append(tag('<g class="{}"><title>{}</title>{}</g>', kind, about, _mark(p, frame, label, box)))
     title = f"{up} against {across}, with the Pareto front"
-    return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{text(title)}">{"".join(out)}</svg>'
+    drawn = WIDTH, HEIGHT, title, join(out)
+    return tag('<svg viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg>', *drawn)
 
 
-def _mark(p: Point, frame: Frame, label: str, box: Box | None) -> str:
+def _front(stairs: Sequence[tuple[float, float]]) -> Markup:
+    """The Pareto front, stepped."""
+    (x, y), *others = stairs
+    steps = "".join(f"H{x:.1f}V{y:.1f}" for x, y in others)
+    return tag('<path class="front" d="M{:.1f} {:.1f}{}H{}"/>', x, y, steps, WIDTH - RIGHT)
+
+
+def _series(points: Sequence[Point], frame: Frame) -> Iterator[Markup]:
+    """A line through the points of each series."""
+    lines: defaultdict[str, list[Point]] = defaultdict(list)
+    for point in sorted(points, key=lambda p: p.x):
+        lines[point.series].append(point)
+    for series, line in lines.items():
+        if series and len(line) > 1:
+            drawn = " ".join(f"{frame.of(p)[0]:.1f},{frame.y(p.y):.1f}" for p in line)
+            yield tag('<polyline class="series {}" points="{}"/>', line[0].style, drawn)
+
+
+def _reference(name: str, value: float, frame: Frame, taken: Boxes) -> Markup:
+    """A dashed line with its name, where there is room."""
+    y, long = frame.y(value), len(name) * CHARACTER
+    starts = range(int(WIDTH - RIGHT - long), LEFT, -12)
+    tries = [(x, y + d, x + long, y + d + 15) for x in (*starts, LEFT) for d in (-18, 4)]
+    box = next((box for box in tries if not taken.meet(box)), tries[0])
+    taken.add(box)
+    line = tag('<path class="reference" d="M{} {:.1f}H{}"/>', LEFT, y, WIDTH - RIGHT)
+    return line + tag('<text class="label reference" x="{}" y="{:.1f}">{}</text>', box[0], box[1] + 12, name)
+
+
+def _mark(p: Point, frame: Frame, label: str, box: Box | None) -> Markup:
     """A point, its interval, its label in `box`, if there is one, with a line to it where that is far."""
-    (x, y), out, name = frame.of(p), "", ""
+    (x, y), out, name = frame.of(p), NOTHING, NOTHING
     if box:
         left, middle = box[0], (box[1] + box[3]) / 2
-        name = f'<text class="label" x="{left:.1f}" y="{middle + 4:.1f}">{text(label)}</text>'
+        name = tag('<text class="label" x="{:.1f}" y="{:.1f}">{}</text>', left, middle + 4, label)
         near = left - 2 if left > x else box[2] + 2
-        out += f'<path class="leader" d="M{x:.1f} {y:.1f}L{near:.1f} {middle:.1f}"/>' if abs(middle - y) > 9 else ""
+        if abs(middle - y) > 9:
+            out += tag('<path class="leader" d="M{:.1f} {:.1f}L{:.1f} {:.1f}"/>', x, y, near, middle)
     if p.low is not None and p.high is not None and not frame.off[p]:
-        out += f'<path class="span" d="M{x:.1f} {frame.y(p.low):.1f}V{frame.y(p.high):.1f}"/>'
+        out += tag('<path class="span" d="M{:.1f} {:.1f}V{:.1f}"/>', x, frame.y(p.low), frame.y(p.high))
     if frame.off[p]:
         tip = -7 if frame.edge < HEIGHT / 2 else 7
-        out += f'<path d="M{x - 6:.1f} {y - tip / 2:.1f}h12l-6 {tip * 1.4:.1f}z"/>'
+        out += tag('<path d="M{:.1f} {:.1f}h12l-6 {:.1f}z"/>', x - 6, y - tip / 2, tip * 1.4)
     elif p.style == "teacher":
-        out += f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5"/>'
+        out += tag('<circle cx="{:.1f}" cy="{:.1f}" r="5"/>', x, y)
     else:
-        out += f'<path d="M{x:.1f} {y - 6.5:.1f}l6.5 6.5l-6.5 6.5l-6.5-6.5z"/>'
+        out += tag('<path d="M{:.1f} {:.1f}l6.5 6.5l-6.5 6.5l-6.5-6.5z"/>', x, y - 6.5)
     return out + name
 
 
-def _free(x: float, y: float, long: float, taken: Sequence[Box]) -> Box | None:
+class Boxes:
+    """Rectangles by the squares of a grid, to find one that another meets without looking at all."""
+
+    SIDE = 32.0
+
+    def __init__(self, boxes: Iterable[Box]) -> None:
+        self.squares: defaultdict[tuple[int, int], list[Box]] = defaultdict(list)
+        for box in boxes:
+            self.add(box)
+
+    def add(self, box: Box) -> None:
+        for square in self._touched(box):
+            self.squares[square].append(box)
+
+    def meet(self, box: Box) -> bool:
+        """Whether one of them meets `box`."""
+        near = (other for square in self._touched(box) for other in self.squares.get(square, ()))
+        return any(_meet(box, other) for other in near)
+
+    def _touched(self, box: Box) -> Iterator[tuple[int, int]]:
+        left, top, right, bottom = (int(edge // self.SIDE) for edge in box)
+        return ((i, j) for i in range(left, right + 1) for j in range(top, bottom + 1))
+
+
+def _free(x: float, y: float, long: float, taken: Boxes) -> Box | None:
     """The nearest box for a label of a point at (x, y) that covers no other and stays inside, if one is near.
 
     Beside the point first, then above and below on the right, then on the left.
@@ -222,7 +274,7 @@ def _free(x: float, y: float, long: float, taken: Sequence[Box]) -> Box | None:
     for start, away in [(right, 0), (left, 0), *((right + 7, a) for a in levels), *((left - 7, a) for a in levels)]:
         box = (start, y + away - 8, start + long, y + away + 8)
         inside = LEFT <= box[0] and box[2] <= WIDTH - 2 and TOP - 8 <= box[1] and box[3] <= HEIGHT - BOTTOM
-        if inside and not any(_meet(box, other) for other in taken):
+        if inside and not taken.meet(box):
             return box
     return None
 
@@ -234,13 +286,13 @@ def _meet(a: Box, b: Box) -> bool:
 def read_log(path: Path) -> dict[str, list[tuple[float, float]]]:
     """log.jsonl -> {quantity: [(step, value), ...]}, finite numbers only; ValueError for a line that is no JSON."""
     curves: dict[str, list[tuple[float, float]]] = {}
-    for number, line in enumerate(Path(path).read_text().splitlines(), 1):
+    for number, line in enumerate(read_text(Path(path), "name a run's log.jsonl").splitlines(), 1):
         if not line.strip():
             continue
         try:
             entry = json.loads(line)
             step = float(entry["step"])
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise ValueError(f'{path}, line {number}: not a JSON object with a "step": {line[:80]!r}') from None
         for key, value in entry.items():
             number_like = isinstance(value, int | float) and not isinstance(value, bool)
@@ -249,39 +301,43 @@ def read_log(path: Path) -> dict[str, list[tuple[float, float]]]:
     return curves
 
 
-def training(name: str, path: Path, most: int = 8) -> str:
+def training(name: str, path: Path, most: int = 8) -> Markup:
     """One run's log: a small panel per quantity, its values faint and a running mean in front."""
     curves = dict(list(read_log(path).items())[:most])
     if not curves:
-        return '<p class="note">The log holds no numbers.</p>'
-    return f'<div class="panels">{"".join(_panel(key, points, name) for key, points in curves.items())}</div>'
+        return tag('<p class="note">The log holds no numbers.</p>')
+    return tag('<div class="panels">{}</div>', join(_panel(key, points, name) for key, points in curves.items()))
 
 
-def _panel(key: str, points: Sequence[tuple[float, float]], name: str, wide: int = 240, tall: int = 140) -> str:
+def _panel(key: str, points: Sequence[tuple[float, float]], name: str, wide: int = 240, tall: int = 140) -> Markup:
     values = sorted(v for _, v in points)
     low, high = values[len(values) // 100], values[-1 - len(values) // 100]  # a spike must not hide the rest
     room = 0.08 * (high - low) or abs(low) * 0.1 or 1.0
     low, high, last = low - room, high + room, max(points[-1][0], 1e-9)
 
-    def line(points: Sequence[tuple[float, float]], kind: str) -> str:
+    def line(points: Sequence[tuple[float, float]], kind: str) -> Markup:
         every = -(-len(points) // 150)  # a panel is 200 wide
         shown = [(s, min(max(v, low), high)) for s, v in points[::every]]
         at = [(34 + (wide - 40) * s / last, 20 + (tall - 42) * (high - v) / (high - low)) for s, v in shown]
-        return f'<polyline class="{kind}" points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in at)}"/>'
+        return tag('<polyline class="{}" points="{}"/>', kind, " ".join(f"{x:.1f},{y:.1f}" for x, y in at))
 
     mean = _running_mean([v for _, v in points], max(1, len(points) // 20))
     smooth = [(s, m) for (s, _), m in zip(points, mean)]
-    out = [f'<text class="title" x="34" y="12">{html.escape(key)}</text>']
+    out = [tag('<text class="title" x="34" y="12">{}</text>', key)]
     for value in ticks(low, high, 3):
         y = 20 + (tall - 42) * (high - value) / (high - low)
-        out.append(f'<path class="grid" d="M34 {y:.1f}H{wide - 6}"/>')
-        out.append(f'<text class="tick" x="29" y="{y + 3.5:.1f}" text-anchor="end">{short(value)}</text>')
+        out.append(tag('<path class="grid" d="M34 {:.1f}H{}"/>', y, wide - 6))
+        out.append(tag('<text class="tick" x="29" y="{:.1f}" text-anchor="end">{}</text>', y + 3.5, short(value)))
     for value in (0, last):
         x, anchor = (34, "start") if value == 0 else (wide - 6, "end")
-        out.append(f'<text class="tick" x="{x}" y="{tall - 6}" text-anchor="{anchor}">{short(value)}</text>')
-    out += [line(points, "raw") if len(points) > 40 else "", line(smooth if len(points) > 40 else points, "mean")]
-    label = html.escape(f"{key} while training {name}", quote=True)
-    return f'<svg viewBox="0 0 {wide} {tall}" role="img" aria-label="{label}">{"".join(out)}</svg>'
+        place = x, tall - 6, anchor, short(value)
+        out.append(tag('<text class="tick" x="{}" y="{}" text-anchor="{}">{}</text>', *place))
+    if len(points) > 40:
+        out += [line(points, "raw"), line(smooth, "mean")]
+    else:
+        out.append(line(points, "mean"))
+    drawn = wide, tall, f"{key} while training {name}", join(out)
+    return tag('<svg viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg>', *drawn)
 
 
 def _running_mean(values: Sequence[float], width: int) -> list[float]:

@@ -9,12 +9,18 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from bisect import bisect_left
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from statistics import fmean, median_low
 from typing import TYPE_CHECKING, Any
 
 from eval import plots
+from eval.files import shown
+from eval.images import is_count, is_number
+from pipelines.markdown import plain
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -56,7 +62,7 @@ class Board:
     rows: list[Row]  # the best of the first metric first
     real: list[Row]  # of real images: no rank
 
-    @property
+    @cached_property
     def metrics(self) -> list[str]:
         """Names, in the order in which rows have them."""
         return list(dict.fromkeys(name for row in (*self.rows, *self.real) for name in row["metrics"]))
@@ -64,9 +70,13 @@ class Board:
     @property
     def title(self) -> str:
         """The protocol and what else a figure depends on."""
+        return self.title_by(str)
+
+    def title_by(self, write: Callable[[str], str]) -> str:
+        """`title`, its parts written by `write`."""
         count = f", n = {self.n:,}" if self.n else ""
-        net = f", extractor {self.extractor} {self.extractor_hash}".rstrip() if self.extractor else ""
-        return f"{self.protocol} [{self.hash}]{count}{net}"
+        net = f", extractor {write(f'{self.extractor} {self.extractor_hash}')}".rstrip() if self.extractor else ""
+        return f"{write(self.protocol)} [{write(self.hash)}]{count}{net}"
 
     def ranks(self, metric: str) -> dict[int, tuple[int, bool]]:
         """{row's number: (rank, whether another row shares it: a tie)}.
@@ -78,8 +88,10 @@ class Board:
         sign = 1 if lower(metric) else -1
         found = {i: row["metrics"][metric] for i, row in enumerate(self.rows) if metric in row["metrics"]}
         spans = {i: sorted(sign * v for v in interval(m)) for i, m in found.items()}
-        ranks = {i: 1 + sum(high < low for _, high in spans.values()) for i, (low, _) in spans.items()}
-        return {i: (rank, [*ranks.values()].count(rank) > 1) for i, rank in ranks.items()}
+        ends = sorted(high for _, high in spans.values())
+        ranks = {i: 1 + bisect_left(ends, low) for i, (low, _) in spans.items()}
+        shared = Counter(ranks.values())
+        return {i: (rank, shared[rank] > 1) for i, rank in ranks.items()}
 
 
 def interval(metric: Mapping[str, Any]) -> tuple[float, float]:
@@ -89,36 +101,94 @@ def interval(metric: Mapping[str, Any]) -> tuple[float, float]:
     return low, high
 
 
+def _is_finite(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, str) or _is_finite(value)
+
+
+def _are_plain(value: Any) -> bool:
+    return isinstance(value, list | tuple) and all(map(_is_plain, value))
+
+
+def _are_seeds(value: Any) -> bool:
+    return isinstance(value, list | tuple) and all(type(seed) is int for seed in value)
+
+
+def _are_reasons(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(word, str) for pair in value.items() for word in pair)
+
+
+TEXTS = ("model", "kind", "scheduler", "protocol", "protocol_hash", "extractor", "extractor_hash", "images", "commit",
+         "hardware", "samples", "run", "model_hash")  # fmt: skip
+SCHEMA: dict[str, tuple[Callable[[Any], bool], str]] = {  # of a row: (its check, what it must be); null is allowed
+    **dict.fromkeys(TEXTS, (_is_plain, "text or a number")),
+    "runs": (_are_plain, "a list of names or numbers"),
+    "seeds": (_are_seeds, "a list of whole numbers"),
+    "steps": (is_number, "a finite number, at least 0"),
+    "guidance": (_is_finite, "a finite number"),
+    "n": (is_count, "a number of images"),
+    "cost": (lambda value: isinstance(value, dict), "names with values"),
+    "left_out": (_are_reasons, "names of metrics with reasons"),
+}
+
+
 def checked(rows: Any, source: str = "the rows") -> list[Row]:
     """Rows as they are used here; ValueError names the first that is not as `eval.score` writes it."""
     if not isinstance(rows, list) or not rows:
         raise ValueError(f"{source} hold no list of rows; make them with python -m eval.score")
     for i, row in enumerate(rows):
-        if not isinstance(row, dict) or not isinstance(row.get("metrics"), dict) or "model" not in row:
+        if not isinstance(row, dict) or not isinstance(row.get("metrics"), dict) or row.get("model") is None:
             raise ValueError(f"{source}: row {i} has no model or no metrics; score its folder again")
+        where = f"{source}: row {i}, {shown(row['model'])}"
+        for key, (check, kind) in SCHEMA.items():
+            if row.get(key) is not None and not check(row[key]):
+                raise ValueError(f"{where}: {key} is {shown(row[key])}; it must be {kind}. Score it again")
         for name, metric in row["metrics"].items():
-            values = [metric.get(k) for k in ("value", "low", "high")] if isinstance(metric, dict) else [None]
-            if values[0] is None or not all(v is None or math.isfinite(v) for v in values):
-                raise ValueError(f"{source}: row {i}, {row['model']!r}: {name} is no finite value; score it again")
+            if (why := _fault(metric)) is not None:
+                raise ValueError(f"{where}: {name} {why}; score it again")
         for name, value in (row.get("cost") or {}).items():
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ValueError(f"{source}: row {i}, {row['model']!r}: cost {name} is not finite; measure it again")
+            if value is not None and not (is_number if name in COSTS else _is_plain)(value):
+                raise ValueError(f"{where}: cost {name} is not finite, or no number from 0; measure it again")
     return rows
 
 
+def _fault(metric: Any) -> str | None:
+    """What is wrong with a figure of a row; None: nothing."""
+    if not isinstance(metric, dict) or not _is_finite(metric.get("value")):
+        return "is no finite value"
+    if wrong := [key for key in ("low", "high") if metric.get(key) is not None and not _is_finite(metric[key])]:
+        return f"is no finite value: {wrong[0]} of its interval"
+    if metric.get("n") is not None and not is_count(metric["n"]):
+        return f"has n {shown(metric['n'])}, no number of images"
+    low, high = interval(metric)
+    rounding = 1e-9 * max(abs(low), abs(high))
+    if not low - rounding <= metric["value"] <= high + rounding:
+        return f"has the interval {low} to {high} without its value {metric['value']}"
+    return None
+
+
 SAME = ("model", "kind", "steps", "guidance", "scheduler", "protocol", "protocol_hash", "n", "extractor_hash")
+
+
+def distinct(rows: Iterable[Row]) -> list[Row]:
+    """The rows, each once: the same row read from two files is one row."""
+    return list({json.dumps(row, sort_keys=True): row for row in rows}.values())
 
 
 def mean(rows: Sequence[Row]) -> list[Row]:
     """Rows that differ in their seeds alone, as one: means, with Student's 95 % interval over the seeds.
 
     "run" of a row, where it has one, is the training run of its model: values of one run count once, by their mean, and
-    the interval is over runs. A figure's n is then the number of its values.
+    the interval is over runs. A figure's n is then the number of its values. Where some rows lack a metric, the mean is
+    over the others. ValueError for two different rows of one seed: they are not independent.
     """
     from eval.intervals import mean_ci
 
     groups: dict[tuple[Any, ...], list[Row]] = {}
-    for row in rows:
+    for row in distinct(rows):
         groups.setdefault(tuple(json.dumps(row.get(key)) for key in SAME), []).append(row)
     out: list[Row] = []
     for group in groups.values():
@@ -126,10 +196,16 @@ def mean(rows: Sequence[Row]) -> list[Row]:
         if len(group) == 1:
             out.append(first)
             continue
-        for name in first["metrics"]:
+        drawn = Counter((row.get("run"), tuple(row["seeds"])) for row in group if row.get("seeds"))
+        if twice := [seeds for (_, seeds), count in drawn.items() if count > 1]:
+            raise ValueError(
+                f"{first['model']} has two rows of seed {twice[0][0]}: remove one, or give it another name"
+            )
+        for name in dict.fromkeys(name for row in group for name in row["metrics"]):
             values: dict[Any, list[float]] = {}
             for i, row in enumerate(group):
-                values.setdefault(row.get("run", i), []).append(row["metrics"][name]["value"])
+                if name in row["metrics"]:
+                    values.setdefault(row.get("run", i), []).append(row["metrics"][name]["value"])
             nested = list(values.values())
             figure = {"value": fmean(map(fmean, nested)), "n": sum(map(len, nested))}
             if len(nested) > 1:
@@ -183,13 +259,25 @@ def real(like: Row, name: str, **metrics: float) -> Row:
 
 def label(row: Row, rows: Iterable[Row]) -> str:
     """The model, with steps and guidance where another row of that model has others."""
-    same = [r for r in rows if r["model"] == row["model"]]
-    parts = [str(row["model"])]
-    if len({r.get("steps") for r in same}) > 1:
-        parts.append(f"{row.get('steps')} step{'s' if row.get('steps') != 1 else ''}")
-    if len({r.get("guidance") for r in same}) > 1:
-        parts.append(f"guidance {row.get('guidance'):g}")
-    return ", ".join(parts)
+    return labels([row], rows)[0]
+
+
+def labels(some: Iterable[Row], rows: Iterable[Row]) -> list[str]:
+    """`label` of some rows, in one pass over all rows."""
+    values: dict[str, defaultdict[Any, set[Any]]] = {key: defaultdict(set) for key in ("steps", "guidance")}
+    for row in rows:
+        for key, found in values.items():
+            found[row["model"]].add(row.get(key))
+    out = []
+    for row in some:
+        parts, model = [str(row["model"])], row["model"]
+        if len(values["steps"][model]) > 1:
+            parts.append(f"{row.get('steps')} step{'s' if row.get('steps') != 1 else ''}")
+        if len(values["guidance"][model]) > 1:
+            guidance = row.get("guidance")
+            parts.append("own guidance" if guidance is None else f"guidance {guidance:g}")
+        out.append(", ".join(parts))
+    return out
 
 
 def digits(board: Board, metric: str) -> int:
@@ -304,23 +392,26 @@ def table(rows: Sequence[Row]) -> list[Table]:
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """A table a board: value (low to high) #rank, tie where others share it; under it how its figures were made."""
+    """A table a board: value (low to high) #rank, tie where others share it; under it how its figures were made.
+
+    Text of rows stays text: no HTML and no Markdown comes of it.
+    """
     parts = []
     for board in boards(rows):
         found = columns(board)
-        text = lambda value: str(value).replace("|", "\\|")
+        rows = [*board.rows, *board.real]
         lines = [
-            f"## {board.title}",
+            f"## {board.title_by(plain)}",
             "",
-            f"| {' | '.join(text(pretty(heading)) for heading in found)} |",
+            f"| {' | '.join(plain(pretty(heading)) for heading in found)} |",
             "|---|" + "---:|" * (len(found) - 1),
         ]
-        for i in range(len(board.rows) + len(board.real)):
-            lines.append(f"| {' | '.join(text(cells[i]) for cells in found.values())} |")
+        for i in range(len(rows)):
+            lines.append(f"| {' | '.join(plain(cells[i]) for cells in found.values())} |")
         made: dict[str, list[str]] = {}
-        for row in (*board.rows, *board.real):
-            how = "; ".join(f"{k} {v}" for k, v in provenance(row))
-            made.setdefault(how, []).append(label(row, board.rows))
+        for row, name in zip(rows, labels(rows, board.rows), strict=True):
+            how = "; ".join(f"{k} {plain(v)}" for k, v in provenance(row))
+            made.setdefault(how, []).append(plain(name))
         lines += ["", *(f"- {', '.join(names)}: {how}" for how, names in made.items() if how)]
         parts.append("\n".join(lines).rstrip() + "\n")
     note = (

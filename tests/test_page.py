@@ -4,10 +4,14 @@ Where there is a Chromium the page is clicked in it. Where there is none, its sc
 every cell carries the key that the script sorts by.
 """
 
+import ast
+import cProfile
 import json
 import math
+import pstats
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +21,7 @@ from eval import images as folders
 from eval import plots
 from eval.leaderboard import read, write
 from eval.plots import Point, front, scatter
-from eval.report import boards, columns, headline, label, lower, markdown, pretty, table
+from eval.report import COSTS, boards, columns, headline, label, lower, markdown, pretty, table
 
 
 def figure(value, half=0.0, n=2000):
@@ -197,6 +201,122 @@ def test_without_its_script_the_page_says_all(page):
     assert page.read_text().count('<div class="plots"') == 4 and page.read_text().count(" hidden>") == 2
 
 
+SCRIPT = "<script>hit=1</script>"
+HOSTILE = (
+    f"\"'>{SCRIPT}</title></style></td><img src=x onerror=hit=1><a href=javascript:hit=1>`|[a](javascript:hit=1)\n# x"
+)
+WORDS = ("model", "kind", "scheduler", "protocol", "protocol_hash", "extractor", "extractor_hash", "images", "commit")
+
+
+def hostile(folder, **more):
+    """A row whose every text, and every name, holds markup of HTML and Markdown."""
+    metric = figure(1.0, 0.5)
+    cost = {"nfe": 1, "latency": 1.0, "hardware": HOSTILE, HOSTILE: HOSTILE}
+    made = {"steps": 1, "n": 10, "guidance": 1.0, "runs": [HOSTILE], "hardware": HOSTILE, "samples": f"{folder}"}
+    words = dict.fromkeys(WORDS, HOSTILE)
+    named = {"metrics": {HOSTILE: metric, "fid": metric}, "left_out": {HOSTILE: HOSTILE}, HOSTILE: {HOSTILE: HOSTILE}}
+    return words | made | named | {"cost": cost} | more
+
+
+@pytest.fixture(scope="module")
+def hostile_page(tmp_path_factory):
+    """Rows, a manifest, a log and a failure of nothing but markup; one folder of samples is broken, one is gone."""
+    folder = tmp_path_factory.mktemp("hostile")
+    log = folder / "log.jsonl"
+    log.write_text(json.dumps({"step": 1, HOSTILE: 2.0}) + "\n")
+    pictures = torch.zeros(4, 1, 8, 8)
+    folders.write(folder / "a", pictures, prompts=HOSTILE, name=HOSTILE, seed=3)
+    folders.write(folder / "b", pictures, prompts=HOSTILE)
+    (folder / "b" / "000001.png").write_bytes(b"")
+    rows = [hostile(folder / "a"), hostile(folder / "b", steps=2, guidance=2.0), hostile(HOSTILE, kind="teacher")]
+    rows += [hostile(None, kind="real"), hostile(None, protocol=f"{HOSTILE}2")]
+    return write(folder / "out", rows, HOSTILE, HOSTILE, {HOSTILE: log}, {HOSTILE: HOSTILE})
+
+
+class Elements(HTMLParser):
+    """{(tag, its attributes)} of a page."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.found = set()
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.found |= {(tag, name) for name, _ in attributes} | {(tag, "")}
+
+
+def test_markup_in_every_field_stays_text(hostile_page, page):
+    """The hostile page has no element and no attribute that an honest one has not."""
+    text = hostile_page.read_text()
+    assert text.count("<script") == text.count("</script") == 1 and text.count("&lt;script&gt;") > 60
+    assert not Elements(text).found - Elements(page.read_text()).found - {("p", "class")}
+    assert "Not readable:" in text and "b/000001.png cannot be read" in text and "Left out:" in text
+    told = (hostile_page.parent / "leaderboard.md").read_text()
+    assert "<" not in told and "\n# x" not in told and "](" not in told.replace("\\](", "")
+    tables = [part.splitlines() for part in told.split("\n\n") if part.startswith("|")]
+    assert len(tables) == 2
+    assert all(len({line.replace("\\|", "").count("|") for line in lines}) == 1 for lines in tables)
+
+
+NUMBERS = ("n", "steps", "guidance", "seeds", *(f"fid {k}" for k in ("value", "low", "high", "n")))
+
+
+@pytest.mark.parametrize("field", [*NUMBERS, *(f"cost {k}" for k in COSTS)])
+def test_numbers_are_numbers(field):
+    """Text, NaN, true, an object, a list where a row has a number is refused by its name."""
+    part, _, key = field.partition(" ")
+    for wrong in (SCRIPT, math.nan, -math.inf, True, {"a": SCRIPT}, [[SCRIPT]]):
+        one = row("x", 1.0)
+        if part == "fid":
+            one["metrics"]["fid"] |= {key: wrong}
+        elif part == "cost":
+            one["cost"] |= {key: wrong}
+        else:
+            one[part] = wrong
+        with pytest.raises(ValueError, match=f"row 0, 'x'.* {key or part}"):
+            boards([one])
+
+
+def test_rows_have_their_kinds():
+    for wrong in (
+        {"metrics": {"fid": SCRIPT}},
+        {"metrics": [1]},
+        {"cost": SCRIPT},
+        {"left_out": {"fid": 1}},
+        {"model": []},
+    ):
+        with pytest.raises(ValueError, match="row 0"):
+            boards([row("x", 1.0) | wrong])
+    for low, high in ((1.5, 2.0), (0.0, 0.5)):
+        with pytest.raises(ValueError, match="without its value 1.0"):
+            boards([row("x", 1.0) | {"metrics": {"fid": {"value": 1.0, "low": low, "high": high}}}])
+
+
+def test_html_is_made_of_constants():
+    """Every call of markup.tag has a literal of the source, and nothing else marks text as HTML but the assets."""
+    for name in ("page", "plots"):
+        tree = ast.parse((Path(plots.__file__).parent / f"{name}.py").read_text())
+        calls = [n for n in ast.walk(tree) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)]
+        assert all(isinstance(n.args[0], ast.Constant) for n in calls if n.func.id == "tag")
+        assert sum(n.func.id == "Markup" for n in calls) == (name == "page")
+        assert not [
+            n for n in ast.walk(tree) if isinstance(n, ast.JoinedStr) and "<" in ast.unparse(n).replace(" < ", "")
+        ]
+
+
+def test_a_page_grows_with_its_rows(tmp_path):
+    """Ten times the rows: at most 14 times the calls of functions. It was 109 times."""
+
+    def calls(n):
+        rows = [row(f"model {i}", 10 + i / 100, nfe=1 + i % 8, latency=0.001 * (1 + i % 50)) for i in range(n)]
+        counted = cProfile.Profile()
+        counted.runcall(write, tmp_path / "out", rows)
+        return pstats.Stats(counted).total_calls
+
+    calls(2)
+    assert calls(200) < 14 * calls(20)
+
+
 def test_a_page_refuses(tmp_path):
     with pytest.raises(ValueError, match="no list of rows"):
         write(tmp_path, [])
@@ -251,3 +371,15 @@ if PATH:
             assert b("document.documentElement.scrollWidth <= innerWidth"), "tables scroll in themselves"
             assert all(b("[...document.images].map(i => i.naturalWidth > 0)"))
             assert b.said == [] and [url for url in b.asked if not url.startswith("data:")] == [page.resolve().as_uri()]
+
+    def test_markup_in_chromium(hostile_page, tmp_path):
+        """Nothing of it runs or is asked for, also when headings are clicked and points are hovered over."""
+        with Browser(tmp_path / "profile") as b:
+            b.open(hostile_page)
+            for i in (1, 2, 3):
+                b.click(f"th:nth-child({i}) button")
+            b("document.querySelectorAll('*').forEach(e => e.dispatchEvent(new MouseEvent('mouseover')))")
+            assert b("typeof hit") == "undefined"
+            assert b("document.scripts.length") == 1 and b("document.querySelectorAll('a').length") == 0
+            asked = [url for url in b.asked if not url.startswith("data:")]
+            assert b.said == [] and asked == [hostile_page.resolve().as_uri()]

@@ -1,0 +1,21 @@
+"""Values in Markdown: text that stays text, and blocks of code that nothing inside can end."""
+
+from __future__ import annotations
+
+import html
+import re
+from typing import Any
+
+
+def plain(value: Any) -> str:
+    """Text for a paragraph, a heading or a cell of a table: no HTML, link, code, emphasis or line break comes of it."""
+    line = " ".join(str(value).split())
+    marked = re.sub(r"([\\`*\[\]|~])|(?<![^\W_])(_)|(_)(?![^\W_])", r"\\\1\2\3", line)
+    return html.escape(marked, quote=False)
+
+
+def fenced(code: str, language: str = "") -> str:
+    """A block of code. Its fence is longer than every run of backticks inside."""
+    longest = max(map(len, re.findall("`+", code)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}{language}\n{code}\n{fence}"
