@@ -73,6 +73,43 @@ class Tokens(Float):
         return logits.flatten(1) if self.places else logits.mean(1)
 
 
+class Pixels(nn.Module):
+    """PCM's head: two 1x1 convolutions, the second with a way around it, and a logit of each place. -> [B, places].
+
+    Each is followed by group normalisation and leaky ReLU. Features are maps, video, tokens [B, N, C] or [B, C].
+    """
+
+    def __init__(self, channels: int, groups: int = 32) -> None:
+        super().__init__()
+
+        def layer() -> nn.Module:
+            return nn.Sequential(nn.Conv2d(channels, channels, 1), nn.GroupNorm(groups, channels), nn.LeakyReLU())
+
+        self.conv1, self.conv2, self.conv_out = layer(), layer(), nn.Conv2d(channels, 1, 1)
+
+    def forward(self, features: Tensor) -> Tensor:
+        x = features.transpose(1, 2) if features.ndim == 3 else features
+        x = self.conv1(x.reshape(*x.shape[:2], -1, 1).to(self.conv_out.weight.dtype))
+        return self.conv_out(self.conv2(x) + x).flatten(1)
+
+
+def pixels(feature: Tensor) -> Pixels:
+    """PCM's head for features shaped like `feature`."""
+    channels, places = feature.shape[2 if feature.ndim == 3 else 1], count(feature)
+    groups = 32 if places > 1 and channels % 32 == 0 else math.gcd(32, max(channels // 8, 1))
+    return Pixels(channels, groups)  # a group of one number is zero
+
+
+def count(feature: Tensor) -> int:
+    """Places of a feature: pixels, frames of pixels or tokens."""
+    return feature.shape[1] if feature.ndim == 3 else math.prod(feature.shape[2:])
+
+
+def each(disc: nn.Module, features: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The logits [B, places] of each of several heads of `pixels`."""
+    return disc(*features).split([count(feature) for feature in features], dim=1)
+
+
 def head(feature: Tensor, places: bool = False) -> nn.Module:
     """A head for features shaped like `feature`: [1, C, H, W], video [1, C, T, H, W], tokens [1, N, C] or [1, C]."""
     match feature.ndim:
@@ -99,9 +136,9 @@ class Heads(nn.ModuleList):
         return torch.cat([head(f).flatten(1) for head, f in zip(self, features, strict=True)], dim=1)
 
 
-def heads(features: Sequence[Tensor], places: bool = False) -> nn.Module:
+def heads(features: Sequence[Tensor], places: bool = False, of_pixels: bool = False) -> nn.Module:
     """What reads these features, called disc(*features): the head itself where there is one, else Heads."""
-    made = [head(feature, places) for feature in features]
+    made = [pixels(feature) if of_pixels else head(feature, places) for feature in features]
     return made[0] if len(made) == 1 else Heads(made)
 
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from distill.lora import LoRA, trained_alone, twin, weightless
 from distill.negative import TEXT, adapted, layers
 from distill.ranges import Count, Natural, Positive, Share, check
 from distill.schedule import Schedule
-from distill.student import Student, falling, grid_times
+from distill.student import Renoise, Student, falling, grid_times
 from distill.weight import LogVariance
 
 if TYPE_CHECKING:
@@ -119,8 +119,8 @@ class StudentConfig:
         None  # native time of a one-step student's call (DMD2 SDXL: 399); several start at the end
     )
     scale: Positive | None = None  # of the unit noise at the first call; None: sigma at that level
-    renoise: Literal["fresh", "ddim"] = "fresh"  # noise between calls
-    times: tuple[Share, ...] | None = None  # all times in (0, 1], instead of `steps` falling uniformly
+    renoise: Renoise = "fresh"  # noise between calls: new ("fresh"), or what a call predicts ("ddim", "tcd")
+    times: tuple[Share, ...] | None = None  # of all calls, in (0, 1]; `steps` is their number
     lora: LoRA = field(default_factory=LoRA)  # adapters on the teacher's weights instead of a full copy
     network: str | None = None  # folder with the config.json of another network of the teacher's class, smaller say
     negative: Natural = 0  # words of a prompt, 77 of CLIP: an adapter that hears a negative one too (SUN); 0: none
@@ -132,6 +132,12 @@ class StudentConfig:
     def __post_init__(self) -> None:
         if self.times:
             falling(self.times)
+            if self.steps not in (1, len(self.times)):
+                raise ValueError(
+                    f"student.steps is {self.steps} and student.times are {len(self.times)}, {self.times}: pass "
+                    f"--student.steps {len(self.times)}, or as many times"
+                )
+            object.__setattr__(self, "steps", len(self.times))
         if self.sigma is not None and self.timestep is not None:
             raise ValueError(
                 f"sigma {self.sigma} and timestep {self.timestep} both name the first call; give one of them"
@@ -264,7 +270,8 @@ def build(
             x, t = torch.zeros(1, *shape), torch.full((1,), 0.5, dtype=torch.float64)
             told = None if c is None else {key: torch.empty_like(value, device="meta") for key, value in c.items()}
             features = replace(teacher, net=weightless(teacher.net)).features(x, t, told, taps)
-        setattr(nets, role, heads(features, getattr(method, f"{HEADS[role]}places", False)))
+        kind = (getattr(method, f"{HEADS[role]}{name}", False) for name in ("places", "pixels"))
+        setattr(nets, role, heads(features, *kind))
     if hasattr(method, "before"):
         method.before(nets)
     return nets

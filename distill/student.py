@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from distill.average import until
 from distill.denoiser import Condition, Denoiser
-from distill.schedule import expand
+from distill.schedule import VP, expand
 from distill.solver import Call, ddim, fresh
 
 if TYPE_CHECKING:
     from distill.draw import Draw
+
+Renoise = Literal["fresh", "ddim", "tcd"]
 
 
 @dataclass(eq=False)
@@ -23,8 +25,9 @@ class Student:
 
     times    from noisy to clean, in (0, 1]; one time is a one-step student.
     scale    of the unit noise z at the first call; None is sigma(times[0]) (DMD2's latents: 1).
-    renoise  "fresh" noise between calls (DMD2, consistency), or "ddim": the noise that the call itself predicts.
-    jumps    of a network of two times (average.py): with "ddim" every call is told the time to which x goes.
+    renoise  "fresh" noise between calls (DMD2, consistency), or the noise that the call itself predicts: "ddim"; "tcd",
+             whose last call leads to the level of t = 0 too, where the others end at x0 (PCM, TCD).
+    jumps    of a network of two times (average.py): without fresh noise every call is told the time to which x goes.
     phases   into which the calls are divided equally; `denoiser` makes those after the phases of `experts`.
     experts  frozen denoisers, one for each of the first phases (Phased DMD).
     """
@@ -32,7 +35,7 @@ class Student:
     denoiser: Denoiser
     times: tuple[float, ...] = (1.0,)
     scale: float | None = None
-    renoise: Literal["fresh", "ddim"] = "fresh"
+    renoise: Renoise = "fresh"
     phases: int = 1
     experts: tuple[Denoiser, ...] = ()
     jumps: bool = False
@@ -40,8 +43,8 @@ class Student:
     def __post_init__(self) -> None:
         self.times = tuple(float(t) for t in self.times)
         falling(self.times)
-        if self.renoise not in ("fresh", "ddim"):
-            raise ValueError(f"renoise is {self.renoise!r}; it must be 'fresh' or 'ddim'")
+        if self.renoise not in get_args(Renoise):
+            raise ValueError(f"renoise is {self.renoise!r}; it must be one of {get_args(Renoise)}")
         if len(self.times) % self.phases or len(self.experts) >= self.phases:
             raise ValueError(
                 f"{len(self.times)} calls in {self.phases} phases with {len(self.experts)} experts of earlier ones; "
@@ -108,7 +111,12 @@ class Student:
         return mean if to is None else self._drawn(mean, std, steps - 1, draw)
 
     def calls(self, draw: Draw | None = None) -> list[Call]:
-        """The calls one by one: `relay` makes of them what `generate` makes, and networks may take turns on them."""
+        """The calls one by one: `relay` makes of them what `generate` makes, and networks may take turns on them.
+
+        ValueError for "tcd": `relay` ends at x0.
+        """
+        if self.renoise == "tcd":
+            raise ValueError("a student with 'tcd' noise ends at the level of t = 0, and turns of networks end at x0")
         anew = lambda i: fresh(lambda x: self._noise(i, x, draw))
         step = lambda i: ddim if self.renoise == "ddim" else anew(i)
         return [Call(self.at(i, to), t, step(i), self.scale) for i, (t, to) in enumerate(self.legs)]
@@ -123,11 +131,11 @@ class Student:
     def step(self, x: Tensor, i: int, c: Condition, to: float | None = None) -> tuple[Tensor, Tensor]:
         """Mean [B, ...] and standard deviation [B, 1, ...] of what call i makes of its x, normally distributed.
 
-        to: its time, 0 for x0; None: that of the next call, after the last 0. The deviation is 0 at x0 and for "ddim".
+        to: its time, 0 for x0; None: that of the next call, after the last 0. Without fresh noise the deviation is 0.
         """
         to = (*self.times, 0.0)[i + 1] if to is None else to
         pred = self.at(i, to)(x, self._time(self.times[i], x), c)
-        if not to:
+        if not to and self.renoise != "tcd":
             return pred.x0, torch.zeros_like(pred.sigma)
         mean, std = self._level(pred.x0, to)
         return (mean, std) if self.renoise == "fresh" else (mean + std * pred.eps, torch.zeros_like(std))
@@ -142,12 +150,24 @@ class Student:
 
     def _drawn(self, mean: Tensor, std: Tensor, i: int, draw: Draw | None) -> Tensor:
         """What call i makes, with noise of its own."""
-        return mean if self.renoise == "ddim" else mean + std * self._noise(i, mean, draw)
+        return mean + std * self._noise(i, mean, draw) if self.renoise == "fresh" else mean
 
     def _noise(self, i: int, x: Tensor, draw: Draw | None) -> Tensor:
         if draw is None:
             raise ValueError("a student with fresh noise between its steps needs `draw` to generate")
         return draw.normal(f"renoise{i}", tuple(x.shape)).to(x)
+
+
+def phased(student: Student, N: int) -> None:
+    """ValueError unless a student of phases on a grid of N steps (PCM) is called as it is trained."""
+    many, table = len(student.times), isinstance(student.denoiser.schedule, VP)
+    if many > N:
+        raise ValueError(f"N is {N}; it must be at least the student's {many} calls, which are its phases")
+    if (table and student.renoise != "tcd") or (many > 1 and student.renoise == "fresh"):
+        raise ValueError(
+            f"student.renoise is {student.renoise!r}; a student of phases goes from one to the next without new noise, "
+            "and ends at the level of t = 0: pass --student.renoise tcd" + " --student.scale 1" * table
+        )
 
 
 def falling(times: tuple[float, ...]) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from distill.draw import Draw
 from distill.ranges import Count, Finite, Natural, Positive, Share, Weight, check
-from distill.schedule import Schedule
+from distill.schedule import VP, Schedule
 
 TASKS = 1000  # equally likely times of a law, that clusters are made of
 
@@ -56,8 +56,12 @@ class Grid(Law):
         _ordered(self, self.N - 1)
 
     def __call__(self, draw: Draw, name: str, B: int, schedule: Schedule) -> Tensor:
+        return self.index(draw, name, B) / (self.N - 1)
+
+    def index(self, draw: Draw, name: str, B: int) -> Tensor:
+        """n [B]."""
         n = (draw.uniform(name, (B,)).double() * (self.high - self.low + 1)).floor() + self.low
-        return n.clamp(max=self.high) / (self.N - 1)
+        return n.clamp(max=self.high)
 
 
 @dataclass(frozen=True)
@@ -249,6 +253,49 @@ def _ordered(law: Uniform | Grid | Karras | StudentT | Clip, most: float) -> Non
     check(law)
     if not law.low <= law.high <= most:
         raise ValueError(f"times from low = {law.low} to high = {law.high}; both lie in [0, {most}], low below high")
+
+
+def point(i: Tensor, N: int, path: Schedule) -> Tensor:
+    """The time of point i = 0 .. N of a solver's grid of N steps: i / N.
+
+    On a table of L levels the timesteps are whole. They are i L / N - 1, and 0 for i = 0, as LCM's and PCM's authors
+    count them (L = 1000, N = 50: 0, 19, 39, ... 999), unless N divides L - 1.
+    """
+    last = len(path.alphas_cumprod) - 1 if isinstance(path, VP) else N
+    if last % N == 0:
+        return i.double() / N
+    return ((i.double() * (last + 1) / N).round() - 1).clamp(min=0) / last
+
+
+def phase(i: Tensor, N: int, phases: int) -> tuple[Tensor, Tensor]:
+    """The two ends of the phase of points i .. i + 1 of a grid: floor(m N / phases) and that of m + 1."""
+    m = ((i.floor() + 1) * phases / N).ceil().clamp(max=phases) - 1
+    return (m * N / phases).floor(), ((m + 1) * N / phases).floor()
+
+
+def pieces(i: Tensor, N: int, times: tuple[float, ...], path: Schedule) -> Tensor:
+    """The time of point i = 0 .. N of a grid that falls evenly from one of `times` to the next, and to `point` 0.
+
+    Each of them is the upper end of a `phase`. On a table they are whole timesteps.
+    """
+    low, high = phase(i, N, len(times))
+    last = len(path.alphas_cumprod) - 1 if isinstance(path, VP) else None
+    base = -1 / last if last and last % N else 0.0  # as `point` counts
+    edges = _edges((base, *reversed(times)), i.device)
+    m = (low * len(times) / N).ceil().long()
+    t = torch.lerp(edges[m], edges[m + 1], (i - low) / (high - low))
+    return t if last is None else (t * last).round().clamp(min=0) / last
+
+
+@lru_cache
+def _edges(times: tuple[float, ...], device: torch.device) -> Tensor:
+    """Copied to a device once: a copy from the host waits for the device."""
+    return torch.tensor(times, dtype=torch.float64, device=device)
+
+
+def spread(steps: int, N: int, path: Schedule) -> tuple[float, ...]:
+    """Times of `steps` points of that grid, falling from its end as evenly as LCMScheduler takes them."""
+    return tuple(point(torch.tensor([N - k * N // steps for k in range(steps)]), N, path).tolist())
 
 
 def shift(t: Tensor, s: float) -> Tensor:

@@ -56,9 +56,11 @@ class Method(Protocol):
     buffers of a network.
 
     One with the role "disc" also has `taps`, the modules of the fake score or the teacher that the discriminator reads
-    with a head each, and may have `places`: whether each place of a head has a logit, or all have their mean. One that
-    needs "end" has a student that is told a second time (average.py), which `jumps` if it is the time to which x goes,
-    "steps" one of several calls with fresh noise, and "finished" one that is called as its teacher, an exported student
+    with a head each, and may have `places`: whether each place of a head has a logit, or all have their mean, and
+    `pixels`: whether heads are PCM's. It may define `calls(steps, first, schedule)`: the times of a student of so many
+    calls from the time `first` on, where none are given; None: those of the scheduler. One that needs "end" has a
+    student that is told a second time (average.py), which `jumps` if it is the time to which x goes, "steps" one of
+    several calls with fresh noise, and "finished" one that is called as its teacher, an exported student
     (pipelines/scheduler.py).
     """
 

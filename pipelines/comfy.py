@@ -65,6 +65,8 @@ def workflow(
     """
     if (unet is None) == (lora is None):
         raise ValueError(f"give the student's file either as unet or as lora; got unet={unet!r}, lora={lora!r}")
+    if student.renoise == "tcd":
+        raise ValueError("ComfyUI's samplers end at x0; this student ends at the level of timestep 0")
     sigmas, first = levels(student)
     last = float(VP.scaled_linear().ratio(torch.ones(1)))
     own = math.sqrt(1 + sigmas[0] ** 2) if sigmas[0] > last * (1 - 1e-5) else sigmas[0]  # ComfyUI's first factor

@@ -147,12 +147,15 @@ def limits(net: nn.Module) -> tuple[str, ...]:
     )
 
 
-def scheduler(sigma_d: float, sigma: float, steps: int) -> Any:
-    """A scheduler that visits the levels sigma (1 - i / steps)^7, i = 0 .. steps - 1, in as many inference steps."""
+def scheduler(sigma_d: float, sigma: float, points: int, rho: float = RHO) -> Any:
+    """A scheduler that visits the levels sigma (1 - v i)^rho, i = 0 .. N - 1, in N inference steps.
+
+    v = floor(points / N) / (points - 1): 1 / N where there are N + 1 points.
+    """
     from diffusers import CMStochasticIterativeScheduler
 
     return CMStochasticIterativeScheduler(
-        num_train_timesteps=steps + 1, sigma_min=0.0, sigma_max=sigma, sigma_data=sigma_d, rho=RHO, clip_denoised=False
+        num_train_timesteps=points, sigma_min=0.0, sigma_max=sigma, sigma_data=sigma_d, rho=rho, clip_denoised=False
     )
 
 
@@ -160,7 +163,7 @@ def pipeline(unet: UNet2DModel, sigma_d: float, sigma: float, steps: int) -> Con
     """The network with that scheduler."""
     from diffusers import ConsistencyModelPipeline
 
-    return ConsistencyModelPipeline(unet, scheduler(sigma_d, sigma, steps))
+    return ConsistencyModelPipeline(unet, scheduler(sigma_d, sigma, steps + 1))
 
 
 def tiny() -> ConsistencyModelPipeline:

@@ -133,6 +133,14 @@ def compared(config: Config[Any, Any], resume: Path) -> Path:
     return resume
 
 
+def chosen(method: Any, teacher: Teacher, student: StudentConfig) -> StudentConfig:
+    """The student with the times that its method trains, where the method names some and none are given."""
+    if student.times is not None or not hasattr(method, "calls"):
+        return student
+    schedule = teacher.denoiser.schedule
+    return dataclasses.replace(student, times=method.calls(student.steps, student.first(schedule), schedule))
+
+
 def carried(teacher: Teacher, student: StudentConfig) -> tuple[Any, StudentConfig]:
     """(scheduler, student): what the exported student will run under, and the student with the times it visits."""
     from pipelines.scheduler import scheduler
@@ -191,6 +199,7 @@ def run(config: Config[Any, Any], out: Path, resume: Path | None) -> None:
     if not sharded:
         teacher.denoiser.net.to(accelerator.device)
     data = config.data.open(teacher, config.method.needs)
+    config = dataclasses.replace(config, student=chosen(config.method, teacher, config.student))
     scheduler, student = carried(teacher, config.student)  # what can't be exported is refused now
     entry["times"] = [*student.times]
     if before:

@@ -1,19 +1,26 @@
 """The scheduler that an exported student runs under. It comes first: the student is trained on the times it returns.
 
 A config carries the times, the scale of the input and what happens between two calls; nothing else does, so what no
-config can say is refused before training. With a table of betas (all checked against the student's own sampler):
+config can say is refused before training. Times that are given are looked for in every config that a family can use:
 
-    fresh noise, unit input            LCMScheduler, original_inference_steps = steps DMD2, VSD, LCM
-    ddim, input scaled by sigma        EulerDiscreteScheduler, trailing                       Lightning
-    one call at n < N - 1              the same two on the first n + 1 betas     DMD2 at 399, SiD-LSG at 625
-    flow                               FlowMatchEuler, stochastic_sampling where noise is fresh
-    flow that is told its guidance     SCM, which reads it on TrigFlow                   SANA-Sprint
+    table, fresh noise, unit input     LCMScheduler: every grid of original_inference_steps   DMD2, VSD, LCM
+    table, "tcd", unit input           TCDScheduler without new noise, on the same grids      PCM, TCD
+    table, "ddim", input times sigma   EulerDiscreteScheduler: trailing; two times of any kind by sigma_min, sigma_max
+    table, "ddim", unit input          DDIMScheduler: trailing; Euler's two times             SUN
+    flow                               FlowMatchEuler: shift and shift_terminal; stochastic_sampling for fresh noise
+    flow that is told its guidance     SCM, which reads it on TrigFlow                        SANA-Sprint
+    EDM                                CMStochasticIterative: rho and num_train_timesteps
+
+A table is cut after the first call where that is below its end (DMD2 at 399, SiD-LSG at 625). Two calls may be
+anywhere, three anywhere on a flow; of more, those that the parameters of a config reach.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import math
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,112 +33,181 @@ if TYPE_CHECKING:
     from pipelines import Teacher
 
 LCM = 50  # steps of the teacher that LCM's grid of times is made of
+Times = tuple[float, ...]
 
 
-def scheduler(teacher: Teacher, student: StudentConfig) -> tuple[Any, tuple[float, ...]]:
+def scheduler(teacher: Teacher, student: StudentConfig) -> tuple[Any, Times]:
     """(scheduler, times): a diffusers scheduler whose config carries the student, and the times it visits.
 
     A ValueError says what cannot be carried, and what can.
     """
     schedule = teacher.denoiser.schedule
+    if student.times and (student.sigma or student.timestep) and abs(student.first(schedule) - student.times[0]) > 1e-4:
+        raise ValueError(
+            f"student.times begin at {student.times[0]:.6g}, and student.sigma or timestep puts the first call at "
+            f"{student.first(schedule):.6g}: pass --student.sigma None --student.timestep None"
+        )
     match schedule:
         case VP():
-            return _table(teacher, schedule, student)
+            made = _tables(teacher, schedule, student)
         case Flow() if teacher.parts.index["_class_name"] == "SanaSprintPipeline":
-            return _trig(schedule, student)
+            made = _trig(schedule, student)
         case Flow():
-            return _flow(teacher, schedule, student)
+            made = _flows(teacher, schedule, student)
         case EDM():
-            return _edm(teacher, schedule, student)
-    raise ValueError(f"no scheduler of diffusers carries a student on {type(schedule).__name__}")
+            made = _edm(teacher, schedule, student)
+        case _:
+            raise ValueError(f"no scheduler of diffusers carries a student on {type(schedule).__name__}")
+    found: list[Times] = []
+    for candidate in made:
+        times = visited(teacher, candidate, student.steps)
+        if student.times is None or _gap(student.times, times) < 1e-4:
+            return candidate, times
+        found.append(times)
+    nearest = min(found, key=lambda times: _gap(student.times or times, times))
+    write = lambda times: " ".join(f"{t:.6g}" for t in times)
+    told = lambda times: [round(float(n), 3) for n in schedule.native(torch.tensor(times, dtype=torch.float64))]
+    raise ValueError(
+        f"no scheduler of diffusers carries calls of this family at the times {write(student.times or ())}, which the "
+        f"network is told as {told(student.times or ())}, with {student.renoise!r} noise. The nearest that one carries "
+        f"are\n  --student.times {write(nearest)}\ntold as {told(nearest)}. Without --student.times they are "
+        f"{write(found[0])}"
+    )
+
+
+def visited(teacher: Teacher, scheduler: Any, steps: int) -> Times:
+    """The times of the teacher's schedule at which its pipeline calls the network under `scheduler`."""
+    schedule = teacher.denoiser.schedule
+    if type(scheduler).__name__ == "SCMScheduler":
+        from pipelines.sana import angles
+
+        angle = torch.tensor(angles(steps), dtype=torch.float64)
+        return tuple((angle.sin() / (angle.sin() + angle.cos())).tolist())
+    teacher.set_timesteps(scheduler, steps)
+    match schedule:
+        case VP():
+            t = scheduler.timesteps.double() / (len(schedule.alphas_cumprod) - 1)
+        case EDM():
+            t = schedule.time((scheduler.timesteps.double() / 250).exp())  # ConsistencyModelPipeline tells 250 ln sigma
+            t = torch.where((t - 1).abs() < 1e-9, 1.0, t)
+        case _:
+            t = scheduler.sigmas[: len(scheduler.timesteps)].double()
+    return tuple(t.tolist())
 
 
 def finished(teacher: Teacher, given: StudentConfig) -> StudentConfig:
-    """`given`, called as the exported student that the teacher is: the inverse of `scheduler`. Else `given` itself.
-
-    The folder's scheduler says how; times of a table are on that scheduler's own, which ends at the first call.
-    """
+    """`given`, called as the exported student that the teacher is: the inverse of `scheduler`. Else `given` itself."""
     path = teacher.parts.folder / "distill.json"
     facts = json.loads(path.read_text()) if path.is_file() else {}
     if facts.get("student") is not True:
         return given
     found, steps = teacher.parts.scheduler(), facts["steps"]
-    calls: dict[str, Any] = dict.fromkeys(("sigma", "timestep", "scale", "times")) | {"steps": steps}
-    calls["renoise"] = "fresh"
-    if isinstance(teacher.denoiser.schedule, VP):
-        found.set_timesteps(steps)
-        calls["times"] = tuple(
-            (found.timesteps.double() / (len(teacher.denoiser.schedule.alphas_cumprod) - 1)).tolist()
-        )
+    calls: dict[str, Any] = dict.fromkeys(("sigma", "timestep", "scale")) | {"steps": steps, "renoise": "fresh"}
+    calls["times"] = visited(teacher, found, steps)
     match type(found).__name__:
-        case "LCMScheduler":
+        case "LCMScheduler" | "DDIMScheduler" | "TCDScheduler":
             calls["scale"] = 1.0
-        case "EulerDiscreteScheduler":
+        case "EulerDiscreteScheduler" if found.config.timestep_spacing == "leading":
+            calls["scale"] = 1.0
+    match type(found).__name__:
+        case "TCDScheduler":
+            calls["renoise"] = "tcd"
+        case "DDIMScheduler" | "EulerDiscreteScheduler":
             calls["renoise"] = "ddim"
         case "FlowMatchEulerDiscreteScheduler" if not found.config.stochastic_sampling:
             calls["renoise"] = "ddim"
-        case "CMStochasticIterativeScheduler":
-            calls["sigma"] = found.config.sigma_max
     return dataclasses.replace(given, **calls)
 
 
-def _table(teacher: Teacher, schedule: VP, student: StudentConfig) -> tuple[Any, tuple[float, ...]]:
-    from diffusers import EulerDiscreteScheduler, LCMScheduler
+def _tables(teacher: Teacher, schedule: VP, student: StudentConfig) -> Iterator[Any]:
+    """Schedulers of a table, cut after the first call."""
+    from diffusers import DDIMScheduler, EulerDiscreteScheduler, LCMScheduler, TCDScheduler
 
     last = len(schedule.alphas_cumprod) - 1
-    n, own = round(student.first(schedule) * last), teacher.parts.scheduler()
-    if n < last and student.steps > 1:
-        raise ValueError(f"a student of {student.steps} steps starts at the end of the schedule; it is told {n}")
-    common = {
-        "num_train_timesteps": n + 1,
-        **noise.betas(own, schedule, n),
-        "steps_offset": 1,  # unused; SD's pipeline warns of another
-        "prediction_type": {kind: name for name, kind in noise.KINDS.items()}[teacher.denoiser.kind],
-    }
-    sigma = float(schedule.coefficients(torch.tensor([n / last]).double())[1])
+    first = student.times[0] if student.times else student.first(schedule)
+    n, steps = round(first * last), student.steps
+    sigma = float(schedule.coefficients(torch.tensor([first]).double())[1])
     unit = abs((student.scale or sigma) - 1) < 1e-4  # PixArt's table ends at .99998: as good as noise alone
     scaled = student.scale is None or abs(student.scale / sigma - 1) < 1e-4
-    exact = student.steps > 1 or n < last or not noise.zero_terminal(own)  # LCM's end is 0, not the 2^-24 of Euler's
-    if unit and exact and (student.renoise == "fresh" or student.steps == 1):
-        grids = [LCMScheduler(**common, original_inference_steps=n, clip_sample=False) for n in (student.steps, LCM)]
-    elif scaled and (student.renoise == "ddim" or student.steps == 1):
-        grids = [EulerDiscreteScheduler(**common, timestep_spacing="trailing")]
+    exact = steps > 1 or n < last or not noise.zero_terminal(teacher.parts.scheduler())  # LCM's end is 0, Euler's 2^-24
+    if student.renoise == "tcd" and unit:
+        yield from _grids(teacher, TCDScheduler, n, last, student)
+    elif student.renoise != "tcd" and unit and exact and (student.renoise == "fresh" or steps == 1):
+        yield from _grids(teacher, LCMScheduler, n, last, student)
+    elif student.renoise != "tcd" and (unit or scaled) and (student.renoise == "ddim" or steps == 1):
+        if scaled:
+            yield EulerDiscreteScheduler(**_table(teacher, n), timestep_spacing="trailing")
+        elif (n + 1) % steps == 0:  # its step goes down by as much each time
+            yield DDIMScheduler(**_table(teacher, n), timestep_spacing="trailing", clip_sample=False)
+        if not student.times:
+            return
+        ratios = schedule.ratio(torch.tensor([student.times[-1], first]).double()).tolist()
+        ends = dict(zip(("sigma_min", "sigma_max"), ratios, strict=True))
+        for kind in ("karras", "exponential", "beta") if steps > 1 else ():
+            spacing = "trailing" if scaled else "leading"  # it says how the first input is scaled
+            options = {f"use_{kind}_sigmas": True, "timestep_spacing": spacing, **ends}
+            yield EulerDiscreteScheduler(**_table(teacher, last), **options)
     else:
         raise ValueError(
             f"no scheduler carries an input scale of {student.scale or sigma:.4g} with {student.renoise!r} noise: use "
-            f"--student.scale 1 with --student.renoise fresh, or no scale ({sigma:.4g}) with --student.renoise ddim"
+            f"--student.scale 1 with --student.renoise fresh or tcd, or no scale ({sigma:.4g}) with --student.renoise "
+            "ddim"
         )
-    found = {}
-    for made in grids[: 2 if n == last else 1]:
-        made.set_timesteps(student.steps)
-        found[tuple((made.timesteps.double() / last).tolist())] = made
-    times = next((times for times in found if student.times is None or _close(student.times, times)), None)
-    return found[times or _checked(student, next(iter(found)))], times
 
 
-def _flow(teacher: Teacher, schedule: Flow, student: StudentConfig) -> tuple[Any, tuple[float, ...]]:
+def _table(teacher: Teacher, n: int) -> dict[str, Any]:
+    """Options of a scheduler of the teacher's table, cut after its timestep n."""
+    schedule = teacher.denoiser.schedule
+    return {
+        "num_train_timesteps": n + 1,
+        **noise.betas(teacher.parts.scheduler(), schedule, n),
+        "steps_offset": 1,  # unused; SD's pipeline warns of another
+        "prediction_type": {kind: name for name, kind in noise.KINDS.items()}[teacher.denoiser.kind],
+    }
+
+
+def _grids(teacher: Teacher, kind: Any, n: int, last: int, student: StudentConfig) -> Iterator[Any]:
+    """LCM's or TCD's schedulers that start at n: they take `steps` points of a grid of K, each n + 1 over K apart."""
+    steps, options = student.steps, _table(teacher, n) | {"clip_sample": False}
+    whole = [K for K in range(steps, n + 2) if (n + 1) % K == 0]
+    if n == last:
+        whole = [steps, *(K for K in (LCM,) if K > steps), *whole]
+    for K in whole if student.times else whole[:1]:
+        yield kind(**options, original_inference_steps=K)
+
+
+def _flows(teacher: Teacher, schedule: Flow, student: StudentConfig) -> Iterator[Any]:
+    """Flows' schedulers: the teacher's own shift first, then those that come nearest to the times that are given."""
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     if student.scale is not None and abs(student.scale - 1) > 1e-6:
         raise ValueError(f"a flow's scheduler feeds unit noise, not noise scaled by {student.scale}")
-    config = teacher.parts.scheduler().config
-    start, steps = student.first(schedule), student.steps
-    shift = float(config.get("shift") or config.get("flow_shift") or 1.0)
-    options: dict[str, Any] = {"num_train_timesteps": 1000, "shift": shift, "use_dynamic_shifting": False}
-    end = shift / (steps + shift - 1)  # the level that the shift gives to 1 / steps
-    if not hasattr(teacher.parts.family, "set_timesteps") and steps > 1:
-        options["shift_terminal"] = end  # these pipelines ask for `steps` levels down to the last one of training
-    if start < 1:
+    config, steps, times = teacher.parts.scheduler().config, student.steps, student.times
+    if (start := times[0] if times else student.first(schedule)) < 1:
         raise ValueError(f"a flow's pipeline starts at noise alone; this student starts at t = {start:.4g}")
-    found = FlowMatchEulerDiscreteScheduler(**options, stochastic_sampling=student.renoise == "fresh" and steps > 1)
-    teacher.set_timesteps(found, steps)
-    return found, _checked(student, tuple(found.sigmas[:-1].double().tolist()))
+    shift = float(config.get("shift") or config.get("flow_shift") or 1.0)
+    options: dict[str, Any] = {"num_train_timesteps": 1000, "use_dynamic_shifting": False}
+    options["stochastic_sampling"] = student.renoise == "fresh" and steps > 1
+
+    def make(shift: float, end: float | None, **more: bool) -> Any:
+        return FlowMatchEulerDiscreteScheduler(**options, shift=shift, shift_terminal=end, **more)
+
+    end = shift / (steps + shift - 1)  # the level that the shift gives to 1 / steps
+    own = hasattr(teacher.parts.family, "set_timesteps")  # others ask for levels down to the last one of training
+    yield make(shift, None if own or steps == 1 else end)
+    if not times or steps == 1:
+        return
+    from scipy.optimize import minimize_scalar
+
+    gap = lambda log: _gap(times, visited(teacher, make(math.exp(log), times[-1]), steps))
+    best = minimize_scalar(gap, bounds=(-7, 7), method="bounded", options={"xatol": 1e-9}).x if steps > 2 else 0.0
+    yield make(math.exp(best), times[-1])
+    for kind in ("karras", "exponential", "beta"):
+        yield make(shift, times[-1], **{f"use_{kind}_sigmas": True})
 
 
-def _trig(schedule: Flow, student: StudentConfig) -> tuple[Any, tuple[float, ...]]:
+def _trig(schedule: Flow, student: StudentConfig) -> Iterator[Any]:
     from diffusers import SCMScheduler
-
-    from pipelines.sana import angles
 
     if student.scale is not None and abs(student.scale - 1) > 1e-6:
         raise ValueError(f"SANA-Sprint's pipeline feeds unit noise, not noise scaled by {student.scale}")
@@ -139,31 +215,35 @@ def _trig(schedule: Flow, student: StudentConfig) -> tuple[Any, tuple[float, ...
         raise ValueError("SANA-Sprint's pipeline renoises with fresh noise: train with --student.renoise fresh")
     if student.first(schedule) < 1:
         raise ValueError("SANA-Sprint's pipeline starts at noise alone: leave --student.sigma and timestep out")
-    angle = torch.tensor(angles(student.steps), dtype=torch.float64)
-    times = angle.sin() / (angle.sin() + angle.cos())
-    return SCMScheduler(), _checked(student, tuple(times.tolist()))
+    yield SCMScheduler()
 
 
-def _edm(teacher: Teacher, schedule: EDM, student: StudentConfig) -> tuple[Any, tuple[float, ...]]:
+def _edm(teacher: Teacher, schedule: EDM, student: StudentConfig) -> Iterator[Any]:
+    """Levels sigma (1 - v i)^rho, i = 0, 1, ...: v is a fraction near 1 / steps, and that by default."""
     from pipelines import edm
 
-    if student.steps > 1 and student.renoise != "fresh":
+    steps, times = student.steps, student.times
+    if steps > 1 and student.renoise != "fresh":
         raise ValueError("this family's scheduler renoises with fresh noise: train with --student.renoise fresh")
-    sigma = float(schedule.ratio(torch.tensor([student.first(schedule)]).double()))
+    start = times[0] if times else student.first(schedule)
+    ratios = schedule.ratio(torch.tensor(times or [start]).double()).tolist()
+    sigma = ratios[0]
     if student.scale is not None and abs(student.scale / sigma - 1) > 1e-4:
         raise ValueError(f"this family's scheduler scales its input by sigma {sigma:.4g}, not by {student.scale}")
-    ratios = [sigma * (1 - i / student.steps) ** edm.RHO for i in range(student.steps)]
-    times = tuple(schedule.time(torch.tensor(ratios).double()).tolist())
-    return edm.scheduler(teacher.denoiser.sigma_d, sigma, student.steps), _checked(student, times)
+    make = lambda points, rho=edm.RHO: edm.scheduler(teacher.denoiser.sigma_d, sigma, points, rho)
+    points = steps + 1
+    if sigma / steps**edm.RHO < schedule.sigma_min:  # the last call would be below the schedule
+        even = float(schedule.ratio(torch.tensor([start / steps]).double()))  # of times that fall uniformly
+        last = lambda points: edm.RHO * math.log(1 - (steps - 1) / (points - 1))
+        points = min(range(steps + 1, 2 * steps), key=lambda points: abs(last(points) - math.log(even / sigma)))
+    yield make(points)
+    for r in range(1, 65) if times and steps > 1 else ():
+        for points in range(r * steps, (r + 1) * steps):
+            rest = 1 - (steps - 1) * r / (points - 1)
+            if rest > 1e-9:
+                yield make(points, math.log(ratios[-1] / sigma) / math.log(rest))
 
 
-def _close(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
-    return len(a) == len(b) and max(abs(x - y) for x, y in zip(a, b, strict=True)) < 1e-4
-
-
-def _checked(student: StudentConfig, times: tuple[float, ...]) -> tuple[float, ...]:
-    if student.times is not None and not _close(student.times, times):
-        raise ValueError(
-            f"the family's scheduler carries the times {times}, not {student.times}: leave --student.times out"
-        )
-    return times
+def _gap(a: Times, b: Times) -> float:
+    """The largest difference of two students' times; infinite where they are not equally many."""
+    return max(abs(x - y) for x, y in zip(a, b, strict=True)) if len(a) == len(b) else math.inf

@@ -3,7 +3,7 @@
 The teacher, where the student starts, is EDM's checkpoint, converted: `python -m pipelines.edm_convert
 edm-cifar10-32x32-cond-vp.pkl FOLDER`, then `accelerate launch recipes/ect_cifar10.py --teacher FOLDER --data.images
 IMAGES` (one folder a class). The authors' is unconditional, and has dropout 0.2 with one mask for both calls; here
-there is none. Two steps: `--student.steps 2`, the second at sigma 0.625 (paper: 0.821). Published: FID 3.86 with one
+there is none. Two steps: `--student.times 1 0.38439`, sigma 80 and the paper's 0.821. Published: FID 3.86 with one
 step, 2.15 with two. Not run at full size by us.
 """
 

@@ -3,8 +3,9 @@
 `accelerate launch recipes/tcd_sdxl.py --data.cache CACHE`, a cache of prompts and images (python -m pipelines.cache).
 Length, batch, rank and guidance are as reported of the paper (unverified: its training code was not published); the
 rest is as in recipes/lcm_lora_sdxl.py, and so is that the student is not told its guidance. It is exported without new
-noise (gamma 0); diffusers' TCDScheduler takes any. Published: FID 12.68 on 5k prompts of COCO with four steps. Not run
-at full size by us.
+noise (gamma 0, the default eta of diffusers' pipeline); TCDScheduler takes any. Four steps are at the timesteps 999,
+759, 499 and 259 of the training grid. One prediction for all ends is a compromise, see distill/methods/tcd.py.
+Published: FID 12.68 on 5k prompts of COCO with four steps. Not run at full size by us.
 """
 
 from distill.config import Config
@@ -21,7 +22,7 @@ CONFIG = Config(
     data=Text(),
     teacher="stabilityai/stable-diffusion-xl-base-1.0",
     family="sdxl",
-    student=StudentConfig(steps=4, renoise="ddim", lora=LoRA(rank=64, alpha=64, targets=TARGETS)),
+    student=StudentConfig(steps=4, scale=1.0, renoise="tcd", lora=LoRA(rank=64, alpha=64, targets=TARGETS)),
     train=TrainConfig(
         output_dir="runs/tcd_sdxl",
         max_train_steps=3000,

@@ -3,7 +3,8 @@
 The first stage is recipes/ect_cifar10.py (theirs: batches of 512): `accelerate launch recipes/tcm_cifar10.py --teacher
 FOLDER --data.images IMAGES --student.init runs/ect_cifar10/checkpoint-200000`, with that recipe's FOLDER and IMAGES.
 The authors' is unconditional, and has dropout 0.2 with one mask for both calls; here there is none. Two steps:
-`--student.times 1 0.4034`, sigma 80 and 1. Published: FID 2.46 with one step. Not run at full size by us.
+`--student.steps 2`, sigma 80 and s' = 1 (`--student.times 1 0.4034`). Published: FID 2.46 with one step. Not run at
+full size by us.
 """
 
 from distill.config import Config

@@ -103,6 +103,7 @@ MISTAKES = {  # flags: words of the message
     "--student.steps 0": "--student.steps is 0; it must be at least 1",
     "--student.sigma -2": "--student.sigma is -2.0; it must be above 0",
     "--student.times 0.5 0.7": "student times are (0.5, 0.7); they must fall",
+    "--student.times 1 0.4 --student.steps 3": "student.steps is 3 and student.times are 2, (1.0, 0.4): pass",
     "--student.lora.rank 0": "--student.lora.rank is 0; it must be at least 1",
     "--config": "--config needs the path of a YAML file",
     "--config nowhere.yaml": "--config needs the path of a YAML file (as a run writes it to its config.yaml); got",
@@ -144,7 +145,9 @@ IMPOSSIBLE = {  # recipe and flags: words of the message
     "dmd2 --teacher nowhere": "no pipeline at 'nowhere': a diffusers folder has a model_index.json",
     "dmd2 --method.taps neck": "the top-level modules are ['conv_in', 'time_proj'",
     "sid --fake.lora.rank 2": "to_q",  # peft's own: these targets are not in the network
-    "sid --student.steps 2 --student.times 1 0.4": "not (1.0, 0.4): leave --student.times out",
+    "sid --student.times 1 0.7 0.2 --student.sigma None": "--student.times 1 0.657843 0.2 told as",
+    "sid --student.times 1 0.4": "times begin at 1, and student.sigma or timestep puts the first call at 0.499322",
+    "tcm --student.times 1 0.3 --student.sigma None": "TCM trains it from method.start = 1.0 on: pass --student.times",
     "sid --student.scale 1": "this family's scheduler scales its input by sigma",
     "sid --student.steps 2 --student.renoise ddim": "renoises with fresh noise: train with --student.renoise fresh",
     "sid --resume_from_checkpoint nowhere": "no checkpoint at 'nowhere'",

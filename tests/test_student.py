@@ -135,7 +135,7 @@ class TestErrors:
             Student(tiny(EDM()), times)
 
     def test_renoise(self):
-        with pytest.raises(ValueError, match="renoise is 'DDIM'; it must be 'fresh' or 'ddim'"):
+        with pytest.raises(ValueError, match="renoise is 'DDIM'; it must be one of .'fresh', 'ddim', 'tcd'."):
             Student(tiny(EDM()), renoise="DDIM")
 
     @pytest.mark.parametrize("steps", (0, -1, 3))

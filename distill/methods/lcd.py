@@ -1,13 +1,13 @@
 """LCD: discrete consistency distillation. CD, Song et al. 2023, arXiv 2303.01469; LCM, Luo et al. 2023, 2310.04378.
 
-    x_t  = alpha_t x + sigma_t eps of a real image x;   t = (i + 1) / N,  s = i / N,  i uniform in 0 .. N - 1
+    x_t  = alpha_t x + sigma_t eps of a real image x;   t = t_(i + 1),  s = t_i,  i uniform in 0 .. N - 1
+    t_i  = i / N; of a table of L levels timestep i L / N - 1, at least 0                       (times.point)
     x_s  = one ODE step of the guided teacher from x_t                      DDIM (LCM), Heun (CD), or exact in tests
     f(x_t, t) = D_student(x_t, t) for t > 0,   f(x_0, 0) = x_0              the boundary
     L    = d( f(x_t, t) - f_target(x_s, s) )                                d: pseudo-Huber per element, or square
 
-The target is an average of the student (CD, LCM) or the student itself (iCT), always without gradient. A range of
-guidance is drawn per sample and told to the student as the condition "guidance" (LCM's embedding), unless `embed` is
-off.
+The target is an average of the student (CD, LCM) or itself (iCT), without gradient. A guidance that is drawn per sample
+is told to the student as the condition "guidance" (LCM's embedding), if `embed`. On a table its calls are on the grid.
 """
 
 from dataclasses import dataclass
@@ -21,9 +21,9 @@ from distill.ema import follow
 from distill.guidance import Guided, needed, scale_of, told
 from distill.losses import Reduction, huber, reduce
 from distill.ranges import Count, Decay, Finite, Positive
-from distill.schedule import expand
-from distill.solver import STEPS, Name, jump
-from distill.times import Grid
+from distill.schedule import VP, Schedule, expand
+from distill.solver import STEPS, Name
+from distill.times import Grid, point, spread
 from distill.trainer import Batch, Logs, Nets, Update
 
 
@@ -47,6 +47,9 @@ class LCD:
     def needs(self) -> tuple[str, ...]:
         return ("real", *needed(self.guidance, self.solver, self.embed))
 
+    def calls(self, steps: int, first: float, schedule: Schedule) -> tuple[float, ...] | None:
+        return spread(steps, self.N, schedule) if isinstance(schedule, VP) and first == 1 and steps <= self.N else None
+
     def updates(self) -> list[Update]:
         return [Update("student", self.student_loss)]
 
@@ -54,31 +57,33 @@ class LCD:
         return batch["real"]
 
     def student_loss(self, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
-        out, target, _ = self.solutions(x, nets, batch, draw)
-        return self.distance(out - target)
+        return self.distance(torch.sub(*self.solutions(x, nets, batch, draw)[:2]))
 
     def solutions(self, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Tensor, Tensor | None]:
-        """f(x_t, t), f_target(x_s, s), both at e [B], and e."""
-        student, c, path = nets.student.denoiser, batch.get("real_c"), nets.teacher.path
-        t, eps = Grid(self.N + 1, 1, self.N)(draw, "t", len(x), path), draw.normal("eps", x.shape).to(x)
-        w = scale_of(self.guidance, draw, len(x))
-        x_t, s = path.diffuse(x, eps, t), t - 1 / self.N
-        e, c_w = self.end(s, draw), told(c, w) if self.embed else c
+        student, c, w = nets.student.denoiser, batch.get("real_c"), scale_of(self.guidance, draw, len(x))
+        i = Grid(self.N, 0, self.N - 1).index(draw, "t", len(x))
+        t, s, j = self.time(i + 1, nets), self.time(i, nets), self.end(i, nets, draw)
+        e, also = None if j is None else self.time(j, nets), told(c, w) if self.embed else c
+        x_t = nets.teacher.path.diffuse(x, draw.normal("eps", x.shape).to(x), t)
         with torch.no_grad():
-            solver = STEPS[self.solver] if isinstance(self.solver, str) else self.solver
-            x_s = solver(Guided(nets.teacher, w), x_t, t, s, c)
-            target = self.f(nets.target or student, x_s, s, e, c_w)
-        return self.f(student, x_t, t, e, c_w), target, e
+            x_s = STEPS.get(self.solver, self.solver)(Guided(nets.teacher, w), x_t, t, s, c)  # type: ignore[operator]
+            target = self.f(nets.target or student, x_s, s, e, also)
+        return self.f(student, x_t, t, e, also), target, j  # both at point j of the grid
+
+    def time(self, i: Tensor, nets: Nets) -> Tensor:
+        return point(i, self.N, nets.teacher.path)
 
     def distance(self, delta: Tensor) -> tuple[Tensor, Logs]:
         loss = delta**2 if self.huber_c is None else huber(delta, self.huber_c)
         return reduce(loss, self.reduction), {"delta": delta.detach().square().mean()}
 
     def f(self, denoiser: Denoiser, x: Tensor, t: Tensor, e: Tensor | None, c: Condition) -> Tensor:
-        return torch.where(expand(t < 0.5 / self.N, x).bool(), x, jump(denoiser(x, t, c), denoiser.path, e))
+        pred = denoiser(x, t, c)
+        led = pred.x0 if e is None else denoiser.path.diffuse(pred.x0, pred.eps, e)
+        return torch.where(expand(t < 0.5 / self.N, x).bool(), x, led)
 
-    def end(self, s: Tensor, draw: Draw) -> Tensor | None:
-        return None  # where f leads to: to data (not in PCM and TCD)
+    def end(self, i: Tensor, nets: Nets, draw: Draw) -> Tensor | None:
+        return None  # the point where f leads to: data (not in PCM and TCD)
 
     def after(self, nets: Nets) -> None:
         if nets.target is not None:

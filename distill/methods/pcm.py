@@ -1,18 +1,19 @@
 """PCM: phased consistency models. Wang et al. 2024, arXiv 2405.18407.
 
-    0 = e_1 < e_2 < ... < e_M < 1,   e_m = floor((m - 1) N / M) / N          phases of the grid of LCD
-    f(x_t, t) = alpha_e x0 + sigma_e eps of D_student(x_t, t), e the start of the phase of t;   so f(x_e, e) = x_e
-    L_student = d( f(x_t, t) - f_target(x_s, s) ) + lambda mean relu(1 - l(f(x_t, t)))       x_s and d as in LCD
+    T_1 > T_2 > ... > T_M > t_0       the student's M times are the starts of its phases; the last one ends at t_0
+    f(x_t, t) = alpha_e x0 + sigma_e eps of D_student(x_t, t), e the end of the phase of t;     so f(x_e, e) = x_e
+    L_student = d( f(x_t, t) - f_target(x_s, s) ) + lambda mean relu(1 - l(f(x_t, t)))       t, s, x_s and d as in LCD
     L_heads   = mean relu(1 + l(f(x_t, t))) + mean relu(1 - l(f_target(x_s, s)))             other t and eps
-    l(x_e)    = heads(features of the frozen teacher at x_u, u)   x_e noised on to u, uniform in the phase from e on
+    l(x_e)    = heads(features of the frozen teacher at x_u, u)   x_e noised on to u, uniform in the phase above e
 
-The student need not find data from everywhere, only the start of a phase: M calls, at t = 1 and e_M, ..., e_2, follow
-the teacher's ODE without new noise (student.renoise "ddim"). With N a multiple of M these are the timesteps that
-samplers call "trailing". M = 1 is LCD. With guidance 1 the student keeps to the teacher unguided, and takes guidance
-and negative prompts when it is sampled. The adversarial loss compares laws where d compares points: both are the same
-when the student is right, and few steps gain by it. Gradients as in LCD, and through the teacher's features.
+The grid has N steps, evenly within each phase. t_0 is a table's timestep 0, which is a level of noise, and where the
+last call ends (student.renoise "tcd"); elsewhere it is data. The student need not find data from everywhere: its calls
+follow the teacher's ODE without new noise. With guidance 1 it keeps to the teacher unguided, and takes guidance and
+negative prompts when it is sampled. The adversarial loss compares laws where d compares points. Its means are over
+heads, of means over pixels. Gradients as in LCD, and through the teacher's features.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,13 +21,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distill.denoiser import Condition
-from distill.disc import verdicts
+from distill.disc import each, verdicts
 from distill.draw import Draw
 from distill.guidance import repeated
 from distill.losses import hinge_discriminator
 from distill.methods.lcd import LCD
-from distill.ranges import Count, Decay, Finite, Weight
-from distill.schedule import expand
+from distill.ranges import Decay, Finite, Weight
+from distill.student import phased
+from distill.times import phase, pieces
 from distill.trainer import Batch, Logs, Nets, Update
 
 
@@ -34,54 +36,51 @@ from distill.trainer import Batch, Logs, Nets, Update
 class PCM(LCD):
     """Consistency distillation within phases of the teacher's ODE: needs images (or samples of the teacher)."""
 
-    phases: Count = 4  # M (code)
-    N: Count = 50  # code; 40 SDXL, 100 SD3
-    guidance: Finite | tuple[Finite, Finite] = 5.5  # of the teacher. w = omega + 1 (code: 5 to 6; SDXL 7 to 8)
+    guidance: Finite | tuple[Finite, Finite] = 5.5  # of the teacher, untold. w = omega + 1 (code: 5 to 6; SDXL 7 to 8)
     target_ema: Decay = 0.0  # the student itself (code)
-    gan: Weight = 0.1  # lambda, on a mean over logits (code, SDXL; SD 1.5 of 4 phases: 0)
+    gan: Weight = 0.1  # lambda (code, SDXL; SD 1.5 of 4 phases: 0)
     taps: tuple[str, ...] = ("mid_block",)  # blocks of the teacher with a head each (code: down and mid, 4 heads each)
-    places: bool = True  # every token or patch has a logit of its own (code)
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.phases <= self.N:
-            raise ValueError(f"phases is {self.phases}; it must be 1 to N = {self.N}, the steps of the grid")
+    embed: bool = False  # code
+    pixels = True  # heads of 1x1 convolutions, a logit a pixel (code)
 
     @property
     def roles(self) -> tuple[str, ...]:
         return (*super().roles, "disc") if self.gan else super().roles
 
+    def calls(self, steps: int, first: float, schedule: object) -> None:
+        """The scheduler's own: the phases are theirs."""
+
+    def before(self, nets: Nets) -> None:
+        phased(nets.student, self.N)  # or a ValueError
+
     def updates(self) -> list[Update]:
         return super().updates() + ([Update("fake", self.fake_loss, reuse=True)] if self.gan else [])
 
-    @property
-    def edges(self) -> tuple[float, ...]:
-        """The starts e_1, ..., e_M of the phases; a student's times are 1 and, falling, all but the first."""
-        return tuple(m * self.N // self.phases / self.N for m in range(self.phases))
+    def time(self, i: Tensor, nets: Nets) -> Tensor:
+        return pieces(i, self.N, nets.student.times, nets.teacher.path)
 
-    def end(self, s: Tensor, draw: Draw) -> Tensor:
-        edges = torch.tensor(self.edges, dtype=torch.float64, device=s.device)
-        return edges[torch.searchsorted((edges * self.N).round(), torch.round(s * self.N), right=True) - 1]
+    def end(self, i: Tensor, nets: Nets, draw: Draw) -> Tensor:
+        return phase(i, self.N, len(nets.student.times))[0]
 
     def student_loss(self, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
-        out, target, e = self.solutions(x, nets, batch, draw)
+        out, target, j = self.solutions(x, nets, batch, draw)
         loss, logs = self.distance(out - target)
         if self.gan:
-            logs["gan"] = F.relu(1 - self.logits([out], e, batch.get("real_c"), nets, draw)).mean()
+            logits = self.logits([out], j, batch.get("real_c"), nets, draw)
+            logs["gan"] = torch.stack([F.relu(1 - one).mean() for one in logits]).mean()
             loss = loss + self.gan * logs["gan"]
         return loss, logs
 
     def fake_loss(self, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
         with torch.no_grad():
-            out, target, e = self.solutions(x, nets, batch, draw)
-        fake, real = self.logits([out, target], e, batch.get("real_c"), nets, draw).chunk(2)
-        return hinge_discriminator(fake, real), {"gan_right": verdicts(fake, real)}
+            out, target, j = self.solutions(x, nets, batch, draw)
+        pairs = [one.chunk(2) for one in self.logits([out, target], j, batch.get("real_c"), nets, draw)]
+        right = verdicts(*(torch.cat(side, 1) for side in zip(*pairs, strict=True)))
+        return torch.stack([hinge_discriminator(*pair) for pair in pairs]).mean(), {"gan_right": right}
 
-    def logits(self, xs: list[Tensor], e: Tensor | None, c: Condition, nets: Nets, draw: Draw) -> Tensor:
-        assert e is not None and nets.disc is not None
-        path, n = nets.teacher.path, len(xs)
-        u, on = e + draw.uniform("gan_t", (len(e),)).to(e) / self.phases, expand(e, xs[0]) > 0  # at e = 0 it is x0
-        eps = [draw.normal(f"gan_eps{i}", x.shape).to(x) for i, x in enumerate(xs)]
-        x_u = [
-            torch.where(on, path.transition(x, e, u, z), path.diffuse(x, z, u)) for x, z in zip(xs, eps, strict=True)
-        ]
-        return nets.disc(*nets.teacher.features(torch.cat(x_u), u.repeat(n), repeated(c, n), self.taps))
+    def logits(self, xs: list[Tensor], j: Tensor | None, c: Condition, nets: Nets, draw: Draw) -> Sequence[Tensor]:
+        assert j is not None and nets.disc is not None  # j: the points of the grid where xs are
+        path, n, (start, end) = nets.teacher.path, len(xs), phase(j, self.N, len(nets.student.times))
+        e, u = (self.time(i, nets) for i in (j, start + draw.uniform("gan_t", (len(j),)).to(j) * (end - start)))
+        x_u = [path.transition(x, e, u, draw.normal(f"gan_eps{i}", x.shape).to(x)) for i, x in enumerate(xs)]
+        return each(nets.disc, nets.teacher.features(torch.cat(x_u), u.repeat(n), repeated(c, n), self.taps))

@@ -38,6 +38,20 @@ class TCM(CT):
 
     roles = ("target",)
 
+    def calls(self, steps: int, first: float, schedule: Schedule) -> tuple[float, ...] | None:
+        start = float(schedule.time(torch.tensor([self.start], dtype=torch.float64)))
+        return (first, start) if steps == 2 and first > start else None
+
+    def before(self, nets: Nets) -> None:
+        times = torch.tensor(nets.student.times, dtype=torch.float64)
+        levels, path = nets.student.denoiser.path.ratio(times), nets.student.denoiser.path
+        if levels.min() < self.start * (1 - 1e-3):
+            start = float(path.time(torch.tensor([self.start], dtype=torch.float64)))
+            raise ValueError(
+                f"the student is called at sigma / alpha = {[round(s, 4) for s in levels.tolist()]}, and TCM trains it "
+                f"from method.start = {self.start} on: pass --student.times, none of them below {start:.6g}"
+            )
+
     def pairs(self, draw: Draw, B: int, path: Schedule) -> tuple[Tensor, Tensor, Tensor]:
         t = self.curriculum.times(draw, "t", B, path)
         start = path.time(torch.tensor([self.start], dtype=torch.float64, device=t.device))
