@@ -735,6 +735,11 @@ MUTATIONS = {
         m("hellinger without its root", F_DISTILL, "torch.sqrt,", "lambda r: r,", f"{OF}f_distill.py"),
         m("sum of the heads", F_DISTILL, ".flatten(1).mean(1).double()", ".flatten(1).sum(1).double()",
           f"{OF}f_distill.py"),
+        m("one bin of t", F_DISTILL, "(total / count.clamp(min=1))", "(0 * total + total.sum() / count.sum())",
+          f"{OF}f_distill.py"),
+        m("ratio multiplied", F_DISTILL, "](r / self.mean_ratio", "](r * self.mean_ratio", f"{OF}f_distill.py"),
+        m("heads of the fake alone", DISC, "getattr(nets, self.gan_features)", "nets.fake", f"{OF}f_distill.py"),
+        m("noise of its own", DMD2, 'at=(x_t, t) if self.same else None', "at=None", f"{OF}f_distill.py"),
         m("weight of the loss, not of g", DMD2, "g = h * (fake - real)", "g = (fake - real)", f"{OF}f_distill.py"),
     ),
     "SANA-Sprint": (

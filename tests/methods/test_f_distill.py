@@ -16,7 +16,7 @@ from distill.methods import DMD2, FDistill
 from distill.methods.f_distill import H
 from distill.roles import build
 from distill.schedule import EDM
-from distill.times import Fixed
+from distill.times import Fixed, Uniform
 
 F = {
     "reverse-kl": lambda r: -r.log(),
@@ -174,6 +174,60 @@ def test_switched_on_it_weighs_each_sample():
     assert float(logs["h_low"]) < float(logs["h"]) < float(logs["h_high"])
 
 
+@pytest.mark.parametrize("schedule", ("vp", "edm"))
+def test_a_ratio_is_divided_by_its_mean_in_a_bin(schedule):
+    """... of native t, before h; unit_mean divides h by its mean after. 32 samples: most share their bin."""
+    n, path = 32, SCHEDULES[schedule]
+    method = FDistill(taps=("mid",), gan=0.0, divergence="neyman", reduction="sum", times=Uniform(0.0, 1.0))
+    nets, draw = nets_like(method, schedule), Draw(0, 1, "student", torch.arange(n))
+    x = method.sample(nets, {}, draw).detach().requires_grad_()
+    grad = lambda m: torch.autograd.grad(m.student_loss(x, nets, {}, draw)[0], x)[0]
+    t = draw.uniform("t", (n,)).double()
+    x_t = path.diffuse(x.detach(), draw.normal("eps", (n, 2)), t)
+    r = nets.disc(*nets.fake.features(x_t, t, None, ("mid",))).mean(1).exp().double()
+    native = [float(path.native(t[i : i + 1])) for i in range(n)]
+    low, high = (float(path.native(torch.tensor([end], dtype=F64))) for end in (0.0, 1.0))
+    bins = [min(9, math.floor(10 * (one - low) / (high - low))) for one in native]
+    assert 3 < len(set(bins)) < n / 2
+    mean = torch.stack([torch.stack([r[j] for j in range(n) if bins[j] == bins[i]]).mean() for i in range(n)])
+    base, h = grad(replace(method, divergence="reverse-kl")), mean / r
+    torch.testing.assert_close(grad(method), (h[:, None] * base).float(), rtol=1e-4, atol=1e-7)
+    want = (h / h.mean())[:, None] * base
+    torch.testing.assert_close(grad(replace(method, unit_mean=True)), want.float(), rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("features", ("fake", "teacher"))
+def test_the_gan_at_the_noise_of_the_scores(features):
+    """FastGen's: l(x) of both losses is read at x_t of the scores; the frozen teacher's features train heads alone."""
+    how = {"taps": ("mid",), "gan_features": features, "gan_noise": "score", "fake_times": Fixed(0.6)}
+    method = FDistill(gan=2.0, gan_fake=3.0, times=Fixed(0.4), fake_space="x0", **how)
+    nets = nets_like(method)
+    eyes, path = getattr(nets, features), EDM()
+    at = lambda t: torch.full((8,), t, dtype=F64)
+    student, fake = (Draw(0, 1, player, torch.arange(8)) for player in ("student", "fake"))
+    x, y = student.normal("x", (8, 2)).requires_grad_(), student.normal("y", (8, 2))
+
+    def logits(x, draw, t, name):
+        x_t = path.diffuse(x, draw.normal(name, (8, 2)), at(t))
+        return nets.disc(*eyes.features(x_t, at(t), None, ("mid",)))
+
+    loss, logs = method.student_loss(x, nets, {}, student)
+    want = nn.functional.softplus(-logits(x, student, 0.4, "eps")).mean()
+    assert float(logs["gan"].detach()) == pytest.approx(float(want.detach()), rel=1e-6)
+    plain = replace(method, gan=0.0).student_loss(x, nets, {}, student)[0]
+    gradient = lambda loss: torch.autograd.grad(loss, x)[0]
+    torch.testing.assert_close(gradient(loss) - gradient(plain), 2 * gradient(want), rtol=1e-4, atol=1e-6)
+    loss, logs = method.fake_loss(x.detach(), nets, {"real": y}, fake)
+    own = logits(x.detach(), fake, 0.6, "eps"), logits(y, fake, 0.6, "gan_real_eps")
+    want = nn.functional.softplus(own[0]).mean() + nn.functional.softplus(-own[1]).mean()
+    assert float(logs["gan"].detach()) == pytest.approx(float(want.detach()), rel=1e-6)
+    x0 = nets.fake(path.diffuse(x.detach(), fake.normal("eps", (8, 2)), at(0.6)), at(0.6)).x0
+    score = (x0 - x.detach()).square().mean()
+    assert float(loss.detach()) == pytest.approx(float((score + 3 * want).detach()), rel=1e-5)
+    gradients = [torch.autograd.grad(one, [*nets.fake.net.parameters()], retain_graph=True)[0] for one in (loss, score)]
+    assert torch.allclose(*gradients, rtol=1e-5) == (features == "teacher")
+
+
 def test_a_ratio_is_bounded():
     method = FDistill(taps=("mid",), divergence="forward-kl", ratio_bins=0, **LEVELS)
     nets = nets_like(method)
@@ -202,6 +256,7 @@ def test_it_adds_no_call_and_no_gradient():
         ({"low": 2.0, "high": 1.0}, "low = 2.0 to high = 1.0; 0 < low <= high"),
         ({"low": 0.0}, "0 < low"),
         ({"gan_fake": 0.0}, "learns only with gan_fake > 0"),
+        ({"gan_noise": "same"}, "gan_noise 'same'; the first must be"),
     ),
 )
 def test_mistakes(fields, says):
