@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from distill.denoiser import Condition, Denoiser
+from pipelines import fields
 
 FAMILIES = {  # _class_name of model_index.json -> module of this package
     "ConsistencyModelPipeline": "edm",
@@ -33,6 +33,7 @@ FAMILIES = {  # _class_name of model_index.json -> module of this package
 }
 
 
+NEEDED = ("unet", "transformer", "vae", "scheduler")  # components that may not be null where they are named
 LIBRARIES = ("diffusers", "transformers", "pipelines.edm_nets")  # whose classes components may be
 
 
@@ -98,6 +99,9 @@ class Parts:
         if not isinstance(self.index.get(name), list):
             raise ValueError(f"{self.folder}: its model_index.json names no {name}")
         library, kind = self.index[name]
+        if library is None:
+            raise ValueError(f"{self.folder}: its model_index.json has no {name} (null), which is needed here")
+        self.check(name)
         cls = getattr(importlib.import_module(library), kind, None) if library in LIBRARIES else None
         if not hasattr(cls, "from_pretrained"):
             raise ValueError(f"{self.folder}: its {name} is a {kind} of {library}, which has no such class")
@@ -113,7 +117,19 @@ class Parts:
 
     def config(self, name: str) -> dict[str, Any]:
         """The config of a component that is not loaded."""
-        return json.loads((self.folder / name / "config.json").read_text())
+        return fields.read(self.folder / name / "config.json")
+
+    def check(self, name: str) -> None:
+        """ValueError for a component whose class cannot use its config, or whose weights are pickles only."""
+        suffixes = {file.suffix for file in (self.folder / name).glob("*")}
+        if ".bin" in suffixes and ".safetensors" not in suffixes:
+            raise ValueError(
+                f"{self.folder / name} has its weights in .bin files only, which may run code when they are read: "
+                "where you trust them, load the pipeline with diffusers and save it with save_pretrained"
+            )
+        for file in ("config.json", "scheduler_config.json"):
+            if (self.folder / name / file).exists():
+                fields.read(self.folder / name / file)
 
     @cached_property
     def net(self) -> Any:
@@ -126,6 +142,11 @@ class Parts:
     @cached_property
     def text(self) -> Any:
         """The pipeline with its text encoders and tokenizers only: for encode_prompt."""
+        for name, entry in self.index.items():  # SD3's third encoder may be null
+            if name.startswith(("text_encoder", "tokenizer")) and entry[:1] == [None] and not name.endswith("_3"):
+                raise ValueError(
+                    f"{self.folder}: its model_index.json has no {name} (null), which encodes prompts: name one"
+                )
         return self.pipeline({self.network: None, "vae": None}).to(self.device)
 
     def drop_text(self) -> None:
@@ -149,6 +170,8 @@ class Parts:
         absent += [name for name in ("safety_checker",) if name in self.index]
         given = dict.fromkeys(absent) | given
         options = {"variant": self.variant, "dtype": self.precision, "local_files_only": True}
+        for name in {name for name, entry in self.index.items() if isinstance(entry, list)} - given.keys():
+            self.check(name)
         try:
             pipe = cls.from_pretrained(self.folder, use_safetensors=True, **options, **self.given | given)
         except Exception as error:  # likewise
@@ -287,13 +310,12 @@ def index(folder: str | Path) -> dict[str, Any]:
     if not path.is_file():
         seen = "" if path.is_absolute() else f" (seen from {Path.cwd()})"
         raise ValueError(f"no pipeline at {str(folder)!r}: a diffusers folder has a model_index.json{seen}")
-    try:
-        found = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from None
-    if not isinstance(found, dict) or not isinstance(found.get("_class_name"), str):
+    found = fields.read(path)
+    if not isinstance(found.get("_class_name"), str):
         raise ValueError(f"{path} is damaged: it has no _class_name of a pipeline")
     for part, entry in found.items():
+        if part in NEEDED and entry in (None, [None, None]):
+            raise ValueError(f"{path}: its {part} is null, and a teacher needs one: name the library and class of one")
         if isinstance(entry, list) and entry != [None, None]:
             _known(path, part, entry)
     return found

@@ -135,8 +135,12 @@ def encoders(config: Cache, device: torch.device) -> Teacher:
             f"{parts.folder} is a {parts.index['_class_name']}: it has no text encoder, and needs no cache"
         )
     library, kind = parts.index[parts.network]
-    with torch.device("meta"):
-        net = getattr(importlib.import_module(library), kind).from_config(parts.config(parts.network))
+    config_of_net = parts.config(parts.network)
+    try:
+        with torch.device("meta"):
+            net = getattr(importlib.import_module(library), kind).from_config(config_of_net)
+    except Exception as error:  # what a class raises at a config that it cannot use is open-ended
+        raise ValueError(f"{parts.folder}: its {parts.network} ({kind}) cannot be made: {error}") from error
     parts.given[parts.network] = net
     if config.images:
         parts.given["vae"] = parts.component("vae", torch.float32)

@@ -37,8 +37,12 @@ def kl(
     def latent(images: Tensor, eps: Tensor) -> Tensor:
         scale, shift = ends(parts.vae.config, images)
         vae = parts.vae.to(images.device)
-        posterior = vae.encode(images.to(vae.dtype)).latent_dist
-        return (posterior.mean + posterior.std * eps.to(posterior.mean) - shift).to(images.dtype) * scale
+        encoded = vae.encode(images.to(vae.dtype))
+        if hasattr(encoded, "latent_dist"):
+            found = encoded.latent_dist.mean + encoded.latent_dist.std * eps.to(encoded.latent_dist.mean)
+        else:
+            found = encoded.latents  # of an AutoencoderTiny, which has no posterior
+        return (found - shift).to(images.dtype) * scale
 
     return decode, latent
 
@@ -115,8 +119,21 @@ def factor(parts: Parts) -> int:
 def shape(parts: Parts, resolution: int | None, patch: int = 1) -> tuple[int, int, int]:
     """(C, H, W) of what the network sees: its own size, or the one of `resolution` pixels, in whole patches."""
     config = parts.net.config
+    channels = parts.config("vae").get("latent_channels", config.in_channels)
+    if channels != config.in_channels:
+        raise ValueError(
+            f"{parts.folder}: its {parts.network} takes {config.in_channels} channels, its VAE's latents have "
+            f"{channels}: networks for inpainting or editing cannot be distilled here"
+        )
     if resolution is None:
-        return config.in_channels, config.sample_size, config.sample_size
+        sides = config.sample_size if isinstance(config.sample_size, list | tuple) else [config.sample_size]
+        if len({*sides}) != 1 or sides[0] is None:
+            where = f"{parts.folder / parts.network}/config.json"
+            raise ValueError(
+                f"{where}: sample_size is {config.sample_size}; where it is not the one side of a square, pass "
+                "--resolution PIXELS"
+            )
+        return config.in_channels, sides[0], sides[0]
     pixels = factor(parts)
     if resolution % (pixels * patch) or resolution < 1:
         raise ValueError(f"resolution is {resolution}; this teacher needs a multiple of {pixels * patch}")

@@ -1,0 +1,117 @@
+"""Configs of a teacher's components, with the values that would stop the classes that read them refused by name.
+
+A message names the file, the field, its value and what it may be. Values that no table below knows are the class's own.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+BYTES = 2**24  # of a config
+DEPTH = 1000  # layers of a network
+LONGEST = 100_000  # steps of a schedule
+SIDE = 2**16  # of a sample
+SHOWN = 60  # characters of a value in a message
+
+LAYERS = re.compile("layers|depth|num_.*blocks|_channels$|_types$")  # "block_out_channels" has one for each level
+RATIOS = ("beta_start", "beta_end")
+POSITIVE = ("shift", "flow_shift", "sigma_max", "sigma_data", "rho", "scaling_factor")
+STEPS = ("num_train_timesteps", "original_inference_steps")
+NAMES = ("beta_schedule", "prediction_type", "timestep_spacing")
+MOMENTS = {"latents_mean": "a number", "latents_std": "a number above 0"}
+COUNTS = ("in_channels", "out_channels", "latent_channels", "z_dim")
+SQUARE = (
+    "PixArtTransformer2DModel",
+    "SanaTransformer2DModel",
+    "SD3Transformer2DModel",
+)  # their sample_size is one side
+NEEDED = {  # class -> fields that may not be null
+    "AutoencoderKL": ("scaling_factor", "block_out_channels"),
+    "AutoencoderDC": ("scaling_factor", "encoder_block_out_channels"),
+    "AutoencoderTiny": ("scaling_factor", "encoder_block_out_channels"),
+    "AutoencoderKLWan": (*MOMENTS, "dim_mult"),
+    "AutoencoderKLQwenImage": (*MOMENTS, "dim_mult"),
+}
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A config with usable values."""
+    if not path.is_file():
+        raise ValueError(f"there is no {path}: download or copy the whole pipeline")
+    if path.stat().st_size > BYTES:
+        raise ValueError(f"{path} has {path.stat().st_size:,} bytes, too many for a config")
+    try:
+        found = json.loads(path.read_text("utf-8-sig"))
+    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, too deep
+        raise ValueError(f"{path} is damaged: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is damaged: it holds no object of fields")
+    for key, value in found.items():
+        if allowed := wrong(key, value, found):
+            raise ValueError(f"{path}: {key} is {_shown(value)}; it must be {allowed}: correct it, or download it anew")
+    return found
+
+
+def wrong(key: str, value: Any, config: dict[str, Any]) -> str | None:
+    """What a field may be, if its value is something else."""
+    kind = str(config.get("_class_name"))
+    if key == "sample_size" and kind in SQUARE:
+        return None if whole(value, 1, SIDE) else f"a whole number from 1 to {SIDE:,}"
+    if value is None:
+        return "given" if key in NEEDED.get(kind, ()) else None
+    if key in COUNTS:
+        return None if whole(value, 1, SIDE) else f"a whole number from 1 to {SIDE:,}"
+    if key in STEPS:
+        return None if whole(value, 1, LONGEST) else f"a whole number from 1 to {LONGEST:,}"
+    if key in RATIOS:
+        return None if number(value) and 0 < value < 1 else "a number above 0 and below 1"
+    if key in POSITIVE:
+        return None if number(value) and value > 0 else "a number above 0"
+    if key == "sigma_min":
+        return None if number(value) and value >= 0 else "a number of at least 0"
+    if key == "trained_betas":
+        betas = isinstance(value, list) and 0 < len(value) <= LONGEST and all(map(number, value))
+        return None if betas else f"null, or a list of up to {LONGEST:,} numbers"
+    if key in NAMES:
+        return None if isinstance(value, str) else "a name"
+    if key in MOMENTS:
+        return None if _of_channels(value, config, key == "latents_std") else f"{MOMENTS[key]} for each channel"
+    if key == "sample_size":
+        sides = value if isinstance(value, list) else [value]
+        sized = len(sides) in (1, 2, 3) and all(whole(side, 1, SIDE) for side in sides)
+        return None if sized else f"null, or a whole number from 1 to {SIDE:,}"
+    if LAYERS.search(key):
+        return None if _shallow(value) else f"at most {DEPTH:,} layers"
+    return None
+
+
+def whole(value: Any, low: int, high: int) -> bool:
+    """Whether a value is an integer from `low` to `high`."""
+    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+
+
+def number(value: Any) -> bool:
+    """Whether a value is a finite number."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _of_channels(values: Any, config: dict[str, Any], positive: bool) -> bool:
+    if not isinstance(values, list) or not all(map(number, values)):
+        return False
+    channels = config.get("latent_channels") or config.get("z_dim") or len(values)
+    return len(values) == channels and (not positive or all(value > 0 for value in values))
+
+
+def _shallow(value: Any) -> bool:
+    if isinstance(value, list):
+        return len(value) <= DEPTH and all(map(_shallow, value))
+    return not isinstance(value, int) or value <= DEPTH
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
