@@ -2,8 +2,9 @@
 
 `accelerate launch recipes/meanflow_sana.py --data.cache CACHE`, a cache of prompts and images (python -m
 pipelines.cache). Rate, Adam, average, warm-up, norm and floor are those of FastGen's distillation of a video model
-(Wan), whose rate falls as 1 / sqrt(step) after 2,000 steps and whose r is never t; the batch and the guidance are
-SANA-Sprint's, the rest is ours. Not run at full size by us.
+(Wan), whose rate falls as 1 / sqrt(step) after 2,000 steps and whose r is never t; batch, guidance and teacher are
+SANA-Sprint's, the rest is ours. That teacher is told t in [0, 1]: told 1000 t, the derivative of F in time would be a
+thousand times as large (pipelines/sana.py). Not run at full size by us.
 """
 
 from distill.config import Config
@@ -17,7 +18,7 @@ from pipelines.run import main
 CONFIG = Config(
     method=MeanFlow(velocity="teacher", guidance=4.5, times=LogitNormal(0.4, 1.0), floor=10.0, norm="rms", warmup=2000),
     data=Text(),
-    teacher="Efficient-Large-Model/Sana_600M_512px_diffusers",
+    teacher="Efficient-Large-Model/SANA_Sprint_1.6B_1024px_teacher_diffusers",
     family="sana",
     student=StudentConfig(steps=2, renoise="ddim"),  # each call goes to the time of the next
     train=TrainConfig(
@@ -29,6 +30,7 @@ CONFIG = Config(
         adam_beta2=0.99,
         max_grad_norm=1.0,  # ours; FastGen does not clip
         ema_width=0.01,
+        gradient_checkpointing=True,
     ),
 )
 

@@ -3,7 +3,9 @@
 `accelerate launch recipes/scm_sana.py --data.cache CACHE`, a cache of prompts and images (python -m pipelines.cache).
 SANA-Sprint's values (of latents that it halves first, see distill/methods/sprint.py) without its adversarial loss and
 its embedded guidance (a fixed one here, not run at full size): the paper's ablation has FID 8.93 on MJHQ for sCM alone,
-8.11 with both, as in recipes/sana_sprint.py.
+8.11 with both, as in recipes/sana_sprint.py. The teacher is SANA-Sprint's, told t in [0, 1]: told 1000 t, as a plain
+SANA, its derivative in time, which the tangent is made of, would be a thousand times as large (pipelines/sana.py, which
+makes such a copy of any SANA; fine-tune it with recipes/sana_sprint_teacher.py).
 """
 
 import math
@@ -27,7 +29,7 @@ CONFIG = Config(
         reduction="sum",
     ),
     data=Text(),
-    teacher="Efficient-Large-Model/Sana_600M_512px_diffusers",
+    teacher="Efficient-Large-Model/SANA_Sprint_1.6B_1024px_teacher_diffusers",
     family="sana",
     student=StudentConfig(steps=2),
     train=TrainConfig(
@@ -37,6 +39,7 @@ CONFIG = Config(
         learning_rate=2e-6,
         adam_beta1=0.9,
         max_grad_norm=0.1,
+        gradient_checkpointing=True,
     ),
 )
 

@@ -70,7 +70,7 @@ def checked(close, loss, net, want, grad):
 # ---- consistency training ----
 
 
-@pytest.mark.level(4, "ECT")
+@pytest.mark.level(4, "CT")
 @pytest.mark.parametrize("name", ["stage0", "stage3", "q256"])
 def test_ect(case, close, name):
     stored, facts, Mini = case(f"ect/{name}")
@@ -103,7 +103,7 @@ def test_tcm(case, close):
 # ---- continuous time ----
 
 
-@pytest.mark.level(4, "sCM")
+@pytest.mark.level(4, "SCM")
 @pytest.mark.parametrize("name", ["edm_unguided", "rf_sigma1"])
 def test_scm(case, close, name):
     stored, facts, Mini = case(f"scm/{name}")
@@ -119,6 +119,7 @@ def test_scm(case, close, name):
         warmup=facts["warmup"],
         c=facts["c"],
         norm="rms" if facts["rms_norm"] else "vector",
+        prior=facts["prior_weighting"],
     )
     draw = Replay({"t": stored["draw/n"], "eps": stored["draw/eps"]}, step=facts["iteration"])
     x = stored["in/real"]
@@ -168,7 +169,9 @@ def test_meanflow_of_a_teacher(case, close):
         guidance=facts["guidance"],
         times=Uniform(0.0, 1.0),
         equal=0.0,
+        p=float(facts["norm_method"].removeprefix("poly_")),
         floor=facts["norm_const"],
+        norm="square" if facts["loss_type"] == "l2" else "rms" if facts["spatial_invariance"] else "vector",
         warmup=facts["warmup"],
     )
     nets, batch = Nets(teacher, Student(student), x.shape[1:]), {"real_c": {"c": stored["in/text"]}}
@@ -217,6 +220,7 @@ def test_twinflow(case, close, name):
 
     alone, _, _ = turn(whole_base, False, base(whole_base), None, text[:6])
     method = replace(TwinFlow(), kappa=whole_base.kappa, N=whole_base.N, c=whole_base.c)
+    assert method.rectify == pytest.approx(4 / 3 * facts["dist_match_cof"])
     with_twin = replace(method, rectify=0.0)
     t = stored["draw/t"].flatten()
     draw = base(with_twin, eps_twin=z[6:], uniform={"t_twin": t[6:]})
@@ -249,7 +253,7 @@ def rcm(case):
     return read
 
 
-@pytest.mark.level(4, "rCM")
+@pytest.mark.level(4, "RCM")
 @pytest.mark.parametrize("name", ["scm_after_warmup"])
 def test_rcm_consistency(rcm, close, name):
     stored, facts, nets, batch = rcm(name)
@@ -356,7 +360,7 @@ def sprint_sample(stored, method, nets, batch, n, z):
     return x
 
 
-@pytest.mark.level(4, "SANA-Sprint")
+@pytest.mark.level(4, "Sprint")
 @pytest.mark.parametrize("adaptive", (False, True))
 def test_sprint_student(sprint, close, adaptive):
     """With l at its optimum theirs is our sum of squares; our own weight with the stored l is theirs too."""
