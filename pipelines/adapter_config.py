@@ -60,8 +60,9 @@ def settings(path: Path, metadata: dict[str, str], prefix: str) -> Settings | No
     """
     if "lora_adapter_metadata" in metadata:
         source = f"lora_adapter_metadata of {path.name}"
-        found = _object(metadata["lora_adapter_metadata"], source)
-        return Settings(source, _options({k.removeprefix(f"{prefix}."): v for k, v in found.items()}, source))
+        found, dot = _object(metadata["lora_adapter_metadata"], source), f"{prefix}."
+        if own := {key.removeprefix(dot): value for key, value in found.items() if key.startswith(dot)}:
+            return Settings(source, _options(own, source))
     beside = path.parent / FILE
     if beside.is_file():
         return Settings(FILE, _options(_object(beside.read_text(), f"{beside}"), f"{beside}"))

@@ -375,7 +375,9 @@ def write(teacher: Teacher, net: Any, scheduler: Any, folder: Path) -> None:
     index = dict(parts.index)
     for name, entry in parts.index.items():
         if isinstance(entry, list) and entry[0] is not None and name not in (parts.network, "scheduler"):
-            copy(parts.folder / name, folder / name, parts.variant)
+            if not copy(parts.folder / name, folder / name, parts.variant):
+                shutil.rmtree(folder / name)
+                index[name] = [None, None]
     for file in parts.folder.glob("LICENSE*"):
         shutil.copy(file, folder / file.name)
     net.save_pretrained(folder / parts.network, safe_serialization=True)
@@ -389,8 +391,11 @@ PLAIN = re.compile(r"[^.]+\.safetensors(\.index\.json)?")  # model.safetensors, 
 WEIGHTS = re.compile(r".+\.(safetensors|bin|msgpack|onnx|onnx_data|h5|ckpt|pt|pth|xml)(\.index.*)?")
 
 
-def copy(source: Path, target: Path, variant: str | None) -> None:
-    """A component's files as they are: of several sets of weights the one that was loaded, under its plain name."""
+def copy(source: Path, target: Path, variant: str | None) -> bool:
+    """A component's files as they are: of several sets of weights the one that was loaded, under its plain name.
+
+    False where the weights are pickles alone, which are not copied: a safety checker's, say, which nothing loads.
+    """
     files = [f for f in sorted(source.rglob("*")) if f.is_file()]
     tag = f".{variant}"
     tagged = [f for f in files if variant and is_variant(f, variant)]
@@ -405,6 +410,8 @@ def copy(source: Path, target: Path, variant: str | None) -> None:
             to.with_name(file.name.replace(tag, "")).write_text(file.read_text().replace(tag, ""))
         else:
             shutil.copy(file, to.with_name(file.name.replace(tag, "")))
+    weights = lambda folder: any(WEIGHTS.fullmatch(file.name) for file in folder.rglob("*"))
+    return weights(target) or not weights(source)
 
 
 @dataclass(frozen=True)

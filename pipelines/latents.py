@@ -112,7 +112,10 @@ def dc(parts: Parts) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tens
 def factor(parts: Parts) -> int:
     """Pixels along a side of a picture for one of its latent."""
     config = parts.config("vae")
-    levels = config.get("encoder_block_out_channels") or config.get("block_out_channels") or config["dim_mult"]
+    names = ("encoder_block_out_channels", "block_out_channels", "down_block_out_channels", "dim_mult")
+    levels = next((config[name] for name in names if config.get(name)), None)
+    if not isinstance(levels, list | tuple):
+        raise ValueError(f"the teacher's VAE ({config.get('_class_name')}) has none of {', '.join(names)}: its size")
     return 2 ** (len(levels) - 1)
 
 

@@ -169,6 +169,19 @@ def test_a_network_that_is_told_its_guidance(copy):
     assert torch.equal(told[None], told[7.5]) and (told[None] - told[2.0]).abs().max() > 1e-2
 
 
+def test_a_safety_checker_that_is_a_pickle(copy):
+    """No training loads it, and no export copies it; the folder says that there is none."""
+    (copy / "safety_checker").mkdir()
+    (copy / "safety_checker/pytorch_model.bin").write_bytes(b"pickled")
+    (copy / "safety_checker/config.json").write_text("{}")
+    checker = ["stable_diffusion", "StableDiffusionSafetyChecker"]
+    edit(copy / "model_index.json", safety_checker=checker)
+    teacher, student, scheduler = rehearsed(copy)
+    exported(teacher, student, scheduler, copy.parent / "out")
+    index = json.loads((copy.parent / "out/model_index.json").read_text())
+    assert index["safety_checker"] == [None, None] and not (copy.parent / "out/safety_checker").exists()
+
+
 def test_a_variant_of_some_components(copy):
     """The network in half precision, the rest as it is; an export has both under their plain names."""
     path = copy / "unet/diffusion_pytorch_model.safetensors"
