@@ -240,6 +240,13 @@ def build(
             f"{len(nets.student.times)} call(s) with {nets.student.renoise!r} noise between them has none: it needs "
             "two calls or more, with fresh noise"
         )
+    noises = getattr(method, "noises", None)
+    if noises is not None and len(nets.student.times) > 1 and nets.student.renoise not in noises:
+        raise ValueError(
+            f"{type(method).__name__} does not train a student of {len(nets.student.times)} calls with "
+            f"{nets.student.renoise!r} noise between them: pass --student.renoise "
+            + (" or ".join(noises) if noises else "fresh --student.steps 1")
+        )
     for name in student.freeze:
         try:
             nets.student.denoiser.net.get_submodule(name).requires_grad_(False)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -58,7 +58,8 @@ class Method(Protocol):
     One with the role "disc" also has `taps`, the modules of the fake score or the teacher that the discriminator reads
     with a head each, and may have `places`: whether each place of a head has a logit, or all have their mean, and
     `pixels`: whether heads are PCM's. It may define `calls(steps, first, schedule)`: the times of a student of so many
-    calls from the time `first` on, where none are given; None: those of the scheduler. One that needs "end" has a
+    calls from the time `first` on, where none are given; None: those of the scheduler. `noises` are the values of
+    student.renoise with which several calls of its student are right, where not all are. One that needs "end" has a
     student that is told a second time (average.py), which `jumps` if it is the time to which x goes, "steps" one of
     several calls with fresh noise, and "finished" one that is called as its teacher, an exported student
     (pipelines/scheduler.py).
@@ -71,6 +72,12 @@ class Method(Protocol):
     def updates(self) -> list[Update]: ...
 
     def sample(self, nets: Nets, batch: Batch, draw: Draw) -> Tensor: ...
+
+
+class ToData:
+    """A method whose student leads from every level to data: several calls need fresh noise between them."""
+
+    noises: ClassVar[tuple[str, ...]] = ("fresh",)
 
 
 @dataclass(frozen=True)

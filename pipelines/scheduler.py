@@ -223,7 +223,7 @@ def _edm(teacher: Teacher, schedule: EDM, student: StudentConfig) -> Iterator[An
     from pipelines import edm
 
     steps, times = student.steps, student.times
-    if steps > 1 and student.renoise != "fresh":
+    if student.renoise == "tcd" or (steps > 1 and student.renoise != "fresh"):
         raise ValueError("this family's scheduler renoises with fresh noise: train with --student.renoise fresh")
     start = times[0] if times else student.first(schedule)
     ratios = schedule.ratio(torch.tensor(times or [start]).double()).tolist()

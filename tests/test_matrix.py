@@ -14,7 +14,7 @@ from zoo import CLASSES, example
 
 from distill.guidance import overriding
 from distill.lora import LoRA
-from distill.methods import DMD2, LCD, SCM, TCM, VSD, SiD
+from distill.methods import DMD2, LCD, PCM, SCM, TCM, VSD, SiD
 from distill.roles import FakeConfig, StudentConfig, build
 from distill.schedule import VP
 from distill.trainer import TrainConfig, train
@@ -84,7 +84,13 @@ def two_steps(algorithm, family, teacher, adapted, steps=1):
         denoiser,
         teacher.shape,
         {k: v[:1] for k, v in c.items()},
-        StudentConfig(steps=steps, scale=unit, lora=LoRA() if words else lora, negative=words),
+        StudentConfig(
+            steps=steps,
+            scale=unit,
+            renoise="tcd" if isinstance(algorithm, PCM) else "fresh",
+            lora=LoRA() if words else lora,
+            negative=words,
+        ),
         FakeConfig(lora=lora),
     )
     nets.perceptual, nets.reward = lambda x, y: (x - y).square().flatten(1).mean(1), lambda x, c: x.flatten(1).mean(1)

@@ -5,7 +5,8 @@ DISTILL_WRITE=1 python -m pytest tests/test_methods.py    writes that table
 A new method is found by itself; tests/test_trainer.py runs it, too. It needs a first docstring line "NAME: title.
 Authors year, arXiv XXXX.XXXXX.", a line in tests/zoo.py where it cannot do without an argument, and on each test that
 proves it a marker: @pytest.mark.level(1, "SiD") for a closed form, 2 for a toy problem, 4 for the authors' own numbers,
-5 for a figure that was published. Level 3 are the digits: a row in docs/digits.json that has not collapsed.
+5 for a figure that was published, "S" for the law of its samples under the scheduler of every family. Level 3 are the
+digits: a row in docs/digits.json that has not collapsed.
 """
 
 import ast
@@ -125,7 +126,7 @@ def test_the_readme_says_what_is_there():
     rows = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for name in sorted(CLASSES, key=str.lower):
         levels = {level for level, method in found if method == name} | ({3} if name in digits else set())
-        rows.append(row(name, " ".join(map(str, sorted(levels or {0})))))
+        rows.append(row(name, " ".join(sorted(map(str, levels or {0})))))
     table = "\n".join(rows) + "\n"
     text = README.read_text()
     head, _, rest = text.partition(FIRST)

@@ -38,6 +38,7 @@ class BOOT:
     reduction: Reduction = "mean"
 
     roles = ()
+    noises = ()  # it trains the first call alone
 
     @property
     def needs(self) -> tuple[str, ...]:

@@ -22,11 +22,11 @@ from distill.draw import Draw
 from distill.losses import cauchy_norm, huber_norm
 from distill.ranges import Weight
 from distill.schedule import Schedule, expand
-from distill.trainer import Batch, Logs, Nets, Update
+from distill.trainer import Batch, Logs, Nets, ToData, Update
 
 
 @dataclass(frozen=True)
-class CT:
+class CT(ToData):
     """Consistency training on real images: no teacher's ODE, one network call with gradient and one without."""
 
     curriculum: Curriculum = Closing()  # of the two levels: Closing (ECT), Doubling (iCT)

@@ -24,11 +24,11 @@ from distill.ranges import Count, Decay, Finite, Positive
 from distill.schedule import VP, Schedule, expand
 from distill.solver import STEPS, Name
 from distill.times import Grid, point, spread
-from distill.trainer import Batch, Logs, Nets, Update
+from distill.trainer import Batch, Logs, Nets, ToData, Update
 
 
 @dataclass(frozen=True)
-class LCD:
+class LCD(ToData):
     """Consistency distillation on a grid of the teacher's ODE: needs images (or samples of the teacher)."""
 
     N: Count = 50  # ODE steps from t = 1 to 0: 50 (LCM); 18 CIFAR-10, 40 ImageNet-64 (CD)

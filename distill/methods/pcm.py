@@ -41,6 +41,7 @@ class PCM(LCD):
     gan: Weight = 0.1  # lambda (code, SDXL; SD 1.5 of 4 phases: 0)
     taps: tuple[str, ...] = ("mid_block",)  # blocks of the teacher with a head each (code: down and mid, 4 heads each)
     embed: bool = False  # code
+    noises = ("ddim", "tcd")
     pixels = True  # heads of 1x1 convolutions, a logit a pixel (code)
 
     @property

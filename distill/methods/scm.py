@@ -24,12 +24,12 @@ from distill.losses import Reduction, jvp, per_sample
 from distill.ranges import Finite, Natural, Positive, Weight
 from distill.schedule import Prediction, Trig, expand
 from distill.times import Law, LogNormal
-from distill.trainer import Batch, Logs, Nets, Update
+from distill.trainer import Batch, Logs, Nets, ToData, Update
 from distill.weight import weigh
 
 
 @dataclass(frozen=True)
-class SCM:
+class SCM(ToData):
     """Continuous-time consistency distillation: needs images (or samples of the teacher)."""
 
     guidance: Finite | tuple[Finite, Finite] = 1.0  # of the teacher; a range (SANA-Sprint: 4, 5) is embedded

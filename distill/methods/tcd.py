@@ -6,8 +6,9 @@
 The student finds not data alone but every later point of the teacher's ODE, so that it may be called with any share
 gamma of new noise between its calls: none (student.renoise "tcd") to all ("fresh"), TCDScheduler's eta. f is the first
 order of the semi-linear solution, TCF(1): one prediction for all e, so the network is not told e, and no network makes
-all of them right unless the ODE is a line: tests/test_sampling.py has what is lost. t_0 is a level of noise, too (of a
-table .029), where "tcd" ends. Gradients flow as in LCD.
+all of them right unless the ODE is a line. Of a Gaussian of deviation .6 a perfect student's four samples on SD's table
+have 1.13 times the deviation without new noise, .80 times with it (tests/test_sampling.py); PCM's have its own. t_0 is
+a level of noise, too (of a table .029), where "tcd" ends. Gradients flow as in LCD.
 """
 
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ class TCD(LCD):
 
     reach: Share = 1.0  # e is uniform up to this share of the points to s (paper: 1)
     guidance: Finite | tuple[Finite, Finite] = (3.0, 15.0)  # of the teacher, embedded. w = omega + 1 (paper: 2, 14)
+    noises = ("fresh", "ddim", "tcd")
 
     def end(self, i: Tensor, nets: Nets, draw: Draw) -> Tensor:
         steps = (self.reach * i).floor() + 1  # e = t_0 .. t_(reach i), each alike
