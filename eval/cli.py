@@ -40,7 +40,7 @@ def run(stage: Callable[..., Any] | Mapping[str, Callable[..., Any]]) -> Any:
         reason = refused(error)
         if reason is None and getattr(error, "filename", None) is None:
             raise
-        fail(reason or str(error))
+        fail(f"{reason}, then run the same command again" if reason else str(error))
     except KeyboardInterrupt:
         sys.stderr.write("interrupted; what was complete is kept, run the same command again\n")
         raise SystemExit(130) from None

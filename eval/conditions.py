@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from eval.files import read_json
+from eval.images import is_count
 from eval.protocols import Protocol
 
 LABELS = ("ConsistencyModelPipeline", "DiTPipeline")  # pipelines that take labels
@@ -28,11 +30,13 @@ class Asked(NamedTuple):
 def texts(source: str, column: str | None = None) -> list[str]:
     """Prompts as distill.data.sources.prompts reads them, or of a folder of .txt files, one each, in their order."""
     from distill.data.sources import prompts
+    from distill.data.tables import caption
+    from distill.files import read
 
     files = sorted(Path(source).glob("*.txt")) if Path(source).is_dir() else []
     if not files:
         return prompts(source, column)
-    found = [" ".join(file.read_text("utf-8").split()) for file in files]
+    found = [caption(" ".join(read(file).split()), f"{file}") or "" for file in files]
     if empty := [file for file, text in zip(files, found, strict=True) if not text]:
         raise ValueError(f"{empty[0]} is empty; it needs a prompt")
     return found
@@ -81,6 +85,10 @@ def _classes(model: Path) -> int:
     null = _json(model / "distill.json").get("null_class")
     if embedded is None:
         return 1
+    if not is_count(embedded) or null is not None and type(null) is not int:
+        raise ValueError(
+            f"{model} has {embedded!r} labels, of which {null!r} is none: these are no numbers; correct it"
+        )
     if null is not None:
         return null if null == embedded - 1 else embedded
     if embedded in (DIGITS, DIGITS + 1):
@@ -92,4 +100,8 @@ def _classes(model: Path) -> int:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text()) if path.is_file() else {}
+    """The values of a JSON file; {} where it is absent."""
+    found = read_json(path, "export or download the model again") if path.exists() else {}
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds no names with values; export or download the model again")
+    return found

@@ -18,19 +18,45 @@ entries:
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from eval.files import store
+from distill.files import read_yaml
+from eval.files import read_json, shown, store
+from eval.generate import model_hash, model_name
+from eval.images import is_count
 from eval.jobs import Job, run
 from eval.report import Row, checked, mean
 
 LISTS = ("steps", "guidance", "protocols", "seeds")
+MOST = 10_000  # entries of a board
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value)
+
+
+def _are_flags(value: Any) -> bool:
+    """Whether names have plain values, or lists of these: what a command line can say."""
+    plain = (str, int, float, bool, type(None))
+    return isinstance(value, dict) and all(
+        isinstance(key, str) and all(isinstance(one, plain) for one in _list(given)) for key, given in value.items()
+    )
+
+
+FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {  # of an entry, or of each value of a list: check and kind
+    "steps": (is_count, "a whole number from 1"),
+    "guidance": (lambda value: type(value) in (int, float) and math.isfinite(value), "a finite number"),
+    "seeds": (lambda value: type(value) is int and value >= 0, "a whole number from 0"),
+    "n": (is_count, "a number of images"),
+    **dict.fromkeys(("generate", "score"), (_are_flags, "names with plain values")),
+    **dict.fromkeys(("model", "name", "protocols", "base", "launch"), (_is_text, "text")),
+}
 
 
 @dataclass(frozen=True)
@@ -58,8 +84,6 @@ class Entry:
 
     def request(self) -> dict[str, Any]:
         """All that its row depends on; the model by its weights where it is here."""
-        from eval.generate import model_hash
-
         here = [Path(path) for path in (self.model, self.base) if path and Path(path).exists()]
         return json.loads(json.dumps(asdict(self))) | {"weights": model_hash(*here) if here else None}
 
@@ -101,28 +125,37 @@ def flags(given: Mapping[str, Any]) -> list[str]:
 def entries(tree: Mapping[str, Any]) -> list[Entry]:
     """The product of models x steps x guidance x protocols. ValueError for what is no board, before any work."""
     known = {f.name for f in fields(Entry)} - {"protocol"} | {"protocols"}
-    shared = {key: value for key, value in tree.items() if key not in ("out", "workers", "entries")}
+    shared = {key: value for key, value in tree.items() if key not in ("out", "title", "workers", "entries")}
     listed = tree.get("entries")
     if not isinstance(listed, list) or not listed:
         raise ValueError("a board needs a list `entries`, each with at least a model; see python -m eval.leaderboard")
+    for key, kind, right in (("out", "text", _is_text), ("title", "text", _is_text), ("workers", "a number", is_count)):
+        if tree.get(key) is not None and not right(tree[key]):
+            raise ValueError(f"{key} of the board is {shown(tree[key])}; it must be {kind}")
     found = []
     for i, one in enumerate(listed):
         if not isinstance(one, dict) or not one.get("model", shared.get("model")):
-            raise ValueError(f"entry {i} of the board is {one!r}; it needs at least a model")
+            raise ValueError(f"entry {i} of the board is {shown(one)}; it needs at least a model")
         whole = shared | one
-        if wrong := sorted(whole.keys() - known):
-            raise ValueError(f"entry {i}, {whole['model']}, has {wrong[0]!r}; it may have {', '.join(sorted(known))}")
+        where = f"entry {i}, {whole['model']}"[:100]
+        if wrong := sorted(map(str, whole.keys() - known)):
+            raise ValueError(f"{where}, has {wrong[0]!r}; it may have {', '.join(sorted(known))}")
+        for key, (right, kind) in FIELDS.items():
+            values = _list(whole.get(key)) if key in LISTS else [whole.get(key)]
+            if odd := [value for value in values if value is not None and not right(value)]:
+                raise ValueError(f"{where}: {key} is {shown(odd[0])}; it must be {kind}")
         many = {key: _list(whole.pop(key, None)) for key in LISTS}
-        path = Path(str(whole["model"]))
-        whole["name"] = str(whole.get("name") or (path.parent.name if path.name == "pipeline" else path.stem))
+        if len(found) + math.prod(len(values) or 1 for key, values in many.items() if key != "seeds") > MOST:
+            raise ValueError(f"{where}: the board has more than {MOST:,} entries; write several boards")
+        whole["name"] = whole.get("name") or model_name(Path(whole["model"]))
         for protocol in many["protocols"] or ["digits"]:
             seeds = tuple(many["seeds"]) or _seeds(protocol)
             for steps in many["steps"] or [None]:
                 for guidance in many["guidance"] or [None]:
                     more = {"steps": steps, "guidance": guidance, "protocol": protocol, "seeds": seeds}
                     found.append(Entry(**whole, **more))
-    titles = [entry.title for entry in found]
-    if twice := [title for title in titles if titles.count(title) > 1]:
+    titles = Counter(entry.title for entry in found)
+    if twice := [title for title, count in titles.items() if count > 1]:
         raise ValueError(f"two entries of the board are called {twice[0]}; give one of them another name")
     return found
 
@@ -140,12 +173,9 @@ def _seeds(protocol: str) -> tuple[int, ...]:
 
 def read(path: Path) -> dict[str, Any]:
     """A board's file. ValueError where it is absent or no YAML of names."""
-    if not path.is_file():
+    if not path.exists():
         raise ValueError(f"there is no file {path}; write a board as the top of eval/entries.py shows it")
-    try:
-        tree = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {error}") from None
+    tree = read_yaml(path)
     if not isinstance(tree, dict):
         raise ValueError(f"{path} must hold names with values: entries, out, workers ...")
     return tree
@@ -181,6 +211,6 @@ def evaluate(todo: Sequence[Entry], out: Path, workers: int = 1, cost: bool = Tr
 def stored(path: Path) -> Any:
     """The JSON of a file; None where it is absent or broken."""
     try:
-        return json.loads(path.read_text()) if path.is_file() else None
+        return read_json(path, "")
     except ValueError:
         return None

@@ -10,14 +10,17 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from distill.files import read
+
+LIMIT = 1 << 30  # bytes of a text file: metadata of millions of images have fewer
+
 
 def read_json(path: Path, remedy: str) -> Any:
     """The value of a JSON file. ValueError, with the remedy, for what is no regular file, no text or no JSON."""
+    text = read_text(path, remedy)
     try:
-        return json.loads(read_text(path, remedy))
+        return json.loads(text)
     except (ValueError, RecursionError) as error:
-        if f"{path}" in str(error):
-            raise
         raise ValueError(f"{path} is not valid JSON ({error}); {remedy}") from None
 
 
@@ -25,12 +28,10 @@ def read_text(path: Path, remedy: str) -> str:
     """A text file without its byte-order mark. ValueError for what is no regular file, or no UTF-8."""
     if not path.exists():
         raise ValueError(f"there is no file {path}; {remedy}")
-    if not path.is_file():  # a pipe or a device would never end
-        raise ValueError(f"{path} is no regular file; {remedy}")
     try:
-        return path.read_text("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no text in UTF-8 ({error}); {remedy}") from None
+        return read(path, LIMIT)
+    except ValueError as error:
+        raise ValueError(f"{error}; {remedy}") from None
 
 
 def shown(value: Any) -> str:

@@ -17,8 +17,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -31,13 +33,14 @@ from torch import Tensor
 from eval import images as folders
 from eval.conditions import Asked, of_labels, of_prompts, of_protocol
 from eval.cost import commit, hardware, measure
-from eval.files import store
+from eval.files import check_output, read_json, shown, store
 from eval.protocols import Protocol, protocol
 from eval.sampler import Sampler, family_of, generator, load, pipeline_sampler, teacher_sampler, turns_sampler
 
 Solver = Literal["pipeline", "heun", "ddim", "cfg++"]
 FIRST = ("first", "first_steps", "first_guidance", "first_solver", "skip")
 EDM = "ConsistencyModelPipeline"
+EXPORTS = ("pipeline", "watch", "lora", "pytorch_lora_weights", "adapter_model", "diffusion_pytorch_model")
 PADS = ("QwenImagePipeline",)  # they pad prompts to the longest of a call: rows would depend on their neighbours
 
 
@@ -189,10 +192,10 @@ class Sampling:
         """(scheduler, what differs in its config)."""
         try:
             changed = json.loads(self.scheduler_config or "{}")
-        except ValueError as error:
-            raise ValueError(f"scheduler_config is {self.scheduler_config!r}, no JSON: {error}") from None
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"scheduler_config is {shown(self.scheduler_config)}, no JSON: {error}") from None
         if not isinstance(changed, dict):
-            raise ValueError(f"scheduler_config is {self.scheduler_config!r}; it must be a JSON object")
+            raise ValueError(f"scheduler_config is {shown(self.scheduler_config)}; it must be a JSON object")
         beside = self.lora is not None and (self.lora.parent / "scheduler" / "scheduler_config.json").is_file()
         return self.scheduler or (f"{self.lora.parent}" if beside else None), changed
 
@@ -207,6 +210,9 @@ class Sampling:
 
     def check(self) -> None:
         """ValueError for what does not go together, before anything heavy is imported."""
+        check_output(self.out, "out", folder=True)
+        if self.cost is not None:
+            check_output(self.cost, "cost")
         has, name = self.about.get("steps"), self.model
         plain = self.student and self.method != "cfg++"
         if self.method != "pipeline" and (plain or self.lora or any(self.scheduling)):
@@ -247,15 +253,13 @@ class Sampling:
 
     def request(self) -> dict[str, Any]:
         """All that the images depend on."""
-        title = (
-            self.lora.stem if self.lora else self.folder.absolute().name if self.folder == Path(self.model) else None
-        )
+        here = self.lora or (self.folder if self.folder == Path(self.model) else None)
         scheduler, changed = self.scheduling
-        before = self.before.absolute().name if self.first and self.before == Path(self.first) else self.first
+        before = model_name(self.before) if self.first and self.before == Path(self.first) else self.first
         skips = {} if self.skip_tuning is None else {"skip_tuning": self.skip_tuning}
         pag = {"pag_scale": self.pag_scale, "pag_layers": list(self.pag_layers)} if self.pag_scale else {}
         return {
-            "model": self.name or title or self.model,
+            "model": self.name or (model_name(here) if here else self.model),
             "model_hash": model_hash(self.folder, *filter(None, (self.lora, self.before))),
             "n": len(self.asked.conditions),
             "prompts": self.asked.hash,
@@ -335,7 +339,7 @@ class Sampling:
         try:
             sampler = self.sampler(device)
             share = None if manifest["complete"] else fill(self, sampler, ranks)
-        except ValueError:
+        except Exception:
             if ranks.index == 0:
                 _withdraw(self.out)
             raise
@@ -477,11 +481,13 @@ def _levels(images: Tensor, numbers: list[int], size: int | None, frame: int | N
 def _begin(out: Path, request: dict[str, Any], asked: Asked, overwrite: bool) -> None:
     """Make `out` a folder of this request, unless it is one: its manifest, the prompts, no leftovers."""
     old = folders.manifest_of(out, unfinished=True) if out.is_dir() else {}
-    if old.get("request") == request:
+    if old.get("request") is not None and {**old["request"], "model": request["model"]} == request:
         for leftover in out.glob(".*.part"):
             leftover.unlink()
+        if old.get("model") != request["model"]:  # the same images under another name
+            folders.store(out, {**old, "model": request["model"], "request": request})
         return
-    if "request" in old and not overwrite:
+    if old.get("request") is not None and not overwrite:
         was, asks = old["request"], {**dict.fromkeys(old["request"]), **request}
         differ = [f"{k} {was.get(k)!r}, not {v!r}" for k, v in asks.items() if was.get(k) != v]
         raise ValueError(
@@ -491,11 +497,15 @@ def _begin(out: Path, request: dict[str, Any], asked: Asked, overwrite: bool) ->
     folders.check_free(out, overwrite)
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
-    if asked.prompts:
-        lines = ({"file_name": folders.file_name(i), "text": text} for i, text in enumerate(asked.conditions))
-        (out / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    labels = None if asked.prompts else asked.conditions
-    folders.store(out, {"complete": False, **request, "labels": labels, "request": request})
+    try:
+        if asked.prompts:
+            lines = ({"file_name": folders.file_name(i), "text": text} for i, text in enumerate(asked.conditions))
+            (out / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        labels = None if asked.prompts else asked.conditions
+        folders.store(out, {"complete": False, **request, "labels": labels, "request": request})
+    except OSError:
+        _withdraw(out)
+        raise
 
 
 def _withdraw(out: Path) -> None:
@@ -503,6 +513,8 @@ def _withdraw(out: Path) -> None:
     if not any(out.glob("*.png")):
         for name in (folders.MANIFEST, "metadata.jsonl"):
             (out / name).unlink(missing_ok=True)
+        with suppress(OSError):  # something else lies in it
+            out.rmdir()
 
 
 def _finish(out: Path, manifest: dict[str, Any], facts: dict[str, Any], shares: list[Share]) -> None:
@@ -522,10 +534,28 @@ def describe(model: Path) -> dict[str, Any]:
     if not model.is_dir():
         raise ValueError(f"there is no model folder {model}; train or export one first")
     path = model / "distill.json"
-    try:
-        return json.loads(path.read_text()) if path.exists() else {}
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); export the model again") from None
+    found = read_json(path, "export the model again") if path.exists() else {}
+    if not isinstance(found, dict) or not (found.get("steps") is None or folders.is_count(found["steps"])):
+        raise ValueError(f"{path} holds no names with values, or no number of steps; export the model again")
+    return found
+
+
+def model_name(model: Path) -> str:
+    """What tables call a folder or a file: by its run where its own name is that of any export.
+
+    runs/dmd2/pipeline is dmd2, runs/dmd2/watch/checkpoint-500/pipeline is dmd2-checkpoint-500.
+    """
+    parts = list(Path(os.path.normpath(model.absolute())).parts)
+    if model.suffix == ".safetensors":
+        parts[-1] = model.stem
+    while len(parts) > 2 and parts[-1] in EXPORTS:
+        parts.pop()
+    name = parts.pop()
+    if re.fullmatch(r"checkpoint-\d+", name):
+        while len(parts) > 2 and parts[-1] in EXPORTS:
+            parts.pop()
+        return f"{parts[-1]}-{name}" if len(parts) > 1 else name
+    return name
 
 
 def model_hash(*models: Path) -> str:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
+from distill.files import read_yaml
 
 LAUNCH = "accelerate.commands.launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no"
 
@@ -109,8 +109,10 @@ def _end(log: Path) -> str:
 
 def _progress(log: Path | None) -> dict[str, Any]:
     """Total and completed steps of a training run, from its config.yaml and the last line of its log."""
-    lines = log.read_text().splitlines() if log is not None and log.is_file() else []
-    if log is None or not lines:
+    if log is None or not log.is_file():
         return {}
-    total = yaml.safe_load((log.parent / "config.yaml").read_text())["max_train_steps"]
-    return {"total": total, "completed": json.loads(lines[-1])["step"]}
+    try:
+        total = read_yaml(log.parent / "config.yaml")["max_train_steps"]
+        return {"total": int(total), "completed": int(json.loads(log.read_text().splitlines()[-1])["step"])}
+    except (OSError, ValueError, KeyError, IndexError, TypeError):  # a line is being written: the next look has it
+        return {}

@@ -11,7 +11,6 @@ dpg      OUT/NAME.png, the first four images of prompt NAME.txt as a grid of two
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Literal
@@ -20,6 +19,7 @@ import torch
 
 from eval import images as folders
 from eval.conditions import Asked, texts
+from eval.files import check_output, read_text, replacing_folder
 
 GRID = 4  # images of a prompt that DPG-Bench reads
 
@@ -37,6 +37,7 @@ def export(folder: Path, layout: Literal["geneval", "dpg"], prompts: Path, out: 
     if not (prompts.is_dir() if layout == "dpg" else prompts.suffix == ".jsonl"):
         told = "evaluation_metadata.jsonl" if layout == "geneval" else "the folder of its .txt files"
         raise ValueError(f"prompts of {layout} are {told}, not {prompts}")
+    check_output(out, "--out", folder=True)
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} is not empty; choose another folder")
     found = texts(f"{prompts}")
@@ -49,16 +50,12 @@ def export(folder: Path, layout: Literal["geneval", "dpg"], prompts: Path, out: 
         )
     if layout == "dpg" and each < GRID:
         raise ValueError(f"{folder} holds {each} image(s) of a prompt; DPG-Bench reads {GRID}: use --per_prompt {GRID}")
-    part = out.with_name(f".{out.name}.{os.getpid()}.part")
-    part.mkdir(parents=True)
-    if layout == "geneval":
-        lines = [line for line in prompts.read_text("utf-8").split("\n") if line.strip()]
-        _geneval(folder, part, [json.dumps(json.loads(line)) for line in lines], each)
-    else:
-        _dpg(folder, part, [file.stem for file in sorted(prompts.glob("*.txt"))], each)
-    if out.exists():
-        out.rmdir()
-    part.rename(out)
+    with replacing_folder(out) as part:
+        if layout == "geneval":
+            lines = [line for line in read_text(prompts, "give another file").split("\n") if line.strip()]
+            _geneval(folder, part, [json.dumps(json.loads(line)) for line in lines], each)
+        else:
+            _dpg(folder, part, [file.stem for file in sorted(prompts.glob("*.txt"))], each)
     return len(found)
 
 

@@ -7,7 +7,6 @@ after that what the scheduler adds between two calls.
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from eval.cost import DENOISERS, parameters
+from eval.files import read_json
 
 if TYPE_CHECKING:
     from distill.solver import Name
@@ -238,8 +238,9 @@ def _scheduler(pipe: Any, name: str | None, config: dict[str, Any]) -> Any:
         folder = next(
             (f for f in (Path(name), Path(name) / "scheduler") if (f / "scheduler_config.json").is_file()), None
         )
-        base = json.loads((folder / "scheduler_config.json").read_text()) if folder else base
-        cls = getattr(diffusers, base["_class_name"] if folder else name, None)
+        base = read_json(folder / "scheduler_config.json", "give another scheduler") if folder else base
+        wanted = (base.get("_class_name") if isinstance(base, dict) else None) if folder else name
+        cls = getattr(diffusers, str(wanted), None)
     if cls is None or not hasattr(cls, "from_config") or not hasattr(cls, "set_timesteps"):
         raise ValueError(f"scheduler is {name!r}; give a class of diffusers (LCMScheduler) or a folder that holds one")
     if unknown := sorted(set(config) - set(inspect.signature(cls.__init__).parameters)):

@@ -13,7 +13,6 @@ What lacks weights or a package is said and left out. The exit code is 1 where a
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +21,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from eval.extractors import cache_folder, device, load
-from eval.features import features, listing, text_features
+from eval.features import features, text_features
+from eval.files import check_output, store
+from eval.images import listing
 from eval.metrics import fid, frechet, inception_score, kid, manifold, text_score
 
 Peer = Literal["arithmetic", "clean-fid", "torch-fidelity", "clip"]
@@ -140,6 +141,8 @@ def verify(
         out: where the comparison goes, as JSON.
     """
     listing(folder)
+    if out is not None:
+        check_output(out, "--out")
     found: dict[str, list[Check]] = {}
     missing: dict[str, str] = {}
     for peer in peers:
@@ -153,12 +156,11 @@ def verify(
                 "clip": lambda: clip(folder, clip_model),
             }
             found[peer] = list(calls[peer]())
-        except (ImportError, OSError, ValueError) as error:
-            missing[peer] = str(error).splitlines()[0]
+        except (ImportError, OSError, RuntimeError, ValueError) as error:
+            missing[peer] = (str(error) or type(error).__name__).splitlines()[0]
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
         checks = {peer: [c._asdict() | {"holds": c.holds} for c in some] for peer, some in found.items()}
-        out.write_text(json.dumps({"checks": checks, "left_out": missing}, indent=1) + "\n")
+        store(out, {"checks": checks, "left_out": missing})
     return found, missing
 
 

@@ -8,7 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from yaml import YAMLError
+
+from distill.files import read, write
 from pipelines.license import UNKNOWN, License, hub_name
+from pipelines.markdown import fenced, link, plain, unescaped
 
 NEGATIVE = "Negative prompts do nothing: guidance is built in, and the call switches the pipeline's own off."
 OTHER = "Other numbers of steps and guidance scales than the call's were neither trained nor verified."
@@ -16,9 +20,7 @@ BODY = """# {name}
 
 A {kind} of {base} with {calls}{method}. Plain diffusers runs it:
 
-```python
 {code}
-```
 {rest}
 ## What does not work
 
@@ -32,9 +34,7 @@ The student is derived from {base} and stands under the same licence{license}.
 
 The resolved configuration:
 
-```yaml
 {config}
-```
 """
 
 
@@ -134,7 +134,7 @@ def card(
     )
     rest = f"\n![samples]({samples})\n" if samples else ""
     if lora and code:
-        rest += f"\nThe LoRA on its base:\n\n```python\n{lora}\n```\n"
+        rest += f"\nThe LoRA on its base:\n\n{fenced(lora, 'python')}\n"
     told = [(file, what) for file in files for end, what in FILES.items() if file.endswith(end)]
     if told:
         rest += "\n## Files beside the pipeline\n\n" + "".join(f"- `{file}`: {what}\n" for file, what in told)
@@ -144,20 +144,20 @@ def card(
         rest += f"\n{_table(results)}"
     title = license.name or license.id
     body = BODY.format(
-        name=name,
+        name=plain(name),
         kind=f"{calls} {'student' if code else 'LoRA'}",
-        base=f"[{hub}](https://huggingface.co/{hub})" if hub else Path(base).name,
+        base=f"[{hub}](https://huggingface.co/{hub})" if hub else plain(Path(base).name),
         calls="one network call" if steps == 1 else f"{steps} network calls",
         method=f", distilled with {METHODS.get(method, method)}" if method else "",
-        code=code or lora,
+        code=fenced(code or lora, "python"),
         rest=rest,
         limits="\n".join(f"- {limit}" for limit in (*limits, OTHER)),
         license=", which was not found: name it with `--license` before you share this"
         if license == UNKNOWN
-        else f", [{title}]({license.link})"
+        else f", {link(title, license.link)}"
         if license.link
-        else f", {title}",
-        config=config.strip(),
+        else f", {plain(title)}",
+        config=fenced(config.strip(), "yaml"),
     )
     return f"---\n{data.to_yaml()}\n---\n\n{body}"
 
@@ -171,7 +171,7 @@ def _index(results: Sequence[Result], task: str) -> list[Any]:
 
 
 def _table(results: Sequence[Result]) -> str:
-    rows = "".join(f"| {m} | {v:.4g} | {p} |\n" for p, m, v in results)
+    rows = "".join(f"| {plain(m)} | {v:.4g} | {plain(p)} |\n" for p, m, v in results)
     return f"## Evaluation\n\n| metric | value | protocol |\n|---|---:|---|\n{rows}"
 
 
@@ -187,22 +187,22 @@ def evaluated(folder: str | Path, results: Sequence[Result]) -> None:
         raise ValueError(
             f"{folder} has no README.md: it is no exported model; make one with python -m pipelines.export"
         )
-    found = ModelCard(path.read_text())
+    try:
+        found = ModelCard(read(path))
+    except (ValueError, TypeError, KeyError, AttributeError, YAMLError) as error:
+        raise ValueError(f"{path} is no model card with metadata ({error}); export the model again") from None
     assert isinstance(found.data, ModelCardData)
     old = [Result(r.dataset_name, r.metric_name, r.metric_value) for r in found.data.eval_results or []]
     merged = {(r.protocol, r.metric): r for r in (*old, *results)}
     title = re.search(r"^# (.+)$", found.text, re.MULTILINE)
-    found.data.model_name = found.data.model_name or (title[1] if title else Path(folder).name)
+    found.data.model_name = found.data.model_name or (unescaped(title[1]) if title else Path(folder).name)
     found.data.eval_results = _index(list(merged.values()), found.data.pipeline_tag or "text-to-image")
-    bare = re.sub(r"^## Evaluation\n.*?(?=^## |\Z)", "", found.text, flags=re.MULTILINE | re.DOTALL)
-    before, head, after = bare.partition("## What does not work")
+    before, head, after = found.text.partition("## What does not work")
+    bare = re.sub(r"^## Evaluation\n.*?(?=^## |\Z)", "", before, flags=re.MULTILINE | re.DOTALL)
     table = _table(list(merged.values()))
-    text = f"---\n{found.data.to_yaml()}\n---\n{before.rstrip()}\n\n{table}\n{head}{after}"
-    part = path.with_name(".README.md.part")
-    part.write_text(text)
-    part.replace(path)
+    write(path, f"---\n{found.data.to_yaml()}\n---\n{bare.rstrip()}\n\n{table}\n{head}{after}")
 
 
 def snippet(text: str, n: int = 0) -> str:
     """The n-th Python block of a card."""
-    return re.findall(r"```python\n(.*?)\n```", text, re.DOTALL)[n]
+    return re.findall(r"^(`{3,})python\n(.*?)\n\1$", text, re.DOTALL | re.MULTILINE)[n][1]

@@ -247,22 +247,30 @@ def convert(file: Path, folder: Path) -> Any:
         raise ValueError(f"no file {str(file)!r}: give a checkpoint of EDM, such as edm-cifar10-32x32-cond-vp.pkl")
     if folder.exists():
         raise ValueError(f"{folder} exists already: choose another folder")
-    values, kind, tensors = read(file)
-    try:
-        net = network(values, kind, tensors)
-    except (KeyError, RuntimeError) as error:  # a layer that is not there, or of another shape
-        raise ValueError(f"the {kind} of {file} is a variant that is not read: {error}") from None
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    edm.pipeline(net, values["sigma_data"], SIGMA_MAX, 1).save_pretrained(partial, safe_serialization=True)
-    null = net.config.num_class_embeds - 1 if values["label_dropout"] and net.config.num_class_embeds else None
-    facts = {"null_class": null, "source": file.name} | ({} if kind == "SongUNet" else {"c_noise": C_NOISE})
-    (partial / "distill.json").write_text(json.dumps(facts, indent=1))
-    partial.rename(folder)
+    try:
+        partial.mkdir(parents=True)  # a disk that refuses says so before the file is read
+        values, kind, tensors = read(file)
+        try:
+            net = network(values, kind, tensors)
+        except (KeyError, RuntimeError) as error:  # a layer that is not there, or of another shape
+            raise ValueError(f"the {kind} of {file} is a variant that is not read: {error}") from None
+        edm.pipeline(net, values["sigma_data"], SIGMA_MAX, 1).save_pretrained(partial, safe_serialization=True)
+        null = net.config.num_class_embeds - 1 if values["label_dropout"] and net.config.num_class_embeds else None
+        facts = {"null_class": null, "source": file.name} | ({} if kind == "SongUNet" else {"c_noise": C_NOISE})
+        (partial / "distill.json").write_text(json.dumps(facts, indent=1))
+        partial.rename(folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     return net
 
 
 def main(argv: list[str] | None = None) -> None:
+    from safetensors import SafetensorError
+
+    from distill.checkpoint import refused
     from distill.config import fail
 
     parser = argparse.ArgumentParser(prog="python -m pipelines.edm_convert", description=__doc__.split("\n")[0])
@@ -273,6 +281,8 @@ def main(argv: list[str] | None = None) -> None:
         net = convert(args.file, args.folder)
     except ValueError as error:
         fail(str(error))
+    except (OSError, SafetensorError) as error:
+        fail(f"{refused(error) or error}: nothing of {args.folder} is kept; give the same command again")
     size = sum(p.numel() for p in net.parameters())
     print(f"{args.folder}: a {type(net).__name__} of {size / 1e6:.1f} M weights, labels {net.config.num_class_embeds}")
 

@@ -57,6 +57,23 @@ def test_an_adapter_one_step_and_an_unknown_base():
     assert "student of teacher with" in text and NEGATIVE not in text
 
 
+def test_nothing_inside_ends_a_block_or_becomes_markup():
+    """Backticks in the configuration and in the code, a name, a base and a licence of markup."""
+    config = "prompt: |\n  a\n  ```\n  <b>\n  ## Evaluation\n"
+    code, name = 'pipe = """\n```\n"""', "<img src=x onerror=y> [a](b)"
+    facts = {"config": config, "code": code, "name": name, "base": f"runs/{name.replace('/', '')}"}
+    text = made(**facts, license=License("other", name, "javascript:y"))
+    assert snippet(text) == code and f"````yaml\n{config.strip()}\n````" in text
+    body = text.split("---\n", 2)[2]
+    assert (
+        body.startswith("\n# &lt;img src=x onerror=y&gt; [a\\](b)\n")
+        and "<img" not in body
+        and "](javascript" not in body
+    )
+    assert "[GPL](https://a.org/b%28c%29)" in made(license=License("other", "GPL", "https://a.org/b(c)"))
+    assert "[GPL](LICENSE.md)" in made(license=License("other", "GPL", "LICENSE.md"))
+
+
 def test_it_reads_like_a_sentence():
     """One call or several, the method by its name, an unknown licence, and what each file is for."""
     assert "with 4 network calls, distilled with DMD2. Plain" in made()

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,9 +17,10 @@ from PIL import Image
 from test_processes import TWO, python
 
 from eval import images as folders
-from eval.conditions import Asked
-from eval.generate import Ranks, fill, generate
+from eval.conditions import Asked, texts
+from eval.generate import Ranks, fill, generate, model_name
 from eval.sampler import Sampler, generator, load, pipeline_sampler, teacher_sampler
+from eval.score import Folder, score
 from pipelines import tiny
 
 WORDS = "fox cat dog tree sea hat cup road hill lamp bird".split()
@@ -109,7 +111,7 @@ def test_bad_folders_are_one_clear_error(tmp_path):
         fails(lies, match)
     (lies / folders.MANIFEST).unlink()
     os.mkfifo(lies / folders.MANIFEST)
-    fails(lies, "is no regular file; generate the folder again")
+    fails(lies, "is not a regular file; generate the folder again")
     with pytest.raises(ValueError, match="not empty"):
         folders.write(edited, x)
     folders.write(edited, x, overwrite=True)
@@ -304,7 +306,7 @@ def test_wrong_input_is_one_clear_error(home, student, tmp_path):
         with pytest.raises(ValueError, match=match):
             generate(model, new, **({"n": 2} | wrong), overwrite=True)
         assert not bytes_of(new)
-    with pytest.raises(ValueError, match="new holds no .png image"):  # a request that failed leaves nothing behind
+    with pytest.raises(ValueError, match="there is no folder"):  # a request that failed leaves nothing behind
         folders.read(new)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("keep")
@@ -419,6 +421,48 @@ def test_two_processes_and_a_kill_give_the_same_files(home, tmp_path):
     told["complete"] = False
     folders.store(out, told)  # killed after the last image
     assert generate(model, out, n=40, seed=2, steps=9, rows=4, classes=10)["hash"] == whole["hash"]
+
+
+def test_a_model_is_named_by_its_run(student, tmp_path):
+    """The name that any export has is no name; images under another name are the same images."""
+    names = {
+        "runs/dmd2/pipeline": "dmd2",
+        "runs/dmd2/pipeline/": "dmd2",
+        "runs/dmd2/pipeline/../pipeline": "dmd2",
+        "runs/dmd2/watch/checkpoint-500/pipeline": "dmd2-checkpoint-500",
+        "runs/lcm/pytorch_lora_weights.safetensors": "lcm",
+        "runs/lcm/lcm_4step_lora.safetensors": "lcm_4step_lora",
+        "runs/teacher": "teacher",
+        "runs/v1.5": "v1.5",
+    }
+    assert {path: model_name(Path(path)) for path in names} == names
+    shutil.copytree(student, tmp_path / "a" / "pipeline")
+    shutil.copytree(student, tmp_path / "b" / "pipeline")
+    first = generate(tmp_path / "a" / "pipeline", tmp_path / "out", n=3)
+    again = generate(tmp_path / "b" / "pipeline", tmp_path / "out", n=3)
+    assert (first["model"], again["model"]) == ("a", "b") and first["hash"] == again["hash"]
+    assert again["commit"] == score(tmp_path / "out", metrics=("vendi",), extractor="random")["commit"]
+
+
+def test_prompts_of_evaluation_have_limits(home, tmp_path):
+    """A megabyte is refused before a network is loaded: a tokenizer took a minute for it. A mark of order is none."""
+    (tmp_path / "long.txt").write_text("a fox\n" + "fox " * 250_000)
+    with pytest.raises(ValueError, match="long.txt.* 1,000,000 characters; at most 20,000|long.txt.*999,999"):
+        generate(home.folder("sd"), tmp_path / "out", prompts=f"{tmp_path / 'long.txt'}")
+    (tmp_path / "many").mkdir()
+    (tmp_path / "many" / "a.txt").write_bytes(b"\xef\xbb\xbfa fox")
+    assert texts(f"{tmp_path / 'many'}") == ["a fox"]
+    (tmp_path / "many" / "b.txt").write_text("fox " * 250_000)
+    with pytest.raises(ValueError, match="b.txt: a text of 999,999 characters"):
+        texts(f"{tmp_path / 'many'}")
+    (tmp_path / "many" / "b.txt").unlink()
+    os.mkfifo(tmp_path / "many" / "b.txt")
+    with pytest.raises(ValueError, match="b.txt is not a regular file"):
+        texts(f"{tmp_path / 'many'}")
+    with_mark = tmp_path / "images"
+    folders.write(with_mark, torch.zeros(1, 3, 8, 8))
+    (with_mark / "metadata.jsonl").write_text('{"file_name": "000000.png", "text": "a fox"}\n', "utf-8-sig")
+    assert Folder(with_mark).texts == ["a fox"]
 
 
 def test_a_mistake_is_one_line(tmp_path):

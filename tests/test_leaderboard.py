@@ -1,6 +1,9 @@
 """The board as one job: what is done is skipped, what is killed goes on, what fails is named; figures in a card."""
 
+import datetime
 import json
+import math
+import os
 
 import pytest
 from test_page import row
@@ -48,6 +51,22 @@ def test_a_board_is_a_product():
         ({"entries": [{"steps": 1}]}, "entry 0 .* needs at least a model"),
         ({"entries": [{"model": "a", "stepz": 1}]}, "entry 0, a, has 'stepz'; it may have .*steps"),
         ({"entries": [{"model": "a"}, {"model": "b/a"}]}, "two entries of the board are called a-digits"),
+        ({"entries": [{"model": ["a"]}]}, r"model is \['a'\]; it must be text"),
+        (
+            {"entries": [{"model": "a", "steps": [1, "x"]}]},
+            "entry 0, a: steps is 'x'; it must be a whole number from 1",
+        ),
+        ({"entries": [{"model": "a", "steps": True}]}, "steps is True"),
+        ({"entries": [{"model": "a", "guidance": math.nan}]}, "guidance is nan; it must be a finite number"),
+        ({"entries": [{"model": "a", "seeds": -1}]}, "seeds is -1; it must be a whole number from 0"),
+        ({"entries": [{"model": "a", "generate": {"x": {"y": 1}}}]}, "generate is .*; it must be names with plain"),
+        ({"entries": [{"model": "a", "name": datetime.date(2024, 1, 1)}]}, "name is .*; it must be text"),
+        ({"entries": [{"model": "a", 3: 1}]}, "has '3'; it may have"),
+        ({"entries": [{"model": "a"}], "workers": "two"}, "workers of the board is 'two'; it must be a number"),
+        (
+            {"entries": [{"model": "a", "steps": [*range(1, 200)], "guidance": [*range(200)]}]},
+            "more than 10,000 entries",
+        ),
     ],
 )
 def test_a_wrong_board_is_refused_before_any_work(tree, match):
@@ -58,10 +77,23 @@ def test_a_wrong_board_is_refused_before_any_work(tree, match):
 def test_files_that_are_no_board(tmp_path):
     with pytest.raises(ValueError, match="there is no file"):
         entries.read(tmp_path / "absent.yaml")
-    for text, match in (("a: [", "not YAML"), ("- 1", "must hold names with values")):
+    laughs = "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}' if i else 'ha'] * 9)}]\n" for i in range(9))
+    for text, match in (
+        ("a: [", "not YAML"),
+        ("- 1", "must hold names with values"),
+        (laughs, "aliases stand for more than"),
+        ("a: &a [*a]", "an alias holds itself"),
+        ("[" * 10_000, "not YAML"),
+        ("a: !!python/object/apply:os.getcwd []", "not YAML"),
+    ):
         (tmp_path / "board.yaml").write_text(text)
-        with pytest.raises(ValueError, match=match):
+        with pytest.raises(ValueError, match=match) as told:
             entries.read(tmp_path / "board.yaml")
+        assert len(str(told.value)) < 1000
+    (tmp_path / "board.yaml").unlink()
+    os.mkfifo(tmp_path / "board.yaml")
+    with pytest.raises(ValueError, match="not a regular file"):
+        entries.read(tmp_path / "board.yaml")
 
 
 def test_jobs_go_on_without_what_fails(tmp_path):
@@ -142,6 +174,12 @@ def test_the_mean_of_seeds():
     (single,) = mean(nested[:2])
     assert "low" not in single["metrics"]["fid"], "noise seeds of one training run say nothing about another run"
     assert mean([rows[0], row("b", 1.0)]) == [rows[0], row("b", 1.0)]
+    assert mean([*rows, rows[0]]) == [one], "the same row twice is one row"
+    with pytest.raises(ValueError, match="a has two rows of seed 0"):
+        mean([*rows, row("a", 30.0, seeds=[0])])
+    del rows[0]["metrics"]["fid"]
+    figure = mean(rows)[0]["metrics"]["fid"]
+    assert figure["value"] == 10.5 and figure["n"] == 2, "of those that have it"
 
 
 def test_cost():
@@ -187,6 +225,12 @@ def test_figures_go_into_a_models_card(tmp_path):
     assert second.count("## Evaluation") == 1 and "10.4" not in second
     evaluated(folder, [])
     assert (folder / "README.md").read_text() == second, "nothing new changes nothing"
+    hostile = "a|b</td><script>[x](javascript:y)\n# z"
+    evaluated(folder, [Result(hostile, hostile, 1.0)])
+    table = (folder / "README.md").read_text().split("## Evaluation")[1].split("## What")[0]
+    assert r"| a\|b&lt;/td&gt;&lt;script&gt;[x\](javascript:y) # z | 1 |" in table
+    last = ModelCard.load(folder / "README.md").data.eval_results[-1]
+    assert last.metric_name == hostile and {line.replace(r"\|", "").count("|") for line in table.split("\n")} == {0, 4}
     with pytest.raises(ValueError, match="no row is of 'lcm'; there are \\['dmd2', 'sid'\\]"):
         card((tmp_path / "board" / "rows.json",), "lcm", folder)
     with pytest.raises(ValueError, match="no README.md"):
