@@ -149,7 +149,8 @@ class Clip(Law):
     high: Share = 0.98
 
     def __post_init__(self) -> None:
-        _ordered(self, 1)
+        if not 0 <= self.low <= self.high <= 1:
+            raise ValueError(f"times from low = {self.low} to high = {self.high}; both lie in [0, 1], low below high")
 
     def __call__(self, draw: Draw, name: str, B: int, schedule: Schedule) -> Tensor:
         return self.law(draw, name, B, schedule).clamp(self.low, self.high)
@@ -248,7 +249,7 @@ def clusters(law: Law, N: int, schedule: Schedule) -> tuple[float, ...]:
     return tuple(edge / TASKS for edge in (0, *reversed(edges)))
 
 
-def _ordered(law: Uniform | Grid | Karras | StudentT | Clip, most: float) -> None:
+def _ordered(law: Uniform | Grid | Karras | StudentT, most: float) -> None:
     """ValueError unless 0 <= low <= high <= most."""
     check(law)
     if not law.low <= law.high <= most:
