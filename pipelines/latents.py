@@ -123,7 +123,7 @@ def shape(parts: Parts, resolution: int | None, patch: int = 1) -> tuple[int, in
     """(C, H, W) of what the network sees: its own size, or the one of `resolution` pixels, in whole patches."""
     config = parts.net.config
     channels = parts.config("vae").get("latent_channels", config.in_channels)
-    if channels != config.in_channels:
+    if config.in_channels not in (channels, 4 * channels):  # FLUX packs 2 x 2 of them
         raise ValueError(
             f"{parts.folder}: its {parts.network} takes {config.in_channels} channels, its VAE's latents have "
             f"{channels}: networks for inpainting or editing cannot be distilled here"
