@@ -54,6 +54,11 @@ from pipelines.noise import zero_terminal
 from pipelines.scheduler import scheduler as carrying
 from pipelines.verify import LARGEST, PSNR, TOLERANCE, Gap, Reference, compare, examples, place, reference, settled
 
+LEGS = (  # of the model card
+    "Where each of its calls ends is part of its embedding of time: it takes its own number of steps alone, and has no "
+    "LoRA file."
+)
+
 
 @dataclass(frozen=True)
 class About:
@@ -102,6 +107,7 @@ def export(student: Student, teacher: Teacher, net: nn.Module, scheduler: Any, f
     student = student.using(net)
     with experts.told(student) as steps:
         expected = reference(student, teacher, net)
+    limits = [LEGS] if any(to for _, to in student.legs) else []
     student = of_one_time(student, teacher)
     one, net = student.denoiser, student.denoiser.net
     others = {
@@ -119,7 +125,6 @@ def export(student: Student, teacher: Teacher, net: nn.Module, scheduler: Any, f
             negative.write(net, partial / negative.FILE)
         if base is not one:
             net.control.save_pretrained(partial / control.FOLDER)  # type: ignore[operator,union-attr]
-        limits: Sequence[str] = ()
         if student.experts and not experts.write(student, net, steps, teacher.parts.network, partial):
             limits = [experts.LIMIT.format(len(student.experts) + 1)]
         facts = {"student": True, "steps": len(student.times), "times": list(student.times), "config": about.config}
@@ -175,8 +180,10 @@ def of_one_time(student: Student, teacher: Teacher) -> Student:
     c = {key: value.to(device) for key, value in (teacher.encode([prompt]) or {}).items()} or None
     teacher.parts.drop_text()
     x = torch.zeros(1, *teacher.shape, device=device)
-    alone = replace(denoiser, net=merged(denoiser.net))  # a LoRA's file has no embedding
-    return replace(student, denoiser=embedded(alone, student.legs, x, c), jumps=False)
+    alone = merged(denoiser.net)
+    vars(alone).pop("peft_config", None)  # a LoRA's file has no embedding
+    found = embedded(replace(denoiser, net=alone), student.legs, x, c)
+    return replace(student, denoiser=found, jumps=False)
 
 
 def replaceable(folder: Path) -> None:

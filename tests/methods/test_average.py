@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -158,6 +159,27 @@ def test_adapters():
     assert plain.state_dict().keys() == teacher.net.state_dict().keys()
     x, t = point()
     torch.testing.assert_close(plain(x, 1000 * t), nets.student.denoiser(x, t).out)
+
+
+def test_export_of_several_calls():
+    """Its network has one time and no adapter, and gives the same samples; with fresh noise only the time is gone."""
+    from pipelines.export import of_one_time
+
+    parts = SimpleNamespace(family=SimpleNamespace(EXAMPLES=("a",)), drop_text=lambda: None)
+    teacher = SimpleNamespace(parts=parts, shape=(2,), encode=lambda prompts: None)
+    z, _ = point()
+    for lora in (LoRA(), LoRA(2, 2.0, ("first", "last"))):
+        config = StudentConfig(times=(1.0, 0.5), renoise="ddim", lora=lora)
+        student = build(MeanFlow(), clock(Flow(), "flow"), (2,), None, config).student
+        for i, p in enumerate(p for p in student.denoiser.net.parameters() if p.requires_grad):
+            p.data += 0.1 * (-1) ** i
+        one = of_one_time(student, teacher)
+        assert one.denoiser.net.state_dict().keys() == clock(Flow()).net.state_dict().keys()
+        assert not hasattr(one.denoiser.net, "peft_config")
+        torch.testing.assert_close(one.generate(z, None), student.generate(z, None), rtol=1e-6, atol=1e-6)
+        assert (replace(student, jumps=False).generate(z, None) - one.generate(z, None)).abs().max() > 1e-3
+        fresh = replace(student, renoise="fresh")
+        assert hasattr(of_one_time(fresh, teacher).denoiser.net, "peft_config") == (lora.rank is not None)
 
 
 @pytest.mark.slow
