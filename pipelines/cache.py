@@ -26,9 +26,9 @@ import tyro
 from distill import ranges
 from distill.config import fail
 from distill.data import Text, sources
-from distill.data.index import INDEX, TEXTS, fingerprint
+from distill.data.index import INDEX, TEXTS, fingerprint, stored
 from distill.data.online import Images, Texts
-from distill.data.shards import Rows, Table, file, narrow, note, pack, save
+from distill.data.shards import Rows, Table, file, is_whole, narrow, note, pack, save
 from distill.data.sources import Broken
 from distill.ranges import Count, Natural
 
@@ -178,7 +178,7 @@ def begun(folder: Path, config: Cache, teacher: Teacher, tables: dict[str, Table
 def resume(folder: Path, index: dict[str, Any]) -> dict[str, Any] | None:
     """The index in the folder, None if there is none; ValueError if it is of other work than `index`."""
     if (folder / INDEX).is_file():
-        old = json.loads((folder / INDEX).read_text())
+        old = stored(folder)
         changed = [key for key in index if old.get(key) != index[key]]
         if changed:
             raise ValueError(
@@ -228,7 +228,7 @@ def announce(folder: Path, index: dict[str, Any]) -> None:
     need, lines = 0.0, []
     for name, entry in index["tables"].items():
         shards = -(-entry["total"] // entry["per_shard"])
-        whole = sum((folder / file(name, i)).is_file() for i in range(shards))
+        whole = sum(is_whole(folder / file(name, i)) for i in range(shards))
         left = max(0, entry["total"] - whole * entry["per_shard"]) * entry["bytes"]
         need += left
         lines.append(
@@ -258,7 +258,7 @@ def fill(folder: Path, name: str, table: Table, entry: dict[str, Any], config: C
 
     total, per_shard = entry["total"], entry["per_shard"]
     mine = range(total)[::per_shard][state.process_index :: state.num_processes]
-    todo = [first for first in mine if not (folder / file(name, first // per_shard)).is_file()]
+    todo = [first for first in mine if not is_whole(folder / file(name, first // per_shard))]
     rows = {first: range(first, min(first + per_shard, total)) for first in todo}
     here, done = sum(map(len, rows.values())), sum(min(per_shard, total - first) for first in mine if first not in rows)
     with tqdm(total=here + done, initial=done, unit=f" {name}", disable=not state.is_main_process, smoothing=0) as bar:

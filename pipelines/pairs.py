@@ -13,7 +13,6 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -23,7 +22,8 @@ import tyro
 from distill import ranges
 from distill.config import fail
 from distill.data import Text
-from distill.data.index import TEXTS, digest, fingerprint
+from distill.data.index import digest, fingerprint
+from distill.data.index import texts as stored_texts
 from distill.data.online import Texts
 from distill.data.pairs import Trajectories
 from distill.data.shards import Rows, Shards, Table
@@ -161,8 +161,7 @@ def prompts(config: Sampling, teacher: Teacher) -> tuple[list[str], Table]:
     if isinstance(feed.text, Texts):
         texts = feed.text.texts[: min(config.n, feed.prompts)]
     else:
-        with (Path(config.cache) / TEXTS).open(encoding="utf-8") as lines:
-            texts = [json.loads(line) for line in islice(lines, min(config.n, feed.prompts))]
+        texts = stored_texts(Path(config.cache), min(config.n, feed.prompts))
     return texts, First(feed.text, len(texts))
 
 

@@ -421,3 +421,68 @@ class TestMistakes:
         with pytest.raises(ValueError, match="prompt_embeds does not fit float16: take a wider --dtype"):
             cache.run(config(home, tmp_path / "c"))
         cache.run(config(home, tmp_path / "c", dtype="bfloat16"))
+
+
+class TestDamaged:
+    """A cache that lost something, or holds what no command has written."""
+
+    def told(self, home, copy):
+        data = Text(cache=f"{copy}")
+        data.check(("real",))
+        data.open(load(home / "sd"), ("real",))
+
+    @pytest.mark.parametrize(
+        "change, message",
+        (
+            (lambda index: "{", "index.json is damaged .*is not JSON"),
+            (lambda index: [index], "index.json is damaged .an entry is missing or of another kind"),
+            (lambda index: {}, "index.json is damaged .*'teacher'"),
+            (lambda index: index | {"prompts": "8"}, "it has '8' prompts"),
+            (lambda index: index | {"prompts": 99}, "it has 99 prompts, and 9 rows of them"),
+            (lambda index: index | {"tables": {"text": {}}}, "index.json is damaged .*'total'"),
+            (lambda index: index["tables"]["text"]["rows"].append("x") or index, "its table text has 9 rows"),
+        ),
+    )
+    def test_index(self, home, copy, change, message):
+        changed = change(json.loads((copy / "index.json").read_text()))
+        (copy / "index.json").write_text(changed if isinstance(changed, str) else json.dumps(changed))
+        with pytest.raises(ValueError, match=message):
+            self.told(home, copy)
+        with pytest.raises(ValueError, match=message):
+            cache.run(config(home, copy, images=True))
+
+    @pytest.mark.parametrize("content, message", (("7\n", "line 1, is damaged .it is no text"), ("", "0 of 8 texts")))
+    def test_texts(self, home, copy, content, message):
+        (copy / "texts.jsonl").write_text(content)
+        with pytest.raises(ValueError, match=message):
+            self.told(home, copy)
+
+    def test_a_torn_shard_is_made_again(self, home, made, copy):
+        path = copy / "image-00000.safetensors"
+        path.write_bytes(path.read_bytes()[:-9])
+        with pytest.raises(ValueError, match="image-00000.safetensors is torn .*: run the cache command again"):
+            self.told(home, copy)
+        cache.run(config(home, copy, images=True))
+        assert content(copy) == content(made)
+
+    @pytest.mark.parametrize(
+        "change, message",
+        (
+            (lambda rows: rows.pop("x"), "has no tensor x: remove it"),
+            (lambda rows: rows.update(x=rows["x"][:2]), "tensor x is .2, 4, 8, 8. and not 8 rows of .4, 8, 8."),
+        ),
+    )
+    def test_tensors(self, home, copy, change, message):
+        path = copy / "image-00000.safetensors"
+        rows = load_file(path)
+        change(rows)
+        save_file(rows, path)
+        with pytest.raises(ValueError, match=message):
+            self.told(home, copy)
+
+    def test_a_caption_that_is_not_there(self, home, copy):
+        path = copy / "image-00000.safetensors"
+        save_file(load_file(path) | {"caption": torch.full((8,), 99)}, path)
+        feed = Text(cache=f"{copy}").open(load(home / "sd"), ("real",))
+        with pytest.raises(ValueError, match="there is no row 99 of 9"):
+            feed(DRAW)

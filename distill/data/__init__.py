@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from functools import cache
-from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +13,7 @@ from torch import Tensor
 
 from distill.data import sources
 from distill.data.feed import FIXED, Feed
-from distill.data.index import TEXTS, belongs, command, read_index
+from distill.data.index import belongs, command, read_index, texts
 from distill.data.labels import NOTHING, chosen
 from distill.data.online import SIZES, Images, Texts
 from distill.data.shards import Shards, Table
@@ -169,8 +167,7 @@ class Text:
         if real and self.squeeze and not index.get("squeeze", True):
             sources.notice([f"{folder} holds cropped images; those of this recipe are squeezed: {CACHE} --squeeze"])
         table = lambda name: Shards(folder, name, index["tables"][name])
-        with (folder / TEXTS).open(encoding="utf-8") as lines:
-            names = [json.loads(line) for line in islice(lines, min(index["prompts"], FIXED))]
+        names = texts(folder, min(index["prompts"], FIXED))
         return table("text"), table("image") if real else None, index["prompts"], names
 
     def _online(self, teacher: Any, real: bool) -> tuple[Table, Table | None, int, list[str]]:
@@ -185,8 +182,7 @@ class Text:
     def _texts(self, table: Table) -> list[str]:
         if isinstance(table, Texts):
             return table.texts
-        with (Path(self.cache) / TEXTS).open(encoding="utf-8") as lines:
-            return [*map(json.loads, lines), ""]
+        return [*texts(Path(self.cache), len(table) - 1), ""]
 
     def sources(self) -> tuple[list[str], Pictures | None]:
         """All prompts, and the images with their captions."""

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from distill.data.online import SIZES
+from distill.files import read_json
 
 INDEX, TEXTS = "index.json", "texts.jsonl"
 BLOCK = 4096  # bytes; 64 of them stand for a file of weights
@@ -30,10 +32,67 @@ def read_index(folder: Path, images: bool = False) -> dict[str, Any]:
     """The index of a finished cache, or a ValueError that says what to do."""
     if not (folder / INDEX).is_file():
         raise ValueError(f"no cache at {str(folder)!r}; make one with\n  {command(images, output_dir=str(folder))}")
-    index = json.loads((folder / INDEX).read_text())
+    index = stored(folder)
     if any("rows" not in entry for entry in index["tables"].values()):
         raise ValueError(f"the cache {folder} is not finished: run the command that began it again, and it goes on")
     return index
+
+
+def stored(folder: Path) -> dict[str, Any]:
+    """The index in a folder, finished or not; ValueError for one that is damaged."""
+    try:
+        index = read_json(folder / INDEX)
+        damage = _damage(index)
+    except ValueError as error:
+        index, damage = {}, f"{error}"
+    except (KeyError, TypeError, AttributeError) as error:
+        index, damage = {}, f"an entry is missing or of another kind: {type(error).__name__} {error}"
+    if damage:
+        raise ValueError(f"{folder / INDEX} is damaged ({damage}): remove {folder}, and make the cache again")
+    return index
+
+
+def _damage(index: dict[str, Any]) -> str | None:
+    """What is wrong with an index."""
+    whole = lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    teacher = {key: index["teacher"][key] for key in ("name", *PARTS)}
+    if not all(isinstance(value, str) for value in teacher.values()):
+        return f"its teacher is {teacher}"
+    if not whole(index["prompts"]) or not index["prompts"] or not all(map(whole, index["shape"])):
+        return f"it has {index['prompts']!r} prompts and samples of shape {index['shape']!r}"
+    if "ode" in index and not (isinstance(index["ode"]["network"], str) and whole(index["ode"]["seed"])):
+        return "its ode has no network and seed"
+    for name, entry in index["tables"].items():
+        numbers = [entry["total"], *entry.get("rows", ())]
+        shapes = entry["shapes"]
+        if not all(map(whole, numbers)) or not whole(entry["per_shard"]) or not entry["per_shard"] or not shapes:
+            return f"its table {name} has {entry['total']!r} rows"
+        if not all(map(whole, (side for shape in shapes.values() for side in shape))):
+            return f"its table {name} has rows of shapes {shapes!r}"
+        if name == "image" and not {"x", "caption"} <= shapes.keys():
+            return f"its table {name} has rows of {sorted(shapes)}"
+    text = index["tables"]["text"].get("rows")
+    if text and sum(text) <= index["prompts"]:
+        return f"it has {index['prompts']} prompts, and {sum(text)} rows of them"
+    return None
+
+
+def texts(folder: Path, n: int | None = None) -> list[str]:
+    """The first n texts of a cache, all by default."""
+    path, found = folder / TEXTS, []
+    if not path.is_file():
+        raise ValueError(f"the cache {folder} has lost {TEXTS}: remove {folder}, and make the cache again")
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(islice(lines, n), 1):
+            try:
+                found.append(json.loads(line))
+            except ValueError as error:
+                raise ValueError(f"{path}, line {number}, is damaged ({error}): make the cache again") from None
+            if not isinstance(found[-1], str):
+                raise ValueError(f"{path}, line {number}, is damaged (it is no text): make the cache again")
+    if n is not None and len(found) < n:
+        raise ValueError(f"{path} holds {len(found)} of {n} texts: make the cache again")
+    return found
 
 
 def belongs(folder: Path, index: dict[str, Any], teacher: Any, images: bool) -> None:

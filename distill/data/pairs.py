@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +12,7 @@ from torch import Tensor
 
 from distill.data import sources
 from distill.data.feed import FIXED, Batch, Feed
-from distill.data.index import INDEX, TEXTS, belongs, digest, read_index
+from distill.data.index import INDEX, belongs, digest, read_index, texts
 from distill.data.online import SIZES, Texts
 from distill.data.shards import Rows, Shards, Table
 from distill.draw import Draw
@@ -116,8 +114,7 @@ class Pairs:
                 f"another one than that of {teacher.parts.folder}: make pairs of this teacher with\n  {COMMAND}"
             )
         text, pairs = (Shards(folder, name, index["tables"][name]) for name in ("text", "image"))
-        with (folder / TEXTS).open(encoding="utf-8") as lines:
-            names = [json.loads(line) for line in islice(lines, min(index["prompts"], FIXED))]
+        names = texts(folder, min(index["prompts"], FIXED))
         return PairFeed(text, pairs, index["prompts"], names, index["ode"]["seed"])
 
     def _online(self, teacher: Any) -> PairFeed:

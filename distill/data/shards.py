@@ -43,6 +43,8 @@ class Shards:
         if missing := [path.name for path in self.files if not path.is_file()]:
             raise ValueError(f"the cache {folder} has lost {missing[0]}: run the cache command again")
         self.shapes = {key: tuple(shape) for key, shape in entry["shapes"].items()}
+        for path, n in zip(self.files, entry["rows"], strict=True):
+            _check(path, n, self.shapes)
         self.ends = list(accumulate(entry["rows"]))
         self.opened: dict[int, Any] = {}
 
@@ -54,11 +56,51 @@ class Shards:
         return {key: torch.stack([row[key] for row in one]) for key in self.shapes}
 
     def _row(self, row: int) -> Rows:
+        if not 0 <= row < len(self):
+            raise ValueError(f"{self.files[0].parent}: there is no row {row} of {len(self)}: make the cache again")
         shard = bisect_right(self.ends, row)
         if shard not in self.opened:
-            self.opened[shard] = safe_open(self.files[shard], "pt")
+            self.opened[shard] = _opened(self.files[shard])
         stored, i = self.opened[shard], row - (self.ends[shard - 1] if shard else 0)
         return {key: _get(stored, key, i, shape) for key, shape in self.shapes.items()}
+
+
+def _opened(path: Path) -> Any:
+    """A shard; ValueError for a torn one."""
+    try:
+        return safe_open(path, "pt")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is torn ({error}): run the cache command again, which makes it anew") from None
+
+
+def _check(path: Path, n: int, shapes: dict[str, tuple[int, ...]]) -> None:
+    """ValueError unless a shard holds n rows of these shapes; reads its header and where rows end."""
+    stored = _opened(path)
+    for key, shape in shapes.items():
+        if key not in stored.keys():
+            raise ValueError(f"{path} has no tensor {key}: remove it and run the cache command again")
+        found = tuple(stored.get_slice(key).get_shape())
+        if key + ENDS in stored.keys():
+            ends = stored.get_tensor(key + ENDS).diff(prepend=torch.zeros(1, dtype=torch.int64))
+            fits = len(ends) == n and found[1:] == shape[1:] and int(ends.sum()) == found[0]
+            fits = fits and bool(((ends >= 0) & (ends <= shape[0])).all())
+        else:
+            fits = found == (n, *shape)
+        if not fits:
+            raise ValueError(
+                f"{path}: its tensor {key} is {found} and not {n} rows of {shape}: remove it and run the cache "
+                "command again"
+            )
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a shard is there and can be read."""
+    if not path.is_file():
+        return False
+    try:
+        return isinstance(note(path)["rows"], int)
+    except (ValueError, KeyError, TypeError):
+        return False
 
 
 def _get(stored: Any, key: str, i: int, shape: tuple[int, ...]) -> Tensor:
@@ -105,7 +147,7 @@ def file(name: str, shard: int) -> str:
 
 def note(path: Path) -> dict[str, Any]:
     """What was noted about a shard."""
-    return json.loads(safe_open(path, "pt").metadata()["note"])
+    return json.loads(_opened(path).metadata()["note"])
 
 
 def save(rows: Rows, path: Path, about: dict[str, Any]) -> None:
