@@ -9,7 +9,8 @@ for bit. They are heard by a processor of attention around the network's own, in
     SUN:   z - alpha- |z| z- / |z-| - beta- + alpha+ |z| z+ / |z+| + beta+            Chai et al. 2023, 2312.08887
 
 SUN's z- and z+ have keys and values of their own (`Offset`): an adapter, the only thing that is trained. alpha and beta
-are numbers of each channel, |.| the 2-norm over all tokens and channels of one sample.
+are numbers of each channel, |.| the 2-norm over all tokens and channels of one sample. The public code takes it over
+the whole batch: of one sample that is the same, of several an image would depend on its neighbours.
 """
 
 from __future__ import annotations
