@@ -25,7 +25,7 @@ CONFIG = Config(
     data=Text(),
     teacher="Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
     family="wan",
-    student=StudentConfig(steps=4),
+    student=StudentConfig(steps=4, times=(1.0, 0.9375, 5 / 6, 0.625)),  # 1, .75, .5, .25 shifted by 5
     train=TrainConfig(
         output_dir="runs/dmd2_wan",
         max_train_steps=5000,  # LightX2V: 1,000 times one step of the student and five of the fake score

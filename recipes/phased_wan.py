@@ -30,6 +30,7 @@ CONFIG = Config(
     family="wan",
     student=StudentConfig(
         steps=4,
+        times=(1.0, 21 / 22, 0.875, 0.7),  # LightX2V: 1, .75, .5, .25 shifted by 7; the first phase ends at .875
         phases=2,
         renoise="ddim",  # paper: Euler
         lora=LoRA(rank=64, alpha=8, targets=TARGETS),  # paper: rank 64, alpha 8 (unverified); targets ours

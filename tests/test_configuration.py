@@ -221,3 +221,67 @@ def test_a_recipe_that_was_edited():
     edited = replace(config, method=replace(config.method, p_drop=3.0))
     with patch.dict(RECIPES, edited=edited):
         refused("edited", "method.p_drop", [])
+
+
+# values that the authors' public code or its commands give, at the commits of docs/recipes.md
+CODE = {
+    "pso_dreambooth_sdxl": {"method.neg_defactor": 0.1, "method.gamma": 0.5, "adam_weight_decay": 1e-4},
+    "pso_sdxl": {"adam_weight_decay": 1e-6, "method.beta": 50, "method.eps": 0.1, "student.lora.alpha": 16},
+    "sfd_cifar10": {
+        "method.forget": (0,),
+        "method.override": (1,),
+        "method.keep": (1, 2, 3, 4, 5, 6, 7, 8, 9),
+        "max_grad_value": 1,
+        "fake_max_grad_value": 1,
+    },
+    "sfd_sd15": {"ema_half_life": 0, "learning_rate": 1e-6, "fake_learning_rate": 3e-6},
+    "dmd2_wan": {
+        "method.guidance": 3,
+        "method.times.law.s": 5,
+        "method.times.low": 0.02,
+        "method.times.high": 0.98,
+        "method.fake_times.law.s": 5,
+        "adam_weight_decay": 0.01,
+        "max_grad_norm": 10,
+        "student.times": (1, 0.9375, 5 / 6, 0.625),
+        "ema_half_life": 0,
+    },
+    "phased_wan": {
+        "method.times.s": 7,
+        "method.times.law.low": 0.02,
+        "method.times.law.high": 0.98,
+        "method.margin": 0.04,
+        "student.times": (1, 21 / 22, 0.875, 0.7),
+        "max_grad_norm": 10,
+    },
+    "nct_sd15": {"train_batch_size": 128, "adam_beta1": 0.9, "adam_beta2": 0.95},
+    "lcm_lora_sdxl": {"method.guidance": (4, 16), "method.embed": False, "adam_weight_decay": 0, "learning_rate": 1e-4},
+    "pcm_sdxl": {"method.guidance": (7, 8), "method.embed": False, "method.N": 40, "adam_weight_decay": 0},
+    "sana_sprint": {"lr_warmup_steps": -(-5000 // 32), "method.warmup": 4000 // 2, "max_train_steps": 20_000 // 2},
+    "rcm_wan": {"lr_warmup_steps": 100, "ema_width": 0.1, "adam_weight_decay": 0.01, "max_grad_norm": None},
+    "f_distill_sd15": {
+        "method.every": 9,
+        "method.gan_fake": 1,
+        "method.fake_space": "x0",
+        "method.times.low": 0.001,
+        "max_grad_norm": 10,
+        "fake_max_grad_norm": 0,
+    },
+    "meanflow_sana": {"method.norm": "rms", "method.floor": 10, "method.warmup": 2000, "adam_beta2": 0.99},
+    "ode_sdxl": {"lr_warmup_steps": 8, "max_grad_norm": None, "adam_weight_decay": 0.01},
+    **{name: {"optimizer": "radam"} for name in ("ect_cifar10", "tcm_cifar10", "ict_cifar10")},
+}
+
+
+@pytest.mark.parametrize("recipe", CODE)
+def test_values_of_the_code(recipe):
+    values = {name.removeprefix("train."): value for name, *_, value in leaves(RECIPES[recipe])}
+    for name, value in CODE[recipe].items():
+        assert values[name] == (pytest.approx(value) if isinstance(value, tuple | float) else value), name
+
+
+def test_every_recipe_has_a_source():
+    """docs/recipes.md has a row for each recipe that is not of the digits, and no other."""
+    rows = [line.split("|")[1].strip() for line in (ROOT / "docs/recipes.md").read_text().splitlines() if "|" in line]
+    found = rows[rows.index("recipe") + 2 :]
+    assert found == sorted(name for name in RECIPES if "digits" not in name)
