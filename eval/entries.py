@@ -29,7 +29,7 @@ from typing import Any
 from distill.files import read_yaml
 from eval.files import read_json, shown, store
 from eval.generate import model_hash, model_name
-from eval.images import is_count
+from eval.images import is_count, is_finite
 from eval.jobs import Job, run
 from eval.report import Row, checked, mean
 
@@ -51,11 +51,15 @@ def _are_flags(value: Any) -> bool:
 
 FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {  # of an entry, or of each value of a list: check and kind
     "steps": (is_count, "a whole number from 1"),
-    "guidance": (lambda value: type(value) in (int, float) and math.isfinite(value), "a finite number"),
+    "guidance": (is_finite, "a finite number"),
     "seeds": (lambda value: type(value) is int and value >= 0, "a whole number from 0"),
     "n": (is_count, "a number of images"),
     **dict.fromkeys(("generate", "score"), (_are_flags, "names with plain values")),
     **dict.fromkeys(("model", "name", "protocols", "base", "launch"), (_is_text, "text")),
+}
+BOARD: dict[str, tuple[Callable[[Any], bool], str]] = {  # beside the entries
+    **dict.fromkeys(("out", "title"), (_is_text, "text")),
+    "workers": (is_count, "a number"),
 }
 
 
@@ -129,10 +133,10 @@ def entries(tree: Mapping[str, Any]) -> list[Entry]:
     listed = tree.get("entries")
     if not isinstance(listed, list) or not listed:
         raise ValueError("a board needs a list `entries`, each with at least a model; see python -m eval.leaderboard")
-    for key, kind, right in (("out", "text", _is_text), ("title", "text", _is_text), ("workers", "a number", is_count)):
+    for key, (right, kind) in BOARD.items():
         if tree.get(key) is not None and not right(tree[key]):
             raise ValueError(f"{key} of the board is {shown(tree[key])}; it must be {kind}")
-    found = []
+    found: list[Entry] = []
     for i, one in enumerate(listed):
         if not isinstance(one, dict) or not one.get("model", shared.get("model")):
             raise ValueError(f"entry {i} of the board is {shown(one)}; it needs at least a model")
@@ -201,11 +205,23 @@ def evaluate(todo: Sequence[Entry], out: Path, workers: int = 1, cost: bool = Tr
         if wrong := [failed[stage] for stage in (*stages[name], f"{name}-cost") if stage in failed]:
             why[name] = wrong[0]
             continue
-        (row,) = mean(checked(stored(folder / "rows.json"), str(folder / "rows.json")))
+        try:
+            row = one_row(folder / "rows.json")
+        except ValueError as error:  # of this entry: the others have their rows
+            why[name] = str(error)
+            continue
         measured = (stored(folder / "cost.json") or {}) if cost else {}
         rows.append({**row, "cost": {**(row.get("cost") or {}), **measured}})
         store(folder / "done.json", requests[name])
     return rows, why
+
+
+def one_row(path: Path) -> Row:
+    """The mean of the rows of a file, which differ in their seeds alone. ValueError for other ones."""
+    found = mean(checked(stored(path), str(path)))
+    if len(found) > 1:
+        raise ValueError(f"{path} holds rows of {len(found)} models or protocols, where one has several seeds")
+    return found[0]
 
 
 def stored(path: Path) -> Any:

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from distill.data import images
+from eval.cli import Unfinished
 from eval.extractors import Extractor, cache_folder, device, load
 from eval.files import replacing, store
 from eval.images import listing, manifest_of
@@ -249,7 +250,7 @@ def text_features(prompts: list[str], extractor: Extractor, batch: int = 256) ->
 
 
 def extract(folder: tuple[Path, ...], extractor: str = "inception-clean", batch: int = 64, workers: int = 4) -> None:
-    """Make the features of folders of images.
+    """Make the features of folders of images. A folder that fails does not stop the others; exit code 1 then.
 
     Args:
         folder: one or more folders of images.
@@ -257,9 +258,15 @@ def extract(folder: tuple[Path, ...], extractor: str = "inception-clean", batch:
         batch: images per call of the network.
         workers: threads that read and resize.
     """
-    net = load(extractor)
+    net, failed = load(extractor), []
     for path in folder:
-        features(path, net, batch=batch, workers=workers)
+        try:
+            features(path, net, batch=batch, workers=workers)
+        except ValueError as error:
+            failed.append(str(error))
+    if failed:
+        told = f"{'; '.join(failed)} ({len(folder) - len(failed)} of {len(folder)} folders are done)"
+        raise Unfinished(told) if len(failed) < len(folder) else ValueError(told)
 
 
 if __name__ == "__main__":

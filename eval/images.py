@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
@@ -26,13 +25,21 @@ from eval.files import check_output, read_json, replacing, replacing_folder, sho
 MANIFEST = "manifest.json"
 
 
+LARGEST = 1e18  # of a number in a file; more is damage, and a plot could not show it
+
+
 def is_count(value: Any) -> bool:
-    return type(value) is int and value > 0
+    return type(value) is int and 0 < value <= LARGEST
+
+
+def is_finite(value: Any) -> bool:
+    """Whether a value of JSON is a finite number."""
+    return type(value) in (int, float) and -LARGEST <= value <= LARGEST
 
 
 def is_number(value: Any) -> bool:
     """Whether a value of JSON is a finite number that is not negative."""
-    return type(value) in (int, float) and math.isfinite(value) and value >= 0
+    return is_finite(value) and value >= 0
 
 
 def _is_text(value: Any) -> bool:
@@ -205,12 +212,12 @@ def listing(folder: str | Path) -> list[Path]:
             f"{folder} holds {len(files)} images, its manifest says {manifest.get('n')}; generate it again"
         )
     if others:
-        _note(f"{folder}: {others}\n")
+        note(f"{folder}: {others}\n")
     return files
 
 
 @cache
-def _note(line: str) -> None:
+def note(line: str) -> None:
     """Write a line to stderr, once."""
     sys.stderr.write(line)
 

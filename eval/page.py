@@ -96,8 +96,8 @@ def table(board: Board) -> Markup:
         order = tag(' aria-sort="{}"', best) if heading == first else NOTHING
         better = "lower" if lower(heading) else "higher"
         arrow = tag(" <i>{} is better</i>", better) if heading in board.metrics else NOTHING
-        cells = best, order, pretty(heading), arrow
-        heads.append(tag('<th scope="col" data-first="{}"{}><button type="button">{}</button>{}</th>', *cells))
+        head = best, order, pretty(heading), arrow
+        heads.append(tag('<th scope="col" data-first="{}"{}><button type="button">{}</button>{}</th>', *head))
     lines = []
     for i, row in enumerate((*board.rows, *board.real)):
         cells = join(cell(c[i], heading in board.metrics) for heading, c in found.items() if heading != "model")
@@ -156,12 +156,16 @@ def scatters(board: Board, number: int) -> Markup:
     kinds = [("nfe", None, "")] + [("latency", m, f", on {m}" if len(machines) > 1 else "") for m in machines]
     models = list(dict.fromkeys(str(r["model"]) for r in board.rows if not is_teacher(r)))
     styles = {model: f"s{i % STYLES}" for i, model in enumerate(sorted(models))}
+    named = list(zip(board.rows, labels(board.rows, board.rows), strict=True))
+    measured: dict[str | None, list[tuple[Row, str]]] = {None: named}
+    for row, name in named:
+        measured.setdefault(str((row.get("cost") or {}).get("hardware")), []).append((row, name))
     figures: list[Markup] = []
     names: list[str] = []
     for metric in board.metrics:
         drawn = []
         for key, machine, more in kinds:
-            points = scatter_points(board, metric, key, machine, styles)
+            points = scatter_points(measured[machine], metric, key, styles)
             if points:
                 real = [(str(r["model"]), r["metrics"][metric]["value"]) for r in board.real if metric in r["metrics"]]
                 name, tick = AXES[key]
@@ -186,13 +190,13 @@ def scatters(board: Board, number: int) -> Markup:
 
 
 def scatter_points(
-    board: Board, metric: str, key: str, machine: str | None, styles: Mapping[str, str]
+    named: Sequence[tuple[Row, str]], metric: str, key: str, styles: Mapping[str, str]
 ) -> list[plots.Point]:
-    """The rows that have the metric and the cost (measured on `machine`, if it is one that is measured)."""
+    """The rows, with their labels, that have the metric and the cost."""
     out = []
-    for row, name in zip(board.rows, labels(board.rows, board.rows), strict=True):
+    for row, name in named:
         cost = row.get("cost") or {}
-        if metric not in row["metrics"] or not cost.get(key) or (machine and str(cost.get("hardware")) != machine):
+        if metric not in row["metrics"] or not cost.get(key):
             continue
         figure = row["metrics"][metric]
         low, high = interval(figure)

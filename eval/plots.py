@@ -145,11 +145,11 @@ class Frame:
             x = self.x(value)
             out.append(tag('<path class="grid" d="M{:.1f} {}V{}"/>', x, TOP, foot))
             if x - before >= len(tick(value)) * CHARACTER + 8:
-                at = x, foot + 18, tick(value)
-                out.append(tag('<text class="tick" x="{:.1f}" y="{}" text-anchor="middle">{}</text>', *at))
+                under = x, foot + 18, tick(value)
+                out.append(tag('<text class="tick" x="{:.1f}" y="{}" text-anchor="middle">{}</text>', *under))
                 before = x
-        at = LEFT + WIDE / 2, HEIGHT - 10, across
-        out.append(tag('<text class="axis" x="{}" y="{}" text-anchor="middle">{}</text>', *at))
+        middle = LEFT + WIDE / 2, HEIGHT - 10, across
+        out.append(tag('<text class="axis" x="{}" y="{}" text-anchor="middle">{}</text>', *middle))
         turned = f"translate(13 {TOP + TALL / 2}) rotate(-90)"
         out.append(tag('<text class="axis" text-anchor="middle" transform="{}">{}</text>', turned, up))
         return out

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from eval import plots
 from eval.files import shown
-from eval.images import is_count, is_number
+from eval.images import is_count, is_finite, is_number
 from pipelines.markdown import plain
 
 if TYPE_CHECKING:
@@ -101,12 +101,8 @@ def interval(metric: Mapping[str, Any]) -> tuple[float, float]:
     return low, high
 
 
-def _is_finite(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
-
-
 def _is_plain(value: Any) -> bool:
-    return isinstance(value, str) or _is_finite(value)
+    return isinstance(value, str) or is_finite(value)
 
 
 def _are_plain(value: Any) -> bool:
@@ -128,7 +124,7 @@ SCHEMA: dict[str, tuple[Callable[[Any], bool], str]] = {  # of a row: (its check
     "runs": (_are_plain, "a list of names or numbers"),
     "seeds": (_are_seeds, "a list of whole numbers"),
     "steps": (is_number, "a finite number, at least 0"),
-    "guidance": (_is_finite, "a finite number"),
+    "guidance": (is_finite, "a finite number"),
     "n": (is_count, "a number of images"),
     "cost": (lambda value: isinstance(value, dict), "names with values"),
     "left_out": (_are_reasons, "names of metrics with reasons"),
@@ -157,9 +153,9 @@ def checked(rows: Any, source: str = "the rows") -> list[Row]:
 
 def _fault(metric: Any) -> str | None:
     """What is wrong with a figure of a row; None: nothing."""
-    if not isinstance(metric, dict) or not _is_finite(metric.get("value")):
+    if not isinstance(metric, dict) or not is_finite(metric.get("value")):
         return "is no finite value"
-    if wrong := [key for key in ("low", "high") if metric.get(key) is not None and not _is_finite(metric[key])]:
+    if wrong := [key for key in ("low", "high") if metric.get(key) is not None and not is_finite(metric[key])]:
         return f"is no finite value: {wrong[0]} of its interval"
     if metric.get("n") is not None and not is_count(metric["n"]):
         return f"has n {shown(metric['n'])}, no number of images"

@@ -71,6 +71,8 @@ class Folder:
         path = self.path / "metadata.jsonl"
         if not path.is_file():
             return None
+        from distill.data.tables import caption
+
         found: dict[str, str] = {}
         try:
             for number, line in enumerate(read_text(path, "prompts are needed").split("\n"), 1):
@@ -80,9 +82,12 @@ class Folder:
                 name, text = row["file_name"], row["text"]
                 if not (isinstance(name, str) and isinstance(text, str)):
                     raise ValueError(f"line {number} has no text")
-                if found.setdefault(name, text) != text:
+                if found.setdefault(name, caption(text, f"line {number}") or "") != text:
                     raise ValueError(f"line {number} gives {name} a second text")
-            return [found[file.relative_to(self.path).as_posix()] for file in self.files]
+            names = [file.relative_to(self.path).as_posix() for file in self.files]
+            if absent := sorted(found.keys() - set(names)):
+                folders.note(f"{path} names {len(absent):,} images that are not there: {absent[0]} ...\n")
+            return [found[name] for name in names]
         except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise ValueError(
                 f'{path} does not hold a line {{"file_name", "text"}} for every image ({error}); prompts are needed'
@@ -148,13 +153,16 @@ def _statistics(path: Path, _: int, n: int) -> Moments:
 
 
 def custom(folder: Folder, metrics: tuple[str, ...], extractor: str | None, other: Path | None) -> Protocol:
-    """The protocol of metrics that were named on the command line, so that these rows carry a hash as well."""
+    """The protocol of metrics that were named on the command line, so that these rows carry a hash as well.
+
+    A photo that is no square is cut to its middle square, as training does.
+    """
     from eval.features import images_hash
 
     measures = []
     for name in metrics:
         entry = metric(name)
-        prepare = Prepare(entry.patch)
+        prepare = Prepare(entry.patch or "square")
         measures.append(Measure(name, extractor or entry.extractor, prepare, prepare if entry.needs else None))
         if "reference" in entry.needs and other is None and name not in ALONE:
             raise ValueError(f"metric {name} compares with real images: name their folder by --reference")

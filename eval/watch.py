@@ -25,13 +25,13 @@ import tyro
 
 from distill import checkpoint
 from eval.cli import Unfinished
-from eval.entries import flags, stored
+from eval.entries import flags, one_row, stored
 from eval.files import store
 from eval.jobs import Job
 from eval.jobs import run as run_jobs
 from eval.leaderboard import results, show, write
 from eval.protocols import Protocol, protocol
-from eval.report import Row, checked, interval, lower, mean, pretty
+from eval.report import Row, interval, lower, pretty
 from pipelines.card import evaluated
 
 Scored = tuple[list[Row], dict[str, str]]  # rows, and {name: why} of what failed
@@ -134,7 +134,12 @@ def measured(models: dict[str, Path], split: Split, out: Path, exports: dict[str
         if f"{name}-{split.name}" in failed:
             path.unlink(missing_ok=True)  # of some seeds alone
         elif path.is_file():
-            (row,) = mean(checked(stored(path), str(path)))
+            try:
+                row = one_row(path)
+            except ValueError as error:
+                failed[f"{name}-{split.name}"] = str(error)
+                path.unlink()
+                continue
             apart = {key: f"{row[key]}{mark}{split.name}" for key, mark in (("protocol", ", "), ("protocol_hash", ":"))}
             rows.append({**row, **apart, "model": name})
     return rows, {name: why for name, why in failed.items() if not why.startswith("needs ")}

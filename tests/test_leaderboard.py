@@ -156,6 +156,14 @@ def test_a_board_skips_what_is_done_and_names_what_failed(stages, tmp_path):
     assert len(once) == 7 and [c for c in once if "broken" in c] == ["generate broken-digits"]
     assert entries.evaluate(todo, tmp_path / "out") == (rows, failed)
     assert stages() == sorted([*once, "generate broken-digits"]), "only the one that failed was tried again"
+    rows_file = tmp_path / "out" / "entries" / "fine-digits" / "rows.json"
+    for text, match in (
+        ("[", "hold no list of rows"),
+        (json.dumps([row("a", 1.0), row("b", 1.0)]), "rows of 2 models"),
+    ):
+        rows_file.write_text(text)
+        some, why = entries.evaluate(todo, tmp_path / "out")
+        assert some == rows[:1] and match in why["fine-digits"], "the other entry has its row"
     again = entries.entries({"entries": [{"model": "good", "seeds": [3], "n": 5}]})
     entries.evaluate(again, tmp_path / "out")
     assert stages().count("score good-digits") == 2, "another request is another row"

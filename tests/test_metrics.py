@@ -10,6 +10,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from scipy.linalg import sqrtm
 from scipy.stats import t as student_t
 from test_security import png
@@ -25,7 +26,7 @@ from eval.features import features
 from eval.intervals import mean_ci, ratio_ci
 from eval.metrics import METRICS, Score, fid, frechet, kid, manifold, tie, vendi
 from eval.protocols import PROTOCOLS
-from eval.score import score, scores
+from eval.score import Folder, score, scores
 from eval.score import statistics as statistics_of
 
 
@@ -611,7 +612,22 @@ def test_stored_moments_are_a_reference(tmp_path):
         score(tmp_path / "a", reference_folder=tmp_path / "c.npz", **how)
 
 
-def test_wrong_requests_are_one_clear_error(tmp_path):
+def test_photos_are_cut_to_their_middle_square(tmp_path):
+    """Without a protocol: photos of 24 x 16 score as their squares do. A protocol keeps its definition."""
+    draw = np.random.default_rng(0)
+    for i in range(12):
+        pixels = draw.integers(0, 256, (16, 24, 3), dtype=np.uint8)
+        for name, array in (("wide", pixels), ("square", pixels[:, 4:20])):
+            (tmp_path / name).mkdir(exist_ok=True)
+            Image.fromarray(array).save(tmp_path / name / f"{i}.png")
+    how = {"metrics": ("kid",), "extractor": "random"}
+    found = [score(tmp_path / name, reference_folder=tmp_path / other, **how)["metrics"]
+             for name, other in (("wide", "square"), ("square", "wide"), ("square", "square"))]  # fmt: skip
+    assert found[0] == found[1] == found[2]
+    assert PROTOCOLS["mjhq30k"].hash == "8be8741a909c3a4e"
+
+
+def test_wrong_requests_are_one_clear_error(tmp_path, capsys):
     images, labels = digits("heldout")
     folders.write(tmp_path / "a", images[:100])
 
@@ -633,6 +649,11 @@ def test_wrong_requests_are_one_clear_error(tmp_path):
     fails(
         "n = 20 samples of 64 features; at least 65 .* measure kid", "small", metrics=("fd_train",), protocol="digits"
     )
+    with_prompts(tmp_path / "long", images[:2], ["a", "b" * 20_001])
+    fails("line 2: a text of 20,001 characters", "long", metrics=("clip_score",))
+    with_prompts(tmp_path / "more", images[:2], ["a", "b", "c"])
+    assert Folder(tmp_path / "more").texts == ["a", "b"]
+    assert "names 1 images that are not there: 000002.png" in capsys.readouterr().err
     with_prompts(tmp_path / "short", images[:5], ["one"] * 4)
     fails('does not hold a line {"file_name", "text"} for every image', "short", metrics=("clip_score",))
     (tmp_path / "file").touch()
