@@ -67,7 +67,9 @@ def nets_of(method, **change):
     teacher = made(Trig(), "v", dtype=torch.float32, classes=3)
     torch.manual_seed(1)  # the head's
     c = spoken(torch.tensor([0])) if hears else {"label": torch.tensor([0])}
-    student = StudentConfig(times=(1.0, 0.5), negative=WORDS if adapter else 0)
+    noises = getattr(method, "noises", ("fresh",))
+    calls = {"times": (1.0, 0.5), "renoise": noises[0]} if noises else {}
+    student = StudentConfig(negative=WORDS if adapter else 0, **calls)
     nets = build(method, teacher, (2,), c, **{"student": student} | change)
     nets.perceptual, nets.reward = lambda x, y: (x - y).square().mean(1), lambda x, c: x.mean(1)
     nets.control = lambda x: x[:, :1]
