@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
+
+from distill import progress
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -41,7 +42,7 @@ class Log:
             partial = self.path.with_name(".log.jsonl.partial")
             partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
             os.replace(partial, self.path)
-        self.bar = tqdm(total=cfg.max_train_steps, initial=step, disable=not main, dynamic_ncols=True, unit="step")
+        self.bar = progress.bar(cfg.max_train_steps, "step", shown=main, first=step, leave=True)
 
     def _lines(self) -> list[dict[str, float]]:
         """What an earlier process wrote, without a last line that it was killed in."""

@@ -96,8 +96,7 @@ def features(
     rules (in a generated folder: at all), and for NaN among the features. An error of one process ends all of them.
     A chunk in the cache that is torn is made again.
     """
-    from tqdm import tqdm
-
+    from distill.progress import bar
     from pipelines.run import launched
 
     for name, number in (("batch", batch), ("workers", workers)):
@@ -121,10 +120,10 @@ def features(
         try:
             _clear(where, accelerator.is_main_process)
             size = _opened(files[0], prepare, extractor.rule)[0] if manifest_of(folder) else None
-            with tqdm(total=total, unit="image", desc=title, leave=False, disable=hidden) as bar:
+            with bar(total, "image", title, not hidden) as shown:
                 for c in mine:
                     some = files[c * CHUNK : (c + 1) * CHUNK]
-                    made = _outputs(_batches(some, prepare, extractor.rule, size, batch, workers), extractor, bar)
+                    made = _outputs(_batches(some, prepare, extractor.rule, size, batch, workers), extractor, shown)
                     _save(parts[c], made)
         except Exception as caught:
             error = caught
@@ -236,14 +235,15 @@ def _opened(file: Path, prepare: Prepare, rule: str) -> tuple[tuple[int, int], n
 def text_features(prompts: list[str], extractor: Extractor, batch: int = 256) -> Tensor:
     """Prompts -> [N, D] in float64 by the extractor's text encoder, cached. ValueError where it has none."""
     from safetensors.torch import load_file
-    from tqdm import tqdm
+
+    from distill.progress import each
 
     if extractor.text is None:
         raise ValueError(f"extractor {extractor.name} reads no text; choose clip or open_clip")
     key = json.dumps([prompts, extractor.name, extractor.hash])
     path = cache_folder() / "features" / f"text-{hashlib.blake2b(key.encode(), digest_size=12).hexdigest()}.safetensors"
     if not is_complete(path, len(prompts)):
-        starts = tqdm(range(0, len(prompts), batch), desc=f"{extractor.name} prompts", leave=False)
+        starts = each(range(0, len(prompts), batch), "batch", f"{extractor.name} prompts")
         made = torch.cat([extractor.text(prompts[i : i + batch]).float() for i in starts])
         _save(path, {"features": made})
     return load_file(path)["features"].double()

@@ -393,10 +393,12 @@ class Ranks:
     """The processes of `accelerate launch` or torchrun, or this one alone."""
 
     def __init__(self) -> None:
-        self.accelerator, self.index, self.count = None, 0, 1
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            from pipelines.run import launched
+        from pipelines.run import launched, warn_alone
 
+        self.accelerator, self.index, self.count = None, 0, 1
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            warn_alone()
+        else:
             self.accelerator = launched(days=7)  # for one that has more left to make
             self.index, self.count = self.accelerator.process_index, self.accelerator.num_processes
 
@@ -430,7 +432,7 @@ class Share:
 
 def fill(work: Sampling, sampler: Sampler, ranks: Ranks) -> Share:
     """Make this process's share of the images that are missing, of those that are there take the digests."""
-    from tqdm import tqdm
+    from distill.progress import bar
 
     out, wanted, rows = work.out, work.asked.conditions, work.height
     size, batch = work.plan.size if work.plan else None, work.batch or rows
@@ -441,7 +443,7 @@ def fill(work: Sampling, sampler: Sampler, ranks: Ranks) -> Share:
     own = slice(ranks.index, None, ranks.count)
     share = Share({i: folders.digest(folders.level(out / folders.file_name(i))) for i in done[own]})
     mine = left[own]
-    with tqdm(total=len(mine), unit="image", leave=False, disable=ranks.index > 0) as bar, torch.no_grad():
+    with bar(len(mine), "image", out.name, ranks.index == 0) as shown, torch.no_grad():
         if not left and ranks.index == 0:  # killed before its manifest was written: a call tells its facts
             sampler.make([generator(work.seed, 0)] * rows, wanted[:1] * rows)
         for unit in (mine[k : k + batch] for k in range(0, len(mine), batch)):
@@ -454,7 +456,7 @@ def fill(work: Sampling, sampler: Sampler, ranks: Ranks) -> Share:
             for i, level in zip(unit, levels, strict=True):
                 folders.save(out, i, level)
                 share.digests[i] = folders.digest(level)
-            bar.update(len(unit))
+            shown.update(len(unit))
     share.made, share.nfe = len(mine), sampler.nfe()
     return share
 

@@ -6,12 +6,17 @@ import json
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from distill.files import read_yaml
+from distill.config import visible
+from distill.files import locked, read_yaml
+from distill.progress import LEAST, MOST, span
 
 LAUNCH = "accelerate.commands.launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no"
 
@@ -37,67 +42,156 @@ class Failed(RuntimeError):
 
 
 def run(todo: dict[str, Job], out: Path, workers: int, patient: bool = False) -> dict[str, str]:
-    """Run all jobs, `workers` at a time, with a progress bar each; what they print goes to `out`/logs/NAME.txt.
+    """Run all jobs, `workers` at a time, and show how far each is; what they print goes to `out`/logs/NAME.txt.
 
     A job that fails ends everything: Failed. patient: the others go on, those that need it are left out, and a
     process that a signal killed (memory, say) is started again, at most twice. Returns {name: why} of what failed.
+    ValueError for fewer than one worker, for jobs that wait for each other, and where another command uses `out`.
     """
-    from rich import progress
+    if type(workers) is not int or workers < 1:
+        raise ValueError(f"workers is {workers!r}; it must be a whole number, at least 1")
+    if waiting := _endless(todo):
+        raise ValueError(f"'{todo[waiting[0]].title}' waits for jobs that never end, or are not there")
+    with locked(out, "folder"), _shown(todo, out) as shown:
+        return Queue(todo, out, workers, patient, shown).run()
 
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-    env.setdefault("DISTILL_CACHE", f"{out / 'cache'}")
-    title = progress.TextColumn("{task.description:34}")
-    times = (progress.TimeElapsedColumn(), progress.TimeRemainingColumn())
-    (out / "logs").mkdir(parents=True, exist_ok=True)
-    processes: list[subprocess.Popen[bytes]] = []
 
-    def start(name: str) -> None:
-        log, code = out / "logs" / f"{name}.txt", 0
-        for _ in range(3 if patient else 1):
+class Queue:
+    """Jobs as they are started, done and failed."""
+
+    def __init__(self, todo: dict[str, Job], out: Path, workers: int, patient: bool, shown: Bars | Lines) -> None:
+        self.todo, self.logs, self.workers, self.patient = todo, out / "logs", workers, patient
+        self.shown = shown
+        self.env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+        self.env.setdefault("DISTILL_CACHE", f"{out / 'cache'}")
+        self.logs.mkdir(parents=True, exist_ok=True)
+        self.processes: list[subprocess.Popen[bytes]] = []
+        self.done: set[str] = set()
+        self.failed: dict[str, str] = {}
+        self.running: dict[Future[None], str] = {}
+        self.over = False  # processes are ended, and none is started again
+
+    def run(self) -> dict[str, str]:
+        """All of them; {name: why} of what failed."""
+        with ThreadPoolExecutor(self.workers) as pool:
+            try:
+                while len(self.done) + len(self.failed) < len(self.todo):
+                    self._begin(pool)
+                    finished, _ = wait(self.running, timeout=0.5, return_when=FIRST_COMPLETED)
+                    for future in finished:
+                        self._end(self.running.pop(future), future.exception())
+                    for name in self.running.values():
+                        self.shown.move(name)
+            finally:
+                self.over = True
+                for process in self.processes:
+                    process.terminate()
+        return self.failed
+
+    def _begin(self, pool: ThreadPoolExecutor) -> None:
+        """Start the jobs that can start, and give up those whose needs have failed."""
+        for name, job in self.todo.items():
+            if name in self.done | set(self.running.values()) | self.failed.keys():
+                continue
+            if lost := [need for need in job.after if need in self.failed]:
+                self.failed[name] = f"needs '{self.todo[lost[0]].title}', which failed"
+            elif len(self.running) < self.workers and set(job.after) <= self.done:
+                self.running[pool.submit(self._work, name)] = name
+                self.shown.begin(name)
+
+    def _work(self, name: str) -> None:
+        """One job, in a thread of its own."""
+        log, code = self.logs / f"{name}.txt", 0
+        for _ in range(3 if self.patient else 1):
             with log.open("w") as file:
-                command = [sys.executable, *todo[name].command]
-                processes.append(subprocess.Popen(command, env=env, stdout=file, stderr=file))
-                code = processes[-1].wait()
-            if code >= 0:
+                command = [sys.executable, *self.todo[name].command]
+                self.processes.append(subprocess.Popen(command, env=self.env, stdout=file, stderr=file))
+                code = self.processes[-1].wait()
+            if code >= 0 or self.over:
                 break
         if code:
             how = "failed" if code > 0 else f"was killed by signal {-code}"
-            raise Failed(f"'{todo[name].title}' {how}; {_end(log)}")
+            raise Failed(f"'{self.todo[name].title}' {how}; {_end(log)}")
 
-    done: set[str] = set()
-    failed: dict[str, str] = {}
-    running: dict[Future[None], str] = {}
-    with progress.Progress(title, progress.BarColumn(), progress.TaskProgressColumn(), *times) as bars:
-        lines = {name: bars.add_task(job.title, total=None, start=False, visible=False) for name, job in todo.items()}
-        with ThreadPoolExecutor(workers) as pool:
-            try:
-                while len(done) + len(failed) < len(todo):
-                    for name, job in todo.items():
-                        busy = done | set(running.values()) | failed.keys()
-                        if name not in busy and (lost := [n for n in job.after if n in failed]):
-                            failed[name] = f"needs '{todo[lost[0]].title}', which failed"
-                        elif len(running) < workers and name not in busy and set(job.after) <= done:
-                            running[pool.submit(start, name)] = name
-                            bars.update(lines[name], visible=True)
-                            bars.start_task(lines[name])
-                    finished, _ = wait(running, timeout=0.5, return_when=FIRST_COMPLETED)
-                    for future in finished:
-                        name = running.pop(future)
-                        error = future.exception()
-                        if isinstance(error, Failed) and patient:
-                            failed[name] = str(error)
-                            bars.update(lines[name], description=f"[red]{todo[name].title}: failed[/]")
-                            bars.stop_task(lines[name])
-                            continue
-                        future.result()
-                        done.add(name)
-                        bars.update(lines[name], total=1, completed=1)
-                    for name in running.values():
-                        bars.update(lines[name], **_progress(todo[name].log))
-            finally:
-                for process in processes:
-                    process.terminate()
-    return failed
+    def _end(self, name: str, error: BaseException | None) -> None:
+        if error is None:
+            self.done.add(name)
+        elif self.patient and isinstance(error, Failed):
+            self.failed[name] = str(error)
+        self.shown.end(name, error is None)
+        if error is not None and name not in self.failed:
+            raise error
+
+
+class Bars:
+    """A bar for each job, on a terminal."""
+
+    def __init__(self, todo: dict[str, Job], bars: Any) -> None:
+        self.todo, self.bars = todo, bars
+        self.tasks = {name: bars.add_task(job.title, None, None, visible=False) for name, job in todo.items()}
+
+    def begin(self, name: str) -> None:
+        self.bars.update(self.tasks[name], visible=True)
+        self.bars.start_task(self.tasks[name])
+
+    def move(self, name: str) -> None:
+        self.bars.update(self.tasks[name], **_progress(self.todo[name].log))
+
+    def end(self, name: str, well: bool) -> None:
+        if well:
+            self.bars.update(self.tasks[name], total=1, completed=1)
+        else:
+            self.bars.update(self.tasks[name], description=f"[red]{self.todo[name].title}: failed[/]")
+            self.bars.stop_task(self.tasks[name])
+
+
+class Lines:
+    """A line when a job begins and ends and, more and more rarely, the last one that it wrote: where there is no
+    terminal."""
+
+    def __init__(self, todo: dict[str, Job], logs: Path) -> None:
+        self.todo, self.logs = todo, logs
+        self.began: dict[str, float] = {}
+        self.told: dict[str, float] = {}
+
+    def begin(self, name: str) -> None:
+        self.began[name] = self.told[name] = time.monotonic()
+        sys.stderr.write(f"{self.todo[name].title} ...\n")
+
+    def move(self, name: str) -> None:
+        now = time.monotonic()
+        if now - self.told[name] < min(max(3 * LEAST, (now - self.began[name]) / 10), MOST):
+            return
+        self.told[name] = now
+        lines = (self.logs / f"{name}.txt").read_text(errors="replace").split("\n")
+        last = next((line.strip() for line in reversed(lines) if line.strip()), "nothing said yet")
+        sys.stderr.write(f"{self.todo[name].title}, {span(now - self.began[name])}: {visible(last[-160:])}\n")
+
+    def end(self, name: str, well: bool) -> None:
+        took = span(time.monotonic() - self.began[name])
+        sys.stderr.write(f"{self.todo[name].title}: {'done' if well else 'failed'} after {took}\n")
+
+
+@contextmanager
+def _shown(todo: dict[str, Job], out: Path) -> Iterator[Bars | Lines]:
+    from rich import progress
+
+    title = progress.TextColumn("{task.description:34}")
+    times = (progress.TimeElapsedColumn(), progress.TimeRemainingColumn())
+    bars = progress.Progress(title, progress.BarColumn(), progress.TaskProgressColumn(), *times)
+    if not bars.console.is_terminal:
+        yield Lines(todo, out / "logs")
+        return
+    with bars:
+        yield Bars(todo, bars)
+
+
+def _endless(todo: dict[str, Job]) -> list[str]:
+    """The jobs that could never start."""
+    able: set[str] = set()
+    while new := [name for name, job in todo.items() if name not in able and {*job.after} <= able]:
+        able.update(new)
+    return [name for name in todo if name not in able]
 
 
 def _end(log: Path) -> str:
@@ -108,11 +202,12 @@ def _end(log: Path) -> str:
 
 
 def _progress(log: Path | None) -> dict[str, Any]:
-    """Total and completed steps of a training run, from its config.yaml and the last line of its log."""
-    if log is None or not log.is_file():
+    """Total and completed steps of a training run, from its config.yaml and the last whole line of its log."""
+    lines = log.read_text().split("\n")[:-1] if log is not None and log.is_file() else []
+    if log is None or not lines:
         return {}
     try:
         total = read_yaml(log.parent / "config.yaml")["max_train_steps"]
-        return {"total": int(total), "completed": int(json.loads(log.read_text().splitlines()[-1])["step"])}
-    except (OSError, ValueError, KeyError, IndexError, TypeError):  # a line is being written: the next look has it
+        return {"total": total, "completed": json.loads(lines[-1])["step"]}
+    except (ValueError, KeyError, TypeError):  # what is torn is not shown; the job itself says so
         return {}

@@ -376,7 +376,7 @@ def scores(
         batch: images per call of an extractor.
         workers: threads that read and resize.
     """
-    from tqdm import tqdm
+    from distill.progress import each
 
     if not folder:
         raise ValueError("no folder was given; name at least one after --folder")
@@ -385,7 +385,7 @@ def scores(
     if out is not None:
         check_output(out, "--out")
     found, failed = [], []
-    for path in tqdm(folder, unit="folder", desc="score", leave=False, disable=len(folder) < 2):
+    for path in each(folder, "folder", "score", len(folder) > 1):
         try:
             row = score(path, protocol, metrics, extractor, reference, use, batch, workers)
         except FAILURES as error:

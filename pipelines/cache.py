@@ -30,6 +30,7 @@ from distill.data.index import INDEX, TEXTS, fingerprint, stored
 from distill.data.online import Images, Texts
 from distill.data.shards import Rows, Table, file, is_whole, narrow, note, pack, save
 from distill.data.sources import Broken
+from distill.files import LOCK, locked
 from distill.ranges import Count, Natural
 
 if TYPE_CHECKING:
@@ -88,6 +89,12 @@ def main(argv: list[str] | None = None) -> None:
 
 def run(config: Cache) -> Path:
     """Make or go on with the cache of `config`; its folder."""
+    with locked(config.output_dir):
+        return encoded(config)
+
+
+def encoded(config: Cache) -> Path:
+    """The folder of the cache, which no other process writes."""
     check(config)
     from pipelines.run import launched, quiet
 
@@ -186,7 +193,8 @@ def resume(folder: Path, index: dict[str, Any]) -> dict[str, Any] | None:
             )
         announce(folder, old)
         return old
-    ours = {TEXTS, f".{TEXTS}.partial", f".{INDEX}.partial"}  # of a command that was killed while it wrote these
+    # of a command that was killed while it wrote these, and of this one
+    ours = {TEXTS, f".{TEXTS}.partial", f".{INDEX}.partial", LOCK}
     if folder.exists() and {path.name for path in folder.iterdir()} - ours:
         raise ValueError(f"{folder} is not empty and holds no cache: choose another --output_dir")
     return None
@@ -254,21 +262,21 @@ def human(n: float) -> str:
 
 def fill(folder: Path, name: str, table: Table, entry: dict[str, Any], config: Cache, state: Accelerator) -> None:
     """Write the shards that are missing, every so many by this process."""
-    from tqdm import tqdm
+    from distill.progress import bar
 
     total, per_shard = entry["total"], entry["per_shard"]
     mine = range(total)[::per_shard][state.process_index :: state.num_processes]
     todo = [first for first in mine if not is_whole(folder / file(name, first // per_shard))]
     rows = {first: range(first, min(first + per_shard, total)) for first in todo}
     here, done = sum(map(len, rows.values())), sum(min(per_shard, total - first) for first in mine if first not in rows)
-    with tqdm(total=here + done, initial=done, unit=f" {name}", disable=not state.is_main_process, smoothing=0) as bar:
+    with bar(here + done, "row", name, state.is_main_process, done) as shown:
         for first in todo:
             shard: list[Rows] = []
             broken: list[str] | None = [] if config.skip_broken else None
             for i in range(0, len(rows[first]), config.batch_size):
                 batch = rows[first][i : i + config.batch_size]
                 shard += [narrow(part, getattr(torch, config.dtype)) for part in whole(table, batch, broken)]
-                bar.update(len(batch))
+                shown.update(len(batch))
             empty = {key: torch.zeros(0, *shape) for key, shape in entry["shapes"].items()}
             merged = {key: torch.cat([part[key] for part in shard] or [empty[key]]) for key in empty}
             path = folder / file(name, first // per_shard)
@@ -309,7 +317,8 @@ def finish(folder: Path, index: dict[str, Any]) -> None:
         if not sum(entry["rows"]):
             raise ValueError(f"no {name} could be read: the cache is not finished")
     for partial in folder.glob(".*"):  # of a command that was killed
-        partial.unlink()
+        if partial.name != LOCK:
+            partial.unlink()
     _write(folder / INDEX, json.dumps(index, indent=1))
     sys.stderr.write(f"finished {folder}; train with --data.cache {folder}\n")
 

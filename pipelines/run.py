@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 
 from distill import checkpoint, health, history, memory, shard
 from distill.config import Config, dump, fail, parse
-from distill.files import locked, rank
+from distill.files import RANKS, locked, rank
 from pipelines import FAMILIES, ExportError, Teacher, control, index, located, opened, perceptual, reward
 
 if TYPE_CHECKING:
@@ -324,8 +324,22 @@ def launched(days: int = 1, **options: Any) -> Accelerator:
     from accelerate import Accelerator
     from accelerate.utils import InitProcessGroupKwargs
 
+    warn_alone()
     cpu = "LOCAL_RANK" in os.environ and not torch.accelerator.is_available()
     return Accelerator(cpu=cpu, kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days))], **options)
+
+
+def warn_alone() -> None:
+    """Say so where `accelerate launch` was asked for several processes and has started this one alone.
+
+    It does so where it sees fewer than two GPUs: --num_processes 2, with or without --cpu, sets their address only.
+    """
+    known = os.environ.keys()
+    if {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= known and not known & {"LOCAL_RANK", *RANKS}:
+        sys.stderr.write(
+            "warning: accelerate launch was asked for several processes and has started this one alone, for it sees "
+            "fewer than two GPUs. On the CPU launch two by --config_file recipes/accelerate/cpu2.yaml\n"
+        )
 
 
 def precision(config: Config[Any, Any], accelerator: Accelerator) -> torch.dtype:

@@ -17,6 +17,9 @@ from typing import Any
 import tyro
 
 from distill.config import fail
+from distill.files import locked
+from distill.progress import stage
+from distill.ranges import Count, Seed, check
 from eval.jobs import Job, recipe, run
 
 RECIPES = Path(__file__).resolve().parent
@@ -33,9 +36,12 @@ class Demo:
 
     output_dir: str = "runs/demo"
     methods: tuple[str, ...] = ("dmd2", "sid")  # recipes/NAME_digits.py
-    n: int = 2000  # images of every evaluation
-    seed: int = 0  # of everything that is trained
-    workers: int = field(default_factory=lambda: os.cpu_count() or 1)  # jobs side by side, one thread each
+    n: Count = 2000  # images of every evaluation
+    seed: Seed = 0  # of everything that is trained
+    workers: Count = field(default_factory=lambda: os.cpu_count() or 1)  # jobs side by side, one thread each
+
+    def __post_init__(self) -> None:
+        check(self, "--")
 
 
 def jobs(cfg: Demo, out: Path) -> dict[str, Job]:
@@ -62,20 +68,29 @@ def jobs(cfg: Demo, out: Path) -> dict[str, Job]:
     return todo
 
 
-def main(cfg: Demo) -> None:
-    began, out = time.perf_counter(), Path(cfg.output_dir)
-    missing = [m for m in cfg.methods if not (RECIPES / f"{m}_digits.py").is_file()]
-    if missing:
-        fail(f"no recipe for {missing}; there are {sorted(p.stem[:-7] for p in RECIPES.glob('*_digits.py'))}")
+def main(argv: list[str] | None = None) -> None:
+    """Parse the command line and run; every mistake of the user ends in one message."""
+    try:
+        cfg = tyro.cli(Demo, args=argv, use_underscores=True, description=__doc__)
+        missing = [m for m in cfg.methods if not (RECIPES / f"{m}_digits.py").is_file()]
+        if missing:
+            known = sorted(p.stem[:-7] for p in RECIPES.glob("*_digits.py"))
+            raise ValueError(f"no recipe for {missing}; there are {known}")
+        with locked(cfg.output_dir, beside=True):
+            demonstrate(cfg, Path(cfg.output_dir))
+    except (ValueError, RuntimeError) as error:
+        fail(str(error))
+
+
+def demonstrate(cfg: Demo, out: Path) -> None:
+    """Train, sample, measure, and write the page."""
+    began = time.perf_counter()
     if out.exists() and not (out / "demo.json").is_file():
-        fail(f"{out} exists and is not an earlier demo: choose another --output_dir")
+        raise ValueError(f"{out} exists and is not an earlier demo: choose another --output_dir")
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     (out / "demo.json").write_text(json.dumps({"methods": cfg.methods, "n": cfg.n, "seed": cfg.seed}))
-    try:
-        run(jobs(cfg, out), out, cfg.workers)
-    except RuntimeError as error:
-        fail(str(error))
+    run(jobs(cfg, out), out, cfg.workers)
 
     os.environ["DISTILL_CACHE"] = f"{out / 'cache'}"
     from eval.leaderboard import show, write
@@ -83,7 +98,9 @@ def main(cfg: Demo) -> None:
     logs = {name: out / name / "log.jsonl" for name in ("teacher", *cfg.methods)}
     rows = measured(cfg, out)
     lead = LEAD.format((time.perf_counter() - began) / 60)
-    show(write(out, rows, "One-step distillation of handwritten digits", lead, logs))
+    with stage("write the page"):
+        page = write(out, rows, "One-step distillation of handwritten digits", lead, logs)
+    show(page)
     student, teacher = out / cfg.methods[0] / "pipeline", out / "teacher"
     lines = [
         "It has the pictures, the curves and every number.",
@@ -108,17 +125,20 @@ def measured(cfg: Demo, out: Path) -> list[dict[str, Any]]:
 
     torch.set_num_threads(1)
     names = {**dict.fromkeys(TEACHER, "teacher"), **{f"{m}-1": m for m in cfg.methods}}
-    rows = scores(tuple(out / "samples" / name for name in names))
+    with stage(f"measure the quality of {len(names)} sets of images"):
+        rows = scores(tuple(out / "samples" / name for name in names))
     for (name, model), row in zip(names.items(), rows):  # now that nothing runs beside
         folder, cost = out / model, out / "samples" / f"{name}.json"
         source, steps = (folder, int(TEACHER[name])) if name in TEACHER else (folder / "pipeline", None)
-        generate(f"{source}", out / "samples" / name, cfg.n, steps, name=model, protocol="digits", cost=cost)
+        with stage(f"measure the time of an image of {name}"):
+            generate(f"{source}", out / "samples" / name, cfg.n, steps, name=model, protocol="digits", cost=cost)
         row["cost"] |= json.loads(cost.read_text())
         row["cost"]["train_seconds"] = json.loads((folder / "log.jsonl").read_text().splitlines()[-1])["seconds"]
-    images.write(out / "samples" / "real", *digits("train"), overwrite=True, name="real digits")
-    floor = score(out / "samples" / "real", metrics=("fd_heldout",))["metrics"]["fd_heldout"]["value"]
+    with stage("measure the real digits"):
+        images.write(out / "samples" / "real", *digits("train"), overwrite=True, name="real digits")
+        floor = score(out / "samples" / "real", metrics=("fd_heldout",))["metrics"]["fd_heldout"]["value"]
     return [*rows, report.real(rows[0], "real digits", fd_heldout=floor)]
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Demo, use_underscores=True, description=__doc__))
+    main()

@@ -29,6 +29,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = 12
+BAR = f"/{STEPS} step ["  # in a line of progress: the first one says that training begins
 RUN = f"--max_train_steps {STEPS} --logging_steps 1 --train_batch_size 8 --validation_images 4 --validation_steps 6"
 RUN += " --checkpoints_total_limit 3 --resume_from_checkpoint latest"
 GRACE = 10  # seconds that a launcher gives the others after one has died (torchrun: 30)
@@ -246,7 +247,7 @@ class Faults:
                 before, harmed = newest(folder), later(folder)
                 status, hit, ranks, in_save, group = self.life(processes, folder, every, number)
                 said, last = group.said.read_text(), newest(folder)
-                assert all(f"{one} is skipped: " in said for one in harmed) or "step/s" not in said, said
+                assert all(f"{one} is skipped: " in said for one in harmed) or BAR not in said, said
                 assert (" is skipped: " in said) <= bool(harmed) and later(folder) <= harmed, said
                 if hit is not None and status == 0:
                     self.count(processes, hit.name, "too late: ends as it would have", in_save)
@@ -296,7 +297,7 @@ class Faults:
         kind, step, late = self.chance.choice("start step save save".split()), self.chance.randrange(STEPS), None
         if kind == "start":
             return group.wait(self.chance.uniform(0, self.seconds[processes] / 2))
-        late = group.wait(600, lambda: group.said.read_text().count("step/s") > 1 and logged(folder) >= step)
+        late = group.wait(600, lambda: group.said.read_text().count(BAR) > 1 and logged(folder) >= step)
         if late is None and kind == "save":
             late = group.wait(600, lambda: saving(folder, since))
         if late is None:

@@ -7,7 +7,10 @@ import pytest
 import yaml
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, ParallelismConfig
-from accelerate.utils.launch import prepare_multi_gpu_env
+from accelerate.utils.launch import prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
+
+from distill.files import RANKS
+from pipelines.run import warn_alone
 
 FOLDER = Path(__file__).resolve().parent.parent / "recipes" / "accelerate"
 SHARDED = ("gpu8_fsdp2", "nodes2_fsdp2")
@@ -89,3 +92,29 @@ def test_what_never_ran_says_so(name):
     assert ("Never run here." in text) == (name != "cpu2")
     assert f"accelerate launch --config_file recipes/accelerate/{name}.yaml" in text
     assert yaml.safe_load(text)["num_processes"] == CLAIMS[name].processes
+
+
+@pytest.mark.parametrize(
+    ("flags", "alone"),
+    (
+        ("--cpu --num_processes 2", True),
+        ("--num_processes 2", True),
+        ("--cpu --num_processes 1", False),
+        ("--cpu", False),
+    ),
+)
+def test_processes_that_were_not_started_are_missed(flags, alone, monkeypatch, capsys):
+    """Where accelerate sees no two GPUs it starts one process; the environment is what it gives to that one."""
+    for name in ("MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK", "ACCELERATE_MIXED_PRECISION", *RANKS):
+        monkeypatch.delenv(name, raising=False)
+    args, *_ = _validate_launch_command(launch_command_parser().parse_args([*flags.split(), "recipe.py"]))
+    assert not args.multi_gpu
+    for name, value in prepare_simple_launcher_cmd_env(args)[1].items():
+        monkeypatch.setenv(name, value)
+    capsys.readouterr()
+    warn_alone()
+    said = capsys.readouterr().err
+    assert ("has started this one alone" in said and "recipes/accelerate/cpu2.yaml" in said) == alone
+    monkeypatch.setenv("RANK", "0")
+    warn_alone()
+    assert not capsys.readouterr().err

@@ -4,11 +4,12 @@ import datetime
 import json
 import math
 import os
+import re
 
 import pytest
 from test_page import row
 
-from eval import entries
+from eval import entries, jobs
 from eval.cost import measure, parameters
 from eval.jobs import Failed, Job, run
 from eval.leaderboard import card, write
@@ -115,6 +116,32 @@ def test_jobs_go_on_without_what_fails(tmp_path):
     always = {"dies": Job("dies", ["-c", f"open({mark + '4'!r}, 'a').write('x'); import os; os.kill(os.getpid(), 9)"])}
     assert "killed by signal 9" in run(always, tmp_path, 1, patient=True)["dies"]
     assert (tmp_path / "mark4").read_text() == "xxx", "three times, then it is a failure"
+
+
+def test_jobs_say_how_far_they_are_without_a_terminal(tmp_path, capsys, monkeypatch):
+    """A line at the start and the end of each with its time, in between the last line that it wrote."""
+    monkeypatch.setattr(jobs, "LEAST", 0.1)
+    talks = "import sys, time; print('half of it', flush=True); time.sleep(1.5)"
+    todo = {"a": Job("talk", ["-c", talks]), "b": Job("fail", ["-c", "raise SystemExit(3)"], ("a",))}
+    with pytest.raises(Failed, match="'fail' failed"):
+        run(todo, tmp_path, 2)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "talk ..." and lines[-2:] == ["fail ...", "fail: failed after 0 s"], lines
+    assert re.fullmatch(r"talk, [12] s: half of it", lines[1]) and re.fullmatch(r"talk: done after [2-9] s", lines[-3])
+
+
+@pytest.mark.parametrize("workers", (0, -1, 1.5, "2", True, None))
+def test_jobs_need_a_worker(workers, tmp_path):
+    with pytest.raises(ValueError, match="workers is .*; it must be a whole number, at least 1"):
+        run({"a": Job("a", ["-c", ""])}, tmp_path / "out", workers)
+    assert not (tmp_path / "out").exists()
+
+
+def test_jobs_that_wait_for_each_other(tmp_path):
+    for a, b in (("b", "a"), ("a", "a"), ("nowhere", "a")):
+        todo = {"a": Job("one", ["-c", ""], (a,)), "b": Job("two", ["-c", ""], (b,))}
+        with pytest.raises(ValueError, match="'one' waits for jobs that never end, or are not there"):
+            run(todo, tmp_path, 1)
 
 
 STAGE = """

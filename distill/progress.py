@@ -1,0 +1,83 @@
+"""How far a command is, on stderr: a bar on a terminal; in a file of a scheduler, say, a line from time to time."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from tqdm import tqdm
+
+T = TypeVar("T")
+LEAST, MOST = 10.0, 600.0  # seconds between two lines; between them a tenth of the time that has gone
+
+
+class Lines:
+    """stderr for tqdm: what it writes over the line before becomes a line of its own."""
+
+    def write(self, text: str) -> None:
+        if text := text.strip():
+            sys.stderr.write(f"{text}\n")
+
+    def flush(self) -> None:
+        sys.stderr.flush()
+
+
+class Printed(tqdm):
+    """A progress bar as lines: at the start, after the first unit, more and more rarely, and at the end."""
+
+    def __init__(self, **options: Any) -> None:
+        self.moved = False
+        text = "{desc}{n_fmt}/{total_fmt} {unit} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
+        given = {"file": Lines(), "miniters": 1, "mininterval": LEAST, "maxinterval": MOST, "bar_format": text}
+        super().__init__(**options | given | {"leave": True})
+
+    def update(self, n: float | None = 1) -> bool | None:
+        shown = super().update(n)
+        if not self.moved and self.n > self.initial:
+            self.moved = True
+            self.refresh()
+        return shown
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> bool:
+        self.mininterval = min(max(self.format_dict["elapsed"] / 10, LEAST), MOST)
+        return super().display(msg, pos)
+
+    def set_postfix(self, *values: Any, refresh: bool = False, **named: Any) -> None:
+        super().set_postfix(*values, refresh=False, **named)
+
+
+def bar(total: int, unit: str, title: str = "", shown: bool = True, first: int = 0, leave: bool = False) -> tqdm:
+    """A progress bar of `total` units, `first` of them done. leave: it stays on the terminal at its end."""
+    options = {"total": total, "unit": unit, "initial": first, "desc": f"{title}: " * bool(title), "leave": leave}
+    if not shown:
+        return tqdm(**options, disable=True)
+    return tqdm(**options, dynamic_ncols=True) if sys.stderr.isatty() else Printed(**options)
+
+
+def each(items: Sequence[T], unit: str, title: str = "", shown: bool = True) -> Iterator[T]:
+    """The items, with a progress bar."""
+    with bar(len(items), unit, title, shown) as progress:
+        for item in items:
+            yield item
+            progress.update()
+
+
+@contextmanager
+def stage(title: str) -> Iterator[None]:
+    """Say on stderr what begins, and how long it took."""
+    start = time.monotonic()
+    sys.stderr.write(f"{title} ...\n")
+    yield
+    sys.stderr.write(f"{title}: {span(time.monotonic() - start)}\n")
+
+
+def span(seconds: float) -> str:
+    """Seconds as people read them: 42 s, 3:05 min, 2:10 h."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    return f"{minutes}:{rest:02d} min" if minutes < 60 else f"{minutes // 60}:{minutes % 60:02d} h"
