@@ -30,6 +30,7 @@ import torch
 import tyro
 from torch import Tensor
 
+from distill.files import locked
 from eval import images as folders
 from eval.conditions import Asked, of_labels, of_prompts, of_protocol
 from eval.cost import commit, hardware, measure
@@ -323,8 +324,13 @@ class Sampling:
                 tune(one, line(one, self.skip_tuning))
 
     def run(self) -> dict[str, Any]:
-        """Make what is missing; the manifest."""
+        """Make what is missing; the manifest. ValueError, too, where another command makes images there."""
         self.check()
+        with locked(self.out, "--out", beside=True):
+            return self.complete()
+
+    def complete(self) -> dict[str, Any]:
+        """The manifest of a folder that no other process writes."""
         asked, ranks = self.asked, Ranks()
         if ranks.index == 0:
             _begin(self.out, self.request(), asked, self.overwrite)

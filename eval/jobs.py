@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -73,7 +75,7 @@ class Queue:
 
     def run(self) -> dict[str, str]:
         """All of them; {name: why} of what failed."""
-        with ThreadPoolExecutor(self.workers) as pool:
+        with ThreadPoolExecutor(self.workers) as pool, ended():
             try:
                 while len(self.done) + len(self.failed) < len(self.todo):
                     self._begin(pool)
@@ -121,6 +123,22 @@ class Queue:
         self.shown.end(name, error is None)
         if error is not None and name not in self.failed:
             raise error
+
+
+@contextmanager
+def ended() -> Iterator[None]:
+    """SIGTERM ends this process as Ctrl-C does, so that its jobs end with it."""
+
+    def handle(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, handle) if main else None
+    try:
+        yield
+    finally:
+        if main:
+            signal.signal(signal.SIGTERM, before)
 
 
 class Bars:

@@ -26,6 +26,7 @@ import yaml
 from torch import Tensor, nn
 
 from distill.config import fail
+from distill.files import locked
 from distill.lora import merged
 from distill.student import Student
 from pipelines import index
@@ -162,7 +163,8 @@ def gather(students: Sequence[str | Path], out: Path) -> None:
 
 def main(given: Students) -> None:
     try:
-        gather(given.students, Path(given.output_dir))
+        with locked(given.output_dir, beside=True):
+            gather(given.students, Path(given.output_dir))
     except (ValueError, OSError) as error:
         fail(str(error))
     sys.stderr.write(f"wrote {given.output_dir}, of {len(given.students)} students\n")

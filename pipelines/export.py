@@ -25,7 +25,8 @@ from torch import nn
 
 from distill import checkpoint, methods
 from distill.average import embedded, timed, untimed
-from distill.config import TEACHER, fail, revived
+from distill.config import TEACHER, fail, revived, stored
+from distill.files import locked
 from distill.log import grid
 from distill.lora import merged, shared
 from distill.negative import adapters, strip
@@ -447,8 +448,8 @@ def trained(again: Again) -> tuple[Student, Teacher, Any, str, str, str]:
     run = Path(again.run)
     if not (run / "config.yaml").is_file():
         raise ValueError(f"no run at {again.run!r}: a run's folder has a config.yaml, its checkpoints are --checkpoint")
-    text = (run / "config.yaml").read_text()
-    tree, method = yaml.safe_load(text), text.partition("\n")[0].removeprefix("# ").lower()
+    text, method, tree = stored(run)
+    method = method.lower()
     found = checkpoint.found(run)
     if not found:
         raise ValueError(f"{run} has no checkpoint yet: go on training with --resume_from_checkpoint latest")
@@ -541,23 +542,29 @@ def main(again: Again) -> None:
     out = Path(again.output_dir or f"{again.run}/pipeline")
     name = (out.parent if out.name == "pipeline" else out).resolve().name
     try:
-        replaceable(out)
         quiet()
-        repository = hub.create(again.hub_model_id or name, again.hub_private) if again.push_to_hub else None
-        student, teacher, scheduler, base, method, facts, *notes = trained(again) if again.run else published(again)
-        told = about(name, teacher, base, method, facts, again.license, repository)
-        if again.published:
-            source = f"the weights of {Path(again.published).name}, as they were read, on {base}"
-            told = replace(told, source=source, notes=notes[0])
-        report(out, export(student, teacher, student.denoiser.net, scheduler, out, told), told)
-        if repository:
-            sys.stderr.write(f"pushed to {hub.push(out, repository)}\n")
+        with locked(out, beside=True):
+            export_again(again, out, name)
     except (ValueError, ExportError) as error:
         fail(str(error))
     except (OSError, SafetensorError) as error:
         if not (why := checkpoint.refused(error)):
             raise
         fail(f"{why} and give the same command again")
+
+
+def export_again(again: Again, out: Path, name: str) -> None:
+    """Write the pipeline folder `out`, and push it if that is asked for."""
+    replaceable(out)
+    repository = hub.create(again.hub_model_id or name, again.hub_private) if again.push_to_hub else None
+    student, teacher, scheduler, base, method, facts, *notes = trained(again) if again.run else published(again)
+    told = about(name, teacher, base, method, facts, again.license, repository)
+    if again.published:
+        source = f"the weights of {Path(again.published).name}, as they were read, on {base}"
+        told = replace(told, source=source, notes=notes[0])
+    report(out, export(student, teacher, student.denoiser.net, scheduler, out, told), told)
+    if repository:
+        sys.stderr.write(f"pushed to {hub.push(out, repository)}\n")
 
 
 def report(folder: Path, found: Verified, about: About) -> None:

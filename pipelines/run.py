@@ -285,7 +285,8 @@ def run(config: Config[Any, Any], out: Path, resume: Path | None) -> None:
             net = made.denoiser.net
         else:
             whole(nets, state, teacher)
-        report(folder, export(made, teacher, net, scheduler, folder, card), card)
+        with locked(folder, beside=True):
+            report(folder, export(made, teacher, net, scheduler, folder, card), card)
         if repository:
             sys.stderr.write(f"pushed to {hub.push(folder, repository)}\n")
 
