@@ -39,7 +39,7 @@ def run(tmp_path, monkeypatch):
     folder = tmp_path / "run"
     for step in (1, 2, 3, 4):
         (folder / f"checkpoint-{step}").mkdir(parents=True)
-        (folder / f"checkpoint-{step}" / "state.json").write_text("{}")
+        (folder / f"checkpoint-{step}" / "state.json").write_text(json.dumps({"step": step}))
     (folder / "config.yaml").write_text("# DMD2\n")
     (tmp_path / "stage.py").write_text(STAGE)
     facts = {"name": "run", "base": "teacher", "license": License("mit"), "family": "edm", "method": "dmd2"}
@@ -88,7 +88,7 @@ def test_it_follows_a_run_to_its_end(run, monkeypatch):
 
     def later(seconds):
         assert seconds == 5
-        (run / "checkpoint-4" / "state.json").write_text("{}")
+        (run / "checkpoint-4" / "state.json").write_text('{"step": 4}')
         (run / "pipeline").mkdir()
         (run / "pipeline" / "model_index.json").write_text("{}")
 
