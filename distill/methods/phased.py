@@ -13,6 +13,9 @@ unbiased without knowing x_0. So phase k is DMD2 on the path above s, whose data
 b^2 / a times the difference of scores, as DMD2's is sigma_t^2 / alpha_t times; the KL's own weight is a. The last
 phase has s = 0 and is DMD2. A run trains one phase, the experts before it frozen: --student.phases 2, and then with
 --student.experts FIRST/checkpoint-N; the fake score starts as the teacher in each. Gradients flow as in DMD2.
+
+LightX2V's code pushes x_0 of the call by D_fake - D_real, over mean| x_0 - D_real |, though x_t is made of x_s. It moves
+each sample's call the same way as g does, with another weight; g is kept, for it descends the divergence of x_t.
 """
 
 from dataclasses import dataclass, replace
@@ -39,7 +42,7 @@ class PhasedDMD(DMD2):
     times: Law = Grid(1000, 20, 980)  # of the student's loss on the whole path: its part above s (LightX2V)
     fake_times: Law = Grid(1000, 20, 980)  # of the fake's loss, likewise (LightX2V)
     margin: Decay = 0.04  # share of both laws above s that is left out, next to s (LightX2V: 20 of 480 steps)
-    clamp: Positive = 10.0  # of 1 / b^2 (paper, as a review restates it)
+    clamp: Positive = 10.0  # of 1 / b^2 (paper, as a review restates it; LightX2V: no weight)
 
     def __post_init__(self) -> None:
         super().__post_init__()
