@@ -14,8 +14,8 @@ b^2 / a times the difference of scores, as DMD2's is sigma_t^2 / alpha_t times; 
 phase has s = 0 and is DMD2. A run trains one phase, the experts before it frozen: --student.phases 2, and then with
 --student.experts FIRST/checkpoint-N; the fake score starts as the teacher in each. Gradients flow as in DMD2.
 
-LightX2V's code pushes x_0 of the call by D_fake - D_real, over mean| x_0 - D_real |, though x_t is made of x_s. It moves
-each sample's call the same way as g does, with another weight; g is kept, for it descends the divergence of x_t.
+LightX2V's code pushes x_0 of the call by D_fake - D_real, over mean| x_0 - D_real |, though x_t is made of x_s. This
+moves each sample's call the same way as g, with another weight. g is kept: it descends the divergence of x_t.
 """
 
 from dataclasses import dataclass, replace
