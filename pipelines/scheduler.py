@@ -157,7 +157,7 @@ def _tables(teacher: Teacher, schedule: VP, student: StudentConfig) -> Iterator[
 
 def _table(teacher: Teacher, n: int) -> dict[str, Any]:
     """Options of a scheduler of the teacher's table, cut after its timestep n."""
-    schedule = teacher.denoiser.schedule
+    schedule: Any = teacher.denoiser.schedule
     return {
         "num_train_timesteps": n + 1,
         **noise.betas(teacher.parts.scheduler(), schedule, n),
@@ -224,7 +224,10 @@ def _edm(teacher: Teacher, schedule: EDM, student: StudentConfig) -> Iterator[An
 
     steps, times = student.steps, student.times
     if student.renoise == "tcd" or (steps > 1 and student.renoise != "fresh"):
-        raise ValueError("this family's scheduler renoises with fresh noise: train with --student.renoise fresh")
+        raise ValueError(
+            "this family's scheduler renoises with fresh noise: train with --student.renoise fresh, or, where a method "
+            "needs another, a student of one call (--student.steps 1 --student.renoise fresh)"
+        )
     start = times[0] if times else student.first(schedule)
     ratios = schedule.ratio(torch.tensor(times or [start]).double()).tolist()
     sigma = ratios[0]
