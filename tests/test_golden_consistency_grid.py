@@ -19,6 +19,7 @@ from distill.roles import Nets
 from distill.schedule import EDM, VP
 from distill.solver import heun
 from distill.student import Student
+from distill.times import phase
 
 LOSS, GRADIENT, DOUBLE = 1e-4, 1e-3, 1e-8
 FOLDERS = (ROOT / "tests" / "golden", os.environ.get("DISTILL_GOLDEN") or ROOT.parent / "shared" / "golden")
@@ -145,7 +146,8 @@ def drawn(tensors, facts, both):
     end = torch.where(tensors["out/end_timesteps"] > 0, tensors["out/end_timesteps"] + 1, 0) / 1000 * facts["N"]
     normal = {"eps": tensors["draw/noise"], "gan_eps0": tensors["draw/gan_noise_fake"]}
     uniform = {"t": points(tensors, facts["N"]), "guidance": tensors["draw/u_guidance"]}
-    uniform["gan_t"] = (share.round() - end.round()) * facts["multiphase"] / facts["N"]
+    low, high = phase(end.round(), facts["N"], facts["multiphase"])
+    uniform["gan_t"] = (share.round() - end.round()) / (high - low)
     return Replay(normal | ({"gan_eps1": tensors["draw/gan_noise_real"]} if both else {}), uniform)
 
 
