@@ -37,7 +37,7 @@ class Settings:
             return self.kohya
         from peft.utils.other import get_pattern_key
 
-        key = lambda pattern: get_pattern_key(self.lora[pattern], module)  # type: ignore[index]
+        key = lambda pattern: get_pattern_key(self.lora[pattern], module)
         rank = self.lora["rank_pattern"].get(key("rank_pattern"), self.lora["r"])
         if rank is not None and rank != r:
             raise ValueError(f"{self.source} says that the LoRA of {module} has rank {rank}; its tensors have {r}")

@@ -36,7 +36,8 @@ FACTS = {"null_class": 10}  # of the tiny teacher
 
 def examples(teacher: Teacher) -> tuple[int, ...]:
     """The labels that an export is verified on: the first eight classes, fewer where there are fewer."""
-    net, null = teacher.denoiser.net, teacher.denoiser.null
+    net: Any = teacher.denoiser.net
+    null = teacher.denoiser.null
     count = net.config.get("num_class_embeds") if getattr(net, "class_embedding", None) is not None else None
     no_label = None if null is None else int(null["class_labels"])
     return tuple(label for label in range(8 if count is None else count) if label != no_label)[:8] or (0,)
