@@ -35,6 +35,7 @@ STAGED = "tests/test_times.py"
 OPTIMUM, PAIRS = "tests/test_regression.py", "tests/test_pairs.py"
 MEMORY = "tests/test_memory.py"
 EXPORTED = "tests/test_recipes.py::test_the_average_is_exported"
+REHEARSAL = "tests/test_rehearsal.py"
 TRAINER, RECIPES, ROLES = "tests/test_trainer.py", "tests/test_recipes.py", "tests/test_roles.py"
 
 
@@ -957,6 +958,14 @@ MUTATIONS = {
     "export": (
         m("level of the scheduler", "pipelines/edm", "sigma_min=0.0, sigma_max=sigma",
           "sigma_min=0.002, sigma_max=80.0", EXPORTED),
+        m("no rehearsal", "pipelines/run", "rehearse(nets.student, teacher, scheduler, card)", "pass",
+          f"{RECIPES}::test_a_recipe_fails_before_its_first_step"),
+        m("a rehearsal passes", "pipelines/rehearsal", "if not gap <= TOLERANCE:", "if False:",
+          f"{REHEARSAL}::test_what_a_rehearsal_catches"),
+        m("no zero terminal SNR", "pipelines/noise", '"rescale_betas_zero_snr": True}', '"steps_offset": 1}',
+          f"{REHEARSAL}::test_a_student_has_the_teachers_table"),
+        m("rslora", "pipelines/adapter_config", "* math.sqrt(r) if", "if",
+          "tests/test_published.py::test_alpha_of_peft"),
         m("wrong export passes", "pipelines/export", "if not gap.largest <= TOLERANCE}", "if False}",
           f"{RECIPES}::test_a_recipe_fails_with_its_export"),
         m("the raw weights", "pipelines/run", "nets.student, state.ema.net\n",

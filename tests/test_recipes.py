@@ -24,7 +24,7 @@ from distill.roles import build
 from distill.schedule import EDM
 from distill.student import Student
 from distill.trainer import train
-from pipelines import ExportError, export, index, load, opened, run, verify
+from pipelines import ExportError, edm, export, index, load, opened, run, verify
 from pipelines.card import snippet
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -391,6 +391,17 @@ def test_every_input_counts(one):
     assert (image(c, later) - one).abs().max() > 100 * verify.TOLERANCE
 
 
+def test_a_recipe_fails_before_its_first_step(tmp_path, monkeypatch, capsys):
+    """Its export is rehearsed: a pipeline that samples something else ends the run before it has a folder's files."""
+    right = edm.sample
+    monkeypatch.setattr(edm, "sample", lambda *given: 0.9 * right(*given))
+    with pytest.raises(SystemExit) as error:
+        run.main(config_of("sid_digits"), argv("sid_digits", tmp_path))
+    said = capsys.readouterr().err
+    assert error.value.code == 2 and "error: the export would not be the student: rehearsed" in said
+    assert not (tmp_path / "config.yaml").exists() and not list(tmp_path.glob("checkpoint-*"))
+
+
 def test_the_average_is_exported(tmp_path):
     run.main(config_of("sid_digits"), argv("sid_digits", tmp_path))
     (stored,) = (load_file(f) for f in (tmp_path / "pipeline" / "unet").glob("*.safetensors"))
@@ -552,7 +563,6 @@ def test_wandb_offline_gets_images(tmp_path, monkeypatch):
 
 def test_a_teacher_and_its_student(tmp_path):
     """The teacher's folder is read back as a guidable denoiser, smooth in time, and is never overwritten."""
-    from pipelines import edm
     from recipes import digits_teacher
 
     config = digits_teacher.Teacher(output_dir=f"{tmp_path / 't'}", max_train_steps=3, channels=(8, 16))
