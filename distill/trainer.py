@@ -365,8 +365,9 @@ def adam(params: list[nn.Parameter], lr: float, cfg: TrainConfig) -> torch.optim
     if cfg.optimizer == "adamw8bit":
         return memory.adam8bit()(params, lr, betas, cfg.adam_epsilon, cfg.adam_weight_decay)
     if cfg.optimizer == "radam":
-        decay = {"weight_decay": cfg.adam_weight_decay, "decoupled_weight_decay": True}
-        return torch.optim.RAdam(params, lr, betas, cfg.adam_epsilon, **decay)
+        return torch.optim.RAdam(
+            params, lr, betas, cfg.adam_epsilon, cfg.adam_weight_decay, decoupled_weight_decay=True
+        )
     fused = params[0].device.type in ("cpu", "cuda", "mps", "xpu")
     return torch.optim.AdamW(params, lr, betas, cfg.adam_epsilon, cfg.adam_weight_decay, fused=fused)
 
