@@ -108,9 +108,10 @@ def _file(path: list[str], default: Config[Any, Any]) -> list[str]:
         fail(f"--config {error}")
     if not isinstance(tree, dict):
         fail(f"--config {path[0]} must hold names with values, as a run's config.yaml does")
-    known = {name.removeprefix("train."): hint for name, hint, *_ in leaves(default)}
+    fields = {name.removeprefix("train."): (hint, value) for name, hint, _, value in leaves(default)}
+    empty = {name for name, (_, value) in fields.items() if value is None}
     try:
-        return _flags(tree, known)
+        return _flags(tree, {name: hint for name, (hint, _) in fields.items()}, empty)
     except ValueError as error:  # an integer of more digits than Python prints
         fail(f"--config {path[0]}: {error}")
 
@@ -156,15 +157,20 @@ def _known(name: str, known: list[str], table: bool) -> None:
     fail(f"--config: there is no --{name[:200]}{f'; --{near[0]} is the nearest' if near else ''}; see --help")
 
 
-def _flags(tree: dict[str, Any], known: dict[str, Any], prefix: str = "") -> list[str]:
-    """known: the type of every field by its name. What a flag could not say, or would say wrongly, is refused here."""
+def _flags(tree: dict[str, Any], known: dict[str, Any], empty: set[str], prefix: str = "") -> list[str]:
+    """known: the type of every field by its name. What a flag could not say, or would say wrongly, is refused here.
+
+    empty: the fields that are None in the recipe. A null for them says nothing, and some have no flag (a law or None).
+    """
     flags: list[str] = []
     for key, value in tree.items():
         name = f"{prefix}{key}"
         _known(name, [*known, *ALIASES], isinstance(value, dict))
         kinds = {get_origin(kind) or kind for kind in (known.get(name), *get_args(known.get(name)))}
         if isinstance(value, dict) and name not in known:
-            flags += _flags(value, known, f"{name}.")
+            flags += _flags(value, known, empty, f"{name}.")
+        elif value is None and name in empty:
+            continue
         elif isinstance(value, bool) and bool in kinds:
             flags.append(f"--{name}" if value else f"--{prefix}no_{key}")
         else:
