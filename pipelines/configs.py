@@ -6,14 +6,13 @@ diffusers class; the parameters that they add up to are tested against the publi
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from pipelines import FAMILIES, Parts, index
+from pipelines import FAMILIES, Parts, fields, index
 
 SD21 = {"cross_attention_dim": 1024, "attention_head_dim": (5, 10, 20, 20), "use_linear_projection": True}
 KL = {"block_out_channels": (128, 256, 512, 512)}  # the autoencoders of SD, SDXL, SD3, FLUX and PixArt: factor 8
@@ -165,7 +164,7 @@ class Meta(Parts):
         names = index(folder)
         if names["_class_name"] not in FAMILIES:
             raise ValueError(f"{folder} is a {names['_class_name']}; supported pipelines are {sorted(FAMILIES)}")
-        read = lambda part: _plain(json.loads((folder / part).read_text()))
+        read = lambda part: _plain(fields.read(folder / part))
         component = "unet" if "unet" in names else "transformer"
         vae = read("vae/config.json") if "vae" in names else {}
         scheduler = read("scheduler/scheduler_config.json")
@@ -182,8 +181,11 @@ class Meta(Parts):
         import diffusers
         import torch
 
-        with torch.device(self.place):
-            found = getattr(diffusers, self.model.network)(**self.model.config)
+        try:
+            with torch.device(self.place):
+                found = getattr(diffusers, self.model.network)(**self.model.config)
+        except Exception as error:  # what a class raises at a config that it cannot use is open-ended
+            raise ValueError(f"{self.folder}: its {self.model.network} cannot be made: {error}") from error
         return (self.hearing(found) if self.told else found).requires_grad_(False).eval()
 
     def component(self, name: str, dtype: Any = None) -> Any:

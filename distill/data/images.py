@@ -137,18 +137,17 @@ def _from_integers(image: Image) -> Image:
     tags = getattr(image, "tag_v2", {})
     bits = min(16, tags.get(BITS, (16,))[0])
     white = 2**bits - 1
-    values = np.asarray(image).astype(np.int64)
+    values = np.asarray(image)
     low, high = values.min(), values.max()
     if low < 0 or high > white:
         raise Broken(f"its values are {low} .. {high}, and which one is white is unknown: save it with 8 or 16 bits")
     if image.mode == "I" and image.format not in ("PNG", "PPM") and 0 < high < 256:
         raise Broken(f"its 32 bits hold values up to {high}, which may be of 8 or 16 bits: save it with 8")
-    levels = np.rint(values * (255 / white))
-    if tags.get(PHOTOMETRIC) == 0:
-        levels = 255 - levels
+    table = np.rint(np.arange(white + 1) * (255 / white)).astype(np.uint8)
+    levels = table[white - values if tags.get(PHOTOMETRIC) == 0 else values]
     if isinstance(clear := image.info.get("transparency"), int):
         levels[values == clear] = 255
-    return PIL.Image.fromarray(levels.astype(np.uint8))
+    return PIL.Image.fromarray(levels)
 
 
 def _on_white(image: Image) -> Image:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from distill.data import images
 from distill.data.pairs import noise
+from distill.data.sources import notice
 from distill.draw import Draw
 from distill.guidance import Guided
 from distill.ranges import Count, Finite, Natural, Seed
@@ -47,6 +48,8 @@ class Labels:
     def open(self, teacher: Any, needs: tuple[str, ...]) -> Classes:
         found = Classes(self.images, teacher, "real" in needs, self.classes)
         chosen(self.classes, found.classes)
+        if "real" in needs and (unread := images.unread(images.files(self.images))):
+            notice([f"{self.images}: {unread}"])
         if "real" in needs and not found.files:
             raise ValueError(f"{self.images} has no images in one subfolder a class")
         return found
