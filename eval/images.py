@@ -47,7 +47,11 @@ def _is_text(value: Any) -> bool:
 
 
 def _are_labels(value: Any) -> bool:
-    return isinstance(value, list) and all(type(label) is int and label >= 0 for label in value)
+    return isinstance(value, list) and all(type(label) is int and 0 <= label <= LARGEST for label in value)
+
+
+def _are_costs(value: Any) -> bool:
+    return isinstance(value, dict) and all(v is None or _is_text(v) or is_number(v) for v in value.values())
 
 
 FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {  # of a manifest: (its check, what it must be); null is allowed
@@ -56,11 +60,13 @@ FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {  # of a manifest: (its 
     "labels": (_are_labels, "a list of labels, whole numbers from 0"),
     "complete": (lambda v: isinstance(v, bool), "true or false"),
     "seed": (lambda v: type(v) is int, "a whole number"),
-    "cost": (lambda v: isinstance(v, dict), "names with values"),
+    "cost": (_are_costs, "names with numbers from 0 or text"),
     "request": (lambda v: isinstance(v, dict), "names with values"),
     **dict.fromkeys(("steps",), (is_count, "a number of steps")),
     **dict.fromkeys(("guidance", "nfe", "seconds", "images_per_second", "parameters"), (is_number, "a finite number")),
-    **dict.fromkeys(("name", "model", "kind", "scheduler", "protocol", "hash", "commit"), (_is_text, "text")),
+    **dict.fromkeys(
+        ("name", "model", "kind", "scheduler", "protocol", "hash", "commit", "hardware"), (_is_text, "text")
+    ),
 }
 
 

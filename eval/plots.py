@@ -15,6 +15,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from eval.files import read_text
+from eval.images import is_finite, quantize
 from eval.markup import NOTHING, Markup, join, tag
 
 WIDTH, HEIGHT = 620, 430  # of a scatter plot, in its own units
@@ -292,11 +293,12 @@ def read_log(path: Path) -> dict[str, list[tuple[float, float]]]:
         try:
             entry = json.loads(line)
             step = float(entry["step"])
-        except (ValueError, KeyError, TypeError, RecursionError):
+            if not is_finite(step):
+                raise ValueError(step)
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
             raise ValueError(f'{path}, line {number}: not a JSON object with a "step": {line[:80]!r}') from None
         for key, value in entry.items():
-            number_like = isinstance(value, int | float) and not isinstance(value, bool)
-            if key not in ("step", "seconds") and number_like and math.isfinite(value):
+            if key not in ("step", "seconds") and is_finite(value):
                 curves.setdefault(key, []).append((step, float(value)))
     return curves
 
@@ -355,8 +357,6 @@ def grid(images: Tensor, labels: Tensor | None, rows: int = 6, columns: int = 10
     (JPEG); absent images are transparent, or black.
     """
     from PIL import Image
-
-    from eval.images import quantize
 
     _, channels, height, width = images.shape
     if labels is None:

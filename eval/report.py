@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from eval import plots
 from eval.files import shown
-from eval.images import is_count, is_finite, is_number
+from eval.images import LARGEST, is_count, is_finite, is_number
 from pipelines.markdown import plain
 
 if TYPE_CHECKING:
@@ -101,6 +101,11 @@ def interval(metric: Mapping[str, Any]) -> tuple[float, float]:
     return low, high
 
 
+def _is_cost(value: Any) -> bool:
+    """Whether a number may stand on a logarithmic axis, or is 0."""
+    return is_number(value) and (value == 0 or value >= 1 / LARGEST)
+
+
 def _is_plain(value: Any) -> bool:
     return isinstance(value, str) or is_finite(value)
 
@@ -146,7 +151,7 @@ def checked(rows: Any, source: str = "the rows") -> list[Row]:
             if (why := _fault(metric)) is not None:
                 raise ValueError(f"{where}: {name} {why}; score it again")
         for name, value in (row.get("cost") or {}).items():
-            if value is not None and not (is_number if name in COSTS else _is_plain)(value):
+            if value is not None and not (_is_cost if name in COSTS else _is_plain)(value):
                 raise ValueError(f"{where}: cost {name} is not finite, or no number from 0; measure it again")
     return rows
 

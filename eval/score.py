@@ -140,7 +140,10 @@ def _statistics(path: Path, _: int, n: int) -> Moments:
     """`statistics` of a file as it was at a time: one eigen-decomposition for all folders."""
     found: list[Tensor] = []
     try:
-        with np.load(path, allow_pickle=False) as stored:
+        stored = np.load(path, allow_pickle=False)
+        if not isinstance(stored, np.lib.npyio.NpzFile):
+            raise ValueError("it is one array without a name")
+        with stored:
             for key in ("mu", "sigma"):
                 array = np.asarray(stored[key])
                 if array.dtype.kind not in "iuf":
@@ -174,7 +177,11 @@ def custom(folder: Folder, metrics: tuple[str, ...], extractor: str | None, othe
 
 def _reference_files(path: Path) -> list[Path]:
     """The images of a folder, or a file of stored moments. ValueError where there is neither."""
-    return [path] if path.suffix == ".npz" and path.is_file() else listing(path)
+    if path.suffix != ".npz" or path.is_dir():
+        return listing(path)
+    if not path.is_file():
+        raise ValueError(f"there is no regular file {path}; name a folder of real images, or an .npz with mu and sigma")
+    return [path]
 
 
 def score(
