@@ -23,7 +23,7 @@ import yaml
 from safetensors import SafetensorError
 from torch import nn
 
-from distill import checkpoint, methods
+from distill import checkpoint, history, methods
 from distill.average import embedded, timed, untimed
 from distill.config import TEACHER, fail, revived, stored
 from distill.files import locked
@@ -461,6 +461,9 @@ def trained(again: Again) -> tuple[Student, Teacher, Any, str, str, str]:
     options = {key: tree.get(key) for key in ("revision", "variant", "resolution", "frames")}
     teacher = opened(base, **options, told=tells(method, tree["method"]))
     config = revived(StudentConfig, tree["student"])
+    recorded = (history.last(run) or {}).get("times")  # the method's, where none were given
+    if config.times is None and recorded:
+        config = replace(config, times=tuple(recorded))
     if "control" in tree["method"]:
         control.install(teacher)
     scheduler, times = carrying(teacher, config)

@@ -199,8 +199,8 @@ def run(config: Config[Any, Any], out: Path, resume: Path | None) -> None:
     if not sharded:
         teacher.denoiser.net.to(accelerator.device)
     data = config.data.open(teacher, config.method.needs)
-    config = dataclasses.replace(config, student=chosen(config.method, teacher, config.student))
-    scheduler, student = carried(teacher, config.student)  # what can't be exported is refused now
+    planned = chosen(config.method, teacher, config.student)
+    scheduler, student = carried(teacher, planned)  # what can't be exported is refused now
     entry["times"] = [*student.times]
     if before:
         history.same_times(resume, before, entry["times"], allowed)
