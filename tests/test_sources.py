@@ -179,6 +179,8 @@ def test_tars(tmp_path):
     members += [("1.json", f'{BOM}{{"caption": ["two"]}}'.encode()), ("._1.png", b"?"), ("2.heic", b"?")]
     source = tar(tmp_path / "S.TAR", members)
     assert found(source) == {"one": 1, "two": 2}
+    with pytest.raises(ValueError, match="holds images: pass it as --images"):
+        prompts(source)
     assert pictures(source).notes == (f"{source}: 1 file left out, of types that are not read: .heic (1)",)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ def rows(folder: Path, files: list[Path], column: str | None, notes: list[str]) 
         texts = [file for suffix in BESIDE if (file := beside.get((path.parent, path.stem, suffix)))]
         if text is None and texts:
             text = tables.caption(tables.text_of(texts[0]).strip(), str(texts[0]))
-        yield str(path), text, lambda path=path: path
+        yield str(path), text, partial(Path, path)
 
 
 def captions(files: list[Path], column: str | None) -> tuple[dict[str, str | None], list[Path]]:

@@ -60,7 +60,7 @@ def files(folder: str | Path) -> list[Path]:
     """The visible files below a folder, sorted. Links to folders are followed; each folder is read once."""
     found: list[Path] = []
     seen: set[tuple[int, int]] = set()
-    for where, folders, names in os.walk(folder, followlinks=True):
+    for where, folders, names in os.walk(folder, onerror=_refuse, followlinks=True):
         status = os.stat(where)
         if (status.st_dev, status.st_ino) in seen:
             folders.clear()
@@ -69,6 +69,10 @@ def files(folder: str | Path) -> list[Path]:
         folders[:] = sorted(name for name in folders if not is_hidden(name))
         found += [Path(where, name) for name in names if not is_hidden(name)]
     return sorted(found)
+
+
+def _refuse(error: OSError) -> None:
+    raise ValueError(f"the folder {error.filename} cannot be read: {error.strerror}") from None
 
 
 def unread(paths: Iterable[Path]) -> str:
@@ -93,7 +97,7 @@ def read(source: str | Path | bytes | Image, name: str | None = None) -> Image:
 
     Raises Broken with `name`, by default the path, and the reason.
     """
-    name = name or (source if isinstance(source, str | Path) else "")
+    name = name or (str(source) if isinstance(source, str | Path) else "")
     try:
         if isinstance(source, Image):
             return _picture(source)

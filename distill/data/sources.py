@@ -6,6 +6,7 @@ import importlib.util
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -78,6 +79,8 @@ def prompts(source: str, column: str | None = None, limit: int | None = None) ->
     """
     check(source)
     path = Path(source)
+    if path.suffix.lower() == ".tar":
+        raise ValueError(f"{source!r} holds images: pass it as --images; without prompts their captions are prompts")
     if path.suffix.lower() in TABLES and not path.is_dir():
         found = tables.texts(path, column)
     else:
@@ -146,9 +149,10 @@ def _rows(rows: Any, source: str, image: str, column: str | None) -> Iterator[Ro
         raise ValueError(f"{source} has no column {image!r} of images; it has {sorted(rows.column_names)}")
     if isinstance(rows.features[image], datasets.Image):
         rows = rows.cast_column(image, datasets.Image(decode=False))  # images.read decodes
+    read = lambda i: rows[i][image]
     for i, text in enumerate(rows[name]):
         where = f"{source}[{i}]"
-        yield where, caption(text, where), lambda i=i: rows[i][image]
+        yield where, caption(text, where), partial(read, i)
 
 
 def _dataset(source: str) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import tarfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -56,7 +57,7 @@ def rows(shards: list[Path], column: str | None, notes: list[str]) -> Iterator[R
             if "image" in sample:
                 name, offset, size = sample["image"]
                 where = f"{shard}:{name}"
-                yield where, _caption(sample, column, where), lambda s=shard, o=offset, n=size: _read(s, o, n)
+                yield where, _caption(sample, column, where), partial(_read, shard, offset, size)
 
 
 def _caption(sample: dict[str, Any], column: str | None, where: str) -> str | None:
