@@ -114,7 +114,7 @@ def resumed(name, folder, checkpoint):
     config = run.smoke(parse(config_of(RUNS[name][0]), argv(name, folder)))
     teacher = opened(config.teacher, told="told" in config.method.needs)
     data = config.data.open(teacher, config.method.needs)
-    _, student = run.carried(teacher, config.student)
+    _, student = run.carried(teacher, run.chosen(config.method, teacher, config.student))
     c = {key: value[:1] for key, value in data.fixed(1)[1].items()}
     nets = build(config.method, teacher.denoiser, teacher.shape, c, student, config.fake)
     run.judged(nets, config, teacher, data)
@@ -317,14 +317,18 @@ def test_adapters_are_merged(out):
 
 
 def test_times(out):
-    """DMD2's four steps, its one step at 399, SiD-LSG's at 625: as the scheduler's own timesteps."""
+    """DMD2's four steps, its one step at 399, SiD-LSG's at 625, LCM's training grid: the scheduler's own timesteps."""
     from diffusers import DiffusionPipeline
 
     told = {"dmd2_sdxl": [999, 749, 499, 249], "one step": [399], "sid_sd15": [625], "swiftbrush_sd21": [999]}
+    grid = [999, 759, 499, 259]
+    told |= {"lcm_lora_sdxl": grid, "tcd_sdxl": grid, "pcm_sdxl": [999, 749, 499, 249]}
     for name, wanted in told.items():
         scheduler = DiffusionPipeline.from_pretrained(out(name) / "pipeline", local_files_only=True).scheduler
         scheduler.set_timesteps(len(wanted))
         assert scheduler.timesteps.tolist() == wanted
+    again = export.trained(export.Again(run=f"{out('lcm_lora_sdxl')}"))[0]
+    assert [round(999 * t) for t in again.times] == grid  # its config.yaml names no times
 
 
 # ---- an export that is wrong is caught ----
