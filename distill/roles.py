@@ -135,7 +135,7 @@ class StudentConfig:
             if self.steps not in (1, len(self.times)):
                 raise ValueError(
                     f"student.steps is {self.steps} and student.times are {len(self.times)}, {self.times}: pass "
-                    f"--student.steps {len(self.times)}, or as many times"
+                    f"--student.steps {len(self.times)}, or as many times, or --student.times None"
                 )
             object.__setattr__(self, "steps", len(self.times))
         if self.sigma is not None and self.timestep is not None:

@@ -3,7 +3,7 @@
 Real samples are the teacher's own: `python -m pipelines.pairs --pretrained_model_name_or_path WAN --prompts prompts.txt
 --guidance 5`, 250,000 in the paper, then `accelerate launch recipes/rcm_wan.py --data.cache pairs`. Values of the
 authors' code for 1.3 B parameters, but for the student's times: theirs, angles of pi / 2, 1.5, 1.4 and 1.0, are t = 1,
-0.9338, 0.8529 and 0.6090, and no scheduler of diffusers carries these four (two or three of them, yes). Their
+0.9338, 0.8529 and 0.6090, and these are the nearest four that a scheduler of diffusers carries. Their
 attention has a kernel with a forward-mode rule; here a tangent takes the math kernel, whose memory grows with the
 square of the tokens: begin with few frames (--frames). Published: VBench 84.43. Not run at full size by us.
 """
@@ -21,7 +21,7 @@ CONFIG = Config(
     data=Pairs(guidance=5.0),
     teacher="Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
     family="wan",
-    student=StudentConfig(steps=4),
+    student=StudentConfig(times=(1.0, 0.943777, 0.842883, 0.60898)),
     train=TrainConfig(
         output_dir="runs/rcm_wan",
         max_train_steps=8200,  # 10,000 of the authors', who turn in place of moving both
