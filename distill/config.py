@@ -16,7 +16,7 @@ import tyro
 import yaml
 
 from distill.files import read, read_yaml
-from distill.ranges import Count, Weight, check, leaves
+from distill.ranges import Calls, Side, Weight, check, leaves
 from distill.roles import FakeConfig, StudentConfig
 from distill.trainer import TrainConfig
 
@@ -37,14 +37,14 @@ class Config(Generic[M, D]):
     teacher: Annotated[str, TEACHER] = ""  # folder or Hub name of the teacher's diffusers pipeline
     revision: str | None = None  # of the teacher on the Hub
     variant: str | None = None  # of the teacher's weight files: fp16
-    resolution: Count | None = None  # pixels of a side; None: what the teacher was trained for
-    frames: Count | None = None  # of a video; None: what the teacher was trained for
+    resolution: Side | None = None  # pixels of a side; None: what the teacher was trained for
+    frames: Calls | None = None  # of a video; None: what the teacher was trained for
     pag_scale: Weight = 0.0  # s of perturbed-attention guidance of the teacher, on top of the method's own; 0: none
     pag_layers: tuple[str, ...] = ("mid_block",)  # where its self-attention is perturbed; of SANA transformer_blocks.0
     student: StudentConfig = field(default_factory=StudentConfig)
     fake: FakeConfig = field(default_factory=FakeConfig)
     train: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
-    validation_images: Count = 8  # of a grid of samples, from the data's first prompts
+    validation_images: Calls = 8  # of a grid of samples, from the data's first prompts
     push_to_hub: bool = False  # upload the verified export
     hub_model_id: str | None = None  # user/name; None: the name of output_dir
     hub_private: bool = False  # a new repository on the Hub is private

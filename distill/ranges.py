@@ -42,6 +42,10 @@ class Range(PrimitiveConstructorSpec[Any]):
 
 
 Count = Annotated[int, Range(int, 1, MOST)]
+Calls = Annotated[int, Range(int, 1, 1000)]  # of a network, one after another
+Points = Annotated[int, Range(int, 1, 100_000)]  # points of a discretisation: as many numbers are held
+Side = Annotated[int, Range(int, 1, 1 << 14)]  # pixels
+Words = Annotated[int, Range(int, 0, 10_000)]  # of a prompt, of which a network learns a vector each
 Natural = Annotated[int, Range(int, 0, MOST)]
 Seed = Annotated[int, Range(int, 0, 2**32 - 1)]  # numpy's
 Finite = Annotated[float, Range(float)]

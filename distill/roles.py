@@ -19,7 +19,7 @@ from distill.draw import Draw
 from distill.guidance import Away
 from distill.lora import LoRA, trained_alone, twin, weightless
 from distill.negative import TEXT, adapted, layers
-from distill.ranges import Count, Natural, Positive, Share, check
+from distill.ranges import Calls, Positive, Share, Words, check
 from distill.schedule import Schedule
 from distill.student import Renoise, Student, falling, grid_times
 from distill.weight import LogVariance
@@ -113,7 +113,7 @@ class Nets:
 class StudentConfig:
     """The student's calls. Levels of noise are ratios sigma / alpha, the same on every schedule."""
 
-    steps: Count = 1  # network calls
+    steps: Calls = 1  # network calls
     sigma: Positive | None = None  # level of the first call (SiD: 2.5); None: the schedule's last
     timestep: Positive | None = (
         None  # native time of a one-step student's call (DMD2 SDXL: 399); several start at the end
@@ -123,10 +123,10 @@ class StudentConfig:
     times: tuple[Share, ...] | None = None  # of all calls, in (0, 1]; `steps` is their number
     lora: LoRA = field(default_factory=LoRA)  # adapters on the teacher's weights instead of a full copy
     network: str | None = None  # folder with the config.json of another network of the teacher's class, smaller say
-    negative: Natural = 0  # words of a prompt, 77 of CLIP: an adapter that hears a negative one too (SUN); 0: none
+    negative: Words = 0  # words of a prompt, 77 of CLIP: an adapter that hears a negative one too (SUN); 0: none
     freeze: tuple[str, ...] = ()  # modules that keep the teacher's weights: "time_embedding", say
     init: str | None = None  # weights to start from: a checkpoint-N (its average), a network's folder or a .safetensors
-    phases: Count = 1  # into which the calls are divided equally, each with an expert of its own (Phased DMD: 2)
+    phases: Calls = 1  # into which the calls are divided equally, each with an expert of its own (Phased DMD: 2)
     experts: tuple[str, ...] = ()  # weights of the earlier phases' experts, as for init; the one after them is trained
 
     def __post_init__(self) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from distill.draw import Draw
-from distill.ranges import Count, Finite, Natural, Positive, Share, Weight, check
+from distill.ranges import Count, Finite, Natural, Points, Positive, Share, Weight, check
 from distill.schedule import VP, Schedule
 
 TASKS = 1000  # equally likely times of a law, that clusters are made of
@@ -48,7 +48,7 @@ class Uniform(Law):
 class Grid(Law):
     """t = n / (N - 1) with n a uniform integer in low .. high, both included (DMD2: 20 .. 980 of 1000)."""
 
-    N: Count = 1000
+    N: Points = 1000
     low: Natural = 0
     high: Natural = 999
 
@@ -176,7 +176,7 @@ class Staged(Law):
     """
 
     law: Law
-    N: Count = 20  # at most 1000
+    N: Points = 20  # at most 1000
     every: Count = 1000  # steps of a stage
 
     def __post_init__(self) -> None:

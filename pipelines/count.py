@@ -32,6 +32,7 @@ from distill.trainer import began, own, owners, start
 if TYPE_CHECKING:
     from distill.trainer import Method, Update
 
+CYCLE = 500  # steps that are counted one by one
 HALF: tuple[Any, ...] = (
     F.linear,
     F.conv1d,
@@ -287,6 +288,8 @@ def cost(
     batch = lambda: {"c": dict(told), "real": real, "real_c": dict(many), "z": real, "y": real, **also}
     updates, turns = method.updates(), []
     cycle = max(update.every for update in updates)
+    if cycle > CYCLE:
+        raise ValueError(f"a player moves every {cycle:,} steps only; counted are at most {CYCLE}: give a lower number")
     begun = max(max(update.start, update.alone) for update in updates)
     first = -(-begun // cycle) * cycle
     for update in updates:

@@ -26,6 +26,7 @@ from distill.lora import LoRA
 from distill.roles import FakeConfig, StudentConfig
 from distill.student import grid_times
 from distill.trainer import BUCKET, TrainConfig
+from pipelines import fields
 
 if TYPE_CHECKING:
     from distill.roles import Nets
@@ -239,6 +240,8 @@ def configured(plan: Plan, flags: list[str]) -> tuple[Config[Any, Any], Meta]:
 
     if plan.recipe is not None:
         config = parse(of(plan.recipe), flags, f"flags of {plan.recipe}")
+        if config.student.network is not None:
+            fields.read(Path(config.student.network) / "config.json")
         named = [model for key, model in MODELS.items() if config.teacher in (key, model.hub)]
         if config.teacher and Path(config.teacher).is_dir():
             parts = Meta.of(Path(config.teacher))

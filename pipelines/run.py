@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from distill import checkpoint, health, history, memory, shard
 from distill.config import Config, dump, fail, parse
 from distill.files import RANKS, locked, rank
-from pipelines import FAMILIES, ExportError, Teacher, control, index, located, opened, perceptual, reward
+from pipelines import FAMILIES, ExportError, Teacher, control, fields, index, located, opened, perceptual, reward
 
 if TYPE_CHECKING:
     import torch
@@ -83,6 +83,8 @@ def check(config: Config[Any, Any], out: Path) -> Path | None:
         if config.train.attention not in known:
             raise ValueError(f"attention is {config.train.attention!r}; it must be None or one of {known}")
     replaceable(out / "pipeline")
+    if config.student.network is not None:
+        fields.read(Path(config.student.network) / "config.json")
     experts = [("student", expert) for expert in config.student.experts]
     for role, init in (("student", config.student.init), ("fake", config.fake.init), *experts):
         if init is not None:

@@ -1,6 +1,7 @@
 """The plan against real runs: bytes and FLOPs exactly, activations within a factor; what does not fit is refused."""
 
 import dataclasses
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -279,6 +280,26 @@ def test_nothing_fits(digits, capsys):
 def test_mistakes_end_in_one_message(argv, message, capsys):
     with pytest.raises(SystemExit) as end:
         main(argv)
+    assert end.value.code == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    (
+        ("--student.steps 1000000000", "--student.steps is 1000000000; it must be at least 1 and at most 1000"),
+        ("--method.every 1000000000", "a player moves every 1,000,000,000 steps only; counted are at most 500"),
+        ("--student.network NARROW", "config.json: layers_per_block is 1000000000; it must be at most 1,000 layers"),
+        ("--resolution 1000000000", "resolution is 1000000000; it must be at least 1 and at most 16384"),
+    ),
+)
+def test_what_would_never_be_counted_is_refused(flags, message, tmp_path, capsys):
+    """Numbers of calls, steps, layers and pixels: at once, and not after days."""
+    tiny.save("sd", tmp_path / "sd")
+    config = json.loads((tmp_path / "sd" / "unet" / "config.json").read_text()) | {"layers_per_block": 10**9}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    flags = flags.replace("NARROW", f"{tmp_path}").split()
+    with pytest.raises(SystemExit) as end:
+        main(["recipes/dmd2_sd15.py", "--", "--teacher", f"{tmp_path / 'sd'}", *flags])
     assert end.value.code == 2 and message in capsys.readouterr().err
 
 

@@ -21,7 +21,7 @@ from distill.average import ending
 from distill.draw import Draw
 from distill.guidance import Guided, needed
 from distill.losses import Reduction, reduce
-from distill.ranges import Count, Finite, Weight
+from distill.ranges import Finite, Points, Weight
 from distill.schedule import expand
 from distill.solver import STEPS, Name
 from distill.trainer import Batch, Logs, Nets, Update
@@ -31,7 +31,7 @@ from distill.trainer import Batch, Logs, Nets, Update
 class BOOT:
     """Bootstrapping along the teacher's ODE from noise to sample: data-free, one step."""
 
-    N: Count = 25  # T / N is the step of s (paper: .04)
+    N: Points = 25  # T / N is the step of s (paper: .04)
     guidance: Finite = 1.0  # k of the teacher
     solver: Name = "ddim"  # paper: both
     boundary: Weight = 0.5  # beta

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from distill.draw import Draw
 from distill.losses import Reduction, denoising, push, reduce, scores
-from distill.ranges import Count
+from distill.ranges import Calls
 from distill.schedule import expand
 from distill.times import Law, LogNormal
 from distill.trainer import Batch, Logs, Nets, Update
@@ -30,7 +30,7 @@ class DiffInstruct:
     """The integral KL between student and teacher over all levels of noise: data-free."""
 
     weight: Literal["ratio", "one"] = "ratio"  # w_t: (sigma_t / alpha_t)^2 (code), or 1
-    fake_steps: Count = 1  # fake steps per student step (code: 1)
+    fake_steps: Calls = 1  # fake steps per student step (code: 1)
     times: Law = LogNormal(-1.2, 1.2)  # of the student's loss (code: EDM's training law)
     fake_times: Law = LogNormal(-1.2, 1.2)  # of the fake's loss (code)
     reduction: Reduction = "sum"  # over elements, mean over the batch (code)

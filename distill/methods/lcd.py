@@ -20,7 +20,7 @@ from distill.draw import Draw
 from distill.ema import follow
 from distill.guidance import Guided, needed, scale_of, told
 from distill.losses import Reduction, huber, reduce
-from distill.ranges import Count, Decay, Finite, Positive
+from distill.ranges import Decay, Finite, Points, Positive
 from distill.schedule import VP, Schedule, expand
 from distill.solver import STEPS, Name
 from distill.times import Grid, point, spread
@@ -31,7 +31,7 @@ from distill.trainer import Batch, Logs, Nets, ToData, Update
 class LCD(ToData):
     """Consistency distillation on a grid of the teacher's ODE: needs images (or samples of the teacher)."""
 
-    N: Count = 50  # ODE steps from t = 1 to 0: 50 (LCM); 18 CIFAR-10, 40 ImageNet-64 (CD)
+    N: Points = 50  # ODE steps from t = 1 to 0: 50 (LCM); 18 CIFAR-10, 40 ImageNet-64 (CD)
     guidance: Finite | tuple[Finite, Finite] = 1.0  # of the teacher, or a range of it (LCM: 6, 16). w = omega + 1
     embed: bool = True  # the student is told the w of a range (LCM); False: it is not (LCM-LoRA's and PCM's scripts)
     solver: Name = "ddim"  # LCM: ddim; CD: heun; under cfg++ guidance is its lambda

@@ -19,7 +19,7 @@ from torch import Tensor
 from distill.draw import Draw
 from distill.dual import Multiplier, multiplier
 from distill.losses import Reduction, huber, reduce
-from distill.ranges import Count, Positive, Weight
+from distill.ranges import Points, Positive, Weight
 from distill.schedule import expand
 from distill.trainer import Batch, Logs, Nets, Update
 
@@ -29,8 +29,8 @@ class NCT:
     """A control adapter on a finished generator, which is the teacher: needs no images"""
 
     control: Literal["canny", "downsample", "gray"] = "canny"  # c (paper: Canny, HED, depth, 8x super-resolution)
-    factor: Count = 8  # of "downsample" (paper: 8)
-    levels: Count = 10  # K; it and the next three are ours, for the paper's values are not known to us
+    factor: Points = 8  # of "downsample" (paper: 8)
+    levels: Points = 10  # K; it and the next three are ours, for the paper's values are not known to us
     dual: Weight = 1.0  # lambda at the start, on the mean; with rate 0 it stays
     rate: Weight = 1.0  # eta
     bound: Weight = 1e-3  # xi, of L_bound as it is reduced

@@ -22,7 +22,7 @@ from distill.draw import Draw
 from distill.ema import follow
 from distill.guidance import Guided
 from distill.losses import adaptive
-from distill.ranges import Count, Decay, Finite, Positive, Share
+from distill.ranges import Calls, Decay, Finite, Positive, Share
 from distill.schedule import expand
 from distill.times import Law, Uniform
 from distill.trainer import Batch, Logs, Nets, Update
@@ -39,7 +39,7 @@ class RCGM:
     target_ema: Decay = 0.99  # of F' (code: .999 OpenUni, .99 SD3.5 and LoRA); 0: the student itself
     times: Law = Uniform(0.0, 1.0)  # of t: Beta(1, 1) (code)
     step: Positive = 0.01  # d (code); as d -> 0, g is MeanFlow's
-    N: Count = 2  # jumps of I (code)
+    N: Calls = 2  # jumps of I (code)
     clamp: Positive = 1.0  # of g (code)
     c: Positive | None = 1e-3  # of Barron's loss (code); None: L = e
     jumps = True

@@ -23,7 +23,7 @@ from distill.ema import follow
 from distill.guidance import Guided
 from distill.losses import reduce
 from distill.methods.dmd import DMD
-from distill.ranges import Count, Share, Weight
+from distill.ranges import Points, Share, Weight
 from distill.schedule import expand
 from distill.solver import STEPS, Name
 from distill.times import Grid, Uniform
@@ -39,7 +39,7 @@ class SIGN(DMD):
     rec: Weight = 1.0
     flow: Weight = 1.0
     denoise: Weight = 1.0
-    N: Count = 50  # ODE steps from t = 1 to 0 in L_flow
+    N: Points = 50  # ODE steps from t = 1 to 0 in L_flow
     solver: Name = "ddim"
     t_max: Share = 0.3  # of L_denoise
 

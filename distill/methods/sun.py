@@ -24,7 +24,7 @@ from distill.draw import Draw
 from distill.guidance import Guided, drop
 from distill.losses import Reduction, reduce
 from distill.negative import against, another
-from distill.ranges import Count, Finite, Share, Weight
+from distill.ranges import Calls, Finite, Share, Weight
 from distill.solver import jump
 from distill.times import Grid, Law
 from distill.trainer import Batch, Logs, Nets, Update
@@ -36,7 +36,7 @@ class SUN:
 
     guidance: Finite = 7.5  # w (SD 1.5's)
     msc: Weight = 1.0  # lambda (ours)
-    k: Count = 6  # steps of the teacher in one of the student's (ours: 24 in four, as the paper's 25 of DPM-Solver++)
+    k: Calls = 6  # steps of the teacher in one of the student's (ours: 24 in four, as the paper's 25 of DPM-Solver++)
     p_null: Share = 0.1  # share of null conditions as c- (ours: what pipelines take where no negative prompt is given)
     times: Law = Grid(1000, 0, 999)  # of L_cfg
     reduction: Reduction = "mean"

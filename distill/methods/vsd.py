@@ -20,7 +20,7 @@ from torch import Tensor
 from distill.draw import Draw
 from distill.guidance import Guided, drop, scale_of
 from distill.losses import Reduction, denoising, push, reduce, scores
-from distill.ranges import Count, Finite, Share
+from distill.ranges import Calls, Finite, Share
 from distill.schedule import expand
 from distill.times import Grid, Law
 from distill.trainer import Batch, Logs, Nets, Update
@@ -35,7 +35,7 @@ class VSD:
         None  # k of the fake; None: the teacher's (SwiftBrush, PG-SB); 1: DMD; 1 - lambda: ESD
     )
     p_drop: Share = 0.1  # share of null conditions in the fake's step, where a guidance is not 1 (code: of batches)
-    fake_steps: Count = 1  # fake steps per student step (SwiftBrush: 1)
+    fake_steps: Calls = 1  # fake steps per student step (SwiftBrush: 1)
     times: Law = Grid(1000, 20, 980)  # of the student's loss (SwiftBrush code)
     fake_times: Law = Grid(1000, 0, 999)  # of the fake's loss (SwiftBrush code)
     reduction: Reduction = "mean"  # over all elements (SwiftBrush code)
