@@ -103,11 +103,15 @@ class Parts:
             raise ValueError(f"{self.folder}: its model_index.json has no {name} (null), which is needed here")
         self.check(name)
         cls = getattr(importlib.import_module(library), kind, None) if library in LIBRARIES else None
-        if not hasattr(cls, "from_pretrained"):
+        try:
+            loads, weights = (hasattr(cls, method) for method in ("from_pretrained", "parameters"))
+        except ImportError as error:  # of a class whose own library is not installed
+            raise ValueError(f"{self.folder}: its {name} is a {kind}: {' '.join(str(error).split())}") from None
+        if not loads:
             raise ValueError(f"{self.folder}: its {name} is a {kind} of {library}, which has no such class")
         variant = self.variant if has_variant(self.folder / name, self.variant) else None
         options = {"variant": variant, "use_safetensors": True, "dtype": dtype or self.precision}
-        options = options if hasattr(cls, "parameters") else {}  # a scheduler or a tokenizer has no weights
+        options = options if weights else {}  # a scheduler or a tokenizer has no weights
         try:
             found = cls.from_pretrained(self.folder, subfolder=name, local_files_only=True, **options)
         except Exception as error:  # what a class raises at a config that it cannot use is open-ended

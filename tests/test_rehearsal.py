@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from distill.data import Digits
 from distill.roles import StudentConfig
 from distill.student import Student
 from pipelines import ExportError, Parts, edm, export, latents, load, noise, rehearsal, sd, tiny
@@ -102,6 +103,12 @@ TABLES = {
     "its own": {"trained_betas": torch.linspace(0.001, 0.02, 300).tolist(), "num_train_timesteps": 300},
     "zero": ZERO,
 }
+
+
+def test_a_scheduler_whose_library_is_not_installed(copy):
+    edit(copy / "model_index.json", scheduler=["diffusers", "CosineDPMSolverMultistepScheduler"])
+    with pytest.raises(ValueError, match="its scheduler is a CosineDPMSolverMultistepScheduler: .*torchsde"):
+        load(copy)
 
 
 @pytest.mark.parametrize("name", TABLES)
@@ -208,6 +215,9 @@ def test_fewer_than_eight_classes(tmp_path):
     teacher, student, scheduler = rehearsed(tmp_path / "three")
     assert edm.examples(teacher) == (0, 2, 3)
     assert exported(teacher, student, scheduler, tmp_path / "out").gaps["pipeline"].largest < 1e-5
+    with pytest.raises(ValueError, match="knows the labels 0 .. 3, and the digits have ten: give --data.classes"):
+        Digits().open(teacher, ())
+    assert Digits(classes=(0, 2)).open(teacher, ()).classes == (0, 2)
     tiny.save("edm", tmp_path / "ten")
     assert edm.examples(load(tmp_path / "ten")) == tuple(range(8))
     other = diffusers.EDMEulerScheduler()

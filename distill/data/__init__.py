@@ -60,6 +60,12 @@ class Digits:
             raise ValueError(NOTHING)
 
     def open(self, teacher: Any, needs: tuple[str, ...]) -> Digits:
+        known = getattr(getattr(teacher.denoiser.net, "config", None), "num_class_embeds", None)
+        if known is not None and known <= int(chosen(self.classes, 10).max()):
+            raise ValueError(
+                f"the teacher knows the labels 0 .. {known - 1}, and the digits have ten: give --data.classes, labels "
+                "that the teacher knows, or a teacher of all digits"
+            )
         return self
 
     def fixed(self, n: int = 40) -> tuple[list[int], dict[str, Tensor]]:
