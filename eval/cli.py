@@ -38,7 +38,7 @@ def run(stage: Callable[..., Any] | Mapping[str, Callable[..., Any]]) -> Any:
         from distill.checkpoint import refused
 
         reason = refused(error)
-        if reason is None and getattr(error, "filename", None) is None:
+        if reason is None and isinstance(error, OSError) and error.filename is None:
             raise
         fail(f"{reason}, then run the same command again" if reason else str(error))
     except KeyboardInterrupt:

@@ -186,15 +186,17 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def evaluate(todo: Sequence[Entry], out: Path, workers: int = 1, cost: bool = True) -> tuple[list[Row], dict[str, str]]:
-    """(a row an entry that went well, {entry: why} of the others).
+    """(a row an entry, {entry: why} of those that failed; one that was scored without a metric is in both).
 
     What was done for the same request is kept, and an interrupted entry goes on where it was; a process that is killed
     is started again. Costs are measured at the end, one at a time.
     """
     folders = {e.title: out / "entries" / e.title for e in todo}
-    requests = {e.title: e.request() for e in todo}
+    requests, seeds = {e.title: e.request() for e in todo}, {e.title: e.seeds for e in todo}
     stages = {e.title: e.jobs(folders[e.title]) for e in todo}
     left = [name for name in stages if stored(folders[name] / "done.json") != requests[name]]
+    for name in left:
+        (folders[name] / "rows.json").unlink(missing_ok=True)  # of another request
     jobs = {stage: job for name in left for stage, job in stages[name].items()}
     failed = run(jobs, out, workers, patient=True) if jobs else {}
     timed = {f"{e.title}-cost": e.cost(folders[e.title]) for e in todo if e.title in left and e.title not in failed}
@@ -202,17 +204,22 @@ def evaluate(todo: Sequence[Entry], out: Path, workers: int = 1, cost: bool = Tr
     rows: list[Row] = []
     why: dict[str, str] = {}
     for name, folder in folders.items():
-        if wrong := [failed[stage] for stage in (*stages[name], f"{name}-cost") if stage in failed]:
-            why[name] = wrong[0]
+        wrong = [stage for stage in (*stages[name], f"{name}-cost") if stage in failed]
+        if wrong:
+            why[name] = failed[wrong[0]]
+        if wrong and wrong != [name]:
             continue
         try:
             row = one_row(folder / "rows.json")
         except ValueError as error:  # of this entry: the others have their rows
-            why[name] = str(error)
+            why.setdefault(name, str(error))
+            continue
+        if wrong and len(row.get("seeds") or ()) != len(seeds[name]):  # of some seeds alone
             continue
         measured = (stored(folder / "cost.json") or {}) if cost else {}
         rows.append({**row, "cost": {**(row.get("cost") or {}), **measured}})
-        store(folder / "done.json", requests[name])
+        if not wrong:
+            store(folder / "done.json", requests[name])
     return rows, why
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 INCEPTION = "inception-2015-12-05.pt"  # Karras et al., the TorchScript file that clean-fid fetches
@@ -147,9 +148,13 @@ def _script(path: Path) -> tuple[Any, str]:
     try:
         net = torch.jit.load(str(path), map_location=device()).eval()
     except RuntimeError as error:
-        raise ValueError(f"{path} is no TorchScript network ({str(error).splitlines()[0]})") from None
+        raise ValueError(f"{path} is no TorchScript network ({_line(error)})") from None
     with path.open("rb") as file:
         return net, hashlib.file_digest(file, "sha256").hexdigest()[:12]
+
+
+def _line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def dinov2(weights: str = "") -> Extractor:
@@ -209,8 +214,8 @@ def open_clip(weights: str = "", name: str = "open_clip") -> Extractor:
     try:
         net = create_model_from_pretrained(kind, tag or None, return_transform=False)
         tokenizer = get_tokenizer(kind)
-    except (OSError, RuntimeError, ValueError) as error:
-        raise ValueError(f"open_clip could not load {where!r}: {str(error).splitlines()[0]}") from None
+    except (OSError, RuntimeError, TypeError, KeyError, ValueError, SafetensorError) as error:
+        raise ValueError(f"open_clip could not load {where!r}: {_line(error)}") from None
     net = net.to(device()).eval().requires_grad_(False)
     how = get_model_preprocess_cfg(net)
     size = how["size"][0] if isinstance(how["size"], tuple | list) else how["size"]
@@ -247,10 +252,8 @@ def _pretrained(kind: Any, where: str) -> Any:
     network = hasattr(kind, "register_for_auto_class") and issubclass(kind, nn.Module)
     try:
         found = kind.from_pretrained(where, **({"use_safetensors": True, "dtype": torch.float32} if network else {}))
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ValueError(
-            f"no {kind.__name__} at {where!r}, as a folder or on the Hub: {str(error).strip().splitlines()[0]}"
-        ) from None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"no {kind.__name__} at {where!r}, as a folder or on the Hub: {_line(error)}") from None
     return found.to(device()).eval().requires_grad_(False) if network else found
 
 

@@ -65,7 +65,8 @@ FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {  # of a manifest: (its 
     **dict.fromkeys(("steps",), (is_count, "a number of steps")),
     **dict.fromkeys(("guidance", "nfe", "seconds", "images_per_second", "parameters"), (is_number, "a finite number")),
     **dict.fromkeys(
-        ("name", "model", "kind", "scheduler", "protocol", "hash", "commit", "hardware"), (_is_text, "text")
+        ("name", "model", "kind", "scheduler", "protocol", "hash", "commit", "hardware", "model_hash"),
+        (_is_text, "text"),
     ),
 }
 

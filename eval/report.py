@@ -190,7 +190,8 @@ def mean(rows: Sequence[Row]) -> list[Row]:
 
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in distinct(rows):
-        groups.setdefault(tuple(json.dumps(row.get(key)) for key in SAME), []).append(row)
+        weights = None if "run" in row else row.get("model_hash")  # rows of several runs are of several networks
+        groups.setdefault((weights, *(json.dumps(row.get(key)) for key in SAME)), []).append(row)
     out: list[Row] = []
     for group in groups.values():
         first, metrics, cost = group[0], {}, dict(group[0].get("cost") or {})
@@ -259,13 +260,14 @@ def real(like: Row, name: str, **metrics: float) -> Row:
 
 
 def label(row: Row, rows: Iterable[Row]) -> str:
-    """The model, with steps and guidance where another row of that model has others."""
+    """The model, with its steps, guidance and weights where another row of that name has others."""
     return labels([row], rows)[0]
 
 
 def labels(some: Iterable[Row], rows: Iterable[Row]) -> list[str]:
     """`label` of some rows, in one pass over all rows."""
-    values: dict[str, defaultdict[Any, set[Any]]] = {key: defaultdict(set) for key in ("steps", "guidance")}
+    keys = ("steps", "guidance", "model_hash")
+    values: dict[str, defaultdict[Any, set[Any]]] = {key: defaultdict(set) for key in keys}
     for row in rows:
         for key, found in values.items():
             found[row["model"]].add(row.get(key))
@@ -277,6 +279,8 @@ def labels(some: Iterable[Row], rows: Iterable[Row]) -> list[str]:
         if len(values["guidance"][model]) > 1:
             guidance = row.get("guidance")
             parts.append("own guidance" if guidance is None else f"guidance {guidance:g}")
+        if len(values["model_hash"][model] - {None}) > 1:
+            parts.append(f"weights {str(row.get('model_hash') or 'unknown')[:6]}")
         out.append(", ".join(parts))
     return out
 

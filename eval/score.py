@@ -3,9 +3,9 @@
 python -m eval.score --folder runs/images/dmd2 runs/images/teacher --protocol digits --out runs/scores.json
 python -m eval.score --folder runs/images/a --reference photos --metrics fid kid --extractor dinov2
 
-A row: {model, kind, steps, guidance, protocol, protocol_hash, n, seeds, extractor, extractor_hash, images (their hash),
-commit, hardware, metrics {name: {value, low, high, n}}, cost, samples (the folder)}. Of a metric that could not be
-computed "left_out" {name: reason} says why.
+A row: {model, model_hash, kind, steps, guidance, protocol, protocol_hash, n, seeds, extractor, extractor_hash, images
+(their hash), commit, hardware, metrics {name: {value, low, high, n}}, cost, samples (the folder)}. Of a metric that
+could not be computed "left_out" {name: reason} says why.
 """
 
 from __future__ import annotations
@@ -335,8 +335,10 @@ def _given(found: Folder, m: Measure, p: Protocol, spec: str, other: Path | None
 def _row(found: Folder, p: Protocol, made: dict[str, Score], nets: dict[str, str]) -> dict[str, Any]:
     manifest = found.manifest
     cost = manifest.get("cost") or {}
+    model = manifest.get("name") or manifest.get("model")
     return {
-        "model": manifest.get("name") or manifest.get("model") or found.path.name,
+        "model": found.path.name if model in (None, "", "pipeline") else model,
+        "model_hash": manifest.get("model_hash"),
         "kind": manifest.get("kind"),
         **{key: manifest.get(key) for key in ("steps", "guidance", "scheduler")},
         "protocol": p.name,

@@ -146,11 +146,12 @@ def test_jobs_that_wait_for_each_other(tmp_path):
 
 STAGE = """
 import json, os, pathlib, sys
-given = dict(zip(sys.argv[2::2], sys.argv[3::2]))
+given = {key: value for key, value in zip(sys.argv[2:], sys.argv[3:]) if key.startswith("--")}
 out = pathlib.Path(given["--out"]); out.parent.mkdir(parents=True, exist_ok=True)
 with open(os.environ["CALLS"], "a") as file: file.write(f"{sys.argv[1]} {out.parent.name}\\n")
 if "broken" in str(out): raise SystemExit("error: broken does not load")
 if sys.argv[1] == "score": out.write_text(os.environ["ROW"].replace("NAME", out.parent.name))
+if sys.argv[1] == "score" and "partial" in str(out): raise SystemExit("error: it was scored without fid")
 if "--cost" in given: pathlib.Path(given["--cost"]).write_text('{"latency": 0.5, "hardware": "CPU B"}')
 """
 
@@ -191,6 +192,16 @@ def test_a_board_skips_what_is_done_and_names_what_failed(stages, tmp_path):
         rows_file.write_text(text)
         some, why = entries.evaluate(todo, tmp_path / "out")
         assert some == rows[:1] and match in why["fine-digits"], "the other entry has its row"
+    listed = [
+        {"model": "a", "name": "partial", "seeds": [3, 4]},
+        {"model": "a", "name": "partial3", "seeds": [3, 4, 5]},
+    ]
+    partial = entries.entries({"entries": listed})
+    some, why = entries.evaluate(partial, tmp_path / "out")
+    assert [r["model"] for r in some] == ["partial-digits"], (
+        "its other metrics are kept; of some seeds alone nothing is"
+    )
+    assert len(why) == 2 and "scored without fid" in why["partial-digits"]
     again = entries.entries({"entries": [{"model": "good", "seeds": [3], "n": 5}]})
     entries.evaluate(again, tmp_path / "out")
     assert stages().count("score good-digits") == 2, "another request is another row"

@@ -21,7 +21,7 @@ from eval import images as folders
 from eval import plots
 from eval.leaderboard import read, write
 from eval.plots import Point, front, scatter
-from eval.report import COSTS, boards, columns, headline, label, lower, markdown, pretty, table
+from eval.report import COSTS, boards, columns, headline, label, labels, lower, markdown, mean, pretty, table
 
 
 def figure(value, half=0.0, n=2000):
@@ -109,6 +109,16 @@ def test_overlapping_intervals_tie_and_share_a_rank():
     assert [lower(m) for m in ("fid", "patch_fid", "fd_dinov2", "KID", "clip", "fidelity")] == [True] * 4 + [False] * 2
     assert pretty("fd_heldout") == "FD held-out" and pretty("patch_fid") == "patch FID"
     assert headline(board).endswith("has FID 10.4; its teacher has 10.0 with 35: a tie.")
+
+
+def test_rows_of_one_name_are_told_apart():
+    """By their weights too: two networks are neither one line nor the seeds of one."""
+    rows = [row("dmd2", 10.0 + i, model_hash=h, seeds=[i]) for i, h in enumerate(("aaaa1111", "bbbb2222"))]
+    assert labels(rows, rows) == ["dmd2, weights aaaa11", "dmd2, weights bbbb22"] and mean(rows) == rows
+    same = [one | {"model_hash": "aaaa1111"} for one in rows]
+    assert labels(same, same) == ["dmd2"] * 2 and len(mean(same)) == 1
+    runs = [one | {"run": i} for i, one in enumerate(rows)]
+    assert mean(runs)[0]["runs"] == [0, 1], "runs are of different weights"
 
 
 @pytest.mark.parametrize("key", ["protocol", "protocol_hash", "n", "extractor_hash"])
