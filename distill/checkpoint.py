@@ -1,6 +1,6 @@
 """Checkpoints: everything a run is, as safetensors and JSON; written whole or not at all. The teacher is not in them.
 
-`checkpoint-N/` holds one file a role (student, fake, disc, proxy, target), the student's average `ema`, one file an
+`checkpoint-N/` holds one file a role (student, fake, disc, proxy, weight, target), the student's average `ema`, one an
 optimizer and `state.json`, with the size and BLAKE2b of each. What does not fit them is torn or corrupted: an older one
 is used.
 Of a sharded run each is a folder, where every process writes its parts (stored.py); all processes save together.

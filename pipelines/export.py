@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from distill import checkpoint, history, methods
-from distill.average import embedded, timed, untimed
+from distill.average import SECOND, embedded, timed, untimed
 from distill.config import TEACHER, fail, revived, stored
 from distill.files import locked
 from distill.log import grid
@@ -32,6 +32,7 @@ from distill.lora import merged, shared
 from distill.negative import adapters, strip
 from distill.ranges import Share
 from distill.roles import StudentConfig
+from distill.stored import Stored
 from distill.student import Student
 from pipelines import (
     FAMILIES,
@@ -468,8 +469,8 @@ def trained(again: Again) -> tuple[Student, Teacher, Any, str, str, str]:
         control.install(teacher)
     scheduler, times = carrying(teacher, config)
     denoiser = replace(teacher.denoiser, net=config.net(teacher.denoiser.net))
-    kinds = {name.lower(): getattr(methods, name) for name in methods.__all__}
-    jumps = getattr(kinds.get(method), "jumps", False)
+    weights = [Stored(file) for file in checkpoint.files(chosen[0], "student")]
+    jumps = any(key.startswith(SECOND) for file in weights for key in file.shapes)
     denoiser = timed(denoiser) if jumps else denoiser
     checkpoint.fill(denoiser.net, chosen[0], "student", teacher.denoiser.net)
     rest = config.phases, config.earlier(teacher.denoiser), jumps
