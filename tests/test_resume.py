@@ -192,7 +192,7 @@ def test_a_digest_sees_any_tensor(tmp_path):
 HOLD = """
 import sys, time
 from distill.files import locked
-with locked(sys.argv[1]):
+with locked(sys.argv[1], beside=sys.argv[2] == "True"):
     print("held", flush=True)
     time.sleep(600)
 """
@@ -200,11 +200,11 @@ with locked(sys.argv[1]):
 
 @pytest.fixture
 def holder():
-    """holder(folder) -> a process that holds its lock."""
+    """holder(folder) -> a process that holds its lock, which lies in it or beside it."""
     processes = []
 
-    def start(folder):
-        command = [sys.executable, "-c", HOLD, f"{folder}"]
+    def start(folder, beside=False):
+        command = [sys.executable, "-c", HOLD, f"{folder}", f"{beside}"]
         processes.append(subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True))
         assert processes[-1].stdout.readline() == "held\n"
         return processes[-1]
@@ -232,6 +232,31 @@ def test_a_second_run_in_one_folder_is_refused_at_once(holder, call, teacher, tm
     with locked(folder):
         pass
     assert folder.is_dir() and not list(folder.iterdir())
+
+
+def test_a_second_writer_of_a_folder_is_refused(holder, teacher, tmp_path, capsys):
+    """Images, an export, a cache, pairs, a converted teacher, jobs: each by a message that names the folder."""
+    from eval.generate import generate
+    from eval.jobs import Job
+    from eval.jobs import run as start
+    from pipelines import cache, edm_convert, export, pairs
+
+    out = tmp_path / "out"
+    beside, inside = holder(out, True), holder(out)
+    with pytest.raises(ValueError, match=rf"out is in use by process {beside.pid} .* choose another --out$"):
+        generate(teacher, out, 2, 2, classes=10)
+    with pytest.raises(ValueError, match=rf"out is in use by process {inside.pid} .* choose another folder"):
+        start({"a": Job("a", ["-c", ""])}, out, 1)
+    for module, argv, process in (
+        (cache, ["--pretrained_model_name_or_path", f"{teacher}", "--output_dir", f"{out}"], inside),
+        (pairs, ["--pretrained_model_name_or_path", f"{teacher}", "--output_dir", f"{out}"], inside),
+        (edm_convert, ["file.pkl", f"{out}"], beside),
+        (export, export.Again(run=f"{tmp_path / 'run'}", output_dir=f"{out}"), beside),
+    ):
+        with pytest.raises(SystemExit) as end:
+            module.main(argv)
+        assert end.value.code == 2 and f"{out} is in use by process {process.pid}" in capsys.readouterr().err
+    assert [path.name for path in out.iterdir()] == [".lock"]
 
 
 def test_a_command_that_fails_leaves_no_folder(tmp_path):
