@@ -129,7 +129,7 @@ class Moments(NamedTuple):
         mean, cov = self.mean, self.cov
         if mean.ndim != 1 or not len(mean) or cov.shape != (len(mean), len(mean)):
             raise ValueError(
-                f"{name}: mu has shape {list(mean.shape)} and sigma {list(cov.shape)}; [D], [D, D] are needed"
+                f"{name}: mu has shape {list(mean.shape)} and sigma {list(cov.shape)}; [D] and [D, D] are needed"
             )
         for key, values in (("mu", mean), ("sigma", cov)):
             if not torch.isfinite(values).all():
