@@ -36,6 +36,8 @@ OPTIMUM, PAIRS = "tests/test_regression.py", "tests/test_pairs.py"
 MEMORY = "tests/test_memory.py"
 EXPORTED = "tests/test_recipes.py::test_the_average_is_exported"
 REHEARSAL = "tests/test_rehearsal.py"
+METRICS, PAGE = "tests/test_metrics.py", "tests/test_page.py"
+STATISTICS = "test_a_reference_that_is_no_statistics_is_refused"
 TRAINER, RECIPES, ROLES = "tests/test_trainer.py", "tests/test_recipes.py", "tests/test_roles.py"
 
 
@@ -955,6 +957,27 @@ MUTATIONS = {
         m("timesteps from 1 to N", "distill/roles", "self.timestep / last", "self.timestep / (last + 1)",
           f"{ROLES}::test_first_call_is_named_by_its_timestep"),
     ),
+    "evaluation": (
+        m("a reference unchecked", "eval/score", '.check(f"{path}")', "", f"{METRICS}::{STATISTICS}"),
+        m("an asymmetric covariance", "eval/metrics", "if off > ROUNDING * cov.abs().max():", "if False:",
+          f"{METRICS}::{STATISTICS}"),
+        m("an indefinite covariance", "eval/metrics", "if values[0] < -ROUNDING * values[-1]:", "if False:",
+          f"{METRICS}::{STATISTICS}"),
+        m("an infinite distance", "eval/metrics", "if not math.isfinite(value):", "if False:",
+          f"{METRICS}::{STATISTICS}"),
+        m("too few images are seen late", "eval/score", "if len(found.files) < least:", "if False:",
+          f"{METRICS}::test_a_metric_or_a_folder_that_fails_takes_no_other_with_it"),
+        m("a torn chunk is trusted", "eval/features", "ValueError):\n        return False",
+          "ValueError):\n        return True", "tests/test_features.py::test_the_cache_answers_and_tells_apart"),
+        m("values unescaped on the page", "eval/markup", "Markup(literal).format(*values, **named)",
+          "Markup(literal.format(*values, **named))", f"{PAGE}::test_markup_in_every_field_stays_text"),
+        m("values unescaped in Markdown", "pipelines/markdown", "return html.escape(marked, quote=False)",
+          "return marked", f"{PAGE}::test_markup_in_every_field_stays_text"),
+        m("half a file stays", "eval/files", "            part.unlink(missing_ok=True)\n", "            pass\n",
+          "tests/test_disk.py::test_features_scores_and_the_page"),
+        m("a run is called pipeline", "eval/generate", "        parts.pop()\n    name = ", "        break\n    name = ",
+          "tests/test_generate.py::test_a_model_is_named_by_its_run"),
+    ),  # fmt: skip
     "export": (
         m("level of the scheduler", "pipelines/edm", "sigma_min=0.0, sigma_max=sigma",
           "sigma_min=0.002, sigma_max=80.0", EXPORTED),
