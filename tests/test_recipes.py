@@ -60,8 +60,8 @@ EVERY = {
 }
 # two steps that move the student, and an average that is neither the student nor the teacher
 FAST = (
-    "--smoke --learning_rate 1e-2 --lr_warmup_steps 0 --ema_half_life 16 --ema_ramp None --checkpointing_steps 1 "
-    "--validation_images 4"
+    "--smoke --learning_rate 1e-2 --lr_warmup_steps 0 --ema_half_life 16 --ema_ramp None --ema_width None "
+    "--checkpointing_steps 1 --validation_images 4"
 )
 SEED = 5
 
