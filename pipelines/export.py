@@ -564,7 +564,8 @@ def export_again(again: Again, out: Path, name: str) -> None:
     student, teacher, scheduler, base, method, facts, *notes = trained(again) if again.run else published(again)
     told = about(name, teacher, base, method, facts, again.license, repository)
     if again.published:
-        source = f"the weights of {Path(again.published).name}, as they were read, on {base}"
+        named = Path(base).name if Path(base).exists() else base
+        source = f"the weights of {Path(again.published).name}, as they were read, on {named}"
         told = replace(told, source=source, notes=notes[0])
     report(out, export(student, teacher, student.denoiser.net, scheduler, out, told), told)
     if repository:

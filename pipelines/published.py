@@ -148,8 +148,8 @@ def agreed(found: Published, known: Known, base: Any, zero: bool) -> Known:
     kind, named = base.kind, {"eps": "epsilon", "v": "v"}
     if found.kind and found.kind != kind:
         raise ValueError(
-            f"the file says that its network predicts {named[found.kind]}, and the base's prediction_type is that of "
-            f"{kind}: give the base that the file was made from"
+            f"the file says that its network predicts {named[found.kind]}, and the base predicts "
+            f"{named.get(kind, kind)} (prediction_type of its scheduler): give the base that the file was made from"
         )
     if not found.lora and not found.kind and known.kind != "x0" and known.kind != kind:
         raise ValueError(

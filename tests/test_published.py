@@ -207,7 +207,7 @@ def test_the_rest_of_an_all_in_one_checkpoint(nets, tmp_path):
     assert (got.kind, got.zero, got.notes) == ("v", True, ())
     base_of = lambda kind: Denoiser(base, table, kind)
     assert published.agreed(got, four, base_of("v"), True).kind == "v"
-    for kind, zero, words in (("eps", True, "predicts v, .* eps"), ("v", False, "marked ztsnr")):
+    for kind, zero, words in (("eps", True, "predicts v, .* epsilon"), ("v", False, "marked ztsnr")):
         with pytest.raises(ValueError, match=words):
             published.agreed(got, four, base_of(kind), zero)
     assert read(rest, {"modelspec.prediction_type": "epsilon"}).kind == "eps"
