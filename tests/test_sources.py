@@ -26,7 +26,8 @@ def fill(folder, files):
     for name, content in files.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(png(content) if isinstance(content, int) else content.encode())
+        content = png(content) if isinstance(content, int) else content
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
     return str(folder)
 
 
@@ -142,6 +143,9 @@ def test_what_is_not_read_is_counted(tmp_path):
         ({"metadata.csv": "file_name,words\na.png,x"}, "metadata.csv, line 2 has no column called text"),
         ({"metadata.csv": "file_name,text\nb.png,x"}, "a.png has no caption"),
         ({"metadata.parquet": "PAR1"}, "metadata.parquet is no Parquet file"),
+        ({"metadata.jsonl": '{"file_name": "a.png", "text": "\\ud83d x"}'}, "line 1: .* holds half of a character"),
+        ({"metadata.csv": "file_name,text\na.png,x".encode("utf-16")}, "metadata.csv is not text .* save it in UTF-8"),
+        ({"metadata.json": '{"file_name": ["a.png"], "text": []}'}, "metadata.json has columns of several lengths"),
         ({"a.txt": "x" * 20_001}, "a.txt: a text of 20,001 characters; at most 20,000"),
     ),
 )
@@ -151,6 +155,22 @@ def test_mistakes_of_folders(tmp_path, files, message):
         files["metadata.jsonl"] = files["metadata.jsonl"].replace('["x", 7]', "[7, 7]")
     with pytest.raises(ValueError, match=message):
         pictures(fill(tmp_path, {"a.png": 1} | files))
+
+
+def test_tables_that_are_damaged_inside(tmp_path):
+    """A column of strings that are no UTF-8; a file of more bytes than a table has."""
+    pa = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    ends = pa.py_buffer(np.array([0, 2], dtype=np.int32).tobytes())
+    words = pa.Array.from_buffers(pa.string(), 1, [None, ends, pa.py_buffer(b"\xff\xfe")])
+    parquet.write_table(pa.table({"text": words}), tmp_path / "p.parquet")
+    with pytest.raises(ValueError, match="p.parquet is no Parquet file that can be read"):
+        prompts(f"{tmp_path / 'p.parquet'}")
+    for name in ("p.txt", "p.jsonl"):
+        with (tmp_path / name).open("wb") as file:
+            file.truncate(10**11)
+        with pytest.raises(ValueError, match=f"{name} has 100,000,000,000 bytes; at most"):
+            prompts(f"{tmp_path / name}")
 
 
 def test_a_caption_that_is_a_pipe(tmp_path):
@@ -181,7 +201,12 @@ def test_tars(tmp_path):
     assert found(source) == {"one": 1, "two": 2}
     with pytest.raises(ValueError, match="holds images: pass it as --images"):
         prompts(source)
-    assert pictures(source).notes == (f"{source}: 1 file left out, of types that are not read: .heic (1)",)
+    unread = f"{source}: 1 file left out, of types that are not read: .heic (1)"
+    assert pictures(source).notes == (unread,)
+    link = tarfile.TarInfo("3.png")
+    link.type, link.linkname = tarfile.SYMTYPE, "1.png"
+    tar(source, [*members, ("3.png", link)])
+    assert pictures(source).notes == (unread, f"{source}: 1 file left out, links to others: 3.png")
 
 
 def test_mistakes_of_tars(tmp_path):

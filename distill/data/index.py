@@ -114,7 +114,7 @@ def belongs(folder: Path, index: dict[str, Any], teacher: Any, images: bool) -> 
 
 def fingerprint(folder: Path) -> dict[str, str]:
     """What tells one teacher's text encoders and autoencoder from another's, without reading their weights whole."""
-    index = json.loads((folder / "model_index.json").read_text())
+    index = read_json(folder / "model_index.json")
     parts = sorted(key for key, value in index.items() if isinstance(value, list) and value[0] is not None)
     hub = [part for part in folder.absolute().parts if part.startswith("models--")]  # the Hub's own cache
     return {

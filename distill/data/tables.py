@@ -13,6 +13,7 @@ from typing import Any
 
 TABLES = (".txt", ".csv", ".tsv", ".json", ".jsonl", ".parquet")
 COLUMNS = ("text", "caption", "prompt")  # looked for, in this order, where no column is named
+LARGEST = 1 << 32  # bytes of a table that is read whole
 LONGEST = 20_000  # characters of a text: encoders read a few hundred tokens, and a tokenizer takes a minute for 10^6
 SHOWN = 60  # characters of a wrong value in a message
 
@@ -23,10 +24,12 @@ def text_of(path: Path) -> str:
     """The text of a file in UTF-8, without a byte order mark."""
     if not path.is_file():
         raise ValueError(f"{path} is no regular file, or a link whose file is gone: remove or replace it")
+    if (size := path.stat().st_size) > LARGEST:
+        raise ValueError(f"{path} has {size:,} bytes; at most {LARGEST:,} of text are read: write it as .parquet")
     try:
         return path.read_text("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not text in UTF-8: {error}") from None
+        raise ValueError(f"{path} is not text in UTF-8 ({error}): save it in UTF-8") from None
 
 
 def column(names: Iterable[str], wanted: str | None, where: str) -> str:
@@ -49,6 +52,8 @@ def caption(value: Any, where: str) -> str | None:
         return caption(value[number % len(value)], f"{where}, of its list")
     if not isinstance(value, str):
         raise ValueError(f"{where}: {_shown(value)} is not text, which prompts and captions are: correct or remove it")
+    if any("\ud800" <= letter <= "\udfff" for letter in value):
+        raise ValueError(f"{where}: {_shown(value)} holds half of a character (a surrogate): correct or remove it")
     if len(value) > LONGEST:
         raise ValueError(f"{where}: a text of {len(value):,} characters; at most {LONGEST:,} are read: shorten it")
     return value
@@ -108,7 +113,10 @@ def _json(path: Path) -> Iterator[Row]:
         yield from _jsonl(path)
         return
     if isinstance(found, dict) and all(isinstance(cells, list) for cells in found.values()):
-        n = min(map(len, found.values()), default=0)
+        lengths = {name: len(cells) for name, cells in found.items()}
+        if len({*lengths.values()}) > 1:
+            raise ValueError(f"{path} has columns of several lengths, {lengths}: give each a value for every row")
+        n = next(iter(lengths.values()), 0)
         found = [{name: cells[i] for name, cells in found.items()} for i in range(n)]
     if isinstance(found, dict):
         found = [found]
@@ -145,5 +153,5 @@ def _parquet(path: Path, wanted: Sequence[str]) -> Iterator[Row]:
             column(there, wanted[0] if len(wanted) == 1 else None, str(path))
         batches = (batch.to_pylist() for batch in table.iter_batches(columns=kept))
         yield from ((f"{path}, row {i}", row) for i, row in enumerate(chain.from_iterable(batches), 1))
-    except (ArrowException, OSError) as error:
+    except (ArrowException, OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is no Parquet file that can be read: {error}") from None

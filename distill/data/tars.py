@@ -12,6 +12,7 @@ from typing import Any
 from distill.data import images, tables
 
 SHARDS = 100_000  # of one pattern
+LISTED = 3  # members that a note names
 LONGEST = 2**20  # bytes of a caption's file
 
 Row = tuple[str, str | None, Callable[[], Any]]  # name, caption, how to read the image
@@ -38,9 +39,13 @@ def rows(shards: list[Path], column: str | None, notes: list[str]) -> Iterator[R
     for shard in shards:
         samples: dict[str, dict[str, Any]] = {}
         unread: list[Path] = []
+        links: list[str] = []
         for member, content in _members(shard):
             path = PurePosixPath(member.name)
             if any(images.is_hidden(part) for part in path.parts if part not in (".", "..")):
+                continue
+            if not member.isfile():
+                links.append(member.name)
                 continue
             stem, _, suffix = path.name.partition(".")
             suffix = suffix.lower()
@@ -53,6 +58,8 @@ def rows(shards: list[Path], column: str | None, notes: list[str]) -> Iterator[R
                 unread.append(Path(path.name))
         if others := images.unread(unread):
             notes.append(f"{shard}: {others}")
+        if links:
+            notes.append(f"{shard}: {images.number(links)} left out, links to others: {', '.join(links[:LISTED])}")
         for sample in samples.values():
             if "image" in sample:
                 name, offset, size = sample["image"]
@@ -71,7 +78,7 @@ def _caption(sample: dict[str, Any], column: str | None, where: str) -> str | No
 
 
 def _members(shard: Path) -> Iterator[tuple[tarfile.TarInfo, str | None]]:
-    """The regular files of a tar; of .txt, .caption and .json files with their text."""
+    """The files and links of a tar; of .txt, .caption and .json files with their text."""
     length = shard.stat().st_size
     try:
         with tarfile.open(shard, "r:") as tar:
@@ -83,8 +90,8 @@ def _members(shard: Path) -> Iterator[tuple[tarfile.TarInfo, str | None]]:
                 if member.offset <= last or end > length:
                     raise ValueError(f"its member {member.name} goes beyond its end: copy it anew")
                 last = member.offset
-                if member.isfile():
-                    yield member, _text(tar, member)
+                if not member.isdir():
+                    yield member, _text(tar, member) if member.isfile() else None
             with shard.open("rb") as file:
                 file.seek(tar.offset)
                 if any(file.read(tarfile.BLOCKSIZE)):
