@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cache, cached_property, wraps
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from eval.features import Features
 
 ALONE = ("fd_heldout", "fd_train", "lpips_diversity")  # they share no input with other metrics
+LARGEST = 1 << 30  # bytes of an array of statistics: 11,585 features
 COST = ("parameters", "nfe", "latency", "images_per_second", "peak_memory", "hardware")
 
 
@@ -140,6 +142,7 @@ def _statistics(path: Path, _: int, n: int) -> Moments:
     """`statistics` of a file as it was at a time: one eigen-decomposition for all folders."""
     found: list[Tensor] = []
     try:
+        _check_sizes(path)
         stored = np.load(path, allow_pickle=False)
         if not isinstance(stored, np.lib.npyio.NpzFile):
             raise ValueError("it is one array without a name")
@@ -153,6 +156,17 @@ def _statistics(path: Path, _: int, n: int) -> Moments:
         reason = str(error) or type(error).__name__
         raise ValueError(f"{path} does not hold the arrays mu and sigma ({reason}); make it again") from None
     return Moments(n, *found).check(f"{path}")
+
+
+def _check_sizes(path: Path) -> None:
+    """ValueError for an .npz whose arrays unpack to more than statistics have."""
+    with path.open("rb") as file:
+        if not zipfile.is_zipfile(file):
+            return  # np.load says what it is
+        with zipfile.ZipFile(file) as packed:
+            for entry in packed.infolist():
+                if entry.filename in ("mu.npy", "sigma.npy") and entry.file_size > LARGEST:
+                    raise ValueError(f"its {entry.filename} unpacks to {entry.file_size:,} bytes; {LARGEST:,} are read")
 
 
 def custom(folder: Folder, metrics: tuple[str, ...], extractor: str | None, other: Path | None) -> Protocol:
@@ -236,12 +250,12 @@ def explain(error: BaseException) -> str:
     """What a user is told of a failure."""
     from distill.checkpoint import refused
 
-    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+    if reason := refused(error):
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        return f"there is not enough memory ({type(error).__name__}): use a smaller --batch, or --workers 1"
+        return reason
     if isinstance(error, OSError | SafetensorError):
-        return refused(error) or str(error)
+        return str(error)
     text = str(error) or type(error).__name__
     return text if isinstance(error, ValueError) else f"{type(error).__name__}: {text.splitlines()[0]}"
 
@@ -404,8 +418,8 @@ def scores(
         found.append(row)
         if "left_out" in row:
             failed.append(f"{path} was scored without {reasons(row['left_out'])}")
-    if out is not None and found and main_process():
-        store(out, found)
+        if out is not None and main_process():
+            store(out, found)  # a command that is killed has its rows so far
     if failed:
         made = f" ({len(found)} of {len(folder)} folders were scored)" if len(folder) > 1 else ""
         told = "; ".join(failed) + made

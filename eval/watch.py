@@ -115,7 +115,7 @@ def measured(models: dict[str, Path], split: Split, out: Path, exports: dict[str
     todo: dict[str, Job] = {}
     ends = {name: out / name / f"{split.name}.json" for name in models}
     for name, model in models.items():
-        if ends[name].is_file():
+        if _is_scored(ends[name], len(split.seeds)):
             continue
         after: tuple[str, ...] = ()
         if name in exports and not (model / "model_index.json").is_file():
@@ -143,6 +143,12 @@ def measured(models: dict[str, Path], split: Split, out: Path, exports: dict[str
             apart = {key: f"{row[key]}{mark}{split.name}" for key, mark in (("protocol", ", "), ("protocol_hash", ":"))}
             rows.append({**row, **apart, "model": name})
     return rows, {name: why for name, why in failed.items() if not why.startswith("needs ")}
+
+
+def _is_scored(path: Path, seeds: int) -> bool:
+    """Whether a file holds a row of every seed; one of a command that was killed has fewer."""
+    rows = stored(path)
+    return isinstance(rows, list) and len(rows) >= seeds
 
 
 def best(rows: Sequence[Row]) -> tuple[Row, list[str]]:

@@ -6,6 +6,7 @@ import math
 import re
 import subprocess
 import sys
+import zipfile
 
 import numpy as np
 import pytest
@@ -708,6 +709,15 @@ def test_a_reference_that_is_no_statistics_is_refused(stored, match, tmp_path):
         score(folder, metrics=("fid",), extractor="random", reference_folder=path)
 
 
+def test_a_bomb_of_statistics(tmp_path, monkeypatch):
+    """A zip of arrays that would fill the memory is refused by the sizes that it says."""
+    monkeypatch.setattr("eval.score.LARGEST", 1 << 20)
+    with zipfile.ZipFile(tmp_path / "r.npz", "w", zipfile.ZIP_DEFLATED) as packed:
+        packed.writestr("sigma.npy", bytes(1 << 22))
+    with pytest.raises(ValueError, match="r.npz .*sigma.npy unpacks to 4,194,304 bytes"):
+        statistics_of(tmp_path / "r.npz", 9)
+
+
 def test_statistics_in_float32_are_accepted(tmp_path):
     """Published files are: of a nearly singular covariance rounding makes eigenvalues below 0."""
     draw = torch.Generator().manual_seed(0)
@@ -779,6 +789,15 @@ def test_a_metric_or_a_folder_that_fails_takes_no_other_with_it(tmp_path, monkey
         assert re.search(match, told)
     assert "there is not enough memory" in told and "few was scored without fid: generated set" in told
     (row,) = json.loads((tmp_path / "rows.json").read_text())
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    folders.write(tmp_path / "new", images[30:50])
+    monkeypatch.setattr(feature_module, "_outputs", killed)  # few's features are kept
+    with pytest.raises(KeyboardInterrupt):
+        scores((tmp_path / "few", tmp_path / "new"), tmp_path / "some.json", **how)
+    assert [one["samples"] for one in json.loads((tmp_path / "some.json").read_text())] == [row["samples"]]
     assert row["metrics"]["kid"]["n"] == 20 and math.isfinite(row["metrics"]["kid"]["value"])
 
 

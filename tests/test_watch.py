@@ -72,13 +72,19 @@ def test_the_best_of_the_selection_is_tested(run, tmp_path):
     page = (run / "watch" / "index.html").read_text()
     assert page.count('<table class="sortable">') == 2 and "p, selection" in page and "checkpoint-3 is broken" in page
 
+    (run / "watch" / "checkpoint-2" / "test.json").write_text(json.dumps([facts["test"]]))  # one seed: it was killed
+    once = len(calls())
+    with pytest.raises(ValueError, match="checkpoint-3 is broken"):
+        watch(run, n=100)
+    assert sum(c.startswith("score") and "test.json" in c for c in calls()[once:]) == 1
+
     once = len(calls())
     with pytest.raises(ValueError, match="checkpoint-3 is broken"):
         watch(run, n=100)
     assert calls()[once:] == [c for c in calls()[once:] if "checkpoint-3" in c] != [], "what is scored is kept"
     with pytest.raises(ValueError, match="checkpoint-3"):
         watch(run, n=50)
-    assert sum(c.startswith("score") for c in calls()) == 2 * len(scored), "another request is scored anew"
+    assert sum(c.startswith("score") for c in calls()) == 2 * len(scored) + 1, "another request is scored anew"
 
 
 def test_it_follows_a_run_to_its_end(run, monkeypatch):
