@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from distill.files import read
 
 FILE = "adapter_config.json"  # beside the weights, where PEFT saved them
 ALTERED = ("pissa", "olora", "loftq", "corda")  # init_lora_weights that change the base's weights, too
@@ -65,7 +68,7 @@ def settings(path: Path, metadata: dict[str, str], prefix: str) -> Settings | No
             return Settings(source, _options(own, source))
     beside = path.parent / FILE
     if beside.is_file():
-        return Settings(FILE, _options(_object(beside.read_text(), f"{beside}"), f"{beside}"))
+        return Settings(FILE, _options(_object(read(beside), f"{beside}"), f"{beside}"))
     if "ss_network_alpha" in metadata:
         return Settings(
             f"metadata of {path.name}", kohya=_number(metadata["ss_network_alpha"], "ss_network_alpha", path)
@@ -76,7 +79,7 @@ def settings(path: Path, metadata: dict[str, str], prefix: str) -> Settings | No
 def _object(text: str, source: str) -> dict[str, Any]:
     try:
         found = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{source} is damaged: {error}") from None
     if not isinstance(found, dict):
         raise ValueError(f"{source} is damaged: it is no JSON object")
@@ -102,6 +105,8 @@ def _options(given: dict[str, Any], source: str) -> dict[str, Any]:
             f"{source} has init_lora_weights {start!r}: its base's weights were changed, too. Convert it to a plain "
             "LoRA with PEFT (path_initial_model_for_weight_conversion)"
         )
+    if not isinstance(given.get("use_rslora"), bool | None):
+        raise ValueError(f"{source} has use_rslora {given['use_rslora']!r}; it must be true or false")
     out: dict[str, Any] = {"use_rslora": bool(given.get("use_rslora"))}
     for key in ("r", "lora_alpha"):
         out[key] = None if given.get(key) is None else _number(given[key], key, source)
@@ -109,6 +114,8 @@ def _options(given: dict[str, Any], source: str) -> dict[str, Any]:
         pattern = given.get(key) or {}
         if not isinstance(pattern, dict):
             raise ValueError(f"{source} has {key} {pattern!r}; it must be an object of numbers by module")
+        if odd := [name for name in pattern if not _is_simple(name)]:
+            raise ValueError(f"{source} has a {key} for {odd[0]!r}; name modules, or two .* at most among their names")
         out[key] = {name: _number(value, f"{key} of {name}", source) for name, value in pattern.items()}
     return out
 
@@ -121,3 +128,12 @@ def _number(value: Any, key: str, source: Any) -> float:
     if not math.isfinite(found):
         raise ValueError(f"{source} has {key} {value!r}; it must be a number")
     return found
+
+
+def _is_simple(pattern: str) -> bool:
+    """Whether a pattern is a regular expression that no name of a module keeps busy."""
+    try:
+        re.compile(pattern)
+    except re.error:
+        return False
+    return len(re.findall(r"[*+?{]", pattern)) <= 2 and not re.search(r"\)[*+?{]", pattern)

@@ -123,14 +123,20 @@ def _first_block(model: Any) -> dict[str, Any]:
     return _object(next(block for name, block in blocks.items() if name.endswith("_block0")))
 
 
-def _tensors(thing: Any, prefix: str = "") -> Any:
-    parts = _object(thing)
+def _tensors(thing: Any, prefix: str = "", seen: set[int] | None = None) -> Any:
+    """(name, tensor) of a module and those in it; ValueError for what no network has, and would never end."""
+    parts, seen = _object(thing), set() if seen is None else seen
+    if id(thing) in seen:
+        raise ValueError(f"its module {prefix or 'model'} is there twice")
+    seen.add(id(thing))
     for name, tensor in {**parts["_parameters"], **parts["_buffers"]}.items():
         if isinstance(tensor, Tensor):
+            if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+                raise ValueError(f"its {prefix}{name} of shape {tuple(tensor.shape)} has more numbers than are stored")
             yield prefix + name, tensor
     for name, module in parts["_modules"].items():
         if module is not None:
-            yield from _tensors(module, f"{prefix}{name}.")
+            yield from _tensors(module, f"{prefix}{name}.", seen)
 
 
 def network(values: dict[str, Any], kind: str, tensors: dict[str, Tensor]) -> Any:
@@ -283,7 +289,7 @@ def main(argv: list[str] | None = None) -> None:
             net = convert(args.file, args.folder)
     except ValueError as error:
         fail(str(error))
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, MemoryError) as error:
         fail(f"{refused(error) or error}: nothing of {args.folder} is kept; give the same command again")
     size = sum(p.numel() for p in net.parameters())
     print(f"{args.folder}: a {type(net).__name__} of {size / 1e6:.1f} M weights, labels {net.config.num_class_embeds}")

@@ -124,6 +124,9 @@ def read(path: Path, net: nn.Module) -> Published:
             raise ValueError(f"{path} holds {len(files)} files of weights {[f.name for f in files]}: name one of them")
         (path,) = files
     tensors, metadata = _load(path)
+    for key, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
+            raise ValueError(f"{path}: its tensor {key} holds NaN or infinite numbers: download it again")
     if edm := sorted(tensors.keys() & {*EDM}):
         raise ValueError(f"{path} holds {edm}, marks of an EDM network (Playground v2.5, CosXL), which is not read")
     marks = {key for key in MARKS if tensors.pop(key, None) is not None}
@@ -276,10 +279,13 @@ def _adapters(
         found.setdefault(name, {})[ROLES[match["role"]]] = tensor
     out, sources = {}, set()
     for name, pair in found.items():
-        (rows, *rest), r = shapes[name], len(pair.get("down", ()))
+        down = pair.get("down")
+        (rows, *rest), r = shapes[name], len(down) if down is not None and down.ndim else 0
         sizes = [pair[role].numel() for role in ("down", "up") if role in pair]
         if sizes != [r * math.prod(rest), rows * r]:
             raise ValueError(f"{path}: the LoRA of {name} does not fit the base's weight {tuple(shapes[name])}")
+        if not r:
+            raise ValueError(f"{path}: the LoRA of {name} has rank 0")
         down, up = pair["down"].reshape(r, *rest), pair["up"].reshape(rows, r, *[1] * (len(rest) - 1))
         alpha, source = _alpha(pair, told.alpha(name, r) if told else None, f"{told}", name, r)
         sources.add(source)
@@ -289,6 +295,8 @@ def _adapters(
 
 def _alpha(pair: dict[str, Tensor], told: float | None, source: str, name: str, r: int) -> tuple[float, str]:
     """alpha of a module, and what tells it; a ValueError where two sources differ."""
+    if "alpha" in pair and pair["alpha"].numel() != 1:
+        raise ValueError(f"the key .alpha of {name} holds {pair['alpha'].numel()} numbers; it must hold one")
     own = float(pair["alpha"]) if "alpha" in pair else None
     if own is not None and told is not None and not math.isclose(own, told, rel_tol=1e-3):
         raise ValueError(f"the LoRA of {name} has the key .alpha {own:g}, and {source} makes it {told:g}")

@@ -183,6 +183,18 @@ def wide(net):
     net.model.dec["8x8_block1"].affine = edm_reference.Linear(64, 99)
 
 
+def twice(net):
+    """2^60 paths lead to the last module."""
+    module = nn.Identity()
+    for _ in range(60):
+        module = nn.Sequential(module, module)
+    net.model.enc["more"] = module
+
+
+def stretched(net):
+    net.model.enc["4x4_down"].conv0.resample_filter = torch.ones(1).expand(10**6, 10**6)
+
+
 def other(net):
     net.__class__ = type("VPPrecond", (edm_reference.EDMPrecond,), {})
 
@@ -193,6 +205,8 @@ REFUSED = {
     filtered: "resample_filter is not the mean.*NCSN",
     lost: "(?s)variant that is not read: .*8x8_block1",
     wide: "(?s)variant that is not read: .*size mismatch",
+    twice: "its module enc.more.* is there twice",
+    stretched: "resample_filter of shape .* has more numbers than are stored",
     other: "SongUNet under VPPrecond",
 }
 

@@ -132,6 +132,9 @@ NOT_READ = {
     "no number": ({"lora_alpha": "many"}, "lora_alpha 'many'; it must be a number"),
     "no alpha": ({"lora_alpha": None}, "tells no lora_alpha"),
     "biases": ({"bias": "all"}, "bias 'all'"),
+    "no pattern": ({"rank_pattern": {"conv_in(": 3}}, r"rank_pattern for 'conv_in\('; name modules"),
+    "a pattern without end": ({"alpha_pattern": {"(.|.)*x": 3}}, "alpha_pattern for .*; name modules"),
+    "no truth": ({"use_rslora": "false"}, "use_rslora 'false'; it must be true or false"),
     "no object": ([1], "no JSON object"),
 }
 
@@ -256,6 +259,9 @@ def test_mistakes(nets, tmp_path, capsys):
     refused({k: v for k, v in lora.items() if k != "lora_unet_conv_in.lora_up.weight"}, "LoRA of conv_in does not fit")
     refused(lora | {"lora_unet_conv_in.lora_down.weight": torch.ones(3, 5, 3, 3)}, "LoRA of conv_in does not fit")
     refused(lora | {"lora_unet_conv_in.lora_up.weight": torch.ones(5, 3, 1, 1)}, "LoRA of conv_in does not fit")
+    refused(lora | {"lora_unet_conv_in.alpha": torch.ones(2)}, "alpha of conv_in holds 2 numbers")
+    refused(lora | {"lora_unet_conv_in.lora_down.weight": torch.tensor(1.0)}, "LoRA of conv_in does not fit")
+    refused(state | {"conv_in.bias": state["conv_in.bias"] * float("nan")}, "tensor conv_in.bias holds NaN")
     refused({"a": Evil()}, "more than plain tensors", "x.bin", torch.save)
     refused({"a": 1}, "dictionary of plain tensors", "x.bin", torch.save)
     refused({}, "give a .safetensors", "x.pkl", torch.save)
