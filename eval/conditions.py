@@ -12,6 +12,7 @@ from eval.images import is_count
 from eval.protocols import Protocol
 
 LABELS = ("ConsistencyModelPipeline", "DiTPipeline")  # pipelines that take labels
+IMAGES = 1_000_000  # of a folder at most: their names have six digits
 DIGITS = 10  # classes of the digits
 
 
@@ -61,13 +62,21 @@ def of_prompts(model: Path, source: str, column: str | None, n: int | None, each
             f"{source} holds {len(found)} prompts{times}, fewer than the {n} images asked for: lower --n, or raise "
             "--per_prompt"
         )
-    return Asked([found[i // each] for i in range(n or len(found) * each)], True)
+    n = n or len(found) * each
+    if n > IMAGES:
+        raise ValueError(
+            f"{source} asks for {n:,} images; a folder holds {IMAGES:,} at most: lower --n or --per_prompt"
+        )
+    return Asked([found[i // each] for i in range(n)], True)
 
 
 def of_labels(model: Path, classes: int | None, n: int) -> Asked:
     """i % classes. ValueError for a pipeline that takes prompts."""
     if not takes_labels(model):
         raise ValueError(f"{model} takes prompts: pass --prompts FILE (.txt, one a line, .jsonl or .parquet)")
+    known = _embedded(model)
+    if classes is not None and known is not None and classes > known:
+        raise ValueError(f"classes is {classes}, and the network of {model} knows {known} labels: lower --classes")
     classes = classes or _classes(model)
     return Asked([i % classes for i in range(n)], False)
 
@@ -80,15 +89,11 @@ def takes_labels(model: Path) -> bool:
 
 def _classes(model: Path) -> int:
     """How many classes a network of labels knows, without "no label"."""
-    config = _json(model / "unet" / "config.json") or _json(model / "transformer" / "config.json")
-    embedded = config.get("num_class_embeds") or config.get("num_embeds_ada_norm")
-    null = _json(model / "distill.json").get("null_class")
+    embedded, null = _embedded(model), _json(model / "distill.json").get("null_class")
     if embedded is None:
         return 1
-    if not is_count(embedded) or null is not None and type(null) is not int:
-        raise ValueError(
-            f"{model} has {embedded!r} labels, of which {null!r} is none: these are no numbers; correct it"
-        )
+    if null is not None and type(null) is not int:
+        raise ValueError(f"{model / 'distill.json'}: null_class is {null!r}, which is no number; correct it")
     if null is not None:
         return null if null == embedded - 1 else embedded
     if embedded in (DIGITS, DIGITS + 1):
@@ -97,6 +102,15 @@ def _classes(model: Path) -> int:
         f"the network of {model} knows {embedded} labels; say how many are classes, --classes {embedded} or, if one "
         f"stands for none, {embedded - 1}"
     )
+
+
+def _embedded(model: Path) -> int | None:
+    """How many labels a network knows, with one that stands for none; None where it has none."""
+    config = _json(model / "unet" / "config.json") or _json(model / "transformer" / "config.json")
+    found = config.get("num_class_embeds") or config.get("num_embeds_ada_norm")
+    if found is not None and not is_count(found):
+        raise ValueError(f"the config of the network of {model} has {found!r} labels, which is no number; correct it")
+    return found
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -32,7 +33,7 @@ from torch import Tensor
 
 from distill.files import locked
 from eval import images as folders
-from eval.conditions import Asked, of_labels, of_prompts, of_protocol
+from eval.conditions import IMAGES, Asked, of_labels, of_prompts, of_protocol
 from eval.cost import commit, hardware, measure
 from eval.files import check_output, read_json, shown, store
 from eval.protocols import Protocol, protocol
@@ -40,6 +41,8 @@ from eval.sampler import Sampler, family_of, generator, load, pipeline_sampler, 
 
 Solver = Literal["pipeline", "heun", "ddim", "cfg++"]
 FIRST = ("first", "first_steps", "first_guidance", "first_solver", "skip")
+MOST = {"n": IMAGES, "steps": 10_000, "per_prompt": IMAGES, "classes": IMAGES, "rows": 10_000, "batch": 10_000,
+        "first_steps": 10_000, "resolution": 1 << 14}  # fmt: skip
 EDM = "ConsistencyModelPipeline"
 EXPORTS = ("pipeline", "watch", "lora", "pytorch_lora_weights", "adapter_model", "diffusion_pytorch_model")
 PADS = ("QwenImagePipeline",)  # they pad prompts to the longest of a call: rows would depend on their neighbours
@@ -104,9 +107,14 @@ class Sampling:
     cost: Path | None = None
 
     def __post_init__(self) -> None:
-        for what in ("n", "steps", "per_prompt", "classes", "rows", "batch", "first_steps"):
-            if (value := getattr(self, what)) is not None and value < 1:
-                raise ValueError(f"{what} is {value}; it must be at least 1")
+        for what, most in MOST.items():
+            value = getattr(self, what)
+            if value is not None and not 1 <= value <= most:
+                raise ValueError(f"{what} is {value}; it must be at least 1 and at most {most:,}")
+        for what in ("guidance", "first_guidance"):
+            value = getattr(self, what)
+            if value is not None and not math.isfinite(value):
+                raise ValueError(f"{what} is {value}; it must be finite")
         if not 0 <= self.pag_scale < float("inf"):
             raise ValueError(f"pag_scale is {self.pag_scale}; it must be at least 0 and finite")
         if self.skip_tuning is not None and not 0 <= self.skip_tuning < float("inf"):
@@ -124,7 +132,11 @@ class Sampling:
             raise ValueError(
                 f"protocol {self.protocol} has its own prompts or labels: leave out flags that give others"
             )
-        if torch.device(self.device or "cpu").type == "cuda" and not torch.cuda.is_available():
+        try:
+            kind = torch.device(self.device or "cpu").type
+        except RuntimeError:
+            raise ValueError(f"device is {self.device!r}; it must be cpu, cuda, cuda:1 or another of torch's") from None
+        if kind == "cuda" and not torch.cuda.is_available():
             raise ValueError(f"device is {self.device}, but torch sees no GPU; use cpu")
 
     @cached_property

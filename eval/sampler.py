@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 
 from eval.cost import DENOISERS, parameters
-from eval.files import read_json
+from eval.files import shown
 
 if TYPE_CHECKING:
     from distill.solver import Name
 
 LIBRARIES = ("diffusers", "transformers", "pipelines.edm_nets")  # whose components are loaded
-LOADING = (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError)
+LOADING = Exception  # what a class raises at files that it cannot use is open-ended
 
 
 def generator(seed: int, i: int) -> torch.Generator:
@@ -187,7 +187,7 @@ def load(
     """A diffusers pipeline: of a folder, with a LoRA's file and another scheduler if asked. ValueError if it fails."""
     import diffusers
 
-    from pipelines import index
+    from pipelines import fields, index
     from pipelines.experts import install
 
     entries = index(folder)
@@ -203,6 +203,9 @@ def load(
     absent = {name: None for name, entry in parts.items() if entry[0] is None}
     absent |= {"safety_checker": None} if "safety_checker" in parts else {}  # it would blacken images
     options = {"dtype": dtype, "variant": variant, "use_safetensors": True, "local_files_only": True}
+    for file in (folder / name / config for name in parts for config in ("config.json", "scheduler_config.json")):
+        if file.exists():
+            fields.read(file)
     try:
         pipe = cls.from_pretrained(folder, **options, **absent)
     except LOADING as error:
@@ -233,19 +236,27 @@ def _scheduler(pipe: Any, name: str | None, config: dict[str, Any]) -> Any:
     """The pipeline's scheduler, or one of a folder or of a class of diffusers, with some of its config replaced."""
     import diffusers
 
+    from pipelines import fields
+
     cls, base = type(pipe.scheduler), pipe.scheduler.config
     if name is not None:
         folder = next(
             (f for f in (Path(name), Path(name) / "scheduler") if (f / "scheduler_config.json").is_file()), None
         )
-        base = read_json(folder / "scheduler_config.json", "give another scheduler") if folder else base
-        wanted = (base.get("_class_name") if isinstance(base, dict) else None) if folder else name
+        base = fields.read(folder / "scheduler_config.json") if folder else base
+        wanted = base.get("_class_name") if folder else name
         cls = getattr(diffusers, str(wanted), None)
     if cls is None or not hasattr(cls, "from_config") or not hasattr(cls, "set_timesteps"):
         raise ValueError(f"scheduler is {name!r}; give a class of diffusers (LCMScheduler) or a folder that holds one")
     if unknown := sorted(set(config) - set(inspect.signature(cls.__init__).parameters)):
         raise ValueError(f"scheduler_config: {cls.__name__} has no {', '.join(unknown)}")
-    return cls.from_config(base, **config)
+    for key, value in config.items():
+        if allowed := fields.wrong(key, value, {**base, **config}):
+            raise ValueError(f"scheduler_config: {key} is {shown(value)}; it must be {allowed}")
+    try:
+        return cls.from_config(base, **config)
+    except LOADING as error:
+        raise ValueError(f"{cls.__name__} takes no scheduler_config {shown(config)}: {_line(error)}") from None
 
 
 def family_of(pipe: Any, resolution: int | None) -> tuple[Any, Any]:
