@@ -282,17 +282,27 @@ def fill(net: nn.Module, path: str | Path, role: str, backbone: nn.Module) -> No
         file.into({name: t for name, t in own.items() if name in file.shapes})
 
 
-def refused(error: Exception) -> str | None:
-    """What to tell the user where a disk has refused to be written; None: the error is another.
+def refused(error: BaseException) -> str | None:
+    """What to tell the user where a disk has refused to be written, or memory is exhausted; None: it is another error.
 
     safetensors has the number of the error in words only.
     """
+    if _is_out_of_memory(error):
+        first = str(error).split("\n")[0][:200] or "a MemoryError"
+        cure = "take less at once, by a smaller batch or in training by more --gradient_accumulation_steps"
+        return f"there is not enough memory ({first}); what was whole before is still there: {cure}"
     said = re.search(r"os error (\d+)", str(error)) if isinstance(error, SafetensorError) else None
     number = int(said[1]) if said else getattr(error, "errno", None)
     for (why, cure), numbers in REFUSED.items():
         if number in numbers:
             return f"{why} ({error}); what was whole before is still there: {cure}"
     return None
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Of Python, of a GPU, or of torch on the CPU, whose RuntimeError has it in words only."""
+    words = "can't allocate memory" in str(error) or "out of memory" in str(error)
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or isinstance(error, RuntimeError) and words
 
 
 def step(folder: Path) -> int:

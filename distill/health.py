@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from distill import checkpoint, memory, shard
 from distill.draw import Draw
+from distill.files import read_json
 from distill.roles import Batch, Nets
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
     from distill.trainer import Method, State, TrainConfig, Update
 
+FACTS = ("message", "step", "player", "seed", "processes", "mixed_precision", "ranks")  # of a replay folder
 ADVICE = "Lower the learning rate, set max_grad_norm, or look at the data of this step"
 
 
@@ -194,8 +196,11 @@ def replay(
 def read(folder: Path) -> dict[str, Any]:
     """What a replay folder says of itself: message, step, player, seed, processes, mixed_precision, ranks."""
     try:
-        return json.loads((folder / "replay.json").read_text())
-    except (OSError, ValueError) as error:
+        facts = read_json(folder / "replay.json")
+        if absent := [name for name in FACTS if not isinstance(facts, dict) or name not in facts]:
+            raise ValueError(f"its replay.json has no {absent[0]}")
+        return facts
+    except ValueError as error:
         raise ValueError(
             f"replay is {str(folder)!r}, which is no replay-STEP-PLAYER folder of a run ({error})"
         ) from None

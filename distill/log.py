@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import time
@@ -15,6 +16,9 @@ import torch
 from torch import Tensor
 
 from distill import progress
+from distill.files import read
+
+LONGEST = 1 << 30  # bytes of a log
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -46,14 +50,13 @@ class Log:
 
     def _lines(self) -> list[dict[str, float]]:
         """What an earlier process wrote, without a last line that it was killed in."""
-        texts, lines = self.path.read_text().splitlines() if self.path.is_file() else [], []
-        for i, text in enumerate(texts, 1):
-            try:
-                lines.append(json.loads(text))
-            except json.JSONDecodeError:
-                if i < len(texts):
-                    raise ValueError(f"{self.path} is damaged in line {i}: delete that line, or the file") from None
-        return lines
+        texts = read(self.path, LONGEST).splitlines() if self.path.exists() else []
+        lines = [_entry(text) for text in texts]
+        if lines and lines[-1] is None:
+            lines.pop()
+        if None in lines:
+            raise ValueError(f"{self.path} is damaged in line {lines.index(None) + 1}: delete that line, or the file")
+        return [line for line in lines if line is not None]
 
     def __call__(self, state: State) -> None:
         if not state.logs:  # a finished run, resumed
@@ -128,3 +131,13 @@ def grid(x: Tensor, columns: int = 10, side: int = 32) -> Image:
     canvas[:B] = pixels
     canvas = canvas.reshape(rows, columns, H, W, C).transpose(0, 2, 1, 3, 4).reshape(rows * H, columns * W, C)
     return Image.fromarray(canvas.squeeze(-1) if C == 1 else canvas)
+
+
+def _entry(text: str) -> dict[str, float] | None:
+    """A line of a log; None for what is none."""
+    try:
+        line = json.loads(text)
+        numbers = float(line["step"]), float(line["seconds"])
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        return None
+    return line if all(map(math.isfinite, numbers)) else None

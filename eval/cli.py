@@ -18,7 +18,8 @@ class Unfinished(ValueError):
 def run(stage: Callable[..., Any] | Mapping[str, Callable[..., Any]]) -> Any:
     """Call `stage`, or the one of several that the first word names, with the flags of this process.
 
-    A ValueError, and a disk that refuses, end it with a message and exit code 2, Unfinished with 1, Ctrl-C with 130.
+    A ValueError, a disk that refuses and a lack of memory end it with a message and exit code 2, Unfinished with 1,
+    Ctrl-C with 130.
     """
     import tyro
     from safetensors import SafetensorError
@@ -34,11 +35,11 @@ def run(stage: Callable[..., Any] | Mapping[str, Callable[..., Any]]) -> Any:
         sys.exit(f"error: {visible(str(error))}")
     except ValueError as error:
         fail(str(error))
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, MemoryError, RuntimeError) as error:
         from distill.checkpoint import refused
 
         reason = refused(error)
-        if reason is None and isinstance(error, OSError) and error.filename is None:
+        if reason is None and not isinstance(error, SafetensorError) and getattr(error, "filename", None) is None:
             raise
         fail(f"{reason}, then run the same command again" if reason else str(error))
     except KeyboardInterrupt:

@@ -28,12 +28,13 @@ import tyro
 import yaml
 from torch import Tensor, nn
 
+from distill.checkpoint import refused
 from distill.config import fail
 from distill.denoiser import Call, Condition, Denoiser, first
 from distill.lora import shared
 from distill.ranges import Count, Seed
 from distill.roles import StudentConfig
-from pipelines import Teacher, latents, opened, perceptual
+from pipelines import Teacher, fields, latents, opened, perceptual
 
 if TYPE_CHECKING:
     from distill.config import Config
@@ -280,8 +281,12 @@ def consistency(asked: Consistency) -> dict[str, float]:
     if not (folder / FOLDER).is_dir():
         raise ValueError(f"{folder} has no {FOLDER}: give the folder of an exported pipeline with an adapter")
     teacher = opened(asked.folder)
-    tree = yaml.safe_load(json.loads((folder / "distill.json").read_text())["config"])["method"]
-    picture = extractor(teacher, tree["control"], tree["factor"])
+    try:
+        tree = yaml.safe_load(fields.facts(folder).get("config", ""))["method"]
+        picture = extractor(teacher, tree["control"], tree["factor"])
+    except (yaml.YAMLError, KeyError, TypeError, AttributeError, RecursionError):
+        told = "holds no configuration of a control: export the run again"
+        raise ValueError(f"{folder / 'distill.json'} {told}") from None
     install(teacher)
     teacher.denoiser.net.control = stored(folder)
     config = finished(teacher, StudentConfig())
@@ -300,8 +305,10 @@ def consistency(asked: Consistency) -> dict[str, float]:
 def main(asked: Consistency) -> None:
     try:
         found = consistency(asked)
-    except (ValueError, OSError) as error:
-        fail(str(error))
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
+        if not (why := refused(error)) and isinstance(error, MemoryError | RuntimeError):
+            raise
+        fail(why or str(error))
     sys.stdout.write(json.dumps(found) + "\n")
 
 

@@ -8,7 +8,6 @@ were trained with another (pipelines/edm_convert.py) stay with theirs: see `expo
 from __future__ import annotations
 
 import copy
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 
 from distill.denoiser import Condition, Denoiser
 from distill.schedule import EDM, expand
-from pipelines import Parts, Teacher, noise
+from pipelines import Parts, Teacher, fields, noise
 
 if TYPE_CHECKING:
     from diffusers import ConsistencyModelPipeline, UNet2DModel
@@ -87,10 +86,13 @@ def smooth(unet: UNet2DModel, max_frequency: float) -> None:
 
 def load(parts: Parts, resolution: int | None, frames: int | None) -> Teacher:
     """distill.json beside model_index.json says which label is "no label", and c_noise where it is not 250."""
-    extra = parts.folder / "distill.json"
-    facts = json.loads(extra.read_text()) if extra.is_file() else {}
+    facts = fields.facts(parts.folder)
     scheduler, c_noise = parts.scheduler(), facts.get("c_noise", C_NOISE)
     noise.known(scheduler, noise.EDM, "EDM's levels")
+    known, null = parts.net.config.get("num_class_embeds"), facts.get("null_class")
+    if known is not None and null is not None and null >= known:
+        path = parts.folder / "distill.json"
+        raise ValueError(f"{path}: null_class is {null}, and the network knows the labels 0 .. {known - 1}: correct it")
     return teacher(parts.net, scheduler.config.sigma_data, facts.get("null_class"), parts, c_noise)
 
 

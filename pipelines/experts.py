@@ -25,11 +25,12 @@ import tyro
 import yaml
 from torch import Tensor, nn
 
+from distill.checkpoint import refused
 from distill.config import fail
 from distill.files import locked
 from distill.lora import merged
 from distill.student import Student
-from pipelines import index
+from pipelines import fields, index
 
 INDEX = "experts.json"
 LIMIT = (
@@ -90,13 +91,16 @@ def install(pipe: Any, folder: str | Path) -> Any:
     path = Path(folder) / INDEX
     if not path.is_file():
         return pipe
-    facts = json.loads(path.read_text())
+    facts = routes(path)
     net = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
-    count = len(list((path.parent / "experts").iterdir()))
-    others = [
-        type(net).from_pretrained(path.parent / "experts" / f"{i}", torch_dtype=net.dtype, use_safetensors=True)
-        for i in range(count)
-    ]
+    count = len(facts["bounds"]) if facts["by"] == "timestep" else len(facts["classes"]) - 1
+    others = []
+    for i in range(count):
+        part = path.parent / "experts" / f"{i}"
+        try:
+            others.append(type(net).from_pretrained(part, torch_dtype=net.dtype, use_safetensors=True))
+        except Exception as error:  # what a class raises at weights or a config that it cannot use is open-ended
+            raise ValueError(f"{part} cannot be read: {error}: export or copy the folder again") from None
     net.add_module("experts", nn.ModuleList(others).eval())  # they go where it goes
     signature, calls = inspect.signature(net.forward), [*others, net.forward]
 
@@ -113,6 +117,22 @@ def install(pipe: Any, folder: str | Path) -> Any:
 
     net.forward = forward
     return pipe
+
+
+def routes(path: Path) -> dict[str, Any]:
+    """experts.json: "by" "timestep" with falling "bounds", or "class_labels" with the "classes" of each network."""
+    facts = fields.read(path)
+    bounds, classes, by = facts.get("bounds"), facts.get("classes"), facts.get("by")
+    falling = isinstance(bounds, list) and all(map(fields.number, bounds)) and sorted(bounds, reverse=True) == bounds
+    parts = isinstance(classes, list) and len(classes) > 1 and all(map(are_labels, classes))
+    if not (by == "timestep" and falling or by == "class_labels" and parts):
+        raise ValueError(f"{path} is damaged: it says no bounds of timesteps, nor classes: export or copy it again")
+    return facts
+
+
+def are_labels(value: Any) -> bool:
+    """Whether a value is a list of labels."""
+    return isinstance(value, list) and bool(value) and all(fields.whole(one, 0, fields.LONGEST) for one in value)
 
 
 def chosen(facts: dict[str, Any], given: Tensor) -> Tensor:
@@ -141,32 +161,51 @@ def gather(students: Sequence[str | Path], out: Path) -> None:
         raise ValueError(f"{len(folders)} student(s) are given; a pipeline of several is made of two or more folders")
     if not str(out).strip(".") or out.exists():
         raise ValueError(f"output_dir is {str(out)!r}; it must name a folder that does not exist yet")
-    facts = [json.loads((f / "distill.json").read_text()) if (f / "distill.json").is_file() else {} for f in folders]
+    facts = [fields.facts(folder) for folder in folders]
     if bare := [f"{f}" for f, fact in zip(folders, facts, strict=True) if not fact.get("student")]:
         raise ValueError(f"{bare[0]} is no exported student: it has no distill.json of one")
-    classes = [yaml.safe_load(fact["config"])["data"].get("classes") or [] for fact in facts]
+    classes = [_classes(folder, fact) for folder, fact in zip(folders, facts, strict=True)]
     if not all(classes) or len({c for part in classes for c in part}) < sum(map(len, classes)):
         raise ValueError(f"the students' classes are {classes}; each needs its own, --data.classes, and none has two")
-    scheduled = {(f / "scheduler" / "scheduler_config.json").read_text() for f in folders}
-    if len(scheduled) > 1 or len({f"{fact['times']}" for fact in facts}) > 1:
+    scheduled = {json.dumps(fields.read(f / "scheduler" / "scheduler_config.json"), sort_keys=True) for f in folders}
+    if len(scheduled) > 1 or len({f"{fact.get('times')}" for fact in facts}) > 1:
         raise ValueError("the students have different times or schedulers; they must differ in their data alone")
     *others, last = folders
     network = "unet" if "unet" in index(last) else "transformer"
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    shutil.copytree(last, partial, ignore=shutil.ignore_patterns("*_*step_*", "samples.png", "README.md"))
-    for i, folder in enumerate(others):
-        shutil.copytree(folder / network, partial / "experts" / f"{i}")
-    (partial / INDEX).write_text(json.dumps({"by": "class_labels", "classes": classes}))
-    partial.rename(out)
+    try:
+        shutil.copytree(last, partial, ignore=shutil.ignore_patterns("*_*step_*", "samples.png", "README.md"))
+        for i, folder in enumerate(others):
+            shutil.copytree(folder / network, partial / "experts" / f"{i}")
+        (partial / INDEX).write_text(json.dumps({"by": "class_labels", "classes": classes}))
+        partial.rename(out)
+    except BaseException:  # a full disk, say
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _classes(folder: Path, facts: dict[str, Any]) -> list[int]:
+    """The labels of a student's part, of the configuration in its distill.json; none where it has no part."""
+    path = folder / "distill.json"
+    try:
+        data = yaml.safe_load(facts.get("config", "")).get("data")
+        found = data.get("classes") or []
+    except (yaml.YAMLError, ValueError, RecursionError, AttributeError):
+        raise ValueError(f"{path} holds no configuration of a run: export the student again") from None
+    if found and not are_labels(found):
+        raise ValueError(f"{path} holds the classes {found!r}; they must be labels: export it again")
+    return found
 
 
 def main(given: Students) -> None:
     try:
         with locked(given.output_dir, beside=True):
             gather(given.students, Path(given.output_dir))
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         fail(str(error))
+    except OSError as error:
+        fail(f"{refused(error) or error}: nothing of {given.output_dir} is kept; give the same command again")
     sys.stderr.write(f"wrote {given.output_dir}, of {len(given.students)} students\n")
 
 

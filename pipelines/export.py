@@ -41,6 +41,7 @@ from pipelines import (
     comfy,
     control,
     experts,
+    fields,
     files,
     hub,
     is_variant,
@@ -141,7 +142,7 @@ def export(student: Student, teacher: Teacher, net: nn.Module, scheduler: Any, f
         checked = verdict(about, gaps["pipeline"], len(expected.prompts))
         text = page(student, teacher, scheduler, about, where, expected.prompts[0], lora, limits, beside, checked)
         (partial / "README.md").write_text(text)
-    except (OSError, SafetensorError):  # a full disk, say: what was written would keep it full
+    except (OSError, SafetensorError, MemoryError, RuntimeError):  # a full disk, say: what was written keeps it full
         shutil.rmtree(partial, ignore_errors=True)
         raise
     shutil.rmtree(folder, ignore_errors=True)
@@ -196,8 +197,10 @@ def replaceable(folder: Path) -> None:
         raise ValueError(f"{folder} is a link that leads nowhere ({error}): choose another --output_dir") from None
     if folder.is_mount():
         raise ValueError(f"{folder} is where a disk is mounted and cannot be replaced: choose a folder inside it")
-    facts = folder / "distill.json"
-    ours = facts.is_file() and json.loads(facts.read_text()).get("student") is True
+    try:
+        ours = fields.facts(folder).get("student") is True
+    except ValueError:  # damaged: no export of ours
+        ours = False
     if folder.exists() and not (ours or folder.is_dir() and not any(folder.iterdir())):
         raise ValueError(f"{folder} exists, is no earlier export and would be replaced: choose another --output_dir")
     parent = next(p for p in folder.absolute().parents if p.exists())
@@ -551,7 +554,7 @@ def main(again: Again) -> None:
             export_again(again, out, name)
     except (ValueError, ExportError) as error:
         fail(str(error))
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, MemoryError, RuntimeError) as error:
         if not (why := checkpoint.refused(error)):
             raise
         fail(f"{why} and give the same command again")

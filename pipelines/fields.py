@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,33 @@ NEEDED = {  # class -> fields that may not be null
     "AutoencoderKLWan": (*MOMENTS, "dim_mult"),
     "AutoencoderKLQwenImage": (*MOMENTS, "dim_mult"),
 }
+
+
+FACTS: dict[str, tuple[Callable[[Any], bool], str]] = {  # of distill.json: (check of a value, what it must be)
+    "student": (lambda value: isinstance(value, bool), "true or false"),
+    "null_class": (lambda value: whole(value, 0, LONGEST), "a label, a whole number from 0"),
+    "c_noise": (lambda value: number(value) and value > 0, "a number above 0"),
+    "steps": (lambda value: whole(value, 1, LONGEST), "a whole number from 1"),
+    "times": (lambda value: isinstance(value, list) and all(map(number, value)), "a list of numbers"),
+    "config": (lambda value: isinstance(value, str | dict), "text or an object"),
+    "resolution": (lambda value: whole(value, 1, SIDE), f"a whole number from 1 to {SIDE:,}"),
+    "frames": (lambda value: whole(value, 1, SIDE), f"a whole number from 1 to {SIDE:,}"),
+}
+
+
+def facts(folder: Path) -> dict[str, Any]:
+    """distill.json of a pipeline's folder, {} where there is none; of its fields, null says nothing."""
+    path = folder / "distill.json"
+    if not path.exists():
+        return {}
+    found = {key: value for key, value in read(path).items() if value is not None}
+    for key, value in found.items():
+        check, kind = FACTS.get(key, (lambda value: True, ""))
+        if not check(value):
+            raise ValueError(f"{path}: {key} is {_shown(value)}; it must be {kind}: export or download the model again")
+    if found.get("student") and "steps" not in found:
+        raise ValueError(f"{path} says no steps of its student: export or download the model again")
+    return found
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -6,7 +6,6 @@ classifier-free guidance on top of it, `true_cfg_scale` in the pipeline, with th
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from distill.denoiser import Condition, Denoiser
-from pipelines import Parts, Teacher, latents
+from pipelines import Parts, Teacher, fields, latents
 
 UNCONDITIONAL = 1.0  # true_cfg_scale of the pipeline that makes one call a step
 CALL: dict[str, Any] = {}  # options of the call that a model card shows
@@ -83,8 +82,7 @@ def load(parts: Parts, resolution: int | None, frames: int | None) -> Teacher:
 
 def shape(parts: Parts, resolution: int | None) -> tuple[int, int, int]:
     """(C, H, W) of an unpacked latent: 1024 pixels where nothing else is said."""
-    extra = parts.folder / "distill.json"
-    facts = json.loads(extra.read_text()) if extra.is_file() else {}
+    facts = fields.facts(parts.folder)
     channels, height, width = latents.shape(parts, resolution or facts.get("resolution", 1024), patch=2)
     return channels // 4, height, width
 

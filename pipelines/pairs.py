@@ -20,6 +20,7 @@ import torch
 import tyro
 
 from distill import ranges
+from distill.checkpoint import refused
 from distill.config import fail
 from distill.data import Text
 from distill.data.index import digest, fingerprint
@@ -75,6 +76,10 @@ def main(argv: list[str] | None = None) -> None:
         run(tyro.cli(Sampling, args=argv, description=__doc__, use_underscores=True))
     except (ValueError, OSError) as error:
         fail(str(error))
+    except (MemoryError, RuntimeError) as error:
+        if not (why := refused(error)):
+            raise
+        fail(f"{why}, and give the same command again: it goes on")
     except KeyboardInterrupt:
         sys.stderr.write("\ninterrupted: the shards that are written stay; the same command goes on\n")
         raise SystemExit(130) from None

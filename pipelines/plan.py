@@ -439,7 +439,7 @@ def main(argv: list[str] | None = None) -> None:
         config, parts = configured(plan, argv[split + 1 :])
         run = Run(config, parts, plan.gpus, plan.mixed_precision == "bf16")
         text, good = report(run, plan), fits(run, plan)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         fail(str(error))
     sys.stdout.write(text + "\n")
     if good:

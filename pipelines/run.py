@@ -45,7 +45,7 @@ def main(default: Config[Any, Any], argv: list[str] | None = None, doc: str | No
             run(config, out, resume)
     except (ValueError, FloatingPointError, ExportError) as error:
         fail(str(error))
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, MemoryError, RuntimeError) as error:
         if not (why := checkpoint.refused(error)):
             raise
         fail(f"{why}, then go on with --resume_from_checkpoint latest")

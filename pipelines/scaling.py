@@ -230,7 +230,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         scaling = tyro.cli(Scaling, args=argv[:split], description=__doc__, use_underscores=True)
         text = tables(scaling, argv[split + 1 :])
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         fail(str(error))
     sys.stdout.write(text)
 

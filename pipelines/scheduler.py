@@ -18,7 +18,6 @@ anywhere, three anywhere on a flow; of more, those that the parameters of a conf
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -27,7 +26,7 @@ import torch
 
 from distill.roles import StudentConfig
 from distill.schedule import EDM, VP, Flow
-from pipelines import noise
+from pipelines import fields, noise
 
 if TYPE_CHECKING:
     from pipelines import Teacher
@@ -97,8 +96,7 @@ def visited(teacher: Teacher, scheduler: Any, steps: int) -> Times:
 
 def finished(teacher: Teacher, given: StudentConfig) -> StudentConfig:
     """`given`, called as the exported student that the teacher is: the inverse of `scheduler`. Else `given` itself."""
-    path = teacher.parts.folder / "distill.json"
-    facts = json.loads(path.read_text()) if path.is_file() else {}
+    facts = fields.facts(teacher.parts.folder)
     if facts.get("student") is not True:
         return given
     found, steps = teacher.parts.scheduler(), facts["steps"]

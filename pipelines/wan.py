@@ -5,14 +5,13 @@ The pipeline takes neither timesteps nor sigmas from its caller: a student's tim
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from distill.denoiser import Condition, Denoiser
-from pipelines import Parts, Teacher, latents
+from pipelines import Parts, Teacher, fields, latents
 
 TASK = "text-to-video"
 UNCONDITIONAL = 1.0  # guidance_scale of the pipeline that makes one call a step
@@ -32,8 +31,7 @@ def call(net: nn.Module, x: Tensor, n: Tensor, c: Condition) -> Tensor:
 
 
 def load(parts: Parts, resolution: int | None, frames: int | None) -> Teacher:
-    extra = parts.folder / "distill.json"
-    student = extra.is_file() and json.loads(extra.read_text()).get("student")
+    student = fields.facts(parts.folder).get("student")
     two = parts.index.get("boundary_ratio") is not None or parts.index.get("transformer_2", [None])[0] is not None
     if two and not student:
         raise ValueError(
@@ -53,10 +51,10 @@ def load(parts: Parts, resolution: int | None, frames: int | None) -> Teacher:
 
 def shape(parts: Parts, resolution: int | None, frames: int | None) -> tuple[int, int, int, int]:
     """(C, T, H, W) of a latent: 81 pictures of 480p, Wan 2.2 TI2V-5B 121 of 704p, where nothing else is said."""
-    config, vae, extra = parts.net.config, parts.config("vae"), parts.folder / "distill.json"
+    config, vae = parts.net.config, parts.config("vae")
     space, time = vae.get("scale_factor_spatial", 8), vae.get("scale_factor_temporal", 4)
     facts = {"resolution": 704, "frames": 121} if space == 16 else {"resolution": 480, "frames": 81}
-    facts |= json.loads(extra.read_text()) if extra.is_file() else {}
+    facts |= fields.facts(parts.folder)
     resolution = facts["resolution"] if resolution is None else resolution
     frames = facts["frames"] if frames is None else frames
     parts.asked = {"resolution": resolution, "frames": frames}  # no component of the pipeline says it

@@ -16,6 +16,7 @@ from typing import Any
 
 import tyro
 
+from distill.checkpoint import refused
 from distill.config import fail
 from distill.files import locked
 from distill.progress import stage
@@ -78,8 +79,8 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError(f"no recipe for {missing}; there are {known}")
         with locked(cfg.output_dir, beside=True):
             demonstrate(cfg, Path(cfg.output_dir))
-    except (ValueError, RuntimeError) as error:
-        fail(str(error))
+    except (ValueError, RuntimeError, OSError) as error:
+        fail(refused(error) or str(error))
 
 
 def demonstrate(cfg: Demo, out: Path) -> None:

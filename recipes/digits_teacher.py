@@ -11,9 +11,12 @@ from pathlib import Path
 
 import tyro
 import yaml
+from safetensors import SafetensorError
 
+from distill.checkpoint import refused
 from distill.config import fail
 from distill.files import locked, write
+from distill.ranges import Calls, Count, Finite, Positive, Seed, Share, Weight, check
 from distill.trainer import TrainConfig
 
 
@@ -22,18 +25,18 @@ class Teacher:
     """How to train the teacher."""
 
     output_dir: str = "runs/digits/teacher"  # the pipeline folder that is written
-    max_train_steps: int = 2000
-    train_batch_size: int = 64
-    learning_rate: float = 2e-3  # of AdamW; constant, then to 0 over the last half
-    channels: tuple[int, ...] = (16, 32)  # of the UNet's levels
-    layers: int = 1  # residual blocks a level
-    sigma_d: float = 0.75  # standard deviation of the pixels in [-1, 1]
-    p_drop: float = 0.1  # share of samples trained without their label, for guidance
-    p_mean: float = -1.0  # of log sigma
-    p_std: float = 1.2
-    ema_half_life: float = 20_000  # images
-    max_frequency: float = 2.5  # of the time embedding, per unit of ln sigma: sCM differentiates the network in time
-    seed: int = 0
+    max_train_steps: Count = 2000
+    train_batch_size: Count = 64
+    learning_rate: Positive = 2e-3  # of AdamW; constant, then to 0 over the last half
+    channels: tuple[Count, ...] = (16, 32)  # of the UNet's levels, one to four multiples of 8
+    layers: Calls = 1  # residual blocks a level
+    sigma_d: Positive = 0.75  # standard deviation of the pixels in [-1, 1]
+    p_drop: Share = 0.1  # share of samples trained without their label, for guidance
+    p_mean: Finite = -1.0  # of log sigma
+    p_std: Positive = 1.2
+    ema_half_life: Weight = 20_000  # images
+    max_frequency: Positive = 2.5  # of the time embedding, per unit of ln sigma: sCM differentiates the network in time
+    seed: Seed = 0
 
 
 def main(cfg: Teacher) -> None:
@@ -41,6 +44,9 @@ def main(cfg: Teacher) -> None:
     if (out / "model_index.json").exists():
         fail(f"{out} already holds a teacher: choose another --output_dir or remove it")
     try:
+        check(cfg, "--")
+        if len(cfg.channels) > 4 or any(width % 8 for width in cfg.channels):
+            raise ValueError(f"--channels is {cfg.channels}; it must be one to four multiples of 8, as 16 32")
         settings = TrainConfig(
             output_dir=cfg.output_dir,
             max_train_steps=cfg.max_train_steps,
@@ -54,8 +60,12 @@ def main(cfg: Teacher) -> None:
         )
         with locked(out):
             train_teacher(cfg, settings, out)
-    except ValueError as error:
+    except (ValueError, FloatingPointError) as error:
         fail(str(error))
+    except (OSError, SafetensorError, MemoryError, RuntimeError) as error:
+        if not (why := refused(error)):
+            raise
+        fail(f"{why}, and give the same command again")
 
 
 def train_teacher(cfg: Teacher, settings: TrainConfig, out: Path) -> None:
@@ -85,8 +95,12 @@ def train_teacher(cfg: Teacher, settings: TrainConfig, out: Path) -> None:
     log.close()
     if accelerator.is_main_process:
         edm.smooth(state.ema.net, cfg.max_frequency)  # the average saw every step before it was smoothed
-        edm.pipeline(state.ema.net, cfg.sigma_d, teacher.denoiser.schedule.sigma_max, 1).save_pretrained(out)
-        (out / "distill.json").write_text(json.dumps({"student": False, "null_class": 10, "config": asdict(cfg)}))
+        write(out / "distill.json", json.dumps({"student": False, "null_class": 10, "config": asdict(cfg)}))
+        try:
+            edm.pipeline(state.ema.net, cfg.sigma_d, teacher.denoiser.schedule.sigma_max, 1).save_pretrained(out)
+        except BaseException:  # a full disk, say: half a teacher is none
+            (out / "model_index.json").unlink(missing_ok=True)
+            raise
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import re
 import resource
 import sys
 from contextlib import contextmanager
+from functools import partial
 
 import edm_reference
 import pytest
@@ -20,7 +21,9 @@ from eval.extractors import load
 from eval.features import extract
 from eval.leaderboard import page
 from eval.score import scores
-from pipelines import edm, edm_convert
+from pipelines import cache, edm, edm_convert
+from pipelines import run as training
+from recipes import sid_digits
 
 
 @contextmanager
@@ -149,3 +152,32 @@ def test_outputs_are_checked_before_the_work(student, tmp_path, command):
         code, told = command(what, *flags, tmp_path / out)
         assert code == 2 and re.search(match, told), told
     assert {path.name for path in tmp_path.iterdir()} == {"a", "file"}
+
+
+@pytest.mark.parametrize(
+    "error",
+    (
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory."),
+        RuntimeError("[...] can't allocate memory: 9 bytes"),
+    ),
+    ids=("Python", "a GPU", "the CPU"),
+)
+def test_a_lack_of_memory(error, student, tmp_path, command, monkeypatch, capsys):
+    """One message in evaluation, training and encoding; no folder is left. Another RuntimeError keeps its traceback."""
+
+    def fails(*_, **__):
+        raise error
+
+    monkeypatch.setattr(generating.Sampling, "sampler", fails)
+    code, told = command(sampling, "--model", student, "--n", 2, "--out", tmp_path / "out")
+    assert code == 2 and "error: there is not enough memory" in told and not (tmp_path / "out").exists()
+    monkeypatch.setattr(training, "check", fails)
+    monkeypatch.setattr(cache, "run", fails)
+    for main in (partial(training.main, sid_digits.CONFIG), cache.main):
+        with pytest.raises(SystemExit) as end:
+            main(["--output_dir", f"{tmp_path / 'run'}"])
+        assert end.value.code == 2 and "error: there is not enough memory" in capsys.readouterr().err
+    error = RuntimeError("a bug")
+    with pytest.raises(RuntimeError, match="a bug"):
+        cache.main([])

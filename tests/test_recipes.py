@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import forked
@@ -571,6 +572,10 @@ def test_a_teacher_and_its_student(tmp_path):
     from recipes import digits_teacher
 
     config = digits_teacher.Teacher(output_dir=f"{tmp_path / 't'}", max_train_steps=3, channels=(8, 16))
+    for wrong in ({"max_train_steps": 0}, {"sigma_d": float("nan")}, {"channels": (7,)}, {"channels": (8,) * 5}):
+        with pytest.raises(SystemExit):
+            digits_teacher.main(replace(config, **wrong))
+    assert not (tmp_path / "t").exists()
     digits_teacher.main(config)
     with pytest.raises(SystemExit):
         digits_teacher.main(config)

@@ -20,6 +20,8 @@ from distill.files import read_yaml
 from eval import images
 from eval.page import page
 from pipelines import hub, load, located, tiny
+from pipelines.experts import gather, routes
+from pipelines.export import replaceable
 from pipelines.files import file_name
 from recipes import dmd2_digits
 
@@ -327,3 +329,45 @@ def test_aliases_that_end(tmp_path):
     (tmp_path / "board.yaml").write_text("a: &a [1, 2]\nb: *a\nc: &c {x: *a}\nd: {<<: *c, y: 3}\n")
     found = read_yaml(tmp_path / "board.yaml")
     assert found == {"a": [1, 2], "b": [1, 2], "c": {"x": [1, 2]}, "d": {"x": [1, 2], "y": 3}}
+
+
+@pytest.mark.parametrize(
+    "text, match",
+    (
+        ("[]", "holds no object"),
+        ("{", "is damaged"),
+        ('{"null_class": "x"}', 'null_class is "x"; it must be a label'),
+        ('{"null_class": 11}', "null_class is 11, and the network knows the labels 0 .. 10"),
+        ('{"c_noise": NaN}', "c_noise is NaN; it must be a number above 0"),
+        ('{"student": true}', "says no steps of its student"),
+    ),
+)
+def test_what_lies_beside_a_pipeline(text, match, tmp_path):
+    """Of a teacher a message; where an export is to be written, it is no earlier one."""
+    tiny.save("edm", tmp_path / "edm")
+    (tmp_path / "edm" / "distill.json").write_text(text)
+    with pytest.raises(ValueError, match=rf"distill\.json.*{match}"):
+        load(tmp_path / "edm")
+    if "student" not in text:
+        with pytest.raises(ValueError, match="is no earlier export"):
+            replaceable(tmp_path / "edm")
+
+
+def test_routes_of_experts(tmp_path):
+    for text in ("[]", "{", '{"by": "timestep"}', '{"by": "timestep", "bounds": [1, 2]}',
+                 '{"by": "class_labels", "classes": [[1], ["x"]]}'):  # fmt: skip
+        (tmp_path / "experts.json").write_text(text)
+        with pytest.raises(ValueError, match="experts.json is damaged"):
+            routes(tmp_path / "experts.json")
+    (tmp_path / "experts.json").write_text('{"by": "timestep", "bounds": [2, 1]}')
+    assert routes(tmp_path / "experts.json")["bounds"] == [2, 1]
+
+
+def test_students_of_damaged_configurations(tmp_path):
+    """Nothing is written."""
+    tiny.save("edm", tmp_path / "a")
+    for config in ("a: [1", "data: {classes: 3}", "data: {classes: [a]}", "[1]"):
+        (tmp_path / "a" / "distill.json").write_text(json.dumps({"student": True, "steps": 1, "config": config}))
+        with pytest.raises(ValueError, match="a/distill.json holds"):
+            gather([tmp_path / "a", tmp_path / "a"], tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
