@@ -23,6 +23,8 @@ HPS = "HPS_v2.1_compressed.safetensors"  # the authors' checkpoint, stored as sa
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and standard deviation of the channels
 OPENAI = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
+WIDEST = 1 << 16  # features of a random network
+
 Outputs = dict[str, Tensor]
 
 
@@ -79,6 +81,8 @@ def random(weights: str = "") -> Extractor:
     seed, _, width = weights.partition(":")
     if not (seed or "0").isdecimal() or not (width or "64").isdecimal():
         raise ValueError(f"extractor random:{weights}: a seed and a width are needed, such as random:0:64")
+    if int(seed or 0) >= 2**63 or not 1 <= int(width or 64) <= WIDEST:
+        raise ValueError(f"extractor random:{weights}: the seed must be below 2^63, the width from 1 to {WIDEST:,}")
     torch.manual_seed(int(seed or 0))
     dim = int(width or 64)
     stem = nn.Sequential(nn.Conv2d(3, 32, 3, padding=1), nn.Tanh(), nn.AdaptiveAvgPool2d(4), nn.Flatten())

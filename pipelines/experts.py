@@ -97,8 +97,9 @@ def install(pipe: Any, folder: str | Path) -> Any:
     others = []
     for i in range(count):
         part = path.parent / "experts" / f"{i}"
+        options = {"torch_dtype": net.dtype, "use_safetensors": True, "local_files_only": True}
         try:
-            others.append(type(net).from_pretrained(part, torch_dtype=net.dtype, use_safetensors=True))
+            others.append(type(net).from_pretrained(part, **options))
         except Exception as error:  # what a class raises at weights or a config that it cannot use is open-ended
             raise ValueError(f"{part} cannot be read: {error}: export or copy the folder again") from None
     net.add_module("experts", nn.ModuleList(others).eval())  # they go where it goes

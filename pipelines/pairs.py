@@ -29,7 +29,7 @@ from distill.data.online import Texts
 from distill.data.pairs import Trajectories
 from distill.data.shards import Rows, Shards, Table
 from distill.files import locked
-from distill.ranges import Count, Finite, Seed
+from distill.ranges import Calls, Count, Finite, Seed
 from pipelines.cache import SAMPLE, TEACHER, Cache, begin, fill, finish, layout, resume, spread
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class Sampling:
     prompt_column: str | None = None  # of a table of prompts; None: text, caption or prompt
     output_dir: str = "pairs"
     n: Count = 10_000  # pairs (DMD2); prompts are used over again where there are fewer
-    steps: Count = 50  # of the teacher
+    steps: Calls = 50  # of the teacher
     guidance: Finite = 8.0  # of the teacher (DMD2)
     scheduler: Literal["own", "euler"] = "own"  # the pipeline's own, or Euler's steps that end at trailing times (DMD2)
     seed: Seed = 0  # of the noise

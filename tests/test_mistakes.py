@@ -233,7 +233,8 @@ COMMANDS = {  # what: (command, flags, words of the message); ON: --pretrained_m
 def test_commands(what, said, home):
     command, flags, words = COMMANDS[what]
     (home / "begun").mkdir(exist_ok=True)
-    (home / "begun" / "config.yaml").write_text("# DMD2\nteacher: sdxl\n")
+    run = "# DMD2\nteacher: sdxl\nmethod: {}\nstudent: {}\noutput_dir: begun\nseed: 0\n"
+    (home / "begun" / "config.yaml").write_text(run)
     other = "sd/unet/diffusion_pytorch_model.safetensors"
     before = sorted(home.rglob("*"))
     text = said(command, flags.replace("OTHER", other).replace("OUT", "made").replace("ON ", TEACHER))

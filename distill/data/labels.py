@@ -16,7 +16,7 @@ from distill.data.pairs import noise
 from distill.data.sources import notice
 from distill.draw import Draw
 from distill.guidance import Guided
-from distill.ranges import Count, Finite, Natural, Seed
+from distill.ranges import Calls, Count, Finite, Natural, Seed
 from distill.solver import sample
 
 NOTHING = "nothing to forget: pass --method.forget 0 --method.override 2, say, a class and the one in its place"
@@ -136,7 +136,7 @@ class LabelPairs:
     """
 
     n: Count = 1000  # pairs, of all labels in turn
-    steps: Count = 18  # of Heun's method
+    steps: Calls = 18  # of Heun's method
     guidance: Finite = 1.0  # of the teacher
     seed: Seed = 0  # of the noise
 

@@ -16,7 +16,7 @@ from distill.data.index import INDEX, belongs, digest, read_index, texts
 from distill.data.online import SIZES, Texts
 from distill.data.shards import Rows, Shards, Table
 from distill.draw import Draw
-from distill.ranges import Count, Finite
+from distill.ranges import Calls, Finite
 
 COMMAND = "python -m pipelines.pairs --pretrained_model_name_or_path FOLDER --prompts prompts.txt --output_dir pairs"
 
@@ -73,7 +73,7 @@ class Pairs:
     pairs: Literal["cached", "online"] = "cached"  # online: sample while training, which is for trying things out
     cache: str = ""  # folder that `python -m pipelines.pairs` has made
     prompts: str = ""  # online: a table (.txt, .csv, .jsonl ...) or a dataset; one pair each
-    steps: Count = 50  # online: of the teacher
+    steps: Calls = 50  # online: of the teacher
     guidance: Finite = 8.0  # online: of the teacher
 
     def check(self, needs: tuple[str, ...]) -> None:
