@@ -126,10 +126,16 @@ def scores(x: Tensor, real: Tensor, fake: Tensor, own: bool = True) -> dict[str,
     return {"score_gap": gap.square().mean()} | ({"lag": ((x - fake) * gap).mean()} if own else {})
 
 
-class _Affine(TorchFunctionMode):
-    """Linear layers and convolutions act on a tangent as on a value, less the bias: two products, torch makes three."""
+class _Forward(TorchFunctionMode):
+    """What forward-mode differentiation asks of layers, in this thread alone.
+
+    Linear layers and convolutions act on a tangent as on a value, less the bias: two products, torch makes three.
+    Attention runs on the math kernel: flash and memory-efficient attention have no forward-mode rule.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.scaled_dot_product_attention:
+            return _attention(*args, **(kwargs or {}))
         if func in (F.linear, F.conv1d, F.conv2d, F.conv3d) and not kwargs and len(args) > 1:
             x, weight, bias, *rest = (*args, None) if len(args) == 2 else args
             value, tangent = forward_ad.unpack_dual(x)
@@ -140,17 +146,32 @@ class _Affine(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """The math kernel of scaled_dot_product_attention, whose choice by `sdpa_kernel` would be that of all threads."""
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill(~attn_mask, -torch.inf)
+    kernel = torch.ops.aten._scaled_dot_product_attention_math
+    out, _ = kernel(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+    return out
+
+
 def jvp(
     f: Callable[..., Tensor], primals: tuple[Tensor, ...], tangents: tuple[Tensor, ...], graph: bool = False
 ) -> tuple[Tensor, Tensor]:
     """(f(primals), directional derivative along tangents) by forward-mode differentiation; weights have no tangents.
 
     graph: the value, not the derivative, can be differentiated backward; gradient checkpointing cannot be inside.
-    Attention runs on the math kernel: flash and memory-efficient attention have no forward-mode rule.
     """
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    with torch.set_grad_enabled(graph), forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH), _Affine():
+    with torch.set_grad_enabled(graph), forward_ad.dual_level(), _Forward():
         out = f(*(forward_ad.make_dual(x, dx.to(x)) for x, dx in zip(primals, tangents, strict=True)))
         value, slope = forward_ad.unpack_dual(out)
     return value, torch.zeros_like(value) if slope is None else slope.detach()

@@ -170,13 +170,22 @@ class TestJvp:
             value, slope = jvp(net, (x, t), (x, t))
         assert not value.requires_grad and not slope.requires_grad
 
-    def test_attention(self):
-        """Flash and efficient attention have no forward-mode rule: the math kernel has."""
-        attend = torch.nn.functional.scaled_dot_product_attention
+    @pytest.mark.parametrize("mask", (None, "words", "weights"))
+    def test_attention(self, mask):
+        """Flash and efficient attention have no forward-mode rule: the math kernel has. Other threads keep theirs."""
+        attend, flash = torch.nn.functional.scaled_dot_product_attention, torch.backends.cuda.flash_sdp_enabled
         q, k, v, u = torch.randn(4, 2, 8, 16, 32, dtype=F64)
-        f = lambda q: attend(q, k, v)
-        _, slope = jvp(f, (q,), (u,))
+        told = {"words": torch.rand(2, 1, 1, 16) < 0.7, "weights": torch.randn(16, 16, dtype=F64)}.get(mask)
+        seen = []
+
+        def f(q):
+            seen.append(flash())
+            return attend(q, k, v, told, scale=0.3)
+
+        value, slope = jvp(f, (q,), (u,))
+        near(value, f(q))
         near(slope, (f(q + 1e-6 * u) - f(q - 1e-6 * u)) / 2e-6, 1e-7)
+        assert seen[0] == flash()
 
     def test_method_calls_it_by_this_name(self):
         from distill.methods import scm

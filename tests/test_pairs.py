@@ -222,11 +222,15 @@ class TestMistakes:
             pairs.opened(pairs.Sampling(f"{tmp_path}/sana", scheduler="euler"), torch.device("cpu"))
 
 
-def test_a_smoke_samples_online(teacher, tmp_path):
-    data = Pairs().smoke(tmp_path)
+def test_a_smoke_samples_online(teacher, tmp_path, monkeypatch):
+    """The network is called while a step waits for its batch: never beside the training, which hooks and moves it."""
+    data, calls = Pairs().smoke(tmp_path), []
     data.check(("pairs",))
-    feed = data.open(teacher, ("pairs",))
+    feed, right = data.open(teacher, ("pairs",)), type(teacher).sample
+    monkeypatch.setattr(type(teacher), "sample", lambda *given: calls.append(1) or right(*given))
     batch = feed(DRAW)
+    feed._thread.submit(int).result()  # after all that it was given
+    assert len(calls) == 1
     torch.testing.assert_close(batch["y"], teacher.sample(batch["z"], batch["c"], 2, 8.0), rtol=1e-4, atol=1e-4)
     assert len(feed.fixed(8)[0]) == 8
 

@@ -28,9 +28,19 @@ class Feed:
 
     Every row is known in advance, so one thread reads the next step's batch during this one. A batch is the same
     whether it was read ahead or not: there, encoders run without gradient and autocast.
+    early: whether it may be. A table that calls a network of the training is read when the step asks for it.
     """
 
-    def __init__(self, text: Table, images: Table | None, prompts: int, names: list[str], p_empty: float = 0.0) -> None:
+    def __init__(
+        self,
+        text: Table,
+        images: Table | None,
+        prompts: int,
+        names: list[str],
+        p_empty: float = 0.0,
+        early: bool = True,
+    ) -> None:
+        self.early = early
         self.text, self.images, self.prompts, self.names, self.p_empty = text, images, prompts, names, p_empty
         self.texts: list[str] = []
         self.rule: Tensor | None = None
@@ -49,7 +59,7 @@ class Feed:
         then, ahead = self._ahead.get(line, (None, None))
         batch = (ahead if then == ask else self._thread.submit(self.read, ask)).result()
         stride = draw.step - self._step.get(line, draw.step - 1)  # a player may move at every fifth step only
-        if stride > 0:  # Update.walk looks back
+        if stride > 0 and self.early:  # Update.walk looks back
             self._step[line] = draw.step
             then = (draw.seed, draw.step + stride, draw.player, samples)
             self._ahead[line] = then, self._thread.submit(self.read, then)

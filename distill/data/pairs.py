@@ -54,8 +54,10 @@ class Trajectories:
 class PairFeed(Feed):
     """data(draw) -> batch with noise "z", samples "y" [B, *shape] and their condition "c"; both also as real ones."""
 
-    def __init__(self, text: Table, pairs: Table, prompts: int, names: list[str], seed: int) -> None:
-        super().__init__(text, pairs, prompts, names)
+    def __init__(
+        self, text: Table, pairs: Table, prompts: int, names: list[str], seed: int, early: bool = True
+    ) -> None:
+        super().__init__(text, pairs, prompts, names, early=early)
         self.seed = seed
 
     def rows(self, draw: Draw) -> Batch:
@@ -120,7 +122,7 @@ class Pairs:
     def _online(self, teacher: Any) -> PairFeed:
         text = Texts(teacher, sources.prompts(self.prompts))
         pairs = Trajectories(teacher, text, text.prompts, text.prompts, self.steps, self.guidance)
-        return PairFeed(text, pairs, text.prompts, text.texts[: min(text.prompts, FIXED)], 0)
+        return PairFeed(text, pairs, text.prompts, text.texts[: min(text.prompts, FIXED)], 0, early=False)
 
     def smoke(self, folder: Path) -> Pairs:
         """Eight prompts, which are written to `folder`, sampled online in two steps."""
