@@ -676,6 +676,7 @@ MUTATIONS = {
         m("target at t", CT, "path.diffuse(x, eps, r), r, c)", "path.diffuse(x, eps, t), t, c)", f"{OF}ct.py"),
         m("no boundary", CT, "expand(r, x) > 0,", "expand(r, x) >= 0,", f"{OF}ct.py"),
         m("not weighted", CT, "gap.to(x) if self.weighted", "1.0 if self.weighted", f"{OF}ct.py"),
+        m("c_out, not its square", CT, "(s * sigma_d) ** 2 /", "(s * sigma_d) /", f"{OF}ct.py"),
         m("elements for the vector", "distill/losses", "linalg.vector_norm(delta.flatten(1), dim=1)",
           "linalg.vector_norm(delta.flatten(1), dim=1) / delta[0].numel() ** 0.5", f"{OF}ct.py"),
         m("sign of n", CURRICULUM, "torch.sigmoid(-self.b * s)", "torch.sigmoid(self.b * s)", f"{OF}ct.py"),

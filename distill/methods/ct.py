@@ -33,6 +33,7 @@ class CT(ToData):
     distance: Literal["huber", "square", "cauchy"] = "huber"  # d; square: |y|^2; cauchy: log(1 + |y|^2 / (2 c^2))
     c: Weight = 0.0  # ECT CIFAR-10: 0; iCT: 0.00054 sqrt(elements): 0.03 CIFAR-10, 0.06 ImageNet-64
     weighted: bool = True  # by 1 / (s_t - s_r)
+    c_out: bool = False  # by 1 / c_out(s_t)^2, the scale of EDM's output, in its place (TCM's authors, ImageNet-64)
 
     roles: ClassVar[tuple[str, ...]] = ()
     needs = ("real",)
@@ -54,7 +55,11 @@ class CT(ToData):
             target = torch.where(expand(r, x) > 0, self.f(nets, path.diffuse(x, eps, r), r, c), x)
         out = nets.student.denoiser(path.diffuse(x, eps, t), t, c).x0
         delta = out - target
-        loss = self.far(delta, draw) / (gap.to(x) if self.weighted else 1.0) + self.more(out - x, path.ratio(t))
+        divisor = gap.to(x) if self.weighted else 1.0
+        if self.c_out:
+            s, sigma_d = path.ratio(t), nets.student.denoiser.sigma_d
+            divisor = ((s * sigma_d) ** 2 / (s**2 + sigma_d**2)).to(x)
+        loss = self.far(delta, draw) / divisor + self.more(out - x, path.ratio(t))
         return loss.mean(), {"delta": delta.detach().square().mean(), "clean": (r == 0).float().mean()}
 
     def pairs(self, draw: Draw, B: int, path: Schedule) -> tuple[Tensor, Tensor, Tensor]:  # t, r, s_t - s_r [B]

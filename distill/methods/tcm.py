@@ -31,7 +31,7 @@ class TCM(CT):
     """Consistency training of high levels alone, on a frozen student of all: needs images and that student."""
 
     curriculum: Closing = Closing(StudentT(), q=1000.0, every=MOST)  # 1 - s_r / s_t = n(s_t) / 1000 (code)
-    c: Weight = 1e-8  # CIFAR-10 (code); ImageNet-64 .06
+    c: Weight = 1e-8  # CIFAR-10 (code); ImageNet-64 .06, with q = 256 and c_out
     start: Positive = 1.0  # s'
     boundary: Decay = 0.25  # rho: of the samples of a step, exactly
     weight: Weight = 0.1  # w_b

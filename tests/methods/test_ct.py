@@ -120,6 +120,8 @@ class TestDistances:
         ours, want = (torch.autograd.grad(one, [*net.net.parameters()]) for one in (loss, (d / gap).mean()))
         for a, b in zip(ours, want):
             torch.testing.assert_close(a, b)
+        scaled, _ = replace(method, c_out=True).student_loss(x, nets, {}, draw)  # EDM's sigma_d is .5
+        torch.testing.assert_close(scaled, (d * (path.ratio(t) ** 2 + 0.25) / (0.5 * path.ratio(t)) ** 2).mean())
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
