@@ -25,6 +25,10 @@ D = TypeVar("D")
 T = TypeVar("T")
 ALIASES = ("pretrained_model_name_or_path", "pretrained_teacher_model")
 TEACHER = tyro.conf.arg(aliases=[f"--{name}" for name in ALIASES])
+REMOVED = {  # fields of methods in earlier versions -> what holds now
+    "phases": "the phases of PCM are the student's calls, --student.steps or --student.times",
+    "places": "the heads of PCM have a logit for each place",
+}
 WRITTEN = ("teacher", "method", "student", "output_dir", "seed")  # a run's config.yaml begins and ends with these
 
 
@@ -91,6 +95,7 @@ def parse(default: Config[M, D], argv: list[str] | None = None, doc: str | None 
             flag = next((arg.partition("=")[0] for arg in argv[i::-1] if arg.startswith("--")), "the command line")
             fail(f"{flag} takes no {unknown[0]!r}: see --help")
         if unknown:
+            _removed(unknown[0].removeprefix("--").partition("=")[0], "the flag")
             cli()  # it says what may have been meant
         check(config, "--")
     except ValueError as error:  # a value that a dataclass refuses
@@ -153,8 +158,16 @@ def _known(name: str, known: list[str], table: bool) -> None:
     """Refuse a name that is no field, and "help" and others that are flags of the command line alone."""
     if name in known or (table and any(one.startswith(f"{name}.") for one in known)):
         return
+    _removed(name, "its line")
     near = difflib.get_close_matches(name, known, 1)
     fail(f"--config: there is no --{name[:200]}{f'; --{near[0]} is the nearest' if near else ''}; see --help")
+
+
+def _removed(name: str, what: str) -> None:
+    """Refuse a field that an earlier version had."""
+    why = REMOVED.get(name.rpartition(".")[2]) if name.startswith("method.") else None
+    if why:
+        fail(f"there is no --{name} any more: {why}. Leave {what} out")
 
 
 def _flags(tree: dict[str, Any], known: dict[str, Any], empty: set[str], prefix: str = "") -> list[str]:

@@ -241,8 +241,9 @@ def _edm(teacher: Teacher, schedule: EDM, student: StudentConfig) -> Iterator[An
     for r in range(1, 65) if times and steps > 1 else ():
         for points in range(r * steps, (r + 1) * steps):
             rest = 1 - (steps - 1) * r / (points - 1)
-            if rest > 1e-9:
-                yield make(points, math.log(ratios[-1] / sigma) / math.log(rest))
+            rho = math.log(ratios[-1] / sigma) / math.log(rest) if rest > 1e-9 else 0.0
+            if abs(math.log(sigma)) < 600 * rho:  # the scheduler takes the root of rho
+                yield make(points, rho)
 
 
 def _gap(a: Times, b: Times) -> float:

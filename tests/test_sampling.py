@@ -256,6 +256,14 @@ def test_a_student_is_not_called_where_it_is_not_trained():
         build(TCM(), exact(LAW, EDM(), "edm"), (1,), student=StudentConfig(times=grid_times(4)))
 
 
+def test_two_times_next_to_each_other():
+    """EDM's scheduler takes the root of a rho that is then too small: they are refused with the nearest."""
+    with pytest.raises(
+        ValueError, match=r"at the times 1 0.9999,[\s\S]* The nearest that"
+    ):
+        carried("edm", StudentConfig(times=(1.0, 0.9999)))
+
+
 # ---- plain diffusers visits the student's times ----
 
 

@@ -311,6 +311,7 @@ YAMLS = {  # text: words of the message
     '"": 5': "there is no --;",
     "sed: 5": "there is no --sed; --seed is the nearest",
     "seed: {}": "seed is {}; it must be one value",
+    "method: {phases: 4}": "no --method.phases any more: the phases of PCM are the student's calls, --student.steps or",
 }
 
 
