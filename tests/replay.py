@@ -2,16 +2,26 @@
 
 import importlib.util
 import json
+import os
 from contextlib import contextmanager
 
 import numpy as np
 import torch
+from conftest import ROOT
 from safetensors.torch import load_file
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from distill.draw import Draw
 from distill.schedule import Prediction, expand
 from distill.times import Grid
+
+FOLDERS = (ROOT / "tests" / "golden", os.environ.get("DISTILL_GOLDEN") or ROOT.parent / "shared" / "golden")
+
+
+def cases(method, always, prefix=""):
+    """Names of the stored cases of a method that begin so; `always`, which is skipped where it is not there."""
+    found = (f.stem for folder in FOLDERS for f in (ROOT / folder / "consistency" / method).glob("*.safetensors"))
+    return sorted({name for name in found if name.startswith(prefix)} | {always})
 
 
 def load(path):

@@ -1,6 +1,7 @@
 """ECT, TCM, sCM, MeanFlow, rCM, SANA-Sprint and TwinFlow: the numbers of the authors' code. See CONTRIBUTING.md, Tests.
 
-All are float64; an error is relative to the largest entry, of gradients the largest of all of a case.
+Every case that is stored runs. All are float64; an error is relative to the largest entry, of gradients the largest of
+all of a case.
 """
 
 import json
@@ -9,15 +10,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from replay import Replay, filled, gradients, load, module, under
+from replay import Replay, cases, filled, gradients, load, module, under
 
 from distill.curriculum import Closing
 from distill.denoiser import Denoiser
 from distill.methods import CT, RCM, SCM, TCM, MeanFlow, Sprint, TwinFlow
+from distill.ranges import MOST
 from distill.roles import Nets
 from distill.schedule import EDM, Flow
 from distill.student import Student
-from distill.times import LogNormal, Uniform
+from distill.times import LogitNormal, LogNormal, StudentT, Uniform
 
 DOUBLE = 1e-8
 
@@ -71,7 +73,7 @@ def checked(close, loss, net, want, grad):
 
 
 @pytest.mark.level(4, "CT")
-@pytest.mark.parametrize("name", ["stage0", "stage3", "q256"])
+@pytest.mark.parametrize("name", cases("ect", "stage0"))
 def test_ect(case, close, name):
     stored, facts, Mini = case(f"ect/{name}")
     student = edm(Mini, inner(stored, "net"))
@@ -84,17 +86,25 @@ def test_ect(case, close, name):
 
 
 @pytest.mark.level(4, "TCM")
-def test_tcm(case, close):
-    """A batch's samples at the boundary are those of numbers 3, 7, ...: here the stored ones get these numbers."""
-    stored, facts, Mini = case("tcm/cifar")
+@pytest.mark.parametrize("name", cases("tcm", "cifar"))
+def test_tcm(case, close, name):
+    """A sample's number in the batch says whether it is at the boundary: the stored ones get numbers that do."""
+    stored, facts, Mini = case(f"tcm/{name}")
     student, first = (edm(Mini, inner(stored, name)) for name in ("net", "frozen"))
-    bound = stored["draw/boundary"].bool()
-    numbers = torch.zeros(8, dtype=torch.long)
-    numbers[bound], numbers[~bound] = torch.tensor([3, 7]), torch.tensor([0, 1, 2, 4, 5, 6])
+    start, bound = facts["transition_t"], stored["draw/boundary"].bool()
+    method = TCM(
+        Closing(StudentT(df=facts["df"], low=start), q=1 / (1 - facts["ratio"]), every=MOST),
+        c=facts["huber_const"],
+        c_out=facts.get("weighting") == "c_out_sq",
+        start=start + 1e-8,
+        boundary=facts["boundary_prob"],
+        weight=facts["w_boundary"],
+    )
+    ours, numbers = method.bound(Replay(samples=torch.arange(8))), torch.zeros(8, dtype=torch.long)
+    numbers[bound], numbers[~bound] = (torch.arange(8)[some] for some in (ours, ~ours))
     draw = Replay({"eps": stored["draw/eps"]}, {"t": stored["draw/u"]}, samples=numbers)
     x, c = stored["in/images"], {"c": stored["in/text"]}
     nets = Nets(student, Student(student), x.shape[1:], target=first)
-    method = TCM(start=facts["transition_t"] + 1e-8)
     loss, _ = method.student_loss(x, nets, {"real_c": c}, draw)
     assert draw.used_up
     checked(close, loss, student.net, stored["out/loss"], inner(stored, "grad"))
@@ -104,7 +114,7 @@ def test_tcm(case, close):
 
 
 @pytest.mark.level(4, "SCM")
-@pytest.mark.parametrize("name", ["edm_unguided", "rf_sigma1"])
+@pytest.mark.parametrize("name", cases("scm", "rf_sigma1"))
 def test_scm(case, close, name):
     stored, facts, Mini = case(f"scm/{name}")
     null = {"c": stored["in/null"]}
@@ -140,13 +150,15 @@ def averaging(net, null):
 
 
 @pytest.mark.level(4, "MeanFlow")
-@pytest.mark.parametrize("name", ["paper", "omega2"])
+@pytest.mark.parametrize("name", [name for name in cases("meanflow", "paper") if not name.startswith("fg_")])
 def test_meanflow(case, close, name):
     stored, facts, Mini = case(f"meanflow/{name}")
     table, x = stored["in/table"], stored["in/x"]
     student = averaging(filled(Mini(second=True), under(stored, "net")), {"c": table[facts["null_row"]][None]})
     B, number = len(x), torch.arange(len(x))
-    method = MeanFlow(omega=facts["omega"], kappa=facts["kappa"], p=facts["norm_p"], floor=facts["norm_eps"])
+    law = LogitNormal(facts["P_mean"], facts["P_std"])
+    guided = {"omega": facts["omega"], "kappa": facts["kappa"]}
+    method = MeanFlow(**guided, times=law, p=facts["norm_p"], floor=facts["norm_eps"])
     equal = (number >= int(B * facts["data_proportion"])).double()
     dropped = (number >= facts["dropped_first"]).double()
     normal = {"t": stored["draw/n_a"], "r": stored["draw/n_b"], "eps": stored["draw/eps"]}
@@ -157,8 +169,9 @@ def test_meanflow(case, close, name):
     checked(close, loss, student.net, stored["out/loss"], under(stored, "grad"))
 
 
-def test_meanflow_of_a_teacher(case, close):
-    stored, facts, Mini = case("meanflow/fg_l2_poly1")
+@pytest.mark.parametrize("name", cases("meanflow", "fg_l2_poly1", "fg_"))
+def test_meanflow_of_a_teacher(case, close, name):
+    stored, facts, Mini = case(f"meanflow/{name}")
     null, x = {"c": stored["in/null"]}, stored["in/x"]
     student = averaging(filled(Mini(second=True), under(stored, "student")), null)
     teacher = flow(filled(Mini(), under(stored, "teacher")), 1.0, null)
@@ -181,7 +194,7 @@ def test_meanflow_of_a_teacher(case, close):
 
 
 @pytest.mark.level(4, "TwinFlow")
-@pytest.mark.parametrize("name", ["kappa0_N2"])
+@pytest.mark.parametrize("name", cases("twinflow", "kappa0_N2"))
 def test_twinflow(case, close, name):
     """Theirs is a mean over three parts of the base and one of the twin, plus .5 of the third loss: 3/4 of our sum.
 
@@ -219,8 +232,8 @@ def test_twinflow(case, close, name):
         return loss, logs, sample
 
     alone, _, _ = turn(whole_base, False, base(whole_base), None, text[:6])
-    method = replace(TwinFlow(), kappa=whole_base.kappa, N=whole_base.N, c=whole_base.c)
-    assert method.rectify == pytest.approx(4 / 3 * facts["dist_match_cof"])
+    method = replace(whole_base, twin=TwinFlow().twin, rectify=4 / 3 * facts["dist_match_cof"])
+    assert TwinFlow().rectify == pytest.approx(4 / 3 * 0.5)  # SD3.5 and Qwen-Image
     with_twin = replace(method, rectify=0.0)
     t = stored["draw/t"].flatten()
     draw = base(with_twin, eps_twin=z[6:], uniform={"t_twin": t[6:]})
@@ -254,7 +267,7 @@ def rcm(case):
 
 
 @pytest.mark.level(4, "RCM")
-@pytest.mark.parametrize("name", ["scm_after_warmup"])
+@pytest.mark.parametrize("name", cases("rcm", "scm_after_warmup", "scm_"))
 def test_rcm_consistency(rcm, close, name):
     stored, facts, nets, batch = rcm(name)
     draw = Replay({"t": stored["draw/n"], "eps": stored["draw/eps"]}, step=facts["iteration"])
@@ -266,7 +279,7 @@ def test_rcm_consistency(rcm, close, name):
     checked(close, facts["loss_scale"] * loss, nets.student.denoiser.net, want, under(stored, "grad"))
 
 
-@pytest.mark.parametrize("name", ["dmd_one_call"])
+@pytest.mark.parametrize("name", cases("rcm", "dmd_one_call", "dmd_"))
 def test_rcm_distribution_matching(rcm, close, name):
     """The authors' |x - sg(x - g)|^2 has no half: it is twice DMD2's loss."""
     stored, facts, nets, batch = rcm(name)
@@ -283,7 +296,7 @@ def test_rcm_distribution_matching(rcm, close, name):
     checked(close, 2 * facts["loss_scale_dmd"] * loss, nets.student.denoiser.net, want, under(stored, "grad"))
 
 
-@pytest.mark.parametrize("name", ["dmd_one_call"])
+@pytest.mark.parametrize("name", cases("rcm", "dmd_one_call", "dmd_"))
 def test_rcm_fake_score(rcm, close, name):
     stored, facts, nets, batch = rcm(name)
     critic, method = under(stored, "critic"), RCM(facts["teacher_guidance"], warmup=0)
@@ -362,9 +375,12 @@ def sprint_sample(stored, method, nets, batch, n, z):
 
 @pytest.mark.level(4, "Sprint")
 @pytest.mark.parametrize("adaptive", (False, True))
-def test_sprint_student(sprint, close, adaptive):
-    """With l at its optimum theirs is our sum of squares; our own weight with the stored l is theirs too."""
-    stored, facts, nets, batch = sprint("G_logvar_at_optimum")
+@pytest.mark.parametrize("name", cases("sprint", "G_logvar_at_optimum", "G_"))
+def test_sprint_student(sprint, close, name, adaptive):
+    """With l at its optimum theirs is our sum of squares; our own weight with the stored l is theirs, whatever l is."""
+    stored, facts, nets, batch = sprint(name)
+    if not adaptive and facts["logvar"] != "opt":
+        return
     method = Sprint(warmup=facts["warmup"], gan=facts["adv_lambda"], taps=("h", "d"))
     l = stored["out/logvar"].flatten()
     if adaptive:
@@ -384,9 +400,10 @@ def test_sprint_student(sprint, close, adaptive):
     close("gradient to the student", whole(grads), whole(under(stored, "grad")), SPRINT)
 
 
-def test_sprint_heads(sprint, close):
+@pytest.mark.parametrize("name", cases("sprint", "D", "D"))
+def test_sprint_heads(sprint, close, name):
     """Theirs is half of the hinge loss."""
-    stored, _, nets, batch = sprint("D")
+    stored, _, nets, batch = sprint(name)
     method = Sprint(taps=("h", "d"))
     with torch.no_grad():
         x = sprint_sample(stored, method, nets, batch, "n_t", "z")

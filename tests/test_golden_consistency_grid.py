@@ -4,12 +4,10 @@ Every case that is stored runs. LCM and PCM are float32: losses to 1e-4, gradien
 """
 
 import json
-import os
 
 import pytest
 import torch
-from conftest import ROOT
-from replay import Replay, filled, gradients, load, module, under
+from replay import Replay, cases, filled, gradients, load, module, under
 
 from distill.denoiser import Denoiser
 from distill.disc import Heads, Pixels
@@ -22,14 +20,7 @@ from distill.student import Student
 from distill.times import phase
 
 LOSS, GRADIENT, DOUBLE = 1e-4, 1e-3, 1e-8
-FOLDERS = (ROOT / "tests" / "golden", os.environ.get("DISTILL_GOLDEN") or ROOT.parent / "shared" / "golden")
 KINDS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
-
-
-def stored(method, always):
-    """Names of the stored cases of a method; `always`, which is skipped where it is not there."""
-    found = {f.stem for folder in FOLDERS for f in (ROOT / folder / "consistency" / method).glob("*.safetensors")}
-    return sorted(found | {always})
 
 
 @pytest.fixture
@@ -88,7 +79,7 @@ def lcm(tensors, facts, Mini):
 
 
 @pytest.mark.level(4, "LCD")
-@pytest.mark.parametrize("name", [name for name in stored("lcm", "eps_huber") if not name.startswith("loop")])
+@pytest.mark.parametrize("name", [name for name in cases("lcm", "eps_huber") if not name.startswith("loop")])
 def test_lcm(case, close, name):
     tensors, facts, Mini = case(f"lcm/{name}")
     method, nets, batch, draw = lcm(tensors, facts, Mini)
@@ -152,7 +143,7 @@ def drawn(tensors, facts, both):
 
 
 @pytest.mark.level(4, "PCM")
-@pytest.mark.parametrize("name", stored("pcm", "four_phases_N40"))
+@pytest.mark.parametrize("name", cases("pcm", "four_phases_N40"))
 def test_pcm(case, close, name):
     tensors, facts, Mini = case(f"pcm/{name}")
     method, nets, batch = pcm(tensors, facts, Mini)
@@ -199,7 +190,7 @@ def clean(low):
 
 
 @pytest.mark.level(4, "LCD")
-@pytest.mark.parametrize("name", stored("cd", "N18"))
+@pytest.mark.parametrize("name", cases("cd", "N18"))
 def test_cd(case, close, name):
     tensors, facts, Mini = case(f"cd/{name}")
     low, high = facts["sigma"]
