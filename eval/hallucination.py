@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -101,7 +101,8 @@ def hallucination(folder: Path, reference: Path, teacher: Path, levels: tuple[fl
                 f"{path} must hold images {list(found.shape)} with labels for {teacher}; it holds "
                 f"{list(images.shape[1:])}, {'no labels' if labels is None else 'labels'}"
             )
-        known = found.denoiser.net.config.get("num_class_embeds")
+        net: Any = found.denoiser.net
+        known = net.config.get("num_class_embeds")
         if known is not None and not 0 <= int(labels.min()) <= int(labels.max()) < known:
             raise ValueError(f"{path} has labels up to {int(labels.max())}, and {teacher} knows 0 .. {known - 1}")
         return variance(renoised(found.denoiser, images, found.encode(labels.tolist()), levels, seed))
