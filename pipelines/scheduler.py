@@ -63,6 +63,12 @@ def scheduler(teacher: Teacher, student: StudentConfig) -> tuple[Any, Times]:
         if student.times is None or _gap(student.times, times) < 1e-4:
             return candidate, times
         found.append(times)
+    if not found:
+        raise ValueError(
+            f"no scheduler of diffusers carries {student.steps} calls of unit noise with 'ddim' noise: DDIMScheduler "
+            "goes down by one step, which must divide the timesteps. Use --student.scale None, or another number of "
+            "--student.steps (1, 2, 4, 5 or 8 of 1,000 timesteps)"
+        )
     nearest = min(found, key=lambda times: _gap(student.times or times, times))
     write = lambda times: " ".join(f"{t:.6g}" for t in times)
     told = lambda times: [round(float(n), 3) for n in schedule.native(torch.tensor(times, dtype=torch.float64))]
