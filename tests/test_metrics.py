@@ -29,6 +29,7 @@ from eval.metrics import METRICS, Score, fid, frechet, kid, manifold, tie, vendi
 from eval.protocols import PROTOCOLS
 from eval.score import Folder, score, scores
 from eval.score import statistics as statistics_of
+from pipelines import tiny
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -707,6 +708,13 @@ def test_a_reference_that_is_no_statistics_is_refused(stored, match, tmp_path):
     path.write_bytes(stored) if isinstance(stored, bytes) else np.savez(path, **stored)
     with pytest.raises(ValueError, match=match):
         score(folder, metrics=("fid",), extractor="random", reference_folder=path)
+
+
+def test_labels_that_a_teacher_does_not_know(tmp_path):
+    tiny.save("edm", tmp_path / "edm")
+    folders.write(tmp_path / "a", torch.zeros(2, 1, 8, 8), labels=[0, 11])
+    with pytest.raises(ValueError, match=r"a has labels up to 11, and .*edm knows 0 \.\. 10"):
+        hallucination.hallucination(tmp_path / "a", tmp_path / "a", tmp_path / "edm", (0.1, 0.2))
 
 
 def test_a_bomb_of_statistics(tmp_path, monkeypatch):
