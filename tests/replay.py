@@ -20,8 +20,8 @@ FOLDERS = (ROOT / "tests" / "golden", os.environ.get("DISTILL_GOLDEN") or ROOT.p
 
 def cases(method, always, prefix=""):
     """Names of the stored cases of a method that begin so; `always`, which is skipped where it is not there."""
-    found = (f.stem for folder in FOLDERS for f in (ROOT / folder / "consistency" / method).glob("*.safetensors"))
-    return sorted({name for name in found if name.startswith(prefix)} | {always})
+    files = (f for folder in FOLDERS for f in (ROOT / folder).glob(f"*/{method}/{prefix}*"))
+    return sorted({f.stem for f in files if f.suffix in (".npz", ".safetensors")} | {always})
 
 
 def load(path):

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from replay import Replay, filled, gradients, load, module, preconditioned, spy, under, whole
+from replay import Replay, cases, filled, gradients, load, module, preconditioned, spy, under, whole
 
 from distill import losses
 from distill.denoiser import Denoiser
@@ -76,9 +76,10 @@ def test_diff_instruct(diff_instruct, close, monkeypatch):
 
 
 @pytest.mark.level(4, "VSD")
-def test_swiftbrush(opened, close, monkeypatch):
+@pytest.mark.parametrize("name", cases("vsd", "swiftbrush_kept", "swiftbrush_"))
+def test_swiftbrush(opened, close, monkeypatch, name):
     """With their fake weight alpha_t^2; ours, 1, has the same error at each time and the optimum of theirs."""
-    stored, nets = opened("vsd/swiftbrush_kept.npz")
+    stored, nets = opened(f"vsd/{name}.npz")
     abar = stored["alphas_cumprod"].double()
     abar[-1] = 0.0047  # the authors' constant for the student's call; the table's number is .00466
     null, batch = {"encoder_hidden_states": stored["null"]}, {"c": {"encoder_hidden_states": stored["ctx"]}}
@@ -102,7 +103,7 @@ def test_swiftbrush(opened, close, monkeypatch):
     close("loss", loss, stored["loss_student"], LOSS)
     close("gradient to the sample", x.grad, stored["grad_x"], GRADIENT)
     close("gradient to the student", gradients(student.net), under(stored, "grad_student"), GRADIENT)
-    fakes = {"t": whole(method.fake_times, stored["fake_t"]), "drop": torch.ones(4)}
+    fakes = {"t": whole(method.fake_times, stored["fake_t"]), "drop": torch.full((4,), float(name.endswith("kept")))}
     draw = Replay({"eps": stored["fake_eps"]}, fakes)
     loss, _ = method.fake_loss(stored["x"], roles, batch, draw)
     loss.backward()
