@@ -49,14 +49,14 @@ class Bench:
     """What to measure, and for how long."""
 
     tiny: bool = False  # rehearse on any machine, on narrow networks
-    output: Path | None = None  # folder of gpu.md and gpu.json; none: docs, of a rehearsal runs/gpu
-    minutes: float = 10.0  # no row begins after so long
-    only: tuple[str, ...] = ()  # sections; none: all
+    output: Path | None = None  # folder of gpu.md and gpu.json; None: docs (a rehearsal: runs/gpu)
+    minutes: float = 10.0  # no measurement starts later than this
+    only: tuple[str, ...] = ()  # sections to measure; (): all
 
 
 @dataclass
 class Row:
-    """One line of a table: what was measured, and whether it is as it should be."""
+    """One line of a table: the measured figures, and the reason if they are wrong."""
 
     section: str
     name: str
@@ -140,7 +140,7 @@ def compare_gradients(name: str, place: str) -> Row:
         kind = "float32" if precision == "no" else "bfloat16"
         row.figures[f"loss, {kind}"], row.figures[f"gradient, {kind}"] = (f"{error:.1e}" for error in errors)
         if not all(error <= limit for error, limit in zip(errors, limits, strict=True)):
-            faults.append(f"{kind} is further off than {limits}")
+            faults.append(f"{kind} exceeds the limits {limits}")
     row.fault = "; ".join(faults) or None
     return row
 
@@ -241,7 +241,7 @@ def measure_sdxl(name: str, cfg: Bench) -> Row:
 
 
 def rows(cfg: Bench, place: str) -> list[tuple[str, str, Measure]]:
-    """(section, name, what measures it), the most important first."""
+    """(section, name, function that measures it), in order of importance."""
     cases = ("DMD2 LoRA", "DMD2 full", "DMD2 LoRA, float32", "DMD2 LoRA, blocks kept", "SiD LoRA")
     made: list[tuple[str, str, Measure]] = []
     made += [("agreement", m, lambda m=m: compare_gradients(m, place)) for m in digits.PASSES]  # type: ignore[misc]
@@ -261,7 +261,10 @@ def render_page(done: list[Row], pending: list[str], seconds: float, cfg: Bench)
         f"`make gpu`: torch {torch.__version__}, CUDA {torch.version.cuda}, {seconds:.0f} seconds.",
     ]
     if cfg.tiny:
-        lines += ["", "**A rehearsal on narrow networks: it shows that the script runs, and nothing of a GPU.**"]
+        lines += [
+            "",
+            "**A rehearsal on narrow networks: it shows that the script runs, not how a GPU behaves.**",
+        ]
     for section, header in HEADERS.items():
         table = [row for row in done if row.section == section]
         if not table:
@@ -285,7 +288,7 @@ def render_page(done: list[Row], pending: list[str], seconds: float, cfg: Bench)
 
 
 def run_row(section: str, name: str, measure: Measure) -> Row:
-    """The row, or what went wrong in its place: the rows that follow do not depend on it."""
+    """The measured row, or a row with the error, so that one failure does not stop the others."""
     import torch
 
     try:
@@ -297,7 +300,7 @@ def run_row(section: str, name: str, measure: Measure) -> Row:
 
 
 def main(cfg: Bench) -> int:
-    """Measure the rows; the exit status is 1 if one is not as it should be."""
+    """Measure the rows; the exit status is 1 if one is wrong."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before the first call of CUDA
     import torch
 

@@ -95,8 +95,8 @@ class Told:
 
 
 @dataclass(frozen=True)
-class Until:
-    """`call`, of a network that is told the end r every time."""
+class FixedEndCall:
+    """`call` with the same end time r every time."""
 
     call: Call
     r: float
@@ -109,14 +109,14 @@ class Until:
         return self.call(net, x, t, ending(c, torch.full((len(x),), self.r, dtype=torch.float64, device=x.device)))
 
 
-def until(denoiser: Denoiser, to: float) -> Denoiser:
-    """The denoiser, told that each call ends at the time `to` of its own path."""
+def with_end_time(denoiser: Denoiser, to: float) -> Denoiser:
+    """The denoiser with the end time `to` (of its own path) in every call."""
     r = PATH.time(denoiser.path.ratio(torch.tensor([to], dtype=torch.float64)))
-    return replace(denoiser, call=Until(denoiser.call, float(r)))
+    return replace(denoiser, call=FixedEndCall(denoiser.call, float(r)))
 
 
-def last(embedding: nn.Module) -> nn.Linear:
-    """The last layer of an embedding of time."""
+def last_linear(embedding: nn.Module) -> nn.Linear:
+    """The last linear layer of a time embedding."""
     *_, layer = (m for m in embedding.modules() if isinstance(m, nn.Linear))
     return layer
 
@@ -133,7 +133,7 @@ def timed(denoiser: Denoiser) -> Denoiser:
             f"this method's student has a second time, which is added to a TimestepEmbedding; {type(net).__name__} has "
             "none: choose another method"
         )
-    layer = last(net.get_submodule(where))
+    layer = last_linear(net.get_submodule(where))
     like = layer.weight
     net.end = End(layer.out_features).to(like.device, torch.promote_types(like.dtype, torch.float32))
     return replace(denoiser, call=Told(denoiser.call, where))
@@ -149,17 +149,17 @@ def untimed(denoiser: Denoiser) -> Denoiser:
 
 
 @torch.no_grad()
-def embedded(denoiser: Denoiser, legs: Sequence[tuple[float, float]], x: Tensor, c: Condition) -> Denoiser:
-    """The denoiser without its second time that says at each t of `legs`, (t, end), what this one says told the end.
+def fold_end_times(denoiser: Denoiser, legs: Sequence[tuple[float, float]], x: Tensor, c: Condition) -> Denoiser:
+    """An equivalent denoiser without the end time, for the pairs (t, end) in `legs` only.
 
-    The last layer of its embedding of time changes as little as it can to give the ends' values at these times; at no
-    other time is it to be called. x [1, ...] and c are an example.
+    The last layer of the time embedding changes as little as possible, so that at each of these t it gives the
+    embedding of t and its end. Do not call it at another time. x [1, ...] and c are an example input.
     """
     assert isinstance(denoiser.call, Told)
     plain, where = untimed(denoiser), denoiser.call.where
     t, ends = torch.tensor(legs, dtype=torch.float64, device=x.device).T
     r = torch.where(ends > 0, PATH.time(denoiser.path.ratio(ends)), 0.0)
-    layer, heard = last(plain.net.get_submodule(where)), []
+    layer, heard = last_linear(plain.net.get_submodule(where)), []
     handle = layer.register_forward_pre_hook(lambda module, args: heard.append(args[0].double()))
     plain.features(x.expand(len(t), *x.shape[1:]), t, repeated(c, len(t)), (where,))
     handle.remove()

@@ -244,11 +244,11 @@ def files(path: str | Path, role: str) -> list[Path]:
 
 
 def _shards(index: Path, role: str) -> list[str]:
-    """The files that an index of weights in shards names; ValueError for what is no index, or leads elsewhere."""
+    """The files in an index of sharded weights. ValueError if it is not an index or names files elsewhere."""
     tree = read_json(index)
     table = tree.get("weight_map") if isinstance(tree, dict) else None
     if not isinstance(table, dict) or not table:
-        raise ValueError(f"{role}.init: {index} is no index of weights: it has no table weight_map")
+        raise ValueError(f"{role}.init: {index} is not an index of weights: it has no table weight_map")
     names = {name if isinstance(name, str) else repr(name) for name in table.values()}
     if odd := [name for name in sorted(names) if Path(name).name != name or not name.endswith(".safetensors")]:
         raise ValueError(f"{role}.init: {index} names {odd[0]!r}; it may name .safetensors files beside it")
@@ -311,7 +311,7 @@ def step(folder: Path) -> int:
 
 
 def _stored(folder: Path) -> dict[str, Any]:
-    """state.json of a checkpoint: step, skipped, files. ValueError for what no run wrote."""
+    """state.json of a checkpoint: step, skipped, files. ValueError if it is damaged."""
     path = folder / "state.json"
     try:
         facts = read_json(path)
@@ -324,9 +324,9 @@ def _stored(folder: Path) -> dict[str, Any]:
 
 
 def _wrong(facts: Any) -> str | None:
-    """What of a state.json no run wrote; None: nothing. Its step names a folder, its files are read."""
+    """The first entry of a state.json that no run writes; None if all are valid."""
     if not isinstance(facts, dict):
-        return "it holds no names with values"
+        return "it is not a JSON object"
     step, skipped, files = facts.get("step"), facts.get("skipped", {}), facts.get("files", {})
     if type(step) is not int or not 0 <= step <= MOST:
         return f"its step is {step!r}"
@@ -375,7 +375,7 @@ def damage(folder: Path, deep: bool = True) -> str | None:
             if not stat.S_ISREG(there.st_mode):
                 return f"{file} is not a regular file"
             if there.st_size != size:
-                return f"{file} is torn: it has {there.st_size} bytes of {size}"
+                return f"{file} is truncated: it has {there.st_size} of {size} bytes"
         for file in () if written else sorted(folder.glob("*.safetensors")):
             Stored(file)
         for file, digest in _digests([*written] if deep else []):
@@ -394,7 +394,7 @@ def _skipped(folder: Path, why: str) -> None:
 
 
 def _folders(output_dir: Path) -> list[Path]:
-    """What has the name of a checkpoint, oldest first; a link counts as what it leads to."""
+    """Folders with the name of a checkpoint, oldest first; links to folders count."""
     folders = [p for p in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
     return sorted((p for p in folders if p.is_dir() or p.is_symlink()), key=_number)
 
@@ -439,7 +439,7 @@ def _aside(folder: Path) -> Path:
 
 
 def _delete(path: Path) -> None:
-    """Remove a folder; of a link the link alone, for what it leads to was put elsewhere on purpose."""
+    """Remove a folder. If it is a link, remove the link only: its target was placed elsewhere on purpose."""
     if path.is_symlink() or not path.is_dir():
         path.unlink()
     else:

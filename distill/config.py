@@ -41,8 +41,8 @@ class Config(Generic[M, D]):
     teacher: Annotated[str, TEACHER] = ""  # folder or Hub name of the teacher's diffusers pipeline
     revision: str | None = None  # of the teacher on the Hub
     variant: str | None = None  # of the teacher's weight files: fp16
-    resolution: Side | None = None  # pixels of a side; None: what the teacher was trained for
-    frames: Calls | None = None  # of a video; None: what the teacher was trained for
+    resolution: Side | None = None  # pixels per side; None: the teacher's training resolution
+    frames: Calls | None = None  # of a video; None: the teacher's training length
     pag_scale: Weight = 0.0  # s of perturbed-attention guidance of the teacher, on top of the method's own; 0: none
     pag_layers: tuple[str, ...] = ("mid_block",)  # where its self-attention is perturbed; of SANA transformer_blocks.0
     student: StudentConfig = field(default_factory=StudentConfig)
@@ -122,15 +122,15 @@ def _file(path: list[str], default: Config[Any, Any]) -> list[str]:
 
 
 def stored(run: Path) -> tuple[str, str, dict[str, Any]]:
-    """(text, class of the method, values) of a run's config.yaml; ValueError where it is absent, torn or damaged."""
+    """(text, class of the method, values) of a run's config.yaml; ValueError if it is absent or damaged."""
     path = run / "config.yaml"
     tree = read_yaml(path)
     text = read(path)
     lacking = [name for name in WRITTEN if not isinstance(tree, dict) or name not in tree]
     nested = not lacking and all(isinstance(tree[name], dict) for name in ("method", "student"))
     if lacking or not nested or not (named := re.match(r"# (\w+)\n", text)):
-        why = f"it has no {lacking[0]}" if lacking else "its first line or its method or student is no run's"
-        raise ValueError(f"{path} is torn or damaged ({why}): put back a copy of it; exports and checkpoints have one")
+        why = f"it has no {lacking[0]}" if lacking else "its first line, its method or its student is not that of a run"
+        raise ValueError(f"{path} is truncated or damaged ({why}): restore it; exports and checkpoints have a copy")
     return text, named[1], tree
 
 
@@ -155,7 +155,7 @@ def _plain(value: Any) -> Any:
 
 
 def _known(name: str, known: list[str], table: bool) -> None:
-    """Refuse a name that is no field, and "help" and others that are flags of the command line alone."""
+    """Refuse a name that is not a field, including "help" and other flags of the command line."""
     if name in known or (table and any(one.startswith(f"{name}.") for one in known)):
         return
     _removed(name, "its line")
@@ -171,7 +171,7 @@ def _removed(name: str, what: str) -> None:
 
 
 def _flags(tree: dict[str, Any], known: dict[str, Any], empty: set[str], prefix: str = "") -> list[str]:
-    """known: the type of every field by its name. What a flag could not say, or would say wrongly, is refused here.
+    """known: the type of every field by its name. Values that a flag cannot express are refused.
 
     empty: the fields that are None in the recipe. A null for them says nothing, and some have no flag (a law or None).
     """

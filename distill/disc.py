@@ -157,7 +157,7 @@ def seen(
 
 @dataclass(frozen=True, kw_only=True)
 class DiffusionGAN:
-    """How a method's discriminator reads samples: heads on features of a denoiser that is given them with noise."""
+    """Discriminator settings: heads on features of a denoiser at noised samples."""
 
     taps: tuple[str, ...] = ("mid_block",)  # features of the fake score that heads read: the bottleneck
     gan_times: Law = Grid(1000, 0, 999)  # of the classifier's input (code)
@@ -174,12 +174,12 @@ class DiffusionGAN:
 
     @property
     def same(self) -> bool:
-        """Whether samples are read at the noise of the scores, in both losses."""
+        """Whether the discriminator uses the t and eps of the score losses."""
         return self.gan_noise == "score"
 
     @property
     def shared_taps(self) -> tuple[str, ...]:
-        """The features that the pass of the fake's own loss gives."""
+        """The features that the fake score's own loss already computes."""
         return self.taps if self.gan_features == "fake" and (self.share or self.same) else ()
 
     def logits(

@@ -1,4 +1,4 @@
-"""Small files, read with limits and written at once; the lock of a folder that one command writes."""
+"""Small files, read with size limits and written atomically; the lock of an output folder."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def read(path: str | Path, limit: int = LIMIT) -> str:
 
 
 def read_json(path: str | Path) -> Any:
-    """The value of a JSON file; ValueError for what is none."""
+    """The value of a JSON file; ValueError if it cannot be parsed."""
     text = read(path)
     try:
         return json.loads(text)
@@ -51,7 +51,7 @@ def read_json(path: str | Path) -> Any:
 
 
 def read_yaml(path: str | Path) -> Any:
-    """The value of a YAML file of plain data; ValueError for what is none, and for aliases without end."""
+    """The value of a YAML file of plain data; ValueError for other files, and for aliases that expand too far."""
     text = read(path, YAML)
     try:
         loader = yaml.SafeLoader(text)
@@ -66,7 +66,7 @@ def read_yaml(path: str | Path) -> Any:
 
 
 def _unfolded(node: Any, sizes: dict[int, int], above: set[int]) -> int:
-    """Characters of a node whose aliases are written out; ValueError where it holds itself."""
+    """Characters of a node with its aliases expanded; ValueError if it contains itself."""
     key = id(node)
     if key in above:
         raise ValueError(f"an alias holds itself, line {node.start_mark.line + 1}")
@@ -81,7 +81,7 @@ def _unfolded(node: Any, sizes: dict[int, int], above: set[int]) -> int:
 
 
 def write(path: Path, text: str) -> None:
-    """Write a file that is on the disk as a whole or stays as it was."""
+    """Write a file atomically: after a crash it has the old or the new content."""
     partial = path.with_name(f".{path.name}.partial")
     try:
         with partial.open("w", encoding="utf-8") as file:
@@ -95,13 +95,13 @@ def write(path: Path, text: str) -> None:
 
 
 def rank() -> int:
-    """The number of this process among those that a launcher started, before any library knows it."""
+    """The rank of this process, from the launcher's environment variables."""
     return next((int(os.environ[name]) for name in RANKS if os.environ.get(name, "").isdigit()), 0)
 
 
 @contextmanager
 def locked(folder: str | Path, flag: str = "--output_dir", beside: bool = False) -> Iterator[None]:
-    """Keep other processes out of a folder that this one writes; ValueError if another one holds it.
+    """Lock a folder while this process writes to it; ValueError if another process holds the lock.
 
     The first process of a launch takes the lock for all. The operating system releases it when that process ends,
     however it ends. beside: the lock lies beside the folder, which is going to be replaced. flag: names the folder.
@@ -126,14 +126,14 @@ def locked(folder: str | Path, flag: str = "--output_dir", beside: bool = False)
 
 
 def _take(file: Path, folder: Path, flag: str) -> IO[str] | None:
-    """The open lock file; None where it cannot be made or its file system has no locks."""
+    """The open lock file; None if it cannot be created or the file system has no locks."""
     for _ in range(TRIES):
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             held = file.open("a+")
         except FileNotFoundError:  # another process has just removed the folder
             continue
-        except OSError:  # what is to be written there fails too, and says why
+        except OSError:  # writing there will fail, too, with a message
             return None
         if not _lock(held, folder, flag):
             held.close()

@@ -56,7 +56,7 @@ def drop(c: Condition, null: Condition, mask: Tensor) -> Condition:
 
 
 def relabel(c: dict[str, Tensor], classes: tuple[int, ...], draw: Draw, only: tuple[int, ...] = ()) -> Condition:
-    """The condition c of class labels with one of `classes`, each alike, in place of every label, or of `only` some."""
+    """The condition c with its labels (or only the labels in `only`) replaced by uniform draws from `classes`."""
     new = torch.tensor(classes, device=draw.device)[draw.integers("class", len(classes))]
     old = torch.tensor(only, device=draw.device)
     change = lambda label: torch.where(torch.isin(label, old), new, label) if only else new
@@ -149,7 +149,7 @@ def scale_of(w: float | tuple[float, float], draw: Draw, B: int) -> float | Tens
 
 
 def needed(w: float | tuple[float, float], solver: str = "ddim", embed: bool = True) -> tuple[str, ...]:
-    """What guidance w of the teacher needs: a null condition, and of a range a student that is told it (embed)."""
+    """Requirements of guidance w: a null condition; for a range with `embed`, a student with a guidance embedding."""
     if w == 1 and solver != "cfg++":
         return ()
     return ("null", "told") if isinstance(w, tuple) and embed else ("null",)

@@ -258,7 +258,7 @@ class Watchdog:
 
 
 class Agreement:
-    """The signal that all processes end on: each calls it after every step, and all get the greatest number, 0: none.
+    """The signal on which all processes stop. Each calls it after every step; all get the largest number, 0 for none.
 
     On CUDA the answer is that of the step before, which has arrived: the host waits for nothing. Alone, a process
     agrees with itself.

@@ -1,8 +1,8 @@
-"""What a run was configured to do since it began: config.yaml holds the present, history.jsonl every change.
+"""What a run was configured to do since it began: config.yaml holds the current values, history.jsonl every change.
 
 A line of history.jsonl is a JSON object: "step" from which it holds, "time", "from" (the checkpoint that was resumed),
 "method", "config", "teacher" (its name and a digest of each component) and "times" of the student's calls.
-A run that is resumed with another method, teacher, seed, batch or other times is refused unless that is allowed.
+A resumed run with another method, teacher, seed, batch or other times is refused unless --resume_allow names it.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from distill.config import Config, dump, stored, visible
 from distill.files import read, write
 
 FILE = "history.jsonl"
-FIELDS = {  # what may not change unnoticed -> its fields in a configuration
+FIELDS = {  # kind of difference that stops a resumed run -> its fields in a configuration
     "seed": ("seed",),
     "batch": ("train_batch_size",),
     "times": tuple(f"student.{name}" for name in ("steps", "sigma", "timestep", "times", "scale", "renoise")),
 }
-OWN = ("output_dir", "resume_from_checkpoint", "resume_allow", "replay")  # of one command, not of the run
+OWN = ("output_dir", "resume_from_checkpoint", "resume_allow", "replay")  # fields of one command, not of the run
 
 
 def name(method: Any) -> str:
-    """The class of a method with those that it goes around: Rewarded(SiD)."""
+    """The class of a method and of the methods that it wraps: Rewarded(SiD)."""
     inner = [getattr(method, field.name) for field in dataclasses.fields(method)]
     inner = [name(value) for value in inner if hasattr(value, "updates")]
     return f"{type(method).__name__}({', '.join(inner)})" if inner else type(method).__name__
@@ -42,7 +42,7 @@ def entry(config: Config[Any, Any]) -> dict[str, Any]:
 
 
 def last(run: Path) -> dict[str, Any] | None:
-    """The newest entry of a run's folder; of a run before there was a history, its config.yaml. None: neither."""
+    """The newest entry of a run's history; without a history its config.yaml; None if there is neither."""
     if entries := _entries(run):
         return entries[-1]
     if not (run / "config.yaml").is_file():
@@ -57,7 +57,7 @@ def last(run: Path) -> dict[str, Any] | None:
 def same_run(
     checkpoint: Path, before: dict[str, Any], now: dict[str, Any], needs: Sequence[str], allowed: Sequence[str]
 ) -> None:
-    """ValueError where a run would go on with another method, seed, batch or other calls; `allowed` may differ."""
+    """ValueError if method, seed, batch or calls differ from the checkpoint's run, except for kinds in `allowed`."""
     old, new = _flat(before["config"]), _flat(now["config"])
     changed = {kind: [f for f in names if f in old and old[f] != new.get(f)] for kind, names in FIELDS.items()}
     said = {kind: [f"{f} {_short(old[f])}, not {_short(new.get(f))}" for f in names] for kind, names in changed.items()}
@@ -73,21 +73,21 @@ def same_run(
 
 
 def refuse(checkpoint: Path, said: dict[str, list[str]], allowed: Sequence[str]) -> None:
-    """ValueError that lists the differences of every kind that is not allowed."""
+    """ValueError that lists all differences of kinds that are not in `allowed`."""
     kinds = [kind for kind, words in said.items() if words and kind not in allowed]
     if kinds:
         differences = "; ".join(word for kind in kinds for word in said[kind])
         raise ValueError(
-            f"{checkpoint} was trained with {differences}: the run would not be the one that it continues. Give the "
-            f"values of then, choose another --output_dir, or allow it by --resume_allow {' '.join(kinds)}"
+            f"{checkpoint} was trained with {differences}: this would be a different run. Use the old "
+            f"values, choose another --output_dir, or allow the change with --resume_allow {' '.join(kinds)}"
         )
 
 
 def same_teacher(checkpoint: Path, before: dict[str, Any], teacher: dict[str, Any], allowed: Sequence[str]) -> None:
-    """ValueError where a run would go on with other weights of its teacher; from another folder it may."""
+    """ValueError if the teacher's weights differ from the checkpoint's run; the folder may differ."""
     old, new = before.get("teacher", {}).get("digests"), teacher["digests"]
     if old is None:
-        sys.stderr.write(f"{checkpoint}: its teacher was not recorded, so its weights are not compared\n")
+        sys.stderr.write(f"{checkpoint}: its teacher was not recorded, so the teachers' weights are not compared\n")
         return
     parts = [part for part in sorted({*old, *new}) if old.get(part) != new.get(part)]
     was = f"another teacher ({_short(before['teacher'].get('name'))}; other: {', '.join(parts)})"
@@ -95,13 +95,13 @@ def same_teacher(checkpoint: Path, before: dict[str, Any], teacher: dict[str, An
 
 
 def same_times(checkpoint: Path, before: dict[str, Any], times: Sequence[float], allowed: Sequence[str]) -> None:
-    """ValueError where the student of a run would be called at other times than it was."""
+    """ValueError if the student's call times differ from the checkpoint's run."""
     old = before.get("times", [*times])
     refuse(checkpoint, {"times": [f"calls at the times {old}, not {[*times]}"] if old != [*times] else []}, allowed)
 
 
 def changes(before: dict[str, Any], now: dict[str, Any]) -> str:
-    """What differs between two entries, a line each; "" where nothing does."""
+    """The differences of two entries, one per line; "" if they are equal."""
     old, new = _flat(before["config"]), _flat(now["config"])
     lines = []
     if "time" in before and before["method"] != now["method"]:
@@ -114,7 +114,7 @@ def changes(before: dict[str, Any], now: dict[str, Any]) -> str:
 
 
 def record(out: Path, entry: dict[str, Any], text: str, step: int, resumed: Path | None) -> None:
-    """Add an entry to a run's history where it is news, then write its config.yaml."""
+    """Append an entry to a run's history if it differs from the last one, then write config.yaml."""
     entries = _entries(out)
     if not entries:
         try:
@@ -128,13 +128,13 @@ def record(out: Path, entry: dict[str, Any], text: str, step: int, resumed: Path
 
 
 def _compared(entry: dict[str, Any]) -> tuple[Any, ...]:
-    """What of an entry makes it differ from another one."""
+    """The parts of an entry that are compared with the previous one."""
     config = {key: value for key, value in _flat(entry["config"]).items() if key not in OWN}
     return config, *(entry.get(key) for key in ("method", "teacher", "times"))
 
 
 def _entries(run: Path) -> list[dict[str, Any]]:
-    """The history of a run, oldest first; ValueError names the line that is none."""
+    """The history of a run, oldest first; ValueError names a damaged line."""
     path, entries = run / FILE, []
     if not path.is_file():
         return []

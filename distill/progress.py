@@ -1,4 +1,4 @@
-"""How far a command is, on stderr: a bar on a terminal; in a file of a scheduler, say, a line from time to time."""
+"""Progress on stderr: a bar on a terminal; else (for example in a job's log file) a line from time to time."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LEAST, MOST = 10.0, 600.0  # seconds between two lines; between them a tenth of 
 
 
 class Lines:
-    """stderr for tqdm: what it writes over the line before becomes a line of its own."""
+    """stderr for tqdm that prints each update as a new line instead of overwriting the last one."""
 
     def write(self, text: str) -> None:
         if text := text.strip():
@@ -67,7 +67,7 @@ def each(items: Sequence[T], unit: str, title: str = "", shown: bool = True) -> 
 
 @contextmanager
 def stage(title: str) -> Iterator[None]:
-    """Say on stderr what begins, and how long it took."""
+    """Print the start of a stage and its duration on stderr."""
     start = time.monotonic()
     sys.stderr.write(f"{title} ...\n")
     yield

@@ -123,7 +123,7 @@ class StudentConfig:
     times: tuple[Share, ...] | None = None  # of all calls, in (0, 1]; `steps` is their number
     lora: LoRA = field(default_factory=LoRA)  # adapters on the teacher's weights instead of a full copy
     network: str | None = None  # folder with the config.json of another network of the teacher's class, smaller say
-    negative: Words = 0  # words of a prompt, 77 of CLIP: an adapter that hears a negative one too (SUN); 0: none
+    negative: Words = 0  # tokens of a prompt (CLIP: 77): add an adapter for negative prompts (SUN); 0: no adapter
     freeze: tuple[str, ...] = ()  # modules that keep the teacher's weights: "time_embedding", say
     init: str | None = None  # weights to start from: a checkpoint-N (its average), a network's folder or a .safetensors
     phases: Calls = 1  # into which the calls are divided equally, each with an expert of its own (Phased DMD: 2)
@@ -220,7 +220,7 @@ def build(
             raise ValueError(
                 f"{type(method).__name__} trains an adapter that hears a negative prompt after the {words} words of "
                 f"the prompt, and student.negative is {student.negative}: "
-                + (f"pass --student.negative {words}" if words else "it needs a teacher that is told a text")
+                + (f"pass --student.negative {words}" if words else "it needs a teacher with text conditions")
             )
     nets = Nets(
         teacher,

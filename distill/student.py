@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from distill.average import until
+from distill.average import with_end_time
 from distill.denoiser import Condition, Denoiser
 from distill.schedule import VP, expand
 from distill.solver import Call, ddim, fresh
@@ -81,15 +81,15 @@ class Student:
 
     @property
     def legs(self) -> list[tuple[float, float]]:
-        """Of each call its time, and that to which it is told to go: 0 where it is told none."""
+        """(time, end time) of each call; the end time is 0 if the student does not take one."""
         told = self.jumps and self.renoise == "ddim"
         return [(t, s if told else 0.0) for t, s in zip(self.times, (*self.times[1:], 0.0), strict=True)]
 
     def at(self, i: int, to: float = 0.0) -> Denoiser:
-        """What makes call i on its way to the time `to`."""
+        """The denoiser of call i, with the end time `to` if it takes one."""
         first, last = self.phase
         denoiser = self.experts[i // (last - first)] if i < first else self.denoiser
-        return until(denoiser, to) if to and self.jumps and self.renoise == "ddim" else denoiser
+        return with_end_time(denoiser, to) if to and self.jumps and self.renoise == "ddim" else denoiser
 
     def generate(
         self, z: Tensor, c: Condition, draw: Draw | None = None, steps: int | None = None, to: float | None = None
@@ -111,7 +111,7 @@ class Student:
         return mean if to is None else self._drawn(mean, std, steps - 1, draw)
 
     def calls(self, draw: Draw | None = None) -> list[Call]:
-        """The calls one by one: `relay` makes of them what `generate` makes, and networks may take turns on them.
+        """The calls one by one, so that several networks can share them; `relay` runs them as `generate` does.
 
         ValueError for "tcd": `relay` ends at x0.
         """
@@ -159,7 +159,7 @@ class Student:
 
 
 def phased(student: Student, N: int) -> None:
-    """ValueError unless a student of phases on a grid of N steps (PCM) is called as it is trained."""
+    """ValueError unless a student of phases on a grid of N steps (PCM) is called as in training."""
     many, table = len(student.times), isinstance(student.denoiser.schedule, VP)
     if many > N:
         raise ValueError(f"N is {N}; it must be at least the student's {many} calls, which are its phases")

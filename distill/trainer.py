@@ -111,7 +111,7 @@ class TrainConfig:
     checkpointing_steps: Natural = 500
     checkpoints_total_limit: Count | None = 2  # keep the newest; None: all
     resume_from_checkpoint: str | None = None  # "latest" or a checkpoint folder
-    # what may differ from the run that is continued; without it such a difference ends in a message. batch is
+    # differences from the resumed run that are allowed; every other difference is refused. batch is
     # train_batch_size, times are the student's calls, a teacher is compared by its weights
     resume_allow: tuple[Literal["method", "teacher", "seed", "batch", "times"], ...] = ()
     validation_steps: Natural = 100  # a grid of samples every so many iterations; 0: never
@@ -289,7 +289,7 @@ def began(method: Method, nets: Nets, step: int) -> int:
 
 
 def moves(method: Method, player: str, step: int) -> int:
-    """How many updates of `player` there are before iteration `step`; those left out for a NaN count, too."""
+    """Number of updates of `player` before iteration `step`, including those skipped for a NaN."""
     total = 0
     for update in method.updates():
         if update.player == player:

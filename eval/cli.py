@@ -8,7 +8,7 @@ from typing import Any
 
 
 class Unfinished(ValueError):
-    """The command did its work, but for some of its items, which the message names. made: what was done."""
+    """Some items of a command failed; the message names them. made: the results of the others."""
 
     def __init__(self, message: str, made: Any = None) -> None:
         super().__init__(message)

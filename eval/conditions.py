@@ -93,7 +93,7 @@ def _classes(model: Path) -> int:
     if embedded is None:
         return 1
     if null is not None and type(null) is not int:
-        raise ValueError(f"{model / 'distill.json'}: null_class is {null!r}, which is no number; correct it")
+        raise ValueError(f"{model / 'distill.json'}: null_class is {null!r}, which is not a number; correct it")
     if null is not None:
         return null if null == embedded - 1 else embedded
     if embedded in (DIGITS, DIGITS + 1):
@@ -117,5 +117,5 @@ def _json(path: Path) -> dict[str, Any]:
     """The values of a JSON file; {} where it is absent."""
     found = read_json(path, "export or download the model again") if path.exists() else {}
     if not isinstance(found, dict):
-        raise ValueError(f"{path} holds no names with values; export or download the model again")
+        raise ValueError(f"{path} is not a JSON object; export or download the model again")
     return found

@@ -42,7 +42,7 @@ def _is_text(value: Any) -> bool:
 
 
 def _are_flags(value: Any) -> bool:
-    """Whether names have plain values, or lists of these: what a command line can say."""
+    """Whether a value maps names to plain values or lists of them, as flags can."""
     plain = (str, int, float, bool, type(None))
     return isinstance(value, dict) and all(
         isinstance(key, str) and all(isinstance(one, plain) for one in _list(given)) for key, given in value.items()

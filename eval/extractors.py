@@ -152,7 +152,7 @@ def _script(path: Path) -> tuple[Any, str]:
     try:
         net = torch.jit.load(str(path), map_location=device()).eval()
     except RuntimeError as error:
-        raise ValueError(f"{path} is no TorchScript network ({_line(error)})") from None
+        raise ValueError(f"{path} is not a TorchScript network ({_line(error)})") from None
     with path.open("rb") as file:
         return net, hashlib.file_digest(file, "sha256").hexdigest()[:12]
 

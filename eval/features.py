@@ -134,7 +134,7 @@ def features(
 
 
 def _clear(where: Path, remove: bool) -> None:
-    """Make a folder, and remove what killed processes left in it."""
+    """Make a folder, and remove partial files of killed processes."""
     where.mkdir(parents=True, exist_ok=True)
     for part in where.glob(".*.part") if remove else ():
         with suppress(FileNotFoundError):
@@ -143,7 +143,7 @@ def _clear(where: Path, remove: bool) -> None:
 
 
 def _agree(error: Exception | None) -> None:
-    """Wait for all processes; raise this one's error, or name another's, so that none is waited for in vain."""
+    """Wait for all processes. If one has failed, all raise, so that none waits forever."""
     from accelerate.utils import gather_object
 
     reasons = gather_object([None if error is None else f"{error}"])
@@ -154,7 +154,7 @@ def _agree(error: Exception | None) -> None:
 
 
 def is_complete(file: Path, rows: int) -> bool:
-    """Whether a file of features has all its bytes and so many rows of each output; only its header is read."""
+    """Whether a feature file is complete and has `rows` rows per output; reads only the header."""
     from safetensors import SafetensorError, safe_open
 
     if not file.is_file():

@@ -1,4 +1,4 @@
-"""Files of the stages: what is broken is one message with the file's name, what is written appears whole or not."""
+"""Files of the evaluation stages. A broken file gives one message with its name; files are written atomically."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LIMIT = 1 << 30  # bytes of a text file: metadata of millions of images have few
 
 
 def read_json(path: Path, remedy: str) -> Any:
-    """The value of a JSON file. ValueError, with the remedy, for what is no regular file, no text or no JSON."""
+    """The value of a JSON file. ValueError, with the remedy, if it is not a regular file, not text or not JSON."""
     text = read_text(path, remedy)
     try:
         return json.loads(text)
@@ -25,7 +25,7 @@ def read_json(path: Path, remedy: str) -> Any:
 
 
 def read_text(path: Path, remedy: str) -> str:
-    """A text file without its byte-order mark. ValueError for what is no regular file, or no UTF-8."""
+    """A text file without its byte-order mark. ValueError if it is not a regular file or not UTF-8."""
     if not path.exists():
         raise ValueError(f"there is no file {path}; {remedy}")
     try:
@@ -41,10 +41,10 @@ def shown(value: Any) -> str:
 
 
 def check_output(path: Path, flag: str, folder: bool = False) -> None:
-    """ValueError where a file, or a folder, cannot be written to `path`."""
+    """ValueError if `path` cannot be written as a file, or as a folder."""
     kind = "folder" if folder else "file"
     if path.exists() and not (path.is_dir() if folder else path.is_file()):
-        what = "a folder" if path.is_dir() else "a file" if path.is_file() else "no regular file"
+        what = "a folder" if path.is_dir() else "a file" if path.is_file() else "not a regular file"
         hint = f", such as {path / 'out.json'}" if path.is_dir() else ""
         raise ValueError(f"{flag} is {path}, which is {what}; name a {kind}{hint}")
     parent = path.absolute().parent

@@ -206,7 +206,7 @@ class Sampling:
         try:
             changed = json.loads(self.scheduler_config or "{}")
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"scheduler_config is {shown(self.scheduler_config)}, no JSON: {error}") from None
+            raise ValueError(f"scheduler_config is {shown(self.scheduler_config)}, not JSON: {error}") from None
         if not isinstance(changed, dict):
             raise ValueError(f"scheduler_config is {shown(self.scheduler_config)}; it must be a JSON object")
         beside = self.lora is not None and (self.lora.parent / "scheduler" / "scheduler_config.json").is_file()
@@ -336,7 +336,7 @@ class Sampling:
                 tune(one, line(one, self.skip_tuning))
 
     def run(self) -> dict[str, Any]:
-        """Make what is missing; the manifest. ValueError, too, where another command makes images there."""
+        """Generate the missing images and return the manifest. ValueError if another command writes to the folder."""
         self.check()
         with locked(self.out, "--out", beside=True):
             return self.complete()
@@ -556,7 +556,7 @@ def describe(model: Path) -> dict[str, Any]:
     path = model / "distill.json"
     found = read_json(path, "export the model again") if path.exists() else {}
     if not isinstance(found, dict) or not (found.get("steps") is None or folders.is_count(found["steps"])):
-        raise ValueError(f"{path} holds no names with values, or no number of steps; export the model again")
+        raise ValueError(f"{path} is not a JSON object, or has no number of steps; export the model again")
     return found
 
 

@@ -164,7 +164,7 @@ def check_free(folder: Path, overwrite: bool = False) -> None:
     if folder.exists() and not overwrite:
         raise ValueError(f"{folder} is not empty; choose another folder, or overwrite it on purpose")
     if folder.exists() and not (folder / MANIFEST).is_file():
-        raise ValueError(f"{folder} has no {MANIFEST}, so it is no folder of images and is left alone; choose another")
+        raise ValueError(f"{folder} has no {MANIFEST}, so it is not a folder of images; choose another")
 
 
 def manifest_of(folder: str | Path, unfinished: bool = False) -> dict[str, Any]:
@@ -191,7 +191,7 @@ def manifest_of(folder: str | Path, unfinished: bool = False) -> dict[str, Any]:
 def _checked(found: Any, path: Path) -> dict[str, Any]:
     """A manifest whose fields have their kinds, and as many labels as images."""
     if not isinstance(found, dict):
-        raise ValueError(f"{path} holds no names with values; generate the folder again")
+        raise ValueError(f"{path} is not a JSON object; generate the folder again")
     for key, (check, kind) in FIELDS.items():
         if found.get(key) is not None and not check(found[key]):
             raise ValueError(f"{path}: {key} is {shown(found[key])}; it must be {kind}. Generate the folder again")
@@ -202,7 +202,7 @@ def _checked(found: Any, path: Path) -> dict[str, Any]:
 
 
 def listing(folder: str | Path) -> list[Path]:
-    """The image files below a folder, sorted; stderr says once how many files are none.
+    """The image files below a folder, sorted. Prints once how many files are not images.
 
     ValueError for an absent or empty folder, one unlike its manifest, and for an image that is no regular file.
     """
@@ -213,7 +213,7 @@ def listing(folder: str | Path) -> list[Path]:
     if not files:
         raise ValueError(f"{folder} holds no image. {others}".rstrip(". "))
     if odd := [file for file in files if not file.is_file()]:
-        raise ValueError(f"{odd[0]} is no regular file, or a link whose file is gone: remove or replace it")
+        raise ValueError(f"{odd[0]} is not a regular file, or it is a broken link: remove or replace it")
     if manifest and manifest.get("n") != len(files):
         raise ValueError(
             f"{folder} holds {len(files)} images, its manifest says {manifest.get('n')}; generate it again"

@@ -44,7 +44,7 @@ class Failed(RuntimeError):
 
 
 def run(todo: dict[str, Job], out: Path, workers: int, patient: bool = False) -> dict[str, str]:
-    """Run all jobs, `workers` at a time, and show how far each is; what they print goes to `out`/logs/NAME.txt.
+    """Run all jobs, `workers` at a time, with progress; their output goes to `out`/logs/NAME.txt.
 
     A job that fails ends everything: Failed. patient: the others go on, those that need it are left out, and a
     process that a signal killed (memory, say) is started again, at most twice. Returns {name: why} of what failed.
@@ -53,7 +53,7 @@ def run(todo: dict[str, Job], out: Path, workers: int, patient: bool = False) ->
     if type(workers) is not int or workers < 1:
         raise ValueError(f"workers is {workers!r}; it must be a whole number, at least 1")
     if waiting := _endless(todo):
-        raise ValueError(f"'{todo[waiting[0]].title}' waits for jobs that never end, or are not there")
+        raise ValueError(f"'{todo[waiting[0]].title}' depends on jobs that cannot finish or do not exist")
     with locked(out, "folder"), _shown(todo, out) as shown:
         return Queue(todo, out, workers, patient, shown).run()
 
@@ -71,10 +71,10 @@ class Queue:
         self.done: set[str] = set()
         self.failed: dict[str, str] = {}
         self.running: dict[Future[None], str] = {}
-        self.over = False  # processes are ended, and none is started again
+        self.over = False  # True: running processes are stopped and no new one starts
 
     def run(self) -> dict[str, str]:
-        """All of them; {name: why} of what failed."""
+        """Run all jobs; {name: reason} of the failed ones."""
         with ThreadPoolExecutor(self.workers) as pool, ended():
             try:
                 while len(self.done) + len(self.failed) < len(self.todo):
@@ -91,7 +91,7 @@ class Queue:
         return self.failed
 
     def _begin(self, pool: ThreadPoolExecutor) -> None:
-        """Start the jobs that can start, and give up those whose needs have failed."""
+        """Start the jobs whose dependencies are done; mark those as failed whose dependencies failed."""
         for name, job in self.todo.items():
             if name in self.done | set(self.running.values()) | self.failed.keys():
                 continue
@@ -182,7 +182,7 @@ class Lines:
             return
         self.told[name] = now
         lines = (self.logs / f"{name}.txt").read_text(errors="replace").split("\n")
-        last = next((line.strip() for line in reversed(lines) if line.strip()), "nothing said yet")
+        last = next((line.strip() for line in reversed(lines) if line.strip()), "no output yet")
         sys.stderr.write(f"{self.todo[name].title}, {span(now - self.began[name])}: {visible(last[-160:])}\n")
 
     def end(self, name: str, well: bool) -> None:
@@ -227,5 +227,5 @@ def _progress(log: Path | None) -> dict[str, Any]:
     try:
         total = read_yaml(log.parent / "config.yaml")["max_train_steps"]
         return {"total": total, "completed": json.loads(lines[-1])["step"]}
-    except (ValueError, KeyError, TypeError):  # what is torn is not shown; the job itself says so
+    except (ValueError, KeyError, TypeError):  # a truncated file: show no progress; the job reports it
         return {}

@@ -99,7 +99,7 @@ def check(x: Set, name: str, least: int, key: str = "features") -> int:
 
 
 def too_few(name: str, n: int, width: int, least: int) -> str:
-    """What a set of too few images is told."""
+    """The message for a set with too few images."""
     kid = ", or measure kid, which needs 2 images for any number of features" if least > width > 0 else ""
     return f"{name} set has n = {n} samples of {width} features; at least {least} are needed: use more images{kid}"
 
@@ -125,7 +125,7 @@ class Moments(NamedTuple):
     cov: Tensor
 
     def check(self, name: str) -> Moments:
-        """The same, exactly symmetric. ValueError, with `name`, for what cannot be a mean and a covariance."""
+        """The same with an exactly symmetric covariance. ValueError, with `name`, if the values are impossible."""
         mean, cov = self.mean, self.cov
         if mean.ndim != 1 or not len(mean) or cov.shape != (len(mean), len(mean)):
             raise ValueError(
@@ -136,13 +136,13 @@ class Moments(NamedTuple):
                 raise ValueError(f"{name}: {key} holds NaN or infinite values; make the statistics again")
         off = (cov - cov.T).abs().max()
         if off > ROUNDING * cov.abs().max():
-            raise ValueError(f"{name}: sigma is no covariance: it is not symmetric, by {off:.3g}")
+            raise ValueError(f"{name}: sigma is not a covariance: it is asymmetric by {off:.3g}")
         cov = (cov + cov.T) / 2
         values = _eigenvalues(cov, name)
         if values[-1] <= 0:
-            raise ValueError(f"{name}: sigma has no positive eigenvalue, as of one image; make it of many")
+            raise ValueError(f"{name}: sigma has no positive eigenvalue; make it from more than one image")
         if values[0] < -ROUNDING * values[-1]:
-            raise ValueError(f"{name}: sigma is no covariance: it has the eigenvalue {values[0]:.3g}, below 0")
+            raise ValueError(f"{name}: sigma is not a covariance: it has the negative eigenvalue {values[0]:.3g}")
         return Moments(self.n, mean, cov)
 
 

@@ -1,4 +1,4 @@
-"""Rows of figures -> one page that is complete in itself: it asks for no network, and says all without its script.
+"""Rows of figures -> one self-contained HTML page: it needs no network and is readable without JavaScript.
 
 Every value of a row reaches the page through `markup.tag`, which escapes it.
 """
@@ -43,7 +43,7 @@ def page(
     runs: Mapping[str, Path] | None = None,
     failed: Mapping[str, str] | None = None,
 ) -> str:
-    """The whole page as HTML: a section a board, then sample grids, training curves, and what failed.
+    """The page as HTML: a section per board, then sample grids, training curves and failed entries.
 
     rows: as `report.checked` takes them. lead: a paragraph under the headline. runs: name -> log.jsonl. failed: name
     of an entry without a row -> why. ValueError for rows or a log that cannot be read.

@@ -171,7 +171,7 @@ def scatter(
     frame, best = Frame(points, lower, reference and reference[1]), front(points, lower)
     out = frame.axes(across, f"{up}, {'lower' if lower else 'higher'} is better", tick)
     lines = join([_front([frame.of(p) for p in best]), *_series(points, frame)])
-    inner = LEFT, TOP, WIDE, TALL, lines  # an inner svg cuts what leaves it
+    inner = LEFT, TOP, WIDE, TALL, lines  # an inner svg clips its content
     out.append(tag('<svg x="{0}" y="{1}" width="{2}" height="{3}" viewBox="{0} {1} {2} {3}">{4}</svg>', *inner))
     taken = Boxes((x - 7, y - 7, x + 7, y + 7) for x, y in map(frame.of, points))  # no label covers these
     if reference:
@@ -242,7 +242,7 @@ def _mark(p: Point, frame: Frame, label: str, box: Box | None) -> Markup:
 
 
 class Boxes:
-    """Rectangles by the squares of a grid, to find one that another meets without looking at all."""
+    """Rectangles in the cells of a grid, to find intersections without testing all of them."""
 
     SIDE = 32.0
 
@@ -256,7 +256,7 @@ class Boxes:
             self.squares[square].append(box)
 
     def meet(self, box: Box) -> bool:
-        """Whether one of them meets `box`."""
+        """Whether one of them intersects `box`."""
         near = (other for square in self._touched(box) for other in self.squares.get(square, ()))
         return any(_meet(box, other) for other in near)
 

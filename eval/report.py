@@ -152,18 +152,18 @@ def checked(rows: Any, source: str = "the rows") -> list[Row]:
                 raise ValueError(f"{where}: {name} {why}; score it again")
         for name, value in (row.get("cost") or {}).items():
             if value is not None and not (_is_cost if name in COSTS else _is_plain)(value):
-                raise ValueError(f"{where}: cost {name} is not finite, or no number from 0; measure it again")
+                raise ValueError(f"{where}: cost {name} must be a finite number, at least 0; measure it again")
     return rows
 
 
 def _fault(metric: Any) -> str | None:
-    """What is wrong with a figure of a row; None: nothing."""
+    """The fault of a figure in a row; None if it is valid."""
     if not isinstance(metric, dict) or not is_finite(metric.get("value")):
-        return "is no finite value"
+        return "is not finite"
     if wrong := [key for key in ("low", "high") if metric.get(key) is not None and not is_finite(metric[key])]:
-        return f"is no finite value: {wrong[0]} of its interval"
+        return f"is not finite: {wrong[0]} of its interval"
     if metric.get("n") is not None and not is_count(metric["n"]):
-        return f"has n {shown(metric['n'])}, no number of images"
+        return f"has n {shown(metric['n'])}, not a number of images"
     low, high = interval(metric)
     rounding = 1e-9 * max(abs(low), abs(high))
     if not low - rounding <= metric["value"] <= high + rounding:
@@ -175,7 +175,7 @@ SAME = ("model", "kind", "steps", "guidance", "scheduler", "protocol", "protocol
 
 
 def distinct(rows: Iterable[Row]) -> list[Row]:
-    """The rows, each once: the same row read from two files is one row."""
+    """The rows without duplicates, such as one row read from two files."""
     return list({json.dumps(row, sort_keys=True): row for row in rows}.values())
 
 

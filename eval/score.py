@@ -131,9 +131,9 @@ def reference(measure: Measure, p: Protocol, net: Extractor, folder: Path | None
 
 
 def statistics(path: Path, n: int) -> Moments:
-    """The moments of a reference of n images, of an .npz file. ValueError where they are none."""
+    """The moments of n reference images from an .npz file. ValueError if they are invalid."""
     if not path.is_file():
-        raise ValueError(f"{path} is no regular file; name an .npz with the arrays mu and sigma")
+        raise ValueError(f"{path} is not a regular file; name an .npz with the arrays mu and sigma")
     return _statistics(path, path.stat().st_mtime_ns, n)
 
 
@@ -234,7 +234,7 @@ def score(
             scored = metric(m.metric).compute(_unless_failed(given[key]))
         except FAILURES as error:
             failure = ValueError(explain(error))
-            given.setdefault(key, failure)  # what failed once for a network is not tried again for another metric
+            given.setdefault(key, failure)  # do not repeat a failed input for another metric
             left_out[m.metric] = str(failure)
         else:
             made |= scored if isinstance(scored, dict) else {m.metric: scored}
@@ -243,11 +243,17 @@ def score(
     return _row(found, p, made, nets) | ({"left_out": left_out} if left_out else {})
 
 
-FAILURES = (ValueError, OSError, RuntimeError, MemoryError, SafetensorError)  # of one folder: the others go on
+FAILURES = (
+    ValueError,
+    OSError,
+    RuntimeError,
+    MemoryError,
+    SafetensorError,
+)  # of one folder; others are scored
 
 
 def explain(error: BaseException) -> str:
-    """What a user is told of a failure."""
+    """The message for the user about a failure."""
     from distill.checkpoint import refused
 
     if reason := refused(error):
@@ -261,7 +267,7 @@ def explain(error: BaseException) -> str:
 
 
 def reasons(left_out: Mapping[str, str]) -> str:
-    """{metric: reason} in words, each reason once."""
+    """{metric: reason} as text, with each reason once."""
     names: dict[str, list[str]] = {}
     for name, reason in left_out.items():
         names.setdefault(reason, []).append(name)
@@ -275,7 +281,7 @@ def _unless_failed(given: Given | ValueError) -> Given:
 
 
 def _check_needs(found: Folder, m: Measure, p: Protocol, spec: str, other: Path | None) -> None:
-    """ValueError for what a measure lacks, before a network sees an image."""
+    """ValueError if an input of a metric is missing, before a network runs."""
     entry = metric(m.metric)
     if lacks := [need for need in entry.needs if not found.has(need)]:
         raise ValueError(f"{found.path} has no {' and '.join(map(_NEEDS.get, lacks))}, which {m.metric} needs")

@@ -75,7 +75,7 @@ class Parts:
             return self.family.hearing(net)
         if not (net.config.get("guidance_embeds") or net.config.get("time_cond_proj_dim")):
             raise ValueError(
-                f"a range of guidance is told to the student, but the network of {self.folder} has no embedding of it: "
+                f"a range of guidance needs a guidance embedding, but the network of {self.folder} has none: "
                 "give --method.guidance one number"
             )
         return net
@@ -114,7 +114,7 @@ class Parts:
         options = options if weights else {}  # a scheduler or a tokenizer has no weights
         try:
             found = cls.from_pretrained(self.folder, subfolder=name, local_files_only=True, **options)
-        except Exception as error:  # what a class raises at a config that it cannot use is open-ended
+        except Exception as error:  # classes raise all kinds of errors for a bad config
             raise ValueError(f"{self.folder}: its {name} ({kind}) cannot be read: {error}") from error
         found = self.hearing(found) if self.told and name == self.network else found
         return found.requires_grad_(False).eval() if options else found
@@ -178,7 +178,7 @@ class Parts:
             self.check(name)
         try:
             pipe = cls.from_pretrained(self.folder, use_safetensors=True, **options, **self.given | given)
-        except Exception as error:  # likewise
+        except Exception as error:  # of any kind, as above
             raise ValueError(f"{self.folder}: its {cls.__name__} cannot be read: {error}") from error
         pipe.set_progress_bar_config(disable=True)
         return pipe
@@ -274,14 +274,14 @@ def opened(
 
 
 def has_variant(component: Path, variant: str | None) -> bool:
-    """Whether a component's folder has safetensors of a variant; where it has none, its plain ones are loaded."""
+    """Whether a component's folder has safetensors of a variant; if not, the plain ones are loaded."""
     if not variant or not component.is_dir():
         return False
     return any(f.suffix in (".safetensors", ".json") and is_variant(f, variant) for f in component.iterdir())
 
 
 def is_variant(file: Path, variant: str) -> bool:
-    """Whether a file is of a variant's weights, which its name says: model.fp16-00001-of-00002.safetensors, say."""
+    """Whether a file name is that of a variant's weights, for example model.fp16-00001-of-00002.safetensors."""
     return ".safetensors" in file.name and re.search(rf"\.{re.escape(variant)}[.-]", file.name) is not None
 
 
@@ -298,7 +298,7 @@ def located(name: str, revision: str | None = None, variant: str | None = None) 
     named = [part for part, entry in index(folder).items() if isinstance(entry, list) and entry[0] is not None]
     if missing := [part for part in named if not (folder / part).is_dir()]:
         raise ValueError(
-            f"{folder} is not a whole pipeline: its model_index.json names {', '.join(missing)}, and there is no such "
+            f"{folder} is not a complete pipeline: model_index.json names {', '.join(missing)}, and there is no such "
             "folder: download or copy all of it"
         )
     return folder

@@ -28,14 +28,14 @@ REFUSED = {  # option of LoraConfig: why a LoRA that has it is not read
 
 @dataclass(frozen=True)
 class Settings:
-    """What tells alpha. source: the file that says it; lora: PEFT's options; kohya: ss_network_alpha."""
+    """The source of alpha. source: its file; lora: PEFT's options; kohya: ss_network_alpha."""
 
     source: str
     lora: dict[str, Any] | None = None
     kohya: float | None = None
 
     def alpha(self, module: str, r: int) -> float | None:
-        """alpha of a module, in the convention of alpha / r; None: nothing tells it. ValueError if r is another."""
+        """alpha of a module (scale alpha / r); None if it is not given. ValueError if the rank is not r."""
         if self.lora is None:
             return self.kohya
         from peft.utils.other import get_pattern_key
@@ -46,7 +46,7 @@ class Settings:
             raise ValueError(f"{self.source} says that the LoRA of {module} has rank {rank}; its tensors have {r}")
         alpha = self.lora["alpha_pattern"].get(key("alpha_pattern"), self.lora["lora_alpha"])
         if alpha is None:
-            raise ValueError(f"{self.source} tells no lora_alpha of {module}; add it: the scale is lora_alpha / r")
+            raise ValueError(f"{self.source} has no lora_alpha for {module}; add it: the scale is lora_alpha / r")
         return float(alpha) * math.sqrt(r) if self.lora["use_rslora"] else float(alpha)
 
     def __str__(self) -> str:
@@ -57,7 +57,7 @@ class Settings:
 
 
 def settings(path: Path, metadata: dict[str, str], prefix: str) -> Settings | None:
-    """What tells alpha of the file `path`: its own metadata (diffusers, kohya), else adapter_config.json beside it.
+    """The source of alpha for `path`: its metadata (diffusers, kohya), else adapter_config.json beside it.
 
     prefix: of the network's keys in diffusers' metadata. A ValueError names an option that is not read.
     """
@@ -82,12 +82,12 @@ def _object(text: str, source: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{source} is damaged: {error}") from None
     if not isinstance(found, dict):
-        raise ValueError(f"{source} is damaged: it is no JSON object")
+        raise ValueError(f"{source} is damaged: it is not a JSON object")
     return found
 
 
 def _options(given: dict[str, Any], source: str) -> dict[str, Any]:
-    """The options that tell alpha, checked; a ValueError names one that is not read."""
+    """The checked options; ValueError names an unsupported one."""
     kind = given.get("peft_type", "LORA")
     if kind != "LORA":
         raise ValueError(f"{source} has peft_type {kind!r}; only LORA is read")

@@ -48,16 +48,16 @@ class Cache:
     """What to encode, and where to."""
 
     teacher: Annotated[str, TEACHER] = ""  # folder or Hub name of the diffusers pipeline
-    prompts: str = ""  # a table (.txt, .csv, .jsonl ...) or a dataset; none: the captions of the images
+    prompts: str = ""  # a table (.txt, .csv, .jsonl ...) or a dataset; "": the captions of the images
     images: str = ""  # a folder, tar shards 'x/{00..12}.tar' or a dataset, with captions
     output_dir: str = "cache"
     prompt_column: str | None = None  # of a table of prompts; None: text, caption or prompt
     caption_column: str | None = None  # of the images' captions; None: text, caption or prompt
     image_column: str = "image"  # of a dataset
-    crops: Natural = 0  # random cuts of each image, with SDXL's conditions of size; 0: its middle
-    squeeze: bool = False  # the whole image, squeezed into the square, as DMD2 does
+    crops: Natural = 0  # random crops of each image, with SDXL's size conditions; 0: its centre square
+    squeeze: bool = False  # resize the full image to the square, as DMD2 does
     max_samples: Count | None = None  # the first so many prompts and images
-    resolution: Count | None = None  # pixels of a side; None: what the teacher was trained for
+    resolution: Count | None = None  # pixels per side; None: the teacher's training resolution
     revision: str | None = None  # of the teacher on the Hub
     variant: str | None = None  # of the teacher's weight files: fp16
     batch_size: Count = 16  # prompts or images that are encoded at once
@@ -151,7 +151,7 @@ def encoders(config: Cache, device: torch.device) -> Teacher:
     try:
         with torch.device("meta"):
             net = getattr(importlib.import_module(library), kind).from_config(config_of_net)
-    except Exception as error:  # what a class raises at a config that it cannot use is open-ended
+    except Exception as error:  # classes raise all kinds of errors for a bad config
         raise ValueError(f"{parts.folder}: its {parts.network} ({kind}) cannot be made: {error}") from error
     parts.given[parts.network] = net
     if config.images:

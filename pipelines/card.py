@@ -185,12 +185,12 @@ def evaluated(folder: str | Path, results: Sequence[Result]) -> None:
     path = Path(folder) / "README.md"
     if not path.is_file():
         raise ValueError(
-            f"{folder} has no README.md: it is no exported model; make one with python -m pipelines.export"
+            f"{folder} has no README.md: it is not an exported model; make one with python -m pipelines.export"
         )
     try:
         found = ModelCard(read(path))
     except (ValueError, TypeError, KeyError, AttributeError, YAMLError) as error:
-        raise ValueError(f"{path} is no model card with metadata ({error}); export the model again") from None
+        raise ValueError(f"{path} is not a model card with metadata ({error}); export the model again") from None
     assert isinstance(found.data, ModelCardData)
     old = [Result(r.dataset_name, r.metric_name, r.metric_value) for r in found.data.eval_results or []]
     merged = {(r.protocol, r.metric): r for r in (*old, *results)}

@@ -184,7 +184,7 @@ class Meta(Parts):
         try:
             with torch.device(self.place):
                 found = getattr(diffusers, self.model.network)(**self.model.config)
-        except Exception as error:  # what a class raises at a config that it cannot use is open-ended
+        except Exception as error:  # classes raise all kinds of errors for a bad config
             raise ValueError(f"{self.folder}: its {self.model.network} cannot be made: {error}") from error
         return (self.hearing(found) if self.told else found).requires_grad_(False).eval()
 

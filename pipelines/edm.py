@@ -97,7 +97,7 @@ def load(parts: Parts, resolution: int | None, frames: int | None) -> Teacher:
 
 
 def exported_call(call: Any) -> Call:
-    """How an exported network is called: as `exported` lets ConsistencyModelPipeline do it."""
+    """The call of an exported network, equal to the one in ConsistencyModelPipeline."""
     return replace(call, c_noise=C_NOISE)
 
 

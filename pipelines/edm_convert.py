@@ -256,7 +256,7 @@ def convert(file: Path, folder: Path) -> Any:
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        partial.mkdir(parents=True)  # a disk that refuses says so before the file is read
+        partial.mkdir(parents=True)  # a full or read-only disk fails here, before the file is read
         values, kind, tensors = read(file)
         try:
             net = network(values, kind, tensors)

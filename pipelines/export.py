@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from distill import checkpoint, history, methods
-from distill.average import SECOND, embedded, timed, untimed
+from distill.average import SECOND, fold_end_times, timed, untimed
 from distill.config import TEACHER, fail, revived, stored
 from distill.files import locked
 from distill.log import grid
@@ -74,13 +74,13 @@ class About:
     config: str = ""
     model: str | None = None  # its name on the Hub, where the card loads it from; None: the folder itself
     results: Sequence[Result] = ()
-    source: str = "the student's weights"  # what an export is verified with
+    source: str = "the student's weights"  # reference of the verification
     notes: Sequence[str] = ()  # about that source
 
 
 @dataclass(frozen=True)
 class Verified:
-    """What an export was found to be. gaps: of the pipeline and of each single file; left: files left out, and why."""
+    """Result of a verification. gaps: of the pipeline and of each single file; left: {skipped file: reason}."""
 
     gaps: dict[str, Gap]
     left: dict[str, str]
@@ -153,7 +153,7 @@ def export(student: Student, teacher: Teacher, net: nn.Module, scheduler: Any, f
 
 
 def verdict(about: About, gap: Gap, n: int) -> str:
-    """What was verified, and against what: for the card."""
+    """The card's text about the verification and its reference."""
     return " ".join(
         (
             f"Plain diffusers loaded this folder again. From the same noise, its images of {n} conditions differ by at",
@@ -164,7 +164,7 @@ def verdict(about: About, gap: Gap, n: int) -> str:
 
 
 def without(folder: Path, left: dict[str, str]) -> list[str]:
-    """Remove the single files that are left out, and a workflow that needs one; what a card says of them."""
+    """Delete the single files in `left` and workflows that use them; return the card's lines about them."""
     for name in left:
         (folder / name).unlink(missing_ok=True)
     for flow in folder.glob("*_comfyui.json"):
@@ -174,7 +174,7 @@ def without(folder: Path, left: dict[str, str]) -> list[str]:
 
 
 def of_one_time(student: Student, teacher: Teacher) -> Student:
-    """The student that is told no end: what several calls are told is put into the embedding of their times."""
+    """The student without end times: they are folded into the time embedding at the times of its calls."""
     denoiser = student.denoiser
     if not any(to for _, to in student.legs):
         return replace(student, denoiser=untimed(denoiser), jumps=False)
@@ -185,7 +185,7 @@ def of_one_time(student: Student, teacher: Teacher) -> Student:
     x = torch.zeros(1, *teacher.shape, device=device)
     alone = merged(denoiser.net)
     vars(alone).pop("peft_config", None)  # a LoRA's file has no embedding
-    found = embedded(replace(denoiser, net=alone), student.legs, x, c)
+    found = fold_end_times(replace(denoiser, net=alone), student.legs, x, c)
     return replace(student, denoiser=found, jumps=False)
 
 
@@ -202,10 +202,10 @@ def replaceable(folder: Path) -> None:
     except ValueError:  # damaged: no export of ours
         ours = False
     if folder.exists() and not (ours or folder.is_dir() and not any(folder.iterdir())):
-        raise ValueError(f"{folder} exists, is no earlier export and would be replaced: choose another --output_dir")
+        raise ValueError(f"{folder} exists and is not an earlier export: choose another --output_dir")
     parent = next(p for p in folder.absolute().parents if p.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise ValueError(f"{parent} is no folder that may be written to: choose another --output_dir")
+        raise ValueError(f"{parent} is not a writable folder: choose another --output_dir")
 
 
 def verified(
@@ -240,7 +240,7 @@ def verified(
     for file in made:
         try:
             gap = compare(loaded(pipe, teacher, file), teacher, expected, steps)
-        except Exception as error:  # what loaders of LoRAs raise is open-ended
+        except Exception as error:  # LoRA loaders raise all kinds of errors
             left[file.name] = f"diffusers does not load it ({type(error).__name__}: {error})"
             continue
         if gap.largest <= LARGEST and gap.psnr >= PSNR:
@@ -312,7 +312,7 @@ Singles = tuple[list[Path], list[str], dict[str, str]]
 
 
 def singles(student: Student, teacher: Teacher, net: nn.Module, folder: Path, about: About) -> Singles:
-    """(files that load into plain diffusers, what does not work, {file that cannot be written: why})."""
+    """(files that load into plain diffusers, limitations, {file that cannot be written: reason})."""
     import diffusers
 
     if isinstance(student.denoiser.call, control.Controlled):
@@ -354,7 +354,7 @@ def singles(student: Student, teacher: Teacher, net: nn.Module, folder: Path, ab
 
 
 def attempted(file: Path, write: Callable[[Path], Any], left: dict[str, str]) -> list[Path]:
-    """[file] as `write` makes it; nothing where that fails, with the reason in `left`."""
+    """[file] after `write(file)`; [] if that fails, with the reason in `left`."""
     try:
         write(file)
     except (ValueError, OSError, SafetensorError) as error:
@@ -465,7 +465,7 @@ def trained(again: Again) -> tuple[Student, Teacher, Any, str, str, str]:
     options = {key: tree.get(key) for key in ("revision", "variant", "resolution", "frames")}
     teacher = opened(base, **options, told=tells(method, tree["method"]))
     config = revived(StudentConfig, tree["student"])
-    recorded = (history.last(run) or {}).get("times")  # the method's, where none were given
+    recorded = (history.last(run) or {}).get("times")  # set by the method, if no flag gave them
     if config.times is None and recorded:
         config = replace(config, times=tuple(recorded))
     if "control" in tree["method"]:
@@ -511,7 +511,7 @@ def tells(method: str, fields: dict[str, Any]) -> bool:
 
 
 def published(again: Again) -> tuple[Student, Teacher, Any, str, str, str, tuple[str, ...]]:
-    """A student that others published, on its base; the last are notes on what of its file was used."""
+    """A third-party student on its base; the last value is notes about the parts of the file that were used."""
     path = Path(again.published)
     if not path.exists():
         raise ValueError(f"no file or folder at {again.published!r}")
@@ -561,7 +561,7 @@ def main(again: Again) -> None:
 
 
 def export_again(again: Again, out: Path, name: str) -> None:
-    """Write the pipeline folder `out`, and push it if that is asked for."""
+    """Write the pipeline folder `out`, and push it if `again` says so."""
     replaceable(out)
     repository = hub.create(again.hub_model_id or name, again.hub_private) if again.push_to_hub else None
     student, teacher, scheduler, base, method, facts, *notes = trained(again) if again.run else published(again)
@@ -576,7 +576,7 @@ def export_again(again: Again, out: Path, name: str) -> None:
 
 
 def report(folder: Path, found: Verified, about: About) -> None:
-    """What was written, what it was compared with, and how far its images are from that."""
+    """Print the written files, the reference, and the differences of their images."""
     lines = [f"exported {folder}. Plain diffusers loaded it again; from the same noise its images differ from those"]
     lines += [f"of the training code's sampler with {about.source} (largest difference of 1, PSNR):"]
     lines += [f"  {gap.largest:.1e}  {gap.psnr:5.1f} dB  {name}" for name, gap in found.gaps.items()]

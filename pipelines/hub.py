@@ -33,7 +33,7 @@ def create(repo_id: str, private: bool = False) -> str:
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
-        raise ValueError(f"--hub_model_id {repo_id!r} is no name of a repository: {_reason(error)}") from None
+        raise ValueError(f"--hub_model_id {repo_id!r} is not a repository name: {_reason(error)}") from None
     if get_token() is None:
         raise ValueError(
             "--push_to_hub needs a login, and there is none: run `hf auth login` or set HF_TOKEN to a token that may "
@@ -63,7 +63,7 @@ def push(folder: str | Path, repo_id: str, message: str = "Upload the student") 
     from huggingface_hub import HfApi
 
     if not (Path(folder) / "README.md").is_file():
-        raise ValueError(f"{folder} is no exported folder: it has no README.md; export it first")
+        raise ValueError(f"{folder} is not an exported folder: it has no README.md; export it first")
     again = f"the export in {folder} is complete; send it later with `hf upload {repo_id} {folder} .`"
     with _told(f"the push to {repo_id} failed", HubError, again):
         api = HfApi(library_name="distill")

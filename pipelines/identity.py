@@ -1,4 +1,4 @@
-"""Which weights a teacher has, without reading them whole: a digest of each of its components.
+"""Identity of a teacher's weights without reading all of them: a digest per component.
 
 A digest covers the names and sizes of the files that are loaded, small files whole, of safetensors the header (names,
 types and shapes) and 256 bytes in the middle of every tensor. A tensor that was trained further differs there; one
@@ -15,7 +15,7 @@ from typing import Any
 
 from pipelines import index
 
-SMALL = 1 << 20  # bytes of a file that is read whole
+SMALL = 1 << 20  # bytes; smaller files are read completely
 PIECE = 256  # bytes of a tensor
 HEADER = 100_000_000  # bytes of a header at most, as in the format's own readers
 UNUSED = ("safety_checker", "feature_extractor")  # of Stable Diffusion 1: no training reads them
@@ -73,6 +73,6 @@ def _places(path: Path, start: bytes, size: int) -> list[tuple[int, int]]:
     try:
         table = {name: entry["data_offsets"] for name, entry in json.loads(text).items() if name != "__metadata__"}
         middles = sorted((first + last) // 2 for first, last in table.values())
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):  # loading says what is wrong
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):  # loading the weights will report it
         return even
     return [(0, 8 + header), *((8 + header + middle, PIECE) for middle in middles)]

@@ -104,7 +104,7 @@ def install(pipe: Any, file: str | Path) -> Any:
         tensors = {name: stored.get_tensor(name) for name in stored.keys()}
     fits = {name: t.shape for name, t in adapters(adapt(strip(weightless(net)), length)).items()}
     if not length or fits != {name: t.shape for name, t in tensors.items()}:
-        raise ValueError(f"{file} is no adapter for negative prompts of this {type(net).__name__}")
+        raise ValueError(f"{file} is not an adapter for negative prompts of this {type(net).__name__}")
     if "do_classifier_free_guidance" not in signature.parameters:
         raise ValueError(f"a {type(pipe).__name__} has no negative prompts")
     for name, p in adapters(adapt(strip(net), length)).items():

@@ -36,7 +36,7 @@ FLOWS = (
 )
 EDM = ("CMStochasticIterativeScheduler",)
 TERMINAL = 2.0**-24  # alpha_bar of a zero terminal SNR, as in EulerDiscreteScheduler: its sigma stays finite
-FORMULAS = ("linear", "scaled_linear")  # beta_schedule of which a part from the start is one of the same kind
+FORMULAS = ("linear", "scaled_linear")  # beta_schedules whose first n betas follow the same formula
 
 
 def table(scheduler: Any) -> tuple[VP, Kind]:
@@ -44,10 +44,10 @@ def table(scheduler: Any) -> tuple[VP, Kind]:
     known(scheduler, TABLES, "a table of betas")
     name, config = type(scheduler).__name__, scheduler.config
     if config.get("use_flow_sigmas"):
-        raise ValueError(f"the teacher's {name} has use_flow_sigmas true, but its pipeline's network is no flow")
+        raise ValueError(f"the teacher's {name} has use_flow_sigmas true, but its pipeline's network predicts no flow")
     if config.get("timestep_type", "discrete") != "discrete":
         raise ValueError(
-            f"the teacher's {name} has timestep_type {config.timestep_type!r}: its network is told a level of noise, "
+            f"the teacher's {name} has timestep_type {config.timestep_type!r}: its network's input is a noise level, "
             "not an index of a table; only 'discrete' can be distilled"
         )
     kind = KINDS.get(config.get("prediction_type", "epsilon"))
@@ -83,14 +83,14 @@ def flow(scheduler: Any) -> float:
     known(scheduler, FLOWS, "a flow")
     name, config = type(scheduler).__name__, scheduler.config
     if name in SOLVERS and not config.get("use_flow_sigmas"):
-        raise ValueError(f"the teacher's {name} has use_flow_sigmas false, but its pipeline's network is a flow")
+        raise ValueError(f"the teacher's {name} has use_flow_sigmas false, but its pipeline's network predicts a flow")
     if config.get("invert_sigmas"):
         raise ValueError(f"the teacher's {name} has invert_sigmas true: its time runs from data to noise; set it false")
     return float(config.num_train_timesteps)
 
 
 def known(scheduler: Any, classes: tuple[str, ...], what: str) -> None:
-    """ValueError unless the scheduler's class is one of `classes`, which are read as `what`."""
+    """ValueError unless the scheduler's class is one of `classes`; `what` describes them in the message."""
     name = type(scheduler).__name__
     if name not in classes:
         raise ValueError(

@@ -53,7 +53,7 @@ class Sampling:
     guidance: Finite = 8.0  # of the teacher (DMD2)
     scheduler: Literal["own", "euler"] = "own"  # the pipeline's own, or Euler's steps that end at trailing times (DMD2)
     seed: Seed = 0  # of the noise
-    resolution: Count | None = None  # pixels of a side; None: what the teacher was trained for
+    resolution: Count | None = None  # pixels per side; None: the teacher's training resolution
     revision: str | None = None  # of the teacher on the Hub
     variant: str | None = None  # of the teacher's weight files: fp16
     batch_size: Count = 8  # pairs that are sampled at once

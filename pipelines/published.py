@@ -38,9 +38,9 @@ ROLES |= {"lora_A.weight": "down", "lora_B.weight": "up", "alpha": "alpha"}
 OTHERS = {"dora_scale": "DoRA", "lora_magnitude_vector": "DoRA", "hada_w": "LoHa", "lokr_w": "LoKr"}
 
 
-MARKS = ("v_pred", "ztsnr")  # keys by which an all-in-one checkpoint says what its network predicts (ComfyUI)
+MARKS = ("v_pred", "ztsnr")  # keys of an all-in-one checkpoint that state the prediction type (ComfyUI)
 EDM = ("edm_mean", "edm_std", "edm_vpred.sigma_max", "edm_vpred.sigma_min")  # of Playground v2.5 and CosXL
-GROUPS = {  # first word of a key in an all-in-one checkpoint: what it is of
+GROUPS = {  # first word of a key in an all-in-one checkpoint: the component
     "conditioner": "text encoders",
     "cond_stage_model": "text encoder",
     "text_encoders": "text encoders",
@@ -52,7 +52,7 @@ GROUPS = {  # first word of a key in an all-in-one checkpoint: what it is of
 
 @dataclass(frozen=True)
 class Published:
-    """What a published file holds. weights: a state dict, or a LoRA's adapters by module.
+    """Content of a published file. weights: a state dict, or a LoRA's adapters by module.
 
     kind, zero: what the file says that its network predicts, and of a zero terminal SNR; None, False: it says nothing.
     levels: its table of sigma / alpha. notes: what of it was not used, and what was assumed, in sentences.
@@ -144,7 +144,7 @@ def read(path: Path, net: nn.Module) -> Published:
 
 
 def agreed(found: Published, known: Known, base: Any, zero: bool) -> Known:
-    """`known`, predicting what file and base predict; a ValueError where they contradict each other.
+    """`known` with the prediction type of file and base; ValueError if these contradict each other.
 
     base: the base's denoiser; zero: its terminal SNR is zero.
     """
@@ -183,7 +183,7 @@ def _levels(rest: dict[str, Tensor]) -> Tensor | None:
 
 
 def _unused(rest: dict[str, Tensor], path: Path) -> tuple[str, ...]:
-    """A sentence that lists what of an all-in-one checkpoint is not used."""
+    """A sentence that lists the unused tensors of an all-in-one checkpoint."""
     counts: dict[str, int] = {}
     for key in rest:
         word = key.partition(".")[0]
@@ -227,7 +227,7 @@ def _load(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         with opened(path) as file:
             return {k: file.get_tensor(k) for k in file.keys()}, file.metadata() or {}
     if path.suffix != ".bin":
-        raise ValueError(f"{path} is no file of weights: give a .safetensors, or a .bin of plain tensors")
+        raise ValueError(f"{path} is not a file of weights: give a .safetensors, or a .bin of plain tensors")
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # what a pickle may raise is open-ended
@@ -238,7 +238,7 @@ def _load(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _weights(tensors: dict[str, Tensor], net: nn.Module, path: Path) -> dict[str, Tensor]:
-    """A whole network, in diffusers' keys or the original code's."""
+    """A complete network, in diffusers' keys or the original code's."""
     if "input_blocks.0.0.weight" in tensors:
         names = {original: name for name, original in original_names(net).items()}
         split = {key: key.rpartition(".") for key in tensors}
@@ -265,7 +265,7 @@ def _adapters(
     told = settings(path, metadata, prefix)
     for key in tensors:
         if other := re.search(r"dora_scale|lora_magnitude_vector|hada_w|lokr_w", key):
-            raise ValueError(f"{path}: {key!r} is no LoRA: {OTHERS[other[0]]} is not read; merge it into its base")
+            raise ValueError(f"{path}: {key!r} is {OTHERS[other[0]]}, which is not read; merge it into its base")
     shapes = {k.removesuffix(".weight"): v.shape for k, v in state.items() if k.endswith(".weight") and v.ndim > 1}
     original = original_names(net) if prefix == "unet" else {}
     modules = {other.replace(".", "_"): name for name in shapes for other in (name, original.get(name, name))}
@@ -275,7 +275,7 @@ def _adapters(
         stem = match["module"].replace(".", "_").replace("processor_", "") if match else ""
         name = modules.get(stem) or modules.get(f"{stem}_0")  # diffusers' older keys say to_out for to_out.0
         if not match or not name:
-            raise ValueError(f"{path}: {key!r} is no LoRA of a module of the base's {prefix}")
+            raise ValueError(f"{path}: {key!r} is not a LoRA of a module of the base's {prefix}")
         found.setdefault(name, {})[ROLES[match["role"]]] = tensor
     out, sources = {}, set()
     for name, pair in found.items():
@@ -294,14 +294,14 @@ def _adapters(
 
 
 def _alpha(pair: dict[str, Tensor], told: float | None, source: str, name: str, r: int) -> tuple[float, str]:
-    """alpha of a module, and what tells it; a ValueError where two sources differ."""
+    """(alpha of a module, its source); ValueError if two sources differ."""
     if "alpha" in pair and pair["alpha"].numel() != 1:
         raise ValueError(f"the key .alpha of {name} holds {pair['alpha'].numel()} numbers; it must hold one")
     own = float(pair["alpha"]) if "alpha" in pair else None
     if own is not None and told is not None and not math.isclose(own, told, rel_tol=1e-3):
-        raise ValueError(f"the LoRA of {name} has the key .alpha {own:g}, and {source} makes it {told:g}")
+        raise ValueError(f"the LoRA of {name} has the key .alpha {own:g}, but {source} gives {told:g}")
     if own is not None:
         return own, "that of its .alpha keys"
     if told is not None:
         return told, source
-    return float(r), f"not told by any file (neither .alpha keys nor {FILE}): its rank is assumed, a scale of 1"
+    return float(r), f"in no file (neither .alpha keys nor {FILE}), so it is assumed to equal the rank (scale 1)"

@@ -31,7 +31,10 @@ if TYPE_CHECKING:
     from pipelines.export import About
 
 CPU = torch.device("cpu")
-SHARE = {"eps": 0.05, "flow": 0.7}  # of the wave in an output that is else the noisy input: x0 is as large as data
+SHARE = {
+    "eps": 0.05,
+    "flow": 0.7,
+}  # of the wave in the output; the rest is the input, so x0 has data's scale
 
 
 class StandIn(nn.Module):
@@ -55,7 +58,7 @@ class StandIn(nn.Module):
             return getattr(self.__dict__["original"][0], name)
 
     def cache_context(self, *args: Any, **options: Any) -> Any:
-        """What pipelines enter around a call."""
+        """A context that pipelines enter around a call."""
         return nullcontext()
 
     def forward(self, *args: Any, **options: Any) -> tuple[Tensor]:
@@ -70,7 +73,7 @@ class StandIn(nn.Module):
 
 
 def shift(name: str, value: Any) -> float:
-    """How far an input shifts the wave; inputs that are no tensors do not."""
+    """Shift of the wave by an input; only tensors shift it."""
     if isinstance(value, dict):
         return sum(shift(key, inner) for key, inner in sorted(value.items()))
     if not isinstance(value, Tensor) or "mask" in name:
@@ -85,13 +88,13 @@ def shift(name: str, value: Any) -> float:
 
 @contextmanager
 def on_cpu(parts: Parts) -> Iterator[None]:
-    """Text encoders and autoencoder on the CPU; those that were not loaded are freed at the end."""
+    """Text encoders and autoencoder on the CPU; encoders that were loaded for this are freed at the end."""
     device, threads = parts.device, torch.get_num_threads()
     before = {name: vars(parts)[name] for name in ("text", "vae") if name in vars(parts)}
     if "text" in before:
         setattr(before["text"], parts.network, None)  # SD3's encoder borrows the network, which is not to move
     if device.type != "cpu":
-        torch.set_num_threads(len(os.sched_getaffinity(0)))  # the other processes wait
+        torch.set_num_threads(len(os.sched_getaffinity(0)))  # the other processes are waiting
     parts.device = CPU
     try:
         for part in before.values():
@@ -118,7 +121,7 @@ def rehearse(student: Student, teacher: Teacher, scheduler: Any, about: About) -
             gaps = differences(student, teacher, scheduler, about)
     except (ValueError, ExportError):
         raise
-    except Exception as error:  # what pipelines, encoders and autoencoders raise is open-ended
+    except Exception as error:  # pipelines, encoders and autoencoders raise all kinds of errors
         raise ExportError(
             f"the export cannot be made: rehearsed with the untrained student, {name} fails with "
             f"{type(error).__name__}: {error}. Nothing was trained. Compare the configs of the teacher's folder with "
@@ -165,7 +168,7 @@ def differences(student: Student, teacher: Teacher, scheduler: Any, about: About
 
 
 def plain(parts: Parts, scheduler: Any) -> Any:
-    """The pipeline without its network, around the loaded components, under the scheduler as its file reads back."""
+    """The pipeline without its network: the loaded components, and the scheduler written and read back."""
     with tempfile.TemporaryDirectory() as folder:
         scheduler.save_pretrained(folder)
         again = type(scheduler).from_pretrained(folder)

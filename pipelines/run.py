@@ -124,11 +124,11 @@ def check(config: Config[Any, Any], out: Path) -> Path | None:
 
 
 def compared(config: Config[Any, Any], resume: Path) -> Path:
-    """The checkpoint to resume from; ValueError where its run was of another method, seed, batch or other calls."""
+    """The checkpoint to resume from; ValueError if its run had another method, seed, batch or other calls."""
     before = history.last(resume.absolute().parent)
     if before is None:
         if rank() == 0:
-            sys.stderr.write(f"{resume}: no configuration lies beside it, so nothing is compared with it\n")
+            sys.stderr.write(f"{resume}: there is no configuration beside it, so nothing is compared\n")
         return resume
     now = history.entry(shortened(config) if config.smoke else config)
     history.same_run(resume, before, now, config.method.needs, config.train.resume_allow)
@@ -136,7 +136,7 @@ def compared(config: Config[Any, Any], resume: Path) -> Path:
 
 
 def chosen(method: Any, teacher: Teacher, student: StudentConfig) -> StudentConfig:
-    """The student with the times that its method trains, where the method names some and none are given."""
+    """The student with its method's own times, if the method has some and no flag gives others."""
     if student.times is not None or not hasattr(method, "calls"):
         return student
     schedule = teacher.denoiser.schedule
@@ -202,7 +202,7 @@ def run(config: Config[Any, Any], out: Path, resume: Path | None) -> None:
         teacher.denoiser.net.to(accelerator.device)
     data = config.data.open(teacher, config.method.needs)
     planned = chosen(config.method, teacher, config.student)
-    scheduler, student = carried(teacher, planned)  # what can't be exported is refused now
+    scheduler, student = carried(teacher, planned)  # refuse now if it cannot be exported
     entry["times"] = [*student.times]
     if before:
         history.same_times(resume, before, entry["times"], allowed)
@@ -224,7 +224,7 @@ def run(config: Config[Any, Any], out: Path, resume: Path | None) -> None:
         rehearse(nets.student, teacher, scheduler, card)
         if before and (changed := history.changes(before, entry)):
             sys.stderr.write(
-                f"{resume} goes on with another configuration ({out / history.FILE} keeps both):\n{changed}"
+                f"{resume} is resumed with a changed configuration ({out / history.FILE} keeps both):\n{changed}"
             )
         out.mkdir(parents=True, exist_ok=True)
         history.record(out, entry, dump(config), checkpoint.step(resume) if resume else 0, resume)
@@ -333,7 +333,7 @@ def launched(days: int = 1, **options: Any) -> Accelerator:
 
 
 def warn_alone() -> None:
-    """Say so where `accelerate launch` was asked for several processes and has started this one alone.
+    """Warn if `accelerate launch` was to start several processes but started only this one.
 
     It does so where it sees fewer than two GPUs: --num_processes 2, with or without --cpu, sets their address only.
     """

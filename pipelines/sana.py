@@ -53,7 +53,7 @@ def hearing(net: Any) -> Any:
         return net
     if abs(net.config.timestep_scale / SPRINT["timestep_scale"] - 1) > 1e-6:
         raise ValueError(
-            "SanaSprintPipeline tells its network t in [0, 1], and this teacher is told 1000 t: make it a copy with "
+            "SanaSprintPipeline gives its network t in [0, 1], and this teacher expects 1000 t: convert it with "
             "python -m pipelines.sana TEACHER FOLDER, and fine-tune that with recipes/sana_sprint_teacher.py"
         )
     made = changed(net, guidance_embeds=True)
@@ -93,7 +93,7 @@ def angles(steps: int) -> tuple[float, ...]:
 
 
 def options(parts: Parts, steps: int) -> dict[str, Any]:
-    """Of the call that a model card shows."""
+    """Arguments of the call in the model card."""
     if not sprints(parts):
         return CALL
     return CALL | {"guidance_scale": GUIDANCE} | ({} if steps == 2 else {"intermediate_timesteps": None})

@@ -56,7 +56,7 @@ def scheduler(teacher: Teacher, student: StudentConfig) -> tuple[Any, Times]:
         case EDM():
             made = _edm(teacher, schedule, student)
         case _:
-            raise ValueError(f"no scheduler of diffusers carries a student on {type(schedule).__name__}")
+            raise ValueError(f"no diffusers scheduler supports a student on {type(schedule).__name__}")
     found: list[Times] = []
     for candidate in made:
         times = visited(teacher, candidate, student.steps)
@@ -65,18 +65,18 @@ def scheduler(teacher: Teacher, student: StudentConfig) -> tuple[Any, Times]:
         found.append(times)
     if not found:
         raise ValueError(
-            f"no scheduler of diffusers carries {student.steps} calls of unit noise with 'ddim' noise: DDIMScheduler "
+            f"no diffusers scheduler supports {student.steps} calls of unit noise with 'ddim' noise: DDIMScheduler "
             "goes down by one step, which must divide the timesteps. Use --student.scale None, or another number of "
             "--student.steps (1, 2, 4, 5 or 8 of 1,000 timesteps)"
         )
     nearest = min(found, key=lambda times: _gap(student.times or times, times))
     write = lambda times: " ".join(f"{t:.6g}" for t in times)
-    told = lambda times: [round(float(n), 3) for n in schedule.native(torch.tensor(times, dtype=torch.float64))]
+    inputs = lambda times: [round(float(n), 3) for n in schedule.native(torch.tensor(times, dtype=torch.float64))]
     raise ValueError(
-        f"no scheduler of diffusers carries calls of this family at the times {write(student.times or ())}, which the "
-        f"network is told as {told(student.times or ())}, with {student.renoise!r} noise. The nearest that one carries "
-        f"are\n  --student.times {write(nearest)}\ntold as {told(nearest)}. Without --student.times they are "
-        f"{write(found[0])}"
+        f"no diffusers scheduler of this family visits the times {write(student.times or ())} (network inputs "
+        f"{inputs(student.times or ())}) with {student.renoise!r} noise. The nearest possible times are\n"
+        f"  --student.times {write(nearest)}\n(network inputs {inputs(nearest)}). "
+        f"Without --student.times: {write(found[0])}"
     )
 
 
@@ -93,7 +93,7 @@ def visited(teacher: Teacher, scheduler: Any, steps: int) -> Times:
         case VP():
             t = scheduler.timesteps.double() / (len(schedule.alphas_cumprod) - 1)
         case EDM():
-            t = schedule.time((scheduler.timesteps.double() / 250).exp())  # ConsistencyModelPipeline tells 250 ln sigma
+            t = schedule.time((scheduler.timesteps.double() / 250).exp())  # CM pipelines use 250 ln sigma
             t = torch.where((t - 1).abs() < 1e-9, 1.0, t)
         case _:
             t = scheduler.sigmas[: len(scheduler.timesteps)].double()
@@ -101,7 +101,7 @@ def visited(teacher: Teacher, scheduler: Any, steps: int) -> Times:
 
 
 def finished(teacher: Teacher, given: StudentConfig) -> StudentConfig:
-    """`given`, called as the exported student that the teacher is: the inverse of `scheduler`. Else `given` itself."""
+    """If the teacher is an exported student, `given` with that student's times, scale and noise; else `given`."""
     facts = fields.facts(teacher.parts.folder)
     if facts.get("student") is not True:
         return given
@@ -148,12 +148,12 @@ def _tables(teacher: Teacher, schedule: VP, student: StudentConfig) -> Iterator[
         ratios = schedule.ratio(torch.tensor([student.times[-1], first]).double()).tolist()
         ends = dict(zip(("sigma_min", "sigma_max"), ratios, strict=True))
         for kind in ("karras", "exponential", "beta") if steps > 1 else ():
-            spacing = "trailing" if scaled else "leading"  # it says how the first input is scaled
+            spacing = "trailing" if scaled else "leading"  # it decides the scale of the first input
             options = {f"use_{kind}_sigmas": True, "timestep_spacing": spacing, **ends}
             yield EulerDiscreteScheduler(**_table(teacher, last), **options)
     else:
         raise ValueError(
-            f"no scheduler carries an input scale of {student.scale or sigma:.4g} with {student.renoise!r} noise: use "
+            f"no scheduler supports an input scale of {student.scale or sigma:.4g} with {student.renoise!r} noise: use "
             f"--student.scale 1 with --student.renoise fresh or tcd, or no scale ({sigma:.4g}) with --student.renoise "
             "ddim"
         )

@@ -13,7 +13,7 @@ from pipelines import Parts, Teacher, latents, noise
 
 UNCONDITIONAL = 0.0  # guidance_scale of the pipeline that makes one call a step
 CALL: dict[str, Any] = {"guidance_scale": 0}  # options of the call that a model card shows
-GUIDANCE = 7.5  # that a network with a guidance embedding is told where nothing is said: the pipeline's default
+GUIDANCE = 7.5  # default input of a guidance embedding, as in the pipeline
 TARGETS = (  # modules of a LoRA: DMD2's list
     *("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"),
     *("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj"),
@@ -29,7 +29,7 @@ def call(net: Any, x: Tensor, n: Tensor, c: Condition) -> Tensor:
 
 
 def guidance(net: Any, x: Tensor, c: Condition, default: float) -> Tensor | None:
-    """The embedding [B, D] of w - 1 (LCM's omega), of a network that has one; w = `default` where c says nothing."""
+    """Embedding [B, D] of w - 1 (LCM's omega) if the network has one; w = `default` if c has no guidance."""
     if "guidance" not in c and not hears(net):
         return None
     w = c["guidance"] if "guidance" in c else x.new_full((len(x),), default)
@@ -37,12 +37,12 @@ def guidance(net: Any, x: Tensor, c: Condition, default: float) -> Tensor | None
 
 
 def hears(net: Any) -> bool:
-    """Whether a UNet is told its guidance: its pipeline then makes one call a step, whatever the guidance."""
+    """Whether a UNet has a guidance embedding; its pipeline then never makes a second call for guidance."""
     return getattr(net.config, "time_cond_proj_dim", None) is not None
 
 
 def options(parts: Parts, steps: int) -> dict[str, Any]:
-    """Of the call that a model card shows."""
+    """Arguments of the call in the model card."""
     return {"guidance_scale": GUIDANCE} if hears(parts.net) else CALL
 
 

@@ -13,7 +13,7 @@ from pipelines import Parts, Teacher, latents, noise, sd
 
 UNCONDITIONAL = 0.0  # guidance_scale of the pipeline that makes one call a step
 CALL: dict[str, Any] = {"guidance_scale": 0}  # options of the call that a model card shows
-GUIDANCE = 5.0  # that a network with a guidance embedding is told where nothing is said: the pipeline's default
+GUIDANCE = 5.0  # default input of a guidance embedding, as in the pipeline
 TARGETS = sd.TARGETS  # modules of a LoRA
 TAPS = ("mid_block",)  # modules whose output is a discriminator's feature
 BLOCKS = sd.BLOCKS  # classes of modules that are sharded one by one
@@ -33,7 +33,7 @@ def call(net: Any, x: Tensor, n: Tensor, c: Condition) -> Tensor:
 
 
 def options(parts: Parts, steps: int) -> dict[str, Any]:
-    """Of the call that a model card shows."""
+    """Arguments of the call in the model card."""
     return {"guidance_scale": GUIDANCE} if sd.hears(parts.net) else CALL
 
 

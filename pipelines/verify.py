@@ -88,7 +88,7 @@ def settled(pipe: Any, device: torch.device) -> Any:
 
 
 def examples(teacher: Teacher) -> tuple[Any, ...]:
-    """What an export is verified on: prompts, or labels."""
+    """Prompts or labels of the verification."""
     family = teacher.parts.family
     return family.examples(teacher) if hasattr(family, "examples") else EXAMPLES
 

@@ -27,7 +27,7 @@ def test_devices_that_agree_and_devices_that_do_not(monkeypatch):
         return {player: (loss, 1.01 * g) if place == "cuda" else (loss, g) for player, (loss, g) in found.items()}
 
     monkeypatch.setattr(gpu, "gradients", another_device)
-    assert gpu.compare_gradients("VSD", "cuda").fault == "float32 is further off than (0.0001, 0.001)"
+    assert gpu.compare_gradients("VSD", "cuda").fault == "float32 exceeds the limits (0.0001, 0.001)"
 
 
 def test_a_nan_is_no_agreement(monkeypatch):

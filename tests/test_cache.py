@@ -451,7 +451,7 @@ class TestDamaged:
         with pytest.raises(ValueError, match=message):
             cache.run(config(home, copy, images=True))
 
-    @pytest.mark.parametrize("content, message", (("7\n", "line 1, is damaged .it is no text"), ("", "0 of 8 texts")))
+    @pytest.mark.parametrize("content, message", (("7\n", "line 1, is damaged .it is not text"), ("", "0 of 8 texts")))
     def test_texts(self, home, copy, content, message):
         (copy / "texts.jsonl").write_text(content)
         with pytest.raises(ValueError, match=message):
@@ -460,7 +460,7 @@ class TestDamaged:
     def test_a_torn_shard_is_made_again(self, home, made, copy):
         path = copy / "image-00000.safetensors"
         path.write_bytes(path.read_bytes()[:-9])
-        with pytest.raises(ValueError, match="image-00000.safetensors is torn .*: run the cache command again"):
+        with pytest.raises(ValueError, match="image-00000.safetensors is truncated .*: run the cache command again"):
             self.told(home, copy)
         cache.run(config(home, copy, images=True))
         assert content(copy) == content(made)

@@ -81,10 +81,10 @@ class TestPrompts:
             ("blank.txt", b"\n \n", "blank.txt holds no prompts"),
             ("latin.txt", "caf\u00e9".encode("latin-1"), "latin.txt is not text in UTF-8"),
             ("a.doc", b"text\ncat", "a.doc' is not something to read: give a file .*jsonl"),
-            ("b.jsonl", b'["a", "b"]', r"b.jsonl, line 1: \['a', 'b'\] is no row: write an object"),
+            ("b.jsonl", b'["a", "b"]', r"b.jsonl, line 1: \['a', 'b'\] is not a row: write an object"),
             ("c.jsonl", b'{"text": {"en": "a"}}', "c.jsonl, line 1: .* is not text"),
             ("d.jsonl", b"[" * 100_000, "d.jsonl, line 1, is no JSON"),
-            ("a.json", b'["a", 7]', "a.json, row 2: 7 is no row"),
+            ("a.json", b'["a", 7]', "a.json, row 2: 7 is not a row"),
             ("b.json", b'{"text": [', "b.json, line 1, is no JSON"),
             ("a.csv", b'text\nb\n"a\nb', "a.csv, line 3, is no CSV: unexpected end"),
             ("b.csv", b"text\nb\na, b", "b.csv, line 3 has more cells than the first line"),
@@ -185,7 +185,7 @@ class TestPictures:
         with pytest.raises(ValueError, match="no tar at .*none-.*local shards"):
             sources.pictures(f"{tmp_path}/none-*.tar")
         (tmp_path / "s-01.tar").write_bytes((tmp_path / "s-00.tar").read_bytes()[:700])
-        with pytest.raises(ValueError, match="s-01.tar is not a whole, uncompressed tar"):
+        with pytest.raises(ValueError, match="s-01.tar is not a complete, uncompressed tar"):
             sources.pictures(pattern)
 
 

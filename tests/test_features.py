@@ -333,7 +333,7 @@ def test_wrong_folders_are_one_clear_error(tmp_path):
     (made / "000001.png").unlink()
     fails(made, "holds 2 images, its manifest says 3")
     os.mkfifo(made / "000001.png")
-    fails(made, "000001.png is no regular file")
+    fails(made, "000001.png is not a regular file")
     corrupt = noise(tmp_path / "corrupt", 3)
     (corrupt / "000002.png").write_bytes((corrupt / "000002.png").read_bytes()[:60])
     fails(corrupt, "000002.png cannot be read: .*; remove or replace it")

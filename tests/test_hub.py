@@ -31,7 +31,7 @@ def test_create_says_what_is_wrong_before_any_work(tmp_path):
     create = lambda token="hf_writer", **args: ("create", args, token)
     wrong = {
         "--push_to_hub needs a login, and there is none: run `hf auth login`": create(None, repo_id="student"),
-        "--hub_model_id 'not a name' is no name": create(repo_id="not a name"),
+        "--hub_model_id 'not a name' is not a repository name": create(repo_id="not a name"),
         "answered 401": create("hf_expired", repo_id="student"),
         f"under the namespace '{CLOSED}'": create(repo_id=f"{CLOSED}/student"),
         "student cannot be created": create("hf_reader", repo_id="student"),

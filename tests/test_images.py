@@ -117,7 +117,7 @@ def test_refused(file, why):
 def test_no_regular_file(tmp_path):
     os.mkfifo(tmp_path / "a.png")
     (tmp_path / "b.png").symlink_to("gone.png")
-    for name, why in ("a.png", "no regular file"), ("b.png", "no such file"), ("/dev/zero", "no regular file"):
+    for name, why in ("a.png", "not a regular file"), ("b.png", "no such file"), ("/dev/zero", "not a regular file"):
         with pytest.raises(Broken, match=why):
             read(tmp_path / name)
 

@@ -140,7 +140,7 @@ def test_jobs_need_a_worker(workers, tmp_path):
 def test_jobs_that_wait_for_each_other(tmp_path):
     for a, b in (("b", "a"), ("a", "a"), ("nowhere", "a")):
         todo = {"a": Job("one", ["-c", ""], (a,)), "b": Job("two", ["-c", ""], (b,))}
-        with pytest.raises(ValueError, match="'one' waits for jobs that never end, or are not there"):
+        with pytest.raises(ValueError, match="'one' depends on jobs that cannot finish or do not exist"):
             run(todo, tmp_path, 1)
 
 

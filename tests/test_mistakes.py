@@ -111,7 +111,7 @@ assert not heavy, heavy
 
 BOTH = "--teacher sdxl --data.cache both --output_dir run"
 IMPOSSIBLE = {  # what: (recipe, flags, words of the message)
-    "a teacher without VAE": ("--teacher no_vae", "no_vae is not a whole pipeline: its model_index.json names vae,"),
+    "a teacher without VAE": ("--teacher no_vae", "no_vae is not a complete pipeline: model_index.json names vae,"),
     "a teacher without text encoder": ("--teacher no_text", "names text_encoder_2, and there is no such folder"),
     "a teacher without network": ("--teacher no_unet", "names unet, and there is no such folder"),
     "a teacher without weights": (
@@ -155,10 +155,10 @@ IMPOSSIBLE = {  # what: (recipe, flags, words of the message)
     "a start from text": ("--fake.init empty.txt", "fake.init is 'empty.txt', which holds no weights; it may be"),
     "a start from a VAE": ("--student.init sdxl/vae", "student.init 'sdxl/vae' does not fit: it has no conv_in.weight"),
     "a start from junk": ("--student.init junk.safetensors", "junk.safetensors is damaged or no safetensors file"),
-    "a file as output": ("--output_dir empty.txt", "HOME/empty.txt is no folder that may be written to"),
+    "a file as output": ("--output_dir empty.txt", "HOME/empty.txt is not a writable folder"),
     "a folder that is not ours": (
         "--output_dir kept",
-        "kept/pipeline exists, is no earlier export and would be",
+        "kept/pipeline exists and is not an earlier export",
     ),
     "not logged in": ("--push_to_hub", "--push_to_hub needs a login, and there is none"),
 }
@@ -210,10 +210,10 @@ COMMANDS = {  # what: (command, flags, words of the message); ON: --pretrained_m
     "the user's folder": (
         "export",
         "begun --output_dir mine",
-        "mine exists, is no earlier export and would be replaced",
+        "mine exists and is not an earlier export replaced",
     ),
-    "here": ("export", "begun --output_dir .", "exists, is no earlier export and would be replaced"),
-    "a file's place": ("export", "begun --output_dir empty.txt", "empty.txt exists, is no earlier export"),
+    "here": ("export", "begun --output_dir .", "exists and is not an earlier export replaced"),
+    "a file's place": ("export", "begun --output_dir empty.txt", "empty.txt exists and is not an earlier export"),
     "no base": ("export", "--from OTHER --output_dir OUT", "needs its base: --pretrained_model_name_or_path"),
     "no layout": ("export", "--from OTHER --teacher sdxl --output_dir OUT", "say with --layout which it is, one of"),
     "a file of another base": (

@@ -331,7 +331,7 @@ def test_a_page_refuses(tmp_path):
     with pytest.raises(ValueError, match="no list of rows"):
         write(tmp_path, [])
     for wrong, match in (
-        ({"metrics": {"fid": {"value": math.nan}}}, "'x': fid is no finite value"),
+        ({"metrics": {"fid": {"value": math.nan}}}, "'x': fid is not finite"),
         ({"cost": {"latency": math.inf}}, "'x': cost latency is not finite"),
         ({"metrics": None}, "row 0 has no model or no metrics"),
     ):

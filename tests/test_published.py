@@ -130,7 +130,7 @@ NOT_READ = {
     "another rank": ({"r": 8}, "has rank 8.*; its tensors have 3"),
     "an altered base": ({"init_lora_weights": "pissa_niter_4"}, "pissa_niter_4'.*plain LoRA"),
     "no number": ({"lora_alpha": "many"}, "lora_alpha 'many'; it must be a number"),
-    "no alpha": ({"lora_alpha": None}, "tells no lora_alpha"),
+    "no alpha": ({"lora_alpha": None}, "has no lora_alpha"),
     "biases": ({"bias": "all"}, "bias 'all'"),
     "no pattern": ({"rank_pattern": {"conv_in(": 3}}, r"rank_pattern for 'conv_in\('; name modules"),
     "a pattern without end": ({"alpha_pattern": {"(.|.)*x": 3}}, "alpha_pattern for .*; name modules"),
@@ -161,7 +161,7 @@ def test_alpha_of_peft(nets, tmp_path, place):
     for config, alphas in PEFT.values():
         got = saved(config)
         assert tuple(got.weights[n].alpha for n in names) == pytest.approx(alphas)
-        assert ("its rank is assumed" in got.notes[0]) == (config is None)
+        assert ("assumed to equal the rank" in got.notes[0]) == (config is None)
         if config is not None:
             told = LoraConfig(**{"target_modules": list(names)} | config)
             layers = inject_adapter_in_model(told, unets.sdxl())
@@ -170,7 +170,7 @@ def test_alpha_of_peft(nets, tmp_path, place):
         with pytest.raises(ValueError, match=words):
             saved({"r": 3, "lora_alpha": 16} | config if isinstance(config, dict) else config)
     tensors |= {f"base_model.model.{n}.alpha": torch.tensor(5.0) for n in names}
-    with pytest.raises(ValueError, match=r"\.alpha 5, and lora_alpha 16 .* makes it 16"):
+    with pytest.raises(ValueError, match=r"\.alpha 5, but lora_alpha 16 .* gives 16"):
         saved({"r": 3, "lora_alpha": 16})
     assert saved(None).weights["conv_in"].alpha == 5 and "that of its .alpha keys" in saved(None).notes[0]
 
@@ -254,8 +254,8 @@ def test_mistakes(nets, tmp_path, capsys):
     )  # LCM's UNets
     refused(state | {"conv_in.bias": torch.zeros(7)}, r"another shape \['conv_in.bias'\]")
     lora = kohya_keys(files.adapters(role), lambda name: name)
-    refused(lora | {"lora_te_text_model_encoder.alpha": torch.ones(())}, "lora_te_text.* is no LoRA of a module")
-    refused(lora | {"lora_unet_conv_in.dora_scale": torch.ones(3)}, "dora_scale' is no LoRA: DoRA is not read")
+    refused(lora | {"lora_te_text_model_encoder.alpha": torch.ones(())}, "lora_te_text.* is not a LoRA of a module")
+    refused(lora | {"lora_unet_conv_in.dora_scale": torch.ones(3)}, "dora_scale' is DoRA, which is not read")
     refused({k: v for k, v in lora.items() if k != "lora_unet_conv_in.lora_up.weight"}, "LoRA of conv_in does not fit")
     refused(lora | {"lora_unet_conv_in.lora_down.weight": torch.ones(3, 5, 3, 3)}, "LoRA of conv_in does not fit")
     refused(lora | {"lora_unet_conv_in.lora_up.weight": torch.ones(5, 3, 1, 1)}, "LoRA of conv_in does not fit")

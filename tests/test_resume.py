@@ -84,7 +84,7 @@ def test_what_would_make_it_another_run_is_refused(run, call, teacher, tmp_path)
     for more, (words, kinds) in refused.items():
         status, said = call(sid_digits, *flags, *LATEST, "--max_train_steps", 4, *more)
         assert status == 2 and f"{folder / 'checkpoint-2'} was trained with {words}" in said, said
-        assert f"allow it by --resume_allow {kinds}\n" in said and "Traceback" not in said
+        assert f"allow the change with --resume_allow {kinds}\n" in said and "Traceback" not in said
         assert contents(folder) == before
     status, said = call(dmd2_digits, *flags, *LATEST, "--max_train_steps", 4, "--student.sigma", 2.5)
     assert status == 2 and "method SiD, not DMD2:" in said and contents(folder) == before
@@ -104,12 +104,12 @@ def test_what_else_changed_is_printed_and_kept(run, call, teacher, tmp_path):
     """Rates, steps, logging; a teacher that was moved is the same one. Nothing new: no line, no entry."""
     folder, flags = run
     status, said = call(sid_digits, *flags, *LATEST, "--max_train_steps", 2)
-    assert status == 0 and "goes on with another configuration" not in said
+    assert status == 0 and "is resumed with a changed configuration" not in said
     assert len((folder / "history.jsonl").read_text().splitlines()) == 1
     moved = shutil.copytree(teacher, tmp_path / "moved")
     more = ("--teacher", moved, "--learning_rate", 1e-6, "--logging_steps", 1, "--max_train_steps", 3)
     status, said = call(sid_digits, *flags, *LATEST, *more)
-    assert status == 0 and f"{folder / 'checkpoint-2'} goes on with another configuration" in said
+    assert status == 0 and f"{folder / 'checkpoint-2'} is resumed with a changed configuration" in said
     rate = sid_digits.CONFIG.train.learning_rate
     lines = (f"teacher: {teacher} -> {moved}", "max_train_steps: 2 -> 3", f"learning_rate: {rate} -> 1e-06")
     assert all(f"  {line}\n" in said for line in (*lines, "logging_steps: 10 -> 1"))
@@ -123,7 +123,7 @@ def test_a_run_from_before_there_was_a_history(run, call):
     status, said = call(sid_digits, *flags, *LATEST, "--max_train_steps", 4, "--seed", 1)
     assert status == 2 and "seed 0, not 1" in said
     status, said = call(sid_digits, *flags, *LATEST, "--max_train_steps", 3)
-    assert status == 0 and "its teacher was not recorded, so its weights are not compared" in said
+    assert status == 0 and "its teacher was not recorded, so the teachers' weights are not compared" in said
     assert "  max_train_steps: 2 -> 3\n" in said
     first, second = (json.loads(line) for line in (folder / "history.jsonl").open())
     assert first["config"]["max_train_steps"] == 2 and second["teacher"]["digests"].keys() == {"unet", "scheduler"}
@@ -141,7 +141,7 @@ def test_a_configuration_that_is_torn(run, call):
         assert "or remove it, and nothing is compared" in said and "Traceback" not in said
     (folder / "config.yaml").unlink()
     status, said = call(sid_digits, *flags, *LATEST, "--max_train_steps", 3)
-    assert status == 0 and "no configuration lies beside it, so nothing is compared" in said
+    assert status == 0 and "there is no configuration beside it" in said
 
 
 def test_a_history_that_is_damaged(tmp_path):

@@ -113,7 +113,7 @@ def test_what_is_refused(folder, teacher, tmp_path):
         ({"scale": 2.0}, "unit noise"),
         ({"steps": 2, "renoise": "ddim"}, "fresh noise"),
         ({"sigma": 5.0}, "starts at noise alone"),
-        ({"steps": 2, "times": (1.0, 0.5)}, "nearest that one carries"),
+        ({"steps": 2, "times": (1.0, 0.5)}, "nearest possible times are"),
     ):
         with pytest.raises(ValueError, match=said):
             scheduler(teacher, StudentConfig(**wrong))

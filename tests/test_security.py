@@ -179,7 +179,7 @@ HOSTILE = {  # text of a state.json: words of the message
     '{"step": 3}': "pipe.safetensors is not a regular file",  # as of before there were checksums
     "[" * 100_000: "is not JSON",
     '{"step": ' + "9" * 5000 + "}": "is not JSON",
-    "[3]": "it holds no names with values",
+    "[3]": "it is not a JSON object",
     "": "is not JSON",
 }
 

@@ -135,7 +135,7 @@ def test_what_is_not_read_is_counted(tmp_path):
 @pytest.mark.parametrize(
     "files, message",
     (
-        ({"metadata.jsonl": '["a.png", "x"]'}, r"metadata.jsonl, line 1: \['a.png', 'x'\] is no row"),
+        ({"metadata.jsonl": '["a.png", "x"]'}, r"metadata.jsonl, line 1: \['a.png', 'x'\] is not a row"),
         ({"metadata.jsonl": '{"file_name": "a.png", "text": 7}'}, "metadata.jsonl, line 1: 7 is not text"),
         ({"metadata.jsonl": '\n{"file_name": "a.png", "text": ["x", 7]}'}, "line 2"),
         ({"metadata.jsonl": '{"text": "x"}'}, r"line 1 has no file_name.*\['text'\]"),
@@ -176,7 +176,7 @@ def test_tables_that_are_damaged_inside(tmp_path):
 def test_a_caption_that_is_a_pipe(tmp_path):
     source = fill(tmp_path, {"a.png": 1})
     os.mkfifo(tmp_path / "a.txt")
-    with pytest.raises(ValueError, match="a.txt is no regular file"):
+    with pytest.raises(ValueError, match="a.txt is not a regular file"):
         pictures(source)
     os.mkfifo(tmp_path / "p.txt")
     with pytest.raises(ValueError, match="no prompts at"):
@@ -223,8 +223,8 @@ def test_mistakes_of_tars(tmp_path):
     fails([good[0], ("0.txt", b"\xff")], "its member 0.txt is not text in UTF-8")
     fails([good[0], ("0.txt", bytes(2**20 + 1))], "0.txt has 1,048,577 bytes, too many for a caption")
     whole = open(tar(tmp_path / "whole.tar", good), "rb").read()
-    fails(whole[:700], "not a whole, uncompressed tar")
-    fails(whole[: 2 * 1024 - 100], "not a whole, uncompressed tar")
+    fails(whole[:700], "not a complete, uncompressed tar")
+    fails(whole[: 2 * 1024 - 100], "not a complete, uncompressed tar")
     fails(whole[:1024] + b"?" * 512 + whole[1536:], "no file begins at byte 1,024")
     sparse = tarfile.TarInfo("0.txt")
     sparse.pax_headers = {"GNU.sparse.major": "0", "GNU.sparse.minor": "1", "GNU.sparse.map": "0,1",

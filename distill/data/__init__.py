@@ -94,13 +94,13 @@ class Text:
 
     text: Literal["cached", "online"] = "cached"  # online: encode while training, which keeps the encoders in memory
     cache: str = ""  # folder that `python -m pipelines.cache` has made
-    prompts: str = ""  # online: a table (.txt, .csv, .jsonl ...) or a dataset; none: the captions of the images
+    prompts: str = ""  # online: a table (.txt, .csv, .jsonl ...) or a dataset; "": the captions of the images
     images: str = ""  # online: a folder, tar shards 'x/{00..12}.tar' or a dataset
     prompt_column: str | None = None  # of a table of prompts; None: text, caption or prompt
     caption_column: str | None = None  # of the images' captions; None: text, caption or prompt
     image_column: str = "image"  # of a dataset
-    crops: Natural = 0  # online: random cuts of each image; 0: its middle
-    squeeze: bool = False  # online: the whole image, squeezed into the square (DMD2); of a cache see its --squeeze
+    crops: Natural = 0  # online: random crops of each image; 0: its centre square
+    squeeze: bool = False  # online: resize the full image to the square (DMD2); for a cache use its --squeeze
     max_samples: Count | None = None  # online: use the first prompts and images only
     p_empty: Share = 0.0  # share of prompts and captions that are replaced by the empty one
     forget: tuple[str, ...] = ()  # words, for SFD: prompts that hold them are to be forgotten

@@ -18,7 +18,7 @@ Row = tuple[str, str | None, Callable[[], Any]]  # name, caption, how to read th
 
 
 def rows(folder: Path, files: list[Path], column: str | None, notes: list[str]) -> Iterator[Row]:
-    """The images among the files of a folder. `notes` takes what was not read."""
+    """The images among the files of a folder. A line for each kind of skipped file is appended to `notes`."""
     pictures = [path for path in files if images.is_image(path)]
     told, metadata = captions(files, column)
     beside = {(path.parent, path.stem, path.suffix.lower()): path for path in files if path.suffix.lower() in BESIDE}

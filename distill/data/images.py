@@ -21,7 +21,7 @@ from PIL.Image import Image, Transpose
 
 # EPS runs Ghostscript. WMF needs Windows. The others are no pictures, or Pillow knows their names but not their pixels.
 REFUSED = ("EPS", "WMF", "FITS", "BUFR", "GRIB", "HDF5", "MPEG", "IPTC")
-BITS, PHOTOMETRIC = 258, 262  # tags of TIFF; 0 of the second says that values are inverted
+BITS, PHOTOMETRIC = 258, 262  # TIFF tags; PHOTOMETRIC 0 means inverted values
 TEXTS = (".txt", ".caption", ".json", ".jsonl", ".csv", ".tsv", ".parquet", ".yaml", ".md")  # beside images
 ORIENTATION = 0x112  # tag of EXIF
 TURNS = {2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLIP_TOP_BOTTOM, 5: Transpose.TRANSPOSE}
@@ -47,12 +47,12 @@ def suffixes() -> frozenset[str]:
 
 
 def is_image(path: str | Path) -> bool:
-    """Whether the name of a file says that it is an image."""
+    """Whether a file has the suffix of an image."""
     return os.path.splitext(path)[1].lower() in suffixes()
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a file or folder is the system's: .name, ._name of macOS, __MACOSX."""
+    """Whether a file or folder is hidden or made by the system: .name, ._name of macOS, __MACOSX."""
     return name.startswith(".") or name == "__MACOSX"
 
 
@@ -76,9 +76,9 @@ def _refuse(error: OSError) -> None:
 
 
 def unread(paths: Iterable[Path]) -> str:
-    """Of these files, how many are neither images nor text, by their suffixes; "" for none."""
+    """A line with the number of files that are neither images nor text, by suffix; "" if there are none."""
     others = [path for path in paths if not is_image(path) and path.suffix.lower() not in TEXTS]
-    return f"{number(others)} left out, of types that are not read: {summary(others)}" if others else ""
+    return f"{number(others)} skipped, of types that are not read: {summary(others)}" if others else ""
 
 
 def number(files: Sequence[Any]) -> str:
@@ -102,11 +102,11 @@ def read(source: str | Path | bytes | Image, name: str | None = None) -> Image:
         if isinstance(source, Image):
             return _picture(source)
         if isinstance(source, str | Path) and not os.path.isfile(source):
-            raise Broken("there is no such file" if not os.path.exists(source) else "it is no regular file")
+            raise Broken("there is no such file" if not os.path.exists(source) else "it is not a regular file")
         with PIL.Image.open(BytesIO(source) if isinstance(source, bytes) else source, formats=formats()) as image:
             return _picture(image)
     except UnidentifiedImageError:
-        raise Broken(f"image {name} cannot be read: it is no image, or of a format that is not read") from None
+        raise Broken(f"image {name} cannot be read: it is not an image, or its format is not supported") from None
     except Exception as error:  # Pillow raises nearly every kind for hostile files
         reason = str(error) or type(error).__name__
         raise Broken(f"image {name} cannot be read: {reason}") from None
@@ -128,7 +128,7 @@ def _picture(image: Image) -> Image:
 
 
 def _upright(levels: Image, image: Image) -> Image:
-    """`levels` turned as the EXIF data of `image` says."""
+    """`levels` rotated according to the EXIF data of `image`."""
     try:
         turn = TURNS.get(image.getexif().get(ORIENTATION, 1))
     except Exception:  # damaged EXIF: the pixels are there, their orientation is not known

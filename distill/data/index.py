@@ -89,7 +89,7 @@ def texts(folder: Path, n: int | None = None) -> list[str]:
             except ValueError as error:
                 raise ValueError(f"{path}, line {number}, is damaged ({error}): make the cache again") from None
             if not isinstance(found[-1], str):
-                raise ValueError(f"{path}, line {number}, is damaged (it is no text): make the cache again")
+                raise ValueError(f"{path}, line {number}, is damaged (it is not text): make the cache again")
     if n is not None and len(found) < n:
         raise ValueError(f"{path} holds {len(found)} of {n} texts: make the cache again")
     return found

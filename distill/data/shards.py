@@ -70,7 +70,7 @@ def _opened(path: Path) -> Any:
     try:
         return safe_open(path, "pt")
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is torn ({error}): run the cache command again, which makes it anew") from None
+        raise ValueError(f"{path} is truncated ({error}): run the cache command again to replace it") from None
 
 
 def _check(path: Path, n: int, shapes: dict[str, tuple[int, ...]]) -> None:

@@ -19,7 +19,7 @@ from distill.data.tables import TABLES, caption
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-SAVED = ("state.json", "dataset_dict.json")  # what save_to_disk of `datasets` writes
+SAVED = ("state.json", "dataset_dict.json")  # files that save_to_disk of `datasets` writes
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Pictures:
     names: list[str]  # what an error calls them
     captions: list[str]
     read: Callable[[int], Any]  # -> a file's path, its bytes, a PIL image or {"bytes", "path"}
-    notes: tuple[str, ...] = ()  # what was not read
+    notes: tuple[str, ...] = ()  # skipped files
 
     def __len__(self) -> int:
         return len(self.names)

@@ -23,7 +23,7 @@ Row = tuple[str, Any]  # where it is, and its value
 def text_of(path: Path) -> str:
     """The text of a file in UTF-8, without a byte order mark."""
     if not path.is_file():
-        raise ValueError(f"{path} is no regular file, or a link whose file is gone: remove or replace it")
+        raise ValueError(f"{path} is not a regular file, or it is a broken link: remove or replace it")
     if (size := path.stat().st_size) > LARGEST:
         raise ValueError(f"{path} has {size:,} bytes; at most {LARGEST:,} of text are read: write it as .parquet")
     try:
@@ -82,7 +82,7 @@ def loads(content: str, where: str) -> Any:
     try:
         return json.loads(content)
     except (ValueError, RecursionError) as error:  # too deep
-        raise ValueError(f"{where}, is no JSON: {error}") from None
+        raise ValueError(f"{where}, is not JSON: {error}") from None
 
 
 def _shown(value: Any) -> str:
@@ -94,7 +94,7 @@ def _checked(found: Iterator[Row]) -> Iterator[Row]:
     """`found`, whose rows are strings or objects; ValueError for another one."""
     for where, row in found:
         if not isinstance(row, str | dict):
-            raise ValueError(f'{where}: {_shown(row)} is no row: write an object, {{"text": "a red fox"}}, or a string')
+            raise ValueError(f'{where}: {_shown(row)} is not a row: write {{"text": "a red fox"}}, or a string')
         yield where, row
 
 
@@ -133,7 +133,7 @@ def _csv(path: Path, delimiter: str) -> Iterator[Row]:
         try:
             row = next(reader, None)
         except csv.Error as error:
-            raise ValueError(f"{where}, is no CSV: {error}") from None
+            raise ValueError(f"{where}, is not CSV: {error}") from None
         if row is None:
             return
         where = f"{path}, line {reader.line_num}"
@@ -154,4 +154,4 @@ def _parquet(path: Path, wanted: Sequence[str]) -> Iterator[Row]:
         batches = (batch.to_pylist() for batch in table.iter_batches(columns=kept))
         yield from ((f"{path}, row {i}", row) for i, row in enumerate(chain.from_iterable(batches), 1))
     except (ArrowException, OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no Parquet file that can be read: {error}") from None
+        raise ValueError(f"{path} cannot be read as a Parquet file: {error}") from None

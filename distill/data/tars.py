@@ -35,7 +35,7 @@ def expand(pattern: str) -> list[Path]:
 
 
 def rows(shards: list[Path], column: str | None, notes: list[str]) -> Iterator[Row]:
-    """Where each image lies in the tars. `notes` takes what was not read."""
+    """The position of each image in the tars. A line for each kind of skipped member is appended to `notes`."""
     for shard in shards:
         samples: dict[str, dict[str, Any]] = {}
         unread: list[Path] = []
@@ -97,7 +97,7 @@ def _members(shard: Path) -> Iterator[tuple[tarfile.TarInfo, str | None]]:
                 if any(file.read(tarfile.BLOCKSIZE)):
                     raise ValueError(f"no file begins at byte {tar.offset:,}: copy it anew")
     except (tarfile.TarError, OSError, ValueError, ArithmeticError, LookupError, RecursionError) as error:
-        raise ValueError(f"{shard} is not a whole, uncompressed tar: {error}") from None
+        raise ValueError(f"{shard} is not a complete, uncompressed tar: {error}") from None
 
 
 def _text(tar: tarfile.TarFile, member: tarfile.TarInfo) -> str | None:

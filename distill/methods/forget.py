@@ -29,7 +29,7 @@ class Forgetting(Wrapped):
 
     forget: tuple[Natural, ...] = ()  # the classes c_f; none: the data's prompts
     override: tuple[Natural, ...] = ()  # what each becomes
-    keep: tuple[Natural, ...] = ()  # in place of c_f in the main batch, each alike (CIFAR-10's code: all others)
+    keep: tuple[Natural, ...] = ()  # replace c_f in the main batch, uniformly (CIFAR-10's code: all others)
     weight: Weight = 0.01  # b, of the student's second batch (CIFAR-10's code: .01; SD 1: 1)
     fake_weight: Weight = 0.01  # a, of the fake's (the same)
 
@@ -80,7 +80,7 @@ class Forgetting(Wrapped):
     def rule(self, c: Condition) -> Condition:
         """The condition that the teacher is told: of its keys those named after labels are classes."""
         if c is None or not any("label" in key or OVERRIDE in key for key in c):
-            raise ValueError(f"a teacher that is told {sorted(c or ()) or 'nothing'} has no class to forget")
+            raise ValueError(f"a teacher with the conditions {sorted(c or ()) or 'none'} has no class to forget")
         c = {key: self.overridden(value) if "label" in key else value for key, value in c.items()}
         return c | {key.removeprefix(OVERRIDE): value for key, value in c.items() if OVERRIDE in key}
 

@@ -33,7 +33,7 @@ class LCD(ToData):
 
     N: Points = 50  # ODE steps from t = 1 to 0: 50 (LCM); 18 CIFAR-10, 40 ImageNet-64 (CD)
     guidance: Finite | tuple[Finite, Finite] = 1.0  # of the teacher, or a range of it (LCM: 6, 16). w = omega + 1
-    embed: bool = True  # the student is told the w of a range (LCM); False: it is not (LCM-LoRA's and PCM's scripts)
+    embed: bool = True  # w of a range is an input of the student (LCM); False: it is not (LCM-LoRA, PCM)
     solver: Name = "ddim"  # LCM: ddim; CD: heun; under cfg++ guidance is its lambda
     target_ema: Decay = 0.95  # mu of the target (CD, LCM); 0: the student itself
     huber_c: Positive | None = 1e-3  # of the pseudo-Huber distance (LCM); None: squared error

@@ -64,7 +64,7 @@ class PhasedDMD(DMD2):
         return DMD2.fake_loss(self.within(nets), x, self.above(nets), batch, draw)
 
     def within(self, nets: Nets) -> "PhasedDMD":
-        """The method with the parts of its laws above the phase's end."""
+        """The method with its time distributions cut to times above the phase's end."""
         if nets.student.end is None:
             return self
         times, fake_times = (Tail(law, self.margin) for law in (self.times, self.fake_times))

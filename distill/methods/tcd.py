@@ -30,5 +30,5 @@ class TCD(LCD):
     noises = ("fresh", "ddim", "tcd")
 
     def end(self, i: Tensor, nets: Nets, draw: Draw) -> Tensor:
-        steps = (self.reach * i).floor() + 1  # e = t_0 .. t_(reach i), each alike
+        steps = (self.reach * i).floor() + 1  # e = t_0 .. t_(reach i), uniform
         return (draw.uniform("end", (len(i),)).to(i) * steps).floor()

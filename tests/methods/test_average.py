@@ -9,7 +9,7 @@ import torch
 from gaussian import F64, SCHEDULES
 from tiny import clock, filled, tiny
 
-from distill.average import End, average, embedded, ending, guided, timed, untimed
+from distill.average import End, average, ending, fold_end_times, guided, timed, untimed
 from distill.lora import LoRA, merged
 from distill.methods import LCD, MeanFlow, TwinFlow
 from distill.roles import StudentConfig, build
@@ -121,7 +121,7 @@ def test_ends_in_the_embedding_of_times():
         net = told(clock(SCHEDULES[schedule], "edm" if schedule == "edm" else "v"))
         before = {name: p.clone() for name, p in net.net.named_parameters()}
         student = Student(net, (0.9, 0.6, 0.3), renoise="ddim", jumps=True)
-        one = embedded(net, student.legs, z[:1], None)
+        one = fold_end_times(net, student.legs, z[:1], None)
         assert not hasattr(one.net, "end") and one.net.state_dict().keys() == clock(Flow()).net.state_dict().keys()
         plain = Student(one, student.times, renoise="ddim")
         torch.testing.assert_close(plain.generate(z, None), student.generate(z, None), rtol=1e-9, atol=1e-9)

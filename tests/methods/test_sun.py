@@ -462,10 +462,10 @@ def test_what_does_not_fit(tmp_path):
     sd, sdxl, flux = (load(tmp_path / name) for name in ("sd", "sdxl", "flux"))
     write(adapted(sdxl.denoiser.net, 77), tmp_path / "sdxl.safetensors")
     pipe = sd.parts.pipe()
-    with pytest.raises(ValueError, match="is no adapter for negative prompts of this UNet2DConditionModel"):
+    with pytest.raises(ValueError, match="is not an adapter for negative prompts of this UNet2DConditionModel"):
         install(pipe, tmp_path / "sdxl.safetensors")
     assert not adapters(pipe.unet)
-    with pytest.raises(ValueError, match="is no adapter"):
+    with pytest.raises(ValueError, match="is not an adapter"):
         install(pipe, tmp_path / "sd" / "unet" / "diffusion_pytorch_model.safetensors")
     with pytest.raises(ValueError, match="xformers takes the place of what hears negative prompts"):
         memory._set(adapted(sd.denoiser.net, 77), "xformers")
