@@ -39,23 +39,23 @@ class Config(Generic[M, D]):
     method: M  # the algorithm and its hyper-parameters
     data: D  # conditions and, where the method needs them, real images
     teacher: Annotated[str, TEACHER] = ""  # folder or Hub name of the teacher's diffusers pipeline
-    revision: str | None = None  # of the teacher on the Hub
-    variant: str | None = None  # of the teacher's weight files: fp16
+    revision: str | None = None  # the teacher's revision on the Hub
+    variant: str | None = None  # the teacher's weight files, for example fp16
     resolution: Side | None = None  # pixels per side; None: the teacher's training resolution
-    frames: Calls | None = None  # of a video; None: the teacher's training length
-    pag_scale: Weight = 0.0  # s of perturbed-attention guidance of the teacher, on top of the method's own; 0: none
-    pag_layers: tuple[str, ...] = ("mid_block",)  # where its self-attention is perturbed; of SANA transformer_blocks.0
+    frames: Calls | None = None  # frames of a video; None: the teacher's training length
+    pag_scale: Weight = 0.0  # perturbed-attention guidance of the teacher, beside the method's guidance; 0: none
+    pag_layers: tuple[str, ...] = ("mid_block",)  # modules with perturbed self-attention (SANA: transformer_blocks.0)
     student: StudentConfig = field(default_factory=StudentConfig)
     fake: FakeConfig = field(default_factory=FakeConfig)
     train: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
-    validation_images: Calls = 8  # of a grid of samples, from the data's first prompts
+    validation_images: Calls = 8  # images per sample grid, from the data's first prompts
     push_to_hub: bool = False  # upload the verified export
     hub_model_id: str | None = None  # user/name; None: the name of output_dir
     hub_private: bool = False  # a new repository on the Hub is private
-    license: str | None = None  # of the student, where the teacher's is not known: apache-2.0, say, or NAME,URL
-    family: str = "edm"  # of the tiny random teacher of --smoke
-    replay: str | None = None  # a run's replay-STEP-PLAYER: only compute that update again; status 1: not finite again
-    smoke: bool = False  # two steps on a tiny random teacher, to see that everything runs
+    license: str | None = None  # of the student if the teacher's is unknown: apache-2.0, for example, or NAME,URL
+    family: str = "edm"  # family of the tiny random teacher of --smoke
+    replay: str | None = None  # replay-STEP-PLAYER of a run: repeat that update; exit status 1: again not finite
+    smoke: bool = False  # run two steps on a tiny random teacher, as a test
 
 
 def fail(message: str) -> NoReturn:

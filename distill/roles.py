@@ -114,20 +114,19 @@ class StudentConfig:
     """The student's calls. Levels of noise are ratios sigma / alpha, the same on every schedule."""
 
     steps: Calls = 1  # network calls
-    sigma: Positive | None = None  # level of the first call (SiD: 2.5); None: the schedule's last
-    timestep: Positive | None = (
-        None  # native time of a one-step student's call (DMD2 SDXL: 399); several start at the end
-    )
-    scale: Positive | None = None  # of the unit noise at the first call; None: sigma at that level
-    renoise: Renoise = "fresh"  # noise between calls: new ("fresh"), or what a call predicts ("ddim", "tcd")
-    times: tuple[Share, ...] | None = None  # of all calls, in (0, 1]; `steps` is their number
+    sigma: Positive | None = None  # noise level of the first call (SiD: 2.5); None: the schedule's last
+    # native time of a one-step student's call (DMD2, SDXL: 399); a student of several steps starts at the last time
+    timestep: Positive | None = None
+    scale: Positive | None = None  # scale of the unit noise at the first call; None: sigma of that level
+    renoise: Renoise = "fresh"  # noise between calls: new (fresh) or predicted (ddim, tcd)
+    times: tuple[Share, ...] | None = None  # times of all calls, in (0, 1]; they set `steps`
     lora: LoRA = field(default_factory=LoRA)  # adapters on the teacher's weights instead of a full copy
-    network: str | None = None  # folder with the config.json of another network of the teacher's class, smaller say
+    network: str | None = None  # folder with the config.json of a (smaller) network of the teacher's class
     negative: Words = 0  # tokens of a prompt (CLIP: 77): add an adapter for negative prompts (SUN); 0: no adapter
-    freeze: tuple[str, ...] = ()  # modules that keep the teacher's weights: "time_embedding", say
+    freeze: tuple[str, ...] = ()  # modules that keep the teacher's weights, for example time_embedding
     init: str | None = None  # weights to start from: a checkpoint-N (its average), a network's folder or a .safetensors
-    phases: Calls = 1  # into which the calls are divided equally, each with an expert of its own (Phased DMD: 2)
-    experts: tuple[str, ...] = ()  # weights of the earlier phases' experts, as for init; the one after them is trained
+    phases: Calls = 1  # number of equal phases of the calls, each with its own expert (Phased DMD: 2)
+    experts: tuple[str, ...] = ()  # weights of the earlier phases' experts, as for init; the next one is trained
 
     def __post_init__(self) -> None:
         if self.times:

@@ -88,39 +88,39 @@ class TrainConfig:
     max_train_steps: Count = 1000  # iterations of the co-training loop
     train_batch_size: Count = 64  # images per update, over all processes and accumulation rounds
     gradient_accumulation_steps: Count = 1  # micro-batches per update, for every player
-    learning_rate: Positive = 1e-4  # of the student
-    fake_learning_rate: Positive | None = None  # of the fake score and discriminator; None: the student's
+    learning_rate: Positive = 1e-4  # learning rate of the student
+    fake_learning_rate: Positive | None = None  # of fake score and discriminator; None: learning_rate
     lr_scheduler: Literal["constant", "linear"] = "constant"  # linear: constant, then to 0 over the last half
     lr_warmup_steps: Natural = 0  # iterations of linear warm-up
     gradient_checkpointing: bool = False  # recompute blocks in the backward pass: less memory, a third more time
-    attention: str | None = None  # backend of diffusers: native, flash, xformers, ...; None: as the networks come
-    replicate_teacher: bool = False  # where networks are sharded (FSDP): it alone is whole on every process
-    # moments of 8 bits are bitsandbytes': 2 bytes a weight, not 8; radam: Adam that needs no warm-up (ECT, iCT, TCM)
+    attention: str | None = None  # diffusers backend: native, flash, xformers, ...; None: the networks' default
+    replicate_teacher: bool = False  # with FSDP: keep the full teacher on every process instead of sharding it
+    # adamw8bit: bitsandbytes, 2 bytes of moments per weight, not 8; radam: Adam without warm-up (ECT, iCT, TCM)
     optimizer: Literal["adamw", "adamw8bit", "radam"] = "adamw"
-    adam_beta1: Decay = 0.0
-    adam_beta2: Decay = 0.999
-    adam_epsilon: Positive = 1e-8
-    adam_weight_decay: Weight = 0.0
+    adam_beta1: Decay = 0.0  # decay of the first moment
+    adam_beta2: Decay = 0.999  # decay of the second moment
+    adam_epsilon: Positive = 1e-8  # added to the root of the second moment
+    adam_weight_decay: Weight = 0.0  # decoupled weight decay
     max_grad_norm: Positive | None = None  # clip the gradient of each player to this norm; None: never
-    fake_max_grad_norm: Weight | None = None  # of the fake score and discriminator; None: the same norm; 0: never
+    fake_max_grad_norm: Weight | None = None  # of fake score and discriminator; None: max_grad_norm; 0: never
     max_grad_value: Positive | None = None  # clip every entry of the student's gradient to this; None: never
     fake_max_grad_value: Positive | None = None  # clip every entry of the fake score's gradient to this; None: never
-    ema_half_life: Weight = 10_000  # of the student's average, in images; 0 follows the student
+    ema_half_life: Weight = 10_000  # of the student's average, in images; 0: no averaging
     ema_ramp: Positive | None = 0.05  # half-life at most this share of the images seen; None: no ramp
-    ema_width: Width | None = None  # of a power average: sigma_rel of EDM2 (rCM: .1), in place of the half-life
-    checkpointing_steps: Natural = 500
-    checkpoints_total_limit: Count | None = 2  # keep the newest; None: all
+    ema_width: Width | None = None  # sigma_rel of EDM2's power average (rCM: .1); replaces the half-life
+    checkpointing_steps: Natural = 500  # write a checkpoint every N iterations; 0: only at the end
+    checkpoints_total_limit: Count | None = 2  # number of newest checkpoints to keep; None: all
     resume_from_checkpoint: str | None = None  # "latest" or a checkpoint folder
-    # differences from the resumed run that are allowed; every other difference is refused. batch is
-    # train_batch_size, times are the student's calls, a teacher is compared by its weights
+    # differences from the resumed run to allow; without it they are refused. batch: train_batch_size; times: of the
+    # student's calls; teacher: its weights
     resume_allow: tuple[Literal["method", "teacher", "seed", "batch", "times"], ...] = ()
-    validation_steps: Natural = 100  # a grid of samples every so many iterations; 0: never
-    logging_steps: Count = 10  # fetch the logs from the device every so many iterations
-    report_to: Literal["none", "tensorboard", "wandb", "all"] = "none"
-    skip_nonfinite: Natural = 0  # updates in a row that a player may leave out for a NaN; 0: the first is fatal
-    hang_seconds: Weight = 1800  # a step that takes longer is reported with the stacks of all threads; 0: never
-    deterministic: bool = False  # on a GPU, too, the same run gives the same bits: slower kernels, or an error
-    seed: Seed = 0
+    validation_steps: Natural = 100  # write a sample grid every N iterations; 0: never
+    logging_steps: Count = 10  # write the logs every N iterations
+    report_to: Literal["none", "tensorboard", "wandb", "all"] = "none"  # trackers beside log.jsonl
+    skip_nonfinite: Natural = 0  # consecutive updates per player that a NaN may skip; 0: the first NaN ends the run
+    hang_seconds: Weight = 1800  # report a longer step, with the stacks of all threads; 0: never
+    deterministic: bool = False  # bit-identical repeats on a GPU: slower kernels, or an error if there is none
+    seed: Seed = 0  # of all random numbers of the run
 
     def __post_init__(self) -> None:
         check(self)

@@ -52,58 +52,57 @@ PADS = ("QwenImagePipeline",)  # they pad prompts to the longest of a call: rows
 class Sampling:
     """Sample any diffusers pipeline to a folder of images.
 
-    A folder that holds some of the same images is completed; one that holds all of them is the answer; one of another
-    request is refused unless `overwrite`. Started by `accelerate launch` or torchrun, processes share the images.
+    A folder with some of the requested images is completed. A folder of another request is refused unless `overwrite`.
+    Under `accelerate launch` or torchrun, the processes share the images.
     """
 
-    model: str  # a pipeline's folder or Hub name, a teacher's or a student's; or a LoRA's .safetensors file, on `base`
-    out: Path  # where the images and their manifest.json go
-    # number of images; by default the protocol's, or one for each prompt, or 2000 of labels. Under torchrun, which
-    # takes --n for a flag of its own, write --num_images
+    model: str  # folder or Hub name of a pipeline, or a LoRA's .safetensors file for `base`
+    out: Path  # folder of the images and their manifest.json
+    # number of images; by default the protocol's, else one per prompt, else 2000. torchrun reserves --n: use
+    # --num_images
     n: Annotated[int | None, tyro.conf.arg(aliases=["--num_images"])] = None
-    steps: int | None = None  # by default an exported student's; a pipeline's own default; of an EDM teacher 18
-    # the pipeline as it is, or on the teacher's ODE our heun (2 steps - 1 calls), ddim (steps calls) or cfg++, whose
-    # lambda is `guidance`, 0 to 1; by default heun for EDM teachers, else the pipeline. cfg++ is also for students
-    # under Euler
+    steps: int | None = None  # by default an exported student's, else the pipeline's own default (EDM teacher: 18)
+    # pipeline: the pipeline's own sampler; heun (2 steps - 1 calls), ddim (steps calls): ours on the teacher's ODE;
+    # cfg++: its lambda is `guidance` in [0, 1], also for students with an Euler scheduler. By default heun for EDM
+    # teachers, else pipeline
     solver: Solver | None = None
-    # the pipeline's guidance_scale (true_cfg_scale), by default its own; of an exported student and of our solvers none
+    # the pipeline's guidance_scale (true_cfg_scale); by default its own, but none for exported students and our solvers
     guidance: float | None = None
-    seed: int = 0  # of the noise; image i is a function of (seed, i) and of its prompt or label
-    name: str | None = None  # what tables call the model; by default its folder's name
-    overwrite: bool = False  # replace images of another request
-    # what tables take the model for; by default a teacher where a solver of ours samples it
+    seed: int = 0  # of the noise; image i depends on (seed, i) and on its prompt or label
+    name: str | None = None  # name of the model in tables; by default its folder's
+    overwrite: bool = False  # replace the images of another request
+    # kind of model in tables; by default teacher if one of our solvers samples it
     kind: Literal["teacher", "pipeline", "lora"] | None = None
-    protocol: str | None = None  # which prompts or labels, how many, of which size (python -m eval.protocols)
-    prompts: str | None = None  # .txt (one a line), .jsonl or .parquet file, a data set, or a folder of .txt files
-    prompt_column: str | None = None  # of a table of prompts; by default text, caption or prompt
-    per_prompt: int = 1  # images of a prompt: that of image i is number i // per_prompt
+    protocol: str | None = None  # defines prompts or labels, number and size (python -m eval.protocols)
+    prompts: str | None = None  # .txt (one per line), .jsonl, .parquet, a dataset, or a folder of .txt files
+    prompt_column: str | None = None  # column of the prompts; by default text, caption or prompt
+    per_prompt: int = 1  # images per prompt: image i has prompt i // per_prompt
     classes: int | None = None  # label of image i is i % classes, for pipelines that take labels
-    base: str | None = None  # what a LoRA's file is put on: folder or Hub name
-    # a class of diffusers, or a folder that holds one; by default the pipeline's own, or that beside a LoRA's file
+    base: str | None = None  # base of a LoRA file: folder or Hub name
+    # a diffusers class, or a folder with one; by default the pipeline's own, or the one beside a LoRA file
     scheduler: str | None = None
-    scheduler_config: str | None = None  # what differs in its config, as JSON: '{"timestep_spacing": "trailing"}'
-    resolution: int | None = None  # pixels of a side; by default what the network was trained for
-    frame: int | None = None  # which picture of a video is kept
-    revision: str | None = None  # of a name on the Hub
-    variant: str | None = None  # of the weight files: fp16
-    # a pipeline that makes the calls at high noise instead of the first `skip` calls of `model`: a student's teacher,
-    # for diversity, or a smaller model (T-Stitch)
+    scheduler_config: str | None = None  # changes to its config, as JSON: '{"timestep_spacing": "trailing"}'
+    resolution: int | None = None  # pixels per side; by default the training resolution
+    frame: int | None = None  # index of the video frame to keep
+    revision: str | None = None  # revision on the Hub
+    variant: str | None = None  # weight files, for example fp16
+    # a pipeline that replaces the first `skip` calls of `model`: a student's teacher, for diversity, or a smaller model
+    # (T-Stitch)
     first: str | None = None
-    first_steps: int = 20  # of its whole way to an image; it makes those above the level of the model's next call
+    first_steps: int = 20  # steps of a full image; it runs those above the noise level of the model's next call
     first_guidance: float = 1.0  # of `first`; under cfg++ its lambda
     first_solver: Literal["heun", "ddim", "cfg++"] = "ddim"  # of `first`
-    skip: int = 1  # calls of the model that `first` makes instead, fewer than there are
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the pipeline at work
-    device: str | None = None  # cpu, cuda, cuda:1 ...; by default the process's own, cuda where there is one
-    # of every call of the networks: 1 by default, 50 of pixel models. It is part of what an image is, by rounding; more
-    # are faster
+    skip: int = 1  # number of the model's calls that `first` replaces; not all
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the networks
+    device: str | None = None  # cpu, cuda, cuda:1 ...; by default cuda if available
+    # rows per network call: by default 1, for pixel models 50. More are faster, but change the images by rounding
     rows: int | None = None
-    batch: int | None = None  # images made and written together, by default `rows`; multiples of `rows` waste nothing
-    skip_tuning: float | None = None  # factor of a UNet's deepest skip, up to 1 at the top (pipelines/skips.py): 0.8
-    # perturbed-attention guidance (pipelines/pag.py) of a teacher that a solver of ours samples; 0 is none
+    batch: int | None = None  # images per batch; by default `rows`, best a multiple of it
+    skip_tuning: float | None = None  # factor of a UNet's deepest skip, for example 0.8 (pipelines/skips.py)
+    # perturbed-attention guidance (pipelines/pag.py), only with our solvers; 0: none
     pag_scale: float = 0.0
-    pag_layers: tuple[str, ...] = ("mid_block",)  # modules of the network, all self-attention in which is perturbed
-    # a file for latency, images per second in batches and peak memory (eval/cost.py), measured after the images
+    pag_layers: tuple[str, ...] = ("mid_block",)  # modules whose self-attention is perturbed
+    # file for latency, throughput and peak memory (eval/cost.py), measured after the images
     cost: Path | None = None
 
     def __post_init__(self) -> None:

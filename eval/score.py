@@ -392,7 +392,7 @@ def scores(
     batch: int = 64,
     workers: int = 4,
 ) -> list[dict[str, Any]]:
-    """Score folders of images. A folder, or a metric, that fails does not stop the others; exit code 1 then, and why.
+    """Score folders of images. If a folder or a metric fails, the others are scored, and the exit code is 1.
 
     Args:
         folder: one or more folders of images.

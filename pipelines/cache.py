@@ -50,21 +50,21 @@ class Cache:
     teacher: Annotated[str, TEACHER] = ""  # folder or Hub name of the diffusers pipeline
     prompts: str = ""  # a table (.txt, .csv, .jsonl ...) or a dataset; "": the captions of the images
     images: str = ""  # a folder, tar shards 'x/{00..12}.tar' or a dataset, with captions
-    output_dir: str = "cache"
-    prompt_column: str | None = None  # of a table of prompts; None: text, caption or prompt
-    caption_column: str | None = None  # of the images' captions; None: text, caption or prompt
-    image_column: str = "image"  # of a dataset
+    output_dir: str = "cache"  # folder of the cache
+    prompt_column: str | None = None  # column of the prompts; None: text, caption or prompt
+    caption_column: str | None = None  # column of the captions; None: text, caption or prompt
+    image_column: str = "image"  # column of the images in a dataset
     crops: Natural = 0  # random crops of each image, with SDXL's size conditions; 0: its centre square
     squeeze: bool = False  # resize the full image to the square, as DMD2 does
-    max_samples: Count | None = None  # the first so many prompts and images
+    max_samples: Count | None = None  # use only the first N prompts and images
     resolution: Count | None = None  # pixels per side; None: the teacher's training resolution
-    revision: str | None = None  # of the teacher on the Hub
-    variant: str | None = None  # of the teacher's weight files: fp16
-    batch_size: Count = 16  # prompts or images that are encoded at once
-    precision: Literal["float32", "bfloat16", "float16"] = "float32"  # of the text encoders at work
-    dtype: Literal["float16", "bfloat16", "float32"] = "float16"  # of what is stored
-    shard_bytes: Count = 10**9  # of one file, about
-    skip_broken: bool = False  # leave out images that cannot be read, and list them
+    revision: str | None = None  # the teacher's revision on the Hub
+    variant: str | None = None  # the teacher's weight files, for example fp16
+    batch_size: Count = 16  # prompts or images per encoder call
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"  # of the text encoders while they run
+    dtype: Literal["float16", "bfloat16", "float32"] = "float16"  # of the stored tensors
+    shard_bytes: Count = 10**9  # approximate size of a file
+    skip_broken: bool = False  # skip unreadable images, and list them
 
     def __post_init__(self) -> None:
         ranges.check(self)

@@ -1,4 +1,4 @@
-"""A student as a pipeline folder that plain diffusers loads; reloaded and compared before it is called done.
+"""Write a student as a pipeline folder for plain diffusers, then reload it and compare its images.
 
 python -m pipelines.export runs/dmd2_sdxl                       again, from the newest checkpoint of a run
 python -m pipelines.export runs/a --other runs/b                the mean of two students' weights (SwiftBrush v2)
@@ -430,21 +430,23 @@ def copy(source: Path, target: Path, variant: str | None) -> bool:
 class Again:
     """Export a run's newest checkpoint, or a published student, as a verified pipeline folder."""
 
-    run: Annotated[str, tyro.conf.Positional] = ""  # a run's folder; its config.yaml says what the student is
-    checkpoint: str = "latest"  # of the run, or checkpoint-N
-    other: str = ""  # folder of a run of the same teacher and student, whose newest weights are mixed in
-    share: Share = 0.5  # of `run` in that mixture: share A + (1 - share) B (SwiftBrush v2: .5)
-    published: Annotated[str, tyro.conf.arg(name="from")] = ""  # instead of a run: a published file or its folder
-    layout: Literal["dmd2", "lightning", "lcm"] | None = None  # of that file; None: as its name says
-    steps: int | None = None  # of that student; None: as its name says
-    teacher: Annotated[str, TEACHER] = ""  # the base of that file: folder or Hub name; of a run, if it has moved
-    variant: str | None = None  # of the base's weight files: fp16
-    resolution: int | None = None  # pixels of a side; None: what the base was trained for
-    output_dir: str = ""  # the folder to write; an earlier export there is replaced; none: `pipeline` in the run's
+    run: Annotated[str, tyro.conf.Positional] = ""  # a run's folder, with its config.yaml
+    checkpoint: str = "latest"  # latest, or checkpoint-N of the run
+    other: str = ""  # another run with the same teacher and student; the export averages both weights
+    share: Share = 0.5  # weight of `run` in that average; the other run has 1 - share (SwiftBrush v2: .5)
+    published: Annotated[str, tyro.conf.arg(name="from")] = (
+        ""  # instead of a run: a student published by others, a file or its folder
+    )
+    layout: Literal["dmd2", "lightning", "lcm"] | None = None  # method of that student; None: from the file's name
+    steps: int | None = None  # network calls of that student; None: from the file's name
+    teacher: Annotated[str, TEACHER] = ""  # folder or Hub name of that student's base; for a run: the moved teacher
+    variant: str | None = None  # the base's weight files, for example fp16
+    resolution: int | None = None  # pixels per side; None: the base's training resolution
+    output_dir: str = ""  # output folder; replaces an earlier export; "": `pipeline` in the run's folder
     push_to_hub: bool = False  # upload the verified export
     hub_model_id: str | None = None  # user/name; None: the name of the run or of output_dir
     hub_private: bool = False  # a new repository on the Hub is private
-    license: str | None = None  # of the student, where the teacher's is not known: apache-2.0, say, or NAME,URL
+    license: str | None = None  # of the student if the teacher's is unknown: apache-2.0, for example, or NAME,URL
 
 
 def trained(again: Again) -> tuple[Student, Teacher, Any, str, str, str]:

@@ -93,18 +93,18 @@ class Text:
     """
 
     text: Literal["cached", "online"] = "cached"  # online: encode while training, which keeps the encoders in memory
-    cache: str = ""  # folder that `python -m pipelines.cache` has made
+    cache: str = ""  # output folder of `python -m pipelines.cache`
     prompts: str = ""  # online: a table (.txt, .csv, .jsonl ...) or a dataset; "": the captions of the images
     images: str = ""  # online: a folder, tar shards 'x/{00..12}.tar' or a dataset
-    prompt_column: str | None = None  # of a table of prompts; None: text, caption or prompt
-    caption_column: str | None = None  # of the images' captions; None: text, caption or prompt
-    image_column: str = "image"  # of a dataset
+    prompt_column: str | None = None  # column of the prompts; None: text, caption or prompt
+    caption_column: str | None = None  # column of the captions; None: text, caption or prompt
+    image_column: str = "image"  # column of the images in a dataset
     crops: Natural = 0  # online: random crops of each image; 0: its centre square
     squeeze: bool = False  # online: resize the full image to the square (DMD2); for a cache use its --squeeze
     max_samples: Count | None = None  # online: use the first prompts and images only
-    p_empty: Share = 0.0  # share of prompts and captions that are replaced by the empty one
-    forget: tuple[str, ...] = ()  # words, for SFD: prompts that hold them are to be forgotten
-    override: tuple[str, ...] = ()  # what stands for each in what the teacher is told
+    p_empty: Share = 0.0  # probability of replacing a prompt or caption by the empty one
+    forget: tuple[str, ...] = ()  # SFD: words to forget; the student forgets prompts with them
+    override: tuple[str, ...] = ()  # SFD: the replacement of each of these words in the teacher's prompt
 
     @property
     def words(self) -> Words:
