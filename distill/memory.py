@@ -80,7 +80,9 @@ def _denoisers(nets: Nets) -> dict[str, Any]:
 def _set(net: Any, backend: str) -> None:
     """Some families run all attention through one dispatcher; the others, UNets say, know torch's and xformers'."""
     if any(isinstance(getattr(m, "processor", None), Heeding) for m in net.modules()) and backend == "xformers":
-        raise ValueError("xformers takes the place of what hears negative prompts; choose another, or None")
+        raise ValueError(
+            "xformers replaces the processors of the adapter for negative prompts: choose another --attention"
+        )
     dispatched = any(hasattr(getattr(m, "processor", None), "_attention_backend") for m in net.modules())
     try:
         if dispatched and hasattr(net, "set_attention_backend"):

@@ -131,7 +131,7 @@ def legend(board: Board) -> str:
     marks = [c for cells in columns(board).values() for c in cells]
     words = ["Click a heading to sort."]
     if any(c.rank for c in marks):
-        words += ["The number before a figure is its rank: one more than the rows whose whole interval is better."]
+        words += ["The number before a figure is its rank: 1 + the number of rows whose entire interval is better."]
     words += ["Rows that share a rank are a tie."] * any(c.tie for c in marks)
     machines = {(r.get("cost") or {}).get("hardware") for r in board.rows} - {None}
     words += [f"Speed and memory were measured on {machines.pop()}."] if len(machines) == 1 else []

@@ -81,8 +81,8 @@ class Board:
     def ranks(self, metric: str) -> dict[int, tuple[int, bool]]:
         """{row's number: (rank, whether another row shares it: a tie)}.
 
-        The rank is one more than the number of rows that are surely better: whose whole interval is better than this
-        one's. So rows of one rank overlap, and of a chain of overlapping intervals the ends have different ranks. A row
+        The rank is 1 + the number of rows whose entire interval is better than this one's. So rows with equal rank
+        overlap; in a chain of overlapping intervals the two ends can still differ in rank. A row
         without an interval is its value alone.
         """
         sign = 1 if lower(metric) else -1
@@ -389,7 +389,7 @@ def table(rows: Sequence[Row]) -> list[Table]:
                 cells.append(column[i].text + rank)
             one.add_row(*map(Text, cells), style="dim" if is_real(row) else None if is_teacher(row) else "bold")
         one.caption, one.caption_justify = (
-            "(1) is the rank: one more than the rows whose intervals lie wholly before",
+            "(1) is the rank: 1 + the number of rows whose entire interval is better",
             "left",
         )
         out.append(one)
@@ -419,9 +419,7 @@ def markdown(rows: Sequence[Row]) -> str:
             made.setdefault(how, []).append(plain(name))
         lines += ["", *(f"- {', '.join(names)}: {how}" for how, names in made.items() if how)]
         parts.append("\n".join(lines).rstrip() + "\n")
-    note = (
-        "A rank is one more than the rows whose whole interval is better; only figures of one protocol share a table.\n"
-    )
+    note = "Rank = 1 + the number of rows whose entire interval is better. A table holds figures of one protocol.\n"
     return "\n".join([*parts, note])
 
 

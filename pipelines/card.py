@@ -28,7 +28,7 @@ A {kind} of {base} with {calls}{method}. Plain diffusers runs it:
 
 ## Licence
 
-The student is derived from {base} and stands under the same licence{license}.
+The student is derived from {base} and has the same licence{license}.
 
 ## Training
 
@@ -44,9 +44,9 @@ FILES = {  # end of a file's name: what it is
     "_unet.safetensors": "the network alone, in half precision",
     "_transformer.safetensors": "the network alone, in half precision",
     "_lora.safetensors": "the LoRA, for `pipe.load_lora_weights`",
-    "_lora_comfy.safetensors": "the same LoRA in kohya's names, for ComfyUI and A1111",
-    "_comfyui.json": "a workflow for ComfyUI; put your file of the base in place of BASE.safetensors",
-    "negative.safetensors": "the adapter that hears negative prompts, for `pipelines.negative.install`",
+    "_lora_comfy.safetensors": "the same LoRA in kohya's format, for ComfyUI and A1111",
+    "_comfyui.json": "a workflow for ComfyUI; replace BASE.safetensors by your file of the base",
+    "negative.safetensors": "the adapter for negative prompts, for `pipelines.negative.install`",
     "distill.json": "the times and the configuration; diffusers does not read it",
 }
 

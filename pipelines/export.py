@@ -58,8 +58,8 @@ from pipelines.scheduler import scheduler as carrying
 from pipelines.verify import LARGEST, PSNR, TOLERANCE, Gap, Reference, compare, examples, place, reference, settled
 
 LEGS = (  # of the model card
-    "Where each of its calls ends is part of its embedding of time: it takes its own number of steps alone, and has no "
-    "LoRA file."
+    "The end time of each call is part of the time embedding. So the student works only with its own number of steps, "
+    "and it has no LoRA file."
 )
 
 
@@ -325,7 +325,14 @@ def singles(student: Student, teacher: Teacher, net: nn.Module, folder: Path, ab
     ours, base = (dict(one.config) for one in both)
     other = any(ours.get(key) != base.get(key) for key in {*ours, *base} if not key.startswith("_"))
     if student.experts or other:
-        return [], [NEGATIVE, "There are no single files: they would be weights of the base's network."], {}
+        return (
+            [],
+            [
+                NEGATIVE,
+                "There are no single files: these would need the base's network config, and the student's differs.",
+            ],
+            {},
+        )
     steps, kind, limits, left = len(student.times), student.denoiser.kind, [NEGATIVE], {}  # type: ignore[var-annotated]
     size = teacher.shape[-1] * factor(teacher.parts), teacher.shape[-2] * factor(teacher.parts)
     spec = lambda lora: files.modelspec(net, kind, about.name, size, lora, license=about.license.id)
@@ -337,7 +344,7 @@ def singles(student: Student, teacher: Teacher, net: nn.Module, folder: Path, ab
     if adapted and loads_lora:
         made += write("lora", files.lora_file)
     elif adapted:
-        limits.append("There is no LoRA file: diffusers' pipeline of this family loads none. The network holds it.")
+        limits.append("There is no LoRA file: its diffusers pipeline cannot load one. It is merged into the network.")
     if part == "unet":
         given = {"lora": name("lora_comfy")} if adapted else {"unet": name("unet")}
         try:
@@ -349,7 +356,7 @@ def singles(student: Student, teacher: Teacher, net: nn.Module, folder: Path, ab
             made += write("lora_comfy", kohya.lora_file)
     elif adapted and loads_lora:
         (config,) = net.peft_config.values()  # type: ignore[operator]
-        limits.append(f"ComfyUI reads no alpha here: give the LoRA a strength of {config.lora_alpha / config.r:g}.")
+        limits.append(f"ComfyUI does not read this LoRA's alpha: set its strength to {config.lora_alpha / config.r:g}.")
     return made, limits, left
 
 

@@ -1,4 +1,4 @@
-"""SUN on SD 1.5: an adapter that hears negative prompts in place of guidance, four steps. Chai et al. 2023, 2312.08887.
+"""SUN on SD 1.5: an adapter for negative prompts in place of guidance, four steps. Chai et al. 2023, 2312.08887.
 
 `accelerate launch recipes/sun_sd15.py --data.cache CACHE`, a cache of prompts and images (python -m pipelines.cache).
 Experimental: the paper's are the adapter and four steps; guidance, rates and batch are ours; the losses follow their

@@ -82,7 +82,7 @@ def test_it_reads_like_a_sentence():
     assert "the same licence, which was not found: name it with `--license`" in made(license=UNKNOWN)
     text = made(files=["README.md", "a_4step_lora.safetensors", "a_4step_lora_comfy.safetensors"])
     assert "- `a_4step_lora.safetensors`: the LoRA, for" in text and "`README.md`" not in text
-    assert "- `a_4step_lora_comfy.safetensors`: the same LoRA in kohya's names" in text
+    assert "- `a_4step_lora_comfy.safetensors`: the same LoRA in kohya's format" in text
     assert "Files beside" not in made()
 
 

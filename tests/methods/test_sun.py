@@ -467,7 +467,7 @@ def test_what_does_not_fit(tmp_path):
     assert not adapters(pipe.unet)
     with pytest.raises(ValueError, match="is not an adapter"):
         install(pipe, tmp_path / "sd" / "unet" / "diffusion_pytorch_model.safetensors")
-    with pytest.raises(ValueError, match="xformers takes the place of what hears negative prompts"):
+    with pytest.raises(ValueError, match="xformers replaces the processors of the adapter"):
         memory._set(adapted(sd.denoiser.net, 77), "xformers")
     with pytest.raises(ValueError, match="has no cross-attention"):
         adapted(flux.denoiser.net, 77)
