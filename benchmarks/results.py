@@ -331,9 +331,9 @@ def markdown(table: list[dict[str, Any]], floor: float, cfg: Results) -> str:
     return f"""# Students of handwritten digits, by every method with a recipe of theirs
 
 `make results`: a training seed has a teacher and students of its own; every model makes {len(cfg.noises)} sets of
-{cfg.n} images. Values are means; intervals are 95 % of Student's t over the training seeds. A model of a single seed has
-no interval and no rank. Rank = 1 + the number of rows whose entire interval is better; = marks a tie (equal ranks). The
-ratio is paired: a student against the teacher that it was distilled from.
+{cfg.n} images. Values are means; intervals are 95 % of Student's t over the training seeds. A model of a single seed
+has no interval and no rank. Rank = 1 + the number of rows whose entire interval is better; = marks a tie (equal ranks).
+The ratio is paired: a student against the teacher that it was distilled from.
 [digits.html](digits.html) is the leaderboard of the models of several seeds: quality against cost, and pictures and
 curves of the first seeds.
 
