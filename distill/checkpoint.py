@@ -210,7 +210,7 @@ def load(state: State, folder: Path) -> None:
         if stored.shapes != {key: tuple(t.shape) for key, t in tensors.items()}:
             raise ValueError(f"{path} holds other tensors than this run's {name}: use the configuration of that run")
         stored.into(tensors)
-    facts = _stored(folder)
+    facts = _read_state(folder)
     state.step, state.skipped = facts["step"], facts.get("skipped", {})
 
 
@@ -307,23 +307,23 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 def step(folder: Path) -> int:
     """Iterations done when a checkpoint was saved; ValueError where its state.json is damaged."""
-    return _stored(folder)["step"]
+    return _read_state(folder)["step"]
 
 
-def _stored(folder: Path) -> dict[str, Any]:
+def _read_state(folder: Path) -> dict[str, Any]:
     """state.json of a checkpoint: step, skipped, files. ValueError if it is damaged."""
     path = folder / "state.json"
     try:
         facts = read_json(path)
     except ValueError as error:
         raise ValueError(f"{path} is missing or damaged ({error})") from None
-    wrong = _wrong(facts)
+    wrong = _state_error(facts)
     if wrong:
         raise ValueError(f"{path} is damaged: {wrong}")
     return facts
 
 
-def _wrong(facts: Any) -> str | None:
+def _state_error(facts: Any) -> str | None:
     """The first entry of a state.json that no run writes; None if all are valid."""
     if not isinstance(facts, dict):
         return "it is not a JSON object"
@@ -362,7 +362,7 @@ def damage(folder: Path, deep: bool = True) -> str | None:
     One from before there were checksums is whole if its files can be opened.
     """
     try:
-        facts = _stored(folder)
+        facts = _read_state(folder)
     except ValueError as error:
         return str(error)
     named = re.fullmatch(r"checkpoint-(\d+)", folder.name)

@@ -121,7 +121,7 @@ def _file(path: list[str], default: Config[Any, Any]) -> list[str]:
         fail(f"--config {path[0]}: {error}")
 
 
-def stored(run: Path) -> tuple[str, str, dict[str, Any]]:
+def read_run_config(run: Path) -> tuple[str, str, dict[str, Any]]:
     """(text, class of the method, values) of a run's config.yaml; ValueError if it is absent or damaged."""
     path = run / "config.yaml"
     tree = read_yaml(path)
@@ -154,7 +154,7 @@ def _plain(value: Any) -> Any:
     return [_plain(v) for v in value] if isinstance(value, tuple) else value
 
 
-def _known(name: str, known: list[str], table: bool) -> None:
+def _check_name(name: str, known: list[str], table: bool) -> None:
     """Refuse a name that is not a field, including "help" and other flags of the command line."""
     if name in known or (table and any(one.startswith(f"{name}.") for one in known)):
         return
@@ -178,7 +178,7 @@ def _flags(tree: dict[str, Any], known: dict[str, Any], empty: set[str], prefix:
     flags: list[str] = []
     for key, value in tree.items():
         name = f"{prefix}{key}"
-        _known(name, [*known, *ALIASES], isinstance(value, dict))
+        _check_name(name, [*known, *ALIASES], isinstance(value, dict))
         kinds = {get_origin(kind) or kind for kind in (known.get(name), *get_args(known.get(name)))}
         if isinstance(value, dict) and name not in known:
             flags += _flags(value, known, empty, f"{name}.")

@@ -105,7 +105,7 @@ def count(feature: Tensor) -> int:
     return feature.shape[1] if feature.ndim == 3 else math.prod(feature.shape[2:])
 
 
-def each(disc: nn.Module, features: Sequence[Tensor]) -> Sequence[Tensor]:
+def head_logits(disc: nn.Module, features: Sequence[Tensor]) -> Sequence[Tensor]:
     """The logits [B, places] of each of several heads of `pixels`."""
     return disc(*features).split([count(feature) for feature in features], dim=1)
 
@@ -173,14 +173,14 @@ class DiffusionGAN:
             )
 
     @property
-    def same(self) -> bool:
+    def at_score_noise(self) -> bool:
         """Whether the discriminator uses the t and eps of the score losses."""
         return self.gan_noise == "score"
 
     @property
     def shared_taps(self) -> tuple[str, ...]:
         """The features that the fake score's own loss already computes."""
-        return self.taps if self.gan_features == "fake" and (self.share or self.same) else ()
+        return self.taps if self.gan_features == "fake" and (self.share or self.at_score_noise) else ()
 
     def logits(
         self, x: Tensor, c: Condition, nets: Nets, draw: Draw, *names: str, at: tuple[Tensor, Tensor] | None = None

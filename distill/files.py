@@ -58,14 +58,14 @@ def read_yaml(path: str | Path) -> Any:
         node = loader.get_single_node()
         if node is None:
             return None
-        if _unfolded(node, {}, set()) > UNFOLDED:
+        if _unfolded_length(node, {}, set()) > UNFOLDED:
             raise ValueError(f"its aliases stand for more than {UNFOLDED:,} characters")
         return loader.construct_document(node)
     except (ValueError, OverflowError, RecursionError, yaml.YAMLError) as error:  # a date of month 13, too deep
         raise ValueError(f"{path} is not YAML: {error}") from None
 
 
-def _unfolded(node: Any, sizes: dict[int, int], above: set[int]) -> int:
+def _unfolded_length(node: Any, sizes: dict[int, int], above: set[int]) -> int:
     """Characters of a node with its aliases expanded; ValueError if it contains itself."""
     key = id(node)
     if key in above:
@@ -75,7 +75,7 @@ def _unfolded(node: Any, sizes: dict[int, int], above: set[int]) -> int:
         if isinstance(node, yaml.MappingNode):
             inner = [part for pair in node.value for part in pair]
         above.add(key)
-        sizes[key] = 1 + sum(len(one) if isinstance(one, str) else _unfolded(one, sizes, above) for one in inner)
+        sizes[key] = 1 + sum(len(one) if isinstance(one, str) else _unfolded_length(one, sizes, above) for one in inner)
         above.remove(key)
     return sizes[key]
 
@@ -100,7 +100,7 @@ def rank() -> int:
 
 
 @contextmanager
-def locked(folder: str | Path, flag: str = "--output_dir", beside: bool = False) -> Iterator[None]:
+def folder_lock(folder: str | Path, flag: str = "--output_dir", beside: bool = False) -> Iterator[None]:
     """Lock a folder while this process writes to it; ValueError if another process holds the lock.
 
     The first process of a launch takes the lock for all. The operating system releases it when that process ends,
@@ -113,7 +113,7 @@ def locked(folder: str | Path, flag: str = "--output_dir", beside: bool = False)
     real = Path(os.path.realpath(folder))
     file = real.with_name(f".{real.name}.lock") if beside and real.name else folder / LOCK
     new = [parent for parent in file.absolute().parents if not parent.exists()]
-    held = _take(file, folder, flag)
+    held = _acquire_lock(file, folder, flag)
     try:
         yield
     finally:
@@ -125,7 +125,7 @@ def locked(folder: str | Path, flag: str = "--output_dir", beside: bool = False)
                 parent.rmdir()
 
 
-def _take(file: Path, folder: Path, flag: str) -> IO[str] | None:
+def _acquire_lock(file: Path, folder: Path, flag: str) -> IO[str] | None:
     """The open lock file; None if it cannot be created or the file system has no locks."""
     for _ in range(TRIES):
         try:

@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from distill.config import Config, dump, stored, visible
+from distill.config import Config, dump, read_run_config, visible
 from distill.files import read, write
 
 FILE = "history.jsonl"
@@ -41,26 +41,28 @@ def entry(config: Config[Any, Any]) -> dict[str, Any]:
     return {"method": name(config.method), "config": yaml.safe_load(dump(config))}
 
 
-def last(run: Path) -> dict[str, Any] | None:
+def last_entry(run: Path) -> dict[str, Any] | None:
     """The newest entry of a run's history; without a history its config.yaml; None if there is neither."""
     if entries := _entries(run):
         return entries[-1]
     if not (run / "config.yaml").is_file():
         return None
     try:
-        _, method, tree = stored(run)
+        _, method, tree = read_run_config(run)
     except ValueError as error:
         raise ValueError(f"{error}; or remove it, and nothing is compared") from None
     return {"step": 0, "method": method, "config": tree}
 
 
-def same_run(
+def check_same_run(
     checkpoint: Path, before: dict[str, Any], now: dict[str, Any], needs: Sequence[str], allowed: Sequence[str]
 ) -> None:
     """ValueError if method, seed, batch or calls differ from the checkpoint's run, except for kinds in `allowed`."""
     old, new = _flat(before["config"]), _flat(now["config"])
     changed = {kind: [f for f in names if f in old and old[f] != new.get(f)] for kind, names in FIELDS.items()}
-    said = {kind: [f"{f} {_short(old[f])}, not {_short(new.get(f))}" for f in names] for kind, names in changed.items()}
+    said = {
+        kind: [f"{f} {_shorten(old[f])}, not {_shorten(new.get(f))}" for f in names] for kind, names in changed.items()
+    }
     then, this = before["method"], now["method"]
     recorded = "time" in before
     if not recorded:  # a config.yaml names the outer class alone
@@ -69,10 +71,10 @@ def same_run(
         said["method"] = [f"method {then}, not {this}"]
     if "finished" in needs and not recorded:  # its config.yaml holds the times of the teacher
         said.pop("times")
-    refuse(checkpoint, said, allowed)
+    check_allowed(checkpoint, said, allowed)
 
 
-def refuse(checkpoint: Path, said: dict[str, list[str]], allowed: Sequence[str]) -> None:
+def check_allowed(checkpoint: Path, said: dict[str, list[str]], allowed: Sequence[str]) -> None:
     """ValueError that lists all differences of kinds that are not in `allowed`."""
     kinds = [kind for kind, words in said.items() if words and kind not in allowed]
     if kinds:
@@ -83,33 +85,39 @@ def refuse(checkpoint: Path, said: dict[str, list[str]], allowed: Sequence[str])
         )
 
 
-def same_teacher(checkpoint: Path, before: dict[str, Any], teacher: dict[str, Any], allowed: Sequence[str]) -> None:
+def check_same_teacher(
+    checkpoint: Path, before: dict[str, Any], teacher: dict[str, Any], allowed: Sequence[str]
+) -> None:
     """ValueError if the teacher's weights differ from the checkpoint's run; the folder may differ."""
     old, new = before.get("teacher", {}).get("digests"), teacher["digests"]
     if old is None:
         sys.stderr.write(f"{checkpoint}: its teacher was not recorded, so the teachers' weights are not compared\n")
         return
     parts = [part for part in sorted({*old, *new}) if old.get(part) != new.get(part)]
-    was = f"another teacher ({_short(before['teacher'].get('name'))}; other: {', '.join(parts)})"
-    refuse(checkpoint, {"teacher": [was] if parts else []}, allowed)
+    was = f"another teacher ({_shorten(before['teacher'].get('name'))}; other: {', '.join(parts)})"
+    check_allowed(checkpoint, {"teacher": [was] if parts else []}, allowed)
 
 
-def same_times(checkpoint: Path, before: dict[str, Any], times: Sequence[float], allowed: Sequence[str]) -> None:
+def check_same_times(checkpoint: Path, before: dict[str, Any], times: Sequence[float], allowed: Sequence[str]) -> None:
     """ValueError if the student's call times differ from the checkpoint's run."""
     old = before.get("times", [*times])
-    refuse(checkpoint, {"times": [f"calls at the times {old}, not {[*times]}"] if old != [*times] else []}, allowed)
+    check_allowed(
+        checkpoint, {"times": [f"calls at the times {old}, not {[*times]}"] if old != [*times] else []}, allowed
+    )
 
 
-def changes(before: dict[str, Any], now: dict[str, Any]) -> str:
+def describe_changes(before: dict[str, Any], now: dict[str, Any]) -> str:
     """The differences of two entries, one per line; "" if they are equal."""
     old, new = _flat(before["config"]), _flat(now["config"])
     lines = []
     if "time" in before and before["method"] != now["method"]:
         lines.append(f"  method: {before['method']} -> {now['method']}")
     names = [name for name in {**old, **new} if name not in OWN and old.get(name) != new.get(name)]
-    lines += [f"  {name}: {_short(old[name])} -> {_short(new[name])}" for name in names if name in old and name in new]
-    lines += [f"  {name}: not set -> {_short(new[name])}" for name in names if name not in old]
-    lines += [f"  {name}: {_short(old[name])} -> not set" for name in names if name not in new]
+    lines += [
+        f"  {name}: {_shorten(old[name])} -> {_shorten(new[name])}" for name in names if name in old and name in new
+    ]
+    lines += [f"  {name}: not set -> {_shorten(new[name])}" for name in names if name not in old]
+    lines += [f"  {name}: {_shorten(old[name])} -> not set" for name in names if name not in new]
     return "".join(f"{line}\n" for line in lines)
 
 
@@ -118,16 +126,16 @@ def record(out: Path, entry: dict[str, Any], text: str, step: int, resumed: Path
     entries = _entries(out)
     if not entries:
         try:
-            entries = [one for one in [last(out)] if one is not None]
+            entries = [one for one in [last_entry(out)] if one is not None]
         except ValueError as error:
             sys.stderr.write(f"{error}. It is written anew\n")
-    if not entries or _compared(entries[-1]) != _compared(entry):
+    if not entries or _comparison_key(entries[-1]) != _comparison_key(entry):
         facts = {"step": step, "time": time.strftime("%F %T%z"), "from": resumed and str(resumed)}
         write(out / FILE, "".join(f"{json.dumps(one)}\n" for one in [*entries, facts | entry]))
     write(out / "config.yaml", text)
 
 
-def _compared(entry: dict[str, Any]) -> tuple[Any, ...]:
+def _comparison_key(entry: dict[str, Any]) -> tuple[Any, ...]:
     """The parts of an entry that are compared with the previous one."""
     config = {key: value for key, value in _flat(entry["config"]).items() if key not in OWN}
     return config, *(entry.get(key) for key in ("method", "teacher", "times"))
@@ -159,5 +167,5 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def _short(value: Any) -> str:
+def _shorten(value: Any) -> str:
     return visible(str(value)[:80])

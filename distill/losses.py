@@ -23,7 +23,7 @@ def reduce(elements: Tensor, reduction: Reduction) -> Tensor:
     return elements.mean() if reduction == "mean" else elements.sum() / len(elements)
 
 
-def summed(numbers: Tensor) -> Tensor:
+def sum_over_processes(numbers: Tensor) -> Tensor:
     """The sum over all processes, without gradient; every process must call it."""
     from accelerate.utils import reduce as over_processes
 

@@ -57,7 +57,7 @@ def bar(total: int, unit: str, title: str = "", shown: bool = True, first: int =
     return tqdm(**options, dynamic_ncols=True) if sys.stderr.isatty() else Printed(**options)
 
 
-def each(items: Sequence[T], unit: str, title: str = "", shown: bool = True) -> Iterator[T]:
+def track(items: Sequence[T], unit: str, title: str = "", shown: bool = True) -> Iterator[T]:
     """The items, with a progress bar."""
     with bar(len(items), unit, title, shown) as progress:
         for item in items:
@@ -71,10 +71,10 @@ def stage(title: str) -> Iterator[None]:
     start = time.monotonic()
     sys.stderr.write(f"{title} ...\n")
     yield
-    sys.stderr.write(f"{title}: {span(time.monotonic() - start)}\n")
+    sys.stderr.write(f"{title}: {format_seconds(time.monotonic() - start)}\n")
 
 
-def span(seconds: float) -> str:
+def format_seconds(seconds: float) -> str:
     """Seconds as people read them: 42 s, 3:05 min, 2:10 h."""
     whole = round(seconds)
     if whole < 60:

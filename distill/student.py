@@ -158,7 +158,7 @@ class Student:
         return draw.normal(f"renoise{i}", tuple(x.shape)).to(x)
 
 
-def phased(student: Student, N: int) -> None:
+def check_phases(student: Student, N: int) -> None:
     """ValueError unless a student of phases on a grid of N steps (PCM) is called as in training."""
     many, table = len(student.times), isinstance(student.denoiser.schedule, VP)
     if many > N:

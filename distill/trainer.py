@@ -241,7 +241,7 @@ def train(
             if cfg.skip_nonfinite:
                 state.logs[f"{player}/skipped"] = torch.zeros_like(norm)
             if player == "student":
-                seen, updates = step * cfg.train_batch_size, moves(method, "student", step)
+                seen, updates = step * cfg.train_batch_size, count_updates(method, "student", step)
                 state.ema.update(nets.student.denoiser.net, cfg.train_batch_size, seen, updates)
                 if hasattr(method, "after"):
                     method.after(nets)
@@ -288,7 +288,7 @@ def began(method: Method, nets: Nets, step: int) -> int:
     return (step % cycle - 1) % len(nets.student.times) if step % cycle else 0
 
 
-def moves(method: Method, player: str, step: int) -> int:
+def count_updates(method: Method, player: str, step: int) -> int:
     """Number of updates of `player` before iteration `step`, including those skipped for a NaN."""
     total = 0
     for update in method.updates():

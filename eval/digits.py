@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from distill.data import digits
 from eval.extractors import cache_folder, weights_hash
-from eval.files import replacing, store
+from eval.files import atomic_file, write_json
 
 WIDTH = 64  # features per image
 REQUIRED = 0.97  # accuracy on the held-out split below which the network is not used
@@ -113,7 +113,7 @@ def classifier(folder: Path | None = None, recipe: Recipe = Recipe()) -> Classif
     settings = json.dumps(asdict(recipe) | {"net": str(DigitsNet())}, sort_keys=True)
     name = f"digits-{hashlib.sha256(settings.encode()).hexdigest()[:8]}"
     path = (folder or cache_folder()) / f"{name}.safetensors"
-    net = _stored(path) or train(recipe)
+    net = _read_network(path) or train(recipe)
     images, labels = digits("heldout")
     found = Classifier(net, 0.0, weights_hash(net))
     accuracy = (found(images)[1].argmax(1) == labels).double().mean().item()
@@ -122,14 +122,14 @@ def classifier(folder: Path | None = None, recipe: Recipe = Recipe()) -> Classif
             f"the digits network reaches {accuracy:.3f} on the held-out digits, below {REQUIRED}; "
             f"its features cannot be trusted. Delete {path.name} from the cache to train it again"
         )
-    if _stored(path) is None:
-        store(path.with_suffix(".json"), {"accuracy": accuracy, "hash": found.hash, "recipe": asdict(recipe)})
-        with replacing(path) as part:  # several processes may arrive here at once
+    if _read_network(path) is None:
+        write_json(path.with_suffix(".json"), {"accuracy": accuracy, "hash": found.hash, "recipe": asdict(recipe)})
+        with atomic_file(path) as part:  # several processes may arrive here at once
             save_file(net.state_dict(), part)
     return Classifier(net, accuracy, found.hash)
 
 
-def _stored(path: Path) -> DigitsNet | None:
+def _read_network(path: Path) -> DigitsNet | None:
     """The network of a file; None where it is absent or torn."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file

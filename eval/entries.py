@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from distill.files import read_yaml
-from eval.files import read_json, shown, store
+from eval.files import read_json, shorten, write_json
 from eval.generate import model_hash, model_name
 from eval.images import is_count, is_finite
 from eval.jobs import Job, run
@@ -135,11 +135,11 @@ def entries(tree: Mapping[str, Any]) -> list[Entry]:
         raise ValueError("a board needs a list `entries`, each with at least a model; see python -m eval.leaderboard")
     for key, (right, kind) in BOARD.items():
         if tree.get(key) is not None and not right(tree[key]):
-            raise ValueError(f"{key} of the board is {shown(tree[key])}; it must be {kind}")
+            raise ValueError(f"{key} of the board is {shorten(tree[key])}; it must be {kind}")
     found: list[Entry] = []
     for i, one in enumerate(listed):
         if not isinstance(one, dict) or not one.get("model", shared.get("model")):
-            raise ValueError(f"entry {i} of the board is {shown(one)}; it needs at least a model")
+            raise ValueError(f"entry {i} of the board is {shorten(one)}; it needs at least a model")
         whole = shared | one
         where = f"entry {i}, {whole['model']}"[:100]
         if wrong := sorted(map(str, whole.keys() - known)):
@@ -147,7 +147,7 @@ def entries(tree: Mapping[str, Any]) -> list[Entry]:
         for key, (right, kind) in FIELDS.items():
             values = _list(whole.get(key)) if key in LISTS else [whole.get(key)]
             if odd := [value for value in values if value is not None and not right(value)]:
-                raise ValueError(f"{where}: {key} is {shown(odd[0])}; it must be {kind}")
+                raise ValueError(f"{where}: {key} is {shorten(odd[0])}; it must be {kind}")
         many = {key: _list(whole.pop(key, None)) for key in LISTS}
         if len(found) + math.prod(len(values) or 1 for key, values in many.items() if key != "seeds") > MOST:
             raise ValueError(f"{where}: the board has more than {MOST:,} entries; write several boards")
@@ -219,7 +219,7 @@ def evaluate(todo: Sequence[Entry], out: Path, workers: int = 1, cost: bool = Tr
         measured = (stored(folder / "cost.json") or {}) if cost else {}
         rows.append({**row, "cost": {**(row.get("cost") or {}), **measured}})
         if not wrong:
-            store(folder / "done.json", requests[name])
+            write_json(folder / "done.json", requests[name])
     return rows, why
 
 

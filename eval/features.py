@@ -28,8 +28,8 @@ from torch import Tensor
 from distill.data import images
 from eval.cli import Unfinished
 from eval.extractors import Extractor, cache_folder, device, load
-from eval.files import replacing, store
-from eval.images import listing, manifest_of
+from eval.files import atomic_file, write_json
+from eval.images import list_images, manifest_of
 from eval.protocols import Prepare
 from eval.resize import resize
 
@@ -102,7 +102,7 @@ def features(
     for name, number in (("batch", batch), ("workers", workers)):
         if number < 1:
             raise ValueError(f"{name} is {number}; it must be at least 1")
-    files = listing(folder)[:first]
+    files = list_images(folder)[:first]
     contents = images_hash(files)
     key = json.dumps([contents, asdict(prepare), extractor.rule, extractor.name, extractor.hash])
     where = cache_folder() / "features" / hashlib.blake2b(key.encode(), digest_size=12).hexdigest()
@@ -118,7 +118,7 @@ def features(
         hidden = not accelerator.is_main_process
         error: Exception | None = None
         try:
-            _clear(where, accelerator.is_main_process)
+            _prepare_folder(where, accelerator.is_main_process)
             size = _opened(files[0], prepare, extractor.rule)[0] if manifest_of(folder) else None
             with bar(total, "image", title, not hidden) as shown:
                 for c in mine:
@@ -127,13 +127,13 @@ def features(
                     _save(parts[c], made)
         except Exception as caught:
             error = caught
-        _agree(error)
+        _raise_any_error(error)
         if accelerator.is_main_process:
-            store(where / "about.json", {"n": len(files), "key": json.loads(key)})
+            write_json(where / "about.json", {"n": len(files), "key": json.loads(key)})
     return found
 
 
-def _clear(where: Path, remove: bool) -> None:
+def _prepare_folder(where: Path, remove: bool) -> None:
     """Make a folder, and remove partial files of killed processes."""
     where.mkdir(parents=True, exist_ok=True)
     for part in where.glob(".*.part") if remove else ():
@@ -142,7 +142,7 @@ def _clear(where: Path, remove: bool) -> None:
                 part.unlink()
 
 
-def _agree(error: Exception | None) -> None:
+def _raise_any_error(error: Exception | None) -> None:
     """Wait for all processes. If one has failed, all raise, so that none waits forever."""
     from accelerate.utils import gather_object
 
@@ -190,7 +190,7 @@ def _save(path: Path, tensors: dict[str, Tensor]) -> None:
     """A file that appears complete or not at all."""
     from safetensors.torch import save_file
 
-    with replacing(path) as part:
+    with atomic_file(path) as part:
         save_file({k: v.contiguous() for k, v in tensors.items()}, part)
 
 
@@ -236,14 +236,14 @@ def text_features(prompts: list[str], extractor: Extractor, batch: int = 256) ->
     """Prompts -> [N, D] in float64 by the extractor's text encoder, cached. ValueError where it has none."""
     from safetensors.torch import load_file
 
-    from distill.progress import each
+    from distill.progress import track
 
     if extractor.text is None:
         raise ValueError(f"extractor {extractor.name} reads no text; choose clip or open_clip")
     key = json.dumps([prompts, extractor.name, extractor.hash])
     path = cache_folder() / "features" / f"text-{hashlib.blake2b(key.encode(), digest_size=12).hexdigest()}.safetensors"
     if not is_complete(path, len(prompts)):
-        starts = each(range(0, len(prompts), batch), "batch", f"{extractor.name} prompts")
+        starts = track(range(0, len(prompts), batch), "batch", f"{extractor.name} prompts")
         made = torch.cat([extractor.text(prompts[i : i + batch]).float() for i in starts])
         _save(path, {"features": made})
     return load_file(path)["features"].double()

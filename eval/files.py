@@ -34,7 +34,7 @@ def read_text(path: Path, remedy: str) -> str:
         raise ValueError(f"{error}; {remedy}") from None
 
 
-def shown(value: Any) -> str:
+def shorten(value: Any) -> str:
     """A value for a message, cut."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:80]}..."
@@ -58,7 +58,7 @@ def check_output(path: Path, flag: str, folder: bool = False) -> None:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def atomic_file(path: Path) -> Iterator[Path]:
     """A hidden file beside `path` to write to. It replaces `path` in the end; an error removes it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -72,7 +72,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def replacing_folder(path: Path) -> Iterator[Path]:
+def atomic_folder(path: Path) -> Iterator[Path]:
     """A hidden folder beside `path` to fill. It replaces `path` in the end; an error removes it."""
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     shutil.rmtree(part, ignore_errors=True)
@@ -87,7 +87,7 @@ def replacing_folder(path: Path) -> Iterator[Path]:
         raise
 
 
-def store(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any) -> None:
     """Write JSON."""
-    with replacing(path) as part:
+    with atomic_file(path) as part:
         part.write_text(json.dumps(value, indent=1) + "\n")

@@ -31,11 +31,11 @@ import torch
 import tyro
 from torch import Tensor
 
-from distill.files import locked
+from distill.files import folder_lock
 from eval import images as folders
 from eval.conditions import IMAGES, Asked, of_labels, of_prompts, of_protocol
 from eval.cost import commit, hardware, measure
-from eval.files import check_output, read_json, shown, store
+from eval.files import check_output, read_json, shorten, write_json
 from eval.protocols import Protocol, protocol
 from eval.sampler import Sampler, family_of, generator, load, pipeline_sampler, teacher_sampler, turns_sampler
 
@@ -205,9 +205,9 @@ class Sampling:
         try:
             changed = json.loads(self.scheduler_config or "{}")
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"scheduler_config is {shown(self.scheduler_config)}, not JSON: {error}") from None
+            raise ValueError(f"scheduler_config is {shorten(self.scheduler_config)}, not JSON: {error}") from None
         if not isinstance(changed, dict):
-            raise ValueError(f"scheduler_config is {shown(self.scheduler_config)}; it must be a JSON object")
+            raise ValueError(f"scheduler_config is {shorten(self.scheduler_config)}; it must be a JSON object")
         beside = self.lora is not None and (self.lora.parent / "scheduler" / "scheduler_config.json").is_file()
         return self.scheduler or (f"{self.lora.parent}" if beside else None), changed
 
@@ -337,10 +337,10 @@ class Sampling:
     def run(self) -> dict[str, Any]:
         """Generate the missing images and return the manifest. ValueError if another command writes to the folder."""
         self.check()
-        with locked(self.out, "--out", beside=True):
-            return self.complete()
+        with folder_lock(self.out, "--out", beside=True):
+            return self.generate_missing()
 
-    def complete(self) -> dict[str, Any]:
+    def generate_missing(self) -> dict[str, Any]:
         """The manifest of a folder that no other process writes."""
         asked, ranks = self.asked, Ranks()
         if ranks.index == 0:
@@ -396,7 +396,7 @@ class Sampling:
         with torch.no_grad():
             measured = measure(make, self.batch or self.height, device=device)
         facts = {"nfe": _whole(sampler.nfe()), "parameters": sampler.facts["parameters"]}
-        store(self.cost, measured | facts)
+        write_json(self.cost, measured | facts)
 
 
 def generate(
@@ -410,11 +410,11 @@ class Ranks:
     """The processes of `accelerate launch` or torchrun, or this one alone."""
 
     def __init__(self) -> None:
-        from pipelines.run import launched, warn_alone
+        from pipelines.run import launched, warn_single_process
 
         self.accelerator, self.index, self.count = None, 0, 1
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-            warn_alone()
+            warn_single_process()
         else:
             self.accelerator = launched(days=7)  # for one that has more left to make
             self.index, self.count = self.accelerator.process_index, self.accelerator.num_processes

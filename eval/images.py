@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from distill.data import images as reader
-from eval.files import check_output, read_json, replacing, replacing_folder, shown
+from eval.files import atomic_file, atomic_folder, check_output, read_json, shorten
 
 MANIFEST = "manifest.json"
 
@@ -101,13 +101,13 @@ def save(folder: Path, i: int, level: Tensor) -> None:
     from PIL import Image
 
     array = level.permute(1, 2, 0).numpy()
-    with replacing(folder / file_name(i)) as part:
+    with atomic_file(folder / file_name(i)) as part:
         Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array).save(part, format="PNG")
 
 
 def store(folder: Path, manifest: dict[str, Any]) -> None:
     """Write the manifest; it changes whole or not at all."""
-    with replacing(folder / MANIFEST) as part:
+    with atomic_file(folder / MANIFEST) as part:
         part.write_text(json.dumps(manifest) + "\n")
 
 
@@ -149,7 +149,7 @@ def write(
         "hash": combined(map(digest, levels)),
         "labels": None if labels is None else torch.as_tensor(labels).tolist(),
     }
-    with replacing_folder(folder) as part:
+    with atomic_folder(folder) as part:
         for i, image in enumerate(levels):
             save(part, i, image)
         store(part, manifest)
@@ -178,7 +178,7 @@ def manifest_of(folder: str | Path, unfinished: bool = False) -> dict[str, Any]:
         raise ValueError(f"there is no folder {folder}")
     if not path.exists():
         return {}
-    found = _checked(read_json(path, "generate the folder again"), path)
+    found = _check_manifest(read_json(path, "generate the folder again"), path)
     if not unfinished and not found.get("complete", True):
         there = len(list(Path(folder).glob("*.png")))
         raise ValueError(
@@ -188,20 +188,20 @@ def manifest_of(folder: str | Path, unfinished: bool = False) -> dict[str, Any]:
     return found
 
 
-def _checked(found: Any, path: Path) -> dict[str, Any]:
+def _check_manifest(found: Any, path: Path) -> dict[str, Any]:
     """A manifest whose fields have their kinds, and as many labels as images."""
     if not isinstance(found, dict):
         raise ValueError(f"{path} is not a JSON object; generate the folder again")
     for key, (check, kind) in FIELDS.items():
         if found.get(key) is not None and not check(found[key]):
-            raise ValueError(f"{path}: {key} is {shown(found[key])}; it must be {kind}. Generate the folder again")
+            raise ValueError(f"{path}: {key} is {shorten(found[key])}; it must be {kind}. Generate the folder again")
     labels = found.get("labels")
     if labels is not None and len(labels) != found.get("n"):
         raise ValueError(f"{path} has {len(labels)} labels for n = {found.get('n')} images; generate the folder again")
     return found
 
 
-def listing(folder: str | Path) -> list[Path]:
+def list_images(folder: str | Path) -> list[Path]:
     """The image files below a folder, sorted. Prints once how many files are not images.
 
     ValueError for an absent or empty folder, one unlike its manifest, and for an image that is no regular file.
@@ -209,7 +209,7 @@ def listing(folder: str | Path) -> list[Path]:
     manifest = manifest_of(folder)
     there = reader.files(folder)
     files = [file for file in there if reader.is_image(file)]
-    others = reader.unread(there)
+    others = reader.describe_unread(there)
     if not files:
         raise ValueError(f"{folder} holds no image. {others}".rstrip(". "))
     if odd := [file for file in files if not file.is_file()]:
@@ -235,7 +235,7 @@ def read(folder: str | Path, first: int | None = None) -> tuple[Tensor, Tensor |
     Any folder of equally large images will do. `first` reads only so many. ValueError, naming the file, for an
     empty folder, mixed sizes, a corrupt image, or pixels that are not those of the manifest.
     """
-    manifest, files = manifest_of(folder), listing(folder)
+    manifest, files = manifest_of(folder), list_images(folder)
     found: list[Tensor] = []
     for file in files[:first]:
         found.append(level(file))

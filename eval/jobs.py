@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from distill.config import visible
-from distill.files import locked, read_yaml
-from distill.progress import LEAST, MOST, span
+from distill.files import folder_lock, read_yaml
+from distill.progress import LEAST, MOST, format_seconds
 
 LAUNCH = "accelerate.commands.launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no"
 
@@ -52,9 +52,9 @@ def run(todo: dict[str, Job], out: Path, workers: int, patient: bool = False) ->
     """
     if type(workers) is not int or workers < 1:
         raise ValueError(f"workers is {workers!r}; it must be a whole number, at least 1")
-    if waiting := _endless(todo):
+    if waiting := _unstartable_jobs(todo):
         raise ValueError(f"'{todo[waiting[0]].title}' depends on jobs that cannot finish or do not exist")
-    with locked(out, "folder"), _shown(todo, out) as shown:
+    with folder_lock(out, "folder"), _progress_display(todo, out) as shown:
         return Queue(todo, out, workers, patient, shown).run()
 
 
@@ -75,7 +75,7 @@ class Queue:
 
     def run(self) -> dict[str, str]:
         """Run all jobs; {name: reason} of the failed ones."""
-        with ThreadPoolExecutor(self.workers) as pool, ended():
+        with ThreadPoolExecutor(self.workers) as pool, exit_on_sigterm():
             try:
                 while len(self.done) + len(self.failed) < len(self.todo):
                     self._begin(pool)
@@ -126,7 +126,7 @@ class Queue:
 
 
 @contextmanager
-def ended() -> Iterator[None]:
+def exit_on_sigterm() -> Iterator[None]:
     """SIGTERM ends this process as Ctrl-C does, so that its jobs end with it."""
 
     def handle(number: int, frame: object) -> None:
@@ -183,15 +183,15 @@ class Lines:
         self.told[name] = now
         lines = (self.logs / f"{name}.txt").read_text(errors="replace").split("\n")
         last = next((line.strip() for line in reversed(lines) if line.strip()), "no output yet")
-        sys.stderr.write(f"{self.todo[name].title}, {span(now - self.began[name])}: {visible(last[-160:])}\n")
+        sys.stderr.write(f"{self.todo[name].title}, {format_seconds(now - self.began[name])}: {visible(last[-160:])}\n")
 
     def end(self, name: str, well: bool) -> None:
-        took = span(time.monotonic() - self.began[name])
+        took = format_seconds(time.monotonic() - self.began[name])
         sys.stderr.write(f"{self.todo[name].title}: {'done' if well else 'failed'} after {took}\n")
 
 
 @contextmanager
-def _shown(todo: dict[str, Job], out: Path) -> Iterator[Bars | Lines]:
+def _progress_display(todo: dict[str, Job], out: Path) -> Iterator[Bars | Lines]:
     from rich import progress
 
     title = progress.TextColumn("{task.description:34}")
@@ -204,7 +204,7 @@ def _shown(todo: dict[str, Job], out: Path) -> Iterator[Bars | Lines]:
         yield Bars(todo, bars)
 
 
-def _endless(todo: dict[str, Job]) -> list[str]:
+def _unstartable_jobs(todo: dict[str, Job]) -> list[str]:
     """The jobs that could never start."""
     able: set[str] = set()
     while new := [name for name, job in todo.items() if name not in able and {*job.after} <= able]:

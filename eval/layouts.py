@@ -19,7 +19,7 @@ import torch
 
 from eval import images as folders
 from eval.conditions import Asked, texts
-from eval.files import check_output, read_text, replacing_folder
+from eval.files import atomic_folder, check_output, read_text
 
 GRID = 4  # images of a prompt that DPG-Bench reads
 
@@ -50,7 +50,7 @@ def export(folder: Path, layout: Literal["geneval", "dpg"], prompts: Path, out: 
         )
     if layout == "dpg" and each < GRID:
         raise ValueError(f"{folder} holds {each} image(s) of a prompt; DPG-Bench reads {GRID}: use --per_prompt {GRID}")
-    with replacing_folder(out) as part:
+    with atomic_folder(out) as part:
         if layout == "geneval":
             lines = [line for line in read_text(prompts, "give another file").split("\n") if line.strip()]
             _geneval(folder, part, [json.dumps(json.loads(line)) for line in lines], each)

@@ -16,11 +16,11 @@ import tyro
 
 from eval import entries
 from eval.cli import Unfinished
-from eval.files import check_output, read_json, replacing, store
+from eval.files import atomic_file, check_output, read_json, write_json
 from eval.page import page as html_page
-from eval.report import Row, boards, checked, distinct, markdown, pretty
+from eval.report import Row, boards, checked, drop_duplicates, markdown, pretty
 from pipelines.card import Result, evaluated
-from pipelines.markdown import plain
+from pipelines.markdown import escape_markdown
 
 
 def write(
@@ -33,9 +33,9 @@ def write(
 ) -> Path:
     """Write rows.json, leaderboard.md and index.html to the folder `out`; the page's path. See `page.page`."""
     made, words = html_page(rows, title, lead, runs, failed), markdown(rows)
-    store(out / "rows.json", list(rows))
-    for name, content in (("leaderboard.md", f"# {plain(title)}\n\n{words}"), ("index.html", made)):
-        with replacing(out / name) as part:
+    write_json(out / "rows.json", list(rows))
+    for name, content in (("leaderboard.md", f"# {escape_markdown(title)}\n\n{words}"), ("index.html", made)):
+        with atomic_file(out / name) as part:
             part.write_text(content, encoding="utf-8")
     return out / "index.html"
 
@@ -47,7 +47,7 @@ def read(paths: Sequence[Path]) -> list[Row]:
         rows += checked(read_json(path, "make it with python -m eval.score"), str(path))
     if not rows:
         raise ValueError("no file of rows was given; name at least one that python -m eval.score wrote")
-    return distinct(rows)
+    return drop_duplicates(rows)
 
 
 def page(

@@ -252,15 +252,15 @@ class Boxes:
             self.add(box)
 
     def add(self, box: Box) -> None:
-        for square in self._touched(box):
+        for square in self._squares_of(box):
             self.squares[square].append(box)
 
     def meet(self, box: Box) -> bool:
         """Whether one of them intersects `box`."""
-        near = (other for square in self._touched(box) for other in self.squares.get(square, ()))
+        near = (other for square in self._squares_of(box) for other in self.squares.get(square, ()))
         return any(_meet(box, other) for other in near)
 
-    def _touched(self, box: Box) -> Iterator[tuple[int, int]]:
+    def _squares_of(self, box: Box) -> Iterator[tuple[int, int]]:
         left, top, right, bottom = (int(edge // self.SIDE) for edge in box)
         return ((i, j) for i in range(left, right + 1) for j in range(top, bottom + 1))
 

@@ -18,9 +18,9 @@ from statistics import fmean, median_low
 from typing import TYPE_CHECKING, Any
 
 from eval import plots
-from eval.files import shown
+from eval.files import shorten
 from eval.images import LARGEST, is_count, is_finite, is_number
-from pipelines.markdown import plain
+from pipelines.markdown import escape_markdown
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -143,12 +143,12 @@ def checked(rows: Any, source: str = "the rows") -> list[Row]:
     for i, row in enumerate(rows):
         if not isinstance(row, dict) or not isinstance(row.get("metrics"), dict) or row.get("model") is None:
             raise ValueError(f"{source}: row {i} has no model or no metrics; score its folder again")
-        where = f"{source}: row {i}, {shown(row['model'])}"
+        where = f"{source}: row {i}, {shorten(row['model'])}"
         for key, (check, kind) in SCHEMA.items():
             if row.get(key) is not None and not check(row[key]):
-                raise ValueError(f"{where}: {key} is {shown(row[key])}; it must be {kind}. Score it again")
+                raise ValueError(f"{where}: {key} is {shorten(row[key])}; it must be {kind}. Score it again")
         for name, metric in row["metrics"].items():
-            if (why := _fault(metric)) is not None:
+            if (why := _figure_error(metric)) is not None:
                 raise ValueError(f"{where}: {name} {why}; score it again")
         for name, value in (row.get("cost") or {}).items():
             if value is not None and not (_is_cost if name in COSTS else _is_plain)(value):
@@ -156,14 +156,14 @@ def checked(rows: Any, source: str = "the rows") -> list[Row]:
     return rows
 
 
-def _fault(metric: Any) -> str | None:
+def _figure_error(metric: Any) -> str | None:
     """The fault of a figure in a row; None if it is valid."""
     if not isinstance(metric, dict) or not is_finite(metric.get("value")):
         return "is not finite"
     if wrong := [key for key in ("low", "high") if metric.get(key) is not None and not is_finite(metric[key])]:
         return f"is not finite: {wrong[0]} of its interval"
     if metric.get("n") is not None and not is_count(metric["n"]):
-        return f"has n {shown(metric['n'])}, not a number of images"
+        return f"has n {shorten(metric['n'])}, not a number of images"
     low, high = interval(metric)
     rounding = 1e-9 * max(abs(low), abs(high))
     if not low - rounding <= metric["value"] <= high + rounding:
@@ -174,7 +174,7 @@ def _fault(metric: Any) -> str | None:
 SAME = ("model", "kind", "steps", "guidance", "scheduler", "protocol", "protocol_hash", "n", "extractor_hash")
 
 
-def distinct(rows: Iterable[Row]) -> list[Row]:
+def drop_duplicates(rows: Iterable[Row]) -> list[Row]:
     """The rows without duplicates, such as one row read from two files."""
     return list({json.dumps(row, sort_keys=True): row for row in rows}.values())
 
@@ -189,7 +189,7 @@ def mean(rows: Sequence[Row]) -> list[Row]:
     from eval.intervals import mean_ci
 
     groups: dict[tuple[Any, ...], list[Row]] = {}
-    for row in distinct(rows):
+    for row in drop_duplicates(rows):
         weights = None if "run" in row else row.get("model_hash")  # rows of several runs are of several networks
         groups.setdefault((weights, *(json.dumps(row.get(key)) for key in SAME)), []).append(row)
     out: list[Row] = []
@@ -406,17 +406,17 @@ def markdown(rows: Sequence[Row]) -> str:
         found = columns(board)
         rows = [*board.rows, *board.real]
         lines = [
-            f"## {board.title_by(plain)}",
+            f"## {board.title_by(escape_markdown)}",
             "",
-            f"| {' | '.join(plain(pretty(heading)) for heading in found)} |",
+            f"| {' | '.join(escape_markdown(pretty(heading)) for heading in found)} |",
             "|---|" + "---:|" * (len(found) - 1),
         ]
         for i in range(len(rows)):
-            lines.append(f"| {' | '.join(plain(cells[i]) for cells in found.values())} |")
+            lines.append(f"| {' | '.join(escape_markdown(cells[i]) for cells in found.values())} |")
         made: dict[str, list[str]] = {}
         for row, name in zip(rows, labels(rows, board.rows), strict=True):
-            how = "; ".join(f"{k} {plain(v)}" for k, v in provenance(row))
-            made.setdefault(how, []).append(plain(name))
+            how = "; ".join(f"{k} {escape_markdown(v)}" for k, v in provenance(row))
+            made.setdefault(how, []).append(escape_markdown(name))
         lines += ["", *(f"- {', '.join(names)}: {how}" for how, names in made.items() if how)]
         parts.append("\n".join(lines).rstrip() + "\n")
     note = "Rank = 1 + the number of rows whose entire interval is better. A table holds figures of one protocol.\n"

@@ -29,8 +29,8 @@ from eval.cli import Unfinished
 from eval.cost import commit, hardware
 from eval.extractors import Extractor, device, load
 from eval.features import features, text_features
-from eval.files import check_output, read_text, store
-from eval.images import listing
+from eval.files import check_output, read_text, write_json
+from eval.images import list_images
 from eval.metrics import Given, Moments, Score, metric, too_few
 from eval.protocols import Measure, Prepare, Protocol
 from eval.protocols import protocol as named
@@ -57,7 +57,7 @@ class Folder:
 
     def __init__(self, path: Path, batch: int = 64, workers: int = 4) -> None:
         self.path, self.batch, self.workers = path, batch, workers
-        self.manifest, self.files = folders.manifest_of(path), listing(path)
+        self.manifest, self.files = folders.manifest_of(path), list_images(path)
 
     def features(self, net: Extractor, prepare: Prepare) -> Features:
         return features(self.path, net, prepare, batch=self.batch, workers=self.workers)
@@ -192,7 +192,7 @@ def custom(folder: Folder, metrics: tuple[str, ...], extractor: str | None, othe
 def _reference_files(path: Path) -> list[Path]:
     """The images of a folder, or a file of stored moments. ValueError where there is neither."""
     if path.suffix != ".npz" or path.is_dir():
-        return listing(path)
+        return list_images(path)
     if not path.is_file():
         raise ValueError(f"there is no regular file {path}; name a folder of real images, or an .npz with mu and sigma")
     return [path]
@@ -231,15 +231,15 @@ def score(
         try:
             if key not in given:
                 given[key] = _given(found, m, p, spec, reference_folder, nets)
-            scored = metric(m.metric).compute(_unless_failed(given[key]))
+            scored = metric(m.metric).compute(_raise_if_failed(given[key]))
         except FAILURES as error:
-            failure = ValueError(explain(error))
+            failure = ValueError(describe_error(error))
             given.setdefault(key, failure)  # do not repeat a failed input for another metric
             left_out[m.metric] = str(failure)
         else:
             made |= scored if isinstance(scored, dict) else {m.metric: scored}
     if not made:
-        raise ValueError(f"{folder}: {reasons(left_out)}")
+        raise ValueError(f"{folder}: {format_reasons(left_out)}")
     return _row(found, p, made, nets) | ({"left_out": left_out} if left_out else {})
 
 
@@ -252,7 +252,7 @@ FAILURES = (
 )  # of one folder; others are scored
 
 
-def explain(error: BaseException) -> str:
+def describe_error(error: BaseException) -> str:
     """The message for the user about a failure."""
     from distill.checkpoint import refused
 
@@ -266,7 +266,7 @@ def explain(error: BaseException) -> str:
     return text if isinstance(error, ValueError) else f"{type(error).__name__}: {text.splitlines()[0]}"
 
 
-def reasons(left_out: Mapping[str, str]) -> str:
+def format_reasons(left_out: Mapping[str, str]) -> str:
     """{metric: reason} as text, with each reason once."""
     names: dict[str, list[str]] = {}
     for name, reason in left_out.items():
@@ -274,7 +274,7 @@ def reasons(left_out: Mapping[str, str]) -> str:
     return "; ".join(f"{', '.join(some)}: {reason}" for reason, some in names.items())
 
 
-def _unless_failed(given: Given | ValueError) -> Given:
+def _raise_if_failed(given: Given | ValueError) -> Given:
     if isinstance(given, ValueError):
         raise given
     return given
@@ -293,7 +293,7 @@ def _check_needs(found: Folder, m: Measure, p: Protocol, spec: str, other: Path 
     if "reference" not in entry.needs or path is None:
         return
     if path.suffix != ".npz":
-        if (n := len(listing(path))) < least:
+        if (n := len(list_images(path))) < least:
             raise ValueError(too_few("reference", n, width or 0, least))
     elif entry.least is not None:
         raise ValueError(f"{m.metric} needs a folder of reference images, not their mean and covariance alone")
@@ -405,7 +405,7 @@ def scores(
         batch: images per call of an extractor.
         workers: threads that read and resize.
     """
-    from distill.progress import each
+    from distill.progress import track
 
     if not folder:
         raise ValueError("no folder was given; name at least one after --folder")
@@ -414,18 +414,18 @@ def scores(
     if out is not None:
         check_output(out, "--out")
     found, failed = [], []
-    for path in each(folder, "folder", "score", len(folder) > 1):
+    for path in track(folder, "folder", "score", len(folder) > 1):
         try:
             row = score(path, protocol, metrics, extractor, reference, use, batch, workers)
         except FAILURES as error:
-            why = explain(error)
+            why = describe_error(error)
             failed.append(why if f"{path}" in why else f"{path}: {why}")
             continue
         found.append(row)
         if "left_out" in row:
-            failed.append(f"{path} was scored without {reasons(row['left_out'])}")
+            failed.append(f"{path} was scored without {format_reasons(row['left_out'])}")
         if out is not None and main_process():
-            store(out, found)  # a command that is killed has its rows so far
+            write_json(out, found)  # a command that is killed has its rows so far
     if failed:
         made = f" ({len(found)} of {len(folder)} folders were scored)" if len(folder) > 1 else ""
         told = "; ".join(failed) + made

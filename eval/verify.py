@@ -22,8 +22,8 @@ import torch
 
 from eval.extractors import cache_folder, device, load
 from eval.features import features, text_features
-from eval.files import check_output, store
-from eval.images import listing
+from eval.files import check_output, write_json
+from eval.images import list_images
 from eval.metrics import fid, frechet, inception_score, kid, manifold, text_score
 
 Peer = Literal["arithmetic", "clean-fid", "torch-fidelity", "clip"]
@@ -113,7 +113,7 @@ def clip(folder: Path, spec: str) -> Iterator[Check]:
     model, transform = open_clip.create_model_from_pretrained(kind, tag or None, device=device())
     tokenizer, total = open_clip.get_tokenizer(kind), torch.zeros((), dtype=torch.float64)
     with torch.no_grad():
-        for file, text in zip(listing(folder), texts):
+        for file, text in zip(list_images(folder), texts):
             image = model.encode_image(transform(Image.open(file))[None].to(device()), normalize=True)
             words = model.encode_text(tokenizer([text]).to(device()), normalize=True)
             total += (image.double() * words.double()).sum().cpu()
@@ -140,7 +140,7 @@ def verify(
         clip_model: of open_clip.
         out: where the comparison goes, as JSON.
     """
-    listing(folder)
+    list_images(folder)
     if out is not None:
         check_output(out, "--out")
     found: dict[str, list[Check]] = {}
@@ -160,7 +160,7 @@ def verify(
             missing[peer] = (str(error) or type(error).__name__).splitlines()[0]
     if out is not None:
         checks = {peer: [c._asdict() | {"holds": c.holds} for c in some] for peer, some in found.items()}
-        store(out, {"checks": checks, "left_out": missing})
+        write_json(out, {"checks": checks, "left_out": missing})
     return found, missing
 
 

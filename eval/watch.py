@@ -26,7 +26,7 @@ import tyro
 from distill import checkpoint
 from eval.cli import Unfinished
 from eval.entries import flags, one_row, stored
-from eval.files import store
+from eval.files import write_json
 from eval.jobs import Job
 from eval.jobs import run as run_jobs
 from eval.leaderboard import results, show, write
@@ -100,11 +100,11 @@ def splits(p: Protocol, out: Path, metric: str | None, n: int | None, reference:
 
 def _half(folder: Path, out: Path, odd: int) -> Path:
     """Links to every other image of a folder."""
-    from eval.features import listing
+    from eval.features import list_images
 
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
-    for i, file in enumerate(listing(folder)):
+    for i, file in enumerate(list_images(folder)):
         if i % 2 == odd:
             os.symlink(file.resolve(), out / f"{i:08d}{file.suffix}")
     return out
@@ -191,7 +191,7 @@ def watch(
     if stored(out / "asked.json") != asked:  # figures of another request are not compared with these
         for old in out.glob("checkpoint-*/*.json"):
             old.unlink()
-    store(out / "asked.json", asked)
+    write_json(out / "asked.json", asked)
     while True:
         ended = (run / "pipeline" / "model_index.json").is_file()
         rows, failed = _selection(run, out, select)
@@ -210,7 +210,7 @@ def watch(
     evaluated(model, results(tested))
     first = next(iter(chosen["metrics"]))
     facts = {"chosen": name, "by": first, "ties": ties, "selection": rows, "test": tested[0], "failed": failed}
-    store(out / "watch.json", facts)
+    write_json(out / "watch.json", facts)
     lead = f"{name} of {len(rows)} was chosen by {pretty(first)} on the selection split{_told(ties)}. "
     lead += f"Its figures are those of the test split; its export is {model}."
     page = write(out, [*tested, *rows], f"Checkpoints of {run.name}", lead, failed=failed)

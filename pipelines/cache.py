@@ -27,11 +27,11 @@ from distill import ranges
 from distill.checkpoint import refused
 from distill.config import fail
 from distill.data import Text, sources
-from distill.data.index import INDEX, TEXTS, fingerprint, stored
+from distill.data.index import INDEX, TEXTS, fingerprint, read_unfinished_index
 from distill.data.online import Images, Texts
-from distill.data.shards import Rows, Table, file, is_whole, narrow, note, pack, save
+from distill.data.shards import Rows, Table, file, is_readable, narrow, note, pack, save
 from distill.data.sources import Broken
-from distill.files import LOCK, locked
+from distill.files import LOCK, folder_lock
 from distill.ranges import Count, Natural
 
 if TYPE_CHECKING:
@@ -94,11 +94,11 @@ def main(argv: list[str] | None = None) -> None:
 
 def run(config: Cache) -> Path:
     """Make or go on with the cache of `config`; its folder."""
-    with locked(config.output_dir):
-        return encoded(config)
+    with folder_lock(config.output_dir):
+        return make_cache(config)
 
 
-def encoded(config: Cache) -> Path:
+def make_cache(config: Cache) -> Path:
     """The folder of the cache, which no other process writes."""
     check(config)
     from pipelines.run import launched, quiet
@@ -190,7 +190,7 @@ def begun(folder: Path, config: Cache, teacher: Teacher, tables: dict[str, Table
 def resume(folder: Path, index: dict[str, Any]) -> dict[str, Any] | None:
     """The index in the folder, None if there is none; ValueError if it is of other work than `index`."""
     if (folder / INDEX).is_file():
-        old = stored(folder)
+        old = read_unfinished_index(folder)
         changed = [key for key in index if old.get(key) != index[key]]
         if changed:
             raise ValueError(
@@ -241,7 +241,7 @@ def announce(folder: Path, index: dict[str, Any]) -> None:
     need, lines = 0.0, []
     for name, entry in index["tables"].items():
         shards = -(-entry["total"] // entry["per_shard"])
-        whole = sum(is_whole(folder / file(name, i)) for i in range(shards))
+        whole = sum(is_readable(folder / file(name, i)) for i in range(shards))
         left = max(0, entry["total"] - whole * entry["per_shard"]) * entry["bytes"]
         need += left
         lines.append(
@@ -271,7 +271,7 @@ def fill(folder: Path, name: str, table: Table, entry: dict[str, Any], config: C
 
     total, per_shard = entry["total"], entry["per_shard"]
     mine = range(total)[::per_shard][state.process_index :: state.num_processes]
-    todo = [first for first in mine if not is_whole(folder / file(name, first // per_shard))]
+    todo = [first for first in mine if not is_readable(folder / file(name, first // per_shard))]
     rows = {first: range(first, min(first + per_shard, total)) for first in todo}
     here, done = sum(map(len, rows.values())), sum(min(per_shard, total - first) for first in mine if first not in rows)
     with bar(here + done, "row", name, state.is_main_process, done) as shown:

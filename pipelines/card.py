@@ -12,7 +12,7 @@ from yaml import YAMLError
 
 from distill.files import read, write
 from pipelines.license import UNKNOWN, License, hub_name
-from pipelines.markdown import fenced, link, plain, unescaped
+from pipelines.markdown import escape_markdown, fenced, link, unescape
 
 NEGATIVE = "Negative prompts do nothing: guidance is built in, and the call switches the pipeline's own off."
 OTHER = "Other numbers of steps and guidance scales than the call's were neither trained nor verified."
@@ -144,9 +144,9 @@ def card(
         rest += f"\n{_table(results)}"
     title = license.name or license.id
     body = BODY.format(
-        name=plain(name),
+        name=escape_markdown(name),
         kind=f"{calls} {'student' if code else 'LoRA'}",
-        base=f"[{hub}](https://huggingface.co/{hub})" if hub else plain(Path(base).name),
+        base=f"[{hub}](https://huggingface.co/{hub})" if hub else escape_markdown(Path(base).name),
         calls="one network call" if steps == 1 else f"{steps} network calls",
         method=f", distilled with {METHODS.get(method, method)}" if method else "",
         code=fenced(code or lora, "python"),
@@ -156,7 +156,7 @@ def card(
         if license == UNKNOWN
         else f", {link(title, license.link)}"
         if license.link
-        else f", {plain(title)}",
+        else f", {escape_markdown(title)}",
         config=fenced(config.strip(), "yaml"),
     )
     return f"---\n{data.to_yaml()}\n---\n\n{body}"
@@ -171,7 +171,7 @@ def _index(results: Sequence[Result], task: str) -> list[Any]:
 
 
 def _table(results: Sequence[Result]) -> str:
-    rows = "".join(f"| {plain(m)} | {v:.4g} | {plain(p)} |\n" for p, m, v in results)
+    rows = "".join(f"| {escape_markdown(m)} | {v:.4g} | {escape_markdown(p)} |\n" for p, m, v in results)
     return f"## Evaluation\n\n| metric | value | protocol |\n|---|---:|---|\n{rows}"
 
 
@@ -195,7 +195,7 @@ def evaluated(folder: str | Path, results: Sequence[Result]) -> None:
     old = [Result(r.dataset_name, r.metric_name, r.metric_value) for r in found.data.eval_results or []]
     merged = {(r.protocol, r.metric): r for r in (*old, *results)}
     title = re.search(r"^# (.+)$", found.text, re.MULTILINE)
-    found.data.model_name = found.data.model_name or (unescaped(title[1]) if title else Path(folder).name)
+    found.data.model_name = found.data.model_name or (unescape(title[1]) if title else Path(folder).name)
     found.data.eval_results = _index(list(merged.values()), found.data.pipeline_tag or "text-to-image")
     before, head, after = found.text.partition("## What does not work")
     bare = re.sub(r"^## Evaluation\n.*?(?=^## |\Z)", "", before, flags=re.MULTILINE | re.DOTALL)

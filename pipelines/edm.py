@@ -88,7 +88,7 @@ def load(parts: Parts, resolution: int | None, frames: int | None) -> Teacher:
     """distill.json beside model_index.json says which label is "no label", and c_noise where it is not 250."""
     facts = fields.facts(parts.folder)
     scheduler, c_noise = parts.scheduler(), facts.get("c_noise", C_NOISE)
-    noise.known(scheduler, noise.EDM, "EDM's levels")
+    noise.check_class(scheduler, noise.EDM, "EDM's levels")
     known, null = parts.net.config.get("num_class_embeds"), facts.get("null_class")
     if known is not None and null is not None and null >= known:
         path = parts.folder / "distill.json"

@@ -278,14 +278,14 @@ def main(argv: list[str] | None = None) -> None:
 
     from distill.checkpoint import refused
     from distill.config import fail
-    from distill.files import locked
+    from distill.files import folder_lock
 
     parser = argparse.ArgumentParser(prog="python -m pipelines.edm_convert", description=__doc__.split("\n")[0])
     parser.add_argument("file", type=Path, help="a checkpoint of EDM, such as edm-cifar10-32x32-cond-vp.pkl")
     parser.add_argument("folder", type=Path, help="to write; it must not exist. It is a recipe's --teacher then")
     args = parser.parse_args(argv)
     try:
-        with locked(args.folder, "folder", beside=True):
+        with folder_lock(args.folder, "folder", beside=True):
             net = convert(args.file, args.folder)
     except ValueError as error:
         fail(str(error))

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from distill.checkpoint import refused
 from distill.config import fail
-from distill.files import locked
+from distill.files import folder_lock
 from distill.lora import merged
 from distill.student import Student
 from pipelines import fields, index
@@ -201,7 +201,7 @@ def _classes(folder: Path, facts: dict[str, Any]) -> list[int]:
 
 def main(given: Students) -> None:
     try:
-        with locked(given.output_dir, beside=True):
+        with folder_lock(given.output_dir, beside=True):
             gather(given.students, Path(given.output_dir))
     except ValueError as error:
         fail(str(error))

@@ -25,8 +25,8 @@ from torch import nn
 
 from distill import checkpoint, history, methods
 from distill.average import SECOND, fold_end_times, timed, untimed
-from distill.config import TEACHER, fail, revived, stored
-from distill.files import locked
+from distill.config import TEACHER, fail, read_run_config, revived
+from distill.files import folder_lock
 from distill.log import grid
 from distill.lora import merged, shared
 from distill.negative import adapters, strip
@@ -111,7 +111,7 @@ def export(student: Student, teacher: Teacher, net: nn.Module, scheduler: Any, f
     with experts.told(student) as steps:
         expected = reference(student, teacher, net)
     limits = [LEGS] if any(to for _, to in student.legs) else []
-    student = of_one_time(student, teacher)
+    student = fold_end_times_of(student, teacher)
     one, net = student.denoiser, student.denoiser.net
     others = {
         n: reference(replace(student, times=carrying(teacher, StudentConfig(steps=n))[1]), teacher, net)
@@ -134,12 +134,12 @@ def export(student: Student, teacher: Teacher, net: nn.Module, scheduler: Any, f
         (partial / "distill.json").write_text(json.dumps(facts | teacher.parts.asked, indent=1))
         made, more, left = singles(student, teacher, net, partial, about)
         gaps = verified(partial, made, teacher, expected, len(student.times), others, left)
-        limits = [*limits, *more, *without(partial, left)]
+        limits = [*limits, *more, *remove_left_out(partial, left)]
         grid(expected.images * 2 - 1, columns=len(expected.prompts), side=256).save(partial / "samples.png")
         lora = next((file.name for file in made if file.stem.endswith("_lora") and file.name in gaps), "")
         beside = sorted(file.name for file in partial.iterdir() if file.is_file())
         where = about.model or folder
-        checked = verdict(about, gaps["pipeline"], len(expected.prompts))
+        checked = describe_verification(about, gaps["pipeline"], len(expected.prompts))
         text = page(student, teacher, scheduler, about, where, expected.prompts[0], lora, limits, beside, checked)
         (partial / "README.md").write_text(text)
     except (OSError, SafetensorError, MemoryError, RuntimeError):  # a full disk, say: what was written keeps it full
@@ -152,7 +152,7 @@ def export(student: Student, teacher: Teacher, net: nn.Module, scheduler: Any, f
     return Verified(gaps, left)
 
 
-def verdict(about: About, gap: Gap, n: int) -> str:
+def describe_verification(about: About, gap: Gap, n: int) -> str:
     """The card's text about the verification and its reference."""
     return " ".join(
         (
@@ -163,7 +163,7 @@ def verdict(about: About, gap: Gap, n: int) -> str:
     )
 
 
-def without(folder: Path, left: dict[str, str]) -> list[str]:
+def remove_left_out(folder: Path, left: dict[str, str]) -> list[str]:
     """Delete the single files in `left` and workflows that use them; return the card's lines about them."""
     for name in left:
         (folder / name).unlink(missing_ok=True)
@@ -173,7 +173,7 @@ def without(folder: Path, left: dict[str, str]) -> list[str]:
     return [f"There is no {name}: {why}." for name, why in left.items()]
 
 
-def of_one_time(student: Student, teacher: Teacher) -> Student:
+def fold_end_times_of(student: Student, teacher: Teacher) -> Student:
     """The student without end times: they are folded into the time embedding at the times of its calls."""
     denoiser = student.denoiser
     if not any(to for _, to in student.legs):
@@ -338,7 +338,7 @@ def singles(student: Student, teacher: Teacher, net: nn.Module, folder: Path, ab
     spec = lambda lora: files.modelspec(net, kind, about.name, size, lora, license=about.license.id)
     name = lambda what: files.file_name(about.name, steps, what)
     part, adapted = files.part(net), hasattr(net, "peft_config")
-    write = lambda what, to: attempted(folder / name(what), lambda file: to(net, file, spec(what != part)), left)
+    write = lambda what, to: try_write(folder / name(what), lambda file: to(net, file, spec(what != part)), left)
     made = write(part, files.unet_file)
     loads_lora = hasattr(getattr(diffusers, teacher.parts.index["_class_name"]), "load_lora_weights")
     if adapted and loads_lora:
@@ -360,7 +360,7 @@ def singles(student: Student, teacher: Teacher, net: nn.Module, folder: Path, ab
     return made, limits, left
 
 
-def attempted(file: Path, write: Callable[[Path], Any], left: dict[str, str]) -> list[Path]:
+def try_write(file: Path, write: Callable[[Path], Any], left: dict[str, str]) -> list[Path]:
     """[file] after `write(file)`; [] if that fails, with the reason in `left`."""
     try:
         write(file)
@@ -461,7 +461,7 @@ def trained(again: Again) -> tuple[Student, Teacher, Any, str, str, str]:
     run = Path(again.run)
     if not (run / "config.yaml").is_file():
         raise ValueError(f"no run at {again.run!r}: a run's folder has a config.yaml, its checkpoints are --checkpoint")
-    text, method, tree = stored(run)
+    text, method, tree = read_run_config(run)
     method = method.lower()
     found = checkpoint.found(run)
     if not found:
@@ -474,7 +474,7 @@ def trained(again: Again) -> tuple[Student, Teacher, Any, str, str, str]:
     options = {key: tree.get(key) for key in ("revision", "variant", "resolution", "frames")}
     teacher = opened(base, **options, told=tells(method, tree["method"]))
     config = revived(StudentConfig, tree["student"])
-    recorded = (history.last(run) or {}).get("times")  # set by the method, if no flag gave them
+    recorded = (history.last_entry(run) or {}).get("times")  # set by the method, if no flag gave them
     if config.times is None and recorded:
         config = replace(config, times=tuple(recorded))
     if "control" in tree["method"]:
@@ -536,7 +536,7 @@ def published(again: Again) -> tuple[Student, Teacher, Any, str, str, str, tuple
         times=tuple(n / last for n in known.indices),
     )
     found = others.read(path, teacher.denoiser.net)
-    known = others.agreed(found, known, teacher.denoiser, zero_terminal(teacher.parts.scheduler()))
+    known = others.check_agreement(found, known, teacher.denoiser, zero_terminal(teacher.parts.scheduler()))
     net = others.install(teacher.denoiser.net, found.weights)
     denoiser = replace(teacher.denoiser, net=net, kind=known.kind)
     scheduler, times = carrying(replace(teacher, denoiser=denoiser), config)
@@ -559,7 +559,7 @@ def main(again: Again) -> None:
     name = (out.parent if out.name == "pipeline" else out).resolve().name
     try:
         quiet()
-        with locked(out, beside=True):
+        with folder_lock(out, beside=True):
             export_again(again, out, name)
     except (ValueError, ExportError) as error:
         fail(str(error))
@@ -587,7 +587,7 @@ def export_again(again: Again, out: Path, name: str) -> None:
 def report(folder: Path, found: Verified, about: About) -> None:
     """Print the written files, the reference, and the differences of their images."""
     lines = [f"exported {folder}. Plain diffusers loaded it again; from the same noise its images differ from those"]
-    lines += [f"of the training code's sampler with {about.source} (largest difference of 1, PSNR):"]
+    lines += [f"of the training code's sampler with {about.source} (images in [0, 1]: largest difference, PSNR):"]
     lines += [f"  {gap.largest:.1e}  {gap.psnr:5.1f} dB  {name}" for name, gap in found.gaps.items()]
     lines += [f"left out {name}: {why}" for name, why in found.left.items()]
     sys.stderr.write("\n".join([*lines, *about.notes, ""]))

@@ -79,30 +79,30 @@ def read(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ValueError(f"{path} is damaged: it holds no object of fields")
     for key, value in found.items():
-        if allowed := wrong(key, value, found):
-            raise ValueError(f"{path}: {key} is {_shown(value)}; it must be {allowed}: correct it, or download it anew")
+        if allowed := allowed_if_wrong(key, value, found):
+            raise ValueError(f"{path}: {key} is {_shorten(value)}; it must be {allowed}: correct or download it")
     return found
 
 
-def wrong(key: str, value: Any, config: dict[str, Any]) -> str | None:
+def allowed_if_wrong(key: str, value: Any, config: dict[str, Any]) -> str | None:
     """What a field may be, if its value is something else."""
     kind = str(config.get("_class_name"))
     if key == "sample_size" and kind in SQUARE:
-        return None if whole(value, 1, SIDE) else f"a whole number from 1 to {SIDE:,}"
+        return None if is_whole_number(value, 1, SIDE) else f"a whole number from 1 to {SIDE:,}"
     if value is None:
         return "given" if key in NEEDED.get(kind, ()) else None
     if key in COUNTS:
-        return None if whole(value, 1, SIDE) else f"a whole number from 1 to {SIDE:,}"
+        return None if is_whole_number(value, 1, SIDE) else f"a whole number from 1 to {SIDE:,}"
     if key in STEPS:
-        return None if whole(value, 1, LONGEST) else f"a whole number from 1 to {LONGEST:,}"
+        return None if is_whole_number(value, 1, LONGEST) else f"a whole number from 1 to {LONGEST:,}"
     if key in RATIOS:
-        return None if number(value) and 0 < value < 1 else "a number above 0 and below 1"
+        return None if is_number(value) and 0 < value < 1 else "a number above 0 and below 1"
     if key in POSITIVE:
-        return None if number(value) and value > 0 else "a number above 0"
+        return None if is_number(value) and value > 0 else "a number above 0"
     if key == "sigma_min":
-        return None if number(value) and value >= 0 else "a number of at least 0"
+        return None if is_number(value) and value >= 0 else "a number of at least 0"
     if key == "trained_betas":
-        betas = isinstance(value, list) and 0 < len(value) <= LONGEST and all(map(number, value))
+        betas = isinstance(value, list) and 0 < len(value) <= LONGEST and all(map(is_number, value))
         return None if betas else f"null, or a list of up to {LONGEST:,} numbers"
     if key in NAMES:
         return None if isinstance(value, str) else "a name"
@@ -110,36 +110,36 @@ def wrong(key: str, value: Any, config: dict[str, Any]) -> str | None:
         return None if _of_channels(value, config, key == "latents_std") else f"{MOMENTS[key]} for each channel"
     if key == "sample_size":
         sides = value if isinstance(value, list) else [value]
-        sized = len(sides) in (1, 2, 3) and all(whole(side, 1, SIDE) for side in sides)
+        sized = len(sides) in (1, 2, 3) and all(is_whole_number(side, 1, SIDE) for side in sides)
         return None if sized else f"null, or a whole number from 1 to {SIDE:,}"
     if LAYERS.search(key):
-        return None if _shallow(value) else f"at most {DEPTH:,} layers"
+        return None if _is_shallow(value) else f"at most {DEPTH:,} layers"
     return None
 
 
-def whole(value: Any, low: int, high: int) -> bool:
+def is_whole_number(value: Any, low: int, high: int) -> bool:
     """Whether a value is an integer from `low` to `high`."""
     return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
 
 
-def number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
     """Whether a value is a finite number."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _of_channels(values: Any, config: dict[str, Any], positive: bool) -> bool:
-    if not isinstance(values, list) or not all(map(number, values)):
+    if not isinstance(values, list) or not all(map(is_number, values)):
         return False
     channels = config.get("latent_channels") or config.get("z_dim") or len(values)
     return len(values) == channels and (not positive or all(value > 0 for value in values))
 
 
-def _shallow(value: Any) -> bool:
+def _is_shallow(value: Any) -> bool:
     if isinstance(value, list):
-        return len(value) <= DEPTH and all(map(_shallow, value))
+        return len(value) <= DEPTH and all(map(_is_shallow, value))
     return not isinstance(value, int) or value <= DEPTH
 
 
-def _shown(value: Any) -> str:
+def _shorten(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."

@@ -75,7 +75,7 @@ def load(parts: Parts, resolution: int | None, frames: int | None) -> Teacher:
         text, pooled, _ = parts.text.encode_prompt(list(prompts), device=parts.device)
         return {"prompt_embeds": text, "pooled": pooled}
 
-    decode, latent = latents.kl(parts, latents.shifted)
+    decode, latent = latents.kl(parts, latents.scale_and_shift)
     denoiser = Denoiser(parts.net, *latents.flow(parts.scheduler()), call=Call())
     return Teacher(denoiser, encode, decode, latent, shape(parts, resolution), parts)
 

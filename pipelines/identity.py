@@ -34,15 +34,15 @@ def identity(folder: Path, name: str, variant: str | None) -> dict[str, Any]:
 def digest(component: Path, variant: str | None) -> str:
     """32 hex digits of the files of a component that are loaded."""
     seen = hashlib.blake2b(digest_size=16)
-    for path in _loaded(component, variant):
+    for path in _loaded_files(component, variant):
         size = path.stat().st_size
         seen.update(f"{path.relative_to(component)} {size} ".encode())
-        for piece in _pieces(path, size):
+        for piece in _covered_bytes(path, size):
             seen.update(piece)
     return seen.hexdigest()
 
 
-def _loaded(component: Path, variant: str | None) -> list[Path]:
+def _loaded_files(component: Path, variant: str | None) -> list[Path]:
     """Its configuration and, of several sets of weights, the one that is read."""
     files = sorted(file for file in component.rglob("*") if file.is_file() and not file.name.startswith("."))
     weights = [file for file in files if ".safetensors" in file.name]
@@ -51,18 +51,18 @@ def _loaded(component: Path, variant: str | None) -> list[Path]:
     return (tagged or plain or weights) + [file for file in files if file.suffix in TEXTS and file not in weights]
 
 
-def _pieces(path: Path, size: int) -> Iterator[bytes]:
+def _covered_bytes(path: Path, size: int) -> Iterator[bytes]:
     """The bytes of a file that its digest covers."""
     with path.open("rb") as file:
         if size <= SMALL:
             yield file.read()
             return
-        for start, length in _places(path, file.read(8), size):
+        for start, length in _covered_ranges(path, file.read(8), size):
             file.seek(start)
             yield file.read(length)
 
 
-def _places(path: Path, start: bytes, size: int) -> list[tuple[int, int]]:
+def _covered_ranges(path: Path, start: bytes, size: int) -> list[tuple[int, int]]:
     """(offset, bytes) of a large file: of its header and each tensor, or 64 at equal distances."""
     even = [(i * (size // 64), PIECE) for i in range(64)]
     header = int.from_bytes(start, "little")

@@ -47,12 +47,12 @@ def kl(
     return decode, latent
 
 
-def scaled(config: Any, x: Tensor) -> tuple[float, float]:
+def scale_only(config: Any, x: Tensor) -> tuple[float, float]:
     """(scale, shift) in the pipelines of SD and PixArt, which read scaling_factor alone."""
     return config.scaling_factor, 0.0
 
 
-def shifted(config: Any, x: Tensor) -> tuple[float, float]:
+def scale_and_shift(config: Any, x: Tensor) -> tuple[float, float]:
     """(scale, shift) in the pipelines of SD3 and FLUX, which need a shift_factor."""
     if (shift := config.get("shift_factor")) is None:
         raise ValueError(
@@ -61,7 +61,7 @@ def shifted(config: Any, x: Tensor) -> tuple[float, float]:
     return config.scaling_factor, shift
 
 
-def standardised(config: Any, x: Tensor) -> tuple[Tensor | float, Tensor | float]:
+def channel_scale_and_shift(config: Any, x: Tensor) -> tuple[Tensor | float, Tensor | float]:
     """(scale, shift) in the pipeline of SDXL, which also reads latents_mean and latents_std, of each channel."""
     mean, std = config.get("latents_mean"), config.get("latents_std")
     if mean is None or std is None:

@@ -8,14 +8,14 @@ from typing import Any
 from urllib.parse import quote
 
 
-def plain(value: Any) -> str:
+def escape_markdown(value: Any) -> str:
     """Text for a paragraph, a heading or a cell of a table: no HTML, link, code, emphasis or line break comes of it."""
     line = " ".join(str(value).split())
     marked = re.sub(r"([\\`*|~])|(\](?=[(\[:]|$))|(?<![^\W_])(_)|(_)(?![^\W_])", r"\\\1\2\3\4", line)
     return html.escape(marked, quote=False)
 
 
-def unescaped(text: str) -> str:
+def unescape(text: str) -> str:
     """The inverse of `plain`, for text of one line."""
     return re.sub(r"\\([\\`*|~\]_])", r"\1", html.unescape(text))
 
@@ -23,8 +23,8 @@ def unescaped(text: str) -> str:
 def link(title: Any, target: str) -> str:
     """A link to an address of the web or to a file beside; of another scheme the title alone."""
     if re.match(r"(?!https?:)[\w.+-]+:", target.strip()):
-        return plain(title)
-    return f"[{plain(title)}]({quote(target.strip(), safe=':/?#@!$&+,;=%~')})"
+        return escape_markdown(title)
+    return f"[{escape_markdown(title)}]({quote(target.strip(), safe=':/?#@!$&+,;=%~')})"
 
 
 def fenced(code: str, language: str = "") -> str:

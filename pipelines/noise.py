@@ -41,7 +41,7 @@ FORMULAS = ("linear", "scaled_linear")  # beta_schedules whose first n betas fol
 
 def table(scheduler: Any) -> tuple[VP, Kind]:
     """The noise table and the prediction kind of a teacher's scheduler; a ValueError names the class and the key."""
-    known(scheduler, TABLES, "a table of betas")
+    check_class(scheduler, TABLES, "a table of betas")
     name, config = type(scheduler).__name__, scheduler.config
     if config.get("use_flow_sigmas"):
         raise ValueError(f"the teacher's {name} has use_flow_sigmas true, but its pipeline's network predicts no flow")
@@ -80,7 +80,7 @@ def zero_terminal(scheduler: Any) -> bool:
 
 def flow(scheduler: Any) -> float:
     """num_train_timesteps of a teacher's flow scheduler; a ValueError names the class and the key."""
-    known(scheduler, FLOWS, "a flow")
+    check_class(scheduler, FLOWS, "a flow")
     name, config = type(scheduler).__name__, scheduler.config
     if name in SOLVERS and not config.get("use_flow_sigmas"):
         raise ValueError(f"the teacher's {name} has use_flow_sigmas false, but its pipeline's network predicts a flow")
@@ -89,7 +89,7 @@ def flow(scheduler: Any) -> float:
     return float(config.num_train_timesteps)
 
 
-def known(scheduler: Any, classes: tuple[str, ...], what: str) -> None:
+def check_class(scheduler: Any, classes: tuple[str, ...], what: str) -> None:
     """ValueError unless the scheduler's class is one of `classes`; `what` describes them in the message."""
     name = type(scheduler).__name__
     if name not in classes:

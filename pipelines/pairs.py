@@ -28,7 +28,7 @@ from distill.data.index import texts as stored_texts
 from distill.data.online import Texts
 from distill.data.pairs import Trajectories
 from distill.data.shards import Rows, Shards, Table
-from distill.files import locked
+from distill.files import folder_lock
 from distill.ranges import Calls, Count, Finite, Seed
 from pipelines.cache import SAMPLE, TEACHER, Cache, begin, fill, finish, layout, resume, spread
 
@@ -87,11 +87,11 @@ def main(argv: list[str] | None = None) -> None:
 
 def run(config: Sampling) -> Path:
     """Make or go on with the pairs of `config`; their folder."""
-    with locked(config.output_dir):
-        return sampled(config)
+    with folder_lock(config.output_dir):
+        return make_pairs(config)
 
 
-def sampled(config: Sampling) -> Path:
+def make_pairs(config: Sampling) -> Path:
     """The folder of the pairs, which no other process writes."""
     check(config)
     from pipelines.run import launched, quiet

@@ -48,7 +48,7 @@ def load(parts: Parts, resolution: int | None, frames: int | None) -> Teacher:
             c["aspect_ratio"] = torch.ones(len(text), 1, device=text.device)
         return c
 
-    decode, latent = latents.kl(parts, latents.scaled)
+    decode, latent = latents.kl(parts, latents.scale_only)
     denoiser = Denoiser(parts.net, *noise.table(parts.scheduler()), call=call)
     return Teacher(denoiser, encode, decode, latent, shape, parts)
 

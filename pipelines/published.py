@@ -143,7 +143,7 @@ def read(path: Path, net: nn.Module) -> Published:
     return Published(weights, kind, "ztsnr" in marks, _levels(rest), _unused(rest, path))
 
 
-def agreed(found: Published, known: Known, base: Any, zero: bool) -> Known:
+def check_agreement(found: Published, known: Known, base: Any, zero: bool) -> Known:
     """`known` with the prediction type of file and base; ValueError if these contradict each other.
 
     base: the base's denoiser; zero: its terminal SNR is zero.

@@ -149,7 +149,7 @@ def differences(student: Student, teacher: Teacher, scheduler: Any, about: About
     one = replace(student, denoiser=denoiser, experts=(), phases=1, jumps=False)
     prompt = examples(teacher)[0]
     c = teacher.encode([prompt])
-    pipe = plain(parts, scheduler)
+    pipe = pipeline_without_network(parts, scheduler)
     pipe.register_modules(**{parts.network: denoiser.net})
     students = {len(one.times): one}
     for n in getattr(family, "steps", lambda parts: ())(parts):
@@ -167,7 +167,7 @@ def differences(student: Student, teacher: Teacher, scheduler: Any, about: About
     return gaps
 
 
-def plain(parts: Parts, scheduler: Any) -> Any:
+def pipeline_without_network(parts: Parts, scheduler: Any) -> Any:
     """The pipeline without its network: the loaded components, and the scheduler written and read back."""
     with tempfile.TemporaryDirectory() as folder:
         scheduler.save_pretrained(folder)

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 
 from distill import checkpoint, health, history, memory, shard
 from distill.config import Config, dump, fail, parse
-from distill.files import RANKS, locked, rank
+from distill.files import RANKS, folder_lock, rank
 from pipelines import FAMILIES, ExportError, Teacher, control, fields, index, located, opened, perceptual, reward
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def main(default: Config[Any, Any], argv: list[str] | None = None, doc: str | No
     config = parse(default, argv, doc)
     out = Path(config.train.output_dir)
     try:
-        with locked(out) if config.replay is None else nullcontext():
+        with folder_lock(out) if config.replay is None else nullcontext():
             resume = check(config, out)
             config = smoke(config) if config.smoke else config
             run(config, out, resume)
@@ -58,10 +58,10 @@ def smoke(config: Config[Any, Any]) -> Config[Any, Any]:
     """Two steps of the same experiment on a tiny random teacher of its family."""
     out = Path(config.train.output_dir)
     data = config.data.smoke(out / "data") if hasattr(config.data, "smoke") else config.data
-    return dataclasses.replace(shortened(config), data=data, teacher=f"{out / 'teacher'}", resolution=None)
+    return dataclasses.replace(shorten_run(config), data=data, teacher=f"{out / 'teacher'}", resolution=None)
 
 
-def shortened(config: Config[Any, Any]) -> Config[Any, Any]:
+def shorten_run(config: Config[Any, Any]) -> Config[Any, Any]:
     """The same experiment for two steps of a small batch."""
     short: dict[str, Any] = {"max_train_steps": 2, "train_batch_size": 8, "logging_steps": 1, "validation_steps": 1}
     return dataclasses.replace(config, train=dataclasses.replace(config.train, **short))
@@ -115,27 +115,27 @@ def check(config: Config[Any, Any], out: Path) -> Path | None:
         newest = found[-1] if found else None
         if newest and checkpoint.step(newest) >= config.train.max_train_steps:
             sys.stderr.write(f"{newest} is at --max_train_steps already: nothing to train, it is exported\n")
-        return compared(config, newest) if newest else None
+        return check_resume(config, newest) if newest else None
     why = checkpoint.damage(Path(resume))
     if why:
         why = why if (Path(resume) / "state.json").is_file() else f"no checkpoint at {resume!r}"
         raise ValueError(f"{why}; {out} holds {[p.name for p in checkpoint.found(out)] or 'none'}")
-    return compared(config, Path(resume))
+    return check_resume(config, Path(resume))
 
 
-def compared(config: Config[Any, Any], resume: Path) -> Path:
+def check_resume(config: Config[Any, Any], resume: Path) -> Path:
     """The checkpoint to resume from; ValueError if its run had another method, seed, batch or other calls."""
-    before = history.last(resume.absolute().parent)
+    before = history.last_entry(resume.absolute().parent)
     if before is None:
         if rank() == 0:
             sys.stderr.write(f"{resume}: there is no configuration beside it, so nothing is compared\n")
         return resume
-    now = history.entry(shortened(config) if config.smoke else config)
-    history.same_run(resume, before, now, config.method.needs, config.train.resume_allow)
+    now = history.entry(shorten_run(config) if config.smoke else config)
+    history.check_same_run(resume, before, now, config.method.needs, config.train.resume_allow)
     return resume
 
 
-def chosen(method: Any, teacher: Teacher, student: StudentConfig) -> StudentConfig:
+def with_method_times(method: Any, teacher: Teacher, student: StudentConfig) -> StudentConfig:
     """The student with its method's own times, if the method has some and no flag gives others."""
     if student.times is not None or not hasattr(method, "calls"):
         return student
@@ -177,7 +177,7 @@ def run(config: Config[Any, Any], out: Path, resume: Path | None) -> None:
     supported(cfg, accelerator)
     quiet()
     set_seed(cfg.seed)
-    before = history.last(resume.absolute().parent) if resume and accelerator.is_main_process else None
+    before = history.last_entry(resume.absolute().parent) if resume and accelerator.is_main_process else None
     repository = None
     if config.push_to_hub and accelerator.is_main_process:
         repository = hub.create(config.hub_model_id or out.resolve().name, config.hub_private)
@@ -189,7 +189,7 @@ def run(config: Config[Any, Any], out: Path, resume: Path | None) -> None:
         if accelerator.is_main_process:
             entry["teacher"] = identity(folder, config.teacher, config.variant)
         if before and not config.smoke:  # whose teacher is made anew
-            history.same_teacher(resume, before, entry["teacher"], allowed)
+            history.check_same_teacher(resume, before, entry["teacher"], allowed)
         told = "told" in config.method.needs
         teacher = opened(f"{folder}", config.revision, config.variant, *size, kind, told)
     if "finished" in config.method.needs:
@@ -201,11 +201,11 @@ def run(config: Config[Any, Any], out: Path, resume: Path | None) -> None:
     if not sharded:
         teacher.denoiser.net.to(accelerator.device)
     data = config.data.open(teacher, config.method.needs)
-    planned = chosen(config.method, teacher, config.student)
+    planned = with_method_times(config.method, teacher, config.student)
     scheduler, student = carried(teacher, planned)  # refuse now if it cannot be exported
     entry["times"] = [*student.times]
     if before:
-        history.same_times(resume, before, entry["times"], allowed)
+        history.check_same_times(resume, before, entry["times"], allowed)
     prompts, c = data.fixed(config.validation_images)
     c = {key: value.to(accelerator.device) for key, value in c.items()}
     method = type(config.method).__name__.lower()
@@ -222,7 +222,7 @@ def run(config: Config[Any, Any], out: Path, resume: Path | None) -> None:
         raise SystemExit(replay(Path(config.replay), config, nets, data, accelerator))
     if accelerator.is_main_process:
         rehearse(nets.student, teacher, scheduler, card)
-        if before and (changed := history.changes(before, entry)):
+        if before and (changed := history.describe_changes(before, entry)):
             sys.stderr.write(
                 f"{resume} is resumed with a changed configuration ({out / history.FILE} keeps both):\n{changed}"
             )
@@ -287,7 +287,7 @@ def run(config: Config[Any, Any], out: Path, resume: Path | None) -> None:
             net = made.denoiser.net
         else:
             whole(nets, state, teacher)
-        with locked(folder, beside=True):
+        with folder_lock(folder, beside=True):
             report(folder, export(made, teacher, net, scheduler, folder, card), card)
         if repository:
             sys.stderr.write(f"pushed to {hub.push(folder, repository)}\n")
@@ -327,12 +327,12 @@ def launched(days: int = 1, **options: Any) -> Accelerator:
     from accelerate import Accelerator
     from accelerate.utils import InitProcessGroupKwargs
 
-    warn_alone()
+    warn_single_process()
     cpu = "LOCAL_RANK" in os.environ and not torch.accelerator.is_available()
     return Accelerator(cpu=cpu, kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days))], **options)
 
 
-def warn_alone() -> None:
+def warn_single_process() -> None:
     """Warn if `accelerate launch` was to start several processes but started only this one.
 
     It does so where it sees fewer than two GPUs: --num_processes 2, with or without --cpu, sets their address only.

@@ -59,7 +59,7 @@ def scheduler(teacher: Teacher, student: StudentConfig) -> tuple[Any, Times]:
             raise ValueError(f"no diffusers scheduler supports a student on {type(schedule).__name__}")
     found: list[Times] = []
     for candidate in made:
-        times = visited(teacher, candidate, student.steps)
+        times = pipeline_times(teacher, candidate, student.steps)
         if student.times is None or _gap(student.times, times) < 1e-4:
             return candidate, times
         found.append(times)
@@ -80,7 +80,7 @@ def scheduler(teacher: Teacher, student: StudentConfig) -> tuple[Any, Times]:
     )
 
 
-def visited(teacher: Teacher, scheduler: Any, steps: int) -> Times:
+def pipeline_times(teacher: Teacher, scheduler: Any, steps: int) -> Times:
     """The times of the teacher's schedule at which its pipeline calls the network under `scheduler`."""
     schedule = teacher.denoiser.schedule
     if type(scheduler).__name__ == "SCMScheduler":
@@ -107,7 +107,7 @@ def finished(teacher: Teacher, given: StudentConfig) -> StudentConfig:
         return given
     found, steps = teacher.parts.scheduler(), facts["steps"]
     calls: dict[str, Any] = dict.fromkeys(("sigma", "timestep", "scale")) | {"steps": steps, "renoise": "fresh"}
-    calls["times"] = visited(teacher, found, steps)
+    calls["times"] = pipeline_times(teacher, found, steps)
     match type(found).__name__:
         case "LCMScheduler" | "DDIMScheduler" | "TCDScheduler":
             calls["scale"] = 1.0
@@ -203,7 +203,7 @@ def _flows(teacher: Teacher, schedule: Flow, student: StudentConfig) -> Iterator
         return
     from scipy.optimize import minimize_scalar
 
-    gap = lambda log: _gap(times, visited(teacher, make(math.exp(log), times[-1]), steps))
+    gap = lambda log: _gap(times, pipeline_times(teacher, make(math.exp(log), times[-1]), steps))
     best = minimize_scalar(gap, bounds=(-7, 7), method="bounded", options={"xatol": 1e-9}).x if steps > 2 else 0.0
     yield make(math.exp(best), times[-1])
     for kind in ("karras", "exponential", "beta"):

@@ -30,20 +30,20 @@ def call(net: Any, x: Tensor, n: Tensor, c: Condition) -> Tensor:
 
 def guidance(net: Any, x: Tensor, c: Condition, default: float) -> Tensor | None:
     """Embedding [B, D] of w - 1 (LCM's omega) if the network has one; w = `default` if c has no guidance."""
-    if "guidance" not in c and not hears(net):
+    if "guidance" not in c and not has_guidance_embedding(net):
         return None
     w = c["guidance"] if "guidance" in c else x.new_full((len(x),), default)
     return embedding(w - 1, net.config.time_cond_proj_dim).to(x)
 
 
-def hears(net: Any) -> bool:
+def has_guidance_embedding(net: Any) -> bool:
     """Whether a UNet has a guidance embedding; its pipeline then never makes a second call for guidance."""
     return getattr(net.config, "time_cond_proj_dim", None) is not None
 
 
 def options(parts: Parts, steps: int) -> dict[str, Any]:
     """Arguments of the call in the model card."""
-    return {"guidance_scale": GUIDANCE} if hears(parts.net) else CALL
+    return {"guidance_scale": GUIDANCE} if has_guidance_embedding(parts.net) else CALL
 
 
 def load(parts: Parts, resolution: int | None, frames: int | None) -> Teacher:
@@ -51,7 +51,7 @@ def load(parts: Parts, resolution: int | None, frames: int | None) -> Teacher:
         text = parts.text
         return {"prompt_embeds": text.encode_prompt(list(prompts), parts.device, 1, False)[0]}
 
-    decode, latent = latents.kl(parts, latents.scaled)
+    decode, latent = latents.kl(parts, latents.scale_only)
     denoiser = Denoiser(parts.net, *noise.table(parts.scheduler()), call=call)
     return Teacher(denoiser, encode, decode, latent, latents.shape(parts, resolution), parts)
 
@@ -61,7 +61,7 @@ def sample(
 ) -> Tensor:
     """Images [B, 3, H, W] in [0, 1] of the pipeline itself from unit noise z."""
     many = None if negative is None else [negative] * len(prompts)
-    guidance = GUIDANCE if hears(pipe.unet) and guidance == UNCONDITIONAL else guidance
+    guidance = GUIDANCE if has_guidance_embedding(pipe.unet) and guidance == UNCONDITIONAL else guidance
     height, width = (side * pipe.vae_scale_factor for side in z.shape[-2:])
     options = {"num_inference_steps": steps, "guidance_scale": guidance, "height": height, "width": width}
     return pipe(list(prompts), negative_prompt=many, latents=z, output_type="pt", **options).images

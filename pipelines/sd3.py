@@ -42,7 +42,7 @@ def load(parts: Parts, resolution: int | None, frames: int | None) -> Teacher:
         embeds, _, pooled, _ = text.encode_prompt(list(prompts), None, None, parts.device, 1, False)
         return {"prompt_embeds": embeds, "pooled": pooled}
 
-    decode, latent = latents.kl(parts, latents.shifted)
+    decode, latent = latents.kl(parts, latents.scale_and_shift)
     denoiser = Denoiser(parts.net, *latents.flow(parts.scheduler()), call=Call())
     shape = latents.shape(parts, resolution, patch=parts.net.config.patch_size)
     return Teacher(denoiser, encode, decode, latent, shape, parts)

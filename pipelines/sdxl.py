@@ -34,7 +34,7 @@ def call(net: Any, x: Tensor, n: Tensor, c: Condition) -> Tensor:
 
 def options(parts: Parts, steps: int) -> dict[str, Any]:
     """Arguments of the call in the model card."""
-    return {"guidance_scale": GUIDANCE} if sd.hears(parts.net) else CALL
+    return {"guidance_scale": GUIDANCE} if sd.has_guidance_embedding(parts.net) else CALL
 
 
 def load(parts: Parts, resolution: int | None, frames: int | None) -> Teacher:
@@ -46,7 +46,7 @@ def load(parts: Parts, resolution: int | None, frames: int | None) -> Teacher:
         sizes = torch.tensor([side, side, 0, 0, side, side]).expand(len(prompts), 6).to(text.device)
         return {"prompt_embeds": text, "pooled": pooled, "time_ids": sizes}
 
-    decode, latent = latents.kl(parts, latents.standardised)
+    decode, latent = latents.kl(parts, latents.channel_scale_and_shift)
     denoiser = Denoiser(parts.net, *noise.table(parts.scheduler()), call=call)
     if parts.index.get("force_zeros_for_empty_prompt", True):  # without the sizes: they stay those of the image
         config = parts.net.config
@@ -61,7 +61,7 @@ def sample(
 ) -> Tensor:
     """Images [B, 3, H, W] in [0, 1] of the pipeline itself from unit noise z."""
     many = None if negative is None else [negative] * len(prompts)
-    guidance = GUIDANCE if sd.hears(pipe.unet) and guidance == UNCONDITIONAL else guidance
+    guidance = GUIDANCE if sd.has_guidance_embedding(pipe.unet) and guidance == UNCONDITIONAL else guidance
     height, width = (side * pipe.vae_scale_factor for side in z.shape[-2:])
     options = {"num_inference_steps": steps, "guidance_scale": guidance, "height": height, "width": width}
     return pipe(list(prompts), negative_prompt=many, latents=z, output_type="pt", **options).images

@@ -18,7 +18,7 @@ import tyro
 
 from distill.checkpoint import refused
 from distill.config import fail
-from distill.files import locked
+from distill.files import folder_lock
 from distill.progress import stage
 from distill.ranges import Count, Seed, check
 from eval.jobs import Job, recipe, run
@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> None:
         if missing:
             known = sorted(p.stem[:-7] for p in RECIPES.glob("*_digits.py"))
             raise ValueError(f"no recipe for {missing}; there are {known}")
-        with locked(cfg.output_dir, beside=True):
+        with folder_lock(cfg.output_dir, beside=True):
             demonstrate(cfg, Path(cfg.output_dir))
     except (ValueError, RuntimeError, OSError) as error:
         fail(refused(error) or str(error))

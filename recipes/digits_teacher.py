@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 
 from distill.checkpoint import refused
 from distill.config import fail
-from distill.files import locked, write
+from distill.files import folder_lock, write
 from distill.ranges import Calls, Count, Finite, Positive, Seed, Share, Weight, check
 from distill.trainer import TrainConfig
 
@@ -58,7 +58,7 @@ def main(cfg: Teacher) -> None:
             ema_half_life=cfg.ema_half_life,
             seed=cfg.seed,
         )
-        with locked(out):
+        with folder_lock(out):
             train_teacher(cfg, settings, out)
     except (ValueError, FloatingPointError) as error:
         fail(str(error))

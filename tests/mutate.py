@@ -743,7 +743,7 @@ MUTATIONS = {
           f"{OF}f_distill.py"),
         m("ratio multiplied", F_DISTILL, "](r / self.mean_ratio", "](r * self.mean_ratio", f"{OF}f_distill.py"),
         m("heads of the fake alone", DISC, "getattr(nets, self.gan_features)", "nets.fake", f"{OF}f_distill.py"),
-        m("noise of its own", DMD2, 'at=(x_t, t) if self.same else None', "at=None", f"{OF}f_distill.py"),
+        m("noise of its own", DMD2, "(x_t, t) if self.at_score_noise else None", "None", f"{OF}f_distill.py"),
         m("weight of the loss, not of g", DMD2, "g = h * (fake - real)", "g = (fake - real)", f"{OF}f_distill.py"),
     ),
     "SANA-Sprint": (
@@ -922,7 +922,7 @@ MUTATIONS = {
           f"{TRAINER}::test_average"),
         m("average never moves", "distill/trainer", "state.ema.update(nets.student.denoiser.net, cfg.",
           "print(cfg.", f"{TRAINER}::test_average"),
-        m("power average of the loop's steps", "distill/trainer", 'moves(method, "student", step)', "step",
+        m("power average of the loop's steps", "distill/trainer", 'count_updates(method, "student", step)', "step",
           f"{TRAINER}::test_power_average"),
         m("the student's limit for the fake score", "distill/trainer", "clip(players[player], cfg.norm(player))",
           "clip(players[player], cfg.max_grad_norm)", f"{TRAINER}::test_each_player_has_its_norm"),

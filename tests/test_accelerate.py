@@ -10,7 +10,7 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, Pa
 from accelerate.utils.launch import prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
 
 from distill.files import RANKS
-from pipelines.run import warn_alone
+from pipelines.run import warn_single_process
 
 FOLDER = Path(__file__).resolve().parent.parent / "recipes" / "accelerate"
 SHARDED = ("gpu8_fsdp2", "nodes2_fsdp2")
@@ -112,9 +112,9 @@ def test_processes_that_were_not_started_are_missed(flags, alone, monkeypatch, c
     for name, value in prepare_simple_launcher_cmd_env(args)[1].items():
         monkeypatch.setenv(name, value)
     capsys.readouterr()
-    warn_alone()
+    warn_single_process()
     said = capsys.readouterr().err
     assert ("has started this one alone" in said and "recipes/accelerate/cpu2.yaml" in said) == alone
     monkeypatch.setenv("RANK", "0")
-    warn_alone()
+    warn_single_process()
     assert not capsys.readouterr().err

@@ -183,7 +183,7 @@ def state_of(name, folder, step):
     teacher = opened(config.teacher)
     control.install(teacher)
     data = config.data.open(teacher, config.method.needs)
-    _, student = run.carried(teacher, run.chosen(config.method, teacher, config.student))
+    _, student = run.carried(teacher, run.with_method_times(config.method, teacher, config.student))
     c = {key: value[:1] for key, value in data.fixed(1)[1].items()}
     nets = build(config.method, teacher.denoiser, teacher.shape, c, student, config.fake)
     run.judged(nets, config, teacher, data)

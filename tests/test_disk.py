@@ -107,7 +107,7 @@ def test_features_scores_and_the_page(tmp_path, command):
     before = (tmp_path / "rows.json").read_text()
     assert is_message(*command(scores, *flags, size=100))
     assert (tmp_path / "rows.json").read_text() == before, "the old rows stay"
-    files.store(tmp_path / "many.json", [row(f"{i}", 1.0 + i) for i in range(9)])
+    files.write_json(tmp_path / "many.json", [row(f"{i}", 1.0 + i) for i in range(9)])
     made = ("--out", tmp_path / "board")
     assert is_message(*command({"page": page, "other": scores}, "page", tmp_path / "many.json", *made, size=1000))
     assert not list((tmp_path / "board").iterdir())

@@ -88,7 +88,7 @@ def names(run):
 
 
 HARM = {
-    "torn": (cut, "ema.safetensors", "ema.safetensors is torn: it has"),
+    "torn": (cut, "ema.safetensors", "ema.safetensors is truncated: it has"),
     "corrupted": (flip, "student.safetensors", "student.safetensors is corrupted: its bytes are not"),
     "missing": (os.remove, "optimizer_fake.safetensors", "optimizer_fake.safetensors cannot be read"),
     "torn facts": (cut, "state.json", "state.json is missing or damaged"),

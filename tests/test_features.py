@@ -132,7 +132,7 @@ def test_absent_weights_say_where_to_put_them(cache):
         load("vgg")
     (cache / "broken.pt").parent.mkdir(parents=True, exist_ok=True)
     (cache / "broken.pt").write_bytes(b"no network")
-    with pytest.raises(ValueError, match="no TorchScript"):
+    with pytest.raises(ValueError, match="not a TorchScript"):
         load(f"inception-clean:{cache / 'broken.pt'}")
 
 

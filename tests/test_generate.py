@@ -97,7 +97,7 @@ def test_bad_folders_are_one_clear_error(tmp_path):
     fails(edited, "not those that its manifest describes")
     lies = fresh("lies")
     for text, match in (
-        ("null", "holds no names with values"),
+        ("null", "is not a JSON object"),
         ("{", "not valid JSON"),
         ("[" * 100_000, "not valid JSON"),
         ('{"n": 3, "labels": [1, 2]}', "2 labels for n = 3 images"),

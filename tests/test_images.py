@@ -104,7 +104,7 @@ def test_upright(mode):
         (of(INTEGERS - 9, "TIFF"), r"values are -9 \.\. "),
         (of(INTEGERS // 257, "TIFF"), "may be of 8 or 16 bits"),
         (of(RAMP)[:-30], "truncated|broken"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 4 4\n", "no image, or of a format that is not read"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 4 4\n", "not an image, or its format is not supported"),
         (b"", "no image"),
     ),
     ids=("float", "beyond", "negative", "small integers", "torn", "eps", "empty"),
@@ -136,17 +136,17 @@ def test_files(tmp_path):
     (tmp_path / "real" / "loop").symlink_to("../home")
     found = images.files(tmp_path / "home")
     assert {path.name for path in found if images.is_image(path)} == {*named} and len(found) == len(named) + len(other)
-    assert images.unread(found) == "3 files left out, of types that are not read: .heic (2), .eps (1)"
-    assert not images.unread([path for path in found if path.suffix == ".gif"])
+    assert images.describe_unread(found) == "3 files skipped, of types that are not read: .heic (2), .eps (1)"
+    assert not images.describe_unread([path for path in found if path.suffix == ".gif"])
 
 
 def test_evaluation_reads_as_training_does(tmp_path):
-    from eval.features import _opened, listing
+    from eval.features import _opened, list_images
     from eval.images import level
     from eval.protocols import Prepare
 
     for name, image in (("a.tif", Image.fromarray(RAMP)), ("b.avif", Image.new("RGBA", (256, 2), GREY))):
         (tmp_path / name).write_bytes(stored(image, "TIFF" if name == "a.tif" else "AVIF"))
-    grey, clear = listing(tmp_path)
+    grey, clear = list_images(tmp_path)
     assert (level(grey).numpy() == np.arange(256)).all() and level(clear).min() > 250
     assert (_opened(grey, Prepare(), "")[1] == np.arange(256)).all() and _opened(clear, Prepare(), "")[1].min() > 250

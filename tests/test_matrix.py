@@ -44,7 +44,7 @@ APART = ("NCT",)  # its student is an adapter of its own, pipelines/control.py: 
 REFUSED = {
     (name, family): "no cross-attention" for name in ("NASAT", "SUN") for family in ("edm", "sd3", "flux", "qwen")
 }
-REFUSED["SUN", "edm"] = "needs a teacher that is told a text"
+REFUSED["SUN", "edm"] = "needs a teacher with text conditions"
 RAN = {}
 
 

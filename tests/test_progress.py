@@ -42,7 +42,7 @@ def test_a_resumed_and_a_hidden_bar(clock, capsys):
     assert capsys.readouterr().err.splitlines()[1] == "9/10 step [00:02<00:02,  2.00s/step]"
     with progress.bar(10, "step", shown=False) as bar:
         bar.update(10)
-    assert list(progress.each((1, 2), "folder", shown=False)) == [1, 2]
+    assert list(progress.track((1, 2), "folder", shown=False)) == [1, 2]
     assert capsys.readouterr().err == ""
 
 
@@ -58,4 +58,4 @@ def test_a_stage_says_its_time(capsys, monkeypatch):
     with progress.stage("measure"):
         pass
     assert capsys.readouterr().err == "measure ...\nmeasure: 3:05 min\n"
-    assert [progress.span(s) for s in (0.4, 59.6, 3599, 7800)] == ["0 s", "1:00 min", "59:59 min", "2:10 h"]
+    assert [progress.format_seconds(s) for s in (0.4, 59.6, 3599, 7800)] == ["0 s", "1:00 min", "59:59 min", "2:10 h"]

@@ -135,7 +135,7 @@ NOT_READ = {
     "no pattern": ({"rank_pattern": {"conv_in(": 3}}, r"rank_pattern for 'conv_in\('; name modules"),
     "a pattern without end": ({"alpha_pattern": {"(.|.)*x": 3}}, "alpha_pattern for .*; name modules"),
     "no truth": ({"use_rslora": "false"}, "use_rslora 'false'; it must be true or false"),
-    "no object": ([1], "no JSON object"),
+    "no object": ([1], "not a JSON object"),
 }
 
 
@@ -209,19 +209,19 @@ def test_the_rest_of_an_all_in_one_checkpoint(nets, tmp_path):
     got, four = read(marked), published.Known((999, 749, 499, 249), 1.0, "fresh")
     assert (got.kind, got.zero, got.notes) == ("v", True, ())
     base_of = lambda kind: Denoiser(base, table, kind)
-    assert published.agreed(got, four, base_of("v"), True).kind == "v"
+    assert published.check_agreement(got, four, base_of("v"), True).kind == "v"
     for kind, zero, words in (("eps", True, "predicts v, .* epsilon"), ("v", False, "marked ztsnr")):
         with pytest.raises(ValueError, match=words):
-            published.agreed(got, four, base_of(kind), zero)
+            published.check_agreement(got, four, base_of(kind), zero)
     assert read(rest, {"modelspec.prediction_type": "epsilon"}).kind == "eps"
     with pytest.raises(ValueError, match="this layout predict epsilon, and the base predicts v"):
-        published.agreed(read(rest), four, base_of("v"), False)
+        published.check_agreement(read(rest), four, base_of("v"), False)
     abar = torch.tensor(table.alphas_cumprod)
-    assert published.agreed(read({"alphas_cumprod": abar}), four, base_of("eps"), False).kind == "eps"
+    assert published.check_agreement(read({"alphas_cumprod": abar}), four, base_of("eps"), False).kind == "eps"
     sigmas = ((1 - abar) / abar).sqrt().flip(0)
-    assert published.agreed(read({"denoiser.sigmas": sigmas}), four, base_of("eps"), False).kind == "eps"
+    assert published.check_agreement(read({"denoiser.sigmas": sigmas}), four, base_of("eps"), False).kind == "eps"
     with pytest.raises(ValueError, match="table of noise ends at"):
-        published.agreed(read({"alphas_cumprod": abar**2}), four, base_of("eps"), False)
+        published.check_agreement(read({"alphas_cumprod": abar**2}), four, base_of("eps"), False)
     with pytest.raises(ValueError, match=r"\['edm_mean'\], marks of an EDM network"):
         read({"edm_mean": torch.zeros(4)})
 

@@ -115,7 +115,7 @@ def resumed(name, folder, checkpoint):
     config = run.smoke(parse(config_of(RUNS[name][0]), argv(name, folder)))
     teacher = opened(config.teacher, told="told" in config.method.needs)
     data = config.data.open(teacher, config.method.needs)
-    _, student = run.carried(teacher, run.chosen(config.method, teacher, config.student))
+    _, student = run.carried(teacher, run.with_method_times(config.method, teacher, config.student))
     c = {key: value[:1] for key, value in data.fixed(1)[1].items()}
     nets = build(config.method, teacher.denoiser, teacher.shape, c, student, config.fake)
     run.judged(nets, config, teacher, data)

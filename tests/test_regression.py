@@ -147,7 +147,7 @@ def teacher():
     """A KL autoencoder alone, frozen, as a teacher has it."""
     torch.manual_seed(0)
     vae = tiny_parts.vae(scaling_factor=0.5).requires_grad_(False)
-    return SimpleNamespace(decode=latents.kl(SimpleNamespace(vae=vae), latents.scaled)[0], shape=(4, 4, 4), vae=vae)
+    return SimpleNamespace(decode=latents.kl(SimpleNamespace(vae=vae), latents.scale_only)[0], shape=(4, 4, 4), vae=vae)
 
 
 @pytest.fixture(scope="module")

@@ -155,7 +155,7 @@ def test_latents_that_are_standardised(tmp_path, monkeypatch):
     torch.testing.assert_close(seen[0], x * of(std) / 0.5 + of(mean))
     monkeypatch.setattr(vae, "encode", lambda x: SimpleNamespace(latent_dist=SimpleNamespace(mean=x, std=0 * x)))
     torch.testing.assert_close(teacher.latent(seen[0], x), x)
-    monkeypatch.setattr(latents, "standardised", latents.scaled)
+    monkeypatch.setattr(latents, "channel_scale_and_shift", latents.scale_only)
     with pytest.raises(ExportError, match="differs from the student's own by .*Nothing was trained"):
         rehearsed(tmp_path)
 

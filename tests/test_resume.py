@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from distill import history
-from distill.files import locked, read_yaml
+from distill.files import folder_lock, read_yaml
 from pipelines import tiny
 from pipelines.identity import identity
 from recipes import dmd2_digits, sid_digits
@@ -149,7 +149,7 @@ def test_a_history_that_is_damaged(tmp_path):
     for bad in ("{", "[]", "3", '{"method": "SiD"}', '{"method": 3, "config": {}}', '{"method": "a", "config": 3}'):
         (tmp_path / "history.jsonl").write_text(f"{good}\n{bad}\n")
         with pytest.raises(ValueError, match=r"history\.jsonl is damaged in line 2: delete that line"):
-            history.last(tmp_path)
+            history.last_entry(tmp_path)
 
 
 def test_methods_around_methods_are_told_apart():
@@ -229,7 +229,7 @@ def test_a_second_run_in_one_folder_is_refused_at_once(holder, call, teacher, tm
     assert [path.name for path in folder.iterdir()] == [".lock"]
     process.send_signal(signal.SIGKILL)
     process.wait()
-    with locked(folder):
+    with folder_lock(folder):
         pass
     assert folder.is_dir() and not list(folder.iterdir())
 
@@ -260,13 +260,13 @@ def test_a_second_writer_of_a_folder_is_refused(holder, teacher, tmp_path, capsy
 
 
 def test_a_command_that_fails_leaves_no_folder(tmp_path):
-    with pytest.raises(KeyError), locked(tmp_path / "a" / "b"):
+    with pytest.raises(KeyError), folder_lock(tmp_path / "a" / "b"):
         assert (tmp_path / "a" / "b" / ".lock").is_file()
         raise KeyError
-    with locked(tmp_path / "out", beside=True), pytest.raises(ValueError, match="choose another --out"):
+    with folder_lock(tmp_path / "out", beside=True), pytest.raises(ValueError, match="choose another --out"):
         assert [path.name for path in tmp_path.iterdir()] == [".out.lock"]
         (tmp_path / "link").symlink_to(tmp_path / "out")
-        with locked(tmp_path / "link", "--out", beside=True):  # another name of the folder
+        with folder_lock(tmp_path / "link", "--out", beside=True):  # another name of the folder
             pass
     assert [path.name for path in tmp_path.iterdir()] == ["link"]
 
@@ -279,11 +279,11 @@ def test_where_there_are_no_locks(tmp_path, monkeypatch, capsys):
         raise OSError(38, "Function not implemented")
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    with locked(tmp_path / "run"):
+    with folder_lock(tmp_path / "run"):
         said = capsys.readouterr().err
     assert f"{tmp_path / 'run'} is not locked (its file system has no locks: Function not implemented)" in said
     (tmp_path / "file").write_text("")
-    with locked(tmp_path / "file" / "run"):
+    with folder_lock(tmp_path / "file" / "run"):
         assert not capsys.readouterr().err
 
 
@@ -292,8 +292,8 @@ def test_the_first_process_locks_for_all(holder, tmp_path, monkeypatch):
     for name in ("RANK", "OMPI_COMM_WORLD_RANK"):
         with monkeypatch.context() as patch:
             patch.setenv(name, "1")
-            with locked(tmp_path):
+            with folder_lock(tmp_path):
                 pass
             patch.setenv(name, "0")
-            with pytest.raises(ValueError, match="is in use"), locked(tmp_path):
+            with pytest.raises(ValueError, match="is in use"), folder_lock(tmp_path):
                 pass

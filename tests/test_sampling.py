@@ -27,8 +27,8 @@ from distill.roles import Nets, StudentConfig, build
 from distill.schedule import EDM, Flow
 from distill.student import Student, grid_times
 from pipelines import Teacher, flux, noise, qwen
-from pipelines.run import chosen
-from pipelines.scheduler import scheduler, visited
+from pipelines.run import with_method_times
+from pipelines.scheduler import pipeline_times, scheduler
 
 MU, S = 0.3, 0.6
 LAW = Gaussian(torch.tensor([MU], dtype=F64), torch.tensor([[S**2]], dtype=F64))
@@ -73,7 +73,7 @@ def family(name):
 def carried(name, config, method=None):
     """(teacher, scheduler, the student's configuration with its times) as a run makes them."""
     teacher = family(name)
-    config = chosen(method, teacher, config)
+    config = with_method_times(method, teacher, config)
     made, times = scheduler(teacher, config)
     return teacher, made, replace(config, steps=len(times), times=times)
 
@@ -251,7 +251,9 @@ def test_a_student_is_not_called_where_it_is_not_trained():
             continue
         with pytest.raises(ValueError, match=words):
             build(TCM(), exact(LAW, EDM(), "edm"), (1,), student=config)
-    assert chosen(TCM(), family("edm"), StudentConfig(steps=2)).times == pytest.approx((1.0, 0.403439), abs=1e-5)
+    assert with_method_times(TCM(), family("edm"), StudentConfig(steps=2)).times == pytest.approx(
+        (1.0, 0.403439), abs=1e-5
+    )
     with pytest.raises(ValueError, match="TCM trains it"):
         build(TCM(), exact(LAW, EDM(), "edm"), (1,), student=StudentConfig(times=grid_times(4)))
 
@@ -326,7 +328,7 @@ def test_plain_diffusers_visits_the_students_times(name):
         made = type(made).from_config(made.config)
         schedule = teacher.denoiser.schedule
         z, net = torch.randn(64, 1), teacher.denoiser.net
-        assert visited(teacher, made, steps) == pytest.approx(found.times, abs=1e-9)
+        assert pipeline_times(teacher, made, steps) == pytest.approx(found.times, abs=1e-9)
         torch.manual_seed(1)
         told, x = diffused(teacher, made, steps, z, net)
         assert told == pytest.approx(schedule.native(torch.tensor(found.times, dtype=F64)).tolist(), rel=1e-5), calls

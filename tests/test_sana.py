@@ -107,7 +107,7 @@ def test_the_export_is_compared_at_one_two_and_four_steps(teacher, heard, tmp_pa
 
 def test_what_is_refused(folder, teacher, tmp_path):
     tiny.save("sana", tmp_path / "plain", **PLAIN)
-    with pytest.raises(ValueError, match="told 1000 t: make it a copy with\\s+python -m pipelines.sana"):
+    with pytest.raises(ValueError, match="expects 1000 t: convert it with\\s+python -m pipelines.sana"):
         load(tmp_path / "plain", told=True)
     for wrong, said in (
         ({"scale": 2.0}, "unit noise"),

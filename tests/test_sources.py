@@ -125,7 +125,7 @@ def test_what_is_not_read_is_counted(tmp_path):
     rows = "".join(f"{name},x\n" for name in ("a.png", "gone.png", "sub/gone.png"))
     read = pictures(fill(tmp_path, files | {"metadata.csv": f"file_name,text\n{rows}"}))
     unread, gone = read.notes
-    assert unread.endswith("3 files left out, of types that are not read: .heic (2), .mov (1)")
+    assert unread.endswith("3 files skipped, of types that are not read: .heic (2), .mov (1)")
     assert gone.endswith("gone.png") and "metadata.csv names 2 files that cannot be found: " in gone
     (tmp_path / "a.png").unlink()
     with pytest.raises(ValueError, match=r"holds no images\. .*\.heic \(2\), \.mov \(1\)"):
@@ -142,7 +142,7 @@ def test_what_is_not_read_is_counted(tmp_path):
         ({"metadata.jsonl": '{"file_name": "a.png"'}, "metadata.jsonl, line 1, is no JSON"),
         ({"metadata.csv": "file_name,words\na.png,x"}, "metadata.csv, line 2 has no column called text"),
         ({"metadata.csv": "file_name,text\nb.png,x"}, "a.png has no caption"),
-        ({"metadata.parquet": "PAR1"}, "metadata.parquet is no Parquet file"),
+        ({"metadata.parquet": "PAR1"}, "metadata.parquet cannot be read as a Parquet file"),
         ({"metadata.jsonl": '{"file_name": "a.png", "text": "\\ud83d x"}'}, "line 1: .* holds half of a character"),
         ({"metadata.csv": "file_name,text\na.png,x".encode("utf-16")}, "metadata.csv is not text .* save it in UTF-8"),
         ({"metadata.json": '{"file_name": ["a.png"], "text": []}'}, "metadata.json has columns of several lengths"),
@@ -201,7 +201,7 @@ def test_tars(tmp_path):
     assert found(source) == {"one": 1, "two": 2}
     with pytest.raises(ValueError, match="holds images: pass it as --images"):
         prompts(source)
-    unread = f"{source}: 1 file left out, of types that are not read: .heic (1)"
+    unread = f"{source}: 1 file skipped, of types that are not read: .heic (1)"
     assert pictures(source).notes == (unread,)
     link = tarfile.TarInfo("3.png")
     link.type, link.linkname = tarfile.SYMTYPE, "1.png"

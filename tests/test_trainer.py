@@ -24,7 +24,7 @@ from distill.lora import LoRA
 from distill.methods import DMD2, LCD, RCM, SCM, VSD, SiD
 from distill.roles import HEADS, FakeConfig, StudentConfig, build
 from distill.schedule import Trig
-from distill.trainer import TrainConfig, moves, train
+from distill.trainer import TrainConfig, count_updates, train
 
 RANGE = (1.0, 3.0)  # of a random guidance
 METHODS = {
@@ -392,9 +392,9 @@ def test_power_average():
         if "student/loss" in state.logs:
             students.append(state.step)
             made.append(weights(nets.student.denoiser.net))
-        assert moves(method, "student", state.step) == len(students)
+        assert count_updates(method, "student", state.step) == len(students)
     powers = torch.arange(len(made) + 1, dtype=torch.float64) ** (exponent(width) + 1)
-    assert students == [1, 2, 3, 5, 9, 13] and moves(method, "fake", 13) == 10
+    assert students == [1, 2, 3, 5, 9, 13] and count_updates(method, "fake", 13) == 10
     for name, w in weights(state.ema.net).items():
         values = torch.stack([one[name].double() for one in made])
         want = torch.tensordot(powers.diff() / powers[-1], values, 1)

@@ -22,12 +22,12 @@ def rows(folder: Path, files: list[Path], column: str | None, notes: list[str]) 
     pictures = [path for path in files if images.is_image(path)]
     told, metadata = captions(files, column)
     beside = {(path.parent, path.stem, path.suffix.lower()): path for path in files if path.suffix.lower() in BESIDE}
-    if unread := images.unread(files):
+    if unread := images.describe_unread(files):
         notes.append(f"{folder}: {unread}")
     there = {os.path.normpath(path) for path in files}
     if gone := [name for name in told if name not in there]:
         names = ", ".join(gone[:NAMED]) + ", ..." * (len(gone) > NAMED)
-        notes.append(f"{metadata[0]} names {images.number(gone)} that cannot be found: {names}")
+        notes.append(f"{metadata[0]} names {images.format_file_count(gone)} that cannot be found: {names}")
     for path in pictures:
         text = told.get(os.path.normpath(path))
         texts = [file for suffix in BESIDE if (file := beside.get((path.parent, path.stem, suffix)))]
@@ -47,12 +47,12 @@ def captions(files: list[Path], column: str | None) -> tuple[dict[str, str | Non
                 names = sorted(map(str, row)) if isinstance(row, dict) else "a string"
                 raise ValueError(f"{where} has no file_name, the path of an image; it has {names}")
             text = tables.caption(row[tables.column(row, column, where)], where)
-            own.setdefault(_located(path.parent, row["file_name"]), []).append(text)
+            own.setdefault(_resolve_path(path.parent, row["file_name"]), []).append(text)
         found |= {name: tables.caption(several, name) for name, several in own.items()}
     return found, metadata
 
 
-def _located(folder: Path, name: str) -> str:
+def _resolve_path(folder: Path, name: str) -> str:
     """The path of a file that metadata in `folder` name, perhaps as Windows does."""
     path = os.path.normpath(os.path.join(folder, name))
-    return path if "\\" not in name or os.path.exists(path) else _located(folder, name.replace("\\", "/"))
+    return path if "\\" not in name or os.path.exists(path) else _resolve_path(folder, name.replace("\\", "/"))

@@ -60,7 +60,7 @@ def files(folder: str | Path) -> list[Path]:
     """The visible files below a folder, sorted. Links to folders are followed; each folder is read once."""
     found: list[Path] = []
     seen: set[tuple[int, int]] = set()
-    for where, folders, names in os.walk(folder, onerror=_refuse, followlinks=True):
+    for where, folders, names in os.walk(folder, onerror=_raise_unreadable_folder, followlinks=True):
         status = os.stat(where)
         if (status.st_dev, status.st_ino) in seen:
             folders.clear()
@@ -71,17 +71,17 @@ def files(folder: str | Path) -> list[Path]:
     return sorted(found)
 
 
-def _refuse(error: OSError) -> None:
+def _raise_unreadable_folder(error: OSError) -> None:
     raise ValueError(f"the folder {error.filename} cannot be read: {error.strerror}") from None
 
 
-def unread(paths: Iterable[Path]) -> str:
+def describe_unread(paths: Iterable[Path]) -> str:
     """A line with the number of files that are neither images nor text, by suffix; "" if there are none."""
     others = [path for path in paths if not is_image(path) and path.suffix.lower() not in TEXTS]
-    return f"{number(others)} skipped, of types that are not read: {summary(others)}" if others else ""
+    return f"{format_file_count(others)} skipped, of types that are not read: {summary(others)}" if others else ""
 
 
-def number(files: Sequence[Any]) -> str:
+def format_file_count(files: Sequence[Any]) -> str:
     """How many files: "1 file", "2 files"."""
     return f"{len(files):,} file{'s' * (len(files) != 1)}"
 
@@ -121,13 +121,13 @@ def _picture(image: Image) -> Image:
     if image.mode == "I" or image.mode.startswith("I;"):
         levels = _from_integers(image)
     elif image.has_transparency_data:
-        levels = _on_white(image).convert("L" if grey else "RGB")
+        levels = _composite_on_white(image).convert("L" if grey else "RGB")
     else:
         levels = image.convert("L" if grey else "RGB")
-    return _upright(levels, image)
+    return _apply_orientation(levels, image)
 
 
-def _upright(levels: Image, image: Image) -> Image:
+def _apply_orientation(levels: Image, image: Image) -> Image:
     """`levels` rotated according to the EXIF data of `image`."""
     try:
         turn = TURNS.get(image.getexif().get(ORIENTATION, 1))
@@ -154,6 +154,6 @@ def _from_integers(image: Image) -> Image:
     return PIL.Image.fromarray(levels)
 
 
-def _on_white(image: Image) -> Image:
+def _composite_on_white(image: Image) -> Image:
     pixels = image.convert("RGBA")
     return PIL.Image.alpha_composite(PIL.Image.new("RGBA", pixels.size, "white"), pixels)

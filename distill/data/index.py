@@ -32,17 +32,17 @@ def read_index(folder: Path, images: bool = False) -> dict[str, Any]:
     """The index of a finished cache, or a ValueError that says what to do."""
     if not (folder / INDEX).is_file():
         raise ValueError(f"no cache at {str(folder)!r}; make one with\n  {command(images, output_dir=str(folder))}")
-    index = stored(folder)
+    index = read_unfinished_index(folder)
     if any("rows" not in entry for entry in index["tables"].values()):
         raise ValueError(f"the cache {folder} is not finished: run the command that began it again, and it goes on")
     return index
 
 
-def stored(folder: Path) -> dict[str, Any]:
-    """The index in a folder, finished or not; ValueError for one that is damaged."""
+def read_unfinished_index(folder: Path) -> dict[str, Any]:
+    """The index in a folder, finished or not; ValueError if it is damaged."""
     try:
         index = read_json(folder / INDEX)
-        damage = _damage(index)
+        damage = _index_error(index)
     except ValueError as error:
         index, damage = {}, f"{error}"
     except (KeyError, TypeError, AttributeError) as error:
@@ -52,7 +52,7 @@ def stored(folder: Path) -> dict[str, Any]:
     return index
 
 
-def _damage(index: dict[str, Any]) -> str | None:
+def _index_error(index: dict[str, Any]) -> str | None:
     """What is wrong with an index."""
     whole = lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= 0
     teacher = {key: index["teacher"][key] for key in ("name", *PARTS)}

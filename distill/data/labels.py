@@ -48,7 +48,7 @@ class Labels:
     def open(self, teacher: Any, needs: tuple[str, ...]) -> Classes:
         found = Classes(self.images, teacher, "real" in needs, self.classes)
         chosen(self.classes, found.classes)
-        if "real" in needs and (unread := images.unread(images.files(self.images))):
+        if "real" in needs and (unread := images.describe_unread(images.files(self.images))):
             notice([f"{self.images}: {unread}"])
         if "real" in needs and not found.files:
             raise ValueError(f"{self.images} has no images in one subfolder a class")

@@ -60,12 +60,12 @@ class Shards:
             raise ValueError(f"{self.files[0].parent}: there is no row {row} of {len(self)}: make the cache again")
         shard = bisect_right(self.ends, row)
         if shard not in self.opened:
-            self.opened[shard] = _opened(self.files[shard])
+            self.opened[shard] = _open_shard(self.files[shard])
         stored, i = self.opened[shard], row - (self.ends[shard - 1] if shard else 0)
         return {key: _get(stored, key, i, shape) for key, shape in self.shapes.items()}
 
 
-def _opened(path: Path) -> Any:
+def _open_shard(path: Path) -> Any:
     """A shard; ValueError for a torn one."""
     try:
         return safe_open(path, "pt")
@@ -75,7 +75,7 @@ def _opened(path: Path) -> Any:
 
 def _check(path: Path, n: int, shapes: dict[str, tuple[int, ...]]) -> None:
     """ValueError unless a shard holds n rows of these shapes; reads its header and where rows end."""
-    stored = _opened(path)
+    stored = _open_shard(path)
     for key, shape in shapes.items():
         if key not in stored.keys():
             raise ValueError(f"{path} has no tensor {key}: remove it and run the cache command again")
@@ -93,7 +93,7 @@ def _check(path: Path, n: int, shapes: dict[str, tuple[int, ...]]) -> None:
             )
 
 
-def is_whole(path: Path) -> bool:
+def is_readable(path: Path) -> bool:
     """Whether a shard is there and can be read."""
     if not path.is_file():
         return False
@@ -147,7 +147,7 @@ def file(name: str, shard: int) -> str:
 
 def note(path: Path) -> dict[str, Any]:
     """What was noted about a shard."""
-    return json.loads(_opened(path).metadata()["note"])
+    return json.loads(_open_shard(path).metadata()["note"])
 
 
 def save(rows: Rows, path: Path, about: dict[str, Any]) -> None:

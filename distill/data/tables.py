@@ -51,9 +51,9 @@ def caption(value: Any, where: str) -> str | None:
         number = int.from_bytes(hashlib.blake2b(repr(value).encode(errors="replace"), digest_size=8).digest(), "big")
         return caption(value[number % len(value)], f"{where}, of its list")
     if not isinstance(value, str):
-        raise ValueError(f"{where}: {_shown(value)} is not text, which prompts and captions are: correct or remove it")
+        raise ValueError(f"{where}: {_shorten(value)} is not text, as prompts and captions are: correct or remove it")
     if any("\ud800" <= letter <= "\udfff" for letter in value):
-        raise ValueError(f"{where}: {_shown(value)} holds half of a character (a surrogate): correct or remove it")
+        raise ValueError(f"{where}: {_shorten(value)} holds half of a character (a surrogate): correct or remove it")
     if len(value) > LONGEST:
         raise ValueError(f"{where}: a text of {len(value):,} characters; at most {LONGEST:,} are read: shorten it")
     return value
@@ -74,7 +74,7 @@ def rows(path: Path, wanted: Sequence[str]) -> Iterator[Row]:
         return _csv(path, "\t" if suffix == ".tsv" else ",")
     if suffix == ".parquet":
         return _parquet(path, wanted)
-    return _checked(_json(path) if suffix == ".json" else _jsonl(path))
+    return _check_rows(_json(path) if suffix == ".json" else _jsonl(path))
 
 
 def loads(content: str, where: str) -> Any:
@@ -85,16 +85,16 @@ def loads(content: str, where: str) -> Any:
         raise ValueError(f"{where}, is not JSON: {error}") from None
 
 
-def _shown(value: Any) -> str:
+def _shorten(value: Any) -> str:
     shown = repr(value)
     return shown if len(shown) <= SHOWN else f"{shown[:SHOWN]}..."
 
 
-def _checked(found: Iterator[Row]) -> Iterator[Row]:
+def _check_rows(found: Iterator[Row]) -> Iterator[Row]:
     """`found`, whose rows are strings or objects; ValueError for another one."""
     for where, row in found:
         if not isinstance(row, str | dict):
-            raise ValueError(f'{where}: {_shown(row)} is not a row: write {{"text": "a red fox"}}, or a string')
+            raise ValueError(f'{where}: {_shorten(row)} is not a row: write {{"text": "a red fox"}}, or a string')
         yield where, row
 
 
@@ -121,7 +121,7 @@ def _json(path: Path) -> Iterator[Row]:
     if isinstance(found, dict):
         found = [found]
     if not isinstance(found, list):
-        raise ValueError(f"{path} is {_shown(found)}: it must be a list of prompts, or of objects with one each")
+        raise ValueError(f"{path} is {_shorten(found)}: it must be a list of prompts, or of objects with one each")
     yield from ((f"{path}, row {i}", row) for i, row in enumerate(found, 1))
 
 

@@ -56,7 +56,7 @@ def rows(shards: list[Path], column: str | None, notes: list[str]) -> Iterator[R
                 sample["txt" if suffix == "caption" else suffix] = content
             else:
                 unread.append(Path(path.name))
-        if others := images.unread(unread):
+        if others := images.describe_unread(unread):
             notes.append(f"{shard}: {others}")
         if links:
             notes.append(f"{shard}: {images.number(links)} left out, links to others: {', '.join(links[:LISTED])}")

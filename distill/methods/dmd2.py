@@ -63,7 +63,8 @@ class DMD2(DiffusionGAN):
             g = h * (fake - real) / (normaliser(x, real) if self.normalise else 1.0)
         loss, logs = reduce(push(x, g), self.reduction), scores(x, real, fake) | logs
         if self.gan:
-            logs["gan"] = gan_generator(self.logits(x, c, nets, draw, "gan", at=(x_t, t) if self.same else None))
+            at = (x_t, t) if self.at_score_noise else None
+            logs["gan"] = gan_generator(self.logits(x, c, nets, draw, "gan", at=at))
             loss = loss + self.gan * logs["gan"]
         return loss, logs
 
@@ -79,7 +80,7 @@ class DMD2(DiffusionGAN):
         loss, logs = denoising(pred, x, eps, self.reduction, self.fake_space), Logs()
         if self.gan_fake:
             y, y_c, method = batch["real"].to(x), batch.get("real_c"), replace(self, gan_times=self.fake_times)
-            if self.share or self.same:
+            if self.share or self.at_score_noise:
                 fake = nets.disc(*features) if features else self.logits(x, c, nets, draw, at=(x_t, t))
                 real = method.logits(y, y_c, nets, draw, "gan_real")
             else:

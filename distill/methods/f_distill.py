@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from distill.guidance import Guided
-from distill.losses import summed
+from distill.losses import sum_over_processes
 from distill.methods.dmd2 import DMD2
 from distill.ranges import Natural, Positive
 from distill.schedule import Schedule, expand
@@ -76,7 +76,7 @@ class FDistill(DMD2):
         r = logit.exp().clamp(self.low, self.high)
         h = H[self.divergence](r / self.mean_ratio(r, t, nets.teacher.path) if self.ratio_bins else r)
         if self.unit_mean:
-            size, count = summed(torch.stack([h.sum(), torch.ones_like(h).sum()]))
+            size, count = sum_over_processes(torch.stack([h.sum(), torch.ones_like(h).sum()]))
             h = h / (size / count + 1e-6)
         logs = {"ratio": r.mean(), "h": h.mean(), "h_low": h.min(), "h_high": h.max()}
         return real.x0, fake.x0, expand(h, x_t), logs
@@ -86,5 +86,5 @@ class FDistill(DMD2):
         low, high = path.native(torch.arange(2.0, dtype=torch.float64, device=t.device))
         bins = ((path.native(t) - low) / (high - low) * self.ratio_bins).floor().clamp(0, self.ratio_bins - 1)
         member = (bins[:, None] == torch.arange(self.ratio_bins, device=t.device)).to(r)
-        count, total = summed(torch.stack([member.sum(0), r @ member]))
+        count, total = sum_over_processes(torch.stack([member.sum(0), r @ member]))
         return member @ (total / count.clamp(min=1)) + 1e-6

@@ -21,13 +21,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distill.denoiser import Condition
-from distill.disc import each, verdicts
+from distill.disc import head_logits, verdicts
 from distill.draw import Draw
 from distill.guidance import repeated
 from distill.losses import hinge_discriminator
 from distill.methods.lcd import LCD
 from distill.ranges import Decay, Finite, Weight
-from distill.student import phased
+from distill.student import check_phases
 from distill.times import phase, pieces
 from distill.trainer import Batch, Logs, Nets, Update
 
@@ -52,7 +52,7 @@ class PCM(LCD):
         """The scheduler's own: the phases are theirs."""
 
     def before(self, nets: Nets) -> None:
-        phased(nets.student, self.N)  # or a ValueError
+        check_phases(nets.student, self.N)  # or a ValueError
 
     def updates(self) -> list[Update]:
         return super().updates() + ([Update("fake", self.fake_loss, reuse=True)] if self.gan else [])
@@ -84,4 +84,4 @@ class PCM(LCD):
         path, n, (start, end) = nets.teacher.path, len(xs), phase(j, self.N, len(nets.student.times))
         e, u = (self.time(i, nets) for i in (j, start + draw.uniform("gan_t", (len(j),)).to(j) * (end - start)))
         x_u = [path.transition(x, e, u, draw.normal(f"gan_eps{i}", x.shape).to(x)) for i, x in enumerate(xs)]
-        return each(nets.disc, nets.teacher.features(torch.cat(x_u), u.repeat(n), repeated(c, n), self.taps))
+        return head_logits(nets.disc, nets.teacher.features(torch.cat(x_u), u.repeat(n), repeated(c, n), self.taps))

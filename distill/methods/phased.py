@@ -54,16 +54,16 @@ class PhasedDMD(DMD2):
         return nets.generate(batch, draw, first + 1 + draw.index("steps", last - first), nets.student.end)
 
     def student_loss(self, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
-        return DMD2.student_loss(self.within(nets), x, self.above(nets), batch, draw)
+        return DMD2.student_loss(self.phase_method(nets), x, self.above(nets), batch, draw)
 
     def fake_loss(self, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
         if self.gan_fake and nets.student.end is not None:
             y = batch["real"].to(x)
             s = torch.full((len(y),), nets.student.end, dtype=torch.float64, device=y.device)
             batch = batch | {"real": nets.fake.path.diffuse(y, draw.normal("end", tuple(y.shape)).to(y), s)}
-        return DMD2.fake_loss(self.within(nets), x, self.above(nets), batch, draw)
+        return DMD2.fake_loss(self.phase_method(nets), x, self.above(nets), batch, draw)
 
-    def within(self, nets: Nets) -> "PhasedDMD":
+    def phase_method(self, nets: Nets) -> "PhasedDMD":
         """The method with its time distributions cut to times above the phase's end."""
         if nets.student.end is None:
             return self

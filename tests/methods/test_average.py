@@ -163,7 +163,7 @@ def test_adapters():
 
 def test_export_of_several_calls():
     """Its network has one time and no adapter, and gives the same samples; with fresh noise only the time is gone."""
-    from pipelines.export import of_one_time
+    from pipelines.export import fold_end_times_of
 
     parts = SimpleNamespace(family=SimpleNamespace(EXAMPLES=("a",)), drop_text=lambda: None)
     teacher = SimpleNamespace(parts=parts, shape=(2,), encode=lambda prompts: None)
@@ -173,13 +173,13 @@ def test_export_of_several_calls():
         student = build(MeanFlow(), clock(Flow(), "flow"), (2,), None, config).student
         for i, p in enumerate(p for p in student.denoiser.net.parameters() if p.requires_grad):
             p.data += 0.1 * (-1) ** i
-        one = of_one_time(student, teacher)
+        one = fold_end_times_of(student, teacher)
         assert one.denoiser.net.state_dict().keys() == clock(Flow()).net.state_dict().keys()
         assert not hasattr(one.denoiser.net, "peft_config")
         torch.testing.assert_close(one.generate(z, None), student.generate(z, None), rtol=1e-6, atol=1e-6)
         assert (replace(student, jumps=False).generate(z, None) - one.generate(z, None)).abs().max() > 1e-3
         fresh = replace(student, renoise="fresh")
-        assert hasattr(of_one_time(fresh, teacher).denoiser.net, "peft_config") == (lora.rank is not None)
+        assert hasattr(fold_end_times_of(fresh, teacher).denoiser.net, "peft_config") == (lora.rank is not None)
 
 
 @pytest.mark.slow

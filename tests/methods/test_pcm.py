@@ -11,7 +11,7 @@ from gaussian import F64, SCHEDULES, Oracle, Whitened, consistent, exact, level,
 from tiny import tiny
 
 from distill.denoiser import Denoiser
-from distill.disc import each, heads, pixels, verdicts
+from distill.disc import head_logits, heads, pixels, verdicts
 from distill.draw import Draw
 from distill.losses import hinge_discriminator
 from distill.methods import LCD, PCM
@@ -223,7 +223,10 @@ def test_heads():
     """Two residual 1x1 convolutions and a logit a place; each head counts alike, whatever its number of places."""
     maps, tokens = torch.randn(2, 64, 4, 4), torch.randn(2, 9, 32)
     disc = heads((maps[:1], tokens[:1]), of_pixels=True)
-    assert each(disc, (maps, tokens))[0].shape == (2, 16) and each(disc, (maps, tokens))[1].shape == (2, 9)
+    assert head_logits(disc, (maps, tokens))[0].shape == (2, 16) and head_logits(disc, (maps, tokens))[1].shape == (
+        2,
+        9,
+    )
     one = disc[0]
     a = one.conv1(maps)
     torch.testing.assert_close(one(maps), one.conv_out(one.conv2(a) + a).flatten(1))
@@ -234,7 +237,7 @@ def test_heads():
     nets.teacher.features = lambda *args: [maps, tokens]
     draw, x = Draw(0, 0, "student", torch.arange(2)), torch.randn(2, 2, dtype=F64)
     _, logs = PCM(N=4, **OFF).student_loss(x, nets, {}, draw)
-    means = [torch.relu(1 - logits).mean() for logits in each(disc, (maps, tokens))]
+    means = [torch.relu(1 - logits).mean() for logits in head_logits(disc, (maps, tokens))]
     torch.testing.assert_close(logs["gan"], sum(means) / 2)
 
 
