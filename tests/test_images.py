@@ -105,7 +105,7 @@ def test_upright(mode):
         (of(INTEGERS // 257, "TIFF"), "may be of 8 or 16 bits"),
         (of(RAMP)[:-30], "truncated|broken"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 4 4\n", "not an image, or its format is not supported"),
-        (b"", "no image"),
+        (b"", "not an image"),
     ),
     ids=("float", "beyond", "negative", "small integers", "torn", "eps", "empty"),
 )

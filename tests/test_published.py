@@ -182,7 +182,7 @@ def test_alpha_in_metadata_of_kohya(nets, tmp_path):
     save_file(tensors, tmp_path / "x.safetensors", {"ss_network_alpha": "1.5"})
     assert published.read(tmp_path / "x.safetensors", base).weights["conv_in"].alpha == 1.5
     save_file(tensors | {"lora_unet_conv_in.hada_w1_a": torch.ones(1)}, tmp_path / "x.safetensors")
-    with pytest.raises(ValueError, match="LoHa is not read"):
+    with pytest.raises(ValueError, match="LoHa, which is not read"):
         published.read(tmp_path / "x.safetensors", base)
 
 

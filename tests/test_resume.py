@@ -191,8 +191,8 @@ def test_a_digest_sees_any_tensor(tmp_path):
 
 HOLD = """
 import sys, time
-from distill.files import locked
-with locked(sys.argv[1], beside=sys.argv[2] == "True"):
+from distill.files import folder_lock
+with folder_lock(sys.argv[1], beside=sys.argv[2] == "True"):
     print("held", flush=True)
     time.sleep(600)
 """

@@ -139,7 +139,7 @@ def test_what_is_not_read_is_counted(tmp_path):
         ({"metadata.jsonl": '{"file_name": "a.png", "text": 7}'}, "metadata.jsonl, line 1: 7 is not text"),
         ({"metadata.jsonl": '\n{"file_name": "a.png", "text": ["x", 7]}'}, "line 2"),
         ({"metadata.jsonl": '{"text": "x"}'}, r"line 1 has no file_name.*\['text'\]"),
-        ({"metadata.jsonl": '{"file_name": "a.png"'}, "metadata.jsonl, line 1, is no JSON"),
+        ({"metadata.jsonl": '{"file_name": "a.png"'}, "metadata.jsonl, line 1, is not JSON"),
         ({"metadata.csv": "file_name,words\na.png,x"}, "metadata.csv, line 2 has no column called text"),
         ({"metadata.csv": "file_name,text\nb.png,x"}, "a.png has no caption"),
         ({"metadata.parquet": "PAR1"}, "metadata.parquet cannot be read as a Parquet file"),
@@ -217,7 +217,7 @@ def test_mistakes_of_tars(tmp_path):
             pictures(f"{path}")
 
     good = [(f"{i}.png", png(i)) for i in range(3)] + [(f"{i}.txt", b"x") for i in range(3)]
-    fails([*good, ("0.json", b"{bad")][0:1] + [("0.json", b"{bad")], "s.tar:0.png, its .json, is no JSON")
+    fails([*good, ("0.json", b"{bad")][0:1] + [("0.json", b"{bad")], "s.tar:0.png, its .json, is not JSON")
     fails([good[0], ("0.json", b"[1]")], "s.tar:0.png: its .json holds no object")
     fails([good[0], ("0.json", b'{"text": 7}')], "s.tar:0.png: 7 is not text")
     fails([good[0], ("0.txt", b"\xff")], "its member 0.txt is not text in UTF-8")
