@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from eval.cost import DENOISERS, parameters
-from eval.files import shown
+from eval.files import shorten
 
 if TYPE_CHECKING:
     from distill.solver import Name
@@ -251,12 +251,12 @@ def _scheduler(pipe: Any, name: str | None, config: dict[str, Any]) -> Any:
     if unknown := sorted(set(config) - set(inspect.signature(cls.__init__).parameters)):
         raise ValueError(f"scheduler_config: {cls.__name__} has no {', '.join(unknown)}")
     for key, value in config.items():
-        if allowed := fields.wrong(key, value, {**base, **config}):
-            raise ValueError(f"scheduler_config: {key} is {shown(value)}; it must be {allowed}")
+        if allowed := fields.allowed_if_wrong(key, value, {**base, **config}):
+            raise ValueError(f"scheduler_config: {key} is {shorten(value)}; it must be {allowed}")
     try:
         return cls.from_config(base, **config)
     except LOADING as error:
-        raise ValueError(f"{cls.__name__} takes no scheduler_config {shown(config)}: {_line(error)}") from None
+        raise ValueError(f"{cls.__name__} takes no scheduler_config {shorten(config)}: {_line(error)}") from None
 
 
 def family_of(pipe: Any, resolution: int | None) -> tuple[Any, Any]:

@@ -124,7 +124,7 @@ def routes(path: Path) -> dict[str, Any]:
     """experts.json: "by" "timestep" with falling "bounds", or "class_labels" with the "classes" of each network."""
     facts = fields.read(path)
     bounds, classes, by = facts.get("bounds"), facts.get("classes"), facts.get("by")
-    falling = isinstance(bounds, list) and all(map(fields.number, bounds)) and sorted(bounds, reverse=True) == bounds
+    falling = isinstance(bounds, list) and all(map(fields.is_number, bounds)) and sorted(bounds, reverse=True) == bounds
     parts = isinstance(classes, list) and len(classes) > 1 and all(map(are_labels, classes))
     if not (by == "timestep" and falling or by == "class_labels" and parts):
         raise ValueError(f"{path} is damaged: it says no bounds of timesteps, nor classes: export or copy it again")
@@ -133,7 +133,9 @@ def routes(path: Path) -> dict[str, Any]:
 
 def are_labels(value: Any) -> bool:
     """Whether a value is a list of labels."""
-    return isinstance(value, list) and bool(value) and all(fields.whole(one, 0, fields.LONGEST) for one in value)
+    return (
+        isinstance(value, list) and bool(value) and all(fields.is_whole_number(one, 0, fields.LONGEST) for one in value)
+    )
 
 
 def chosen(facts: dict[str, Any], given: Tensor) -> Tensor:

@@ -41,13 +41,13 @@ NEEDED = {  # class -> fields that may not be null
 
 FACTS: dict[str, tuple[Callable[[Any], bool], str]] = {  # of distill.json: (check of a value, what it must be)
     "student": (lambda value: isinstance(value, bool), "true or false"),
-    "null_class": (lambda value: whole(value, 0, LONGEST), "a label, a whole number from 0"),
-    "c_noise": (lambda value: number(value) and value > 0, "a number above 0"),
-    "steps": (lambda value: whole(value, 1, LONGEST), "a whole number from 1"),
-    "times": (lambda value: isinstance(value, list) and all(map(number, value)), "a list of numbers"),
+    "null_class": (lambda value: is_whole_number(value, 0, LONGEST), "a label, a whole number from 0"),
+    "c_noise": (lambda value: is_number(value) and value > 0, "a number above 0"),
+    "steps": (lambda value: is_whole_number(value, 1, LONGEST), "a whole number from 1"),
+    "times": (lambda value: isinstance(value, list) and all(map(is_number, value)), "a list of numbers"),
     "config": (lambda value: isinstance(value, str | dict), "text or an object"),
-    "resolution": (lambda value: whole(value, 1, SIDE), f"a whole number from 1 to {SIDE:,}"),
-    "frames": (lambda value: whole(value, 1, SIDE), f"a whole number from 1 to {SIDE:,}"),
+    "resolution": (lambda value: is_whole_number(value, 1, SIDE), f"a whole number from 1 to {SIDE:,}"),
+    "frames": (lambda value: is_whole_number(value, 1, SIDE), f"a whole number from 1 to {SIDE:,}"),
 }
 
 
@@ -60,7 +60,9 @@ def facts(folder: Path) -> dict[str, Any]:
     for key, value in found.items():
         check, kind = FACTS.get(key, (lambda value: True, ""))
         if not check(value):
-            raise ValueError(f"{path}: {key} is {_shown(value)}; it must be {kind}: export or download the model again")
+            raise ValueError(
+                f"{path}: {key} is {_shorten(value)}; it must be {kind}: export or download the model again"
+            )
     if found.get("student") and "steps" not in found:
         raise ValueError(f"{path} says no steps of its student: export or download the model again")
     return found

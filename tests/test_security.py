@@ -350,7 +350,7 @@ def test_what_lies_beside_a_pipeline(text, match, tmp_path):
     with pytest.raises(ValueError, match=rf"distill\.json.*{match}"):
         load(tmp_path / "edm")
     if "student" not in text:
-        with pytest.raises(ValueError, match="is no earlier export"):
+        with pytest.raises(ValueError, match="is not an earlier export"):
             replaceable(tmp_path / "edm")
 
 

@@ -164,7 +164,7 @@ def test_tables_that_are_damaged_inside(tmp_path):
     ends = pa.py_buffer(np.array([0, 2], dtype=np.int32).tobytes())
     words = pa.Array.from_buffers(pa.string(), 1, [None, ends, pa.py_buffer(b"\xff\xfe")])
     parquet.write_table(pa.table({"text": words}), tmp_path / "p.parquet")
-    with pytest.raises(ValueError, match="p.parquet is no Parquet file that can be read"):
+    with pytest.raises(ValueError, match="p.parquet cannot be read as a Parquet file"):
         prompts(f"{tmp_path / 'p.parquet'}")
     for name in ("p.txt", "p.jsonl"):
         with (tmp_path / name).open("wb") as file:
@@ -206,7 +206,7 @@ def test_tars(tmp_path):
     link = tarfile.TarInfo("3.png")
     link.type, link.linkname = tarfile.SYMTYPE, "1.png"
     tar(source, [*members, ("3.png", link)])
-    assert pictures(source).notes == (unread, f"{source}: 1 file left out, links to others: 3.png")
+    assert pictures(source).notes == (unread, f"{source}: 1 file skipped, links to others: 3.png")
 
 
 def test_mistakes_of_tars(tmp_path):

@@ -59,7 +59,9 @@ def rows(shards: list[Path], column: str | None, notes: list[str]) -> Iterator[R
         if others := images.describe_unread(unread):
             notes.append(f"{shard}: {others}")
         if links:
-            notes.append(f"{shard}: {images.number(links)} left out, links to others: {', '.join(links[:LISTED])}")
+            notes.append(
+                f"{shard}: {images.format_file_count(links)} skipped, links to others: {', '.join(links[:LISTED])}"
+            )
         for sample in samples.values():
             if "image" in sample:
                 name, offset, size = sample["image"]
