@@ -159,9 +159,9 @@ def checked(rows: Any, source: str = "the rows") -> list[Row]:
 def _figure_error(metric: Any) -> str | None:
     """The fault of a figure in a row; None if it is valid."""
     if not isinstance(metric, dict) or not is_finite(metric.get("value")):
-        return "is not finite"
+        return "has no finite value"
     if wrong := [key for key in ("low", "high") if metric.get(key) is not None and not is_finite(metric[key])]:
-        return f"is not finite: {wrong[0]} of its interval"
+        return f"has no finite value for the {wrong[0]} of its interval"
     if metric.get("n") is not None and not is_count(metric["n"]):
         return f"has n {shorten(metric['n'])}, not a number of images"
     low, high = interval(metric)

@@ -331,8 +331,8 @@ def test_a_page_refuses(tmp_path):
     with pytest.raises(ValueError, match="no list of rows"):
         write(tmp_path, [])
     for wrong, match in (
-        ({"metrics": {"fid": {"value": math.nan}}}, "'x': fid is not finite"),
-        ({"cost": {"latency": math.inf}}, "'x': cost latency is not finite"),
+        ({"metrics": {"fid": {"value": math.nan}}}, "'x': fid has no finite value"),
+        ({"cost": {"latency": math.inf}}, "'x': cost latency must be a finite number"),
         ({"metrics": None}, "row 0 has no model or no metrics"),
     ):
         with pytest.raises(ValueError, match=match):
