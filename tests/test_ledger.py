@@ -48,11 +48,13 @@ def test_dmd2_on_sdxl(cycle):
     assert cycle(DMD2(guidance=8.0, share=True, walk=True), 4) <= 34.7
 
 
+@pytest.mark.slow
 def test_published_dmd2_on_sdxl(cycle):
     """As the authors' code does it: each pass of its own."""
     assert cycle(DMD2(guidance=8.0), 4) == pytest.approx(46.3, abs=0.3)
 
 
+@pytest.mark.slow
 def test_scm_on_sdxl(cycle):
     """Teacher 1, value and tangent 2, backward 2, and attention's second product of a tangent, a tenth; FastGen 6."""
     assert cycle(SCM(), 1) <= 5.11

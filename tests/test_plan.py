@@ -127,10 +127,10 @@ def test_flops_are_those_of_a_real_run(folder, case):
     assert cost.flops * cost.cycle == pytest.approx(sum(found) / len(found), rel=1e-12)
 
 
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("sd", "sd3", "pixart", "qwen", "wan")]
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("sd", "sd3", "pixart", "sana", "qwen", "wan")]
 
 
-@pytest.mark.parametrize("family", ("flux", "sana", *SLOW))
+@pytest.mark.parametrize("family", ("flux", *SLOW))
 def test_every_family_is_counted(family, tmp_path):
     """From configs alone, the FLOPs of a real step."""
     tiny.save(family, tmp_path)

@@ -48,7 +48,9 @@ def test_the_figures():
     assert ring.covered(few) == 1
 
 
-@pytest.mark.parametrize("method, schedule, steps", [("DMD2", "Flow", 400), ("SCM", "VP-eps", 300)])
+@pytest.mark.parametrize(
+    "method, schedule, steps", [("DMD2", "Flow", 400), pytest.param("SCM", "VP-eps", 300, marks=pytest.mark.slow)]
+)
 def test_a_few_hundred_steps_help(method, schedule, steps):
     row = toys.run("ring", method, schedule, steps=steps, warm=500)
     assert row["factor"] > 2, row

@@ -244,7 +244,7 @@ def test_heads():
 @pytest.mark.parametrize(
     "schedule, student, words",
     (
-        ("flow", {"steps": 4}, "pass --student.renoise tcd$"),
+        ("flow", {"steps": 4}, "pass --student.renoise ddim or tcd$"),
         ("vp", {"steps": 1, "scale": 1.0}, "pass --student.renoise tcd --student.scale 1"),
         ("vp", {"steps": 2, "renoise": "ddim"}, "without new noise, and ends at the level of t = 0"),
         ("flow", {"steps": 11, "renoise": "tcd"}, "N is 10; it must be at least the student's 11 calls"),
