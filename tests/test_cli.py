@@ -145,7 +145,7 @@ IMPOSSIBLE = {  # recipe and flags: words of the message
     "dmd2 --teacher nowhere": "no pipeline at 'nowhere': a diffusers folder has a model_index.json",
     "dmd2 --method.taps neck": "the top-level modules are ['conv_in', 'time_proj'",
     "sid --fake.lora.rank 2": "to_q",  # peft's own: these targets are not in the network
-    "sid --student.times 1 0.7 0.2 --student.sigma None": "--student.times 1 0.657843 0.2\n(network inputs",
+    "sid --student.times 1 0.7 0.2 --student.sigma None": "--student.times 1 0.657843 0.2 (network inputs",
     "sid --student.times 1 0.4": "times begin at 1, and student.sigma or timestep puts the first call at 0.499322",
     "tcm --student.times 1 0.3 --student.sigma None": "TCM trains it from method.start = 1.0 on: pass --student.times",
     "sid --student.scale 1": "this family's scheduler scales its input by sigma",
