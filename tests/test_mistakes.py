@@ -210,9 +210,9 @@ COMMANDS = {  # what: (command, flags, words of the message); ON: --pretrained_m
     "the user's folder": (
         "export",
         "begun --output_dir mine",
-        "mine exists and is not an earlier export replaced",
+        "mine exists and is not an earlier export",
     ),
-    "here": ("export", "begun --output_dir .", "exists and is not an earlier export replaced"),
+    "here": ("export", "begun --output_dir .", "exists and is not an earlier export"),
     "a file's place": ("export", "begun --output_dir empty.txt", "empty.txt exists and is not an earlier export"),
     "no base": ("export", "--from OTHER --output_dir OUT", "needs its base: --pretrained_model_name_or_path"),
     "no layout": ("export", "--from OTHER --teacher sdxl --output_dir OUT", "say with --layout which it is, one of"),
