@@ -118,7 +118,7 @@ def test_bad_folders_are_one_clear_error(tmp_path):
     assert len(folders.read(edited)[0]) == 3
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("keep")
-    with pytest.raises(ValueError, match="left alone"):
+    with pytest.raises(ValueError, match="it is not a folder of images"):
         folders.write(tmp_path / "mine", x, overwrite=True)
     with pytest.raises(ValueError, match="image 1 holds NaN"):
         folders.write(tmp_path / "nan", torch.stack([x[0], x[0] * math.nan]))
@@ -298,7 +298,7 @@ def test_wrong_input_is_one_clear_error(home, student, tmp_path):
         (sd, {"prompts": f"{tmp_path / 'empty.txt'}"}, "holds no prompts"),
         (sd, {**text, "n": 12}, "holds 11 prompts, fewer than the 12 images"),
         (sd, {**text, "scheduler": "Nothing"}, "scheduler is 'Nothing'; give a class of diffusers"),
-        (sd, {**text, "scheduler_config": "{"}, "no JSON"),
+        (sd, {**text, "scheduler_config": "{"}, "not JSON"),
         (sd, {**text, "scheduler_config": '{"a": 1}'}, "DDIMScheduler has no a"),
         (sd, {**text, "scheduler_config": '{"beta_start": NaN}'}, "beta_start is nan; it must be a number above 0"),
         (sd, {**text, "base": "x"}, "no LoRA's .safetensors file"),
@@ -317,7 +317,7 @@ def test_wrong_input_is_one_clear_error(home, student, tmp_path):
         folders.read(new)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("keep")
-    with pytest.raises(ValueError, match="left alone"):
+    with pytest.raises(ValueError, match="not a folder of images"):
         generate(student, tmp_path / "mine", n=2, overwrite=True)
 
 

@@ -152,7 +152,7 @@ def test_what_a_sharded_checkpoint_is(two):
     file = parts / "optimizer_fake" / shards[1]
     data = file.read_bytes()
     file.write_bytes(data[:-1])
-    assert "optimizer_fake/shard-00002-of-00002.safetensors is torn" in checkpoint.damage(parts)
+    assert "optimizer_fake/shard-00002-of-00002.safetensors is truncated" in checkpoint.damage(parts)
     file.write_bytes(data)
 
 
