@@ -118,7 +118,7 @@ def test_what_is_refused(folder, teacher, tmp_path):
         with pytest.raises(ValueError, match=said):
             scheduler(teacher, StudentConfig(**wrong))
     tiny.save("flux", tmp_path / "schnell", guidance=False)
-    with pytest.raises(ValueError, match="has no embedding of it"):
+    with pytest.raises(ValueError, match="needs a guidance embedding"):
         load(tmp_path / "schnell", told=True)
     tiny.save("sd", tmp_path / "sd")
     with pytest.raises(ValueError, match="give --method.guidance one number"):
