@@ -158,7 +158,7 @@ def test_laws_above_the_boundary():
     """LightX2V: t = 7 r / (1 + 6 r), shifted once, r uniform in the steps 520 .. 980 where the phase ends at r = .5."""
     path, draw = Interval(SCHEDULES["flow"], 0.875), Draw(0, 0, "student", torch.arange(20_000))  # 7 / 2 / (1 + 6 / 2)
     nets = phased(root(problem(2)[0]), exact(problem(2)[0], path.base), path.s)
-    method = replace(BARE, times=Shifted(Uniform(0.02, 0.98), 7.0), margin=20 / 480).within(nets)
+    method = replace(BARE, times=Shifted(Uniform(0.02, 0.98), 7.0), margin=20 / 480).phase_method(nets)
     t = path.outer(method.times(draw, "t", 20_000, path))
     r = (t / (7 - 6 * t) - 0.52) / 0.46
     assert kstest(r.numpy(), "uniform").pvalue > 1e-2 and 0 <= r.min() < 1e-3 and 1 - 1e-3 < r.max() <= 1
