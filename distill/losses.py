@@ -157,8 +157,9 @@ def _attention(
     enable_gqa: bool = False,
 ) -> Tensor:
     """The math kernel of scaled_dot_product_attention, whose choice by `sdpa_kernel` would be that of all threads."""
-    if torch.is_autocast_enabled(query.device.type):  # as autocast does with the function itself
-        dtype = torch.get_autocast_dtype(query.device.type)
+    device = query.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):  # as with the function itself
+        dtype = torch.get_autocast_dtype(device)
         query, key, value = (x.to(dtype) for x in (query, key, value))
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill(~attn_mask, -torch.inf)
