@@ -28,7 +28,8 @@ import tyro
 from tqdm import tqdm
 
 if TYPE_CHECKING:
-    from distill.trainer import State, TrainConfig
+    from distill.training.config import TrainConfig
+    from distill.training.state import State
 
 # The passes that a turn must make: n no-grad forward; f forward and full backward; i forward and backward to the input
 # of a frozen network; c, ci, cf the same up to the discriminator's tap and through its head; j forward-mode derivative.
@@ -78,9 +79,10 @@ def loop(method: Any, settings: TrainConfig, cfg: Bench) -> Iterator[State]:
     from accelerate import Accelerator
 
     from distill.data import Digits
-    from distill.roles import StudentConfig, build
-    from distill.trainer import train
-    from pipelines import edm
+    from distill.training.build import build
+    from distill.training.config import StudentConfig
+    from distill.training.loop import train
+    from pipelines.families import edm
 
     teacher = edm.teacher(edm.unet(cfg.channels), 0.75, 10)
     nets = build(method, teacher.denoiser, teacher.shape, teacher.encode([0]), StudentConfig(sigma=2.5))
@@ -89,7 +91,7 @@ def loop(method: Any, settings: TrainConfig, cfg: Bench) -> Iterator[State]:
 
 def turns(method: Any, player: str, cfg: Bench) -> Callable[[], Any]:
     """A function that makes one turn of `player` through train()."""
-    from distill.trainer import TrainConfig
+    from distill.training.config import TrainConfig
 
     states = loop(alone(method, player), TrainConfig(max_train_steps=10**9, train_batch_size=cfg.batch), cfg)
     return lambda: next(states)
@@ -99,9 +101,9 @@ def whole(method: Any, cfg: Bench, folder: Path) -> Callable[[], None]:
     """A function that makes ten steps of two micro-batches and a line of the log, and every fifth time a checkpoint."""
     from accelerate import Accelerator
 
-    from distill.checkpoint import Saver
-    from distill.log import Log
-    from distill.trainer import TrainConfig
+    from distill.training.checkpoint import Saver
+    from distill.training.config import TrainConfig
+    from distill.training.log import Log
 
     settings = TrainConfig(
         output_dir=f"{folder}",
@@ -136,8 +138,8 @@ def needed(method: Any, passes: dict[str, str]) -> list[str]:
 
 def stall(method: Any, cfg: Bench, folder: Path) -> tuple[float, float, float]:
     """(MiB of a checkpoint, seconds that training waits for `checkpoint.save`, for a Saver), saved in turn."""
-    from distill import checkpoint
-    from distill.trainer import TrainConfig
+    from distill.training import checkpoint
+    from distill.training.config import TrainConfig
 
     states = loop(method, TrainConfig(max_train_steps=10**9, train_batch_size=cfg.batch), cfg)
     times: dict[str, list[float]] = {"sync": [], "async": []}
@@ -159,10 +161,10 @@ def bare(kind: str, cfg: Bench) -> Callable[[], Any]:
     import torch
     from accelerate import Accelerator
 
-    from distill.denoiser import _Reached, tapped
-    from distill.disc import head
+    from distill.diffusion.denoiser import _Reached, tapped
     from distill.losses import jvp
-    from pipelines import edm
+    from distill.networks.discriminator import head
+    from pipelines.families import edm
 
     device = Accelerator().device
     net, B = edm.unet(cfg.channels).to(device), cfg.batch * (2 if kind.startswith("2") else 1)

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from torch import Tensor
 
-    from distill.trainer import State
+    from distill.training.state import State
 
 # Relative errors (loss, gradient) that a row allows. On a CPU bfloat16 is off by at most .0009 and .02 of float32.
 LIMITS = {"no": (1e-4, 1e-3), "bf16": (0.01, 0.1)}
@@ -84,8 +84,9 @@ def build_nets(method: Any) -> tuple[Any, Any]:
     """
     import torch
 
-    from distill.roles import StudentConfig, build
-    from pipelines import edm
+    from distill.training.build import build
+    from distill.training.config import StudentConfig
+    from pipelines.families import edm
 
     torch.manual_seed(0)
     teacher = edm.teacher(edm.unet((32, 64)), 0.75, 10)
@@ -97,16 +98,18 @@ def build_nets(method: Any) -> tuple[Any, Any]:
     return teacher, nets
 
 
-def gradients(method: Any, place: str, precision: str) -> dict[str, tuple[Tensor, Tensor]]:
+def gradients(method: Any, place: str, mode: str) -> dict[str, tuple[Tensor, Tensor]]:
     """By player, the loss and the gradient [n] of its first update in float64 on the CPU, the draws always the same."""
     import torch
 
-    from distill import memory
     from distill.data import Digits
-    from distill.draw import Draw
-    from distill.trainer import TrainConfig, begin, own
+    from distill.random import Draw
+    from distill.training import precision
+    from distill.training.config import TrainConfig
+    from distill.training.prepare import begin
+    from distill.training.step import own
 
-    accelerator = use_device(place, precision)
+    accelerator = use_device(place, mode)
     _, nets = build_nets(method)
     state = begin(nets, Digits(), TrainConfig(train_batch_size=BATCH), accelerator)
     players = {name: optimizer.param_groups[0]["params"] for name, optimizer in state.optimizers.items()}
@@ -116,7 +119,7 @@ def gradients(method: Any, place: str, precision: str) -> dict[str, tuple[Tensor
         own(players, update.player)
         draw = Draw(0, 0, update.player, samples)
         batch = Digits()(draw)
-        with memory.autocast(accelerator):
+        with precision.autocast(accelerator):
             with torch.set_grad_enabled(update.player == "student"):
                 x = method.sample(nets, batch, draw)
             loss, _ = update.loss(x, nets, batch, draw)
@@ -152,7 +155,8 @@ def count_waits(name: str, place: str) -> Row:
     """
     import torch
 
-    from distill.trainer import TrainConfig, train
+    from distill.training.config import TrainConfig
+    from distill.training.loop import train
 
     method = digits.methods()[name]
     accelerator = use_device(place, "bf16")
@@ -176,9 +180,9 @@ def deterministic_kernels() -> Iterator[None]:
     """Kernels that give the same bits again."""
     import torch
 
-    from distill import memory
+    from distill.training import precision
 
-    memory.deterministic()
+    precision.deterministic()
     try:
         yield
     finally:
@@ -188,7 +192,8 @@ def deterministic_kernels() -> Iterator[None]:
 def train_until(last: int, method: Any, place: str, resume: Path | None = None) -> State:
     """The state after `last` steps."""
     from distill.data import Digits
-    from distill.trainer import TrainConfig, train
+    from distill.training.config import TrainConfig
+    from distill.training.loop import train
 
     accelerator = use_device(place, "bf16")
     settings = TrainConfig(max_train_steps=last, train_batch_size=BATCH, deterministic=True)
@@ -200,7 +205,7 @@ def compare_resume(name: str, place: str) -> Row:
     """Four steps, against two steps, a checkpoint, and two more."""
     import torch
 
-    from distill import checkpoint
+    from distill.training import checkpoint
 
     method = digits.methods()[name]
     with deterministic_kernels(), tempfile.TemporaryDirectory() as folder:

@@ -60,7 +60,7 @@ def memory() -> float:
 def digit_images(n: int) -> torch.Tensor:
     """Training digits in random order, moved by up to a pixel, with a little noise: n different images."""
     from distill.data import digits
-    from eval.digits import shifted
+    from eval.features.digits import shifted
 
     draw = torch.Generator().manual_seed(0)
     images = digits("train")[0]
@@ -73,10 +73,10 @@ def folders_to_fid(n: int, where: Path) -> tuple[list[tuple[str, float, float]],
     """(what, seconds, over the peer's route) of features and FID of n digit images, from files; a word on memory."""
     from cleanfid.fid import frechet_distance, get_folder_features
 
-    from eval import images as folders
-    from eval.extractors import load
-    from eval.features import features
-    from eval.metrics import fid
+    from eval.features.extraction import features
+    from eval.features.extractors import load
+    from eval.images import images as folders
+    from eval.metrics.metrics import fid
     from eval.score import digits_reference
 
     folders.write(where / "images", digit_images(n))
@@ -125,7 +125,7 @@ def frechet_step(width: int) -> list[tuple[str, float, float]]:
     """(what, seconds, over sqrtm's) of the Frechet distance of two covariances of 2 `width` samples."""
     from scipy.linalg import sqrtm
 
-    from eval.metrics import fid, frechet, moments
+    from eval.metrics.metrics import fid, frechet, moments
 
     draw = torch.Generator().manual_seed(0)
     scale = torch.arange(1, width + 1, dtype=torch.float64) ** -0.5
@@ -151,7 +151,7 @@ def spread(folders: tuple[Path, ...]) -> str:
     """A Markdown table: a figure's standard deviation over folders, and the standard error that its intervals claim."""
     from statistics import fmean, stdev
 
-    from eval.metrics import Z
+    from eval.metrics.metrics import Z
     from eval.score import score
 
     rows = [score(folder, "digits")["metrics"] for folder in folders]
@@ -177,7 +177,7 @@ def main(cfg: Bench) -> None:
     if cfg.seeds:
         return Console().print(spread(cfg.seeds), highlight=False, soft_wrap=True)
     with tempfile.TemporaryDirectory() as folder:
-        from eval.digits import classifier
+        from eval.features.digits import classifier
 
         classifier()  # from the user's cache, or trained before the clock runs
         os.environ["DISTILL_CACHE"] = f"{folder}/cache"

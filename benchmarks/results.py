@@ -22,8 +22,8 @@ from typing import Any
 import tyro
 from tqdm import tqdm
 
-from distill.config import Config, fail, parse
-from eval.jobs import Job, recipe, run
+from distill.configuration import Config, fail, parse
+from eval.leaderboard.jobs import Job, recipe, run
 
 ROOT = Path(__file__).resolve().parent.parent
 REFERENCE = "teacher-35"  # model-calls; Heun's method with n steps makes 2 n - 1 calls
@@ -92,8 +92,9 @@ def models() -> dict[str, int]:
 def passes(config: Config, steps: int) -> float:
     """Forward passes of one image that so many steps cost: a backward pass is 2, making pairs counts, too."""
     from distill.data.labels import LabelPairs
-    from distill.roles import build
-    from pipelines import count, edm
+    from distill.training.build import build
+    from pipelines.families import edm
+    from pipelines.planning import flop_counter
     from recipes.digits_teacher import Teacher
 
     made, student, method = Teacher(), config.student, config.method
@@ -104,7 +105,7 @@ def passes(config: Config, steps: int) -> float:
         method = replace(method, record=None)
     nets = build(method, teacher.denoiser, teacher.shape, c, replace(student, init=None, experts=()), config.fake)
     nets.student = replace(nets.student, experts=(nets.teacher,) * len(student.experts))  # as do experts
-    step = config.train.train_batch_size * count.passes(method, nets, c)
+    step = config.train.train_batch_size * flop_counter.passes(method, nets, c)
     pairs, data = 0, config.data
     if isinstance(data, LabelPairs):
         pairs = data.n * (2 * data.steps - 1) * (1 if data.guidance == 1 else 2)  # Heun's method
@@ -210,7 +211,7 @@ def evaluate(
     cfg: Results, name: str, steps: int, seed: int, noise: int, model: Path, spent: float | None
 ) -> dict[str, Any]:
     """The row of one model and noise seed; spent: forward passes of its training."""
-    from eval.generate import generate
+    from eval.sampling.generate import generate
     from eval.score import score
 
     family = name.split("-")[0]
@@ -243,8 +244,8 @@ def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
     A model of a single training seed has no intervals.
     """
-    from eval.intervals import ratio_ci
-    from eval.report import mean
+    from eval.leaderboard.tables import mean
+    from eval.metrics.intervals import ratio_ci
 
     table: list[dict[str, Any]] = []
     for model in models():
@@ -288,7 +289,7 @@ def verdict(row: dict[str, Any], reference: dict[str, Any]) -> str:
 
 def ranked(table: list[dict[str, Any]]) -> dict[int, str]:
     """{place in the table: rank by the held-out distance}, 2= for a tie; of students of several training seeds."""
-    from eval.report import boards
+    from eval.leaderboard.tables import boards
 
     place = {id(row): i for i, row in enumerate(table)}
     rows = [row for row in table if row["kind"] != "teacher" and len(row["runs"]) > 1]
@@ -338,9 +339,9 @@ The ratio is paired: a student against the teacher that it was distilled from.
 curves of the first seeds.
 
 Protocol {reference["protocol"]}, hash {reference["protocol_hash"]}. FD is the Frechet distance of 64 features of a
-classifier trained on the training split (`eval/digits.py`, extractor {reference["extractor_hash"]}), to 597 held-out or
-1,200 training scans; n is the same for every row. Real training against real held-out scans: **{floor:.2f}**, the floor
-of the held-out column.
+classifier trained on the training split (`eval/features/digits.py`, extractor {reference["extractor_hash"]}), to 597
+held-out or 1,200 training scans; n is the same for every row. Real training against real held-out scans:
+**{floor:.2f}**, the floor of the held-out column.
 
 Settings were chosen by the distance to the *training* split; the held-out scans were used for this table only. No
 checkpoint is chosen: every student is the average at its last step. A student counts only if the teacher has FD train
@@ -357,8 +358,8 @@ training did cost: another figure than the budget is a run of the recipe's own s
 
 def publish(rows: list[dict[str, Any]], floor: float, cfg: Results) -> Path:
     """Write the three documents from the rows of all runs; the page's path."""
-    from eval import report
-    from eval.leaderboard import write
+    from eval.leaderboard import tables
+    from eval.leaderboard.commands import write
 
     table = summary(rows)
     cfg.docs.mkdir(exist_ok=True)
@@ -374,7 +375,7 @@ def publish(rows: list[dict[str, Any]], floor: float, cfg: Results) -> Path:
         f"Means and 95 % intervals over up to {len(seeds)} training seeds, {noises} sets of {cfg.n:,} images each. The "
         "dashed line is the distance of two sets of real digits. Pictures and curves are of the first seeds."
     )
-    rows = [*several, report.real(table[0], "real digits", fd_heldout=floor)]
+    rows = [*several, tables.real(table[0], "real digits", fd_heldout=floor)]
     page = write(cfg.output_dir, rows, "One-step students of handwritten digits", lead, logs)
     (cfg.docs / "digits.html").write_text(page.read_text())
     return page
@@ -392,8 +393,8 @@ def main(cfg: Results) -> None:
 
     torch.set_num_threads(1)  # two threads on a busy machine of two cores can be fifty times slower than one
     from distill.data import digits
-    from eval import images
-    from eval.leaderboard import show
+    from eval.images import images
+    from eval.leaderboard.commands import show
     from eval.score import score
 
     rows = measure(cfg)

@@ -119,9 +119,10 @@ def roles(case: Case, cfg: Bench, place: str) -> tuple[Any, Any, dict[str, Any]]
     """(teacher, roles, condition of one sample) of a case on a device; on "meta" they have shapes alone."""
     import torch
 
-    from distill.lora import LoRA
-    from distill.roles import FakeConfig, StudentConfig, build
-    from pipelines.configs import MODELS, Meta
+    from distill.networks.lora import LoRA
+    from distill.training.build import build
+    from distill.training.config import FakeConfig, StudentConfig
+    from pipelines.planning.models import MODELS, Meta
 
     model = MODELS["sdxl"]
     if cfg.tiny:
@@ -193,8 +194,9 @@ def measure(name: str, case: Case, cfg: Bench, peak: float) -> Result:
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
 
-    from distill.trainer import TrainConfig, train
-    from pipelines.count import cost
+    from distill.training.config import TrainConfig
+    from distill.training.loop import train
+    from pipelines.planning.flop_counter import cost
 
     _, nets, c = roles(case, cfg, "meta")
     counted = cost(case.method, nets, c, cfg.batch, half=False, fused=False)

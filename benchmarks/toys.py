@@ -25,13 +25,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
 
-from distill.denoiser import Condition, Denoiser
-from distill.draw import Draw
+from distill.diffusion.denoiser import Condition, Denoiser
+from distill.diffusion.schedule import EDM, VP, Flow, Schedule, Trig
+from distill.diffusion.times import Karras, LogNormal
+from distill.method import Method
 from distill.methods import DMD2, LCD, SCM, VSD, SiD
-from distill.roles import Batch, StudentConfig, build
-from distill.schedule import EDM, VP, Flow, Schedule, Trig
-from distill.times import Karras, LogNormal
-from distill.trainer import Method, TrainConfig, train
+from distill.random import Draw
+from distill.roles import Batch
+from distill.training.build import build
+from distill.training.config import StudentConfig, TrainConfig
+from distill.training.loop import train
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 EVALUATE = 5000  # samples on each side of every figure

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
-from distill.schedule import Prediction
+from distill.diffusion.schedule import Prediction
 
 Reduction = Literal["mean", "sum"]
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any, get_args, get_type_hints
 
 from tyro.constructors import PrimitiveConstructorSpec
 
-MOST = 2**31 - 1  # of what is counted: the numbers of samples are words of 32 bits (draw.py)
+MOST = 2**31 - 1  # of what is counted: the numbers of samples are words of 32 bits (random.py)
 NAME, PATH = 255, 4000  # bytes of a file's name, and of its path
 
 

@@ -24,7 +24,7 @@ def run(stage: Callable[..., Any] | Mapping[str, Callable[..., Any]]) -> Any:
     import tyro
     from safetensors import SafetensorError
 
-    from distill.config import fail, visible
+    from distill.configuration import fail, visible
 
     config = (tyro.conf.OmitArgPrefixes,)
     try:
@@ -36,7 +36,7 @@ def run(stage: Callable[..., Any] | Mapping[str, Callable[..., Any]]) -> Any:
     except ValueError as error:
         fail(str(error))
     except (OSError, SafetensorError, MemoryError, RuntimeError) as error:
-        from distill.checkpoint import refused
+        from distill.training.checkpoint import refused
 
         reason = refused(error)
         if reason is None and not isinstance(error, SafetensorError) and getattr(error, "filename", None) is None:

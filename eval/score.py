@@ -24,19 +24,19 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from eval import images as folders
 from eval.cli import Unfinished
-from eval.cost import commit, hardware
-from eval.extractors import Extractor, device, load
-from eval.features import features, text_features
+from eval.features.extraction import features, text_features
+from eval.features.extractors import Extractor, device, load
 from eval.files import check_output, read_text, write_json
-from eval.images import list_images
-from eval.metrics import Given, Moments, Score, metric, too_few
+from eval.images import images as folders
+from eval.images.images import list_images
+from eval.metrics.metrics import Given, Moments, Score, metric, too_few
 from eval.protocols import Measure, Prepare, Protocol
 from eval.protocols import protocol as named
+from eval.sampling.cost import commit, hardware
 
 if TYPE_CHECKING:
-    from eval.features import Features
+    from eval.features.extraction import Features
 
 ALONE = ("fd_heldout", "fd_train", "lpips_diversity")  # they share no input with other metrics
 LARGEST = 1 << 30  # bytes of an array of statistics: 11,585 features
@@ -174,7 +174,7 @@ def custom(folder: Folder, metrics: tuple[str, ...], extractor: str | None, othe
 
     A photo that is no square is cut to its middle square, as training does.
     """
-    from eval.features import images_hash
+    from eval.features.extraction import images_hash
 
     measures = []
     for name in metrics:
@@ -254,7 +254,7 @@ FAILURES = (
 
 def describe_error(error: BaseException) -> str:
     """The message for the user about a failure."""
-    from distill.checkpoint import refused
+    from distill.training.checkpoint import refused
 
     if reason := refused(error):
         if torch.cuda.is_available():
@@ -334,7 +334,7 @@ def _given(found: Folder, m: Measure, p: Protocol, spec: str, other: Path | None
     entry = metric(m.metric)
     given = Given(torch.empty(0), labels=found.labels, prompts=found.prompts)
     if entry.extractor == "lpips":
-        from pipelines import perceptual
+        from pipelines.judges import perceptual
 
         given.picture = found.picture(m.generated)
         given.distance = perceptual.random() if spec == "random" else perceptual.lpips()
@@ -398,7 +398,7 @@ def scores(
         folder: one or more folders of images.
         out: where the rows go, as JSON.
         protocol: its name (python -m eval.protocols); by default the one that a folder was made for, else digits.
-        metrics: only these of the protocol; without a protocol, any of eval/metrics.py.
+        metrics: only these of the protocol; without a protocol, any of eval/metrics/metrics.py.
         extractor: without a protocol: the extractor of all metrics, by default each one's own.
         reference: a folder of real images, or an .npz with mu and sigma, instead of the protocol's.
         use: EXTRACTOR=EXTRACTOR, for example to name local weights; rows carry the hash of what was used.
@@ -452,7 +452,7 @@ def show(rows: list[dict[str, Any]]) -> None:
     """The rows as tables in the terminal."""
     from rich.console import Console
 
-    from eval.report import table
+    from eval.leaderboard.tables import table
 
     if main_process():
         for one in table(rows):

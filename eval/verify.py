@@ -20,11 +20,11 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from eval.extractors import cache_folder, device, load
-from eval.features import features, text_features
+from eval.features.extraction import features, text_features
+from eval.features.extractors import cache_folder, device, load
 from eval.files import check_output, write_json
-from eval.images import list_images
-from eval.metrics import fid, frechet, inception_score, kid, manifold, text_score
+from eval.images.images import list_images
+from eval.metrics.metrics import fid, frechet, inception_score, kid, manifold, text_score
 
 Peer = Literal["arithmetic", "clean-fid", "torch-fidelity", "clip"]
 

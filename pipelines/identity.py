@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pipelines import index
+from pipelines.components import index
 
 SMALL = 1 << 20  # bytes; smaller files are read completely
 PIECE = 256  # bytes of a tensor

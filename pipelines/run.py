@@ -15,17 +15,24 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
-from distill import checkpoint, health, history, memory, shard
-from distill.config import Config, dump, fail, parse
+from distill import sharding
+from distill.configuration import Config, dump, fail, parse
 from distill.files import RANKS, folder_lock, rank
-from pipelines import FAMILIES, ExportError, Teacher, control, fields, index, located, opened, perceptual, reward
+from distill.training import checkpoint, history, nonfinite, precision
+from pipelines import fields
+from pipelines.components import ExportError, index, located
+from pipelines.families.registry import FAMILIES
+from pipelines.inference import controlnet
+from pipelines.judges import perceptual, reward
+from pipelines.teacher import Teacher, opened
 
 if TYPE_CHECKING:
     import torch
     from accelerate import Accelerator
 
-    from distill.roles import Nets, StudentConfig
-    from distill.trainer import State
+    from distill.roles import Nets
+    from distill.training.config import StudentConfig
+    from distill.training.state import State
 
 
 EDM = (
@@ -69,7 +76,7 @@ def shorten_run(config: Config[Any, Any]) -> Config[Any, Any]:
 
 def check(config: Config[Any, Any], out: Path) -> Path | None:
     """What can be seen before anything heavy is imported; the checkpoint to resume from."""
-    from pipelines.export import replaceable
+    from pipelines.export.export import replaceable
 
     resume = config.train.resume_from_checkpoint
     if config.family not in FAMILIES.values():
@@ -99,7 +106,7 @@ def check(config: Config[Any, Any], out: Path) -> Path | None:
         if "perceptual" in config.method.needs:
             perceptual.check()
     if config.replay is not None:
-        health.read(Path(config.replay))
+        nonfinite.read(Path(config.replay))
         return None
     if resume is None:
         if (out / "config.yaml").exists():
@@ -145,7 +152,7 @@ def with_method_times(method: Any, teacher: Teacher, student: StudentConfig) -> 
 
 def carried(teacher: Teacher, student: StudentConfig) -> tuple[Any, StudentConfig]:
     """(scheduler, student): what the exported student will run under, and the student with the times it visits."""
-    from pipelines.scheduler import scheduler
+    from pipelines.export.schedule import scheduler
 
     found, times = scheduler(teacher, student)
     return found, dataclasses.replace(student, times=times)
@@ -156,22 +163,25 @@ def run(config: Config[Any, Any], out: Path, resume: Path | None) -> None:
     import torch
     from accelerate.utils import set_seed
 
-    from distill.draw import Draw
-    from distill.log import Log
-    from distill.negative import against
-    from distill.roles import build
-    from distill.trainer import supported, train
-    from pipelines import hub, pag, tiny
-    from pipelines.export import Again, about, export, report, trained
+    from distill.networks.negative_attention import against
+    from distill.random import Draw
+    from distill.training.build import build
+    from distill.training.log import Log
+    from distill.training.loop import train
+    from distill.training.prepare import supported
+    from pipelines.export import hub
+    from pipelines.export.export import Again, about, export, report, trained
+    from pipelines.export.rehearsal import rehearse
+    from pipelines.export.schedule import finished
+    from pipelines.families import tiny
     from pipelines.identity import identity
-    from pipelines.rehearsal import rehearse
-    from pipelines.scheduler import finished
+    from pipelines.inference import pag
 
     allowed = config.train.resume_allow
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, resume_allow=()))
     cfg, entry = config.train, history.entry(config)
     if cfg.deterministic:
-        memory.deterministic()
+        precision.deterministic()
     accelerator = launched(log_with=None if cfg.report_to == "none" else cfg.report_to, project_dir=out)
     micro = cfg.micro_batch(accelerator.num_processes)
     supported(cfg, accelerator)
@@ -184,7 +194,7 @@ def run(config: Config[Any, Any], out: Path, resume: Path | None) -> None:
     with accelerator.main_process_first():
         if config.smoke and accelerator.is_main_process:
             tiny.save(config.family, config.teacher)
-        size, kind = (config.resolution, config.frames), precision(config, accelerator)
+        size, kind = (config.resolution, config.frames), network_dtype(config, accelerator)
         folder = located(config.teacher, config.revision, config.variant)
         if accelerator.is_main_process:
             entry["teacher"] = identity(folder, config.teacher, config.variant)
@@ -195,9 +205,9 @@ def run(config: Config[Any, Any], out: Path, resume: Path | None) -> None:
     if "finished" in config.method.needs:
         config = dataclasses.replace(config, student=finished(teacher, config.student))
     if "control" in config.method.needs:
-        control.install(teacher)
+        controlnet.install(teacher)
     teacher.parts.device = accelerator.device
-    sharded = shard.asked(accelerator)
+    sharded = sharding.asked(accelerator)
     if not sharded:
         teacher.denoiser.net.to(accelerator.device)
     data = config.data.open(teacher, config.method.needs)
@@ -237,7 +247,7 @@ def run(config: Config[Any, Any], out: Path, resume: Path | None) -> None:
         ) from error
     begun = checkpoint.step(resume) if resume else 0
     log = Log(cfg, accelerator, begun)
-    watchdog = health.Watchdog(cfg.hang_seconds, out, accelerator.process_index, begun)
+    watchdog = nonfinite.Watchdog(cfg.hang_seconds, out, accelerator.process_index, begun)
 
     @torch.no_grad()
     def preview(state: State) -> None:
@@ -256,7 +266,7 @@ def run(config: Config[Any, Any], out: Path, resume: Path | None) -> None:
             log.images(torch.cat(done), state.step)
 
     saver, parent = checkpoint.Saver(out, cfg.checkpoints_total_limit), launcher()
-    agree = health.Agreement(accelerator)
+    agree = nonfinite.Agreement(accelerator)
     with closing(log), signals() as caught, saver, watchdog as watch:
         for state in train(config.method, nets, data, cfg, accelerator, resume):
             watch(state.step)
@@ -300,18 +310,18 @@ def judged(nets: Nets, config: Config[Any, Any], teacher: Teacher, data: Any) ->
     if "reward" in config.method.needs:
         nets.reward = reward.asked(config, teacher, data)
     if "control" in config.method.needs:
-        nets.control = control.asked(config, teacher)
-        nets.teacher = teacher.denoiser = control.bare(teacher.denoiser)  # the adapter is the student's alone
+        nets.control = controlnet.asked(config, teacher)
+        nets.teacher = teacher.denoiser = controlnet.bare(teacher.denoiser)  # the adapter is the student's alone
 
 
 def replay(folder: Path, config: Config[Any, Any], nets: Nets, data: Any, accelerator: Accelerator) -> int:
     """Compute an update that was not finite again, say what it gave, and whether (1) or not (0) it still is not."""
-    facts = health.read(folder)
+    facts = nonfinite.read(folder)
     said = [f"then: {facts['message']}"]
     if accelerator.mixed_precision != facts["mixed_precision"]:
         now = f"--mixed_precision {accelerator.mixed_precision}"
         said.append(f"it ran under --mixed_precision {facts['mixed_precision']}; this is {now}")
-    found = health.replay(folder, config.method, nets, data, config.train, accelerator)
+    found = nonfinite.replay(folder, config.method, nets, data, config.train, accelerator)
     said += [f"now: rank {rank}, micro-batch {i}: {one}" for rank, ones in found.items() for i, one in enumerate(ones)]
     if accelerator.is_main_process:
         sys.stdout.write("\n".join([*said, ""]))
@@ -345,7 +355,7 @@ def warn_single_process() -> None:
         )
 
 
-def precision(config: Config[Any, Any], accelerator: Accelerator) -> torch.dtype:
+def network_dtype(config: Config[Any, Any], accelerator: Accelerator) -> torch.dtype:
     """Of the teacher's network as it is read: half where nothing but adapters is trained on it."""
     import torch
 
@@ -373,7 +383,7 @@ def whole(nets: Nets, state: State, teacher: Teacher) -> None:
     roles = (*nets.frozen().values(), state.ema.net, *nets.modules().values())
     for module in roles:
         module.to("cpu")
-        memory.unset(module)
+        precision.unset(module)
     net = teacher.denoiser.net
     if all(p.dtype == torch.float32 for p in net.parameters()):
         return

@@ -6,11 +6,10 @@ Choose it where there are neither images nor memory for a second trained network
 its own answer at the one before, so early errors are handed on.
 """
 
-from distill.config import Config
+from distill.configuration import Config
 from distill.data import Digits
 from distill.methods import BOOT
-from distill.roles import StudentConfig
-from distill.trainer import TrainConfig
+from distill.training.config import StudentConfig, TrainConfig
 from pipelines.run import main
 
 CONFIG = Config(

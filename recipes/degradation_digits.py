@@ -7,12 +7,11 @@ teacher, called once.
 Choose it to make the record that DisBack goes back along; it is no student.
 """
 
-from distill.config import Config
+from distill.configuration import Config
 from distill.data import Digits
+from distill.diffusion.times import LogNormal
 from distill.methods.disback import Degradation
-from distill.roles import StudentConfig
-from distill.times import LogNormal
-from distill.trainer import TrainConfig
+from distill.training.config import StudentConfig, TrainConfig
 from pipelines.run import main
 
 CONFIG = Config(

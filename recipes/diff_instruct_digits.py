@@ -6,12 +6,11 @@ Choose it as the plain base that VSD, DMD and DMD2 add to, to compare with. Noth
 of noise, and it seeks modes as they do.
 """
 
-from distill.config import Config
+from distill.configuration import Config
 from distill.data import Digits
+from distill.diffusion.times import Karras, LogNormal
 from distill.methods import DiffInstruct
-from distill.roles import StudentConfig
-from distill.times import Karras, LogNormal
-from distill.trainer import TrainConfig
+from distill.training.config import StudentConfig, TrainConfig
 from pipelines.run import main
 
 CONFIG = Config(

@@ -16,12 +16,12 @@ from typing import Any
 
 import tyro
 
-from distill.checkpoint import refused
-from distill.config import fail
+from distill.configuration import fail
 from distill.files import folder_lock
 from distill.progress import stage
 from distill.ranges import Count, Seed, check
-from eval.jobs import Job, recipe, run
+from distill.training.checkpoint import refused
+from eval.leaderboard.jobs import Job, recipe, run
 
 RECIPES = Path(__file__).resolve().parent
 LEAD = (
@@ -54,7 +54,7 @@ def jobs(cfg: Demo, out: Path) -> dict[str, Job]:
 
     seed = ("--seed", f"{cfg.seed}")
     given = (*seed, "--teacher", f"{out / 'teacher'}")
-    classifier = ["-c", "from eval.digits import classifier; classifier()"]
+    classifier = ["-c", "from eval.features.digits import classifier; classifier()"]
     todo = {
         "teacher": recipe(RECIPES / "digits_teacher.py", "train the teacher", out / "teacher", *seed),
         "features": Job("train the feature classifier", classifier),
@@ -94,7 +94,7 @@ def demonstrate(cfg: Demo, out: Path) -> None:
     run(jobs(cfg, out), out, cfg.workers)
 
     os.environ["DISTILL_CACHE"] = f"{out / 'cache'}"
-    from eval.leaderboard import show, write
+    from eval.leaderboard.commands import show, write
 
     logs = {name: out / name / "log.jsonl" for name in ("teacher", *cfg.methods)}
     rows = measured(cfg, out)
@@ -120,8 +120,9 @@ def measured(cfg: Demo, out: Path) -> list[dict[str, Any]]:
     import torch
 
     from distill.data import digits
-    from eval import images, report
-    from eval.generate import generate
+    from eval.images import images
+    from eval.leaderboard import tables
+    from eval.sampling.generate import generate
     from eval.score import score, scores
 
     torch.set_num_threads(1)
@@ -138,7 +139,7 @@ def measured(cfg: Demo, out: Path) -> list[dict[str, Any]]:
     with stage("measure the real digits"):
         images.write(out / "samples" / "real", *digits("train"), overwrite=True, name="real digits")
         floor = score(out / "samples" / "real", metrics=("fd_heldout",))["metrics"]["fd_heldout"]["value"]
-    return [*rows, report.real(rows[0], "real digits", fd_heldout=floor)]
+    return [*rows, tables.real(rows[0], "real digits", fd_heldout=floor)]
 
 
 if __name__ == "__main__":

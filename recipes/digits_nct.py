@@ -9,10 +9,10 @@ Choose it where a finished student should follow a picture that can be made of e
 a small lambda, samples lose their diversity; with a small one the control is learned slowly.
 """
 
-from distill.config import Config
+from distill.configuration import Config
 from distill.data import Digits
 from distill.methods import NCT
-from distill.trainer import TrainConfig
+from distill.training.config import TrainConfig
 from pipelines.run import main
 
 CONFIG = Config(

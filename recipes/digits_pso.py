@@ -8,11 +8,10 @@ Frechet distance of that network's features to held-out scans grows from 14 to 2
 ends above log 2, where it began. Choose it where two samples can be compared, with or without a gradient.
 """
 
-from distill.config import Config
+from distill.configuration import Config
 from distill.data import Digits
 from distill.methods import PSO
-from distill.roles import StudentConfig
-from distill.trainer import TrainConfig
+from distill.training.config import StudentConfig, TrainConfig
 from pipelines.run import main
 
 CONFIG = Config(

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distill.config import Config
+from distill.configuration import Config
 from distill.data import Digits, digits
-from distill.draw import Draw
 from distill.methods import OfflinePSO
+from distill.random import Draw
 from distill.ranges import Share
-from distill.trainer import TrainConfig
+from distill.training.config import TrainConfig
 from pipelines.run import main
 
 

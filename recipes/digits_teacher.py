@@ -13,11 +13,11 @@ import tyro
 import yaml
 from safetensors import SafetensorError
 
-from distill.checkpoint import refused
-from distill.config import fail
+from distill.configuration import fail
 from distill.files import folder_lock, write
 from distill.ranges import Calls, Count, Finite, Positive, Seed, Share, Weight, check
-from distill.trainer import TrainConfig
+from distill.training.checkpoint import refused
+from distill.training.config import TrainConfig
 
 
 @dataclass(frozen=True)
@@ -73,12 +73,12 @@ def train_teacher(cfg: Teacher, settings: TrainConfig, out: Path) -> None:
     from accelerate.utils import set_seed
 
     from distill.data import Digits
-    from distill.log import Log
+    from distill.diffusion.times import LogNormal
     from distill.methods import Denoise
-    from distill.roles import build
-    from distill.times import LogNormal
-    from distill.trainer import train
-    from pipelines import edm
+    from distill.training.build import build
+    from distill.training.log import Log
+    from distill.training.loop import train
+    from pipelines.families import edm
     from pipelines.run import launched, quiet
 
     quiet()

@@ -7,11 +7,10 @@ iterations, a checkpoint at every hundredth, none removed. Without --method.reco
 ImageNet 64x64: FID 1.38. Not run at full size by us.
 """
 
-from distill.config import Config
+from distill.configuration import Config
 from distill.data import Text
 from distill.methods import DisBack
-from distill.roles import StudentConfig
-from distill.trainer import TrainConfig
+from distill.training.config import StudentConfig, TrainConfig
 from pipelines.run import main
 
 CONFIG = Config(

@@ -6,12 +6,11 @@ Choose it where there are images and a few steps are wanted, too. Without the GA
 (recall falls first); with too few fake steps the fake score lags and the samples drift (watch student/lag).
 """
 
-from distill.config import Config
+from distill.configuration import Config
 from distill.data import Digits
+from distill.diffusion.times import Karras, LogNormal
 from distill.methods import DMD2
-from distill.roles import StudentConfig
-from distill.times import Karras, LogNormal
-from distill.trainer import TrainConfig
+from distill.training.config import StudentConfig, TrainConfig
 from pipelines.run import main
 
 CONFIG = Config(

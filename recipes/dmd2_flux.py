@@ -4,13 +4,12 @@
 was published for this teacher: values ours, not run at full size. The teacher is guided by its embedding (3.5).
 """
 
-from distill.config import Config
+from distill.configuration import Config
 from distill.data import Text
-from distill.lora import LoRA
+from distill.diffusion.times import Shifted, Uniform
 from distill.methods import DMD2
-from distill.roles import FakeConfig, StudentConfig
-from distill.times import Shifted, Uniform
-from distill.trainer import TrainConfig
+from distill.networks.lora import LoRA
+from distill.training.config import FakeConfig, StudentConfig, TrainConfig
 from pipelines.run import main
 
 CONFIG = Config(

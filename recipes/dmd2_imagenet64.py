@@ -6,11 +6,10 @@ Published: FID 1.51 after 200k iterations on 7 A100 (371 GPU hours), 1.28 when s
 at full size by us.
 """
 
-from distill.config import Config
+from distill.configuration import Config
 from distill.data.labels import Labels
 from distill.methods import DMD2
-from distill.roles import StudentConfig
-from distill.trainer import TrainConfig
+from distill.training.config import StudentConfig, TrainConfig
 from pipelines.run import main
 
 CONFIG = Config(

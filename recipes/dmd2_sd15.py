@@ -7,11 +7,10 @@ runs/dmd2_sd15/checkpoint-39000 --output_dir runs/dmd2_sd15_gan`. Published: FID
 A100 hours), 8.35 after stage 2 (128). Not run at full size by us.
 """
 
-from distill.config import Config
+from distill.configuration import Config
 from distill.data import Text
 from distill.methods import DMD2
-from distill.roles import StudentConfig
-from distill.trainer import TrainConfig
+from distill.training.config import StudentConfig, TrainConfig
 from pipelines.run import main
 
 CONFIG = Config(

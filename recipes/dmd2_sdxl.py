@@ -7,11 +7,10 @@ COCO-10k in four steps after 19k iterations on 64 A100 (3,648 GPU hours). Not ru
 --method.walk` (ours) take 33.9 forward units a cycle of five iterations instead of 46.4.
 """
 
-from distill.config import Config
+from distill.configuration import Config
 from distill.data import Text
 from distill.methods import DMD2
-from distill.roles import StudentConfig
-from distill.trainer import TrainConfig
+from distill.training.config import StudentConfig, TrainConfig
 from pipelines.run import main
 
 CONFIG = Config(

@@ -7,14 +7,13 @@ pipelines.cache). On one 24 GB card, from prompts alone (values ours, not run at
 Published: FID 19.68 on COCO-10k after 16k iterations on 64 A100 (4,032 GPU hours). Not run at full size by us.
 """
 
-from distill.config import Config
+from distill.configuration import Config
 from distill.data import Text
-from distill.lora import LoRA
 from distill.methods import DMD2
-from distill.roles import FakeConfig, StudentConfig
-from distill.trainer import TrainConfig
+from distill.networks.lora import LoRA
+from distill.training.config import FakeConfig, StudentConfig, TrainConfig
+from pipelines.families.sd import TARGETS
 from pipelines.run import main
-from pipelines.sd import TARGETS
 
 CONFIG = Config(
     method=DMD2(guidance=8.0, every=5, gan=5e-3, gan_fake=1e-2),

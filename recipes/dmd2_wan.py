@@ -5,12 +5,11 @@ also moves the fake score towards the student after each of the student's steps,
 teacher's way: here neither is done. Not run at full size by us.
 """
 
-from distill.config import Config
+from distill.configuration import Config
 from distill.data import Text
+from distill.diffusion.times import Clip, Shifted, Uniform
 from distill.methods import DMD2
-from distill.roles import StudentConfig
-from distill.times import Clip, Shifted, Uniform
-from distill.trainer import TrainConfig
+from distill.training.config import StudentConfig, TrainConfig
 from pipelines.run import main
 
 CONFIG = Config(

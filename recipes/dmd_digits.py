@@ -7,12 +7,11 @@ Choose it where there are no images and samples of the teacher can be made in ad
 thousands of calls before the first step, and the student learns their faults, too.
 """
 
-from distill.config import Config
+from distill.configuration import Config
 from distill.data.labels import LabelPairs
+from distill.diffusion.times import Karras, LogNormal
 from distill.methods import DMD
-from distill.roles import StudentConfig
-from distill.times import Karras, LogNormal
-from distill.trainer import TrainConfig
+from distill.training.config import StudentConfig, TrainConfig
 from pipelines.run import main
 
 CONFIG = Config(

@@ -7,11 +7,10 @@ the paper's (unverified); batch, rates and length are those of DMD2's scripts fo
 'distill-one-step[lpips]'`. Not run at full size by us.
 """
 
-from distill.config import Config
+from distill.configuration import Config
 from distill.data.pairs import Pairs
 from distill.methods import DMD
-from distill.roles import StudentConfig
-from distill.trainer import TrainConfig
+from distill.training.config import StudentConfig, TrainConfig
 from pipelines.run import main
 
 CONFIG = Config(

@@ -7,11 +7,11 @@ there is none. Two steps: `--student.times 1 0.38439`, sigma 80 and the paper's 
 step, 2.15 with two. Not run at full size by us.
 """
 
-from distill.config import Config
-from distill.curriculum import Closing
+from distill.configuration import Config
 from distill.data.labels import Labels
+from distill.diffusion.curriculum import Closing
 from distill.methods import CT
-from distill.trainer import TrainConfig
+from distill.training.config import TrainConfig
 from pipelines.run import main
 
 CONFIG = Config(

@@ -5,13 +5,12 @@ not called. Choose it where images abound and the teacher is costly to call; the
 short run stays blurred, and the value of the loss says little.
 """
 
-from distill.config import Config
-from distill.curriculum import Closing
+from distill.configuration import Config
 from distill.data import Digits
+from distill.diffusion.curriculum import Closing
+from distill.diffusion.times import LogNormal
 from distill.methods import CT
-from distill.roles import StudentConfig
-from distill.times import LogNormal
-from distill.trainer import TrainConfig
+from distill.training.config import StudentConfig, TrainConfig
 from pipelines.run import main
 
 CONFIG = Config(

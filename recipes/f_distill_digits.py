@@ -7,12 +7,11 @@ Choose it where DMD2 loses modes: a divergence other than reverse-kl weighs samp
 It hangs on the discriminator: a ratio at its bounds says nothing (watch student/h_low and h_high).
 """
 
-from distill.config import Config
+from distill.configuration import Config
 from distill.data import Digits
+from distill.diffusion.times import Karras, LogNormal
 from distill.methods import FDistill
-from distill.roles import StudentConfig
-from distill.times import Karras, LogNormal
-from distill.trainer import TrainConfig
+from distill.training.config import StudentConfig, TrainConfig
 from pipelines.run import main
 
 CONFIG = Config(

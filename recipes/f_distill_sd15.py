@@ -7,12 +7,11 @@ every ninth the student too, so 90,000 steps are its 100,000. Two things differ:
 learns from the same samples, and the first noise is not scaled by .998. Not run at full size by us.
 """
 
-from distill.config import Config
+from distill.configuration import Config
 from distill.data import Text
+from distill.diffusion.times import Uniform
 from distill.methods import FDistill
-from distill.roles import StudentConfig
-from distill.times import Uniform
-from distill.trainer import TrainConfig
+from distill.training.config import StudentConfig, TrainConfig
 from pipelines.run import main
 
 CONFIG = Config(

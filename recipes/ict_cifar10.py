@@ -7,11 +7,11 @@ has dropout 0.3 with one mask for both calls; here there is none. There is no co
 not verified. Published: FID 2.83 with one step, 2.46 with two. Not run at full size by us.
 """
 
-from distill.config import Config
-from distill.curriculum import Doubling
+from distill.configuration import Config
 from distill.data.labels import Labels
+from distill.diffusion.curriculum import Doubling
 from distill.methods import CT
-from distill.trainer import TrainConfig
+from distill.training.config import TrainConfig
 from pipelines.run import main
 
 CONFIG = Config(

@@ -5,12 +5,11 @@ starts from the teacher, as every student does, which is not called. Choose it w
 long runs; with few images the noise of its targets is large, and c must grow with the sample.
 """
 
-from distill.config import Config
-from distill.curriculum import Doubling
+from distill.configuration import Config
 from distill.data import Digits
+from distill.diffusion.curriculum import Doubling
 from distill.methods import CT
-from distill.roles import StudentConfig
-from distill.trainer import TrainConfig
+from distill.training.config import StudentConfig, TrainConfig
 from pipelines.run import main
 
 CONFIG = Config(

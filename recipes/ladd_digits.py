@@ -7,12 +7,11 @@ Choose it where there are images and no room for a fake score. A GAN alone loses
 recall.
 """
 
-from distill.config import Config
+from distill.configuration import Config
 from distill.data import Digits
+from distill.diffusion.times import LogNormal
 from distill.methods import LADD
-from distill.roles import StudentConfig
-from distill.times import LogNormal
-from distill.trainer import TrainConfig
+from distill.training.config import StudentConfig, TrainConfig
 from pipelines.run import main
 
 CONFIG = Config(

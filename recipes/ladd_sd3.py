@@ -6,12 +6,11 @@ the law of the discriminator's noise are the paper's, whose SD3-Turbo has 8 B pa
 batch, rates, length and blocks are ours. Not run at full size by us.
 """
 
-from distill.config import Config
+from distill.configuration import Config
 from distill.data import Text
+from distill.diffusion.times import LogitNormal
 from distill.methods import LADD
-from distill.roles import StudentConfig
-from distill.times import LogitNormal
-from distill.trainer import TrainConfig
+from distill.training.config import StudentConfig, TrainConfig
 from pipelines.run import main
 
 CONFIG = Config(

@@ -6,11 +6,10 @@ Choose it where one student should serve one and several calls, and training sho
 unless the teacher is guided, and a small huber_c is unstable at a large learning rate.
 """
 
-from distill.config import Config
+from distill.configuration import Config
 from distill.data import Digits
 from distill.methods import LCD
-from distill.roles import StudentConfig
-from distill.trainer import TrainConfig
+from distill.training.config import StudentConfig, TrainConfig
 from pipelines.run import main
 
 CONFIG = Config(

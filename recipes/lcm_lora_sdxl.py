@@ -7,14 +7,13 @@ adamw8bit`. The student is trained and called on one grid: four steps at timeste
 full size by us.
 """
 
-from distill.config import Config
+from distill.configuration import Config
 from distill.data import Text
-from distill.lora import LoRA
 from distill.methods import LCD
-from distill.roles import StudentConfig
-from distill.trainer import TrainConfig
+from distill.networks.lora import LoRA
+from distill.training.config import StudentConfig, TrainConfig
+from pipelines.families.sd import TARGETS
 from pipelines.run import main
-from pipelines.sd import TARGETS
 
 CONFIG = Config(
     method=LCD(N=50, guidance=(4.0, 16.0), embed=False, target_ema=0.0, huber_c=1e-3),  # script: w = 3 .. 15, and 1

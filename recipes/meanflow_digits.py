@@ -6,12 +6,11 @@ Choose it where there are images and one network should do with one call or a fe
 score. It differentiates the network in both times: one that is not smooth there makes it unstable, as sCM.
 """
 
-from distill.config import Config
+from distill.configuration import Config
 from distill.data import Digits
+from distill.diffusion.times import LogitNormal
 from distill.methods import MeanFlow
-from distill.roles import StudentConfig
-from distill.times import LogitNormal
-from distill.trainer import TrainConfig
+from distill.training.config import StudentConfig, TrainConfig
 from pipelines.run import main
 
 CONFIG = Config(

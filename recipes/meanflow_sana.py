@@ -4,15 +4,14 @@
 pipelines.cache). Rate, Adam, average, warm-up, norm and floor are those of FastGen's distillation of a video model
 (Wan), whose rate falls as 1 / sqrt(step) after 2,000 steps and whose r is never t; batch, guidance and teacher are
 SANA-Sprint's, the rest is ours. That teacher is told t in [0, 1]: told 1000 t, the derivative of F in time would be a
-thousand times as large (pipelines/sana.py). Not run at full size by us.
+thousand times as large (pipelines/families/sana.py). Not run at full size by us.
 """
 
-from distill.config import Config
+from distill.configuration import Config
 from distill.data import Text
+from distill.diffusion.times import LogitNormal
 from distill.methods import MeanFlow
-from distill.roles import StudentConfig
-from distill.times import LogitNormal
-from distill.trainer import TrainConfig
+from distill.training.config import StudentConfig, TrainConfig
 from pipelines.run import main
 
 CONFIG = Config(

@@ -9,12 +9,11 @@ Choose it where one student is too small for all conditions: each learns a part 
 and each sees a part of the data only.
 """
 
-from distill.config import Config
+from distill.configuration import Config
 from distill.data import Digits
+from distill.diffusion.times import Karras, LogNormal
 from distill.methods import DMD2
-from distill.roles import StudentConfig
-from distill.times import Karras, LogNormal
-from distill.trainer import TrainConfig
+from distill.training.config import StudentConfig, TrainConfig
 from pipelines.run import main
 
 CONFIG = Config(

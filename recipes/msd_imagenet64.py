@@ -8,11 +8,10 @@ pipelines.experts` makes one pipeline of the four exports. Classes in a row are 
 smaller by 42 % after teacher score matching, 11.67 without. Rates are DMD2's. Not run at full size by us.
 """
 
-from distill.config import Config
+from distill.configuration import Config
 from distill.data.labels import Labels
 from distill.methods import DMD2
-from distill.roles import StudentConfig
-from distill.trainer import TrainConfig
+from distill.training.config import StudentConfig, TrainConfig
 from pipelines.run import main
 
 CONFIG = Config(

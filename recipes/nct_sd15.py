@@ -6,11 +6,10 @@ paper's are the control and the average; batch and Adam are said to be theirs (u
 here); length and rate are ours. Not run at full size by us.
 """
 
-from distill.config import Config
+from distill.configuration import Config
 from distill.data import Text
 from distill.methods import NCT
-from distill.roles import StudentConfig
-from distill.trainer import TrainConfig
+from distill.training.config import StudentConfig, TrainConfig
 from pipelines.run import main
 
 CONFIG = Config(

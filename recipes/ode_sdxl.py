@@ -6,11 +6,10 @@ pairs in 50 steps at guidance 8; `accelerate launch recipes/ode_sdxl.py --data.c
 script. LPIPS needs `pip install 'distill-one-step[lpips]'`. Not run at full size by us.
 """
 
-from distill.config import Config
+from distill.configuration import Config
 from distill.data.pairs import Pairs
 from distill.methods import Regression
-from distill.roles import StudentConfig
-from distill.trainer import TrainConfig
+from distill.training.config import StudentConfig, TrainConfig
 from pipelines.run import main
 
 CONFIG = Config(

@@ -7,14 +7,13 @@ start at the timesteps 999, 749, 499 and 249, where the exported TCDScheduler ca
 with four steps (as SANA-Sprint measures it). Not run at full size by us.
 """
 
-from distill.config import Config
+from distill.configuration import Config
 from distill.data import Text
-from distill.lora import LoRA
 from distill.methods import PCM
-from distill.roles import StudentConfig
-from distill.trainer import TrainConfig
+from distill.networks.lora import LoRA
+from distill.training.config import StudentConfig, TrainConfig
+from pipelines.families.sd import TARGETS
 from pipelines.run import main
-from pipelines.sd import TARGETS
 
 CONFIG = Config(
     method=PCM(

@@ -5,12 +5,11 @@ the paper; on PixArt-alpha the guidance is .5 to 3 and the batch 32. Published: 
 Not run at full size by us.
 """
 
-from distill.config import Config
+from distill.configuration import Config
 from distill.data import Text
-from distill.lora import LoRA
 from distill.methods import VSD, Rewarded
-from distill.roles import FakeConfig, StudentConfig
-from distill.trainer import TrainConfig
+from distill.networks.lora import LoRA
+from distill.training.config import FakeConfig, StudentConfig, TrainConfig
 from pipelines.run import main
 
 CONFIG = Config(

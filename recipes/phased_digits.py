@@ -7,12 +7,11 @@ Choose it for several calls, each with an expert of its own, of a teacher too la
 are trained one after the other, what an earlier one lacks stays, and the student cannot do with fewer calls.
 """
 
-from distill.config import Config
+from distill.configuration import Config
 from distill.data import Digits
+from distill.diffusion.times import Uniform
 from distill.methods import PhasedDMD
-from distill.roles import StudentConfig
-from distill.times import Uniform
-from distill.trainer import TrainConfig
+from distill.training.config import StudentConfig, TrainConfig
 from pipelines.run import main
 
 CONFIG = Config(

@@ -8,15 +8,14 @@ trains both experts at once, all their weights, at 2e-6, and names no adapters; 
 paper. Iterations are ours. Not run at full size by us.
 """
 
-from distill.config import Config
+from distill.configuration import Config
 from distill.data import Text
-from distill.lora import LoRA
+from distill.diffusion.times import Shifted, Uniform
 from distill.methods import PhasedDMD
-from distill.roles import StudentConfig
-from distill.times import Shifted, Uniform
-from distill.trainer import TrainConfig
+from distill.networks.lora import LoRA
+from distill.training.config import StudentConfig, TrainConfig
+from pipelines.families.wan import TARGETS
 from pipelines.run import main
-from pipelines.wan import TARGETS
 
 CONFIG = Config(
     method=PhasedDMD(

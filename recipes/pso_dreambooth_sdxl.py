@@ -6,12 +6,11 @@ finished student will do; an exported one is called as its folder says, whatever
 us; the authors made 20 samples of the student once, here they are new ones in each step.
 """
 
-from distill.config import Config
+from distill.configuration import Config
 from distill.data import Text
-from distill.lora import LoRA
 from distill.methods import OfflinePSO
-from distill.roles import StudentConfig
-from distill.trainer import TrainConfig
+from distill.networks.lora import LoRA
+from distill.training.config import StudentConfig, TrainConfig
 from pipelines.run import main
 
 CONFIG = Config(

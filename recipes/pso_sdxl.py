@@ -6,12 +6,11 @@ one of DMD2's file. `accelerate launch recipes/pso_sdxl.py --teacher runs/dmd2 -
 (python -m pipelines.cache); SDXL's serves. Which sample is better says PickScore, a CLIP. Not run at full size by us.
 """
 
-from distill.config import Config
+from distill.configuration import Config
 from distill.data import Text
-from distill.lora import LoRA
 from distill.methods import PSO
-from distill.roles import StudentConfig
-from distill.trainer import TrainConfig
+from distill.networks.lora import LoRA
+from distill.training.config import StudentConfig, TrainConfig
 from pipelines.run import main
 
 CONFIG = Config(

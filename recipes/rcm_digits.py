@@ -4,12 +4,11 @@
 third network fits into memory; with too large a lambda it loses modes as DMD does.
 """
 
-from distill.config import Config
+from distill.configuration import Config
 from distill.data import Digits
+from distill.diffusion.times import Karras, LogNormal
 from distill.methods import RCM
-from distill.roles import StudentConfig
-from distill.times import Karras, LogNormal
-from distill.trainer import TrainConfig
+from distill.training.config import StudentConfig, TrainConfig
 from pipelines.run import main
 
 CONFIG = Config(

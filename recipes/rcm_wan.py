@@ -8,12 +8,11 @@ attention has a kernel with a forward-mode rule; here a tangent takes the math k
 square of the tokens: begin with few frames (--frames). Published: VBench 84.43. Not run at full size by us.
 """
 
-from distill.config import Config
+from distill.configuration import Config
 from distill.data.pairs import Pairs
+from distill.diffusion.times import LogNormal
 from distill.methods import RCM
-from distill.roles import StudentConfig
-from distill.times import LogNormal
-from distill.trainer import TrainConfig
+from distill.training.config import StudentConfig, TrainConfig
 from pipelines.run import main
 
 CONFIG = Config(

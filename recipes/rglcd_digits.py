@@ -7,11 +7,10 @@ Choose it where a reward of pictures has no gradient, or one that costs a decode
 what it has seen: watch proxy_right, and keep the weight below where the student outruns it.
 """
 
-from distill.config import Config
+from distill.configuration import Config
 from distill.data import Digits
 from distill.methods import LCD, Proxied
-from distill.roles import StudentConfig
-from distill.trainer import TrainConfig
+from distill.training.config import StudentConfig, TrainConfig
 from pipelines.run import main
 
 CONFIG = Config(

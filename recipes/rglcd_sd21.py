@@ -6,11 +6,10 @@ proxy starts as a CLIP of latents; ours are heads on the teacher. They report a 
 reward's own gradient. Not run at full size by us.
 """
 
-from distill.config import Config
+from distill.configuration import Config
 from distill.data import Text
 from distill.methods import LCD, Proxied
-from distill.roles import StudentConfig
-from distill.trainer import TrainConfig
+from distill.training.config import StudentConfig, TrainConfig
 from pipelines.run import main
 
 CONFIG = Config(

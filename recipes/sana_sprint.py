@@ -6,11 +6,10 @@ here a step moves both, so its 20,000 and 4,000 are half as many. The teacher is
 recipes/sana_sprint_teacher.py. Not run at full size by us. Left out: LADD's heads on pairs of wrong texts, and CAME.
 """
 
-from distill.config import Config
+from distill.configuration import Config
 from distill.data import Text
 from distill.methods import Sprint
-from distill.roles import StudentConfig
-from distill.trainer import TrainConfig
+from distill.training.config import StudentConfig, TrainConfig
 from pipelines.run import main
 
 CONFIG = Config(

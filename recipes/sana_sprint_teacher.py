@@ -5,12 +5,11 @@
 of times. Its pipeline is what recipes/sana_sprint.py takes as --teacher. Not run at full size by us.
 """
 
-from distill.config import Config
+from distill.configuration import Config
 from distill.data import Text
+from distill.diffusion.times import LogitNormal, Shifted
 from distill.methods import Denoise
-from distill.roles import StudentConfig
-from distill.times import LogitNormal, Shifted
-from distill.trainer import TrainConfig
+from distill.training.config import StudentConfig, TrainConfig
 from pipelines.run import main
 
 CONFIG = Config(

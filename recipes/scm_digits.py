@@ -7,12 +7,11 @@ differentiates the network in time: one that is not smooth there, or no warm-up,
 student/tangent).
 """
 
-from distill.config import Config
+from distill.configuration import Config
 from distill.data import Digits
+from distill.diffusion.times import LogNormal
 from distill.methods import SCM
-from distill.roles import StudentConfig
-from distill.times import LogNormal
-from distill.trainer import TrainConfig
+from distill.training.config import StudentConfig, TrainConfig
 from pipelines.run import main
 
 CONFIG = Config(

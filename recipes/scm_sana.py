@@ -4,18 +4,17 @@
 SANA-Sprint's values (of latents that it halves first, see distill/methods/sprint.py) without its adversarial loss and
 its embedded guidance (a fixed one here, not run at full size): the paper's ablation has FID 8.93 on MJHQ for sCM alone,
 8.11 with both, as in recipes/sana_sprint.py. The teacher is SANA-Sprint's, told t in [0, 1]: told 1000 t, as a plain
-SANA, its derivative in time, which the tangent is made of, would be a thousand times as large (pipelines/sana.py, which
+SANA, its derivative in time, which the tangent is made of, would be a thousand times as large (families/sana.py, which
 makes such a copy of any SANA; fine-tune it with recipes/sana_sprint_teacher.py).
 """
 
 import math
 
-from distill.config import Config
+from distill.configuration import Config
 from distill.data import Text
+from distill.diffusion.times import LogNormal
 from distill.methods import SCM
-from distill.roles import StudentConfig
-from distill.times import LogNormal
-from distill.trainer import TrainConfig
+from distill.training.config import StudentConfig, TrainConfig
 from pipelines.run import main
 
 CONFIG = Config(

@@ -7,12 +7,11 @@ networks have dropout .1, here there is none. A second stage starts from SiD's s
 and --fake.init runs/sid_cifar10/checkpoint-N, with --fake_learning_rate 3e-5. Not run at full size by us.
 """
 
-from distill.config import Config
+from distill.configuration import Config
 from distill.data.labels import Labels
+from distill.diffusion.times import Karras
 from distill.methods import Forgetting, SiD
-from distill.roles import StudentConfig
-from distill.times import Karras
-from distill.trainer import TrainConfig
+from distill.training.config import StudentConfig, TrainConfig
 from pipelines.run import main
 
 CONFIG = Config(

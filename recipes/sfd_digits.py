@@ -7,12 +7,11 @@ at random it becomes a mixture between them. Here each eight that is asked for a
 accuracy, and by its share in the distances.
 """
 
-from distill.config import Config
+from distill.configuration import Config
 from distill.data import Digits
+from distill.diffusion.times import Karras, LogNormal
 from distill.methods import Forgetting, SiD
-from distill.roles import StudentConfig
-from distill.times import Karras, LogNormal
-from distill.trainer import TrainConfig
+from distill.training.config import StudentConfig, TrainConfig
 from pipelines.run import main
 
 CONFIG = Config(

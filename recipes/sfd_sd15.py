@@ -7,12 +7,11 @@ once more with others in place: `sed -n 's/\\bBrad Pitt\\b/a middle aged man/gIp
 us.
 """
 
-from distill.config import Config
+from distill.configuration import Config
 from distill.data import Text
+from distill.diffusion.times import Grid
 from distill.methods import Forgetting, SiD
-from distill.roles import StudentConfig
-from distill.times import Grid
-from distill.trainer import TrainConfig
+from distill.training.config import StudentConfig, TrainConfig
 from pipelines.run import main
 
 CONFIG = Config(

@@ -5,11 +5,10 @@ pipelines.edm_convert edm-cifar10-32x32-cond-vp.pkl FOLDER`, then `accelerate la
 FOLDER`. Published: FID 1.710 after 800 M images. Not run at full size by us.
 """
 
-from distill.config import Config
+from distill.configuration import Config
 from distill.data.labels import Labels
 from distill.methods import SiD
-from distill.roles import StudentConfig
-from distill.trainer import TrainConfig
+from distill.training.config import StudentConfig, TrainConfig
 from pipelines.run import main
 
 CONFIG = Config(

@@ -5,11 +5,10 @@ then `accelerate launch recipes/sid_imagenet64.py --teacher FOLDER`. Less the au
 1.524 after 939 M images. Not run at full size by us.
 """
 
-from distill.config import Config
+from distill.configuration import Config
 from distill.data.labels import Labels
 from distill.methods import SiD
-from distill.roles import StudentConfig
-from distill.trainer import TrainConfig
+from distill.training.config import StudentConfig, TrainConfig
 from pipelines.run import main
 
 CONFIG = Config(

@@ -4,12 +4,11 @@
 The first student times here are those that the pipeline's own scheduler visits. Not run at full size by us.
 """
 
-from distill.config import Config
+from distill.configuration import Config
 from distill.data import Text
+from distill.diffusion.times import LogitNormal
 from distill.methods import SiD
-from distill.roles import StudentConfig
-from distill.times import LogitNormal
-from distill.trainer import TrainConfig
+from distill.training.config import StudentConfig, TrainConfig
 from pipelines.run import main
 
 CONFIG = Config(

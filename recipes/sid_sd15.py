@@ -5,12 +5,11 @@ the authors' scripts. Published: FID 8.71 and CLIP .302 on COCO-30k at kappa 1.5
 size by us.
 """
 
-from distill.config import Config
+from distill.configuration import Config
 from distill.data import Text
+from distill.diffusion.times import Grid
 from distill.methods import SiD
-from distill.roles import StudentConfig
-from distill.times import Grid
-from distill.trainer import TrainConfig
+from distill.training.config import StudentConfig, TrainConfig
 from pipelines.run import main
 
 CONFIG = Config(

@@ -5,12 +5,11 @@ Neither code nor hyper-parameters of this run were published: values ours, after
 size. Published: FID 13.25, CLIP .335 on COCO with a GAN beside it.
 """
 
-from distill.config import Config
+from distill.configuration import Config
 from distill.data import Text
+from distill.diffusion.times import Grid
 from distill.methods import SiD
-from distill.roles import StudentConfig
-from distill.times import Grid
-from distill.trainer import TrainConfig
+from distill.training.config import StudentConfig, TrainConfig
 from pipelines.run import main
 
 CONFIG = Config(

@@ -6,11 +6,10 @@ FOLDER --data.images IMAGES` (one folder a class). SiD2A, 100 M images from SiD'
 --student.init runs/sid_cifar10/checkpoint-3125000`. Published: FID 1.396 (SiD2A). Not run at full size by us.
 """
 
-from distill.config import Config
+from distill.configuration import Config
 from distill.data.labels import Labels
 from distill.methods import SiDA
-from distill.roles import StudentConfig
-from distill.trainer import TrainConfig
+from distill.training.config import StudentConfig, TrainConfig
 from pipelines.run import main
 
 CONFIG = Config(

@@ -5,12 +5,11 @@ Values of the authors' code, which advises the loss only where the images are be
 student times here are those that the pipeline's own scheduler visits. Not run at full size by us.
 """
 
-from distill.config import Config
+from distill.configuration import Config
 from distill.data import Text
+from distill.diffusion.times import LogitNormal
 from distill.methods import SiDA
-from distill.roles import StudentConfig
-from distill.times import LogitNormal
-from distill.trainer import TrainConfig
+from distill.training.config import StudentConfig, TrainConfig
 from pipelines.run import main
 
 CONFIG = Config(

@@ -6,12 +6,11 @@ weight of the student's GAN; the other values are ours, after their SANA code. P
 Not run at full size by us.
 """
 
-from distill.config import Config
+from distill.configuration import Config
 from distill.data import Text
+from distill.diffusion.times import Grid
 from distill.methods import SiDA
-from distill.roles import StudentConfig
-from distill.times import Grid
-from distill.trainer import TrainConfig
+from distill.training.config import StudentConfig, TrainConfig
 from pipelines.run import main
 
 CONFIG = Config(

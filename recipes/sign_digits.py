@@ -5,12 +5,11 @@
 Choose it to study it: its equation is a reconstruction. Otherwise take DMD2 or VSD, which it adds to.
 """
 
-from distill.config import Config
+from distill.configuration import Config
 from distill.data import Digits
+from distill.diffusion.times import Karras, LogNormal
 from distill.methods import SIGN
-from distill.roles import StudentConfig
-from distill.times import Karras, LogNormal
-from distill.trainer import TrainConfig
+from distill.training.config import StudentConfig, TrainConfig
 from pipelines.run import main
 
 CONFIG = Config(

@@ -7,12 +7,11 @@ Choose it for latents with outliers and without a teacher; its noise is coupled 
 have one condition, which must be many for that to matter: it is for one or few classes.
 """
 
-from distill.config import Config
-from distill.curriculum import Doubling
+from distill.configuration import Config
 from distill.data import Digits
+from distill.diffusion.curriculum import Doubling
 from distill.methods import SLCT
-from distill.roles import StudentConfig
-from distill.trainer import TrainConfig
+from distill.training.config import StudentConfig, TrainConfig
 from pipelines.run import main
 
 CONFIG = Config(

@@ -5,12 +5,11 @@ the paper, but for its list of 10,000 negative prompts: here they are other prom
 inference, too, 27.02 without either (pgsb_sd15.py). Not run at full size by us.
 """
 
-from distill.config import Config
+from distill.configuration import Config
 from distill.data import Text
-from distill.lora import LoRA
 from distill.methods import NASAT, VSD, Rewarded
-from distill.roles import FakeConfig, StudentConfig
-from distill.trainer import TrainConfig
+from distill.networks.lora import LoRA
+from distill.training.config import FakeConfig, StudentConfig, TrainConfig
 from pipelines.run import main
 
 CONFIG = Config(

@@ -7,12 +7,11 @@ Choose it for one to four steps of one model of a large flow teacher: sCM for th
 wrong in sCM and in LADD goes wrong in both.
 """
 
-from distill.config import Config
+from distill.configuration import Config
 from distill.data import Digits
+from distill.diffusion.times import LogNormal
 from distill.methods import Sprint
-from distill.roles import StudentConfig
-from distill.times import LogNormal
-from distill.trainer import TrainConfig
+from distill.training.config import StudentConfig, TrainConfig
 from pipelines.run import main
 
 CONFIG = Config(

@@ -2,15 +2,15 @@
 
 `accelerate launch recipes/sun_sd15.py --data.cache CACHE`, a cache of prompts and images (python -m pipelines.cache).
 Experimental: the paper's are the adapter and four steps; guidance, rates and batch are ours; the losses follow their
-description. The export is the base with negative.safetensors, which pipelines.negative.install adds to any pipeline of
-SD 1.5. Not run at full size by us. There is no recipe for the digits: no cross-attention reads their labels.
+description. The export is the base with negative.safetensors, which `install` of pipelines.inference.negative_prompt
+adds to any pipeline of SD 1.5. Not run at full size by us. There is no recipe for the digits: no cross-attention reads
+their labels.
 """
 
-from distill.config import Config
+from distill.configuration import Config
 from distill.data import Text
 from distill.methods import SUN
-from distill.roles import StudentConfig
-from distill.trainer import TrainConfig
+from distill.training.config import StudentConfig, TrainConfig
 from pipelines.run import main
 
 CONFIG = Config(

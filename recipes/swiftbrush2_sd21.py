@@ -7,12 +7,11 @@ of the paper, but that it trains adapters of rank 256 on SD-Turbo as its second 
 Published: FID 11.27 and 11.02 of the two on COCO-30k, 8.77 of their mean. Not run at full size by us.
 """
 
-from distill.config import Config
+from distill.configuration import Config
 from distill.data import Text
-from distill.lora import LoRA
 from distill.methods import VSD, Rewarded
-from distill.roles import FakeConfig, StudentConfig
-from distill.trainer import TrainConfig
+from distill.networks.lora import LoRA
+from distill.training.config import FakeConfig, StudentConfig, TrainConfig
 from pipelines.run import main
 
 CONFIG = Config(

@@ -7,12 +7,11 @@ at step n and at most .9999, here it is .9999. Published: FID 16.67 on COCO-30k 
 at full size by us.
 """
 
-from distill.config import Config
+from distill.configuration import Config
 from distill.data import Text
-from distill.lora import LoRA
 from distill.methods import VSD
-from distill.roles import FakeConfig, StudentConfig
-from distill.trainer import TrainConfig
+from distill.networks.lora import LoRA
+from distill.training.config import FakeConfig, StudentConfig, TrainConfig
 from pipelines.run import main
 
 CONFIG = Config(

@@ -7,11 +7,10 @@ Choose it where the number of steps is settled after training. It is for two and
 of a jump, and a single call from pure noise loses modes.
 """
 
-from distill.config import Config
+from distill.configuration import Config
 from distill.data import Digits
 from distill.methods import TCD
-from distill.roles import StudentConfig
-from distill.trainer import TrainConfig
+from distill.training.config import StudentConfig, TrainConfig
 from pipelines.run import main
 
 CONFIG = Config(

@@ -8,14 +8,13 @@ noise (gamma 0, the default eta of diffusers' pipeline); TCDScheduler takes any.
 Published: FID 12.68 on 5k prompts of COCO with four steps. Not run at full size by us.
 """
 
-from distill.config import Config
+from distill.configuration import Config
 from distill.data import Text
-from distill.lora import LoRA
 from distill.methods import TCD
-from distill.roles import StudentConfig
-from distill.trainer import TrainConfig
+from distill.networks.lora import LoRA
+from distill.training.config import StudentConfig, TrainConfig
+from pipelines.families.sd import TARGETS
 from pipelines.run import main
-from pipelines.sd import TARGETS
 
 CONFIG = Config(
     method=TCD(N=50, guidance=(3.0, 15.0), embed=False),  # omega = 2 .. 14, and 1

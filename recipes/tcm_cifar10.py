@@ -7,10 +7,10 @@ The authors' is unconditional, and has dropout 0.2 with one mask for both calls;
 full size by us.
 """
 
-from distill.config import Config
+from distill.configuration import Config
 from distill.data.labels import Labels
 from distill.methods import TCM
-from distill.trainer import TrainConfig
+from distill.training.config import TrainConfig
 from pipelines.run import main
 
 CONFIG = Config(

@@ -8,14 +8,13 @@ Choose it after ECT or iCT, where one call matters and images abound. It is as g
 student for levels below: two calls are at 20 and s'.
 """
 
-from distill.config import Config
-from distill.curriculum import Closing
+from distill.configuration import Config
 from distill.data import Digits
+from distill.diffusion.curriculum import Closing
+from distill.diffusion.times import StudentT
 from distill.methods import TCM
 from distill.ranges import MOST
-from distill.roles import StudentConfig
-from distill.times import StudentT
-from distill.trainer import TrainConfig
+from distill.training.config import StudentConfig, TrainConfig
 from pipelines.run import main
 
 CONFIG = Config(

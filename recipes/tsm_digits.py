@@ -10,12 +10,11 @@ whose single call is blurred until a distillation follows.
 
 from pathlib import Path
 
-from distill.config import Config
+from distill.configuration import Config
 from distill.data import Digits
+from distill.diffusion.times import LogNormal
 from distill.methods import TSM
-from distill.roles import StudentConfig
-from distill.times import LogNormal
-from distill.trainer import TrainConfig
+from distill.training.config import StudentConfig, TrainConfig
 from pipelines.run import main
 
 CONFIG = Config(

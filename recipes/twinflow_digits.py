@@ -6,11 +6,10 @@ Choose it where there are images, one model should serve any number of calls and
 same network at negative times: it takes capacity and further passes, and is late as any fake score.
 """
 
-from distill.config import Config
+from distill.configuration import Config
 from distill.data import Digits
 from distill.methods import TwinFlow
-from distill.roles import StudentConfig
-from distill.trainer import TrainConfig
+from distill.training.config import StudentConfig, TrainConfig
 from pipelines.run import main
 
 CONFIG = Config(

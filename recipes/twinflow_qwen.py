@@ -7,13 +7,12 @@ Their adapter is also on the embedding of time and told t - r / 2 in place of bo
 at first: these are left out. Not run at full size by us.
 """
 
-from distill.config import Config
+from distill.configuration import Config
 from distill.data import Text
-from distill.lora import LoRA
 from distill.methods import TwinFlow
-from distill.roles import StudentConfig
-from distill.trainer import TrainConfig
-from pipelines.qwen import TARGETS
+from distill.networks.lora import LoRA
+from distill.training.config import StudentConfig, TrainConfig
+from pipelines.families.qwen import TARGETS
 from pipelines.run import main
 
 CONFIG = Config(

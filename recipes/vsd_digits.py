@@ -7,12 +7,11 @@ Choose it for data-free training with the least memory: the fake score may be an
 modes, so recall is the first to fall; more fake steps a student step, or random guidance (PG-SB), help.
 """
 
-from distill.config import Config
+from distill.configuration import Config
 from distill.data import Digits
+from distill.diffusion.times import Karras, LogNormal
 from distill.methods import VSD
-from distill.roles import StudentConfig
-from distill.times import Karras, LogNormal
-from distill.trainer import TrainConfig
+from distill.training.config import StudentConfig, TrainConfig
 from pipelines.run import main
 
 CONFIG = Config(

@@ -28,9 +28,9 @@ import torch
 import unets
 from safetensors.torch import load_file
 
-from distill.draw import Draw
-from pipelines import comfy as ours
-from pipelines import kohya
+from distill.random import Draw
+from pipelines.export import comfyui as ours
+from pipelines.export import kohya
 
 
 def same(what, a, b):

@@ -73,7 +73,7 @@ class Group:
                 import resource
 
                 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-            from distill import checkpoint
+            from distill.training import checkpoint
             from recipes.sid_digits import CONFIG, main
 
             with self.said.open("a") as said:
@@ -130,14 +130,14 @@ def newest(folder: Path) -> int:
 
 def whole(folder: Path) -> list[Path]:
     """The checkpoints that are neither torn nor corrupted."""
-    from distill import checkpoint
+    from distill.training import checkpoint
 
     return [one for one in checkpoint._folders(folder) if checkpoint.damage(one) is None]
 
 
 def later(folder: Path) -> set[Path]:
     """The damaged checkpoints after the newest whole one."""
-    from distill import checkpoint
+    from distill.training import checkpoint
 
     return {one for one in checkpoint._folders(folder) if checkpoint._number(one) > newest(folder)}
 
@@ -212,7 +212,7 @@ class Faults:
     """counts: (processes, what, how it came out) -> [how often, how often while a checkpoint was written]."""
 
     def __init__(self, campaign: Campaign, home: Path) -> None:
-        from pipelines import tiny as teachers
+        from pipelines.families import tiny as teachers
 
         self.campaign, self.home, self.chance = campaign, home, random.Random(campaign.seed)
         self.counts: dict[tuple[int, str, str], list[int]] = {}

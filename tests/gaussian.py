@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from distill.denoiser import Denoiser
-from distill.draw import Draw
+from distill.diffusion.denoiser import Denoiser
+from distill.diffusion.schedule import EDM, VP, Flow, Trig
+from distill.diffusion.student import Student
+from distill.random import Draw
 from distill.roles import Nets
-from distill.schedule import EDM, VP, Flow, Trig
-from distill.student import Student
 
 F64 = torch.float64
 SCHEDULES = {"vp": VP.scaled_linear(), "edm": EDM(), "flow": Flow(), "trig": Trig(), "trig-half": Trig(0.5)}

@@ -259,7 +259,7 @@ for name, args, token in json.load(sys.stdin):
 
 
 def client(url, calls, home, **env):
-    """[(function of pipelines.hub, arguments, token)] in a process of its own -> [(error or "", answer or message)]."""
+    """[(function of hub.py, arguments, token)] in a process of its own -> [(error or "", answer or message)]."""
     run, env = [sys.executable, "-c", CLIENT], environment(url, home, **env)
     done = subprocess.run(run, input=json.dumps(calls), env=env, text=True, capture_output=True, timeout=120)
     assert done.returncode == 0, done.stderr

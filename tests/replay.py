@@ -11,9 +11,9 @@ from conftest import ROOT
 from safetensors.torch import load_file
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from distill.draw import Draw
-from distill.schedule import Prediction, expand
-from distill.times import Grid
+from distill.diffusion.schedule import Prediction, expand
+from distill.diffusion.times import Grid
+from distill.random import Draw
 
 FOLDERS = (ROOT / "tests" / "golden", os.environ.get("DISTILL_GOLDEN") or ROOT.parent / "shared" / "golden")
 

@@ -3,7 +3,7 @@
 import torch
 
 from benchmarks.digits import PASSES, Bench, bare, methods, needed, stall, steps, turns
-from distill import checkpoint
+from distill.training import checkpoint
 
 TINY = Bench(output=None, batch=2, rounds=2, blocks=1, channels=(8, 8))
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks import sdxl
-from pipelines import tiny
+from pipelines.families import tiny
 
 
 @pytest.fixture(scope="module")

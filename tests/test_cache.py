@@ -18,8 +18,10 @@ from safetensors.torch import load_file, save_file
 
 from distill.data import Text
 from distill.data.online import Texts, crop
-from distill.draw import Draw
-from pipelines import cache, load, tiny
+from distill.random import Draw
+from pipelines import load
+from pipelines.cache import encodings
+from pipelines.families import tiny
 
 ROOT = Path(__file__).resolve().parent.parent
 HALF = 2.0**-10  # relative rounding of float16
@@ -40,7 +42,7 @@ def config(home, output_dir, family="sd", images=False, **options):
     """Of shards of three texts and of nine latents, or so."""
     given = {"prompts": f"{home}/data/prompts.txt", "batch_size": 2, "shard_bytes": 16_000} | options
     given |= {"images": f"{home}/data"} if images else {}
-    return cache.Cache(f"{home / family}", output_dir=f"{output_dir}", **given)
+    return encodings.Cache(f"{home / family}", output_dir=f"{output_dir}", **given)
 
 
 def content(folder):
@@ -50,7 +52,7 @@ def content(folder):
 @pytest.fixture(scope="module")
 def made(home):
     """The cache of the prompts and images for the tiny Stable Diffusion."""
-    return cache.run(config(home, home / "made", images=True))
+    return encodings.run(config(home, home / "made", images=True))
 
 
 @pytest.fixture
@@ -87,7 +89,7 @@ class TestWhatIsRead:
 
     @pytest.mark.parametrize("family, crops", (("sd", 0), ("sdxl", 3)))
     def test_online_is_equal(self, home, made, tmp_path, family, crops):
-        folder = made if family == "sd" else cache.run(config(home, tmp_path / "c", family, True, crops=crops))
+        folder = made if family == "sd" else encodings.run(config(home, tmp_path / "c", family, True, crops=crops))
         online = Text("online", prompts=f"{home}/data/prompts.txt", images=f"{home}/data", crops=crops, p_empty=0.3)
         online.check(("real",))
         feeds = [data.open(load(home / family), ("real",)) for data in (online, Text(cache=f"{folder}", p_empty=0.3))]
@@ -110,7 +112,7 @@ class TestWhatIsRead:
         for name, some in lines.items():
             (tmp_path / f"{name}.txt").write_text("\n".join(some))
         words = {"forget": ("Brad Pitt",), "override": ("a man",), "p_empty": 0.2}
-        folder = cache.run(config(home, tmp_path / "c", prompts=f"{tmp_path / 'all.txt'}"))
+        folder = encodings.run(config(home, tmp_path / "c", prompts=f"{tmp_path / 'all.txt'}"))
         online = Text("online", prompts=f"{tmp_path / 'all.txt'}", **words)
         teachers = [load(home / "sd"), load(home / "sd")]
         feeds = [d.open(t, ("forget",)) for d, t in zip((online, Text(cache=f"{folder}", **words)), teachers)]
@@ -138,7 +140,7 @@ class TestWhatIsRead:
         close(null["override.prompt_embeds"], null["prompt_embeds"])
         few = Text("online", prompts=f"{tmp_path / 'few.txt'}", **words).open(load(home / "sd"), ("forget",))
         assert few.prompts == 4 and few.text.texts == [*texts[:4], *texts[4:], ""]
-        folder = cache.run(config(home, tmp_path / "d", prompts=f"{tmp_path / 'few.txt'}"))
+        folder = encodings.run(config(home, tmp_path / "d", prompts=f"{tmp_path / 'few.txt'}"))
         with pytest.raises(ValueError, match="2 of 2 prompts .* are not in the cache .*, 'a man eats' for one"):
             Text(cache=f"{folder}", **words).open(load(home / "sd"), ("forget",))
         with pytest.raises(ValueError, match="no prompt of the cache .* holds .'fox'., which"):
@@ -146,7 +148,7 @@ class TestWhatIsRead:
 
     def test_null_of_a_family_stays(self, home, tmp_path):
         """SDXL's is zeros; where the empty prompt takes its place, the sizes stay those of the image."""
-        folder, teacher = cache.run(config(home, tmp_path / "c", "sdxl")), load(home / "sdxl")
+        folder, teacher = encodings.run(config(home, tmp_path / "c", "sdxl")), load(home / "sdxl")
         zeros = teacher.denoiser.null
         Text(cache=f"{folder}").open(teacher, ())
         assert teacher.denoiser.null is zeros
@@ -162,12 +164,12 @@ class TestWhatIsRead:
         assert not {"text", "vae"} & vars(teacher.parts).keys()
 
     def test_the_command_reads_no_weights_of_the_network(self, home):
-        teacher = cache.encoders(config(home, "c", images=True, precision="bfloat16"), torch.device("cpu"))
+        teacher = encodings.encoders(config(home, "c", images=True, precision="bfloat16"), torch.device("cpu"))
         assert all(p.is_meta for p in teacher.denoiser.net.parameters())
         assert teacher.parts.text.text_encoder.dtype == torch.bfloat16 and teacher.parts.vae.dtype == torch.float32
 
     def test_captions_are_the_prompts_where_there_are_no_others(self, home, made, tmp_path):
-        folder = cache.run(config(home, tmp_path / "c", images=True, prompts="", max_samples=5))
+        folder = encodings.run(config(home, tmp_path / "c", images=True, prompts="", max_samples=5))
         index = json.loads((folder / "index.json").read_text())
         assert index["prompts"] == 5 and index["tables"]["text"]["total"] == 6
         feed = Text(cache=f"{folder}").open(load(home / "sd"), ("real",))
@@ -193,15 +195,15 @@ class TestBytes:
     )
     def test_of_a_teacher(self, shapes, told):
         rows = {key: torch.ones(1, *shape) for key, shape in shapes.items()}
-        entry = cache.layout(cache.Cache(), 500_000, rows)
-        assert cache.human(entry["total"] * entry["bytes"]) == told
+        entry = encodings.layout(encodings.Cache(), 500_000, rows)
+        assert encodings.human(entry["total"] * entry["bytes"]) == told
         assert entry["per_shard"] * entry["bytes"] <= 10**9 < (entry["per_shard"] + 1) * entry["bytes"]
 
     @pytest.mark.parametrize(
         "n, told", ((0, "0 bytes"), (999, "999 bytes"), (1e3, "1.0 kB"), (2.098e12, "2.1 TB"), (3.7e15, "3700 TB"))
     )
     def test_human(self, n, told):
-        assert cache.human(n) == told
+        assert encodings.human(n) == told
 
     def test_told_is_written(self, home, made):
         index = json.loads((made / "index.json").read_text())
@@ -212,7 +214,7 @@ class TestBytes:
     def test_a_disk_too_small(self, home, tmp_path, monkeypatch):
         monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=44_000))
         with pytest.raises(ValueError, match=r"the cache needs 44.4 kB more and the disk of .* has 44.0 kB free"):
-            cache.run(config(home, tmp_path / "c"))
+            encodings.run(config(home, tmp_path / "c"))
         assert not (tmp_path / "c").exists()
 
 
@@ -255,7 +257,7 @@ cache.main(sys.argv[1:])
             Text(cache=f"{tmp_path / 'c'}").check(())
         (tmp_path / "c" / ".tmpAbCdEf").write_bytes(b"half a shard")
         before = (tmp_path / "c" / "text-00001.safetensors").stat().st_mtime_ns
-        cache.main(flags(options))
+        encodings.main(flags(options))
         assert (tmp_path / "c" / "text-00001.safetensors").stat().st_mtime_ns == before
         assert "in 3 shards, 2 of them written" in capsys.readouterr().err
         assert content(tmp_path / "c") == content(made)
@@ -266,35 +268,35 @@ cache.main(sys.argv[1:])
         folder.mkdir()
         for name in ("texts.jsonl", ".index.json.partial"):
             (folder / name).write_text('"half')
-        assert content(cache.run(config(home, folder, images=True))) == content(made)
+        assert content(encodings.run(config(home, folder, images=True))) == content(made)
 
     def test_a_full_disk(self, home, made, tmp_path, capfd):
         """The system refuses to write the first shard of images whole; there is no trace of it, the others stay."""
         options, limit = config(home, tmp_path / "c", images=True), resource.getrlimit(resource.RLIMIT_FSIZE)
         options = dataclasses.replace(options, shard_bytes=5000)  # one text, or nine latents
-        cache.run(dataclasses.replace(options, output_dir=f"{tmp_path / 'whole'}"))
+        encodings.run(dataclasses.replace(options, output_dir=f"{tmp_path / 'whole'}"))
         try:
             resource.setrlimit(resource.RLIMIT_FSIZE, (4000, limit[1]))
             with pytest.raises(SystemExit, match="2"):
-                cache.main(flags(options))
+                encodings.main(flags(options))
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limit)
         told = capfd.readouterr().err
         assert "text-00000.safetensors could not be written: " in told and "give the same command again" in told
         assert not list((tmp_path / "c").glob("*.safetensors*")) + list((tmp_path / "c").glob(".*"))
-        cache.main(flags(options))
+        encodings.main(flags(options))
         assert content(tmp_path / "c") == content(tmp_path / "whole")
 
     def test_processes_share_the_shards(self, home, made, tmp_path):
         """What two processes write, one after the other here, is what one writes."""
         options = config(home, tmp_path / "c", images=True)
-        teacher = cache.encoders(options, torch.device("cpu"))
+        teacher = encodings.encoders(options, torch.device("cpu"))
         text = Texts(teacher, (home / "data" / "prompts.txt").read_text().split("\n"))
         entry = json.loads((made / "index.json").read_text())["tables"]["text"]
         (tmp_path / "c").mkdir()
         for rank, files in ((1, {1}), (0, {0, 1, 2})):
             state = SimpleNamespace(process_index=rank, num_processes=2, is_main_process=rank == 0)
-            cache.fill(tmp_path / "c", "text", text, entry, options, state)
+            encodings.fill(tmp_path / "c", "text", text, entry, options, state)
             assert {int(path.stem[-5:]) for path in (tmp_path / "c").iterdir()} == files
         assert content(tmp_path / "c").items() <= content(made).items()
 
@@ -314,12 +316,12 @@ class TestRefused:
     def test_other_work_in_the_folder(self, home, made, change, what):
         family, before = change.pop("teacher", "sd"), content(made)
         with pytest.raises(ValueError, match=f"holds a cache of other {what}: choose another --output_dir"):
-            cache.run(config(home, made, family, True, **change))
+            encodings.run(config(home, made, family, True, **change))
         assert content(made) == before
 
     def test_a_folder_of_something_else(self, home):
         with pytest.raises(ValueError, match="data is not empty and holds no cache"):
-            cache.run(config(home, home / "data"))
+            encodings.run(config(home, home / "data"))
 
     def test_another_teacher(self, home, made):
         with pytest.raises(
@@ -349,7 +351,7 @@ class TestRefused:
         Text(cache=f"{made}").open(larger, ())
         with pytest.raises(ValueError, match=r"its samples are \(4, 16, 16\), those of the cache \(4, 8, 8\)"):
             Text(cache=f"{made}").open(larger, ("real",))
-        folder = cache.run(config(home, tmp_path / "c", "sdxl", max_samples=2))
+        folder = encodings.run(config(home, tmp_path / "c", "sdxl", max_samples=2))
         with pytest.raises(ValueError, match="its samples are"):
             Text(cache=f"{folder}").open(load(home / "sdxl", 32), ())
 
@@ -359,7 +361,7 @@ class TestRefused:
             Text(cache=f"{copy}").open(load(home / "sd"), ())
 
     def test_no_images(self, home, tmp_path):
-        folder = cache.run(config(home, tmp_path / "c", max_samples=2))
+        folder = encodings.run(config(home, tmp_path / "c", max_samples=2))
         with pytest.raises(ValueError, match="has no images, which this method needs: make one with"):
             Text(cache=f"{folder}").check(("real",))
 
@@ -374,12 +376,12 @@ class TestBroken:
 
     def test_named(self, home, torn, tmp_path):
         with pytest.raises(ValueError, match=r"image .*torn/2.png cannot be read: .*--skip_broken"):
-            cache.run(dataclasses.replace(config(home, tmp_path / "c"), images=f"{torn}"))
+            encodings.run(dataclasses.replace(config(home, tmp_path / "c"), images=f"{torn}"))
 
     def test_left_out(self, home, made, torn, tmp_path, capsys):
         """The others are what they were."""
         options = dataclasses.replace(config(home, tmp_path / "c"), images=f"{torn}", crops=2, skip_broken=True)
-        folder = cache.run(dataclasses.replace(options, shard_bytes=2000))
+        folder = encodings.run(dataclasses.replace(options, shard_bytes=2000))
         assert "1 left out:\n  image " in (told := capsys.readouterr().err) and "2.png" in told
         rows = json.loads((folder / "index.json").read_text())["tables"]["image"]["rows"]
         assert sum(rows) == 14 and len(rows) > 3
@@ -409,18 +411,20 @@ class TestMistakes:
             value = value.format(home=home) if isinstance(value, str) else f"{value}"
             options += [f"--{name}", value]
         with pytest.raises(SystemExit, match="2"):
-            cache.main(options)
+            encodings.main(options)
         told = capsys.readouterr().err
         assert re.search(message, told) and "Traceback" not in told
         assert not (tmp_path / "c").exists()
 
     def test_numbers_that_do_not_fit(self, home, tmp_path, monkeypatch):
         """Half precision ends at 65,504."""
-        encode = cache.Texts.read
-        monkeypatch.setattr(cache.Texts, "read", lambda self, rows: {k: 1e6 * v for k, v in encode(self, rows).items()})
+        encode = encodings.Texts.read
+        monkeypatch.setattr(
+            encodings.Texts, "read", lambda self, rows: {k: 1e6 * v for k, v in encode(self, rows).items()}
+        )
         with pytest.raises(ValueError, match="prompt_embeds does not fit float16: take a wider --dtype"):
-            cache.run(config(home, tmp_path / "c"))
-        cache.run(config(home, tmp_path / "c", dtype="bfloat16"))
+            encodings.run(config(home, tmp_path / "c"))
+        encodings.run(config(home, tmp_path / "c", dtype="bfloat16"))
 
 
 class TestDamaged:
@@ -449,7 +453,7 @@ class TestDamaged:
         with pytest.raises(ValueError, match=message):
             self.told(home, copy)
         with pytest.raises(ValueError, match=message):
-            cache.run(config(home, copy, images=True))
+            encodings.run(config(home, copy, images=True))
 
     @pytest.mark.parametrize("content, message", (("7\n", "line 1, is damaged .it is not text"), ("", "0 of 8 texts")))
     def test_texts(self, home, copy, content, message):
@@ -462,7 +466,7 @@ class TestDamaged:
         path.write_bytes(path.read_bytes()[:-9])
         with pytest.raises(ValueError, match="image-00000.safetensors is truncated .*: run the cache command again"):
             self.told(home, copy)
-        cache.run(config(home, copy, images=True))
+        encodings.run(config(home, copy, images=True))
         assert content(copy) == content(made)
 
     @pytest.mark.parametrize(

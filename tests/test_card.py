@@ -10,8 +10,8 @@ import torch
 import yaml
 from hub_server import Hub, client, environment
 
-from pipelines.card import NEGATIVE, Result, card, code, snippet
-from pipelines.license import BASES, UNKNOWN, License, hub_name, license_of
+from pipelines.export.card import NEGATIVE, Result, card, code, snippet
+from pipelines.export.license import BASES, UNKNOWN, License, hub_name, license_of
 
 SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
 CONFIG = "method:\n  guidance: 7.0\nmax_train_steps: 2\n"
@@ -147,7 +147,7 @@ def exported(tmp_path_factory):
     from peft import LoraConfig
     from peft.utils import get_peft_model_state_dict
 
-    from pipelines import sd
+    from pipelines.families import sd
 
     root = tmp_path_factory.mktemp('an "export"')
     torch.manual_seed(0)

@@ -14,9 +14,9 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from distill import checkpoint
-from distill.config import dump, parse
+from distill.configuration import dump, parse
 from distill.data import Digits
+from distill.training import checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = sorted(p.stem for p in (ROOT / "recipes").glob("*_digits.py"))
@@ -30,7 +30,7 @@ def recipe(name):
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
     """A tiny random teacher on disk; with label=None one that was trained without label dropout."""
-    from pipelines import tiny
+    from pipelines.families import tiny
 
     def save(null_class):
         folder = tmp_path_factory.mktemp("teacher")

@@ -31,13 +31,13 @@ from gaussian import (
     student_gradient,
 )
 
-from distill.denoiser import Denoiser
-from distill.draw import Draw
+from distill.diffusion.denoiser import Denoiser
+from distill.diffusion.schedule import EDM, KINDS, Trig
+from distill.diffusion.student import Student
+from distill.diffusion.times import Fixed, Law
 from distill.methods import DMD2, LCD, SCM, VSD, SiD, scm
+from distill.random import Draw
 from distill.roles import Nets
-from distill.schedule import EDM, KINDS, Trig
-from distill.student import Student
-from distill.times import Fixed, Law
 
 ALPHAS = (0.0, 0.5, 1.0, 1.2)
 METHODS = {

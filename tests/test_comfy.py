@@ -15,12 +15,12 @@ import unets
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from distill.denoiser import Denoiser
-from distill.draw import Draw
-from distill.lora import merged
-from distill.schedule import VP, Flow, Trig
-from distill.student import Student
-from pipelines import comfy, kohya
+from distill.diffusion.denoiser import Denoiser
+from distill.diffusion.schedule import VP, Flow, Trig
+from distill.diffusion.student import Student
+from distill.networks.lora import merged
+from distill.random import Draw
+from pipelines.export import comfyui, kohya
 
 CONFIGS = {"sdxl": unets.SDXL, "sd15": unets.SD15, "sd21": unets.SD21}
 ALL = (*unets.TARGETS, "add_embedding.linear_1", "add_embedding.linear_2")
@@ -150,7 +150,7 @@ def test_a_module_that_comfyui_has_not():
     with pytest.raises(ValueError, match="time_embedding.cond_proj"):
         kohya.lora_file(unets.adapted(guided, ("cond_proj",)), Path("a"), {})
     with pytest.raises(ValueError, match="guidance embedding"):
-        comfy.levels(Student(Denoiser(guided, VP.scaled_linear(), "eps"), (1.0,)))
+        comfyui.levels(Student(Denoiser(guided, VP.scaled_linear(), "eps"), (1.0,)))
 
 
 class Net(torch.nn.Module):
@@ -221,7 +221,7 @@ def test_workflow_samples_what_the_student_samples(case):
     z = torch.randn(2, 4, 3, 3, dtype=torch.float64)
     draw = Draw(0, 0, "test", torch.arange(2))
     noises = [z, *(draw.normal(f"renoise{i}", tuple(z.shape)).to(z) for i in range(len(s.times) - 1))]
-    graph = json.loads(json.dumps(comfy.workflow(s, "sd_xl_base_1.0.safetensors", lora="fox_4step_lora.safetensors")))
+    graph = json.loads(json.dumps(comfyui.workflow(s, "sd_xl_base_1.0.safetensors", lora="fox_4step_lora.safetensors")))
     expected = s.generate(z, None, draw)
     ours, s.denoiser.net.called = [round(n) for n in s.denoiser.net.called], []
     got = nodes_run(graph, s.denoiser.net, noises)
@@ -234,8 +234,8 @@ def test_workflow_samples_what_the_student_samples(case):
 
 def test_usual_students_need_no_extra_node():
     for case in ("dmd2", "sid at 625"):
-        assert "noised" not in comfy.workflow(student(*CASES[case]), "base.safetensors", unet="fox_unet.safetensors")
-    graph = comfy.workflow(student((999,)), "b", unet="fox_1step_unet.safetensors", size=(512, 768), prompt="a fox")
+        assert "noised" not in comfyui.workflow(student(*CASES[case]), "base.safetensors", unet="fox_unet.safetensors")
+    graph = comfyui.workflow(student((999,)), "b", unet="fox_1step_unet.safetensors", size=(512, 768), prompt="a fox")
     assert graph["model"] == {
         "class_type": "UNETLoader",
         "inputs": {"unet_name": "fox_1step_unet.safetensors", "weight_dtype": "default"},
@@ -247,13 +247,13 @@ def test_usual_students_need_no_extra_node():
 def test_what_comfyui_cannot_express():
     s = student((999, 749))
     with pytest.raises(ValueError, match="whole indices, not at .*499.5"):
-        comfy.levels(replace(s, times=(1.0, 0.5)))
+        comfyui.levels(replace(s, times=(1.0, 0.5)))
     with pytest.raises(ValueError, match="noise table, not this Flow"):
-        comfy.levels(replace(s, denoiser=replace(s.denoiser, schedule=Flow(), kind="flow")))
+        comfyui.levels(replace(s, denoiser=replace(s.denoiser, schedule=Flow(), kind="flow")))
     linear = VP(tuple(torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000).double(), 0).tolist()))  # PixArt's
     with pytest.raises(ValueError, match="noise table, not this VP"):
-        comfy.levels(replace(s, denoiser=replace(s.denoiser, schedule=linear)))
+        comfyui.levels(replace(s, denoiser=replace(s.denoiser, schedule=linear)))
     with pytest.raises(ValueError, match="predicts 'flow'"):
-        comfy.levels(replace(s, denoiser=replace(s.denoiser, kind="flow")))
+        comfyui.levels(replace(s, denoiser=replace(s.denoiser, kind="flow")))
     with pytest.raises(ValueError, match="either as unet or as lora"):
-        comfy.workflow(s, "base.safetensors")
+        comfyui.workflow(s, "base.safetensors")

@@ -18,9 +18,9 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from distill.config import dump, parse
+from distill.configuration import dump, parse
+from distill.diffusion.times import Law
 from distill.ranges import Range, leaves
-from distill.times import Law
 from pipelines import run
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -11,18 +11,18 @@ import torch
 from gaussian import F64, SCHEDULES, exact, problem
 from tiny import tiny
 
-from distill.denoiser import plain
-from distill.disc import head
-from distill.draw import Draw
-from distill.guidance import Guided
+from distill.diffusion.denoiser import plain
+from distill.diffusion.guidance import Guided
+from distill.diffusion.schedule import EDM, Flow, Trig
+from distill.diffusion.solver import STEPS
+from distill.diffusion.student import Student
+from distill.diffusion.times import Fixed
 from distill.losses import gan_discriminator, gan_generator
 from distill.methods import DMD2, LCD, SCM, VSD, SiD, scm, sid
+from distill.networks.discriminator import head
+from distill.random import Draw
 from distill.roles import Nets
-from distill.schedule import EDM, Flow, Trig
-from distill.solver import STEPS
-from distill.student import Student
-from distill.times import Fixed
-from distill.trainer import own
+from distill.training.step import own
 
 N, CLASSES = 8, 3
 near = lambda got, want, tol=1e-12: torch.testing.assert_close(got, want, rtol=tol, atol=tol)

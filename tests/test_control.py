@@ -16,16 +16,21 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 from test_recipes import FAST
 
-from distill import checkpoint
-from distill.config import parse
-from distill.draw import Draw
+from distill.configuration import parse
+from distill.diffusion.student import Student
 from distill.methods import NCT
-from distill.roles import StudentConfig, build
-from distill.student import Student
-from distill.trainer import train
-from pipelines import control, export, load, opened, run, tiny, verify
-from pipelines.plan import Plan, Run, configured
-from pipelines.scheduler import finished, scheduler
+from distill.random import Draw
+from distill.training import checkpoint
+from distill.training.build import build
+from distill.training.config import StudentConfig
+from distill.training.loop import train
+from pipelines import load, run
+from pipelines.export import export, verify
+from pipelines.export.schedule import finished, scheduler
+from pipelines.families import tiny
+from pipelines.inference import controlnet
+from pipelines.planning.memory_plan import Plan, Run, configured
+from pipelines.teacher import opened
 
 F64 = torch.float64
 RECIPES = {"digits_nct": "edm", "nct_sd15": "sd"}
@@ -44,26 +49,28 @@ def step(*heights):
 
 def test_canny():
     """One line of pixels along a step; none along a faint one, and along one between only where a strong one leads."""
-    edges = control.canny(step(1.0))
+    edges = controlnet.canny(step(1.0))
     assert edges.shape == (1, 1, 16, 16) and set(edges.unique().tolist()) == {0, 1}
     assert edges.sum() == 16 and edges[..., 7:9].sum() == 16
-    assert control.canny(step(1.0).transpose(2, 3)).sum() == 16
-    assert control.canny(step(0.09)).sum() == control.canny(step(0.15)).sum() == 0  # |g| = .36, .6; .39 and .78 bound
-    assert control.canny(step(0.3, 0.15))[..., 12:, :].sum() == 4
+    assert controlnet.canny(step(1.0).transpose(2, 3)).sum() == 16
+    assert (
+        controlnet.canny(step(0.09)).sum() == controlnet.canny(step(0.15)).sum() == 0
+    )  # |g| = .36, .6; .39 and .78 bound
+    assert controlnet.canny(step(0.3, 0.15))[..., 12:, :].sum() == 4
     disc = (torch.arange(32) - 15.5).square()
-    ring = control.canny(((disc + disc[:, None]) < 100).float().expand(1, 3, 32, 32))
+    ring = controlnet.canny(((disc + disc[:, None]) < 100).float().expand(1, 3, 32, 32))
     assert 50 < ring.sum() < 90 and ring[..., 12:20, 12:20].sum() == 0
 
 
 def test_gray_and_downsample():
     images = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     want = 0.299 * images[:, :1] + 0.587 * images[:, 1:2] + 0.114 * images[:, 2:]
-    torch.testing.assert_close(control.gray(images), want)
-    small = control.downsample(images, 4)
+    torch.testing.assert_close(controlnet.gray(images), want)
+    small = controlnet.downsample(images, 4)
     torch.testing.assert_close(small[0, 1, 4:, :4], images[0, 1, 4:, :4].mean().expand(4, 4))
-    torch.testing.assert_close(control.gray(images[:, :1]), images[:, :1])
+    torch.testing.assert_close(controlnet.gray(images[:, :1]), images[:, :1])
     with pytest.raises(ValueError, match="factor is 3; it must divide"):
-        control.downsample(images, 3)
+        controlnet.downsample(images, 3)
 
 
 # ---- the adapter ----
@@ -90,10 +97,10 @@ def test_zero_is_the_base(family, teachers):
     """A new adapter changes no bit; one that has learned does, and only where it is shown a picture."""
     teacher, base = again(teachers[family]), teachers[family].denoiser
     torch.manual_seed(0)
-    control.install(teacher)
+    controlnet.install(teacher)
     c = teacher.encode([0, 1] if family == "edm" else ["a cat", "a dog"])
     x, t = torch.randn(2, *teacher.shape), torch.full((2,), 0.6, dtype=F64)
-    told = c | control.example(teacher.denoiser, teacher)
+    told = c | controlnet.example(teacher.denoiser, teacher)
     want = base(x, t, c).out
     assert torch.equal(teacher.denoiser(x, t, told).out, want) and torch.equal(teacher.denoiser(x, t, c).out, want)
     for p in teacher.denoiser.net.control.parameters():
@@ -102,8 +109,8 @@ def test_zero_is_the_base(family, teachers):
     assert (one - want).norm() > 0.01 * want.norm() and torch.equal(teacher.denoiser(x, t, c).out, want)
     other = teacher.denoiser(x, t, told | {"control": 1 - told["control"]}).out
     assert (other - one).norm() > 1e-3 * want.norm()
-    assert torch.equal(control.bare(teacher.denoiser)(x, t, c).out, want)
-    assert not hasattr(control.bare(teacher.denoiser).net, "control") and control.bare(base) is base
+    assert torch.equal(controlnet.bare(teacher.denoiser)(x, t, c).out, want)
+    assert not hasattr(controlnet.bare(teacher.denoiser).net, "control") and controlnet.bare(base) is base
 
 
 @pytest.mark.parametrize("family", ("sd", "sdxl"))
@@ -111,7 +118,7 @@ def test_zero_is_the_base(family, teachers):
 def test_features_go_where_diffusers_puts_them(family, teachers):
     """To the bit as a UNet2DConditionModel adds what it is given as additional residuals."""
     net = copy.deepcopy(teachers[family].denoiser.net)
-    adapter = control.controlnet(net, 3, 2)
+    adapter = controlnet.controlnet(net, 3, 2)
     for p in adapter.parameters():
         p.add_(0.1 * torch.randn_like(p))
     x, t, text = torch.randn(2, 4, 8, 8), torch.tensor(7), torch.randn(2, 5, net.config.cross_attention_dim)
@@ -120,14 +127,14 @@ def test_features_go_where_diffusers_puts_them(family, teachers):
     skips, middle = adapter(x, t, text, picture.expand(2, -1, -1, -1), return_dict=False, **given)
     told = {"down_block_additional_residuals": skips, "mid_block_additional_residual": middle}
     want, before = (net(x, t, text, **given, **more).sample for more in (told, {}))
-    with control.shown(net, adapter, picture):
+    with controlnet.shown(net, adapter, picture):
         assert torch.equal(net(x, t, encoder_hidden_states=text, **given).sample, want)
     assert torch.equal(net(x, t, text, **given).sample, before) and (want - before).norm() > 0.01 * before.norm()
 
 
 def test_other_networks_are_refused(teachers):
     with pytest.raises(ValueError, match="UNets of SD, SDXL and EDM; this network is a Sana"):
-        control.install(again(teachers["sana"]))
+        controlnet.install(again(teachers["sana"]))
 
 
 # ---- finished students ----
@@ -181,7 +188,7 @@ def state_of(name, folder, step):
     argv = [*FAST.split(), "--output_dir", f"{folder}"]
     config = run.smoke(parse(importlib.import_module(f"recipes.{name}").CONFIG, argv))
     teacher = opened(config.teacher)
-    control.install(teacher)
+    controlnet.install(teacher)
     data = config.data.open(teacher, config.method.needs)
     _, student = run.carried(teacher, run.with_method_times(config.method, teacher, config.student))
     c = {key: value[:1] for key, value in data.fixed(1)[1].items()}
@@ -228,7 +235,7 @@ def test_plain_diffusers_shows_it_pictures(runs, tmp_path):
     folder = runs["nct_sd15"]
     teacher, state = state_of("nct_sd15", folder, 2)
     student = state.nets.student.using(state.ema.net)
-    z, picture = torch.randn(1, *teacher.shape), control.example(student.denoiser, teacher)["control"]
+    z, picture = torch.randn(1, *teacher.shape), controlnet.example(student.denoiser, teacher)["control"]
     torch.save([z, picture], tmp_path / "given")
     command = [sys.executable, "-c", PLAIN, *map(str, (folder / "pipeline", tmp_path / "given", tmp_path / "made"))]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
@@ -251,7 +258,7 @@ def test_a_wrong_adapter_is_caught(name, runs, tmp_path, monkeypatch):
     weights = next((folder / "teacher" / "unet").glob("*.safetensors"))
     ours = load_file(tmp_path / "again" / "unet" / weights.name)
     assert all(torch.equal(value, ours[key]) for key, value in load_file(weights).items()) and len(ours)
-    right = control.stored
+    right = controlnet.stored
 
     def wrong(path):
         found = right(path)
@@ -259,7 +266,7 @@ def test_a_wrong_adapter_is_caught(name, runs, tmp_path, monkeypatch):
             p.data.add_(1.0)
         return found
 
-    monkeypatch.setattr(control, "stored", wrong)
+    monkeypatch.setattr(controlnet, "stored", wrong)
     with pytest.raises(SystemExit):
         export.main(export.Again(run=f"{folder}", output_dir=f"{tmp_path / 'wrong'}"))
     assert not (tmp_path / "wrong").exists()
@@ -270,7 +277,7 @@ def test_plan(teachers):
     folder = teachers["sd"].parts.folder
     plan = Run(*configured(Plan(Path("recipes/nct_sd15.py")), ["--teacher", f"{folder}", "--train_batch_size", "2"]))
     teacher = again(teachers["sd"])
-    base, _ = (sum(p.numel() for p in teacher.denoiser.net.parameters()), control.install(teacher))
+    base, _ = (sum(p.numel() for p in teacher.denoiser.net.parameters()), controlnet.install(teacher))
     adapter = sum(p.numel() for p in teacher.denoiser.net.control.parameters())
     assert plan.parameters == {"teacher": (base, 0), "student": (base + adapter, adapter)}
     assert plan.whole.average == 4 * (adapter + 1) and plan.cost.flops > 0  # and lambda
@@ -279,13 +286,13 @@ def test_plan(teachers):
 def test_consistency_command(runs, tmp_path, capsys):
     """It reads the folder alone; where the adapter is as it began, being told changes nothing."""
     folder = shutil.copytree(runs["digits_nct"] / "pipeline", tmp_path / "p")
-    found = control.consistency(control.Consistency(f"{folder}", n=2))
+    found = controlnet.consistency(controlnet.Consistency(f"{folder}", n=2))
     assert found["told"] != found["untold"] and 0 < found["told"] < 1
-    adapter = control.controlnet(load(runs["digits_nct"] / "teacher").denoiser.net, 1, 1)
+    adapter = controlnet.controlnet(load(runs["digits_nct"] / "teacher").denoiser.net, 1, 1)
     adapter.save_pretrained(folder / "controlnet")
-    control.main(control.Consistency(f"{folder}", n=2))
+    controlnet.main(controlnet.Consistency(f"{folder}", n=2))
     found = json.loads(capsys.readouterr().out)
     assert found["told"] == found["untold"]
     shutil.rmtree(folder / "controlnet")
     with pytest.raises(ValueError, match="has no controlnet"):
-        control.consistency(control.Consistency(f"{folder}", n=2))
+        controlnet.consistency(controlnet.Consistency(f"{folder}", n=2))

@@ -12,12 +12,12 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from distill.data import Digits, Text, sources
-from distill.data.feed import Feed, _integers
+from distill.data.forget_words import Words
 from distill.data.labels import Labels
 from distill.data.online import Images, crop, squeeze
+from distill.data.prefetch import Feed, _integers
 from distill.data.shards import Shards, file, narrow, pack, save
-from distill.data.words import Words
-from distill.draw import Draw
+from distill.random import Draw
 
 TEXTS = ["a cat", "two dogs, running", "caf\u00e9"]
 

@@ -9,10 +9,10 @@ from gaussian import F64, SCHEDULES, Gaussian, exact, problem
 from tiny import tiny
 from torch import nn
 
-from distill.denoiser import Denoiser, tapped
-from distill.draw import Draw
-from distill.guidance import Guided, drop, embedding, merge, null_of, scale_of, told
-from distill.schedule import EDM, KINDS, VP, Flow, Trig
+from distill.diffusion.denoiser import Denoiser, tapped
+from distill.diffusion.guidance import Guided, drop, embedding, merge, null_of, scale_of, told
+from distill.diffusion.schedule import EDM, KINDS, VP, Flow, Trig
+from distill.random import Draw
 
 near = lambda got, want, tol=1e-12: torch.testing.assert_close(got, want, rtol=tol, atol=tol)
 

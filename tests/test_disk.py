@@ -14,15 +14,17 @@ import torch
 from test_page import row
 
 from eval import files
-from eval import generate as generating
-from eval import images as folders
 from eval.cli import run
-from eval.extractors import load
-from eval.features import extract
-from eval.leaderboard import page
+from eval.features.extraction import extract
+from eval.features.extractors import load
+from eval.images import images as folders
+from eval.leaderboard.commands import page
+from eval.sampling import generate as generating
 from eval.score import scores
-from pipelines import cache, edm, edm_convert
 from pipelines import run as training
+from pipelines.cache import encodings
+from pipelines.export import edm_convert
+from pipelines.families import edm
 from recipes import sid_digits
 
 
@@ -173,11 +175,11 @@ def test_a_lack_of_memory(error, student, tmp_path, command, monkeypatch, capsys
     code, told = command(sampling, "--model", student, "--n", 2, "--out", tmp_path / "out")
     assert code == 2 and "error: there is not enough memory" in told and not (tmp_path / "out").exists()
     monkeypatch.setattr(training, "check", fails)
-    monkeypatch.setattr(cache, "run", fails)
-    for main in (partial(training.main, sid_digits.CONFIG), cache.main):
+    monkeypatch.setattr(encodings, "run", fails)
+    for main in (partial(training.main, sid_digits.CONFIG), encodings.main):
         with pytest.raises(SystemExit) as end:
             main(["--output_dir", f"{tmp_path / 'run'}"])
         assert end.value.code == 2 and "error: there is not enough memory" in capsys.readouterr().err
     error = RuntimeError("a bug")
     with pytest.raises(RuntimeError, match="a bug"):
-        cache.main([])
+        encodings.main([])

@@ -7,9 +7,9 @@ import pytest
 import torch
 from gaussian import F64, SCHEDULES
 
-from distill.draw import Draw, threefry
-from distill.schedule import EDM, VP, Flow
-from distill.times import Fixed, Grid, Karras, LogitNormal, LogNormal, Shifted, Uniform, shift
+from distill.diffusion.schedule import EDM, VP, Flow
+from distill.diffusion.times import Fixed, Grid, Karras, LogitNormal, LogNormal, Shifted, Uniform, shift
+from distill.random import Draw, threefry
 
 near = lambda got, want, tol=1e-12: torch.testing.assert_close(got, want, rtol=tol, atol=tol)
 

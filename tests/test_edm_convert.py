@@ -14,13 +14,15 @@ from diffusers import DiffusionPipeline, UNet2DModel
 from torch import nn
 
 import pipelines
+from distill.diffusion.student import Student
 from distill.methods import SiD
-from distill.roles import StudentConfig, build
-from distill.student import Student
-from distill.trainer import TrainConfig, train
-from pipelines import edm, edm_convert
-from pipelines.export import compare, reference, write
-from pipelines.scheduler import scheduler
+from distill.training.build import build
+from distill.training.config import StudentConfig, TrainConfig
+from distill.training.loop import train
+from pipelines.export import edm_convert
+from pipelines.export.export import compare, reference, write
+from pipelines.export.schedule import scheduler
+from pipelines.families import edm
 
 NETS = {
     "song": partial(edm_reference.song, augment_dim=9),

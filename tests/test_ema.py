@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from distill.ema import EMA, exponent
+from distill.networks.ema import EMA, exponent
 
 near = lambda got, want, tol=1e-12: torch.testing.assert_close(got, want, rtol=tol, atol=tol)
 

@@ -20,13 +20,14 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 from tiny import tiny
 
-from distill import checkpoint
 from distill.data import Digits
-from distill.log import Log
+from distill.diffusion.schedule import Flow
 from distill.methods import SiD
-from distill.roles import build
-from distill.schedule import Flow
-from distill.trainer import TrainConfig, train
+from distill.training import checkpoint
+from distill.training.build import build
+from distill.training.config import TrainConfig
+from distill.training.log import Log
+from distill.training.loop import train
 
 # ---- the log ----
 
@@ -366,7 +367,7 @@ def test_a_tracker_that_does_not_start_is_a_message(digits, tmp_path, monkeypatc
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory):
     """digits(folder, flags) -> the status of a run of five steps on a tiny teacher, with this process's handlers."""
-    from pipelines import tiny as teachers
+    from pipelines.families import tiny as teachers
     from recipes.sid_digits import CONFIG, main
 
     teacher = tmp_path_factory.mktemp("teacher")
@@ -473,7 +474,7 @@ def test_a_run_ends_with_its_launcher(launched, digits, tmp_path, monkeypatch):
 @pytest.mark.parametrize("rank", ("0", "1"))
 def test_a_signal_to_one_of_two_processes_ends_both(rank, tmp_path):
     """After the same step: the first one saves it and exits with 128 + the signal, the other one with 0."""
-    from pipelines import tiny as teachers
+    from pipelines.families import tiny as teachers
 
     teachers.save("edm", tmp_path / "teacher")
     root, folder, log = Path(__file__).resolve().parent.parent, tmp_path / "run", tmp_path / "run" / "log.jsonl"

@@ -6,9 +6,10 @@ import shutil
 import pytest
 import torch
 
-from eval import images
-from eval.generate import generate
-from pipelines import experts, run
+from eval.images import images
+from eval.sampling.generate import generate
+from pipelines import run
+from pipelines.inference import experts
 from recipes import phased_digits, phased_wan, sid_digits
 
 FAST = [
@@ -107,7 +108,7 @@ def test_students_of_parts(students, tmp_path):
 
 def test_one_part_is_all(students):
     from distill.data import Digits
-    from distill.draw import Draw
+    from distill.random import Draw
 
     draw = Draw(0, 0, "student", torch.arange(64))
     whole, named, part = (Digits(classes)(draw) for classes in ((), tuple(range(10)), (7, 3)))

@@ -16,14 +16,14 @@ from safetensors.torch import load_file
 from torch import nn
 
 from distill.data import digits
-from eval import features as module
-from eval import images as folders
-from eval.digits import classifier, shifted
-from eval.extractors import INCEPTION, load
-from eval.features import features, text_features
-from eval.metrics import frechet
+from eval.features import extraction as module
+from eval.features.digits import classifier, shifted
+from eval.features.extraction import features, text_features
+from eval.features.extractors import INCEPTION, load
+from eval.images import images as folders
+from eval.images.resize import parse, resize
+from eval.metrics.metrics import frechet
 from eval.protocols import Prepare
-from eval.resize import parse, resize
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -232,7 +232,7 @@ RUN = """
 import os, sys
 from pathlib import Path
 from eval import features as module
-from eval.extractors import load
+from eval.features.extractors import load
 module.CHUNK = 4
 killed = []
 if sys.argv[2] == "kill":
@@ -289,7 +289,7 @@ def test_memory_does_not_grow_with_n(tmp_path):
     """Mean, covariance, FID with its interval and Vendi over 600,000 x 64 features (300 MB) in less than 120 MB."""
     script = """
 import re, torch
-from eval.metrics import fid, vendi
+from eval.metrics.metrics import fid, vendi
 class Many:
     def __init__(self, n, seed): self.n, self.seed = n, seed
     def chunks(self, key="features"):
@@ -361,12 +361,12 @@ def test_the_digits_extractor(tmp_path, monkeypatch):
         net(images.index_fill(0, torch.tensor([3]), math.nan))
     with pytest.raises(ValueError, match=r"\[2, 3, 8, 8\]"):
         net(torch.zeros(2, 3, 8, 8))
-    monkeypatch.setattr("eval.digits.train", lambda recipe: net.net)
+    monkeypatch.setattr("eval.features.digits.train", lambda recipe: net.net)
     assert classifier.__wrapped__(tmp_path).hash == net.hash  # trained and stored
     (file,) = tmp_path.glob("digits-*.safetensors")
     file.write_bytes(file.read_bytes()[:1000])
     assert classifier.__wrapped__(tmp_path).hash == net.hash  # torn: made again
-    monkeypatch.setattr("eval.digits.train", lambda recipe: 1 / 0)
+    monkeypatch.setattr("eval.features.digits.train", lambda recipe: 1 / 0)
     assert classifier.__wrapped__(tmp_path).hash == net.hash  # read
 
 

@@ -7,8 +7,9 @@ import shutil
 import pytest
 import torch
 
-from pipelines import load, tiny
-from pipelines.configs import Meta
+from pipelines import load
+from pipelines.families import tiny
+from pipelines.planning.models import Meta
 
 SCHEDULER = "scheduler/scheduler_config"
 HOSTILE = {  # what: (file, change, words of the message)

@@ -16,12 +16,12 @@ import torch
 from PIL import Image
 from test_processes import TWO, python
 
-from eval import images as folders
-from eval.conditions import Asked, texts
-from eval.generate import Ranks, fill, generate, model_name
-from eval.sampler import Sampler, generator, load, pipeline_sampler, teacher_sampler
+from eval.images import images as folders
+from eval.sampling.conditions import Asked, texts
+from eval.sampling.generate import Ranks, fill, generate, model_name
+from eval.sampling.sampler import Sampler, generator, load, pipeline_sampler, teacher_sampler
 from eval.score import Folder, score
-from pipelines import tiny
+from pipelines.families import tiny
 
 WORDS = "fox cat dog tree sea hat cup road hill lamp bird".split()
 
@@ -43,7 +43,7 @@ def home(tmp_path_factory):
 @pytest.fixture(scope="module")
 def student(home):
     """A two-step EDM student as it is exported: a plain ConsistencyModelPipeline and a distill.json."""
-    from pipelines import edm
+    from pipelines.families import edm
 
     torch.manual_seed(0)
     folder = home.root / "student"
@@ -384,8 +384,8 @@ def test_a_protocol_replaces_components(home, tmp_path, monkeypatch):
     """coco10k-dmd2-tokenizer1: the second encoder reads what the first tokenizer writes. On 16 pixels."""
     from dataclasses import replace
 
-    from eval import generate as module
     from eval.protocols import PROTOCOLS
+    from eval.sampling import generate as module
 
     monkeypatch.setenv("DISTILL_DATA", f"{tmp_path / 'data'}")
     plan = replace(PROTOCOLS["coco10k-dmd2-tokenizer1"], n=2, size=16)
@@ -490,7 +490,7 @@ def test_help_is_light():
 
 def test_layouts_of_benchmarks(tmp_path):
     """GenEval: 00000/samples/00000.png with the line of its prompt; DPG-Bench: NAME.png, two by two."""
-    from eval.layouts import export
+    from eval.leaderboard.layouts import export
 
     lines = [{"tag": "single_object", "prompt": f"a photo of a {w}"} for w in ("fox", "cat")]
     (tmp_path / "evaluation_metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -12,14 +12,14 @@ import pytest
 import torch
 from replay import Replay, cases, filled, gradients, load, module, under
 
-from distill.curriculum import Closing
-from distill.denoiser import Denoiser
+from distill.diffusion.curriculum import Closing
+from distill.diffusion.denoiser import Denoiser
+from distill.diffusion.schedule import EDM, Flow
+from distill.diffusion.student import Student
+from distill.diffusion.times import LogitNormal, LogNormal, StudentT, Uniform
 from distill.methods import CT, RCM, SCM, TCM, MeanFlow, Sprint, TwinFlow
 from distill.ranges import MOST
 from distill.roles import Nets
-from distill.schedule import EDM, Flow
-from distill.student import Student
-from distill.times import LogitNormal, LogNormal, StudentT, Uniform
 
 DOUBLE = 1e-8
 

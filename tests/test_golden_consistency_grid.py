@@ -9,15 +9,15 @@ import pytest
 import torch
 from replay import Replay, cases, filled, gradients, load, module, under
 
-from distill.denoiser import Denoiser
-from distill.disc import Heads, Pixels
-from distill.guidance import embedding
+from distill.diffusion.denoiser import Denoiser
+from distill.diffusion.guidance import embedding
+from distill.diffusion.schedule import EDM, VP
+from distill.diffusion.solver import heun
+from distill.diffusion.student import Student
+from distill.diffusion.times import phase
 from distill.methods import LCD, PCM
+from distill.networks.discriminator import Heads, Pixels
 from distill.roles import Nets
-from distill.schedule import EDM, VP
-from distill.solver import heun
-from distill.student import Student
-from distill.times import phase
 
 LOSS, GRADIENT, DOUBLE = 1e-4, 1e-3, 1e-8
 KINDS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}

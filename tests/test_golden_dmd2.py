@@ -12,14 +12,15 @@ from accelerate import Accelerator
 from replay import Replay, filled, gradients, load, module, preconditioned, spy, unet, whole
 from torch import nn
 
-from distill.denoiser import Denoiser
-from distill.disc import Head
-from distill.guidance import Guided
+from distill.diffusion.denoiser import Denoiser
+from distill.diffusion.guidance import Guided
+from distill.diffusion.schedule import EDM, VP
+from distill.diffusion.student import Student
 from distill.methods import DMD2, dmd2
+from distill.networks.discriminator import Head
 from distill.roles import Nets
-from distill.schedule import EDM, VP
-from distill.student import Student
-from distill.trainer import TrainConfig, train
+from distill.training.config import TrainConfig
+from distill.training.loop import train
 
 LOSS, GRADIENT = 1e-4, 1e-3  # allowed errors, all files are float32
 OURS = {"dm.": "", "gen_gan.": "gan_", "fake.": "", "disc.fake_": "gan_fake_", "disc.real_": "gan_real_"}

@@ -10,15 +10,15 @@ import torch
 from replay import Replay, cases, filled, gradients, load, module, preconditioned, spy, under, whole
 
 from distill import losses
-from distill.denoiser import Denoiser
-from distill.disc import Head
-from distill.guidance import Guided
+from distill.diffusion.denoiser import Denoiser
+from distill.diffusion.guidance import Guided
+from distill.diffusion.schedule import EDM, VP, Flow
+from distill.diffusion.student import Student
+from distill.diffusion.times import Grid, LogNormal, Uniform
 from distill.methods import DMD2, LADD, VSD, DiffInstruct, FDistill, Forgetting, OfflinePSO, PhasedDMD, SiD
+from distill.networks.discriminator import Head
 from distill.roles import Nets
-from distill.schedule import EDM, VP, Flow
-from distill.student import Student
-from distill.times import Grid, LogNormal, Uniform
-from pipelines.negative import NAG
+from pipelines.inference.negative_prompt import NAG
 
 LOSS, GRADIENT = 1e-4, 1e-3  # allowed errors, all files are float32
 

@@ -11,14 +11,16 @@ from accelerate import Accelerator
 from replay import Replay, filled, gradients, load, module, preconditioned, pushed, spy, under, whole
 
 from distill import losses
-from distill.denoiser import Denoiser
-from distill.guidance import Guided
+from distill.diffusion.denoiser import Denoiser
+from distill.diffusion.guidance import Guided
+from distill.diffusion.schedule import EDM, VP
+from distill.diffusion.student import Student
+from distill.diffusion.times import Grid, Karras
 from distill.methods import SiD, SiDA, sid
-from distill.roles import Nets, StudentConfig, build
-from distill.schedule import EDM, VP
-from distill.student import Student
-from distill.times import Grid, Karras
-from distill.trainer import TrainConfig, train
+from distill.roles import Nets
+from distill.training.build import build
+from distill.training.config import StudentConfig, TrainConfig
+from distill.training.loop import train
 
 # Allowed errors: float32 losses; float32 gradients and weights; the way that weights have moved; the float64 files.
 LOSS, GRADIENT, MOVED, DOUBLE = 1e-4, 1e-3, 1e-2, 1e-6

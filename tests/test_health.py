@@ -16,11 +16,12 @@ from safetensors.torch import load_file, save_file
 from test_processes import TWO, python
 from test_trainer import METHODS, config, equal, everything, nets_of, roles, vectors
 
-from distill import checkpoint, data, health
-from distill.disc import verdicts
+from distill import data
 from distill.losses import scores
 from distill.methods import DMD2, SiD
-from distill.trainer import train
+from distill.networks.discriminator import verdicts
+from distill.training import checkpoint, nonfinite
+from distill.training.loop import train
 
 
 def ill(*at):
@@ -60,11 +61,11 @@ def test_the_lag_is_the_way_that_the_student_is_ahead(share):
 def test_size_and_spread_of_samples():
     """In words: as large as noise, of one mode, of samples that are all one; none of a single sample."""
     z = torch.randn(64, 3, 16, 16)
-    found = health.samples(z)
+    found = nonfinite.samples(z)
     assert [float(found[key]) for key in ("x_rms", "x_spread")] == pytest.approx([1, 1], rel=0.01)
-    assert float(health.samples(5 + 0.1 * z)["x_spread"]) == pytest.approx(0.1, rel=0.01)
-    assert float(health.samples(z[:1].expand(7, -1, -1, -1))["x_spread"]) == 0
-    assert health.samples(z[:1]).keys() == {"x_rms"}
+    assert float(nonfinite.samples(5 + 0.1 * z)["x_spread"]) == pytest.approx(0.1, rel=0.01)
+    assert float(nonfinite.samples(z[:1].expand(7, -1, -1, -1))["x_spread"]) == 0
+    assert nonfinite.samples(z[:1]).keys() == {"x_rms"}
 
 
 def test_verdicts_of_a_discriminator():
@@ -108,7 +109,7 @@ def test_a_nan_is_named_and_replayed(method, step, player, tmp_path):
     folder = tmp_path / f"replay-{step}-fake"
     assert str(error.value) == (
         f"non-finite loss at step {step}, player 'fake', rank 0: first bad tensor: batch/real (loss nan, samples 4 to "
-        f"7). The update was not applied; see it again: --replay {folder}. {health.ADVICE}"
+        f"7). The update was not applied; see it again: --replay {folder}. {nonfinite.ADVICE}"
     )
     after = everything(state)
     assert equal({k: v for k, v in before.items() if "fake" in k}, {k: v for k, v in after.items() if "fake" in k})
@@ -121,7 +122,7 @@ def test_a_nan_is_named_and_replayed(method, step, player, tmp_path):
         raise AssertionError("a replay has its own batch")
 
     nets, cfg = nets_of(method), config(gradient_accumulation_steps=2)
-    (findings,) = health.replay(folder, method, nets, none, cfg, Accelerator(cpu=True)).values()
+    (findings,) = nonfinite.replay(folder, method, nets, none, cfg, Accelerator(cpu=True)).values()
     assert [(one.samples, one.bad) for one in findings] == [([0, 1, 2, 3], None), ([4, 5, 6, 7], "batch/real")]
     then = json.loads((folder / "replay.json").read_text())["ranks"]["0"]
     assert [one.loss for one in findings] == [one["loss"] for one in then]
@@ -191,7 +192,7 @@ def test_a_full_disk_does_not_hide_it(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(health, "save_file", full)
+    monkeypatch.setattr(nonfinite, "save_file", full)
     with pytest.raises(FloatingPointError, match="batch/real .* no replay could be written \\(.*No space left"):
         list(states(tmp_path, (1, "fake", 5)))
 
@@ -279,7 +280,7 @@ def test_both_ranks_name_the_one(tmp_path):
 
     method, cfg = METHODS["dmd2"], config(gradient_accumulation_steps=2)
     for folder in (tmp_path, tmp_path / "sharded"):
-        found = health.replay(folder / "replay-1-fake", method, nets_of(method), None, cfg, Accelerator(cpu=True))
+        found = nonfinite.replay(folder / "replay-1-fake", method, nets_of(method), None, cfg, Accelerator(cpu=True))
         assert {rank: [one.bad for one in ones] for rank, ones in found.items()} == {1: ["batch/real", None]}
 
 
@@ -328,7 +329,7 @@ def stuck(seconds):
 
 def test_a_hang_is_reported_with_its_stack(tmp_path, capsys):
     """Once, with rank and step, in the run's folder and on stderr; steps that come in time are not."""
-    with health.Watchdog(0.4, tmp_path, 3, 7) as watch:
+    with nonfinite.Watchdog(0.4, tmp_path, 3, 7) as watch:
         for step in range(7, 12):
             watch(step)
             time.sleep(0.1)
@@ -342,7 +343,7 @@ def test_a_hang_is_reported_with_its_stack(tmp_path, capsys):
 
 
 def test_no_watchdog(tmp_path):
-    with health.Watchdog(0, tmp_path, 0):
+    with nonfinite.Watchdog(0, tmp_path, 0):
         stuck(0.1)
     assert not list(tmp_path.iterdir())
 

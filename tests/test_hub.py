@@ -1,4 +1,4 @@
-"""pipelines.hub against a local stand-in of the Hub's HTTP API; huggingface_hub is the real one, in its own process."""
+"""hub.py against a local stand-in of the Hub's HTTP API; huggingface_hub is the real one, in its own process."""
 
 import random
 from pathlib import Path

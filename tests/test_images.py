@@ -141,8 +141,8 @@ def test_files(tmp_path):
 
 
 def test_evaluation_reads_as_training_does(tmp_path):
-    from eval.features import _opened, list_images
-    from eval.images import level
+    from eval.features.extraction import _opened, list_images
+    from eval.images.images import level
     from eval.protocols import Prepare
 
     for name, image in (("a.tif", Image.fromarray(RAMP)), ("b.avif", Image.new("RGBA", (256, 2), GREY))):

@@ -12,10 +12,11 @@ import torch
 from accelerate import Accelerator
 from tiny import tiny
 
+from distill.diffusion.schedule import EDM, Flow
 from distill.methods import DMD2, LCD, SCM, VSD, SiD, SiDA
-from distill.roles import StudentConfig, build
-from distill.schedule import EDM, Flow
-from distill.trainer import TrainConfig, train
+from distill.training.build import build
+from distill.training.config import StudentConfig, TrainConfig
+from distill.training.loop import train
 
 FILE = Path(__file__).with_name("invariants.json")
 RTOL, STEPS, CLASSES = 1e-4, 20, 3

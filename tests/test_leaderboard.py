@@ -9,14 +9,14 @@ import re
 import pytest
 from test_page import row
 
-from eval import entries, jobs
-from eval.cost import measure, parameters
-from eval.jobs import Failed, Job, run
-from eval.leaderboard import card, write
-from eval.report import mean
-from pipelines.card import Result, evaluated, snippet
-from pipelines.card import card as model_card
-from pipelines.license import License
+from eval.leaderboard import entries, jobs
+from eval.leaderboard.commands import card, write
+from eval.leaderboard.jobs import Failed, Job, run
+from eval.leaderboard.tables import mean
+from eval.sampling.cost import measure, parameters
+from pipelines.export.card import Result, evaluated, snippet
+from pipelines.export.card import card as model_card
+from pipelines.export.license import License
 
 
 def test_a_board_is_a_product():

@@ -11,17 +11,19 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from unets import sdxl
 
-from distill import checkpoint
 from distill.data import Digits
-from distill.draw import Draw
+from distill.diffusion.schedule import Flow
+from distill.diffusion.times import Fixed
 from distill.losses import jvp
 from distill.methods import DMD2, SCM
-from distill.roles import StudentConfig, build
-from distill.schedule import Flow
-from distill.times import Fixed
-from distill.trainer import TrainConfig, train
-from pipelines import count, edm
-from pipelines.configs import MODELS, Meta
+from distill.random import Draw
+from distill.training import checkpoint
+from distill.training.build import build
+from distill.training.config import StudentConfig, TrainConfig
+from distill.training.loop import train
+from pipelines.families import edm
+from pipelines.planning import flop_counter
+from pipelines.planning.models import MODELS, Meta
 
 near = lambda got, want, tol=1e-9: torch.testing.assert_close(got, want, rtol=tol, atol=tol)
 weights = lambda net: {name: p.detach().clone() for name, p in net.named_parameters()}
@@ -37,8 +39,8 @@ def cycle():
         teacher = parts.family.load(parts, None, None)
         with torch.device("meta"):
             nets = build(method, teacher.denoiser, teacher.shape, c, StudentConfig(steps=steps))
-        cost = count.cost(method, nets, c, half=False, fused=False)
-        return cost.flops * cost.cycle / count.forward(teacher.denoiser, teacher.shape, c)
+        cost = flop_counter.cost(method, nets, c, half=False, fused=False)
+        return cost.flops * cost.cycle / flop_counter.forward(teacher.denoiser, teacher.shape, c)
 
     return measure
 

@@ -14,15 +14,19 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.checkpoint import CheckpointError, checkpoint
 
-from distill.denoiser import Denoiser
-from distill.draw import Draw
-from distill.ema import EMA
-from distill.lora import LoRA, merged, shared
-from distill.memory import recompute
+from distill.diffusion.denoiser import Denoiser
+from distill.diffusion.schedule import EDM, VP, Flow
 from distill.methods import DMD2, VSD, SiD
-from distill.roles import FakeConfig, Nets, StudentConfig, build
-from distill.schedule import EDM, VP, Flow
-from distill.trainer import TrainConfig, own, train
+from distill.modules import shared
+from distill.networks.ema import EMA
+from distill.networks.lora import LoRA, merged
+from distill.random import Draw
+from distill.roles import Nets
+from distill.training.build import build
+from distill.training.config import FakeConfig, StudentConfig, TrainConfig
+from distill.training.loop import train
+from distill.training.precision import recompute
+from distill.training.step import own
 
 RANK4 = LoRA(rank=4, alpha=8.0, targets=("mid", "last"))
 near = lambda got, want, tol=1e-12: torch.testing.assert_close(got, want, rtol=tol, atol=tol)

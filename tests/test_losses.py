@@ -9,7 +9,7 @@ from tiny import tiny
 from torch import nn
 
 from distill import losses
-from distill.disc import head, heads
+from distill.diffusion.schedule import EDM, KINDS, Flow
 from distill.losses import (
     denoising,
     gan_discriminator,
@@ -21,7 +21,7 @@ from distill.losses import (
     push,
     reduce,
 )
-from distill.schedule import EDM, KINDS, Flow
+from distill.networks.discriminator import head, heads
 
 near = lambda got, want, tol=1e-12: torch.testing.assert_close(got, want, rtol=tol, atol=tol)
 

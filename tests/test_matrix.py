@@ -12,13 +12,16 @@ import torch
 from accelerate import Accelerator
 from zoo import CLASSES, example
 
-from distill.guidance import overriding
-from distill.lora import LoRA
+from distill.diffusion.guidance import overriding
+from distill.diffusion.schedule import VP
 from distill.methods import DMD2, LCD, PCM, SCM, TCM, VSD, SiD
-from distill.roles import FakeConfig, StudentConfig, build
-from distill.schedule import VP
-from distill.trainer import TrainConfig, train
-from pipelines import FAMILIES, load, tiny
+from distill.networks.lora import LoRA
+from distill.training.build import build
+from distill.training.config import FakeConfig, StudentConfig, TrainConfig
+from distill.training.loop import train
+from pipelines import load
+from pipelines.families import tiny
+from pipelines.families.registry import FAMILIES
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 NAMES = {
@@ -40,7 +43,7 @@ METHODS = {
     "sCM": lambda taps: SCM(guidance=2.0, warmup=1),
 }
 FIRST = ("SiD", "DMD2", "VSD", "LCD", "SCM")  # their classes
-APART = ("NCT",)  # its student is an adapter of its own, pipelines/control.py: tests/test_control.py
+APART = ("NCT",)  # its student is an adapter of its own, pipelines/inference/controlnet.py: tests/test_control.py
 REFUSED = {
     (name, family): "no cross-attention" for name in ("NASAT", "SUN") for family in ("edm", "sd3", "flux", "qwen")
 }

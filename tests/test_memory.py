@@ -16,14 +16,17 @@ from tiny import Tiny, filled, tiny
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from distill import checkpoint, memory
-from distill.denoiser import Denoiser
-from distill.draw import Draw
-from distill.lora import LoRA, twin
+from distill.diffusion.denoiser import Denoiser
+from distill.diffusion.schedule import VP, Flow
 from distill.methods import DMD2, LCD, VSD, SiD
-from distill.roles import FakeConfig, StudentConfig, build
-from distill.schedule import VP, Flow
-from distill.trainer import start, train
+from distill.modules import twin
+from distill.networks.lora import LoRA
+from distill.random import Draw
+from distill.training import checkpoint, precision
+from distill.training.build import build
+from distill.training.config import FakeConfig, StudentConfig
+from distill.training.loop import train
+from distill.training.prepare import start
 
 ADAPTERS = LoRA(rank=4, alpha=8.0, targets=("mid", "last"))
 
@@ -51,12 +54,12 @@ def tensors(net):
 def test_gradients_in_bf16(name, engine):
     """Of every parameter of every player, close to those in float32; the students take two steps."""
     found, said = {}, []
-    for precision in ("no", "bf16"):
+    for mode in ("no", "bf16"):
         nets = nets_of(METHODS[name])
         nets.student.denoiser.net.mid.register_forward_hook(lambda m, args, out: said.append(out.dtype))
-        with pushed(nets) as found[precision]:
-            *_, state = train(METHODS[name], nets, vectors, config(max_train_steps=1), engine(precision))
-        assert (torch.bfloat16 in said) == (precision == "bf16")
+        with pushed(nets) as found[mode]:
+            *_, state = train(METHODS[name], nets, vectors, config(max_train_steps=1), engine(mode))
+        assert (torch.bfloat16 in said) == (mode == "bf16")
         for average in (state.ema.net, *nets.modules().values()):
             assert {p.dtype for p in average.parameters()} == {torch.float32}
     for role, exact in found["no"].items():
@@ -293,7 +296,7 @@ def test_an_export_has_torchs_attention(native):
     """A network that is read later too: kernels for half precision would fail on the pipeline in float32."""
     (trained, shape), (later, _) = flux(), flux()
     trained.net.set_attention_backend("_native_math")
-    memory.unset(trained.net)
+    precision.unset(trained.net)
     for denoiser in (trained, later):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(torch.nn.attention, "sdpa_kernel", None)  # what chooses a kernel

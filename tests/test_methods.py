@@ -24,10 +24,12 @@ from zoo import CLASSES, example
 
 from benchmarks import results
 from benchmarks.results import REFERENCE, TEACHERS, collapsed
-from distill.denoiser import Denoiser
-from distill.roles import StudentConfig, build
-from distill.schedule import VP
-from pipelines import count, edm, sd
+from distill.diffusion.denoiser import Denoiser
+from distill.diffusion.schedule import VP
+from distill.training.build import build
+from distill.training.config import StudentConfig
+from pipelines.families import edm, sd
+from pipelines.planning import flop_counter
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -42,7 +44,7 @@ WORDS = {  # of Method.needs
     "text": "cross-attention",
     "negative": "cross-attention (adapters are added)",
     "finished": "a finished student as its teacher",
-    "control": "a picture of its samples (`pipelines/control.py`)",
+    "control": "a picture of its samples (`pipelines/inference/controlnet.py`)",
     "steps": "several calls with fresh noise",
     "told": "a network that is told its guidance",
 }
@@ -97,7 +99,7 @@ def passes(method):
     teacher.net.to("meta")
     c = {name: value.to("meta") for name, value in c.items()}
     student = StudentConfig(1 + ("steps" in method.needs), negative=77 if "negative" in method.needs else 0)
-    return count.passes(method, build(method, teacher, shape, c, student), c)
+    return flop_counter.passes(method, build(method, teacher, shape, c, student), c)
 
 
 def row(name, levels):
@@ -114,7 +116,7 @@ def row(name, levels):
         needs += f"; {said(bare)} without its GAN" if bare.needs != default.needs else ""
         cost += f"; {passes(bare):.1f} without its GAN"
     roles = ", ".join(("student", *default.roles))
-    file = f"distill/methods/{Path(module.__file__).name}"
+    file = module.__name__.replace(".", "/") + ".py"
     return f"| {title} | [{name}]({file}) | {paper} | {what} | {roles} | {needs} | {cost} | {levels} |"
 
 

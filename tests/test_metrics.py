@@ -17,19 +17,19 @@ from scipy.stats import t as student_t
 from test_security import png
 
 from distill.data import digits
-from eval import features as feature_module
-from eval import hallucination, metrics
-from eval import images as folders
 from eval.cli import Unfinished
-from eval.digits import classifier
-from eval.extractors import load
-from eval.features import features
-from eval.intervals import mean_ci, ratio_ci
-from eval.metrics import METRICS, Score, fid, frechet, kid, manifold, tie, vendi
+from eval.features import extraction as feature_module
+from eval.features.digits import classifier
+from eval.features.extraction import features
+from eval.features.extractors import load
+from eval.images import images as folders
+from eval.metrics import hallucination, metrics
+from eval.metrics.intervals import mean_ci, ratio_ci
+from eval.metrics.metrics import METRICS, Score, fid, frechet, kid, manifold, tie, vendi
 from eval.protocols import PROTOCOLS
 from eval.score import Folder, score, scores
 from eval.score import statistics as statistics_of
-from pipelines import tiny
+from pipelines.families import tiny
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -318,7 +318,7 @@ def test_duplicates_cost_vendi_and_diversity(halves):
         assert not tie(vendi(look(few)), vendi(look(other)))
         wide, narrow = metrics.diversity(look(other), labels), metrics.diversity(look(few), few_labels)
         assert narrow.value < 0.75 * wide.value and not tie(wide, narrow)
-    from pipelines.perceptual import random as distance
+    from pipelines.judges.perceptual import random as distance
 
     sets = (other[:100], labels[:100]), (few[:100], few_labels[:100])
     lpips = [
@@ -341,7 +341,7 @@ def clip(tmp_path_factory):
     """A tiny CLIP that learned the training digits and their names, stored as a transformers folder."""
     from transformers import CLIPConfig, CLIPModel
 
-    from pipelines.tiny import clip_tokenizer
+    from pipelines.families.tiny import clip_tokenizer
 
     torch.manual_seed(0)
     small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -427,8 +427,8 @@ class Exact(torch.nn.Module):
 
 def test_hallucinations_between_modes_are_seen_in_the_right_window():
     """A fifth of the samples lie anywhere from 1 to 3: found at levels near the modes' width, not at wide ones."""
-    from distill.denoiser import Denoiser
-    from distill.schedule import EDM, Flow
+    from distill.diffusion.denoiser import Denoiser
+    from distill.diffusion.schedule import EDM, Flow
 
     teacher = Denoiser(Exact(), EDM(), "x0", lambda net, x, t, c: net(x, t))
     g = torch.Generator().manual_seed(0)

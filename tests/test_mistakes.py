@@ -13,10 +13,12 @@ from unittest.mock import patch
 import pytest
 import tyro
 
-from distill import checkpoint
 from distill.data import Text
-from distill.times import Grid, Karras, Uniform
-from pipelines import cache, edm_convert, export, pairs, tiny
+from distill.diffusion.times import Grid, Karras, Uniform
+from distill.training import checkpoint
+from pipelines.cache import encodings, pairs
+from pipelines.export import edm_convert, export
+from pipelines.families import tiny
 
 ROOT = Path(__file__).resolve().parent.parent
 TEACHER = "--pretrained_model_name_or_path "
@@ -49,7 +51,7 @@ def home(tmp_path_factory):
         shutil.copytree(folder / "sdxl", folder / name)
         change(folder / name)
     for name, images in (("text", ""), ("both", data.images)):
-        cache.run(cache.Cache(f"{folder / 'sdxl'}", data.prompts, images, f"{folder / name}"))
+        encodings.run(encodings.Cache(f"{folder / 'sdxl'}", data.prompts, images, f"{folder / name}"))
     return folder
 
 
@@ -63,7 +65,7 @@ def said(capsys, home, monkeypatch):
         with pytest.raises(SystemExit) as end:
             if command == "export":
                 export.main(tyro.cli(export.Again, args=argv, use_underscores=True))
-            elif command in (cache, edm_convert, pairs):
+            elif command in (encodings, edm_convert, pairs):
                 command.main(argv)
             else:
                 module = importlib.import_module(f"recipes.{command}")
@@ -186,22 +188,22 @@ def test_ranges_of_times():
 # ---- the commands ----
 
 COMMANDS = {  # what: (command, flags, words of the message); ON: --pretrained_model_name_or_path
-    "no prompts": (cache, "ON sdxl --prompts empty.txt", "empty.txt holds no prompts"),
-    "another column": (cache, "ON sdxl --prompts words.jsonl", "no column called text, .*words"),
+    "no prompts": (encodings, "ON sdxl --prompts empty.txt", "empty.txt holds no prompts"),
+    "another column": (encodings, "ON sdxl --prompts words.jsonl", "no column called text, .*words"),
     "a column that is not there": (
-        cache,
+        encodings,
         "ON sdxl --prompts words.jsonl --prompt_column a",
         "no column 'a'",
     ),
-    "prompts that are not there": (cache, "ON sdxl --prompts no.txt", "no prompts at 'no.txt'"),
-    "a torn image": (cache, "ON sdxl --images torn", "torn/2.png cannot be read.*--skip_broken"),
-    "an encoder that is not there": (cache, "ON no_text --images photos", "names text_encoder_2"),
+    "prompts that are not there": (encodings, "ON sdxl --prompts no.txt", "no prompts at 'no.txt'"),
+    "a torn image": (encodings, "ON sdxl --images torn", "torn/2.png cannot be read.*--skip_broken"),
+    "an encoder that is not there": (encodings, "ON no_text --images photos", "names text_encoder_2"),
     "half a pixel": (
-        cache,
+        encodings,
         "ON sdxl --images photos --resolution 17",
         "needs a multiple of 2",
     ),
-    "a file in the way": (cache, "ON sdxl --images photos --output_dir empty.txt", "empty.txt"),
+    "a file in the way": (encodings, "ON sdxl --images photos --output_dir empty.txt", "empty.txt"),
     "pairs without prompts": (pairs, "ON sdxl", "--cache|--prompts"),
     "no checkpoint of EDM": (edm_convert, "empty.txt OUT", "empty.txt is not a checkpoint of EDM"),
     "nothing to export": ("export", "", "give a run's folder, or a published student with --from FILE"),

@@ -17,11 +17,23 @@ import pytest
 import torch
 from browser import PATH, Browser
 
-from eval import images as folders
-from eval import plots
-from eval.leaderboard import read, write
-from eval.plots import Point, front, scatter
-from eval.report import COSTS, boards, columns, headline, label, labels, lower, markdown, mean, pretty, table
+from eval.images import images as folders
+from eval.leaderboard import plots
+from eval.leaderboard.commands import read, write
+from eval.leaderboard.plots import Point, front, scatter
+from eval.leaderboard.tables import (
+    COSTS,
+    boards,
+    columns,
+    headline,
+    label,
+    labels,
+    lower,
+    markdown,
+    mean,
+    pretty,
+    table,
+)
 
 
 def figure(value, half=0.0, n=2000):

@@ -12,10 +12,12 @@ from safetensors.torch import load_file, save_file
 from distill.data import Text
 from distill.data.labels import LabelPairs
 from distill.data.pairs import Pairs, noise
-from distill.draw import Draw
-from distill.guidance import Guided
-from distill.solver import sample
-from pipelines import cache, edm, load, pairs, sdxl, tiny
+from distill.diffusion.guidance import Guided
+from distill.diffusion.solver import sample
+from distill.random import Draw
+from pipelines import load
+from pipelines.cache import encodings, pairs
+from pipelines.families import edm, sdxl, tiny
 
 HALF = 2.0**-10  # relative rounding of float16
 DRAW = Draw(0, 3, "student", torch.arange(6))
@@ -123,7 +125,7 @@ class TestWhatIsStored:
 
     def test_prompts_of_a_cache(self, home, made, tmp_path, capfd):
         """The command reads encoded prompts too, and says how many bytes it takes."""
-        cache.run(cache.Cache(f"{home}/sdxl", f"{home}/data/prompts.txt", output_dir=f"{tmp_path}/text"))
+        encodings.run(encodings.Cache(f"{home}/sdxl", f"{home}/data/prompts.txt", output_dir=f"{tmp_path}/text"))
         flags = f"--n {N} --steps {STEPS} --guidance {GUIDANCE} --output_dir {tmp_path}/pairs"
         where = f"--pretrained_model_name_or_path {home}/sdxl --data.cache {tmp_path}/text"
         capfd.readouterr()

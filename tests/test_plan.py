@@ -12,16 +12,19 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.flop_counter import FlopCounterMode
 
-from distill.config import Config
+from distill.configuration import Config
 from distill.data import Digits
-from distill.draw import Draw
-from distill.lora import LoRA
 from distill.methods import DMD2, LCD, RCM, SCM, VSD, Rewarded, SiD
-from distill.roles import FakeConfig, StudentConfig, build
-from distill.trainer import TrainConfig, train
-from pipelines import count, edm, load, tiny
-from pipelines.configs import MODELS, Meta
-from pipelines.plan import Plan, Run, configured, main, moments
+from distill.networks.lora import LoRA
+from distill.random import Draw
+from distill.training.build import build
+from distill.training.config import FakeConfig, StudentConfig, TrainConfig
+from distill.training.loop import train
+from pipelines import load
+from pipelines.families import edm, tiny
+from pipelines.planning import flop_counter
+from pipelines.planning.memory_plan import Plan, Run, configured, main, moments
+from pipelines.planning.models import MODELS, Meta
 
 ADAPTER = LoRA(4, 4.0, ("to_q", "to_v", "conv1"))
 CASES = {  # method, student, fake, batch
@@ -85,7 +88,7 @@ def real(folder, run, steps, k=None):
     hook = register_optimizer_step_pre_hook(note)
     settings = dataclasses.replace(config.train, max_train_steps=steps)
     loop = train(config.method, nets, data, settings, Accelerator(cpu=True), draw=Draw if k is None else Fixed)
-    flops = FlopCounterMode(display=False, custom_mapping=count.FLOPS)
+    flops = FlopCounterMode(display=False, custom_mapping=flop_counter.FLOPS)
     with sdpa_kernel(SDPBackend.MATH), flops:
         *_, state = loop
     hook.remove()
@@ -122,7 +125,7 @@ def test_flops_are_those_of_a_real_run(folder, case):
     """Counted over one cycle of the loop, averaged over the number of calls that a step draws."""
     run = planned(folder, case)
     _, c, nets = run.built
-    cost = count.cost(run.config.method, nets, c, run.micro, half=False, fused=False)
+    cost = flop_counter.cost(run.config.method, nets, c, run.micro, half=False, fused=False)
     found = [real(folder, run, cost.cycle, k)[2] for k in range(run.config.student.steps)]
     assert cost.flops * cost.cycle == pytest.approx(sum(found) / len(found), rel=1e-12)
 
@@ -137,7 +140,7 @@ def test_every_family_is_counted(family, tmp_path):
     method = DMD2(guidance=1.0, gan=0, gan_fake=0)
     run = Run(Config(method, Digits(), train=TrainConfig(train_batch_size=1)), Meta.of(tmp_path), half=False)
     _, c, nets = run.built
-    cost = count.cost(method, nets, c, half=False, fused=False)
+    cost = flop_counter.cost(method, nets, c, half=False, fused=False)
     turn = cost.turns[0]
     assert turn.generation + turn.loss + cost.turns[1].loss == real(tmp_path, run, 1)[2]
     assert run.memory.total > run.memory.weights > 0 and Run(run.config, run.parts, half=True).memory.total > 0
@@ -147,11 +150,13 @@ def test_activations_are_near_those_of_a_real_run(folder):
     """What autograd keeps of the student's turn, with numbers, is the plan's peak within a quarter."""
     run = planned(folder, "dmd2")
     method, (_, c, nets) = run.config.method, run.built
-    cost = count.cost(method, nets, c, run.micro, half=False, fused=False)
+    cost = flop_counter.cost(method, nets, c, run.micro, half=False, fused=False)
     teacher = load(folder)
     c = teacher.encode(["a fox"])
     nets = build(method, teacher.denoiser, teacher.shape, c, run.config.student, run.config.fake)
-    weights = {t.untyped_storage().data_ptr() for t in count.distinct(teacher.denoiser.net, *nets.modules().values())}
+    weights = {
+        t.untyped_storage().data_ptr() for t in flop_counter.distinct(teacher.denoiser.net, *nets.modules().values())
+    }
     kept = {}
 
     def pack(tensor):
@@ -179,7 +184,7 @@ def test_gradients_of_a_convolution_cost_twice_its_pass(groups, transposed):
     """To input and weight, also of a depthwise one, where torch counts the weight's once for each channel."""
     kind = torch.nn.ConvTranspose2d if transposed else torch.nn.Conv2d
     net, x = kind(8, 8, 3, 2, groups=groups, device="meta"), torch.empty(2, 8, 9, 9, device="meta", requires_grad=True)
-    with count.Meter() as meter:
+    with flop_counter.Meter() as meter:
         y = net(x)
         forward = meter.flops
         y.sum().backward()
@@ -195,7 +200,7 @@ def test_a_run_is_counted_where_all_its_terms_are_there():
 
     def count_of(method):
         nets = build(method, teacher.denoiser, teacher.shape, c)
-        return count.cost(method, nets, c, half=False, fused=False).flops
+        return flop_counter.cost(method, nets, c, half=False, fused=False).flops
 
     soon = RCM(guidance=1.0, warmup=0)
     assert count_of(replace(soon, warmup=1000)) == count_of(soon)
@@ -325,5 +330,5 @@ def test_blocks_that_are_sharded(name):
     parts = Meta(MODELS[name])
     size = lambda net: sum(p.numel() for p in net.parameters())
     blocks = [m for m in parts.net.modules() if type(m).__name__ in parts.family.BLOCKS]
-    assert {type(m).__name__ for m in count.units(parts.net)} == {*parts.family.BLOCKS}
+    assert {type(m).__name__ for m in flop_counter.units(parts.net)} == {*parts.family.BLOCKS}
     assert sum(map(size, blocks)) > 0.9 * size(parts.net) and max(map(size, blocks)) < size(parts.net) / 12

@@ -39,11 +39,11 @@ def run(accelerator, case):
     """Every tensor after the last step, and the logs of every step averaged over processes; the samples seen."""
     from test_trainer import METHODS, config, nets_of, vectors
 
-    from distill.lora import LoRA
     from distill.methods import NCT, FDistill
-    from distill.roles import FakeConfig, StudentConfig
-    from distill.shard import whole
-    from distill.trainer import train
+    from distill.networks.lora import LoRA
+    from distill.sharding import whole
+    from distill.training.config import FakeConfig, StudentConfig
+    from distill.training.loop import train
 
     name, lora, rounds = CASES[case]
     adapter = LoRA(4, 8.0, ("mid", "last")) if lora else LoRA()
@@ -76,7 +76,7 @@ def main(folder, cases):
     from safetensors.torch import save_file
     from sharded import sharded
 
-    from distill.health import Agreement
+    from distill.training.nonfinite import Agreement
 
     torch.set_num_threads(1)
     accelerator = Accelerator()

@@ -9,9 +9,9 @@ from peft import LoraConfig, inject_adapter_in_model
 from safetensors.torch import save_file
 from test_comfy import ALL, DESCRIBED_NARROW
 
-from distill.denoiser import Denoiser
-from distill.schedule import VP
-from pipelines import files, kohya, published
+from distill.diffusion.denoiser import Denoiser
+from distill.diffusion.schedule import VP
+from pipelines.export import kohya, published, single_files
 
 ORIGINAL = {ours: original for original, ours in DESCRIBED_NARROW[True].items()}  # matrices and kernels of narrow SDXL
 
@@ -66,7 +66,9 @@ LORAS = {
 def test_loras(nets, tmp_path, layout):
     """Tensors and alphas of each layout, installed on the base, give what the role gives."""
     base, _, role = nets
-    found = {n: files.Adapter(a.down.half(), a.up.half(), a.alpha) for n, a in files.adapters(role).items()}
+    found = {
+        n: single_files.Adapter(a.down.half(), a.up.half(), a.alpha) for n, a in single_files.adapters(role).items()
+    }
     save_file(LORAS[layout](found), tmp_path / "x.safetensors")
     got = published.read(tmp_path / "x.safetensors", base).weights
     assert got.keys() == found.keys()
@@ -82,12 +84,12 @@ def test_loras(nets, tmp_path, layout):
 def test_our_own_files_come_back(nets, tmp_path):
     """With rank and alpha; also where ranks and alphas differ between modules."""
     base, _, role = nets
-    ours = files.adapters(role)
+    ours = single_files.adapters(role)
     names = list(ours)
-    mixed = {n: files.Adapter(a.down[:2], a.up[:, :2], 7.0 if n == names[3] else 4.0) for n, a in ours.items()}
+    mixed = {n: single_files.Adapter(a.down[:2], a.up[:, :2], 7.0 if n == names[3] else 4.0) for n, a in ours.items()}
     mixed[names[5]] = ours[names[5]]
     uneven = published.install(base, mixed)
-    for net, write in ((role, files.lora_file), (uneven, files.lora_file), (uneven, kohya.lora_file)):
+    for net, write in ((role, single_files.lora_file), (uneven, single_files.lora_file), (uneven, kohya.lora_file)):
         write(net, tmp_path / "x.safetensors", {}, torch.float32)
         again = published.install(base, published.read(tmp_path / "x.safetensors", base).weights)
         assert torch.equal(unets.output(again), unets.output(net))
@@ -144,7 +146,7 @@ def test_alpha_of_peft(nets, tmp_path, place):
     """adapter_config.json beside the file and diffusers' metadata inside it; the weights are those that PEFT merges."""
     base, _, role = nets
     names = ("conv_in", "down_blocks.1.attentions.0.proj_in")
-    found = {n: files.adapters(role)[n] for n in names}
+    found = {n: single_files.adapters(role)[n] for n in names}
     tensors, path = LORAS["PEFT"](found), tmp_path / "adapter_model.safetensors"
 
     def saved(config):
@@ -177,7 +179,7 @@ def test_alpha_of_peft(nets, tmp_path, place):
 
 def test_alpha_in_metadata_of_kohya(nets, tmp_path):
     base, _, role = nets
-    found = {"conv_in": files.adapters(role)["conv_in"]}
+    found = {"conv_in": single_files.adapters(role)["conv_in"]}
     tensors = kohya_keys(found, lambda name: name, alpha=False)
     save_file(tensors, tmp_path / "x.safetensors", {"ss_network_alpha": "1.5"})
     assert published.read(tmp_path / "x.safetensors", base).weights["conv_in"].alpha == 1.5
@@ -253,7 +255,7 @@ def test_mistakes(nets, tmp_path, capsys):
         state | {"time_embedding.cond_proj.weight": torch.zeros(2, 2)}, "not of the base .*cond_proj"
     )  # LCM's UNets
     refused(state | {"conv_in.bias": torch.zeros(7)}, r"another shape \['conv_in.bias'\]")
-    lora = kohya_keys(files.adapters(role), lambda name: name)
+    lora = kohya_keys(single_files.adapters(role), lambda name: name)
     refused(lora | {"lora_te_text_model_encoder.alpha": torch.ones(())}, "lora_te_text.* is not a LoRA of a module")
     refused(lora | {"lora_unet_conv_in.dora_scale": torch.ones(3)}, "dora_scale' is DoRA, which is not read")
     refused({k: v for k, v in lora.items() if k != "lora_unet_conv_in.lora_up.weight"}, "LoRA of conv_in does not fit")

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from distill.data import Text
-from pipelines import tiny
+from pipelines.families import tiny
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()

@@ -19,14 +19,18 @@ from hub_server import Hub, environment
 from PIL import Image
 from safetensors.torch import load_file
 
-from distill import checkpoint
-from distill.config import parse
-from distill.roles import build
-from distill.schedule import EDM
-from distill.student import Student
-from distill.trainer import train
-from pipelines import ExportError, edm, export, index, load, opened, run, verify
-from pipelines.card import snippet
+from distill.configuration import parse
+from distill.diffusion.schedule import EDM
+from distill.diffusion.student import Student
+from distill.training import checkpoint
+from distill.training.build import build
+from distill.training.loop import train
+from pipelines import load, run
+from pipelines.components import ExportError, index
+from pipelines.export import export, verify
+from pipelines.export.card import snippet
+from pipelines.families import edm
+from pipelines.teacher import opened
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = sorted(p.stem for p in (ROOT / "recipes").glob("*.py") if "\nCONFIG = Config(" in p.read_text())

@@ -9,17 +9,19 @@ from accelerate import Accelerator
 from gaussian import F64, SCHEDULES, Line, exact, nets_of, problem, student_gradient, white
 from tiny import tiny
 
-from distill.config import Config
+from distill.configuration import Config
 from distill.data import Digits
-from distill.draw import Draw
+from distill.diffusion.schedule import VP
+from distill.diffusion.solver import sample
 from distill.methods import Regression
-from distill.roles import StudentConfig, build
-from distill.schedule import VP
-from distill.solver import sample
-from distill.trainer import TrainConfig, train
-from pipelines import latents, run
-from pipelines import tiny as tiny_parts
-from pipelines.perceptual import lpips, perceptual, random
+from distill.random import Draw
+from distill.training.build import build
+from distill.training.config import StudentConfig, TrainConfig
+from distill.training.loop import train
+from pipelines import run
+from pipelines.families import latents
+from pipelines.families import tiny as tiny_parts
+from pipelines.judges.perceptual import lpips, perceptual, random
 
 N = 64
 FORMS = {  # derivative of the distance, per element, to delta

@@ -13,9 +13,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from distill.data import Digits
-from distill.roles import StudentConfig
-from distill.student import Student
-from pipelines import ExportError, Parts, edm, export, latents, load, noise, rehearsal, sd, tiny
+from distill.diffusion.student import Student
+from distill.training.config import StudentConfig
+from pipelines import load
+from pipelines.components import ExportError, Parts
+from pipelines.export import export, rehearsal
+from pipelines.families import edm, latents, schedulers, sd, tiny
 from pipelines.run import carried
 
 ZERO = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
@@ -66,16 +69,19 @@ def copy(folder, tmp_path):
 def test_every_scheduler_of_diffusers_is_read_or_refused_by_name():
     names = [name for name in dir(diffusers.schedulers) if name.endswith("Scheduler")]
     classes = {name: getattr(diffusers.schedulers, name) for name in names}
-    assert len(classes) > 40 and {*noise.TABLES, *noise.FLOWS, *noise.EDM} - {"DPMSolverSDEScheduler"} <= classes.keys()
+    assert (
+        len(classes) > 40
+        and {*schedulers.TABLES, *schedulers.FLOWS, *schedulers.EDM} - {"DPMSolverSDEScheduler"} <= classes.keys()
+    )
     for name, cls in classes.items():
         keys = inspect.signature(cls.__init__).parameters
-        if name in noise.TABLES and name != "DPMSolverSDEScheduler":  # it needs a library that is not installed
+        if name in schedulers.TABLES and name != "DPMSolverSDEScheduler":  # it needs a library that is not installed
             made = cls(**SD)
-            assert noise.table(made)[0].alphas_cumprod == tuple(made.alphas_cumprod.double().tolist())
-        if name in noise.FLOWS:
-            assert noise.flow(cls(**({"use_flow_sigmas": True} if "use_flow_sigmas" in keys else {}))) == 1000
+            assert schedulers.table(made)[0].alphas_cumprod == tuple(made.alphas_cumprod.double().tolist())
+        if name in schedulers.FLOWS:
+            assert schedulers.flow(cls(**({"use_flow_sigmas": True} if "use_flow_sigmas" in keys else {}))) == 1000
         found = type(name, (), {})()
-        for read, those in ((noise.table, noise.TABLES), (noise.flow, noise.FLOWS)):
+        for read, those in ((schedulers.table, schedulers.TABLES), (schedulers.flow, schedulers.FLOWS)):
             if name not in those:
                 with pytest.raises(ValueError, match=f"scheduler is {name} \\(_class_name in .*: .*EulerDiscrete"):
                     read(found)
@@ -93,7 +99,7 @@ REFUSED = {
 def test_keys_that_are_refused(name):
     config, words = REFUSED[name]
     with pytest.raises(ValueError, match=f"EulerDiscreteScheduler has .*{words}|EulerDiscreteScheduler has {words}"):
-        noise.table(diffusers.EulerDiscreteScheduler(**SD | config))
+        schedulers.table(diffusers.EulerDiscreteScheduler(**SD | config))
 
 
 TABLES = {
@@ -115,10 +121,10 @@ def test_a_scheduler_whose_library_is_not_installed(copy):
 def test_a_student_has_the_teachers_table(name):
     """All of it, or its beginning, of every kind of table; of a zero terminal SNR by its key."""
     teacher = diffusers.DDIMScheduler(**SD | TABLES[name])
-    schedule, _ = noise.table(teacher)
+    schedule, _ = schedulers.table(teacher)
     last = len(schedule.alphas_cumprod) - 1
     for n in (last, last // 2):
-        keys = noise.betas(teacher, schedule, n)
+        keys = schedulers.betas(teacher, schedule, n)
         assert ("rescale_betas_zero_snr" in keys) == (name == "zero" and n == last)
         for cls in (diffusers.LCMScheduler, diffusers.EulerDiscreteScheduler):
             made = cls(num_train_timesteps=n + 1, **keys).alphas_cumprod.double()

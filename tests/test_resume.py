@@ -12,9 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from distill import history
 from distill.files import folder_lock, read_yaml
-from pipelines import tiny
+from distill.training import history
+from pipelines.families import tiny
 from pipelines.identity import identity
 from recipes import dmd2_digits, sid_digits
 
@@ -236,10 +236,11 @@ def test_a_second_run_in_one_folder_is_refused_at_once(holder, call, teacher, tm
 
 def test_a_second_writer_of_a_folder_is_refused(holder, teacher, tmp_path, capsys):
     """Images, an export, a cache, pairs, a converted teacher, jobs: each by a message that names the folder."""
-    from eval.generate import generate
-    from eval.jobs import Job
-    from eval.jobs import run as start
-    from pipelines import cache, edm_convert, export, pairs
+    from eval.leaderboard.jobs import Job
+    from eval.leaderboard.jobs import run as start
+    from eval.sampling.generate import generate
+    from pipelines.cache import encodings, pairs
+    from pipelines.export import edm_convert, export
 
     out = tmp_path / "out"
     beside, inside = holder(out, True), holder(out)
@@ -248,7 +249,7 @@ def test_a_second_writer_of_a_folder_is_refused(holder, teacher, tmp_path, capsy
     with pytest.raises(ValueError, match=rf"out is in use by process {inside.pid} .* choose another folder"):
         start({"a": Job("a", ["-c", ""])}, out, 1)
     for module, argv, process in (
-        (cache, ["--pretrained_model_name_or_path", f"{teacher}", "--output_dir", f"{out}"], inside),
+        (encodings, ["--pretrained_model_name_or_path", f"{teacher}", "--output_dir", f"{out}"], inside),
         (pairs, ["--pretrained_model_name_or_path", f"{teacher}", "--output_dir", f"{out}"], inside),
         (edm_convert, ["file.pkl", f"{out}"], beside),
         (export, export.Again(run=f"{tmp_path / 'run'}", output_dir=f"{out}"), beside),

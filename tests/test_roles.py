@@ -10,14 +10,15 @@ from gaussian import SCHEDULES
 from tiny import tiny
 from torch import nn
 
-from distill import checkpoint
-from distill.denoiser import Denoiser
-from distill.draw import Draw
-from distill.lora import LoRA
+from distill.diffusion.denoiser import Denoiser
+from distill.diffusion.schedule import EDM, VP, Flow
 from distill.methods import DMD2, LCD, SCM, VSD, SiD
-from distill.roles import FakeConfig, StudentConfig, build
-from distill.schedule import EDM, VP, Flow
-from distill.trainer import TrainConfig, train
+from distill.networks.lora import LoRA
+from distill.random import Draw
+from distill.training import checkpoint
+from distill.training.build import build
+from distill.training.config import FakeConfig, StudentConfig, TrainConfig
+from distill.training.loop import train
 
 METHODS = {
     "sid": (SiD(), {"student", "fake"}),

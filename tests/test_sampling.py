@@ -21,14 +21,17 @@ import pytest
 import torch
 from gaussian import F64, Gaussian, Oracle, consistent, exact, level
 
-from distill.denoiser import Denoiser
+from distill.diffusion.denoiser import Denoiser
+from distill.diffusion.schedule import EDM, Flow
+from distill.diffusion.student import Student, grid_times
 from distill.methods import BOOT, CT, LCD, PCM, SCM, TCD, TCM
-from distill.roles import Nets, StudentConfig, build
-from distill.schedule import EDM, Flow
-from distill.student import Student, grid_times
-from pipelines import Teacher, flux, noise, qwen
+from distill.roles import Nets
+from distill.training.build import build
+from distill.training.config import StudentConfig
+from pipelines.export.schedule import pipeline_times, scheduler
+from pipelines.families import flux, qwen, schedulers
 from pipelines.run import with_method_times
-from pipelines.scheduler import pipeline_times, scheduler
+from pipelines.teacher import Teacher
 
 MU, S = 0.3, 0.6
 LAW = Gaussian(torch.tensor([MU], dtype=F64), torch.tensor([[S**2]], dtype=F64))
@@ -60,7 +63,7 @@ def family(name):
     """A teacher with the published scheduler, whose network is the posterior mean of the Gaussian."""
     own, pipeline, module, side = OWN[name]
     if name in TABLES:
-        schedule, kind = noise.table(own)
+        schedule, kind = schedulers.table(own)
     else:
         schedule, kind = (EDM(), "edm") if name == "edm" else (Flow(), "flow")
     parts = SimpleNamespace(

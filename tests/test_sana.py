@@ -7,12 +7,15 @@ import math
 import pytest
 import torch
 
-from distill.config import dump
+from distill.configuration import dump
+from distill.diffusion.student import Student
 from distill.methods import LCD, SCM, VSD, Sprint
-from distill.roles import StudentConfig
-from distill.student import Student
-from pipelines import ExportError, export, load, sana, tiny, verify
-from pipelines.scheduler import scheduler
+from distill.training.config import StudentConfig
+from pipelines import load
+from pipelines.components import ExportError
+from pipelines.export import export, verify
+from pipelines.export.schedule import scheduler
+from pipelines.families import sana, tiny
 
 PROMPTS = ["a red fox in the snow"]
 PLAIN = {"qk_norm": None, "timestep_scale": 1.0}
@@ -155,7 +158,7 @@ def test_who_tells(method, told):
     """Told before training, and again when a run is exported from its configuration alone."""
     import yaml
 
-    from distill.config import Config
+    from distill.configuration import Config
 
     assert ("told" in method.needs) == told
     text = dump(Config(method, None))

@@ -12,15 +12,15 @@ from pathlib import Path
 
 import pytest
 
-from distill.config import Config
+from distill.configuration import Config
 from distill.data import Digits
 from distill.methods import DMD2, SiD
-from distill.roles import StudentConfig
-from distill.trainer import TrainConfig
-from pipelines import count, tiny
-from pipelines.configs import Meta
-from pipelines.plan import Run
-from pipelines.scaling import Layout, Machine, layouts, main
+from distill.training.config import StudentConfig, TrainConfig
+from pipelines.families import tiny
+from pipelines.planning import flop_counter
+from pipelines.planning.cluster_plan import Layout, Machine, layouts, main
+from pipelines.planning.memory_plan import Run
+from pipelines.planning.models import Meta
 
 ROOT = Path(__file__).resolve().parent.parent
 METHODS = (DMD2(guidance=1.0, every=1, gan=0.0, gan_fake=0.0), SiD(kappa=(1.0, 1.0, 1.0, 1.0)))
@@ -34,10 +34,10 @@ def shard(folder):
     from torch.distributed.tensor.debug import CommDebugMode
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    from distill import memory
-    from distill.draw import Draw
-    from distill.roles import build
-    from distill.trainer import own
+    from distill.random import Draw
+    from distill.training import precision
+    from distill.training.build import build
+    from distill.training.step import own
     from pipelines import load
 
     torch.set_num_threads(1)
@@ -49,14 +49,14 @@ def shard(folder):
         nets = build(method, teacher.denoiser, teacher.shape, c)
         networks = [nets.teacher.net.requires_grad_(False), *nets.modules().values()]
         if recompute:
-            memory.recompute(nets)
+            precision.recompute(nets)
         for net in networks:
-            for unit in (*count.units(net), net):
+            for unit in (*flop_counter.units(net), net):
                 fully_shard(unit, mesh=mesh, reshard_after_forward=True)
         owners = {role: list(net.parameters()) for role, net in nets.modules().items()}
         for update in method.updates():
             own(owners, update.player)
-            draw, shards = Draw(0, 1, update.player, torch.zeros(1, dtype=torch.long)), count.Shards(*networks)
+            draw, shards = Draw(0, 1, update.player, torch.zeros(1, dtype=torch.long)), flop_counter.Shards(*networks)
             with CommDebugMode() as seen:
                 with torch.set_grad_enabled(update.player == "student"):
                     x = method.sample(nets, {"c": dict(c)}, draw)
@@ -74,7 +74,7 @@ def shard(folder):
             assert sum(real.values()) == shards.traffic.collectives, (method, update.player, real, shards.traffic)
             sizes = sum(p.numel() for p in owners[update.player])
             assert shards.traffic.reduced == sizes
-            assert real["c10d._reduce_scatter_base_"] == 1 + len(count.units(nets.teacher.net))
+            assert real["c10d._reduce_scatter_base_"] == 1 + len(flop_counter.units(nets.teacher.net))
 
 
 def test_collectives_are_those_of_torch(folder):

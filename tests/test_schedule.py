@@ -7,8 +7,8 @@ import torch
 from gaussian import F64
 from gaussian import SCHEDULES as COMMON
 
-from distill.schedule import EDM, KINDS, VP, Flow, Prediction, Trig
-from distill.times import shift
+from distill.diffusion.schedule import EDM, KINDS, VP, Flow, Prediction, Trig
+from distill.diffusion.times import shift
 
 SD = VP.scaled_linear()
 SCHEDULES = COMMON | {"edm-3": EDM(0.01, 20.0, 3.0), "vp-few": VP((0.9, 0.5, 0.3, 0.1, 0.05)), "flow-1": Flow(1.0)}
@@ -242,8 +242,8 @@ class TestDiffusers:
         """The clean sample and one DDIM step of each type of prediction."""
         from diffusers import DDIMScheduler
 
-        from distill.denoiser import Denoiser
-        from distill.solver import ddim
+        from distill.diffusion.denoiser import Denoiser
+        from distill.diffusion.solver import ddim
 
         scheduler = DDIMScheduler(**self.SD, prediction_type=theirs, clip_sample=False, set_alpha_to_one=False)
         scheduler.num_inference_steps = 1000 // (n - m)  # it steps by 1000 // this
@@ -269,8 +269,8 @@ class TestDiffusers:
         """The shift is ours in times.shift; native time, noising and the Euler step."""
         from diffusers import FlowMatchEulerDiscreteScheduler
 
-        from distill.denoiser import Denoiser
-        from distill.solver import ddim
+        from distill.diffusion.denoiser import Denoiser
+        from distill.diffusion.solver import ddim
 
         scheduler = FlowMatchEulerDiscreteScheduler(shift=s)
         t = shift(torch.linspace(1, 0.001, 1000, dtype=F64), s)

@@ -13,16 +13,19 @@ import zlib
 import pytest
 import torch
 
-from distill import checkpoint
-from distill.config import fail
+from distill.configuration import fail
 from distill.data.sources import Broken, pictures, prompts
 from distill.files import read_yaml
-from eval import images
-from eval.page import page
-from pipelines import hub, load, located, tiny
-from pipelines.experts import gather, routes
-from pipelines.export import replaceable
-from pipelines.files import file_name
+from distill.training import checkpoint
+from eval.images import images
+from eval.leaderboard.page import page
+from pipelines import load
+from pipelines.components import located
+from pipelines.export import hub
+from pipelines.export.export import replaceable
+from pipelines.export.single_files import file_name
+from pipelines.families import tiny
+from pipelines.inference.experts import gather, routes
 from recipes import dmd2_digits
 
 ESCAPE = "\x1b]0;owned\x07\x9b31m\u202e"
@@ -113,7 +116,7 @@ def test_a_checkpoint(tmp_path, canary, name):
     from accelerate import Accelerator
     from test_trainer import METHODS, config, nets_of, vectors
 
-    from distill.trainer import train
+    from distill.training.loop import train
 
     (state,) = train(METHODS["sid"], nets_of(METHODS["sid"]), vectors, config(max_train_steps=1), Accelerator(cpu=True))
     saved = checkpoint.save(state, tmp_path)

@@ -15,11 +15,13 @@ from sharded import sharded
 from test_processes import TWO, python
 from test_trainer import METHODS, config, nets_of, vectors
 
-from distill import checkpoint, memory, shard
+from distill import sharding
 from distill.data import Digits
-from distill.lora import LoRA
-from distill.roles import FakeConfig, StudentConfig
-from distill.trainer import supported, train
+from distill.networks.lora import LoRA
+from distill.training import checkpoint, precision
+from distill.training.config import FakeConfig, StudentConfig
+from distill.training.loop import train
+from distill.training.prepare import supported
 
 CASES = ("sid", "dmd2", "lcd")  # with a head; with a target
 MODES = ("whole", "parts")
@@ -40,13 +42,13 @@ def run(name, accelerator, last, folder=None, resume=None, lora=False):
             with checkpoint.Saver(folder) as saver:
                 saver.save(state)
     moments = {
-        f"{player}.{i}.{key}": shard.whole(value)
+        f"{player}.{i}.{key}": sharding.whole(value)
         for player, optimizer in state.optimizers.items()
         for i, p in enumerate(optimizer.param_groups[0]["params"])
         for key, value in optimizer.state[p].items()
     }
     roles = {**state.nets.modules(), "ema": state.ema.net}
-    named = {f"{role}.{key}": shard.whole(p) for role, net in roles.items() for key, p in net.named_parameters()}
+    named = {f"{role}.{key}": sharding.whole(p) for role, net in roles.items() for key, p in net.named_parameters()}
     return {key: value.detach().clone() for key, value in (named | moments).items()}
 
 
@@ -246,7 +248,7 @@ def test_deterministic(monkeypatch):
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
     try:
-        memory.deterministic()
+        precision.deterministic()
         assert torch.are_deterministic_algorithms_enabled() and not torch.backends.cudnn.benchmark
         assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
     finally:

@@ -12,12 +12,13 @@ from diffusers import (
     LCMScheduler,
 )
 
-from distill.schedule import EDM
-from distill.solver import Call, relay
-from eval.generate import generate
-from eval.sampler import generator
-from pipelines import edm, load, tiny
-from pipelines.stitch import Turn, around, levels, stitch
+from distill.diffusion.schedule import EDM
+from distill.diffusion.solver import Call, relay
+from eval.sampling.generate import generate
+from eval.sampling.sampler import generator
+from pipelines import load
+from pipelines.families import edm, tiny
+from pipelines.inference.stitch import Turn, around, levels, stitch
 
 PROMPTS = ["a red fox in the snow", "seven cats under the stars"]
 
@@ -36,7 +37,7 @@ def home(tmp_path_factory):
 
 
 def tiny_unet():
-    from pipelines import sdxl
+    from pipelines.families import sdxl
 
     return sdxl.tiny().unet
 

@@ -6,11 +6,11 @@ import torch
 from gaussian import F64, SCHEDULES, exact, problem
 from tiny import tiny
 
-from distill.denoiser import Denoiser
-from distill.draw import Draw
-from distill.schedule import EDM, KINDS, VP, Flow, Trig
-from distill.solver import STEPS, calls, ddim, sample
-from distill.student import Student, grid_times
+from distill.diffusion.denoiser import Denoiser
+from distill.diffusion.schedule import EDM, KINDS, VP, Flow, Trig
+from distill.diffusion.solver import STEPS, calls, ddim, sample
+from distill.diffusion.student import Student, grid_times
+from distill.random import Draw
 
 near = lambda got, want, tol=1e-12: torch.testing.assert_close(got, want, rtol=tol, atol=tol)
 N = 5

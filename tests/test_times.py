@@ -7,12 +7,24 @@ import torch
 from gaussian import F64, SCHEDULES
 from scipy.stats import chisquare
 
-from distill import times
-from distill.config import Config, parse
+from distill.configuration import Config, parse
 from distill.data import Digits
-from distill.draw import Draw
+from distill.diffusion import times
+from distill.diffusion.times import (
+    Clip,
+    Fixed,
+    Grid,
+    Karras,
+    LogitNormal,
+    LogNormal,
+    Shifted,
+    Staged,
+    Uniform,
+    clusters,
+    share,
+)
 from distill.methods import Denoise, SiD
-from distill.times import Clip, Fixed, Grid, Karras, LogitNormal, LogNormal, Shifted, Staged, Uniform, clusters, share
+from distill.random import Draw
 
 LAWS = (
     Uniform(0.0, 1.0),

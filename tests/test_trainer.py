@@ -16,15 +16,18 @@ from tiny import WORDS, clock, reader, spoken, steered, tiny
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from zoo import CLASSES, example
 
-from distill import checkpoint
 from distill.data import Digits
-from distill.draw import Draw
-from distill.ema import exponent
-from distill.lora import LoRA
+from distill.diffusion.schedule import Trig
 from distill.methods import DMD2, LCD, RCM, SCM, VSD, SiD
-from distill.roles import HEADS, FakeConfig, StudentConfig, build
-from distill.schedule import Trig
-from distill.trainer import TrainConfig, count_updates, train
+from distill.networks.ema import exponent
+from distill.networks.lora import LoRA
+from distill.random import Draw
+from distill.roles import HEADS
+from distill.training import checkpoint
+from distill.training.build import build
+from distill.training.config import FakeConfig, StudentConfig, TrainConfig
+from distill.training.loop import train
+from distill.training.step import count_updates
 
 RANGE = (1.0, 3.0)  # of a random guidance
 METHODS = {
@@ -516,7 +519,7 @@ DIGITS = {
 
 def digits(name, channels=(8, 16)):
     """(method, networks) from the same teacher and head every time."""
-    from pipelines import edm
+    from pipelines.families import edm
 
     method, change = DIGITS[name]
     torch.manual_seed(0)

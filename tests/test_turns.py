@@ -6,13 +6,13 @@ from gaussian import F64, SCHEDULES, consistent, exact
 from test_student import near, problem
 from tiny import tiny
 
-from distill.denoiser import Denoiser
-from distill.draw import Draw
-from distill.guidance import Guided
+from distill.diffusion.denoiser import Denoiser
+from distill.diffusion.guidance import Guided
+from distill.diffusion.schedule import EDM, VP, Flow, Trig
+from distill.diffusion.solver import Call, cfgpp, ddim, fresh, handover, relay, sample
+from distill.diffusion.student import Student
 from distill.methods import BOOT, LCD
-from distill.schedule import EDM, VP, Flow, Trig
-from distill.solver import Call, cfgpp, ddim, fresh, handover, relay, sample
-from distill.student import Student
+from distill.random import Draw
 
 N = 32
 

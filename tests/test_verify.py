@@ -7,12 +7,13 @@ import pytest
 import torch
 from torch import nn
 
-from distill.denoiser import Denoiser
-from distill.roles import StudentConfig
-from distill.schedule import Flow
-from distill.student import Student
-from pipelines import export, flux, tiny, verify
+from distill.diffusion.denoiser import Denoiser
+from distill.diffusion.schedule import Flow
+from distill.diffusion.student import Student
+from distill.training.config import StudentConfig
 from pipelines import load as load_teacher
+from pipelines.export import export, verify
+from pipelines.families import flux, tiny
 from pipelines.run import carried, half, launched
 
 

@@ -7,12 +7,12 @@ import torch
 from test_leaderboard import _plain
 from test_page import figure, row
 
-from eval import images as folders
-from eval import watch as module
+from eval.images import images as folders
+from eval.leaderboard import select_checkpoint as module
+from eval.leaderboard.select_checkpoint import SEED, best, splits, watch
 from eval.protocols import Measure, Protocol, protocol
-from eval.watch import SEED, best, splits, watch
-from pipelines.card import card
-from pipelines.license import License
+from pipelines.export.card import card
+from pipelines.export.license import License
 
 STAGE = """
 import json, os, pathlib, sys

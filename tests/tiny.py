@@ -3,8 +3,8 @@
 import torch
 from torch import nn
 
-from distill.denoiser import Denoiser
-from distill.draw import Draw
+from distill.diffusion.denoiser import Denoiser
+from distill.random import Draw
 
 
 class Tiny(nn.Module):
@@ -41,7 +41,7 @@ def tiny(schedule, kind="v", seed=0, dtype=torch.float64, classes=0, **sizes):
 
 
 class TimestepEmbedding(nn.Linear):
-    """Named as diffusers' embedding of time, so that distill.average.timed finds it."""
+    """Named as diffusers' embedding of time, so that distill.diffusion.end_time.timed finds it."""
 
 
 class Clock(nn.Module):

@@ -48,7 +48,7 @@ def sd15():
 
 def adapted(unet, targets=TARGETS, rank=3, alpha=5.0):
     """A role with adapters that do something."""
-    from distill.lora import LoRA
+    from distill.networks.lora import LoRA
 
     net = LoRA(rank, alpha, targets)(unet)
     for name, p in net.named_parameters():

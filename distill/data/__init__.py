@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 
 from distill.data import sources
-from distill.data.feed import FIXED, Feed
+from distill.data.forget_words import Words
 from distill.data.index import belongs, command, read_index, texts
 from distill.data.labels import NOTHING, chosen
 from distill.data.online import SIZES, Images, Texts
+from distill.data.prefetch import FIXED, Feed
 from distill.data.shards import Shards, Table
 from distill.data.sources import Pictures
-from distill.data.words import Words
-from distill.draw import Draw
-from distill.guidance import overriding
+from distill.diffusion.guidance import overriding
+from distill.random import Draw
 from distill.ranges import Count, Natural, Share, check
 
 ONLINE = ("prompts", "images", "prompt_column", "caption_column", "image_column", "crops", "max_samples")

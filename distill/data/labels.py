@@ -14,10 +14,10 @@ from torch import Tensor
 from distill.data import images
 from distill.data.pairs import noise
 from distill.data.sources import notice
-from distill.draw import Draw
-from distill.guidance import Guided
+from distill.diffusion.guidance import Guided
+from distill.diffusion.solver import sample
+from distill.random import Draw
 from distill.ranges import Calls, Count, Finite, Natural, Seed
-from distill.solver import sample
 
 NOTHING = "nothing to forget: pass --method.forget 0 --method.override 2, say, a class and the one in its place"
 BLOCK = 64  # pairs that are sampled at once

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from distill.data.shards import Rows
 from distill.data.sources import Pictures
-from distill.draw import Draw
+from distill.random import Draw
 
 if TYPE_CHECKING:
     from PIL.Image import Image

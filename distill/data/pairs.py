@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from distill.data import sources
-from distill.data.feed import FIXED, Batch, Feed
 from distill.data.index import INDEX, belongs, digest, read_index, texts
 from distill.data.online import SIZES, Texts
+from distill.data.prefetch import FIXED, Batch, Feed
 from distill.data.shards import Rows, Shards, Table
-from distill.draw import Draw
+from distill.random import Draw
 from distill.ranges import Calls, Finite
 
 COMMAND = "python -m pipelines.pairs --pretrained_model_name_or_path FOLDER --prompts prompts.txt --output_dir pairs"

@@ -7,23 +7,18 @@ from distill.methods.diff_instruct import DiffInstruct
 from distill.methods.disback import DisBack
 from distill.methods.dmd import DMD
 from distill.methods.dmd2 import DMD2
-from distill.methods.entropic import Entropic
 from distill.methods.f_distill import FDistill
-from distill.methods.forget import Forgetting
 from distill.methods.ladd import LADD
 from distill.methods.lcd import LCD
 from distill.methods.meanflow import MeanFlow
-from distill.methods.nasa import NASAT
 from distill.methods.nct import NCT
 from distill.methods.pcm import PCM
 from distill.methods.phased import PhasedDMD
-from distill.methods.proxied import Proxied
 from distill.methods.pso import PSO
 from distill.methods.pso_offline import OfflinePSO
 from distill.methods.rcgm import RCGM
 from distill.methods.rcm import RCM
 from distill.methods.regression import Regression
-from distill.methods.reward import Rewarded
 from distill.methods.scm import SCM
 from distill.methods.sid import SiD
 from distill.methods.sida import SiDA
@@ -36,6 +31,11 @@ from distill.methods.tcm import TCM
 from distill.methods.tsm import TSM
 from distill.methods.twinflow import TwinFlow
 from distill.methods.vsd import VSD
+from distill.methods.wrappers.entropic import Entropic
+from distill.methods.wrappers.forget import Forgetting
+from distill.methods.wrappers.nasa import NASAT
+from distill.methods.wrappers.reward import Rewarded
+from distill.methods.wrappers.rg_lcd import Proxied
 
 __all__ = [
     "BOOT",

@@ -7,7 +7,7 @@
     L = | y(z, s) - sg(y_s') |^2 / w^2 + beta | y(z, T) - D^k(sigma_T z, T) |^2       the second is the boundary
     D^k = D(null) + k (D(c) - D(null));   means over all elements
 
-y(z, s) is the student's first call, at its time T, told s / T as its second time (distill/average.py): it starts as
+y(z, s) is the student's first call, at its time T, told s / T as its second time (end_time.py): it starts as
 the teacher, which is the boundary, and an untold call is y(z, 0). (The paper tells its network s in place of T.)
 Gradients flow through y(z, s) and y(z, T) alone.
 """
@@ -17,14 +17,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from distill.average import ending
-from distill.draw import Draw
-from distill.guidance import Guided, needed
+from distill.diffusion.end_time import ending
+from distill.diffusion.guidance import Guided, needed
+from distill.diffusion.schedule import expand
+from distill.diffusion.solver import STEPS, Name
 from distill.losses import Reduction, reduce
+from distill.method import Logs, Update
+from distill.random import Draw
 from distill.ranges import Finite, Points, Weight
-from distill.schedule import expand
-from distill.solver import STEPS, Name
-from distill.trainer import Batch, Logs, Nets, Update
+from distill.roles import Batch, Nets
 
 
 @dataclass(frozen=True)

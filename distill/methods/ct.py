@@ -16,13 +16,14 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from distill.curriculum import Closing, Curriculum
-from distill.denoiser import Condition
-from distill.draw import Draw
+from distill.diffusion.curriculum import Closing, Curriculum
+from distill.diffusion.denoiser import Condition
+from distill.diffusion.schedule import Schedule, expand
 from distill.losses import cauchy_norm, huber_norm
+from distill.method import Logs, ToData, Update
+from distill.random import Draw
 from distill.ranges import Weight
-from distill.schedule import Schedule, expand
-from distill.trainer import Batch, Logs, Nets, ToData, Update
+from distill.roles import Batch, Nets
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from distill.draw import Draw
-from distill.guidance import drop
+from distill.diffusion.guidance import drop
+from distill.diffusion.times import Law, LogNormal
 from distill.losses import Reduction, denoising
+from distill.method import Logs, Update
+from distill.random import Draw
 from distill.ranges import Share
 from distill.roles import Batch, Nets
-from distill.times import Law, LogNormal
-from distill.trainer import Logs, Update
 
 
 @dataclass(frozen=True)

@@ -17,12 +17,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from distill.draw import Draw
+from distill.diffusion.schedule import expand
+from distill.diffusion.times import Law, LogNormal
 from distill.losses import Reduction, denoising, push, reduce, scores
+from distill.method import Logs, Update
+from distill.random import Draw
 from distill.ranges import Calls
-from distill.schedule import expand
-from distill.times import Law, LogNormal
-from distill.trainer import Batch, Logs, Nets, Update
+from distill.roles import Batch, Nets
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,13 @@ from pathlib import Path
 
 from torch import Tensor
 
-from distill import checkpoint
-from distill.draw import Draw
+from distill.diffusion.times import Grid, Law
+from distill.method import Logs, Update
 from distill.methods.dmd2 import DMD2
+from distill.random import Draw
 from distill.ranges import Count
-from distill.times import Grid, Law
-from distill.trainer import Batch, Logs, Nets, Update
+from distill.roles import Batch, Nets
+from distill.training import checkpoint
 
 
 @dataclass(frozen=True)

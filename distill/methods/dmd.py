@@ -15,13 +15,14 @@ from typing import Literal
 
 from torch import Tensor
 
-from distill.draw import Draw
+from distill.diffusion.times import Grid, Law
 from distill.losses import Reduction
+from distill.method import Logs, Update
 from distill.methods.dmd2 import DMD2
 from distill.methods.regression import Regression
+from distill.random import Draw
 from distill.ranges import Finite, Positive, Weight
-from distill.times import Grid, Law
-from distill.trainer import Batch, Logs, Nets, Update
+from distill.roles import Batch, Nets
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from distill.disc import DiffusionGAN, verdicts
-from distill.draw import Draw
-from distill.guidance import Guided, merge
+from distill.diffusion.guidance import Guided, merge
+from distill.diffusion.times import Count, Finite, Grid, Law, Weight
 from distill.losses import Reduction, denoising, gan_discriminator, gan_generator, normaliser, push, reduce, scores
-from distill.times import Count, Finite, Grid, Law, Weight
-from distill.trainer import Batch, Logs, Nets, Update
+from distill.method import Logs, Update
+from distill.networks.discriminator import DiffusionGAN, verdicts
+from distill.random import Draw
+from distill.roles import Batch, Nets
 
 
 @dataclass(frozen=True)

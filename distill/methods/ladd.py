@@ -8,7 +8,7 @@
 
 No score matching and no fake score: the teacher's features at a level of noise u are the discriminator's, low u tells
 details apart, high u compositions. y: the guided teacher's own samples (paper), which python -m pipelines.pairs
-stores, or images. The heads are those of distill/disc.py; the paper's are told u and c once more. student_loss and
+stores, or images. The heads are those of discriminator.py; the paper's are told u and c once more. student_loss and
 fake_loss take any x and can be a term of other methods. L_student's gradient flows through the frozen teacher up to
 its last tap, L_heads' reaches the heads alone.
 """
@@ -19,14 +19,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from distill.disc import seen, verdicts
-from distill.draw import Draw
-from distill.guidance import merge
+from distill.diffusion.guidance import merge
+from distill.diffusion.schedule import expand
+from distill.diffusion.times import Law, LogitNormal
 from distill.losses import gan_discriminator, gan_generator, hinge_discriminator, hinge_generator
+from distill.method import Logs, Update
+from distill.networks.discriminator import seen, verdicts
+from distill.random import Draw
 from distill.ranges import Count, Positive
-from distill.schedule import expand
-from distill.times import Law, LogitNormal
-from distill.trainer import Batch, Logs, Nets, Update
+from distill.roles import Batch, Nets
 
 
 @dataclass(frozen=True)

@@ -15,16 +15,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from distill.denoiser import Condition, Denoiser
-from distill.draw import Draw
-from distill.ema import follow
-from distill.guidance import Guided, needed, scale_of, told
+from distill.diffusion.denoiser import Condition, Denoiser
+from distill.diffusion.guidance import Guided, needed, scale_of, told
+from distill.diffusion.schedule import VP, Schedule, expand
+from distill.diffusion.solver import STEPS, Name
+from distill.diffusion.times import Grid, point, spread
 from distill.losses import Reduction, huber, reduce
+from distill.method import Logs, ToData, Update
+from distill.networks.ema import follow
+from distill.random import Draw
 from distill.ranges import Decay, Finite, Points, Positive
-from distill.schedule import VP, Schedule, expand
-from distill.solver import STEPS, Name
-from distill.times import Grid, point, spread
-from distill.trainer import Batch, Logs, Nets, ToData, Update
+from distill.roles import Batch, Nets
 
 
 @dataclass(frozen=True)

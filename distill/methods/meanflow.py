@@ -1,6 +1,6 @@
 """MeanFlow: mean flows for one-step generative modeling. Geng et al. 2025, arXiv 2505.13447.
 
-    x_t = (1 - t) x + t eps,   F(x_t, t, r) the average velocity from t down to r (distill/average.py)
+    x_t = (1 - t) x + t eps,   F(x_t, t, r) the average velocity from t down to r (distill/diffusion/end_time.py)
     v   = eps - x   or the guided teacher's velocity at x_t (distillation);   with guidance in F itself:
           v <- omega v + (1 - omega - kappa) F(x_t, t, t | null) + kappa F(x_t, t, t)
     g   = F - v + (t - r) dF/dt,    dF/dt = v . dF/dx + dF/dt    the identity (t - r) F = integral of v, differentiated
@@ -18,14 +18,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from distill.average import PATH, average, guided
-from distill.draw import Draw
-from distill.guidance import Guided, drop
+from distill.diffusion.end_time import PATH, average, guided
+from distill.diffusion.guidance import Guided, drop
+from distill.diffusion.schedule import expand
+from distill.diffusion.times import Law, LogitNormal
 from distill.losses import adaptive, jvp
+from distill.method import Logs, Update
+from distill.random import Draw
 from distill.ranges import Finite, Natural, Share, Weight
-from distill.schedule import expand
-from distill.times import Law, LogitNormal
-from distill.trainer import Batch, Logs, Nets, Update
+from distill.roles import Batch, Nets
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from distill.draw import Draw
-from distill.dual import Multiplier, multiplier
+from distill.diffusion.schedule import expand
 from distill.losses import Reduction, huber, reduce
+from distill.method import Logs, Update
+from distill.networks.multiplier import Multiplier, multiplier
+from distill.random import Draw
 from distill.ranges import Points, Positive, Weight
-from distill.schedule import expand
-from distill.trainer import Batch, Logs, Nets, Update
+from distill.roles import Batch, Nets
 
 
 @dataclass(frozen=True)

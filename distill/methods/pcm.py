@@ -20,16 +20,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distill.denoiser import Condition
-from distill.disc import head_logits, verdicts
-from distill.draw import Draw
-from distill.guidance import repeated
+from distill.diffusion.denoiser import Condition
+from distill.diffusion.guidance import repeated
+from distill.diffusion.student import check_phases
+from distill.diffusion.times import phase, pieces
 from distill.losses import hinge_discriminator
+from distill.method import Logs, Update
 from distill.methods.lcd import LCD
+from distill.networks.discriminator import head_logits, verdicts
+from distill.random import Draw
 from distill.ranges import Decay, Finite, Weight
-from distill.student import check_phases
-from distill.times import phase, pieces
-from distill.trainer import Batch, Logs, Nets, Update
+from distill.roles import Batch, Nets
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@
     L_fake    = min(1, clamp b^2) | out - target |^2                   in the fake network's own space
 
 The target is that of (x_0, eps) with x_0 = x_s / alpha_s - alpha_t sigma_s^2 eps / (alpha_s^2 b) and (sigma_t / b) eps:
-unbiased without knowing x_0. So phase k is DMD2 on the path above s, whose data is x_s (distill/interval.py): its g is
+unbiased without knowing x_0. So phase k is DMD2 on the path above s, whose data is x_s (interval.py): its g is
 b^2 / a times the difference of scores, as DMD2's is sigma_t^2 / alpha_t times; the KL's own weight is a. The last
 phase has s = 0 and is DMD2. A run trains one phase, the experts before it frozen: --student.phases 2, and then with
 --student.experts FIRST/checkpoint-N; the fake score starts as the teacher in each. Gradients flow as in DMD2.
@@ -23,12 +23,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from distill.draw import Draw
-from distill.interval import Interval, Tail
+from distill.diffusion.interval import Interval, Tail
+from distill.diffusion.times import Grid, Law
+from distill.method import Logs
 from distill.methods.dmd2 import DMD2
+from distill.random import Draw
 from distill.ranges import Count, Decay, Finite, Positive, Weight
-from distill.times import Grid, Law
-from distill.trainer import Batch, Logs, Nets
+from distill.roles import Batch, Nets
 
 
 @dataclass(frozen=True)

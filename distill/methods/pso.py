@@ -21,12 +21,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distill.denoiser import Condition
-from distill.draw import Draw
-from distill.guidance import repeated
-from distill.methods.reward import judge
+from distill.diffusion.denoiser import Condition
+from distill.diffusion.guidance import repeated
+from distill.method import Logs, Update
+from distill.methods.wrappers.reward import judge
+from distill.random import Draw
 from distill.ranges import Decay, Positive
-from distill.trainer import Batch, Logs, Nets, Update
+from distill.roles import Batch, Nets
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,9 @@ class PSO:
 
     beta: Positive = 50.0  # SDXL DMD2 (code); h is a mean over elements, so it is large
     eps: Decay = 0.1  # of the clip (code)
-    reward: str = "openai/clip-vit-base-patch32"  # R: folder or Hub name of a CLIP; "labels": pipelines/reward.py
+    reward: str = (
+        "openai/clip-vit-base-patch32"  # R: folder or Hub name of a CLIP; "labels": pipelines/judges/reward.py
+    )
     reward_decoder: str | None = None  # folder or Hub name of an AutoencoderTiny; None: the teacher's
 
     roles = ()

@@ -21,10 +21,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distill.denoiser import Denoiser
-from distill.draw import Draw
+from distill.diffusion.denoiser import Denoiser
+from distill.method import Logs, Update
+from distill.random import Draw
 from distill.ranges import Positive, Weight
-from distill.trainer import Batch, Logs, Nets, Update
+from distill.roles import Batch, Nets
 
 
 @dataclass(frozen=True)

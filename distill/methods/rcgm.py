@@ -1,6 +1,6 @@
 """RCGM: recursive consistent velocities, the any-step base of TwinFlow. Cheng et al. 2025, arXiv 2512.05150.
 
-    x_t = (1 - t) x + t eps,   F(x_t, t, r) the average velocity from t down to r (distill/average.py)
+    x_t = (1 - t) x + t eps,   F(x_t, t, r) the average velocity from t down to r (distill/diffusion/end_time.py)
     v   = eps - x, or the guided teacher's;   v <- v + kappa ( F'(x_t, t, t | c) - F'(x_t, t, t | null) )
     I   = the integral of F' from x_t - d v at t - d down to r by N jumps    d = .01
     g   = clamp( ((t - r) F - I) / d - v, +-1 )       0 where (t - r) F is the integral of v;  t - r <= d: F - v
@@ -16,16 +16,17 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from distill.average import PATH, average, guided
-from distill.denoiser import Condition, Denoiser
-from distill.draw import Draw
-from distill.ema import follow
-from distill.guidance import Guided
+from distill.diffusion.denoiser import Condition, Denoiser
+from distill.diffusion.end_time import PATH, average, guided
+from distill.diffusion.guidance import Guided
+from distill.diffusion.schedule import expand
+from distill.diffusion.times import Law, Uniform
 from distill.losses import adaptive
+from distill.method import Logs, Update
+from distill.networks.ema import follow
+from distill.random import Draw
 from distill.ranges import Calls, Decay, Finite, Positive, Share
-from distill.schedule import expand
-from distill.times import Law, Uniform
-from distill.trainer import Batch, Logs, Nets, Update
+from distill.roles import Batch, Nets
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,11 @@ from typing import Literal
 
 from torch import Tensor
 
-from distill.draw import Draw
 from distill.losses import Reduction, huber, reduce
+from distill.method import Logs, Update
+from distill.random import Draw
 from distill.ranges import Positive
-from distill.trainer import Batch, Logs, Nets, Update
+from distill.roles import Batch, Nets
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,9 @@ class Regression:
         delta = x - y
         if self.distance == "lpips":
             if nets.perceptual is None:
-                raise ValueError("distance 'lpips' needs nets.perceptual (pipelines.perceptual); or use 'huber', 'mse'")
+                raise ValueError(
+                    "distance 'lpips' needs nets.perceptual (pipelines.judges.perceptual); or use 'huber', 'mse'"
+                )
             loss = nets.perceptual(x, y).mean()
         else:
             loss = reduce(delta**2 if self.distance == "mse" else huber(delta, self.huber_c), self.reduction)

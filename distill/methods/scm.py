@@ -18,14 +18,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from distill.draw import Draw
-from distill.guidance import Guided, needed, scale_of, told
+from distill.diffusion.guidance import Guided, needed, scale_of, told
+from distill.diffusion.schedule import Prediction, Trig, expand
+from distill.diffusion.times import Law, LogNormal
 from distill.losses import Reduction, jvp, per_sample
+from distill.method import Logs, ToData, Update
+from distill.networks.adaptive_weight import weigh
+from distill.random import Draw
 from distill.ranges import Finite, Natural, Positive, Weight
-from distill.schedule import Prediction, Trig, expand
-from distill.times import Law, LogNormal
-from distill.trainer import Batch, Logs, Nets, ToData, Update
-from distill.weight import weigh
+from distill.roles import Batch, Nets
 
 
 @dataclass(frozen=True)

@@ -16,13 +16,14 @@ from typing import Literal
 
 from torch import Tensor
 
-from distill.draw import Draw
-from distill.guidance import Guided, drop
+from distill.diffusion.guidance import Guided, drop
+from distill.diffusion.schedule import expand
+from distill.diffusion.times import Karras, Law, LogNormal
 from distill.losses import Reduction, denoising, normaliser, reduce, scores
+from distill.method import Logs, Update
+from distill.random import Draw
 from distill.ranges import Calls, Finite, Positive, Share
-from distill.schedule import expand
-from distill.times import Karras, Law, LogNormal
-from distill.trainer import Batch, Logs, Nets, Update
+from distill.roles import Batch, Nets
 
 
 @dataclass(frozen=True)

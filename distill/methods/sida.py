@@ -18,14 +18,15 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor
 
-from distill.disc import verdicts
-from distill.draw import Draw
-from distill.guidance import Guided
+from distill.diffusion.guidance import Guided
+from distill.diffusion.schedule import expand
 from distill.losses import denoising, reduce
+from distill.method import Logs, Update
 from distill.methods.sid import SiD
+from distill.networks.discriminator import verdicts
+from distill.random import Draw
 from distill.ranges import Finite, Natural, Positive, Weight
-from distill.schedule import expand
-from distill.trainer import Batch, Logs, Nets, Update
+from distill.roles import Batch, Nets
 
 
 @dataclass(frozen=True)

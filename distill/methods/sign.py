@@ -17,17 +17,18 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from distill.denoiser import Condition
-from distill.draw import Draw
-from distill.ema import follow
-from distill.guidance import Guided
+from distill.diffusion.denoiser import Condition
+from distill.diffusion.guidance import Guided
+from distill.diffusion.schedule import expand
+from distill.diffusion.solver import STEPS, Name
+from distill.diffusion.times import Grid, Uniform
 from distill.losses import reduce
+from distill.method import Logs
 from distill.methods.dmd import DMD
+from distill.networks.ema import follow
+from distill.random import Draw
 from distill.ranges import Points, Share, Weight
-from distill.schedule import expand
-from distill.solver import STEPS, Name
-from distill.times import Grid, Uniform
-from distill.trainer import Batch, Logs, Nets
+from distill.roles import Batch, Nets
 
 
 @dataclass(frozen=True)

@@ -16,13 +16,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from distill.curriculum import Doubling
-from distill.denoiser import Condition
-from distill.draw import Draw
+from distill.diffusion.curriculum import Doubling
+from distill.diffusion.denoiser import Condition
+from distill.diffusion.schedule import EDM
 from distill.losses import cauchy_norm
 from distill.methods.ct import CT
+from distill.random import Draw
 from distill.ranges import Share, Weight
-from distill.schedule import EDM
 
 
 @dataclass(frozen=True)

@@ -19,15 +19,16 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from distill.draw import Draw
-from distill.guidance import scale_of, told
+from distill.diffusion.guidance import scale_of, told
+from distill.diffusion.schedule import expand
+from distill.diffusion.times import Law, LogNormal
 from distill.losses import Reduction
+from distill.method import Logs, Update
 from distill.methods.ladd import LADD
 from distill.methods.scm import SCM
+from distill.random import Draw
 from distill.ranges import Finite, Natural, Positive, Share, Weight
-from distill.schedule import expand
-from distill.times import Law, LogNormal
-from distill.trainer import Batch, Logs, Nets, Update
+from distill.roles import Batch, Nets
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@
     L           = L_cfg + lambda L_msc;  means over all elements
 
 x is real, c its caption and c- another sample's of the micro-batch, never its own, or at times the null condition. Only
-the adapter phi (distill/negative.py) is trained, --student.negative: without a negative prompt the student is the
+the adapter phi (negative_attention.py) is trained, --student.negative: without a negative prompt the student is the
 teacher. It is told the words of c-, not its pooled embedding (SDXL). The adapter is that of the authors' code but for
 its start; the losses follow their description; the weights, k and the null conditions are ours. Gradients flow through
 out_phi and Phi_phi on the left. Not for the digits, whose labels no cross-attention reads.
@@ -19,15 +19,16 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from distill.denoiser import Condition
-from distill.draw import Draw
-from distill.guidance import Guided, drop
+from distill.diffusion.denoiser import Condition
+from distill.diffusion.guidance import Guided, drop
+from distill.diffusion.solver import jump
+from distill.diffusion.times import Grid, Law
 from distill.losses import Reduction, reduce
-from distill.negative import against, another
+from distill.method import Logs, Update
+from distill.networks.negative_attention import against, another
+from distill.random import Draw
 from distill.ranges import Calls, Finite, Share, Weight
-from distill.solver import jump
-from distill.times import Grid, Law
-from distill.trainer import Batch, Logs, Nets, Update
+from distill.roles import Batch, Nets
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from distill.draw import Draw
 from distill.methods.lcd import LCD
+from distill.random import Draw
 from distill.ranges import Finite, Share
-from distill.trainer import Nets
+from distill.roles import Nets
 
 
 @dataclass(frozen=True)

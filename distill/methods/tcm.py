@@ -16,14 +16,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from distill.curriculum import Closing
-from distill.denoiser import Condition
-from distill.draw import Draw
+from distill.diffusion.curriculum import Closing
+from distill.diffusion.denoiser import Condition
+from distill.diffusion.schedule import Schedule, expand
+from distill.diffusion.times import StudentT
 from distill.methods.ct import CT
+from distill.random import Draw
 from distill.ranges import MOST, Decay, Positive, Weight
 from distill.roles import Nets
-from distill.schedule import Schedule, expand
-from distill.times import StudentT
 
 
 @dataclass(frozen=True)

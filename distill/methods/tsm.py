@@ -10,7 +10,7 @@ has less variance by that of target - E[target | x_t]. Gradient flows through th
 Multi-Student Distillation (MSD): a partition of the conditions into K parts, each with a student of its own, so that a
 sample still costs one call. Any method trains one, on conditions of its part alone: --data.classes, labels that are
 equally many in each part and alike. The pairs of a regression (DMD) are shared by all: filtered, modes collapse. Then
-python -m pipelines.experts makes one pipeline of all students (pipelines/experts.py).
+python -m pipelines.experts makes one pipeline of all students (pipelines/inference/experts.py).
 """
 
 from dataclasses import dataclass
@@ -18,12 +18,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from distill.draw import Draw
-from distill.guidance import Guided
+from distill.diffusion.guidance import Guided
+from distill.diffusion.times import Law, LogNormal
 from distill.losses import Reduction, reduce
+from distill.method import Logs, Update
+from distill.random import Draw
 from distill.ranges import Finite
-from distill.times import Law, LogNormal
-from distill.trainer import Batch, Logs, Nets, Update
+from distill.roles import Batch, Nets
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from distill.average import PATH, average
-from distill.draw import Draw
+from distill.diffusion.end_time import PATH, average
+from distill.method import Logs
 from distill.methods.rcgm import RCGM
+from distill.random import Draw
 from distill.ranges import Weight
-from distill.trainer import Batch, Logs, Nets
+from distill.roles import Batch, Nets
 
 
 @dataclass(frozen=True)

@@ -17,13 +17,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from distill.draw import Draw
-from distill.guidance import Guided, drop, scale_of
+from distill.diffusion.guidance import Guided, drop, scale_of
+from distill.diffusion.schedule import expand
+from distill.diffusion.times import Grid, Law
 from distill.losses import Reduction, denoising, push, reduce, scores
+from distill.method import Logs, Update
+from distill.random import Draw
 from distill.ranges import Calls, Finite, Share
-from distill.schedule import expand
-from distill.times import Grid, Law
-from distill.trainer import Batch, Logs, Nets, Update
+from distill.roles import Batch, Nets
 
 
 @dataclass(frozen=True)

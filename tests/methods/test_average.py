@@ -9,13 +9,14 @@ import torch
 from gaussian import F64, SCHEDULES
 from tiny import clock, filled, tiny
 
-from distill.average import End, average, ending, fold_end_times, guided, timed, untimed
-from distill.lora import LoRA, merged
+from distill.diffusion.end_time import End, average, ending, fold_end_times, guided, timed, untimed
+from distill.diffusion.schedule import Flow
+from distill.diffusion.solver import relay
+from distill.diffusion.student import Student
 from distill.methods import LCD, MeanFlow, TwinFlow
-from distill.roles import StudentConfig, build
-from distill.schedule import Flow
-from distill.solver import relay
-from distill.student import Student
+from distill.networks.lora import LoRA, merged
+from distill.training.build import build
+from distill.training.config import StudentConfig
 
 N, CLASSES = 8, 3
 FAMILIES = ("edm", "sd", "sdxl", "sd3", "flux", "pixart", "sana", "qwen", "wan")
@@ -163,7 +164,7 @@ def test_adapters():
 
 def test_export_of_several_calls():
     """Its network has one time and no adapter, and gives the same samples; with fresh noise only the time is gone."""
-    from pipelines.export import fold_end_times_of
+    from pipelines.export.export import fold_end_times_of
 
     parts = SimpleNamespace(family=SimpleNamespace(EXAMPLES=("a",)), drop_text=lambda: None)
     teacher = SimpleNamespace(parts=parts, shape=(2,), encode=lambda prompts: None)
@@ -187,7 +188,7 @@ def test_export_of_several_calls():
 def test_every_family(family, tmp_path):
     """Each family's network is told by its own embedding of time, and unchanged where it is not told."""
     from pipelines import load
-    from pipelines import tiny as small
+    from pipelines.families import tiny as small
 
     small.save(family, tmp_path)
     teacher = load(tmp_path)

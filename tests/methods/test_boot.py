@@ -8,13 +8,13 @@ from gaussian import F64, SCHEDULES, encode, exact, level, problem
 from tiny import clock, filled
 from torch import nn
 
-from distill.average import timed
-from distill.denoiser import Denoiser
-from distill.draw import Draw
+from distill.diffusion.denoiser import Denoiser
+from distill.diffusion.end_time import timed
+from distill.diffusion.schedule import KINDS, Flow
+from distill.diffusion.student import Student
 from distill.methods import BOOT, Regression
+from distill.random import Draw
 from distill.roles import Nets
-from distill.schedule import KINDS, Flow
-from distill.student import Student
 
 N = 16
 PAIRS = [(s, k) for s in SCHEDULES for k in KINDS if k != "eps" or s in ("vp", "edm")]

@@ -9,15 +9,15 @@ from gaussian import F64, SCHEDULES, Oracle, Whitened, exact, problem
 from tiny import tiny
 from torch import nn
 
-from distill.curriculum import Closing, Doubling
-from distill.denoiser import Denoiser
-from distill.draw import Draw
+from distill.diffusion.curriculum import Closing, Doubling
+from distill.diffusion.denoiser import Denoiser
+from distill.diffusion.schedule import EDM
+from distill.diffusion.student import Student
+from distill.diffusion.times import LogNormal
 from distill.losses import cauchy_norm, huber_norm
 from distill.methods import CT, Denoise
+from distill.random import Draw
 from distill.roles import Nets
-from distill.schedule import EDM
-from distill.student import Student
-from distill.times import LogNormal
 
 N = 8
 

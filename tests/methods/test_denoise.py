@@ -5,13 +5,13 @@ import torch
 from gaussian import F64, RATIOS, SCHEDULES, Oracle, Whitened, exact, problem
 from tiny import tiny
 
-from distill.denoiser import Denoiser
-from distill.draw import Draw
+from distill.diffusion.denoiser import Denoiser
+from distill.diffusion.schedule import KINDS, Flow
+from distill.diffusion.student import Student
+from distill.diffusion.times import Fixed
 from distill.methods import Denoise
+from distill.random import Draw
 from distill.roles import Nets
-from distill.schedule import KINDS, Flow
-from distill.student import Student
-from distill.times import Fixed
 
 N, CLASSES = 16, 3
 

@@ -7,11 +7,11 @@ import torch
 from gaussian import F64, RATIOS, SCHEDULES, Whitened, exact, kl, kl_gradient, nets_of, problem, student_gradient
 from tiny import tiny
 
-from distill.draw import Draw
+from distill.diffusion.schedule import KINDS
+from distill.diffusion.times import Fixed, Law
 from distill.methods import DMD2, VSD, DiffInstruct
-from distill.roles import build
-from distill.schedule import KINDS
-from distill.times import Fixed, Law
+from distill.random import Draw
+from distill.training.build import build
 
 
 @dataclass(frozen=True)

@@ -22,16 +22,18 @@ from gaussian import (
 from tiny import tiny
 from torch import nn
 
-from distill import checkpoint
-from distill.denoiser import Denoiser
-from distill.lora import LoRA
+from distill.diffusion.denoiser import Denoiser
+from distill.diffusion.schedule import EDM
+from distill.diffusion.student import Student
+from distill.diffusion.times import Fixed, Karras
 from distill.methods import DMD2, DisBack
 from distill.methods.disback import Degradation
-from distill.roles import FakeConfig, Nets, Recorded, StudentConfig, build
-from distill.schedule import EDM
-from distill.student import Student
-from distill.times import Fixed, Karras
-from distill.trainer import TrainConfig, train
+from distill.networks.lora import LoRA
+from distill.roles import Nets, Recorded
+from distill.training import checkpoint
+from distill.training.build import build
+from distill.training.config import FakeConfig, StudentConfig, TrainConfig
+from distill.training.loop import train
 from pipelines import run
 from recipes import degradation_digits, disback_digits
 
@@ -107,7 +109,7 @@ class TestFarAway:
             last = nets.fake.net.state_dict()
             assert side * float(last["mean"]) == pytest.approx(-4, abs=0.3)
             past = replace(nets.teacher, net=Belief(0.0, 4.0))
-            nets.past = Recorded(past, tuple(checkpoint.found(folder)), nets.teacher.net)
+            nets.past = Recorded(past, tuple(checkpoint.found(folder)), nets.teacher.net, checkpoint.fill)
             method = DisBack(**vars(self.METHOD), record=f"{folder}", interval=35)
             bare = self.nets(side)
             bare.fake.net.load_state_dict(last)
@@ -148,7 +150,7 @@ class TestTraining:
             found = method.towards(nets, step).teacher
             assert found.null is not None and found is nets.past.denoiser
             want = nets.fake.copy().net
-            checkpoint.fill(want, tmp_path / f"checkpoint-{number}", "fake", nets.teacher.net)
+            checkpoint.fill(want, tmp_path / f"checkpoint-{number}", "fake", nets.teacher.net, checkpoint.fill)
             assert all(torch.equal(a, b) for a, b in zip(found.net.parameters(), want.parameters()))
         assert method.towards(nets, 4).teacher is nets.teacher
         assert all(torch.equal(before[k], v) for k, v in nets.teacher.net.state_dict().items())

@@ -21,12 +21,13 @@ from gaussian import (
 )
 from tiny import tiny
 
-from distill.draw import Draw
+from distill.diffusion.solver import sample
+from distill.diffusion.times import Fixed
 from distill.methods import DMD, DMD2
-from distill.roles import StudentConfig, build
-from distill.solver import sample
-from distill.times import Fixed
-from distill.trainer import TrainConfig, train
+from distill.random import Draw
+from distill.training.build import build
+from distill.training.config import StudentConfig, TrainConfig
+from distill.training.loop import train
 
 N = 64
 BARE = DMD(regression=0.5, distance="mse", normalise=False, reduction="sum")

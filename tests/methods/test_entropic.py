@@ -8,13 +8,13 @@ from gaussian import F64, SCHEDULES, Gaussian, Line, Whitened, exact, nets_of
 from test_forget import Doubles, after, same
 from tiny import tiny
 
-from distill.denoiser import Denoiser
-from distill.guidance import drop
+from distill.diffusion.denoiser import Denoiser
+from distill.diffusion.guidance import drop
+from distill.diffusion.schedule import Flow
+from distill.diffusion.student import Student
+from distill.diffusion.times import Fixed
 from distill.methods import DMD, DMD2, VSD, DiffInstruct, Entropic, SiD, SiDA
 from distill.roles import Nets
-from distill.schedule import Flow
-from distill.student import Student
-from distill.times import Fixed
 
 N, CLASSES = 8, 3
 near = lambda got, want, tol=1e-10: torch.testing.assert_close(got, want, rtol=tol, atol=tol)

@@ -10,13 +10,13 @@ from gaussian import F64, RATIOS, SCHEDULES, Gaussian, Line, Oracle, nets_of
 from tiny import tiny
 from torch import nn
 
-from distill.denoiser import Denoiser
-from distill.draw import Draw
+from distill.diffusion.denoiser import Denoiser
+from distill.diffusion.schedule import EDM
+from distill.diffusion.times import Fixed, Uniform
 from distill.methods import DMD2, FDistill
 from distill.methods.f_distill import H
-from distill.roles import build
-from distill.schedule import EDM
-from distill.times import Fixed, Uniform
+from distill.random import Draw
+from distill.training.build import build
 
 F = {
     "reverse-kl": lambda r: -r.log(),

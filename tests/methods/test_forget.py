@@ -10,17 +10,19 @@ from gaussian import F64, SCHEDULES, Oracle
 from tiny import tiny
 from torch import nn
 
-from distill.config import Config, parse
+from distill.configuration import Config, parse
 from distill.data import Digits
-from distill.denoiser import Denoiser
-from distill.draw import Draw
-from distill.guidance import relabel
+from distill.diffusion.denoiser import Denoiser
+from distill.diffusion.guidance import relabel
+from distill.diffusion.schedule import Flow
+from distill.diffusion.student import Student
+from distill.diffusion.times import Fixed, Karras
 from distill.methods import DMD2, LCD, VSD, Forgetting, Rewarded, SiD
-from distill.roles import Nets, build
-from distill.schedule import Flow
-from distill.student import Student
-from distill.times import Fixed, Karras
-from distill.trainer import TrainConfig, train
+from distill.random import Draw
+from distill.roles import Nets
+from distill.training.build import build
+from distill.training.config import TrainConfig
+from distill.training.loop import train
 
 N, CLASSES = 8, 3
 near = lambda got, want, tol=1e-10: torch.testing.assert_close(got, want, rtol=tol, atol=tol)

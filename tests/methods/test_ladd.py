@@ -10,14 +10,16 @@ from safetensors.torch import load_file
 from tiny import tiny
 from torch import nn
 
-from distill import checkpoint
-from distill.disc import seen
-from distill.draw import Draw
+from distill.diffusion.schedule import Flow
+from distill.diffusion.times import Fixed
 from distill.methods import DMD2, LADD
-from distill.roles import StudentConfig, build
-from distill.schedule import Flow
-from distill.times import Fixed
-from distill.trainer import TrainConfig, own, train
+from distill.networks.discriminator import seen
+from distill.random import Draw
+from distill.training import checkpoint
+from distill.training.build import build
+from distill.training.config import StudentConfig, TrainConfig
+from distill.training.loop import train
+from distill.training.step import own
 
 N = 64
 

@@ -8,14 +8,14 @@ from gaussian import F64, SCHEDULES, Gaussian, Whitened, encode, exact, level, p
 from tiny import clock, filled
 from torch import nn
 
-from distill.average import average, ending, timed
-from distill.denoiser import Denoiser
-from distill.draw import Draw
+from distill.diffusion.denoiser import Denoiser
+from distill.diffusion.end_time import average, ending, timed
+from distill.diffusion.schedule import KINDS, Flow
+from distill.diffusion.student import Student
+from distill.diffusion.times import Fixed, Law, Uniform
 from distill.methods import MeanFlow
+from distill.random import Draw
 from distill.roles import Nets
-from distill.schedule import KINDS, Flow
-from distill.student import Student
-from distill.times import Fixed, Law, Uniform
 
 N = 12
 PAIRS = [(s, k) for s in SCHEDULES for k in KINDS if k != "eps" or s in ("vp", "edm")]

@@ -9,15 +9,17 @@ from gaussian import F64, SCHEDULES, white
 from tiny import steered
 from torch import nn
 
-from distill import checkpoint
-from distill.denoiser import Denoiser
-from distill.draw import Draw
-from distill.dual import Multiplier
+from distill.diffusion.denoiser import Denoiser
+from distill.diffusion.schedule import Flow
+from distill.diffusion.student import Student
 from distill.methods import NCT
-from distill.roles import Nets, StudentConfig, build
-from distill.schedule import Flow
-from distill.student import Student
-from distill.trainer import TrainConfig, train
+from distill.networks.multiplier import Multiplier
+from distill.random import Draw
+from distill.roles import Nets
+from distill.training import checkpoint
+from distill.training.build import build
+from distill.training.config import StudentConfig, TrainConfig
+from distill.training.loop import train
 
 N, K = 16, 2
 near = lambda got, want, tol=1e-10: torch.testing.assert_close(got, want, rtol=tol, atol=tol)

@@ -5,15 +5,16 @@ import torch
 from gaussian import SCHEDULES
 from tiny import tiny as small
 
-from distill.draw import Draw
-from distill.guidance import Guided
+from distill.diffusion.guidance import Guided
+from distill.diffusion.student import Student
+from distill.diffusion.times import Fixed
 from distill.methods import VSD
-from distill.negative import NASA
+from distill.networks.negative_attention import NASA
+from distill.random import Draw
 from distill.roles import Nets
-from distill.student import Student
-from distill.times import Fixed
-from pipelines import load, tiny
-from pipelines.negative import NAG, negative
+from pipelines import load
+from pipelines.families import tiny
+from pipelines.inference.negative_prompt import NAG, negative
 
 FAMILIES = ("sd", "pixart", "sana", "wan")
 near = lambda got, want, tol=1e-5: torch.testing.assert_close(got, want, rtol=tol, atol=tol)

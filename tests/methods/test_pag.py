@@ -22,18 +22,22 @@ from gaussian import (
     student_gradient,
 )
 
-from distill import memory
-from distill.config import Config
+from distill.configuration import Config
 from distill.data import Digits
-from distill.guidance import Away, Guided, null_of
-from distill.lora import LoRA
+from distill.diffusion.guidance import Away, Guided, null_of
+from distill.diffusion.schedule import Trig
+from distill.diffusion.times import Fixed
 from distill.methods import DMD2, VSD, SiD
-from distill.roles import FakeConfig, StudentConfig, build
-from distill.schedule import Trig
-from distill.times import Fixed
-from eval.generate import generate
-from pipelines import count, load, pag, plan, run, tiny
-from pipelines.configs import Meta
+from distill.networks.lora import LoRA
+from distill.training import precision
+from distill.training.build import build
+from distill.training.config import FakeConfig, StudentConfig
+from eval.sampling.generate import generate
+from pipelines import load, run
+from pipelines.families import tiny
+from pipelines.inference import pag
+from pipelines.planning import flop_counter, memory_plan
+from pipelines.planning.models import Meta
 from recipes import swiftbrush_sd21
 
 S, W = 3.0, 4.0
@@ -59,7 +63,7 @@ def family(request, tmp_path_factory):
             setattr(module, name, None) if getattr(module, name, None) is not None else None
     torch.manual_seed(0)
     return SimpleNamespace(
-        module=importlib.import_module(f"pipelines.{request.param}"),
+        module=importlib.import_module(f"pipelines.families.{request.param}"),
         teacher=teacher,
         pipeline=kind,
         layers=(layer,),
@@ -176,7 +180,7 @@ def test_no_other_role_is_perturbed(sd, rank):
     assert not any(isinstance(d, Away) for d in (nets.student.denoiser, nets.fake))
     own = {id(p) for p in sd.denoiser.net.parameters()}
     assert {id(p) for p in nets.frozen()["worse"].parameters()} == own
-    memory.recompute(nets)
+    precision.recompute(nets)
     assert nets.frozen()["worse"].is_gradient_checkpointing
     sd.denoiser.net.disable_gradient_checkpointing()
 
@@ -184,10 +188,12 @@ def test_no_other_role_is_perturbed(sd, rank):
 def test_costs_one_pass_more(sd):
     """Planned for a turn of the student: the perturbed network's own forward pass, under c alone, and no weights."""
     method = VSD(guidance=W, fake_steps=1)
-    runs = [plan.Run(Config(method, Digits(), pag_scale=s), Meta.of(sd.parts.folder), half=False) for s in (0.0, S)]
+    runs = [
+        memory_plan.Run(Config(method, Digits(), pag_scale=s), Meta.of(sd.parts.folder), half=False) for s in (0.0, S)
+    ]
     without, costs = (next(t.loss for t in r.cost.turns if t.player == "student") for r in runs)
     teacher, c, nets = runs[1].built
-    flops = lambda net: count.forward(replace(teacher.denoiser, net=net), teacher.shape, c)
+    flops = lambda net: flop_counter.forward(replace(teacher.denoiser, net=net), teacher.shape, c)
     assert costs - without == flops(nets.teacher.worse) * runs[1].micro
     assert runs[0].whole == runs[1].whole
 

@@ -10,14 +10,16 @@ import torch
 from gaussian import F64, SCHEDULES, Oracle, Whitened, consistent, exact, level, problem
 from tiny import tiny
 
-from distill.denoiser import Denoiser
-from distill.disc import head_logits, heads, pixels, verdicts
-from distill.draw import Draw
+from distill.diffusion.denoiser import Denoiser
+from distill.diffusion.schedule import EDM
+from distill.diffusion.student import Student
 from distill.losses import hinge_discriminator
 from distill.methods import LCD, PCM
-from distill.roles import Nets, StudentConfig, build
-from distill.schedule import EDM
-from distill.student import Student
+from distill.networks.discriminator import head_logits, heads, pixels, verdicts
+from distill.random import Draw
+from distill.roles import Nets
+from distill.training.build import build
+from distill.training.config import StudentConfig
 
 B = 16
 OFF = {"guidance": 1.0, "target_ema": 0.0, "huber_c": None}

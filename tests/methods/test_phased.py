@@ -22,16 +22,17 @@ from gaussian import (
 from scipy.stats import kstest
 from tiny import tiny
 
-from distill import checkpoint
-from distill.draw import Draw
-from distill.interval import Interval, Tail
-from distill.lora import LoRA
+from distill.diffusion.interval import Interval, Tail
+from distill.diffusion.schedule import EDM, KINDS
+from distill.diffusion.student import Student
+from distill.diffusion.times import Fixed, Shifted, Uniform
 from distill.methods import DMD2, PhasedDMD
-from distill.roles import StudentConfig, build
-from distill.schedule import EDM, KINDS
-from distill.student import Student
-from distill.times import Fixed, Shifted, Uniform
-from distill.trainer import TrainConfig, train
+from distill.networks.lora import LoRA
+from distill.random import Draw
+from distill.training import checkpoint
+from distill.training.build import build
+from distill.training.config import StudentConfig, TrainConfig
+from distill.training.loop import train
 
 BARE = PhasedDMD(guidance=1.0, reduction="sum", normalise=False)
 LEVEL = 0.6  # sigma / alpha at s

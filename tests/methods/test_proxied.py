@@ -9,14 +9,16 @@ from gaussian import F64, SCHEDULES, Whitened, exact, nets_of, problem
 from tiny import tiny
 from torch import nn
 
-from distill.denoiser import Denoiser
-from distill.draw import Draw
+from distill.diffusion.denoiser import Denoiser
+from distill.diffusion.schedule import Flow
+from distill.diffusion.student import Student
+from distill.diffusion.times import Fixed
 from distill.methods import DMD2, LADD, LCD, VSD, Proxied, Rewarded, SiD
-from distill.roles import Nets, build
-from distill.schedule import Flow
-from distill.student import Student
-from distill.times import Fixed
-from distill.trainer import TrainConfig, train
+from distill.random import Draw
+from distill.roles import Nets
+from distill.training.build import build
+from distill.training.config import TrainConfig
+from distill.training.loop import train
 
 N, CLASSES = 8, 3
 near = lambda got, want, tol=1e-10: torch.testing.assert_close(got, want, rtol=tol, atol=tol)

@@ -13,14 +13,17 @@ from gaussian import F64, SCHEDULES
 from tiny import tiny
 from torch import nn
 
-from distill.denoiser import Denoiser
-from distill.draw import Draw
+from distill.diffusion.denoiser import Denoiser
+from distill.diffusion.schedule import Flow
+from distill.diffusion.student import Student
 from distill.methods import PSO, OfflinePSO
-from distill.roles import Nets, StudentConfig, build
-from distill.schedule import Flow
-from distill.student import Student
-from distill.trainer import TrainConfig, train
-from pipelines import opened, run
+from distill.random import Draw
+from distill.roles import Nets
+from distill.training.build import build
+from distill.training.config import StudentConfig, TrainConfig
+from distill.training.loop import train
+from pipelines import run
+from pipelines.teacher import opened
 
 N, D, TIMES = 6, 2, (0.9, 0.6, 0.25)
 near = lambda got, want, tol=1e-10: torch.testing.assert_close(got, want, rtol=tol, atol=tol)

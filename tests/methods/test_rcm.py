@@ -8,12 +8,14 @@ from accelerate import Accelerator
 from gaussian import F64, SCHEDULES, Gaussian, consistent, exact, problem
 from tiny import tiny
 
-from distill.draw import Draw
+from distill.diffusion.student import Student
+from distill.diffusion.times import LogNormal
 from distill.methods import DMD2, RCM, SCM
-from distill.roles import Nets, build
-from distill.student import Student
-from distill.times import LogNormal
-from distill.trainer import TrainConfig, train
+from distill.random import Draw
+from distill.roles import Nets
+from distill.training.build import build
+from distill.training.config import TrainConfig
+from distill.training.loop import train
 
 B, CLASSES = 8, 3
 SHARED = {"guidance": 1.5, "sigma_d": 0.5, "warmup": 4, "norm": "vector", "reduction": "sum", "times": LogNormal()}

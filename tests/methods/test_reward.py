@@ -9,17 +9,19 @@ from accelerate import Accelerator
 from gaussian import F64, SCHEDULES, Gaussian, Line, Whitened, exact, nets_of, problem
 from tiny import tiny
 
-from distill.config import Config, parse
+from distill.configuration import Config, parse
 from distill.data import Digits, Text, digits
-from distill.data.feed import Feed
-from distill.draw import Draw
+from distill.data.prefetch import Feed
+from distill.diffusion.schedule import Flow, Trig
+from distill.diffusion.student import Student
+from distill.diffusion.times import Fixed
 from distill.methods import DMD2, LADD, LCD, SCM, VSD, DiffInstruct, Rewarded, SiD, SiDA
-from distill.roles import Nets, build
-from distill.schedule import Flow, Trig
-from distill.student import Student
-from distill.times import Fixed
-from distill.trainer import TrainConfig, train
-from pipelines import reward
+from distill.random import Draw
+from distill.roles import Nets
+from distill.training.build import build
+from distill.training.config import TrainConfig
+from distill.training.loop import train
+from pipelines.judges import reward
 
 N, CLASSES = 8, 3
 near = lambda got, want, tol=1e-10: torch.testing.assert_close(got, want, rtol=tol, atol=tol)
@@ -233,7 +235,7 @@ def weights(tmp_path_factory):
     """A tiny random CLIP, as a folder of transformers."""
     from transformers import CLIPConfig, CLIPModel
 
-    from pipelines.tiny import clip_tokenizer
+    from pipelines.families.tiny import clip_tokenizer
 
     torch.manual_seed(0)
     small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}

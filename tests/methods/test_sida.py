@@ -12,16 +12,18 @@ from tiny import tiny
 from torch import nn
 from torch.nn.functional import softplus
 
-from distill.config import parse
-from distill.denoiser import Denoiser
-from distill.draw import Draw
-from distill.guidance import Guided
+from distill.configuration import parse
+from distill.diffusion.denoiser import Denoiser
+from distill.diffusion.guidance import Guided
+from distill.diffusion.schedule import EDM, Flow
+from distill.diffusion.student import Student
+from distill.diffusion.times import Fixed
 from distill.methods import SiD, SiDA
-from distill.roles import Nets, StudentConfig, build
-from distill.schedule import EDM, Flow
-from distill.student import Student
-from distill.times import Fixed
-from distill.trainer import TrainConfig, train
+from distill.random import Draw
+from distill.roles import Nets
+from distill.training.build import build
+from distill.training.config import StudentConfig, TrainConfig
+from distill.training.loop import train
 
 N, CLASSES = 8, 3
 TAPS = ("mid",)  # [B, 16]: its mean over dimension 1 is the logit

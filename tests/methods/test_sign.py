@@ -7,13 +7,13 @@ import torch
 from gaussian import F64, SCHEDULES, Line, exact, problem
 from tiny import tiny
 
-from distill.denoiser import Denoiser
-from distill.draw import Draw
+from distill.diffusion.denoiser import Denoiser
+from distill.diffusion.schedule import Flow
+from distill.diffusion.solver import ddim
+from distill.diffusion.student import Student
 from distill.methods import DMD, SIGN
+from distill.random import Draw
 from distill.roles import Nets
-from distill.schedule import Flow
-from distill.solver import ddim
-from distill.student import Student
 
 N, TERMS = 16, ("idem", "rec", "flow", "denoise")
 OFF = dict.fromkeys(TERMS, 0.0)

@@ -5,8 +5,10 @@ import json
 import pytest
 import torch
 
-from eval.generate import generate
-from pipelines import edm, load, sd, skips, tiny
+from eval.sampling.generate import generate
+from pipelines import load
+from pipelines.families import edm, sd, tiny
+from pipelines.inference import skip_tuning
 
 
 @pytest.fixture(scope="module", params=("sd", "edm"))
@@ -37,9 +39,9 @@ def read(net):
 def test_off(net):
     """Factors of one are the network to the bit; so is it after a block that was left, by an error too."""
     _, plain = read(net)
-    with skips.tuned(net, 1.0):
+    with skip_tuning.tuned(net, 1.0):
         assert torch.equal(output(net), plain)
-    with pytest.raises(RuntimeError), skips.tuned(net, 0.7):
+    with pytest.raises(RuntimeError), skip_tuning.tuned(net, 0.7):
         assert (output(net) - plain).abs().max() > 1e-4
         raise RuntimeError
     assert torch.equal(output(net), plain)
@@ -53,7 +55,7 @@ def test_every_skip_has_its_own_factor(net):
     widths = [down.shape[1] for down in encoder(net)]  # of the skips
     factors = [0.3 + 0.1 * i for i in range(n)]
     for rho in (factors, [0.5] + [1.0] * (n - 1)):
-        handles = skips.tune(net, rho)
+        handles = skip_tuning.tune(net, rho)
         tuned, _ = read(net)
         for handle in handles:
             handle.remove()
@@ -77,10 +79,10 @@ def encoder(net):
 
 def test_line(net):
     """From the bottom to the top, both reached; the number of factors has to be right."""
-    assert skips.line(net, 0.5) == pytest.approx([0.5, 0.6, 0.7, 0.8, 0.9, 1.0])
-    assert skips.line(net, 0.8, 0.3) == pytest.approx([0.8, 0.7, 0.6, 0.5, 0.4, 0.3])
+    assert skip_tuning.line(net, 0.5) == pytest.approx([0.5, 0.6, 0.7, 0.8, 0.9, 1.0])
+    assert skip_tuning.line(net, 0.8, 0.3) == pytest.approx([0.8, 0.7, 0.6, 0.5, 0.4, 0.3])
     with pytest.raises(ValueError, match="5 factors of skips, and this UNet2D.*Model has 6"):
-        skips.tune(net, [1.0] * 5)
+        skip_tuning.tune(net, [1.0] * 5)
 
 
 def test_generate(tmp_path):
@@ -102,6 +104,6 @@ def test_refused(tmp_path):
     tiny.save("pixart", tmp_path)
     with (
         pytest.raises(ValueError, match="a PixArtTransformer2DModel has no decoder with skips"),
-        skips.tuned(load(tmp_path).denoiser.net, 0.8),
+        skip_tuning.tuned(load(tmp_path).denoiser.net, 0.8),
     ):
         pass

@@ -9,13 +9,13 @@ import torch
 from gaussian import F64, SCHEDULES
 from tiny import tiny
 
-from distill.curriculum import Doubling
-from distill.draw import Draw
+from distill.diffusion.curriculum import Doubling
+from distill.diffusion.student import Student
 from distill.losses import cauchy_norm
 from distill.methods import CT, SLCT
 from distill.methods.slct import coupled
+from distill.random import Draw
 from distill.roles import Nets
-from distill.student import Student
 
 B = 8
 OFF = {"adaptive": False, "coupled": False, "diffusion": 0.0}

@@ -9,14 +9,17 @@ from accelerate import Accelerator
 from gaussian import F64, SCHEDULES, Whitened, consistent, exact, problem
 from tiny import tiny
 
-from distill.denoiser import Denoiser
-from distill.draw import Draw
+from distill.diffusion.denoiser import Denoiser
+from distill.diffusion.schedule import Flow, Trig
+from distill.diffusion.student import Student
+from distill.diffusion.times import Fixed
 from distill.methods import LADD, SCM, Sprint
-from distill.roles import Nets, StudentConfig, build
-from distill.schedule import Flow, Trig
-from distill.student import Student
-from distill.times import Fixed
-from distill.trainer import TrainConfig, own, train
+from distill.random import Draw
+from distill.roles import Nets
+from distill.training.build import build
+from distill.training.config import StudentConfig, TrainConfig
+from distill.training.loop import train
+from distill.training.step import own
 
 METHOD = Sprint(taps=("first", "mid"), warmup=2)
 FLOW, TRIG = Flow(), Trig()

@@ -15,19 +15,23 @@ from tiny import WORDS, reader, spoken
 from tiny import tiny as small
 from torch import nn
 
-from distill import memory
-from distill.denoiser import Denoiser
-from distill.draw import Draw
+from distill.diffusion.denoiser import Denoiser
+from distill.diffusion.schedule import Flow
+from distill.diffusion.student import Student
+from distill.diffusion.times import Fixed, Uniform
 from distill.methods import NASAT, SUN, VSD
-from distill.negative import TEXT, adapt, adapted, adapters, against, another, layers, strip
-from distill.roles import Nets, StudentConfig, build
-from distill.schedule import Flow
-from distill.student import Student
-from distill.times import Fixed, Uniform
-from distill.trainer import TrainConfig, train
-from pipelines import export, load, run, tiny, verify
-from pipelines.negative import FILE, install, write
-from pipelines.scheduler import scheduler
+from distill.networks.negative_attention import TEXT, adapt, adapted, adapters, against, another, layers, strip
+from distill.random import Draw
+from distill.roles import Nets
+from distill.training import precision
+from distill.training.build import build
+from distill.training.config import StudentConfig, TrainConfig
+from distill.training.loop import train
+from pipelines import load, run
+from pipelines.export import export, verify
+from pipelines.export.schedule import scheduler
+from pipelines.families import tiny
+from pipelines.inference.negative_prompt import FILE, install, write
 from recipes import sun_sd15
 
 B, D, VAR, W = 12, 3, 0.3, 4.0
@@ -468,7 +472,7 @@ def test_what_does_not_fit(tmp_path):
     with pytest.raises(ValueError, match="is not an adapter"):
         install(pipe, tmp_path / "sd" / "unet" / "diffusion_pytorch_model.safetensors")
     with pytest.raises(ValueError, match="xformers replaces the processors of the adapter"):
-        memory._set(adapted(sd.denoiser.net, 77), "xformers")
+        precision._set(adapted(sd.denoiser.net, 77), "xformers")
     with pytest.raises(ValueError, match="has no cross-attention"):
         adapted(flux.denoiser.net, 77)
     sd.null()
@@ -495,7 +499,7 @@ def test_the_recipe(tmp_path):
     assert found.keys() == again.keys() and all(torch.equal(found[name], again[name]) for name in found)
     assert all(t.abs().max() > 0 for name, t in found.items()) and len(found) == 8 * len(layers(base.denoiser.net))
     card = (folder / "README.md").read_text()
-    assert "pipelines.negative.install" in card and "Negative prompts do nothing" not in card
+    assert "pipelines.inference.negative_prompt.install" in card and "Negative prompts do nothing" not in card
     pipe = install(DiffusionPipeline.from_pretrained(folder, local_files_only=True), folder / FILE)
     made = [pipe("a fox", negative_prompt=text, guidance_scale=0, num_inference_steps=4, output_type="pt",
                  generator=torch.Generator().manual_seed(0)).images for text in ("", None, "blurry")]  # fmt: skip

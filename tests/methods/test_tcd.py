@@ -7,12 +7,12 @@ import torch
 from gaussian import F64, SCHEDULES, Gaussian, consistent, exact, problem
 from tiny import tiny
 
-from distill.draw import Draw
+from distill.diffusion.solver import STEPS
+from distill.diffusion.student import Student
 from distill.losses import huber
 from distill.methods import LCD, TCD
+from distill.random import Draw
 from distill.roles import Nets
-from distill.solver import STEPS
-from distill.student import Student
 
 B = 16
 OFF = {"guidance": 1.0, "target_ema": 0.0}

@@ -11,13 +11,13 @@ from scipy.stats import t as student_t
 from tiny import tiny
 from torch import nn
 
-from distill.curriculum import Closing
-from distill.denoiser import Denoiser
-from distill.draw import Draw
+from distill.diffusion.curriculum import Closing
+from distill.diffusion.denoiser import Denoiser
+from distill.diffusion.student import Student
+from distill.diffusion.times import Fixed, LogNormal, StudentT
 from distill.methods import CT, TCM
+from distill.random import Draw
 from distill.roles import Nets
-from distill.student import Student
-from distill.times import Fixed, LogNormal, StudentT
 
 N = 16
 NEAR = Closing(LogNormal(0.5, 1.0), q=8.0, every=10**9)  # 1 - s_r / s_t from .5 to 1

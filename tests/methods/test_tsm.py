@@ -8,16 +8,18 @@ from accelerate import Accelerator
 from gaussian import F64, SCHEDULES, Line, Oracle, Whitened, exact, nets_of, problem
 from tiny import Tiny, filled, tiny
 
-from distill.denoiser import Denoiser
-from distill.draw import Draw
-from distill.lora import LoRA
+from distill.diffusion.denoiser import Denoiser
+from distill.diffusion.schedule import EDM, KINDS
+from distill.diffusion.student import Student
+from distill.diffusion.times import Fixed
 from distill.losses import denoising
 from distill.methods import DMD2, TSM
-from distill.roles import Nets, StudentConfig, build
-from distill.schedule import EDM, KINDS
-from distill.student import Student
-from distill.times import Fixed
-from distill.trainer import TrainConfig, train
+from distill.networks.lora import LoRA
+from distill.random import Draw
+from distill.roles import Nets
+from distill.training.build import build
+from distill.training.config import StudentConfig, TrainConfig
+from distill.training.loop import train
 
 
 @pytest.mark.level(1, "TSM")

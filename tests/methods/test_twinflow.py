@@ -10,16 +10,18 @@ from gaussian import F64, SCHEDULES, Gaussian, Line, Whitened, encode, exact, kl
 from tiny import clock, filled
 from torch import nn
 
-from distill.average import average, timed
-from distill.denoiser import Denoiser
-from distill.draw import Draw
+from distill.diffusion.denoiser import Denoiser
+from distill.diffusion.end_time import average, timed
+from distill.diffusion.schedule import KINDS, Flow
+from distill.diffusion.student import Student
+from distill.diffusion.times import Fixed
 from distill.losses import adaptive
 from distill.methods import RCGM, TwinFlow
-from distill.roles import Nets, build
-from distill.schedule import KINDS, Flow
-from distill.student import Student
-from distill.times import Fixed
-from distill.trainer import TrainConfig, train
+from distill.random import Draw
+from distill.roles import Nets
+from distill.training.build import build
+from distill.training.config import TrainConfig
+from distill.training.loop import train
 
 N = 12
 PAIRS = [(s, k) for s in SCHEDULES for k in KINDS if k != "eps" or s in ("vp", "edm")]

@@ -5,11 +5,12 @@ import torch
 from accelerate import Accelerator
 from tiny import clock
 
+from distill.diffusion.schedule import Flow
+from distill.diffusion.times import Uniform
 from distill.methods import BOOT, RCGM, Denoise, MeanFlow, TwinFlow
-from distill.roles import build
-from distill.schedule import Flow
-from distill.times import Uniform
-from distill.trainer import TrainConfig, train
+from distill.training.build import build
+from distill.training.config import TrainConfig
+from distill.training.loop import train
 
 MEAN, ROOT = torch.tensor([1.0, -0.5]), torch.tensor([[0.5, 0.3], [0.0, 0.2]])
 # The factor by which one call comes nearer: half of what was measured (51.2, 49.2, 20.7, 5.0), rounded down.

@@ -7,12 +7,13 @@ import torch
 from gaussian import F64
 from tiny import tiny
 
-from distill.draw import Draw
+from distill.diffusion.schedule import Trig
+from distill.diffusion.student import Student
 from distill.methods import RCM, SCM, Sprint
-from distill.roles import Nets, build
-from distill.schedule import Trig
-from distill.student import Student
-from distill.weight import LogVariance, weigh
+from distill.networks.adaptive_weight import LogVariance, weigh
+from distill.random import Draw
+from distill.roles import Nets
+from distill.training.build import build
 
 LEVELS = torch.logspace(-2, 2, 40, dtype=F64)
 

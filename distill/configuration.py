@@ -1,0 +1,195 @@
+"""Configuration: a recipe's dataclass is its command line. Nothing heavy is imported before the arguments are right."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+import re
+import sys
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Generic, NoReturn, TypeVar, get_args, get_origin
+
+import tyro
+import yaml
+
+from distill.files import read, read_yaml
+from distill.ranges import Calls, Side, Weight, check, leaves
+from distill.training.config import FakeConfig, StudentConfig, TrainConfig
+
+M = TypeVar("M")
+D = TypeVar("D")
+T = TypeVar("T")
+ALIASES = ("pretrained_model_name_or_path", "pretrained_teacher_model")
+TEACHER = tyro.conf.arg(aliases=[f"--{name}" for name in ALIASES])
+REMOVED = {  # fields of methods in earlier versions -> what holds now
+    "phases": "the phases of PCM are the student's calls, --student.steps or --student.times",
+    "places": "the heads of PCM have a logit for each place",
+}
+WRITTEN = ("teacher", "method", "student", "output_dir", "seed")  # a run's config.yaml begins and ends with these
+
+
+@dataclass(frozen=True)
+class Config(Generic[M, D]):
+    """One experiment: the teacher, the student, the method and how to train."""
+
+    method: M  # the algorithm and its hyper-parameters
+    data: D  # conditions and, where the method needs them, real images
+    teacher: Annotated[str, TEACHER] = ""  # folder or Hub name of the teacher's diffusers pipeline
+    revision: str | None = None  # the teacher's revision on the Hub
+    variant: str | None = None  # the teacher's weight files, for example fp16
+    resolution: Side | None = None  # pixels per side; None: the teacher's training resolution
+    frames: Calls | None = None  # frames of a video; None: the teacher's training length
+    pag_scale: Weight = 0.0  # perturbed-attention guidance of the teacher, beside the method's guidance; 0: none
+    pag_layers: tuple[str, ...] = ("mid_block",)  # modules with perturbed self-attention (SANA: transformer_blocks.0)
+    student: StudentConfig = field(default_factory=StudentConfig)
+    fake: FakeConfig = field(default_factory=FakeConfig)
+    train: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
+    validation_images: Calls = 8  # images per sample grid, from the data's first prompts
+    push_to_hub: bool = False  # upload the verified export
+    hub_model_id: str | None = None  # user/name; None: the name of output_dir
+    hub_private: bool = False  # a new repository on the Hub is private
+    license: str | None = None  # of the student if the teacher's is unknown: apache-2.0, for example, or NAME,URL
+    family: str = "edm"  # family of the tiny random teacher of --smoke
+    replay: str | None = None  # replay-STEP-PLAYER of a run: repeat that update; exit status 1: again not finite
+    smoke: bool = False  # run two steps on a tiny random teacher, as a test
+
+
+def fail(message: str) -> NoReturn:
+    """End with one message for the user on stderr and exit status 2."""
+    sys.stderr.write(f"error: {visible(message)}\n")
+    raise SystemExit(2)
+
+
+def visible(text: str) -> str:
+    """Text for a terminal, which characters from files must not steer: of what controls it, line breaks are left."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+
+
+def parse(default: Config[M, D], argv: list[str] | None = None, doc: str | None = None) -> Config[M, D]:
+    """The recipe's configuration, overridden by `--config file.yaml`, overridden by flags.
+
+    An unknown flag, a wrong type or an impossible value ends with one message that names it, exit status 2.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    ours = ("--config=", "--replay=")
+    argv = [part for arg in argv for part in (arg.split("=", 1) if arg.startswith(ours) else [arg])]
+    if "--replay" in argv[:-1] and "--config" not in argv:
+        replay = argv[argv.index("--replay") + 1]
+        if not os.path.isfile(f"{replay}/config.yaml"):
+            fail(f"--replay is {replay!r}, which has no config.yaml: give a run's replay-STEP-PLAYER")
+        argv += ["--config", f"{replay}/config.yaml"]
+    if "--config" in argv:
+        i = argv.index("--config")
+        argv = _file(argv[i + 1 : i + 2], default) + argv[:i] + argv[i + 2 :]
+    doc = f"{doc or ''}\n\n--config FILE.yaml, a run's config.yaml say, sets all that it holds; flags go on top."
+    kind: Any = Config.__class_getitem__((type(default.method), type(default.data)))  # type: ignore[attr-defined]
+    cli = partial(tyro.cli, kind, default=default, args=argv, description=doc, use_underscores=True)
+    try:
+        config, unknown = cli(return_unknown_args=True)
+        if unknown and not unknown[0].startswith("--"):
+            i = next(i for i, arg in enumerate(argv) if unknown[0] in (arg, arg.partition("=")[2]))
+            flag = next((arg.partition("=")[0] for arg in argv[i::-1] if arg.startswith("--")), "the command line")
+            fail(f"{flag} takes no {unknown[0]!r}: see --help")
+        if unknown:
+            _removed(unknown[0].removeprefix("--").partition("=")[0], "the flag")
+            cli()  # it says what may have been meant
+        check(config, "--")
+    except ValueError as error:  # a value that a dataclass refuses
+        fail(str(error).removeprefix("--train."))
+    return config
+
+
+def _file(path: list[str], default: Config[Any, Any]) -> list[str]:
+    """A YAML file as flags."""
+    if not path or not os.path.isfile(path[0]):
+        fail(f"--config needs the path of a YAML file (as a run writes it to its config.yaml); got {path or 'nothing'}")
+    try:
+        tree = read_yaml(path[0])
+    except ValueError as error:
+        fail(f"--config {error}")
+    if not isinstance(tree, dict):
+        fail(f"--config {path[0]} must hold names with values, as a run's config.yaml does")
+    fields = {name.removeprefix("train."): (hint, value) for name, hint, _, value in leaves(default)}
+    empty = {name for name, (_, value) in fields.items() if value is None}
+    try:
+        return _flags(tree, {name: hint for name, (hint, _) in fields.items()}, empty)
+    except ValueError as error:  # an integer of more digits than Python prints
+        fail(f"--config {path[0]}: {error}")
+
+
+def read_run_config(run: Path) -> tuple[str, str, dict[str, Any]]:
+    """(text, class of the method, values) of a run's config.yaml; ValueError if it is absent or damaged."""
+    path = run / "config.yaml"
+    tree = read_yaml(path)
+    text = read(path)
+    lacking = [name for name in WRITTEN if not isinstance(tree, dict) or name not in tree]
+    nested = not lacking and all(isinstance(tree[name], dict) for name in ("method", "student"))
+    if lacking or not nested or not (named := re.match(r"# (\w+)\n", text)):
+        why = f"it has no {lacking[0]}" if lacking else "its first line, its method or its student is not that of a run"
+        raise ValueError(f"{path} is truncated or damaged ({why}): restore it; exports and checkpoints have a copy")
+    return text, named[1], tree
+
+
+def dump(config: Config[Any, Any]) -> str:
+    """The resolved configuration as YAML that `--config` reads back."""
+    tree = dataclasses.asdict(config)
+    tree |= tree.pop("train")
+    return f"# {type(config.method).__name__}\n{yaml.safe_dump(_plain(tree), sort_keys=False)}"
+
+
+def revived(kind: type[T], tree: dict[str, Any]) -> T:
+    """A dataclass from the part of a run's config.yaml that holds it."""
+    made: dict[str, Any] = {f.name: f.default_factory for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    nested = {k: revived(made[k], v) if isinstance(v, dict) else v for k, v in tree.items() if k in made}
+    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in nested.items()})
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(v) for key, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, tuple) else value
+
+
+def _check_name(name: str, known: list[str], table: bool) -> None:
+    """Refuse a name that is not a field, including "help" and other flags of the command line."""
+    if name in known or (table and any(one.startswith(f"{name}.") for one in known)):
+        return
+    _removed(name, "its line")
+    near = difflib.get_close_matches(name, known, 1)
+    fail(f"--config: there is no --{name[:200]}{f'; --{near[0]} is the nearest' if near else ''}; see --help")
+
+
+def _removed(name: str, what: str) -> None:
+    """Refuse a field that an earlier version had."""
+    why = REMOVED.get(name.rpartition(".")[2]) if name.startswith("method.") else None
+    if why:
+        fail(f"there is no --{name} any more: {why}. Leave {what} out")
+
+
+def _flags(tree: dict[str, Any], known: dict[str, Any], empty: set[str], prefix: str = "") -> list[str]:
+    """known: the type of every field by its name. Values that a flag cannot express are refused.
+
+    empty: the fields that are None in the recipe. A null for them says nothing, and some have no flag (a law or None).
+    """
+    flags: list[str] = []
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        _check_name(name, [*known, *ALIASES], isinstance(value, dict))
+        kinds = {get_origin(kind) or kind for kind in (known.get(name), *get_args(known.get(name)))}
+        if isinstance(value, dict) and name not in known:
+            flags += _flags(value, known, empty, f"{name}.")
+        elif value is None and name in empty:
+            continue
+        elif isinstance(value, bool) and bool in kinds:
+            flags.append(f"--{name}" if value else f"--{prefix}no_{key}")
+        else:
+            plain = value if isinstance(value, list) and tuple in kinds else [value] * (value is not None)
+            odd = any(isinstance(v, bool | list | dict | None) or f"{v}".startswith("--") for v in plain)
+            if name in known and (odd or bool in kinds or (value is None and type(None) not in kinds)):
+                may = "true or false" if bool in kinds else "a list of plain values" if tuple in kinds else "one value"
+                fail(f"--config: {name} is {value!r}; it must be {may}{', or null' * (type(None) in kinds)}")
+            flags += [f"--{name}", *map(str, plain or [value] * (value is None))]
+    return flags

@@ -1,0 +1,62 @@
+"""Words to forget in prompts, and those in their place: SFD's rule (distill/methods/wrappers/forget.py)."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Words:
+    """Found in any case, the longest first, as whole words where they begin or end with a letter a-z or a digit."""
+
+    forget: tuple[str, ...]
+    override: tuple[str, ...]
+
+    def check(self) -> None:
+        """ValueError where an override is missing, or holds what is to be forgotten."""
+        held = [other for other in self.override if not other.strip() or self.pattern.search(other)]
+        if len(self.forget) != len(self.override) or held or not all(word.strip() for word in self.forget):
+            raise ValueError(
+                f"--data.forget is {self.forget} and --data.override {self.override}: give one override for each, that "
+                "says something and holds nothing that is to be forgotten"
+            )
+
+    @cached_property
+    def order(self) -> list[int]:
+        return sorted(range(len(self.forget)), key=lambda i: -len(self.forget[i]))
+
+    @cached_property
+    def pattern(self) -> re.Pattern[str]:
+        whole = lambda word: r"\b" * bool(re.match("[a-z0-9]", word[:1].lower()))  # \b is for scripts with spaces
+        each = (f"({whole(w)}{re.escape(w)}{whole(w[::-1])})" for w in (self.forget[i] for i in self.order))
+        return re.compile("|".join(each) or "(?!)", re.IGNORECASE)
+
+    def overridden(self, text: str) -> str | None:
+        """The text with other words in place of those, None where it has none of them."""
+        new = self.pattern.sub(lambda m: self.override[self.order[(m.lastindex or 1) - 1]], text)
+        return None if new == text else new
+
+    def rule(self, texts: list[str], prompts: int, where: str) -> Tensor:
+        """The row of what each text is overridden by, or its own; texts: the prompts first. where: of errors."""
+        new = {i: other for i in range(prompts) if (other := self.overridden(texts[i])) is not None}
+        seen = {self.forget[self.order[(m.lastindex or 1) - 1]] for i in new for m in self.pattern.finditer(texts[i])}
+        if unseen := [word for word in self.forget if word not in seen]:
+            raise ValueError(f"no prompt of {where} holds {unseen}, which --data.forget names: add some that do")
+        if left := [other for other in new.values() if self.pattern.search(other)]:
+            raise ValueError(
+                f"with other words in place of --data.forget, {left[0]!r} still holds one: change the prompt"
+            )
+        row = {text: i for i, text in enumerate(texts)}
+        if absent := [other for other in new.values() if other not in row]:
+            raise ValueError(
+                f"{len(absent)} of {len(new)} prompts with other words in place of --data.forget {self.forget} are not "
+                f"in {where}, {absent[0]!r} for one: write them beside the others and make it again"
+            )
+        rule = torch.arange(len(texts))
+        rule[list(new)] = torch.tensor([row[other] for other in new.values()])
+        return rule

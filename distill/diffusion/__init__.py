@@ -1,0 +1,1 @@
+"""The theory of diffusion: schedules, denoisers, guidance, solvers, students, laws of t."""

@@ -1,0 +1,166 @@
+"""A denoiser: a bare network, the schedule and prediction kind it was trained with, and how it is called."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distill import sharding
+from distill.diffusion.interval import Interval
+from distill.diffusion.schedule import KINDS, Kind, Prediction, Schedule, expand
+
+Condition = dict[str, Tensor] | None
+Call = Callable[[nn.Module, Tensor, Tensor, Condition], Tensor]
+
+
+def plain(net: nn.Module, x: Tensor, t: Tensor, c: Condition) -> Tensor:
+    """net(x, native t, **c), the default way to call a network."""
+    return net(x, t, **(c or {}))
+
+
+@dataclass(eq=False)
+class Denoiser:
+    """net + schedule + kind: (x [B, ...], t [B] in [0, 1], c) -> Prediction.
+
+    call    call(net, x, native_t, c) -> out; adapts a network's own signature. Its attribute feature(output), if it has
+            one, picks the feature from a tuple that a tapped module returns; else it is the first.
+    null    the condition of "no condition": the same keys as c, leading dimension 1.
+    sigma_d standard deviation of the data in EDM's preconditioning (kind "edm" only).
+    frame   the schedule that callers speak; None is the network's own. See `on`.
+    blocks  class names of the submodules that are gathered one by one where the network is sharded (sharding.py).
+    """
+
+    net: nn.Module
+    schedule: Schedule
+    kind: Kind
+    call: Call = plain
+    null: Condition = None
+    sigma_d: float = 0.5
+    frame: Schedule | None = None
+    blocks: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"kind is {self.kind!r}; it must be one of {KINDS}")
+
+    def __call__(self, x: Tensor, t: Tensor, c: Condition = None) -> Prediction:
+        """Predict at x = alpha_t x0 + sigma_t eps, with alpha and sigma of the frame."""
+        u, (x, t, scale) = t, self._native(x, t)
+        alpha, sigma = self.schedule.coefficients(t)
+        like = next(self.net.parameters(), x)
+        native = self.schedule.native(t).to(torch.promote_types(x.dtype, torch.float32))
+        out = self.call(self.net, x.to(like.dtype), native, c).to(x.dtype)
+        pred = Prediction(out, self.kind, x, expand(alpha, x), expand(sigma, x), self.sigma_d)
+        if isinstance(self.frame, Interval):
+            return self.frame.inside(pred, u)
+        return pred if scale is None else Reframed(**vars(pred), scale=scale)
+
+    def _native(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Carry (x, t) from the frame to the network's schedule: the same ratio, x rescaled to the same signal."""
+        if self.frame is None:
+            return x, t, None
+        if isinstance(self.frame, Interval):
+            assert self.frame.base == self.schedule, "an interval of another path than the network's"
+            return x, self.frame.outer(t), None
+        a_f, s_f = self.frame.coefficients(t)
+        t = self.schedule.time(s_f / a_f)
+        a, s = self.schedule.coefficients(t)
+        scale = expand(torch.hypot(a, s) / torch.hypot(a_f, s_f), x)
+        return scale * x, t, scale
+
+    def on(self, schedule: Schedule) -> Denoiser:
+        """The same denoiser, spoken to on another schedule: x and t are of `schedule`, x0 and eps are unchanged.
+
+        On an Interval of its own schedule they are x_s and the noise since s.
+        """
+        return replace(self, frame=None if schedule == self.schedule else schedule)
+
+    @property
+    def path(self) -> Schedule:
+        """The schedule of the x and t that this denoiser takes."""
+        return self.frame or self.schedule
+
+    @property
+    def dual(self) -> bool:
+        """Whether forward-mode differentiation can keep a graph for backward: recomputed and sharded blocks cannot."""
+        return not (getattr(self.net, "is_gradient_checkpointing", False) or sharding.sharded(self.net))
+
+    def tapping(self, x: Tensor, t: Tensor, c: Condition, taps: tuple[str, ...]) -> tuple[Prediction, list[Tensor]]:
+        """The prediction and, of the same pass, the outputs of the named submodules."""
+        with tapped(self.net, taps, False, getattr(self.call, "feature", first)) as found:
+            pred = self(x, t, c)
+        return pred, [found[name] for name in taps]
+
+    def features(self, x: Tensor, t: Tensor, c: Condition, taps: tuple[str, ...]) -> list[Tensor]:
+        """Outputs of the named submodules, with gradient; the forward pass ends at the last one that is reached."""
+        with tapped(self.net, taps, True, getattr(self.call, "feature", first)) as found:
+            try:
+                self(x, t, c)
+            except _Reached:
+                sharding.ended(self.net, [*found.values()])
+        return [found[name] for name in taps]
+
+    def copy(self) -> Denoiser:
+        """A deep copy of the network; everything else is shared."""
+        return replace(self, net=copy.deepcopy(self.net))
+
+
+@dataclass(frozen=True)
+class Reframed(Prediction):
+    """A prediction read on another schedule: x0 and eps are the same numbers, v and score those of the frame."""
+
+    scale: Tensor | float = 1.0  # native x = scale * the frame's x
+
+    @property
+    def v(self) -> Tensor:
+        return (self.alpha * self.eps - self.sigma * self.x0) / self.scale
+
+    @property
+    def score(self) -> Tensor:
+        return -self.eps / self.sigma * self.scale
+
+
+class _Reached(Exception):
+    """Raised by the last tap: the rest of the forward pass is not needed."""
+
+
+def first(output: tuple[Any, ...]) -> Tensor:
+    """Of several things that a module says, the first."""
+    return output[0]
+
+
+@contextmanager
+def tapped(
+    net: nn.Module, taps: tuple[str, ...], stop: bool = False, feature: Callable[[Any], Tensor] = first
+) -> Iterator[dict[str, Tensor]]:
+    """Collect the outputs of submodules `taps` of one forward pass; with `stop`, end it once all are there.
+
+    The hooks live only inside this context, so a copied network never reports the features of its original.
+    """
+    found: dict[str, Tensor] = {}
+    try:
+        modules = {name: net.get_submodule(name) for name in taps}
+    except AttributeError as error:
+        top = [name for name, _ in net.named_children()]
+        raise ValueError(f"no submodule {list(taps)} to tap ({error}); the top-level modules are {top}") from None
+
+    def hook(name: str) -> Callable[..., None]:
+        def keep(module: nn.Module, args: Any, output: Any) -> None:
+            found[name] = feature(output) if isinstance(output, tuple) else output
+            if stop and len(found) == len(taps):
+                raise _Reached
+
+        return keep
+
+    handles = [modules[name].register_forward_hook(hook(name)) for name in taps]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()

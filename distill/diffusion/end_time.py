@@ -1,0 +1,170 @@
+"""Networks of two times: the average velocity F(x_t, t, r) of rectified flow from t down to r.
+
+    x_t = (1 - t) x + t eps,    x_r = x_t - (t - r) F(x_t, t, r),    F(x_t, t, t) = dx_t/dt,  the plain velocity
+
+The second time is a condition, "end" [B], as "guidance" is one; 0 is where data are, and where a network that is not
+told goes. So a student's plain call is F(., t, 0): it samples, is exported and loads in plain diffusers as any other.
+A student of several calls without new noise between them tells each the time of the next (student.renoise "ddim"); its
+export has these ends in the embedding of its times (`embedded`).
+A negative end is TwinFlow's sign: F(., t, -t) is the velocity of the student's own samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as nnf
+from torch import Tensor, nn
+
+from distill.diffusion.denoiser import Call, Condition, Denoiser, first
+from distill.diffusion.guidance import Guided, repeated
+from distill.diffusion.schedule import Flow, expand
+from distill.modules import shared
+
+SECOND = "end."  # the names of what a network is told its second time with
+PATH = Flow()  # F is a velocity of this path; a denoiser of any schedule is spoken to on it
+
+
+def ending(c: Condition, r: Tensor) -> Condition:
+    """The condition with the second time r [B] in [-1, 1]."""
+    return (c or {}) | {"end": r}
+
+
+def average(denoiser: Denoiser | Guided, x: Tensor, t: Tensor, r: Tensor | None, c: Condition) -> Tensor:
+    """F(x_t, t, r) [B, ...] of a denoiser on `PATH`; r None: the velocity of a network of one time."""
+    return denoiser(x, t, c if r is None else ending(c, r)).flow
+
+
+def guided(
+    v: Tensor, omega: float, kappa: float, net: Denoiser, x: Tensor, t: Tensor, c: Condition, inside: Tensor
+) -> Tensor:
+    """omega v + (1 - omega - kappa) F(null) + kappa F(c) at (t, t), of F itself: guidance omega / (1 - kappa) built in.
+
+    MeanFlow's omega and kappa; TwinFlow's enhancement has omega = 1 and kappa = its ratio. inside [B]: which samples;
+    the others keep v. Call it without grad.
+    """
+    if omega == 1 and kappa == 0:
+        return v
+    null = average(Guided(net, 0.0), x, t, t, c)
+    cond = average(net, x, t, t, c) if kappa else v
+    own = omega * v + (1 - omega - kappa) * null + kappa * cond
+    return torch.where(expand(inside, x).bool(), own, v)
+
+
+class End(nn.Module):
+    """r [B] -> [B, dim], what a network's embedding of time gains: 0 at r = 0, and for all r at the start."""
+
+    def __init__(self, dim: int, waves: int = 16) -> None:
+        super().__init__()
+        self.waves = waves
+        self.linear_1 = nn.Linear(2 * waves, dim, bias=False)
+        self.linear_2 = nn.Linear(dim, dim, bias=False)
+        nn.init.zeros_(self.linear_2.weight)
+
+    def forward(self, r: Tensor) -> Tensor:
+        like = self.linear_1.weight
+        waves = torch.logspace(0, 1.2, self.waves, dtype=like.dtype, device=like.device)  # 1 to 16: smooth in r
+        phase = r.to(like)[:, None] * waves
+        return self.linear_2(nnf.silu(self.linear_1(torch.cat([phase.sin(), 1 - phase.cos()], dim=1))))
+
+
+@dataclass(frozen=True)
+class Told:
+    """`call`, of a network whose child `end` adds to the output of its submodule `where` if c has "end"."""
+
+    call: Call
+    where: str
+
+    @property
+    def feature(self) -> Any:
+        return getattr(self.call, "feature", first)
+
+    def __call__(self, net: nn.Module, x: Tensor, t: Tensor, c: Condition) -> Tensor:
+        if c is None or "end" not in c:
+            return self.call(net, x, t, c)
+        r, rest = c["end"], {k: v for k, v in c.items() if k != "end"}
+        add = lambda module, args, out: out + net.end(r).to(out)  # type: ignore[operator]
+        handle = net.get_submodule(self.where).register_forward_hook(add)
+        try:
+            return self.call(net, x, t, rest or None)
+        finally:
+            handle.remove()
+
+
+@dataclass(frozen=True)
+class FixedEndCall:
+    """`call` with the same end time r every time."""
+
+    call: Call
+    r: float
+
+    @property
+    def feature(self) -> Any:
+        return getattr(self.call, "feature", first)
+
+    def __call__(self, net: nn.Module, x: Tensor, t: Tensor, c: Condition) -> Tensor:
+        return self.call(net, x, t, ending(c, torch.full((len(x),), self.r, dtype=torch.float64, device=x.device)))
+
+
+def with_end_time(denoiser: Denoiser, to: float) -> Denoiser:
+    """The denoiser with the end time `to` (of its own path) in every call."""
+    r = PATH.time(denoiser.path.ratio(torch.tensor([to], dtype=torch.float64)))
+    return replace(denoiser, call=FixedEndCall(denoiser.call, float(r)))
+
+
+def last_linear(embedding: nn.Module) -> nn.Linear:
+    """The last linear layer of a time embedding."""
+    *_, layer = (m for m in embedding.modules() if isinstance(m, nn.Linear))
+    return layer
+
+
+def timed(denoiser: Denoiser) -> Denoiser:
+    """A denoiser whose network, which gains the trainable child `end`, is told "end"; nothing changes at the start.
+
+    It works on every network with a TimestepEmbedding of diffusers: its first one embeds the time.
+    """
+    net = denoiser.net
+    where = next((n for n, m in net.named_modules() if type(m).__name__ == "TimestepEmbedding"), None)
+    if where is None:
+        raise ValueError(
+            f"this method's student has a second time, which is added to a TimestepEmbedding; {type(net).__name__} has "
+            "none: choose another method"
+        )
+    layer = last_linear(net.get_submodule(where))
+    like = layer.weight
+    net.end = End(layer.out_features).to(like.device, torch.promote_types(like.dtype, torch.float32))
+    return replace(denoiser, call=Told(denoiser.call, where))
+
+
+def untimed(denoiser: Denoiser) -> Denoiser:
+    """The denoiser without its second time: what it says where it is told none. Weights are shared."""
+    if not isinstance(denoiser.call, Told):
+        return denoiser
+    net = shared(denoiser.net)
+    del net.end
+    return replace(denoiser, net=net, call=denoiser.call.call)
+
+
+@torch.no_grad()
+def fold_end_times(denoiser: Denoiser, legs: Sequence[tuple[float, float]], x: Tensor, c: Condition) -> Denoiser:
+    """An equivalent denoiser without the end time, for the pairs (t, end) in `legs` only.
+
+    The last layer of the time embedding changes as little as possible, so that at each of these t it gives the
+    embedding of t and its end. Do not call it at another time. x [1, ...] and c are an example input.
+    """
+    assert isinstance(denoiser.call, Told)
+    plain, where = untimed(denoiser), denoiser.call.where
+    t, ends = torch.tensor(legs, dtype=torch.float64, device=x.device).T
+    r = torch.where(ends > 0, PATH.time(denoiser.path.ratio(ends)), 0.0)
+    layer, heard = last_linear(plain.net.get_submodule(where)), []
+    handle = layer.register_forward_pre_hook(lambda module, args: heard.append(args[0].double()))
+    plain.features(x.expand(len(t), *x.shape[1:]), t, repeated(c, len(t)), (where,))
+    handle.remove()
+    before = torch.cat([heard[0], torch.ones_like(heard[0][:, :1])], dim=1)
+    change = torch.linalg.pinv(before) @ denoiser.net.end(r).double()  # type: ignore[operator]
+    layer.weight = nn.Parameter((layer.weight + change[:-1].T).to(layer.weight))
+    layer.bias = nn.Parameter((layer.bias + change[-1]).to(layer.bias))
+    return plain

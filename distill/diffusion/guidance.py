@@ -1,0 +1,176 @@
+"""Guidance is itself a denoiser.
+
+classifier-free, w = 1 is none          out = null + w (cond - null)
+away from a worse network, s = 0 is none     out = out + s (out - worse), under both w too: s (cond - worse cond)
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from distill.diffusion.denoiser import Condition, Denoiser, first, tapped
+from distill.diffusion.schedule import Prediction, Schedule, expand
+
+if TYPE_CHECKING:
+    from distill.random import Draw
+
+
+OVERRIDE = "override."  # of the keys that say what a teacher is told in place of the others (SFD)
+
+
+def merge(a: Condition, b: Condition) -> Condition:
+    """Concatenate two conditions along the batch."""
+    return None if a is None or b is None else {key: torch.cat([a[key], b[key].to(a[key].dtype)]) for key in a}
+
+
+def repeated(c: Condition, n: int) -> Condition:
+    """The condition of n batches one after another, each under c."""
+    return None if c is None else {key: torch.cat([value] * n) for key, value in c.items()}
+
+
+def overriding(c: dict[str, Tensor], told: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The condition c with `told` beside it, which a teacher is told in its place."""
+    return c | {OVERRIDE + key: value for key, value in told.items()}
+
+
+def null_of(null: Condition, c: Condition) -> Condition:
+    """The null condition with the batch size of c; keys that it lacks (a guidance embedding, say) are kept from c."""
+    if null is None or c is None:
+        raise ValueError(
+            "guidance other than 1 needs a null condition, and so does CFG++, but this denoiser is unconditional or "
+            "was trained without one; set the guidance to 1, or give the Denoiser a `null` with its condition's keys"
+        )
+    return {k: null[k].to(v.device, v.dtype).expand_as(v) if k in null else v for k, v in c.items()}
+
+
+def drop(c: Condition, null: Condition, mask: Tensor) -> Condition:
+    """Replace the condition by null where mask [B] is True."""
+    empty = null_of(null, c)
+    assert c is not None and empty is not None
+    return {k: torch.where(mask.reshape(-1, *[1] * (v.ndim - 1)), empty[k], v) for k, v in c.items()}
+
+
+def relabel(c: dict[str, Tensor], classes: tuple[int, ...], draw: Draw, only: tuple[int, ...] = ()) -> Condition:
+    """The condition c with its labels (or only the labels in `only`) replaced by uniform draws from `classes`."""
+    new = torch.tensor(classes, device=draw.device)[draw.integers("class", len(classes))]
+    old = torch.tensor(only, device=draw.device)
+    change = lambda label: torch.where(torch.isin(label, old), new, label) if only else new
+    return {key: change(value) if "label" in key else value for key, value in c.items()}
+
+
+@dataclass(eq=False)
+class Away(Denoiser):
+    """A denoiser that goes on, by a share s, from where a worse network says: a further call on B samples.
+
+    PAG (Ahn et al. 2024, arXiv 2403.17377): `worse` is the same weights without self-attention (inference/pag.py);
+    its repository counts s + 1. Autoguidance (Karras et al. 2024, arXiv 2406.02507) has another worse network.
+    Features are the network's own.
+    """
+
+    worse: nn.Module = field(kw_only=True)
+    s: float = field(kw_only=True)
+
+    def __call__(self, x: Tensor, t: Tensor, c: Condition = None) -> Prediction:
+        pred = self.alone(x, t, c)
+        return replace(pred, out=pred.out + self.term(pred.out, x, t, c))
+
+    def alone(self, x: Tensor, t: Tensor, c: Condition = None) -> Prediction:
+        """What the network says by itself."""
+        return super().__call__(x, t, c)
+
+    def term(self, out: Tensor, x: Tensor, t: Tensor, c: Condition) -> Tensor:
+        """s (out - what the worse network says)."""
+        return self.s * (out - replace(self, net=self.worse).alone(x, t, c).out)
+
+
+@dataclass(eq=False)
+class Guided:
+    """base with guidance w: a float, or one number per sample [B]. Gradients flow through both branches.
+
+    w = 1 calls the conditional branch alone, w = 0 the null branch alone; any other w makes one call of 2B samples,
+    and where base is `Away` from a worse network, one of B under c to that: w does not multiply its s.
+    """
+
+    base: Denoiser
+    w: float | Tensor
+
+    def __call__(self, x: Tensor, t: Tensor, c: Condition = None) -> Prediction:
+        if isinstance(self.w, int | float) and self.w == 1:
+            return self.base(x, t, c)
+        if isinstance(self.w, int | float) and self.w == 0:
+            return self.base(x, t, null_of(self.base.null, c))
+        return self.both(x, t, c)[0]
+
+    def both(self, x: Tensor, t: Tensor, c: Condition) -> tuple[Prediction, Prediction]:
+        """The guided prediction and that of the null condition, of one call of 2B samples."""
+        away = self.base if isinstance(self.base, Away) else None
+        ask = away.alone if away else self.base
+        pred = ask(torch.cat([x, x]), torch.cat([t, t]), merge(c, null_of(self.base.null, c)))
+        cond, empty = pred.out.chunk(2)
+        w = expand(self.w, x) if isinstance(self.w, Tensor) else self.w
+        out = empty + w * (cond - empty)
+        out = out + away.term(cond, x, t, c) if away else out
+        half: dict[str, Any] = {k: v.chunk(2)[0] for k, v in vars(pred).items() if isinstance(v, Tensor)}
+        return replace(pred, **half | {"out": out}), replace(pred, **half | {"out": empty})
+
+    def tapping(self, x: Tensor, t: Tensor, c: Condition, taps: tuple[str, ...]) -> tuple[Prediction, list[Tensor]]:
+        """The prediction and the outputs [B, ...] of the named submodules under c itself, whatever w is.
+
+        They are of the same pass, but for w = 0, which makes none under c: there a second one ends at the last of them.
+        """
+        if not taps:
+            return self(x, t, c), []
+        if isinstance(self.w, int | float) and self.w == 1:
+            return self.base.tapping(x, t, c, taps)
+        if taps and isinstance(self.w, int | float) and self.w == 0:
+            return self(x, t, c), self.base.features(x, t, c, taps)
+        with tapped(self.base.net, taps, False, getattr(self.base.call, "feature", first)) as found:
+            pred = self(x, t, c)
+        return pred, [found[name][: len(x)] for name in taps]
+
+    def on(self, schedule: Schedule) -> Guided:
+        return replace(self, base=self.base.on(schedule))
+
+    @property
+    def path(self) -> Schedule:
+        return self.base.path
+
+
+def scale_of(w: float | tuple[float, float], draw: Draw, B: int) -> float | Tensor:
+    """A fixed guidance as it is, or one drawn uniformly from the range (low, high) for every sample [B]."""
+    if not isinstance(w, tuple):
+        return w
+    return w[0] + (w[1] - w[0]) * draw.uniform("guidance", (B,))
+
+
+def needed(w: float | tuple[float, float], solver: str = "ddim", embed: bool = True) -> tuple[str, ...]:
+    """Requirements of guidance w: a null condition; for a range with `embed`, a student with a guidance embedding."""
+    if w == 1 and solver != "cfg++":
+        return ()
+    return ("null", "told") if isinstance(w, tuple) and embed else ("null",)
+
+
+def told(c: Condition, w: float | Tensor) -> Condition:
+    """The condition of a network that is told its guidance, as the key "guidance" [B]; a fixed w is not told."""
+    return (c or {}) | {"guidance": w} if isinstance(w, Tensor) else c
+
+
+def embedding(w: Tensor, dim: int | None = 256) -> Tensor:
+    """LCM's embedding [B, dim] of a guidance w [B]: sines then cosines of 1000 w at geometric frequencies.
+
+    dim: time_cond_proj_dim of a network; None is one that is told no guidance, a ValueError.
+    """
+    if dim is None:
+        raise ValueError(
+            "the network has no embedding of guidance (time_cond_proj_dim), and the method draws it from a range: load "
+            "the teacher with pipelines.load(folder, told=True), or give one number"
+        )
+    half = dim // 2
+    freq = torch.exp(torch.arange(half, dtype=torch.float64, device=w.device) * (-math.log(10000.0) / (half - 1)))
+    phase = 1000.0 * w.double()[:, None] * freq
+    return torch.cat([phase.sin(), phase.cos()], dim=1).float()

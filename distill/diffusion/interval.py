@@ -1,0 +1,128 @@
+"""The levels of a path above one of them, s: a path of its own whose data is x_s (Phased DMD, arXiv 2510.27684).
+
+x_t = alpha_{t|s} x_s + sigma_{t|s} eps, and with the posterior mean of x_s both the score and the loss that learns it
+need no x_0: a method that matches x_0 on a path matches x_s on the part above s, unchanged.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from distill.diffusion.schedule import Prediction, Schedule, ends, expand
+from distill.diffusion.times import Law, Moved, Staged, share
+from distill.random import Draw
+from distill.ranges import Decay
+
+
+@dataclass(frozen=True)
+class Interval(Schedule):
+    """Levels s .. 1 of `base`. Its time u in [0, 1] is t = s + (1 - s) u; there is no noise at u = 0.
+
+    clamp: of the weight of a squared error, see Inside.weight.
+    """
+
+    base: Schedule
+    s: float  # in (0, 1)
+    clamp: float = 10.0
+
+    def outer(self, u: Tensor) -> Tensor:
+        """u -> t of the whole path."""
+        return self.s + (1 - self.s) * u.double()
+
+    def inner(self, t: Tensor) -> Tensor:
+        """The inverse of outer."""
+        return ends((t - self.s) / (1 - self.s))
+
+    def anchor(self) -> tuple[float, float]:
+        """(alpha_s, sigma_s)."""
+        alpha, sigma = self.base.coefficients(torch.tensor([self.s], dtype=torch.float64))
+        return float(alpha), float(sigma)
+
+    def coefficients(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        (a_s, s_s), (a_t, s_t) = self.anchor(), self.base.coefficients(self.outer(u))
+        a = a_t / a_s
+        return a, (s_t**2 - (a * s_s) ** 2).clamp(min=0).sqrt()
+
+    def time(self, ratio: Tensor) -> Tensor:
+        a_s, s_s = self.anchor()
+        return self.inner(self.base.time((ratio.double() ** 2 + s_s**2).sqrt() / a_s))
+
+    def native(self, u: Tensor) -> Tensor:
+        return self.base.native(self.outer(u))
+
+    def inside(self, pred: Prediction, u: Tensor) -> Inside:
+        """A prediction on the whole path at outer(u), read here."""
+        a, b = (expand(one, pred.x) for one in self.coefficients(u))
+        return Inside(**vars(pred), a=a, b=b, anchor=self.anchor(), clamp=self.clamp)
+
+
+@dataclass(frozen=True)
+class Inside(Prediction):
+    """A prediction read on an interval: x0 is the posterior mean of x_s, eps that of the noise since s.
+
+    a, b: alpha_{t|s}, sigma_{t|s} [B, 1, ...]; alpha, sigma, x and out are those of the whole path.
+    """
+
+    a: Tensor | float = 1.0
+    b: Tensor | float = 1.0
+    anchor: tuple[float, float] = (1.0, 0.0)  # alpha_s, sigma_s
+    clamp: float = 10.0
+
+    @property
+    def x0(self) -> Tensor:
+        """E[x_s | x_t] = (a sigma_s^2 x_t + alpha_s b^2 E[x_0 | x_t]) / sigma_t^2."""
+        a_s, s_s = self.anchor
+        return (self.a * s_s**2 * self.x + a_s * self.b**2 * super().x0) / self.sigma**2
+
+    @property
+    def eps(self) -> Tensor:
+        """(x_t - a E[x_s | x_t]) / b = (b / sigma_t) E[eps_0 | x_t]."""
+        return self.b / self.sigma * super().eps
+
+    @property
+    def v(self) -> Tensor:
+        return self.a * self.eps - self.b * self.x0
+
+    @property
+    def score(self) -> Tensor:
+        return -super().eps / self.sigma
+
+    def target(self, x0: Tensor, eps: Tensor) -> Tensor:
+        """The target of `out` for x = a x_s + b eps: in place of (x_0, eps_0), unknown, what has their mean given x.
+
+        That is (sigma_t / b) eps for the noise, with x_s / alpha_s - alpha_t sigma_s^2 eps / (alpha_s^2 b) for x_0.
+        """
+        a_s, s_s = self.anchor
+        b = torch.as_tensor(self.b).clamp(min=1e-6)  # at s itself the weight is 0
+        return super().target(x0 / a_s - self.alpha * s_s**2 / (a_s**2 * b) * eps, self.sigma / b * eps)
+
+    @property
+    def weight(self) -> Tensor:
+        """Of the squared error, min(1, clamp b^2): the variance of the target grows as 1 / b^2 towards s."""
+        return (self.clamp * torch.as_tensor(self.b) ** 2).clamp(max=1)
+
+
+@dataclass(frozen=True)
+class Tail(Law):
+    """A law of the whole path, given t > s: its times on the Interval above s, which it is called with.
+
+    Its density is that of the law over the law's share above s, of which the part next to s, `margin`, is left out.
+    """
+
+    law: Law
+    margin: Decay = 0.0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.law, Staged):
+            raise ValueError("a staged law changes from step to step, and a phase needs one law: leave Staged out")
+
+    def __call__(self, draw: Draw, name: str, B: int, schedule: Schedule) -> Tensor:
+        assert isinstance(schedule, Interval)
+        low = share(self.law, schedule.s, schedule.base)
+        if low == 1:
+            raise ValueError(f"{self.law} has no times above {schedule.s:.4g}, where the student's phase ends")
+        low += self.margin * (1 - low)
+        return schedule.inner(self.law(Moved(draw, lambda u: low + (1 - low) * u), name, B, schedule.base))

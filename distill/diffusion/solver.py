@@ -1,0 +1,150 @@
+"""Solvers of the teacher's probability-flow ODE: one step, a whole trajectory, and networks that take turns on it.
+
+A sampler is a list of calls: which network, under which guidance, is asked at which level of noise, and how x goes on
+to the level of the next call. So a map from levels to networks is a list of calls of several (`handover`):
+
+    T-Stitch   a small network at the high levels, a large one below           Pan et al. 2024, arXiv 2402.14167
+    hybrid     a base model's own steps, guided, then the last calls of its student     Gandikota & Bau 2025, 2503.10637
+    experts    a student for each interval of levels                           Phased DMD, 2510.27684
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from distill.diffusion.denoiser import Condition, Denoiser
+from distill.diffusion.guidance import Guided
+from distill.diffusion.schedule import Prediction, Schedule, expand
+
+Step = Callable[[Denoiser | Guided, Tensor, Tensor, Tensor, Condition], Tensor]
+Name = Literal["ddim", "heun", "cfg++"]
+
+
+def ddim(denoiser: Denoiser | Guided, x: Tensor, t: Tensor, s: Tensor, c: Condition = None) -> Tensor:
+    """x_t -> x_s by x_s = alpha_s x0 + sigma_s eps (Song et al. 2021): Euler's method in sigma / alpha."""
+    pred = denoiser(x, t, c)
+    return denoiser.path.diffuse(pred.x0, pred.eps, s)
+
+
+def heun(denoiser: Denoiser | Guided, x: Tensor, t: Tensor, s: Tensor, c: Condition = None) -> Tensor:
+    """x_t -> x_s by Heun's method in sigma / alpha (Karras et al. 2022, algorithm 1).
+
+    Euler's where alpha_t = 0, and, as there, where sigma_s = 0: a network has no noise to predict at x_0.
+    """
+    first = denoiser(x, t, c)
+    euler = denoiser.path.diffuse(first.x0, first.eps, s)
+    eps = (first.eps + denoiser(euler, s, c).eps) / 2
+    (a_t, s_t), (a_s, s_s) = denoiser.path.coefficients(t), denoiser.path.coefficients(s)
+    twice = (a_t > 1e-6) & (s_s > 1e-12)
+    gain = expand(a_s / torch.where(twice, a_t, 1.0), x)
+    return torch.where(expand(twice, x).bool(), gain * (x - expand(s_t, x) * eps) + expand(s_s, x) * eps, euler)
+
+
+def cfgpp(denoiser: Denoiser | Guided, x: Tensor, t: Tensor, s: Tensor, c: Condition = None) -> Tensor:
+    """x_t -> x_s by x_s = alpha_s x0 + sigma_s eps, where x0 is guided and eps is that of the null condition (CFG++).
+
+    The scale, lambda in [0, 1], is the guidance of the denoiser, 1 without one. It equals `ddim` under the guidance
+    lambda / (1 - e^-h), h = log of the ratio sigma / alpha at t over that at s. Chung et al. 2024, arXiv 2406.08070.
+    """
+    guided = denoiser if isinstance(denoiser, Guided) else Guided(denoiser, 1.0)
+    pred, empty = guided.both(x, t, c)
+    return guided.path.diffuse(pred.x0, empty.eps, s)
+
+
+def fresh(noise: Callable[[Tensor], Tensor]) -> Step:
+    """The step of students and consistency models: x_s = alpha_s x0 + sigma_s noise(x_t)."""
+
+    def step(denoiser: Denoiser | Guided, x: Tensor, t: Tensor, s: Tensor, c: Condition = None) -> Tensor:
+        return denoiser.path.diffuse(denoiser(x, t, c).x0, noise(x), s)
+
+    return step
+
+
+def jump(pred: Prediction, path: Schedule, e: Tensor | None) -> Tensor:
+    """x_e = alpha_e x0 + sigma_e eps of one prediction, at e [B]; x0 where e is 0, and for None."""
+    if e is None:
+        return pred.x0
+    return torch.where(expand(e, pred.x) > 0, path.diffuse(pred.x0, pred.eps, e), pred.x0)
+
+
+STEPS: dict[str, Step] = {"ddim": ddim, "heun": heun, "cfg++": cfgpp}
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """The denoiser is asked at the time t of its own path; `step` brings x to the level of the next call."""
+
+    denoiser: Denoiser | Guided
+    t: float
+    step: Step = ddim
+    scale: float | None = None  # of the unit noise where this call is the first; None: sigma
+
+    @property
+    def level(self) -> float:
+        """sigma / alpha, the same on every path."""
+        return float(self.denoiser.path.ratio(torch.tensor([self.t], dtype=torch.float64)))
+
+    def on(self, path: Schedule) -> Call:
+        """The same call with x and t of another path."""
+        if self.denoiser.path == path:
+            return self
+        t = path.time(torch.tensor([self.level], dtype=torch.float64))
+        return replace(self, denoiser=self.denoiser.on(path), t=float(t))
+
+
+def handover(first: Sequence[Call], then: Sequence[Call], skip: int) -> list[Call]:
+    """`then` without its first `skip` calls, after those of `first` that are at higher levels of noise.
+
+    skip = len(then) is `first` alone. ValueError where `first` has no call to be made instead of those.
+    """
+    if not 0 <= skip <= len(then):
+        raise ValueError(f"skip is {skip}, and there are {len(then)} calls: it must be 0 to {len(then)}")
+    rest = then[skip:]
+    level = rest[0].level * (1 + 1e-6) if rest else -1.0
+    before = [call for call in first if call.level > level]
+    if skip and not before:
+        raise ValueError(
+            f"skip is {skip}, and the first network has no call above the level that remains, sigma / alpha = "
+            f"{level:.4g}, where it would start: skip more calls, or none"
+        )
+    return [*before, *rest]
+
+
+def relay(turns: Sequence[Call], z: Tensor, c: Condition = None) -> Tensor:
+    """x0 [B, ...] of the last call, all of them made in turn from unit noise z.
+
+    x is that of the first call's path throughout: networks of other schedules are spoken to on it.
+    """
+    path = turns[0].denoiser.path
+    turns = [call.on(path) for call in turns]
+    times = [torch.full((len(z),), call.t, dtype=torch.float64, device=z.device) for call in turns]
+    x = z * (expand(path.coefficients(times[0])[1], z) if turns[0].scale is None else turns[0].scale)
+    for call, t, s in zip(turns[:-1], times[:-1], times[1:], strict=True):
+        x = call.step(call.denoiser, x, t, s, c)
+    return turns[-1].denoiser(x, times[-1], c).x0
+
+
+def calls(solver: Name, steps: int) -> int:
+    """Network evaluations of `sample` without guidance: N for DDIM, 2 N - 1 for Heun, and for CFG++, which has two."""
+    return steps if solver == "ddim" else 2 * steps - 1
+
+
+@torch.no_grad()
+def sample(
+    denoiser: Denoiser | Guided, z: Tensor, c: Condition = None, steps: int = 18, solver: Name = "heun"
+) -> Tensor:
+    """Integrate from unit noise z [B, ...] at t = 1 down to t = 0 on a uniform grid of t, then x0 of the last step.
+
+    steps >= 1; the last step is a plain x0 prediction. Costs `calls(solver, steps)` network evaluations.
+    """
+    if solver not in STEPS:
+        raise ValueError(f"solver is {solver!r}; it must be one of {sorted(STEPS)}")
+    if steps < 1:
+        raise ValueError(f"steps is {steps}; it must be at least 1")
+    times = torch.linspace(1, 0, steps, dtype=torch.float64).tolist() if steps > 1 else [1.0]
+    return relay([Call(denoiser, t, STEPS[solver]) for t in times], z, c)

@@ -1,0 +1,183 @@
+"""The student: a denoiser called at few times, from noise to a sample."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from distill.diffusion.denoiser import Condition, Denoiser
+from distill.diffusion.end_time import with_end_time
+from distill.diffusion.schedule import VP, expand
+from distill.diffusion.solver import Call, ddim, fresh
+
+if TYPE_CHECKING:
+    from distill.random import Draw
+
+Renoise = Literal["fresh", "ddim", "tcd"]
+
+
+@dataclass(eq=False)
+class Student:
+    """G(z, c): x <- scale z; at each time x0 = denoiser(x, t, c).x0, then x is brought to the next time.
+
+    times    from noisy to clean, in (0, 1]; one time is a one-step student.
+    scale    of the unit noise z at the first call; None is sigma(times[0]) (DMD2's latents: 1).
+    renoise  "fresh" noise between calls (DMD2, consistency), or the noise that the call itself predicts: "ddim"; "tcd",
+             whose last call leads to the level of t = 0 too, where the others end at x0 (PCM, TCD).
+    jumps    of a network of two times (end_time.py): without fresh noise every call is told the time to which x goes.
+    phases   into which the calls are divided equally; `denoiser` makes those after the phases of `experts`.
+    experts  frozen denoisers, one for each of the first phases (Phased DMD).
+    """
+
+    denoiser: Denoiser
+    times: tuple[float, ...] = (1.0,)
+    scale: float | None = None
+    renoise: Renoise = "fresh"
+    phases: int = 1
+    experts: tuple[Denoiser, ...] = ()
+    jumps: bool = False
+
+    def __post_init__(self) -> None:
+        self.times = tuple(float(t) for t in self.times)
+        falling(self.times)
+        if self.renoise not in get_args(Renoise):
+            raise ValueError(f"renoise is {self.renoise!r}; it must be one of {get_args(Renoise)}")
+        if len(self.times) % self.phases or len(self.experts) >= self.phases:
+            raise ValueError(
+                f"{len(self.times)} calls in {self.phases} phases with {len(self.experts)} experts of earlier ones; "
+                "the phases have equally many calls, and at most all but one an expert"
+            )
+
+    def using(self, net: nn.Module) -> Student:
+        """The same student with other weights: its average, say."""
+        return replace(self, denoiser=replace(self.denoiser, net=net))
+
+    @property
+    def level(self) -> float | None:
+        """sigma / alpha at the first call; None: at the end of the schedule."""
+        t = torch.tensor([self.times[0]], dtype=torch.float64)
+        return None if self.times[0] == 1 else float(self.denoiser.path.ratio(t))
+
+    @property
+    def input_scale(self) -> float:
+        if self.scale is not None:
+            return self.scale
+        return float(self.denoiser.path.coefficients(torch.tensor([self.times[0]], dtype=torch.float64))[1])
+
+    @property
+    def phase(self) -> tuple[int, int]:
+        """The calls of the phase after those of `experts`: the first, and that after the last."""
+        n = len(self.times) // self.phases
+        return n * len(self.experts), n * (len(self.experts) + 1)
+
+    @property
+    def end(self) -> float | None:
+        """The time of the first call after that phase; None: it ends at x0."""
+        last = self.phase[1]
+        return self.times[last] if last < len(self.times) else None
+
+    @property
+    def legs(self) -> list[tuple[float, float]]:
+        """(time, end time) of each call; the end time is 0 if the student does not take one."""
+        told = self.jumps and self.renoise == "ddim"
+        return [(t, s if told else 0.0) for t, s in zip(self.times, (*self.times[1:], 0.0), strict=True)]
+
+    def at(self, i: int, to: float = 0.0) -> Denoiser:
+        """The denoiser of call i, with the end time `to` if it takes one."""
+        first, last = self.phase
+        denoiser = self.experts[i // (last - first)] if i < first else self.denoiser
+        return with_end_time(denoiser, to) if to and self.jumps and self.renoise == "ddim" else denoiser
+
+    def generate(
+        self, z: Tensor, c: Condition, draw: Draw | None = None, steps: int | None = None, to: float | None = None
+    ) -> Tensor:
+        """x0 [B, ...] after `steps` calls (default: all) from unit noise z; gradient flows through the last call only.
+
+        Noise between calls is draw.normal("renoise0"), "renoise1", ... to: a time, whose x_t is returned instead.
+        """
+        steps = len(self.times) if steps is None else steps
+        if not 1 <= steps <= len(self.times):
+            raise ValueError(f"steps is {steps}; this student has {len(self.times)} time(s), so 1 to {len(self.times)}")
+        x = self.input_scale * z
+        known = draw.before if draw is not None and self.renoise == "fresh" else None  # x0 of the last call but one
+        for i in range(0 if known is None else max(0, steps - 2), steps - 1):
+            with torch.no_grad():
+                moments = self.step(x, i, c) if known is None else self._level(known, self.times[i + 1])
+                x = self._drawn(*moments, i, draw)
+        mean, std = self.step(x, steps - 1, c, to or 0.0)
+        return mean if to is None else self._drawn(mean, std, steps - 1, draw)
+
+    def calls(self, draw: Draw | None = None) -> list[Call]:
+        """The calls one by one, so that several networks can share them; `relay` runs them as `generate` does.
+
+        ValueError for "tcd": `relay` ends at x0.
+        """
+        if self.renoise == "tcd":
+            raise ValueError("a student with 'tcd' noise ends at the level of t = 0, and turns of networks end at x0")
+        anew = lambda i: fresh(lambda x: self._noise(i, x, draw))
+        step = lambda i: ddim if self.renoise == "ddim" else anew(i)
+        return [Call(self.at(i, to), t, step(i), self.scale) for i, (t, to) in enumerate(self.legs)]
+
+    def walk(self, z: Tensor, c: Condition, draw: Draw | None = None) -> list[Tensor]:
+        """The x [B, ...] of every call on the way from unit noise z, and the sample x0; numbers as in `generate`."""
+        walk, last = [self.input_scale * z], len(self.times) - 1
+        for i in range(last):
+            walk.append(self._drawn(*self.step(walk[i], i, c), i, draw))
+        return [*walk, self.step(walk[last], last, c)[0]]
+
+    def step(self, x: Tensor, i: int, c: Condition, to: float | None = None) -> tuple[Tensor, Tensor]:
+        """Mean [B, ...] and standard deviation [B, 1, ...] of what call i makes of its x, normally distributed.
+
+        to: its time, 0 for x0; None: that of the next call, after the last 0. Without fresh noise the deviation is 0.
+        """
+        to = (*self.times, 0.0)[i + 1] if to is None else to
+        pred = self.at(i, to)(x, self._time(self.times[i], x), c)
+        if not to and self.renoise != "tcd":
+            return pred.x0, torch.zeros_like(pred.sigma)
+        mean, std = self._level(pred.x0, to)
+        return (mean, std) if self.renoise == "fresh" else (mean + std * pred.eps, torch.zeros_like(std))
+
+    def _time(self, t: float, x: Tensor) -> Tensor:
+        return torch.full((len(x),), t, dtype=torch.float64, device=x.device)
+
+    def _level(self, x0: Tensor, t: float) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of x_t given x0."""
+        alpha, sigma = self.denoiser.path.coefficients(self._time(t, x0))
+        return expand(alpha, x0) * x0, expand(sigma, x0)
+
+    def _drawn(self, mean: Tensor, std: Tensor, i: int, draw: Draw | None) -> Tensor:
+        """What call i makes, with noise of its own."""
+        return mean + std * self._noise(i, mean, draw) if self.renoise == "fresh" else mean
+
+    def _noise(self, i: int, x: Tensor, draw: Draw | None) -> Tensor:
+        if draw is None:
+            raise ValueError("a student with fresh noise between its steps needs `draw` to generate")
+        return draw.normal(f"renoise{i}", tuple(x.shape)).to(x)
+
+
+def check_phases(student: Student, N: int) -> None:
+    """ValueError unless a student of phases on a grid of N steps (PCM) is called as in training."""
+    many, table = len(student.times), isinstance(student.denoiser.schedule, VP)
+    if many > N:
+        raise ValueError(f"N is {N}; it must be at least the student's {many} calls, which are its phases")
+    if (table and student.renoise != "tcd") or (many > 1 and student.renoise == "fresh"):
+        raise ValueError(
+            f"student.renoise is {student.renoise!r}; a student of phases goes from one to the next without new noise, "
+            "and ends at the level of t = 0: pass --student.renoise tcd" + " --student.scale 1" * table
+        )
+
+
+def falling(times: tuple[float, ...]) -> None:
+    """ValueError unless the student's times, one at least, fall strictly within (0, 1]."""
+    if not times or not all(a > b for a, b in zip((1.1, *times), (*times, 0.0), strict=True)) or times[0] > 1:
+        raise ValueError(f"student times are {times}; they must fall strictly within (0, 1], at least one")
+
+
+def grid_times(steps: int, first: float = 1.0) -> tuple[float, ...]:
+    """`steps` times falling uniformly from `first`: first * (1 - i / steps)."""
+    if steps < 1:
+        raise ValueError(f"steps is {steps}; it must be at least 1")
+    return tuple(first * (1 - i / steps) for i in range(steps))

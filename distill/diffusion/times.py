@@ -1,0 +1,304 @@
+"""Distributions of the time t at which a loss looks: fields of a method, never a property of a schedule.
+
+A law maps a named random draw to t [B] in [0, 1] of the denoiser's schedule. Laws written in sigma are carried over by
+the noise-to-signal ratio, so one law means the same levels of noise on every schedule.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from distill.diffusion.schedule import VP, Schedule
+from distill.random import Draw
+from distill.ranges import Count, Finite, Natural, Points, Positive, Share, Weight, check
+
+TASKS = 1000  # equally likely times of a law, that clusters are made of
+
+
+class Law(ABC):
+    """A distribution of t. `__call__(draw, name, B, schedule) -> t [B]`, float64, rising with the random number."""
+
+    @abstractmethod
+    def __call__(self, draw: Draw, name: str, B: int, schedule: Schedule) -> Tensor:
+        """t of B samples, from the random numbers called `name`."""
+
+
+@dataclass(frozen=True)
+class Uniform(Law):
+    """t uniform in [low, high]."""
+
+    low: Share = 0.02
+    high: Share = 0.98
+
+    def __post_init__(self) -> None:
+        _ordered(self, 1)
+
+    def __call__(self, draw: Draw, name: str, B: int, schedule: Schedule) -> Tensor:
+        return self.low + (self.high - self.low) * draw.uniform(name, (B,)).double()
+
+
+@dataclass(frozen=True)
+class Grid(Law):
+    """t = n / (N - 1) with n a uniform integer in low .. high, both included (DMD2: 20 .. 980 of 1000)."""
+
+    N: Points = 1000
+    low: Natural = 0
+    high: Natural = 999
+
+    def __post_init__(self) -> None:
+        _ordered(self, self.N - 1)
+
+    def __call__(self, draw: Draw, name: str, B: int, schedule: Schedule) -> Tensor:
+        return self.index(draw, name, B) / (self.N - 1)
+
+    def index(self, draw: Draw, name: str, B: int) -> Tensor:
+        """n [B]."""
+        n = (draw.uniform(name, (B,)).double() * (self.high - self.low + 1)).floor() + self.low
+        return n.clamp(max=self.high)
+
+
+@dataclass(frozen=True)
+class LogNormal(Law):
+    """sigma / alpha = exp(mean + std n), n standard normal (EDM: -1.2, 1.2)."""
+
+    mean: Finite = -1.2
+    std: Weight = 1.2
+
+    def __call__(self, draw: Draw, name: str, B: int, schedule: Schedule) -> Tensor:
+        return schedule.time((self.mean + self.std * draw.normal(name, (B,)).double()).exp())
+
+
+@dataclass(frozen=True)
+class StudentT(Law):
+    """sigma / alpha = exp(mean + std T) between `low` and `high`, T of Student's t with `df` degrees of freedom (TCM).
+
+    A small df makes it fall as 1 / |log(sigma / alpha) - mean|: most of it is near `mean`, and all levels have some.
+    """
+
+    mean: Finite = 0.0
+    std: Positive = 0.2
+    df: Positive = 0.01
+    low: Positive = 1.0
+    high: Positive = 80.0
+
+    def __post_init__(self) -> None:
+        _ordered(self, float("inf"))
+
+    def __call__(self, draw: Draw, name: str, B: int, schedule: Schedule) -> Tensor:
+        from scipy.special import stdtr, stdtrit
+
+        u = draw.uniform(name, (B,)).double()
+        if u.is_meta:  # shapes alone, as where a step's cost is counted
+            return u
+        first, last = (stdtr(self.df, (math.log(s) - self.mean) / self.std) for s in (self.low, self.high))
+        T = torch.as_tensor(stdtrit(self.df, (first + (last - first) * u).cpu().numpy()), device=u.device)
+        return schedule.time((self.mean + self.std * T).exp())
+
+
+@dataclass(frozen=True)
+class Karras(Law):
+    """sigma / alpha on EDM's rho-grid, uniform in its index between the levels `low` and `high` (SiD: .002 .. 24.4)."""
+
+    low: Weight = 0.002
+    high: Positive = 80.0
+    rho: Positive = 7.0
+
+    def __post_init__(self) -> None:
+        _ordered(self, float("inf"))
+
+    def __call__(self, draw: Draw, name: str, B: int, schedule: Schedule) -> Tensor:
+        low, high = self.low ** (1 / self.rho), self.high ** (1 / self.rho)
+        return schedule.time((low + draw.uniform(name, (B,)).double() * (high - low)) ** self.rho)
+
+
+@dataclass(frozen=True)
+class LogitNormal(Law):
+    """t = sigmoid(mean + std n), n standard normal (SD3: 0, 1; SiD-DiT: log 2, 1.6)."""
+
+    mean: Finite = 0.0
+    std: Weight = 1.0
+
+    def __call__(self, draw: Draw, name: str, B: int, schedule: Schedule) -> Tensor:
+        return torch.sigmoid(self.mean + self.std * draw.normal(name, (B,)).double())
+
+
+@dataclass(frozen=True)
+class Shifted(Law):
+    """t -> s t / (1 + (s - 1) t) of another law: the resolution shift of flow models (SD3, section 5.3.2)."""
+
+    law: Law
+    s: Positive = 3.0
+
+    def __call__(self, draw: Draw, name: str, B: int, schedule: Schedule) -> Tensor:
+        return shift(self.law(draw, name, B, schedule), self.s)
+
+
+@dataclass(frozen=True)
+class Clip(Law):
+    """t of another law, those below `low` or above `high` at these (Self-Forcing, LightX2V: t after the shift)."""
+
+    law: Law
+    low: Share = 0.02
+    high: Share = 0.98
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.low <= self.high <= 1:
+            raise ValueError(f"times from low = {self.low} to high = {self.high}; both lie in [0, 1], low below high")
+
+    def __call__(self, draw: Draw, name: str, B: int, schedule: Schedule) -> Tensor:
+        return self.law(draw, name, B, schedule).clamp(self.low, self.high)
+
+
+@dataclass(frozen=True)
+class Fixed(Law):
+    """The same t for every sample: for closed forms and diagnostics."""
+
+    t: Share = 0.5
+
+    def __call__(self, draw: Draw, name: str, B: int, schedule: Schedule) -> Tensor:
+        return torch.full((B,), self.t, dtype=torch.float64, device=draw.device)
+
+
+@dataclass(frozen=True)
+class Staged(Law):
+    """Another law from its noisiest times on, for low levels are the harder tasks (Kim et al. 2024, arXiv 2403.10348).
+
+    Stage n draws from the noisiest n of N clusters, the last stage from all: it is the law itself, and so is N = 1.
+    Clusters are intervals of the law in which the logarithm of sigma / alpha is as near as can be to its median. The
+    paper's stages end where the loss no longer falls; these last `every` steps each, so that a step says its stage.
+    """
+
+    law: Law
+    N: Points = 20  # at most 1000
+    every: Count = 1000  # steps of a stage
+
+    def __post_init__(self) -> None:
+        check(self)
+        if self.N > TASKS:
+            raise ValueError(f"N is {self.N}; a law has at most {TASKS} clusters")
+
+    def __call__(self, draw: Draw, name: str, B: int, schedule: Schedule) -> Tensor:
+        n = draw.step // self.every + 1
+        if n < self.N:
+            low = clusters(self.law, self.N, schedule)[self.N - n]
+            draw = Moved(draw, lambda u: low + (1 - low) * u)
+        return self.law(draw, name, B, schedule)
+
+
+class Moved(Draw):
+    """A draw whose uniform numbers u become f(u); its normal ones are moved by their shares below."""
+
+    def __init__(self, draw: Draw, f: Callable[[Tensor], Tensor]) -> None:
+        super().__init__(draw.seed, draw.step, draw.player, draw.samples)
+        self.draw, self.f = draw, f
+
+    def uniform(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        return self.f(self.draw.uniform(name, shape).double())
+
+    def normal(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        return torch.special.ndtri(self.f(torch.special.ndtr(self.draw.normal(name, shape).double())))
+
+
+@lru_cache
+def share(law: Law, t: float, schedule: Schedule) -> float:
+    """The share of a law at times of at most t, by bisection: above it every time is later than t.
+
+    The law is the same in every step (Staged is not).
+    """
+    low, high = 0.0, 1.0
+    for _ in range(32):  # random numbers have 24 bits
+        middle = (low + high) / 2
+        low, high = (middle, high) if quantile(law, middle, schedule) <= t else (low, middle)
+    return high
+
+
+def quantile(law: Law, u: float, schedule: Schedule) -> float:
+    """The time below which a law has the share u."""
+    draw = Moved(Draw(0, 0, "", torch.arange(1)), lambda old: torch.full_like(old, u))
+    return float(law(draw, "", 1, schedule))
+
+
+@lru_cache
+def clusters(law: Law, N: int, schedule: Schedule) -> tuple[float, ...]:
+    """Shares 0 = q_0 < ... < q_N = 1 of a law between its N clusters, from clean to noisy.
+
+    They make the sum over TASKS equally likely t of |y - the median y of its cluster| least, y = log(sigma / alpha),
+    by dynamic programming (SNR-based interval clustering: Go et al. 2023, arXiv 2306.00354).
+    """
+    u = (torch.arange(TASKS).double() + 0.5) / TASKS
+    t = law(Moved(Draw(0, 0, "", torch.arange(TASKS)), lambda _: u), "", TASKS, schedule)
+    y = schedule.ratio(t).clamp(1e-6, 1e6).log()
+    total = torch.cat([y.new_zeros(1), y.cumsum(0)])
+    j, i = torch.arange(TASKS + 1)[:, None], torch.arange(TASKS + 1)
+    cost = total[i] + total[j] - total[(i + j) // 2] - total[(i + j + 1) // 2]  # of the tasks i .. j - 1
+    cost, ends = cost.where(i < j, torch.inf), []
+    least = cost[:, 0]  # of the first 0 .. TASKS tasks in one cluster, in two, ...
+    for _ in range(N - 1):
+        least, start = (least + cost).min(1)
+        ends.append(start)
+    edges = [TASKS]
+    for start in reversed(ends):
+        edges.append(int(start[edges[-1]]))
+    return tuple(edge / TASKS for edge in (0, *reversed(edges)))
+
+
+def _ordered(law: Uniform | Grid | Karras | StudentT, most: float) -> None:
+    """ValueError unless 0 <= low <= high <= most."""
+    check(law)
+    if not law.low <= law.high <= most:
+        raise ValueError(f"times from low = {law.low} to high = {law.high}; both lie in [0, {most}], low below high")
+
+
+def point(i: Tensor, N: int, path: Schedule) -> Tensor:
+    """The time of point i = 0 .. N of a solver's grid of N steps: i / N.
+
+    On a table of L levels the timesteps are whole. They are i L / N - 1, and 0 for i = 0, as LCM's and PCM's authors
+    count them (L = 1000, N = 50: 0, 19, 39, ... 999), unless N divides L - 1.
+    """
+    last = len(path.alphas_cumprod) - 1 if isinstance(path, VP) else N
+    if last % N == 0:
+        return i.double() / N
+    return ((i.double() * (last + 1) / N).round() - 1).clamp(min=0) / last
+
+
+def phase(i: Tensor, N: int, phases: int) -> tuple[Tensor, Tensor]:
+    """The two ends of the phase of points i .. i + 1 of a grid: floor(m N / phases) and that of m + 1."""
+    m = ((i.floor() + 1) * phases / N).ceil().clamp(max=phases) - 1
+    return (m * N / phases).floor(), ((m + 1) * N / phases).floor()
+
+
+def pieces(i: Tensor, N: int, times: tuple[float, ...], path: Schedule) -> Tensor:
+    """The time of point i = 0 .. N of a grid that falls evenly from one of `times` to the next, and to `point` 0.
+
+    Each of them is the upper end of a `phase`. On a table they are whole timesteps.
+    """
+    low, high = phase(i, N, len(times))
+    last = len(path.alphas_cumprod) - 1 if isinstance(path, VP) else None
+    base = -1 / last if last and last % N else 0.0  # as `point` counts
+    edges = _edges((base, *reversed(times)), i.device)
+    m = (low * len(times) / N).ceil().long()
+    t = torch.lerp(edges[m], edges[m + 1], (i - low) / (high - low))
+    return t if last is None else (t * last).round().clamp(min=0) / last
+
+
+@lru_cache
+def _edges(times: tuple[float, ...], device: torch.device) -> Tensor:
+    """Copied to a device once: a copy from the host waits for the device."""
+    return torch.tensor(times, dtype=torch.float64, device=device)
+
+
+def spread(steps: int, N: int, path: Schedule) -> tuple[float, ...]:
+    """Times of `steps` points of that grid, falling from its end as evenly as LCMScheduler takes them."""
+    return tuple(point(torch.tensor([N - k * N // steps for k in range(steps)]), N, path).tolist())
+
+
+def shift(t: Tensor, s: float) -> Tensor:
+    """s t / (1 + (s - 1) t): sigma / alpha of rectified flow multiplied by s."""
+    return s * t / (1 + (s - 1) * t)

@@ -1,0 +1,69 @@
+"""ESD: entropic score distillation. Wang et al. 2023, arXiv 2401.00909; a wrapper of any method with a fake score.
+
+    D_fake^k = D_fake(null) + k ( D_fake(c) - D_fake(null) ),   k = 1 - lambda       in the student's loss alone
+    L_fake   = that of the base, with a share p_drop of null conditions
+
+lambda = 0 is the base. KL(student || teacher) of each condition rewards no spread over conditions; lambda times the
+entropy of all conditions' samples together does: its gradient is the fake's score without a condition. The guidance is
+linear in the network's own output, and the classifier of a GAN reads the features under c. SiD has its own k (kappa2 =
+kappa3), VSD `fake_guidance`: the same numbers.
+"""
+
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from distill.diffusion.denoiser import Condition, Denoiser
+from distill.diffusion.guidance import Guided, drop
+from distill.diffusion.schedule import Prediction
+from distill.method import Logs, Loss
+from distill.methods.wrappers.wrapper import Wrapped
+from distill.random import Draw
+from distill.ranges import Share, Weight
+from distill.roles import Batch, Nets
+
+
+@dataclass(frozen=True)
+class Entropic(Wrapped):
+    """A method with a guided fake score: samples of different conditions are kept apart."""
+
+    entropy: Weight = 0.5  # lambda (paper); above 1 it over-disperses
+    p_drop: Share = 0.1  # of the fake's conditions, where lambda is not 0
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return self.base.needs + (("null",) if self.entropy and "null" not in self.base.needs else ())
+
+    def student_term(self, loss: Loss, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
+        if not self.entropy:
+            return loss(x, nets, batch, draw)
+        if nets.fake is None:
+            raise ValueError(f"{type(self.base).__name__} has no fake score to guide: set entropy to 0")
+        total, logs = loss(x, replace(nets, fake=Scaled(**vars(nets.fake), k=1 - self.entropy)), batch, draw)
+        return total, {name: value for name, value in logs.items() if name != "lag"}  # of a score guided as it learns
+
+    def fake_term(self, loss: Loss, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
+        if self.entropy and nets.fake is not None:  # real images' too: none must not mean generated
+            null, mask = nets.fake.null, draw.uniform("drop", (len(x),)) < self.p_drop
+            batch = batch | {key: drop(batch[key], null, mask) for key in ("c", "real_c") if key in batch}
+        return loss(x, nets, batch, draw)
+
+
+@dataclass(eq=False)
+class Scaled(Denoiser):
+    """A denoiser that is guided with k wherever it is asked for a prediction; its features are those under c."""
+
+    k: float = 1.0
+
+    def __call__(self, x: Tensor, t: Tensor, c: Condition = None) -> Prediction:
+        return Guided(self.bare, self.k)(x, t, c)
+
+    @property
+    def bare(self) -> Denoiser:
+        return Denoiser(**{key: value for key, value in vars(self).items() if key != "k"})
+
+    def tapping(self, x: Tensor, t: Tensor, c: Condition, taps: tuple[str, ...]) -> tuple[Prediction, list[Tensor]]:
+        return Guided(self.bare, self.k).tapping(x, t, c, taps)
+
+    def features(self, x: Tensor, t: Tensor, c: Condition, taps: tuple[str, ...]) -> list[Tensor]:
+        return self.bare.features(x, t, c, taps)

@@ -1,0 +1,91 @@
+"""SFD: score forgetting distillation. Chen, Zhang & Zhou 2024, arXiv 2409.11219.
+
+    T'(x_t, c) = T(x_t, rule(c))         rule: a condition to forget -> the one in its place; every other one is itself
+    L_student  = L_base( x(c), T' ) + b L_base( x(c_f), T' )       c_f: uniform over the conditions to forget
+    L_fake     = L_fake( x(c) )     + a L_fake( x(c_f) )           student and fake score are told c_f itself
+
+Classes and their rule are fields. Prompts c_f are those that hold certain words of the data's (Text.forget); rule(c)
+stands beside them in c. L_base is any score distillation's that needs no images: SiD (paper), DMD2 without GAN, VSD. A
+rule has one override for each: of several at random the student would learn the geometric mean, which lies between.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distill.diffusion.denoiser import Condition
+from distill.diffusion.guidance import OVERRIDE, relabel
+from distill.method import Logs, Loss
+from distill.methods.wrappers.wrapper import Wrapped
+from distill.random import Draw
+from distill.ranges import Natural, Weight
+from distill.roles import Batch, Nets
+
+
+@dataclass(frozen=True)
+class Forgetting(Wrapped):
+    """Distillation of a teacher without some of its classes or words: what is asked for by these is another thing."""
+
+    forget: tuple[Natural, ...] = ()  # the classes c_f; none: the data's prompts
+    override: tuple[Natural, ...] = ()  # what each becomes
+    keep: tuple[Natural, ...] = ()  # replace c_f in the main batch, uniformly (CIFAR-10's code: all others)
+    weight: Weight = 0.01  # b, of the student's second batch (CIFAR-10's code: .01; SD 1: 1)
+    fake_weight: Weight = 0.01  # a, of the fake's (the same)
+
+    def __post_init__(self) -> None:
+        wrong = set(self.forget) & {*self.override, *self.keep} or self.keep and not self.forget
+        if wrong or len(self.forget) != len(self.override):
+            raise ValueError(
+                f"forget is {self.forget}, override {self.override} and keep {self.keep}: give each class to forget "
+                "one that is kept"
+            )
+        if shows := {"real", "pairs"} & set(self.base.needs) | {"past"} & set(self.base.roles):
+            raise ValueError(
+                f"{type(self.base).__name__} learns from {sorted(shows)}, which show what is to be forgotten: set the "
+                "weights of its GAN to 0, or take a method that needs none"
+            )
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return self.base.needs if self.forget else (*self.base.needs, "forget")
+
+    def sample(self, nets: Nets, batch: Batch, draw: Draw) -> Tensor:
+        if self.keep:
+            batch["c"] = relabel(batch["c"], self.keep, draw, self.forget)
+        return self.base.sample(nets, batch, draw)
+
+    def both(self, loss: Loss, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
+        if not (self.forget or "forget_c" in batch):
+            return loss(x, nets, batch, draw)
+        call = nets.teacher.call
+
+        def ruled(net: nn.Module, x: Tensor, t: Tensor, c: Condition) -> Tensor:
+            return call(net, x, t, self.rule(c))
+
+        ruled.__dict__.update(vars(call))  # feature
+        nets = replace(nets, teacher=replace(nets.teacher, call=ruled))
+        total, logs = loss(x, nets, batch, draw)
+        if weight := self.weight if draw.player == "student" else self.fake_weight:
+            draw = draw.apart("forget")
+            second: Any = batch | {"c": batch.get("forget_c") or relabel(batch["c"], self.forget, draw)}
+            with torch.set_grad_enabled(draw.player == "student"):
+                x_f = self.base.sample(nets, second, draw)
+            forgetting, _ = loss(x_f, nets, second, draw)
+            total, logs = total + weight * forgetting, logs | {"forgetting": forgetting}
+        return total, logs
+
+    student_term = fake_term = both
+
+    def rule(self, c: Condition) -> Condition:
+        """The condition that the teacher is told: of its keys those named after labels are classes."""
+        if c is None or not any("label" in key or OVERRIDE in key for key in c):
+            raise ValueError(f"a teacher with the conditions {sorted(c or ()) or 'none'} has no class to forget")
+        c = {key: self.overridden(value) if "label" in key else value for key, value in c.items()}
+        return c | {key.removeprefix(OVERRIDE): value for key, value in c.items() if OVERRIDE in key}
+
+    def overridden(self, label: Tensor) -> Tensor:
+        for old, new in zip(self.forget, self.override, strict=True):  # no override is itself forgotten
+            label = torch.where(label == old, new, label)
+        return label

@@ -1,0 +1,49 @@
+"""NASA-T: negative prompts in training, around any score distillation. SNOOPI, Nguyen et al. 2024, arXiv 2412.02687.
+
+    x      = G(z, c, c-),  every cross-attention of G gives z - a z-,  a ~ U(0, alpha) per step           NASA
+    real^k = real(x_t, c-) + k ( real(x_t, c) - real(x_t, c-) )         the teacher's guidance is away from c-
+    fake^k = fake(x_t, 0)  + k ( fake(x_t, c) - fake(x_t, 0) )          the fake score is not told of it
+    L      = L_base of these
+
+c- is another sample's prompt of the micro-batch, never its own; the paper has a list of 10,000 negative prompts. The
+student has no new weights: it is exported as any other, and pipelines/inference has NASA for it. Gradients flow as in
+the base, and through both attentions.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from distill.method import Logs, Loss
+from distill.methods.vsd import VSD
+from distill.methods.wrappers.wrapper import Wrapped
+from distill.networks.negative_attention import NASA, TEXT, against, another, turn
+from distill.random import Draw
+from distill.ranges import Share
+from distill.roles import Batch, Nets
+
+
+@dataclass(frozen=True)
+class NASAT(Wrapped):
+    """A score distillation whose student learns to turn away from negative prompts."""
+
+    base: Any = VSD()  # the method: PG-SB (paper)
+    alpha: Share = 1.0  # the largest a (paper: 1); 0: the base
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return self.base.needs + (("text",) if self.alpha else ())
+
+    def sample(self, nets: Nets, batch: Batch, draw: Draw) -> Tensor:
+        if self.alpha:
+            c, a = batch["c"], self.alpha * draw.index("nasa", 1 << 20) / (1 << 20)
+            turn(nets.student.denoiser.net, NASA(a), c[TEXT[0]].shape[1])
+            batch = batch | {"c": against(c, another(c, draw))}
+        return self.base.sample(nets, batch, draw)
+
+    def student_term(self, loss: Loss, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
+        if self.alpha and (null := nets.teacher.null):
+            other = another(batch["c"], draw)
+            nets = replace(nets, teacher=replace(nets.teacher, null={key: other[key] for key in null}))
+        return loss(x, nets, batch, draw)

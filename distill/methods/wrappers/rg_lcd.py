@@ -1,0 +1,91 @@
+"""RG-LCD: reward guided latent consistency distillation. Li et al. 2024, arXiv 2403.11027.
+
+    L_student = L_base + w_n mean_i d( R_L(x_i, c_i) )                        w_n and d as in Rewarded, R_L for R
+    L_proxy   = sum over pairs a, b of KL( P(a, b) || P_L(a, b) )             mean over samples; a, b of one condition
+    P(a, b)   = sigmoid( (R(a, c) - R(b, c)) / tau ),   P_L the same of R_L   which of the two is preferred
+    R_L(x, c) = mean over heads(features of the frozen teacher at alpha_u x + sigma_u eps, u, c)     the latent proxy
+
+The proxy learns whose decoded pictures R prefers, and the student asks the proxy alone: no gradient flows through the
+decoder or R, which may have none, and what would fool R at high frequencies is not found. Three are compared: what was
+rewarded, a sample of the student from other noise, and the real image where the condition is its own (paper: the EMA
+target's prediction for the second). The paper's proxy is a CLIP of latents; the teacher's features know the prompt and
+need no other network. It moves after the student or with the base's fake score. L_proxy's gradient reaches heads alone.
+"""
+
+from dataclasses import dataclass, replace
+from itertools import combinations
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import binary_cross_entropy_with_logits as cross_entropy
+
+from distill.diffusion.denoiser import Condition
+from distill.diffusion.guidance import repeated
+from distill.diffusion.times import Fixed, Law
+from distill.method import Logs, Loss, Update
+from distill.methods.lcd import LCD
+from distill.methods.wrappers.reward import Rewarded, judge
+from distill.networks.discriminator import seen
+from distill.random import Draw
+from distill.ranges import Finite, Positive, Weight
+from distill.roles import Batch, Nets
+
+
+@dataclass(frozen=True)
+class Proxied(Rewarded):
+    """A method with a reward that its student knows from a proxy in latent space, trained along."""
+
+    base: Any = LCD()
+    weight: Weight = 1.0  # w (code)
+    clamp: Finite | None = None  # -R_L
+    tau: Positive = 0.01  # CLIP's temperature: rewards are cosines (code: its logit scale, 100)
+    proxy_taps: tuple[str, ...] = ("mid_block",)  # blocks of the teacher with a head each (ours)
+    proxy_times: Law = Fixed(0.02)  # u: next to no noise (ours)
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        return (*self.base.roles, "proxy") if self.weight else self.base.roles
+
+    def updates(self) -> list[Update]:
+        updates = super().updates()
+        if not self.weight or any(update.player == "fake" for update in updates):
+            return updates
+        own = lambda update: replace(update, player="fake", loss=self.proxy_loss, reuse=True)
+        return [one for update in updates for one in (update, own(update))]
+
+    def score(self, x: Tensor, c: Condition, nets: Nets, batch: Batch, draw: Draw) -> Tensor:
+        batch["rewarded"] = rivals(x.detach(), c, batch)  # for the proxy's turn
+        return self.proxy([x], c, nets, draw)[0]
+
+    def fake_term(self, loss: Loss, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
+        total, logs = loss(x, nets, batch, draw)
+        more, own = self.proxy_loss(x, nets, batch, draw) if self.weight else (0.0, {})
+        return total + more, logs | own
+
+    def proxy(self, xs: list[Tensor], c: Condition, nets: Nets, draw: Draw) -> list[Tensor]:
+        """R_L of each of several batches under the same conditions and noise, [B] each."""
+        n = len(xs)
+        where, names = (self.proxy_taps, self.proxy_times), ["proxy"] * n
+        features = seen(nets.teacher, *where, torch.cat(xs), repeated(c, n), draw, *names)
+        return [*nets.proxy(*features).flatten(1).mean(1).chunk(n)]
+
+    def proxy_loss(self, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
+        given = batch.get("rewarded") or rivals(x, batch.get("c"), batch)
+        c = given.get("c")
+        with torch.no_grad():
+            other = nets.generate({"c": c}, draw.apart("proxy"))
+            xs = [given["x"], other] + [given[key].to(other) for key in given if key == "real"]
+            true = [judge(nets)(one, c) / self.tau for one in xs]
+        found, loss, right = self.proxy(xs, c, nets, draw), x.new_zeros(()), []
+        for a, b in combinations(range(len(xs)), 2):
+            d, want = (found[a] - found[b]) / self.tau, (true[a] - true[b]).to(found[a])
+            loss = loss + cross_entropy(d, want.sigmoid()) - cross_entropy(want, want.sigmoid())
+            right.append(((d > 0) == (want > 0)).float().mean())
+        return loss, {"proxy": loss.detach(), "proxy_right": torch.stack(right).mean()}
+
+
+def rivals(x: Tensor, c: Condition, batch: Batch) -> Batch:
+    """x under c; and the real images, where c is their own condition."""
+    real = batch.keys() & {"real"} if all((c or {}).get(k) is v for k, v in batch.get("real_c", {}).items()) else ()
+    return {"x": x} | ({} if c is None else {"c": c}) | {key: batch[key] for key in real}

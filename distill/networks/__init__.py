@@ -1,0 +1,1 @@
+"""Parts that are added to a network or follow it: adapters, averages, heads, learned weights."""

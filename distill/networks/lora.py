@@ -1,0 +1,58 @@
+"""Low-rank adapters on a shared frozen backbone: three roles, one copy of the weights.
+
+Each role is a module tree of its own whose frozen parameters are the *same tensors*; adapters belong to one tree. So a
+role is chosen by the object that is called, never by a global switch, and gradient checkpointing recomputes the role
+that ran.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+from torch import nn
+
+from distill.modules import masters, shared
+from distill.ranges import Count, Positive, check
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """Adapters of rank r and scale alpha / r on the modules whose names end in one of `targets` (Hu et al. 2021)."""
+
+    rank: Count | None = None  # None: no adapters, a full copy is trained; SwiftBrush's fake 64
+    alpha: Positive = 108.0  # SwiftBrush's fake
+    targets: tuple[str, ...] = ("to_q", "to_v")  # SwiftBrush's fake
+
+    def __call__(self, net: nn.Module) -> nn.Module:
+        """A role that starts as the backbone `net`: a trainable copy, or zero-initialised trainable adapters on it.
+
+        An adapter's role shares the frozen weights of `net`, in their precision; what trains is float32.
+        """
+        check(self, "lora.")
+        if self.rank is None:
+            return masters(copy.deepcopy(net).requires_grad_(True))
+        from peft import LoraConfig, inject_adapter_in_model
+
+        if absent := [t for t in self.targets if not any(f".{n}".endswith(f".{t}") for n, _ in net.named_modules())]:
+            layers = {n.rpartition(".")[2] for n, m in net.named_modules() if getattr(m, "weight", None) is not None}
+            known = sorted(name for name in layers if not name.isdigit())
+            raise ValueError(f"no module's name ends in the LoRA targets {absent}; the layers here end in {known}")
+        net.requires_grad_(False)
+        config = LoraConfig(r=self.rank, lora_alpha=self.alpha, target_modules=list(self.targets), bias="none")
+        return masters(inject_adapter_in_model(config, shared(net)))
+
+
+def merged(net: nn.Module) -> nn.Module:
+    """`net` without adapters: a copy whose weights contain them, with the module names of the backbone."""
+    from peft.tuners.lora import LoraLayer
+
+    if not any(isinstance(module, LoraLayer) for module in net.modules()):
+        return net
+    net = copy.deepcopy(net)
+    for name, module in list(net.named_modules()):
+        if isinstance(module, LoraLayer):
+            module.merge()
+            parent, _, child = name.rpartition(".")
+            setattr(net.get_submodule(parent), child, module.get_base_layer())
+    return net

@@ -1,0 +1,232 @@
+"""Negative prompts in the cross-attention: a network that hears a second text, without guidance and its second pass.
+
+A prompt has a fixed number of words (tokens). Those that stand after them are the negative prompt's, so a condition
+holds both (`against`), through projections, masks and recomputed blocks; without them the network is what it was, bit
+for bit. They are heard by a processor of attention around the network's own, in every layer that reads text:
+
+    z  = softmax(Q K^T) V of the prompt,   z- of the negative one, with the same Q, before the output projection
+    NASA:  z - alpha z-                                                  Nguyen et al. 2024 (SNOOPI), arXiv 2412.02687
+    SUN:   z - alpha- |z| z- / |z-| - beta- + alpha+ |z| z+ / |z+| + beta+            Chai et al. 2023, 2312.08887
+
+SUN's z- and z+ have keys and values of their own (`Offset`): an adapter, the only thing that is trained. alpha and beta
+are numbers of each channel, |.| the 2-norm over all tokens and channels of one sample. The public code takes it over
+the whole batch: of one sample that is the same, of several an image would depend on its neighbours.
+"""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distill.diffusion.denoiser import Condition
+from distill.modules import masters, shared
+from distill.random import Draw
+
+TEXT = ("prompt_embeds", "mask")  # keys of a condition whose second axis are words
+KEPT = nn.Identity(), nn.Identity()  # an output projection and its dropout that do nothing
+Rule = Callable[[Tensor, Tensor], Tensor]
+Text = tuple[Tensor, Tensor | None]  # words [B, L, D] and their mask, as an attention is given them
+Hear = Callable[..., Tensor]  # (text, to_k=, to_v=) -> the attention's z [B, N, D]
+
+
+@dataclass(frozen=True)
+class NASA:
+    """Z+ - alpha Z-; alpha = 0 is no negative prompt."""
+
+    alpha: float = 0.2  # .1 SD 1.5, .2 SD 2.1, .5 PixArt-alpha (paper)
+
+    def __call__(self, z: Tensor, z_neg: Tensor) -> Tensor:
+        return z - self.alpha * z_neg
+
+
+def against(c: Condition, other: Condition) -> Condition:
+    """The condition c with the words of `other`, of batch B or 1, as its negative prompt."""
+    assert c is not None and other is not None
+    joined = {k: torch.cat([c[k], other[k].to(c[k]).expand_as(c[k])], dim=1) for k in TEXT if k in c}
+    return c | joined
+
+
+def another(c: Condition, draw: Draw) -> Condition:
+    """The condition of another sample for each, uniformly; ValueError for a micro-batch of one."""
+    assert c is not None
+    B = len(draw.samples)
+    if B < 2:
+        raise ValueError("negative prompts are those of a micro-batch's other samples, and it has one: make it larger")
+    i = (torch.arange(B, device=draw.device) + 1 + draw.integers("another", B - 1)) % B
+    return {key: value[i] for key, value in c.items()}
+
+
+class Heeding(ABC):
+    """A processor of attention that runs another one, and joins what is heard of the negative prompt.
+
+    length: words of the prompt, after which those of the negative one stand; or words [1, L, D], always the same.
+    """
+
+    def __init__(self, processor: Any, length: int = 0, words: Tensor | None = None) -> None:
+        self.processor, self.length, self.words = processor, length, words
+
+    def __call__(
+        self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Any = None, attention_mask: Any = None, *a: Any,
+        **options: Any,
+    ) -> Any:  # fmt: skip
+        def run(attn: Any, text: Any) -> Any:
+            return self.processor(attn, hidden_states, *text, *a, **options)
+
+        def hear(text: Text, **own: Any) -> Tensor:
+            return run(Seen(attn, to_out=KEPT, **own), text)
+
+        text, other = self.apart((encoder_hidden_states, attention_mask), hidden_states)
+        if other is None:
+            return run(attn, text)
+        with before(attn.to_out[0], lambda z: self.join(attn, z, text, other, hear)):
+            return run(attn, text)
+
+    def apart(self, text: Any, like: Tensor) -> tuple[Any, Text | None]:
+        """The prompt, and the negative one if there is one."""
+        if self.words is not None:
+            return text, (self.words.to(like).expand(len(like), -1, -1), None)
+        (words, mask), n = text, self.length
+        if words.shape[1] <= n:
+            return text, None
+        first, second = (None, None) if mask is None else (mask[..., :n], mask[..., n:])
+        return (words[:, :n], first), (words[:, n:], second)
+
+    @abstractmethod
+    def join(self, attn: Any, z: Tensor, text: Any, other: Text, hear: Hear) -> Tensor:
+        """What goes into the output projection; z is heard of the prompt."""
+
+
+class Turned(Heeding):
+    """By a rule, with the layer's own keys and values."""
+
+    def __init__(self, processor: Any, rule: Rule, length: int = 0, words: Tensor | None = None) -> None:
+        super().__init__(processor, length, words)
+        self.rule = rule
+
+    def join(self, attn: Any, z: Tensor, text: Any, other: Text, hear: Hear) -> Tensor:
+        return self.rule(z, hear(other))
+
+
+class Adapted(Heeding):
+    """By the layer's child "negative", an `Offset`."""
+
+    def join(self, attn: Any, z: Tensor, text: Any, other: Text, hear: Hear) -> Tensor:
+        return z - attn.negative.minus(z, other, hear) + attn.negative.plus(z, text, hear)
+
+
+class Seen:
+    """An attention with other parts than its own."""
+
+    def __init__(self, attn: Any, **parts: Any) -> None:
+        self.__dict__ |= {"attn": attn, **parts}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.attn, name)
+
+
+@contextmanager
+def before(layer: nn.Module, see: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
+    """`see` is shown what the layer is given, and may give it something else."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...]) -> Any:
+        other = see(args[0])
+        return None if other is None else (other, *args[1:])
+
+    handle = layer.register_forward_pre_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+class Branch(nn.Module):
+    """alpha |z| u / |u| + beta of an attention's u [B, N, D], heard with its own keys and values; 0 at the start.
+
+    The public code starts at alpha = 1, where u takes z's place; at 0 the network starts as it is, as a LoRA does.
+    """
+
+    def __init__(self, attn: Any) -> None:
+        super().__init__()
+        self.to_k, self.to_v = copy.deepcopy(attn.to_k), copy.deepcopy(attn.to_v)
+        like = attn.to_out[0].weight
+        self.alpha, self.beta = (nn.Parameter(like.new_zeros(like.shape[1])) for _ in range(2))
+
+    def forward(self, z: Tensor, text: Text, hear: Hear) -> Tensor:
+        u = hear(text, to_k=self.to_k, to_v=self.to_v)
+        gain = size(z) / size(u).clamp(min=1e-12)
+        return (self.alpha * (gain * u) + self.beta).to(z)
+
+
+def size(z: Tensor) -> Tensor:
+    """The norm of each sample [B, 1, 1], whatever the others of its batch are."""
+    return torch.linalg.vector_norm(z, dim=(1, 2), keepdim=True)
+
+
+class Offset(nn.Module):
+    """SUN's adapter of one layer."""
+
+    def __init__(self, attn: Any) -> None:
+        super().__init__()
+        self.minus, self.plus = Branch(attn), Branch(attn)
+
+
+def layers(net: nn.Module) -> dict[str, Any]:
+    """The cross-attentions of a network by name; ValueError where it has none.
+
+    Such are those of SD, SDXL, PixArt, SANA and Wan. SD 3, FLUX and Qwen-Image have text and image in one sequence.
+    """
+    found = {name: m for name, m in net.named_modules() if name.endswith("attn2") and hasattr(m, "to_out")}
+    found = {name: m for name, m in found.items() if getattr(m, "is_cross_attention", True)}  # SD 3.5 has two of itself
+    if not found:
+        raise ValueError(f"{type(net).__name__} has no cross-attention that could hear a negative prompt")
+    return found
+
+
+def turn(net: nn.Module, rule: Rule, length: int) -> None:
+    """From now on the network's cross-attentions join a negative prompt by the rule, in place; no new weights.
+
+    The rule stays for blocks that are recomputed in the backward pass.
+    """
+    for layer in layers(net).values():
+        if not isinstance(layer.processor, Turned):
+            layer.processor = Turned(layer.processor, rule, length)
+        layer.processor.rule = rule
+
+
+def adapt(net: Any, length: int) -> Any:
+    """Give every cross-attention of the network SUN's adapter, in place; it does as before.
+
+    length: words of a prompt, after which the negative one's stand.
+    """
+    for layer in layers(net).values():
+        layer.negative = Offset(layer)
+        layer.processor = Adapted(layer.processor, length)
+    return net
+
+
+def strip(net: Any) -> Any:
+    """Take the adapters away, in place, where there are any."""
+    for layer in layers(net).values() if adapters(net) else ():
+        del layer.negative
+        layer.processor = layer.processor.processor
+    return net
+
+
+def adapted(backbone: nn.Module, length: int) -> nn.Module:
+    """A role: the backbone, shared and frozen, and trainable adapters on it (`adapt`)."""
+    net = adapt(shared(backbone.requires_grad_(False)), length)
+    for layer in layers(net).values():
+        layer.negative.requires_grad_(True)
+    return masters(net)
+
+
+def adapters(net: nn.Module) -> dict[str, Tensor]:
+    """The tensors of the adapters by name; none of a network without."""
+    return {name: p.detach() for name, p in net.named_parameters() if ".negative." in f".{name}"}

@@ -1,0 +1,1 @@
+"""The training loop: state, checkpoints, precision, non-finite gradients, logs."""

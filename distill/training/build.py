@@ -1,0 +1,139 @@
+"""Networks of all roles from their configurations: copies of the teacher, adapters on it, or weights from the disk."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from distill.diffusion.denoiser import Condition, Denoiser
+from distill.diffusion.end_time import timed
+from distill.diffusion.student import Student, grid_times
+from distill.method import Method
+from distill.modules import trained_alone, twin, weightless
+from distill.networks.adaptive_weight import LogVariance
+from distill.networks.discriminator import heads
+from distill.networks.negative_attention import TEXT, adapted, layers
+from distill.ranges import check
+from distill.roles import HEADS, Nets, Recorded
+from distill.training import checkpoint
+from distill.training.config import FakeConfig, StudentConfig
+
+
+def build(
+    method: Method,
+    teacher: Denoiser,
+    shape: tuple[int, ...],
+    c: Condition = None,
+    student: StudentConfig | None = None,
+    fake: FakeConfig | None = None,
+) -> Nets:
+    """All roles of `method`, each starting as a copy of the teacher, as an adapter on it, or from weights on disk.
+
+    shape: of one sample; c: an example condition of batch 1, to find the size of the discriminator's features.
+    """
+    student, fake = student or StudentConfig(), fake or FakeConfig()
+    for name, part in (("method", method), ("student", student), ("fake", fake)):
+        check(part, f"{name}.")
+    if "null" in method.needs and teacher.null is None:
+        raise ValueError(
+            f"{type(method).__name__} with these guidance values needs a null condition, but the teacher is "
+            "unconditional or was trained without label dropout; set its guidance (or every kappa) to 1"
+        )
+    if "text" in method.needs:
+        layers(teacher.net)  # or a ValueError
+    if "negative" in method.needs:
+        words = c[TEXT[0]].shape[1] if c is not None and TEXT[0] in c else 0
+        if student.negative != words or not words:
+            raise ValueError(
+                f"{type(method).__name__} trains an adapter that hears a negative prompt after the {words} words of "
+                f"the prompt, and student.negative is {student.negative}: "
+                + (f"pass --student.negative {words}" if words else "it needs a teacher with text conditions")
+            )
+    nets = Nets(
+        teacher,
+        Student(
+            replace(teacher, net=student_network(student, teacher.net)),
+            student.times or grid_times(student.steps, student.first(teacher.schedule)),
+            student.scale,
+            student.renoise,
+            student.phases,
+            earlier_experts(student, teacher),
+        ),
+        shape,
+    )
+    if "steps" in method.needs and (len(nets.student.times) < 2 or nets.student.renoise != "fresh"):
+        raise ValueError(
+            f"{type(method).__name__} tunes the random calls of a student, all but the last; one of "
+            f"{len(nets.student.times)} call(s) with {nets.student.renoise!r} noise between them has none: it needs "
+            "two calls or more, with fresh noise"
+        )
+    noises = getattr(method, "noises", None)
+    if noises is not None and len(nets.student.times) > 1 and nets.student.renoise not in noises:
+        raise ValueError(
+            f"{type(method).__name__} does not train a student of {len(nets.student.times)} calls with "
+            f"{nets.student.renoise!r} noise between them: pass --student.renoise "
+            + (" or ".join(noises) if noises else "fresh --student.steps 1")
+        )
+    for name in student.freeze:
+        try:
+            nets.student.denoiser.net.get_submodule(name).requires_grad_(False)
+        except AttributeError as error:
+            top = [child for child, _ in teacher.net.named_children()]
+            raise ValueError(f"no module {name!r} to freeze ({error}); at the top there are {top}") from None
+    if "end" in method.needs:
+        nets.student.denoiser = timed(nets.student.denoiser)
+        nets.student.jumps = getattr(method, "jumps", False)
+    if student.init is not None:
+        checkpoint.fill(nets.student.denoiser.net, student.init, "student", teacher.net)
+    if "past" in method.roles:
+        folders: tuple[Path, ...] = method.recorded()  # type: ignore[attr-defined]
+        nets.past = Recorded(replace(teacher, net=fake.lora(teacher.net)), folders, teacher.net, checkpoint.fill)
+        nets.past(len(folders) - 1).net.requires_grad_(False)
+        fake = replace(fake, init=fake.init or f"{folders[-1]}")
+    if "fake" in method.roles:
+        nets.fake = replace(teacher, net=fake.lora(teacher.net))
+        if fake.init is not None:
+            checkpoint.fill(nets.fake.net, fake.init, "fake", teacher.net)
+    if "target" in method.roles:
+        nets.target = replace(nets.student.denoiser, net=twin(nets.student.denoiser.net).requires_grad_(False))
+    if "weight" in method.roles:
+        nets.weight = LogVariance()
+    for role in (role for role in HEADS if role in method.roles):  # a set has no order, and heads start at random
+        taps: tuple[str, ...] = getattr(method, f"{HEADS[role]}taps")
+        with torch.device("meta"), torch.no_grad():  # shapes are enough, and the network may not fit the device yet
+            x, t = torch.zeros(1, *shape), torch.full((1,), 0.5, dtype=torch.float64)
+            told = None if c is None else {key: torch.empty_like(value, device="meta") for key, value in c.items()}
+            features = replace(teacher, net=weightless(teacher.net)).features(x, t, told, taps)
+        kind = (getattr(method, f"{HEADS[role]}{name}", False) for name in ("places", "pixels"))
+        setattr(nets, role, heads(features, *kind))
+    if hasattr(method, "before"):
+        method.before(nets)
+    return nets
+
+
+def student_network(config: StudentConfig, backbone: nn.Module) -> nn.Module:
+    """What is trained: a copy of the backbone, an adapter on it, or another network of its class, at random.
+
+    Of a backbone with a child `control`, an adapter to pictures (pipelines/inference/controlnet.py), that child.
+    """
+    if hasattr(backbone, "control"):
+        return trained_alone(backbone, "control")
+    if config.network is None:
+        return adapted(backbone, config.negative) if config.negative else config.lora(backbone)
+    file = Path(config.network) / "config.json"
+    if not file.is_file():
+        raise ValueError(f"student.network is {config.network!r}; it must be a folder that holds a config.json")
+    made = type(backbone).from_config(json.loads(file.read_text()))  # type: ignore[attr-defined]
+    return made.float().requires_grad_(True).eval()
+
+
+def earlier_experts(config: StudentConfig, teacher: Denoiser) -> tuple[Denoiser, ...]:
+    """The experts of the earlier phases, frozen: copies of the teacher, or adapters on it, from their weights."""
+    nets = [student_network(config, teacher.net) for _ in config.experts]
+    for net, path in zip(nets, config.experts, strict=True):
+        checkpoint.fill(net, path, "student", teacher.net)
+    return tuple(replace(teacher, net=net.requires_grad_(False).eval()) for net in nets)

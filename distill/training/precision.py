@@ -1,0 +1,129 @@
+"""What the loop asks of bare networks to save memory or time, by the names that diffusers gave it.
+
+A role is a module tree of its own (lora.py), and a recomputed block is a module of that tree: it recomputes its role.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from distill.diffusion.denoiser import Condition, Denoiser
+from distill.networks.negative_attention import Heeding
+from distill.roles import SMALL, Nets
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+TOLERANCE = 0.1  # relative difference of two attention kernels, in half precision
+
+
+def autocast(accelerator: Accelerator) -> AbstractContextManager[Any]:
+    """The precision of a run, cast anew each time: a weight cast under no_grad keeps no graph (torch before 2.10)."""
+    from accelerate.utils import AutocastKwargs
+
+    if accelerator.mixed_precision == "no":
+        return nullcontext()
+    return accelerator.autocast(AutocastKwargs(cache_enabled=False))
+
+
+def recompute(nets: Nets) -> None:
+    """Gradient checkpointing in the student, the fake score and the teacher (SiD differentiates through all three).
+
+    ValueError for a network that has no enable_gradient_checkpointing(), as those of diffusers have.
+    """
+    for role, net in {**_denoisers(nets), **nets.frozen()}.items():
+        if not hasattr(net, "enable_gradient_checkpointing"):
+            raise ValueError(
+                f"gradient_checkpointing: the {role}'s network, a {type(net).__name__}, has no method "
+                "enable_gradient_checkpointing(); networks of diffusers do. Leave gradient_checkpointing off"
+            )
+        net.enable_gradient_checkpointing()
+
+
+def deterministic() -> None:
+    """The same bits from the same run, on a GPU too: torch raises where it has no such kernel. Before any CUDA call."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+
+
+def attend(nets: Nets, backend: str, c: Condition = None) -> None:
+    """Attention of all roles on `backend`, a name of diffusers' set_attention_backend: native, flash, xformers, ...
+
+    c: an example condition of batch 1. A broken build is silent until it is called, and one for inference until its
+    gradient is missed: the student is tried before and after on a sample. ValueError if the kernel is not to be had,
+    fails, or does not give the output and the gradient that it should.
+    """
+    before = _attention(nets.student.denoiser, nets.shape, c)
+    for net in _denoisers(nets).values():
+        _set(net, backend)
+    try:
+        after = _attention(nets.student.denoiser, nets.shape, c)
+    except Exception as error:  # a kernel may raise anything
+        raise ValueError(f"attention {backend!r} was set but fails: {error}; choose another, or None") from error
+    for what, old, new in zip(("output", "gradient"), before, after, strict=True):
+        gap = float((new - old).norm() / old.norm().clamp(min=1e-20))
+        if not gap <= TOLERANCE:
+            raise ValueError(f"attention {backend!r} gives a wrong {what}: {gap:.2g} off, allowed {TOLERANCE}")
+
+
+def _denoisers(nets: Nets) -> dict[str, Any]:
+    """The networks by role, without heads and a learned weight, which are ours."""
+    return {role: net for role, net in {"teacher": nets.teacher.net, **nets.modules()}.items() if role not in SMALL}
+
+
+def _set(net: Any, backend: str) -> None:
+    """Some families run all attention through one dispatcher; the others, UNets say, know torch's and xformers'."""
+    if any(isinstance(getattr(m, "processor", None), Heeding) for m in net.modules()) and backend == "xformers":
+        raise ValueError(
+            "xformers replaces the processors of the adapter for negative prompts: choose another --attention"
+        )
+    dispatched = any(hasattr(getattr(m, "processor", None), "_attention_backend") for m in net.modules())
+    try:
+        if dispatched and hasattr(net, "set_attention_backend"):
+            net.set_attention_backend(backend)
+        elif backend == "xformers" and hasattr(net, "enable_xformers_memory_efficient_attention"):
+            net.enable_xformers_memory_efficient_attention()
+        elif backend != "native":
+            raise ValueError(f"a {type(net).__name__} has native and, in diffusers, xformers")
+    except Exception as error:  # a missing package, an old one, a name that is none
+        raise ValueError(f"attention {backend!r} is not to be had: {error}") from error
+
+
+def unset(net: Any) -> None:
+    """Torch's own attention again, which takes every precision on every device."""
+    processors = [getattr(module, "processor", None) for module in net.modules()]
+    if any(getattr(processor, "_attention_backend", None) is not None for processor in processors):
+        net.set_attention_backend("native")  # of the process too: of networks that are read later
+    if any("XFormers" in type(processor).__name__ for processor in processors):
+        net.disable_xformers_memory_efficient_attention()
+
+
+def _attention(denoiser: Denoiser, shape: tuple[int, ...], c: Condition) -> tuple[Tensor, Tensor]:
+    """Output on a sample in the middle of the schedule, and the gradient of its square to a weight of the attention."""
+    net = denoiser.net
+    layers: list[nn.Module] = [module for module in net.modules() if hasattr(module, "processor")] or [net]
+    weight = next(layers[0].parameters())
+    x = torch.linspace(-1, 1, torch.Size(shape).numel(), device=weight.device).reshape(1, *shape)
+    asked = weight.requires_grad
+    weight.requires_grad_(True)
+    out = denoiser(x, torch.full((1,), 0.5, dtype=torch.float64, device=x.device), c).out.float()
+    (gradient,) = torch.autograd.grad(out.square().sum(), weight, allow_unused=True)
+    weight.requires_grad_(asked)
+    return out.detach(), (torch.zeros_like(weight) if gradient is None else gradient).float()
+
+
+def adam8bit() -> Any:
+    """The class AdamW8bit of bitsandbytes, or a ValueError that says how to get it."""
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError as error:
+        raise ValueError(
+            f"optimizer adamw8bit needs bitsandbytes ({error}): pip install bitsandbytes, or take adamw"
+        ) from None
+    return AdamW8bit

@@ -1,0 +1,65 @@
+"""One update: whose parameters move, the mean of their gradients over processes, the norm, the count."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from distill import sharding
+from distill.method import Method
+from distill.roles import Nets
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+BUCKET = 1 << 25  # elements of one all-reduce: 128 MiB of float32
+
+
+def own(players: dict[str, list[nn.Parameter]], *player: str) -> None:
+    """Exactly the parameters of `player` require gradients; gradients still flow *through* the others."""
+    for name, params in players.items():
+        for p in params:
+            p.requires_grad_(name in player)
+
+
+def average(params: list[nn.Parameter], accelerator: Accelerator) -> None:
+    """Mean of the gradients over processes, in buckets; those of sharded networks are means already."""
+    grads = [p.grad for p in params if p.grad is not None and not sharding.split(p)]
+    if accelerator.num_processes == 1:
+        return
+    while grads:
+        bucket: list[Tensor] = []
+        size = 0
+        while grads and (not bucket or size + grads[-1].numel() <= BUCKET):
+            bucket.append(grads.pop())
+            size += bucket[-1].numel()
+        flat = accelerator.reduce(torch.cat([g.flatten() for g in bucket]), "mean")
+        for g, mean in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
+            g.copy_(mean.view_as(g))
+
+
+def clip(params: list[nn.Parameter], max_norm: float | None) -> Tensor:
+    """The total gradient norm; with `max_norm`, gradients are scaled down to it."""
+    if max_norm is None:
+        return sharding.whole(torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None]))
+    return sharding.whole(torch.nn.utils.clip_grad_norm_(params, max_norm))
+
+
+def began(method: Method, nets: Nets, step: int) -> int:
+    """How many steps ago the generation began that this step's samples continue (Update.walk)."""
+    cycle = max(update.every for update in method.updates())
+    return (step % cycle - 1) % len(nets.student.times) if step % cycle else 0
+
+
+def count_updates(method: Method, player: str, step: int) -> int:
+    """Number of updates of `player` before iteration `step`, including those skipped for a NaN."""
+    total = 0
+    for update in method.updates():
+        if update.player == player:
+            alone = min(step, update.alone) - update.start
+            first = max(update.start, update.alone)
+            later = -(-step // update.every) + first // -update.every  # multiples of `every` from `first` to step - 1
+            total += max(0, alone) + max(0, later)
+    return total

@@ -1,0 +1,133 @@
+"""Tensors on disk: a safetensors file, or a folder of them, where each process of a sharded run wrote its parts.
+
+Such a folder has the format of torch.distributed.checkpoint's HuggingFace storage, and is read by it: into parts of any
+number of processes, or into whole tensors.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import time
+import warnings
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from distill.sharding import part, place, split
+
+
+@dataclass
+class Share:
+    """What a process writes of a checkpoint: process `rank` of `of`. metadata: of its files, where the parts lie."""
+
+    rank: int
+    of: int
+    metadata: dict[str, dict[str, str]] = field(default_factory=dict)
+
+    def file(self, name: str) -> str:
+        return f"{name}/shard-{self.rank + 1:05}-of-{self.of:05}.safetensors"
+
+    def __call__(self, file: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Of the tensors of a file: the parts that this process holds; on the first, also what all hold whole."""
+        held = {key: t for key, t in tensors.items() if self._holds(t)}
+        info = {key: {"saved_offsets": [s.start for s in place(t)]} for key, t in held.items()}
+        self.metadata[file] = {"DCP_SHARDING_INFO": json.dumps(info), "DCP_VERSION": "1.0", "format": "pt"}
+        return {key: part(t.detach()) for key, t in held.items()}
+
+    def _holds(self, t: Tensor) -> bool:
+        if not split(t):
+            return self.rank == 0
+        mesh = t.device_mesh  # type: ignore[attr-defined]
+        copy = "dp_replicate" in (mesh.mesh_dim_names or ()) and mesh.get_local_rank("dp_replicate")
+        return not copy and part(t).numel() > 0
+
+    def told(self, partial: Path, sizes: dict[str, Any]) -> dict[str, Any]:
+        """Tell the first process that all files of this one are on the disk; it waits for all, and knows all."""
+        self._tell(partial, {"files": sizes})
+        if self.rank:
+            return sizes
+        every = [partial / f"process-{rank}.json" for rank in range(self.of)]
+        while not all(file.exists() for file in every):
+            time.sleep(0.05)
+        said = [json.loads(file.read_text()) for file in every]
+        if errors := [one["error"] for one in said if "error" in one]:
+            raise OSError(*errors[0])
+        for file in every:
+            file.unlink()
+        return {name: facts for one in said for name, facts in one["files"].items()}
+
+    def failed(self, partial: Path, error: BaseException) -> None:
+        """Tell it that they are not."""
+        with suppress(OSError):
+            self._tell(
+                partial, {"error": [getattr(error, "errno", None) or errno.EIO, f"process {self.rank}: {error}"]}
+            )
+
+    def _tell(self, partial: Path, facts: dict[str, Any]) -> None:
+        draft = partial / f"process-{self.rank}.draft"
+        draft.write_text(json.dumps(facts))
+        draft.rename(draft.with_suffix(".json"))
+
+
+def opened(file: Path) -> Any:
+    """A safetensors file, to read tensors from; a ValueError if it is damaged."""
+    if file.exists() and not file.is_file():
+        raise ValueError(f"{file} is not a regular file")
+    try:
+        return safe_open(file, "pt")
+    except SafetensorError as error:
+        raise ValueError(f"{file} is damaged or no safetensors file ({error})") from None
+
+
+class Stored:
+    """What is at a path, and of which shapes; a ValueError if it is damaged."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        if path.is_dir():
+            from torch.distributed.checkpoint import HuggingFaceStorageReader
+
+            if odd := [file for file in path.iterdir() if not file.is_file()]:
+                raise ValueError(f"{odd[0]} is not a regular file")
+            self.reader = HuggingFaceStorageReader(f"{path}")
+            try:
+                found = self.reader.read_metadata().state_dict_metadata
+            except Exception as error:  # the reader checks nothing: whatever a damaged header makes of it
+                raise ValueError(f"{path} holds a damaged file ({error!r})") from None
+            self.shapes = {key: tuple(meta.size) for key, meta in found.items()}  # type: ignore[union-attr]
+            self.dtypes = {key: meta.properties.dtype for key, meta in found.items()}  # type: ignore[union-attr]
+        else:
+            self.file = opened(path)
+            self.shapes = {key: tuple(self.file.get_slice(key).get_shape()) for key in self.file.keys()}  # noqa: SIM118
+
+    @torch.no_grad()
+    def into(self, tensors: Mapping[str, Tensor]) -> None:
+        """Read these, in place; of a tensor that is split, the part of this process."""
+        if not self.path.is_dir():
+            for key, t in tensors.items():
+                part(t).copy_(self.file.get_tensor(key)[place(t)])
+            return
+        from torch.distributed.checkpoint import load
+
+        with warnings.catch_warnings():  # that it reads without the other processes is intended
+            warnings.simplefilter("ignore", UserWarning)
+            load({key: t.detach() for key, t in tensors.items()}, storage_reader=self.reader, no_dist=True)
+
+    def like(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """All that is stored, new; split as the tensor of this name and shape is, else whole."""
+        if not self.path.is_dir():
+            new = {key: self.file.get_tensor(key) for key in self.shapes}
+        else:
+            new = {key: torch.empty(shape, dtype=self.dtypes[key]) for key, shape in self.shapes.items()}
+        for key, t in tensors.items():
+            if split(t) and key in new and new[key].shape == t.shape:
+                new[key] = torch.empty_like(t, dtype=new[key].dtype)
+        self.into(new if self.path.is_dir() else {key: t for key, t in new.items() if split(t)})
+        return new

@@ -1,0 +1,1 @@
+"""From scored folders to tables, plots and one page."""

@@ -1,0 +1,85 @@
+"""A folder of images as GenEval and DPG-Bench want it; their scorers have environments of their own.
+
+python -m eval.generate --model FOLDER --prompts evaluation_metadata.jsonl --per_prompt 4 --out runs/samples/geneval
+python -m eval.layouts --folder runs/samples/geneval --layout geneval --prompts evaluation_metadata.jsonl --out OUT
+
+geneval  OUT/00000/samples/00000.png ... and OUT/00000/metadata.jsonl, the line of its prompt (djghosh13/geneval)
+dpg      OUT/NAME.png, the first four images of prompt NAME.txt as a grid of two by two (TencentQQGYLab/ELLA, dpg_bench;
+         its --resolution is the side of one image)
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from eval.files import atomic_folder, check_output, read_text
+from eval.images import images as folders
+from eval.sampling.conditions import Asked, texts
+
+GRID = 4  # images of a prompt that DPG-Bench reads
+
+
+def export(folder: Path, layout: Literal["geneval", "dpg"], prompts: Path, out: Path) -> int:
+    """Write the images of `folder` in the layout of a benchmark; the number of prompts. `out` appears whole.
+
+    Args:
+        folder: made by `generate` from these prompts, with some images of each: four for DPG-Bench.
+        layout: of which benchmark.
+        prompts: GenEval's evaluation_metadata.jsonl, or DPG-Bench's folder of .txt files.
+        out: where the layout goes; a folder that is not there yet.
+    """
+    manifest = folders.manifest_of(folder)
+    if not (prompts.is_dir() if layout == "dpg" else prompts.suffix == ".jsonl"):
+        told = "evaluation_metadata.jsonl" if layout == "geneval" else "the folder of its .txt files"
+        raise ValueError(f"prompts of {layout} are {told}, not {prompts}")
+    check_output(out, "--out", folder=True)
+    if out.exists() and any(out.iterdir()):
+        raise ValueError(f"{out} is not empty; choose another folder")
+    found = texts(f"{prompts}")
+    n, each = manifest.get("n", 0), manifest.get("n", 0) // len(found)
+    asked = Asked([found[i // each] for i in range(n)], True) if each and n == each * len(found) else None
+    if asked is None or asked.hash != manifest.get("prompts"):
+        raise ValueError(
+            f"{folder} holds {n} images that were not made from the {len(found)} prompts of {prompts}; generate them "
+            f"with --prompts {prompts} --per_prompt 4"
+        )
+    if layout == "dpg" and each < GRID:
+        raise ValueError(f"{folder} holds {each} image(s) of a prompt; DPG-Bench reads {GRID}: use --per_prompt {GRID}")
+    with atomic_folder(out) as part:
+        if layout == "geneval":
+            lines = [line for line in read_text(prompts, "give another file").split("\n") if line.strip()]
+            _geneval(folder, part, [json.dumps(json.loads(line)) for line in lines], each)
+        else:
+            _dpg(folder, part, [file.stem for file in sorted(prompts.glob("*.txt"))], each)
+    return len(found)
+
+
+def _geneval(folder: Path, out: Path, lines: list[str], each: int) -> None:
+    for k, line in enumerate(lines):
+        samples = out / f"{k:05d}" / "samples"
+        samples.mkdir(parents=True)
+        (samples.parent / "metadata.jsonl").write_text(line + "\n")
+        for j in range(each):
+            shutil.copy(folder / folders.file_name(k * each + j), samples / f"{j:05d}.png")
+
+
+def _dpg(folder: Path, out: Path, names: list[str], each: int) -> None:
+    from PIL import Image
+
+    for k, name in enumerate(names):
+        first = [folders.level(folder / folders.file_name(k * each + j)) for j in range(GRID)]
+        rows = [torch.cat(pair, dim=2) for pair in (first[:2], first[2:])]
+        grid = torch.cat(rows, dim=1).permute(1, 2, 0).expand(-1, -1, 3)
+        Image.fromarray(grid.contiguous().numpy()).save(out / f"{name}.png")
+
+
+def main() -> None:
+    """Command line of `export`."""
+    from eval.cli import run
+
+    print(f"{run(export)} prompts exported")

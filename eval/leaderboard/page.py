@@ -1,0 +1,301 @@
+"""Rows of figures -> one self-contained HTML page: it needs no network and is readable without JavaScript.
+
+Every value of a row reaches the page through `markup.tag`, which escapes it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from eval.leaderboard import plots
+from eval.leaderboard.tables import (
+    COSTS,
+    Board,
+    Cell,
+    Row,
+    boards,
+    columns,
+    headline,
+    interval,
+    is_real,
+    is_teacher,
+    labels,
+    lower,
+    pretty,
+    provenance,
+)
+from eval.markup import NOTHING, Markup, join, tag
+
+AXES = {  # cost of a scatter plot: what stands along the axis, how a tick is written
+    "nfe": ("network evaluations an image", plots.short),
+    "latency": ("seconds an image, alone", plots.duration),
+}
+STYLES = 6  # s0 ... s5 in the style sheet
+
+
+def page(
+    rows: Sequence[Row],
+    title: str = "Leaderboard",
+    lead: str = "",
+    runs: Mapping[str, Path] | None = None,
+    failed: Mapping[str, str] | None = None,
+) -> str:
+    """The page as HTML: a section per board, then sample grids, training curves and failed entries.
+
+    rows: as `report.checked` takes them. lead: a paragraph under the headline. runs: name -> log.jsonl. failed: name
+    of an entry without a row -> why. ValueError for rows or a log that cannot be read.
+    """
+    found = boards(rows)
+    several = len(found) > 1
+    training = join(tag("<h3>{}</h3>{}", name, plots.training(name, path)) for name, path in (runs or {}).items())
+    wrong = join(tag("<dt>{}</dt><dd><pre>{}</pre></dd>", *pair) for pair in (failed or {}).items())
+    tables = f"{len(found)} tables: figures of different protocols, image counts or extractors never share one."
+    parts = [
+        tag('<header><p class="kicker">{}</p><h1>{}</h1>', title, headline(found[0])),
+        tag('<p class="lead">{}</p>', lead) if lead else NOTHING,
+        tag('<p class="lead">{}</p>', tables) if several else NOTHING,
+        tag("</header>"),
+        tag('<section class="failed"><h2>Failed</h2><dl>{}</dl></section>', wrong) if wrong else NOTHING,
+        *(section(board, i, several) for i, board in enumerate(found)),
+        samples(rows),
+        tag("<section><h2>Training</h2>{}</section>", training) if training else NOTHING,
+    ]
+    return tag(
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{}</title>'
+        '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">'
+        "<style>{}</style></head><body><main>{}</main><script>{}</script></body></html>\n",
+        title,
+        asset("page.css"),
+        join(parts),
+        asset("page.js"),
+    )
+
+
+def asset(name: str) -> Markup:
+    """The style sheet or the script, which lie beside this file."""
+    return Markup((Path(__file__).parent / name).read_text())
+
+
+def section(board: Board, number: int, several: bool) -> Markup:
+    """One board: its table, its plots, how its figures were made."""
+    heading = tag("{} <small>{}</small>", board.protocol, board.hash) if several else "Figures"
+    parts = table(board), legend(board), left_out(board), scatters(board, number), protocol(board)
+    return tag('<section id="board-{}"><h2>{}</h2>{}<p class="note">{}</p>{}{}{}</section>', number, heading, *parts)
+
+
+def table(board: Board) -> Markup:
+    """The sortable table. Every cell carries the key that it is sorted by; real images stay at the foot."""
+    found = columns(board)
+    first = board.metrics[0] if board.metrics else None
+    heads = []
+    for heading in found:
+        best = "descending" if heading in board.metrics and not lower(heading) or heading == "images/s" else "ascending"
+        order = tag(' aria-sort="{}"', best) if heading == first else NOTHING
+        better = "lower" if lower(heading) else "higher"
+        arrow = tag(" <i>{} is better</i>", better) if heading in board.metrics else NOTHING
+        head = best, order, pretty(heading), arrow
+        heads.append(tag('<th scope="col" data-first="{}"{}><button type="button">{}</button>{}</th>', *head))
+    lines = []
+    for i, row in enumerate((*board.rows, *board.real)):
+        cells = join(cell(c[i], heading in board.metrics) for heading, c in found.items() if heading != "model")
+        key = found["model"][i].key
+        kind = "real" if is_real(row) else "teacher" if is_teacher(row) else "student"
+        lines.append(tag('<tr class="{}"><th scope="row" data-key="{}">{}</th>{}</tr>', kind, key, key, cells))
+    here, foot = join(lines[: len(board.rows)]), join(lines[len(board.rows) :])
+    return tag(
+        '<div class="scroll" tabindex="0" role="region" aria-label="{0}"><table class="sortable">'
+        "<caption>Protocol {0}</caption><thead><tr>{1}</tr></thead><tbody>{2}</tbody>{3}</table></div>",
+        board.title,
+        join(heads),
+        here,
+        tag("<tfoot>{}</tfoot>", foot) if foot else NOTHING,
+    )
+
+
+def cell(cell: Cell, figure: bool) -> Markup:
+    """One cell: the figure, its rank, its interval under them."""
+    key = NOTHING if cell.key is None else tag(' data-key="{}"', cell.key)
+    if not figure or not cell.text:
+        return tag("<td{}>{}</td>", key, cell.text or tag("<span class=none>-</span>"))
+    kind, tie = " top" if cell.rank == 1 else "", " tie" if cell.tie else ""
+    rank = tag('<b class="rank{}">{}{}</b>', kind, cell.rank, tie) if cell.rank else NOTHING
+    span = tag("<small>{}</small>", cell.span) if cell.span else NOTHING
+    return tag('<td{}><span class="figure">{}{}</span>{}</td>', key, rank, cell.text, span)
+
+
+def legend(board: Board) -> str:
+    """What the marks of a table mean, as far as they occur in it."""
+    marks = [c for cells in columns(board).values() for c in cells]
+    words = ["Click a heading to sort."]
+    if any(c.rank for c in marks):
+        words += ["The number before a figure is its rank: 1 + the number of rows whose entire interval is better."]
+    words += ["Rows that share a rank are a tie."] * any(c.tie for c in marks)
+    machines = {(r.get("cost") or {}).get("hardware") for r in board.rows} - {None}
+    words += [f"Speed and memory were measured on {machines.pop()}."] if len(machines) == 1 else []
+    return " ".join(words)
+
+
+def left_out(board: Board) -> Markup:
+    """The metrics that rows lack, with the reasons."""
+    rows = [*board.rows, *board.real]
+    named = zip(labels(rows, board.rows), rows, strict=True)
+    words = [f"{name}: {m}, {why}" for name, row in named for m, why in (row.get("left_out") or {}).items()]
+    return tag('<p class="note">Left out: {}.</p>', "; ".join(words)) if words else NOTHING
+
+
+def scatters(board: Board, number: int) -> Markup:
+    """Quality against each cost, a plot a metric, of which the script shows the chosen one (without it the first).
+
+    Latencies of different machines are different plots.
+    """
+    costs = [r.get("cost") or {} for r in board.rows]
+    machines = sorted({str(c["hardware"]) for c in costs if c.get("latency") and c.get("hardware") is not None})
+    kinds = [("nfe", None, "")] + [("latency", m, f", on {m}" if len(machines) > 1 else "") for m in machines]
+    models = list(dict.fromkeys(str(r["model"]) for r in board.rows if not is_teacher(r)))
+    styles = {model: f"s{i % STYLES}" for i, model in enumerate(sorted(models))}
+    named = list(zip(board.rows, labels(board.rows, board.rows), strict=True))
+    measured: dict[str | None, list[tuple[Row, str]]] = {None: named}
+    for row, name in named:
+        measured.setdefault(str((row.get("cost") or {}).get("hardware")), []).append((row, name))
+    figures: list[Markup] = []
+    names: list[str] = []
+    for metric in board.metrics:
+        drawn = []
+        for key, machine, more in kinds:
+            points = scatter_points(measured[machine], metric, key, styles)
+            if points:
+                real = [(str(r["model"]), r["metrics"][metric]["value"]) for r in board.real if metric in r["metrics"]]
+                name, tick = AXES[key]
+                up = pretty(metric)
+                drawn.append(plots.scatter(points, lower(metric), name + more, up, real[0] if real else None, tick))
+        if drawn:
+            hidden = tag(" hidden") if names else NOTHING
+            names.append(metric)
+            box = join(tag("<figure>{}</figure>", one) for one in drawn)
+            figures.append(tag('<div class="plots" data-metric="{}"{}>{}</div>', metric, hidden, box))
+    if not names:
+        return tag('<p class="note">No row has a metric with a cost beside it, so there is no plot.</p>')
+    options = join(tag('<option value="{}">{}</option>', n, pretty(n)) for n in names)
+    choose = tag('<label class="choose">Quality <select>{}</select></label>', options) if len(names) > 1 else NOTHING
+    return tag(
+        '<div class="quality"><div class="bar"><h3>Quality against cost</h3>{}</div>{}'
+        '<p class="note"><span class="key"></span>The Pareto front: nothing cheaper is as good. Bars are the intervals '
+        "of the table; rows of one model that differ in steps are joined. Hover over a point for its name.</p></div>",
+        choose,
+        join(figures),
+    )
+
+
+def scatter_points(
+    named: Sequence[tuple[Row, str]], metric: str, key: str, styles: Mapping[str, str]
+) -> list[plots.Point]:
+    """The rows, with their labels, that have the metric and the cost."""
+    out = []
+    for row, name in named:
+        cost = row.get("cost") or {}
+        if metric not in row["metrics"] or not cost.get(key):
+            continue
+        figure = row["metrics"][metric]
+        low, high = interval(figure)
+        style = "teacher" if is_teacher(row) else styles[str(row["model"])]
+        series = f"{row['model']} {row.get('guidance')}"
+        span = (low, high) if low < high else (None, None)
+        out.append(plots.Point(cost[key], figure["value"], name, style, series, *span))
+    return out
+
+
+def protocol(board: Board) -> Markup:
+    """How every figure of a board was made: the protocol in full where this version knows it, then row by row."""
+    known = described(board.protocol, board.hash)
+    lines = []
+    rows = [*board.rows, *board.real]
+    for row, name in zip(rows, labels(rows, board.rows), strict=True):
+        made, cost = dict(provenance(row)), row.get("cost") or {}
+        machine = cost.get("hardware") if any(cost.get(k) for k in COSTS) else None
+        counts = [row["metrics"].get(m, {}).get("n") for m in board.metrics]
+        facts = [*(made.get(k) for k in ("seeds", "commit", "hardware")), machine, *counts]
+        cells = join(tag("<td>{}</td>", "-" if fact is None else fact) for fact in facts)
+        lines.append(tag("<tr><th scope=row>{}</th>{}</tr>", name, cells))
+    heads = join(tag('<th scope="col">n of {}</th>', pretty(m)) for m in board.metrics)
+    head = tag(
+        '<tr><th scope="col">model</th><th scope="col">seeds</th><th scope="col">commit</th>'
+        '<th scope="col">made on</th><th scope="col">speed of</th>{}</tr>',
+        heads,
+    )
+    return tag(
+        "<details><summary>How these figures were made: protocol {}, hash {}</summary>{}"
+        '<div class="scroll" tabindex="0" role="region" aria-label="provenance"><table>'
+        "<thead>{}</thead><tbody>{}</tbody></table></div></details>",
+        board.protocol,
+        board.hash,
+        known,
+        head,
+        join(lines),
+    )
+
+
+def described(name: str, hash_: str) -> Markup:
+    """A protocol's own fields, where it is known here under that hash."""
+    from dataclasses import asdict
+
+    from eval.protocols import PROTOCOLS
+
+    found = PROTOCOLS.get(name)
+    if found is None or found.hash != hash_:
+        why = "is none that this version knows" if found is None else f"is {found.hash} in this version: they differ"
+        return tag('<p class="note">Protocol {}, hash {}, {}.</p>', name, hash_, why)
+    fields = {k: v for k, v in asdict(found).items() if v not in (None, "", (), [])}
+    written = lambda v: v if isinstance(v, str) else json.dumps(v, indent=1)
+    return tag("<dl>{}</dl>", join(tag("<dt>{}</dt><dd>{}</dd>", k, written(v)) for k, v in fields.items()))
+
+
+def samples(rows: Sequence[Row]) -> Markup:
+    """Grids of the rows' folders, side by side: those of the same prompts, labels and noise under one heading.
+
+    A folder that is not here, or cannot be read, is named; the page does without it.
+    """
+    from eval.images import images as folders
+
+    groups: dict[tuple[Any, ...], list[Markup]] = {}
+    absent, broken, seen = [], [], set()
+    for row, name in zip(rows, labels(rows, rows), strict=True):
+        folder = row.get("samples")
+        if not folder or folder in seen:
+            continue
+        seen.add(folder)
+        if not Path(str(folder)).is_dir():
+            absent.append(f"{name} ({folder})")
+            continue
+        try:
+            images, labelled, manifest = folders.read(str(folder), first=120)
+        except ValueError as error:
+            broken.append(f"{name} ({error})")
+            continue
+        seed, prompts = manifest.get("seed"), manifest.get("prompts") or str(manifest.get("labels"))
+        size = tuple(images.shape[-2:])
+        nfe = (row.get("cost") or {}).get("nfe") or manifest.get("nfe")
+        cost = f"{nfe} network call{'s' if nfe != 1 else ''}" if nfe else ""
+        large = max(size) > 64
+        picture = plots.grid(
+            images[:8] if large else images, labelled if not large else None, columns=4 if large else 10
+        )
+        shown = name, cost, picture, f"samples of {name}", NOTHING if large else tag(" class=pixels")
+        groups.setdefault((size, seed, str(prompts)), []).append(
+            tag(
+                '<figure><figcaption><b>{}</b><span>{}</span></figcaption><img src="{}" alt="{}"{}></figure>',
+                *shown,
+            )
+        )
+    parts = []
+    for (_, seed, _), figures in groups.items():
+        noise = "of unknown noise" if seed is None else f"of seed {seed}"
+        same = "The same prompts and the same noise at the same place of every grid, "
+        note = f"{same if len(figures) > 1 and seed is not None else ''}{noise}, not selected."
+        heading = note[0].upper() + note[1:]
+        parts.append(tag('<p class="note">{}</p><div class="grids">{}</div>', heading, join(figures)))
+    parts += [tag('<p class="note">Not on this machine: {}.</p>', "; ".join(absent))] if absent else []
+    parts += [tag('<p class="note">Not readable: {}.</p>', "; ".join(broken))] if broken else []
+    return tag("<section><h2>Samples</h2>{}</section>", join(parts)) if parts else NOTHING

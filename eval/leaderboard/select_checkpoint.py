@@ -1,0 +1,257 @@
+"""Choose a checkpoint of a run on one split, and measure the chosen one on another that had no say.
+
+python -m eval.watch runs/dmd2                       the checkpoints that are there
+python -m eval.watch runs/dmd2 --follow              and those to come, until the run has ended
+
+Papers report the best checkpoint by the metric that they report, which is biased downwards by the search. Here the
+selection split and the test split share no noise, no prompt and no real image. Of a protocol with prompts and a folder
+of real images the odd ones select and the even ones test; of the digits the training scans select and the held-out
+ones test. Everything is in RUN/watch: a page, watch.json, and the chosen export, whose card carries the test figures.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from distill.training import checkpoint
+from eval.cli import Unfinished
+from eval.files import write_json
+from eval.leaderboard.commands import results, show, write
+from eval.leaderboard.entries import flags, one_row, stored
+from eval.leaderboard.jobs import Job
+from eval.leaderboard.jobs import run as run_jobs
+from eval.leaderboard.tables import Row, interval, lower, pretty
+from eval.protocols import Protocol, protocol
+from pipelines.export.card import evaluated
+
+Scored = tuple[list[Row], dict[str, str]]  # rows, and {name: why} of what failed
+SEED = 1_000_000  # of the selection's noise: no protocol's
+
+
+@dataclass(frozen=True)
+class Split:
+    """What one side of the choice is measured on."""
+
+    name: str  # selection or test
+    seeds: tuple[int, ...]
+    generate: dict[str, Any]  # flags
+    score: dict[str, Any]
+
+
+def splits(p: Protocol, out: Path, metric: str | None, n: int | None, reference: Path | None) -> tuple[Split, Split]:
+    """(selection, test) of a protocol, disjoint in noise, prompts and real images; halves are laid out in `out`.
+
+    metric: what selects, by default the protocol's first. n: images of the selection. reference: real images for the
+    selection where the protocol has statistics alone, which cannot be halved. ValueError where they would overlap.
+    """
+    if not set(p.seeds).isdisjoint({SEED}):
+        raise ValueError(f"protocol {p.name} uses seed {SEED}, the selection's; choose another protocol")
+    names = list(dict.fromkeys(m.metric for m in p.measures))
+    if p.name == "digits":  # both splits of its real images are built in, each with a measure of its own
+        if metric not in (None, "fd_train", "accuracy"):
+            raise ValueError(f"metric is {metric}; on the digits fd_train or accuracy may select: the others test")
+        alike: dict[str, Any] = {"protocol": p.name}
+        test = {"metrics": ["fd_heldout", "accuracy"] if metric is None else ["fd_heldout"]}
+        return (
+            Split("selection", (SEED,), alike | {"n": n}, alike | {"metrics": [metric or "fd_train"]}),
+            Split("test", p.seeds, alike, alike | test),
+        )
+    if metric is not None and metric not in names:
+        raise ValueError(f"metric is {metric}; protocol {p.name} measures {', '.join(names)}")
+    p.require(reference=reference is None)
+    if p.components and p.classes is None:
+        raise ValueError(f"protocol {p.name} replaces components of the pipeline; choose one without that")
+    path = p.reference_path
+    halves: dict[str, Split] = {}
+    whole = path is not None and path.is_dir()
+    if path is not None and not whole and reference is None:
+        raise ValueError(
+            f"the reference of protocol {p.name}, {path}, is statistics, which cannot be halved: pass --reference, a "
+            "folder of real images that it was not made of"
+        )
+    for odd, name in ((1, "selection"), (0, "test")):
+        folder = out / name
+        given: dict[str, Any] = {"n": n} if odd else {}
+        if p.classes is None:
+            folder.mkdir(parents=True, exist_ok=True)
+            lines = [json.dumps({"text": text}) for text in p.conditions()[odd::2]]
+            (folder / "prompts.jsonl").write_text("\n".join(lines) + "\n")
+            given |= {"prompts": folder / "prompts.jsonl"}
+        else:
+            given |= {"protocol": p.name}
+        asked: dict[str, Any] = {"protocol": p.name, "metrics": [metric or names[0]] if odd else names}
+        if odd and reference is not None:
+            asked["reference"] = reference
+        elif whole and path is not None and reference is None:
+            asked["reference"] = _half(path, folder / "reference", odd)
+        halves[name] = Split(name, (SEED,) if odd else p.seeds, given, asked)
+    return halves["selection"], halves["test"]
+
+
+def _half(folder: Path, out: Path, odd: int) -> Path:
+    """Links to every other image of a folder."""
+    from eval.features.extraction import list_images
+
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    for i, file in enumerate(list_images(folder)):
+        if i % 2 == odd:
+            os.symlink(file.resolve(), out / f"{i:08d}{file.suffix}")
+    return out
+
+
+def measured(models: dict[str, Path], split: Split, out: Path, exports: dict[str, Job]) -> Scored:
+    """(a row a model, {name: why} of those that failed): each exported where `exports` says so, sampled, scored."""
+    todo: dict[str, Job] = {}
+    ends = {name: out / name / f"{split.name}.json" for name in models}
+    for name, model in models.items():
+        if _is_scored(ends[name], len(split.seeds)):
+            continue
+        after: tuple[str, ...] = ()
+        if name in exports and not (model / "model_index.json").is_file():
+            todo[f"{name}-export"], after = exports[name], (f"{name}-export",)
+        folders = {seed: out / name / f"{split.name}-{seed}" for seed in split.seeds}
+        for seed, folder in folders.items():
+            asked = {"model": model, "out": folder, "name": name, "seed": seed, **split.generate}
+            command = ["-m", "eval.generate", "--overwrite", *flags(asked)]
+            todo[f"{name}-{split.name}-{seed}"] = Job(f"sample {name}, {split.name} {seed}", command, after)
+        asked = {"folder": list(folders.values()), "out": ends[name], **split.score}
+        drawn = tuple(f"{name}-{split.name}-{seed}" for seed in split.seeds)
+        todo[f"{name}-{split.name}"] = Job(f"score {name}, {split.name}", ["-m", "eval.score", *flags(asked)], drawn)
+    failed = run_jobs(todo, out, 1, patient=True) if todo else {}
+    rows: list[Row] = []
+    for name, path in ends.items():
+        if f"{name}-{split.name}" in failed:
+            path.unlink(missing_ok=True)  # of some seeds alone
+        elif path.is_file():
+            try:
+                row = one_row(path)
+            except ValueError as error:
+                failed[f"{name}-{split.name}"] = str(error)
+                path.unlink()
+                continue
+            apart = {key: f"{row[key]}{mark}{split.name}" for key, mark in (("protocol", ", "), ("protocol_hash", ":"))}
+            rows.append({**row, **apart, "model": name})
+    return rows, {name: why for name, why in failed.items() if not why.startswith("needs ")}
+
+
+def _is_scored(path: Path, seeds: int) -> bool:
+    """Whether a file holds a row of every seed; one of a command that was killed has fewer."""
+    rows = stored(path)
+    return isinstance(rows, list) and len(rows) >= seeds
+
+
+def best(rows: Sequence[Row]) -> tuple[Row, list[str]]:
+    """(the row of the best first metric, the names of those that are a tie with it by their intervals)."""
+    name = next(iter(rows[0]["metrics"]))
+    sign = 1 if lower(name) else -1
+    chosen = min(rows, key=lambda row: sign * row["metrics"][name]["value"])
+    low, high = interval(chosen["metrics"][name])
+    spans = {row["model"]: interval(row["metrics"][name]) for row in rows if row is not chosen}
+    return chosen, [model for model, (a, b) in spans.items() if a <= high and low <= b]
+
+
+def watch(
+    run: Annotated[Path, tyro.conf.Positional],
+    protocol_name: Annotated[str, tyro.conf.arg(name="protocol")] = "digits",
+    metric: str | None = None,
+    n: int | None = None,
+    reference: Path | None = None,
+    follow: bool = False,
+    every: float = 30.0,
+) -> Path:
+    """Score the checkpoints of a run on the selection split, the chosen one on the test split; the page's path.
+
+    What is scored is kept: the command may be stopped, and started again when there are more checkpoints.
+
+    Args:
+        run: the run's folder, with its config.yaml and checkpoint-N.
+        protocol_name: what is measured (python -m eval.protocols).
+        metric: what selects; by default the protocol's first, of the digits fd_train.
+        n: images for the selection of each checkpoint; by default as many as the protocol says or has prompts for.
+        reference: a folder of real images for the selection, where the protocol's own cannot be halved.
+        follow: wait for more checkpoints until the run has ended.
+        every: seconds between two looks.
+    """
+    if not (run / "config.yaml").is_file():
+        raise ValueError(f"no run at {str(run)!r}: a run's folder has a config.yaml")
+    out = run / "watch"
+    select, test = splits(protocol(protocol_name), out, metric, n, reference)
+    asked = json.loads(json.dumps([protocol(protocol_name).hash, metric, n, str(reference)]))
+    if stored(out / "asked.json") != asked:  # figures of another request are not compared with these
+        for old in out.glob("checkpoint-*/*.json"):
+            old.unlink()
+    write_json(out / "asked.json", asked)
+    while True:
+        ended = (run / "pipeline" / "model_index.json").is_file()
+        rows, failed = _selection(run, out, select)
+        if ended or not follow:
+            break
+        time.sleep(every)
+    if not rows:
+        told = "; ".join(failed.values()) or f"{run} has no checkpoint-N"
+        raise ValueError(f"no checkpoint of {run} was scored: {told}")
+    chosen, ties = best(rows)
+    name = str(chosen["model"])
+    model = out / name / "pipeline"
+    tested, wrong = measured({name: model}, test, out, {name: _export(run, name, model)})
+    if wrong:
+        raise ValueError("; ".join(wrong.values()))
+    evaluated(model, results(tested))
+    first = next(iter(chosen["metrics"]))
+    facts = {"chosen": name, "by": first, "ties": ties, "selection": rows, "test": tested[0], "failed": failed}
+    write_json(out / "watch.json", facts)
+    lead = f"{name} of {len(rows)} was chosen by {pretty(first)} on the selection split{_told(ties)}. "
+    lead += f"Its figures are those of the test split; its export is {model}."
+    page = write(out, [*tested, *rows], f"Checkpoints of {run.name}", lead, failed=failed)
+    if failed:
+        show(page)
+        raise Unfinished(f"{len(failed)} steps failed, the page is of the others: {'; '.join(failed.values())}")
+    return page
+
+
+def _told(ties: Sequence[str]) -> str:
+    return f", a tie with {', '.join(ties)}" if ties else ""
+
+
+def _export(run: Path, name: str, model: Path) -> Job:
+    return Job(
+        f"export {name}",
+        ["-m", "pipelines.export", f"{run}", "--checkpoint", name, "--output_dir", f"{model}"],
+    )
+
+
+def _selection(run: Path, out: Path, split: Split) -> Scored:
+    """The rows of all checkpoints so far, one checkpoint at a time; only the best one's export is kept."""
+    known = {path.parent.name for path in out.glob(f"checkpoint-*/{split.name}.json")}
+    names = sorted({f.name for f in checkpoint.found(run)} | known, key=lambda name: int(name.split("-")[1]))
+    rows: list[Row] = []
+    failed: dict[str, str] = {}
+    for name in names:
+        model = out / name / "pipeline"
+        found, wrong = measured({name: model}, split, out, {name: _export(run, name, model)})
+        rows, failed = [*rows, *found], failed | wrong
+        keep = str(best(rows)[0]["model"]) if rows else name
+        for other in {name, *(str(row["model"]) for row in rows)} - {keep}:
+            shutil.rmtree(out / other / "pipeline", ignore_errors=True)
+    return rows, failed
+
+
+def main() -> None:
+    """Command line of `watch`."""
+    from eval.cli import run
+
+    page = run(watch)
+    show(page)
+    facts = json.loads((page.parent / "watch.json").read_text())
+    sys.stderr.write(f"{facts['chosen']} was chosen by {facts['by']}{_told(facts['ties'])}\n")

@@ -1,0 +1,429 @@
+"""Rows of figures -> tables that compare only what is comparable: in the terminal, in Markdown, on one page.
+
+A row is what `eval.score` writes: model, steps, guidance, protocol, protocol_hash, n, seeds, extractor, extractor_hash,
+commit, hardware, metrics {name: {value, low, high, n}}, cost {nfe, latency, ...}, samples (a folder). kind is teacher,
+pipeline, lora, or real: real images, which have no rank and are a dashed line in the plots.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from bisect import bisect_left
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from statistics import fmean, median_low
+from typing import TYPE_CHECKING, Any
+
+from eval.files import shorten
+from eval.images.images import LARGEST, is_count, is_finite, is_number
+from eval.leaderboard import plots
+from pipelines.markdown import escape_markdown
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+Row = Mapping[str, Any]
+LOWER = ("fid", "kid", "fd", "cmmd", "mmd", "frechet", "distance", "off", "hallucination", "loss")  # is better
+ACRONYMS = ("fid", "kid", "fd", "cmmd", "is", "clip", "lpips", "dino", "ssim", "psnr")
+COSTS = {  # key of "cost": heading, how it is written
+    "nfe": ("calls", lambda v: f"{v:,.0f}"),
+    "latency": ("latency", plots.duration),
+    "images_per_second": ("images/s", lambda v: f"{v:,.0f}" if v >= 100 else f"{v:.3g}"),
+    "parameters": ("parameters", lambda v: plots.short(float(f"{v:.3g}"))),
+    "peak_memory": ("peak memory", lambda v: f"{v / 2**30:.2f} GiB" if v >= 2**30 else f"{v / 2**20:.0f} MiB"),
+    "train_seconds": ("training", plots.duration),
+}
+MADE = ("runs", "seeds", "commit", "hardware")  # of a row; protocol, n and extractor are those of its table
+
+
+def lower(metric: str) -> bool:
+    """Whether less of a metric is better; by a word of its name, such as fid in patch_fid."""
+    return any(word in LOWER for word in metric.lower().replace("-", "_").split("_"))
+
+
+def pretty(metric: str) -> str:
+    """A metric's name for people: fd_heldout -> FD held-out, patch_fid -> patch FID."""
+    words = metric.replace("heldout", "held-out").split("_")
+    return " ".join(w.upper() if w in ACRONYMS else w for w in words)
+
+
+@dataclass(frozen=True)
+class Board:
+    """Rows that may share a column: one protocol (by its hash), one n, one extractor (by its hash)."""
+
+    protocol: str
+    hash: str
+    n: int | None
+    extractor: str
+    extractor_hash: str
+    rows: list[Row]  # the best of the first metric first
+    real: list[Row]  # of real images: no rank
+
+    @cached_property
+    def metrics(self) -> list[str]:
+        """Names, in the order in which rows have them."""
+        return list(dict.fromkeys(name for row in (*self.rows, *self.real) for name in row["metrics"]))
+
+    @property
+    def title(self) -> str:
+        """The protocol and what else a figure depends on."""
+        return self.title_by(str)
+
+    def title_by(self, write: Callable[[str], str]) -> str:
+        """`title`, its parts written by `write`."""
+        count = f", n = {self.n:,}" if self.n else ""
+        net = f", extractor {write(f'{self.extractor} {self.extractor_hash}')}".rstrip() if self.extractor else ""
+        return f"{write(self.protocol)} [{write(self.hash)}]{count}{net}"
+
+    def ranks(self, metric: str) -> dict[int, tuple[int, bool]]:
+        """{row's number: (rank, whether another row shares it: a tie)}.
+
+        The rank is 1 + the number of rows whose entire interval is better than this one's. So rows with equal rank
+        overlap; in a chain of overlapping intervals the two ends can still differ in rank. A row
+        without an interval is its value alone.
+        """
+        sign = 1 if lower(metric) else -1
+        found = {i: row["metrics"][metric] for i, row in enumerate(self.rows) if metric in row["metrics"]}
+        spans = {i: sorted(sign * v for v in interval(m)) for i, m in found.items()}
+        ends = sorted(high for _, high in spans.values())
+        ranks = {i: 1 + bisect_left(ends, low) for i, (low, _) in spans.items()}
+        shared = Counter(ranks.values())
+        return {i: (rank, shared[rank] > 1) for i, rank in ranks.items()}
+
+
+def interval(metric: Mapping[str, Any]) -> tuple[float, float]:
+    """(low, high) of a figure; its value twice where it has no interval."""
+    value = metric["value"]
+    low, high = (value if metric.get(k) is None else metric[k] for k in ("low", "high"))
+    return low, high
+
+
+def _is_cost(value: Any) -> bool:
+    """Whether a number may stand on a logarithmic axis, or is 0."""
+    return is_number(value) and (value == 0 or value >= 1 / LARGEST)
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, str) or is_finite(value)
+
+
+def _are_plain(value: Any) -> bool:
+    return isinstance(value, list | tuple) and all(map(_is_plain, value))
+
+
+def _are_seeds(value: Any) -> bool:
+    return isinstance(value, list | tuple) and all(type(seed) is int for seed in value)
+
+
+def _are_reasons(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(word, str) for pair in value.items() for word in pair)
+
+
+TEXTS = ("model", "kind", "scheduler", "protocol", "protocol_hash", "extractor", "extractor_hash", "images", "commit",
+         "hardware", "samples", "run", "model_hash")  # fmt: skip
+SCHEMA: dict[str, tuple[Callable[[Any], bool], str]] = {  # of a row: (its check, what it must be); null is allowed
+    **dict.fromkeys(TEXTS, (_is_plain, "text or a number")),
+    "runs": (_are_plain, "a list of names or numbers"),
+    "seeds": (_are_seeds, "a list of whole numbers"),
+    "steps": (is_number, "a finite number, at least 0"),
+    "guidance": (is_finite, "a finite number"),
+    "n": (is_count, "a number of images"),
+    "cost": (lambda value: isinstance(value, dict), "names with values"),
+    "left_out": (_are_reasons, "names of metrics with reasons"),
+}
+
+
+def checked(rows: Any, source: str = "the rows") -> list[Row]:
+    """Rows as they are used here; ValueError names the first that is not as `eval.score` writes it."""
+    if not isinstance(rows, list) or not rows:
+        raise ValueError(f"{source} hold no list of rows; make them with python -m eval.score")
+    for i, row in enumerate(rows):
+        if not isinstance(row, dict) or not isinstance(row.get("metrics"), dict) or row.get("model") is None:
+            raise ValueError(f"{source}: row {i} has no model or no metrics; score its folder again")
+        where = f"{source}: row {i}, {shorten(row['model'])}"
+        for key, (check, kind) in SCHEMA.items():
+            if row.get(key) is not None and not check(row[key]):
+                raise ValueError(f"{where}: {key} is {shorten(row[key])}; it must be {kind}. Score it again")
+        for name, metric in row["metrics"].items():
+            if (why := _figure_error(metric)) is not None:
+                raise ValueError(f"{where}: {name} {why}; score it again")
+        for name, value in (row.get("cost") or {}).items():
+            if value is not None and not (_is_cost if name in COSTS else _is_plain)(value):
+                raise ValueError(f"{where}: cost {name} must be a finite number, at least 0; measure it again")
+    return rows
+
+
+def _figure_error(metric: Any) -> str | None:
+    """The fault of a figure in a row; None if it is valid."""
+    if not isinstance(metric, dict) or not is_finite(metric.get("value")):
+        return "has no finite value"
+    if wrong := [key for key in ("low", "high") if metric.get(key) is not None and not is_finite(metric[key])]:
+        return f"has no finite value for the {wrong[0]} of its interval"
+    if metric.get("n") is not None and not is_count(metric["n"]):
+        return f"has n {shorten(metric['n'])}, not a number of images"
+    low, high = interval(metric)
+    rounding = 1e-9 * max(abs(low), abs(high))
+    if not low - rounding <= metric["value"] <= high + rounding:
+        return f"has the interval {low} to {high} without its value {metric['value']}"
+    return None
+
+
+SAME = ("model", "kind", "steps", "guidance", "scheduler", "protocol", "protocol_hash", "n", "extractor_hash")
+
+
+def drop_duplicates(rows: Iterable[Row]) -> list[Row]:
+    """The rows without duplicates, such as one row read from two files."""
+    return list({json.dumps(row, sort_keys=True): row for row in rows}.values())
+
+
+def mean(rows: Sequence[Row]) -> list[Row]:
+    """Rows that differ in their seeds alone, as one: means, with Student's 95 % interval over the seeds.
+
+    "run" of a row, where it has one, is the training run of its model: values of one run count once, by their mean, and
+    the interval is over runs. A figure's n is then the number of its values. Where some rows lack a metric, the mean is
+    over the others. ValueError for two different rows of one seed: they are not independent.
+    """
+    from eval.metrics.intervals import mean_ci
+
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in drop_duplicates(rows):
+        weights = None if "run" in row else row.get("model_hash")  # rows of several runs are of several networks
+        groups.setdefault((weights, *(json.dumps(row.get(key)) for key in SAME)), []).append(row)
+    out: list[Row] = []
+    for group in groups.values():
+        first, metrics, cost = group[0], {}, dict(group[0].get("cost") or {})
+        if len(group) == 1:
+            out.append(first)
+            continue
+        drawn = Counter((row.get("run"), tuple(row["seeds"])) for row in group if row.get("seeds"))
+        if twice := [seeds for (_, seeds), count in drawn.items() if count > 1]:
+            raise ValueError(
+                f"{first['model']} has two rows of seed {twice[0][0]}: remove one, or give it another name"
+            )
+        for name in dict.fromkeys(name for row in group for name in row["metrics"]):
+            values: dict[Any, list[float]] = {}
+            for i, row in enumerate(group):
+                if name in row["metrics"]:
+                    values.setdefault(row.get("run", i), []).append(row["metrics"][name]["value"])
+            nested = list(values.values())
+            figure = {"value": fmean(map(fmean, nested)), "n": sum(map(len, nested))}
+            if len(nested) > 1:
+                found = mean_ci(nested)
+                figure |= {"low": found.low, "high": found.high}
+            metrics[name] = figure
+        for key in COSTS:
+            measured = [c[key] for c in (row.get("cost") or {} for row in group) if c.get(key) is not None]
+            same = len(set(measured)) == 1  # an integer stays one
+            cost |= {key: measured[0] if same else fmean(measured)} if measured else {}
+        seeds = sorted({seed for row in group for seed in row.get("seeds") or []})
+        runs = {"runs": sorted({row["run"] for row in group if "run" in row})} if "run" in first else {}
+        out.append({**first, "metrics": metrics, "cost": cost, "seeds": seeds, **runs})
+    return out
+
+
+def boards(rows: Sequence[Row]) -> list[Board]:
+    """The rows by what makes figures comparable, in the order of their first rows."""
+    keys = ("protocol", "protocol_hash", "n", "extractor", "extractor_hash")
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in checked(rows):
+        groups.setdefault(tuple(row.get(k) for k in keys), []).append(row)
+    out = []
+    for (protocol, hash_, n, extractor, extractor_hash), group in groups.items():
+        first = next(iter(group[0]["metrics"]), None)
+        sign = 1 if lower(first or "") else -1
+        worth = {id(r): sign * r["metrics"][first]["value"] for r in group if first in r["metrics"]}
+        order = sorted(group, key=lambda r, worth=worth: worth.get(id(r), math.inf))  # type: ignore[misc]
+        models, real = ([r for r in order if is_real(r) is kind] for kind in (False, True))
+        net = str(extractor or ""), str(extractor_hash or "")
+        out.append(Board(str(protocol or "no protocol"), str(hash_ or "no hash"), n, *net, models, real))
+    return out
+
+
+def is_teacher(row: Row) -> bool:
+    """By the row's "kind" where it has one, else by the model's name."""
+    return row["kind"] == "teacher" if row.get("kind") else str(row["model"]).lower().startswith("teacher")
+
+
+def is_real(row: Row) -> bool:
+    """Whether a row's images are real ones."""
+    return row.get("kind") == "real"
+
+
+def real(like: Row, name: str, **metrics: float) -> Row:
+    """A row of real images beside those of `like`'s protocol: what a perfect model would have."""
+    keys = ("protocol", "protocol_hash", "n", "extractor", "extractor_hash")
+    figures = {key: {"value": value} for key, value in metrics.items()}
+    return {"model": name, "kind": "real", **{key: like.get(key) for key in keys}, "metrics": figures}
+
+
+def label(row: Row, rows: Iterable[Row]) -> str:
+    """The model, with its steps, guidance and weights where another row of that name has others."""
+    return labels([row], rows)[0]
+
+
+def labels(some: Iterable[Row], rows: Iterable[Row]) -> list[str]:
+    """`label` of some rows, in one pass over all rows."""
+    keys = ("steps", "guidance", "model_hash")
+    values: dict[str, defaultdict[Any, set[Any]]] = {key: defaultdict(set) for key in keys}
+    for row in rows:
+        for key, found in values.items():
+            found[row["model"]].add(row.get(key))
+    out = []
+    for row in some:
+        parts, model = [str(row["model"])], row["model"]
+        if len(values["steps"][model]) > 1:
+            parts.append(f"{row.get('steps')} step{'s' if row.get('steps') != 1 else ''}")
+        if len(values["guidance"][model]) > 1:
+            guidance = row.get("guidance")
+            parts.append("own guidance" if guidance is None else f"guidance {guidance:g}")
+        if len(values["model_hash"][model] - {None}) > 1:
+            parts.append(f"weights {str(row.get('model_hash') or 'unknown')[:6]}")
+        out.append(", ".join(parts))
+    return out
+
+
+def digits(board: Board, metric: str) -> int:
+    """Decimals that give the middle figure of a column three digits."""
+    values = [abs(r["metrics"][metric]["value"]) for r in board.rows if metric in r["metrics"]]
+    middle = median_low([v for v in values if v > 0] or [1.0])
+    return min(6, max(0, 2 - math.floor(math.log10(middle))))
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What a column shows of a row: the figure, its interval, its rank; key sorts."""
+
+    text: str = ""
+    span: str = ""
+    rank: int = 0
+    tie: bool = False
+    key: float | str | None = None
+
+    def __str__(self) -> str:
+        rank = f"#{self.rank}{' tie' if self.tie else ''}" if self.rank else ""
+        return " ".join(filter(None, (self.text, self.span and f"({self.span})", rank)))
+
+
+def columns(board: Board) -> dict[str, list[Cell]]:
+    """Heading -> a cell a row (then those of real images); only columns in which something stands."""
+    rows = [*board.rows, *board.real]
+    out: dict[str, list[Cell]] = {"model": [Cell(str(r["model"]), key=str(r["model"])) for r in rows]}
+    for key in ("steps", "guidance"):
+        plain = [None, 0, 1] if key == "guidance" else [None]
+        if any(r.get(key) not in plain for r in rows):
+            out[key] = [Cell() if r.get(key) is None else Cell(f"{r[key]:g}", key=r[key]) for r in rows]
+    for name in board.metrics:
+        ranks, places = board.ranks(name), digits(board, name)
+        out[name] = [_figure(r["metrics"].get(name), places, ranks.get(i)) for i, r in enumerate(rows)]
+    costs = [r.get("cost") or {} for r in rows]
+    for key, (heading, text) in COSTS.items():
+        if any(c.get(key) is not None for c in costs):
+            out[heading] = [Cell() if c.get(key) is None else Cell(text(c[key]), key=c[key]) for c in costs]
+    machines = [c.get("hardware") if c.get("latency") or c.get("images_per_second") else None for c in costs]
+    if len({m for m in machines if m}) > 1:  # speeds of two machines share a column only beside their names
+        out["measured on"] = [Cell(m or "", key=m) for m in machines]
+    return out
+
+
+def _figure(metric: Mapping[str, Any] | None, places: int, rank: tuple[int, bool] | None) -> Cell:
+    if metric is None:
+        return Cell()
+    low, high = interval(metric)
+    span = f"{low:.{places}f} to {high:.{places}f}" if low < high else ""
+    place, tie = rank or (0, False)
+    return Cell(f"{metric['value']:.{places}f}", span, place, tie, metric["value"])
+
+
+def headline(board: Board) -> str:
+    """What a board says of its first metric, in one sentence."""
+    if not board.rows or not board.metrics:
+        return "Real images alone: there is no model to compare."
+    name = board.metrics[0]
+    scored = [(i, r) for i, r in enumerate(board.rows) if name in r["metrics"]]
+    ranks, places = board.ranks(name), digits(board, name)
+    value = lambda row: f"{row['metrics'][name]['value']:.{places}f}"
+    calls = lambda row: (row.get("cost") or {}).get("nfe")
+    students = [(i, r) for i, r in scored if not is_teacher(r) and calls(r)]
+    teachers = [(i, r) for i, r in scored if is_teacher(r) and calls(r)]
+    if not students or not teachers:
+        i, best = scored[0]
+        tied = sum(rank == ranks[i] for rank in ranks.values()) - 1 if ranks[i][1] else 0
+        more = f", a tie with {tied} other{'s' if tied > 1 else ''}" if tied else ""
+        return f"{label(best, board.rows)} leads {board.protocol} with {pretty(name)} {value(best)}{more}."
+    fewest = min(calls(r) for _, r in students)
+    among = [(i, r) for i, r in students if calls(r) == fewest]
+    (_, best), (_, slow) = among[0], max(teachers, key=lambda pair: calls(pair[1]))
+    which = f", the best of {len(among)} students," if len(among) > 1 else ""
+    (a, b), (low, high) = (interval(r["metrics"][name]) for r in (best, slow))
+    tie = ": a tie" if a <= high and low <= b else ""
+    return (
+        f"With {fewest} network call{'s' if fewest > 1 else ''} an image, {best['model']}{which} has {pretty(name)} "
+        f"{value(best)}; its teacher has {value(slow)} with {calls(slow)}{tie}."
+    )
+
+
+def table(rows: Sequence[Row]) -> list[Table]:
+    """A rich table a board, for 80 columns: figures, the first with its rank, calls and latency; the page has all."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    out = []
+    for board in boards(rows):
+        one = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, title=Text(board.title))
+        one.title_justify = "left"
+        found = columns(board)
+        for name in ("images/s", "parameters", "peak memory", "training"):
+            found.pop(name, None)
+        for heading in found:
+            justify: Any = "left" if heading == "model" else "right"
+            words = [w if len(w) < 9 else f"{w[:5]}-\n{w[5:]}" for w in pretty(heading).split()]
+            one.add_column("\n".join(words), justify=justify, no_wrap=True)
+        for i, row in enumerate((*board.rows, *board.real)):
+            cells = []
+            for heading, column in found.items():
+                rank = f" ({column[i].rank})" if column[i].rank and heading == board.metrics[0] else ""
+                cells.append(column[i].text + rank)
+            one.add_row(*map(Text, cells), style="dim" if is_real(row) else None if is_teacher(row) else "bold")
+        one.caption, one.caption_justify = (
+            "(1) is the rank: 1 + the number of rows whose entire interval is better",
+            "left",
+        )
+        out.append(one)
+    return out
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """A table a board: value (low to high) #rank, tie where others share it; under it how its figures were made.
+
+    Text of rows stays text: no HTML and no Markdown comes of it.
+    """
+    parts = []
+    for board in boards(rows):
+        found = columns(board)
+        rows = [*board.rows, *board.real]
+        lines = [
+            f"## {board.title_by(escape_markdown)}",
+            "",
+            f"| {' | '.join(escape_markdown(pretty(heading)) for heading in found)} |",
+            "|---|" + "---:|" * (len(found) - 1),
+        ]
+        for i in range(len(rows)):
+            lines.append(f"| {' | '.join(escape_markdown(cells[i]) for cells in found.values())} |")
+        made: dict[str, list[str]] = {}
+        for row, name in zip(rows, labels(rows, board.rows), strict=True):
+            how = "; ".join(f"{k} {escape_markdown(v)}" for k, v in provenance(row))
+            made.setdefault(how, []).append(escape_markdown(name))
+        lines += ["", *(f"- {', '.join(names)}: {how}" for how, names in made.items() if how)]
+        parts.append("\n".join(lines).rstrip() + "\n")
+    note = "Rank = 1 + the number of rows whose entire interval is better. A table holds figures of one protocol.\n"
+    return "\n".join([*parts, note])
+
+
+def provenance(row: Row) -> list[tuple[str, str]]:
+    """How a row's figures were made, beyond what its table says."""
+    words = lambda value: ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    return [(key, words(row[key])) for key in MADE if row.get(key) is not None]

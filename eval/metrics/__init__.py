@@ -1,0 +1,1 @@
+"""Metrics from features, with their confidence intervals."""

@@ -1,0 +1,121 @@
+"""What each image of a folder is asked for: a prompt, or a label."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from eval.files import read_json
+from eval.images.images import is_count
+from eval.protocols import Protocol
+
+LABELS = ("ConsistencyModelPipeline", "DiTPipeline")  # pipelines that take labels
+IMAGES = 1_000_000  # of a folder at most: their names have six digits
+DIGITS = 10  # classes of the digits
+
+
+class Asked(NamedTuple):
+    """The prompts or labels of n images."""
+
+    conditions: list[Any]
+    prompts: bool
+
+    @property
+    def hash(self) -> str:
+        """16 hex digits of BLAKE2b."""
+        return hashlib.blake2b(json.dumps(self.conditions).encode(), digest_size=8).hexdigest()
+
+
+def texts(source: str, column: str | None = None) -> list[str]:
+    """Prompts as distill.data.sources.prompts reads them, or of a folder of .txt files, one each, in their order."""
+    from distill.data.sources import prompts
+    from distill.data.tables import caption
+    from distill.files import read
+
+    files = sorted(Path(source).glob("*.txt")) if Path(source).is_dir() else []
+    if not files:
+        return prompts(source, column)
+    found = [caption(" ".join(read(file).split()), f"{file}") or "" for file in files]
+    if empty := [file for file, text in zip(files, found, strict=True) if not text]:
+        raise ValueError(f"{empty[0]} is empty; it needs a prompt")
+    return found
+
+
+def of_protocol(model: Path, protocol: Protocol, n: int | None) -> Asked:
+    """Those of a protocol, or of its first n images. ValueError where the pipeline takes none of these."""
+    if (protocol.classes is None) == takes_labels(model):
+        told = "prompts" if protocol.classes is None else "labels"
+        raise ValueError(f"protocol {protocol.name} gives {told}, which {model} does not take; choose another")
+    return Asked(protocol.conditions(n), protocol.classes is None)
+
+
+def of_prompts(model: Path, source: str, column: str | None, n: int | None, each: int) -> Asked:
+    """`each` images of every prompt, or the first n of them. ValueError where there are fewer."""
+    if takes_labels(model):
+        raise ValueError(f"{model} takes labels, not prompts; leave out --prompts, and say --classes")
+    found = texts(source, column)
+    if n is not None and len(found) * each < n:
+        times = f" x {each} images" if each > 1 else ""
+        raise ValueError(
+            f"{source} holds {len(found)} prompts{times}, fewer than the {n} images asked for: lower --n, or raise "
+            "--per_prompt"
+        )
+    n = n or len(found) * each
+    if n > IMAGES:
+        raise ValueError(
+            f"{source} asks for {n:,} images; a folder holds {IMAGES:,} at most: lower --n or --per_prompt"
+        )
+    return Asked([found[i // each] for i in range(n)], True)
+
+
+def of_labels(model: Path, classes: int | None, n: int) -> Asked:
+    """i % classes. ValueError for a pipeline that takes prompts."""
+    if not takes_labels(model):
+        raise ValueError(f"{model} takes prompts: pass --prompts FILE (.txt, one a line, .jsonl or .parquet)")
+    known = _embedded(model)
+    if classes is not None and known is not None and classes > known:
+        raise ValueError(f"classes is {classes}, and the network of {model} knows {known} labels: lower --classes")
+    classes = classes or _classes(model)
+    return Asked([i % classes for i in range(n)], False)
+
+
+def takes_labels(model: Path) -> bool:
+    from pipelines.components import index
+
+    return index(model)["_class_name"] in LABELS
+
+
+def _classes(model: Path) -> int:
+    """How many classes a network of labels knows, without "no label"."""
+    embedded, null = _embedded(model), _json(model / "distill.json").get("null_class")
+    if embedded is None:
+        return 1
+    if null is not None and type(null) is not int:
+        raise ValueError(f"{model / 'distill.json'}: null_class is {null!r}, which is not a number; correct it")
+    if null is not None:
+        return null if null == embedded - 1 else embedded
+    if embedded in (DIGITS, DIGITS + 1):
+        return DIGITS
+    raise ValueError(
+        f"the network of {model} knows {embedded} labels; say how many are classes, --classes {embedded} or, if one "
+        f"stands for none, {embedded - 1}"
+    )
+
+
+def _embedded(model: Path) -> int | None:
+    """How many labels a network knows, with one that stands for none; None where it has none."""
+    config = _json(model / "unet" / "config.json") or _json(model / "transformer" / "config.json")
+    found = config.get("num_class_embeds") or config.get("num_embeds_ada_norm")
+    if found is not None and not is_count(found):
+        raise ValueError(f"the config of the network of {model} has {found!r} labels, which is no number; correct it")
+    return found
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """The values of a JSON file; {} where it is absent."""
+    found = read_json(path, "export or download the model again") if path.exists() else {}
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is not a JSON object; export or download the model again")
+    return found

@@ -1,0 +1,611 @@
+"""A pipeline -> a folder of images. The noise of image i depends on (seed, i) alone.
+
+python -m eval.generate --model runs/dmd2/pipeline --prompts prompts.txt --out runs/samples/dmd2
+python -m eval.generate --model stabilityai/sdxl-turbo --protocol coco10k-dmd2 --steps 1 --guidance 0 --out ...
+python -m eval.generate --model sdxl-dmd2 --first sdxl --prompts prompts.txt --out ...     pipelines/inference/stitch.py
+python -m eval.generate --model my_4step_lora.safetensors --base FOLDER --steps 4 --guidance 0 --prompts ... --out ...
+accelerate launch -m eval.generate ...          processes share the images; a command that was killed goes on
+
+An image is the same bits for any number of processes, any --batch, and whichever images a restart has left to make.
+Sums of floats depend on how many rows a network sees at once, for kernels are chosen by that (4e-7 to 3e-6 of an image
+in [0, 1] between 1 and 8 rows of the tiny pipelines, float32 on the CPU), but not on the place among the rows nor on
+the neighbours (0). So every call has `rows` rows, filled up where fewer images are left; the manifest says how many.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import tyro
+from torch import Tensor
+
+from distill.files import folder_lock
+from eval.files import check_output, read_json, shorten, write_json
+from eval.images import images as folders
+from eval.protocols import Protocol, protocol
+from eval.sampling.conditions import IMAGES, Asked, of_labels, of_prompts, of_protocol
+from eval.sampling.cost import commit, hardware, measure
+from eval.sampling.sampler import Sampler, family_of, generator, load, pipeline_sampler, teacher_sampler, turns_sampler
+
+Solver = Literal["pipeline", "heun", "ddim", "cfg++"]
+FIRST = ("first", "first_steps", "first_guidance", "first_solver", "skip")
+MOST = {"n": IMAGES, "steps": 10_000, "per_prompt": IMAGES, "classes": IMAGES, "rows": 10_000, "batch": 10_000,
+        "first_steps": 10_000, "resolution": 1 << 14}  # fmt: skip
+EDM = "ConsistencyModelPipeline"
+EXPORTS = ("pipeline", "watch", "lora", "pytorch_lora_weights", "adapter_model", "diffusion_pytorch_model")
+PADS = ("QwenImagePipeline",)  # they pad prompts to the longest of a call: rows would depend on their neighbours
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Sample any diffusers pipeline to a folder of images.
+
+    A folder with some of the requested images is completed. A folder of another request is refused unless `overwrite`.
+    Under `accelerate launch` or torchrun, the processes share the images.
+    """
+
+    model: str  # folder or Hub name of a pipeline, or a LoRA's .safetensors file for `base`
+    out: Path  # folder of the images and their manifest.json
+    # number of images; by default the protocol's, else one per prompt, else 2000. torchrun reserves --n: use
+    # --num_images
+    n: Annotated[int | None, tyro.conf.arg(aliases=["--num_images"])] = None
+    steps: int | None = None  # by default an exported student's, else the pipeline's own default (EDM teacher: 18)
+    # pipeline: the pipeline's own sampler; heun (2 steps - 1 calls), ddim (steps calls): ours on the teacher's ODE;
+    # cfg++: its lambda is `guidance` in [0, 1], also for students with an Euler scheduler. By default heun for EDM
+    # teachers, else pipeline
+    solver: Solver | None = None
+    # the pipeline's guidance_scale (true_cfg_scale); by default its own, but none for exported students and our solvers
+    guidance: float | None = None
+    seed: int = 0  # of the noise; image i depends on (seed, i) and on its prompt or label
+    name: str | None = None  # name of the model in tables; by default its folder's
+    overwrite: bool = False  # replace the images of another request
+    # kind of model in tables; by default teacher if one of our solvers samples it
+    kind: Literal["teacher", "pipeline", "lora"] | None = None
+    protocol: str | None = None  # defines prompts or labels, number and size (python -m eval.protocols)
+    prompts: str | None = None  # .txt (one per line), .jsonl, .parquet, a dataset, or a folder of .txt files
+    prompt_column: str | None = None  # column of the prompts; by default text, caption or prompt
+    per_prompt: int = 1  # images per prompt: image i has prompt i // per_prompt
+    classes: int | None = None  # label of image i is i % classes, for pipelines that take labels
+    base: str | None = None  # base of a LoRA file: folder or Hub name
+    # a diffusers class, or a folder with one; by default the pipeline's own, or the one beside a LoRA file
+    scheduler: str | None = None
+    scheduler_config: str | None = None  # changes to its config, as JSON: '{"timestep_spacing": "trailing"}'
+    resolution: int | None = None  # pixels per side; by default the training resolution
+    frame: int | None = None  # index of the video frame to keep
+    revision: str | None = None  # revision on the Hub
+    variant: str | None = None  # weight files, for example fp16
+    # a pipeline that replaces the first `skip` calls of `model`: a student's teacher, for diversity, or a smaller model
+    # (T-Stitch)
+    first: str | None = None
+    first_steps: int = 20  # steps of a full image; it runs those above the noise level of the model's next call
+    first_guidance: float = 1.0  # of `first`; under cfg++ its lambda
+    first_solver: Literal["heun", "ddim", "cfg++"] = "ddim"  # of `first`
+    skip: int = 1  # number of the model's calls that `first` replaces; not all
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the networks
+    device: str | None = None  # cpu, cuda, cuda:1 ...; by default cuda if available
+    # rows per network call: by default 1, for pixel models 50. More are faster, but change the images by rounding
+    rows: int | None = None
+    batch: int | None = None  # images per batch; by default `rows`, best a multiple of it
+    skip_tuning: float | None = (
+        None  # factor of a UNet's deepest skip, for example 0.8 (pipelines/inference/skip_tuning.py)
+    )
+    # perturbed-attention guidance (pipelines/inference/pag.py), only with our solvers; 0: none
+    pag_scale: float = 0.0
+    pag_layers: tuple[str, ...] = ("mid_block",)  # modules whose self-attention is perturbed
+    # file for latency, throughput and peak memory (eval/sampling/cost.py), measured after the images
+    cost: Path | None = None
+
+    def __post_init__(self) -> None:
+        for what, most in MOST.items():
+            value = getattr(self, what)
+            if value is not None and not 1 <= value <= most:
+                raise ValueError(f"{what} is {value}; it must be at least 1 and at most {most:,}")
+        for what in ("guidance", "first_guidance"):
+            value = getattr(self, what)
+            if value is not None and not math.isfinite(value):
+                raise ValueError(f"{what} is {value}; it must be finite")
+        if not 0 <= self.pag_scale < float("inf"):
+            raise ValueError(f"pag_scale is {self.pag_scale}; it must be at least 0 and finite")
+        if self.skip_tuning is not None and not 0 <= self.skip_tuning < float("inf"):
+            raise ValueError(f"skip_tuning is {self.skip_tuning}; it must be at least 0 and finite: 1 changes nothing")
+        unread = {key: "first" for key in FIRST[1:] if self.first is None}
+        unread |= {} if self.pag_scale else {"pag_layers": "pag_scale"}
+        for key, other in unread.items():
+            if (value := getattr(self, key)) != type(self).__dataclass_fields__[key].default:
+                raise ValueError(f"{key} is {value}, which nothing reads without --{other}: pass that, or leave it out")
+        if self.skip < 0:
+            raise ValueError(f"skip is {self.skip}; it must be at least 0")
+        if self.seed < 0:
+            raise ValueError(f"seed is {self.seed}; it must be at least 0")
+        if self.protocol is not None and (self.prompts or self.classes or self.per_prompt > 1):
+            raise ValueError(
+                f"protocol {self.protocol} has its own prompts or labels: leave out flags that give others"
+            )
+        try:
+            kind = torch.device(self.device or "cpu").type
+        except RuntimeError:
+            raise ValueError(f"device is {self.device!r}; it must be cpu, cuda, cuda:1 or another of torch's") from None
+        if kind == "cuda" and not torch.cuda.is_available():
+            raise ValueError(f"device is {self.device}, but torch sees no GPU; use cpu")
+
+    @cached_property
+    def plan(self) -> Protocol | None:
+        return None if self.protocol is None else protocol(self.protocol)
+
+    @cached_property
+    def lora(self) -> Path | None:
+        """The file of a LoRA, where the model is one."""
+        if not self.model.endswith(".safetensors"):
+            return None
+        if not Path(self.model).is_file():
+            raise ValueError(f"there is no LoRA file {self.model}")
+        if self.base is None:
+            raise ValueError(f"{self.model} is a LoRA: say by --base which pipeline it is put on")
+        return Path(self.model)
+
+    @cached_property
+    def folder(self) -> Path:
+        """The pipeline's; what has a name on the Hub is downloaded."""
+        from pipelines.components import located
+
+        if self.lora is None and self.base is not None:
+            raise ValueError(f"base is {self.base}, but {self.model} is no LoRA's .safetensors file; leave out --base")
+        return located(self.base if self.lora else self.model, self.revision, self.variant)
+
+    @cached_property
+    def before(self) -> Path | None:
+        """The folder of `first`."""
+        from pipelines.components import located
+
+        return None if self.first is None else located(self.first, None, self.variant)
+
+    @cached_property
+    def about(self) -> dict[str, Any]:
+        return describe(self.folder) if self.lora is None else {}
+
+    @property
+    def student(self) -> bool:
+        return bool(self.about.get("student"))
+
+    @cached_property
+    def pipeline_class(self) -> str:
+        from pipelines.components import index
+
+        return str(index(self.folder)["_class_name"])
+
+    @property
+    def method(self) -> Solver:
+        """What samples: the given solver, or the default one."""
+        teacher = self.about and not self.student and self.pipeline_class == EDM
+        return self.solver or ("heun" if teacher else "pipeline")
+
+    @property
+    def calls(self) -> int | None:
+        """The steps, None for the pipeline's own default."""
+        return self.steps or self.about.get("steps") or (18 if self.method != "pipeline" else None)
+
+    @property
+    def height(self) -> int:
+        """Rows of a call."""
+        return self.rows or (50 if self.pipeline_class == EDM else 1)
+
+    @property
+    def scheduling(self) -> tuple[str | None, dict[str, Any]]:
+        """(scheduler, what differs in its config)."""
+        try:
+            changed = json.loads(self.scheduler_config or "{}")
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"scheduler_config is {shorten(self.scheduler_config)}, not JSON: {error}") from None
+        if not isinstance(changed, dict):
+            raise ValueError(f"scheduler_config is {shorten(self.scheduler_config)}; it must be a JSON object")
+        beside = self.lora is not None and (self.lora.parent / "scheduler" / "scheduler_config.json").is_file()
+        return self.scheduler or (f"{self.lora.parent}" if beside else None), changed
+
+    @cached_property
+    def asked(self) -> Asked:
+        """The prompt or label of every image."""
+        if self.plan is not None:
+            return of_protocol(self.folder, self.plan, self.n)
+        if self.prompts is not None:
+            return of_prompts(self.folder, self.prompts, self.prompt_column, self.n, self.per_prompt)
+        return of_labels(self.folder, self.classes, self.n or 2000)
+
+    def check(self) -> None:
+        """ValueError for what does not go together, before anything heavy is imported."""
+        check_output(self.out, "out", folder=True)
+        if self.cost is not None:
+            check_output(self.cost, "cost")
+        has, name = self.about.get("steps"), self.model
+        plain = self.student and self.method != "cfg++"
+        if self.method != "pipeline" and (plain or self.lora or any(self.scheduling)):
+            raise ValueError(f"solver is {self.solver}: it is for teachers, without LoRA and scheduler; use pipeline")
+        if self.first is not None and self.calls is None:
+            raise ValueError(f"{name} goes on after {self.first}: say by --steps of how many calls it is")
+        if self.first is not None and self.calls is not None and self.skip >= self.calls:
+            raise ValueError(
+                f"skip is {self.skip}, and {name} makes {self.calls} call(s), of which at least one must be left: use "
+                f"0 to {self.calls - 1}; with 0, {self.first} makes what it would above the level of the first"
+            )
+        if self.before is not None and describe(self.before).get("student"):
+            raise ValueError(f"first is {self.first}, a student; a solver follows a teacher's ODE: give a teacher")
+        for key, solver in (("guidance", self.method), ("first_guidance", self.first_solver)):
+            if solver == "cfg++" and not 0 <= (scale := getattr(self, key) or 0) <= 1:
+                raise ValueError(f"{key} is {scale}, which is lambda under cfg++: it must be in [0, 1]; 0.6, say")
+        guided = self.method == "cfg++" or (self.method != "pipeline" and self.guidance not in (None, 1))
+        if guided and self.pipeline_class == EDM and self.about.get("null_class") is None:
+            raise ValueError(
+                f"{name} has no label for none (null_class in distill.json), which guidance and cfg++ need: leave "
+                "them out; an exported student of labels has none"
+            )
+        if self.pag_scale and (self.method == "pipeline" or self.student or self.first is not None):
+            raise ValueError(
+                f"pag_scale is {self.pag_scale}, which a solver of ours adds to a teacher that samples alone: pass "
+                "--solver ddim. Pipelines with it are diffusers' own (enable_pag=True)"
+            )
+        if plain and self.guidance not in (None, 0, 1):
+            raise ValueError(
+                f"guidance is {self.guidance}, but {name} is a student, which has its guidance built in; use 1"
+            )
+        if self.student and self.steps and has and self.steps > has:
+            raise ValueError(f"steps is {self.steps}, but {name} was made for {has}; use 1 to {has}")
+        if self.height > 1 and self.pipeline_class in PADS:
+            raise ValueError(
+                f"rows is {self.rows}, but {self.pipeline_class} pads prompts to the longest of a call; use 1"
+            )
+
+    def request(self) -> dict[str, Any]:
+        """All that the images depend on."""
+        here = self.lora or (self.folder if self.folder == Path(self.model) else None)
+        scheduler, changed = self.scheduling
+        before = model_name(self.before) if self.first and self.before == Path(self.first) else self.first
+        skips = {} if self.skip_tuning is None else {"skip_tuning": self.skip_tuning}
+        pag = {"pag_scale": self.pag_scale, "pag_layers": list(self.pag_layers)} if self.pag_scale else {}
+        return {
+            "model": self.name or (model_name(here) if here else self.model),
+            "model_hash": model_hash(self.folder, *filter(None, (self.lora, self.before))),
+            "n": len(self.asked.conditions),
+            "prompts": self.asked.hash,
+            "protocol_hash": self.plan and self.plan.hash,
+            "steps": self.calls,
+            "solver": self.method,
+            "scheduler": scheduler,
+            "scheduler_config": changed,
+            "rows": self.height,
+            **{key: getattr(self, key) for key in ("guidance", "seed", "resolution", "frame", "dtype")},
+            **({key: getattr(self, key) for key in FIRST} | {"first": before} if self.before else {}),
+            **skips,
+            **pag,
+        }
+
+    def sampler(self, device: torch.device) -> Sampler:
+        """Load the model; its facts say the steps and the guidance that it is sampled with."""
+        precision = getattr(torch, self.dtype)
+        turns = self.before is not None or (self.student and self.method == "cfg++")
+        if self.method == "pipeline" or turns:
+            replaced = self.plan.components if self.plan else ()
+            pipe = load(self.folder, self.lora, *self.scheduling, self.variant, precision, replaced).to(device)
+            self.weaken(getattr(pipe, "unet", pipe))
+            if turns:
+                return self.turns(pipe)
+            family, shape = family_of(pipe, self.resolution)
+            return pipeline_sampler(pipe, self.calls, self.guidance, family, shape, own=not self.student)
+        from pipelines import load as teacher_of
+
+        teacher = teacher_of(self.folder, self.resolution, None, self.variant, precision)
+        teacher.parts.device = device
+        teacher.denoiser.net.to(device, precision)
+        if self.guidance not in (None, 1) and self.pipeline_class != EDM:
+            teacher.null()  # the empty prompt's; an EDM teacher says which label is none
+        self.weaken(teacher.denoiser.net)
+        if self.pag_scale:
+            from pipelines.inference.pag import away
+
+            teacher.denoiser = away(teacher.denoiser, self.pag_scale, self.pag_layers)
+        return teacher_sampler(teacher, self.calls, self.method, 1.0 if self.guidance is None else self.guidance)
+
+    def turns(self, pipe: Any) -> Sampler:
+        """The sampler of `first` and the loaded model, or of a student's calls one by one."""
+        from pipelines.inference.stitch import Turn, around
+
+        solver, guidance = None if self.method == "pipeline" else self.method, self.guidance or 1.0
+        then = Turn(around(pipe, self.resolution), self.calls or 1, guidance, self.skip if self.first else 0, solver)
+        facts = {"steps": self.calls, "guidance": guidance, "scheduler": solver or type(pipe.scheduler).__name__}
+        if self.before is None:
+            return turns_sampler([then], facts)
+        other = load(self.before, None, None, {}, self.variant, pipe.dtype).to(pipe.device)
+        first = Turn(around(other, self.resolution), self.first_steps, self.first_guidance, 0, self.first_solver)
+        return turns_sampler([first, then], facts)
+
+    def weaken(self, net: Any) -> None:
+        """Scale the skips of a network that was loaded, and of the experts beside it, if asked to."""
+        from pipelines.inference.skip_tuning import line, tune
+
+        if self.skip_tuning is not None:
+            for one in (net, *getattr(net, "experts", ())):
+                tune(one, line(one, self.skip_tuning))
+
+    def run(self) -> dict[str, Any]:
+        """Generate the missing images and return the manifest. ValueError if another command writes to the folder."""
+        self.check()
+        with folder_lock(self.out, "--out", beside=True):
+            return self.generate_missing()
+
+    def generate_missing(self) -> dict[str, Any]:
+        """The manifest of a folder that no other process writes."""
+        asked, ranks = self.asked, Ranks()
+        if ranks.index == 0:
+            _begin(self.out, self.request(), asked, self.overwrite)
+        ranks.wait()
+        manifest = folders.manifest_of(self.out, unfinished=True)
+        if manifest["complete"] and self.cost is None:
+            return manifest
+        from pipelines.run import quiet
+
+        quiet()
+        device = ranks.device(self.device)
+        try:
+            sampler = self.sampler(device)
+            share = None if manifest["complete"] else fill(self, sampler, ranks)
+        except Exception:
+            if ranks.index == 0:
+                _withdraw(self.out)
+            raise
+        if share is not None:
+            shares = ranks.gather(share)
+            if ranks.index == 0:
+                _finish(self.out, manifest, self.facts(sampler, shares, device), shares)
+        if ranks.index == 0 and self.cost is not None:
+            self.measure(sampler, device)
+        ranks.wait()
+        return folders.manifest_of(self.out)
+
+    def facts(self, sampler: Sampler, shares: list[Share], device: torch.device) -> dict[str, Any]:
+        """Of the manifest, beside what was asked for."""
+        seconds = max(share.seconds for share in shares)
+        kind = "lora" if self.lora else "pipeline" if self.method == "pipeline" else "teacher"
+        return {
+            "kind": self.kind or kind,
+            "student": self.student or self.lora is not None,
+            **sampler.facts,
+            "nfe": _whole(max(share.nfe for share in shares)),
+            "protocol": self.protocol,
+            "commit": commit(),
+            "hardware": hardware(device),
+            "processes": len(shares),
+            "seconds": round(seconds, 3),
+            "images_per_second": round(sum(share.made for share in shares) / max(seconds, 1e-9), 3),
+        }
+
+    def measure(self, sampler: Sampler, device: torch.device) -> None:
+        """Write what an image costs."""
+        given = self.asked.conditions
+
+        def make(k: int) -> Tensor:
+            return sampler.make([generator(self.seed, i) for i in range(k)], [given[i % len(given)] for i in range(k)])
+
+        with torch.no_grad():
+            measured = measure(make, self.batch or self.height, device=device)
+        facts = {"nfe": _whole(sampler.nfe()), "parameters": sampler.facts["parameters"]}
+        write_json(self.cost, measured | facts)
+
+
+def generate(
+    model: str | Path, out: str | Path, n: int | None = None, steps: int | None = None, **others: Any
+) -> dict[str, Any]:
+    """`Sampling(...).run()`: the manifest of a folder of images."""
+    return Sampling(str(model), Path(out), n, steps, **others).run()
+
+
+class Ranks:
+    """The processes of `accelerate launch` or torchrun, or this one alone."""
+
+    def __init__(self) -> None:
+        from pipelines.run import launched, warn_single_process
+
+        self.accelerator, self.index, self.count = None, 0, 1
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            warn_single_process()
+        else:
+            self.accelerator = launched(days=7)  # for one that has more left to make
+            self.index, self.count = self.accelerator.process_index, self.accelerator.num_processes
+
+    def device(self, asked: str | None) -> torch.device:
+        if asked is not None or self.accelerator is None:
+            return torch.device(asked or ("cuda" if torch.cuda.is_available() else "cpu"))
+        return self.accelerator.device
+
+    def wait(self) -> None:
+        if self.accelerator is not None:
+            self.accelerator.wait_for_everyone()
+
+    def gather(self, value: Any) -> list[Any]:
+        """The values of all processes."""
+        if self.accelerator is None:
+            return [value]
+        found: list[Any] = [None] * self.count
+        torch.distributed.all_gather_object(found, value)
+        return found
+
+
+@dataclass
+class Share:
+    """What one process has done."""
+
+    digests: dict[int, str]  # of images that are there, by their numbers
+    made: int = 0
+    seconds: float = 0.0  # of sampling
+    nfe: float = 0.0
+
+
+def fill(work: Sampling, sampler: Sampler, ranks: Ranks) -> Share:
+    """Make this process's share of the images that are missing, of those that are there take the digests."""
+    from distill.progress import bar
+
+    out, wanted, rows = work.out, work.asked.conditions, work.height
+    size, batch = work.plan.size if work.plan else None, work.batch or rows
+    there = {file.name for file in out.glob("*.png")}
+    done = [i for i in range(len(wanted)) if folders.file_name(i) in there]
+    left = sorted(set(range(len(wanted))) - set(done))
+    ranks.wait()  # all have looked before anyone writes: the shares are disjoint
+    own = slice(ranks.index, None, ranks.count)
+    share = Share({i: folders.digest(folders.level(out / folders.file_name(i))) for i in done[own]})
+    mine = left[own]
+    with bar(len(mine), "image", out.name, ranks.index == 0) as shown, torch.no_grad():
+        if not left and ranks.index == 0:  # killed before its manifest was written: a call tells its facts
+            sampler.make([generator(work.seed, 0)] * rows, wanted[:1] * rows)
+        for unit in (mine[k : k + batch] for k in range(0, len(mine), batch)):
+            start, levels = time.perf_counter(), []
+            for pick in (unit[k : k + rows] for k in range(0, len(unit), rows)):
+                filled = pick + [pick[-1]] * (rows - len(pick))
+                images = sampler.make([generator(work.seed, i) for i in filled], [wanted[i] for i in filled])
+                levels += _levels(images[: len(pick)], pick, size, work.frame)
+            share.seconds += time.perf_counter() - start
+            for i, level in zip(unit, levels, strict=True):
+                folders.save(out, i, level)
+                share.digests[i] = folders.digest(level)
+            shown.update(len(unit))
+    share.made, share.nfe = len(mine), sampler.nfe()
+    return share
+
+
+def _levels(images: Tensor, numbers: list[int], size: int | None, frame: int | None) -> list[Tensor]:
+    """Images in [-1, 1] as uint8 [C, H, W] each, of videos one picture. ValueError for what is no image."""
+    if images.ndim == 5:
+        if frame is None or not 0 <= frame < images.shape[2]:
+            raise ValueError(
+                f"this pipeline makes videos of {images.shape[2]} pictures, and frame is {frame}: "
+                f"choose the one to keep, --frame 0 to {images.shape[2] - 1}"
+            )
+        images = images[:, :, frame]
+    if size is not None and images.shape[-2:] != (size, size):
+        told = " x ".join(map(str, images.shape[:-3:-1]))
+        raise ValueError(f"the protocol is of {size} x {size} pixels, and these images are {told}: try --resolution")
+    finite = torch.isfinite(images.flatten(1)).all(1)
+    if not finite.all():
+        bad = numbers[int((~finite).nonzero()[0])]
+        raise ValueError(f"image {bad} holds NaN or infinite values; it was not written. Try another --dtype")
+    return list(folders.quantize(images.cpu()))
+
+
+def _begin(out: Path, request: dict[str, Any], asked: Asked, overwrite: bool) -> None:
+    """Make `out` a folder of this request, unless it is one: its manifest, the prompts, no leftovers."""
+    old = folders.manifest_of(out, unfinished=True) if out.is_dir() else {}
+    if old.get("request") is not None and {**old["request"], "model": request["model"]} == request:
+        for leftover in out.glob(".*.part"):
+            leftover.unlink()
+        if old.get("model") != request["model"]:  # the same images under another name
+            folders.store(out, {**old, "model": request["model"], "request": request})
+        return
+    if old.get("request") is not None and not overwrite:
+        was, asks = old["request"], {**dict.fromkeys(old["request"]), **request}
+        differ = [f"{k} {was.get(k)!r}, not {v!r}" for k, v in asks.items() if was.get(k) != v]
+        raise ValueError(
+            f"{out} is not empty: it holds images of another run ({'; '.join(differ)}); choose another folder, or "
+            "pass --overwrite"
+        )
+    folders.check_free(out, overwrite)
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    try:
+        if asked.prompts:
+            lines = ({"file_name": folders.file_name(i), "text": text} for i, text in enumerate(asked.conditions))
+            (out / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        labels = None if asked.prompts else asked.conditions
+        folders.store(out, {"complete": False, **request, "labels": labels, "request": request})
+    except OSError:
+        _withdraw(out)
+        raise
+
+
+def _withdraw(out: Path) -> None:
+    """Remove what `_begin` wrote, where no image followed: a request that failed at once holds no folder."""
+    if not any(out.glob("*.png")):
+        for name in (folders.MANIFEST, "metadata.jsonl"):
+            (out / name).unlink(missing_ok=True)
+        with suppress(OSError):  # something else lies in it
+            out.rmdir()
+
+
+def _finish(out: Path, manifest: dict[str, Any], facts: dict[str, Any], shares: list[Share]) -> None:
+    """The manifest of the complete folder; ValueError where something else lies among its images."""
+    found = {i: digest for share in shares for i, digest in share.digests.items()}
+    assert len(found) == sum(len(share.digests) for share in shares) == manifest["n"], "an image is missing, or twice"
+    names = sorted(file.name for file in out.glob("*.png"))
+    if names != [folders.file_name(i) for i in range(manifest["n"])]:
+        raise ValueError(f"{out} holds images that are not of this run; remove them, or choose another folder")
+    shape = list(folders.level(out / names[0]).shape)
+    whole = {"shape": shape, "size": shape[-1], "hash": folders.combined(found[i] for i in range(manifest["n"]))}
+    folders.store(out, {**manifest, **facts, **whole, "complete": True})
+
+
+def describe(model: Path) -> dict[str, Any]:
+    """The distill.json of an exported folder; {} for others. ValueError where there is no model."""
+    if not model.is_dir():
+        raise ValueError(f"there is no model folder {model}; train or export one first")
+    path = model / "distill.json"
+    found = read_json(path, "export the model again") if path.exists() else {}
+    if not isinstance(found, dict) or not (found.get("steps") is None or folders.is_count(found["steps"])):
+        raise ValueError(f"{path} is not a JSON object, or has no number of steps; export the model again")
+    return found
+
+
+def model_name(model: Path) -> str:
+    """What tables call a folder or a file: by its run where its own name is that of any export.
+
+    runs/dmd2/pipeline is dmd2, runs/dmd2/watch/checkpoint-500/pipeline is dmd2-checkpoint-500.
+    """
+    parts = list(Path(os.path.normpath(model.absolute())).parts)
+    if model.suffix == ".safetensors":
+        parts[-1] = model.stem
+    while len(parts) > 2 and parts[-1] in EXPORTS:
+        parts.pop()
+    name = parts.pop()
+    if re.fullmatch(r"checkpoint-\d+", name):
+        while len(parts) > 2 and parts[-1] in EXPORTS:
+            parts.pop()
+        return f"{parts[-1]}-{name}" if len(parts) > 1 else name
+    return name
+
+
+def model_hash(*models: Path) -> str:
+    """The first 16 hex digits of the SHA-256 of the weights and configuration of folders, or of files."""
+    total = hashlib.sha256()
+    for model in models:
+        listed = [f for f in model.rglob("*") if f.suffix in (".safetensors", ".json")] if model.is_dir() else [model]
+        for file in sorted(listed):
+            with file.open("rb") as stream:
+                name = file.relative_to(model) if model.is_dir() else file.name
+                total.update(f"{name}".encode() + hashlib.file_digest(stream, "sha256").digest())
+    return total.hexdigest()[:16]
+
+
+def _whole(value: float) -> int | float:
+    return int(value) if value == int(value) else round(value, 3)
+
+
+def main() -> None:
+    """Command line of `Sampling`."""
+    from eval.cli import run
+
+    def stage(sampling: Sampling) -> dict[str, Any]:
+        return sampling.run()
+
+    stage.__doc__ = Sampling.__doc__
+    manifest = run(stage)
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(
+            f"{manifest['n']} images of {manifest['model']}, {manifest['nfe']} network evaluation(s) each, "
+            f"{manifest['images_per_second']} images/s"
+        )

@@ -1,0 +1,1 @@
+"""Prompt embeddings, latents and the teacher's samples on disk."""

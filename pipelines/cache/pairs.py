@@ -1,0 +1,212 @@
+"""Sample pairs of the teacher's ODE: python -m pipelines.pairs --pretrained_model_name_or_path FOLDER --prompts FILE
+
+Noise, and where the teacher takes it under a prompt, for recipes/ode_sdxl.py. The result is a cache whose images are
+the teacher's own samples, so a method that needs images can be trained on it too. It is made shard by shard as other
+caches are: the same command goes on with what was interrupted; `accelerate launch` shares the shards among processes.
+Noise is a function of (seed, row), and is not stored.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import torch
+import tyro
+
+from distill import ranges
+from distill.configuration import fail
+from distill.data import Text
+from distill.data.index import digest, fingerprint
+from distill.data.index import texts as stored_texts
+from distill.data.online import Texts
+from distill.data.pairs import Trajectories
+from distill.data.shards import Rows, Shards, Table
+from distill.files import folder_lock
+from distill.ranges import Calls, Count, Finite, Seed
+from distill.training.checkpoint import refused
+from pipelines.cache.encodings import SAMPLE, TEACHER, Cache, begin, fill, finish, layout, resume, spread
+
+if TYPE_CHECKING:
+    from pipelines.teacher import Teacher
+
+SHARD = 64  # pairs of one file: what an interrupted command does again at most
+CACHE = tyro.conf.arg(aliases=["--data.cache"])
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """What to sample, and where to."""
+
+    teacher: Annotated[str, TEACHER] = ""  # folder or Hub name of the diffusers pipeline
+    cache: Annotated[str, CACHE] = ""  # its prompts, encoded by `python -m pipelines.cache`
+    prompts: str = ""  # or prompts to encode now: a table (.txt, .csv, .jsonl ...) or a dataset
+    prompt_column: str | None = None  # of a table of prompts; None: text, caption or prompt
+    output_dir: str = "pairs"
+    n: Count = 10_000  # pairs (DMD2); prompts are used over again where there are fewer
+    steps: Calls = 50  # of the teacher
+    guidance: Finite = 8.0  # of the teacher (DMD2)
+    scheduler: Literal["own", "euler"] = "own"  # the pipeline's own, or Euler's steps that end at trailing times (DMD2)
+    seed: Seed = 0  # of the noise
+    resolution: Count | None = None  # pixels per side; None: the teacher's training resolution
+    revision: str | None = None  # of the teacher on the Hub
+    variant: str | None = None  # of the teacher's weight files: fp16
+    batch_size: Count = 8  # pairs that are sampled at once
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"  # of the teacher at work; the ODE is float32
+    dtype: Literal["float16", "bfloat16", "float32"] = "float16"  # of what is stored
+
+    def __post_init__(self) -> None:
+        ranges.check(self)
+        if self.cache and self.prompts:
+            raise ValueError("a cache has its own prompts: leave out --prompts or --cache")
+
+    def text(self) -> Text:
+        options: dict[str, Any] = {"prompts": self.prompts, "prompt_column": self.prompt_column}
+        return Text("online", **options) if self.prompts else Text(cache=self.cache)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parse the command line and run; every mistake of the user ends in one message."""
+    try:
+        run(tyro.cli(Sampling, args=argv, description=__doc__, use_underscores=True))
+    except (ValueError, OSError) as error:
+        fail(str(error))
+    except (MemoryError, RuntimeError) as error:
+        if not (why := refused(error)):
+            raise
+        fail(f"{why}, and give the same command again: it goes on")
+    except KeyboardInterrupt:
+        sys.stderr.write("\ninterrupted: the shards that are written stay; the same command goes on\n")
+        raise SystemExit(130) from None
+
+
+def run(config: Sampling) -> Path:
+    """Make or go on with the pairs of `config`; their folder."""
+    with folder_lock(config.output_dir):
+        return make_pairs(config)
+
+
+def make_pairs(config: Sampling) -> Path:
+    """The folder of the pairs, which no other process writes."""
+    check(config)
+    from pipelines.run import launched, quiet
+
+    state, folder = launched(), Path(config.output_dir)
+    quiet()
+    teacher = opened(config, state.device)
+    texts, text = prompts(config, teacher)
+    how = Cache(config.teacher, output_dir=config.output_dir, batch_size=config.batch_size, dtype=config.dtype)
+    with state.main_process_first():  # the others find its index
+        index = begun(folder, config, how, teacher, texts, text)
+    fill(folder, "text", text, index["tables"]["text"], how, state)
+    state.wait_for_everyone()
+    teacher.parts.drop_text()
+    entry = index["tables"]["text"]
+    sizes = [min(entry["per_shard"], entry["total"] - i) for i in range(0, entry["total"], entry["per_shard"])]
+    stored = Shards(folder, "text", entry | {"rows": sizes})
+    deterministic(Trajectories(teacher, stored, len(texts), 1, 2, config.guidance, config.seed))
+    pairs = Trajectories(teacher, stored, len(texts), config.n, config.steps, config.guidance, config.seed)
+    fill(folder, "image", pairs, index["tables"]["image"], how, state)
+    state.wait_for_everyone()
+    if state.is_main_process:
+        finish(folder, index)
+    return folder
+
+
+def check(config: Sampling) -> None:
+    """What can be seen before anything heavy is imported."""
+    if Path(config.teacher).is_dir() or not config.teacher:
+        from pipelines.components import index
+
+        index(config.teacher)
+    if not (config.cache or config.prompts):
+        raise ValueError(
+            "no prompts: pass --cache, a folder that python -m pipelines.cache has made, or --prompts FILE"
+        )
+    config.text().check(())
+
+
+def opened(config: Sampling, device: torch.device) -> Teacher:
+    """The teacher on its device, under the scheduler that was asked for."""
+    from pipelines import load
+    from pipelines.components import located
+
+    precision = getattr(torch, config.precision)
+    folder = located(config.teacher, config.revision, config.variant)
+    teacher = load(folder, config.resolution, None, config.variant, precision)
+    teacher.parts.device = device
+    teacher.denoiser.net.to(device, precision)
+    if config.scheduler == "euler":
+        from diffusers import EulerDiscreteScheduler
+
+        from distill.diffusion.schedule import VP
+
+        if not isinstance(teacher.denoiser.schedule, VP):
+            name = type(teacher.parts.scheduler()).__name__
+            raise ValueError(f"--scheduler euler is for tables of betas; this teacher has a {name}: leave it out")
+        given = EulerDiscreteScheduler.from_config(teacher.parts.scheduler().config, timestep_spacing="trailing")
+        teacher.parts.given["scheduler"] = given
+    return teacher
+
+
+class First:
+    """The first n rows of a table of texts, and the empty text, its last one."""
+
+    def __init__(self, text: Table, n: int) -> None:
+        self.text, self.n = text, n
+
+    def __len__(self) -> int:
+        return self.n + 1
+
+    def read(self, rows: Sequence[int]) -> Rows:
+        return self.text.read([row if row < self.n else len(self.text) - 1 for row in rows])
+
+
+def prompts(config: Sampling, teacher: Teacher) -> tuple[list[str], Table]:
+    """The prompts that are used, as texts and as a table of their conditions that ends with the empty one's."""
+    data = config.text()
+    feed = data.open(teacher, ())
+    if isinstance(feed.text, Texts):
+        texts = feed.text.texts[: min(config.n, feed.prompts)]
+    else:
+        texts = stored_texts(Path(config.cache), min(config.n, feed.prompts))
+    return texts, First(feed.text, len(texts))
+
+
+def begun(
+    folder: Path, config: Sampling, how: Cache, teacher: Teacher, texts: list[str], text: Table
+) -> dict[str, Any]:
+    """The index of the pairs: the one in the folder, if it is of the same work, or a new one."""
+    asked = {name: getattr(config, name) for name in ("seed", "steps", "guidance", "scheduler", "n", "precision")}
+    index = {
+        "teacher": fingerprint(teacher.parts.folder),
+        "shape": list(teacher.shape),
+        "dtype": config.dtype,
+        "prompts": len(texts),
+        "sources": hashlib.blake2b(json.dumps(texts).encode(), digest_size=16).hexdigest(),
+        "ode": asked | {"network": digest(teacher.parts.folder, [teacher.parts.network])},
+    }
+    if (old := resume(folder, index)) is not None:
+        return old
+    one: Rows = {"x": torch.ones(1, *teacher.shape), "caption": torch.zeros(1, dtype=torch.int64)}
+    pairs = layout(how, config.n, one)
+    index["tables"] = {
+        "text": layout(how, len(text), text.read(spread(len(text), SAMPLE))),
+        "image": pairs | {"per_shard": min(SHARD, config.n)},
+    }
+    return begin(folder, index, texts)
+
+
+def deterministic(pairs: Trajectories) -> None:
+    """ValueError if a sample is not a function of its noise."""
+    first, again = (pairs.read([0])["x"] for _ in range(2))
+    if (first - again).abs().max() > 1e-2 * first.abs().max():
+        name = type(pairs.teacher.parts.scheduler()).__name__
+        raise ValueError(
+            f"the teacher's {name} adds noise of its own, so its samples are not an ODE's: pass --scheduler euler"
+        )

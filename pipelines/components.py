@@ -1,0 +1,229 @@
+"""The components of a diffusers pipeline folder."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import re
+from functools import cached_property
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from pipelines import fields
+from pipelines.families.registry import FAMILIES
+
+NEEDED = ("unet", "transformer", "vae", "scheduler")  # components that may not be null where they are named
+LIBRARIES = ("diffusers", "transformers", "pipelines.edm_nets")  # whose classes components may be
+
+
+class ExportError(Exception):
+    """An exported pipeline does not sample what the student samples."""
+
+
+class Parts:
+    """The components of a local pipeline folder, each loaded when it is first used.
+
+    A run whose prompts and images are cached never holds a text encoder, nor a VAE where it draws no samples.
+    variant: of the weight files ("fp16"). dtype: of the network; that of text encoders and VAE is `precision`.
+    told: its guidance is told to the network, which gets an embedding for it where it has none.
+    """
+
+    told = False
+
+    def __init__(
+        self, folder: str | Path, variant: str | None = None, dtype: torch.dtype = torch.float32, told: bool = False
+    ) -> None:
+        self.folder, self.variant, self.dtype = Path(folder), variant, dtype
+        self.index = index(folder)
+        if variant and not any(has_variant(part, variant) for part in self.folder.iterdir()):
+            raise ValueError(f"no component of {folder} has weights of the variant {variant!r}: leave --variant out")
+        if told:
+            self.tell()
+        self.precision = torch.float32
+        self.device = torch.device("cpu")  # where encoders and VAE work; the network is moved by the trainer
+        self.given: dict[str, Any] = {}  # components that are not read from the folder
+        self.asked: dict[str, int] = {}  # a size that is not the teacher's own: "resolution", "frames"
+
+    def tell(self) -> None:
+        """Have the network be told its guidance: a ValueError, as soon as it is read, where it can't be."""
+        self.told, self.index = True, self.index | getattr(self.family, "TOLD", {})
+
+    def hearing(self, net: Any) -> Any:
+        """The network that hears its guidance, as FLUX.1-dev's and an LCM's do, or the family's makes itself do."""
+        if hasattr(self.family, "hearing"):
+            return self.family.hearing(net)
+        if not (net.config.get("guidance_embeds") or net.config.get("time_cond_proj_dim")):
+            raise ValueError(
+                f"a range of guidance needs a guidance embedding, but the network of {self.folder} has none: "
+                "give --method.guidance one number"
+            )
+        return net
+
+    @property
+    def family(self) -> ModuleType:
+        name = self.index["_class_name"]
+        if name not in FAMILIES:
+            raise ValueError(f"{self.folder} is a {name}; supported pipelines are {sorted(FAMILIES)}")
+        return importlib.import_module(f"pipelines.families.{FAMILIES[name]}")
+
+    @property
+    def network(self) -> str:
+        """The component that denoises: "unet" or "transformer"."""
+        return "unet" if "unet" in self.index else "transformer"
+
+    def component(self, name: str, dtype: torch.dtype | None = None) -> Any:
+        """One component of the folder, in evaluation mode, without gradients."""
+        if name in self.given:
+            return self.given[name]
+        if not isinstance(self.index.get(name), list):
+            raise ValueError(f"{self.folder}: its model_index.json names no {name}")
+        library, kind = self.index[name]
+        if library is None:
+            raise ValueError(f"{self.folder}: its model_index.json has no {name} (null), which is needed here")
+        self.check(name)
+        cls = getattr(importlib.import_module(library), kind, None) if library in LIBRARIES else None
+        try:
+            loads, weights = (hasattr(cls, method) for method in ("from_pretrained", "parameters"))
+        except ImportError as error:  # of a class whose own library is not installed
+            raise ValueError(f"{self.folder}: its {name} is a {kind}: {' '.join(str(error).split())}") from None
+        if not loads:
+            raise ValueError(f"{self.folder}: its {name} is a {kind} of {library}, which has no such class")
+        variant = self.variant if has_variant(self.folder / name, self.variant) else None
+        options = {"variant": variant, "use_safetensors": True, "dtype": dtype or self.precision}
+        options = options if weights else {}  # a scheduler or a tokenizer has no weights
+        try:
+            found = cls.from_pretrained(self.folder, subfolder=name, local_files_only=True, **options)
+        except Exception as error:  # classes raise all kinds of errors for a bad config
+            raise ValueError(f"{self.folder}: its {name} ({kind}) cannot be read: {error}") from error
+        found = self.hearing(found) if self.told and name == self.network else found
+        return found.requires_grad_(False).eval() if options else found
+
+    def config(self, name: str) -> dict[str, Any]:
+        """The config of a component that is not loaded."""
+        return fields.read(self.folder / name / "config.json")
+
+    def check(self, name: str) -> None:
+        """ValueError for a component whose class cannot use its config, or whose weights are pickles only."""
+        suffixes = {file.suffix for file in (self.folder / name).glob("*")}
+        if ".bin" in suffixes and ".safetensors" not in suffixes:
+            raise ValueError(
+                f"{self.folder / name} has its weights in .bin files only, which may run code when they are read: "
+                "where you trust them, load the pipeline with diffusers and save it with save_pretrained"
+            )
+        for file in ("config.json", "scheduler_config.json"):
+            if (self.folder / name / file).exists():
+                fields.read(self.folder / name / file)
+
+    @cached_property
+    def net(self) -> Any:
+        return self.component(self.network, self.dtype)
+
+    @cached_property
+    def vae(self) -> Any:
+        return self.component("vae").to(self.device)
+
+    @cached_property
+    def text(self) -> Any:
+        """The pipeline with its text encoders and tokenizers only: for encode_prompt."""
+        for name, entry in self.index.items():  # SD3's third encoder may be null
+            if name.startswith(("text_encoder", "tokenizer")) and entry[:1] == [None] and not name.endswith("_3"):
+                raise ValueError(
+                    f"{self.folder}: its model_index.json has no {name} (null), which encodes prompts: name one"
+                )
+        return self.pipeline({self.network: None, "vae": None}).to(self.device)
+
+    def drop_text(self) -> None:
+        """Free the text encoders."""
+        self.__dict__.pop("text", None)
+
+    def scheduler(self) -> Any:
+        """The pipeline's own scheduler, a new object."""
+        return self.component("scheduler")
+
+    def pipe(self, **given: Any) -> Any:
+        """The whole pipeline around the teacher's network; `given` replaces components."""
+        return self.pipeline({self.network: self.net, "vae": self.vae} | given)
+
+    def pipeline(self, given: dict[str, Any]) -> Any:
+        """The pipeline of the folder; `given` replaces components, by None where one is not to be loaded."""
+        import diffusers
+
+        cls = getattr(diffusers, self.index["_class_name"])
+        absent = [name for name, entry in self.index.items() if isinstance(entry, list) and entry[0] is None]
+        absent += [name for name in ("safety_checker",) if name in self.index]
+        given = dict.fromkeys(absent) | given
+        options = {"variant": self.variant, "dtype": self.precision, "local_files_only": True}
+        for name in {name for name, entry in self.index.items() if isinstance(entry, list)} - given.keys():
+            self.check(name)
+        try:
+            pipe = cls.from_pretrained(self.folder, use_safetensors=True, **options, **self.given | given)
+        except Exception as error:  # of any kind, as above
+            raise ValueError(f"{self.folder}: its {cls.__name__} cannot be read: {error}") from error
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+
+def has_variant(component: Path, variant: str | None) -> bool:
+    """Whether a component's folder has safetensors of a variant; if not, the plain ones are loaded."""
+    if not variant or not component.is_dir():
+        return False
+    return any(f.suffix in (".safetensors", ".json") and is_variant(f, variant) for f in component.iterdir())
+
+
+def is_variant(file: Path, variant: str) -> bool:
+    """Whether a file name is that of a variant's weights, for example model.fp16-00001-of-00002.safetensors."""
+    return ".safetensors" in file.name and re.search(rf"\.{re.escape(variant)}[.-]", file.name) is not None
+
+
+def located(name: str, revision: str | None = None, variant: str | None = None) -> Path:
+    """The folder of a pipeline; one of a name on the Hub is downloaded."""
+    folder = Path(name)
+    if not folder.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        from diffusers import DiffusionPipeline
+
+        try:
+            folder = Path(DiffusionPipeline.download(name, revision=revision, variant=variant, use_safetensors=True))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"no pipeline {name!r}, as a folder or on the Hub: {error}") from None
+    named = [part for part, entry in index(folder).items() if isinstance(entry, list) and entry[0] is not None]
+    if missing := [part for part in named if not (folder / part).is_dir()]:
+        raise ValueError(
+            f"{folder} is not a complete pipeline: model_index.json names {', '.join(missing)}, and there is no such "
+            "folder: download or copy all of it"
+        )
+    return folder
+
+
+def index(folder: str | Path) -> dict[str, Any]:
+    """model_index.json of a pipeline folder, or a ValueError that says what is missing."""
+    path = Path(folder) / "model_index.json"
+    if not str(folder):
+        raise ValueError(
+            "no teacher given: pass --pretrained_model_name_or_path, a diffusers pipeline's folder or Hub name"
+        )
+    if not path.is_file():
+        seen = "" if path.is_absolute() else f" (seen from {Path.cwd()})"
+        raise ValueError(f"no pipeline at {str(folder)!r}: a diffusers folder has a model_index.json{seen}")
+    found = fields.read(path)
+    if not isinstance(found.get("_class_name"), str):
+        raise ValueError(f"{path} is damaged: it has no _class_name of a pipeline")
+    for part, entry in found.items():
+        if part in NEEDED and entry in (None, [None, None]):
+            raise ValueError(f"{path}: its {part} is null, and a teacher needs one: name the library and class of one")
+        if isinstance(entry, list) and entry != [None, None]:
+            _known(path, part, entry)
+    return found
+
+
+def _known(path: Path, part: str, entry: list[Any]) -> None:
+    """ValueError for a component whose folder lies elsewhere or whose class is not a library's: its code is not run."""
+    named = len(entry) == 2 and all(isinstance(word, str) for word in entry) and entry[1].isidentifier()
+    if not (named and re.fullmatch(r"[A-Za-z]\w*", part)):
+        raise ValueError(f"{path} is damaged: its component {part!r} is {entry}; it is [library, class] of a folder")
+    library = entry[0]
+    own = Path(importlib.util.find_spec("diffusers").origin).parent / "pipelines"  # "stable_diffusion", for one
+    if library not in LIBRARIES and not (library.isidentifier() and (own / library).is_dir()):
+        raise ValueError(f"{path.parent}: component {part} is of {library!r}, code that is not run from here")

@@ -1,0 +1,1 @@
+"""A student as a verified diffusers folder, with its single files and its card."""

@@ -1,0 +1,208 @@
+"""The model card of an exported student: metadata that the Hub reads, the exact call, what fails, how it was made."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from yaml import YAMLError
+
+from distill.files import read, write
+from pipelines.export.license import UNKNOWN, License, hub_name
+from pipelines.markdown import escape_markdown, fenced, link, unescape
+
+NEGATIVE = "Negative prompts do nothing: guidance is built in, and the call switches the pipeline's own off."
+OTHER = "Other numbers of steps and guidance scales than the call's were neither trained nor verified."
+BODY = """# {name}
+
+A {kind} of {base} with {calls}{method}. Plain diffusers runs it:
+
+{code}
+{rest}
+## What does not work
+
+{limits}
+
+## Licence
+
+The student is derived from {base} and has the same licence{license}.
+
+## Training
+
+The resolved configuration:
+
+{config}
+"""
+
+
+METHODS = {"dmd2": "DMD2", "sid": "SiD", "vsd": "VSD", "lcd": "consistency distillation", "lcm": "LCM", "scm": "sCM"}
+METHODS |= {"phaseddmd": "Phased DMD", "disback": "DisBack", "tsm": "teacher score matching", "sun": "SpeedUpNet"}
+FILES = {  # end of a file's name: what it is
+    "_unet.safetensors": "the network alone, in half precision",
+    "_transformer.safetensors": "the network alone, in half precision",
+    "_lora.safetensors": "the LoRA, for `pipe.load_lora_weights`",
+    "_lora_comfy.safetensors": "the same LoRA in kohya's format, for ComfyUI and A1111",
+    "_comfyui.json": "a workflow for ComfyUI; replace BASE.safetensors by your file of the base",
+    "negative.safetensors": "the adapter for negative prompts, for `pipelines.inference.negative_prompt.install`",
+    "distill.json": "the times and the configuration; diffusers does not read it",
+}
+
+
+class Result(NamedTuple):
+    """One figure of an evaluation. protocol: in words, what was compared with what, and over how many images."""
+
+    protocol: str
+    metric: str
+    value: float
+
+
+def code(
+    call: str,
+    model: str | Path,
+    base: str | Path = "",
+    lora: str = "",
+    scheduler: str = "",
+    absent: Sequence[str] = (),
+) -> str:
+    """The complete program: load `model`, a folder or a name on the Hub, as `pipe`, and then the family's `call`.
+
+    absent: components that the folder lacks, which from_pretrained must be told (SD3 without T5).
+    lora: load `base` instead, with the file `lora` of `model` on it and the model's scheduler, which is of that class.
+    """
+    where = json.dumps(str(model))  # a literal of Python too, whatever the path holds
+    given = "torch_dtype=torch.float32" + "".join(f", {name}=None" for name in absent)
+    head = "import torch\nfrom diffusers import DiffusionPipeline"
+    if not lora:
+        return f"{head}\n\npipe = DiffusionPipeline.from_pretrained({where}, {given})\n{call.strip()}"
+    return (
+        f"{head}, {scheduler}\n\n"
+        f'scheduler = {scheduler}.from_pretrained({where}, subfolder="scheduler")\n'
+        f"pipe = DiffusionPipeline.from_pretrained({json.dumps(str(base))}, scheduler=scheduler, {given})\n"
+        f"pipe.load_lora_weights({where}, weight_name={json.dumps(lora)})\n{call.strip()}"
+    )
+
+
+def card(
+    name: str,
+    base: str | Path,
+    license: License,
+    family: str,
+    method: str,
+    steps: int,
+    config: str,
+    code: str = "",
+    lora: str = "",
+    task: Literal["text-to-image", "text-to-video", "unconditional-image-generation"] = "text-to-image",
+    samples: str = "",
+    prompt: str = " ",
+    limits: Sequence[str] = (NEGATIVE,),
+    results: Sequence[Result] = (),
+    datasets: Sequence[str] = (),
+    files: Sequence[str] = (),
+    checked: str = "",
+) -> str:
+    """README.md of an exported folder.
+
+    base: the teacher, a name on the Hub or a folder. code, lora: the programs (see `code`) that run the folder and its
+    LoRA file; without the first the folder is an adapter. config: YAML. samples: a picture in the folder, of `prompt`.
+    limits: what does not work. results: for the Hub's model-index. datasets: names on the Hub. files: beside the
+    pipeline, to be told of. checked: what was verified, and against what.
+    """
+    from huggingface_hub import ModelCardData
+
+    hub, calls = hub_name(base), "one-step" if steps == 1 else "few-step"
+    facts: dict[str, Any] = {
+        "base_model_relation": hub and ("finetune" if code else "adapter"),
+        "widget": [{"text": prompt, "output": {"url": samples}}] if samples else None,
+    }
+    if results:
+        facts["model_name"] = name
+        facts["eval_results"] = _index(results, task)
+    data = ModelCardData(
+        license=license.id,
+        license_name=license.name,
+        license_link=license.link,
+        base_model=hub,
+        library_name="diffusers",
+        pipeline_tag=task,
+        tags=[task, "diffusers", calls, *([method] if method else []), family, *(["lora"] if lora else [])],
+        datasets=list(datasets) or None,
+        **facts,
+    )
+    rest = f"\n![samples]({samples})\n" if samples else ""
+    if lora and code:
+        rest += f"\nThe LoRA on its base:\n\n{fenced(lora, 'python')}\n"
+    told = [(file, what) for file in files for end, what in FILES.items() if file.endswith(end)]
+    if told:
+        rest += "\n## Files beside the pipeline\n\n" + "".join(f"- `{file}`: {what}\n" for file, what in told)
+    if checked:
+        rest += f"\n## What was verified\n\n{checked}\n"
+    if results:
+        rest += f"\n{_table(results)}"
+    title = license.name or license.id
+    body = BODY.format(
+        name=escape_markdown(name),
+        kind=f"{calls} {'student' if code else 'LoRA'}",
+        base=f"[{hub}](https://huggingface.co/{hub})" if hub else escape_markdown(Path(base).name),
+        calls="one network call" if steps == 1 else f"{steps} network calls",
+        method=f", distilled with {METHODS.get(method, method)}" if method else "",
+        code=fenced(code or lora, "python"),
+        rest=rest,
+        limits="\n".join(f"- {limit}" for limit in (*limits, OTHER)),
+        license=", which was not found: name it with `--license` before you share this"
+        if license == UNKNOWN
+        else f", {link(title, license.link)}"
+        if license.link
+        else f", {escape_markdown(title)}",
+        config=fenced(config.strip(), "yaml"),
+    )
+    return f"---\n{data.to_yaml()}\n---\n\n{body}"
+
+
+def _index(results: Sequence[Result], task: str) -> list[Any]:
+    """Figures as the Hub's model-index has them."""
+    from huggingface_hub import EvalResult
+
+    slug = lambda text: re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+    return [EvalResult(task, slug(p), p, slug(m), v, metric_name=m) for p, m, v in results]
+
+
+def _table(results: Sequence[Result]) -> str:
+    rows = "".join(f"| {escape_markdown(m)} | {v:.4g} | {escape_markdown(p)} |\n" for p, m, v in results)
+    return f"## Evaluation\n\n| metric | value | protocol |\n|---|---:|---|\n{rows}"
+
+
+def evaluated(folder: str | Path, results: Sequence[Result]) -> None:
+    """Write figures into the card of an exported folder: its model-index and its table.
+
+    Those of the same protocol and metric are replaced, others stay. ValueError where the folder has no card.
+    """
+    from huggingface_hub import ModelCard, ModelCardData
+
+    path = Path(folder) / "README.md"
+    if not path.is_file():
+        raise ValueError(
+            f"{folder} has no README.md: it is not an exported model; make one with python -m pipelines.export"
+        )
+    try:
+        found = ModelCard(read(path))
+    except (ValueError, TypeError, KeyError, AttributeError, YAMLError) as error:
+        raise ValueError(f"{path} is not a model card with metadata ({error}); export the model again") from None
+    assert isinstance(found.data, ModelCardData)
+    old = [Result(r.dataset_name, r.metric_name, r.metric_value) for r in found.data.eval_results or []]
+    merged = {(r.protocol, r.metric): r for r in (*old, *results)}
+    title = re.search(r"^# (.+)$", found.text, re.MULTILINE)
+    found.data.model_name = found.data.model_name or (unescape(title[1]) if title else Path(folder).name)
+    found.data.eval_results = _index(list(merged.values()), found.data.pipeline_tag or "text-to-image")
+    before, head, after = found.text.partition("## What does not work")
+    bare = re.sub(r"^## Evaluation\n.*?(?=^## |\Z)", "", before, flags=re.MULTILINE | re.DOTALL)
+    table = _table(list(merged.values()))
+    write(path, f"---\n{found.data.to_yaml()}\n---\n{bare.rstrip()}\n\n{table}\n{head}{after}")
+
+
+def snippet(text: str, n: int = 0) -> str:
+    """The n-th Python block of a card."""
+    return re.findall(r"^(`{3,})python\n(.*?)\n\1$", text, re.DOTALL | re.MULTILINE)[n][1]

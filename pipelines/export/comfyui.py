@@ -1,0 +1,112 @@
+"""A student of SD 1.5, SD 2.1 or SDXL as a ComfyUI workflow. Facts read in ComfyUI's source, nothing copied.
+
+UNETLoader takes diffusers' keys as they are for SD 1.5, SD 2.1 and SDXL (of the public sizes), SD3/3.5, FLUX.1, PixArt
+and Qwen-Image; not for Wan, of which it knows the original keys only, nor for SANA, which it does not know.
+
+With x = x0 + sigma eps it feeds the network x / sqrt(1 + sigma^2), the x_t of VP, and the nearest index of SD's table.
+The first x is sigma z, or sqrt(1 + sigma^2) z where sigma is the table's last; AddNoise makes it any multiple of z.
+Sampler "lcm" goes on with x0 + sigma' (fresh noise), "euler" with DDIM.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from distill.diffusion.schedule import VP
+from distill.diffusion.student import Student
+
+SAMPLING = {"eps": "eps", "v": "v_prediction", "x0": "x0"}  # kind -> ModelSamplingDiscrete
+
+
+def _is_table(schedule: VP) -> bool:
+    """Whether these are Stable Diffusion's 1000 levels."""
+    a, b = (torch.tensor(s.alphas_cumprod, dtype=torch.float64) for s in (schedule, VP.scaled_linear()))
+    return a.shape == b.shape and torch.allclose(a, b, rtol=1e-4)
+
+
+def levels(student: Student) -> tuple[list[float], float]:
+    """ComfyUI's sigmas of the student's calls, and the factor of the unit noise at the first; else a ValueError."""
+    denoiser, path, schedule = student.denoiser, student.denoiser.path, student.denoiser.schedule
+    if not isinstance(schedule, VP) or not _is_table(schedule):
+        raise ValueError(
+            f"ComfyUI's samplers for UNets use Stable Diffusion's noise table, not this {type(schedule).__name__}"
+        )
+    if denoiser.kind not in SAMPLING:
+        raise ValueError(f"ComfyUI reads UNets as {sorted(SAMPLING)}; this student predicts {denoiser.kind!r}")
+    if getattr(getattr(denoiser.net, "config", None), "time_cond_proj_dim", None):
+        raise ValueError("ComfyUI's UNet has no guidance embedding (time_cond_proj_dim), which this student needs")
+    times = torch.tensor(student.times, dtype=torch.float64)
+    native = schedule.time(path.ratio(times))
+    indices = schedule.native(native)
+    if (indices - indices.round()).abs().max() > 1e-3:
+        rounded = [round(n, 3) for n in indices.tolist()]
+        raise ValueError(f"ComfyUI calls the network at whole indices, not at {rounded}: choose whole times")
+    alpha, sigma = schedule.coefficients(native)
+    scale = torch.hypot(alpha, sigma) / torch.hypot(*path.coefficients(times)) / alpha  # from the path's x to ComfyUI's
+    return (sigma / alpha).tolist(), student.input_scale * float(scale[0])
+
+
+def workflow(
+    student: Student,
+    checkpoint: str,
+    unet: str | None = None,
+    lora: str | None = None,
+    size: tuple[int, int] = (1024, 1024),
+    prompt: str = "a photograph of an astronaut riding a horse",
+) -> dict[str, Any]:
+    """A workflow in ComfyUI's API format that samples what the student samples (the noise is ComfyUI's).
+
+    checkpoint: the base's single file, for text encoders and VAE; unet or lora: the student's file name in
+    models/diffusion_models or models/loras. size: (width, height). A ValueError names what ComfyUI cannot express.
+    """
+    if (unet is None) == (lora is None):
+        raise ValueError(f"give the student's file either as unet or as lora; got unet={unet!r}, lora={lora!r}")
+    if student.renoise == "tcd":
+        raise ValueError("ComfyUI's samplers end at x0; this student ends at the level of timestep 0")
+    sigmas, first = levels(student)
+    last = float(VP.scaled_linear().ratio(torch.ones(1)))
+    own = math.sqrt(1 + sigmas[0] ** 2) if sigmas[0] > last * (1 - 1e-5) else sigmas[0]  # ComfyUI's first factor
+    add = abs(first / own - 1) > 1e-4
+    numbers = lambda values: ", ".join(f"{v:.8f}" for v in values)  # the node reads no exponents
+    sampler = "lcm" if student.renoise == "fresh" else "euler"
+    nodes: dict[str, tuple[str, dict[str, Any]]] = {
+        "base": ("CheckpointLoaderSimple", {"ckpt_name": checkpoint}),
+        "model": ("UNETLoader", {"unet_name": unet, "weight_dtype": "default"})
+        if unet
+        else ("LoraLoaderModelOnly", {"model": ["base", 0], "lora_name": lora, "strength_model": 1.0}),
+        "kind": (
+            "ModelSamplingDiscrete",
+            {"model": ["model", 0], "sampling": SAMPLING[student.denoiser.kind], "zsnr": False},
+        ),
+        "prompt": ("CLIPTextEncode", {"clip": ["base", 1], "text": prompt}),
+        "nothing": ("CLIPTextEncode", {"clip": ["base", 1], "text": ""}),
+        "latent": ("EmptyLatentImage", {"width": size[0], "height": size[1], "batch_size": 1}),
+        "sigmas": ("ManualSigmas", {"sigmas": numbers([*sigmas, 0.0])}),
+        "sampler": ("KSamplerSelect", {"sampler_name": sampler}),
+        "sample": (
+            "SamplerCustom",
+            {
+                "model": ["kind", 0],
+                "add_noise": not add,
+                "noise_seed": 0,
+                "cfg": 1.0,
+                "positive": ["prompt", 0],
+                "negative": ["nothing", 0],
+                "sampler": ["sampler", 0],
+                "sigmas": ["sigmas", 0],
+                "latent_image": ["noised" if add else "latent", 0],
+            },
+        ),
+        "decode": ("VAEDecode", {"samples": ["sample", 0], "vae": ["base", 2]}),
+        "save": ("SaveImage", {"images": ["decode", 0], "filename_prefix": Path(unet or lora or "").stem}),
+    }
+    if add:
+        nodes["noise"] = ("RandomNoise", {"noise_seed": 1})  # not SamplerCustom's: its seed makes the fresh noise
+        nodes["first"] = ("ManualSigmas", {"sigmas": numbers([first, 0.0])})
+        wires = {"model": ["kind", 0], "noise": ["noise", 0], "sigmas": ["first", 0], "latent_image": ["latent", 0]}
+        nodes["noised"] = ("AddNoise", wires)
+    return {name: {"class_type": kind, "inputs": inputs} for name, (kind, inputs) in nodes.items()}

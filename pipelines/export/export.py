@@ -1,0 +1,599 @@
+"""Write a student as a pipeline folder for plain diffusers, then reload it and compare its images.
+
+python -m pipelines.export runs/dmd2_sdxl                       again, from the newest checkpoint of a run
+python -m pipelines.export runs/a --other runs/b                the mean of two students' weights (SwiftBrush v2)
+python -m pipelines.export --from FILE --pretrained_model_name_or_path BASE --output_dir OUT      a published student
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import tyro
+import yaml
+from safetensors import SafetensorError
+from torch import nn
+
+from distill import methods
+from distill.configuration import TEACHER, fail, read_run_config, revived
+from distill.diffusion.end_time import SECOND, fold_end_times, timed, untimed
+from distill.diffusion.student import Student
+from distill.files import folder_lock
+from distill.modules import shared
+from distill.networks.lora import merged
+from distill.networks.negative_attention import adapters, strip
+from distill.ranges import Share
+from distill.training import checkpoint, history
+from distill.training.build import earlier_experts, student_network
+from distill.training.config import StudentConfig
+from distill.training.log import grid
+from distill.training.tensors import Stored
+from pipelines import fields
+from pipelines.components import ExportError, is_variant
+from pipelines.export import comfyui, hub, kohya, single_files
+from pipelines.export import published as others
+from pipelines.export.card import NEGATIVE, Result, card, code
+from pipelines.export.license import UNKNOWN, License, license_of
+from pipelines.export.schedule import scheduler as carrying
+from pipelines.export.verify import (
+    LARGEST,
+    PSNR,
+    TOLERANCE,
+    Gap,
+    Reference,
+    compare,
+    examples,
+    place,
+    reference,
+    settled,
+)
+from pipelines.families.latents import factor
+from pipelines.families.registry import FAMILIES
+from pipelines.families.schedulers import zero_terminal
+from pipelines.inference import controlnet, experts, negative_prompt
+from pipelines.teacher import Teacher, opened
+
+LEGS = (  # of the model card
+    "The end time of each call is part of the time embedding. So the student works only with its own number of steps, "
+    "and it has no LoRA file."
+)
+
+
+@dataclass(frozen=True)
+class About:
+    """What a model card says of a student beyond its weights. config: the resolved configuration, YAML."""
+
+    name: str  # of the student, in titles and file names
+    base: str | Path  # the teacher: a name on the Hub or a folder
+    license: License
+    method: str
+    config: str = ""
+    model: str | None = None  # its name on the Hub, where the card loads it from; None: the folder itself
+    results: Sequence[Result] = ()
+    source: str = "the student's weights"  # reference of the verification
+    notes: Sequence[str] = ()  # about that source
+
+
+@dataclass(frozen=True)
+class Verified:
+    """Result of a verification. gaps: of the pipeline and of each single file; left: {skipped file: reason}."""
+
+    gaps: dict[str, Gap]
+    left: dict[str, str]
+
+
+def about(name: str, teacher: Teacher, base: str, method: str, config: str, asked: Any, model: str | None) -> About:
+    """asked: the --license that was given. One that is not known is asked for where the student is to be published."""
+    try:
+        license = license_of(teacher.parts.folder if Path(base).exists() else base, asked)
+    except ValueError:
+        if model:
+            raise
+        license = UNKNOWN
+    return About(re.sub(r"[^\w.-]+", "-", name), base, license, method, config, model)  # it goes into file names
+
+
+def export(student: Student, teacher: Teacher, net: nn.Module, scheduler: Any, folder: Path, about: About) -> Verified:
+    """Write `net` (the student's averaged weights) as a pipeline folder. Of a link, the folder that it names.
+
+    Text encoders, tokenizers and VAE are the teacher's files, byte for byte; ours are the network and `scheduler`
+    (pipelines/export/schedule.py). Latent families also get single files: the network in half precision, and a LoRA's.
+    Everything is read back by plain diffusers and compared with the student's own samples: an ExportError, and no
+    folder, if the pipeline differs; a single file that does is left out.
+    """
+    replaceable(folder)
+    folder = folder.resolve()
+    student = student.using(net)
+    with experts.told(student) as steps:
+        expected = reference(student, teacher, net)
+    limits = [LEGS] if any(to for _, to in student.legs) else []
+    student = fold_end_times_of(student, teacher)
+    one, net = student.denoiser, student.denoiser.net
+    others = {
+        n: reference(replace(student, times=carrying(teacher, StudentConfig(steps=n))[1]), teacher, net)
+        for n in getattr(teacher.parts.family, "steps", lambda parts: ())(teacher.parts)
+        if n != len(student.times)
+    }
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        told, base = getattr(teacher.parts.family, "exported", lambda net, student: net), controlnet.bare(one)
+        plain = strip(shared(net)) if adapters(net) else base.net
+        write(teacher, told(merged(plain), replace(student, denoiser=base)), scheduler, partial)
+        if adapters(net):
+            negative_prompt.write(net, partial / negative_prompt.FILE)
+        if base is not one:
+            net.control.save_pretrained(partial / controlnet.FOLDER)  # type: ignore[operator,union-attr]
+        if student.experts and not experts.write(student, net, steps, teacher.parts.network, partial):
+            limits = [experts.LIMIT.format(len(student.experts) + 1)]
+        facts = {"student": True, "steps": len(student.times), "times": list(student.times), "config": about.config}
+        (partial / "distill.json").write_text(json.dumps(facts | teacher.parts.asked, indent=1))
+        made, more, left = singles(student, teacher, net, partial, about)
+        gaps = verified(partial, made, teacher, expected, len(student.times), others, left)
+        limits = [*limits, *more, *remove_left_out(partial, left)]
+        grid(expected.images * 2 - 1, columns=len(expected.prompts), side=256).save(partial / "samples.png")
+        lora = next((file.name for file in made if file.stem.endswith("_lora") and file.name in gaps), "")
+        beside = sorted(file.name for file in partial.iterdir() if file.is_file())
+        where = about.model or folder
+        checked = describe_verification(about, gaps["pipeline"], len(expected.prompts))
+        text = page(student, teacher, scheduler, about, where, expected.prompts[0], lora, limits, beside, checked)
+        (partial / "README.md").write_text(text)
+    except (OSError, SafetensorError, MemoryError, RuntimeError):  # a full disk, say: what was written keeps it full
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+    for file in folder.rglob("*.safetensors"):
+        file.chmod((folder / "README.md").stat().st_mode)  # the library writes them for their owner alone
+    return Verified(gaps, left)
+
+
+def describe_verification(about: About, gap: Gap, n: int) -> str:
+    """The card's text about the verification and its reference."""
+    return " ".join(
+        (
+            f"Plain diffusers loaded this folder again. From the same noise, its images of {n} conditions differ by at",
+            f"most {gap.largest:.1e} (of a range of 1) from those of the training code's sampler with {about.source}.",
+            *about.notes,
+        )
+    )
+
+
+def remove_left_out(folder: Path, left: dict[str, str]) -> list[str]:
+    """Delete the single files in `left` and workflows that use them; return the card's lines about them."""
+    for name in left:
+        (folder / name).unlink(missing_ok=True)
+    for flow in folder.glob("*_comfyui.json"):
+        if any(name in flow.read_text() for name in left):
+            flow.unlink()
+    return [f"There is no {name}: {why}." for name, why in left.items()]
+
+
+def fold_end_times_of(student: Student, teacher: Teacher) -> Student:
+    """The student without end times: they are folded into the time embedding at the times of its calls."""
+    denoiser = student.denoiser
+    if not any(to for _, to in student.legs):
+        return replace(student, denoiser=untimed(denoiser), jumps=False)
+    prompt = examples(teacher)[0]
+    device = next(denoiser.net.parameters()).device
+    c = {key: value.to(device) for key, value in (teacher.encode([prompt]) or {}).items()} or None
+    teacher.parts.drop_text()
+    x = torch.zeros(1, *teacher.shape, device=device)
+    alone = merged(denoiser.net)
+    vars(alone).pop("peft_config", None)  # a LoRA's file has no embedding
+    found = fold_end_times(replace(denoiser, net=alone), student.legs, x, c)
+    return replace(student, denoiser=found, jumps=False)
+
+
+def replaceable(folder: Path) -> None:
+    """ValueError if `folder` holds anything but an earlier export, for an export replaces the whole folder."""
+    try:
+        folder = folder.resolve()
+    except (OSError, RuntimeError) as error:
+        raise ValueError(f"{folder} is a link that leads nowhere ({error}): choose another --output_dir") from None
+    if folder.is_mount():
+        raise ValueError(f"{folder} is where a disk is mounted and cannot be replaced: choose a folder inside it")
+    try:
+        ours = fields.facts(folder).get("student") is True
+    except ValueError:  # damaged: no export of ours
+        ours = False
+    if folder.exists() and not (ours or folder.is_dir() and not any(folder.iterdir())):
+        raise ValueError(f"{folder} exists and is not an earlier export: choose another --output_dir")
+    parent = next(p for p in folder.absolute().parents if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise ValueError(f"{parent} is not a writable folder: choose another --output_dir")
+
+
+def verified(
+    folder: Path,
+    made: list[Path],
+    teacher: Teacher,
+    expected: Reference,
+    steps: int,
+    others: dict[int, Reference],
+    left: dict[str, str],
+) -> dict[str, Gap]:
+    """How far the images of the folder and of each single file are from the student's.
+
+    others: of the folder with other numbers of steps. An ExportError where the folder is too far; a single file that
+    is, or does not load, goes to `left` with the reason.
+    """
+    from diffusers import DiffusionPipeline
+
+    absent = dict.fromkeys(lacking(teacher))
+    options = {"dtype": torch.float32, "local_files_only": True}  # its text encoders and VAE may be stored in half
+    pipe = experts.install(DiffusionPipeline.from_pretrained(folder, **options, **absent), folder)
+    if expected.negative is not None:
+        pipe = negative_prompt.install(pipe, folder / negative_prompt.FILE)
+    pipe = controlnet.piped(pipe, folder, **options, **absent)
+    pipe = settled(pipe, place(teacher.parts.net))
+    pipe.safety_checker = None  # SD 1.x's: it blackens what it takes for harmful, which is not the student's doing
+    gaps = {"pipeline": compare(pipe, teacher, expected, steps)}
+    gaps |= {f"pipeline, {n} step{'s' * (n > 1)}": compare(pipe, teacher, other, n) for n, other in others.items()}
+    if wrong := {name: gap for name, gap in gaps.items() if not gap.largest <= TOLERANCE}:
+        told = ", ".join(f"{name} by {gap.largest:.2g} (limit {TOLERANCE})" for name, gap in wrong.items())
+        raise ExportError(f"the exported pipeline differs from the student: {told}; see {folder}")
+    for file in made:
+        try:
+            gap = compare(loaded(pipe, teacher, file), teacher, expected, steps)
+        except Exception as error:  # LoRA loaders raise all kinds of errors
+            left[file.name] = f"diffusers does not load it ({type(error).__name__}: {error})"
+            continue
+        if gap.largest <= LARGEST and gap.psnr >= PSNR:
+            gaps[file.name] = gap
+        else:
+            left[file.name] = f"its images differ from the student's by {gap} (allowed {LARGEST} and {PSNR:g} dB)"
+    return gaps
+
+
+def lacking(teacher: Teacher) -> list[str]:
+    """Components that from_pretrained asks for and the teacher's folder does not have: SD3 without T5."""
+    import diffusers
+
+    optional = getattr(diffusers, teacher.parts.index["_class_name"])._optional_components
+    return [n for n, entry in teacher.parts.index.items() if entry == [None, None] and n not in optional]
+
+
+def page(
+    student: Student,
+    teacher: Teacher,
+    scheduler: Any,
+    about: About,
+    where: str | Path,
+    prompt: Any,
+    lora: str,
+    limits: Sequence[str],
+    beside: Sequence[str] = (),
+    checked: str = "",
+) -> str:
+    """The model card. checked: what was verified."""
+    family, steps = teacher.parts.family, len(student.times)
+    program = call(teacher, steps, prompt)
+    return card(
+        about.name,
+        about.base,
+        about.license,
+        FAMILIES[teacher.parts.index["_class_name"]],
+        about.method,
+        steps,
+        about.config,
+        code=code(program, where, absent=lacking(teacher)),
+        lora=code(program, where, about.base, lora, type(scheduler).__name__, lacking(teacher)) if lora else "",
+        task=getattr(family, "TASK", "text-to-image"),
+        samples="samples.png",
+        prompt=str(prompt),
+        limits=limits,
+        results=about.results,
+        files=beside,
+        checked=checked,
+    )
+
+
+def call(teacher: Teacher, steps: int, prompt: Any) -> str:
+    """The call that a card shows, with the size of the samples, which some pipelines do not know."""
+    family = teacher.parts.family
+    if not hasattr(family, "TARGETS"):
+        return family.snippet(steps, prompt)
+    height, width = (side * factor(teacher.parts) for side in teacher.shape[-2:])
+    options = {"height": height, "width": width, "num_inference_steps": steps}
+    options |= family.options(teacher.parts, steps) if hasattr(family, "options") else family.CALL
+    if "frames" in teacher.parts.asked:
+        options["num_frames"] = teacher.parts.asked["frames"]
+    given = ", ".join([json.dumps(prompt), *(f"{name}={value!r}" for name, value in options.items())])
+    made = "video = {}.frames[0]" if len(teacher.shape) == 4 else "image = {}.images[0]"
+    return made.format(f"pipe({given})")
+
+
+Singles = tuple[list[Path], list[str], dict[str, str]]
+
+
+def singles(student: Student, teacher: Teacher, net: nn.Module, folder: Path, about: About) -> Singles:
+    """(files that load into plain diffusers, limitations, {file that cannot be written: reason})."""
+    import diffusers
+
+    if isinstance(student.denoiser.call, controlnet.Controlled):
+        return [], [controlnet.LIMIT], {}
+    if not hasattr(teacher.parts.family, "TARGETS"):
+        return [], list(teacher.parts.family.limits(net)), {}
+    if adapters(net):
+        return [], [negative_prompt.LIMIT], {}
+    both: list[Any] = [net, teacher.parts.net]
+    ours, base = (dict(one.config) for one in both)
+    other = any(ours.get(key) != base.get(key) for key in {*ours, *base} if not key.startswith("_"))
+    if student.experts or other:
+        return (
+            [],
+            [
+                NEGATIVE,
+                "There are no single files: these would need the base's network config, and the student's differs.",
+            ],
+            {},
+        )
+    steps, kind, limits, left = len(student.times), student.denoiser.kind, [NEGATIVE], {}  # type: ignore[var-annotated]
+    size = teacher.shape[-1] * factor(teacher.parts), teacher.shape[-2] * factor(teacher.parts)
+    spec = lambda lora: single_files.modelspec(net, kind, about.name, size, lora, license=about.license.id)
+    name = lambda what: single_files.file_name(about.name, steps, what)
+    part, adapted = single_files.part(net), hasattr(net, "peft_config")
+    write = lambda what, to: try_write(folder / name(what), lambda file: to(net, file, spec(what != part)), left)
+    made = write(part, single_files.unet_file)
+    loads_lora = hasattr(getattr(diffusers, teacher.parts.index["_class_name"]), "load_lora_weights")
+    if adapted and loads_lora:
+        made += write("lora", single_files.lora_file)
+    elif adapted:
+        limits.append("There is no LoRA file: its diffusers pipeline cannot load one. It is merged into the network.")
+    if part == "unet":
+        given = {"lora": name("lora_comfy")} if adapted else {"unet": name("unet")}
+        try:
+            flow = comfyui.workflow(student, "BASE.safetensors", size=size, **given)
+            (folder / f"{about.name}_{steps}step_comfyui.json").write_text(json.dumps(flow, indent=1))
+        except ValueError as error:
+            limits.append(f"There is no workflow for ComfyUI: {error}.")
+        if adapted:
+            made += write("lora_comfy", kohya.lora_file)
+    elif adapted and loads_lora:
+        (config,) = net.peft_config.values()  # type: ignore[operator]
+        limits.append(f"ComfyUI does not read this LoRA's alpha: set its strength to {config.lora_alpha / config.r:g}.")
+    return made, limits, left
+
+
+def try_write(file: Path, write: Callable[[Path], Any], left: dict[str, str]) -> list[Path]:
+    """[file] after `write(file)`; [] if that fails, with the reason in `left`."""
+    try:
+        write(file)
+    except (ValueError, OSError, SafetensorError) as error:
+        for path in (file, file.with_name(f".{file.name}.partial")):
+            path.unlink(missing_ok=True)
+        left[file.name] = checkpoint.refused(error) or f"{error}"
+        return []
+    return [file]
+
+
+def loaded(pipe: Any, teacher: Teacher, file: Path) -> Any:
+    """The pipeline with the weights of one single file, as diffusers loads it on the teacher's network."""
+    from safetensors.torch import load_file
+
+    parts = teacher.parts
+    pipe.remove_all_hooks()
+    pipe.register_modules(**{parts.network: None})  # frees the last one before the next is read
+    net = parts.component(parts.network, torch.float32)
+    pipe.register_modules(**{parts.network: net})
+    if file.stem.endswith(parts.network):
+        net.load_state_dict(load_file(file))
+    else:
+        pipe.load_lora_weights(file.parent, weight_name=file.name)
+    return settled(pipe, place(net))
+
+
+def write(teacher: Teacher, net: Any, scheduler: Any, folder: Path) -> None:
+    """The pipeline folder of the teacher with another network and scheduler."""
+    parts = teacher.parts
+    index = dict(parts.index)
+    for name, entry in parts.index.items():
+        if isinstance(entry, list) and entry[0] is not None and name not in (parts.network, "scheduler"):
+            if not copy(parts.folder / name, folder / name, parts.variant):
+                shutil.rmtree(folder / name)
+                index[name] = [None, None]
+    for file in parts.folder.glob("LICENSE*"):
+        shutil.copy(file, folder / file.name)
+    net.save_pretrained(folder / parts.network, safe_serialization=True)
+    scheduler.save_pretrained(folder / "scheduler")
+    index["scheduler"] = ["diffusers", type(scheduler).__name__]
+    index["_name_or_path"] = ""
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+PLAIN = re.compile(r"[^.]+\.safetensors(\.index\.json)?")  # model.safetensors, not model.fp16.safetensors
+WEIGHTS = re.compile(r".+\.(safetensors|bin|msgpack|onnx|onnx_data|h5|ckpt|pt|pth|xml)(\.index.*)?")
+
+
+def copy(source: Path, target: Path, variant: str | None) -> bool:
+    """A component's files as they are: of several sets of weights the one that was loaded, under its plain name.
+
+    False where the weights are pickles alone, which are not copied: a safety checker's, say, which nothing loads.
+    """
+    files = [f for f in sorted(source.rglob("*")) if f.is_file()]
+    tag = f".{variant}"
+    tagged = [f for f in files if variant and is_variant(f, variant)]
+    for file in files:
+        if WEIGHTS.fullmatch(file.name) and file not in tagged and (tagged or not PLAIN.fullmatch(file.name)):
+            continue
+        to = target / file.relative_to(source)
+        to.parent.mkdir(parents=True, exist_ok=True)
+        if file not in tagged:
+            shutil.copy(file, to)
+        elif file.suffix == ".json":  # the index of the shards names them
+            to.with_name(file.name.replace(tag, "")).write_text(file.read_text().replace(tag, ""))
+        else:
+            shutil.copy(file, to.with_name(file.name.replace(tag, "")))
+    weights = lambda folder: any(WEIGHTS.fullmatch(file.name) for file in folder.rglob("*"))
+    return weights(target) or not weights(source)
+
+
+@dataclass(frozen=True)
+class Again:
+    """Export a run's newest checkpoint, or a published student, as a verified pipeline folder."""
+
+    run: Annotated[str, tyro.conf.Positional] = ""  # a run's folder, with its config.yaml
+    checkpoint: str = "latest"  # latest, or checkpoint-N of the run
+    other: str = ""  # another run with the same teacher and student; the export averages both weights
+    share: Share = 0.5  # weight of `run` in that average; the other run has 1 - share (SwiftBrush v2: .5)
+    published: Annotated[str, tyro.conf.arg(name="from")] = (
+        ""  # instead of a run: a student published by others, a file or its folder
+    )
+    layout: Literal["dmd2", "lightning", "lcm"] | None = None  # method of that student; None: from the file's name
+    steps: int | None = None  # network calls of that student; None: from the file's name
+    teacher: Annotated[str, TEACHER] = ""  # folder or Hub name of that student's base; for a run: the moved teacher
+    variant: str | None = None  # the base's weight files, for example fp16
+    resolution: int | None = None  # pixels per side; None: the base's training resolution
+    output_dir: str = ""  # output folder; replaces an earlier export; "": `pipeline` in the run's folder
+    push_to_hub: bool = False  # upload the verified export
+    hub_model_id: str | None = None  # user/name; None: the name of the run or of output_dir
+    hub_private: bool = False  # a new repository on the Hub is private
+    license: str | None = None  # of the student if the teacher's is unknown: apache-2.0, for example, or NAME,URL
+
+
+def trained(again: Again) -> tuple[Student, Teacher, Any, str, str, str]:
+    """The averaged student of a run's checkpoint, its scheduler, the teacher's name, the method and configuration."""
+    run = Path(again.run)
+    if not (run / "config.yaml").is_file():
+        raise ValueError(f"no run at {again.run!r}: a run's folder has a config.yaml, its checkpoints are --checkpoint")
+    text, method, tree = read_run_config(run)
+    method = method.lower()
+    found = checkpoint.found(run)
+    if not found:
+        raise ValueError(f"{run} has no checkpoint yet: go on training with --resume_from_checkpoint latest")
+    named = Path(again.checkpoint).name
+    chosen = found[-1:] if named == "latest" else [f for f in found if f.name == named]
+    if not chosen:
+        raise ValueError(f"no checkpoint {again.checkpoint!r} in {run}; there are {[f.name for f in found]}")
+    base = again.teacher or tree["teacher"]
+    options = {key: tree.get(key) for key in ("revision", "variant", "resolution", "frames")}
+    teacher = opened(base, **options, told=tells(method, tree["method"]))
+    config = revived(StudentConfig, tree["student"])
+    recorded = (history.last_entry(run) or {}).get("times")  # set by the method, if no flag gave them
+    if config.times is None and recorded:
+        config = replace(config, times=tuple(recorded))
+    if "control" in tree["method"]:
+        controlnet.install(teacher)
+    scheduler, times = carrying(teacher, config)
+    denoiser = replace(teacher.denoiser, net=student_network(config, teacher.denoiser.net))
+    weights = [Stored(file) for file in checkpoint.files(chosen[0], "student")]
+    jumps = any(key.startswith(SECOND) for file in weights for key in file.shapes)
+    denoiser = timed(denoiser) if jumps else denoiser
+    checkpoint.fill(denoiser.net, chosen[0], "student", teacher.denoiser.net)
+    rest = config.phases, earlier_experts(config, teacher.denoiser), jumps
+    student = Student(denoiser, times, config.scale, config.renoise, *rest)
+    if again.other:
+        student = mixed(
+            student, trained(replace(again, run=again.other, other="", checkpoint="latest"))[0], again.share
+        )
+        text += yaml.safe_dump({"other": again.other, "share": again.share})
+    return student, teacher, scheduler, base, method, text
+
+
+def mixed(a: Student, b: Student, share: float) -> Student:
+    """The student with the weights share A + (1 - share) B, adapters merged; both take their calls at the same levels.
+
+    ValueError if they do not: a mean of weights is a student only where both began at the same ones.
+    """
+    ours, theirs = ((s.times, s.input_scale, s.renoise) for s in (a, b))
+    if ours != theirs:
+        raise ValueError(f"the other student's calls are (times, scale, noise) {theirs}, this one's {ours}: not mixed")
+    net, other = merged(a.denoiser.net), merged(b.denoiser.net).state_dict()
+    for name, tensor in net.state_dict().items():
+        if tensor.is_floating_point():
+            tensor.lerp_(other[name].to(tensor), 1 - share)
+    return a.using(net)
+
+
+def tells(method: str, fields: dict[str, Any]) -> bool:
+    """Whether a method of this name with these values tells its student the guidance."""
+    known, w = {name.lower(): getattr(methods, name) for name in methods.__all__}, fields.get("guidance")
+    if not isinstance(w, list) or method not in known:
+        return False
+    options = {"embed": fields["embed"]} if "embed" in fields else {}
+    return "told" in known[method](guidance=tuple(w), **options).needs
+
+
+def published(again: Again) -> tuple[Student, Teacher, Any, str, str, str, tuple[str, ...]]:
+    """A third-party student on its base; the last value is notes about the parts of the file that were used."""
+    path = Path(again.published)
+    if not path.exists():
+        raise ValueError(f"no file or folder at {again.published!r}")
+    known = others.known(path, again.layout, again.steps)
+    teacher = opened(again.teacher, None, again.variant, again.resolution, None)
+    last = float(teacher.denoiser.schedule.native(torch.ones(1).double()))
+    one = known.indices[0] if len(known.indices) == 1 else None
+    config = StudentConfig(
+        steps=len(known.indices),
+        timestep=one,
+        scale=known.scale,
+        renoise=known.renoise,
+        times=tuple(n / last for n in known.indices),
+    )
+    found = others.read(path, teacher.denoiser.net)
+    known = others.check_agreement(found, known, teacher.denoiser, zero_terminal(teacher.parts.scheduler()))
+    net = others.install(teacher.denoiser.net, found.weights)
+    denoiser = replace(teacher.denoiser, net=net, kind=known.kind)
+    scheduler, times = carrying(replace(teacher, denoiser=denoiser), config)
+    student = Student(denoiser, times, known.scale, known.renoise)
+    facts = yaml.safe_dump({"from": path.name, "student": {**asdict(known), "indices": [*known.indices]}})
+    notes = (*found.notes, "Nothing was compared with images of its publishers.")
+    return student, teacher, scheduler, again.teacher, again.layout or "", facts, notes
+
+
+def main(again: Again | None = None) -> None:
+    again = again or tyro.cli(Again, use_underscores=True, description=__doc__)
+    from pipelines.run import quiet
+
+    if bool(again.run) == bool(again.published):
+        fail("give a run's folder, or a published student with --from FILE and its base")
+    if again.published and not again.output_dir:
+        fail("a published student needs --output_dir, the folder to write")
+    if again.published and not again.teacher:
+        fail("a published student needs its base: --pretrained_model_name_or_path, a folder or a name on the Hub")
+    out = Path(again.output_dir or f"{again.run}/pipeline")
+    name = (out.parent if out.name == "pipeline" else out).resolve().name
+    try:
+        quiet()
+        with folder_lock(out, beside=True):
+            export_again(again, out, name)
+    except (ValueError, ExportError) as error:
+        fail(str(error))
+    except (OSError, SafetensorError, MemoryError, RuntimeError) as error:
+        if not (why := checkpoint.refused(error)):
+            raise
+        fail(f"{why} and give the same command again")
+
+
+def export_again(again: Again, out: Path, name: str) -> None:
+    """Write the pipeline folder `out`, and push it if `again` says so."""
+    replaceable(out)
+    repository = hub.create(again.hub_model_id or name, again.hub_private) if again.push_to_hub else None
+    student, teacher, scheduler, base, method, facts, *notes = trained(again) if again.run else published(again)
+    told = about(name, teacher, base, method, facts, again.license, repository)
+    if again.published:
+        named = Path(base).name if Path(base).exists() else base
+        source = f"the weights of {Path(again.published).name}, as they were read, on {named}"
+        told = replace(told, source=source, notes=notes[0])
+    report(out, export(student, teacher, student.denoiser.net, scheduler, out, told), told)
+    if repository:
+        sys.stderr.write(f"pushed to {hub.push(out, repository)}\n")
+
+
+def report(folder: Path, found: Verified, about: About) -> None:
+    """Print the written files, the reference, and the differences of their images."""
+    lines = [f"exported {folder}. Plain diffusers loaded it again; from the same noise its images differ from those"]
+    lines += [f"of the training code's sampler with {about.source} (images in [0, 1]: largest difference, PSNR):"]
+    lines += [f"  {gap.largest:.1e}  {gap.psnr:5.1f} dB  {name}" for name, gap in found.gaps.items()]
+    lines += [f"left out {name}: {why}" for name, why in found.left.items()]
+    sys.stderr.write("\n".join([*lines, *about.notes, ""]))

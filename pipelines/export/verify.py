@@ -1,0 +1,137 @@
+"""Verification: a pipeline, as plain diffusers loads it, against the trainer's own sampler on stored noise."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from distill.diffusion.student import Student
+from distill.networks.negative_attention import adapters, against
+from distill.random import Draw
+from pipelines.inference import controlnet
+from pipelines.teacher import Teacher
+
+TOLERANCE = 1e-3  # largest difference of an image in [0, 1]
+LARGEST, PSNR = 0.25, 40.0  # of files whose weights are rounded to half precision: that difference, and decibels
+NEGATIVE = "blurry, grey"  # what a student that hears negative prompts is compared with
+EXAMPLES = ("a photo of a red fox in the snow", "an old man reading a newspaper under a lamp")
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What the trainer's own sampler makes of stored noise: z [n, *shape], images [n, C, (T,) H, W] in [0, 1].
+
+    picture: what a student with an adapter was shown, [1, C, H, W] (controlnet.py).
+    """
+
+    prompts: tuple[Any, ...]
+    z: Tensor
+    images: Tensor
+    negative: str | None = None  # prompt of all of them
+    picture: Tensor | None = None
+
+
+class Gap(NamedTuple):
+    """How far images in [0, 1] are from those of the student: the largest difference, and the PSNR in decibels."""
+
+    largest: float
+    psnr: float
+
+    def __str__(self) -> str:
+        return f"{self.largest:.2g}, PSNR {self.psnr:.1f} dB"
+
+
+class Generated(Draw):
+    """Noise in the order in which a diffusers pipeline takes it from the device's global generator."""
+
+    def __init__(self, teacher: Teacher, device: torch.device | str = "cpu") -> None:
+        super().__init__(0, 0, "export", torch.zeros(0, device=device))
+        self.unpacked = getattr(teacher.parts.family, "unpacked", torch.randn)
+
+    def normal(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        with self.device:  # where schedulers draw: a GPU's numbers are others
+            return self.unpacked(shape)
+
+
+@contextmanager
+def exact(seed: int, device: torch.device) -> Iterator[None]:
+    """Random numbers from `seed`, and products in whole float32: TF32 alone moves an image by more than TOLERANCE."""
+    cuda = [device] if device.type == "cuda" else []
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    try:
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+        with torch.random.fork_rng(cuda):
+            torch.manual_seed(seed)
+            yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+def place(net: nn.Module) -> torch.device:
+    """A GPU that holds the network in float32 and the pass of one sample, else the CPU."""
+    size = sum(p.numel() * 4 for p in net.parameters())
+    torch.cuda.empty_cache()  # what training has freed is free for the driver only now
+    fits = torch.cuda.is_available() and torch.cuda.mem_get_info()[0] > 1.5 * size
+    return torch.device("cuda", torch.cuda.current_device()) if fits else torch.device("cpu")
+
+
+def settled(pipe: Any, device: torch.device) -> Any:
+    """The pipeline on the device; on a GPU one component at a time."""
+    pipe.set_progress_bar_config(disable=True)
+    if device.type == "cuda":
+        pipe.enable_model_cpu_offload(device=device)
+    return pipe
+
+
+def examples(teacher: Teacher) -> tuple[Any, ...]:
+    """Prompts or labels of the verification."""
+    family = teacher.parts.family
+    return family.examples(teacher) if hasattr(family, "examples") else EXAMPLES
+
+
+@torch.no_grad()
+def reference(student: Student, teacher: Teacher, net: nn.Module) -> Reference:
+    """Samples of the student with the weights `net`, one by one, from noise of fixed seeds."""
+    prompts, device = examples(teacher), place(net)
+    z = torch.randn(len(prompts), *teacher.shape, generator=torch.Generator().manual_seed(0))
+    teacher.parts.drop_text()  # it may be on another device
+    teacher.parts.device = device
+    with exact(0, device):
+        encoded = [teacher.encode([prompt]) for prompt in prompts]
+        if negative := NEGATIVE if adapters(net) else None:
+            encoded = [against(c, teacher.negative([negative])) for c in encoded]
+    teacher.parts.drop_text()
+    before, found, told = next(net.parameters()).device, [], controlnet.example(student.denoiser, teacher)
+    roles = net, *(expert.net for expert in student.experts)
+    for role in roles:
+        role.to(device)
+    for i, given in enumerate(encoded):
+        c = {key: value.to(device) for key, value in ((given or {}) | told).items()}
+        with exact(i, device):
+            found.append(student.using(net).generate(z[i : i + 1].to(device), c or None, Generated(teacher, device)))
+    for role in roles:
+        role.to(before)
+    with exact(0, device):  # network and decoder are never on the device together
+        images = torch.cat([teacher.decode(x).cpu() for x in found])
+    images = (images.float() / 2 + 0.5).clamp(0, 1)
+    return Reference(tuple(prompts), z, images, negative, told.get("control"))
+
+
+@torch.no_grad()
+def compare(pipe: Any, teacher: Teacher, expected: Reference, steps: int) -> Gap:
+    """How far a pipeline's images are from the reference; nan where one is not finite."""
+    family, gaps, device = teacher.parts.family, [], pipe._execution_device
+    if expected.picture is not None:
+        pipe = controlnet.Shown(pipe, expected.picture.to(device))
+    for i, prompt in enumerate(expected.prompts):
+        with exact(i, device):
+            z = expected.z[i : i + 1].to(device)
+            image = family.sample(pipe, [prompt], z, steps, family.UNCONDITIONAL, expected.negative)
+        gaps.append(image.float().cpu().clamp(0, 1) - expected.images[i : i + 1])
+    gap = torch.cat(gaps).double()
+    return Gap(float(gap.abs().max()), float(-10 * gap.square().mean().log10()))

@@ -1,0 +1,1 @@
+"""One module for each family of diffusers pipelines that can be a teacher."""

@@ -1,0 +1,197 @@
+"""Pixel-space EDM teachers and students, with or without labels, in diffusers' ConsistencyModelPipeline.
+
+The scheduler's config carries sigma_data and the range of sigma. With sigma_min = 0 its step is exactly EDM's
+preconditioning D = c_skip x + c_out F(c_in x, 250 ln sigma); the network is trained with that c_noise. Networks that
+were trained with another (pipelines/export/edm_convert.py) stay with theirs: see `exported`.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from distill.diffusion.denoiser import Condition, Denoiser
+from distill.diffusion.schedule import EDM, expand
+from pipelines import fields
+from pipelines.components import Parts
+from pipelines.families import schedulers
+from pipelines.teacher import Teacher
+
+if TYPE_CHECKING:
+    from diffusers import ConsistencyModelPipeline, UNet2DModel
+
+    from distill.diffusion.student import Student
+
+RHO = 7.0
+C_NOISE = 250.0  # a ConsistencyModelPipeline tells its network 250 ln sigma
+TASK = "unconditional-image-generation"
+BLOCKS = ("ResnetBlock2D", "Attention", "Block")  # classes of modules that are sharded one by one; Block: SongUNet's
+UNCONDITIONAL = 0.0  # unused by the pipeline: guidance is built in
+FACTS = {"null_class": 10}  # of the tiny teacher
+
+
+def examples(teacher: Teacher) -> tuple[int, ...]:
+    """The labels that an export is verified on: the first eight classes, fewer where there are fewer."""
+    net: Any = teacher.denoiser.net
+    null = teacher.denoiser.null
+    count = net.config.get("num_class_embeds") if getattr(net, "class_embedding", None) is not None else None
+    no_label = None if null is None else int(null["class_labels"])
+    return tuple(label for label in range(8 if count is None else count) if label != no_label)[:8] or (0,)
+
+
+@dataclass(frozen=True)
+class Call:
+    """How a UNet2DModel, or a SongUNet (pipelines/edm_nets.py), is called: c_in x, c_noise ln sigma, class labels."""
+
+    sigma_d: float
+    c_noise: float = C_NOISE
+
+    def __call__(self, net: nn.Module, x: Tensor, sigma: Tensor, c: Condition) -> Tensor:
+        c_in = 1 / (expand(sigma, x) ** 2 + self.sigma_d**2).sqrt()
+        labels = None if c is None or net.class_embedding is None else c["class_labels"]
+        return net((c_in * x).to(x.dtype), self.c_noise * sigma.log(), class_labels=labels, return_dict=False)[0]
+
+
+def teacher(
+    unet: UNet2DModel, sigma_d: float, null_class: int | None, parts: Any = None, c_noise: float = C_NOISE
+) -> Teacher:
+    """An EDM teacher around a network that is told c_noise * ln sigma.
+
+    null_class: the label that stands for "no label", None if it has none.
+    """
+    null = None if null_class is None else {"class_labels": torch.tensor([null_class])}
+    schedule = EDM()
+
+    def encode(labels: Any) -> Condition:
+        return {"class_labels": torch.as_tensor(labels, device=unet.device).long()}
+
+    shape = (unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
+    denoiser = Denoiser(unet, schedule, "edm", Call(sigma_d, c_noise), null, sigma_d)
+    return Teacher(denoiser, encode, lambda x: x.clamp(-1, 1), lambda images, eps: images, shape, parts)
+
+
+@torch.no_grad()
+def smooth(unet: UNet2DModel, max_frequency: float) -> None:
+    """Cut the network off from the components of its time embedding that turn faster than `max_frequency`.
+
+    In radians per unit of ln sigma; the embedding of 250 ln sigma turns by up to 250.
+    """
+    half = unet.time_embedding.linear_1.in_features // 2
+    fast = 250 * 10000 ** -(torch.arange(half) / half) > max_frequency
+    unet.time_embedding.linear_1.weight[:, fast.repeat(2)] = 0
+
+
+def load(parts: Parts, resolution: int | None, frames: int | None) -> Teacher:
+    """distill.json beside model_index.json says which label is "no label", and c_noise where it is not 250."""
+    facts = fields.facts(parts.folder)
+    scheduler, c_noise = parts.scheduler(), facts.get("c_noise", C_NOISE)
+    schedulers.check_class(scheduler, schedulers.EDM, "EDM's levels")
+    known, null = parts.net.config.get("num_class_embeds"), facts.get("null_class")
+    if known is not None and null is not None and null >= known:
+        path = parts.folder / "distill.json"
+        raise ValueError(f"{path}: null_class is {null}, and the network knows the labels 0 .. {known - 1}: correct it")
+    return teacher(parts.net, scheduler.config.sigma_data, facts.get("null_class"), parts, c_noise)
+
+
+def exported_call(call: Any) -> Call:
+    """The call of an exported network, equal to the one in ConsistencyModelPipeline."""
+    return replace(call, c_noise=C_NOISE)
+
+
+@torch.no_grad()
+def exported(net: UNet2DModel, student: Student) -> UNet2DModel:
+    """The student's network, such that ConsistencyModelPipeline may call it, which tells it 250 ln sigma.
+
+    Of a network that is told something else, the first layer W e + b changes by the least that maps the pipeline's
+    embeddings e of the student's levels as their own, and maps its own embedding of every sigma as before.
+    """
+    call, schedule = student.denoiser.call, student.denoiser.schedule
+    assert isinstance(call, Call) and isinstance(schedule, EDM)
+    if call.c_noise == C_NOISE:
+        return net
+    net = copy.deepcopy(net)
+    weight = net.time_embedding.linear_1.weight
+    embed = lambda scale, log: net.time_proj((scale * log).to(weight.device)).double()
+    few = schedule.ratio(torch.tensor(student.times, dtype=torch.float64)).log()
+    every = torch.linspace(math.log(schedule.sigma_min), math.log(schedule.sigma_max), 64, dtype=torch.float64)
+    own, told, kept = embed(call.c_noise, few), embed(C_NOISE, few), embed(call.c_noise, every)
+    change = torch.cat([own - told, torch.zeros_like(kept)]) @ weight.T.double()
+    weight += (torch.linalg.pinv(torch.cat([told, kept]), rtol=1e-6) @ change).T
+    return net
+
+
+def sample(
+    pipe: Any, labels: Sequence[int], z: Tensor, steps: int, guidance: float, negative: str | None = None
+) -> Tensor:
+    """Images [B, C, H, W] in [0, 1] of the pipeline itself from unit noise z; guidance is built in."""
+    pipe.prepare_latents = lambda *args, **kwargs: (
+        z * pipe.scheduler.init_noise_sigma
+    )  # `latents=` insists on three channels
+    images = pipe(len(z), class_labels=list(labels), num_inference_steps=steps, output_type="np").images
+    return torch.from_numpy(images).permute(0, 3, 1, 2)
+
+
+def snippet(steps: int, label: int) -> str:
+    """The call that a model card shows; it leaves `image`."""
+    return f"image = pipe(class_labels=[{label}], num_inference_steps={steps}).images[0]"
+
+
+def limits(net: nn.Module) -> tuple[str, ...]:
+    """What a model card says does not work."""
+    home = type(net).__module__
+    if home.startswith("diffusers."):
+        return ()
+    return (
+        f"Without distill-one-step installed: no network of diffusers is DDPM++, so model_index.json names {home}."
+        f"{type(net).__name__} of that package. No code is loaded from this folder.",
+    )
+
+
+def scheduler(sigma_d: float, sigma: float, points: int, rho: float = RHO) -> Any:
+    """A scheduler that visits the levels sigma (1 - v i)^rho, i = 0 .. N - 1, in N inference steps.
+
+    v = floor(points / N) / (points - 1): 1 / N where there are N + 1 points.
+    """
+    from diffusers import CMStochasticIterativeScheduler
+
+    return CMStochasticIterativeScheduler(
+        num_train_timesteps=points, sigma_min=0.0, sigma_max=sigma, sigma_data=sigma_d, rho=rho, clip_denoised=False
+    )
+
+
+def pipeline(unet: UNet2DModel, sigma_d: float, sigma: float, steps: int) -> ConsistencyModelPipeline:
+    """The network with that scheduler."""
+    from diffusers import ConsistencyModelPipeline
+
+    return ConsistencyModelPipeline(unet, scheduler(sigma_d, sigma, steps + 1))
+
+
+def tiny() -> ConsistencyModelPipeline:
+    """A tiny random teacher of ten classes and a null class."""
+    return pipeline(unet((8, 16)), 0.5, 80.0, 1)
+
+
+def unet(
+    channels: tuple[int, ...] = (16, 32), size: int = 8, in_channels: int = 1, classes: int = 11, layers: int = 1
+) -> UNet2DModel:
+    """A small UNet2DModel without attention; `classes` counts the null class."""
+    from diffusers import UNet2DModel
+
+    return UNet2DModel(
+        sample_size=size,
+        in_channels=in_channels,
+        out_channels=in_channels,
+        down_block_types=("DownBlock2D",) * len(channels),
+        up_block_types=("UpBlock2D",) * len(channels),
+        block_out_channels=channels,
+        layers_per_block=layers,
+        norm_num_groups=8,
+        num_class_embeds=classes,
+        add_attention=False,
+    )

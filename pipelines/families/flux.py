@@ -1,0 +1,135 @@
+"""FLUX.1 dev and schnell: a flow transformer on 2x2 packed latents; T5 tokens and a pooled CLIP text.
+
+dev is told a guidance by an embedding: 3.5 unless c has "guidance". The guidance of Teacher.sample and of distill is
+classifier-free guidance on top of it, `true_cfg_scale` in the pipeline, with the empty prompt as the null.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from distill.diffusion.denoiser import Condition, Denoiser
+from pipelines import fields
+from pipelines.components import Parts
+from pipelines.families import latents
+from pipelines.teacher import Teacher
+
+UNCONDITIONAL = 1.0  # true_cfg_scale of the pipeline that makes one call a step
+CALL: dict[str, Any] = {}  # options of the call that a model card shows
+TARGETS = (  # modules of a LoRA: attention and feed-forward of both streams
+    *("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
+    *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2", "proj_mlp"),
+)
+TAPS = ("single_transformer_blocks.9",)  # modules whose output is a discriminator's feature: the middle of 19 + 38
+BLOCKS = ("FluxTransformerBlock", "FluxSingleTransformerBlock")  # classes of modules that are sharded one by one
+FACTS = {"resolution": 16}  # of the tiny teacher: no component of the pipeline holds its size
+
+
+@dataclass(frozen=True)
+class Call:
+    """c: "prompt_embeds" [B, 512, D], "pooled" [B, P]; "guidance" [B] in place of the field's, where it is embedded."""
+
+    guidance: float = 3.5
+
+    def __call__(self, net: Any, x: Tensor, n: Tensor, c: Condition) -> Tensor:
+        assert c is not None
+        B, _, H, W = x.shape
+        text, told = c["prompt_embeds"].to(x.dtype), None
+        if net.config.guidance_embeds:
+            told = c["guidance"].to(n) if "guidance" in c else torch.full_like(n, self.guidance)
+        places = torch.cartesian_prod(
+            *(torch.arange(n, device=x.device) for n in (1, H // 2, W // 2))
+        ).float()  # [N, 3]
+        ids = {"img_ids": places, "txt_ids": places.new_zeros(text.shape[1], 3)}
+        out = net(pack(x), text, c["pooled"].to(x.dtype), n / 1000, guidance=told, **ids, return_dict=False)[0]
+        return unpack(out, x.shape)
+
+    def feature(self, output: tuple[Tensor, Tensor]) -> Tensor:
+        """Of a block's two streams, (text, image), the image's tokens [B, N, D]."""
+        return output[1]
+
+
+def pack(x: Tensor) -> Tensor:
+    """[B, C, H, W] -> tokens [B, H/2 W/2, 4C]."""
+    B, C, H, W = x.shape
+    return x.reshape(B, C, H // 2, 2, W // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(B, -1, 4 * C)
+
+
+def unpack(tokens: Tensor, shape: Sequence[int]) -> Tensor:
+    """The inverse of `pack`."""
+    B, C, H, W = shape
+    return tokens.reshape(B, H // 2, W // 2, C, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(B, C, H, W)
+
+
+def unpacked(shape: Sequence[int]) -> Tensor:
+    """Noise [B, C, H, W] as the pipeline's scheduler draws it: over packed tokens, from torch's own generator."""
+    B, C, H, W = shape
+    return unpack(torch.randn(B, H * W // 4, 4 * C), shape)
+
+
+def load(parts: Parts, resolution: int | None, frames: int | None) -> Teacher:
+    def encode(prompts: Sequence[str]) -> Condition:
+        text, pooled, _ = parts.text.encode_prompt(list(prompts), device=parts.device)
+        return {"prompt_embeds": text, "pooled": pooled}
+
+    decode, latent = latents.kl(parts, latents.scale_and_shift)
+    denoiser = Denoiser(parts.net, *latents.flow(parts.scheduler()), call=Call())
+    return Teacher(denoiser, encode, decode, latent, shape(parts, resolution), parts)
+
+
+def shape(parts: Parts, resolution: int | None) -> tuple[int, int, int]:
+    """(C, H, W) of an unpacked latent: 1024 pixels where nothing else is said."""
+    facts = fields.facts(parts.folder)
+    channels, height, width = latents.shape(parts, resolution or facts.get("resolution", 1024), patch=2)
+    return channels // 4, height, width
+
+
+def set_timesteps(scheduler: Any, steps: int, teacher: Teacher) -> None:
+    """The pipeline's own levels, 1 to 1 / steps; under dynamic shifting mu is linear in the number of tokens."""
+    config, tokens = scheduler.config, teacher.shape[-1] * teacher.shape[-2] / 4
+    few, many = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+    low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+    mu = low + (high - low) * (tokens - few) / (many - few)
+    scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)
+
+
+def sample(
+    pipe: Any, prompts: Sequence[str], z: Tensor, steps: int, guidance: float, negative: str | None = None
+) -> Tensor:
+    """Images [B, 3, H, W] in [0, 1] of the pipeline itself from unit noise z, with true guidance of that scale."""
+    many = [negative or ""] * len(prompts) if guidance > 1 else None
+    height, width = (side * pipe.vae_scale_factor for side in z.shape[-2:])
+    options = {"num_inference_steps": steps, "true_cfg_scale": guidance, "height": height, "width": width}
+    return pipe(list(prompts), negative_prompt=many, latents=pack(z), output_type="pt", **options).images
+
+
+def tiny(guidance: bool = True) -> Any:
+    """FLUX.1-dev's kind, or schnell's: no guidance embedding."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+
+    from pipelines.families import tiny
+
+    net = FluxTransformer2DModel(
+        in_channels=16,
+        num_layers=2,
+        num_single_layers=10,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        pooled_projection_dim=32,
+        guidance_embeds=guidance,
+        axes_dims_rope=(4, 6, 6),
+    )
+    tiny.louder(tiny.louder(net, 4.0, "context_embedder", "proj_out"), 2.0, "time_text_embed")
+    vae = tiny.vae(scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False)
+    flow = FlowMatchEulerDiscreteScheduler(
+        shift=3.0 if guidance else 1.0, use_dynamic_shifting=guidance, max_shift=1.15
+    )
+    texts = tiny.clip(), tiny.clip_tokenizer(), tiny.t5(), tiny.t5_tokenizer(512)
+    return FluxPipeline(flow, vae, *texts, net)

@@ -1,0 +1,143 @@
+"""What latent families share: the autoencoder's scale, the size of a sample, the schedule of a scheduler's config."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from distill.diffusion.schedule import Flow, Kind, Schedule
+from pipelines.families import schedulers
+
+if TYPE_CHECKING:
+    from pipelines.components import Parts
+
+
+def flow(scheduler: Any, scale: float | None = None) -> tuple[Schedule, Kind]:
+    """The schedule and prediction kind of a flow-matching scheduler; its shift belongs to the times."""
+    return Flow(float(scale or schedulers.flow(scheduler))), "flow"
+
+
+def kl(
+    parts: Parts, ends: Callable[[Any, Tensor], tuple[Any, Any]]
+) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]:
+    """(decode, latent) of an AutoencoderKL: x = (posterior sample - shift) * scale.
+
+    ends(config, x) -> (scale, shift), as the family's pipeline reads them of the autoencoder's config.
+    """
+
+    def decode(x: Tensor) -> Tensor:
+        scale, shift = ends(parts.vae.config, x)
+        vae = parts.vae.to(x.device)
+        return vae.decode((x / scale + shift).to(vae.dtype), return_dict=False)[0].to(x.dtype)
+
+    @torch.no_grad()
+    def latent(images: Tensor, eps: Tensor) -> Tensor:
+        scale, shift = ends(parts.vae.config, images)
+        vae = parts.vae.to(images.device)
+        encoded = vae.encode(images.to(vae.dtype))
+        if hasattr(encoded, "latent_dist"):
+            found = encoded.latent_dist.mean + encoded.latent_dist.std * eps.to(encoded.latent_dist.mean)
+        else:
+            found = encoded.latents  # of an AutoencoderTiny, which has no posterior
+        return (found - shift).to(images.dtype) * scale
+
+    return decode, latent
+
+
+def scale_only(config: Any, x: Tensor) -> tuple[float, float]:
+    """(scale, shift) in the pipelines of SD and PixArt, which read scaling_factor alone."""
+    return config.scaling_factor, 0.0
+
+
+def scale_and_shift(config: Any, x: Tensor) -> tuple[float, float]:
+    """(scale, shift) in the pipelines of SD3 and FLUX, which need a shift_factor."""
+    if (shift := config.get("shift_factor")) is None:
+        raise ValueError(
+            "the teacher's VAE has no shift_factor, which its pipeline adds to latents: write 0 where it has none"
+        )
+    return config.scaling_factor, shift
+
+
+def channel_scale_and_shift(config: Any, x: Tensor) -> tuple[Tensor | float, Tensor | float]:
+    """(scale, shift) in the pipeline of SDXL, which also reads latents_mean and latents_std, of each channel."""
+    mean, std = config.get("latents_mean"), config.get("latents_std")
+    if mean is None or std is None:
+        return config.scaling_factor, 0.0
+    of = lambda values: torch.tensor(values).to(x).reshape(-1, 1, 1)
+    return config.scaling_factor / of(std), of(mean)
+
+
+def kl3d(parts: Parts) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]:
+    """(decode, latent) of a causal video autoencoder: x = (posterior sample - mean) / std, each of a channel."""
+
+    def ends(x: Tensor) -> list[Tensor]:
+        config = parts.vae.config
+        if config.get("latents_mean") is None or config.get("latents_std") is None:
+            raise ValueError("the teacher's VAE has no latents_mean or latents_std, which its pipeline reads")
+        return [torch.tensor(v).to(x).reshape(-1, 1, 1, 1) for v in (config.latents_mean, config.latents_std)]
+
+    def decode(x: Tensor) -> Tensor:
+        mean, std = ends(x)
+        vae = parts.vae.to(x.device)
+        return vae.decode((x * std + mean).to(vae.dtype), return_dict=False)[0].to(x.dtype)
+
+    @torch.no_grad()
+    def latent(videos: Tensor, eps: Tensor) -> Tensor:
+        mean, std = ends(videos)
+        vae = parts.vae.to(videos.device)
+        posterior = vae.encode(videos.to(vae.dtype)).latent_dist
+        return ((posterior.mean + posterior.std * eps.to(posterior.mean)).to(videos.dtype) - mean) / std
+
+    return decode, latent
+
+
+def dc(parts: Parts) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]:
+    """(decode, latent) of an AutoencoderDC, which has no posterior: x = latent * scale, whatever eps."""
+
+    def decode(x: Tensor) -> Tensor:
+        vae = parts.vae.to(x.device)
+        return vae.decode((x / vae.config.scaling_factor).to(vae.dtype), return_dict=False)[0].to(x.dtype)
+
+    @torch.no_grad()
+    def latent(images: Tensor, eps: Tensor) -> Tensor:
+        vae = parts.vae.to(images.device)
+        return vae.encode(images.to(vae.dtype)).latent.to(images.dtype) * vae.config.scaling_factor
+
+    return decode, latent
+
+
+def factor(parts: Parts) -> int:
+    """Pixels along a side of a picture for one of its latent."""
+    config = parts.config("vae")
+    names = ("encoder_block_out_channels", "block_out_channels", "down_block_out_channels", "dim_mult")
+    levels = next((config[name] for name in names if config.get(name)), None)
+    if not isinstance(levels, list | tuple):
+        raise ValueError(f"the teacher's VAE ({config.get('_class_name')}) has none of {', '.join(names)}: its size")
+    return 2 ** (len(levels) - 1)
+
+
+def shape(parts: Parts, resolution: int | None, patch: int = 1) -> tuple[int, int, int]:
+    """(C, H, W) of what the network sees: its own size, or the one of `resolution` pixels, in whole patches."""
+    config = parts.net.config
+    channels = parts.config("vae").get("latent_channels", config.in_channels)
+    if config.in_channels not in (channels, 4 * channels):  # FLUX packs 2 x 2 of them
+        raise ValueError(
+            f"{parts.folder}: its {parts.network} takes {config.in_channels} channels, its VAE's latents have "
+            f"{channels}: networks for inpainting or editing cannot be distilled here"
+        )
+    if resolution is None:
+        sides = config.sample_size if isinstance(config.sample_size, list | tuple) else [config.sample_size]
+        if len({*sides}) != 1 or sides[0] is None:
+            where = f"{parts.folder / parts.network}/config.json"
+            raise ValueError(
+                f"{where}: sample_size is {config.sample_size}; where it is not the one side of a square, pass "
+                "--resolution PIXELS"
+            )
+        return config.in_channels, sides[0], sides[0]
+    pixels = factor(parts)
+    if resolution % (pixels * patch) or resolution < 1:
+        raise ValueError(f"resolution is {resolution}; this teacher needs a multiple of {pixels * patch}")
+    return config.in_channels, resolution // pixels, resolution // pixels

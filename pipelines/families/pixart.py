@@ -1,0 +1,86 @@
+"""PixArt-alpha and PixArt-Sigma: a diffusion transformer on latents of a KL autoencoder, masked T5 text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distill.diffusion.denoiser import Condition, Denoiser
+from pipelines.components import Parts
+from pipelines.families import latents, schedulers
+from pipelines.teacher import Teacher
+
+UNCONDITIONAL = 1.0  # guidance_scale of the pipeline that makes one call a step
+CALL: dict[str, Any] = {
+    "guidance_scale": 1,
+    "use_resolution_binning": False,
+    "clean_caption": False,
+}  # options of the call that a model card shows
+TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")  # modules of a LoRA
+TAPS = ("transformer_blocks.13",)  # modules whose output is a discriminator's feature: the middle of 28
+BLOCKS = ("BasicTransformerBlock",)  # classes of modules that are sharded one by one
+LENGTH = {"PixArtAlphaPipeline": 120, "PixArtSigmaPipeline": 300}  # tokens of a prompt
+
+
+def call(net: nn.Module, x: Tensor, n: Tensor, c: Condition) -> Tensor:
+    """c: "prompt_embeds" [B, L, D] and their "mask" [B, L]; PixArt-alpha at 1024 pixels reads two keys more:
+    "resolution" [B, 2], height and width in pixels, and "aspect_ratio" [B, 1], height / width.
+
+    Of the 2C channels that come out, the last C are a learned variance; no sampler of the pipelines uses it.
+    """
+    assert c is not None
+    added = {key: c[key].to(x.dtype) if key in c else None for key in ("resolution", "aspect_ratio")}
+    text = c["prompt_embeds"].to(x.dtype)
+    return net(x, text, n, added, encoder_attention_mask=c["mask"], return_dict=False)[0][:, : x.shape[1]]
+
+
+def load(parts: Parts, resolution: int | None, frames: int | None) -> Teacher:
+    shape = latents.shape(parts, resolution, parts.net.config.patch_size)
+    side, length = float(shape[-1] * latents.factor(parts)), LENGTH[parts.index["_class_name"]]
+
+    def encode(prompts: Sequence[str]) -> Condition:
+        options = {"clean_caption": False, "max_sequence_length": length, "device": parts.device}
+        text, mask, *_ = parts.text.encode_prompt(list(prompts), False, **options)
+        c = {"prompt_embeds": text, "mask": mask}
+        if parts.net.use_additional_conditions:
+            c["resolution"] = torch.full((len(text), 2), side, device=text.device)
+            c["aspect_ratio"] = torch.ones(len(text), 1, device=text.device)
+        return c
+
+    decode, latent = latents.kl(parts, latents.scale_only)
+    denoiser = Denoiser(parts.net, *schedulers.table(parts.scheduler()), call=call)
+    return Teacher(denoiser, encode, decode, latent, shape, parts)
+
+
+def sample(
+    pipe: Any, prompts: Sequence[str], z: Tensor, steps: int, guidance: float, negative: str | None = None
+) -> Tensor:
+    """Images [B, 3, H, W] in [0, 1] of the pipeline itself from unit noise z."""
+    height, width = (side * pipe.vae_scale_factor for side in z.shape[-2:])
+    options = {"num_inference_steps": steps, "guidance_scale": guidance, "height": height, "width": width}
+    plain = {"clean_caption": False, "use_resolution_binning": False, "output_type": "pt"}
+    return pipe(list(prompts), negative or "", latents=z, **options, **plain).images
+
+
+def tiny(kind: str = "PixArtSigmaPipeline", **config: Any) -> Any:
+    """Of either pipeline; PixArt-alpha with sample_size 128 has its added conditions."""
+    import diffusers
+
+    from pipelines.families import tiny
+
+    base: dict[str, Any] = {
+        "sample_size": 8,
+        "num_layers": 14,
+        "num_attention_heads": 2,
+        "attention_head_dim": 12,
+        "cross_attention_dim": 24,
+        "caption_channels": 32,
+    }
+    net = tiny.louder(diffusers.PixArtTransformer2DModel(**base | config), 3.0, "attn2")
+    tiny.louder(tiny.louder(net, 1.5, "resolution_embedder"), 4.0, "aspect_ratio_embedder")
+    scheduler = diffusers.DPMSolverMultistepScheduler(beta_start=0.0001, beta_end=0.02)
+    vae = tiny.louder(tiny.vae(), 2.0, "conv_out")
+    return getattr(diffusers, kind)(tiny.t5_tokenizer(), tiny.t5(), vae, net, scheduler)

@@ -1,0 +1,116 @@
+"""Qwen-Image: a flow transformer on 2x2 packed latents of a video autoencoder; Qwen2.5-VL text in a template.
+
+Its pipeline rescales a guided prediction to the norm of the conditional one, token by token. Teacher.sample does too
+(`Rescaled`); the guidance inside of methods does not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from distill.diffusion.denoiser import Condition, Denoiser
+from distill.diffusion.guidance import Guided
+from distill.diffusion.schedule import Prediction
+from pipelines.components import Parts
+from pipelines.families import latents
+from pipelines.families.flux import pack, set_timesteps, shape, unpack, unpacked
+from pipelines.teacher import Teacher
+
+__all__ = ["set_timesteps", "unpacked"]  # those of FLUX
+
+UNCONDITIONAL = 1.0  # true_cfg_scale of the pipeline that makes one call a step
+CALL: dict[str, Any] = {"true_cfg_scale": 1}  # options of the call that a model card shows
+TARGETS = (  # modules of a LoRA: attention and feed-forward of both streams
+    *("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
+    *("img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2"),
+)
+TAPS = ("transformer_blocks.29",)  # modules whose output is a discriminator's feature: the middle of 60
+BLOCKS = ("QwenImageTransformerBlock",)  # classes of modules that are sharded one by one
+LENGTH = 512  # tokens of a prompt in its template
+FACTS = {"resolution": 16}  # of the tiny teacher: no component of the pipeline holds its size
+
+
+@dataclass(frozen=True)
+class Call:
+    """c: "prompt_embeds" [B, 512, D] and their "mask" [B, 512], 1 where a token is."""
+
+    def __call__(self, net: nn.Module, x: Tensor, n: Tensor, c: Condition) -> Tensor:
+        assert c is not None
+        places = [[(1, x.shape[-2] // 2, x.shape[-1] // 2)]] * len(x)
+        text = c["prompt_embeds"].to(x.dtype)
+        return unpack(net(pack(x), text, c["mask"], n / 1000, places, return_dict=False)[0], x.shape)
+
+    def feature(self, output: tuple[Tensor, Tensor]) -> Tensor:
+        """Of a block's two streams, (text, image), the image's tokens [B, N, D]."""
+        return output[1]
+
+
+class Rescaled(Guided):
+    """Guidance whose prediction has, in each token, the norm of the conditional one."""
+
+    def __call__(self, x: Tensor, t: Tensor, c: Condition = None) -> Prediction:
+        pred = super().__call__(x, t, c)
+        if isinstance(self.w, int | float) and self.w == 1:
+            return pred
+        out, cond = pack(pred.out), pack(self.base(x, t, c).out)
+        length = cond.norm(dim=-1, keepdim=True) / out.norm(dim=-1, keepdim=True)
+        return replace(pred, out=unpack(out * length, x.shape))
+
+
+def load(parts: Parts, resolution: int | None, frames: int | None) -> Teacher:
+    def encode(prompts: Sequence[str]) -> Condition:
+        text, mask = parts.text.encode_prompt(list(prompts), parts.device, max_sequence_length=LENGTH)
+        mask = text.new_ones(text.shape[:2], dtype=torch.long) if mask is None else mask
+        rest = LENGTH - text.shape[1]
+        return {"prompt_embeds": pad(text, (0, 0, 0, rest)), "mask": pad(mask, (0, rest))}
+
+    decode, latent = latents.kl3d(parts)
+    denoiser = Denoiser(parts.net, *latents.flow(parts.scheduler()), call=Call())
+    return Teacher(
+        denoiser,
+        encode,
+        lambda x: decode(x[:, :, None])[:, :, 0],
+        lambda images, eps: latent(images[:, :, None], eps[:, :, None])[:, :, 0],
+        shape(parts, resolution),
+        parts,
+    )
+
+
+def sample(
+    pipe: Any, prompts: Sequence[str], z: Tensor, steps: int, guidance: float, negative: str | None = None
+) -> Tensor:
+    """Images [B, 3, H, W] in [0, 1] of the pipeline itself from unit noise z."""
+    many = [negative or ""] * len(prompts) if guidance > 1 else None
+    height, width = (side * pipe.vae_scale_factor for side in z.shape[-2:])
+    options = {"num_inference_steps": steps, "true_cfg_scale": guidance, "height": height, "width": width}
+    return pipe(list(prompts), negative_prompt=many, latents=pack(z), output_type="pt", **options).images
+
+
+def tiny() -> Any:
+    import diffusers
+
+    from pipelines.families import tiny
+
+    vae = diffusers.AutoencoderKLQwenImage(
+        base_dim=4, z_dim=4, dim_mult=[1, 2], num_res_blocks=1, temperal_downsample=[False],
+        latents_mean=[-0.7571, -0.7089, -0.9113, 0.1075], latents_std=[2.8184, 1.4541, 2.3275, 2.6558],
+    ).eval()  # fmt: skip
+    net = diffusers.QwenImageTransformer2DModel(
+        in_channels=16,
+        out_channels=4,
+        num_layers=30,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        axes_dims_rope=(4, 6, 6),
+    )
+    tiny.louder(net, 3.0, "txt_in", "proj_out")
+    tiny.louder(vae, 3.0, "conv_out")
+    flow = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, max_shift=0.9, shift_terminal=0.02)
+    return diffusers.QwenImagePipeline(flow, vae, tiny.qwen(), tiny.qwen_tokenizer(), net)

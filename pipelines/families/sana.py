@@ -1,0 +1,201 @@
+"""SANA: a linear-attention flow transformer on deep-compression latents, Gemma text; and SANA-Sprint's form of it.
+
+python -m pipelines.sana TEACHER FOLDER      a copy whose queries and keys are normalised and which is told t in [0, 1]
+
+SANA-Sprint (Chen et al. 2025, arXiv 2503.09641) fine-tunes such a copy before it distils, for sCM differentiates the
+network in time: told 1000 t its derivative is a thousand times as large. A student of it is told its guidance, too: by
+an embedding that is zero at first, 4.5 unless c has "guidance". It is a SanaSprintPipeline under the SCMScheduler.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import tyro
+from torch import Tensor
+
+from distill.diffusion.denoiser import Condition, Denoiser
+from pipelines.components import Parts
+from pipelines.families import latents
+from pipelines.teacher import Teacher
+
+UNCONDITIONAL = 1.0  # guidance_scale of the pipeline that makes one call a step
+CALL: dict[str, Any] = {
+    "guidance_scale": 1,
+    "use_resolution_binning": False,
+}  # options of the call that a model card shows
+TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "conv_inverted", "conv_point")  # modules of a LoRA
+TAPS = ("transformer_blocks.9",)  # modules whose output is a discriminator's feature: the middle of 20
+BLOCKS = ("SanaTransformerBlock",)  # classes of modules that are sharded one by one
+TOLD = {"_class_name": "SanaSprintPipeline"}  # of model_index.json where the network is told its guidance
+GUIDANCE = 4.5  # that it is told where nothing is said: SanaSprintPipeline's
+SPRINT = {"qk_norm": "rms_norm_across_heads", "timestep_scale": 1e-3}  # SANA-Sprint's config, but for its guidance
+
+
+def call(net: Any, x: Tensor, n: Tensor, c: Condition) -> Tensor:
+    """c: "prompt_embeds" [B, 300, D] and their "mask" [B, 300]; "guidance" [B] where it is embedded."""
+    assert c is not None
+    text, w = c["prompt_embeds"].to(x.dtype), None
+    if net.config.guidance_embeds:
+        w = c["guidance"].to(n) if "guidance" in c else torch.full_like(n, GUIDANCE)
+        w = w * net.config.guidance_embeds_scale
+    told = n * net.config.timestep_scale
+    return net(x, text, told, guidance=w, encoder_attention_mask=c["mask"], return_dict=False)[0]
+
+
+def hearing(net: Any) -> Any:
+    """The network with an embedding of its guidance, whose last layer is zero, so that it moves nothing yet."""
+    if net.config.guidance_embeds:
+        return net
+    if abs(net.config.timestep_scale / SPRINT["timestep_scale"] - 1) > 1e-6:
+        raise ValueError(
+            "SanaSprintPipeline gives its network t in [0, 1], and this teacher expects 1000 t: convert it with "
+            "python -m pipelines.sana TEACHER FOLDER, and fine-tune that with recipes/sana_sprint_teacher.py"
+        )
+    made = changed(net, guidance_embeds=True)
+    for p in made.time_embed.guidance_embedder.linear_2.parameters():
+        torch.nn.init.zeros_(p)
+    return made
+
+
+def changed(net: Any, **config: Any) -> Any:
+    """The network with another config and the same weights; norms that it did not have start as ones."""
+    like, own = next(net.parameters()), {key: v for key, v in net.config.items() if not key.startswith("_")}
+    with torch.random.fork_rng(), torch.device(like.device):
+        torch.manual_seed(0)  # the same new weights on every process
+        made = type(net)(**own | config).to(like.dtype)
+    plain = {name.replace("time_embed.emb.", "time_embed."): p for name, p in net.state_dict().items()}
+    names = {name.replace("time_embed.emb.", "time_embed."): name for name in made.state_dict()}
+    made.load_state_dict({names[name]: p for name, p in plain.items()}, strict=False, assign=like.is_meta)
+    return made
+
+
+def sprints(parts: Parts) -> bool:
+    """Whether the pipeline is SANA-Sprint's."""
+    return parts.index["_class_name"] == TOLD["_class_name"]
+
+
+def steps(parts: Parts) -> tuple[int, ...]:
+    """Numbers of calls with which an export is compared, beside the student's own: SANA-Sprint's is for all of them."""
+    return (1, 2, 4) if sprints(parts) else ()
+
+
+def angles(steps: int) -> tuple[float, ...]:
+    """TrigFlow's angles of the calls that SanaSprintPipeline makes: two at pi / 2 and 1.3, others evenly from pi / 2.
+
+    It takes no others: its `timesteps` are an error with diffusers' SCMScheduler, so the paper's four are out of reach.
+    """
+    return (math.pi / 2, 1.3) if steps == 2 else tuple(math.pi / 2 * (1 - i / steps) for i in range(steps))
+
+
+def options(parts: Parts, steps: int) -> dict[str, Any]:
+    """Arguments of the call in the model card."""
+    if not sprints(parts):
+        return CALL
+    return CALL | {"guidance_scale": GUIDANCE} | ({} if steps == 2 else {"intermediate_timesteps": None})
+
+
+def load(parts: Parts, resolution: int | None, frames: int | None) -> Teacher:
+    def embed(prompts: Sequence[str], instruction: list[str] | None) -> Condition:
+        options: dict[str, Any] = {"device": parts.device, "complex_human_instruction": instruction}
+        options |= {} if sprints(parts) else {"do_classifier_free_guidance": False}
+        text, mask, *_ = parts.text.encode_prompt(list(prompts), **options)
+        return {"prompt_embeds": text, "mask": mask}
+
+    def encode(prompts: Sequence[str]) -> Condition:
+        defaults = inspect.signature(type(parts.text).__call__).parameters
+        return embed(prompts, defaults["complex_human_instruction"].default)
+
+    def negative(prompts: Sequence[str]) -> Condition:
+        return embed(prompts, None)  # the pipeline puts its instruction before prompts only
+
+    decode, latent = latents.dc(parts)
+    denoiser = Denoiser(parts.net, *latents.flow(parts.scheduler()), call=call)
+    shape = latents.shape(parts, resolution, parts.net.config.patch_size)
+    return Teacher(denoiser, encode, decode, latent, shape, parts, negative)
+
+
+def sample(
+    pipe: Any, prompts: Sequence[str], z: Tensor, steps: int, guidance: float, negative: str | None = None
+) -> Tensor:
+    """Images [B, 3, H, W] in [0, 1] of the pipeline itself from unit noise z."""
+    height, width = (side * pipe.vae_scale_factor for side in z.shape[-2:])
+    options = {"num_inference_steps": steps, "guidance_scale": guidance, "height": height, "width": width}
+    options |= {"use_resolution_binning": False, "output_type": "pt"}
+    if hasattr(pipe.scheduler.config, "sigma_data"):  # SANA-Sprint's: one call a step, whatever its guidance
+        told = {"guidance_scale": GUIDANCE if guidance == UNCONDITIONAL else guidance}
+        told |= {} if steps == 2 else {"intermediate_timesteps": None}
+        return pipe(list(prompts), latents=z, **options | told).images
+    return pipe(list(prompts), negative or "", latents=z, **options).images
+
+
+def tiny(**config: Any) -> Any:
+    from diffusers import AutoencoderDC, DPMSolverMultistepScheduler, SanaPipeline, SanaTransformer2DModel
+
+    from pipelines.families import tiny
+
+    blocks = ("ResBlock", "ResBlock", "EfficientViTBlock")
+    vae = AutoencoderDC(
+        latent_channels=4,
+        attention_head_dim=2,
+        encoder_block_types=blocks,
+        decoder_block_types=blocks,
+        encoder_block_out_channels=(8,) * 3,
+        decoder_block_out_channels=(8,) * 3,
+        encoder_layers_per_block=(1,) * 3,
+        decoder_layers_per_block=(1,) * 3,
+        encoder_qkv_multiscales=((), (), (5,)),
+        decoder_qkv_multiscales=((), (), (5,)),
+        downsample_block_type="conv",
+        upsample_block_type="interpolate",
+        scaling_factor=0.41407,
+    ).eval()
+    net = SanaTransformer2DModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        num_layers=20,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=8,
+        cross_attention_dim=16,
+        caption_channels=16,
+        **(SPRINT | config),
+    )
+    tiny.louder(net, 3.0, "attn2", "timestep_embedder")
+    flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
+    return SanaPipeline(tiny.gemma_tokenizer(), tiny.gemma(16), vae, net, DPMSolverMultistepScheduler(**flow))
+
+
+@dataclass(frozen=True)
+class Copy:
+    """A SANA teacher with SANA-Sprint's norms and times, its other weights as they are: to be fine-tuned."""
+
+    teacher: Annotated[str, tyro.conf.Positional]  # a folder, or a name on the Hub
+    output_dir: Annotated[str, tyro.conf.Positional]  # the folder to write
+    variant: str | None = None  # of the teacher's weight files: fp16
+
+
+def main(copy: Copy | None = None) -> None:
+    copy = copy or tyro.cli(Copy, use_underscores=True, description=__doc__)
+    from distill.configuration import fail
+    from pipelines.export.export import write
+    from pipelines.teacher import opened
+
+    folder = Path(copy.output_dir)
+    if folder.exists() and any(folder.iterdir()):
+        fail(f"{folder} is not empty: choose another folder")
+    try:
+        teacher = opened(copy.teacher, variant=copy.variant)
+        if (kind := teacher.parts.index["_class_name"]) != "SanaPipeline":
+            raise ValueError(f"{copy.teacher} is a {kind}; give a SanaPipeline")
+    except ValueError as error:
+        fail(str(error))
+    write(teacher, changed(teacher.denoiser.net, **SPRINT), teacher.parts.scheduler(), folder)

@@ -1,0 +1,107 @@
+"""Stable Diffusion 1.x and 2.x: an eps- or v-predicting UNet on latents of a KL autoencoder, CLIP text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from distill.diffusion.denoiser import Condition, Denoiser
+from distill.diffusion.guidance import embedding
+from pipelines.components import Parts
+from pipelines.families import latents, schedulers
+from pipelines.teacher import Teacher
+
+UNCONDITIONAL = 0.0  # guidance_scale of the pipeline that makes one call a step
+CALL: dict[str, Any] = {"guidance_scale": 0}  # options of the call that a model card shows
+GUIDANCE = 7.5  # default input of a guidance embedding, as in the pipeline
+TARGETS = (  # modules of a LoRA: DMD2's list
+    *("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"),
+    *("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj"),
+)
+TAPS = ("mid_block",)  # modules whose output is a discriminator's feature
+BLOCKS = ("BasicTransformerBlock", "ResnetBlock2D")  # classes of modules that are sharded one by one
+
+
+def call(net: Any, x: Tensor, n: Tensor, c: Condition) -> Tensor:
+    """c: "prompt_embeds" [B, L, D]; a network with a guidance embedding reads "guidance" w [B]."""
+    told = guidance(net, x, c, GUIDANCE)
+    return net(x, n, c["prompt_embeds"].to(x.dtype), timestep_cond=told, return_dict=False)[0]
+
+
+def guidance(net: Any, x: Tensor, c: Condition, default: float) -> Tensor | None:
+    """Embedding [B, D] of w - 1 (LCM's omega) if the network has one; w = `default` if c has no guidance."""
+    if "guidance" not in c and not has_guidance_embedding(net):
+        return None
+    w = c["guidance"] if "guidance" in c else x.new_full((len(x),), default)
+    return embedding(w - 1, net.config.time_cond_proj_dim).to(x)
+
+
+def has_guidance_embedding(net: Any) -> bool:
+    """Whether a UNet has a guidance embedding; its pipeline then never makes a second call for guidance."""
+    return getattr(net.config, "time_cond_proj_dim", None) is not None
+
+
+def options(parts: Parts, steps: int) -> dict[str, Any]:
+    """Arguments of the call in the model card."""
+    return {"guidance_scale": GUIDANCE} if has_guidance_embedding(parts.net) else CALL
+
+
+def load(parts: Parts, resolution: int | None, frames: int | None) -> Teacher:
+    def encode(prompts: Sequence[str]) -> Condition:
+        text = parts.text
+        return {"prompt_embeds": text.encode_prompt(list(prompts), parts.device, 1, False)[0]}
+
+    decode, latent = latents.kl(parts, latents.scale_only)
+    denoiser = Denoiser(parts.net, *schedulers.table(parts.scheduler()), call=call)
+    return Teacher(denoiser, encode, decode, latent, latents.shape(parts, resolution), parts)
+
+
+def sample(
+    pipe: Any, prompts: Sequence[str], z: Tensor, steps: int, guidance: float, negative: str | None = None
+) -> Tensor:
+    """Images [B, 3, H, W] in [0, 1] of the pipeline itself from unit noise z."""
+    many = None if negative is None else [negative] * len(prompts)
+    guidance = GUIDANCE if has_guidance_embedding(pipe.unet) and guidance == UNCONDITIONAL else guidance
+    height, width = (side * pipe.vae_scale_factor for side in z.shape[-2:])
+    options = {"num_inference_steps": steps, "guidance_scale": guidance, "height": height, "width": width}
+    return pipe(list(prompts), negative_prompt=many, latents=z, output_type="pt", **options).images
+
+
+def tiny(**config: Any) -> Any:
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+    from pipelines.families import tiny
+
+    scheduler = DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        **config,
+    )
+    return StableDiffusionPipeline(
+        tiny.vae(), tiny.clip(), tiny.clip_tokenizer(), unet(), scheduler, None, None, requires_safety_checker=False
+    )
+
+
+def unet(**config: Any) -> Any:
+    """A UNet2DConditionModel of SD's kind with two levels."""
+    from diffusers import UNet2DConditionModel
+
+    from pipelines.families import tiny
+
+    base: dict[str, Any] = {
+        "sample_size": 8,
+        "block_out_channels": (16, 32),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+        "layers_per_block": 1,
+        "cross_attention_dim": 32,
+        "attention_head_dim": 2,
+        "norm_num_groups": 8,
+    }
+    return tiny.louder(UNet2DConditionModel(**base | config), 3.0, "attn2")

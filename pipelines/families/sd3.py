@@ -1,0 +1,86 @@
+"""Stable Diffusion 3 and 3.5: a flow transformer on two streams; CLIP twice, and T5 where the folder has it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from distill.diffusion.denoiser import Condition, Denoiser
+from pipelines.components import Parts
+from pipelines.families import latents
+from pipelines.teacher import Teacher
+
+UNCONDITIONAL = 1.0  # guidance_scale of the pipeline that makes one call a step
+CALL: dict[str, Any] = {"guidance_scale": 1}  # options of the call that a model card shows
+TARGETS = (  # modules of a LoRA: attention and feed-forward of both streams
+    *("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
+    *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
+)
+TAPS = ("transformer_blocks.12",)  # modules whose output is a discriminator's feature: the middle of 24
+BLOCKS = ("JointTransformerBlock",)  # classes of modules that are sharded one by one
+
+
+@dataclass(frozen=True)
+class Call:
+    """c: "prompt_embeds" [B, 77 + 256, D], "pooled" [B, P]."""
+
+    def __call__(self, net: nn.Module, x: Tensor, n: Tensor, c: Condition) -> Tensor:
+        assert c is not None
+        return net(x, c["prompt_embeds"].to(x.dtype), c["pooled"].to(x.dtype), n, return_dict=False)[0]
+
+    def feature(self, output: tuple[Tensor, Tensor]) -> Tensor:
+        """Of a block's two streams, (text, image), the image's tokens [B, N, D]."""
+        return output[1]
+
+
+def load(parts: Parts, resolution: int | None, frames: int | None) -> Teacher:
+    def encode(prompts: Sequence[str]) -> Condition:
+        text = parts.text
+        if text.text_encoder_3 is None:
+            text.transformer = parts.net  # T5's part is zeros, of the width that the network reads
+        embeds, _, pooled, _ = text.encode_prompt(list(prompts), None, None, parts.device, 1, False)
+        return {"prompt_embeds": embeds, "pooled": pooled}
+
+    decode, latent = latents.kl(parts, latents.scale_and_shift)
+    denoiser = Denoiser(parts.net, *latents.flow(parts.scheduler()), call=Call())
+    shape = latents.shape(parts, resolution, patch=parts.net.config.patch_size)
+    return Teacher(denoiser, encode, decode, latent, shape, parts)
+
+
+def sample(
+    pipe: Any, prompts: Sequence[str], z: Tensor, steps: int, guidance: float, negative: str | None = None
+) -> Tensor:
+    """Images [B, 3, H, W] in [0, 1] of the pipeline itself from unit noise z."""
+    many = None if negative is None else [negative] * len(prompts)
+    height, width = (side * pipe.vae_scale_factor for side in z.shape[-2:])
+    options = {"num_inference_steps": steps, "guidance_scale": guidance, "height": height, "width": width}
+    return pipe(list(prompts), negative_prompt=many, latents=z, output_type="pt", **options).images
+
+
+def tiny(t5: bool = True) -> Any:
+    from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+
+    from pipelines.families import tiny
+
+    net = SD3Transformer2DModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        num_layers=14,
+        attention_head_dim=8,
+        num_attention_heads=4,
+        joint_attention_dim=64,
+        caption_projection_dim=32,
+        pooled_projection_dim=64,
+        pos_embed_max_size=16,
+        dual_attention_layers=(0,),
+        qk_norm="rms_norm",
+    )
+    tiny.louder(net, 4.0, "time_text_embed.text_embedder", "context_embedder", "proj_out")
+    vae = tiny.vae(scaling_factor=1.5305, shift_factor=0.0609, use_quant_conv=False, use_post_quant_conv=False)
+    clips = [(tiny.clip(projection=32), tiny.clip_tokenizer()) for _ in range(2)]
+    last = (tiny.t5(64), tiny.t5_tokenizer(256)) if t5 else (None, None)
+    return StableDiffusion3Pipeline(net, FlowMatchEulerDiscreteScheduler(shift=3.0), vae, *clips[0], *clips[1], *last)

@@ -1,0 +1,103 @@
+"""Wan 2.1 and 2.2 text-to-video: a flow transformer on latents (C, T, H, W) of a causal 3-D autoencoder, UMT5 text.
+
+The pipeline takes neither timesteps nor sigmas from its caller: a student's times are those of its scheduler's config.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from distill.diffusion.denoiser import Condition, Denoiser
+from pipelines import fields
+from pipelines.components import Parts
+from pipelines.families import latents
+from pipelines.teacher import Teacher
+
+TASK = "text-to-video"
+UNCONDITIONAL = 1.0  # guidance_scale of the pipeline that makes one call a step
+CALL: dict[str, Any] = {"guidance_scale": 1}  # options of the call that a model card shows
+TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")  # modules of a LoRA
+TAPS = ("blocks.14",)  # modules whose output is a discriminator's feature: the middle of 30
+BLOCKS = ("WanTransformerBlock",)  # classes of modules that are sharded one by one
+LENGTH = 512  # tokens of a prompt
+SIZES = {480: (480, 832), 704: (704, 1280), 720: (720, 1280)}  # resolution -> height, width; others are square
+FACTS = {"resolution": 32, "frames": 5}  # of the tiny teacher: no component of a Wan pipeline holds its size
+
+
+def call(net: nn.Module, x: Tensor, n: Tensor, c: Condition) -> Tensor:
+    """x [B, C, T, H, W]; c: "prompt_embeds" [B, 512, D], zero beyond the prompt."""
+    assert c is not None
+    return net(x, n, c["prompt_embeds"].to(x.dtype), return_dict=False)[0]
+
+
+def load(parts: Parts, resolution: int | None, frames: int | None) -> Teacher:
+    student = fields.facts(parts.folder).get("student")
+    two = parts.index.get("boundary_ratio") is not None or parts.index.get("transformer_2", [None])[0] is not None
+    if two and not student:
+        raise ValueError(
+            f"{parts.folder} holds two experts, transformer and transformer_2 (Wan 2.2 A14B): one student cannot start "
+            "from both. Teachers with one transformer are Wan 2.1 (1.3B, 14B) and Wan 2.2 TI2V-5B"
+        )
+
+    def encode(prompts: Sequence[str]) -> Condition:
+        options = {"max_sequence_length": LENGTH, "device": parts.device}
+        text, _ = parts.text.encode_prompt(list(prompts), None, False, **options)
+        return {"prompt_embeds": text}
+
+    decode, latent = latents.kl3d(parts)
+    denoiser = Denoiser(parts.net, *latents.flow(parts.scheduler()), call=call)
+    return Teacher(denoiser, encode, decode, latent, shape(parts, resolution, frames), parts)
+
+
+def shape(parts: Parts, resolution: int | None, frames: int | None) -> tuple[int, int, int, int]:
+    """(C, T, H, W) of a latent: 81 pictures of 480p, Wan 2.2 TI2V-5B 121 of 704p, where nothing else is said."""
+    config, vae = parts.net.config, parts.config("vae")
+    space, time = vae.get("scale_factor_spatial", 8), vae.get("scale_factor_temporal", 4)
+    facts = {"resolution": 704, "frames": 121} if space == 16 else {"resolution": 480, "frames": 81}
+    facts |= fields.facts(parts.folder)
+    resolution = facts["resolution"] if resolution is None else resolution
+    frames = facts["frames"] if frames is None else frames
+    parts.asked = {"resolution": resolution, "frames": frames}  # no component of the pipeline says it
+    height, width = SIZES.get(resolution, (resolution, resolution))
+    pixels = space * config.patch_size[1]
+    if height % pixels or width % pixels:
+        raise ValueError(f"resolution is {resolution}; it must be one of {sorted(SIZES)} or a multiple of {pixels}")
+    if frames % time != 1:
+        raise ValueError(f"frames is {frames}; this autoencoder needs a multiple of {time} plus 1")
+    return config.in_channels, frames // time + 1, height // space, width // space
+
+
+def sample(
+    pipe: Any, prompts: Sequence[str], z: Tensor, steps: int, guidance: float, negative: str | None = None
+) -> Tensor:
+    """Videos [B, 3, T, H, W] in [0, 1] of the pipeline itself from unit noise z."""
+    height, width = (side * pipe.vae_scale_factor_spatial for side in z.shape[-2:])
+    frames = (z.shape[2] - 1) * pipe.vae_scale_factor_temporal + 1
+    options = {"num_inference_steps": steps, "guidance_scale": guidance, "num_frames": frames, "output_type": "pt"}
+    many = None if negative is None else [negative] * len(prompts)
+    return pipe(list(prompts), many, height, width, latents=z, **options).frames.transpose(1, 2)
+
+
+def tiny(**config: Any) -> Any:
+    from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+
+    from pipelines.families import tiny
+
+    vae = AutoencoderKLWan(base_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1).eval()
+    net = WanTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=12,
+        text_dim=32,
+        freq_dim=32,
+        ffn_dim=32,
+        num_layers=15,
+        rope_max_seq_len=32,
+    )
+    flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
+    tiny.louder(net, 3.0, "text_embedder", "attn2.norm_k", "attn2.to_v", "attn2.to_out")
+    tiny.louder(vae, 3.0, "conv_out")
+    parts = tiny.t5_tokenizer(), tiny.t5(kind="UMT5"), vae, UniPCMultistepScheduler(**flow), net
+    return WanPipeline(*parts, **config)

@@ -1,0 +1,1 @@
+"""What a finished student or a teacher can do at inference, beyond its own pipeline."""

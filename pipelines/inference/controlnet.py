@@ -1,0 +1,316 @@
+"""Control: a finished student is shown pictures, by a ControlNet. Zhang et al. 2023, arXiv 2302.05543.
+
+The adapter is a ControlNetModel of diffusers: a copy of the network's encoder that sees the picture, too, and adds to
+what the decoder is given by the encoder, through convolutions that are zero at the start. It is the child `control` of
+a network; a picture [B, C, H, W] in [0, 1] is the key "control" of its condition. Without one nothing changes.
+
+    adapter = ControlNetModel.from_pretrained(folder, subfolder="controlnet")
+    with shown(pipe.unet, adapter, picture):
+        pipe(class_labels=[3], num_inference_steps=1)
+
+python -m pipelines.control FOLDER      how well an exported folder keeps to pictures of its own samples
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import torch
+import torch.nn.functional as F
+import tyro
+import yaml
+from torch import Tensor, nn
+
+from distill.configuration import fail
+from distill.diffusion.denoiser import Call, Condition, Denoiser, first
+from distill.modules import shared
+from distill.ranges import Count, Seed
+from distill.training.checkpoint import refused
+from distill.training.config import StudentConfig
+from pipelines import fields
+from pipelines.families import latents
+from pipelines.judges import perceptual
+from pipelines.teacher import Teacher, opened
+
+if TYPE_CHECKING:
+    from distill.configuration import Config
+
+FOLDER = "controlnet"  # of an exported pipeline
+NAMES = ("sample", "timestep", "encoder_hidden_states")  # what a UNet is given first
+WIDTHS = (16, 32, 96, 256)  # of the adapter's layers before its encoder, each but the first at half the size
+LIMIT = (
+    "It is the student that it was made of, until it is shown a picture in [0, 1]: its adapter is in controlnet/, a "
+    "`ControlNetModel`; pass it as `controlnet=` to `from_pretrained` of the ControlNet pipeline of this family, where "
+    "diffusers has one; else `pipelines.control.shown` of distill-one-step tells the network."
+)
+
+
+# ---- pictures of samples ----
+
+
+def asked(config: Config[Any, Any], teacher: Teacher) -> Callable[[Tensor], Tensor]:
+    """c of a run's method: samples [B, *shape] -> pictures [B, C, H, W] in [0, 1], without gradient."""
+    method = config.method
+    return extractor(teacher, method.control, method.factor, None if config.smoke else method.control_decoder)
+
+
+def extractor(teacher: Teacher, name: str, factor: int, decoder: str | None = None) -> Callable[[Tensor], Tensor]:
+    """The picture of the decoded samples; name and factor as in `PICTURES`."""
+    images = perceptual.pictures(teacher, decoder)
+
+    @torch.no_grad()
+    def picture(x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            seen = (images(x) / 2 + 0.5).clamp(0, 1)
+            return PICTURES[name](seen, factor).expand_as(seen)
+
+    return picture
+
+
+def gray(images: Tensor, factor: int = 1) -> Tensor:
+    """[B, C, H, W] -> [B, 1, H, W]: the luminance of three channels, the mean of others."""
+    weights = images.new_tensor([0.299, 0.587, 0.114]) if images.shape[1] == 3 else images.new_ones(images.shape[1])
+    return (images * (weights / weights.sum())[:, None, None]).sum(1, keepdim=True)
+
+
+def downsample(images: Tensor, factor: int) -> Tensor:
+    """Means of squares of `factor` pixels, at the size of the images."""
+    if any(side % factor for side in images.shape[-2:]):
+        raise ValueError(f"factor is {factor}; it must divide the sides of the images, {tuple(images.shape[-2:])}")
+    return F.interpolate(F.avg_pool2d(images, factor), scale_factor=factor)
+
+
+def canny(images: Tensor, factor: int = 1, low: float = 100 / 255, high: float = 200 / 255, rounds: int = 32) -> Tensor:
+    """[B, C, H, W] in [0, 1] -> edges [B, 1, H, W] of 0 and 1. Canny 1986, without a blur.
+
+    Ridges of |g_x| + |g_y| of Sobel's filter, above `high`, and above `low` where at most `rounds` pixels of such a
+    ridge lead from one above `high`. The thresholds are ControlNet's, of 255.
+    """
+    x = F.pad(gray(images), (1, 1, 1, 1), mode="replicate")
+    across = x.new_tensor([[-1.0, 0.0, 1.0], [-2.0, 0.0, 2.0], [-1.0, 0.0, 1.0]])
+    g_x, g_y = F.conv2d(x, torch.stack([across, across.T])[:, None]).split(1, dim=1)
+    size = g_x.abs() + g_y.abs()
+    way = (torch.atan2(g_y, g_x) * (4 / torch.pi)).round().long() % 4  # across, falling, down, rising
+    padded = F.pad(size, (1, 1, 1, 1))
+    high_side, width = size.shape[-2:]
+    at = lambda i, j: padded[..., 1 + i : 1 + i + high_side, 1 + j : 1 + j + width]
+    steps = ((0, 1), (1, 1), (1, 0), (1, -1))
+    ahead, behind = (torch.cat([at(sign * i, sign * j) for i, j in steps], 1).gather(1, way) for sign in (1, -1))
+    ridge = (size > behind) & (size >= ahead)
+    edges, weak = (ridge & (size > high)).to(x.dtype), (ridge & (size > low)).to(x.dtype)
+    for _ in range(rounds):
+        edges = weak * F.max_pool2d(edges, 3, 1, 1)
+    return edges
+
+
+PICTURES: dict[str, Callable[[Tensor, int], Tensor]] = {"canny": canny, "downsample": downsample, "gray": gray}
+
+
+# ---- the adapter ----
+
+
+def install(teacher: Teacher) -> None:
+    """Give the teacher's network the adapter, and let its denoiser hear "control". ValueError where it is no UNet."""
+    pixels = "vae" not in teacher.parts.index
+    net, channels, factor = teacher.denoiser.net, teacher.shape[0] if pixels else 3, 1
+    net.control = controlnet(net, channels, factor if pixels else latents.factor(teacher.parts))
+    teacher.denoiser = replace(teacher.denoiser, call=Controlled(teacher.denoiser.call))
+
+
+def controlnet(net: Any, channels: int, factor: int) -> Any:
+    """An adapter to pictures [B, channels, factor H, factor W] for a UNet of samples [B, ., H, W]."""
+    from diffusers import ControlNetModel, UNet2DConditionModel, UNet2DModel
+
+    widths = WIDTHS[: factor.bit_length()]
+    options = {"conditioning_channels": channels, "conditioning_embedding_out_channels": widths}
+    if isinstance(net, UNet2DConditionModel):
+        return ControlNetModel.from_unet(net, **options).eval()
+    if not isinstance(net, UNet2DModel):
+        raise ValueError(f"a control is for the UNets of SD, SDXL and EDM; this network is a {type(net).__name__}")
+    known = set(inspect.signature(ControlNetModel.__init__).parameters) - {"mid_block_type"}
+    config = {key: value for key, value in net.config.items() if key in known}
+    found = ControlNetModel(**config | options, mid_block_type="UNetMidBlock2D")  # of one block
+    for name in ("conv_in", "time_embedding", "class_embedding", "down_blocks", "mid_block.resnets.0"):
+        if net.class_embedding is not None or name != "class_embedding":
+            found.get_submodule(name).load_state_dict(net.get_submodule(name).state_dict())
+    return found.eval()
+
+
+@contextmanager
+def shown(net: nn.Module, adapter: nn.Module, picture: Tensor) -> Iterator[None]:
+    """Within, a UNet of diffusers is shown a picture [B or 1, C, H, W] at every call."""
+    found: list[Tensor] = []
+
+    def see(module: nn.Module, args: Any, options: Any) -> None:
+        given = {"encoder_hidden_states": None} | dict(zip(NAMES, args, strict=False)) | options
+        x = given["sample"]
+        given |= {"controlnet_cond": picture.to(x).expand(len(x), -1, -1, -1), "return_dict": False}
+        skips, middle = adapter(**given)
+        found[:] = *skips, middle
+
+    def middle(module: nn.Module, args: Any, out: Tensor) -> Tensor:
+        return out + found.pop()
+
+    def skip(up: Any, args: Any, options: Any) -> Any:
+        given = inspect.signature(up.forward).bind(*args, **options).arguments
+        skips = given["res_hidden_states_tuple"]
+        ours = [found.pop() for _ in skips][::-1]
+        given["res_hidden_states_tuple"] = tuple(a + b for a, b in zip(skips, ours, strict=True))
+        return (), given
+
+    handles = [net.register_forward_pre_hook(see, with_kwargs=True)]
+    handles += [net.get_submodule("mid_block").register_forward_hook(middle)]
+    handles += [
+        up.register_forward_pre_hook(skip, with_kwargs=True) for up in net.get_submodule("up_blocks").children()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@dataclass(frozen=True)
+class Controlled:
+    """`call`, of a network whose child `control` is shown the picture if c has "control"."""
+
+    call: Call
+
+    @property
+    def feature(self) -> Any:
+        return getattr(self.call, "feature", first)
+
+    def __call__(self, net: nn.Module, x: Tensor, t: Tensor, c: Condition) -> Tensor:
+        if c is None or "control" not in c:
+            return self.call(net, x, t, c)
+        with shown(net, net.control, c["control"]):  # type: ignore[arg-type]
+            return self.call(net, x, t, {key: value for key, value in c.items() if key != "control"} or None)
+
+
+def bare(denoiser: Denoiser) -> Denoiser:
+    """The denoiser without its adapter. Weights are shared."""
+    if not isinstance(denoiser.call, Controlled):
+        return denoiser
+    net = shared(denoiser.net)
+    del net.control
+    return replace(denoiser, net=net, call=denoiser.call.call)
+
+
+# ---- exported ----
+
+
+def example(denoiser: Denoiser, teacher: Teacher) -> dict[str, Tensor]:
+    """A picture that an export is verified on, as a condition [1, ...]; of a denoiser without an adapter nothing."""
+    if not isinstance(denoiser.call, Controlled):
+        return {}
+    adapter: Any = denoiser.net.control
+    side = latents.factor(teacher.parts) if "vae" in teacher.parts.index else 1
+    size = [side * n for n in teacher.shape[-2:]]
+    return {
+        "control": torch.rand(
+            1, adapter.config.conditioning_channels, *size, generator=torch.Generator().manual_seed(0)
+        )
+    }
+
+
+class Shown:
+    """A pipeline that is shown a picture at every call; in all else the pipeline itself."""
+
+    def __init__(self, pipe: Any, picture: Tensor) -> None:
+        self.__dict__.update(pipe=pipe, picture=picture)
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        if hasattr(self.pipe, "controlnet"):
+            return self.pipe(*args, image=self.picture, **options)
+        with shown(self.pipe.unet, self.pipe.unet.control, self.picture):
+            return self.pipe(*args, **options)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.pipe, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self.pipe, name, value)
+
+
+def stored(folder: Path) -> Any:
+    """The adapter of an exported folder."""
+    from diffusers import ControlNetModel
+
+    found = ControlNetModel.from_pretrained(folder, subfolder=FOLDER, local_files_only=True, use_safetensors=True)
+    return found.requires_grad_(False).eval()
+
+
+def piped(pipe: Any, folder: Path, **options: Any) -> Any:
+    """The pipeline that was loaded from `folder` with the adapter there: diffusers' own of ControlNets, if it has one.
+
+    A folder without an adapter leaves it as it is. options: of from_pretrained.
+    """
+    if not (folder / FOLDER).is_dir():
+        return pipe
+    import diffusers
+
+    adapter = stored(folder).to(pipe.unet.device)
+    cls = getattr(diffusers, type(pipe).__name__.replace("Pipeline", "ControlNetPipeline"), None)
+    if cls is not None:
+        return cls.from_pretrained(folder, controlnet=adapter, **options)
+    pipe.unet.control = adapter
+    return pipe
+
+
+@dataclass(frozen=True)
+class Consistency:
+    """How well an exported folder keeps to pictures of its own samples, which are of other noise."""
+
+    folder: Annotated[str, tyro.conf.Positional]  # of the exported pipeline
+    n: Count = 64  # batches of noise, each with every example of the family as its prompts
+    seed: Seed = 0  # of the noise
+
+
+@torch.no_grad()
+def consistency(asked: Consistency) -> dict[str, float]:
+    """mean |c(x) - y|, y = c(f(z)), for x = f'(z', y), "told", and for x = f(z'), "untold"."""
+    from distill.diffusion.student import Student
+    from pipelines.export.schedule import finished, scheduler
+    from pipelines.export.verify import Generated, examples
+
+    folder = Path(asked.folder)
+    if not (folder / FOLDER).is_dir():
+        raise ValueError(f"{folder} has no {FOLDER}: give the folder of an exported pipeline with an adapter")
+    teacher = opened(asked.folder)
+    try:
+        tree = yaml.safe_load(fields.facts(folder).get("config", ""))["method"]
+        picture = extractor(teacher, tree["control"], tree["factor"])
+    except (yaml.YAMLError, KeyError, TypeError, AttributeError, RecursionError):
+        told = "holds no configuration of a control: export the run again"
+        raise ValueError(f"{folder / 'distill.json'} {told}") from None
+    install(teacher)
+    teacher.denoiser.net.control = stored(folder)
+    config = finished(teacher, StudentConfig())
+    student = Student(teacher.denoiser, scheduler(teacher, config)[1], config.scale, config.renoise)
+    prompts = examples(teacher)
+    c, draw, gaps = teacher.encode(prompts) or {}, Generated(teacher), []
+    generator = torch.Generator().manual_seed(asked.seed)
+    for _ in range(asked.n):
+        z, other = torch.randn(2, len(prompts), *teacher.shape, generator=generator)
+        y = picture(student.generate(z, c, draw))
+        both = (picture(student.generate(other, told, draw)) for told in (c | {"control": y}, c))
+        gaps.append(torch.stack([(seen - y).abs().mean() for seen in both]))
+    return dict(zip(("told", "untold"), torch.stack(gaps).mean(0).tolist(), strict=True))
+
+
+def main(asked: Consistency | None = None) -> None:
+    asked = asked or tyro.cli(Consistency, use_underscores=True, description=__doc__)
+    try:
+        found = consistency(asked)
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
+        if not (why := refused(error)) and isinstance(error, MemoryError | RuntimeError):
+            raise
+        fail(why or str(error))
+    sys.stdout.write(json.dumps(found) + "\n")

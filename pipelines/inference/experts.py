@@ -1,0 +1,214 @@
+"""Several networks in one pipeline: experts of levels of noise (Phased DMD), students of parts of the classes (MSD).
+
+python -m pipelines.experts runs/part0/pipeline runs/part1/pipeline --output_dir runs/msd/pipeline     students of parts
+
+Where diffusers knows such a pipeline, it is that one: two experts of Wan are `transformer` and `transformer_2` with
+`boundary_ratio`. Elsewhere the folder has its pipeline's own network, the last, and the others in experts/0, experts/1,
+..., each a network's folder that diffusers loads; experts.json says who is called for what. Plain diffusers loads such
+a folder, and calls the last network alone: `install` makes the pipeline call all. eval.generate does.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import tyro
+import yaml
+from torch import Tensor, nn
+
+from distill.configuration import fail
+from distill.diffusion.student import Student
+from distill.files import folder_lock
+from distill.networks.lora import merged
+from distill.training.checkpoint import refused
+from pipelines import fields
+from pipelines.components import index
+
+INDEX = "experts.json"
+LIMIT = (
+    "Plain diffusers calls the last of {} networks alone: `pipelines.experts.install(pipe, folder)` of "
+    "distill-one-step makes it call each for its part, which experts.json names."
+)
+
+
+@contextmanager
+def told(student: Student) -> Iterator[list[float]]:
+    """The timesteps that the networks of a student with experts are told, call by call, within the context."""
+    seen: list[float] = []
+    handles = []
+    nets = [student.denoiser.net, *(expert.net for expert in student.experts)] if student.experts else []
+    for net in nets:
+        signature = inspect.signature(type(net).forward)
+
+        def keep(net: nn.Module, args: Any, options: Any, signature: inspect.Signature = signature) -> None:
+            value = signature.bind(net, *args, **options).arguments["timestep"]
+            seen.append(float(torch.as_tensor(value).flatten()[0]))
+
+        handles.append(net.register_forward_pre_hook(keep, with_kwargs=True))
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def write(student: Student, net: nn.Module, steps: Sequence[float], network: str, folder: Path) -> bool:
+    """Add a student's experts to the exported folder of its own network `net`; whether plain diffusers calls them all.
+
+    steps: the timestep that each call's network is told, falling.
+    """
+    first, last = student.phase
+    n = last - first
+    bounds = [(steps[i - 1] + steps[i]) / 2 for i in range(n, first + 1, n)]
+    entries = index(folder)
+    if len(student.experts) == 1 and f"{network}_2" in entries:
+        shutil.move(folder / network, folder / f"{network}_2")
+        merged(student.experts[0].net).save_pretrained(folder / network)  # type: ignore[operator]
+        ratio = (student.times[first - 1] + student.times[first]) / 2
+        entries |= {f"{network}_2": entries[network], "boundary_ratio": ratio}
+        (folder / "model_index.json").write_text(json.dumps(entries, indent=2) + "\n")
+        return True
+    for i, expert in enumerate(student.experts):
+        merged(expert.net).save_pretrained(folder / "experts" / f"{i}")  # type: ignore[operator]
+    (folder / INDEX).write_text(json.dumps({"by": "timestep", "bounds": bounds}))
+    return False
+
+
+def install(pipe: Any, folder: str | Path) -> Any:
+    """`pipe`, which was loaded from `folder`, calling for each row of a batch the network that its experts.json names.
+
+    A folder without one is left as it is. A batch of rows of several networks is seen whole by each of these, so that
+    an image does not depend on its neighbours.
+    """
+    path = Path(folder) / INDEX
+    if not path.is_file():
+        return pipe
+    facts = routes(path)
+    net = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
+    count = len(facts["bounds"]) if facts["by"] == "timestep" else len(facts["classes"]) - 1
+    others = []
+    for i in range(count):
+        part = path.parent / "experts" / f"{i}"
+        options = {"torch_dtype": net.dtype, "use_safetensors": True, "local_files_only": True}
+        try:
+            others.append(type(net).from_pretrained(part, **options))
+        except Exception as error:  # what a class raises at weights or a config that it cannot use is open-ended
+            raise ValueError(f"{part} cannot be read: {error}: export or copy the folder again") from None
+    net.add_module("experts", nn.ModuleList(others).eval())  # they go where it goes
+    signature, calls = inspect.signature(net.forward), [*others, net.forward]
+
+    def forward(*args: Any, **options: Any) -> Any:
+        given = torch.as_tensor(signature.bind(*args, **options).arguments[facts["by"]]).reshape(-1)
+        which = chosen(facts, given)
+        if len(each := which.unique().tolist()) == 1:
+            return calls[each[0]](*args, **options)
+        made = {k: calls[k](*args, **options) for k in each}
+        mixed = made[each[0]][0]
+        for k in each[1:]:
+            mixed = torch.where((which == k).reshape(-1, *[1] * (mixed.ndim - 1)), made[k][0], mixed)
+        return (mixed,) if isinstance(made[each[0]], tuple) else type(made[each[0]])(mixed)
+
+    net.forward = forward
+    return pipe
+
+
+def routes(path: Path) -> dict[str, Any]:
+    """experts.json: "by" "timestep" with falling "bounds", or "class_labels" with the "classes" of each network."""
+    facts = fields.read(path)
+    bounds, classes, by = facts.get("bounds"), facts.get("classes"), facts.get("by")
+    falling = isinstance(bounds, list) and all(map(fields.is_number, bounds)) and sorted(bounds, reverse=True) == bounds
+    parts = isinstance(classes, list) and len(classes) > 1 and all(map(are_labels, classes))
+    if not (by == "timestep" and falling or by == "class_labels" and parts):
+        raise ValueError(f"{path} is damaged: it says no bounds of timesteps, nor classes: export or copy it again")
+    return facts
+
+
+def are_labels(value: Any) -> bool:
+    """Whether a value is a list of labels."""
+    return (
+        isinstance(value, list) and bool(value) and all(fields.is_whole_number(one, 0, fields.LONGEST) for one in value)
+    )
+
+
+def chosen(facts: dict[str, Any], given: Tensor) -> Tensor:
+    """The number of the network for each value that a pipeline tells: a timestep, or a label."""
+    if facts["by"] == "timestep":
+        bounds = torch.tensor(facts["bounds"], device=given.device)
+        return (given[:, None] < bounds).sum(1)
+    which = torch.full_like(given, len(facts["classes"]) - 1)
+    for k, classes in enumerate(facts["classes"]):
+        which[torch.isin(given, torch.tensor(classes, device=given.device))] = k
+    return which
+
+
+@dataclass(frozen=True)
+class Students:
+    """One pipeline of the students of all parts of the classes (--data.classes)."""
+
+    students: Annotated[tuple[str, ...], tyro.conf.Positional]  # exported folders
+    output_dir: str = ""  # the folder to write
+
+
+def gather(students: Sequence[str | Path], out: Path) -> None:
+    """Write the pipeline of all students to `out`, a new folder. ValueError where they are not parts of one whole."""
+    folders = [Path(student) for student in students]
+    if len(folders) < 2:
+        raise ValueError(f"{len(folders)} student(s) are given; a pipeline of several is made of two or more folders")
+    if not str(out).strip(".") or out.exists():
+        raise ValueError(f"output_dir is {str(out)!r}; it must name a folder that does not exist yet")
+    facts = [fields.facts(folder) for folder in folders]
+    if bare := [f"{f}" for f, fact in zip(folders, facts, strict=True) if not fact.get("student")]:
+        raise ValueError(f"{bare[0]} is no exported student: it has no distill.json of one")
+    classes = [_classes(folder, fact) for folder, fact in zip(folders, facts, strict=True)]
+    if not all(classes) or len({c for part in classes for c in part}) < sum(map(len, classes)):
+        raise ValueError(f"the students' classes are {classes}; each needs its own, --data.classes, and none has two")
+    scheduled = {json.dumps(fields.read(f / "scheduler" / "scheduler_config.json"), sort_keys=True) for f in folders}
+    if len(scheduled) > 1 or len({f"{fact.get('times')}" for fact in facts}) > 1:
+        raise ValueError("the students have different times or schedulers; they must differ in their data alone")
+    *others, last = folders
+    network = "unet" if "unet" in index(last) else "transformer"
+    partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        shutil.copytree(last, partial, ignore=shutil.ignore_patterns("*_*step_*", "samples.png", "README.md"))
+        for i, folder in enumerate(others):
+            shutil.copytree(folder / network, partial / "experts" / f"{i}")
+        (partial / INDEX).write_text(json.dumps({"by": "class_labels", "classes": classes}))
+        partial.rename(out)
+    except BaseException:  # a full disk, say
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _classes(folder: Path, facts: dict[str, Any]) -> list[int]:
+    """The labels of a student's part, of the configuration in its distill.json; none where it has no part."""
+    path = folder / "distill.json"
+    try:
+        data = yaml.safe_load(facts.get("config", "")).get("data")
+        found = data.get("classes") or []
+    except (yaml.YAMLError, ValueError, RecursionError, AttributeError):
+        raise ValueError(f"{path} holds no configuration of a run: export the student again") from None
+    if found and not are_labels(found):
+        raise ValueError(f"{path} holds the classes {found!r}; they must be labels: export it again")
+    return found
+
+
+def main(given: Students | None = None) -> None:
+    given = given or tyro.cli(Students, use_underscores=True, description=__doc__)
+    try:
+        with folder_lock(given.output_dir, beside=True):
+            gather(given.students, Path(given.output_dir))
+    except ValueError as error:
+        fail(str(error))
+    except OSError as error:
+        fail(f"{refused(error) or error}: nothing of {given.output_dir} is kept; give the same command again")
+    sys.stderr.write(f"wrote {given.output_dir}, of {len(given.students)} students\n")

@@ -1,0 +1,107 @@
+"""PAG: guidance away from the same network without self-attention. Ahn et al. 2024, arXiv 2403.17377.
+
+    eps~ = eps + s (eps - eps^),   eps^: chosen self-attention maps are the identity, softmax(Q K^T) V -> V
+    with guidance w              null + w (cond - null) + s (cond - cond^)
+
+The teacher of any recipe by --pag_scale 3 --pag_layers mid_block (SD, SDXL; transformer_blocks.0 of SANA): it needs no
+null condition, so a teacher without one can be guided too. As diffusers' PAG pipelines have it: where text and image
+are one sequence (SD 3), an image's token sees itself and the text. eps^ is a network of its own around the same
+tensors: no switch that a recomputed block, a student or a thread could find in the wrong place.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from distill.diffusion.denoiser import Denoiser
+from distill.diffusion.guidance import Away
+from distill.modules import shared
+from distill.roles import Nets
+
+ALONE = ("AttnProcessor", "AttnProcessor2_0", "XFormersAttnProcessor", "SanaLinearAttnProcessor2_0")
+JOINT = ("JointAttnProcessor2_0",)
+
+
+def guide(nets: Nets, s: float, layers: tuple[str, ...]) -> None:
+    """PAG of the teacher of a run, and of its past; s = 0: they stay as they are."""
+    if s:
+        nets.teacher = away(nets.teacher, s, layers)
+        if nets.past is not None:
+            nets.past.denoiser = away(nets.past.denoiser, s, layers)
+
+
+def away(denoiser: Denoiser, s: float, layers: tuple[str, ...]) -> Away:
+    """A denoiser with PAG; layers: modules of its network, all self-attention in which is perturbed."""
+    return Away(**vars(denoiser), worse=perturbed(denoiser.net, layers), s=s)
+
+
+def perturbed(net: nn.Module, layers: tuple[str, ...]) -> nn.Module:
+    """A network around the tensors of `net` whose self-attention in `layers` is the identity.
+
+    ValueError where there is none in one of them, or where no such attention is known (rotary and video networks).
+    """
+    made = shared(net)
+    attentions = {name: module for name, module in made.named_modules() if _perturbable(module)}
+    if not attentions:
+        raise ValueError(
+            f"PAG perturbs self-attention, and {type(net).__name__} has none of a kind that can be: "
+            "UNets with attention, PixArt, SANA and SD 3 have. Leave out pag_scale"
+        )
+    for layer in layers or ("",):
+        inside = [m for name, m in attentions.items() if layer and f"{name}.".startswith(f"{layer}.")]
+        if not inside:
+            blocks = sorted({".".join(name.split(".")[:2]) for name in attentions})
+            raise ValueError(f"pag_layers: there is no self-attention in {layer!r}; it is in {', '.join(blocks)}")
+        for module in inside:
+            joint = getattr(module, "add_q_proj", None) is not None
+            module.processor = Joint(module.processor) if joint else Identity()
+    return made
+
+
+def _perturbable(module: nn.Module) -> bool:
+    """Whether it is self-attention of an image's tokens, which pairs of them with text may join."""
+    name = type(getattr(module, "processor", None)).__name__
+    return name in (*ALONE, *JOINT) and not getattr(module, "is_cross_attention", True)
+
+
+class Identity:
+    """A processor of diffusers' Attention: every token sees itself alone, [B, N, C] or [B, C, H, W]."""
+
+    def __call__(self, attn: Any, hidden_states: Tensor, *args: Any, **options: Any) -> Tensor:
+        x = hidden_states.flatten(2).transpose(1, 2) if hidden_states.ndim == 4 else hidden_states
+        x = x if attn.group_norm is None else attn.group_norm(x.transpose(1, 2)).transpose(1, 2)
+        x = attn.to_out[1](attn.to_out[0](attn.to_v(x)))
+        x = x.transpose(1, 2).reshape(hidden_states.shape) if hidden_states.ndim == 4 else x
+        return (x + hidden_states if attn.residual_connection else x) / attn.rescale_output_factor
+
+
+class Joint:
+    """A processor of a sequence of image and text: a token of the image sees itself and the text, the text sees all."""
+
+    def __init__(self, processor: Any) -> None:
+        self.processor = processor
+
+    def __call__(self, attn: Any, hidden_states: Tensor, *args: Any, **options: Any) -> Any:
+        with Masked(hidden_states.shape[1]):
+            return self.processor(attn, hidden_states, *args, **options)
+
+
+class Masked(TorchFunctionMode):
+    """Within, of the first n tokens none attends to another of them. Modes are of a thread."""
+
+    def __init__(self, n: int) -> None:
+        super().__init__()
+        self.n = n
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            query, key = args[:2]
+            mask = query.new_zeros(query.shape[-2], key.shape[-2])
+            mask[: self.n, : self.n] = float("-inf")
+            kwargs = kwargs | {"attn_mask": mask.fill_diagonal_(0)}
+        return func(*args, **kwargs)

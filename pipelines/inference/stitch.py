@@ -1,0 +1,129 @@
+"""Pipelines that take turns on one image: a base model before its student, a small model before a large one.
+
+    from diffusers import DiffusionPipeline
+    from pipelines.inference.stitch import Turn, stitch
+
+    base, student = (DiffusionPipeline.from_pretrained(folder) for folder in ("sdxl", "sdxl-dmd2"))
+    images = stitch([Turn(base, 20, guidance=7, solver="ddim"), Turn(student, 4, skip=1)], ["a red fox"], [generator])
+
+That has the diversity of the base model, for the student's first call decides what an image is of: of its 20 calls the
+base makes those at higher levels of noise than the student's second (Gandikota & Bau 2025, arXiv 2503.10637). T-Stitch
+(Pan et al. 2024, 2402.14167) is [Turn(small, 50, w, solver="ddim"), Turn(large, 50, w, skip=20, solver="ddim")], of two
+models of the same latents; there may be three. The mathematics are solver.py's; eval.generate has --first.
+
+The base's steps must be fine enough. On the digits, one seed, a CD student of two calls has recall .851 and FD 14.2;
+after six of ten of its teacher's Heun steps (25 passes for 2) .894 and 13.0, after two of four .901 and 297.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distill.diffusion.guidance import Guided
+from distill.diffusion.schedule import EDM, VP
+from distill.diffusion.solver import STEPS, Call, Name, handover, relay
+from distill.diffusion.student import Student
+from distill.random import Draw
+from pipelines.components import Parts, located
+from pipelines.families import sana
+from pipelines.teacher import Teacher
+
+FRESH = ("LCMScheduler", "CMStochasticIterativeScheduler", "SCMScheduler")  # they noise x0 anew between two calls
+ODE = ("DDIMScheduler", "EulerDiscreteScheduler", "FlowMatchEulerDiscreteScheduler")  # they keep the predicted noise
+
+
+@dataclass(frozen=True, eq=False)
+class Turn:
+    """What a pipeline does of an image: the calls of its scheduler, or of a solver, but for the first `skip`."""
+
+    pipe: Any  # a diffusers pipeline, or a Teacher
+    steps: int  # of the whole way from noise to image
+    guidance: float = 1.0  # lambda where the solver is cfg++; of students none
+    skip: int = 0  # of its calls, which the turns before it make instead
+    solver: Name | None = None  # between two calls; None: what the scheduler does (LCM, Euler, DDIM, flows' Euler ...)
+
+    def calls(self, teacher: Teacher, draw: Draw) -> list[Call]:
+        """All of its calls; noise between them from `draw`. ValueError for a scheduler that no solver stands for."""
+        if teacher.parts.index.get("boundary_ratio") is not None:
+            raise ValueError(f"{teacher.parts.folder} has two networks, and a turn calls one: use it as it is")
+        scheduler = teacher.parts.scheduler()
+        kind = type(scheduler).__name__
+        times = levels(teacher, scheduler, self.steps, self.solver)
+        anew = kind in FRESH or bool(scheduler.config.get("stochastic_sampling"))
+        if self.solver is None and (kind not in FRESH + ODE or scheduler.config.get("clip_sample")):
+            raise ValueError(f"what {kind} does between two calls is none of our steps: give solver, {sorted(STEPS)}")
+        denoiser: Any = teacher.denoiser
+        if self.guidance != 1 or self.solver == "cfg++":
+            if not isinstance(denoiser.schedule, EDM):
+                teacher.null()
+            denoiser = getattr(teacher.parts.family, "Rescaled", Guided)(denoiser, self.guidance)
+        scale = None  # of the first noise: as the pipeline's, whose Euler scheduler keeps x / alpha
+        if isinstance(denoiser.path, VP):
+            start = torch.tensor(float(scheduler.init_noise_sigma))
+            scale = float(scheduler.scale_model_input(start, scheduler.timesteps[0]))
+        if self.solver is None and anew:
+            return Student(denoiser, times, scale).calls(draw)
+        return [Call(denoiser, t, STEPS[self.solver or "ddim"], scale) for t in times]
+
+
+def levels(teacher: Teacher, scheduler: Any, steps: int, solver: Name | None = None) -> tuple[float, ...]:
+    """The times of a pipeline's calls, falling: its scheduler's, but for an EDM teacher under a solver, EDM's grid."""
+    schedule, kind = teacher.denoiser.schedule, type(scheduler).__name__
+    if isinstance(schedule, EDM) and solver is not None:
+        t = torch.linspace(1, 0, steps, dtype=torch.float64)
+    elif kind == "SCMScheduler":
+        angle = torch.tensor(sana.angles(steps), dtype=torch.float64)
+        t = angle.sin() / (angle.sin() + angle.cos())
+    else:
+        teacher.set_timesteps(scheduler, steps)
+        told = scheduler.timesteps.double().cpu()
+        ratios = scheduler.sigmas[: len(told)].double().cpu() if isinstance(schedule, EDM) else None
+        t = told / schedule.native(torch.ones(1)) if ratios is None else schedule.time(ratios)
+    return tuple(sorted({*t.tolist()}, reverse=True))  # PNDM's and Heun's ask twice at one level
+
+
+def around(pipe: Any, resolution: int | None = None) -> Teacher:
+    """The teacher whose components are those of a pipeline that is loaded already, from a folder or the Hub."""
+    parts = Parts(located(str(pipe.config._name_or_path)))
+    parts.given = {name: value for name, value in pipe.components.items() if value is not None}
+    parts.device = pipe.device
+    return parts.family.load(parts, resolution, None)
+
+
+class Own(Draw):
+    """The noise of every image from its own generator, on the CPU."""
+
+    def __init__(self, generators: Sequence[torch.Generator]) -> None:
+        super().__init__(0, 0, "stitch", torch.zeros(0))
+        self.generators = generators
+
+    def normal(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        return torch.cat([torch.randn((1, *shape[1:]), generator=g) for g in self.generators])
+
+
+@torch.no_grad()
+def stitch(turns: Sequence[Turn], prompts: Sequence[Any], generators: Sequence[torch.Generator]) -> Tensor:
+    """Images [B, C, (T,) H, W] in [-1, 1] of B prompts (or labels), the noise of each from its own generator.
+
+    Prompts are encoded, and samples decoded, by the last pipeline: all are of the same texts and latents. ValueError
+    where the turns do not follow one another.
+    """
+    teachers = [turn.pipe if isinstance(turn.pipe, Teacher) else around(turn.pipe) for turn in turns]
+    last, draw, calls = teachers[-1], Own(generators), list[Call]()
+    for turn, teacher in zip(turns, teachers, strict=True):
+        own = turn.calls(teacher, draw)
+        joined = handover(calls, own, turn.skip)
+        if calls and len(joined) == len(own) - turn.skip:
+            raise ValueError(
+                f"skip is {turn.skip}, and the pipeline before would do nothing: skip a call, or leave it out"
+            )
+        calls = joined
+    like = next(last.denoiser.net.parameters())
+    c = {key: value.to(like.device) for key, value in (last.encode(prompts) or {}).items()}
+    z = draw.normal("z", (len(prompts), *last.shape)).to(like)
+    return last.decode(relay(calls, z, c or None)).clamp(-1, 1)

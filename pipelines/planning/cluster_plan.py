@@ -1,0 +1,247 @@
+"""Memory, communication and time of a step on 8, 64 and 512 GPUs: arithmetic, not a measurement. No GPU was used.
+
+    python -m pipelines.scaling                                                  the tables of docs/scaling.md
+    python -m pipelines.scaling recipes/dmd2_sdxl.py --gpus 16 --machine.share 0.3 [-- flags of the recipe]
+
+FLOPs, parameters gathered and gradients reduced are counted by running the method's losses on the meta device. Time is
+those numbers over what a machine does in a second: data sheets, and three assumptions that are flags.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from distill.configuration import Config, fail
+from distill.networks.lora import LoRA
+from distill.training.config import FakeConfig
+from distill.training.step import BUCKET
+from pipelines.planning.memory_plan import (
+    CHIPS,
+    METHODS,
+    RANK,
+    TFLOP,
+    Bytes,
+    GiB,
+    Plan,
+    Run,
+    Table,
+    adapted,
+    configured,
+)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """GPUs and the wires between them: of a DGX H100."""
+
+    peak: float = CHIPS["H100 SXM"][0]  # TFLOP/s, dense bfloat16 (NVIDIA H100 data sheet, half of that with sparsity)
+    memory: float = 80.0  # GiB (data sheet: 80 GB)
+    hbm: float = 3350.0  # GB/s of its memory (data sheet)
+    nvlink: float = 450.0  # GB/s a direction (data sheet: 900 both ways)
+    network: float = 50.0  # GB/s a direction and GPU: one 400 Gb/s InfiniBand port for each (DGX H100 data sheet)
+    node: int = 8  # GPUs of a node (DGX H100 data sheet)
+    reserve: float = 1.0  # GiB that the driver, libraries and the allocator's gaps take: assumed, as in plan
+    share: float = 0.4  # of the peak that is reached: assumed
+    wire: float = 0.8  # of the wires' bandwidth that is reached: assumed
+    hop: float = 3e-6  # seconds that one hop of a ring takes beside the bytes: assumed
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if value < 0 or (name not in ("reserve", "hop") and not value):
+                raise ValueError(f"machine.{name} is {value}; it must be above 0")
+
+    def speed(self, gpus: int) -> float:
+        """Bytes a second of a ring through `gpus` GPUs; across nodes, eight rings leave through eight ports."""
+        return 1e9 * self.wire * (self.nvlink if gpus <= self.node else min(self.nvlink, self.node * self.network))
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """What to tabulate, and for which machine."""
+
+    recipe: Annotated[Path | None, tyro.conf.Positional] = None  # a file of recipes/; none: the cases of the document
+    gpus: tuple[int, ...] = (8, 64, 512)
+    machine: Machine = field(default_factory=Machine)
+
+    def __post_init__(self) -> None:
+        if min(self.gpus, default=0) < 2:
+            raise ValueError(f"gpus is {self.gpus}; each must be at least 2")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A run on GPUs that hold `shards` parts of the state: 1 is DDP, more is FSDP2, replicated gpus / shards times.
+
+    one: the run with a batch of one sample on one GPU; what is counted is proportional to the batch.
+    """
+
+    one: Run
+    machine: Machine
+    batch: int  # of the recipe
+    gpus: int
+    shards: int = 1
+    micro: int = 1
+
+    @property
+    def whole(self) -> int:
+        """The global batch: the recipe's, or the smallest that gives each GPU a sample."""
+        return max(self.batch, self.gpus)
+
+    @property
+    def rounds(self) -> int:
+        return self.whole // self.gpus // self.micro
+
+    @cached_property
+    def memory(self) -> Bytes:
+        run = self.one.over(self.gpus, self.shards)
+        return replace(run.state, activations=self.micro * run.cost.activations)
+
+    @property
+    def fits(self) -> bool:
+        return self.memory.total <= (self.machine.memory - self.machine.reserve) * GiB
+
+    @property
+    def flops(self) -> float:
+        """Of a step, on each GPU."""
+        return self.one.cost.flops * self.rounds * self.micro
+
+    @cached_property
+    def moved(self) -> list[tuple[float, float, float]]:
+        """Of a step: (bytes that each GPU sends, bytes a second, seconds of latency) of each kind of transfer."""
+        m, s, copies = self.machine, self.shards, self.gpus // self.shards
+        if s == 1:  # one all-reduce of each player's gradients after its micro-batches
+            turns = [(n, every) for _, n, every in trained(self.one)]
+            around = 2 * (self.gpus - 1)
+            buckets = sum(-(-n // BUCKET) / every for n, every in turns)
+            size = sum(4 * n / every for n, every in turns)
+            return [(around / self.gpus * size, m.speed(self.gpus), buckets * around * m.hop)]
+        traffic, part = self.one.cost.traffic, (s - 1) / s
+        size = part * self.rounds * (2 * traffic.gathered + 4 * traffic.reduced)
+        found = [(size, m.speed(s), self.rounds * traffic.collectives * (s - 1) * m.hop)]
+        if copies > 1:  # each GPU's part of the gradients, with its copies on other nodes, through its own port
+            size = 2 * (copies - 1) / copies * self.rounds * 4 * traffic.reduced / s
+            found.append((size, 1e9 * m.wire * m.network, 0.0))
+        return found
+
+    @property
+    def compute(self) -> float:
+        """Seconds of the FLOPs, and of AdamW, which reads four float32 numbers a weight and writes three."""
+        m = self.machine
+        updated = sum(7 * 4 * n / every for _, n, every in trained(self.one)) / self.shards
+        return self.flops / (m.peak * TFLOP * m.share) + updated / (1e9 * m.hbm)
+
+    @property
+    def communication(self) -> float:
+        return sum(size / speed + late for size, speed, late in self.moved)
+
+    @property
+    def hidden(self) -> float:
+        """Seconds of communication behind computation: all that can be with FSDP2, at best; none of our all-reduce."""
+        return min(self.communication, self.compute) if self.shards > 1 else 0.0
+
+    @property
+    def seconds(self) -> float:
+        return self.compute + self.communication - self.hidden
+
+    @property
+    def limit(self) -> str:
+        if self.communication <= self.compute:
+            return "compute"
+        ring, *across = (size / speed + late for size, speed, late in self.moved)
+        inside = (self.gpus if self.shards == 1 else self.shards) <= self.machine.node
+        return "NVLink" if inside and ring >= sum(across) else "network"
+
+    @property
+    def mode(self) -> str:
+        if self.shards == 1:
+            return "DDP"
+        return f"FSDP2 {self.shards}" + (f" x {self.gpus // self.shards}" if self.gpus > self.shards else "")
+
+
+def trained(run: Run) -> list[tuple[str, int, int]]:
+    """(player, parameters that it trains, every how many steps) of each update."""
+    from pipelines.planning.flop_counter import players
+
+    owners = players(run.built[2])
+    updates = run.config.method.updates()
+    return [(u.player, sum(p.numel() for p in owners[u.player]), u.every) for u in updates]
+
+
+def layouts(one: Run, batch: int, gpus: int, machine: Machine) -> Iterator[Layout]:
+    """DDP, and the FSDP2 with the fewest parts, a node's at least, that fits; each with the largest micro-batch."""
+    parts = [p for p in (machine.node * 2**i for i in range(20)) if p <= gpus and gpus % p == 0] or [gpus]
+    for group in ([1], parts):
+        found = Layout(one, machine, batch, gpus, group[-1])
+        for shards in group:
+            each = max(batch, gpus) // gpus
+            sizes = [n for n in range(each, 0, -1) if each % n == 0]
+            every = [Layout(one, machine, batch, gpus, shards, micro) for micro in sizes]
+            if fitting := [layout for layout in every if layout.fits]:
+                found = fitting[0]
+                break
+        yield found
+
+
+def cases(scaling: Scaling, flags: list[str]) -> Iterator[tuple[str, Config[Any, Any], Any]]:
+    """(name, configuration, its teacher's configs): the recipe's, or SDXL, FLUX and Qwen-Image."""
+    if scaling.recipe is not None:
+        yield scaling.recipe.stem, *configured(Plan(scaling.recipe), flags)
+        return
+    recipe = lambda name: configured(Plan(Path("recipes") / name), flags)
+    yield "SDXL DMD2", *recipe("dmd2_sdxl.py")
+    yield "SDXL DMD2, LoRA student", *recipe("dmd2_sdxl_lora.py")
+    yield "SDXL SiD", *recipe("sid_sdxl.py")
+    flux, parts = recipe("dmd2_flux.py")
+    train = replace(flux.train, output_dir="runs/dmd2_qwen")
+    qwen, others = configured(Plan(family="qwen", method="dmd2-prompts"), [])
+    qwen = replace(adapted(qwen, others, RANK, True), train=train)  # there is no recipe: FLUX's batch and steps
+    for name, config, of in (("FLUX", flux, parts), ("Qwen-Image", qwen, others)):
+        full = replace(config, student=replace(config.student, lora=LoRA()), fake=FakeConfig())
+        yield f"{name} DMD2", full, of
+        yield f"{name} DMD2, LoRA", config, of
+        yield f"{name} SiD, LoRA", replace(config, method=METHODS["sid"]), of
+
+
+def tables(scaling: Scaling, flags: list[str]) -> str:
+    """Memory of each GPU in every layout, and what a step takes in those that fit."""
+    names = list(Bytes.__dataclass_fields__)
+    memory = [["GiB on each GPU", "GPUs", "mode", "micro", *names, "total", "fits"]]
+    time = [["a step", "GPUs", "mode", "batch", "TFLOP", "GB sent", "compute s", "sent s", "hidden s", "step s"]]
+    time[0] += ["limit", "GPU hours"]
+    for name, config, parts in cases(scaling, flags):
+        train = replace(config.train, train_batch_size=1, gradient_accumulation_steps=1)
+        one = Run(replace(config, train=train), parts)
+        for gpus in scaling.gpus:
+            batch = config.train.train_batch_size
+            if max(batch, gpus) % gpus:
+                raise ValueError(f"train_batch_size {batch} of {name} is not a multiple of {gpus} GPUs")
+            for run in layouts(one, batch, gpus, scaling.machine):
+                sizes = [getattr(run.memory, n) for n in names]
+                row = [name, f"{gpus}", run.mode]
+                cells = [f"{size / GiB:.1f}" for size in (*sizes, run.memory.total)]
+                memory.append([*row, f"{run.micro}", *cells, "yes" if run.fits else "no"])
+                if run.fits:
+                    sent = sum(size for size, _, _ in run.moved) / 1e9
+                    spent = [run.compute, run.communication, run.hidden, run.seconds]
+                    hours = run.seconds * gpus * train.max_train_steps / 3600
+                    row += [f"{run.whole}{'*' if run.whole > batch else ''}", f"{run.flops / TFLOP:.0f}", f"{sent:.1f}"]
+                    time.append([*row, *(f"{s:.2f}" for s in spent), run.limit, f"{hours:,.0f}"])
+    return f"{Table(memory)}\n{Table(time)}"
+
+
+def main(argv: list[str] | None = None) -> None:
+    argv = list(sys.argv[1:] if argv is None else argv)
+    split = argv.index("--") if "--" in argv else len(argv)
+    try:
+        scaling = tyro.cli(Scaling, args=argv[:split], description=__doc__, use_underscores=True)
+        text = tables(scaling, argv[split + 1 :])
+    except (ValueError, OSError) as error:
+        fail(str(error))
+    sys.stdout.write(text)

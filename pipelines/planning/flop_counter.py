@@ -1,0 +1,406 @@
+"""FLOPs and bytes of a method's turns, counted without a number computed: the real loss, forward and backward, on the
+meta device. Only what a GPU does beyond shapes is imitated: autocast's precisions and fused attention.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import conv_flop_count, flop_registry, shape_wrapper
+
+from distill.diffusion.denoiser import Denoiser
+from distill.diffusion.guidance import overriding
+from distill.random import Draw
+from distill.roles import Nets
+from distill.training.prepare import owners, start
+from distill.training.step import began, own
+
+if TYPE_CHECKING:
+    from distill.method import Method, Update
+
+CYCLE = 500  # steps that are counted one by one
+HALF: tuple[Any, ...] = (
+    F.linear,
+    F.conv1d,
+    F.conv2d,
+    F.conv3d,
+    F.conv_transpose2d,
+    torch.matmul,
+    torch.bmm,
+    torch.baddbmm,
+)
+HALF += (torch.Tensor.matmul, torch.Tensor.__matmul__, F.scaled_dot_product_attention)
+FULL = (F.layer_norm, F.group_norm, F.rms_norm, F.softmax, torch.softmax, torch.Tensor.softmax, F.softplus, F.mse_loss)
+
+
+class GPU(TorchFunctionMode):
+    """CUDA's autocast to bfloat16 (`half`), and fused attention, for tensors on the meta device."""
+
+    def __init__(self, half: bool) -> None:
+        super().__init__()
+        self.half = half
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self.half and (func in HALF or func in FULL):
+            dtype = torch.bfloat16 if func in HALF else torch.float32
+            args, kwargs = tree_map(partial(_cast, dtype), (args, kwargs))
+        if func is F.scaled_dot_product_attention and torch.backends.cuda.flash_sdp_enabled():
+            return _attention(*args, **kwargs)
+        return func(*args, **kwargs)
+
+
+def _cast(dtype: torch.dtype, value: Any) -> Any:
+    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **options: Any) -> Tensor:
+    """The flash kernel; with a mask, the memory-efficient one."""
+    scale = options.get("scale")
+    if attn_mask is None:
+        return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, scale=scale)[0]
+    bias = attn_mask.to(query.dtype).expand(*query.shape[:-1], key.shape[-2])
+    return torch.ops.aten._scaled_dot_product_efficient_attention(query, key, value, bias, True, scale=scale)[0]
+
+
+def gradients(grad: Any, x: Any, weight: Any, *rest: Any, **out: Any) -> int:
+    """FLOPs of a convolution's gradients, of shapes: to input and weight each as many as it has forward.
+
+    torch's own formula forgets the groups: for the weight of a depthwise convolution it counts every pair of channels.
+    """
+    *_, transposed, _, _, mask = rest
+    return sum(mask[:2]) * conv_flop_count(x, weight, grad, transposed)
+
+
+FLOPS: dict[Any, Any] = {torch.ops.aten.convolution_backward: gradients}  # in place of torch's
+
+
+class Meter(TorchDispatchMode):
+    """`flops` done inside, by torch's own formulas but for FLOPS; bytes of the tensors that were made inside and are
+    alive: `now`, and the most that were, `peak`. (FlopCounterMode follows modules with hooks that keep recomputed
+    blocks alive.)
+    """
+
+    def __init__(self, *nets: nn.Module) -> None:
+        super().__init__()
+        self.flops = self.now = self.peak = 0
+        self.weights = {id(s): s for s in (t.untyped_storage() for t in distinct(*nets))}  # a view of one is no news
+        self.seen: dict[int, weakref.finalize] = {}
+        self.formulas = {**flop_registry, **{op: shape_wrapper(formula) for op, formula in FLOPS.items()}}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func.overloadpacket in self.formulas:
+            self.flops += self.formulas[func.overloadpacket](*args, **(kwargs or {}), out_val=out)
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                self.add(tensor.untyped_storage())
+        return out
+
+    def add(self, storage: Any) -> None:
+        key, size = id(storage), storage.nbytes()
+        if key not in self.seen and key not in self.weights:
+            self.now += size
+            self.peak = max(self.peak, self.now)
+            self.seen[key] = weakref.finalize(storage, self.free, key, size)
+
+    def free(self, key: int, size: int) -> None:
+        self.now -= size
+        del self.seen[key]
+
+    def forget(self, tensor: Tensor) -> None:
+        """Not counted any more: it is a gradient."""
+        storage = tensor.untyped_storage()
+        if (end := self.seen.pop(id(storage), None)) is not None:
+            end.detach()
+            self.now -= storage.nbytes()
+
+
+class Traffic(NamedTuple):
+    """What networks in shards send: parameters gathered, gradients reduced (elements), and in how many collectives."""
+
+    gathered: float = 0
+    reduced: float = 0
+    collectives: float = 0
+
+    def plus(self, more: Traffic, times: float = 1) -> Traffic:
+        return Traffic(*(a + times * b for a, b in zip(self, more, strict=True)))
+
+
+class Shards:
+    """Counts the traffic of networks whose units are sharded and let go after every pass (FSDP2).
+
+    A unit is gathered for its forward pass and again where a gradient comes back, which is then reduced; recomputation
+    happens while it is gathered. What no unit holds is one more, the network's own.
+    """
+
+    def __init__(self, *nets: nn.Module) -> None:
+        self.traffic, self.backward, self.handles = Traffic(), False, []
+        for net in nets:
+            blocks = units(net) or [net]
+            inside = {id(p) for block in blocks for p in block.parameters()}
+            rest = [p for p in net.parameters() if id(p) not in inside]
+            for block in blocks:
+                params = list(block.parameters())
+                self.handles.append(block.register_forward_hook(partial(self.passed, net, params)))
+            self.handles.append(net.register_forward_pre_hook(partial(self.entered, rest)))
+        self.returned: dict[nn.Module, Any] = {}
+
+    def entered(self, rest: list[nn.Parameter], net: nn.Module, args: Any) -> None:
+        """A pass begins."""
+        self.gather(rest)
+        self.returned[net] = self.once(lambda: self.back(rest))
+
+    def passed(self, net: nn.Module, params: list[nn.Parameter], block: nn.Module, args: Any, out: Any) -> None:
+        if self.backward:
+            return
+        self.gather(params)
+        ended = self.returned[net]
+
+        came = self.once(lambda: self.back(params), ended)
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor) and tensor.requires_grad:
+                tensor.register_hook(lambda gradient: came())
+
+    @staticmethod
+    def once(*acts: Callable[[], None]) -> Callable[[], None]:
+        left = list(acts)
+
+        def act() -> None:
+            while left:
+                left.pop()()
+
+        return act
+
+    def gather(self, params: list[nn.Parameter]) -> None:
+        if whole := sum(p.numel() for p in params):
+            self.traffic = self.traffic.plus(Traffic(whole, 0, 1))
+
+    def back(self, params: list[nn.Parameter]) -> None:
+        self.gather(params)
+        if trained := sum(p.numel() for p in params if p.requires_grad):
+            self.traffic = self.traffic.plus(Traffic(0, trained, 1))
+
+
+def units(net: nn.Module) -> list[nn.Module]:
+    """What is gathered at a time: the transformer and ResNet blocks of a network."""
+    return [m for m in net.modules() if re.search(r"(Transformer|Resnet)Block(2D)?$", type(m).__name__)]
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One update of one player on a micro-batch: FLOPs, and bytes of the tensors that live during it."""
+
+    player: str
+    generation: int  # FLOPs of making the samples, with a single call of the student where the method has the choice
+    loss: int  # FLOPs of the loss, and of the backward pass
+    activations: int  # bytes: the largest total of all tensors but weights and gradients
+    gradients: int  # bytes
+    traffic: tuple[Traffic, Traffic] = (Traffic(), Traffic())  # of generation and loss, if networks were sharded
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a method costs on micro-batches of `micro` samples, averaged over its random numbers of calls."""
+
+    turns: tuple[Turn, ...]  # one of each update
+    flops: float  # of a step and micro-batch, averaged over a cycle and over the random numbers of calls
+    cycle: int  # steps until the pattern of the updates repeats
+    micro: int
+    traffic: Traffic  # of a step and micro-batch, averaged likewise, if networks were sharded
+
+    @property
+    def activations(self) -> int:
+        return max(turn.activations for turn in self.turns)
+
+    @property
+    def gradients(self) -> int:
+        return max(turn.gradients for turn in self.turns)
+
+
+def players(nets: Nets) -> dict[str, list[nn.Parameter]]:
+    """As the trainer starts them, on whatever device the networks are."""
+    device = next(nets.teacher.net.parameters()).device
+    start(nets, SimpleNamespace(device=device, mixed_precision="no", distributed_type=None))
+    return owners(nets)
+
+
+class Choice(Draw):
+    """A draw whose choices of control flow are all `k`, or the largest there is."""
+
+    def __init__(self, step: int, player: str, micro: int, k: int) -> None:
+        super().__init__(0, step, player, torch.zeros(micro, dtype=torch.long, device="meta"))
+        self.k = k
+
+    def index(self, name: str, n: int) -> int:
+        return min(self.k, n - 1)
+
+    def _words(self, name: str, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        word = torch.empty(shape, dtype=torch.int32, device="meta")  # nobody reads it
+        return word, word
+
+
+def cost(
+    method: Method,
+    nets: Nets,
+    c: dict[str, Tensor],
+    micro: int = 1,
+    half: bool = True,
+    checkpointing: bool = False,
+    fused: bool = True,
+) -> Cost:
+    """The cost of `method` on networks that lie on the meta device; LPIPS and a reward that they lack cost nothing.
+
+    c: a condition [1, ...] on the meta device. half: bfloat16 autocast. checkpointing: recompute blocks. fused:
+    attention that never holds its matrix; False counts attention's products alone, as papers do. Counted is a cycle
+    when every player has started.
+    """
+    free = lambda x, *_: x.flatten(1).mean(1)
+    nets = replace(nets, perceptual=nets.perceptual or free, reward=nets.reward or free)
+    nets.control = nets.control or (lambda x: x)
+    mode = GPU(half) if fused or half else None
+    again = partial(checkpoint, use_reentrant=False, context_fn=lambda: (nullcontext(), mode or nullcontext()))
+    roles: dict[str, Any] = nets.frozen() | nets.modules()
+    for role, net in roles.items():
+        if role not in ("disc", "target") and hasattr(net, "enable_gradient_checkpointing"):
+            net.enable_gradient_checkpointing(again) if checkpointing else net.disable_gradient_checkpointing()
+    owners = players(nets)
+    if nets.teacher.null is not None:
+        nets = _with_null(nets, {key: value.to("meta") for key, value in nets.teacher.null.items()})
+    many = {key: value.expand(micro, *value.shape[1:]) for key, value in c.items()}
+    real = torch.empty(micro, *nets.shape, device="meta")
+    told = overriding(many, many) if "forget" in method.needs else many
+    also = {"forget_c": told} if told is not many else {}
+    batch = lambda: {"c": dict(told), "real": real, "real_c": dict(many), "z": real, "y": real, **also}
+    updates, turns = method.updates(), []
+    cycle = max(update.every for update in updates)
+    if cycle > CYCLE:
+        raise ValueError(f"a player moves every {cycle:,} steps only; counted are at most {CYCLE}: give a lower number")
+    begun = max(max(update.start, update.alone) for update in updates)
+    first = -(-begun // cycle) * cycle
+    for update in updates:
+        own(owners, update.player)
+        with ExitStack() as stack:
+            if not fused:
+                stack.enter_context(torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH))
+            turns.append(_turn(method, nets, owners, update, first, batch(), micro, mode))
+    own(owners, *owners)
+    total, traffic = 0.0, Traffic()
+    for step in range(first, first + cycle):
+        made = False
+        for update, turn in zip(updates, turns, strict=True):
+            if step % update.every:
+                continue
+            making, losing = turn.traffic
+            total, traffic = total + turn.loss, traffic.plus(losing)
+            if not (update.reuse and made):
+                calls = max(1.0, _calls(method, nets, update, step, batch, micro))
+                turned = _calls(method, nets, replace(update, walk=False), first, batch, micro, 1)  # in the turn above
+                calls /= max(1.0, turned)
+                total, traffic = total + calls * turn.generation, traffic.plus(making, calls)
+            made = True
+    return Cost(tuple(turns), total / cycle, cycle, micro, Traffic().plus(traffic, 1 / cycle))
+
+
+def _turn(
+    method: Method,
+    nets: Nets,
+    owners: dict[str, list[nn.Parameter]],
+    update: Update,
+    step: int,
+    batch: dict[str, Any],
+    micro: int,
+    mode: TorchFunctionMode | None,
+) -> Turn:
+    """Run one update as the trainer does."""
+    draw = Choice(step, update.player, micro, 0)
+    networks = [*nets.frozen().values(), *nets.modules().values()]
+    meter, shards = Meter(*networks), Shards(*networks)
+    hooks = [p.register_post_accumulate_grad_hook(lambda p: meter.forget(p.grad)) for p in owners[update.player]]
+    try:
+        with meter, mode or nullcontext():
+            with torch.set_grad_enabled(update.player == "student"):
+                x = method.sample(nets, batch, draw)
+            generation, making = meter.flops, shards.traffic
+            loss, _ = update.loss(x, nets, batch, draw)
+            shards.backward = True
+            loss.backward()
+        gradients = sum(p.grad.nbytes for p in owners[update.player] if p.grad is not None)
+    finally:
+        for hook in (*hooks, *shards.handles):
+            hook.remove()
+        for p in owners[update.player]:
+            p.grad = None
+    losing = shards.traffic.plus(making, -1)
+    return Turn(update.player, generation, meter.flops - generation, meter.peak, gradients, (making, losing))
+
+
+def _calls(
+    method: Method, nets: Nets, update: Update, step: int, batch: Any, micro: int, choices: int | None = None
+) -> float:
+    """The student's calls in making samples at this step, averaged over the first `choices` of the method, or all."""
+    asked = 0
+
+    def call(net: nn.Module, x: Tensor, t: Tensor, c: Any) -> Tensor:
+        nonlocal asked
+        asked += 1
+        return torch.empty_like(x)
+
+    student = replace(nets.student, denoiser=replace(nets.student.denoiser, call=call))
+    choices = choices or len(nets.student.times)
+    with torch.no_grad():
+        for k in range(choices):
+            draw = Choice(step, update.player, micro, k)
+            if update.walk:
+                draw.late = began(method, nets, step)
+                draw.before = torch.empty(micro, *nets.shape, device="meta") if draw.late else None
+            method.sample(replace(nets, student=student), batch(), draw)
+    return asked / choices
+
+
+def _with_null(nets: Nets, null: dict[str, Tensor]) -> Nets:
+    on: Any = lambda d: d if d is None else replace(d, null=null)
+    student = replace(nets.student, denoiser=on(nets.student.denoiser))
+    return replace(nets, teacher=on(nets.teacher), student=student, fake=on(nets.fake), target=on(nets.target))
+
+
+def distinct(*nets: nn.Module) -> Iterator[Tensor]:
+    """The parameters and buffers of networks, each tensor once: a shared backbone counts as one."""
+    seen: set[int] = set()
+    for tensor in itertools.chain.from_iterable((*net.parameters(), *net.buffers()) for net in nets):
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            yield tensor
+
+
+def forward(denoiser: Denoiser, shape: tuple[int, ...], c: dict[str, Tensor]) -> int:
+    """FLOPs of one forward pass of one sample."""
+    x, t = torch.empty(1, *shape, device="meta"), torch.full((1,), 0.5, dtype=torch.float64, device="meta")
+    with Meter() as meter, torch.no_grad():
+        denoiser(x, t, c)
+    return meter.flops
+
+
+def passes(method: Method, nets: Nets, c: dict[str, Tensor]) -> float:
+    """Forward passes of one network that an iteration costs, for each of its samples, averaged over a cycle.
+
+    A forward pass is 1, a backward pass 2, one to the input alone 1, an encoder its share of the network. Arguments as
+    in `cost`.
+    """
+    pair = cost(method, nets, c, 2, half=False, fused=False)  # SUN takes one sample's condition for another
+    return pair.flops / pair.micro / forward(nets.teacher, nets.shape, c)
