@@ -78,13 +78,13 @@ toys: setup  ## the table of the toys: five methods on each schedule
 	@$(OFFLINE) $(PY) benchmarks/toys.py $(ARGS)
 
 faults: setup  ## 200 kills, damaged checkpoints, full disks: every run ends as the undisturbed one (long)
-	@$(OFFLINE) $(PY) tests/campaign.py --output docs/endurance.md $(ARGS)
+	@$(OFFLINE) $(PY) tests/support/campaign.py --output docs/endurance.md $(ARGS)
 
 golden: setup  ## the authors' own numbers, reproduced
-	@$(TEST) -v tests/test_golden*.py $(ARGS)
+	@$(TEST) -v tests/golden $(ARGS)
 
 mutate: setup  ## break each method on purpose; show the test that notices
-	@$(OFFLINE) OMP_NUM_THREADS=1 $(PY) tests/mutate.py $(ARGS)
+	@$(OFFLINE) OMP_NUM_THREADS=1 $(PY) tests/mutation/mutate.py $(ARGS)
 
 clean:  ## remove caches and build products (.venv and runs/ stay)
 	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -13,7 +13,7 @@ NOTHING = Markup()
 def tag(literal: str, *values: Any, **named: Any) -> Markup:
     """HTML with a value in every {}. Values are escaped, unless they are HTML that this function made.
 
-    literal: a constant of the source, never a value; tests/test_page.py looks at every call.
+    literal: a constant of the source, never a value; tests/eval/test_page.py looks at every call.
     """
     return Markup(literal).format(*values, **named)
 

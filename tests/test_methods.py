@@ -2,8 +2,8 @@
 
 DISTILL_WRITE=1 python -m pytest tests/test_methods.py    writes that table
 
-A new method is found by itself; tests/test_trainer.py runs it, too. It needs a first docstring line "NAME: title.
-Authors year, arXiv XXXX.XXXXX.", a line in tests/zoo.py where it cannot do without an argument, and on each test that
+A new method is found by itself; test_trainer.py runs it, too. It needs a first docstring line "NAME: title.
+Authors year, arXiv XXXX.XXXXX.", a line in zoo.py where it cannot do without an argument, and on each test that
 proves it a marker: @pytest.mark.level(1, "SiD") for a closed form, 2 for a toy problem, 4 for the authors' own numbers,
 5 for a figure that was published, "S" for the law of its samples under the scheduler of every family. Level 3 are the
 digits: a row in docs/digits.json that has not collapsed.

@@ -7,7 +7,7 @@ The student finds not data alone but every later point of the teacher's ODE, so 
 gamma of new noise between its calls: none (student.renoise "tcd") to all ("fresh"), TCDScheduler's eta. f is the first
 order of the semi-linear solution, TCF(1): one prediction for all e, so the network is not told e, and no network makes
 all of them right unless the ODE is a line. Of a Gaussian of deviation .6 a perfect student's four samples on SD's table
-have 1.13 times the deviation without new noise, .80 times with it (tests/test_sampling.py); PCM's have its own. t_0 is
+have 1.13 times the deviation without new noise, .80 times with it (test_sampling.py); PCM's have its own. t_0 is
 a level of noise, too (of a table .029), where "tcd" ends. Gradients flow as in LCD.
 """
 

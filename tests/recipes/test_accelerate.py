@@ -1,0 +1,120 @@
+"""The ready configuration files are read by accelerate's own launcher, and resolve to what they claim."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, ParallelismConfig
+from accelerate.utils.launch import prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
+
+from distill.files import RANKS
+from pipelines.run import warn_single_process
+
+FOLDER = Path(__file__).resolve().parents[2] / "recipes" / "accelerate"
+SHARDED = ("gpu8_fsdp2", "nodes2_fsdp2")
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What a file says of itself."""
+
+    kind: str
+    processes: int
+    machines: int = 1
+    precision: str = "bf16"
+    replicas: int = 1
+    shards: int = 1
+
+
+CLAIMS = {
+    "gpu1": Claim("NO", 1),
+    "gpu8_ddp": Claim("MULTI_GPU", 8),
+    "gpu8_fsdp2": Claim("FSDP", 8),
+    "nodes2_fsdp2": Claim("FSDP", 16, machines=2, replicas=2, shards=8),
+    "cpu2": Claim("MULTI_GPU", 2, precision="no"),
+}
+
+
+def resolved(name):
+    """The launcher's arguments and the file's contents, as `accelerate launch` makes them of the file alone."""
+    flags = ["--config_file", f"{FOLDER / name}.yaml", "--main_process_ip", "host0", "recipes/dmd2_digits.py"]
+    args, defaults, _ = _validate_launch_command(launch_command_parser().parse_args(flags))
+    return args, defaults
+
+
+def test_every_file_has_a_claim():
+    assert {path.stem for path in FOLDER.glob("*.yaml")} == CLAIMS.keys()
+
+
+@pytest.mark.parametrize("name", CLAIMS)
+def test_a_file_is_what_it_claims(name):
+    args, defaults = resolved(name)
+    claim = CLAIMS[name]
+    assert defaults.distributed_type == DistributedType(claim.kind)
+    assert (args.num_processes, args.num_machines, args.mixed_precision) == (
+        claim.processes,
+        claim.machines,
+        claim.precision,
+    )
+    assert args.multi_gpu == (claim.kind == "MULTI_GPU") and args.use_fsdp == (claim.kind == "FSDP")
+    assert not args.use_deepspeed and not args.use_megatron_lm and args.dynamo_backend == "no"
+    assert args.use_parallelism_config == (claim.replicas > 1)
+    assert args.use_cpu == (name == "cpu2")
+
+
+@pytest.mark.parametrize("name", SHARDED)
+def test_sharded_files_reach_the_processes(name, monkeypatch):
+    """What accelerate's plugins read from the environment that the launcher sets."""
+    args, _ = resolved(name)
+    args.machine_rank = 1  # no port of this machine is asked for
+    environment = prepare_multi_gpu_env(args)
+    assert args.nproc_per_node == "8" and environment["ACCELERATE_MIXED_PRECISION"] == "bf16"
+    for key, value in environment.items():
+        if key.startswith(("FSDP_", "ACCELERATE_", "PARALLELISM_CONFIG_")):
+            monkeypatch.setenv(key, value)
+    plugin = FullyShardedDataParallelPlugin()
+    assert plugin.fsdp_version == 2 and plugin.reshard_after_forward is True
+    assert plugin.auto_wrap_policy is None and not plugin.activation_checkpointing
+    assert environment["FSDP_OFFLOAD_PARAMS"] == "false"
+    assert not plugin.cpu_ram_efficient_loading and environment["FSDP_CPU_RAM_EFFICIENT_LOADING"] == "false"
+    sizes = ParallelismConfig()
+    claim = CLAIMS[name]
+    assert (sizes.dp_replicate_size, sizes.dp_shard_size) == (claim.replicas, claim.shards)
+    assert sizes.total_size in (1, claim.processes)  # 1: none is given, all processes are one group
+
+
+@pytest.mark.parametrize("name", CLAIMS)
+def test_what_never_ran_says_so(name):
+    """And its comment gives a command that names the file itself."""
+    text = (FOLDER / f"{name}.yaml").read_text()
+    assert ("Never run here." in text) == (name != "cpu2")
+    assert f"accelerate launch --config_file recipes/accelerate/{name}.yaml" in text
+    assert yaml.safe_load(text)["num_processes"] == CLAIMS[name].processes
+
+
+@pytest.mark.parametrize(
+    ("flags", "alone"),
+    (
+        ("--cpu --num_processes 2", True),
+        ("--num_processes 2", True),
+        ("--cpu --num_processes 1", False),
+        ("--cpu", False),
+    ),
+)
+def test_processes_that_were_not_started_are_missed(flags, alone, monkeypatch, capsys):
+    """Where accelerate sees no two GPUs it starts one process; the environment is what it gives to that one."""
+    for name in ("MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK", "ACCELERATE_MIXED_PRECISION", *RANKS):
+        monkeypatch.delenv(name, raising=False)
+    args, *_ = _validate_launch_command(launch_command_parser().parse_args([*flags.split(), "recipe.py"]))
+    assert not args.multi_gpu
+    for name, value in prepare_simple_launcher_cmd_env(args)[1].items():
+        monkeypatch.setenv(name, value)
+    capsys.readouterr()
+    warn_single_process()
+    said = capsys.readouterr().err
+    assert ("has started this one alone" in said and "recipes/accelerate/cpu2.yaml" in said) == alone
+    monkeypatch.setenv("RANK", "0")
+    warn_single_process()
+    assert not capsys.readouterr().err

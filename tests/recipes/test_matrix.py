@@ -1,0 +1,174 @@
+"""Every method on every family of teachers, full and as LoRA, two steps each; the README's table says what ran here.
+
+DISTILL_WRITE=1 python -m pytest tests/recipes/test_matrix.py    writes that table
+"""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from zoo import CLASSES, example
+
+from distill.diffusion.guidance import overriding
+from distill.diffusion.schedule import VP
+from distill.methods import DMD2, LCD, PCM, SCM, TCM, VSD, SiD
+from distill.networks.lora import LoRA
+from distill.training.build import build
+from distill.training.config import FakeConfig, StudentConfig, TrainConfig
+from distill.training.loop import train
+from pipelines import load
+from pipelines.families import tiny
+from pipelines.families.registry import FAMILIES
+
+README = Path(__file__).resolve().parents[2] / "README.md"
+NAMES = {
+    "sd": "SD 1.5, 2.1",
+    "sdxl": "SDXL",
+    "sd3": "SD 3, 3.5",
+    "flux": "FLUX.1",
+    "pixart": "PixArt",
+    "sana": "SANA",
+    "qwen": "Qwen-Image",
+    "wan": "Wan 2.1, Wan 2.2 TI2V-5B",
+    "edm": "EDM, pixels",
+}
+METHODS = {
+    "SiD": lambda taps: SiD(alpha=1.0, kappa=(1.5, 1.5, 1.5, 1.5)),
+    "DMD2": lambda taps: DMD2(guidance=2.0, every=1, taps=taps),
+    "VSD": lambda taps: VSD(guidance=2.0),
+    "CD / LCM": lambda taps: LCD(guidance=2.0),
+    "sCM": lambda taps: SCM(guidance=2.0, warmup=1),
+}
+FIRST = ("SiD", "DMD2", "VSD", "LCD", "SCM")  # their classes
+APART = (
+    "NCT",
+)  # its student is an adapter of its own, pipelines/inference/controlnet.py: tests/pipelines/test_control.py
+REFUSED = {
+    (name, family): "no cross-attention" for name in ("NASAT", "SUN") for family in ("edm", "sd3", "flux", "qwen")
+}
+REFUSED["SUN", "edm"] = "needs a teacher with text conditions"
+RAN = {}
+
+
+@pytest.fixture(scope="module")
+def teachers(tmp_path_factory):
+    made = {}
+
+    def teacher(name):
+        if name not in made:
+            folder = tmp_path_factory.mktemp(name)
+            tiny.save(name, folder)
+            made[name] = load(folder)
+            made[name].null()
+        return made[name]
+
+    return teacher
+
+
+def test_every_family_has_a_name():
+    assert NAMES.keys() == set(FAMILIES.values())
+
+
+def two_steps(algorithm, family, teacher, adapted, steps=1):
+    """Train; the losses are finite, every player moves, the teacher does not."""
+    module, B = teacher.parts.family, 2
+    prompts = [0, 1] if family == "edm" else ["a cat", "a dog on the moon"]
+    c = teacher.encode(prompts)
+    lora = LoRA(2, 2.0, getattr(module, "TARGETS", ("conv1", "conv2"))) if adapted else LoRA()
+    unit = 1.0 if isinstance(teacher.denoiser.schedule, VP) else None
+    words = c["prompt_embeds"].shape[1] if "negative" in algorithm.needs and "prompt_embeds" in c else 0
+    denoiser, also = replace(teacher.denoiser), {}
+    if "forget" in algorithm.needs:
+        c, denoiser.null = overriding(c, c), overriding(denoiser.null, denoiser.null)
+        also["forget_c"] = c
+    nets = build(
+        algorithm,
+        denoiser,
+        teacher.shape,
+        {k: v[:1] for k, v in c.items()},
+        StudentConfig(
+            steps=steps,
+            scale=unit,
+            renoise="tcd" if isinstance(algorithm, PCM) else "fresh",
+            lora=LoRA() if words else lora,
+            negative=words,
+        ),
+        FakeConfig(lora=lora),
+    )
+    nets.perceptual, nets.reward = lambda x, y: (x - y).square().flatten(1).mean(1), lambda x, c: x.flatten(1).mean(1)
+    nets.control = lambda x: x
+    before = {role: [p.detach().clone() for p in net.parameters()] for role, net in nets.modules().items()}
+    frozen = [p.detach().clone() for p in teacher.denoiser.net.parameters()]
+
+    def data(draw):
+        some = lambda name: draw.normal(name, (B, *teacher.shape))
+        return {"c": c, "real": some("real"), "real_c": c, "z": some("z"), "y": some("y"), **also}
+
+    cfg = TrainConfig(max_train_steps=2, train_batch_size=B, learning_rate=1e-3, lr_warmup_steps=0)
+    for state in train(algorithm, nets, data, cfg, Accelerator(cpu=True)):
+        assert all(torch.isfinite(torch.as_tensor(value)).all() for value in state.logs.values())
+    for role, net in nets.modules().items():
+        moved = any(not torch.equal(a, b) for a, b in zip(before[role], net.parameters(), strict=True))
+        assert moved != (role == "target" and isinstance(algorithm, TCM)), role  # TCM's target is its first stage
+    assert all(torch.equal(a, b) for a, b in zip(frozen, teacher.denoiser.net.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("adapted", (False, True), ids=("full", "lora"))
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("family", NAMES)
+def test_trains(family, method, adapted, teachers):
+    teacher = teachers(family)
+    algorithm = METHODS[method](getattr(teacher.parts.family, "TAPS", ("mid_block",)))
+    two_steps(algorithm, family, teacher, adapted, 2 if method in ("SiD", "DMD2") else 1)
+    RAN.setdefault((family, method), []).append("LoRA" if adapted else "full")
+
+
+def others():
+    """Every other method on every family; in CI on two of them, in turn, once in full and once as LoRA."""
+    for i, name in enumerate(name for name in CLASSES if name not in FIRST + APART):
+        for k, family in enumerate(NAMES):
+            if (name, family) not in REFUSED:
+                turn = (i - k) % len(NAMES)
+                for adapted in (False, True):
+                    slow = () if turn == 4 * adapted else pytest.mark.slow
+                    yield pytest.param(
+                        name, family, adapted, marks=slow, id=f"{name}-{family}-{('full', 'lora')[adapted]}"
+                    )
+
+
+@pytest.mark.parametrize("name, family, adapted", [*others()])
+def test_every_other_method_trains(name, family, adapted, teachers):
+    teacher = teachers(family)
+    method = example(name, getattr(teacher.parts.family, "TAPS", ("mid_block",))[-1])
+    if name == "TCD":
+        method = replace(method, guidance=3.0)  # a range needs a network that is told it
+    if name == "Forgetting" and family != "edm":
+        method = replace(method, forget=(), override=())  # prompts, of the data
+    two_steps(method, family, teacher, adapted, 2 if {"steps", "finished"} & {*method.needs} else 1)
+
+
+@pytest.mark.parametrize("name, family", REFUSED)
+def test_what_does_not_fit_is_refused(name, family, teachers):
+    with pytest.raises(ValueError, match=REFUSED[name, family]):
+        two_steps(example(name), family, teachers(family), False)
+
+
+def test_the_readme_says_what_ran(request):
+    if len(RAN) < len(NAMES) * len(METHODS):  # a selection of the tests, or a failure that is reported above
+        assert request.session.testsfailed or len(request.session.items) < len(NAMES) * len(METHODS)
+        return
+    rows = ["| teacher | " + " | ".join(METHODS) + " |", "|---" * (len(METHODS) + 1) + "|"]
+    for family, title in NAMES.items():
+        cells = (", ".join(RAN.get((family, method), ["-"])) for method in METHODS)
+        rows.append(f"| {title} ([{family}.py](pipelines/{family}.py)) | " + " | ".join(cells) + " |")
+    first, last = "<!-- what tests/recipes/test_matrix.py ran -->\n", "<!-- end -->"
+    text = README.read_text()
+    head, _, rest = text.partition(first)
+    table, _, tail = rest.partition(last)
+    if os.environ.get("DISTILL_WRITE"):
+        README.write_text(head + first + "\n".join(rows) + "\n" + last + tail)
+    else:
+        assert table == "\n".join(rows) + "\n"
