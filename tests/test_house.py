@@ -95,7 +95,7 @@ def test_the_library_is_quiet():
 
 def test_no_pickle():
     """Published .bin files and EDM checkpoints are read as plain tensors, by one file each; nothing else is read."""
-    published, edm = Path("pipelines", "published.py"), Path("pipelines", "edm_convert.py")
+    published, edm = Path("pipelines/export/published.py"), Path("pipelines/export/edm_convert.py")
     pickles = ("pickle", "cloudpickle", "dill", "joblib")
     assert {f for f in LIBRARY for n in imported(f) if inside(n, pickles)} <= {edm}
     assert not [c for c in calls() if c[0] == edm and ast.unparse(c[2].func).startswith("pickle.")], (

@@ -22,10 +22,9 @@ from distill.diffusion.guidance import Guided, needed
 from distill.diffusion.schedule import expand
 from distill.diffusion.solver import STEPS, Name
 from distill.losses import Reduction, reduce
-from distill.method import Logs, Update
+from distill.method import Batch, Logs, Nets, Update
 from distill.random import Draw
 from distill.ranges import Finite, Points, Weight
-from distill.roles import Batch, Nets
 
 
 @dataclass(frozen=True)

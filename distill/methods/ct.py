@@ -20,10 +20,9 @@ from distill.diffusion.curriculum import Closing, Curriculum
 from distill.diffusion.denoiser import Condition
 from distill.diffusion.schedule import Schedule, expand
 from distill.losses import cauchy_norm, huber_norm
-from distill.method import Logs, ToData, Update
+from distill.method import Batch, Logs, Nets, ToData, Update
 from distill.random import Draw
 from distill.ranges import Weight
-from distill.roles import Batch, Nets
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,9 @@ from torch import Tensor
 from distill.diffusion.guidance import drop
 from distill.diffusion.times import Law, LogNormal
 from distill.losses import Reduction, denoising
-from distill.method import Logs, Update
+from distill.method import Batch, Logs, Nets, Update
 from distill.random import Draw
 from distill.ranges import Share
-from distill.roles import Batch, Nets
 
 
 @dataclass(frozen=True)

@@ -20,10 +20,9 @@ from torch import Tensor
 from distill.diffusion.schedule import expand
 from distill.diffusion.times import Law, LogNormal
 from distill.losses import Reduction, denoising, push, reduce, scores
-from distill.method import Logs, Update
+from distill.method import Batch, Logs, Nets, Update
 from distill.random import Draw
 from distill.ranges import Calls
-from distill.roles import Batch, Nets
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,10 @@ from pathlib import Path
 from torch import Tensor
 
 from distill.diffusion.times import Grid, Law
-from distill.method import Logs, Update
+from distill.method import Batch, Logs, Nets, Update
 from distill.methods.dmd2 import DMD2
 from distill.random import Draw
 from distill.ranges import Count
-from distill.roles import Batch, Nets
 from distill.training import checkpoint
 
 

@@ -17,12 +17,11 @@ from torch import Tensor
 
 from distill.diffusion.times import Grid, Law
 from distill.losses import Reduction
-from distill.method import Logs, Update
+from distill.method import Batch, Logs, Nets, Update
 from distill.methods.dmd2 import DMD2
 from distill.methods.regression import Regression
 from distill.random import Draw
 from distill.ranges import Finite, Positive, Weight
-from distill.roles import Batch, Nets
 
 
 @dataclass(frozen=True)

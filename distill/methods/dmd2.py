@@ -19,10 +19,9 @@ from torch import Tensor
 from distill.diffusion.guidance import Guided, merge
 from distill.diffusion.times import Count, Finite, Grid, Law, Weight
 from distill.losses import Reduction, denoising, gan_discriminator, gan_generator, normaliser, push, reduce, scores
-from distill.method import Logs, Update
+from distill.method import Batch, Logs, Nets, Update
 from distill.networks.discriminator import DiffusionGAN, verdicts
 from distill.random import Draw
-from distill.roles import Batch, Nets
 
 
 @dataclass(frozen=True)

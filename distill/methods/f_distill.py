@@ -31,10 +31,9 @@ from torch import Tensor
 from distill.diffusion.guidance import Guided
 from distill.diffusion.schedule import Schedule, expand
 from distill.losses import sum_over_processes
-from distill.method import Logs
+from distill.method import Logs, Nets
 from distill.methods.dmd2 import DMD2
 from distill.ranges import Natural, Positive
-from distill.roles import Nets
 
 H: dict[str, Callable[[Tensor], Tensor]] = {
     "reverse-kl": torch.ones_like,

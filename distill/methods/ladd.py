@@ -23,11 +23,10 @@ from distill.diffusion.guidance import merge
 from distill.diffusion.schedule import expand
 from distill.diffusion.times import Law, LogitNormal
 from distill.losses import gan_discriminator, gan_generator, hinge_discriminator, hinge_generator
-from distill.method import Logs, Update
+from distill.method import Batch, Logs, Nets, Update
 from distill.networks.discriminator import seen, verdicts
 from distill.random import Draw
 from distill.ranges import Count, Positive
-from distill.roles import Batch, Nets
 
 
 @dataclass(frozen=True)

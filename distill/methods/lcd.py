@@ -21,11 +21,10 @@ from distill.diffusion.schedule import VP, Schedule, expand
 from distill.diffusion.solver import STEPS, Name
 from distill.diffusion.times import Grid, point, spread
 from distill.losses import Reduction, huber, reduce
-from distill.method import Logs, ToData, Update
+from distill.method import Batch, Logs, Nets, ToData, Update
 from distill.networks.ema import follow
 from distill.random import Draw
 from distill.ranges import Decay, Finite, Points, Positive
-from distill.roles import Batch, Nets
 
 
 @dataclass(frozen=True)

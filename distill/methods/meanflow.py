@@ -23,10 +23,9 @@ from distill.diffusion.guidance import Guided, drop
 from distill.diffusion.schedule import expand
 from distill.diffusion.times import Law, LogitNormal
 from distill.losses import adaptive, jvp
-from distill.method import Logs, Update
+from distill.method import Batch, Logs, Nets, Update
 from distill.random import Draw
 from distill.ranges import Finite, Natural, Share, Weight
-from distill.roles import Batch, Nets
 
 
 @dataclass(frozen=True)

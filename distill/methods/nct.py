@@ -18,11 +18,10 @@ from torch import Tensor
 
 from distill.diffusion.schedule import expand
 from distill.losses import Reduction, huber, reduce
-from distill.method import Logs, Update
+from distill.method import Batch, Logs, Nets, Update
 from distill.networks.multiplier import Multiplier, multiplier
 from distill.random import Draw
 from distill.ranges import Points, Positive, Weight
-from distill.roles import Batch, Nets
 
 
 @dataclass(frozen=True)

@@ -25,12 +25,11 @@ from distill.diffusion.guidance import repeated
 from distill.diffusion.student import check_phases
 from distill.diffusion.times import phase, pieces
 from distill.losses import hinge_discriminator
-from distill.method import Logs, Update
+from distill.method import Batch, Logs, Nets, Update
 from distill.methods.lcd import LCD
 from distill.networks.discriminator import head_logits, verdicts
 from distill.random import Draw
 from distill.ranges import Decay, Finite, Weight
-from distill.roles import Batch, Nets
 
 
 @dataclass(frozen=True)

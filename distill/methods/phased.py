@@ -25,11 +25,10 @@ from torch import Tensor
 
 from distill.diffusion.interval import Interval, Tail
 from distill.diffusion.times import Grid, Law
-from distill.method import Logs
+from distill.method import Batch, Logs, Nets
 from distill.methods.dmd2 import DMD2
 from distill.random import Draw
 from distill.ranges import Count, Decay, Finite, Positive, Weight
-from distill.roles import Batch, Nets
 
 
 @dataclass(frozen=True)

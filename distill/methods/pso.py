@@ -23,11 +23,10 @@ from torch import Tensor
 
 from distill.diffusion.denoiser import Condition
 from distill.diffusion.guidance import repeated
-from distill.method import Logs, Update
+from distill.method import Batch, Logs, Nets, Update
 from distill.methods.wrappers.reward import judge
 from distill.random import Draw
 from distill.ranges import Decay, Positive
-from distill.roles import Batch, Nets
 
 
 @dataclass(frozen=True)

@@ -22,10 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distill.diffusion.denoiser import Denoiser
-from distill.method import Logs, Update
+from distill.method import Batch, Logs, Nets, Update
 from distill.random import Draw
 from distill.ranges import Positive, Weight
-from distill.roles import Batch, Nets
 
 
 @dataclass(frozen=True)

@@ -22,11 +22,10 @@ from distill.diffusion.guidance import Guided
 from distill.diffusion.schedule import expand
 from distill.diffusion.times import Law, Uniform
 from distill.losses import adaptive
-from distill.method import Logs, Update
+from distill.method import Batch, Logs, Nets, Update
 from distill.networks.ema import follow
 from distill.random import Draw
 from distill.ranges import Calls, Decay, Finite, Positive, Share
-from distill.roles import Batch, Nets
 
 
 @dataclass(frozen=True)

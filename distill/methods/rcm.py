@@ -20,12 +20,11 @@ from torch import Tensor
 from distill.diffusion.schedule import Trig, expand
 from distill.diffusion.times import Law, LogNormal, Shifted, Uniform
 from distill.losses import Reduction, reduce
-from distill.method import Logs, Update
+from distill.method import Batch, Logs, Nets, Update
 from distill.methods.dmd2 import DMD2
 from distill.methods.scm import SCM
 from distill.random import Draw
 from distill.ranges import Count, Finite, Natural, Positive, Weight
-from distill.roles import Batch, Nets
 
 
 @dataclass(frozen=True)

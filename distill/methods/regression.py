@@ -13,10 +13,9 @@ from typing import Literal
 from torch import Tensor
 
 from distill.losses import Reduction, huber, reduce
-from distill.method import Logs, Update
+from distill.method import Batch, Logs, Nets, Update
 from distill.random import Draw
 from distill.ranges import Positive
-from distill.roles import Batch, Nets
 
 
 @dataclass(frozen=True)

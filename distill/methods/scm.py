@@ -22,11 +22,10 @@ from distill.diffusion.guidance import Guided, needed, scale_of, told
 from distill.diffusion.schedule import Prediction, Trig, expand
 from distill.diffusion.times import Law, LogNormal
 from distill.losses import Reduction, jvp, per_sample
-from distill.method import Logs, ToData, Update
+from distill.method import Batch, Logs, Nets, ToData, Update
 from distill.networks.adaptive_weight import weigh
 from distill.random import Draw
 from distill.ranges import Finite, Natural, Positive, Weight
-from distill.roles import Batch, Nets
 
 
 @dataclass(frozen=True)

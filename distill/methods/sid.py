@@ -20,10 +20,9 @@ from distill.diffusion.guidance import Guided, drop
 from distill.diffusion.schedule import expand
 from distill.diffusion.times import Karras, Law, LogNormal
 from distill.losses import Reduction, denoising, normaliser, reduce, scores
-from distill.method import Logs, Update
+from distill.method import Batch, Logs, Nets, Update
 from distill.random import Draw
 from distill.ranges import Calls, Finite, Positive, Share
-from distill.roles import Batch, Nets
 
 
 @dataclass(frozen=True)

@@ -21,12 +21,11 @@ from torch import Tensor
 from distill.diffusion.guidance import Guided
 from distill.diffusion.schedule import expand
 from distill.losses import denoising, reduce
-from distill.method import Logs, Update
+from distill.method import Batch, Logs, Nets, Update
 from distill.methods.sid import SiD
 from distill.networks.discriminator import verdicts
 from distill.random import Draw
 from distill.ranges import Finite, Natural, Positive, Weight
-from distill.roles import Batch, Nets
 
 
 @dataclass(frozen=True)

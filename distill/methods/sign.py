@@ -23,12 +23,11 @@ from distill.diffusion.schedule import expand
 from distill.diffusion.solver import STEPS, Name
 from distill.diffusion.times import Grid, Uniform
 from distill.losses import reduce
-from distill.method import Logs
+from distill.method import Batch, Logs, Nets
 from distill.methods.dmd import DMD
 from distill.networks.ema import follow
 from distill.random import Draw
 from distill.ranges import Points, Share, Weight
-from distill.roles import Batch, Nets
 
 
 @dataclass(frozen=True)

@@ -23,12 +23,11 @@ from distill.diffusion.guidance import scale_of, told
 from distill.diffusion.schedule import expand
 from distill.diffusion.times import Law, LogNormal
 from distill.losses import Reduction
-from distill.method import Logs, Update
+from distill.method import Batch, Logs, Nets, Update
 from distill.methods.ladd import LADD
 from distill.methods.scm import SCM
 from distill.random import Draw
 from distill.ranges import Finite, Natural, Positive, Share, Weight
-from distill.roles import Batch, Nets
 
 
 @dataclass(frozen=True)

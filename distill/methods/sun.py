@@ -24,11 +24,10 @@ from distill.diffusion.guidance import Guided, drop
 from distill.diffusion.solver import jump
 from distill.diffusion.times import Grid, Law
 from distill.losses import Reduction, reduce
-from distill.method import Logs, Update
+from distill.method import Batch, Logs, Nets, Update
 from distill.networks.negative_attention import against, another
 from distill.random import Draw
 from distill.ranges import Calls, Finite, Share, Weight
-from distill.roles import Batch, Nets
 
 
 @dataclass(frozen=True)

@@ -21,10 +21,9 @@ from torch import Tensor
 from distill.diffusion.guidance import Guided
 from distill.diffusion.times import Law, LogNormal
 from distill.losses import Reduction, reduce
-from distill.method import Logs, Update
+from distill.method import Batch, Logs, Nets, Update
 from distill.random import Draw
 from distill.ranges import Finite
-from distill.roles import Batch, Nets
 
 
 @dataclass(frozen=True)

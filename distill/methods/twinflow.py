@@ -18,11 +18,10 @@ import torch
 from torch import Tensor
 
 from distill.diffusion.end_time import PATH, average
-from distill.method import Logs
+from distill.method import Batch, Logs, Nets
 from distill.methods.rcgm import RCGM
 from distill.random import Draw
 from distill.ranges import Weight
-from distill.roles import Batch, Nets
 
 
 @dataclass(frozen=True)

@@ -21,10 +21,9 @@ from distill.diffusion.guidance import Guided, drop, scale_of
 from distill.diffusion.schedule import expand
 from distill.diffusion.times import Grid, Law
 from distill.losses import Reduction, denoising, push, reduce, scores
-from distill.method import Logs, Update
+from distill.method import Batch, Logs, Nets, Update
 from distill.random import Draw
 from distill.ranges import Calls, Finite, Share
-from distill.roles import Batch, Nets
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,10 @@ from torch import Tensor
 from distill.diffusion.denoiser import Condition, Denoiser
 from distill.diffusion.guidance import Guided, drop
 from distill.diffusion.schedule import Prediction
-from distill.method import Logs, Loss
+from distill.method import Batch, Logs, Loss, Nets
 from distill.methods.wrappers.wrapper import Wrapped
 from distill.random import Draw
 from distill.ranges import Share, Weight
-from distill.roles import Batch, Nets
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,10 @@ from torch import Tensor, nn
 
 from distill.diffusion.denoiser import Condition
 from distill.diffusion.guidance import OVERRIDE, relabel
-from distill.method import Logs, Loss
+from distill.method import Batch, Logs, Loss, Nets
 from distill.methods.wrappers.wrapper import Wrapped
 from distill.random import Draw
 from distill.ranges import Natural, Weight
-from distill.roles import Batch, Nets
 
 
 @dataclass(frozen=True)

@@ -15,13 +15,12 @@ from typing import Any
 
 from torch import Tensor
 
-from distill.method import Logs, Loss
+from distill.method import Batch, Logs, Loss, Nets
 from distill.methods.vsd import VSD
 from distill.methods.wrappers.wrapper import Wrapped
 from distill.networks.negative_attention import NASA, TEXT, against, another, turn
 from distill.random import Draw
 from distill.ranges import Share
-from distill.roles import Batch, Nets
 
 
 @dataclass(frozen=True)

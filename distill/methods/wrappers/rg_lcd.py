@@ -23,13 +23,12 @@ from torch.nn.functional import binary_cross_entropy_with_logits as cross_entrop
 from distill.diffusion.denoiser import Condition
 from distill.diffusion.guidance import repeated
 from distill.diffusion.times import Fixed, Law
-from distill.method import Logs, Loss, Update
+from distill.method import Batch, Logs, Loss, Nets, Update
 from distill.methods.lcd import LCD
 from distill.methods.wrappers.reward import Rewarded, judge
 from distill.networks.discriminator import seen
 from distill.random import Draw
 from distill.ranges import Finite, Positive, Weight
-from distill.roles import Batch, Nets
 
 
 @dataclass(frozen=True)

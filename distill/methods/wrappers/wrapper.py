@@ -6,10 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-from distill.method import Logs, Loss, Update
+from distill.method import Batch, Logs, Loss, Nets, Update
 from distill.methods.sid import SiD
 from distill.random import Draw
-from distill.roles import Batch, Nets
 
 Term = Callable[[Loss, Tensor, Nets, Batch, Draw], tuple[Tensor, Logs]]
 
