@@ -9,7 +9,6 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, nullcontext
-from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,13 +16,14 @@ from safetensors import SafetensorError
 
 from distill import sharding
 from distill.configuration import Config, dump, fail, parse
-from distill.files import RANKS, folder_lock, rank
+from distill.files import folder_lock, rank
 from distill.training import checkpoint, history, nonfinite, precision
 from pipelines import fields
 from pipelines.components import ExportError, index, located
 from pipelines.families.registry import FAMILIES
 from pipelines.inference import controlnet
 from pipelines.judges import perceptual, reward
+from pipelines.launch import silence_libraries, start_accelerator
 from pipelines.teacher import Teacher, opened
 
 if TYPE_CHECKING:
@@ -182,10 +182,10 @@ def run(config: Config[Any, Any], out: Path, resume: Path | None) -> None:
     cfg, entry = config.train, history.entry(config)
     if cfg.deterministic:
         precision.deterministic()
-    accelerator = launched(log_with=None if cfg.report_to == "none" else cfg.report_to, project_dir=out)
+    accelerator = start_accelerator(log_with=None if cfg.report_to == "none" else cfg.report_to, project_dir=out)
     micro = cfg.micro_batch(accelerator.num_processes)
     supported(cfg, accelerator)
-    quiet()
+    silence_libraries()
     set_seed(cfg.seed)
     before = history.last_entry(resume.absolute().parent) if resume and accelerator.is_main_process else None
     repository = None
@@ -328,33 +328,6 @@ def replay(folder: Path, config: Config[Any, Any], nets: Nets, data: Any, accele
     return int(any(any(findings) for findings in found.values()))
 
 
-def launched(days: int = 1, **options: Any) -> Accelerator:
-    """The processes of a command. They wait days for one that downloads, encodes or saves; ten minutes is common.
-
-    Several processes without an accelerator share the work on the CPU: left alone, each would do all of it, unaware.
-    """
-    import torch
-    from accelerate import Accelerator
-    from accelerate.utils import InitProcessGroupKwargs
-
-    warn_single_process()
-    cpu = "LOCAL_RANK" in os.environ and not torch.accelerator.is_available()
-    return Accelerator(cpu=cpu, kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days))], **options)
-
-
-def warn_single_process() -> None:
-    """Warn if `accelerate launch` was to start several processes but started only this one.
-
-    It does so where it sees fewer than two GPUs: --num_processes 2, with or without --cpu, sets their address only.
-    """
-    known = os.environ.keys()
-    if {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= known and not known & {"LOCAL_RANK", *RANKS}:
-        sys.stderr.write(
-            "warning: accelerate launch was asked for several processes and has started this one alone, for it sees "
-            "fewer than two GPUs. On the CPU launch two by --config_file recipes/accelerate/cpu2.yaml\n"
-        )
-
-
 def network_dtype(config: Config[Any, Any], accelerator: Accelerator) -> torch.dtype:
     """Of the teacher's network as it is read: half where nothing but adapters is trained on it."""
     import torch
@@ -420,13 +393,3 @@ def signals() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def quiet() -> None:
-    """Libraries' chatter at loading and saving is not about this run."""
-    import diffusers
-    import transformers
-
-    for library in (diffusers, transformers):
-        library.utils.logging.set_verbosity_error()
-        library.utils.logging.disable_progress_bar()

@@ -79,11 +79,11 @@ def train_teacher(cfg: Teacher, settings: TrainConfig, out: Path) -> None:
     from distill.training.log import Log
     from distill.training.loop import train
     from pipelines.families import edm
-    from pipelines.run import launched, quiet
+    from pipelines.launch import silence_libraries, start_accelerator
 
-    quiet()
+    silence_libraries()
     set_seed(cfg.seed)
-    accelerator = launched()
+    accelerator = start_accelerator()
     if accelerator.is_main_process:
         write(out / "config.yaml", yaml.safe_dump(asdict(cfg), sort_keys=False))
     teacher = edm.teacher(edm.unet(cfg.channels, layers=cfg.layers), cfg.sigma_d, null_class=10)

@@ -97,7 +97,7 @@ def features(
     A chunk in the cache that is torn is made again.
     """
     from distill.progress import bar
-    from pipelines.run import launched
+    from pipelines.launch import start_accelerator
 
     for name, number in (("batch", batch), ("workers", workers)):
         if number < 1:
@@ -109,7 +109,7 @@ def features(
     found = Features(where, len(files), contents, extractor.name, extractor.hash)
     parts = _chunk_files(where, len(files))
     missing = [c for c, part in enumerate(parts) if not is_complete(part, min(CHUNK, len(files) - c * CHUNK))]
-    accelerator = launched()
+    accelerator = start_accelerator()
     accelerator.wait_for_everyone()  # all have looked before one begins
     if missing:
         mine = [c for c in missing if c % accelerator.num_processes == accelerator.process_index]

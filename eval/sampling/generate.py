@@ -351,9 +351,9 @@ class Sampling:
         manifest = folders.manifest_of(self.out, unfinished=True)
         if manifest["complete"] and self.cost is None:
             return manifest
-        from pipelines.run import quiet
+        from pipelines.launch import silence_libraries
 
-        quiet()
+        silence_libraries()
         device = ranks.device(self.device)
         try:
             sampler = self.sampler(device)
@@ -412,13 +412,13 @@ class Ranks:
     """The processes of `accelerate launch` or torchrun, or this one alone."""
 
     def __init__(self) -> None:
-        from pipelines.run import launched, warn_single_process
+        from pipelines.launch import start_accelerator, warn_single_process
 
         self.accelerator, self.index, self.count = None, 0, 1
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             warn_single_process()
         else:
-            self.accelerator = launched(days=7)  # for one that has more left to make
+            self.accelerator = start_accelerator(days=7)  # for one that has more left to make
             self.index, self.count = self.accelerator.process_index, self.accelerator.num_processes
 
     def device(self, asked: str | None) -> torch.device:

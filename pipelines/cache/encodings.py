@@ -101,10 +101,10 @@ def run(config: Cache) -> Path:
 def make_cache(config: Cache) -> Path:
     """The folder of the cache, which no other process writes."""
     check(config)
-    from pipelines.run import launched, quiet
+    from pipelines.launch import silence_libraries, start_accelerator
 
-    state, folder = launched(), Path(config.output_dir)
-    quiet()
+    state, folder = start_accelerator(), Path(config.output_dir)
+    silence_libraries()
     prompts, pictures = config.sources().sources()
     teacher = encoders(config, state.device)
     text = Texts(teacher, prompts, pictures.captions if pictures else ())

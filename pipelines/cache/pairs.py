@@ -94,10 +94,10 @@ def run(config: Sampling) -> Path:
 def make_pairs(config: Sampling) -> Path:
     """The folder of the pairs, which no other process writes."""
     check(config)
-    from pipelines.run import launched, quiet
+    from pipelines.launch import silence_libraries, start_accelerator
 
-    state, folder = launched(), Path(config.output_dir)
-    quiet()
+    state, folder = start_accelerator(), Path(config.output_dir)
+    silence_libraries()
     teacher = opened(config, state.device)
     texts, text = prompts(config, teacher)
     how = Cache(config.teacher, output_dir=config.output_dir, batch_size=config.batch_size, dtype=config.dtype)

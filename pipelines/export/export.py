@@ -553,7 +553,7 @@ def published(again: Again) -> tuple[Student, Teacher, Any, str, str, str, tuple
 
 def main(again: Again | None = None) -> None:
     again = again or tyro.cli(Again, use_underscores=True, description=__doc__)
-    from pipelines.run import quiet
+    from pipelines.launch import silence_libraries
 
     if bool(again.run) == bool(again.published):
         fail("give a run's folder, or a published student with --from FILE and its base")
@@ -564,7 +564,7 @@ def main(again: Again | None = None) -> None:
     out = Path(again.output_dir or f"{again.run}/pipeline")
     name = (out.parent if out.name == "pipeline" else out).resolve().name
     try:
-        quiet()
+        silence_libraries()
         with folder_lock(out, beside=True):
             export_again(again, out, name)
     except (ValueError, ExportError) as error:

@@ -14,7 +14,8 @@ from distill.training.config import StudentConfig
 from pipelines import load as load_teacher
 from pipelines.export import export, verify
 from pipelines.families import flux, tiny
-from pipelines.run import carried, half, launched
+from pipelines.launch import start_accelerator
+from pipelines.run import carried, half
 
 
 @pytest.mark.parametrize("family", (SimpleNamespace(), flux))
@@ -64,7 +65,7 @@ def test_encoders_that_are_stored_in_half(tmp_path):
 
 
 def test_processes_wait_for_one_that_downloads_or_encodes():
-    assert launched().init_handler.timeout == timedelta(days=1)
+    assert start_accelerator().init_handler.timeout == timedelta(days=1)
 
 
 def test_half_precision_keeps_what_the_class_keeps():

@@ -10,7 +10,7 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, Pa
 from accelerate.utils.launch import prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
 
 from distill.files import RANKS
-from pipelines.run import warn_single_process
+from pipelines.launch import warn_single_process
 
 FOLDER = Path(__file__).resolve().parents[2] / "recipes" / "accelerate"
 SHARDED = ("gpu8_fsdp2", "nodes2_fsdp2")

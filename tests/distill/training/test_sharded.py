@@ -56,7 +56,7 @@ def recipe(folder, launched, name="dmd2_digits", *flags):
     """A smoke run with its export. Gradients are not divided by their own size: that amplifies rounding."""
     from pipelines import run
 
-    run.launched, module = launched, importlib.import_module(f"recipes.{name}")
+    run.start_accelerator, module = launched, importlib.import_module(f"recipes.{name}")
     module.main(module.CONFIG, [*SMOKE.split(), "--output_dir", f"{folder}", *flags])
 
 
@@ -176,7 +176,7 @@ def test_the_pipeline_of_a_sharded_run(two, tmp_path, monkeypatch):
     folder = two[0] / "recipe"
     assert [f.name for f in checkpoint.found(folder)] == ["checkpoint-1"]
     python(*TWO, __file__, folder, "dmd2_digits", "--resume_from_checkpoint", "latest")
-    monkeypatch.setattr(run, "launched", run.launched)
+    monkeypatch.setattr(run, "start_accelerator", run.start_accelerator)
     recipe(tmp_path, lambda **options: Accelerator(cpu=True, **options))
     ours, theirs = (at / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors" for at in (folder, tmp_path))
     assert close(load_file(ours), load_file(theirs))
@@ -202,7 +202,7 @@ def test_a_unet_with_recomputed_blocks(tmp_path, monkeypatch):
     from pipelines import run
 
     python(*TWO, __file__, tmp_path / "two", "dmd2_sdxl")
-    monkeypatch.setattr(run, "launched", run.launched)
+    monkeypatch.setattr(run, "start_accelerator", run.start_accelerator)
     recipe(tmp_path / "one", lambda **options: Accelerator(cpu=True, **options), "dmd2_sdxl")
     ours, theirs = (tmp_path / n / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors" for n in ("two", "one"))
     ours, theirs = load_file(ours), load_file(theirs)

@@ -1,0 +1,50 @@
+"""The start of a command: its processes and what its libraries print."""
+
+from __future__ import annotations
+
+import os
+import sys
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+from distill.files import RANKS
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+def start_accelerator(days: int = 1, **options: Any) -> Accelerator:
+    """Join the processes of a command. They wait `days` for a process that downloads, encodes or saves.
+
+    Several processes without an accelerator share the work on the CPU. Without this each would do all of the work.
+    """
+    import torch
+    from accelerate import Accelerator
+    from accelerate.utils import InitProcessGroupKwargs
+
+    warn_single_process()
+    cpu = "LOCAL_RANK" in os.environ and not torch.accelerator.is_available()
+    return Accelerator(cpu=cpu, kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days))], **options)
+
+
+def warn_single_process() -> None:
+    """Warn if `accelerate launch` was to start several processes but started only this one.
+
+    It does so where it sees fewer than two GPUs: --num_processes 2, with or without --cpu, sets their address only.
+    """
+    known = os.environ.keys()
+    if {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= known and not known & {"LOCAL_RANK", *RANKS}:
+        sys.stderr.write(
+            "warning: accelerate launch was asked for several processes and has started this one alone, for it sees "
+            "fewer than two GPUs. On the CPU launch two by --config_file recipes/accelerate/cpu2.yaml\n"
+        )
+
+
+def silence_libraries() -> None:
+    """Switch off what diffusers and transformers print at loading and saving: it is not about the run."""
+    import diffusers
+    import transformers
+
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
