@@ -16,6 +16,7 @@ import tyro
 import yaml
 
 from distill.files import read, read_yaml
+from distill.layout import program_name
 from distill.ranges import Calls, Side, Weight, check, leaves
 from distill.training.config import FakeConfig, StudentConfig, TrainConfig
 
@@ -86,7 +87,9 @@ def parse(default: Config[M, D], argv: list[str] | None = None, doc: str | None 
         argv = _file(argv[i + 1 : i + 2], default) + argv[:i] + argv[i + 2 :]
     doc = f"{doc or ''}\n\n--config FILE.yaml, a run's config.yaml say, sets all that it holds; flags go on top."
     kind: Any = Config.__class_getitem__((type(default.method), type(default.data)))  # type: ignore[attr-defined]
-    cli = partial(tyro.cli, kind, default=default, args=argv, description=doc, use_underscores=True)
+    cli = partial(
+        tyro.cli, kind, default=default, args=argv, description=doc, use_underscores=True, prog=program_name()
+    )
     try:
         config, unknown = cli(return_unknown_args=True)
         if unknown and not unknown[0].startswith("--"):

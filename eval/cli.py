@@ -25,12 +25,15 @@ def run(stage: Callable[..., Any] | Mapping[str, Callable[..., Any]]) -> Any:
     from safetensors import SafetensorError
 
     from distill.configuration import fail, visible
+    from distill.layout import program_name
 
     config = (tyro.conf.OmitArgPrefixes,)
     try:
         if isinstance(stage, Mapping):
-            return tyro.extras.subcommand_cli_from_dict(dict(stage), config=config, use_underscores=True)
-        return tyro.cli(stage, config=config, use_underscores=True)
+            return tyro.extras.subcommand_cli_from_dict(
+                dict(stage), config=config, use_underscores=True, prog=program_name()
+            )
+        return tyro.cli(stage, config=config, use_underscores=True, prog=program_name())
     except Unfinished as error:
         sys.exit(f"error: {visible(str(error))}")
     except ValueError as error:

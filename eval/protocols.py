@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -268,13 +269,20 @@ PROTOCOLS: dict[str, Protocol] = {
 }
 
 
-def main() -> None:
-    """Print every protocol with its hash, and what it lacks."""
+def list_protocols() -> None:
+    """List every protocol with its hash, its metrics and what is missing here to use it."""
     for p in PROTOCOLS.values():
         what = "prompts" if p.classes is None else f"labels i % {p.classes}"
         metrics = ", ".join(f"{m.metric} ({m.extractor})" for m in p.measures)
-        print(f"{p.name}  {p.hash}  {p.n:,} images of {p.size} pixels, {what}, seeds {p.seeds}\n  {metrics}")
-        print("".join(f"  {line}\n" for line in (p.notes, p.missing() or "") if line))
+        notes = "".join(f"  {line}\n" for line in (p.notes, p.missing() or "") if line)
+        sys.stdout.write(f"{p.name}  {p.hash}  {p.n:,} images of {p.size} pixels, {what}, seeds {p.seeds}\n")
+        sys.stdout.write(f"  {metrics}\n{notes}\n")
+
+
+def main() -> None:
+    from eval.cli import run
+
+    run(list_protocols)
 
 
 if __name__ == "__main__":

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 
 from pipelines import fields
-from pipelines.families.registry import FAMILIES
+from pipelines.families.registry import EDM_NETS, FAMILIES
 
 NEEDED = ("unet", "transformer", "vae", "scheduler")  # components that may not be null where they are named
-LIBRARIES = ("diffusers", "transformers", "pipelines.edm_nets")  # whose classes components may be
+LIBRARIES = ("diffusers", "transformers", *EDM_NETS)  # whose classes components may be
 
 
 class ExportError(Exception):
@@ -67,7 +67,7 @@ class Parts:
         name = self.index["_class_name"]
         if name not in FAMILIES:
             raise ValueError(f"{self.folder} is a {name}; supported pipelines are {sorted(FAMILIES)}")
-        return importlib.import_module(f"pipelines.families.{FAMILIES[name]}")
+        return importlib.import_module(f"{__package__}.families.{FAMILIES[name]}")
 
     @property
     def network(self) -> str:
@@ -227,3 +227,5 @@ def _known(path: Path, part: str, entry: list[Any]) -> None:
     own = Path(importlib.util.find_spec("diffusers").origin).parent / "pipelines"  # "stable_diffusion", for one
     if library not in LIBRARIES and not (library.isidentifier() and (own / library).is_dir()):
         raise ValueError(f"{path.parent}: component {part} is of {library!r}, code that is not run from here")
+    if library in EDM_NETS:
+        importlib.import_module(f"{__package__}.edm_nets")  # which diffusers then finds under both names

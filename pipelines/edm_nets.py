@@ -5,11 +5,15 @@ that change the resolution have a learned 1x1 shortcut, where those of UNet2DMod
 filter 1 3 3 1), and a label joins the noise level ahead of the embedding's first layer. So it is a diffusers model of
 this project: a ConsistencyModelPipeline loads it wherever this project is installed. ADM, the network of ImageNet-64,
 is a UNet2DModel and needs nothing from here.
+
+An export of a checkout names the module pipelines.edm_nets, one of the wheel distill.pipelines.edm_nets. The module
+registers itself under both names: either export loads where this module is imported first, as `pipelines.load` does.
 """
 
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 
 import torch
@@ -22,7 +26,10 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import Tensor, nn
 
+from pipelines.families.registry import EDM_NETS
+
 EPS = 1e-6
+sys.modules.update(dict.fromkeys(EDM_NETS, sys.modules[__name__]))
 
 
 def groups(channels: int) -> int:

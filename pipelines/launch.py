@@ -8,6 +8,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from distill.files import RANKS
+from distill.layout import RECIPES
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -36,7 +37,7 @@ def warn_single_process() -> None:
     if {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= known and not known & {"LOCAL_RANK", *RANKS}:
         sys.stderr.write(
             "warning: accelerate launch was asked for several processes and has started this one alone, for it sees "
-            "fewer than two GPUs. On the CPU launch two by --config_file recipes/accelerate/cpu2.yaml\n"
+            f"fewer than two GPUs. On the CPU launch two by --config_file {RECIPES / 'accelerate' / 'cpu2.yaml'}\n"
         )
 
 

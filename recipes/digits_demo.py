@@ -18,6 +18,7 @@ import tyro
 
 from distill.configuration import fail
 from distill.files import folder_lock
+from distill.layout import module_name, program_name
 from distill.progress import stage
 from distill.ranges import Count, Seed, check
 from distill.training.checkpoint import refused
@@ -50,11 +51,12 @@ def jobs(cfg: Demo, out: Path) -> dict[str, Job]:
 
     def sample(name: str, model: Path, *flags: str, after: str) -> Job:
         where = ["--model", f"{model}", "--out", f"{out / 'samples' / name}", "--name", after, "--n", f"{cfg.n}"]
-        return Job(f"sample {name}", ["-m", "eval.generate", "--protocol", "digits", *where, *flags], (after,))
+        command = ["-m", module_name("eval.generate"), "--protocol", "digits", *where, *flags]
+        return Job(f"sample {name}", command, (after,))
 
     seed = ("--seed", f"{cfg.seed}")
     given = (*seed, "--teacher", f"{out / 'teacher'}")
-    classifier = ["-c", "from eval.features.digits import classifier; classifier()"]
+    classifier = ["-c", f"from {module_name('eval.features.digits')} import classifier; classifier()"]
     todo = {
         "teacher": recipe(RECIPES / "digits_teacher.py", "train the teacher", out / "teacher", *seed),
         "features": Job("train the feature classifier", classifier),
@@ -72,7 +74,7 @@ def jobs(cfg: Demo, out: Path) -> dict[str, Job]:
 def main(argv: list[str] | None = None) -> None:
     """Parse the command line and run; every mistake of the user ends in one message."""
     try:
-        cfg = tyro.cli(Demo, args=argv, use_underscores=True, description=__doc__)
+        cfg = tyro.cli(Demo, args=argv, use_underscores=True, description=__doc__, prog=program_name())
         missing = [m for m in cfg.methods if not (RECIPES / f"{m}_digits.py").is_file()]
         if missing:
             known = sorted(p.stem[:-7] for p in RECIPES.glob("*_digits.py"))

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 
 from distill.configuration import fail
 from distill.files import folder_lock, write
+from distill.layout import program_name
 from distill.ranges import Calls, Count, Finite, Positive, Seed, Share, Weight, check
 from distill.training.checkpoint import refused
 from distill.training.config import TrainConfig
@@ -104,4 +105,4 @@ def train_teacher(cfg: Teacher, settings: TrainConfig, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Teacher, use_underscores=True, description=__doc__))
+    main(tyro.cli(Teacher, use_underscores=True, description=__doc__, prog=program_name()))

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from distill.diffusion.denoiser import Condition, Denoiser, first, tapped
 from distill.diffusion.schedule import Prediction, Schedule, expand
-from distill.random import Draw
+
+if TYPE_CHECKING:
+    from distill.random import Draw
+
 
 OVERRIDE = "override."  # of the keys that say what a teacher is told in place of the others (SFD)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,9 @@ from distill.diffusion.denoiser import Condition, Denoiser
 from distill.diffusion.end_time import with_end_time
 from distill.diffusion.schedule import VP, expand
 from distill.diffusion.solver import Call, ddim, fresh
-from distill.random import Draw
+
+if TYPE_CHECKING:
+    from distill.random import Draw
 
 Renoise = Literal["fresh", "ddim", "tcd"]
 

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from distill.files import read_yaml
+from distill.layout import module_name
 from eval.files import read_json, shorten, write_json
 from eval.images.images import is_count, is_finite
 from eval.leaderboard.jobs import Job, run
@@ -99,7 +100,8 @@ class Entry:
             command = [*launch, *self.sampling(folder, seed)]
             todo[f"{name}-{seed}"] = Job(f"sample {name}, seed {seed}", command)
         asked = {"folder": [folder / f"images-{seed}" for seed in self.seeds], "out": folder / "rows.json"}
-        todo[name] = Job(f"score {name}", ["-m", "eval.score", *flags(asked | dict(self.score))], tuple(todo))
+        command = ["-m", module_name("eval.score"), *flags(asked | dict(self.score))]
+        todo[name] = Job(f"score {name}", command, tuple(todo))
         return todo
 
     def cost(self, folder: Path) -> Job:
@@ -112,7 +114,7 @@ class Entry:
         where = {"model": self.model, "out": folder / f"images-{seed}", "name": self.name, "seed": seed}
         how = {"steps": self.steps, "guidance": self.guidance, "n": self.n, "base": self.base}
         asked = where | {"protocol": self.protocol} | how | dict(self.generate)
-        return ["-m", "eval.generate", "--overwrite", *flags(asked)]
+        return ["-m", module_name("eval.generate"), "--overwrite", *flags(asked)]
 
 
 def flags(given: Mapping[str, Any]) -> list[str]:

@@ -23,6 +23,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from distill.layout import module_name
 from distill.training import checkpoint
 from eval.cli import Unfinished
 from eval.files import write_json
@@ -123,11 +124,12 @@ def measured(models: dict[str, Path], split: Split, out: Path, exports: dict[str
         folders = {seed: out / name / f"{split.name}-{seed}" for seed in split.seeds}
         for seed, folder in folders.items():
             asked = {"model": model, "out": folder, "name": name, "seed": seed, **split.generate}
-            command = ["-m", "eval.generate", "--overwrite", *flags(asked)]
+            command = ["-m", module_name("eval.generate"), "--overwrite", *flags(asked)]
             todo[f"{name}-{split.name}-{seed}"] = Job(f"sample {name}, {split.name} {seed}", command, after)
         asked = {"folder": list(folders.values()), "out": ends[name], **split.score}
         drawn = tuple(f"{name}-{split.name}-{seed}" for seed in split.seeds)
-        todo[f"{name}-{split.name}"] = Job(f"score {name}, {split.name}", ["-m", "eval.score", *flags(asked)], drawn)
+        command = ["-m", module_name("eval.score"), *flags(asked)]
+        todo[f"{name}-{split.name}"] = Job(f"score {name}, {split.name}", command, drawn)
     failed = run_jobs(todo, out, 1, patient=True) if todo else {}
     rows: list[Row] = []
     for name, path in ends.items():
@@ -227,7 +229,7 @@ def _told(ties: Sequence[str]) -> str:
 def _export(run: Path, name: str, model: Path) -> Job:
     return Job(
         f"export {name}",
-        ["-m", "pipelines.export", f"{run}", "--checkpoint", name, "--output_dir", f"{model}"],
+        ["-m", module_name("pipelines.export"), f"{run}", "--checkpoint", name, "--output_dir", f"{model}"],
     )
 
 

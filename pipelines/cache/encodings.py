@@ -31,6 +31,7 @@ from distill.data.online import Images, Texts
 from distill.data.shards import Rows, Table, file, is_readable, narrow, note, pack, save
 from distill.data.sources import Broken
 from distill.files import LOCK, folder_lock
+from distill.layout import program_name
 from distill.ranges import Count, Natural
 from distill.training.checkpoint import refused
 
@@ -79,7 +80,7 @@ class Cache:
 def main(argv: list[str] | None = None) -> None:
     """Parse the command line and run; every mistake of the user ends in one message."""
     try:
-        config = tyro.cli(Cache, args=argv, description=__doc__, use_underscores=True)
+        config = tyro.cli(Cache, args=argv, description=__doc__, use_underscores=True, prog=program_name())
         run(config)
     except (ValueError, OSError) as error:
         fail(str(error))

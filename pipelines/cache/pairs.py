@@ -28,6 +28,7 @@ from distill.data.online import Texts
 from distill.data.pairs import Trajectories
 from distill.data.shards import Rows, Shards, Table
 from distill.files import folder_lock
+from distill.layout import program_name
 from distill.ranges import Calls, Count, Finite, Seed
 from distill.training.checkpoint import refused
 from pipelines.cache.encodings import SAMPLE, TEACHER, Cache, begin, fill, finish, layout, resume, spread
@@ -73,7 +74,7 @@ class Sampling:
 def main(argv: list[str] | None = None) -> None:
     """Parse the command line and run; every mistake of the user ends in one message."""
     try:
-        run(tyro.cli(Sampling, args=argv, description=__doc__, use_underscores=True))
+        run(tyro.cli(Sampling, args=argv, description=__doc__, use_underscores=True, prog=program_name()))
     except (ValueError, OSError) as error:
         fail(str(error))
     except (MemoryError, RuntimeError) as error:

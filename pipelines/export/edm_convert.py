@@ -278,9 +278,10 @@ def main(argv: list[str] | None = None) -> None:
 
     from distill.configuration import fail
     from distill.files import folder_lock
+    from distill.layout import program_name
     from distill.training.checkpoint import refused
 
-    parser = argparse.ArgumentParser(prog="python -m pipelines.edm_convert", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog=program_name(), description=__doc__.split("\n")[0])
     parser.add_argument("file", type=Path, help="a checkpoint of EDM, such as edm-cifar10-32x32-cond-vp.pkl")
     parser.add_argument("folder", type=Path, help="to write; it must not exist. It is a recipe's --teacher then")
     args = parser.parse_args(argv)

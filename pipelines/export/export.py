@@ -23,16 +23,17 @@ import yaml
 from safetensors import SafetensorError
 from torch import nn
 
-from distill import history, methods
+from distill import methods
 from distill.configuration import TEACHER, fail, read_run_config, revived
 from distill.diffusion.end_time import SECOND, fold_end_times, timed, untimed
 from distill.diffusion.student import Student
 from distill.files import folder_lock
+from distill.layout import program_name
 from distill.modules import shared
 from distill.networks.lora import merged
 from distill.networks.negative_attention import adapters, strip
 from distill.ranges import Share
-from distill.training import checkpoint
+from distill.training import checkpoint, history
 from distill.training.build import earlier_experts, student_network
 from distill.training.config import StudentConfig
 from distill.training.log import grid
@@ -552,7 +553,7 @@ def published(again: Again) -> tuple[Student, Teacher, Any, str, str, str, tuple
 
 
 def main(again: Again | None = None) -> None:
-    again = again or tyro.cli(Again, use_underscores=True, description=__doc__)
+    again = again or tyro.cli(Again, use_underscores=True, description=__doc__, prog=program_name())
     from pipelines.launch import silence_libraries
 
     if bool(again.run) == bool(again.published):

@@ -13,3 +13,5 @@ FAMILIES = {  # _class_name of model_index.json -> module of this package
     "QwenImagePipeline": "qwen",
     "WanPipeline": "wan",
 }
+
+EDM_NETS = ("pipelines.edm_nets", "distill.pipelines.edm_nets")  # names of that module in a checkout and in the wheel

@@ -21,6 +21,7 @@ import tyro
 from torch import Tensor
 
 from distill.diffusion.denoiser import Condition, Denoiser
+from distill.layout import program_name
 from pipelines.components import Parts
 from pipelines.families import latents
 from pipelines.teacher import Teacher
@@ -184,7 +185,7 @@ class Copy:
 
 
 def main(copy: Copy | None = None) -> None:
-    copy = copy or tyro.cli(Copy, use_underscores=True, description=__doc__)
+    copy = copy or tyro.cli(Copy, use_underscores=True, description=__doc__, prog=program_name())
     from distill.configuration import fail
     from pipelines.export.export import write
     from pipelines.teacher import opened

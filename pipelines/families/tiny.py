@@ -18,7 +18,7 @@ LETTERS = string.ascii_letters + string.digits + ".,:;!?-'\" "
 
 def save(name: str, folder: Any, **config: Any) -> None:
     """The tiny pipeline of a family, as a folder; config: what differs in it."""
-    family = importlib.import_module(f"pipelines.families.{name}")
+    family = importlib.import_module(f"{__package__}.{name}")
     with torch.random.fork_rng():
         torch.manual_seed(0)
         family.tiny(**config).save_pretrained(folder, safe_serialization=True)

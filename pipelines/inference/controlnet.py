@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from distill.configuration import fail
 from distill.diffusion.denoiser import Call, Condition, Denoiser, first
+from distill.layout import program_name
 from distill.modules import shared
 from distill.ranges import Count, Seed
 from distill.training.checkpoint import refused
@@ -306,7 +307,7 @@ def consistency(asked: Consistency) -> dict[str, float]:
 
 
 def main(asked: Consistency | None = None) -> None:
-    asked = asked or tyro.cli(Consistency, use_underscores=True, description=__doc__)
+    asked = asked or tyro.cli(Consistency, use_underscores=True, description=__doc__, prog=program_name())
     try:
         found = consistency(asked)
     except (ValueError, OSError, MemoryError, RuntimeError) as error:

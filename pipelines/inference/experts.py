@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from distill.configuration import fail
 from distill.diffusion.student import Student
 from distill.files import folder_lock
+from distill.layout import program_name
 from distill.networks.lora import merged
 from distill.training.checkpoint import refused
 from pipelines import fields
@@ -203,7 +204,7 @@ def _classes(folder: Path, facts: dict[str, Any]) -> list[int]:
 
 
 def main(given: Students | None = None) -> None:
-    given = given or tyro.cli(Students, use_underscores=True, description=__doc__)
+    given = given or tyro.cli(Students, use_underscores=True, description=__doc__, prog=program_name())
     try:
         with folder_lock(given.output_dir, beside=True):
             gather(given.students, Path(given.output_dir))

@@ -19,6 +19,7 @@ from typing import Annotated, Any
 import tyro
 
 from distill.configuration import Config, fail
+from distill.layout import program_name
 from distill.networks.lora import LoRA
 from distill.training.config import FakeConfig
 from distill.training.step import BUCKET
@@ -66,7 +67,7 @@ class Machine:
 class Scaling:
     """What to tabulate, and for which machine."""
 
-    recipe: Annotated[Path | None, tyro.conf.Positional] = None  # a file of recipes/; none: the cases of the document
+    recipe: Annotated[Path | None, tyro.conf.Positional] = None  # its name or file; none: the cases of the document
     gpus: tuple[int, ...] = (8, 64, 512)
     machine: Machine = field(default_factory=Machine)
 
@@ -194,11 +195,11 @@ def cases(scaling: Scaling, flags: list[str]) -> Iterator[tuple[str, Config[Any,
     if scaling.recipe is not None:
         yield scaling.recipe.stem, *configured(Plan(scaling.recipe), flags)
         return
-    recipe = lambda name: configured(Plan(Path("recipes") / name), flags)
-    yield "SDXL DMD2", *recipe("dmd2_sdxl.py")
-    yield "SDXL DMD2, LoRA student", *recipe("dmd2_sdxl_lora.py")
-    yield "SDXL SiD", *recipe("sid_sdxl.py")
-    flux, parts = recipe("dmd2_flux.py")
+    recipe = lambda name: configured(Plan(Path(name)), flags)
+    yield "SDXL DMD2", *recipe("dmd2_sdxl")
+    yield "SDXL DMD2, LoRA student", *recipe("dmd2_sdxl_lora")
+    yield "SDXL SiD", *recipe("sid_sdxl")
+    flux, parts = recipe("dmd2_flux")
     train = replace(flux.train, output_dir="runs/dmd2_qwen")
     qwen, others = configured(Plan(family="qwen", method="dmd2-prompts"), [])
     qwen = replace(adapted(qwen, others, RANK, True), train=train)  # there is no recipe: FLUX's batch and steps
@@ -240,7 +241,7 @@ def main(argv: list[str] | None = None) -> None:
     argv = list(sys.argv[1:] if argv is None else argv)
     split = argv.index("--") if "--" in argv else len(argv)
     try:
-        scaling = tyro.cli(Scaling, args=argv[:split], description=__doc__, use_underscores=True)
+        scaling = tyro.cli(Scaling, args=argv[:split], description=__doc__, use_underscores=True, prog=program_name())
         text = tables(scaling, argv[split + 1 :])
     except (ValueError, OSError) as error:
         fail(str(error))

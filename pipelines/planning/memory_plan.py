@@ -23,6 +23,7 @@ from distill import methods
 from distill.configuration import Config, fail, parse
 from distill.data import Digits
 from distill.diffusion.student import grid_times
+from distill.layout import find_recipe, program_name
 from distill.networks.lora import LoRA
 from distill.training.config import FakeConfig, StudentConfig, TrainConfig
 from distill.training.step import BUCKET
@@ -61,7 +62,7 @@ RANK = 64  # of the adapters that are suggested (DMD2's, LCM's and SwiftBrush's)
 class Plan:
     """What to plan, and for which machine."""
 
-    recipe: Annotated[Path | None, tyro.conf.Positional] = None  # a file of recipes/; its own flags go after --
+    recipe: Annotated[Path | None, tyro.conf.Positional] = None  # a recipe's name or file; its own flags go after --
     family: str | None = None  # without a recipe: sd15, sdxl, sd3, flux, qwen, sana, wan, ...
     method: Literal["dmd2", "dmd2-prompts", "sid", "vsd", "lcd", "scm"] = "dmd2"  # without a recipe
     lora: int | None = None  # rank of student and fake; None: the recipe's, or full copies
@@ -270,12 +271,16 @@ def configured(plan: Plan, flags: list[str]) -> tuple[Config[Any, Any], Meta]:
 
 
 def of(recipe: Path) -> Config[Any, Any]:
-    """The CONFIG of a recipe file."""
+    """The CONFIG of a recipe, from its file or its name."""
     import runpy
 
-    if not recipe.is_file():
-        raise ValueError(f"no recipe at {str(recipe)!r}: a Python file with a Config named CONFIG, as in recipes/")
-    found = runpy.run_path(str(recipe)).get("CONFIG")
+    script = find_recipe(str(recipe))
+    if script is None:
+        raise ValueError(
+            f"no recipe at {str(recipe)!r}: name a Python file with a Config named CONFIG, as in recipes/, or a recipe "
+            "that `distill recipes` lists"
+        )
+    found = runpy.run_path(str(script)).get("CONFIG")
     if not isinstance(found, Config):
         raise ValueError(f"{recipe} has no Config named CONFIG at its top level, as those in recipes/ do")
     return found
@@ -433,7 +438,7 @@ def main(argv: list[str] | None = None) -> None:
     argv = list(sys.argv[1:] if argv is None else argv)
     split = argv.index("--") if "--" in argv else len(argv)
     try:
-        plan = tyro.cli(Plan, args=argv[:split], description=__doc__, use_underscores=True)
+        plan = tyro.cli(Plan, args=argv[:split], description=__doc__, use_underscores=True, prog=program_name())
         if plan.preset == "24gb":
             plan = replace(plan, gpus=1, memory=min(plan.memory, 22.0))
         config, parts = configured(plan, argv[split + 1 :])

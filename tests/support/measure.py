@@ -25,7 +25,7 @@ FORBIDDEN = {  # room: what it must not import
 # longest name that fits a module counts.
 ORDER = {
     "distill": (
-        "random ranges files modules sharding progress",
+        "random ranges files layout modules sharding progress",
         "diffusion",
         "losses data",
         "networks",
@@ -34,11 +34,12 @@ ORDER = {
         "methods",
         "training.state training.config training.tensors training.precision",
         "configuration",
-        "training.checkpoint training.log history",
+        "training.checkpoint training.log training.history",
         "training.build training.prepare",
         "training.step",
         "training.nonfinite",
         "training.loop training",
+        "__main__",
     ),
     "pipelines": (
         "fields markdown edm_nets families.base families.registry families.schedulers",
