@@ -83,8 +83,8 @@ faults: setup  ## 200 kills, damaged checkpoints, full disks: every run ends as 
 golden: setup  ## the authors' own numbers, reproduced
 	@$(TEST) -v tests/golden $(ARGS)
 
-mutate: setup  ## break each method on purpose; show the test that notices
-	@$(OFFLINE) OMP_NUM_THREADS=1 $(PY) tests/mutation/mutate.py $(ARGS)
+mutate: setup  ## break methods on purpose, ARGS=sid this one; show the test that notices (long)
+	@$(OFFLINE) OMP_NUM_THREADS=1 $(PY) tests/mutation $(ARGS)
 
 clean:  ## remove caches and build products (.venv and runs/ stay)
 	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -76,7 +76,7 @@ def folders_to_fid(n: int, where: Path) -> tuple[list[tuple[str, float, float]],
     from eval.features.extraction import features
     from eval.features.extractors import load
     from eval.images import images as folders
-    from eval.metrics.metrics import fid
+    from eval.metrics.frechet import fid
     from eval.score import digits_reference
 
     folders.write(where / "images", digit_images(n))
@@ -125,7 +125,7 @@ def frechet_step(width: int) -> list[tuple[str, float, float]]:
     """(what, seconds, over sqrtm's) of the Frechet distance of two covariances of 2 `width` samples."""
     from scipy.linalg import sqrtm
 
-    from eval.metrics.metrics import fid, frechet, moments
+    from eval.metrics.frechet import fid, frechet, moments
 
     draw = torch.Generator().manual_seed(0)
     scale = torch.arange(1, width + 1, dtype=torch.float64) ** -0.5
@@ -151,7 +151,7 @@ def spread(folders: tuple[Path, ...]) -> str:
     """A Markdown table: a figure's standard deviation over folders, and the standard error that its intervals claim."""
     from statistics import fmean, stdev
 
-    from eval.metrics.metrics import Z
+    from eval.metrics.intervals import Z
     from eval.score import score
 
     rows = [score(folder, "digits")["metrics"] for folder in folders]

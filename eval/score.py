@@ -30,7 +30,10 @@ from eval.features.extractors import Extractor, device, load
 from eval.files import check_output, read_text, write_json
 from eval.images import images as folders
 from eval.images.images import list_images
-from eval.metrics.metrics import Given, Moments, Score, metric, too_few
+from eval.metrics.frechet import Moments
+from eval.metrics.intervals import Score
+from eval.metrics.registry import Given, metric
+from eval.metrics.sets import too_few
 from eval.protocols import Measure, Prepare, Protocol
 from eval.protocols import protocol as named
 from eval.sampling.cost import commit, hardware
@@ -398,7 +401,7 @@ def scores(
         folder: one or more folders of images.
         out: where the rows go, as JSON.
         protocol: its name (python -m eval.protocols); by default the one that a folder was made for, else digits.
-        metrics: only these of the protocol; without a protocol, any of eval/metrics/metrics.py.
+        metrics: only these of the protocol; without a protocol, any of eval/metrics/registry.py.
         extractor: without a protocol: the extractor of all metrics, by default each one's own.
         reference: a folder of real images, or an .npz with mu and sigma, instead of the protocol's.
         use: EXTRACTOR=EXTRACTOR, for example to name local weights; rows carry the hash of what was used.

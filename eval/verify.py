@@ -24,7 +24,11 @@ from eval.features.extraction import features, text_features
 from eval.features.extractors import cache_folder, device, load
 from eval.files import check_output, write_json
 from eval.images.images import list_images
-from eval.metrics.metrics import fid, frechet, inception_score, kid, manifold, text_score
+from eval.metrics.classifier import inception_score
+from eval.metrics.frechet import fid, frechet
+from eval.metrics.kernel import kid
+from eval.metrics.neighbours import manifold
+from eval.metrics.text import text_score
 
 Peer = Literal["arithmetic", "clean-fid", "torch-fidelity", "clip"]
 

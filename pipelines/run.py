@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
-from distill import sharding
+from distill import history, sharding
 from distill.configuration import Config, dump, fail, parse
 from distill.files import folder_lock, rank
-from distill.training import checkpoint, history, nonfinite, precision
+from distill.training import checkpoint, nonfinite, precision
 from pipelines import fields
 from pipelines.components import ExportError, index, located
 from pipelines.families.registry import FAMILIES

@@ -5,17 +5,14 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from distill.diffusion.schedule import EDM, Schedule
 from distill.diffusion.times import Law, LogNormal
+from distill.random import Draw
 from distill.ranges import Count, Finite, Positive, Weight, check
-
-if TYPE_CHECKING:
-    from distill.random import Draw
 
 
 class Curriculum(ABC):

@@ -8,17 +8,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from distill.diffusion.denoiser import Condition, Denoiser, first, tapped
 from distill.diffusion.schedule import Prediction, Schedule, expand
-
-if TYPE_CHECKING:
-    from distill.random import Draw
-
+from distill.random import Draw
 
 OVERRIDE = "override."  # of the keys that say what a teacher is told in place of the others (SFD)
 

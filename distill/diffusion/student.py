@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +12,7 @@ from distill.diffusion.denoiser import Condition, Denoiser
 from distill.diffusion.end_time import with_end_time
 from distill.diffusion.schedule import VP, expand
 from distill.diffusion.solver import Call, ddim, fresh
-
-if TYPE_CHECKING:
-    from distill.random import Draw
+from distill.random import Draw
 
 Renoise = Literal["fresh", "ddim", "tcd"]
 

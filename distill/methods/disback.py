@@ -21,7 +21,6 @@ from distill.method import Batch, Logs, Nets, Update
 from distill.methods.dmd2 import DMD2
 from distill.random import Draw
 from distill.ranges import Count
-from distill.training import checkpoint
 
 
 @dataclass(frozen=True)
@@ -53,11 +52,9 @@ class DisBack(DMD2):
     def roles(self) -> tuple[str, ...]:
         return super().roles + (("past",) if self.record else ())
 
-    def recorded(self) -> tuple[Path, ...]:
-        """The checkpoints s'_1, ..., s'_N; ValueError where there are none."""
-        if not (found := checkpoint.found(Path(f"{self.record}"))):
-            raise ValueError(f"--method.record is {self.record!r}, which holds no checkpoint of a Degradation")
-        return tuple(found)
+    @property
+    def degradation(self) -> Path | None:
+        return Path(self.record) if self.record else None  # its checkpoints are s'_1, ..., s'_N
 
     def student_loss(self, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
         return super().student_loss(x, self.towards(nets, draw.step), batch, draw)

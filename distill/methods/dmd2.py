@@ -18,9 +18,9 @@ from torch import Tensor
 
 from distill.diffusion.guidance import Guided, merge
 from distill.diffusion.times import Count, Finite, Grid, Law, Weight
-from distill.losses import Reduction, denoising, gan_discriminator, gan_generator, normaliser, push, reduce, scores
+from distill.losses import Reduction, denoising, gan_generator, normaliser, push, reduce, scores
 from distill.method import Batch, Logs, Nets, Update
-from distill.networks.discriminator import DiffusionGAN, verdicts
+from distill.methods.diffusion_gan import DiffusionGAN, discriminator_loss
 from distill.random import Draw
 
 
@@ -85,6 +85,6 @@ class DMD2(DiffusionGAN):
                 real = method.logits(y, y_c, nets, draw, "gan_real")
             else:
                 fake, real = self.logits(torch.cat([x, y]), merge(c, y_c), nets, draw, "gan_fake", "gan_real").chunk(2)
-            logs["gan"], logs["gan_right"] = gan_discriminator(fake, real), verdicts(fake, real)
+            logs["gan"], logs["gan_right"] = discriminator_loss(fake, real)
             loss = loss + self.gan_fake * logs["gan"]
         return loss, logs

@@ -10,18 +10,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
 
 from distill.diffusion.denoiser import Condition, Denoiser
-from distill.diffusion.times import Grid, Law
+from distill.diffusion.times import Law
 from distill.random import Draw
-
-if TYPE_CHECKING:
-    from distill.roles import Nets
 
 
 class Float(nn.Sequential):
@@ -153,45 +148,6 @@ def seen(
     u = torch.cat([times(draw, f"{name}_t", B, path) for name in names])
     eps = torch.cat([draw.normal(f"{name}_eps", shape) for name in names]).to(x)
     return denoiser.features(path.diffuse(x, eps, u), u, c, taps)
-
-
-@dataclass(frozen=True, kw_only=True)
-class DiffusionGAN:
-    """Discriminator settings: heads on features of a denoiser at noised samples."""
-
-    taps: tuple[str, ...] = ("mid_block",)  # features of the fake score that heads read: the bottleneck
-    gan_times: Law = Grid(1000, 0, 999)  # of the classifier's input (code)
-    gan_features: Literal["fake", "teacher"] = "fake"  # whose features heads read (DMD2: fake; FastGen: frozen teacher)
-    gan_noise: Literal["own", "score"] = "own"  # u, eps' of samples: own (DMD2), or t, eps of the scores (FastGen)
-    share: bool = False  # l(x) of L_fake is read off D_fake(x_t), the real images' u drawn as its t (ours: less work)
-
-    def __post_init__(self) -> None:
-        if self.gan_features not in ("fake", "teacher") or self.gan_noise not in ("own", "score"):
-            raise ValueError(
-                f"gan_features is {self.gan_features!r}, gan_noise {self.gan_noise!r}; the first must be 'fake' or "
-                "'teacher', the second 'own' or 'score'"
-            )
-
-    @property
-    def at_score_noise(self) -> bool:
-        """Whether the discriminator uses the t and eps of the score losses."""
-        return self.gan_noise == "score"
-
-    @property
-    def shared_taps(self) -> tuple[str, ...]:
-        """The features that the fake score's own loss already computes."""
-        return self.taps if self.gan_features == "fake" and (self.share or self.at_score_noise) else ()
-
-    def logits(
-        self, x: Tensor, c: Condition, nets: Nets, draw: Draw, *names: str, at: tuple[Tensor, Tensor] | None = None
-    ) -> Tensor:
-        """The heads' logits of samples x at noise of their own (see `seen`), or of `at`: x_t and t."""
-        net: Denoiser = getattr(nets, self.gan_features)
-        found = (
-            seen(net, self.taps, self.gan_times, x, c, draw, *names) if at is None else net.features(*at, c, self.taps)
-        )
-        assert nets.disc is not None
-        return nets.disc(*found)
 
 
 @torch.no_grad()

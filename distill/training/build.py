@@ -90,7 +90,7 @@ def build(
     if student.init is not None:
         checkpoint.fill(nets.student.denoiser.net, student.init, "student", teacher.net)
     if "past" in method.roles:
-        folders: tuple[Path, ...] = method.recorded()  # type: ignore[attr-defined]
+        folders = degradation_checkpoints(method.degradation)  # type: ignore[attr-defined]
         nets.past = Recorded(replace(teacher, net=fake.lora(teacher.net)), folders, teacher.net, checkpoint.fill)
         nets.past(len(folders) - 1).net.requires_grad_(False)
         fake = replace(fake, init=fake.init or f"{folders[-1]}")
@@ -113,6 +113,14 @@ def build(
     if hasattr(method, "before"):
         method.before(nets)
     return nets
+
+
+def degradation_checkpoints(run: Path) -> tuple[Path, ...]:
+    """The intact checkpoints of a run of Degradation, oldest first. ValueError if there is none."""
+    folders = checkpoint.found(run)
+    if not folders:
+        raise ValueError(f"--method.record is {str(run)!r}, which holds no checkpoint of a Degradation")
+    return tuple(folders)
 
 
 def student_network(config: StudentConfig, backbone: nn.Module) -> nn.Module:

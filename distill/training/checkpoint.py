@@ -22,7 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from threading import Thread
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import psutil
 import torch
@@ -35,10 +35,8 @@ from distill.files import read_json
 from distill.networks.multiplier import DUAL
 from distill.ranges import MOST
 from distill.sharding import split
+from distill.training.state import State
 from distill.training.tensors import Share, Stored
-
-if TYPE_CHECKING:
-    from distill.training.state import State
 
 FILE = re.compile(r"[A-Za-z]\w*(/[A-Za-z][\w-]*)?\.safetensors")  # of a checkpoint: student, student/shard-00001-of-2
 MORE = (SECOND, DUAL)  # the names of what a network may have or not

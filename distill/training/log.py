@@ -17,6 +17,8 @@ from torch import Tensor
 
 from distill import progress
 from distill.files import read
+from distill.training.config import TrainConfig
+from distill.training.state import State
 
 LONGEST = 1 << 30  # bytes of a log
 
@@ -24,9 +26,6 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from accelerate.tracking import GeneralTracker
     from PIL.Image import Image
-
-    from distill.training.config import TrainConfig
-    from distill.training.state import State
 
 
 class Log:

@@ -27,18 +27,17 @@ from torch import Tensor, nn
 
 from distill import sharding
 from distill.files import read_json
+from distill.method import Method, Update
 from distill.random import Draw
 from distill.roles import Batch, Nets
 from distill.training import checkpoint, precision
+from distill.training.config import TrainConfig
 from distill.training.prepare import begin
+from distill.training.state import State
 from distill.training.step import own
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-    from distill.method import Method, Update
-    from distill.training.config import TrainConfig
-    from distill.training.state import State
 
 FACTS = ("message", "step", "player", "seed", "processes", "mixed_precision", "ranks")  # of a replay folder
 ADVICE = "Lower the learning rate, set max_grad_norm, or look at the data of this step"

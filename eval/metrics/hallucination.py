@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from eval.metrics.metrics import Score, share
+from eval.metrics.intervals import Score, share
 
 if TYPE_CHECKING:
     from distill.diffusion.denoiser import Condition, Denoiser

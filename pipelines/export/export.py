@@ -23,7 +23,7 @@ import yaml
 from safetensors import SafetensorError
 from torch import nn
 
-from distill import methods
+from distill import history, methods
 from distill.configuration import TEACHER, fail, read_run_config, revived
 from distill.diffusion.end_time import SECOND, fold_end_times, timed, untimed
 from distill.diffusion.student import Student
@@ -33,7 +33,7 @@ from distill.modules import shared
 from distill.networks.lora import merged
 from distill.networks.negative_attention import adapters, strip
 from distill.ranges import Share
-from distill.training import checkpoint, history
+from distill.training import checkpoint
 from distill.training.build import earlier_experts, student_network
 from distill.training.config import StudentConfig
 from distill.training.log import grid

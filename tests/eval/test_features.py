@@ -22,7 +22,7 @@ from eval.features.extraction import features, text_features
 from eval.features.extractors import INCEPTION, load
 from eval.images import images as folders
 from eval.images.resize import parse, resize
-from eval.metrics.metrics import frechet
+from eval.metrics.frechet import frechet
 from eval.protocols import Prepare
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -289,7 +289,8 @@ def test_memory_does_not_grow_with_n(tmp_path):
     """Mean, covariance, FID with its interval and Vendi over 600,000 x 64 features (300 MB) in less than 120 MB."""
     script = """
 import re, torch
-from eval.metrics.metrics import fid, vendi
+from eval.metrics.diversity import vendi
+from eval.metrics.frechet import fid
 class Many:
     def __init__(self, n, seed): self.n, self.seed = n, seed
     def chunks(self, key="features"):

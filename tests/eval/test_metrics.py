@@ -23,9 +23,14 @@ from eval.features.digits import classifier
 from eval.features.extraction import features
 from eval.features.extractors import load
 from eval.images import images as folders
-from eval.metrics import hallucination, metrics
-from eval.metrics.intervals import mean_ci, ratio_ci
-from eval.metrics.metrics import METRICS, Score, fid, frechet, kid, manifold, tie, vendi
+from eval.metrics import hallucination
+from eval.metrics.classifier import accuracy, inception_score
+from eval.metrics.diversity import diversity, pair_diversity, vendi
+from eval.metrics.frechet import fid, frechet, moments
+from eval.metrics.intervals import Halves, Score, Z, mean_ci, ratio_ci, share, tie
+from eval.metrics.kernel import cmmd, kid
+from eval.metrics.neighbours import manifold
+from eval.metrics.registry import METRICS, metric
 from eval.protocols import PROTOCOLS
 from eval.score import Folder, score, scores
 from eval.score import statistics as statistics_of
@@ -86,7 +91,7 @@ def test_bad_features_are_refused():
     with pytest.raises(ValueError, match="have 64 and 32 features; they must come from one extractor"):
         kid(x, x[:, :32])
     with pytest.raises(ValueError, match="there is no metric 'fidd'; there are fid, patch_fid"):
-        metrics.metric("fidd")
+        metric("fidd")
 
 
 def test_singular_covariances_are_exact():
@@ -181,7 +186,7 @@ def test_torch_fidelity_agrees(pairs, spec, monkeypatch):
     close = lambda a, b: a == pytest.approx(b, rel=1e-6)
     assert close(fid(fake, real).value, theirs["frechet_inception_distance"])
     assert close(kid(fake, real, size=100).value, theirs["kernel_inception_distance_mean"])
-    assert close(metrics.inception_score(fake).value, theirs["inception_score_mean"])
+    assert close(inception_score(fake).value, theirs["inception_score_mean"])
     found = manifold(fake, real)
     assert close(found["precision"].value, theirs["precision"]) and close(found["recall"].value, theirs["recall"])
     assert 0.1 < found["precision"].value < 0.999  # it says something
@@ -196,15 +201,15 @@ def test_torchmetrics_agrees(pairs, spec):
 
     theirs = FrechetInceptionDistance(feature=Peer(spec)).set_dtype(torch.float64)
     kernel = KernelInceptionDistance(feature=Peer(spec), subsets=1, subset_size=597)
-    for metric in (theirs, kernel):
-        metric.update(pairs[2], real=True)
-        metric.update(pairs[1], real=False)
+    for peer in (theirs, kernel):
+        peer.update(pairs[2], real=True)
+        peer.update(pairs[1], real=False)
     fake, real = ours(pairs, spec)
     assert fid(fake, real).value == pytest.approx(theirs.compute().item(), rel=1e-6)
     assert kid(fake, real).value == pytest.approx(kernel.compute()[0].item(), rel=1e-6)
     inception = InceptionScore(feature=Peer(spec, "logits"), splits=1)
     inception.update(pairs[1])
-    assert metrics.inception_score(fake, splits=1).value == pytest.approx(inception.compute()[0].item(), rel=1e-6)
+    assert inception_score(fake, splits=1).value == pytest.approx(inception.compute()[0].item(), rel=1e-6)
 
 
 @pytest.mark.parametrize("spec", ["random", "digits"])
@@ -250,8 +255,8 @@ def test_cmmd_by_hand():
     e = math.exp(-0.01)
     x = torch.tensor([[3.0, 0.0], [0.0, 0.5]])
     y = torch.tensor([[1.0, 0.0], [2.0, 0.0]])
-    assert metrics.cmmd(x, y).value == pytest.approx(1000 * ((1 + e) / 2 + 1 - (1 + e)), rel=1e-9)
-    assert metrics.cmmd(x, x).value == pytest.approx(0, abs=1e-9)
+    assert cmmd(x, y).value == pytest.approx(1000 * ((1 + e) / 2 + 1 - (1 + e)), rel=1e-9)
+    assert cmmd(x, x).value == pytest.approx(0, abs=1e-9)
 
 
 def test_vendi_of_orthogonal_images_is_their_number():
@@ -316,21 +321,19 @@ def test_duplicates_cost_vendi_and_diversity(halves):
     for look in (seen, random):
         assert vendi(look(three)).value < 0.75 * vendi(look(other)).value
         assert not tie(vendi(look(few)), vendi(look(other)))
-        wide, narrow = metrics.diversity(look(other), labels), metrics.diversity(look(few), few_labels)
+        wide, narrow = diversity(look(other), labels), diversity(look(few), few_labels)
         assert narrow.value < 0.75 * wide.value and not tie(wide, narrow)
     from pipelines.judges.perceptual import random as distance
 
     sets = (other[:100], labels[:100]), (few[:100], few_labels[:100])
-    lpips = [
-        metrics.pair_diversity(lambda i, x=x: gray(x[i : i + 1]) / 127.5 - 1, y, distance()).value for x, y in sets
-    ]
+    lpips = [pair_diversity(lambda i, x=x: gray(x[i : i + 1]) / 127.5 - 1, y, distance()).value for x, y in sets]
     assert lpips[1] < 0.75 * lpips[0]
-    same = metrics.diversity(torch.ones(6, 3), torch.tensor([0, 0, 1, 1, 2, 2]))
+    same = diversity(torch.ones(6, 3), torch.tensor([0, 0, 1, 1, 2, 2]))
     assert same.value == pytest.approx(0, abs=1e-12) and same.n == 6
-    by_hand = metrics.diversity(torch.eye(4), torch.tensor([0, 0, 1, 1]))
+    by_hand = diversity(torch.eye(4), torch.tensor([0, 0, 1, 1]))
     assert by_hand.value == pytest.approx(1)  # orthogonal images of each prompt
     with pytest.raises(ValueError, match="two images of some prompts"):
-        metrics.diversity(torch.eye(3), torch.arange(3))
+        diversity(torch.eye(3), torch.arange(3))
 
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -469,7 +472,7 @@ def close_to_bootstrap(statistic, x, repeats=150):
     g = torch.Generator().manual_seed(1)
     drawn = torch.tensor([statistic(x[torch.randint(len(x), (len(x),), generator=g)]).value for _ in range(repeats)])
     found = statistic(x)
-    return (found.high - found.low) / 2 / metrics.Z / drawn.std().item()
+    return (found.high - found.low) / 2 / Z / drawn.std().item()
 
 
 def test_influence_is_the_bootstrap():
@@ -478,7 +481,7 @@ def test_influence_is_the_bootstrap():
     scale = torch.linspace(0.5, 2, 8)
     x, y = torch.randn(500, 8, generator=g) * scale + 0.5, torch.randn(500, 8, generator=g)
     whole = lambda a: kid(a, y, subsets=1)
-    for statistic in (lambda a: fid(a, y), whole, lambda a: metrics.cmmd(a, y), vendi):
+    for statistic in (lambda a: fid(a, y), whole, lambda a: cmmd(a, y), vendi):
         assert 0.75 < close_to_bootstrap(statistic, x) < 1.25
 
 
@@ -500,7 +503,7 @@ def test_fixed_labels_narrow_the_interval():
     sets = [make() for _ in range(60)]
     spread = torch.tensor([fid(x, real).value for x in sets]).std().item()
     strata, plain = fid(sets[0], real, labels), fid(sets[0], real)
-    assert (strata.high - strata.value) / metrics.Z == pytest.approx(spread, rel=0.3)
+    assert (strata.high - strata.value) / Z == pytest.approx(spread, rel=0.3)
     assert plain.high - plain.value > 1.5 * (strata.high - strata.value)
     assert strata.value == plain.value
 
@@ -515,9 +518,9 @@ def test_fid_is_biased_like_one_over_n():
 
 def test_shares_and_ties():
     """Wilson's interval of 8 of 10 (0.4902, 0.9433), and of all of them, which has a width."""
-    found = metrics.share(torch.tensor([True] * 8 + [False] * 2))
+    found = share(torch.tensor([True] * 8 + [False] * 2))
     assert found == pytest.approx((0.8, 0.4901625, 0.9433178, 10), abs=1e-6)
-    whole = metrics.share(torch.ones(100, dtype=torch.bool))
+    whole = share(torch.ones(100, dtype=torch.bool))
     assert whole.value == whole.high == 1 and 0.95 < whole.low < 0.97
     a, b = Score(1.0, 0.9, 1.1, 10), Score(1.15, 1.05, 1.25, 10)
     assert tie(a, b) and tie(b._asdict(), a._asdict()) and not tie(a, b._replace(low=1.11))
@@ -526,11 +529,11 @@ def test_shares_and_ties():
 def test_halving_is_the_spread_of_the_mean():
     """The mean of 400 normal numbers: 1 / 400^1/2, and by strata the spread within them."""
     x = torch.randn(400, generator=torch.Generator().manual_seed(0))
-    found = metrics.Halves(400)(lambda i: x[i].mean().item())
-    assert (found.high - found.value) / metrics.Z == pytest.approx(0.05, rel=0.5)
+    found = Halves(400)(lambda i: x[i].mean().item())
+    assert (found.high - found.value) / Z == pytest.approx(0.05, rel=0.5)
     labels = torch.arange(400) % 2
-    narrow = metrics.Halves(400, labels)(lambda i: (100 * labels[i] + x[i]).mean().item())
-    assert (narrow.high - narrow.value) / metrics.Z == pytest.approx(0.05, rel=0.5)
+    narrow = Halves(400, labels)(lambda i: (100 * labels[i] + x[i]).mean().item())
+    assert (narrow.high - narrow.value) / Z == pytest.approx(0.05, rel=0.5)
 
 
 def test_intervals():
@@ -601,15 +604,15 @@ def test_stored_moments_are_a_reference(tmp_path):
     images, labels = digits("heldout")
     folders.write(tmp_path / "a", digits("train")[0][:300])
     folders.write(tmp_path / "b", images)
-    moments = metrics.moments(features(tmp_path / "b", load("digits")))
-    np.savez(tmp_path / "b.npz", mu=moments.mean.numpy(), sigma=moments.cov.numpy())
+    statistics = moments(features(tmp_path / "b", load("digits")))
+    np.savez(tmp_path / "b.npz", mu=statistics.mean.numpy(), sigma=statistics.cov.numpy())
     how = {"metrics": ("fid",), "extractor": "digits"}
     one, other = (score(tmp_path / "a", reference_folder=tmp_path / name, **how) for name in ("b", "b.npz"))
     assert one["metrics"]["fid"]["value"] == pytest.approx(other["metrics"]["fid"]["value"], rel=1e-9)
     assert one["protocol_hash"] != other["protocol_hash"]
     with pytest.raises(ValueError, match="needs a folder of reference images, not their mean"):
         score(tmp_path / "a", metrics=("kid",), extractor="digits", reference_folder=tmp_path / "b.npz")
-    np.savez(tmp_path / "c.npz", x=moments.mean.numpy())
+    np.savez(tmp_path / "c.npz", x=statistics.mean.numpy())
     with pytest.raises(ValueError, match="c.npz does not hold the arrays mu and sigma"):
         score(tmp_path / "a", reference_folder=tmp_path / "c.npz", **how)
 
@@ -730,7 +733,7 @@ def test_statistics_in_float32_are_accepted(tmp_path):
     """Published files are: of a nearly singular covariance rounding makes eigenvalues below 0."""
     draw = torch.Generator().manual_seed(0)
     x = torch.randn(200, 8, generator=draw).double() @ torch.randn(8, 64, generator=draw).double()
-    found = metrics.moments(x)
+    found = moments(x)
     np.savez(tmp_path / "m.npz", mu=found.mean.float().numpy(), sigma=found.cov.float().numpy())
     stored = statistics_of(tmp_path / "m.npz", 200)
     assert stored.cov.equal(stored.cov.T) and torch.linalg.eigvalsh(stored.cov)[0] < 0
@@ -753,9 +756,9 @@ def test_figures_that_overflow_are_refused():
     with pytest.raises(ValueError, match="no rank"):
         hallucination.auc(torch.tensor([0.0, math.nan]), torch.tensor([True, False]))
     with pytest.raises(ValueError, match="sample 1 are NaN"):
-        metrics.accuracy(torch.tensor([[0.0, 1.0], [math.nan, 1.0]]), torch.tensor([1, 0]))
+        accuracy(torch.tensor([[0.0, 1.0], [math.nan, 1.0]]), torch.tensor([1, 0]))
     with pytest.raises(ValueError, match=r"labels are 0 \.\. 2, of 2 classes"):
-        metrics.accuracy(torch.zeros(2, 2), torch.tensor([2, 0]))
+        accuracy(torch.zeros(2, 2), torch.tensor([2, 0]))
 
 
 def test_a_metric_or_a_folder_that_fails_takes_no_other_with_it(tmp_path, monkeypatch, capsys):

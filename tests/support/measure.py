@@ -34,7 +34,7 @@ ORDER = {
         "methods",
         "training.state training.config training.tensors training.precision",
         "configuration",
-        "training.checkpoint training.log training.history",
+        "training.checkpoint training.log history",
         "training.build training.prepare",
         "training.step",
         "training.nonfinite",

@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from distill import history
 from distill.files import folder_lock, read_yaml
-from distill.training import history
 from pipelines.families import tiny
 from pipelines.identity import identity
 from recipes import dmd2_digits, sid_digits

@@ -1,0 +1,57 @@
+"""The discriminator of DMD2: heads on features of the fake score or of the teacher at noised samples."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from distill.diffusion.denoiser import Condition, Denoiser
+from distill.diffusion.times import Grid, Law
+from distill.losses import gan_discriminator
+from distill.method import Nets
+from distill.networks.discriminator import seen, verdicts
+from distill.random import Draw
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffusionGAN:
+    """Discriminator settings: heads on features of a denoiser at noised samples."""
+
+    taps: tuple[str, ...] = ("mid_block",)  # features of the fake score that heads read: the bottleneck
+    gan_times: Law = Grid(1000, 0, 999)  # of the classifier's input (code)
+    gan_features: Literal["fake", "teacher"] = "fake"  # whose features heads read (DMD2: fake; FastGen: frozen teacher)
+    gan_noise: Literal["own", "score"] = "own"  # u, eps' of samples: own (DMD2), or t, eps of the scores (FastGen)
+    share: bool = False  # l(x) of L_fake is read off D_fake(x_t), the real images' u drawn as its t (ours: less work)
+
+    def __post_init__(self) -> None:
+        if self.gan_features not in ("fake", "teacher") or self.gan_noise not in ("own", "score"):
+            raise ValueError(
+                f"gan_features is {self.gan_features!r}, gan_noise {self.gan_noise!r}; the first must be 'fake' or "
+                "'teacher', the second 'own' or 'score'"
+            )
+
+    @property
+    def at_score_noise(self) -> bool:
+        """Whether the discriminator uses the t and eps of the score losses."""
+        return self.gan_noise == "score"
+
+    @property
+    def shared_taps(self) -> tuple[str, ...]:
+        """The features that the fake score's own loss already computes."""
+        return self.taps if self.gan_features == "fake" and (self.share or self.at_score_noise) else ()
+
+    def logits(
+        self, x: Tensor, c: Condition, nets: Nets, draw: Draw, *names: str, at: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
+        """The heads' logits of samples x at noise of their own (see `seen`), or of `at`: x_t and t."""
+        net: Denoiser = getattr(nets, self.gan_features)
+        found = (
+            seen(net, self.taps, self.gan_times, x, c, draw, *names) if at is None else net.features(*at, c, self.taps)
+        )
+        assert nets.disc is not None
+        return nets.disc(*found)
+
+
+def discriminator_loss(fake: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
+    """The loss of the heads on logits of samples and of real images, and the share of logits with the right sign."""
+    return gan_discriminator(fake, real), verdicts(fake, real)

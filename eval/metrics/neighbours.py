@@ -1,0 +1,78 @@
+"""Figures of nearest neighbours: precision, recall, density, coverage and the proportion off the support."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from eval.metrics.intervals import Halves, Score, share
+from eval.metrics.sets import _pair, count, draw, rows
+
+if TYPE_CHECKING:
+    from eval.metrics.sets import Set
+
+
+def manifold(
+    fake: Set,
+    real: Set,
+    strata: Tensor | None = None,
+    k: int = 3,
+    k_density: int = 5,
+    limit: int = 10_000,
+    seed: int = 0,
+) -> dict[str, Score]:
+    """precision, recall, density, coverage and off_support, of at most `limit` images of equal number on both sides.
+
+    precision, recall: the share of fakes within the k-th-neighbour balls of the reference, and of the reference within
+    those of the fakes (Kynkaanniemi et al. 2019, arXiv 1904.06991). density, coverage: in how many of the
+    reference's balls (k_density) a fake lies, over k_density; the share of them that hold one (Naeem et al. 2020, arXiv
+    2002.09797).
+    off_support: the share of fakes farther from the reference than 99 % of the reference from the rest of it (mode
+    interpolation, Aithal et al. 2024, arXiv 2406.09358; ours in feature space). All depend on n. Intervals: Wilson for
+    precision and off_support, halving for the others. ValueError for NaN or n <= k.
+    """
+    _pair(fake, real, max(k, k_density) + 2)
+    n = min(count(fake), count(real), limit)
+    picked = draw(count(fake), n, seed)
+    fakes, reals = rows(fake, picked), rows(real, draw(count(real), n, seed))
+    ff, rr, fr = _squared(fakes, fakes), _squared(reals, reals), _squared(fakes, reals)
+    ball, wide = _radius(rr, k), _radius(rr, k_density)
+    inside = (fr <= ball).any(1)
+    edge = _radius(rr, 1).quantile(0.99)
+    far = fr.min(1).values > edge
+    halves = Halves(n, None if strata is None else strata[picked], seed)
+
+    def recall(i: Tensor) -> float:
+        return (fr[i] <= _radius(ff[i][:, i], k)[:, None]).any(0).double().mean().item()
+
+    def density(i: Tensor) -> float:
+        return ((fr[i] < wide).sum(1).double().mean() / k_density).item()
+
+    def coverage(i: Tensor) -> float:
+        return (fr[i].min(0).values < wide).double().mean().item()
+
+    return {
+        "precision": share(inside),
+        "recall": halves(recall, 1.0),
+        "density": halves(density),
+        "coverage": halves(coverage, 1.0),
+        "off_support": share(far),
+    }
+
+
+def _squared(x: Tensor, y: Tensor) -> Tensor:
+    """Squared distances [N, M], exactly 0 between equal rows; stored in float32."""
+    a, b, out = x.square().sum(1), y.square().sum(1), torch.empty(len(x), len(y))
+    for i in range(0, len(x), 1000):
+        d = a[i : i + 1000, None] + b - 2 * x[i : i + 1000] @ y.T
+        scale = a[i : i + 1000, None] + b
+        out[i : i + 1000] = torch.where(d < 1e-13 * scale, 0.0, d)
+    if not torch.isfinite(out).all():
+        raise ValueError("distances of features overflow float32; the features are too large")
+    return out
+
+
+def _radius(distances: Tensor, k: int) -> Tensor:
+    return distances.kthvalue(k + 1, dim=1).values  # the nearest is the sample itself
