@@ -15,9 +15,9 @@ from typing import Annotated, Any, Generic, NoReturn, TypeVar, get_args, get_ori
 import tyro
 import yaml
 
-from distill.files import read, read_yaml
+from distill.files import read_text, read_yaml
 from distill.layout import program_name
-from distill.ranges import Calls, Side, Weight, check, leaves
+from distill.ranges import Calls, Side, Weight, iterate_fields, validate_ranges
 from distill.training.config import FakeConfig, StudentConfig, TrainConfig
 
 M = TypeVar("M")
@@ -99,7 +99,7 @@ def parse(default: Config[M, D], argv: list[str] | None = None, doc: str | None 
         if unknown:
             _removed(unknown[0].removeprefix("--").partition("=")[0], "the flag")
             cli()  # it says what may have been meant
-        check(config, "--")
+        validate_ranges(config, "--")
     except ValueError as error:  # a value that a dataclass refuses
         fail(str(error).removeprefix("--train."))
     return config
@@ -115,7 +115,7 @@ def _file(path: list[str], default: Config[Any, Any]) -> list[str]:
         fail(f"--config {error}")
     if not isinstance(tree, dict):
         fail(f"--config {path[0]} must hold names with values, as a run's config.yaml does")
-    fields = {name.removeprefix("train."): (hint, value) for name, hint, _, value in leaves(default)}
+    fields = {name.removeprefix("train."): (hint, value) for name, hint, _, value in iterate_fields(default)}
     empty = {name for name, (_, value) in fields.items() if value is None}
     try:
         return _flags(tree, {name: hint for name, (hint, _) in fields.items()}, empty)
@@ -127,7 +127,7 @@ def read_run_config(run: Path) -> tuple[str, str, dict[str, Any]]:
     """(text, class of the method, values) of a run's config.yaml; ValueError if it is absent or damaged."""
     path = run / "config.yaml"
     tree = read_yaml(path)
-    text = read(path)
+    text = read_text(path)
     lacking = [name for name in WRITTEN if not isinstance(tree, dict) or name not in tree]
     nested = not lacking and all(isinstance(tree[name], dict) for name in ("method", "student"))
     if lacking or not nested or not (named := re.match(r"# (\w+)\n", text)):

@@ -24,7 +24,7 @@ TRIES = 100  # to take a lock whose file other processes make and remove
 BUSY = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
 
 
-def read(path: str | Path, limit: int = LIMIT) -> str:
+def read_text(path: str | Path, limit: int = LIMIT) -> str:
     """The text of a regular file. ValueError for a device, a pipe, a large file or one that is not UTF-8."""
     path = Path(path)
     try:
@@ -43,7 +43,7 @@ def read(path: str | Path, limit: int = LIMIT) -> str:
 
 def read_json(path: str | Path) -> Any:
     """The value of a JSON file; ValueError if it cannot be parsed."""
-    text = read(path)
+    text = read_text(path)
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -52,7 +52,7 @@ def read_json(path: str | Path) -> Any:
 
 def read_yaml(path: str | Path) -> Any:
     """The value of a YAML file of plain data; ValueError for other files, and for aliases that expand too far."""
-    text = read(path, YAML)
+    text = read_text(path, YAML)
     try:
         loader = yaml.SafeLoader(text)
         node = loader.get_single_node()
@@ -80,7 +80,7 @@ def _unfolded_length(node: Any, sizes: dict[int, int], above: set[int]) -> int:
     return sizes[key]
 
 
-def write(path: Path, text: str) -> None:
+def write_atomically(path: Path, text: str) -> None:
     """Write a file atomically: after a crash it has the old or the new content."""
     partial = path.with_name(f".{path.name}.partial")
     try:

@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 
 from distill.configuration import Config, dump, read_run_config, visible
-from distill.files import read, write
+from distill.files import read_text, write_atomically
 
 FILE = "history.jsonl"
 FIELDS = {  # kind of difference that stops a resumed run -> its fields in a configuration
@@ -131,8 +131,8 @@ def record(out: Path, entry: dict[str, Any], text: str, step: int, resumed: Path
             sys.stderr.write(f"{error}. It is written anew\n")
     if not entries or _comparison_key(entries[-1]) != _comparison_key(entry):
         facts = {"step": step, "time": time.strftime("%F %T%z"), "from": resumed and str(resumed)}
-        write(out / FILE, "".join(f"{json.dumps(one)}\n" for one in [*entries, facts | entry]))
-    write(out / "config.yaml", text)
+        write_atomically(out / FILE, "".join(f"{json.dumps(one)}\n" for one in [*entries, facts | entry]))
+    write_atomically(out / "config.yaml", text)
 
 
 def _comparison_key(entry: dict[str, Any]) -> tuple[Any, ...]:
@@ -146,7 +146,7 @@ def _entries(run: Path) -> list[dict[str, Any]]:
     path, entries = run / FILE, []
     if not path.is_file():
         return []
-    for i, line in enumerate(read(path).splitlines(), 1):
+    for i, line in enumerate(read_text(path).splitlines(), 1):
         try:
             one = json.loads(line)
             _flat(one["config"])

@@ -14,7 +14,7 @@ T = TypeVar("T")
 LEAST, MOST = 10.0, 600.0  # seconds between two lines; between them a tenth of the time that has gone
 
 
-class Lines:
+class LineStream:
     """stderr for tqdm that prints each update as a new line instead of overwriting the last one."""
 
     def write(self, text: str) -> None:
@@ -25,13 +25,13 @@ class Lines:
         sys.stderr.flush()
 
 
-class Printed(tqdm):
+class LineProgress(tqdm):
     """A progress bar as lines: at the start, after the first unit, more and more rarely, and at the end."""
 
     def __init__(self, **options: Any) -> None:
         self.moved = False
         text = "{desc}{n_fmt}/{total_fmt} {unit} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
-        given = {"file": Lines(), "miniters": 1, "mininterval": LEAST, "maxinterval": MOST, "bar_format": text}
+        given = {"file": LineStream(), "miniters": 1, "mininterval": LEAST, "maxinterval": MOST, "bar_format": text}
         super().__init__(**options | given | {"leave": True})
 
     def update(self, n: float | None = 1) -> bool | None:
@@ -54,7 +54,7 @@ def bar(total: int, unit: str, title: str = "", shown: bool = True, first: int =
     options = {"total": total, "unit": unit, "initial": first, "desc": f"{title}: " * bool(title), "leave": leave}
     if not shown:
         return tqdm(**options, disable=True)
-    return tqdm(**options, dynamic_ncols=True) if sys.stderr.isatty() else Printed(**options)
+    return tqdm(**options, dynamic_ncols=True) if sys.stderr.isatty() else LineProgress(**options)
 
 
 def track(items: Sequence[T], unit: str, title: str = "", shown: bool = True) -> Iterator[T]:

@@ -51,29 +51,29 @@ Seed = Annotated[int, Range(int, 0, 2**32 - 1)]  # numpy's
 Finite = Annotated[float, Range(float)]
 Positive = Annotated[float, Range(float, 0, ends="(]")]
 Weight = Annotated[float, Range(float, 0)]
-Share = Annotated[float, Range(float, 0, 1)]
+UnitInterval = Annotated[float, Range(float, 0, 1)]
 Decay = Annotated[float, Range(float, 0, 1, "[)")]
 Width = Annotated[float, Range(float, 0, 0.28, "(]")]  # of an average's weights: that of equal weights is .289
 
 
-def leaves(config: Any, path: str = "") -> Iterator[tuple[str, Any, Field[Any], Any]]:
+def iterate_fields(config: Any, path: str = "") -> Iterator[tuple[str, Any, Field[Any], Any]]:
     """(name, type, field, value) of every field of a dataclass and of those in it; names have dots."""
     hints = _hints(type(config))  # type: ignore[arg-type]
     for field in fields(config):
         value, name = getattr(config, field.name), f"{path}{field.name}"
         if is_dataclass(value):
-            yield from leaves(value, f"{name}.")
+            yield from iterate_fields(value, f"{name}.")
         else:
             yield name, hints[field.name], field, value
 
 
-def check(config: Any, path: str = "") -> None:
+def validate_ranges(config: Any, path: str = "") -> None:
     """ValueError that names the first field of a dataclass, or of those in it, whose value is none.
 
     A number keeps the Range of its type. A string or a tuple is empty where its default is, and only there; a string
     is printable, and could name a file.
     """
-    for name, hint, field, value in leaves(config, path):
+    for name, hint, field, value in iterate_fields(config, path):
         if value is None and type(None) in get_args(hint):
             continue
         none = ", or None" * (type(None) in get_args(hint))

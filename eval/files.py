@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from distill.files import read
+from distill.files import read_text as read_limited_text
 
 LIMIT = 1 << 30  # bytes of a text file: metadata of millions of images have fewer
 
@@ -29,7 +29,7 @@ def read_text(path: Path, remedy: str) -> str:
     if not path.exists():
         raise ValueError(f"there is no file {path}; {remedy}")
     try:
-        return read(path, LIMIT)
+        return read_limited_text(path, LIMIT)
     except ValueError as error:
         raise ValueError(f"{error}; {remedy}") from None
 

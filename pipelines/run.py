@@ -102,7 +102,7 @@ def check(config: Config[Any, Any], out: Path) -> Path | None:
                 index(config.teacher)
             except ValueError as error:
                 raise ValueError(f"{error}{EDM * (config.family == 'edm')}") from None
-        config.data.check(config.method.needs)
+        config.data.validate(config.method.needs)
         if "perceptual" in config.method.needs:
             perceptual.check()
     if config.replay is not None:

@@ -20,7 +20,7 @@ from distill.configuration import fail
 from distill.files import folder_lock
 from distill.layout import module_name, program_name
 from distill.progress import stage
-from distill.ranges import Count, Seed, check
+from distill.ranges import Count, Seed, validate_ranges
 from distill.training.checkpoint import refused
 from eval.leaderboard.jobs import Job, recipe, run
 
@@ -43,7 +43,7 @@ class Demo:
     workers: Count = field(default_factory=lambda: os.cpu_count() or 1)  # jobs side by side, one thread each
 
     def __post_init__(self) -> None:
-        check(self, "--")
+        validate_ranges(self, "--")
 
 
 def jobs(cfg: Demo, out: Path) -> dict[str, Job]:

@@ -19,7 +19,7 @@ from distill.configuration import Config
 from distill.data import Digits, digits
 from distill.methods import OfflinePSO
 from distill.random import Draw
-from distill.ranges import Share
+from distill.ranges import UnitInterval
 from distill.training.config import TrainConfig
 from pipelines.run import main
 
@@ -28,7 +28,7 @@ from pipelines.run import main
 class Bold(Digits):
     """The digits; real are the scans with the most ink of each label."""
 
-    share: Share = 0.3  # of a label's scans
+    share: UnitInterval = 0.3  # of a label's scans
 
     def __call__(self, draw: Draw) -> dict[str, Any]:
         (images, labels), batch = digits("train"), super().__call__(draw)

@@ -14,9 +14,9 @@ import yaml
 from safetensors import SafetensorError
 
 from distill.configuration import fail
-from distill.files import folder_lock, write
+from distill.files import folder_lock, write_atomically
 from distill.layout import program_name
-from distill.ranges import Calls, Count, Finite, Positive, Seed, Share, Weight, check
+from distill.ranges import Calls, Count, Finite, Positive, Seed, UnitInterval, Weight, validate_ranges
 from distill.training.checkpoint import refused
 from distill.training.config import TrainConfig
 
@@ -32,7 +32,7 @@ class Teacher:
     channels: tuple[Count, ...] = (16, 32)  # of the UNet's levels, one to four multiples of 8
     layers: Calls = 1  # residual blocks a level
     sigma_d: Positive = 0.75  # standard deviation of the pixels in [-1, 1]
-    p_drop: Share = 0.1  # share of samples trained without their label, for guidance
+    p_drop: UnitInterval = 0.1  # share of samples trained without their label, for guidance
     p_mean: Finite = -1.0  # of log sigma
     p_std: Positive = 1.2
     ema_half_life: Weight = 20_000  # images
@@ -45,7 +45,7 @@ def main(cfg: Teacher) -> None:
     if (out / "model_index.json").exists():
         fail(f"{out} already holds a teacher: choose another --output_dir or remove it")
     try:
-        check(cfg, "--")
+        validate_ranges(cfg, "--")
         if len(cfg.channels) > 4 or any(width % 8 for width in cfg.channels):
             raise ValueError(f"--channels is {cfg.channels}; it must be one to four multiples of 8, as 16 32")
         settings = TrainConfig(
@@ -86,7 +86,7 @@ def train_teacher(cfg: Teacher, settings: TrainConfig, out: Path) -> None:
     set_seed(cfg.seed)
     accelerator = start_accelerator()
     if accelerator.is_main_process:
-        write(out / "config.yaml", yaml.safe_dump(asdict(cfg), sort_keys=False))
+        write_atomically(out / "config.yaml", yaml.safe_dump(asdict(cfg), sort_keys=False))
     teacher = edm.teacher(edm.unet(cfg.channels, layers=cfg.layers), cfg.sigma_d, null_class=10)
     method = Denoise(cfg.p_drop, LogNormal(cfg.p_mean, cfg.p_std))
     log = Log(settings, accelerator)
@@ -96,7 +96,7 @@ def train_teacher(cfg: Teacher, settings: TrainConfig, out: Path) -> None:
     log.close()
     if accelerator.is_main_process:
         edm.smooth(state.ema.net, cfg.max_frequency)  # the average saw every step before it was smoothed
-        write(out / "distill.json", json.dumps({"student": False, "null_class": 10, "config": asdict(cfg)}))
+        write_atomically(out / "distill.json", json.dumps({"student": False, "null_class": 10, "config": asdict(cfg)}))
         try:
             edm.pipeline(state.ema.net, cfg.sigma_d, teacher.denoiser.schedule.sigma_max, 1).save_pretrained(out)
         except BaseException:  # a full disk, say: half a teacher is none

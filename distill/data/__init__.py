@@ -13,15 +13,15 @@ from torch import Tensor
 
 from distill.data import sources
 from distill.data.forget_words import Words
-from distill.data.index import belongs, command, read_index, texts
-from distill.data.labels import NOTHING, chosen
+from distill.data.index import command, read_index, texts, validate_teacher
+from distill.data.labels import NOTHING_TO_FORGET, select_labels
 from distill.data.online import SIZES, Images, Texts
-from distill.data.prefetch import FIXED, Feed
+from distill.data.prefetch import FIXED, PrefetchingBatches
 from distill.data.shards import Shards, Table
 from distill.data.sources import Pictures
 from distill.diffusion.guidance import overriding
 from distill.random import Draw
-from distill.ranges import Count, Natural, Share, check
+from distill.ranges import Count, Natural, UnitInterval, validate_ranges
 
 ONLINE = ("prompts", "images", "prompt_column", "caption_column", "image_column", "crops", "max_samples")
 CACHE = "python -m pipelines.cache"
@@ -52,16 +52,16 @@ class Digits:
     classes: tuple[Natural, ...] = ()  # labels of this student's part (Multi-Student); none given: all ten
 
     def __post_init__(self) -> None:
-        chosen(self.classes, 10)
+        select_labels(self.classes, 10)
 
-    def check(self, needs: tuple[str, ...]) -> None:
+    def validate(self, needs: tuple[str, ...]) -> None:
         """ValueError for SFD without a class to forget; nothing else can be missing."""
         if "forget" in needs:
-            raise ValueError(NOTHING)
+            raise ValueError(NOTHING_TO_FORGET)
 
     def open(self, teacher: Any, needs: tuple[str, ...]) -> Digits:
         known = getattr(getattr(teacher.denoiser.net, "config", None), "num_class_embeds", None)
-        if known is not None and known <= int(chosen(self.classes, 10).max()):
+        if known is not None and known <= int(select_labels(self.classes, 10).max()):
             raise ValueError(
                 f"the teacher knows the labels 0 .. {known - 1}, and the digits have ten: give --data.classes, labels "
                 "that the teacher knows, or a teacher of all digits"
@@ -70,12 +70,12 @@ class Digits:
 
     def fixed(self, n: int = 40) -> tuple[list[int], dict[str, Tensor]]:
         """Labels of a grid of samples, and their condition."""
-        part = chosen(self.classes, 10)
+        part = select_labels(self.classes, 10)
         labels = part[torch.arange(n) % len(part)]
         return labels.tolist(), {"class_labels": labels}
 
     def __call__(self, draw: Draw) -> dict[str, Any]:
-        (images, labels), part = digits("train"), chosen(self.classes, 10)
+        (images, labels), part = digits("train"), select_labels(self.classes, 10)
         mine = torch.isin(labels, part).nonzero()[:, 0]
         pick = mine[draw.integers("real", len(mine)).cpu()]
         return {
@@ -102,7 +102,7 @@ class Text:
     crops: Natural = 0  # online: random crops of each image; 0: its centre square
     squeeze: bool = False  # online: resize the full image to the square (DMD2); for a cache use its --squeeze
     max_samples: Count | None = None  # online: use the first prompts and images only
-    p_empty: Share = 0.0  # probability of replacing a prompt or caption by the empty one
+    p_empty: UnitInterval = 0.0  # probability of replacing a prompt or caption by the empty one
     forget: tuple[str, ...] = ()  # SFD: words to forget; the student forgets prompts with them
     override: tuple[str, ...] = ()  # SFD: the replacement of each of these words in the teacher's prompt
 
@@ -110,9 +110,9 @@ class Text:
     def words(self) -> Words:
         return Words(self.forget, self.override)
 
-    def check(self, needs: tuple[str, ...]) -> None:
+    def validate(self, needs: tuple[str, ...]) -> None:
         """ValueError that says what is missing and how to make it; nothing is read but an index."""
-        check(self, "--data.")
+        validate_ranges(self, "--data.")
         real = "real" in needs
         if "forget" in needs and not self.forget:
             raise ValueError('nothing to forget: pass --data.forget "Brad Pitt" --data.override "a man", say')
@@ -120,7 +120,7 @@ class Text:
             raise ValueError(
                 f"--data.forget is {self.forget}, which SFD alone reads, without --method.forget: leave it out"
             )
-        self.words.check()
+        self.words.validate()
         if self.squeeze and self.crops:
             raise ValueError(f"--data.squeeze leaves nothing for --data.crops {self.crops}: pass --data.no_squeeze")
         if self.text == "cached":
@@ -147,15 +147,15 @@ class Text:
         if real and not self.images:
             raise ValueError("this method needs real images: pass --data.images, a folder, tar shards or a dataset")
         for source in filter(None, (self.prompts, self.images)):
-            sources.check(source)
+            sources.validate_source(source)
 
-    def open(self, teacher: Any, needs: tuple[str, ...]) -> Feed:
+    def open(self, teacher: Any, needs: tuple[str, ...]) -> PrefetchingBatches:
         """The data of `teacher`, whose `null` becomes the empty prompt where it has none yet.
 
         ValueError if the cache was made for another teacher.
         """
         read = self._cached if self.text == "cached" else self._online
-        feed = Feed(*read(teacher, "real" in needs), self.p_empty)
+        feed = PrefetchingBatches(*read(teacher, "real" in needs), self.p_empty)
         if "reward" in needs:
             feed.texts = self._texts(feed.text)
         if teacher.denoiser.null is None:  # sizes stay those of the image
@@ -169,7 +169,7 @@ class Text:
     def _cached(self, teacher: Any, real: bool) -> tuple[Table, Table | None, int, list[str]]:
         folder = Path(self.cache)
         index = read_index(folder, real)
-        belongs(folder, index, teacher, real)
+        validate_teacher(folder, index, teacher, real)
         if real and self.squeeze and not index.get("squeeze", True):
             sources.notice([f"{folder} holds cropped images; those of this recipe are squeezed: {CACHE} --squeeze"])
         table = lambda name: Shards(folder, name, index["tables"][name])
@@ -180,8 +180,8 @@ class Text:
         prompts, pictures = self.sources()
         captions = pictures.captions if pictures else []
         asked = prompts or [*dict.fromkeys(captions)]
-        others = [other for text in asked if (other := self.words.overridden(text)) is not None] if self.forget else []
-        text = Texts(teacher, asked, [*captions, *others])
+        replaced = map(self.words.replace_words, asked if self.forget else [])
+        text = Texts(teacher, asked, [*captions, *(other for other in replaced if other is not None)])
         images = Images(teacher, pictures, text.captions, self.crops, self.squeeze) if real else None
         return text, images, text.prompts, text.texts[: min(text.prompts, FIXED)]
 

@@ -17,7 +17,7 @@ class Words:
     forget: tuple[str, ...]
     override: tuple[str, ...]
 
-    def check(self) -> None:
+    def validate(self) -> None:
         """ValueError where an override is missing, or holds what is to be forgotten."""
         held = [other for other in self.override if not other.strip() or self.pattern.search(other)]
         if len(self.forget) != len(self.override) or held or not all(word.strip() for word in self.forget):
@@ -36,14 +36,14 @@ class Words:
         each = (f"({whole(w)}{re.escape(w)}{whole(w[::-1])})" for w in (self.forget[i] for i in self.order))
         return re.compile("|".join(each) or "(?!)", re.IGNORECASE)
 
-    def overridden(self, text: str) -> str | None:
+    def replace_words(self, text: str) -> str | None:
         """The text with other words in place of those, None where it has none of them."""
         new = self.pattern.sub(lambda m: self.override[self.order[(m.lastindex or 1) - 1]], text)
         return None if new == text else new
 
     def rule(self, texts: list[str], prompts: int, where: str) -> Tensor:
         """The row of what each text is overridden by, or its own; texts: the prompts first. where: of errors."""
-        new = {i: other for i in range(prompts) if (other := self.overridden(texts[i])) is not None}
+        new = {i: other for i in range(prompts) if (other := self.replace_words(texts[i])) is not None}
         seen = {self.forget[self.order[(m.lastindex or 1) - 1]] for i in new for m in self.pattern.finditer(texts[i])}
         if unseen := [word for word in self.forget if word not in seen]:
             raise ValueError(f"no prompt of {where} holds {unseen}, which --data.forget names: add some that do")

@@ -95,7 +95,7 @@ def texts(folder: Path, n: int | None = None) -> list[str]:
     return found
 
 
-def belongs(folder: Path, index: dict[str, Any], teacher: Any, images: bool) -> None:
+def validate_teacher(folder: Path, index: dict[str, Any], teacher: Any, images: bool) -> None:
     """ValueError if a cache was made for another teacher."""
     made, this = index["teacher"], fingerprint(teacher.parts.folder)
     looked = PARTS if images else {key: what for key, what in PARTS.items() if key != "vae"}

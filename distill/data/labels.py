@@ -19,11 +19,12 @@ from distill.diffusion.solver import sample
 from distill.random import Draw
 from distill.ranges import Calls, Count, Finite, Natural, Seed
 
-NOTHING = "nothing to forget: pass --method.forget 0 --method.override 2, say, a class and the one in its place"
+NOTHING_TO_FORGET = "nothing to forget: pass --method.forget 0 --method.override 2, say: a class and its replacement"
+
 BLOCK = 64  # pairs that are sampled at once
 
 
-def chosen(classes: tuple[int, ...], n: int) -> Tensor:
+def select_labels(classes: tuple[int, ...], n: int) -> Tensor:
     """The labels of a part of n classes, all where none are named; ValueError where they are no labels."""
     if wrong := [label for label in classes if not 0 <= label < n] or len({*classes}) < len(classes):
         raise ValueError(f"--data.classes is {classes}; it must be labels of 0 .. {n - 1}, each once: see {wrong}")
@@ -37,9 +38,9 @@ class Labels:
     images: str = ""  # folder with one subfolder a class, which is numbered in the order of their names
     classes: tuple[Natural, ...] = ()  # labels of this student's part (Multi-Student); none given: all of the teacher's
 
-    def check(self, needs: tuple[str, ...]) -> None:
+    def validate(self, needs: tuple[str, ...]) -> None:
         if "forget" in needs:
-            raise ValueError(NOTHING)
+            raise ValueError(NOTHING_TO_FORGET)
         if "real" in needs and not self.images:
             raise ValueError("this method needs real images: pass --data.images, a folder with one subfolder a class")
         if self.images and not Path(self.images).is_dir():
@@ -47,7 +48,7 @@ class Labels:
 
     def open(self, teacher: Any, needs: tuple[str, ...]) -> Classes:
         found = Classes(self.images, teacher, "real" in needs, self.classes)
-        chosen(self.classes, found.classes)
+        select_labels(self.classes, found.classes)
         if "real" in needs and (unread := images.describe_unread(images.files(self.images))):
             notice([f"{self.images}: {unread}"])
         if "real" in needs and not found.files:
@@ -78,7 +79,7 @@ class Classes:
     @cached_property
     def part(self) -> Tensor:
         """The labels that are drawn."""
-        return chosen(self.only, self.classes)
+        return select_labels(self.only, self.classes)
 
     @cached_property
     def classes(self) -> int:
@@ -140,10 +141,10 @@ class LabelPairs:
     guidance: Finite = 1.0  # of the teacher
     seed: Seed = 0  # of the noise
 
-    def check(self, needs: tuple[str, ...]) -> None:
+    def validate(self, needs: tuple[str, ...]) -> None:
         """ValueError for a method that needs more than pairs."""
         if "forget" in needs:
-            raise ValueError(NOTHING)
+            raise ValueError(NOTHING_TO_FORGET)
         if "real" in needs:
             raise ValueError("this method needs real images, and --data has pairs of the teacher alone")
 

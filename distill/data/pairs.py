@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from distill.data import sources
-from distill.data.index import INDEX, belongs, digest, read_index, texts
+from distill.data.index import INDEX, digest, read_index, texts, validate_teacher
 from distill.data.online import SIZES, Texts
-from distill.data.prefetch import FIXED, Batch, Feed
+from distill.data.prefetch import FIXED, Batch, PrefetchingBatches
 from distill.data.shards import Rows, Shards, Table
 from distill.random import Draw
 from distill.ranges import Calls, Finite
@@ -51,7 +51,7 @@ class Trajectories:
         return {"x": x, "caption": torch.tensor(captions)}
 
 
-class PairFeed(Feed):
+class PrefetchingPairs(PrefetchingBatches):
     """data(draw) -> batch with noise "z", samples "y" [B, *shape] and their condition "c"; both also as real ones."""
 
     def __init__(
@@ -78,7 +78,7 @@ class Pairs:
     steps: Calls = 50  # online: of the teacher
     guidance: Finite = 8.0  # online: of the teacher
 
-    def check(self, needs: tuple[str, ...]) -> None:
+    def validate(self, needs: tuple[str, ...]) -> None:
         """ValueError that says what is missing and how to make it; nothing is read but an index."""
         if "forget" in needs:
             raise ValueError("pairs of the teacher show what is to be forgotten: take prompts (distill.data.Text)")
@@ -87,7 +87,7 @@ class Pairs:
                 raise ValueError(
                     "--data.pairs online samples pairs of --data.prompts prompts.txt, without --data.cache"
                 )
-            return sources.check(self.prompts)
+            return sources.validate_source(self.prompts)
         if not self.cache:
             raise ValueError(f"no pairs given: make them once with\n  {COMMAND}\nand pass --data.cache pairs")
         if self.prompts:
@@ -99,17 +99,17 @@ class Pairs:
                 f"the images of the cache {self.cache} are not the teacher's: make pairs with\n  {COMMAND}"
             )
 
-    def open(self, teacher: Any, needs: tuple[str, ...]) -> PairFeed:
+    def open(self, teacher: Any, needs: tuple[str, ...]) -> PrefetchingPairs:
         """ValueError if the pairs are of another teacher, its network included."""
         feed = self._cached(teacher) if self.pairs == "cached" else self._online(teacher)
         if teacher.denoiser.null is None:  # sizes stay those of the image
             teacher.denoiser.null = {key: v for key, v in feed.empty().items() if key != SIZES}
         return feed
 
-    def _cached(self, teacher: Any) -> PairFeed:
+    def _cached(self, teacher: Any) -> PrefetchingPairs:
         folder = Path(self.cache)
         index = read_index(folder)
-        belongs(folder, index, teacher, False)
+        validate_teacher(folder, index, teacher, False)
         if index["ode"]["network"] != digest(teacher.parts.folder, [teacher.parts.network]):
             raise ValueError(
                 f"the pairs {folder} were sampled from {index['teacher']['name']!r}, whose {teacher.parts.network} is "
@@ -117,12 +117,12 @@ class Pairs:
             )
         text, pairs = (Shards(folder, name, index["tables"][name]) for name in ("text", "image"))
         names = texts(folder, min(index["prompts"], FIXED))
-        return PairFeed(text, pairs, index["prompts"], names, index["ode"]["seed"])
+        return PrefetchingPairs(text, pairs, index["prompts"], names, index["ode"]["seed"])
 
-    def _online(self, teacher: Any) -> PairFeed:
+    def _online(self, teacher: Any) -> PrefetchingPairs:
         text = Texts(teacher, sources.prompts(self.prompts))
         pairs = Trajectories(teacher, text, text.prompts, text.prompts, self.steps, self.guidance)
-        return PairFeed(text, pairs, text.prompts, text.texts[: min(text.prompts, FIXED)], 0, early=False)
+        return PrefetchingPairs(text, pairs, text.prompts, text.texts[: min(text.prompts, FIXED)], 0, early=False)
 
     def smoke(self, folder: Path) -> Pairs:
         """Eight prompts, which are written to `folder`, sampled online in two steps."""

@@ -20,7 +20,7 @@ Ask = tuple[int, int, str, Samples]  # seed, step, player and samples of a micro
 FIXED = 1000  # prompts whose text is kept for grids of samples
 
 
-class Feed:
+class PrefetchingBatches:
     """data(draw) -> batch with "c" [B, ...] and, where the method needs them, "real" [B, *shape] and "real_c".
 
     texts: of every row, for a method with a reward; conditions then have their rows as "prompt" [B], too.
@@ -63,13 +63,13 @@ class Feed:
             self._step[line] = draw.step
             then = (draw.seed, draw.step + stride, draw.player, samples)
             self._ahead[line] = then, self._thread.submit(self.read, then)
-        return _each(batch, lambda t: _float(t.to(draw.device, non_blocking=True)))
+        return _map_tensors(batch, lambda t: _float(t.to(draw.device, non_blocking=True)))
 
     @torch.no_grad()
     def read(self, ask: Ask) -> Batch:
         """The batch of (seed, step, player, samples), as it is stored."""
         batch = self.rows(Draw(*ask[:3], torch.tensor(ask[3])))
-        return _each(batch, _pinned) if torch.cuda.is_available() else batch
+        return _map_tensors(batch, _pin_memory) if torch.cuda.is_available() else batch
 
     def rows(self, draw: Draw) -> Batch:
         """The rows that a draw picks."""
@@ -106,7 +106,7 @@ class Feed:
 
     def _encoded(self, rows: list[int]) -> dict[str, Tensor]:
         read = torch.no_grad()(self.text.read)
-        return _each(self._thread.submit(read, rows).result(), _float)
+        return _map_tensors(self._thread.submit(read, rows).result(), _float)
 
     def _host(self, samples: Tensor) -> Samples:
         """The numbers of a tensor, fetched from the device once: a loop that hands in the same ones never waits."""
@@ -121,7 +121,7 @@ def _integers(draw: Draw, name: str, n: int) -> Tensor:
     return ((draw.integers(name, 1 << 20) << 20) + draw.integers(f"{name}, low", 1 << 20)) % n
 
 
-def _pinned(x: Tensor) -> Tensor:
+def _pin_memory(x: Tensor) -> Tensor:
     return x.pin_memory() if x.device.type == "cpu" else x
 
 
@@ -129,5 +129,5 @@ def _float(x: Tensor) -> Tensor:
     return x.float() if x.is_floating_point() else x
 
 
-def _each(batch: dict[str, Any], f: Callable[[Tensor], Tensor]) -> dict[str, Any]:
-    return {key: _each(value, f) if isinstance(value, dict) else f(value) for key, value in batch.items()}
+def _map_tensors(batch: dict[str, Any], f: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+    return {key: _map_tensors(value, f) if isinstance(value, dict) else f(value) for key, value in batch.items()}

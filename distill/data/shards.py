@@ -44,7 +44,7 @@ class Shards:
             raise ValueError(f"the cache {folder} has lost {missing[0]}: run the cache command again")
         self.shapes = {key: tuple(shape) for key, shape in entry["shapes"].items()}
         for path, n in zip(self.files, entry["rows"], strict=True):
-            _check(path, n, self.shapes)
+            _validate_shard(path, n, self.shapes)
         self.ends = list(accumulate(entry["rows"]))
         self.opened: dict[int, Any] = {}
 
@@ -73,7 +73,7 @@ def _open_shard(path: Path) -> Any:
         raise ValueError(f"{path} is truncated ({error}): run the cache command again to replace it") from None
 
 
-def _check(path: Path, n: int, shapes: dict[str, tuple[int, ...]]) -> None:
+def _validate_shard(path: Path, n: int, shapes: dict[str, tuple[int, ...]]) -> None:
     """ValueError unless a shard holds n rows of these shapes; reads its header and where rows end."""
     stored = _open_shard(path)
     for key, shape in shapes.items():

@@ -47,7 +47,7 @@ class Pictures:
         return images.read(found, self.names[i]).convert("RGB")
 
 
-def check(source: str) -> None:
+def validate_source(source: str) -> None:
     """ValueError if prompts or images are plainly not there; opens nothing."""
     path, suffix = Path(source), Path(source).suffix.lower()
     if suffix == ".tar":
@@ -77,7 +77,7 @@ def prompts(source: str, column: str | None = None, limit: int | None = None) ->
 
     column: a column, by default the first of COLUMNS that there is. limit: the first so many.
     """
-    check(source)
+    validate_source(source)
     path = Path(source)
     if path.suffix.lower() == ".tar":
         raise ValueError(f"{source!r} holds images: pass it as --images; without prompts their captions are prompts")
@@ -100,7 +100,7 @@ def pictures(source: str, image: str = "image", column: str | None = None, limit
     image. A sample of a tar is its files of one name, webdataset's convention: an image and .txt, or .json with a
     column. Of several captions of an image one is drawn, always the same.
     """
-    check(source)
+    validate_source(source)
     notes: list[str] = []
     path = Path(source)
     files = images.files(path) if path.is_dir() else []

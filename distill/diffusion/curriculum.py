@@ -12,7 +12,7 @@ from torch import Tensor
 from distill.diffusion.schedule import EDM, Schedule
 from distill.diffusion.times import Law, LogNormal
 from distill.random import Draw
-from distill.ranges import Count, Finite, Positive, Weight, check
+from distill.ranges import Count, Finite, Positive, Weight, validate_ranges
 
 
 class Curriculum(ABC):
@@ -40,7 +40,7 @@ class Closing(Curriculum):
     every: Count = 25_000  # steps of a stage (code: 3.2 M images in batches of 128)
 
     def __post_init__(self) -> None:
-        check(self)
+        validate_ranges(self)
         if self.q <= 1:
             raise ValueError(f"q is {self.q}; it must be above 1: the two levels draw together by q^-stage")
 
@@ -77,7 +77,7 @@ class Doubling(Curriculum):
     std: Positive = 2.0
 
     def __post_init__(self) -> None:
-        check(self)
+        validate_ranges(self)
         if not self.low < self.high or not self.n_0 <= self.n_1:
             raise ValueError(
                 f"levels from low = {self.low} to high = {self.high}, their number from n_0 = {self.n_0} to n_1 = "

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from distill.diffusion.schedule import VP, Schedule
 from distill.random import Draw
-from distill.ranges import Count, Finite, Natural, Points, Positive, Share, Weight, check
+from distill.ranges import Count, Finite, Natural, Points, Positive, UnitInterval, Weight, validate_ranges
 
 TASKS = 1000  # equally likely times of a law, that clusters are made of
 
@@ -34,8 +34,8 @@ class Law(ABC):
 class Uniform(Law):
     """t uniform in [low, high]."""
 
-    low: Share = 0.02
-    high: Share = 0.98
+    low: UnitInterval = 0.02
+    high: UnitInterval = 0.98
 
     def __post_init__(self) -> None:
         _ordered(self, 1)
@@ -145,8 +145,8 @@ class Clip(Law):
     """t of another law, those below `low` or above `high` at these (Self-Forcing, LightX2V: t after the shift)."""
 
     law: Law
-    low: Share = 0.02
-    high: Share = 0.98
+    low: UnitInterval = 0.02
+    high: UnitInterval = 0.98
 
     def __post_init__(self) -> None:
         if not 0 <= self.low <= self.high <= 1:
@@ -160,7 +160,7 @@ class Clip(Law):
 class Fixed(Law):
     """The same t for every sample: for closed forms and diagnostics."""
 
-    t: Share = 0.5
+    t: UnitInterval = 0.5
 
     def __call__(self, draw: Draw, name: str, B: int, schedule: Schedule) -> Tensor:
         return torch.full((B,), self.t, dtype=torch.float64, device=draw.device)
@@ -180,7 +180,7 @@ class Staged(Law):
     every: Count = 1000  # steps of a stage
 
     def __post_init__(self) -> None:
-        check(self)
+        validate_ranges(self)
         if self.N > TASKS:
             raise ValueError(f"N is {self.N}; a law has at most {TASKS} clusters")
 
@@ -251,7 +251,7 @@ def clusters(law: Law, N: int, schedule: Schedule) -> tuple[float, ...]:
 
 def _ordered(law: Uniform | Grid | Karras | StudentT, most: float) -> None:
     """ValueError unless 0 <= low <= high <= most."""
-    check(law)
+    validate_ranges(law)
     if not law.low <= law.high <= most:
         raise ValueError(f"times from low = {law.low} to high = {law.high}; both lie in [0, {most}], low below high")
 

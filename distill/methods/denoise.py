@@ -15,14 +15,14 @@ from distill.diffusion.times import Law, LogNormal
 from distill.losses import Reduction, denoising
 from distill.method import Batch, Logs, Nets, Update
 from distill.random import Draw
-from distill.ranges import Share
+from distill.ranges import UnitInterval
 
 
 @dataclass(frozen=True)
 class Denoise:
     """Train the "student" role as a denoiser on real images."""
 
-    p_drop: Share = 0.1  # share of null conditions
+    p_drop: UnitInterval = 0.1  # share of null conditions
     times: Law = LogNormal(-1.2, 1.2)  # EDM, table 1
     reduction: Reduction = "mean"
 

@@ -25,7 +25,7 @@ from distill.diffusion.times import Law, LogitNormal
 from distill.losses import adaptive, jvp
 from distill.method import Batch, Logs, Nets, Update
 from distill.random import Draw
-from distill.ranges import Finite, Natural, Share, Weight
+from distill.ranges import Finite, Natural, UnitInterval, Weight
 
 
 @dataclass(frozen=True)
@@ -36,11 +36,11 @@ class MeanFlow:
     guidance: Finite = 1.0  # of the teacher (FastGen, Wan: 3)
     omega: Finite = 1.0  # guidance of F in itself, omega / (1 - kappa) (FastGen, XL/2: .2 and .92)
     kappa: Finite = 0.0
-    interval: tuple[Share, Share] = (0.0, 1.0)  # of t, where these three act (FastGen, XL/2: 0, .75)
-    p_drop: Share = 0.1  # share of null conditions where F is guided (paper)
+    interval: tuple[UnitInterval, UnitInterval] = (0.0, 1.0)  # of t, where these three act (FastGen, XL/2: 0, .75)
+    p_drop: UnitInterval = 0.1  # share of null conditions where F is guided (paper)
     times: Law = LogitNormal(-0.4, 1.0)  # of t and r, the larger is t (paper, ImageNet-256)
     end_times: Law | None = None  # of r in the place of `times` (FastGen, CIFAR-10: logit-normal, -4, 1.6)
-    equal: Share = 0.75  # share of r = t (paper; CIFAR-10 .25)
+    equal: UnitInterval = 0.75  # share of r = t (paper; CIFAR-10 .25)
     p: Weight = 1.0  # of the adaptive weight (paper; CIFAR-10 .75); 0: squared error
     floor: Weight = 0.01  # of it (code)
     norm: Literal["square", "vector", "rms"] = "square"  # rms: per element, with p = 1 and floor 10 (FastGen, Wan)

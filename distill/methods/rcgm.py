@@ -25,7 +25,7 @@ from distill.losses import adaptive
 from distill.method import Batch, Logs, Nets, Update
 from distill.networks.ema import follow
 from distill.random import Draw
-from distill.ranges import Calls, Decay, Finite, Positive, Share
+from distill.ranges import Calls, Decay, Finite, Positive, UnitInterval
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class RCGM:
     velocity: Literal["data", "teacher"] = "data"  # of v
     guidance: Finite = 1.0  # of the teacher's v
     kappa: Finite = 0.0  # guidance of F in itself, 1 / (1 - kappa) (code: .8)
-    interval: tuple[Share, Share] = (0.0, 1.0)  # of t, without its ends, where kappa acts: at t = 1 it does not (code)
+    interval: tuple[UnitInterval, UnitInterval] = (0.0, 1.0)  # open, of t: where kappa acts; not at t = 1 (code)
     target_ema: Decay = 0.99  # of F' (code: .999 OpenUni, .99 SD3.5 and LoRA); 0: the student itself
     times: Law = Uniform(0.0, 1.0)  # of t: Beta(1, 1) (code)
     step: Positive = 0.01  # d (code); as d -> 0, g is MeanFlow's

@@ -22,7 +22,7 @@ from distill.diffusion.times import Karras, Law, LogNormal
 from distill.losses import Reduction, denoising, normaliser, reduce, scores
 from distill.method import Batch, Logs, Nets, Update
 from distill.random import Draw
-from distill.ranges import Calls, Finite, Positive, Share
+from distill.ranges import Calls, Finite, Positive, UnitInterval
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class SiD:
 
     alpha: Finite = 1.2  # paper, table 1 (AFHQv2 and all guided or few-step models: 1)
     kappa: tuple[Finite, Finite, Finite, Finite] = (1.0, 1.0, 1.0, 1.0)  # k1..k4; LSG: all 1.5, 2, 3 or 4.5
-    p_drop: Share = 0.1  # share of null conditions in the fake's step, where k1, k2 or k3 is not 1 (LSG code)
+    p_drop: UnitInterval = 0.1  # share of null conditions in the fake's step, where k1, k2 or k3 is not 1 (LSG code)
     fake_steps: Calls = 1  # fake steps per student step (SiD: 1; for video, Self-Forcing's code: 5)
     times: Law = Karras(0.002, 24.40834)  # of the student's loss: t_max = 800 of 1000 (SiD code)
     fake_times: Law = LogNormal(-1.2, 1.2)  # of the fake's loss: EDM's training law (SiD code)

@@ -27,7 +27,7 @@ from distill.method import Batch, Logs, Nets
 from distill.methods.dmd import DMD
 from distill.networks.ema import follow
 from distill.random import Draw
-from distill.ranges import Points, Share, Weight
+from distill.ranges import Points, UnitInterval, Weight
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class SIGN(DMD):
     denoise: Weight = 1.0
     N: Points = 50  # ODE steps from t = 1 to 0 in L_flow
     solver: Name = "ddim"
-    t_max: Share = 0.3  # of L_denoise
+    t_max: UnitInterval = 0.3  # of L_denoise
 
     @property
     def roles(self) -> tuple[str, ...]:  # type: ignore[override]

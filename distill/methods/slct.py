@@ -22,7 +22,7 @@ from distill.diffusion.schedule import EDM
 from distill.losses import cauchy_norm
 from distill.methods.ct import CT
 from distill.random import Draw
-from distill.ranges import Share, Weight
+from distill.ranges import UnitInterval, Weight
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class SLCT(CT):
     adaptive: bool = True
     coupled: bool = True  # noise by optimal transport within the micro-batch: O(B^3), on the host
     diffusion: Weight = 1.0  # lambda
-    early: Share = 0.25  # the share of the grid, from its low end, that lambda is on
+    early: UnitInterval = 0.25  # the share of the grid, from its low end, that lambda is on
 
     def noise(self, x: Tensor, c: Condition, draw: Draw) -> Tensor:
         eps = super().noise(x, c, draw)

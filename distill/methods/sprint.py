@@ -27,7 +27,7 @@ from distill.method import Batch, Logs, Nets, Update
 from distill.methods.ladd import LADD
 from distill.methods.scm import SCM
 from distill.random import Draw
-from distill.ranges import Finite, Natural, Positive, Share, Weight
+from distill.ranges import Finite, Natural, Positive, UnitInterval, Weight
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Sprint(SCM):
     gan_times: Law = LogNormal(-0.6 + math.log(2), 1.0)  # P_D (paper), of u
     taps: tuple[str, ...] = ("mid_block",)  # of SANA blocks 2, 8, 14 and 19 (code)
     places: bool = True  # every token has a logit of its own (code)
-    last: Share = 0.5  # p, max-time weighting (paper)
+    last: UnitInterval = 0.5  # p, max-time weighting (paper)
 
     @property
     def roles(self) -> tuple[str, ...]:

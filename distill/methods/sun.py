@@ -27,7 +27,7 @@ from distill.losses import Reduction, reduce
 from distill.method import Batch, Logs, Nets, Update
 from distill.networks.negative_attention import against, another
 from distill.random import Draw
-from distill.ranges import Calls, Finite, Share, Weight
+from distill.ranges import Calls, Finite, UnitInterval, Weight
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class SUN:
     guidance: Finite = 7.5  # w (SD 1.5's)
     msc: Weight = 1.0  # lambda (ours)
     k: Calls = 6  # steps of the teacher in one of the student's (ours: 24 in four, as the paper's 25 of DPM-Solver++)
-    p_null: Share = 0.1  # share of null conditions as c- (ours: what pipelines take where no negative prompt is given)
+    p_null: UnitInterval = 0.1  # share of null conditions as c- (ours: what pipelines take without a negative prompt)
     times: Law = Grid(1000, 0, 999)  # of L_cfg
     reduction: Reduction = "mean"
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from distill.methods.lcd import LCD
 from distill.random import Draw
-from distill.ranges import Finite, Share
+from distill.ranges import Finite, UnitInterval
 from distill.roles import Nets
 
 
@@ -25,7 +25,7 @@ from distill.roles import Nets
 class TCD(LCD):
     """Consistency distillation to every point of the teacher's ODE: needs images (or samples of the teacher)."""
 
-    reach: Share = 1.0  # e is uniform up to this share of the points to s (paper: 1)
+    reach: UnitInterval = 1.0  # e is uniform up to this share of the points to s (paper: 1)
     guidance: Finite | tuple[Finite, Finite] = (3.0, 15.0)  # of the teacher, embedded. w = omega + 1 (paper: 2, 14)
     noises = ("fresh", "ddim", "tcd")
 

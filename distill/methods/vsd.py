@@ -23,7 +23,7 @@ from distill.diffusion.times import Grid, Law
 from distill.losses import Reduction, denoising, push, reduce, scores
 from distill.method import Batch, Logs, Nets, Update
 from distill.random import Draw
-from distill.ranges import Calls, Finite, Share
+from distill.ranges import Calls, Finite, UnitInterval
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class VSD:
     fake_guidance: Finite | None = (
         None  # k of the fake; None: the teacher's (SwiftBrush, PG-SB); 1: DMD; 1 - lambda: ESD
     )
-    p_drop: Share = 0.1  # share of null conditions in the fake's step, where a guidance is not 1 (code: of batches)
+    p_drop: UnitInterval = 0.1  # share of null conditions in the fake's step, if a guidance is not 1 (code: of batches)
     fake_steps: Calls = 1  # fake steps per student step (SwiftBrush: 1)
     times: Law = Grid(1000, 20, 980)  # of the student's loss (SwiftBrush code)
     fake_times: Law = Grid(1000, 0, 999)  # of the fake's loss (SwiftBrush code)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from distill.modules import masters, shared
-from distill.ranges import Count, Positive, check
+from distill.ranges import Count, Positive, validate_ranges
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class LoRA:
 
         An adapter's role shares the frozen weights of `net`, in their precision; what trains is float32.
         """
-        check(self, "lora.")
+        validate_ranges(self, "lora.")
         if self.rank is None:
             return masters(copy.deepcopy(net).requires_grad_(True))
         from peft import LoraConfig, inject_adapter_in_model

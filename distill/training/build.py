@@ -17,7 +17,7 @@ from distill.modules import trained_alone, twin, weightless
 from distill.networks.adaptive_weight import LogVariance
 from distill.networks.discriminator import heads
 from distill.networks.negative_attention import TEXT, adapted, layers
-from distill.ranges import check
+from distill.ranges import validate_ranges
 from distill.roles import HEADS, Nets, Recorded
 from distill.training import checkpoint
 from distill.training.config import FakeConfig, StudentConfig
@@ -37,7 +37,7 @@ def build(
     """
     student, fake = student or StudentConfig(), fake or FakeConfig()
     for name, part in (("method", method), ("student", student), ("fake", fake)):
-        check(part, f"{name}.")
+        validate_ranges(part, f"{name}.")
     if "null" in method.needs and teacher.null is None:
         raise ValueError(
             f"{type(method).__name__} with these guidance values needs a null condition, but the teacher is "

@@ -10,7 +10,19 @@ import torch
 from distill.diffusion.schedule import Schedule
 from distill.diffusion.student import Renoise, falling
 from distill.networks.lora import LoRA
-from distill.ranges import Calls, Count, Decay, Natural, Positive, Seed, Share, Weight, Width, Words, check
+from distill.ranges import (
+    Calls,
+    Count,
+    Decay,
+    Natural,
+    Positive,
+    Seed,
+    UnitInterval,
+    Weight,
+    Width,
+    Words,
+    validate_ranges,
+)
 
 
 @dataclass(frozen=True)
@@ -56,7 +68,7 @@ class TrainConfig:
     seed: Seed = 0  # of all random numbers of the run
 
     def __post_init__(self) -> None:
-        check(self)
+        validate_ranges(self)
 
     def micro_batch(self, processes: int) -> int:
         """Images of one micro-batch on one process."""
@@ -97,7 +109,7 @@ class StudentConfig:
     timestep: Positive | None = None
     scale: Positive | None = None  # scale of the unit noise at the first call; None: sigma of that level
     renoise: Renoise = "fresh"  # noise between calls: new (fresh) or predicted (ddim, tcd)
-    times: tuple[Share, ...] | None = None  # times of all calls, in (0, 1]; they set `steps`
+    times: tuple[UnitInterval, ...] | None = None  # times of all calls, in (0, 1]; they set `steps`
     lora: LoRA = field(default_factory=LoRA)  # adapters on the teacher's weights instead of a full copy
     network: str | None = None  # folder with the config.json of a (smaller) network of the teacher's class
     negative: Words = 0  # tokens of a prompt (CLIP: 77): add an adapter for negative prompts (SUN); 0: no adapter

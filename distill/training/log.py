@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from distill import progress
-from distill.files import read
+from distill.files import read_text
 from distill.training.config import TrainConfig
 from distill.training.state import State
 
@@ -50,7 +50,7 @@ class Log:
 
     def _lines(self) -> list[dict[str, float]]:
         """What an earlier process wrote, without a last line that it was killed in."""
-        texts = read(self.path, LONGEST).splitlines() if self.path.exists() else []
+        texts = read_text(self.path, LONGEST).splitlines() if self.path.exists() else []
         lines = [_entry(text) for text in texts]
         if lines and lines[-1] is None:
             lines.pop()

@@ -32,12 +32,12 @@ def texts(source: str, column: str | None = None) -> list[str]:
     """Prompts as distill.data.sources.prompts reads them, or of a folder of .txt files, one each, in their order."""
     from distill.data.sources import prompts
     from distill.data.tables import caption
-    from distill.files import read
+    from distill.files import read_text
 
     files = sorted(Path(source).glob("*.txt")) if Path(source).is_dir() else []
     if not files:
         return prompts(source, column)
-    found = [caption(" ".join(read(file).split()), f"{file}") or "" for file in files]
+    found = [caption(" ".join(read_text(file).split()), f"{file}") or "" for file in files]
     if empty := [file for file, text in zip(files, found, strict=True) if not text]:
         raise ValueError(f"{empty[0]} is empty; it needs a prompt")
     return found

@@ -68,7 +68,7 @@ class Cache:
     skip_broken: bool = False  # skip unreadable images, and list them
 
     def __post_init__(self) -> None:
-        ranges.check(self)
+        ranges.validate_ranges(self)
         if self.squeeze and self.crops:
             raise ValueError(f"--squeeze leaves nothing for --crops {self.crops}: leave one of them out")
 
@@ -132,7 +132,7 @@ def check(config: Cache) -> None:
     if not (config.prompts or config.images):
         raise ValueError("nothing to encode: pass --prompts prompts.txt, or --images, a folder of images with captions")
     for source in filter(None, (config.prompts, config.images)):
-        sources.check(source)
+        sources.validate_source(source)
 
 
 def encoders(config: Cache, device: torch.device) -> Teacher:

@@ -62,7 +62,7 @@ class Sampling:
     dtype: Literal["float16", "bfloat16", "float32"] = "float16"  # of what is stored
 
     def __post_init__(self) -> None:
-        ranges.check(self)
+        ranges.validate_ranges(self)
         if self.cache and self.prompts:
             raise ValueError("a cache has its own prompts: leave out --prompts or --cache")
 
@@ -129,7 +129,7 @@ def check(config: Sampling) -> None:
         raise ValueError(
             "no prompts: pass --cache, a folder that python -m pipelines.cache has made, or --prompts FILE"
         )
-    config.text().check(())
+    config.text().validate(())
 
 
 def opened(config: Sampling, device: torch.device) -> Teacher:

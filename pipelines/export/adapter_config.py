@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from distill.files import read
+from distill.files import read_text
 
 FILE = "adapter_config.json"  # beside the weights, where PEFT saved them
 ALTERED = ("pissa", "olora", "loftq", "corda")  # init_lora_weights that change the base's weights, too
@@ -68,7 +68,7 @@ def settings(path: Path, metadata: dict[str, str], prefix: str) -> Settings | No
             return Settings(source, _options(own, source))
     beside = path.parent / FILE
     if beside.is_file():
-        return Settings(FILE, _options(_object(read(beside), f"{beside}"), f"{beside}"))
+        return Settings(FILE, _options(_object(read_text(beside), f"{beside}"), f"{beside}"))
     if "ss_network_alpha" in metadata:
         return Settings(
             f"metadata of {path.name}", kohya=_number(metadata["ss_network_alpha"], "ss_network_alpha", path)

@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 from yaml import YAMLError
 
-from distill.files import read, write
+from distill.files import read_text, write_atomically
 from pipelines.export.license import UNKNOWN, License, hub_name
 from pipelines.markdown import escape_markdown, fenced, link, unescape
 
@@ -188,7 +188,7 @@ def evaluated(folder: str | Path, results: Sequence[Result]) -> None:
             f"{folder} has no README.md: it is not an exported model; make one with python -m pipelines.export"
         )
     try:
-        found = ModelCard(read(path))
+        found = ModelCard(read_text(path))
     except (ValueError, TypeError, KeyError, AttributeError, YAMLError) as error:
         raise ValueError(f"{path} is not a model card with metadata ({error}); export the model again") from None
     assert isinstance(found.data, ModelCardData)
@@ -200,7 +200,7 @@ def evaluated(folder: str | Path, results: Sequence[Result]) -> None:
     before, head, after = found.text.partition("## What does not work")
     bare = re.sub(r"^## Evaluation\n.*?(?=^## |\Z)", "", before, flags=re.MULTILINE | re.DOTALL)
     table = _table(list(merged.values()))
-    write(path, f"---\n{found.data.to_yaml()}\n---\n{bare.rstrip()}\n\n{table}\n{head}{after}")
+    write_atomically(path, f"---\n{found.data.to_yaml()}\n---\n{bare.rstrip()}\n\n{table}\n{head}{after}")
 
 
 def snippet(text: str, n: int = 0) -> str:

@@ -32,7 +32,7 @@ from distill.layout import program_name
 from distill.modules import shared
 from distill.networks.lora import merged
 from distill.networks.negative_attention import adapters, strip
-from distill.ranges import Share
+from distill.ranges import UnitInterval
 from distill.training import checkpoint
 from distill.training.build import earlier_experts, student_network
 from distill.training.config import StudentConfig
@@ -446,7 +446,7 @@ class Again:
     run: Annotated[str, tyro.conf.Positional] = ""  # a run's folder, with its config.yaml
     checkpoint: str = "latest"  # latest, or checkpoint-N of the run
     other: str = ""  # another run with the same teacher and student; the export averages both weights
-    share: Share = 0.5  # weight of `run` in that average; the other run has 1 - share (SwiftBrush v2: .5)
+    share: UnitInterval = 0.5  # weight of `run` in that average; the other run has 1 - share (SwiftBrush v2: .5)
     published: Annotated[str, tyro.conf.arg(name="from")] = (
         ""  # instead of a run: a student published by others, a file or its folder
     )

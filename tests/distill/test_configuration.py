@@ -20,13 +20,14 @@ from hypothesis import strategies as st
 
 from distill.configuration import dump, parse
 from distill.diffusion.times import Law
-from distill.ranges import Range, leaves
+from distill.ranges import Range, iterate_fields
 from pipelines import run
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = [p for p in sorted((ROOT / "recipes").glob("*.py")) if "\nCONFIG = Config(" in p.read_text()]
 RECIPES = {p.stem: importlib.import_module(f"recipes.{p.stem}").CONFIG for p in SOURCES}
-ALL = {(r, name.removeprefix("train.")): leaf for r, config in RECIPES.items() for name, *leaf in leaves(config)}
+LEAVES = [(r, *field) for r, config in RECIPES.items() for field in iterate_fields(config)]
+ALL = {(r, name.removeprefix("train.")): leaf for r, name, *leaf in LEAVES}
 ALL = {key: leaf for key, leaf in ALL.items() if Law not in get_args(leaf[0])}  # a law or None has no flag
 ONCE = {f"{r} {name}": (r, name) for (r, name), leaf in {id(leaf[1]): (k, leaf) for k, leaf in ALL.items()}.values()}
 TIED = (
@@ -200,7 +201,7 @@ def test_legal_values(recipe, data):
     argv = [word for name, value in values.items() for word in (f"--{name}", repr(value))]
     config, said = called(recipe, argv)
     assert config is not None, said
-    got = {name.removeprefix("train."): value for name, *_, value in leaves(config)}
+    got = {name.removeprefix("train."): value for name, *_, value in iterate_fields(config)}
     assert {name: got[name] for name in values} == values
 
 
@@ -279,7 +280,7 @@ CODE = {
 
 @pytest.mark.parametrize("recipe", CODE)
 def test_values_of_the_code(recipe):
-    values = {name.removeprefix("train."): value for name, *_, value in leaves(RECIPES[recipe])}
+    values = {name.removeprefix("train."): value for name, *_, value in iterate_fields(RECIPES[recipe])}
     for name, value in CODE[recipe].items():
         assert values[name] == (pytest.approx(value) if isinstance(value, tuple | float) else value), name
 

@@ -65,7 +65,7 @@ class TestWhatIsRead:
         """Conditions and latents against the teacher, called directly."""
         teacher = load(home / "sd")
         data = Text(cache=f"{made}")
-        data.check(("real", "null"))
+        data.validate(("real", "null"))
         feed = data.open(teacher, ("real", "null"))
         prompts = (home / "data" / "prompts.txt").read_text().split("\n")
         with torch.no_grad():
@@ -91,7 +91,7 @@ class TestWhatIsRead:
     def test_online_is_equal(self, home, made, tmp_path, family, crops):
         folder = made if family == "sd" else encodings.run(config(home, tmp_path / "c", family, True, crops=crops))
         online = Text("online", prompts=f"{home}/data/prompts.txt", images=f"{home}/data", crops=crops, p_empty=0.3)
-        online.check(("real",))
+        online.validate(("real",))
         feeds = [data.open(load(home / family), ("real",)) for data in (online, Text(cache=f"{folder}", p_empty=0.3))]
         for step in range(3):  # the last ones are read ahead
             a, b = (feed(Draw(0, step, "student", torch.arange(6))) for feed in feeds)
@@ -254,7 +254,7 @@ cache.main(sys.argv[1:])
             *(".lock", ".text-00002.safetensors.partial"),
         }
         with pytest.raises(ValueError, match="c is not finished: run the command that began it again"):
-            Text(cache=f"{tmp_path / 'c'}").check(())
+            Text(cache=f"{tmp_path / 'c'}").validate(())
         (tmp_path / "c" / ".tmpAbCdEf").write_bytes(b"half a shard")
         before = (tmp_path / "c" / "text-00001.safetensors").stat().st_mtime_ns
         encodings.main(flags(options))
@@ -363,7 +363,7 @@ class TestRefused:
     def test_no_images(self, home, tmp_path):
         folder = encodings.run(config(home, tmp_path / "c", max_samples=2))
         with pytest.raises(ValueError, match="has no images, which this method needs: make one with"):
-            Text(cache=f"{folder}").check(("real",))
+            Text(cache=f"{folder}").validate(("real",))
 
 
 class TestBroken:
@@ -432,7 +432,7 @@ class TestDamaged:
 
     def told(self, home, copy):
         data = Text(cache=f"{copy}")
-        data.check(("real",))
+        data.validate(("real",))
         data.open(load(home / "sd"), ("real",))
 
     @pytest.mark.parametrize(

@@ -88,7 +88,7 @@ class TestWhatIsStored:
     def test_a_batch_holds_pairs(self, home, made, teacher):
         """Noise, sample and condition belong together; rows beyond the prompts use them over again."""
         data = Pairs(cache=f"{made}")
-        data.check(("pairs",))
+        data.validate(("pairs",))
         feed = data.open(teacher, ("pairs",))
         batch = feed(DRAW)
         assert batch.keys() == {"z", "y", "c", "real", "real_c"} and torch.equal(batch["real"], batch["y"])
@@ -152,14 +152,14 @@ class TestInterruption:
             del entry["rows"]
         (copy / "index.json").write_text(json.dumps(index))
         with pytest.raises(ValueError, match="not finished"):
-            Pairs(cache=f"{copy}").check(())
+            Pairs(cache=f"{copy}").validate(())
         asked = []
         read = pairs.Trajectories.read
         monkeypatch.setattr(pairs.Trajectories, "read", lambda self, rows: asked.extend(rows) or read(self, rows))
         pairs.run(config(home, copy))
         assert asked == [0, 0, 4, 5, 6, 7]  # the first two look whether the sampler is an ODE's
         torch.testing.assert_close(samples(copy)[0], samples(made)[0], rtol=2 * HALF, atol=1e-3)
-        Pairs(cache=f"{copy}").check(())
+        Pairs(cache=f"{copy}").validate(())
 
     def test_other_work_is_refused(self, home, made):
         for change in ({"steps": 4}, {"seed": 1}, {"guidance": 2.0}, {"scheduler": "euler"}, {"n": 12}):
@@ -179,7 +179,7 @@ class TestMistakes:
         command = "python -m pipelines.pairs"
         for data in (Pairs(), Pairs(cache=f"{tmp_path}"), Pairs(cache=f"{made}", prompts="x"), Pairs("online")):
             with pytest.raises(ValueError, match=f"{command}|leave out|--data.prompts"):
-                data.check(("pairs",))
+                data.validate(("pairs",))
         for change, said in (
             ({"prompts": ""}, "no prompts: pass --cache"),
             ({"prompts": f"{tmp_path}/none.txt"}, "none.txt"),
@@ -196,7 +196,7 @@ class TestMistakes:
         del index["ode"]
         (copy / "index.json").write_text(json.dumps(index))
         with pytest.raises(ValueError, match="are not the teacher's: make pairs"):
-            Pairs(cache=f"{copy}").check(("pairs",))
+            Pairs(cache=f"{copy}").validate(("pairs",))
 
     def test_pairs_of_another_network(self, home, made, tmp_path):
         """A finetune has the same text encoders and autoencoder, and yet other trajectories."""
@@ -227,7 +227,7 @@ class TestMistakes:
 def test_a_smoke_samples_online(teacher, tmp_path, monkeypatch):
     """The network is called while a step waits for its batch: never beside the training, which hooks and moves it."""
     data, calls = Pairs().smoke(tmp_path), []
-    data.check(("pairs",))
+    data.validate(("pairs",))
     feed, right = data.open(teacher, ("pairs",)), type(teacher).sample
     monkeypatch.setattr(type(teacher), "sample", lambda *given: calls.append(1) or right(*given))
     batch = feed(DRAW)
@@ -248,7 +248,7 @@ class TestLabels:
     def test_noise_sample_and_label_belong_together(self, digits):
         """In blocks, over all labels in turn, with guidance; another run has the same, another seed does not."""
         data = LabelPairs(n=70, steps=3, guidance=2.0)
-        data.check(("pairs",))
+        data.validate(("pairs",))
         feed = data.open(digits, ("pairs",))
         batch = feed(DRAW)
         assert batch.keys() == {"z", "y", "c"}
@@ -265,4 +265,4 @@ class TestLabels:
 
     def test_mistakes(self):
         with pytest.raises(ValueError, match="needs real images, and --data has pairs"):
-            LabelPairs().check(("real",))
+            LabelPairs().validate(("real",))

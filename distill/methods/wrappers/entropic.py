@@ -19,7 +19,7 @@ from distill.diffusion.schedule import Prediction
 from distill.method import Batch, Logs, Loss, Nets
 from distill.methods.wrappers.wrapper import Wrapped
 from distill.random import Draw
-from distill.ranges import Share, Weight
+from distill.ranges import UnitInterval, Weight
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Entropic(Wrapped):
     """A method with a guided fake score: samples of different conditions are kept apart."""
 
     entropy: Weight = 0.5  # lambda (paper); above 1 it over-disperses
-    p_drop: Share = 0.1  # of the fake's conditions, where lambda is not 0
+    p_drop: UnitInterval = 0.1  # of the fake's conditions, where lambda is not 0
 
     @property
     def needs(self) -> tuple[str, ...]:

@@ -20,7 +20,7 @@ from distill.methods.vsd import VSD
 from distill.methods.wrappers.wrapper import Wrapped
 from distill.networks.negative_attention import NASA, TEXT, against, another, turn
 from distill.random import Draw
-from distill.ranges import Share
+from distill.ranges import UnitInterval
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class NASAT(Wrapped):
     """A score distillation whose student learns to turn away from negative prompts."""
 
     base: Any = VSD()  # the method: PG-SB (paper)
-    alpha: Share = 1.0  # the largest a (paper: 1); 0: the base
+    alpha: UnitInterval = 1.0  # the largest a (paper: 1); 0: the base
 
     @property
     def needs(self) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ from distill.data import Digits, Text, sources
 from distill.data.forget_words import Words
 from distill.data.labels import Labels
 from distill.data.online import Images, crop, squeeze
-from distill.data.prefetch import Feed, _integers
+from distill.data.prefetch import PrefetchingBatches, _integers
 from distill.data.shards import Shards, file, narrow, pack, save
 from distill.random import Draw
 
@@ -104,7 +104,7 @@ class TestPrompts:
         with pytest.raises(
             ValueError, match=r"read by datasets, which is missing: pip install 'distill-one-step\[data\]'"
         ):
-            sources.check("someone/captions")
+            sources.validate_source("someone/captions")
 
     def test_a_dataset_that_is_not_there(self):
         with pytest.raises(ValueError, match="'no/such-dataset' cannot be read as a dataset"):
@@ -248,7 +248,7 @@ class Count:
 
 def feed(p_empty=0.0):
     """Ten prompts "0" .. "9" and the empty one, 40 images whose captions are 0 .. 6."""
-    return Feed(Count(11), Count(40), 10, [str(i) for i in range(10)], p_empty)
+    return PrefetchingBatches(Count(11), Count(40), 10, [str(i) for i in range(10)], p_empty)
 
 
 def numbers(batch):
@@ -402,8 +402,8 @@ class TestWords:
     )
     def test_overridden(self, forget, override, text, want):
         words = Words(forget, override)
-        words.check()
-        assert words.overridden(text) == want
+        words.validate()
+        assert words.replace_words(text) == want
 
     def test_rule(self):
         texts = ["a cat", "a fox", "a dog", "two CATS and a cat", "two CATS and a dog", ""]
@@ -425,7 +425,7 @@ class TestWords:
     @pytest.mark.parametrize("override", ((), ("Cat",), ("",), ("dog", "fox")))
     def test_overrides(self, override):
         with pytest.raises(ValueError, match="give one override for each"):
-            Words(("cat",), override).check()
+            Words(("cat",), override).validate()
 
 
 class TestCheck:
@@ -457,15 +457,15 @@ class TestCheck:
     )
     def test_mistakes(self, data, needs, message):
         with pytest.raises(ValueError, match=f"(?s){message}"):
-            data.check(needs)
+            data.validate(needs)
 
     @pytest.mark.parametrize("values", (dict(p_empty=1.5), dict(crops=-1), dict(max_samples=0)))
     def test_values(self, values):
         with pytest.raises(ValueError, match=f"{next(iter(values))} is {next(iter(values.values()))}"):
-            Text(**values).check(())
+            Text(**values).validate(())
 
     def test_smoke(self, tmp_path):
         data = Text(cache="mine").smoke(tmp_path)
-        data.check(("real",))
+        data.validate(("real",))
         prompts, pictures = data.sources()
         assert len(prompts) == len(pictures) == 8 and pictures.captions == prompts

@@ -11,7 +11,7 @@ from tiny import tiny
 
 from distill.configuration import Config, parse
 from distill.data import Digits, Text, digits
-from distill.data.prefetch import Feed
+from distill.data.prefetch import PrefetchingBatches
 from distill.diffusion.schedule import Flow, Trig
 from distill.diffusion.student import Student
 from distill.diffusion.times import Fixed
@@ -308,7 +308,7 @@ def test_conditions_say_which_prompt(p_empty, tmp_path):
     (tmp_path / "prompts.txt").write_text("\n".join("x" * n for n in range(1, 30)))
     data = Text("online", prompts=f"{tmp_path / 'prompts.txt'}", p_empty=p_empty)
     feed = data.open(encoder(), ("reward",))
-    assert isinstance(feed, Feed)
+    assert isinstance(feed, PrefetchingBatches)
     c = feed(Draw(0, 0, "student", torch.arange(200)))["c"]
     assert [len(feed.texts[i]) for i in c["prompt"].tolist()] == c["n"].tolist()
     assert ("" in {feed.texts[i] for i in c["prompt"].tolist()}) == (p_empty > 0)
