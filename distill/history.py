@@ -19,6 +19,7 @@ import yaml
 
 from distill.configuration import Config, dump, read_run_config, visible
 from distill.files import read_text, write_atomically
+from distill.method import Requirement
 
 FILE = "history.jsonl"
 FIELDS = {  # kind of difference that stops a resumed run -> its fields in a configuration
@@ -55,7 +56,11 @@ def last_entry(run: Path) -> dict[str, Any] | None:
 
 
 def check_same_run(
-    checkpoint: Path, before: dict[str, Any], now: dict[str, Any], needs: Sequence[str], allowed: Sequence[str]
+    checkpoint: Path,
+    before: dict[str, Any],
+    now: dict[str, Any],
+    requirements: Sequence[Requirement],
+    allowed: Sequence[str],
 ) -> None:
     """ValueError if method, seed, batch or calls differ from the checkpoint's run, except for kinds in `allowed`."""
     old, new = _flat(before["config"]), _flat(now["config"])
@@ -69,7 +74,7 @@ def check_same_run(
         this = this.partition("(")[0]
     if then != this:
         said["method"] = [f"method {then}, not {this}"]
-    if "finished" in needs and not recorded:  # its config.yaml holds the times of the teacher
+    if Requirement.EXPORTED_TEACHER in requirements and not recorded:  # its config.yaml holds the times of the teacher
         said.pop("times")
     check_allowed(checkpoint, said, allowed)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import Enum
 from typing import ClassVar, Literal, Protocol
 
 from torch import Tensor
@@ -13,6 +14,41 @@ from distill.roles import Batch, Nets
 
 Logs = dict[str, Tensor]
 Loss = Callable[[Tensor, Nets, Batch, Draw], tuple[Tensor, Logs]]
+
+
+class Requirement(Enum):
+    """What a method requires beside a teacher and its conditions. The value stands in the README's table.
+
+    `check` of the data's configuration looks at REAL, PAIRS and FORGOTTEN_PROMPTS, training/requirements.py at what
+    concerns the networks; the recipe attaches the others to the networks (pipelines/run.py).
+    """
+
+    REAL = "images"  # a batch has "real" [B, *shape] and their condition "real_c"
+    PAIRS = "pairs of the teacher (`python -m pipelines.pairs`)"  # a batch has noise "z" and the teacher's sample "y"
+    FORGOTTEN_PROMPTS = "prompts to forget"  # a batch has "forget_c"
+    END_TIME = "a second time of the student (added)"  # see diffusion/end_time.py
+    NULL_CONDITION = "a null condition"  # of the teacher
+    GUIDANCE_EMBEDDING = "a network that is told its guidance"
+    CROSS_ATTENTION = "cross-attention"
+    NEGATIVE_ADAPTER = "cross-attention (adapters are added)"  # student.negative, see networks/negative_attention.py
+    SEVERAL_CALLS = "several calls with fresh noise"  # of the student
+    EXPORTED_TEACHER = "a finished student as its teacher"  # the student is called at the teacher's own times
+    PERCEPTUAL_DISTANCE = "LPIPS"  # nets.perceptual
+    REWARD = "a reward"  # nets.reward
+    CONTROL_PICTURE = "a picture of its samples (`pipelines/inference/controlnet.py`)"  # nets.control
+
+    @classmethod
+    def select(cls, **conditions: object) -> tuple[Requirement, ...]:
+        """The requirements whose condition is true, in the order of the arguments. KeyError for an unknown name."""
+        return tuple(cls[name] for name, condition in conditions.items() if condition)
+
+
+def guidance_requirements(
+    w: float | tuple[float, float], solver: str = "ddim", embed: bool = True
+) -> tuple[Requirement, ...]:
+    """Requirements of guidance w: a null condition if w is not 1, and for a range with `embed` a guidance embedding."""
+    guided = w != 1 or solver == "cfg++"
+    return Requirement.select(NULL_CONDITION=guided, GUIDANCE_EMBEDDING=guided and embed and isinstance(w, tuple))
 
 
 @dataclass(frozen=True)
@@ -45,15 +81,12 @@ class Method(Protocol):
     with a head each, and may have `places`: whether each place of a head has a logit, or all have their mean, and
     `pixels`: whether heads are PCM's. It may define `calls(steps, first, schedule)`: the times of a student of so many
     calls from the time `first` on, where none are given; None: those of the scheduler. `noises` are the values of
-    student.renoise with which several calls of its student are right, where not all are. One that needs "end" has a
-    student that is told a second time (end_time.py), which `jumps` if it is the time to which x goes, "steps" one of
-    several calls with fresh noise, and "finished" one that is called as its teacher, an exported student
-    (pipelines/export/schedule.py).
+    student.renoise with which several calls of its student are right, where not all are. A student with an end time
+    `jumps` if that is the time to which x goes.
     """
 
     roles: tuple[str, ...]  # of Nets, beside teacher and student
-    # of data "real": and "real_c", "pairs": "z", "y", "forget": "forget_c"; guidance "null", "told"; of Nets "reward"
-    needs: tuple[str, ...]
+    requirements: tuple[Requirement, ...]
 
     def updates(self) -> list[Update]: ...
 

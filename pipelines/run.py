@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from distill import history, sharding
 from distill.configuration import Config, dump, fail, parse
 from distill.files import folder_lock, rank
+from distill.method import Requirement
 from distill.training import checkpoint, nonfinite, precision
 from pipelines import fields
 from pipelines.components import ExportError, index, located
@@ -102,8 +103,8 @@ def check(config: Config[Any, Any], out: Path) -> Path | None:
                 index(config.teacher)
             except ValueError as error:
                 raise ValueError(f"{error}{EDM * (config.family == 'edm')}") from None
-        config.data.validate(config.method.needs)
-        if "perceptual" in config.method.needs:
+        config.data.validate(config.method.requirements)
+        if Requirement.PERCEPTUAL_DISTANCE in config.method.requirements:
             perceptual.check()
     if config.replay is not None:
         nonfinite.read(Path(config.replay))
@@ -138,7 +139,7 @@ def check_resume(config: Config[Any, Any], resume: Path) -> Path:
             sys.stderr.write(f"{resume}: there is no configuration beside it, so nothing is compared\n")
         return resume
     now = history.entry(shorten_run(config) if config.smoke else config)
-    history.check_same_run(resume, before, now, config.method.needs, config.train.resume_allow)
+    history.check_same_run(resume, before, now, config.method.requirements, config.train.resume_allow)
     return resume
 
 
@@ -200,17 +201,17 @@ def run(config: Config[Any, Any], out: Path, resume: Path | None) -> None:
             entry["teacher"] = identity(folder, config.teacher, config.variant)
         if before and not config.smoke:  # whose teacher is made anew
             history.check_same_teacher(resume, before, entry["teacher"], allowed)
-        told = "told" in config.method.needs
+        told = Requirement.GUIDANCE_EMBEDDING in config.method.requirements
         teacher = opened(f"{folder}", config.revision, config.variant, *size, kind, told)
-    if "finished" in config.method.needs:
+    if Requirement.EXPORTED_TEACHER in config.method.requirements:
         config = dataclasses.replace(config, student=finished(teacher, config.student))
-    if "control" in config.method.needs:
+    if Requirement.CONTROL_PICTURE in config.method.requirements:
         controlnet.install(teacher)
     teacher.parts.device = accelerator.device
     sharded = sharding.asked(accelerator)
     if not sharded:
         teacher.denoiser.net.to(accelerator.device)
-    data = config.data.open(teacher, config.method.needs)
+    data = config.data.open(teacher, config.method.requirements)
     planned = with_method_times(config.method, teacher, config.student)
     scheduler, student = carried(teacher, planned)  # refuse now if it cannot be exported
     entry["times"] = [*student.times]
@@ -305,11 +306,11 @@ def run(config: Config[Any, Any], out: Path, resume: Path | None) -> None:
 
 def judged(nets: Nets, config: Config[Any, Any], teacher: Teacher, data: Any) -> None:
     """Give the networks what judges or pictures their samples, where the method needs it."""
-    if "perceptual" in config.method.needs:
+    if Requirement.PERCEPTUAL_DISTANCE in config.method.requirements:
         nets.perceptual = perceptual.asked(config, teacher)
-    if "reward" in config.method.needs:
+    if Requirement.REWARD in config.method.requirements:
         nets.reward = reward.asked(config, teacher, data)
-    if "control" in config.method.needs:
+    if Requirement.CONTROL_PICTURE in config.method.requirements:
         nets.control = controlnet.asked(config, teacher)
         nets.teacher = teacher.denoiser = controlnet.bare(teacher.denoiser)  # the adapter is the student's alone
 

@@ -26,6 +26,7 @@ from benchmarks import results
 from benchmarks.results import REFERENCE, TEACHERS, collapsed
 from distill.diffusion.denoiser import Denoiser
 from distill.diffusion.schedule import VP
+from distill.method import Requirement
 from distill.training.build import build
 from distill.training.config import StudentConfig
 from pipelines.families import edm, sd
@@ -34,20 +35,6 @@ from pipelines.planning import flop_counter
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 FIRST, LAST = "<!-- what tests/test_methods.py found -->\n", "<!-- end -->"
-WORDS = {  # of Method.needs
-    "real": "images",
-    "end": "a second time of the student (added)",
-    "null": "a null condition",
-    "pairs": "pairs of the teacher (`python -m pipelines.pairs`)",
-    "perceptual": "LPIPS",
-    "reward": "a reward",
-    "text": "cross-attention",
-    "negative": "cross-attention (adapters are added)",
-    "finished": "a finished student as its teacher",
-    "control": "a picture of its samples (`pipelines/inference/controlnet.py`)",
-    "steps": "several calls with fresh noise",
-    "told": "a network that is told its guidance",
-}
 
 
 def marked():
@@ -90,7 +77,7 @@ def without(method):
 
 def passes(method):
     """Forward passes of an iteration, a one-step student of the digits' teacher; of a small SD where text is heard."""
-    if {"negative", "text"} & {*method.needs}:
+    if {Requirement.NEGATIVE_ADAPTER, Requirement.CROSS_ATTENTION} & {*method.requirements}:
         c = {"prompt_embeds": torch.zeros(1, 77, 32)}
         teacher, shape = Denoiser(sd.unet(), VP.scaled_linear(), "eps", sd.call, null=c), (4, 8, 8)
     else:
@@ -98,7 +85,10 @@ def passes(method):
         teacher, shape, c = digits.denoiser, digits.shape, digits.encode([0])
     teacher.net.to("meta")
     c = {name: value.to("meta") for name, value in c.items()}
-    student = StudentConfig(1 + ("steps" in method.needs), negative=77 if "negative" in method.needs else 0)
+    student = StudentConfig(
+        1 + (Requirement.SEVERAL_CALLS in method.requirements),
+        negative=77 if Requirement.NEGATIVE_ADAPTER in method.requirements else 0,
+    )
     return flop_counter.passes(method, build(method, teacher, shape, c, student), c)
 
 
@@ -108,12 +98,12 @@ def row(name, levels):
     title, _, paper = module.__doc__.partition("\n")[0].partition(": ")
     paper = re.sub(r"(?:arXiv )?(\d{4}\.\d{5})", r"[\1](https://arxiv.org/abs/\1)", paper.rstrip("."))
     what = inspect.getdoc(cls).partition("\n")[0].rstrip(".")
-    said = lambda m: ", ".join(WORDS[need] for need in m.needs) or "nothing but conditions"
+    said = lambda m: ", ".join(one.value for one in m.requirements) or "nothing but conditions"
     bare, around = without(default), getattr(default, "base", None)
     needs, cost = said(default), f"{passes(default):.1f}"
     cost += f" around {type(around).__name__}" if around else ""
     if bare != default:
-        needs += f"; {said(bare)} without its GAN" if bare.needs != default.needs else ""
+        needs += f"; {said(bare)} without its GAN" if bare.requirements != default.requirements else ""
         cost += f"; {passes(bare):.1f} without its GAN"
     roles = ", ".join(("student", *default.roles))
     file = module.__name__.replace(".", "/") + ".py"

@@ -14,12 +14,13 @@ from torch import Tensor
 from distill.data import sources
 from distill.data.forget_words import Words
 from distill.data.index import command, read_index, texts, validate_teacher
-from distill.data.labels import NOTHING_TO_FORGET, select_labels
+from distill.data.labels import NOTHING_TO_FORGET, refuse_pairs, select_labels
 from distill.data.online import SIZES, Images, Texts
 from distill.data.prefetch import FIXED, PrefetchingBatches
 from distill.data.shards import Shards, Table
 from distill.data.sources import Pictures
 from distill.diffusion.guidance import overriding
+from distill.method import Requirement
 from distill.random import Draw
 from distill.ranges import Count, Natural, UnitInterval, validate_ranges
 
@@ -54,12 +55,13 @@ class Digits:
     def __post_init__(self) -> None:
         select_labels(self.classes, 10)
 
-    def validate(self, needs: tuple[str, ...]) -> None:
-        """ValueError for SFD without a class to forget; nothing else can be missing."""
-        if "forget" in needs:
+    def validate(self, requirements: tuple[Requirement, ...]) -> None:
+        """ValueError for SFD without a class to forget, and for a method of pairs."""
+        refuse_pairs(requirements)
+        if Requirement.FORGOTTEN_PROMPTS in requirements:
             raise ValueError(NOTHING_TO_FORGET)
 
-    def open(self, teacher: Any, needs: tuple[str, ...]) -> Digits:
+    def open(self, teacher: Any, requirements: tuple[Requirement, ...]) -> Digits:
         known = getattr(getattr(teacher.denoiser.net, "config", None), "num_class_embeds", None)
         if known is not None and known <= int(select_labels(self.classes, 10).max()):
             raise ValueError(
@@ -110,13 +112,14 @@ class Text:
     def words(self) -> Words:
         return Words(self.forget, self.override)
 
-    def validate(self, needs: tuple[str, ...]) -> None:
+    def validate(self, requirements: tuple[Requirement, ...]) -> None:
         """ValueError that says what is missing and how to make it; nothing is read but an index."""
         validate_ranges(self, "--data.")
-        real = "real" in needs
-        if "forget" in needs and not self.forget:
+        real = Requirement.REAL in requirements
+        refuse_pairs(requirements)
+        if Requirement.FORGOTTEN_PROMPTS in requirements and not self.forget:
             raise ValueError('nothing to forget: pass --data.forget "Brad Pitt" --data.override "a man", say')
-        if self.forget and "forget" not in needs:
+        if self.forget and Requirement.FORGOTTEN_PROMPTS not in requirements:
             raise ValueError(
                 f"--data.forget is {self.forget}, which SFD alone reads, without --method.forget: leave it out"
             )
@@ -149,14 +152,14 @@ class Text:
         for source in filter(None, (self.prompts, self.images)):
             sources.validate_source(source)
 
-    def open(self, teacher: Any, needs: tuple[str, ...]) -> PrefetchingBatches:
+    def open(self, teacher: Any, requirements: tuple[Requirement, ...]) -> PrefetchingBatches:
         """The data of `teacher`, whose `null` becomes the empty prompt where it has none yet.
 
         ValueError if the cache was made for another teacher.
         """
         read = self._cached if self.text == "cached" else self._online
-        feed = PrefetchingBatches(*read(teacher, "real" in needs), self.p_empty)
-        if "reward" in needs:
+        feed = PrefetchingBatches(*read(teacher, Requirement.REAL in requirements), self.p_empty)
+        if Requirement.REWARD in requirements:
             feed.texts = self._texts(feed.text)
         if teacher.denoiser.null is None:  # sizes stay those of the image
             teacher.denoiser.null = {key: v for key, v in feed.empty().items() if key != SIZES}

@@ -16,12 +16,22 @@ from distill.data.pairs import noise
 from distill.data.sources import notice
 from distill.diffusion.guidance import Guided
 from distill.diffusion.solver import sample
+from distill.method import Requirement
 from distill.random import Draw
 from distill.ranges import Calls, Count, Finite, Natural, Seed
 
 NOTHING_TO_FORGET = "nothing to forget: pass --method.forget 0 --method.override 2, say: a class and its replacement"
 
 BLOCK = 64  # pairs that are sampled at once
+
+
+def refuse_pairs(requirements: tuple[Requirement, ...]) -> None:
+    """ValueError if the method requires pairs of the teacher: data that has none calls this."""
+    if Requirement.PAIRS in requirements:
+        raise ValueError(
+            "this method needs pairs of the teacher, and --data has none: set its regression to 0, or write a recipe "
+            "with data=Pairs(...) of distill.data.pairs, for class labels data=LabelPairs(...) of distill.data.labels"
+        )
 
 
 def select_labels(classes: tuple[int, ...], n: int) -> Tensor:
@@ -38,20 +48,21 @@ class Labels:
     images: str = ""  # folder with one subfolder a class, which is numbered in the order of their names
     classes: tuple[Natural, ...] = ()  # labels of this student's part (Multi-Student); none given: all of the teacher's
 
-    def validate(self, needs: tuple[str, ...]) -> None:
-        if "forget" in needs:
+    def validate(self, requirements: tuple[Requirement, ...]) -> None:
+        refuse_pairs(requirements)
+        if Requirement.FORGOTTEN_PROMPTS in requirements:
             raise ValueError(NOTHING_TO_FORGET)
-        if "real" in needs and not self.images:
+        if Requirement.REAL in requirements and not self.images:
             raise ValueError("this method needs real images: pass --data.images, a folder with one subfolder a class")
         if self.images and not Path(self.images).is_dir():
             raise ValueError(f"no folder of images at {self.images!r}")
 
-    def open(self, teacher: Any, needs: tuple[str, ...]) -> Classes:
-        found = Classes(self.images, teacher, "real" in needs, self.classes)
+    def open(self, teacher: Any, requirements: tuple[Requirement, ...]) -> Classes:
+        found = Classes(self.images, teacher, Requirement.REAL in requirements, self.classes)
         select_labels(self.classes, found.classes)
-        if "real" in needs and (unread := images.describe_unread(images.files(self.images))):
+        if Requirement.REAL in requirements and (unread := images.describe_unread(images.files(self.images))):
             notice([f"{self.images}: {unread}"])
-        if "real" in needs and not found.files:
+        if Requirement.REAL in requirements and not found.files:
             raise ValueError(f"{self.images} has no images in one subfolder a class")
         return found
 
@@ -141,14 +152,14 @@ class LabelPairs:
     guidance: Finite = 1.0  # of the teacher
     seed: Seed = 0  # of the noise
 
-    def validate(self, needs: tuple[str, ...]) -> None:
+    def validate(self, requirements: tuple[Requirement, ...]) -> None:
         """ValueError for a method that needs more than pairs."""
-        if "forget" in needs:
+        if Requirement.FORGOTTEN_PROMPTS in requirements:
             raise ValueError(NOTHING_TO_FORGET)
-        if "real" in needs:
+        if Requirement.REAL in requirements:
             raise ValueError("this method needs real images, and --data has pairs of the teacher alone")
 
-    def open(self, teacher: Any, needs: tuple[str, ...]) -> ClassPairs:
+    def open(self, teacher: Any, requirements: tuple[Requirement, ...]) -> ClassPairs:
         return ClassPairs("", teacher, False, (), self)
 
     def smoke(self, folder: Path) -> LabelPairs:

@@ -15,6 +15,7 @@ from distill.data.index import INDEX, digest, read_index, texts, validate_teache
 from distill.data.online import SIZES, Texts
 from distill.data.prefetch import FIXED, Batch, PrefetchingBatches
 from distill.data.shards import Rows, Shards, Table
+from distill.method import Requirement
 from distill.random import Draw
 from distill.ranges import Calls, Finite
 
@@ -78,9 +79,9 @@ class Pairs:
     steps: Calls = 50  # online: of the teacher
     guidance: Finite = 8.0  # online: of the teacher
 
-    def validate(self, needs: tuple[str, ...]) -> None:
+    def validate(self, requirements: tuple[Requirement, ...]) -> None:
         """ValueError that says what is missing and how to make it; nothing is read but an index."""
-        if "forget" in needs:
+        if Requirement.FORGOTTEN_PROMPTS in requirements:
             raise ValueError("pairs of the teacher show what is to be forgotten: take prompts (distill.data.Text)")
         if self.pairs == "online":
             if not self.prompts or self.cache:
@@ -99,7 +100,7 @@ class Pairs:
                 f"the images of the cache {self.cache} are not the teacher's: make pairs with\n  {COMMAND}"
             )
 
-    def open(self, teacher: Any, needs: tuple[str, ...]) -> PrefetchingPairs:
+    def open(self, teacher: Any, requirements: tuple[Requirement, ...]) -> PrefetchingPairs:
         """ValueError if the pairs are of another teacher, its network included."""
         feed = self._cached(teacher) if self.pairs == "cached" else self._online(teacher)
         if teacher.denoiser.null is None:  # sizes stay those of the image

@@ -121,18 +121,23 @@ def last_linear(embedding: nn.Module) -> nn.Linear:
     return layer
 
 
+def time_embedding(net: nn.Module) -> str:
+    """The name of the first TimestepEmbedding of a network. ValueError if it has none."""
+    name = next((n for n, m in net.named_modules() if type(m).__name__ == "TimestepEmbedding"), None)
+    if name is None:
+        raise ValueError(
+            f"this method's student has a second time, which is added to a TimestepEmbedding; {type(net).__name__} has "
+            "none: choose another method"
+        )
+    return name
+
+
 def timed(denoiser: Denoiser) -> Denoiser:
     """A denoiser whose network, which gains the trainable child `end`, is told "end"; nothing changes at the start.
 
     It works on every network with a TimestepEmbedding of diffusers: its first one embeds the time.
     """
-    net = denoiser.net
-    where = next((n for n, m in net.named_modules() if type(m).__name__ == "TimestepEmbedding"), None)
-    if where is None:
-        raise ValueError(
-            f"this method's student has a second time, which is added to a TimestepEmbedding; {type(net).__name__} has "
-            "none: choose another method"
-        )
+    net, where = denoiser.net, time_embedding(denoiser.net)
     layer = last_linear(net.get_submodule(where))
     like = layer.weight
     net.end = End(layer.out_features).to(like.device, torch.promote_types(like.dtype, torch.float32))

@@ -145,13 +145,6 @@ def scale_of(w: float | tuple[float, float], draw: Draw, B: int) -> float | Tens
     return w[0] + (w[1] - w[0]) * draw.uniform("guidance", (B,))
 
 
-def needed(w: float | tuple[float, float], solver: str = "ddim", embed: bool = True) -> tuple[str, ...]:
-    """Requirements of guidance w: a null condition; for a range with `embed`, a student with a guidance embedding."""
-    if w == 1 and solver != "cfg++":
-        return ()
-    return ("null", "told") if isinstance(w, tuple) and embed else ("null",)
-
-
 def told(c: Condition, w: float | Tensor) -> Condition:
     """The condition of a network that is told its guidance, as the key "guidance" [B]; a fixed w is not told."""
     return (c or {}) | {"guidance": w} if isinstance(w, Tensor) else c

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from distill.diffusion.end_time import ending
-from distill.diffusion.guidance import Guided, needed
+from distill.diffusion.guidance import Guided
 from distill.diffusion.schedule import expand
 from distill.diffusion.solver import STEPS, Name
 from distill.losses import Reduction, reduce
-from distill.method import Batch, Logs, Nets, Update
+from distill.method import Batch, Logs, Nets, Requirement, Update, guidance_requirements
 from distill.random import Draw
 from distill.ranges import Finite, Points, Weight
 
@@ -41,8 +41,8 @@ class BOOT:
     noises = ()  # it trains the first call alone
 
     @property
-    def needs(self) -> tuple[str, ...]:
-        return ("end", *needed(self.guidance, self.solver))
+    def requirements(self) -> tuple[Requirement, ...]:
+        return (Requirement.END_TIME, *guidance_requirements(self.guidance, self.solver))
 
     def updates(self) -> list[Update]:
         return [Update("student", self.student_loss)]

@@ -20,7 +20,7 @@ from distill.diffusion.curriculum import Closing, Curriculum
 from distill.diffusion.denoiser import Condition
 from distill.diffusion.schedule import Schedule, expand
 from distill.losses import cauchy_norm, huber_norm
-from distill.method import Batch, Logs, Nets, ToData, Update
+from distill.method import Batch, Logs, Nets, Requirement, ToData, Update
 from distill.random import Draw
 from distill.ranges import Weight
 
@@ -36,7 +36,7 @@ class CT(ToData):
     c_out: bool = False  # by 1 / c_out(s_t)^2, the scale of EDM's output, in its place (TCM's authors, ImageNet-64)
 
     roles: ClassVar[tuple[str, ...]] = ()
-    needs = ("real",)
+    requirements = (Requirement.REAL,)
 
     def __post_init__(self) -> None:
         if self.distance == "cauchy" and not self.c:

@@ -13,7 +13,7 @@ from torch import Tensor
 from distill.diffusion.guidance import drop
 from distill.diffusion.times import Law, LogNormal
 from distill.losses import Reduction, denoising
-from distill.method import Batch, Logs, Nets, Update
+from distill.method import Batch, Logs, Nets, Requirement, Update
 from distill.random import Draw
 from distill.ranges import UnitInterval
 
@@ -29,8 +29,8 @@ class Denoise:
     roles = ()
 
     @property
-    def needs(self) -> tuple[str, ...]:
-        return ("real", "null") if self.p_drop else ("real",)
+    def requirements(self) -> tuple[Requirement, ...]:
+        return Requirement.select(REAL=True, NULL_CONDITION=self.p_drop)
 
     def updates(self) -> list[Update]:
         return [Update("student", self.student_loss)]

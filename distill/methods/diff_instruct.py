@@ -35,7 +35,8 @@ class DiffInstruct:
     fake_times: Law = LogNormal(-1.2, 1.2)  # of the fake's loss (code)
     reduction: Reduction = "sum"  # over elements, mean over the batch (code)
 
-    roles, needs = ("fake",), ()
+    roles = ("fake",)
+    requirements = ()
 
     def __post_init__(self) -> None:
         if self.weight not in ("ratio", "one"):

@@ -29,7 +29,8 @@ class Degradation:
 
     fake_times: Law = Grid(1000, 0, 999)  # of the denoising loss, mean over all elements
 
-    roles, needs = ("fake",), ()
+    roles = ("fake",)
+    requirements = ()
 
     def updates(self) -> list[Update]:
         return [Update("fake", self.fake_loss)]

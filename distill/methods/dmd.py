@@ -17,7 +17,7 @@ from torch import Tensor
 
 from distill.diffusion.times import Grid, Law
 from distill.losses import Reduction
-from distill.method import Batch, Logs, Nets, Update
+from distill.method import Batch, Logs, Nets, Requirement, Update
 from distill.methods.dmd2 import DMD2
 from distill.methods.regression import Regression
 from distill.random import Draw
@@ -41,8 +41,9 @@ class DMD:
     roles = ("fake",)
 
     @property
-    def needs(self) -> tuple[str, ...]:
-        return (("null",) if self.guidance != 1 else ()) + (self.paired.needs if self.regression else ())
+    def requirements(self) -> tuple[Requirement, ...]:
+        paired = self.paired.requirements if self.regression else ()
+        return Requirement.select(NULL_CONDITION=self.guidance != 1) + paired
 
     @property
     def matching(self) -> DMD2:

@@ -19,7 +19,7 @@ from torch import Tensor
 from distill.diffusion.guidance import Guided, merge
 from distill.diffusion.times import Count, Finite, Grid, Law, Weight
 from distill.losses import Reduction, denoising, gan_generator, normaliser, push, reduce, scores
-from distill.method import Batch, Logs, Nets, Update
+from distill.method import Batch, Logs, Nets, Requirement, Update
 from distill.methods.diffusion_gan import DiffusionGAN, discriminator_loss
 from distill.random import Draw
 
@@ -44,8 +44,8 @@ class DMD2(DiffusionGAN):
         return ("fake", "disc") if self.gan or self.gan_fake else ("fake",)
 
     @property
-    def needs(self) -> tuple[str, ...]:
-        return (("null",) if self.guidance != 1 else ()) + (("real",) if "disc" in self.roles else ())
+    def requirements(self) -> tuple[Requirement, ...]:
+        return Requirement.select(NULL_CONDITION=self.guidance != 1, REAL="disc" in self.roles)
 
     def updates(self) -> list[Update]:
         return [Update("student", self.student_loss, self.every), Update("fake", self.fake_loss, 1, True, self.walk)]

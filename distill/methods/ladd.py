@@ -23,7 +23,7 @@ from distill.diffusion.guidance import merge
 from distill.diffusion.schedule import expand
 from distill.diffusion.times import Law, LogitNormal
 from distill.losses import gan_discriminator, gan_generator, hinge_discriminator, hinge_generator
-from distill.method import Batch, Logs, Nets, Update
+from distill.method import Batch, Logs, Nets, Requirement, Update
 from distill.networks.discriminator import seen, verdicts
 from distill.random import Draw
 from distill.ranges import Count, Positive
@@ -40,7 +40,8 @@ class LADD:
     every: Count = 1  # steps of the heads per step of the student (FastGen: n counts both, so n - 1 here)
     loss: Literal["hinge", "softplus"] = "hinge"  # paper, SANA-Sprint: hinge; FastGen: softplus
 
-    roles, needs = ("disc",), ("real",)
+    roles = ("disc",)
+    requirements = (Requirement.REAL,)
 
     def __post_init__(self) -> None:
         if self.loss not in ("hinge", "softplus"):

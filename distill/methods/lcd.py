@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from distill.diffusion.denoiser import Condition, Denoiser
-from distill.diffusion.guidance import Guided, needed, scale_of, told
+from distill.diffusion.guidance import Guided, scale_of, told
 from distill.diffusion.schedule import VP, Schedule, expand
 from distill.diffusion.solver import STEPS, Name
 from distill.diffusion.times import Grid, point, spread
 from distill.losses import Reduction, huber, reduce
-from distill.method import Batch, Logs, Nets, ToData, Update
+from distill.method import Batch, Logs, Nets, Requirement, ToData, Update, guidance_requirements
 from distill.networks.ema import follow
 from distill.random import Draw
 from distill.ranges import Decay, Finite, Points, Positive
@@ -44,8 +44,8 @@ class LCD(ToData):
         return ("target",) if self.target_ema else ()
 
     @property
-    def needs(self) -> tuple[str, ...]:
-        return ("real", *needed(self.guidance, self.solver, self.embed))
+    def requirements(self) -> tuple[Requirement, ...]:
+        return (Requirement.REAL, *guidance_requirements(self.guidance, self.solver, self.embed))
 
     def calls(self, steps: int, first: float, schedule: Schedule) -> tuple[float, ...] | None:
         return spread(steps, self.N, schedule) if isinstance(schedule, VP) and first == 1 and steps <= self.N else None

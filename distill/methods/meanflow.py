@@ -23,7 +23,7 @@ from distill.diffusion.guidance import Guided, drop
 from distill.diffusion.schedule import expand
 from distill.diffusion.times import Law, LogitNormal
 from distill.losses import adaptive, jvp
-from distill.method import Batch, Logs, Nets, Update
+from distill.method import Batch, Logs, Nets, Requirement, Update
 from distill.random import Draw
 from distill.ranges import Finite, Natural, UnitInterval, Weight
 
@@ -51,8 +51,9 @@ class MeanFlow:
     jumps = True
 
     @property
-    def needs(self) -> tuple[str, ...]:
-        return ("real", "end") + (("null",) if (self.guidance, self.omega, self.kappa) != (1, 1, 0) else ())
+    def requirements(self) -> tuple[Requirement, ...]:
+        guided = (self.guidance, self.omega, self.kappa) != (1, 1, 0)
+        return Requirement.select(REAL=True, END_TIME=True, NULL_CONDITION=guided)
 
     def updates(self) -> list[Update]:
         return [Update("student", self.student_loss)]

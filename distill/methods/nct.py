@@ -18,7 +18,7 @@ from torch import Tensor
 
 from distill.diffusion.schedule import expand
 from distill.losses import Reduction, huber, reduce
-from distill.method import Batch, Logs, Nets, Update
+from distill.method import Batch, Logs, Nets, Requirement, Update
 from distill.networks.multiplier import Multiplier, multiplier
 from distill.random import Draw
 from distill.ranges import Points, Positive, Weight
@@ -39,7 +39,7 @@ class NCT:
     control_decoder: str | None = None  # folder or Hub name of an AutoencoderTiny that c sees through; None: its own
 
     roles = ()
-    needs = ("finished", "control")
+    requirements = (Requirement.EXPORTED_TEACHER, Requirement.CONTROL_PICTURE)
 
     def before(self, nets: Nets) -> None:
         nets.student.denoiser.net.multiplier = Multiplier(self.dual)

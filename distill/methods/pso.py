@@ -23,7 +23,7 @@ from torch import Tensor
 
 from distill.diffusion.denoiser import Condition
 from distill.diffusion.guidance import repeated
-from distill.method import Batch, Logs, Nets, Update
+from distill.method import Batch, Logs, Nets, Requirement, Update
 from distill.methods.wrappers.reward import judge
 from distill.random import Draw
 from distill.ranges import Decay, Positive
@@ -41,7 +41,7 @@ class PSO:
     reward_decoder: str | None = None  # folder or Hub name of an AutoencoderTiny; None: the teacher's
 
     roles = ()
-    needs = ("finished", "steps", "reward")
+    requirements = (Requirement.EXPORTED_TEACHER, Requirement.SEVERAL_CALLS, Requirement.REWARD)
 
     def updates(self) -> list[Update]:
         return [Update("student", self.student_loss)]

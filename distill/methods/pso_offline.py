@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distill.diffusion.denoiser import Denoiser
-from distill.method import Batch, Logs, Nets, Update
+from distill.method import Batch, Logs, Nets, Requirement, Update
 from distill.random import Draw
 from distill.ranges import Positive, Weight
 
@@ -37,7 +37,7 @@ class OfflinePSO:
     neg_defactor: Weight = 1.0  # n, of the error on y (paper: 1; default of the DreamBooth script: .1)
 
     roles = ()
-    needs = ("finished", "real")
+    requirements = (Requirement.EXPORTED_TEACHER, Requirement.REAL)
 
     def before(self, nets: Nets) -> None:
         times = torch.tensor(nets.student.times, dtype=torch.float64, device="cpu")

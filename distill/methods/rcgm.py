@@ -22,7 +22,7 @@ from distill.diffusion.guidance import Guided
 from distill.diffusion.schedule import expand
 from distill.diffusion.times import Law, Uniform
 from distill.losses import adaptive
-from distill.method import Batch, Logs, Nets, Update
+from distill.method import Batch, Logs, Nets, Requirement, Update
 from distill.networks.ema import follow
 from distill.random import Draw
 from distill.ranges import Calls, Decay, Finite, Positive, UnitInterval
@@ -49,8 +49,8 @@ class RCGM:
         return ("target",) if self.target_ema else ()
 
     @property
-    def needs(self) -> tuple[str, ...]:
-        return ("real", "end") + (() if (self.guidance, self.kappa) == (1, 0) else ("null",))
+    def requirements(self) -> tuple[Requirement, ...]:
+        return Requirement.select(REAL=True, END_TIME=True, NULL_CONDITION=(self.guidance, self.kappa) != (1, 0))
 
     def updates(self) -> list[Update]:
         return [Update("student", self.student_loss)]

@@ -13,7 +13,7 @@ from typing import Literal
 from torch import Tensor
 
 from distill.losses import Reduction, huber, reduce
-from distill.method import Batch, Logs, Nets, Update
+from distill.method import Batch, Logs, Nets, Requirement, Update
 from distill.random import Draw
 from distill.ranges import Positive
 
@@ -30,8 +30,8 @@ class Regression:
     roles = ()
 
     @property
-    def needs(self) -> tuple[str, ...]:
-        return ("pairs",) + (("perceptual",) if self.distance == "lpips" else ())
+    def requirements(self) -> tuple[Requirement, ...]:
+        return Requirement.select(PAIRS=True, PERCEPTUAL_DISTANCE=self.distance == "lpips")
 
     def updates(self) -> list[Update]:
         return [Update("student", self.student_loss)]

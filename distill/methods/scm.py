@@ -18,11 +18,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from distill.diffusion.guidance import Guided, needed, scale_of, told
+from distill.diffusion.guidance import Guided, scale_of, told
 from distill.diffusion.schedule import Prediction, Trig, expand
 from distill.diffusion.times import Law, LogNormal
 from distill.losses import Reduction, jvp, per_sample
-from distill.method import Batch, Logs, Nets, ToData, Update
+from distill.method import Batch, Logs, Nets, Requirement, ToData, Update, guidance_requirements
 from distill.networks.adaptive_weight import weigh
 from distill.random import Draw
 from distill.ranges import Finite, Natural, Positive, Weight
@@ -49,8 +49,8 @@ class SCM(ToData):
         return ("weight",) if self.adaptive else ()
 
     @property
-    def needs(self) -> tuple[str, ...]:
-        return ("real", *needed(self.guidance))
+    def requirements(self) -> tuple[Requirement, ...]:
+        return (Requirement.REAL, *guidance_requirements(self.guidance))
 
     def updates(self) -> list[Update]:
         return [Update("student", self.student_loss)]

@@ -20,7 +20,7 @@ from distill.diffusion.guidance import Guided, drop
 from distill.diffusion.schedule import expand
 from distill.diffusion.times import Karras, Law, LogNormal
 from distill.losses import Reduction, denoising, normaliser, reduce, scores
-from distill.method import Batch, Logs, Nets, Update
+from distill.method import Batch, Logs, Nets, Requirement, Update
 from distill.random import Draw
 from distill.ranges import Calls, Finite, Positive, UnitInterval
 
@@ -43,8 +43,8 @@ class SiD:
     roles = ("fake",)
 
     @property
-    def needs(self) -> tuple[str, ...]:
-        return () if set(self.kappa) == {1.0} else ("null",)
+    def requirements(self) -> tuple[Requirement, ...]:
+        return Requirement.select(NULL_CONDITION=set(self.kappa) != {1.0})
 
     def updates(self) -> list[Update]:
         return [Update("fake", self.fake_loss), Update("student", self.student_loss, self.fake_steps)]

@@ -21,7 +21,7 @@ from torch import Tensor
 from distill.diffusion.guidance import Guided
 from distill.diffusion.schedule import expand
 from distill.losses import denoising, reduce
-from distill.method import Batch, Logs, Nets, Update
+from distill.method import Batch, Logs, Nets, Requirement, Update
 from distill.methods.sid import SiD
 from distill.networks.discriminator import verdicts
 from distill.random import Draw
@@ -44,8 +44,8 @@ class SiDA(SiD):
     gan_start: Natural = 0  # it sees the GAN from this step on (code: after 200k images; SiD-DiT 40k)
 
     @property
-    def needs(self) -> tuple[str, ...]:
-        return (*super().needs, *(("real",) if self.gan or self.gan_fake else ()))
+    def requirements(self) -> tuple[Requirement, ...]:
+        return super().requirements + Requirement.select(REAL=self.gan or self.gan_fake)
 
     def updates(self) -> list[Update]:
         student = Update("student", self.student_loss, self.fake_steps, start=self.start)

@@ -23,7 +23,7 @@ from distill.diffusion.schedule import expand
 from distill.diffusion.solver import STEPS, Name
 from distill.diffusion.times import Grid, Uniform
 from distill.losses import reduce
-from distill.method import Batch, Logs, Nets
+from distill.method import Batch, Logs, Nets, Requirement
 from distill.methods.dmd import DMD
 from distill.networks.ema import follow
 from distill.random import Draw
@@ -48,8 +48,8 @@ class SIGN(DMD):
         return ("fake", "target") if self.idem else ("fake",)
 
     @property
-    def needs(self) -> tuple[str, ...]:
-        return super().needs + (("real",) if self.rec or self.flow or self.denoise else ())
+    def requirements(self) -> tuple[Requirement, ...]:
+        return super().requirements + Requirement.select(REAL=self.rec or self.flow or self.denoise)
 
     def student_loss(self, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
         loss, logs = super().student_loss(x, nets, batch, draw)

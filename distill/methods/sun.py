@@ -24,7 +24,7 @@ from distill.diffusion.guidance import Guided, drop
 from distill.diffusion.solver import jump
 from distill.diffusion.times import Grid, Law
 from distill.losses import Reduction, reduce
-from distill.method import Batch, Logs, Nets, Update
+from distill.method import Batch, Logs, Nets, Requirement, Update
 from distill.networks.negative_attention import against, another
 from distill.random import Draw
 from distill.ranges import Calls, Finite, UnitInterval, Weight
@@ -42,7 +42,7 @@ class SUN:
     reduction: Reduction = "mean"
 
     roles = ()
-    needs = ("real", "null", "negative")
+    requirements = (Requirement.REAL, Requirement.NULL_CONDITION, Requirement.NEGATIVE_ADAPTER)
 
     def updates(self) -> list[Update]:
         return [Update("student", self.student_loss)]

@@ -21,7 +21,7 @@ from torch import Tensor
 from distill.diffusion.guidance import Guided
 from distill.diffusion.times import Law, LogNormal
 from distill.losses import Reduction, reduce
-from distill.method import Batch, Logs, Nets, Update
+from distill.method import Batch, Logs, Nets, Requirement, Update
 from distill.random import Draw
 from distill.ranges import Finite
 
@@ -37,8 +37,8 @@ class TSM:
     roles = ()
 
     @property
-    def needs(self) -> tuple[str, ...]:
-        return ("real",) if self.guidance == 1 else ("real", "null")
+    def requirements(self) -> tuple[Requirement, ...]:
+        return Requirement.select(REAL=True, NULL_CONDITION=self.guidance != 1)
 
     def updates(self) -> list[Update]:
         return [Update("student", self.student_loss)]

@@ -21,7 +21,7 @@ from distill.diffusion.guidance import Guided, drop, scale_of
 from distill.diffusion.schedule import expand
 from distill.diffusion.times import Grid, Law
 from distill.losses import Reduction, denoising, push, reduce, scores
-from distill.method import Batch, Logs, Nets, Update
+from distill.method import Batch, Logs, Nets, Requirement, Update
 from distill.random import Draw
 from distill.ranges import Calls, Finite, UnitInterval
 
@@ -49,8 +49,8 @@ class VSD:
             raise ValueError(f"fake_weight is {self.fake_weight!r}; it must be 'one', or 'alpha' for alpha_t^2")
 
     @property
-    def needs(self) -> tuple[str, ...]:
-        return () if self.guidance == 1 and self.fake_guidance in (None, 1) else ("null",)
+    def requirements(self) -> tuple[Requirement, ...]:
+        return Requirement.select(NULL_CONDITION=self.guidance != 1 or self.fake_guidance not in (None, 1))
 
     def updates(self) -> list[Update]:
         return [Update("student", self.student_loss, self.fake_steps), Update("fake", self.fake_loss, reuse=True)]
@@ -73,7 +73,7 @@ class VSD:
 
     def fake_loss(self, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
         c, path = batch.get("c"), nets.fake.path
-        if self.needs:
+        if self.requirements:
             c = drop(c, nets.fake.null, draw.uniform("drop", (len(x),)) < self.p_drop)
         t, eps = self.fake_times(draw, "t", len(x), path), draw.normal("eps", x.shape).to(x)
         weight = expand(path.coefficients(t)[0] ** 2, x) if self.fake_weight == "alpha" else 1.0

@@ -12,15 +12,16 @@ from torch import nn
 from distill.diffusion.denoiser import Condition, Denoiser
 from distill.diffusion.end_time import timed
 from distill.diffusion.student import Student, grid_times
-from distill.method import Method
+from distill.method import Method, Requirement
 from distill.modules import trained_alone, twin, weightless
 from distill.networks.adaptive_weight import LogVariance
 from distill.networks.discriminator import heads
-from distill.networks.negative_attention import TEXT, adapted, layers
+from distill.networks.negative_attention import adapted
 from distill.ranges import validate_ranges
 from distill.roles import HEADS, Nets, Recorded
 from distill.training import checkpoint
 from distill.training.config import FakeConfig, StudentConfig
+from distill.training.requirements import check_requirements
 
 
 def build(
@@ -38,21 +39,7 @@ def build(
     student, fake = student or StudentConfig(), fake or FakeConfig()
     for name, part in (("method", method), ("student", student), ("fake", fake)):
         validate_ranges(part, f"{name}.")
-    if "null" in method.needs and teacher.null is None:
-        raise ValueError(
-            f"{type(method).__name__} with these guidance values needs a null condition, but the teacher is "
-            "unconditional or was trained without label dropout; set its guidance (or every kappa) to 1"
-        )
-    if "text" in method.needs:
-        layers(teacher.net)  # or a ValueError
-    if "negative" in method.needs:
-        words = c[TEXT[0]].shape[1] if c is not None and TEXT[0] in c else 0
-        if student.negative != words or not words:
-            raise ValueError(
-                f"{type(method).__name__} trains an adapter that hears a negative prompt after the {words} words of "
-                f"the prompt, and student.negative is {student.negative}: "
-                + (f"pass --student.negative {words}" if words else "it needs a teacher with text conditions")
-            )
+    check_requirements(method, teacher, c, student)
     nets = Nets(
         teacher,
         Student(
@@ -65,12 +52,6 @@ def build(
         ),
         shape,
     )
-    if "steps" in method.needs and (len(nets.student.times) < 2 or nets.student.renoise != "fresh"):
-        raise ValueError(
-            f"{type(method).__name__} tunes the random calls of a student, all but the last; one of "
-            f"{len(nets.student.times)} call(s) with {nets.student.renoise!r} noise between them has none: it needs "
-            "two calls or more, with fresh noise"
-        )
     noises = getattr(method, "noises", None)
     if noises is not None and len(nets.student.times) > 1 and nets.student.renoise not in noises:
         raise ValueError(
@@ -84,7 +65,7 @@ def build(
         except AttributeError as error:
             top = [child for child, _ in teacher.net.named_children()]
             raise ValueError(f"no module {name!r} to freeze ({error}); at the top there are {top}") from None
-    if "end" in method.needs:
+    if Requirement.END_TIME in method.requirements:
         nets.student.denoiser = timed(nets.student.denoiser)
         nets.student.jumps = getattr(method, "jumps", False)
     if student.init is not None:

@@ -29,6 +29,7 @@ from distill.diffusion.end_time import SECOND, fold_end_times, timed, untimed
 from distill.diffusion.student import Student
 from distill.files import folder_lock
 from distill.layout import program_name
+from distill.method import Requirement
 from distill.modules import shared
 from distill.networks.lora import merged
 from distill.networks.negative_attention import adapters, strip
@@ -522,7 +523,7 @@ def tells(method: str, fields: dict[str, Any]) -> bool:
     if not isinstance(w, list) or method not in known:
         return False
     options = {"embed": fields["embed"]} if "embed" in fields else {}
-    return "told" in known[method](guidance=tuple(w), **options).needs
+    return Requirement.GUIDANCE_EMBEDDING in known[method](guidance=tuple(w), **options).requirements
 
 
 def published(again: Again) -> tuple[Student, Teacher, Any, str, str, str, tuple[str, ...]]:

@@ -25,6 +25,7 @@ from torch.utils.flop_counter import conv_flop_count, flop_registry, shape_wrapp
 
 from distill.diffusion.denoiser import Denoiser
 from distill.diffusion.guidance import overriding
+from distill.method import Requirement
 from distill.random import Draw
 from distill.roles import Nets
 from distill.training.prepare import owners, start
@@ -284,7 +285,7 @@ def cost(
         nets = _with_null(nets, {key: value.to("meta") for key, value in nets.teacher.null.items()})
     many = {key: value.expand(micro, *value.shape[1:]) for key, value in c.items()}
     real = torch.empty(micro, *nets.shape, device="meta")
-    told = overriding(many, many) if "forget" in method.needs else many
+    told = overriding(many, many) if Requirement.FORGOTTEN_PROMPTS in method.requirements else many
     also = {"forget_c": told} if told is not many else {}
     batch = lambda: {"c": dict(told), "real": real, "real_c": dict(many), "z": real, "y": real, **also}
     updates, turns = method.updates(), []

@@ -24,6 +24,7 @@ from distill.configuration import Config, fail, parse
 from distill.data import Digits
 from distill.diffusion.student import grid_times
 from distill.layout import find_recipe, program_name
+from distill.method import Requirement
 from distill.networks.lora import LoRA
 from distill.training.config import FakeConfig, StudentConfig, TrainConfig
 from distill.training.step import BUCKET
@@ -117,19 +118,19 @@ class Run:
         from distill.training.build import build
         from pipelines.inference import controlnet, pag
 
-        if "told" in self.config.method.needs:
+        if Requirement.GUIDANCE_EMBEDDING in self.config.method.requirements:
             self.parts.tell()
         teacher = self.parts.family.load(self.parts, self.config.resolution, self.config.frames)
         kinds = {"class_labels": torch.long}
         shapes = self.parts.condition().items()
         c = {key: torch.empty(1, *shape, dtype=kinds.get(key), device="meta") for key, shape in shapes}
-        if teacher.denoiser.null is None and "null" in self.config.method.needs:
+        if teacher.denoiser.null is None and Requirement.NULL_CONDITION in self.config.method.requirements:
             teacher.denoiser.null = c
         student = self.config.student
         times = student.times or grid_times(student.steps, student.first(teacher.denoiser.schedule))
         student = replace(student, times=times, sigma=None, timestep=None)
         with torch.device("meta"):
-            if "control" in self.config.method.needs:
+            if Requirement.CONTROL_PICTURE in self.config.method.requirements:
                 controlnet.install(teacher)
             nets = build(self.config.method, teacher.denoiser, teacher.shape, c, student, self.config.fake)
         if told := controlnet.example(teacher.denoiser, teacher):
@@ -405,13 +406,17 @@ def report(run: Run, plan: Plan) -> str:
     lines += [str(Table(roles)), str(memories(run, plan))]
     lines.append("  activations are an estimate (tensors alive in the run on the meta device); the rest is exact,")
     lines.append(f"  sharded rows divide it. {plan.reserve:g} GiB of each GPU is kept free. No GPU was used.\n")
-    for need, judge in (("perceptual", "LPIPS and its decoder"), ("reward", "the reward and its decoder")):
-        if need in config.method.needs:
+    judges = {
+        Requirement.PERCEPTUAL_DISTANCE: "LPIPS and its decoder",
+        Requirement.REWARD: "the reward and its decoder",
+    }
+    for requirement, judge in judges.items():
+        if requirement in config.method.requirements:
             lines.append(f"  {judge} are left out, of memory and of FLOPs.\n")
 
     prompt = 2 * sum(s.numel() for s in c.values())
     disk = [["disk", "GB"], [f"cache of {plan.prompts:,} prompts, at most", f"{plan.prompts * prompt / 1e9:.1f}"]]
-    if "real" in config.method.needs:
+    if Requirement.REAL in config.method.requirements:
         import math
 
         image = 2 * math.prod(teacher.shape)

@@ -10,9 +10,10 @@ from gaussian import F64, SCHEDULES, Line, exact, nets_of, problem, student_grad
 from tiny import tiny
 
 from distill.configuration import Config
-from distill.data import Digits
+from distill.data.labels import LabelPairs
 from distill.diffusion.schedule import VP
 from distill.diffusion.solver import sample
+from distill.method import Requirement
 from distill.methods import Regression
 from distill.random import Draw
 from distill.training.build import build
@@ -90,7 +91,8 @@ def test_lpips_is_asked_for_and_its_gradient_used():
     best, y = ode(law, SCHEDULES["vp"], z)
     nets, batch = nets_of(line, exact(law, SCHEDULES["vp"])), {"z": z, "y": y}
     method = Regression()
-    assert method.needs == ("pairs", "perceptual") and Regression("mse").needs == ("pairs",)
+    assert method.requirements == (Requirement.PAIRS, Requirement.PERCEPTUAL_DISTANCE)
+    assert Regression("mse").requirements == (Requirement.PAIRS,)
     with pytest.raises(ValueError, match="nets.perceptual.*'huber'"):
         student_gradient(method, nets, None, batch)
     nets.perceptual = looks
@@ -215,5 +217,5 @@ def test_without_the_package_it_says_what_to_install(monkeypatch, teacher, tmp_p
     with pytest.raises(ValueError, match=r"distill-one-step\[lpips\]"):
         lpips(pnet_rand=True)
     with pytest.raises(ValueError, match=r"distill-one-step\[lpips\]"):  # a recipe says so before it loads a teacher
-        run.check(Config(Regression(), Digits(), family="sdxl", teacher="a/b"), tmp_path)
-    run.check(Config(Regression("huber"), Digits(), family="sdxl", teacher="a/b"), tmp_path)
+        run.check(Config(Regression(), LabelPairs(), family="sdxl", teacher="a/b"), tmp_path)
+    run.check(Config(Regression("huber"), LabelPairs(), family="sdxl", teacher="a/b"), tmp_path)

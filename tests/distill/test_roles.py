@@ -12,10 +12,11 @@ from torch import nn
 
 from distill.diffusion.denoiser import Denoiser
 from distill.diffusion.schedule import EDM, VP, Flow
+from distill.method import Requirement
 from distill.methods import DMD2, LCD, SCM, VSD, SiD
 from distill.networks.lora import LoRA
 from distill.random import Draw
-from distill.training import checkpoint
+from distill.training import checkpoint, requirements
 from distill.training.build import build
 from distill.training.config import FakeConfig, StudentConfig, TrainConfig
 from distill.training.loop import train
@@ -230,3 +231,16 @@ def test_guidance_needs_a_null_condition(method):
     with pytest.raises(ValueError, match=f"{type(method).__name__} with these guidance values needs a null condition"):
         build(method, tiny(EDM()), (2,))
     build(method, tiny(EDM(), classes=3), (2,), {"label": torch.tensor([0])})
+
+
+class Misspelt(SCM):
+    requirements = ("reel",)
+
+
+def test_requirements_are_members_of_the_enum():
+    with pytest.raises(ValueError, match="Misspelt.requirements holds 'reel'; it may hold members of .*Requirement"):
+        build(Misspelt(), tiny(EDM()), (2,))
+    with pytest.raises(KeyError, match="REEL"):
+        Requirement.select(REEL=True)
+    groups = (requirements.CHECKS.keys(), requirements.FROM_DATA, requirements.FROM_RECIPE)
+    assert sum(map(len, groups)) == len(Requirement) and set().union(*groups) == set(Requirement)

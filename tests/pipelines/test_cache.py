@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from distill.data import Text
 from distill.data.online import Texts, crop
+from distill.method import Requirement
 from distill.random import Draw
 from pipelines import load
 from pipelines.cache import encodings
@@ -65,8 +66,8 @@ class TestWhatIsRead:
         """Conditions and latents against the teacher, called directly."""
         teacher = load(home / "sd")
         data = Text(cache=f"{made}")
-        data.validate(("real", "null"))
-        feed = data.open(teacher, ("real", "null"))
+        data.validate((Requirement.REAL, Requirement.NULL_CONDITION))
+        feed = data.open(teacher, (Requirement.REAL, Requirement.NULL_CONDITION))
         prompts = (home / "data" / "prompts.txt").read_text().split("\n")
         with torch.no_grad():
             want = teacher.encode(prompts)["prompt_embeds"]
@@ -91,8 +92,11 @@ class TestWhatIsRead:
     def test_online_is_equal(self, home, made, tmp_path, family, crops):
         folder = made if family == "sd" else encodings.run(config(home, tmp_path / "c", family, True, crops=crops))
         online = Text("online", prompts=f"{home}/data/prompts.txt", images=f"{home}/data", crops=crops, p_empty=0.3)
-        online.validate(("real",))
-        feeds = [data.open(load(home / family), ("real",)) for data in (online, Text(cache=f"{folder}", p_empty=0.3))]
+        online.validate((Requirement.REAL,))
+        feeds = [
+            data.open(load(home / family), (Requirement.REAL,))
+            for data in (online, Text(cache=f"{folder}", p_empty=0.3))
+        ]
         for step in range(3):  # the last ones are read ahead
             a, b = (feed(Draw(0, step, "student", torch.arange(6))) for feed in feeds)
             for x, y in zip((a["c"], a["real_c"], {"x": a["real"]}), (b["c"], b["real_c"], {"x": b["real"]})):
@@ -115,7 +119,10 @@ class TestWhatIsRead:
         folder = encodings.run(config(home, tmp_path / "c", prompts=f"{tmp_path / 'all.txt'}"))
         online = Text("online", prompts=f"{tmp_path / 'all.txt'}", **words)
         teachers = [load(home / "sd"), load(home / "sd")]
-        feeds = [d.open(t, ("forget",)) for d, t in zip((online, Text(cache=f"{folder}", **words)), teachers)]
+        feeds = [
+            d.open(t, (Requirement.FORGOTTEN_PROMPTS,))
+            for d, t in zip((online, Text(cache=f"{folder}", **words)), teachers)
+        ]
         with torch.no_grad():
             known = teachers[0].encode([*texts, ""])["prompt_embeds"]
         close = lambda a, b: torch.testing.assert_close(a, b, rtol=HALF, atol=1e-6)
@@ -134,17 +141,21 @@ class TestWhatIsRead:
                 assert key == "c" or {i for i, _ in pairs} == {0, 2}
                 seen |= {i for i, _ in pairs}
         assert seen == {*range(7)}
-        rewarded = online.open(teachers[0], ("forget", "reward"))(DRAW)["forget_c"]
+        rewarded = online.open(teachers[0], (Requirement.FORGOTTEN_PROMPTS, Requirement.REWARD))(DRAW)["forget_c"]
         assert {*rewarded["prompt"].tolist()} <= {4, 5}  # rewards are of what is told, not of what is forgotten
         null = teachers[0].denoiser.null
         close(null["override.prompt_embeds"], null["prompt_embeds"])
-        few = Text("online", prompts=f"{tmp_path / 'few.txt'}", **words).open(load(home / "sd"), ("forget",))
+        few = Text("online", prompts=f"{tmp_path / 'few.txt'}", **words).open(
+            load(home / "sd"), (Requirement.FORGOTTEN_PROMPTS,)
+        )
         assert few.prompts == 4 and few.text.texts == [*texts[:4], *texts[4:], ""]
         folder = encodings.run(config(home, tmp_path / "d", prompts=f"{tmp_path / 'few.txt'}"))
         with pytest.raises(ValueError, match="2 of 2 prompts .* are not in the cache .*, 'a man eats' for one"):
-            Text(cache=f"{folder}", **words).open(load(home / "sd"), ("forget",))
+            Text(cache=f"{folder}", **words).open(load(home / "sd"), (Requirement.FORGOTTEN_PROMPTS,))
         with pytest.raises(ValueError, match="no prompt of the cache .* holds .'fox'., which"):
-            Text(cache=f"{folder}", forget=("fox",), override=("cat",)).open(load(home / "sd"), ("forget",))
+            Text(cache=f"{folder}", forget=("fox",), override=("cat",)).open(
+                load(home / "sd"), (Requirement.FORGOTTEN_PROMPTS,)
+            )
 
     def test_null_of_a_family_stays(self, home, tmp_path):
         """SDXL's is zeros; where the empty prompt takes its place, the sizes stay those of the image."""
@@ -159,7 +170,7 @@ class TestWhatIsRead:
 
     def test_without_encoders(self, home, made, capsys):
         teacher = load(home / "sd")
-        Text(cache=f"{made}", squeeze=True).open(teacher, ("real", "null"))(DRAW)
+        Text(cache=f"{made}", squeeze=True).open(teacher, (Requirement.REAL, Requirement.NULL_CONDITION))(DRAW)
         assert "made holds cropped images; those of this recipe are squeezed: " in capsys.readouterr().err
         assert not {"text", "vae"} & vars(teacher.parts).keys()
 
@@ -172,7 +183,7 @@ class TestWhatIsRead:
         folder = encodings.run(config(home, tmp_path / "c", images=True, prompts="", max_samples=5))
         index = json.loads((folder / "index.json").read_text())
         assert index["prompts"] == 5 and index["tables"]["text"]["total"] == 6
-        feed = Text(cache=f"{folder}").open(load(home / "sd"), ("real",))
+        feed = Text(cache=f"{folder}").open(load(home / "sd"), (Requirement.REAL,))
         assert feed.fixed(6)[0] == [*feed.names, feed.names[0]] and len(feed.names) == 5
 
     def test_rows_are_kept_once(self, made):
@@ -331,8 +342,8 @@ class TestRefused:
         ):
             Text(cache=f"{made}").open(load(home / "sdxl"), ())
 
-    @pytest.mark.parametrize("part, needs", (("text_encoder", ()), ("vae", ("real",))))
-    def test_another_teacher_of_the_same_shapes(self, home, made, tmp_path, part, needs):
+    @pytest.mark.parametrize("part, requirements", (("text_encoder", ()), ("vae", (Requirement.REAL,))))
+    def test_another_teacher_of_the_same_shapes(self, home, made, tmp_path, part, requirements):
         """One weight differs. Latents belong to their autoencoder; prompts do not care about it."""
         folder = shutil.copytree(home / "sd", tmp_path / "tuned")
         file = next((folder / part).glob("*.safetensors"))
@@ -341,7 +352,7 @@ class TestRefused:
         save_file(weights, file, {"format": "pt"})
         what = {"text_encoder": "text encoder", "vae": "autoencoder"}[part]
         with pytest.raises(ValueError, match=f"this teacher is StableDiffusionPipeline 'tuned' .its {what} differs"):
-            Text(cache=f"{made}").open(load(folder), needs)
+            Text(cache=f"{made}").open(load(folder), requirements)
         if part == "vae":
             Text(cache=f"{made}").open(load(folder), ())
 
@@ -350,7 +361,7 @@ class TestRefused:
         larger = load(home / "sd", 32)
         Text(cache=f"{made}").open(larger, ())
         with pytest.raises(ValueError, match=r"its samples are \(4, 16, 16\), those of the cache \(4, 8, 8\)"):
-            Text(cache=f"{made}").open(larger, ("real",))
+            Text(cache=f"{made}").open(larger, (Requirement.REAL,))
         folder = encodings.run(config(home, tmp_path / "c", "sdxl", max_samples=2))
         with pytest.raises(ValueError, match="its samples are"):
             Text(cache=f"{folder}").open(load(home / "sdxl", 32), ())
@@ -363,7 +374,7 @@ class TestRefused:
     def test_no_images(self, home, tmp_path):
         folder = encodings.run(config(home, tmp_path / "c", max_samples=2))
         with pytest.raises(ValueError, match="has no images, which this method needs: make one with"):
-            Text(cache=f"{folder}").validate(("real",))
+            Text(cache=f"{folder}").validate((Requirement.REAL,))
 
 
 class TestBroken:
@@ -385,7 +396,7 @@ class TestBroken:
         assert "1 left out:\n  image " in (told := capsys.readouterr().err) and "2.png" in told
         rows = json.loads((folder / "index.json").read_text())["tables"]["image"]["rows"]
         assert sum(rows) == 14 and len(rows) > 3
-        feed = Text(cache=f"{folder}").open(load(home / "sd"), ("real",))
+        feed = Text(cache=f"{folder}").open(load(home / "sd"), (Requirement.REAL,))
         captions = feed.images.read(range(14))["caption"].tolist()
         assert captions == [i for i in range(8) if i != 2 for _ in range(2)]
 
@@ -432,8 +443,8 @@ class TestDamaged:
 
     def told(self, home, copy):
         data = Text(cache=f"{copy}")
-        data.validate(("real",))
-        data.open(load(home / "sd"), ("real",))
+        data.validate((Requirement.REAL,))
+        data.open(load(home / "sd"), (Requirement.REAL,))
 
     @pytest.mark.parametrize(
         "change, message",
@@ -487,6 +498,6 @@ class TestDamaged:
     def test_a_caption_that_is_not_there(self, home, copy):
         path = copy / "image-00000.safetensors"
         save_file(load_file(path) | {"caption": torch.full((8,), 99)}, path)
-        feed = Text(cache=f"{copy}").open(load(home / "sd"), ("real",))
+        feed = Text(cache=f"{copy}").open(load(home / "sd"), (Requirement.REAL,))
         with pytest.raises(ValueError, match="there is no row 99 of 9"):
             feed(DRAW)

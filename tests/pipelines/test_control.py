@@ -189,7 +189,7 @@ def state_of(name, folder, step):
     config = run.smoke(parse(importlib.import_module(f"recipes.{name}").CONFIG, argv))
     teacher = opened(config.teacher)
     controlnet.install(teacher)
-    data = config.data.open(teacher, config.method.needs)
+    data = config.data.open(teacher, config.method.requirements)
     _, student = run.carried(teacher, run.with_method_times(config.method, teacher, config.student))
     c = {key: value[:1] for key, value in data.fixed(1)[1].items()}
     nets = build(config.method, teacher.denoiser, teacher.shape, c, student, config.fake)

@@ -14,6 +14,7 @@ from distill.data.labels import LabelPairs
 from distill.data.pairs import Pairs, noise
 from distill.diffusion.guidance import Guided
 from distill.diffusion.solver import sample
+from distill.method import Requirement
 from distill.random import Draw
 from pipelines import load
 from pipelines.cache import encodings, pairs
@@ -88,8 +89,8 @@ class TestWhatIsStored:
     def test_a_batch_holds_pairs(self, home, made, teacher):
         """Noise, sample and condition belong together; rows beyond the prompts use them over again."""
         data = Pairs(cache=f"{made}")
-        data.validate(("pairs",))
-        feed = data.open(teacher, ("pairs",))
+        data.validate((Requirement.PAIRS,))
+        feed = data.open(teacher, (Requirement.PAIRS,))
         batch = feed(DRAW)
         assert batch.keys() == {"z", "y", "c", "real", "real_c"} and torch.equal(batch["real"], batch["y"])
         assert all(v.dtype == torch.float32 for v in (batch["z"], batch["y"]))
@@ -138,7 +139,7 @@ class TestWhatIsStored:
 
     def test_they_are_images_to_other_methods(self, made, teacher):
         """A cache of the teacher's own samples, with their prompts."""
-        batch = Text(cache=f"{made}").open(teacher, ("real",))(DRAW)
+        batch = Text(cache=f"{made}").open(teacher, (Requirement.REAL,))(DRAW)
         y = samples(made)[0]
         assert all(any(torch.equal(x, row) for row in y) for x in batch["real"])
 
@@ -179,7 +180,7 @@ class TestMistakes:
         command = "python -m pipelines.pairs"
         for data in (Pairs(), Pairs(cache=f"{tmp_path}"), Pairs(cache=f"{made}", prompts="x"), Pairs("online")):
             with pytest.raises(ValueError, match=f"{command}|leave out|--data.prompts"):
-                data.validate(("pairs",))
+                data.validate((Requirement.PAIRS,))
         for change, said in (
             ({"prompts": ""}, "no prompts: pass --cache"),
             ({"prompts": f"{tmp_path}/none.txt"}, "none.txt"),
@@ -196,7 +197,7 @@ class TestMistakes:
         del index["ode"]
         (copy / "index.json").write_text(json.dumps(index))
         with pytest.raises(ValueError, match="are not the teacher's: make pairs"):
-            Pairs(cache=f"{copy}").validate(("pairs",))
+            Pairs(cache=f"{copy}").validate((Requirement.PAIRS,))
 
     def test_pairs_of_another_network(self, home, made, tmp_path):
         """A finetune has the same text encoders and autoencoder, and yet other trajectories."""
@@ -206,7 +207,7 @@ class TestMistakes:
         weights["conv_in.weight"] += 0.1
         save_file(weights, file)
         with pytest.raises(ValueError, match="sampled from 'sdxl', whose unet is another one than that of .*finetune"):
-            Pairs(cache=f"{made}").open(load(other), ("pairs",))
+            Pairs(cache=f"{made}").open(load(other), (Requirement.PAIRS,))
 
     def test_a_scheduler_that_adds_noise(self, home, tmp_path):
         other = shutil.copytree(home / "sdxl", tmp_path / "lcm")
@@ -227,8 +228,8 @@ class TestMistakes:
 def test_a_smoke_samples_online(teacher, tmp_path, monkeypatch):
     """The network is called while a step waits for its batch: never beside the training, which hooks and moves it."""
     data, calls = Pairs().smoke(tmp_path), []
-    data.validate(("pairs",))
-    feed, right = data.open(teacher, ("pairs",)), type(teacher).sample
+    data.validate((Requirement.PAIRS,))
+    feed, right = data.open(teacher, (Requirement.PAIRS,)), type(teacher).sample
     monkeypatch.setattr(type(teacher), "sample", lambda *given: calls.append(1) or right(*given))
     batch = feed(DRAW)
     feed._thread.submit(int).result()  # after all that it was given
@@ -248,8 +249,8 @@ class TestLabels:
     def test_noise_sample_and_label_belong_together(self, digits):
         """In blocks, over all labels in turn, with guidance; another run has the same, another seed does not."""
         data = LabelPairs(n=70, steps=3, guidance=2.0)
-        data.validate(("pairs",))
-        feed = data.open(digits, ("pairs",))
+        data.validate((Requirement.PAIRS,))
+        feed = data.open(digits, (Requirement.PAIRS,))
         batch = feed(DRAW)
         assert batch.keys() == {"z", "y", "c"}
         want = sample(Guided(digits.denoiser, 2.0), batch["z"], batch["c"], 3).detach()
@@ -265,4 +266,4 @@ class TestLabels:
 
     def test_mistakes(self):
         with pytest.raises(ValueError, match="needs real images, and --data has pairs"):
-            LabelPairs().validate(("real",))
+            LabelPairs().validate((Requirement.REAL,))

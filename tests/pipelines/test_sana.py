@@ -9,6 +9,7 @@ import torch
 
 from distill.configuration import dump
 from distill.diffusion.student import Student
+from distill.method import Requirement
 from distill.methods import LCD, SCM, VSD, Sprint
 from distill.training.config import StudentConfig
 from pipelines import load
@@ -160,6 +161,6 @@ def test_who_tells(method, told):
 
     from distill.configuration import Config
 
-    assert ("told" in method.needs) == told
+    assert (Requirement.GUIDANCE_EMBEDDING in method.requirements) == told
     text = dump(Config(method, None))
     assert export.tells(type(method).__name__.lower(), yaml.safe_load(text)["method"]) == told

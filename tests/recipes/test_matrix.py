@@ -14,6 +14,7 @@ from zoo import CLASSES, example
 
 from distill.diffusion.guidance import overriding
 from distill.diffusion.schedule import VP
+from distill.method import Requirement
 from distill.methods import DMD2, LCD, PCM, SCM, TCM, VSD, SiD
 from distill.networks.lora import LoRA
 from distill.training.build import build
@@ -79,9 +80,13 @@ def two_steps(algorithm, family, teacher, adapted, steps=1):
     c = teacher.encode(prompts)
     lora = LoRA(2, 2.0, getattr(module, "TARGETS", ("conv1", "conv2"))) if adapted else LoRA()
     unit = 1.0 if isinstance(teacher.denoiser.schedule, VP) else None
-    words = c["prompt_embeds"].shape[1] if "negative" in algorithm.needs and "prompt_embeds" in c else 0
+    words = (
+        c["prompt_embeds"].shape[1]
+        if Requirement.NEGATIVE_ADAPTER in algorithm.requirements and "prompt_embeds" in c
+        else 0
+    )
     denoiser, also = replace(teacher.denoiser), {}
-    if "forget" in algorithm.needs:
+    if Requirement.FORGOTTEN_PROMPTS in algorithm.requirements:
         c, denoiser.null = overriding(c, c), overriding(denoiser.null, denoiser.null)
         also["forget_c"] = c
     nets = build(
@@ -147,7 +152,13 @@ def test_every_other_method_trains(name, family, adapted, teachers):
         method = replace(method, guidance=3.0)  # a range needs a network that is told it
     if name == "Forgetting" and family != "edm":
         method = replace(method, forget=(), override=())  # prompts, of the data
-    two_steps(method, family, teacher, adapted, 2 if {"steps", "finished"} & {*method.needs} else 1)
+    two_steps(
+        method,
+        family,
+        teacher,
+        adapted,
+        2 if {Requirement.SEVERAL_CALLS, Requirement.EXPORTED_TEACHER} & {*method.requirements} else 1,
+    )
 
 
 @pytest.mark.parametrize("name, family", REFUSED)

@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 from distill.configuration import parse
 from distill.diffusion.schedule import EDM
 from distill.diffusion.student import Student
+from distill.method import Requirement
 from distill.training import checkpoint
 from distill.training.build import build
 from distill.training.loop import train
@@ -114,8 +115,8 @@ def out(runs):
 def resumed(name, folder, checkpoint):
     """(teacher, the state at the end) of a run that goes on from a checkpoint."""
     config = run.smoke(parse(config_of(RUNS[name][0]), argv(name, folder)))
-    teacher = opened(config.teacher, told="told" in config.method.needs)
-    data = config.data.open(teacher, config.method.needs)
+    teacher = opened(config.teacher, told=Requirement.GUIDANCE_EMBEDDING in config.method.requirements)
+    data = config.data.open(teacher, config.method.requirements)
     _, student = run.carried(teacher, run.with_method_times(config.method, teacher, config.student))
     c = {key: value[:1] for key, value in data.fixed(1)[1].items()}
     nets = build(config.method, teacher.denoiser, teacher.shape, c, student, config.fake)

@@ -16,7 +16,7 @@ from torch import Tensor
 from distill.diffusion.denoiser import Condition, Denoiser
 from distill.diffusion.guidance import Guided, drop
 from distill.diffusion.schedule import Prediction
-from distill.method import Batch, Logs, Loss, Nets
+from distill.method import Batch, Logs, Loss, Nets, Requirement
 from distill.methods.wrappers.wrapper import Wrapped
 from distill.random import Draw
 from distill.ranges import UnitInterval, Weight
@@ -30,8 +30,8 @@ class Entropic(Wrapped):
     p_drop: UnitInterval = 0.1  # of the fake's conditions, where lambda is not 0
 
     @property
-    def needs(self) -> tuple[str, ...]:
-        return self.base.needs + (("null",) if self.entropy and "null" not in self.base.needs else ())
+    def requirements(self) -> tuple[Requirement, ...]:
+        return tuple(dict.fromkeys(self.base.requirements + Requirement.select(NULL_CONDITION=self.entropy)))
 
     def student_term(self, loss: Loss, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
         if not self.entropy:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from distill.diffusion.denoiser import Condition
 from distill.diffusion.guidance import OVERRIDE, relabel
-from distill.method import Batch, Logs, Loss, Nets
+from distill.method import Batch, Logs, Loss, Nets, Requirement
 from distill.methods.wrappers.wrapper import Wrapped
 from distill.random import Draw
 from distill.ranges import Natural, Weight
@@ -40,15 +40,15 @@ class Forgetting(Wrapped):
                 f"forget is {self.forget}, override {self.override} and keep {self.keep}: give each class to forget "
                 "one that is kept"
             )
-        if shows := {"real", "pairs"} & set(self.base.needs) | {"past"} & set(self.base.roles):
+        if {Requirement.REAL, Requirement.PAIRS, "past"} & {*self.base.requirements, *self.base.roles}:
             raise ValueError(
-                f"{type(self.base).__name__} learns from {sorted(shows)}, which show what is to be forgotten: set the "
-                "weights of its GAN to 0, or take a method that needs none"
+                f"{type(self.base).__name__} learns from images, pairs or a recorded teacher, which show what is to be "
+                "forgotten: set the weights of its GAN to 0, or take a method that needs none of these"
             )
 
     @property
-    def needs(self) -> tuple[str, ...]:
-        return self.base.needs if self.forget else (*self.base.needs, "forget")
+    def requirements(self) -> tuple[Requirement, ...]:
+        return self.base.requirements + Requirement.select(FORGOTTEN_PROMPTS=not self.forget)
 
     def sample(self, nets: Nets, batch: Batch, draw: Draw) -> Tensor:
         if self.keep:

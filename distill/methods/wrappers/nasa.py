@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from distill.method import Batch, Logs, Loss, Nets
+from distill.method import Batch, Logs, Loss, Nets, Requirement
 from distill.methods.vsd import VSD
 from distill.methods.wrappers.wrapper import Wrapped
 from distill.networks.negative_attention import NASA, TEXT, against, another, turn
@@ -31,8 +31,8 @@ class NASAT(Wrapped):
     alpha: UnitInterval = 1.0  # the largest a (paper: 1); 0: the base
 
     @property
-    def needs(self) -> tuple[str, ...]:
-        return self.base.needs + (("text",) if self.alpha else ())
+    def requirements(self) -> tuple[Requirement, ...]:
+        return self.base.requirements + Requirement.select(CROSS_ATTENTION=self.alpha)
 
     def sample(self, nets: Nets, batch: Batch, draw: Draw) -> Tensor:
         if self.alpha:

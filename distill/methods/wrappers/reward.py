@@ -16,7 +16,7 @@ from torch import Tensor
 
 from distill.diffusion.denoiser import Condition, Denoiser
 from distill.diffusion.schedule import Prediction
-from distill.method import Batch, Logs, Loss, Nets
+from distill.method import Batch, Logs, Loss, Nets, Requirement
 from distill.methods.wrappers.wrapper import Wrapped
 from distill.random import Draw
 from distill.ranges import Count, Finite, Weight
@@ -35,8 +35,8 @@ class Rewarded(Wrapped):
     reward_decoder: str | None = None  # folder or Hub name of an AutoencoderTiny (SwiftBrush v2); None: the teacher's
 
     @property
-    def needs(self) -> tuple[str, ...]:
-        return self.base.needs + (("reward",) if self.weight else ())
+    def requirements(self) -> tuple[Requirement, ...]:
+        return self.base.requirements + Requirement.select(REWARD=self.weight)
 
     def student_term(self, loss: Loss, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
         w = self.weight * (1.0 if self.until is None else max(0.0, 1 - draw.step / self.until))

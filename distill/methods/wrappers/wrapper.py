@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from distill.method import Batch, Logs, Loss, Nets, Update
+from distill.method import Batch, Logs, Loss, Nets, Requirement, Update
 from distill.methods.sid import SiD
 from distill.random import Draw
 
@@ -32,8 +32,8 @@ class Wrapped:
         return self.base.roles
 
     @property
-    def needs(self) -> tuple[str, ...]:
-        return self.base.needs
+    def requirements(self) -> tuple[Requirement, ...]:
+        return self.base.requirements
 
     def updates(self) -> list[Update]:
         def around(update: Update) -> Update:

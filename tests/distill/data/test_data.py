@@ -17,6 +17,7 @@ from distill.data.labels import Labels
 from distill.data.online import Images, crop, squeeze
 from distill.data.prefetch import PrefetchingBatches, _integers
 from distill.data.shards import Shards, file, narrow, pack, save
+from distill.method import Requirement
 from distill.random import Draw
 
 TEXTS = ["a cat", "two dogs, running", "caf\u00e9"]
@@ -432,32 +433,43 @@ class TestCheck:
     """What is missing is told before anything is loaded."""
 
     @pytest.mark.parametrize(
-        "data, needs, message",
+        "data, requirements, message",
         (
             (Text(), (), "no data given: encode it once with\n  python -m pipelines.cache .* --prompts .*online"),
-            (Text(), ("real",), "--images IMAGES --output_dir cache\n.*--data.images IMAGES"),
+            (Text(), (Requirement.REAL,), "--images IMAGES --output_dir cache\n.*--data.images IMAGES"),
             (Text(cache="none"), (), "no cache at 'none'; make one with\n.*--output_dir none"),
             (Text(cache="none", prompts="a.txt", crops=2), (), "leave out --data.prompts and --data.crops"),
             (Text("online"), (), "no data given: pass --data.prompts prompts.txt"),
             (Text("online", cache="c", prompts="a.txt"), (), "--data.cache is read with --data.text cached"),
             (Text("online", prompts="a.txt"), (), "no prompts at 'a.txt'"),
-            (Text("online", prompts="a.txt"), ("real", "null"), "needs real images: pass --data.images"),
-            (Text("online", prompts="a.txt"), ("forget",), "nothing to forget: pass --data.forget"),
+            (
+                Text("online", prompts="a.txt"),
+                (Requirement.REAL, Requirement.NULL_CONDITION),
+                "needs real images: pass --data.images",
+            ),
+            (
+                Text("online", prompts="a.txt"),
+                (Requirement.FORGOTTEN_PROMPTS,),
+                "nothing to forget: pass --data.forget",
+            ),
             (Text("online", forget=("cat",), override=("dog",)), (), "which SFD alone reads"),
-            (Text("online", forget=("cat",)), ("forget",), "give one override for each"),
+            (Text("online", forget=("cat",)), (Requirement.FORGOTTEN_PROMPTS,), "give one override for each"),
             (Text("online", prompts="a.txt", crops=2, squeeze=True), (), "squeeze leaves nothing for --data.crops 2"),
             (
                 Text("online", forget=("cat",), override=("a Cat",)),
-                ("forget",),
+                (Requirement.FORGOTTEN_PROMPTS,),
                 "holds nothing that is to be forgotten",
             ),
-            (Digits(), ("forget",), "nothing to forget: pass --method.forget"),
-            (Labels(), ("forget",), "nothing to forget: pass --method.forget"),
+            (Digits(), (Requirement.FORGOTTEN_PROMPTS,), "nothing to forget: pass --method.forget"),
+            (Labels(), (Requirement.FORGOTTEN_PROMPTS,), "nothing to forget: pass --method.forget"),
+            (Digits(), (Requirement.PAIRS,), "needs pairs of the teacher"),
+            (Labels(), (Requirement.PAIRS,), "needs pairs of the teacher"),
+            (Text("online", prompts="a.txt"), (Requirement.PAIRS,), "needs pairs of the teacher"),
         ),
     )
-    def test_mistakes(self, data, needs, message):
+    def test_mistakes(self, data, requirements, message):
         with pytest.raises(ValueError, match=f"(?s){message}"):
-            data.validate(needs)
+            data.validate(requirements)
 
     @pytest.mark.parametrize("values", (dict(p_empty=1.5), dict(crops=-1), dict(max_samples=0)))
     def test_values(self, values):
@@ -466,6 +478,6 @@ class TestCheck:
 
     def test_smoke(self, tmp_path):
         data = Text(cache="mine").smoke(tmp_path)
-        data.validate(("real",))
+        data.validate((Requirement.REAL,))
         prompts, pictures = data.sources()
         assert len(prompts) == len(pictures) == 8 and pictures.captions == prompts

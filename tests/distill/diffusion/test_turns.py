@@ -11,6 +11,7 @@ from distill.diffusion.guidance import Guided
 from distill.diffusion.schedule import EDM, VP, Flow, Trig
 from distill.diffusion.solver import Call, cfgpp, ddim, fresh, handover, relay, sample
 from distill.diffusion.student import Student
+from distill.method import Requirement
 from distill.methods import BOOT, LCD
 from distill.random import Draw
 
@@ -115,7 +116,8 @@ class TestCFGpp:
 
 def test_methods_know_that_it_needs_a_null_condition():
     for method in (LCD, BOOT):
-        assert "null" not in method().needs and "null" in method(solver="cfg++").needs
+        assert Requirement.NULL_CONDITION not in method().requirements
+        assert Requirement.NULL_CONDITION in method(solver="cfg++").requirements
     with pytest.raises(ValueError, match=r"needs a null condition, and so does CFG\+\+"):
         sample(tiny(EDM()), noise(), None, 3, "cfg++")
 

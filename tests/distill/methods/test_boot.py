@@ -12,6 +12,7 @@ from distill.diffusion.denoiser import Denoiser
 from distill.diffusion.end_time import timed
 from distill.diffusion.schedule import KINDS, Flow
 from distill.diffusion.student import Student
+from distill.method import Requirement
 from distill.methods import BOOT, Regression
 from distill.random import Draw
 from distill.roles import Nets
@@ -127,7 +128,8 @@ def test_by_hand(schedule, reduction):
     torch.testing.assert_close(loss, want.detach(), rtol=1e-8, atol=0)
     for got, right in zip(grad, torch.autograd.grad(want, [*net.net.parameters()]), strict=True):
         torch.testing.assert_close(got, right, rtol=1e-6, atol=1e-7)
-    assert method.needs == ("end", "null") and BOOT().needs == ("end",)
+    assert method.requirements == (Requirement.END_TIME, Requirement.NULL_CONDITION)
+    assert BOOT().requirements == (Requirement.END_TIME,)
 
 
 def test_starts_at_the_boundary():

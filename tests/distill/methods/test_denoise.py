@@ -9,6 +9,7 @@ from distill.diffusion.denoiser import Denoiser
 from distill.diffusion.schedule import KINDS, Flow
 from distill.diffusion.student import Student
 from distill.diffusion.times import Fixed
+from distill.method import Requirement
 from distill.methods import Denoise
 from distill.random import Draw
 from distill.roles import Nets
@@ -47,4 +48,4 @@ def test_conditions(p):
     dropped = draw.uniform("drop", (N,)) < p
     assert bool(dropped.any()) == (p > 0) and not dropped.all()
     assert torch.equal(heard[0], torch.where(dropped, CLASSES, label))
-    assert method.needs == (("real", "null") if p else ("real",))
+    assert method.requirements == ((Requirement.REAL, Requirement.NULL_CONDITION) if p else (Requirement.REAL,))

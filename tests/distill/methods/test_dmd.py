@@ -23,6 +23,7 @@ from tiny import tiny
 
 from distill.diffusion.solver import sample
 from distill.diffusion.times import Fixed
+from distill.method import Requirement
 from distill.methods import DMD, DMD2
 from distill.random import Draw
 from distill.training.build import build
@@ -123,5 +124,6 @@ class TestWithoutRegression:
         assert state.logs.keys() >= {"student/regression", "student/score_gap", "fake/loss"}
 
     def test_needs(self):
-        assert self.METHOD.needs == ("null",) and DMD(regression=0).needs == ()
-        assert DMD().needs == ("pairs", "perceptual") and DMD(2.0, distance="huber").needs == ("null", "pairs")
+        assert self.METHOD.requirements == (Requirement.NULL_CONDITION,) and DMD(regression=0).requirements == ()
+        assert DMD().requirements == (Requirement.PAIRS, Requirement.PERCEPTUAL_DISTANCE)
+        assert DMD(2.0, distance="huber").requirements == (Requirement.NULL_CONDITION, Requirement.PAIRS)

@@ -13,6 +13,7 @@ from distill.diffusion.guidance import drop
 from distill.diffusion.schedule import Flow
 from distill.diffusion.student import Student
 from distill.diffusion.times import Fixed
+from distill.method import Requirement
 from distill.methods import DMD, DMD2, VSD, DiffInstruct, Entropic, SiD, SiDA
 from distill.roles import Nets
 
@@ -38,7 +39,8 @@ def test_off_is_the_base(name):
     want, _ = after(base, labelled)
     assert same(after(Entropic(base, entropy=0), labelled)[0], want)
     assert not same(after(Entropic(base), labelled)[0], want)
-    assert Entropic(base).needs == (*base.needs, "null") and Entropic(base, 0).needs == base.needs
+    assert Entropic(base).requirements == (*base.requirements, Requirement.NULL_CONDITION)
+    assert Entropic(base, 0).requirements == base.requirements
 
 
 @pytest.mark.level(1, "Entropic")

@@ -13,6 +13,7 @@ from distill.diffusion.end_time import average, ending, timed
 from distill.diffusion.schedule import KINDS, Flow
 from distill.diffusion.student import Student
 from distill.diffusion.times import Fixed, Law, Uniform
+from distill.method import Requirement
 from distill.methods import MeanFlow
 from distill.random import Draw
 from distill.roles import Nets
@@ -171,7 +172,12 @@ def test_guidance():
     x_t = Flow().diffuse(real, eps, t)
     null = {"label": torch.full((N,), 3)}
     base = MeanFlow(times=Fixed(0.4), equal=1.0, p=0.0)
-    assert base.needs == ("real", "end") and replace(base, kappa=0.5).needs == ("real", "end", "null")
+    assert base.requirements == (Requirement.REAL, Requirement.END_TIME)
+    assert replace(base, kappa=0.5).requirements == (
+        Requirement.REAL,
+        Requirement.END_TIME,
+        Requirement.NULL_CONDITION,
+    )
     of = lambda method: method.student_loss(real, nets, {"real_c": c}, draw)[1]["delta"]
     teach = nets.teacher
     v = teach(x_t, t, null).flow + 3 * (teach(x_t, t, c).flow - teach(x_t, t, null).flow)

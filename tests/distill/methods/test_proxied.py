@@ -87,7 +87,11 @@ def test_off_is_the_base(name):
     base = BASES[name]
     want, _ = after(base)
     off = Proxied(base, weight=0, proxy_taps=("mid",))
-    assert same(want, after(off)[0]) == [*want.modules()] and (off.needs, off.roles) == (base.needs, base.roles)
+    assert same(want, after(off)[0]) == [*want.modules()]
+    assert (off.requirements, off.roles) == (
+        base.requirements,
+        base.roles,
+    )
     on = Proxied(base, weight=1, tau=1.0, proxy_taps=("mid",))
     found, logs = after(on)
     assert "student" not in same(want, found) and {"fake/proxy", "fake/proxy_right"} <= logs.keys()

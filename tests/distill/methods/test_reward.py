@@ -15,6 +15,7 @@ from distill.data.prefetch import PrefetchingBatches
 from distill.diffusion.schedule import Flow, Trig
 from distill.diffusion.student import Student
 from distill.diffusion.times import Fixed
+from distill.method import Requirement
 from distill.methods import DMD2, LADD, LCD, SCM, VSD, DiffInstruct, Rewarded, SiD, SiDA
 from distill.random import Draw
 from distill.roles import Nets
@@ -81,7 +82,8 @@ def test_off_is_the_base(name):
     found, logs = after(Rewarded(base, clamp=None), name, judge=closeness)
     assert "student/reward" in logs and not same(found, want)
     off = Rewarded(base, weight=0)
-    assert (off.needs, off.roles) == (base.needs, base.roles) and "reward" in Rewarded(base).needs
+    assert (off.requirements, off.roles) == (base.requirements, base.roles)
+    assert Requirement.REWARD in Rewarded(base).requirements
 
 
 @pytest.mark.level(1, "Rewarded")
@@ -307,7 +309,7 @@ def test_conditions_say_which_prompt(p_empty, tmp_path):
     """Their rows are those of the texts that were encoded, and there are none without a reward."""
     (tmp_path / "prompts.txt").write_text("\n".join("x" * n for n in range(1, 30)))
     data = Text("online", prompts=f"{tmp_path / 'prompts.txt'}", p_empty=p_empty)
-    feed = data.open(encoder(), ("reward",))
+    feed = data.open(encoder(), (Requirement.REWARD,))
     assert isinstance(feed, PrefetchingBatches)
     c = feed(Draw(0, 0, "student", torch.arange(200)))["c"]
     assert [len(feed.texts[i]) for i in c["prompt"].tolist()] == c["n"].tolist()

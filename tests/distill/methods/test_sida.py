@@ -18,6 +18,7 @@ from distill.diffusion.guidance import Guided
 from distill.diffusion.schedule import EDM, Flow
 from distill.diffusion.student import Student
 from distill.diffusion.times import Fixed
+from distill.method import Requirement
 from distill.methods import SiD, SiDA
 from distill.random import Draw
 from distill.roles import Nets
@@ -88,8 +89,10 @@ class TestOff:
     def test_fields_and_needs(self):
         """It is SiD with fields more; without its GAN it needs what SiD needs."""
         assert {f.name for f in fields(SiD)} < {f.name for f in fields(SiDA)}
-        assert SiDA(gan=0, gan_fake=0).needs == SiD().needs == () and SiDA().needs == ("real",)
-        assert SiDA(kappa=ZERO).needs == ("null", "real") and SiDA(gan=0).roles == ("fake",)
+        assert SiDA(gan=0, gan_fake=0).requirements == SiD().requirements == ()
+        assert SiDA().requirements == (Requirement.REAL,)
+        assert SiDA(kappa=ZERO).requirements == (Requirement.NULL_CONDITION, Requirement.REAL)
+        assert SiDA(gan=0).roles == ("fake",)
 
 
 class Judge(nn.Module):

@@ -11,6 +11,7 @@ from distill.diffusion.denoiser import Denoiser
 from distill.diffusion.schedule import Flow
 from distill.diffusion.solver import ddim
 from distill.diffusion.student import Student
+from distill.method import Requirement
 from distill.methods import DMD, SIGN
 from distill.random import Draw
 from distill.roles import Nets
@@ -44,8 +45,8 @@ def test_off_is_dmd(schedule):
     nets, off = nets_of(schedule), SIGN(**OFF)
     want, got = turn(DMD(regression=0.0), nets), turn(off, nets)
     assert torch.equal(got[0], want[0]) and all(torch.equal(a, b) for a, b in zip(got[1], want[1], strict=True))
-    assert off.roles == ("fake",) and off.needs == () and SIGN().roles == ("fake", "target")
-    assert SIGN().needs == ("real",) and SIGN(regression=0.25).needs[0] == "pairs"
+    assert off.roles == ("fake",) and off.requirements == () and SIGN().roles == ("fake", "target")
+    assert SIGN().requirements == (Requirement.REAL,) and SIGN(regression=0.25).requirements[0] == Requirement.PAIRS
     for term in TERMS:
         on = turn(replace(off, **{term: 2.0}), nets)
         torch.testing.assert_close(on[0], want[0] + 2 * on[2][term].detach())

@@ -255,7 +255,7 @@ def test_without_nasa_it_is_the_base():
     for player in ("student", "fake"):
         got, want = (turns(method, *distilled(), player) for method in (NASAT(VSD(W), alpha=0.0), VSD(W)))
         assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
-    assert NASAT(VSD(W), alpha=0.0).needs == VSD(W).needs
+    assert NASAT(VSD(W), alpha=0.0).requirements == VSD(W).requirements
 
 
 @pytest.mark.level(1, "NASAT")

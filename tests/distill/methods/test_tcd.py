@@ -10,6 +10,7 @@ from tiny import tiny
 from distill.diffusion.solver import STEPS
 from distill.diffusion.student import Student
 from distill.losses import huber
+from distill.method import Requirement
 from distill.methods import LCD, TCD
 from distill.random import Draw
 from distill.roles import Nets
@@ -55,7 +56,8 @@ def test_a_guidance_that_the_student_is_not_told():
     teacher, C = tiny(SCHEDULES["vp"], "eps", classes=3), {"label": torch.arange(B) % 3}
     nets = Nets(teacher, Student(tiny(SCHEDULES["vp"], "eps", 1, classes=3), (1.0,)), (2,))
     method, draw = LCD(N=10, guidance=(4.0, 16.0), target_ema=0.0, embed=False), turn()
-    assert "told" not in method.needs and "told" in replace(method, embed=True).needs
+    assert Requirement.GUIDANCE_EMBEDDING not in method.requirements
+    assert Requirement.GUIDANCE_EMBEDDING in replace(method, embed=True).requirements
     x, w = draw.normal("real", (B, 2)).double(), draw.uniform("guidance", (B,)).double() * 12 + 4
     found, target, _ = method.solutions(x, nets, {"real_c": C}, draw)
     for i in range(3):

@@ -13,6 +13,7 @@ from distill.diffusion.schedule import EDM, KINDS
 from distill.diffusion.student import Student
 from distill.diffusion.times import Fixed
 from distill.losses import denoising
+from distill.method import Requirement
 from distill.methods import DMD2, TSM
 from distill.networks.lora import LoRA
 from distill.random import Draw
@@ -113,7 +114,11 @@ class TestSmaller:
         nets = Nets(teacher, Student(teacher.copy()), (2,))
         loss = lambda w: float(TSM(w).student_loss(batch["real"], nets, batch, draw)[0].detach())
         assert loss(1.0) == 0 and loss(2.0) > 1e-4
-        assert TSM().needs == ("real",) and TSM(2.0).needs == ("real", "null")
+        assert TSM().requirements == (Requirement.REAL,)
+        assert TSM(2.0).requirements == (
+            Requirement.REAL,
+            Requirement.NULL_CONDITION,
+        )
 
     def test_mistakes(self, tmp_path):
         with pytest.raises(ValueError, match="holds a config.json"):

@@ -16,6 +16,7 @@ from distill.diffusion.schedule import KINDS, Flow
 from distill.diffusion.student import Student
 from distill.diffusion.times import Fixed
 from distill.losses import adaptive
+from distill.method import Requirement
 from distill.methods import RCGM, TwinFlow
 from distill.random import Draw
 from distill.roles import Nets
@@ -167,7 +168,12 @@ class TestTurn:
         nets, draw = nets_of(classes=3), draw_of()
         real, c = draw.normal("real", (N, 2)), {"label": torch.arange(N) % 3}
         method = RCGM(kappa=0.8, **FREE)
-        assert method.needs == ("real", "end", "null") and RCGM().needs == ("real", "end")
+        assert method.requirements == (
+            Requirement.REAL,
+            Requirement.END_TIME,
+            Requirement.NULL_CONDITION,
+        )
+        assert RCGM().requirements == (Requirement.REAL, Requirement.END_TIME)
         seen = []
         spy = type("Spy", (RCGM,), {"residual": lambda self, F, x, t, r, v, net, c: (seen.append((x, t, v)), F - v)[1]})
         loss = spy(**asdict(method) | {"times": method.times}).student_loss(real, nets, {"real_c": c}, draw)[0]

@@ -18,6 +18,7 @@ from zoo import CLASSES, example
 
 from distill.data import Digits
 from distill.diffusion.schedule import Trig
+from distill.method import Requirement
 from distill.methods import DMD2, LCD, RCM, SCM, VSD, SiD
 from distill.networks.ema import exponent
 from distill.networks.lora import LoRA
@@ -59,15 +60,20 @@ def texts(draw):
 
 
 def data_of(method):
-    return texts if {"negative", "text"} & {*method.needs} else vectors
+    return texts if {Requirement.NEGATIVE_ADAPTER, Requirement.CROSS_ATTENTION} & {*method.requirements} else vectors
 
 
 def nets_of(method, **change):
     """Two-step students, so that renoising is part of every test; a fake score that is not the teacher."""
-    hears, adapter = data_of(method) is texts, "negative" in method.needs
-    made = {"end": clock, "negative": reader, "text": reader, "control": steered}
-    made = next((made[need] for need in method.needs if need in made), tiny)
-    teacher = made(Trig(), "v", dtype=torch.float32, classes=3)
+    hears, adapter = data_of(method) is texts, Requirement.NEGATIVE_ADAPTER in method.requirements
+    makers = {
+        Requirement.END_TIME: clock,
+        Requirement.NEGATIVE_ADAPTER: reader,
+        Requirement.CROSS_ATTENTION: reader,
+        Requirement.CONTROL_PICTURE: steered,
+    }
+    make = next((makers[one] for one in method.requirements if one in makers), tiny)
+    teacher = make(Trig(), "v", dtype=torch.float32, classes=3)
     torch.manual_seed(1)  # the head's
     c = spoken(torch.tensor([0])) if hears else {"label": torch.tensor([0])}
     noises = getattr(method, "noises", ("fresh",))
