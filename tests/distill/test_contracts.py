@@ -619,3 +619,76 @@ class TestFakeTurn:
             nets = nets_of(method)
             method.fake_loss(method.sample(nets, batch, draw).detach(), nets, batch, draw)
             assert "drop" not in draw.names
+
+
+class TestDeclarations:
+    """What a method says of itself: networks beside the student, requirements, turns, times, and its logs."""
+
+    NEEDS = (
+        (SiD(), ("fake",), ()),
+        (SiD(kappa=(1.0, 1.0, 1.0, 4.5)), ("fake",), ("null",)),
+        (VSD(guidance=1.0), ("fake",), ()),
+        (VSD(guidance=1.0, fake_guidance=1.0), ("fake",), ()),
+        (VSD(guidance=1.0, fake_guidance=0.5), ("fake",), ("null",)),
+        (VSD(guidance=2.0, fake_guidance=1.0), ("fake",), ("null",)),
+        (DMD2(), ("fake", "disc"), ("real",)),
+        (DMD2(gan=0.0), ("fake", "disc"), ("real",)),
+        (DMD2(gan_fake=0.0), ("fake", "disc"), ("real",)),
+        (DMD2(2.0, gan=0.0, gan_fake=0.0), ("fake",), ("null",)),
+        (DMD2(2.0), ("fake", "disc"), ("null", "real")),
+        (LCD(), ("target",), ("real",)),
+        (LCD(target_ema=0, guidance=2.0), (), ("real", "null")),
+        (SCM(), (), ("real",)),
+        (SCM(adaptive=True, guidance=2.0), ("weight",), ("real", "null")),
+    )
+
+    @pytest.mark.parametrize("method, roles, needs", NEEDS)
+    def test_roles_and_needs(self, method, roles, needs):
+        assert (method.roles, method.needs) == (roles, needs)
+
+    def test_turns(self):
+        """Who moves, every how many steps, whether on the samples of the one before, whether along one generation."""
+        turns = lambda method: [(u.player, u.every, u.reuse, u.walk) for u in method.updates()]
+        assert turns(SiD(fake_steps=3)) == [("fake", 1, False, False), ("student", 3, False, False)]
+        assert turns(VSD(fake_steps=3)) == [("student", 3, False, False), ("fake", 1, True, False)]
+        assert turns(DMD2(every=7)) == [("student", 7, False, False), ("fake", 1, True, False)]
+        assert turns(DMD2(every=7, walk=True))[1] == ("fake", 1, True, True)
+        assert turns(LCD()) == turns(SCM()) == [("student", 1, False, False)]
+
+    def test_times_of_lcd(self):
+        """On a table its calls are on the grid, as many as it has at most; elsewhere they are the scheduler's."""
+        table, method = SCHEDULES["vp"], LCD(N=5)
+        assert method.calls(5, 1.0, table) == pytest.approx([(200 * i - 1) / 999 for i in (5, 4, 3, 2, 1)])
+        assert method.calls(6, 1.0, table) is method.calls(2, 0.9, table) is method.calls(2, 1.0, Flow()) is None
+
+    def test_weights_have_names(self):
+        with pytest.raises(ValueError, match="fake_weight is 'sigma'; it must be 'one', or 'alpha'"):
+            VSD(fake_weight="sigma")
+
+    @pytest.mark.parametrize(
+        "method, real_k, fake_k, lag",
+        (
+            (DMD2(1.5, gan=0, gan_fake=0), 1.5, 1.0, True),
+            (SiD(kappa=(2.0, 2.0, 3.0, 1.5)), 1.5, 2.0, True),
+            (SiD(kappa=(1.0, 2.0, 1.0, 1.5)), 1.5, 2.0, False),  # the fake is not asked as it is trained
+            (VSD(guidance=2.0), 2.0, 2.0, False),
+            (VSD(guidance=2.0, fake_guidance=1.0), 2.0, 1.0, True),
+            (VSD(guidance=(0.5, 4.0)), None, None, False),
+        ),
+    )
+    def test_signs_of_health(self, method, real_k, fake_k, lag):
+        """score_gap = mean (real - fake)^2, lag = mean (sample - fake) (real - fake); of eps in VSD."""
+        nets, draw = nets_of(method), Plain()
+        batch = batch_of(draw)
+        x = method.sample(nets, batch, draw)
+        _, logs = method.student_loss(x, nets, batch, draw)
+        assert ("lag" in logs) == lag
+        if real_k is None:
+            real_k = fake_k = 0.5 + 3.5 * draw.uniform("guidance", (N,))
+        t, eps = method.times(draw, "t", N, EDM()), draw.normal("eps", (N, 2))
+        x_t, c = EDM().diffuse(x, eps, t), batch["c"]
+        real, fake = Guided(nets.teacher, real_k)(x_t, t, c), Guided(nets.fake, fake_k)(x_t, t, c)
+        sample, real, fake = (eps, real.eps, fake.eps) if isinstance(method, VSD) else (x, real.x0, fake.x0)
+        near(logs["score_gap"], (real - fake).square().mean())
+        if lag:
+            near(logs["lag"], ((sample - fake) * (real - fake)).mean())

@@ -69,7 +69,7 @@ def classes_of(file: Path) -> list[str]:
 def candidates(file: Path) -> list[Path]:
     """The test file of a method, by its name or its class's, and the shared ones that name a class of the file.
 
-    A method without a file of its own has those of tests/distill/methods that are no other method's, or else all.
+    Where there are neither, those of tests/distill/methods that are no other method's, or else all.
     """
     classes, module = classes_of(file), module_of(file)
     if file.stem == "wrapper":  # a base class, which only the wrappers' tests know
@@ -84,7 +84,7 @@ def candidates(file: Path) -> list[Path]:
     owner = {test: named.get(test.stem.removeprefix("test_")) for test in methods}
     mine = [test for test in methods if owner[test] == file]
     free = [test for test in methods if owner[test] is None]
-    return (mine or free or methods) + sum(shared, [])
+    return mine + sum(shared, []) or free or methods
 
 
 def module_of(file: Path) -> str:

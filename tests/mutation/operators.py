@@ -25,7 +25,7 @@ CONDITIONS = ("drop", "told")  # (c, ...) -> c, another condition
 ROLES = (("teacher", "fake"), ("real", "fake"), ("teacher", "student"), ("student", "target"), ("student", "fake"))
 ROOTS = ("square", "sqrt", "abs")
 AXES = ("flatten", "sum", "mean", "squeeze", "unsqueeze", "chunk", "unbind", "cat", "stack", "transpose", "range")
-COMMUTATIVE = ("maximum", "minimum", "max", "min", "isinstance", "zip", "replace", "normaliser")
+COMMUTATIVE = ("maximum", "minimum", "max", "min", "isinstance", "zip", "replace", "normaliser", "expand")
 OBJECTS = (
     "nets",
     "batch",
