@@ -18,6 +18,7 @@ from distill.diffusion.solver import STEPS
 from distill.diffusion.student import Student
 from distill.diffusion.times import Fixed
 from distill.losses import gan_discriminator, gan_generator
+from distill.method import Requirement
 from distill.methods import DMD2, LCD, SCM, VSD, SiD, scm, sid
 from distill.networks.discriminator import head
 from distill.random import Draw
@@ -25,6 +26,7 @@ from distill.roles import Nets
 from distill.training.step import own
 
 N, CLASSES = 8, 3
+NULL, REAL = Requirement.NULL_CONDITION, Requirement.REAL
 near = lambda got, want, tol=1e-12: torch.testing.assert_close(got, want, rtol=tol, atol=tol)
 
 PUSHED = {  # the scores say where to go and are not differentiated
@@ -624,27 +626,27 @@ class TestFakeTurn:
 class TestDeclarations:
     """What a method says of itself: networks beside the student, requirements, turns, times, and its logs."""
 
-    NEEDS = (
+    REQUIREMENTS = (
         (SiD(), ("fake",), ()),
-        (SiD(kappa=(1.0, 1.0, 1.0, 4.5)), ("fake",), ("null",)),
+        (SiD(kappa=(1.0, 1.0, 1.0, 4.5)), ("fake",), (NULL,)),
         (VSD(guidance=1.0), ("fake",), ()),
         (VSD(guidance=1.0, fake_guidance=1.0), ("fake",), ()),
-        (VSD(guidance=1.0, fake_guidance=0.5), ("fake",), ("null",)),
-        (VSD(guidance=2.0, fake_guidance=1.0), ("fake",), ("null",)),
-        (DMD2(), ("fake", "disc"), ("real",)),
-        (DMD2(gan=0.0), ("fake", "disc"), ("real",)),
-        (DMD2(gan_fake=0.0), ("fake", "disc"), ("real",)),
-        (DMD2(2.0, gan=0.0, gan_fake=0.0), ("fake",), ("null",)),
-        (DMD2(2.0), ("fake", "disc"), ("null", "real")),
-        (LCD(), ("target",), ("real",)),
-        (LCD(target_ema=0, guidance=2.0), (), ("real", "null")),
-        (SCM(), (), ("real",)),
-        (SCM(adaptive=True, guidance=2.0), ("weight",), ("real", "null")),
+        (VSD(guidance=1.0, fake_guidance=0.5), ("fake",), (NULL,)),
+        (VSD(guidance=2.0, fake_guidance=1.0), ("fake",), (NULL,)),
+        (DMD2(), ("fake", "disc"), (REAL,)),
+        (DMD2(gan=0.0), ("fake", "disc"), (REAL,)),
+        (DMD2(gan_fake=0.0), ("fake", "disc"), (REAL,)),
+        (DMD2(2.0, gan=0.0, gan_fake=0.0), ("fake",), (NULL,)),
+        (DMD2(2.0), ("fake", "disc"), (NULL, REAL)),
+        (LCD(), ("target",), (REAL,)),
+        (LCD(target_ema=0, guidance=2.0), (), (REAL, NULL)),
+        (SCM(), (), (REAL,)),
+        (SCM(adaptive=True, guidance=2.0), ("weight",), (REAL, NULL)),
     )
 
-    @pytest.mark.parametrize("method, roles, needs", NEEDS)
-    def test_roles_and_needs(self, method, roles, needs):
-        assert (method.roles, method.needs) == (roles, needs)
+    @pytest.mark.parametrize("method, roles, requirements", REQUIREMENTS)
+    def test_roles_and_requirements(self, method, roles, requirements):
+        assert (method.roles, method.requirements) == (roles, requirements)
 
     def test_turns(self):
         """Who moves, every how many steps, whether on the samples of the one before, whether along one generation."""

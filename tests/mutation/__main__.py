@@ -136,19 +136,18 @@ class Recorder:
         self.passed &= report.outcome == "passed"
 
 
-def digest(*files: Path) -> str:
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+def digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def baseline(file: Path, tests: list[Path]) -> dict[str, dict]:
     """{id: seconds and lines} of the tests that execute the file, the quickest first. Imports their libraries here."""
     CACHE.mkdir(parents=True, exist_ok=True)
-    support = digest(*sorted((ROOT / "tests" / "support").glob("*.py")), ROOT / "tests" / "conftest.py")
     found, relative = {}, str(file.relative_to(ROOT))
     for test in tests:
         store = CACHE / f"{'.'.join(test.relative_to(ROOT / 'tests').with_suffix('').parts)}.json"
         known = json.loads(store.read_text()) if store.exists() else {}
-        key = digest(test)[:16] + support[:16]
+        key = digest(test)
         if known.get("key") != key or known["files"].get(relative) != digest(file):
             print(f"  tracing {test.relative_to(ROOT)}", flush=True)
             start = time.time()
@@ -249,15 +248,23 @@ def forked(work: Callable[[Report], None], wall: float) -> tuple[object, float]:
     return ["crash", ""], seconds
 
 
-def run(file: Path, source: str, tests: list[str]) -> tuple[list[str], float]:
-    """(["test", id], ["import", ""], ["timeout", ""], ["crash", ""] or ["survived", ""]; seconds) of a source."""
+def run(file: Path, source: str, tests: list[str], killers: tuple[str, ...] = ()) -> tuple[list[str], float]:
+    """(["test", id], ["import", ""], ["timeout", ""], ["crash", ""] or ["survived", ""]; seconds) of a source.
+
+    Of `killers`, the tests that have found another change, those in the file of the last one run before the others.
+    """
+    last = next((name.split("::")[0] for name in reversed(killers) if name in tests), None)
+    first = [name for name in tests if name in killers and name.split("::")[0] == last]
+    rest = [name for name in tests if name not in first]
 
     def work(report):
         resource.setrlimit(resource.RLIMIT_CPU, (LIMIT, LIMIT + 2))
         sys.meta_path.insert(0, Changed(file, source))
-        names = list(dict.fromkeys(str(ROOT / name.split("::")[0]) for name in tests))
-        status = quiet_pytest(names, Chosen({name: i for i, name in enumerate(tests)}, report))
-        report(["survived", ""] if status == 0 else ["import", ""])
+        for part in filter(None, (first, rest)):
+            files = list(dict.fromkeys(str(ROOT / name.split("::")[0]) for name in part))
+            if quiet_pytest(files, Chosen({name: i for i, name in enumerate(part)}, report)):
+                return report(["import", ""])
+        report(["survived", ""])
 
     return forked(work, WALL)
 
@@ -312,15 +319,15 @@ def mutate(name: str, file: Path, args: argparse.Namespace) -> bool:
     outcome, _ = run(file, source, control)
     if outcome[0] != "survived":
         raise SystemExit(f"{name}: the unchanged file fails: {outcome}. Repair {outcome[1] or 'its import'} first")
-    entries, counts, spent, killers = accepted(), {"killed": 0, "accepted": 0, "survived": 0}, 0.0, set()
+    entries, counts, spent, killers = accepted(), {"killed": 0, "accepted": 0, "survived": 0}, 0.0, ()
     for mutant in changes:
-        tests = sorted(chosen(mutant, rows), key=lambda test: test not in killers)  # what found one may find the next
-        outcome, seconds = run(file, mutant.source, tests) if tests else (["survived", ""], 0.0)
+        tests = chosen(mutant, rows)
+        outcome, seconds = run(file, mutant.source, tests, killers) if tests else (["survived", ""], 0.0)
         spent += seconds
         why = reason(mutant, entries)
         if outcome[0] != "survived":
             counts["killed"] += 1
-            killers.add(outcome[1])
+            killers = (*(name for name in killers if name != outcome[1]), outcome[1])
             how = {"test": outcome[1], "import": "(cannot be imported)", "timeout": "(timeout)", "crash": "(crash)"}
             print(f"  killed    {seconds:4.1f} s  {mutant.name}  by {how[outcome[0]]}", flush=True)
             if why:

@@ -111,7 +111,7 @@ def is_sequence(node: ast.AST) -> bool:
     if isinstance(node, ast.IfExp):
         return is_sequence(node.body)
     if isinstance(node, ast.Call):
-        return called(node) in ("updates", "list", "tuple")
+        return called(node) in ("updates", "select", "list", "tuple")
     return isinstance(node, ast.Tuple | ast.List | ast.JoinedStr | ast.ListComp) or (
         isinstance(node, ast.Constant) and isinstance(node.value, str)
     )
