@@ -19,7 +19,7 @@ import yaml
 
 from distill.configuration import Config, dump, read_run_config, visible
 from distill.files import read_text, write_atomically
-from distill.method import Requirement
+from distill.method import Method, Requirement
 
 FILE = "history.jsonl"
 FIELDS = {  # kind of difference that stops a resumed run -> its fields in a configuration
@@ -33,7 +33,7 @@ OWN = ("output_dir", "resume_from_checkpoint", "resume_allow", "replay")  # fiel
 def name(method: Any) -> str:
     """The class of a method and of the methods that it wraps: Rewarded(SiD)."""
     inner = [getattr(method, field.name) for field in dataclasses.fields(method)]
-    inner = [name(value) for value in inner if hasattr(value, "updates")]
+    inner = [name(value) for value in inner if isinstance(value, Method)]
     return f"{type(method).__name__}({', '.join(inner)})" if inner else type(method).__name__
 
 

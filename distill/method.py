@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
-from typing import ClassVar, Literal, Protocol
+from pathlib import Path
+from typing import Literal
 
 from torch import Tensor
 
+from distill.diffusion.schedule import Schedule
+from distill.diffusion.student import Renoise
 from distill.random import Draw
 from distill.roles import Batch, Nets
 
@@ -71,29 +75,72 @@ class Update:
     alone: int = 0
 
 
-class Method(Protocol):
-    """An algorithm: a frozen dataclass of its hyper-parameters.
+@dataclass(frozen=True)
+class FeatureTaps:
+    """What the heads of a role read, and which heads they are.
 
-    May define `after(nets)`, called when the student has moved, and `before(nets)` for a state that is to be kept, as
-    buffers of a network.
-
-    One with the role "disc" also has `taps`, the modules of the fake score or the teacher that the discriminator reads
-    with a head each, and may have `places`: whether each place of a head has a logit, or all have their mean, and
-    `pixels`: whether heads are PCM's. It may define `calls(steps, first, schedule)`: the times of a student of so many
-    calls from the time `first` on, where none are given; None: those of the scheduler. `noises` are the values of
-    student.renoise with which several calls of its student are right, where not all are. A student with an end time
-    `jumps` if that is the time to which x goes.
+    modules: of the fake score or the teacher, a head each. places: a head keeps a logit for every place of its map or
+    every token; else it gives their mean. pixels: the heads are PCM's.
     """
 
-    roles: tuple[str, ...]  # of Nets, beside teacher and student
-    requirements: tuple[Requirement, ...]
-
-    def updates(self) -> list[Update]: ...
-
-    def sample(self, nets: Nets, batch: Batch, draw: Draw) -> Tensor: ...
+    modules: tuple[str, ...]
+    places: bool = False
+    pixels: bool = False
 
 
-class ToData:
+class Method(ABC):
+    """An algorithm. A subclass is a frozen dataclass of its hyper-parameters."""
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """The roles of Nets that it trains or averages, beside teacher and student."""
+        return ()
+
+    @property
+    def requirements(self) -> tuple[Requirement, ...]:
+        """What it requires beside a teacher and its conditions."""
+        return ()
+
+    @property
+    def feature_taps(self) -> dict[str, FeatureTaps]:
+        """What the heads read, by role: "disc", "proxy"."""
+        return {}
+
+    @property
+    def noises(self) -> tuple[Renoise, ...] | None:
+        """The values of student.renoise with which its student can make several calls; None: all."""
+        return None
+
+    @property
+    def jumps(self) -> bool:
+        """Whether the student's end time is the time to which x goes (Student.jumps)."""
+        return False
+
+    @property
+    def degradation_run(self) -> Path | None:
+        """The folder of the run whose checkpoints are the role "past"."""
+        return None
+
+    @abstractmethod
+    def updates(self) -> list[Update]:
+        """The updates of an iteration, in order."""
+
+    @abstractmethod
+    def sample(self, nets: Nets, batch: Batch, draw: Draw) -> Tensor:
+        """The samples x [B, *shape] that the loss of draw.player looks at, with gradient for the student."""
+
+    def call_times(self, steps: int, first: float, schedule: Schedule) -> tuple[float, ...] | None:
+        """The times of a student of `steps` calls from the time `first` on; None: those of the exported scheduler."""
+        return None
+
+    def on_build(self, nets: Nets) -> None:  # noqa: B027
+        """Called once all networks are built: checks the student's calls, or adds buffers to a network."""
+
+    def after_student_step(self, nets: Nets) -> None:  # noqa: B027
+        """Called after every optimizer step of the student."""
+
+
+class ToData(Method):
     """A method whose student leads from every level to data: several calls need fresh noise between them."""
 
-    noises: ClassVar[tuple[str, ...]] = ("fresh",)
+    noises = ("fresh",)

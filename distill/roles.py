@@ -15,7 +15,7 @@ from distill.diffusion.student import Student
 from distill.random import Draw
 
 Batch = dict[str, Any]
-HEADS = {"disc": "", "proxy": "proxy_"}  # roles that are heads, and how a method's fields for them begin
+HEAD_ROLES = ("disc", "proxy")  # roles that are heads over features (Method.feature_taps)
 SMALL = {"disc": "fake", "proxy": "fake", "weight": "student"}  # roles that are no denoisers, and the players of each
 
 

@@ -145,10 +145,10 @@ def check_resume(config: Config[Any, Any], resume: Path) -> Path:
 
 def with_method_times(method: Any, teacher: Teacher, student: StudentConfig) -> StudentConfig:
     """The student with its method's own times, if the method has some and no flag gives others."""
-    if student.times is not None or not hasattr(method, "calls"):
+    if student.times is not None:
         return student
     schedule = teacher.denoiser.schedule
-    return dataclasses.replace(student, times=method.calls(student.steps, student.first(schedule), schedule))
+    return dataclasses.replace(student, times=method.call_times(student.steps, student.first(schedule), schedule))
 
 
 def carried(teacher: Teacher, student: StudentConfig) -> tuple[Any, StudentConfig]:

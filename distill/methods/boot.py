@@ -22,13 +22,13 @@ from distill.diffusion.guidance import Guided
 from distill.diffusion.schedule import expand
 from distill.diffusion.solver import STEPS, Name
 from distill.losses import Reduction, reduce
-from distill.method import Batch, Logs, Nets, Requirement, Update, guidance_requirements
+from distill.method import Batch, Logs, Method, Nets, Requirement, Update, guidance_requirements
 from distill.random import Draw
 from distill.ranges import Finite, Points, Weight
 
 
 @dataclass(frozen=True)
-class BOOT:
+class BOOT(Method):
     """Bootstrapping along the teacher's ODE from noise to sample: data-free, one step."""
 
     N: Points = 25  # T / N is the step of s (paper: .04)
@@ -37,7 +37,6 @@ class BOOT:
     boundary: Weight = 0.5  # beta
     reduction: Reduction = "mean"
 
-    roles = ()
     noises = ()  # it trains the first call alone
 
     @property

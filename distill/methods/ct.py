@@ -11,7 +11,7 @@ nothing) and is never called. Gradients flow through f(x_t, t) alone. The loss i
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -35,7 +35,6 @@ class CT(ToData):
     weighted: bool = True  # by 1 / (s_t - s_r)
     c_out: bool = False  # by 1 / c_out(s_t)^2, the scale of EDM's output, in its place (TCM's authors, ImageNet-64)
 
-    roles: ClassVar[tuple[str, ...]] = ()
     requirements = (Requirement.REAL,)
 
     def __post_init__(self) -> None:

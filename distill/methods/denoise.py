@@ -13,20 +13,18 @@ from torch import Tensor
 from distill.diffusion.guidance import drop
 from distill.diffusion.times import Law, LogNormal
 from distill.losses import Reduction, denoising
-from distill.method import Batch, Logs, Nets, Requirement, Update
+from distill.method import Batch, Logs, Method, Nets, Requirement, Update
 from distill.random import Draw
 from distill.ranges import UnitInterval
 
 
 @dataclass(frozen=True)
-class Denoise:
+class Denoise(Method):
     """Train the "student" role as a denoiser on real images."""
 
     p_drop: UnitInterval = 0.1  # share of null conditions
     times: Law = LogNormal(-1.2, 1.2)  # EDM, table 1
     reduction: Reduction = "mean"
-
-    roles = ()
 
     @property
     def requirements(self) -> tuple[Requirement, ...]:

@@ -20,13 +20,13 @@ from torch import Tensor
 from distill.diffusion.schedule import expand
 from distill.diffusion.times import Law, LogNormal
 from distill.losses import Reduction, denoising, push, reduce, scores
-from distill.method import Batch, Logs, Nets, Update
+from distill.method import Batch, Logs, Method, Nets, Update
 from distill.random import Draw
 from distill.ranges import Calls
 
 
 @dataclass(frozen=True)
-class DiffInstruct:
+class DiffInstruct(Method):
     """The integral KL between student and teacher over all levels of noise: data-free."""
 
     weight: Literal["ratio", "one"] = "ratio"  # w_t: (sigma_t / alpha_t)^2 (code), or 1
@@ -36,7 +36,6 @@ class DiffInstruct:
     reduction: Reduction = "sum"  # over elements, mean over the batch (code)
 
     roles = ("fake",)
-    requirements = ()
 
     def __post_init__(self) -> None:
         if self.weight not in ("ratio", "one"):

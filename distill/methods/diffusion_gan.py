@@ -8,13 +8,13 @@ from torch import Tensor
 from distill.diffusion.denoiser import Condition, Denoiser
 from distill.diffusion.times import Grid, Law
 from distill.losses import gan_discriminator
-from distill.method import Nets
+from distill.method import FeatureTaps, Method, Nets
 from distill.networks.discriminator import seen, verdicts
 from distill.random import Draw
 
 
 @dataclass(frozen=True, kw_only=True)
-class DiffusionGAN:
+class DiffusionGAN(Method):
     """Discriminator settings: heads on features of a denoiser at noised samples."""
 
     taps: tuple[str, ...] = ("mid_block",)  # features of the fake score that heads read: the bottleneck
@@ -29,6 +29,10 @@ class DiffusionGAN:
                 f"gan_features is {self.gan_features!r}, gan_noise {self.gan_noise!r}; the first must be 'fake' or "
                 "'teacher', the second 'own' or 'score'"
             )
+
+    @property
+    def feature_taps(self) -> dict[str, FeatureTaps]:
+        return {"disc": FeatureTaps(self.taps)}
 
     @property
     def at_score_noise(self) -> bool:

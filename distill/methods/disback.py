@@ -17,20 +17,19 @@ from pathlib import Path
 from torch import Tensor
 
 from distill.diffusion.times import Grid, Law
-from distill.method import Batch, Logs, Nets, Update
+from distill.method import Batch, Logs, Method, Nets, Update
 from distill.methods.dmd2 import DMD2
 from distill.random import Draw
 from distill.ranges import Count
 
 
 @dataclass(frozen=True)
-class Degradation:
+class Degradation(Method):
     """The first stage: a copy of the teacher learns the untrained student, and its checkpoints record the way."""
 
     fake_times: Law = Grid(1000, 0, 999)  # of the denoising loss, mean over all elements
 
     roles = ("fake",)
-    requirements = ()
 
     def updates(self) -> list[Update]:
         return [Update("fake", self.fake_loss)]
@@ -54,7 +53,7 @@ class DisBack(DMD2):
         return super().roles + (("past",) if self.record else ())
 
     @property
-    def degradation(self) -> Path | None:
+    def degradation_run(self) -> Path | None:
         return Path(self.record) if self.record else None  # its checkpoints are s'_1, ..., s'_N
 
     def student_loss(self, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from distill.diffusion.times import Grid, Law
 from distill.losses import Reduction
-from distill.method import Batch, Logs, Nets, Requirement, Update
+from distill.method import Batch, Logs, Method, Nets, Requirement, Update
 from distill.methods.dmd2 import DMD2
 from distill.methods.regression import Regression
 from distill.random import Draw
@@ -25,7 +25,7 @@ from distill.ranges import Finite, Positive, Weight
 
 
 @dataclass(frozen=True)
-class DMD:
+class DMD(Method):
     """Distribution matching with a regression on stored pairs of the teacher: noise "z", sample "y", condition "c"."""
 
     guidance: Finite = 1.0  # w of the teacher: 3 SD 1.5 (as quoted by SwiftBrush v2); EDM 1

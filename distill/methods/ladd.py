@@ -23,14 +23,14 @@ from distill.diffusion.guidance import merge
 from distill.diffusion.schedule import expand
 from distill.diffusion.times import Law, LogitNormal
 from distill.losses import gan_discriminator, gan_generator, hinge_discriminator, hinge_generator
-from distill.method import Batch, Logs, Nets, Requirement, Update
+from distill.method import Batch, FeatureTaps, Logs, Method, Nets, Requirement, Update
 from distill.networks.discriminator import seen, verdicts
 from distill.random import Draw
 from distill.ranges import Count, Positive
 
 
 @dataclass(frozen=True)
-class LADD:
+class LADD(Method):
     """A GAN in the features of the teacher: needs its samples, or images, with their conditions."""
 
     taps: tuple[str, ...] = ("mid_block",)  # blocks of the teacher with a head each (paper: every attention block)
@@ -46,6 +46,10 @@ class LADD:
     def __post_init__(self) -> None:
         if self.loss not in ("hinge", "softplus"):
             raise ValueError(f"loss is {self.loss!r}; it must be 'hinge' or 'softplus'")
+
+    @property
+    def feature_taps(self) -> dict[str, FeatureTaps]:
+        return {"disc": FeatureTaps(self.taps, self.places)}
 
     def updates(self) -> list[Update]:
         return [Update("student", self.student_loss, self.every), Update("fake", self.fake_loss, reuse=True)]

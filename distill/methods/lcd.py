@@ -47,7 +47,7 @@ class LCD(ToData):
     def requirements(self) -> tuple[Requirement, ...]:
         return (Requirement.REAL, *guidance_requirements(self.guidance, self.solver, self.embed))
 
-    def calls(self, steps: int, first: float, schedule: Schedule) -> tuple[float, ...] | None:
+    def call_times(self, steps: int, first: float, schedule: Schedule) -> tuple[float, ...] | None:
         return spread(steps, self.N, schedule) if isinstance(schedule, VP) and first == 1 and steps <= self.N else None
 
     def updates(self) -> list[Update]:
@@ -85,6 +85,6 @@ class LCD(ToData):
     def end(self, i: Tensor, nets: Nets, draw: Draw) -> Tensor | None:
         return None  # the point where f leads to: data (not in PCM and TCD)
 
-    def after(self, nets: Nets) -> None:
+    def after_student_step(self, nets: Nets) -> None:
         if nets.target is not None:
             follow(nets.target.net, nets.student.denoiser.net, self.target_ema)

@@ -23,13 +23,13 @@ from distill.diffusion.guidance import Guided, drop
 from distill.diffusion.schedule import expand
 from distill.diffusion.times import Law, LogitNormal
 from distill.losses import adaptive, jvp
-from distill.method import Batch, Logs, Nets, Requirement, Update
+from distill.method import Batch, Logs, Method, Nets, Requirement, Update
 from distill.random import Draw
 from distill.ranges import Finite, Natural, UnitInterval, Weight
 
 
 @dataclass(frozen=True)
-class MeanFlow:
+class MeanFlow(Method):
     """Average velocities of data, or of a teacher: needs images (or samples of the teacher)."""
 
     velocity: Literal["data", "teacher"] = "data"  # v: eps - x (paper), or the teacher's (FastGen)
@@ -47,7 +47,6 @@ class MeanFlow:
     warmup: Natural = 0  # steps until dF/dt counts in full (FastGen's distillation 2000)
     one_pass: bool = True  # F of the loss is that of dF/dt; False: a pass of its own, as where blocks are recomputed
 
-    roles = ()
     jumps = True
 
     @property

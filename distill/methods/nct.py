@@ -18,14 +18,14 @@ from torch import Tensor
 
 from distill.diffusion.schedule import expand
 from distill.losses import Reduction, huber, reduce
-from distill.method import Batch, Logs, Nets, Requirement, Update
+from distill.method import Batch, Logs, Method, Nets, Requirement, Update
 from distill.networks.multiplier import Multiplier, multiplier
 from distill.random import Draw
 from distill.ranges import Points, Positive, Weight
 
 
 @dataclass(frozen=True)
-class NCT:
+class NCT(Method):
     """A control adapter on a finished generator, which is the teacher: needs no images"""
 
     control: Literal["canny", "downsample", "gray"] = "canny"  # c (paper: Canny, HED, depth, 8x super-resolution)
@@ -38,10 +38,9 @@ class NCT:
     reduction: Reduction = "mean"  # of both losses
     control_decoder: str | None = None  # folder or Hub name of an AutoencoderTiny that c sees through; None: its own
 
-    roles = ()
     requirements = (Requirement.EXPORTED_TEACHER, Requirement.CONTROL_PICTURE)
 
-    def before(self, nets: Nets) -> None:
+    def on_build(self, nets: Nets) -> None:
         nets.student.denoiser.net.multiplier = Multiplier(self.dual)
 
     def updates(self) -> list[Update]:
@@ -73,5 +72,5 @@ class NCT:
     def distance(self, delta: Tensor) -> Tensor:
         return reduce(delta**2 if self.huber_c is None else huber(delta, self.huber_c), self.reduction)
 
-    def after(self, nets: Nets) -> None:
+    def after_student_step(self, nets: Nets) -> None:
         multiplier(nets.student.denoiser.net).step(self.rate, self.bound)

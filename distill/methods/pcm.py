@@ -25,7 +25,7 @@ from distill.diffusion.guidance import repeated
 from distill.diffusion.student import check_phases
 from distill.diffusion.times import phase, pieces
 from distill.losses import hinge_discriminator
-from distill.method import Batch, Logs, Nets, Update
+from distill.method import Batch, FeatureTaps, Logs, Nets, Update
 from distill.methods.lcd import LCD
 from distill.networks.discriminator import head_logits, verdicts
 from distill.random import Draw
@@ -42,16 +42,19 @@ class PCM(LCD):
     taps: tuple[str, ...] = ("mid_block",)  # blocks of the teacher with a head each (code: down and mid, 4 heads each)
     embed: bool = False  # code
     noises = ("ddim", "tcd")
-    pixels = True  # heads of 1x1 convolutions, a logit a pixel (code)
 
     @property
     def roles(self) -> tuple[str, ...]:
         return (*super().roles, "disc") if self.gan else super().roles
 
-    def calls(self, steps: int, first: float, schedule: object) -> None:
+    @property
+    def feature_taps(self) -> dict[str, FeatureTaps]:
+        return {"disc": FeatureTaps(self.taps, pixels=True)}  # heads of 1x1 convolutions, a logit a pixel (code)
+
+    def call_times(self, steps: int, first: float, schedule: object) -> None:
         """The scheduler's own: the phases are theirs."""
 
-    def before(self, nets: Nets) -> None:
+    def on_build(self, nets: Nets) -> None:
         check_phases(nets.student, self.N)  # or a ValueError
 
     def updates(self) -> list[Update]:

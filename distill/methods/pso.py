@@ -23,14 +23,14 @@ from torch import Tensor
 
 from distill.diffusion.denoiser import Condition
 from distill.diffusion.guidance import repeated
-from distill.method import Batch, Logs, Nets, Requirement, Update
+from distill.method import Batch, Logs, Method, Nets, Requirement, Update
 from distill.methods.wrappers.reward import judge
 from distill.random import Draw
 from distill.ranges import Decay, Positive
 
 
 @dataclass(frozen=True)
-class PSO:
+class PSO(Method):
     """Preferences for a finished student of several calls, by a reward on pairs of its samples: prompts alone."""
 
     beta: Positive = 50.0  # SDXL DMD2 (code); h is a mean over elements, so it is large
@@ -40,7 +40,6 @@ class PSO:
     )
     reward_decoder: str | None = None  # folder or Hub name of an AutoencoderTiny; None: the teacher's
 
-    roles = ()
     requirements = (Requirement.EXPORTED_TEACHER, Requirement.SEVERAL_CALLS, Requirement.REWARD)
 
     def updates(self) -> list[Update]:

@@ -22,13 +22,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distill.diffusion.denoiser import Denoiser
-from distill.method import Batch, Logs, Nets, Requirement, Update
+from distill.method import Batch, Logs, Method, Nets, Requirement, Update
 from distill.random import Draw
 from distill.ranges import Positive, Weight
 
 
 @dataclass(frozen=True)
-class OfflinePSO:
+class OfflinePSO(Method):
     """Images instead of what a finished student makes of their captions: a style, a subject, preferred pictures."""
 
     beta: Positive = 5.0  # SDXL-Turbo, DreamBooth (code)
@@ -36,10 +36,9 @@ class OfflinePSO:
     gamma: Weight = 0.5  # of the hinge alone (code)
     neg_defactor: Weight = 1.0  # n, of the error on y (paper: 1; default of the DreamBooth script: .1)
 
-    roles = ()
     requirements = (Requirement.EXPORTED_TEACHER, Requirement.REAL)
 
-    def before(self, nets: Nets) -> None:
+    def on_build(self, nets: Nets) -> None:
         times = torch.tensor(nets.student.times, dtype=torch.float64, device="cpu")
         if (nets.student.denoiser.path.coefficients(times)[0] < 1e-3).all():
             raise ValueError(

@@ -22,14 +22,14 @@ from distill.diffusion.guidance import Guided
 from distill.diffusion.schedule import expand
 from distill.diffusion.times import Law, Uniform
 from distill.losses import adaptive
-from distill.method import Batch, Logs, Nets, Requirement, Update
+from distill.method import Batch, Logs, Method, Nets, Requirement, Update
 from distill.networks.ema import follow
 from distill.random import Draw
 from distill.ranges import Calls, Decay, Finite, Positive, UnitInterval
 
 
 @dataclass(frozen=True)
-class RCGM:
+class RCGM(Method):
     """Average velocities by bootstrapping: needs images (or samples of the teacher)."""
 
     velocity: Literal["data", "teacher"] = "data"  # of v
@@ -85,6 +85,6 @@ class RCGM:
         e = (x - x.detach() + g.detach()).square().flatten(1).mean(1)
         return e if self.c is None else adaptive(e, 0.5, self.c**2)
 
-    def after(self, nets: Nets) -> None:
+    def after_student_step(self, nets: Nets) -> None:
         if nets.target is not None:
             follow(nets.target.net, nets.student.denoiser.net, self.target_ema)

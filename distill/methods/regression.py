@@ -13,21 +13,19 @@ from typing import Literal
 from torch import Tensor
 
 from distill.losses import Reduction, huber, reduce
-from distill.method import Batch, Logs, Nets, Requirement, Update
+from distill.method import Batch, Logs, Method, Nets, Requirement, Update
 from distill.random import Draw
 from distill.ranges import Positive
 
 
 @dataclass(frozen=True)
-class Regression:
+class Regression(Method):
     """Regression on stored pairs: the batch gives noise "z" and the teacher's sample "y" [B, *shape] under "c"."""
 
     distance: Literal["lpips", "huber", "mse"] = "lpips"  # d (DMD, DMD2: LPIPS)
     decoder: str | None = None  # of LPIPS: folder or Hub name of an AutoencoderTiny; None: the teacher's own decoder
     huber_c: Positive = 1e-3  # of the pseudo-Huber distance
     reduction: Reduction = "mean"  # of huber and mse, over all elements; LPIPS is a mean over the batch
-
-    roles = ()
 
     @property
     def requirements(self) -> tuple[Requirement, ...]:

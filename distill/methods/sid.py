@@ -20,13 +20,13 @@ from distill.diffusion.guidance import Guided, drop
 from distill.diffusion.schedule import expand
 from distill.diffusion.times import Karras, Law, LogNormal
 from distill.losses import Reduction, denoising, normaliser, reduce, scores
-from distill.method import Batch, Logs, Nets, Requirement, Update
+from distill.method import Batch, Logs, Method, Nets, Requirement, Update
 from distill.random import Draw
 from distill.ranges import Calls, Finite, Positive, UnitInterval
 
 
 @dataclass(frozen=True)
-class SiD:
+class SiD(Method):
     """Score identity distillation: data-free."""
 
     alpha: Finite = 1.2  # paper, table 1 (AFHQv2 and all guided or few-step models: 1)

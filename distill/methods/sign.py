@@ -84,6 +84,6 @@ class SIGN(DMD):
         alpha, sigma = nets.teacher.path.coefficients(t)
         return nets.student.generate(x_t / expand(torch.hypot(alpha, sigma), x_t), c, steps=1)
 
-    def after(self, nets: Nets) -> None:
+    def after_student_step(self, nets: Nets) -> None:
         if nets.target is not None:
             follow(nets.target.net, nets.student.denoiser.net, 0.0)

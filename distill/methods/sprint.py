@@ -23,7 +23,7 @@ from distill.diffusion.guidance import scale_of, told
 from distill.diffusion.schedule import expand
 from distill.diffusion.times import Law, LogNormal
 from distill.losses import Reduction
-from distill.method import Batch, Logs, Nets, Update
+from distill.method import Batch, FeatureTaps, Logs, Nets, Update
 from distill.methods.ladd import LADD
 from distill.methods.scm import SCM
 from distill.random import Draw
@@ -54,6 +54,10 @@ class Sprint(SCM):
     @property
     def ladd(self) -> LADD:
         return LADD(self.taps, gan_times=self.gan_times, places=self.places)
+
+    @property
+    def feature_taps(self) -> dict[str, FeatureTaps]:
+        return {"disc": FeatureTaps(self.taps, self.places)}
 
     def updates(self) -> list[Update]:
         heads = [Update("fake", self.fake_loss, reuse=True)] if self.gan else []

@@ -24,14 +24,14 @@ from distill.diffusion.guidance import Guided, drop
 from distill.diffusion.solver import jump
 from distill.diffusion.times import Grid, Law
 from distill.losses import Reduction, reduce
-from distill.method import Batch, Logs, Nets, Requirement, Update
+from distill.method import Batch, Logs, Method, Nets, Requirement, Update
 from distill.networks.negative_attention import against, another
 from distill.random import Draw
 from distill.ranges import Calls, Finite, UnitInterval, Weight
 
 
 @dataclass(frozen=True)
-class SUN:
+class SUN(Method):
     """Guidance with negative prompts in one pass, and few steps, by an adapter of the cross-attention: needs images."""
 
     guidance: Finite = 7.5  # w (SD 1.5's)
@@ -41,7 +41,6 @@ class SUN:
     times: Law = Grid(1000, 0, 999)  # of L_cfg
     reduction: Reduction = "mean"
 
-    roles = ()
     requirements = (Requirement.REAL, Requirement.NULL_CONDITION, Requirement.NEGATIVE_ADAPTER)
 
     def updates(self) -> list[Update]:

@@ -38,11 +38,11 @@ class TCM(CT):
 
     roles = ("target",)
 
-    def calls(self, steps: int, first: float, schedule: Schedule) -> tuple[float, ...] | None:
+    def call_times(self, steps: int, first: float, schedule: Schedule) -> tuple[float, ...] | None:
         start = float(schedule.time(torch.tensor([self.start], dtype=torch.float64)))
         return (first, start) if steps == 2 and first > start else None
 
-    def before(self, nets: Nets) -> None:
+    def on_build(self, nets: Nets) -> None:
         times = torch.tensor(nets.student.times, dtype=torch.float64)
         levels, path = nets.student.denoiser.path.ratio(times), nets.student.denoiser.path
         if levels.min() < self.start * (1 - 1e-3):

@@ -21,20 +21,18 @@ from torch import Tensor
 from distill.diffusion.guidance import Guided
 from distill.diffusion.times import Law, LogNormal
 from distill.losses import Reduction, reduce
-from distill.method import Batch, Logs, Nets, Requirement, Update
+from distill.method import Batch, Logs, Method, Nets, Requirement, Update
 from distill.random import Draw
 from distill.ranges import Finite
 
 
 @dataclass(frozen=True)
-class TSM:
+class TSM(Method):
     """A regression of the student onto the teacher's outputs at noisy real images, at every level."""
 
     guidance: Finite = 1.0  # w of the teacher
     times: Law = LogNormal(-1.2, 1.2)  # EDM's training law
     reduction: Reduction = "mean"  # over all elements
-
-    roles = ()
 
     @property
     def requirements(self) -> tuple[Requirement, ...]:

@@ -21,13 +21,13 @@ from distill.diffusion.guidance import Guided, drop, scale_of
 from distill.diffusion.schedule import expand
 from distill.diffusion.times import Grid, Law
 from distill.losses import Reduction, denoising, push, reduce, scores
-from distill.method import Batch, Logs, Nets, Requirement, Update
+from distill.method import Batch, Logs, Method, Nets, Requirement, Update
 from distill.random import Draw
 from distill.ranges import Calls, Finite, UnitInterval
 
 
 @dataclass(frozen=True)
-class VSD:
+class VSD(Method):
     """Score distillation with a fake score that follows the student: prompts alone."""
 
     guidance: Finite | tuple[Finite, Finite] = 4.5  # k (SwiftBrush), or (low, high) of a random k (PG-SB: .5, 4)

@@ -18,7 +18,7 @@ from distill.networks.adaptive_weight import LogVariance
 from distill.networks.discriminator import heads
 from distill.networks.negative_attention import adapted
 from distill.ranges import validate_ranges
-from distill.roles import HEADS, Nets, Recorded
+from distill.roles import HEAD_ROLES, Nets, Recorded
 from distill.training import checkpoint
 from distill.training.config import FakeConfig, StudentConfig
 from distill.training.requirements import check_requirements
@@ -52,7 +52,7 @@ def build(
         ),
         shape,
     )
-    noises = getattr(method, "noises", None)
+    noises = method.noises
     if noises is not None and len(nets.student.times) > 1 and nets.student.renoise not in noises:
         raise ValueError(
             f"{type(method).__name__} does not train a student of {len(nets.student.times)} calls with "
@@ -67,11 +67,11 @@ def build(
             raise ValueError(f"no module {name!r} to freeze ({error}); at the top there are {top}") from None
     if Requirement.END_TIME in method.requirements:
         nets.student.denoiser = timed(nets.student.denoiser)
-        nets.student.jumps = getattr(method, "jumps", False)
+        nets.student.jumps = method.jumps
     if student.init is not None:
         checkpoint.fill(nets.student.denoiser.net, student.init, "student", teacher.net)
-    if "past" in method.roles:
-        folders = degradation_checkpoints(method.degradation)  # type: ignore[attr-defined]
+    if method.degradation_run is not None:
+        folders = degradation_checkpoints(method.degradation_run)
         nets.past = Recorded(replace(teacher, net=fake.lora(teacher.net)), folders, teacher.net, checkpoint.fill)
         nets.past(len(folders) - 1).net.requires_grad_(False)
         fake = replace(fake, init=fake.init or f"{folders[-1]}")
@@ -83,16 +83,14 @@ def build(
         nets.target = replace(nets.student.denoiser, net=twin(nets.student.denoiser.net).requires_grad_(False))
     if "weight" in method.roles:
         nets.weight = LogVariance()
-    for role in (role for role in HEADS if role in method.roles):  # a set has no order, and heads start at random
-        taps: tuple[str, ...] = getattr(method, f"{HEADS[role]}taps")
+    for role in (role for role in HEAD_ROLES if role in method.roles):  # in this order, for heads start at random
+        taps = method.feature_taps[role]
         with torch.device("meta"), torch.no_grad():  # shapes are enough, and the network may not fit the device yet
             x, t = torch.zeros(1, *shape), torch.full((1,), 0.5, dtype=torch.float64)
             told = None if c is None else {key: torch.empty_like(value, device="meta") for key, value in c.items()}
-            features = replace(teacher, net=weightless(teacher.net)).features(x, t, told, taps)
-        kind = (getattr(method, f"{HEADS[role]}{name}", False) for name in ("places", "pixels"))
-        setattr(nets, role, heads(features, *kind))
-    if hasattr(method, "before"):
-        method.before(nets)
+            features = replace(teacher, net=weightless(teacher.net)).features(x, t, told, taps.modules)
+        setattr(nets, role, heads(features, taps.places, taps.pixels))
+    method.on_build(nets)
     return nets
 
 

@@ -103,8 +103,7 @@ def train(
             if player == "student":
                 seen, updates = step * cfg.train_batch_size, count_updates(method, "student", step)
                 state.ema.update(nets.student.denoiser.net, cfg.train_batch_size, seen, updates)
-                if hasattr(method, "after"):
-                    method.after(nets)
+                method.after_student_step(nets)
         own(players, *players)
         state.step += 1
         yield state

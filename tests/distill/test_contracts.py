@@ -436,7 +436,7 @@ class TestByHand:
         method = LCD(target_ema=0.9)
         nets = nets_of(method)
         before = [p.detach().clone() for p in weights(nets, "target")]
-        method.after(nets)
+        method.after_student_step(nets)
         for old, student, new in zip(before, weights(nets), weights(nets, "target")):
             near(new, 0.9 * old + 0.1 * student)
 

@@ -121,7 +121,7 @@ def pcm(tensors, facts, Mini):
     times = tuple(n / 999 for n in edges)
     nets = Nets(teacher, Student(student, times, 1.0, "tcd"), (4, 8, 8), disc=heads(under(tensors, "heads")))
     nets.teacher.features = lambda x, t, c, taps: read(nets.teacher, x, t, c, taps)
-    method.before(nets)
+    method.on_build(nets)
     return method, nets, {"real_c": {"text": tensors["in/text"]}}
 
 

@@ -10,7 +10,6 @@ rule has one override for each: of several at random the student would learn the
 """
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -68,7 +67,7 @@ class Forgetting(Wrapped):
         total, logs = loss(x, nets, batch, draw)
         if weight := self.weight if draw.player == "student" else self.fake_weight:
             draw = draw.apart("forget")
-            second: Any = batch | {"c": batch.get("forget_c") or relabel(batch["c"], self.forget, draw)}
+            second: Batch = batch | {"c": batch.get("forget_c") or relabel(batch["c"], self.forget, draw)}
             with torch.set_grad_enabled(draw.player == "student"):
                 x_f = self.base.sample(nets, second, draw)
             forgetting, _ = loss(x_f, nets, second, draw)

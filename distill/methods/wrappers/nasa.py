@@ -11,11 +11,10 @@ the base, and through both attentions.
 """
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 from torch import Tensor
 
-from distill.method import Batch, Logs, Loss, Nets, Requirement
+from distill.method import Batch, Logs, Loss, Method, Nets, Requirement
 from distill.methods.vsd import VSD
 from distill.methods.wrappers.wrapper import Wrapped
 from distill.networks.negative_attention import NASA, TEXT, against, another, turn
@@ -27,7 +26,7 @@ from distill.ranges import UnitInterval
 class NASAT(Wrapped):
     """A score distillation whose student learns to turn away from negative prompts."""
 
-    base: Any = VSD()  # the method: PG-SB (paper)
+    base: Method = VSD()  # the method: PG-SB (paper)
     alpha: UnitInterval = 1.0  # the largest a (paper: 1); 0: the base
 
     @property

@@ -14,7 +14,6 @@ need no other network. It moves after the student or with the base's fake score.
 
 from dataclasses import dataclass, replace
 from itertools import combinations
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +22,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits as cross_entrop
 from distill.diffusion.denoiser import Condition
 from distill.diffusion.guidance import repeated
 from distill.diffusion.times import Fixed, Law
-from distill.method import Batch, Logs, Loss, Nets, Update
+from distill.method import Batch, FeatureTaps, Logs, Loss, Method, Nets, Update
 from distill.methods.lcd import LCD
 from distill.methods.wrappers.reward import Rewarded, judge
 from distill.networks.discriminator import seen
@@ -35,7 +34,7 @@ from distill.ranges import Finite, Positive, Weight
 class Proxied(Rewarded):
     """A method with a reward that its student knows from a proxy in latent space, trained along."""
 
-    base: Any = LCD()
+    base: Method = LCD()
     weight: Weight = 1.0  # w (code)
     clamp: Finite | None = None  # -R_L
     tau: Positive = 0.01  # CLIP's temperature: rewards are cosines (code: its logit scale, 100)
@@ -45,6 +44,10 @@ class Proxied(Rewarded):
     @property
     def roles(self) -> tuple[str, ...]:
         return (*self.base.roles, "proxy") if self.weight else self.base.roles
+
+    @property
+    def feature_taps(self) -> dict[str, FeatureTaps]:
+        return self.base.feature_taps | {"proxy": FeatureTaps(self.proxy_taps)}
 
     def updates(self) -> list[Update]:
         updates = super().updates()
@@ -62,11 +65,9 @@ class Proxied(Rewarded):
         more, own = self.proxy_loss(x, nets, batch, draw) if self.weight else (0.0, {})
         return total + more, logs | own
 
-    def proxy(self, xs: list[Tensor], c: Condition, nets: Nets, draw: Draw) -> list[Tensor]:
-        """R_L of each of several batches under the same conditions and noise, [B] each."""
-        n = len(xs)
-        where, names = (self.proxy_taps, self.proxy_times), ["proxy"] * n
-        features = seen(nets.teacher, *where, torch.cat(xs), repeated(c, n), draw, *names)
+    def proxy(self, xs: list[Tensor], c: Condition, nets: Nets, draw: Draw) -> list[Tensor]:  # R_L of each, [B]
+        n, taps, times = len(xs), self.proxy_taps, self.proxy_times
+        features = seen(nets.teacher, taps, times, torch.cat(xs), repeated(c, n), draw, *["proxy"] * n)
         return [*nets.proxy(*features).flatten(1).mean(1).chunk(n)]
 
     def proxy_loss(self, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
@@ -84,7 +85,6 @@ class Proxied(Rewarded):
         return loss, {"proxy": loss.detach(), "proxy_right": torch.stack(right).mean()}
 
 
-def rivals(x: Tensor, c: Condition, batch: Batch) -> Batch:
-    """x under c; and the real images, where c is their own condition."""
+def rivals(x: Tensor, c: Condition, batch: Batch) -> Batch:  # x, and real images where c is their condition
     real = batch.keys() & {"real"} if all((c or {}).get(k) is v for k, v in batch.get("real_c", {}).items()) else ()
     return {"x": x} | ({} if c is None else {"c": c}) | {key: batch[key] for key in real}

@@ -2,11 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from distill.method import Batch, Logs, Loss, Nets, Requirement, Update
+from distill.diffusion.schedule import Schedule
+from distill.diffusion.student import Renoise
+from distill.method import Batch, FeatureTaps, Logs, Loss, Method, Nets, Requirement, Update
 from distill.methods.sid import SiD
 from distill.random import Draw
 
@@ -14,15 +17,15 @@ Term = Callable[[Loss, Tensor, Nets, Batch, Draw], tuple[Tensor, Logs]]
 
 
 @dataclass(frozen=True)
-class Wrapped:
+class Wrapped(Method):
     """`base` with the loss of each player exchanged for `self.PLAYER_term(loss of the base, x, nets, batch, draw)`.
 
     Wrappers go around wrappers: Rewarded(Forgetting(SiD())). The fields of the base are --method.base.NAME.
     """
 
-    base: Any = SiD()  # the method: any
+    base: Method = SiD()  # the method: any
 
-    def __getattr__(self, name: str) -> Any:  # taps, places, after and the like, where the base has them
+    def __getattr__(self, name: str) -> Any:  # fields of the base
         if name == "base" or name.startswith("__"):
             raise AttributeError(name)
         return getattr(self.base, name)
@@ -34,6 +37,31 @@ class Wrapped:
     @property
     def requirements(self) -> tuple[Requirement, ...]:
         return self.base.requirements
+
+    @property
+    def feature_taps(self) -> dict[str, FeatureTaps]:
+        return self.base.feature_taps
+
+    @property
+    def noises(self) -> tuple[Renoise, ...] | None:
+        return self.base.noises
+
+    @property
+    def jumps(self) -> bool:
+        return self.base.jumps
+
+    @property
+    def degradation_run(self) -> Path | None:
+        return self.base.degradation_run
+
+    def call_times(self, steps: int, first: float, schedule: Schedule) -> tuple[float, ...] | None:
+        return self.base.call_times(steps, first, schedule)
+
+    def on_build(self, nets: Nets) -> None:
+        self.base.on_build(nets)
+
+    def after_student_step(self, nets: Nets) -> None:
+        self.base.after_student_step(nets)
 
     def updates(self) -> list[Update]:
         def around(update: Update) -> Update:

@@ -167,7 +167,7 @@ def test_phased(name):
         schedule, kind = teacher.denoiser.schedule, teacher.denoiser.kind
         nets = Nets(teacher.denoiser, student(teacher.denoiser, found), ())
         method, i = PCM(N=50), torch.arange(50, dtype=F64)
-        method.before(nets)
+        method.on_build(nets)
         edges = {*method.time(method.end(i, nets, None), nets).tolist()}
         assert len(edges) == n and max(edges | {1e-9}) < found.times[0]
         ours = student(phased(schedule, kind, edges), found)

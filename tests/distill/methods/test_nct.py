@@ -57,7 +57,7 @@ def linear(A, b, schedule="flow", **fields):
     method = NCT(**{"levels": K, "reduction": "sum", "rate": 0.0} | fields)
     on = lambda net: Denoiser(net, path, "x0")
     nets = Nets(on(Told(A, b)), Student(on(Told(A, b)), scale=1.0), (2,), control=lambda x: x[:, :1])
-    method.before(nets)
+    method.on_build(nets)
     return method, nets
 
 

@@ -100,6 +100,6 @@ def test_projection():
 
 def test_the_copy_is_of_now():
     nets = nets_of("flow")
-    SIGN().after(nets)
+    SIGN().after_student_step(nets)
     pairs = zip(nets.target.net.parameters(), nets.student.denoiser.net.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)

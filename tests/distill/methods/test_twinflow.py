@@ -187,7 +187,7 @@ class TestTurn:
     def test_target_follows(self):
         nets = nets_of()
         want = [0.9 * a + 0.1 * b for a, b in zip(nets.target.net.parameters(), nets.student.denoiser.net.parameters())]
-        RCGM(target_ema=0.9).after(nets)
+        RCGM(target_ema=0.9).after_student_step(nets)
         for got, right in zip(nets.target.net.parameters(), want):
             torch.testing.assert_close(got, right)
 

@@ -23,7 +23,7 @@ from distill.methods import DMD2, LCD, RCM, SCM, VSD, SiD
 from distill.networks.ema import exponent
 from distill.networks.lora import LoRA
 from distill.random import Draw
-from distill.roles import HEADS
+from distill.roles import HEAD_ROLES
 from distill.training import checkpoint
 from distill.training.build import build
 from distill.training.config import FakeConfig, StudentConfig, TrainConfig
@@ -76,7 +76,7 @@ def nets_of(method, **change):
     teacher = make(Trig(), "v", dtype=torch.float32, classes=3)
     torch.manual_seed(1)  # the head's
     c = spoken(torch.tensor([0])) if hears else {"label": torch.tensor([0])}
-    noises = getattr(method, "noises", ("fresh",))
+    noises = ("fresh",) if method.noises is None else method.noises
     calls = {"times": (1.0, 0.5), "renoise": noises[0]} if noises else {}
     student = StudentConfig(negative=WORDS if adapter else 0, **calls)
     nets = build(method, teacher, (2,), c, **{"student": student} | change)
@@ -179,8 +179,8 @@ def test_every_method_moves_its_roles(name, watched):
     turns, nets = watched(method)
     roles = nets.modules().keys() - {"target"}
     for turn in turns:
-        assert turn.touched <= ({"student"} if turn.player == "student" else {"fake", *HEADS}) & roles, turn
-        assert turn.graded <= ({"student"} if turn.player == "student" else {"fake", *HEADS}) & roles, turn
+        assert turn.touched <= ({"student"} if turn.player == "student" else {"fake", *HEAD_ROLES}) & roles, turn
+        assert turn.graded <= ({"student"} if turn.player == "student" else {"fake", *HEAD_ROLES}) & roles, turn
     moved = roles - {"student"} if name == "TSM" else roles  # a copy of the teacher is what it learns
     assert set().union(*(turn.touched for turn in turns)) >= moved
     assert equal(weights(nets.teacher.net), teacher)
