@@ -171,7 +171,8 @@ def run(config: Config[Any, Any], out: Path, resume: Path | None) -> None:
     from distill.training.loop import train
     from distill.training.prepare import supported
     from pipelines.export import hub
-    from pipelines.export.export import Again, about, export, report, trained
+    from pipelines.export.export import Again, export, report, trained
+    from pipelines.export.model_card import collect_card_info
     from pipelines.export.rehearsal import rehearse
     from pipelines.export.schedule import finished
     from pipelines.families import tiny
@@ -220,7 +221,9 @@ def run(config: Config[Any, Any], out: Path, resume: Path | None) -> None:
     prompts, c = data.fixed(config.validation_images)
     c = {key: value.to(accelerator.device) for key, value in c.items()}
     method = type(config.method).__name__.lower()
-    card = about(out.resolve().name, teacher, config.teacher, method, dump(config), config.license, repository)
+    card = collect_card_info(
+        out.resolve().name, teacher, config.teacher, method, dump(config), config.license, repository
+    )
     example = {key: value[:1] for key, value in c.items()}
     nets = build(config.method, teacher.denoiser, teacher.shape, example, student, config.fake)
     if config.student.negative:  # grids are of what is made against the empty prompt

@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -43,8 +43,14 @@ from pipelines import fields
 from pipelines.components import ExportError, is_variant
 from pipelines.export import comfyui, hub, kohya, single_files
 from pipelines.export import published as others
-from pipelines.export.card import NEGATIVE, Result, card, code
-from pipelines.export.license import UNKNOWN, License, license_of
+from pipelines.export.card import NEGATIVE
+from pipelines.export.model_card import (
+    CardInfo,
+    absent_components,
+    collect_card_info,
+    describe_verification,
+    render_model_card,
+)
 from pipelines.export.schedule import scheduler as carrying
 from pipelines.export.verify import (
     LARGEST,
@@ -59,7 +65,6 @@ from pipelines.export.verify import (
     settled,
 )
 from pipelines.families.latents import factor
-from pipelines.families.registry import FAMILIES
 from pipelines.families.schedulers import zero_terminal
 from pipelines.inference import controlnet, experts, negative_prompt
 from pipelines.teacher import Teacher, opened
@@ -71,21 +76,6 @@ LEGS = (  # of the model card
 
 
 @dataclass(frozen=True)
-class About:
-    """What a model card says of a student beyond its weights. config: the resolved configuration, YAML."""
-
-    name: str  # of the student, in titles and file names
-    base: str | Path  # the teacher: a name on the Hub or a folder
-    license: License
-    method: str
-    config: str = ""
-    model: str | None = None  # its name on the Hub, where the card loads it from; None: the folder itself
-    results: Sequence[Result] = ()
-    source: str = "the student's weights"  # reference of the verification
-    notes: Sequence[str] = ()  # about that source
-
-
-@dataclass(frozen=True)
 class Verified:
     """Result of a verification. gaps: of the pipeline and of each single file; left: {skipped file: reason}."""
 
@@ -93,18 +83,9 @@ class Verified:
     left: dict[str, str]
 
 
-def about(name: str, teacher: Teacher, base: str, method: str, config: str, asked: Any, model: str | None) -> About:
-    """asked: the --license that was given. One that is not known is asked for where the student is to be published."""
-    try:
-        license = license_of(teacher.parts.folder if Path(base).exists() else base, asked)
-    except ValueError:
-        if model:
-            raise
-        license = UNKNOWN
-    return About(re.sub(r"[^\w.-]+", "-", name), base, license, method, config, model)  # it goes into file names
-
-
-def export(student: Student, teacher: Teacher, net: nn.Module, scheduler: Any, folder: Path, about: About) -> Verified:
+def export(
+    student: Student, teacher: Teacher, net: nn.Module, scheduler: Any, folder: Path, card: CardInfo
+) -> Verified:
     """Write `net` (the student's averaged weights) as a pipeline folder. Of a link, the folder that it names.
 
     Text encoders, tokenizers and VAE are the teacher's files, byte for byte; ours are the network and `scheduler`
@@ -137,17 +118,19 @@ def export(student: Student, teacher: Teacher, net: nn.Module, scheduler: Any, f
             net.control.save_pretrained(partial / controlnet.FOLDER)  # type: ignore[operator,union-attr]
         if student.experts and not experts.write(student, net, steps, teacher.parts.network, partial):
             limits = [experts.LIMIT.format(len(student.experts) + 1)]
-        facts = {"student": True, "steps": len(student.times), "times": list(student.times), "config": about.config}
+        facts = {"student": True, "steps": len(student.times), "times": list(student.times), "config": card.config}
         (partial / "distill.json").write_text(json.dumps(facts | teacher.parts.asked, indent=1))
-        made, more, left = singles(student, teacher, net, partial, about)
+        made, more, left = singles(student, teacher, net, partial, card)
         gaps = verified(partial, made, teacher, expected, len(student.times), others, left)
         limits = [*limits, *more, *remove_left_out(partial, left)]
         grid(expected.images * 2 - 1, columns=len(expected.prompts), side=256).save(partial / "samples.png")
         lora = next((file.name for file in made if file.stem.endswith("_lora") and file.name in gaps), "")
         beside = sorted(file.name for file in partial.iterdir() if file.is_file())
-        where = about.model or folder
-        checked = describe_verification(about, gaps["pipeline"], len(expected.prompts))
-        text = page(student, teacher, scheduler, about, where, expected.prompts[0], lora, limits, beside, checked)
+        where = card.model or folder
+        checked = describe_verification(card, gaps["pipeline"], len(expected.prompts))
+        text = render_model_card(
+            student, teacher, scheduler, card, where, expected.prompts[0], lora, limits, beside, checked
+        )
         (partial / "README.md").write_text(text)
     except (OSError, SafetensorError, MemoryError, RuntimeError):  # a full disk, say: what was written keeps it full
         shutil.rmtree(partial, ignore_errors=True)
@@ -157,17 +140,6 @@ def export(student: Student, teacher: Teacher, net: nn.Module, scheduler: Any, f
     for file in folder.rglob("*.safetensors"):
         file.chmod((folder / "README.md").stat().st_mode)  # the library writes them for their owner alone
     return Verified(gaps, left)
-
-
-def describe_verification(about: About, gap: Gap, n: int) -> str:
-    """The card's text about the verification and its reference."""
-    return " ".join(
-        (
-            f"Plain diffusers loaded this folder again. From the same noise, its images of {n} conditions differ by at",
-            f"most {gap.largest:.1e} (of a range of 1) from those of the training code's sampler with {about.source}.",
-            *about.notes,
-        )
-    )
 
 
 def remove_left_out(folder: Path, left: dict[str, str]) -> list[str]:
@@ -231,7 +203,7 @@ def verified(
     """
     from diffusers import DiffusionPipeline
 
-    absent = dict.fromkeys(lacking(teacher))
+    absent = dict.fromkeys(absent_components(teacher))
     options = {"dtype": torch.float32, "local_files_only": True}  # its text encoders and VAE may be stored in half
     pipe = experts.install(DiffusionPipeline.from_pretrained(folder, **options, **absent), folder)
     if expected.negative is not None:
@@ -257,68 +229,10 @@ def verified(
     return gaps
 
 
-def lacking(teacher: Teacher) -> list[str]:
-    """Components that from_pretrained asks for and the teacher's folder does not have: SD3 without T5."""
-    import diffusers
-
-    optional = getattr(diffusers, teacher.parts.index["_class_name"])._optional_components
-    return [n for n, entry in teacher.parts.index.items() if entry == [None, None] and n not in optional]
-
-
-def page(
-    student: Student,
-    teacher: Teacher,
-    scheduler: Any,
-    about: About,
-    where: str | Path,
-    prompt: Any,
-    lora: str,
-    limits: Sequence[str],
-    beside: Sequence[str] = (),
-    checked: str = "",
-) -> str:
-    """The model card. checked: what was verified."""
-    family, steps = teacher.parts.family, len(student.times)
-    program = call(teacher, steps, prompt)
-    return card(
-        about.name,
-        about.base,
-        about.license,
-        FAMILIES[teacher.parts.index["_class_name"]],
-        about.method,
-        steps,
-        about.config,
-        code=code(program, where, absent=lacking(teacher)),
-        lora=code(program, where, about.base, lora, type(scheduler).__name__, lacking(teacher)) if lora else "",
-        task=getattr(family, "TASK", "text-to-image"),
-        samples="samples.png",
-        prompt=str(prompt),
-        limits=limits,
-        results=about.results,
-        files=beside,
-        checked=checked,
-    )
-
-
-def call(teacher: Teacher, steps: int, prompt: Any) -> str:
-    """The call that a card shows, with the size of the samples, which some pipelines do not know."""
-    family = teacher.parts.family
-    if not hasattr(family, "TARGETS"):
-        return family.snippet(steps, prompt)
-    height, width = (side * factor(teacher.parts) for side in teacher.shape[-2:])
-    options = {"height": height, "width": width, "num_inference_steps": steps}
-    options |= family.options(teacher.parts, steps) if hasattr(family, "options") else family.CALL
-    if "frames" in teacher.parts.asked:
-        options["num_frames"] = teacher.parts.asked["frames"]
-    given = ", ".join([json.dumps(prompt), *(f"{name}={value!r}" for name, value in options.items())])
-    made = "video = {}.frames[0]" if len(teacher.shape) == 4 else "image = {}.images[0]"
-    return made.format(f"pipe({given})")
-
-
 Singles = tuple[list[Path], list[str], dict[str, str]]
 
 
-def singles(student: Student, teacher: Teacher, net: nn.Module, folder: Path, about: About) -> Singles:
+def singles(student: Student, teacher: Teacher, net: nn.Module, folder: Path, card: CardInfo) -> Singles:
     """(files that load into plain diffusers, limitations, {file that cannot be written: reason})."""
     import diffusers
 
@@ -342,8 +256,8 @@ def singles(student: Student, teacher: Teacher, net: nn.Module, folder: Path, ab
         )
     steps, kind, limits, left = len(student.times), student.denoiser.kind, [NEGATIVE], {}  # type: ignore[var-annotated]
     size = teacher.shape[-1] * factor(teacher.parts), teacher.shape[-2] * factor(teacher.parts)
-    spec = lambda lora: single_files.modelspec(net, kind, about.name, size, lora, license=about.license.id)
-    name = lambda what: single_files.file_name(about.name, steps, what)
+    spec = lambda lora: single_files.modelspec(net, kind, card.name, size, lora, license=card.license.id)
+    name = lambda what: single_files.file_name(card.name, steps, what)
     part, adapted = single_files.part(net), hasattr(net, "peft_config")
     write = lambda what, to: try_write(folder / name(what), lambda file: to(net, file, spec(what != part)), left)
     made = write(part, single_files.unet_file)
@@ -356,7 +270,7 @@ def singles(student: Student, teacher: Teacher, net: nn.Module, folder: Path, ab
         given = {"lora": name("lora_comfy")} if adapted else {"unet": name("unet")}
         try:
             flow = comfyui.workflow(student, "BASE.safetensors", size=size, **given)
-            (folder / f"{about.name}_{steps}step_comfyui.json").write_text(json.dumps(flow, indent=1))
+            (folder / f"{card.name}_{steps}step_comfyui.json").write_text(json.dumps(flow, indent=1))
         except ValueError as error:
             limits.append(f"There is no workflow for ComfyUI: {error}.")
         if adapted:
@@ -582,20 +496,20 @@ def export_again(again: Again, out: Path, name: str) -> None:
     replaceable(out)
     repository = hub.create(again.hub_model_id or name, again.hub_private) if again.push_to_hub else None
     student, teacher, scheduler, base, method, facts, *notes = trained(again) if again.run else published(again)
-    told = about(name, teacher, base, method, facts, again.license, repository)
+    card = collect_card_info(name, teacher, base, method, facts, again.license, repository)
     if again.published:
         named = Path(base).name if Path(base).exists() else base
         source = f"the weights of {Path(again.published).name}, as they were read, on {named}"
-        told = replace(told, source=source, notes=notes[0])
-    report(out, export(student, teacher, student.denoiser.net, scheduler, out, told), told)
+        card = replace(card, source=source, notes=notes[0])
+    report(out, export(student, teacher, student.denoiser.net, scheduler, out, card), card)
     if repository:
         sys.stderr.write(f"pushed to {hub.push(out, repository)}\n")
 
 
-def report(folder: Path, found: Verified, about: About) -> None:
+def report(folder: Path, found: Verified, card: CardInfo) -> None:
     """Print the written files, the reference, and the differences of their images."""
     lines = [f"exported {folder}. Plain diffusers loaded it again; from the same noise its images differ from those"]
-    lines += [f"of the training code's sampler with {about.source} (images in [0, 1]: largest difference, PSNR):"]
+    lines += [f"of the training code's sampler with {card.source} (images in [0, 1]: largest difference, PSNR):"]
     lines += [f"  {gap.largest:.1e}  {gap.psnr:5.1f} dB  {name}" for name, gap in found.gaps.items()]
     lines += [f"left out {name}: {why}" for name, why in found.left.items()]
-    sys.stderr.write("\n".join([*lines, *about.notes, ""]))
+    sys.stderr.write("\n".join([*lines, *card.notes, ""]))

@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,12 +25,10 @@ from distill.diffusion.schedule import Kind
 from distill.diffusion.student import Student
 from distill.training.config import StudentConfig
 from pipelines.components import ExportError, Parts
+from pipelines.export.model_card import CardInfo, render_model_card
 from pipelines.export.verify import TOLERANCE, Generated, exact, examples
 from pipelines.inference import controlnet
 from pipelines.teacher import Teacher
-
-if TYPE_CHECKING:
-    from pipelines.export.export import About
 
 CPU = torch.device("cpu")
 SHARE = {
@@ -112,7 +110,7 @@ def on_cpu(parts: Parts) -> Iterator[None]:
                 vars(parts).pop(name, None)
 
 
-def rehearse(student: Student, teacher: Teacher, scheduler: Any, about: About) -> None:
+def rehearse(student: Student, teacher: Teacher, scheduler: Any, card: CardInfo) -> None:
     """Sample one image with the exported student's pipeline and with the student's sampler, and write the card.
 
     An ExportError, in one line, where they differ or anything fails. No random number of the run is drawn.
@@ -120,7 +118,7 @@ def rehearse(student: Student, teacher: Teacher, scheduler: Any, about: About) -
     name = f"{teacher.parts.index['_class_name']} under {type(scheduler).__name__}"
     try:
         with on_cpu(teacher.parts), exact(0, CPU), torch.no_grad():
-            gaps = differences(student, teacher, scheduler, about)
+            gaps = differences(student, teacher, scheduler, card)
     except (ValueError, ExportError):
         raise
     except Exception as error:  # pipelines, encoders and autoencoders raise all kinds of errors
@@ -139,9 +137,8 @@ def rehearse(student: Student, teacher: Teacher, scheduler: Any, about: About) -
             )
 
 
-def differences(student: Student, teacher: Teacher, scheduler: Any, about: About) -> dict[int, float]:
+def differences(student: Student, teacher: Teacher, scheduler: Any, card: CardInfo) -> dict[int, float]:
     """{steps: largest difference of an image in [0, 1]} of the pipeline and the student's sampler."""
-    from pipelines.export.export import page
     from pipelines.export.schedule import scheduler as carrying
 
     parts, family = teacher.parts, teacher.parts.family
@@ -165,7 +162,7 @@ def differences(student: Student, teacher: Teacher, scheduler: Any, about: About
         with exact(n, CPU):
             made = family.sample(pipe, [prompt], z, n, family.UNCONDITIONAL, None)
         gaps[n] = float((made.float().clamp(0, 1) - image).abs().max())
-    page(one, teacher, scheduler, about, about.name, prompt, "", [])
+    render_model_card(one, teacher, scheduler, card, card.name, prompt, "", [])
     return gaps
 
 

@@ -18,6 +18,7 @@ from distill.training.config import StudentConfig
 from pipelines import load
 from pipelines.components import ExportError, Parts
 from pipelines.export import export, rehearsal
+from pipelines.export.model_card import collect_card_info
 from pipelines.families import edm, latents, schedulers, sd, tiny
 from pipelines.run import carried
 
@@ -40,13 +41,13 @@ def rehearsed(folder, **config):
     """The teacher and its student, whose export was rehearsed."""
     teacher = load(folder)
     student, scheduler = student_of(teacher, **config)
-    rehearsal.rehearse(student, teacher, scheduler, export.about("x", teacher, "base", "sid", "", None, None))
+    rehearsal.rehearse(student, teacher, scheduler, collect_card_info("x", teacher, "base", "sid", "", None, None))
     return teacher, student, scheduler
 
 
 def exported(teacher, student, scheduler, folder):
-    told = export.about("student", teacher, "base", "sid", "", None, None)
-    return export.export(student, teacher, student.denoiser.net, scheduler, folder, told)
+    card = collect_card_info("student", teacher, "base", "sid", "", None, None)
+    return export.export(student, teacher, student.denoiser.net, scheduler, folder, card)
 
 
 @pytest.fixture(scope="module")
@@ -241,13 +242,13 @@ def test_what_a_rehearsal_leaves(folder):
     teacher, calls = load(folder), []
     teacher.denoiser.net.register_forward_pre_hook(lambda *_: calls.append(1))
     student, scheduler = student_of(teacher, steps=4, scale=1.0)
-    about = export.about("x", teacher, "base", "sid", "", None, None)
+    card = collect_card_info("x", teacher, "base", "sid", "", None, None)
     state = torch.get_rng_state()
-    rehearsal.rehearse(student, teacher, scheduler, about)
+    rehearsal.rehearse(student, teacher, scheduler, card)
     assert torch.equal(state, torch.get_rng_state()) and not calls
     assert not {"text", "vae"} & vars(teacher.parts).keys()
     text = teacher.parts.text
-    rehearsal.rehearse(student, teacher, scheduler, about)
+    rehearsal.rehearse(student, teacher, scheduler, card)
     assert teacher.parts.text is text and text.unet is None
 
 
@@ -263,11 +264,11 @@ def test_what_a_rehearsal_catches(folder, monkeypatch):
     """Wrong schedulers, texts, times and noise, and pipelines that fail."""
     teacher = load(folder)
     student, scheduler = student_of(teacher, steps=4, scale=1.0)
-    about = export.about("x", teacher, "base", "sid", "", None, None)
+    card = collect_card_info("x", teacher, "base", "sid", "", None, None)
 
     def refused(words, student=student, teacher=teacher, scheduler=scheduler):
         with pytest.raises(ExportError, match=words):
-            rehearsal.rehearse(student, teacher, scheduler, about)
+            rehearsal.rehearse(student, teacher, scheduler, card)
 
     for change in WRONG:
         refused("in 4 step.* differs", scheduler=type(scheduler).from_config(scheduler.config, **change))

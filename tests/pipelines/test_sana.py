@@ -15,6 +15,7 @@ from distill.training.config import StudentConfig
 from pipelines import load
 from pipelines.components import ExportError
 from pipelines.export import export, verify
+from pipelines.export.model_card import collect_card_info
 from pipelines.export.schedule import scheduler
 from pipelines.families import sana, tiny
 
@@ -95,8 +96,8 @@ def test_times():
 def test_the_export_is_compared_at_one_two_and_four_steps(teacher, heard, tmp_path, monkeypatch):
     found, times = scheduler(teacher, StudentConfig(steps=2))
     student = Student(teacher.denoiser, times)
-    told = export.about("student", teacher, "base", "sprint", "", None, None)
-    gaps = export.export(student, teacher, heard, found, tmp_path / "right", told).gaps
+    card = collect_card_info("student", teacher, "base", "sprint", "", None, None)
+    gaps = export.export(student, teacher, heard, found, tmp_path / "right", card).gaps
     names = ("pipeline", "pipeline, 1 step", "pipeline, 4 steps")
     assert gaps.keys() > {*names} and max(gaps[name].largest for name in names) < 1e-4
     facts = json.loads((tmp_path / "right" / "model_index.json").read_text())
@@ -106,7 +107,7 @@ def test_the_export_is_compared_at_one_two_and_four_steps(teacher, heard, tmp_pa
     right = sana.angles
     monkeypatch.setattr(sana, "angles", lambda steps: (math.pi / 2, 1.3, 1.1, 0.6) if steps == 4 else right(steps))
     with pytest.raises(ExportError, match="differs from the student: pipeline, 4 steps by"):
-        export.export(student, teacher, heard, found, tmp_path / "wrong", told)
+        export.export(student, teacher, heard, found, tmp_path / "wrong", card)
 
 
 def test_what_is_refused(folder, teacher, tmp_path):

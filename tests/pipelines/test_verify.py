@@ -13,6 +13,7 @@ from distill.diffusion.student import Student
 from distill.training.config import StudentConfig
 from pipelines import load as load_teacher
 from pipelines.export import export, verify
+from pipelines.export.model_card import collect_card_info
 from pipelines.families import flux, tiny
 from pipelines.launch import start_accelerator
 from pipelines.run import carried, half
@@ -59,8 +60,8 @@ def test_encoders_that_are_stored_in_half(tmp_path):
     teacher = load_teacher(folder)
     scheduler, config = carried(teacher, StudentConfig(steps=2))
     student = Student(teacher.denoiser, config.times, config.scale, config.renoise)
-    told = export.about("student", teacher, "base", "dmd2", "", None, None)
-    gaps = export.export(student, teacher, teacher.denoiser.net, scheduler, tmp_path / "pipeline", told).gaps
+    card = collect_card_info("student", teacher, "base", "dmd2", "", None, None)
+    gaps = export.export(student, teacher, teacher.denoiser.net, scheduler, tmp_path / "pipeline", card).gaps
     assert gaps["pipeline"].largest < 1e-4
 
 

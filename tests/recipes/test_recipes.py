@@ -31,6 +31,7 @@ from pipelines import load, run
 from pipelines.components import ExportError, index
 from pipelines.export import export, verify
 from pipelines.export.card import snippet
+from pipelines.export.model_card import collect_card_info
 from pipelines.families import edm
 from pipelines.teacher import opened
 
@@ -343,14 +344,14 @@ def one(runs):
     """A finished run of SDXL: everything that an export is made of."""
     teacher, state = trained("dmd2_sdxl", runs[0]["dmd2_sdxl"])
     scheduler, _ = run.carried(teacher, config_of("dmd2_sdxl").student)
-    told = export.about("student", teacher, "base", "dmd2", "", None, None)
-    return teacher, state, scheduler, told
+    card = collect_card_info("student", teacher, "base", "dmd2", "", None, None)
+    return teacher, state, scheduler, card
 
 
 @pytest.mark.parametrize("which", ("teacher", "raw", "stale"))
 def test_wrong_weights_are_caught(which, one, runs, tmp_path, monkeypatch):
     """The folder of an earlier export stays as it is."""
-    teacher, state, scheduler, told = one
+    teacher, state, scheduler, card = one
     net, student = state.ema.net, state.nets.student
     stale = load_file(runs[0]["dmd2_sdxl"] / "checkpoint-1" / "ema.safetensors")
     wrong = {"teacher": teacher.denoiser.net, "raw": student.denoiser.net}
@@ -358,11 +359,11 @@ def test_wrong_weights_are_caught(which, one, runs, tmp_path, monkeypatch):
         wrong["stale"] = state.nets.student.denoiser.copy().net
         wrong["stale"].load_state_dict(stale)
     folder, right = tmp_path / "pipeline", export.write
-    assert export.export(student, teacher, net, scheduler, folder, told).gaps["pipeline"].largest < 1e-5
+    assert export.export(student, teacher, net, scheduler, folder, card).gaps["pipeline"].largest < 1e-5
     before = {p: p.stat().st_mtime_ns for p in folder.rglob("*")}
     monkeypatch.setattr(export, "write", lambda teacher, net, *rest: right(teacher, wrong[which], *rest))
     with pytest.raises(ExportError, match="differs from the student: pipeline by"):
-        export.export(student, teacher, net, scheduler, folder, told)
+        export.export(student, teacher, net, scheduler, folder, card)
     assert {p: p.stat().st_mtime_ns for p in folder.rglob("*")} == before
 
 
@@ -370,10 +371,10 @@ def test_wrong_weights_are_caught(which, one, runs, tmp_path, monkeypatch):
     "change", ({"original_inference_steps": 50}, {"beta_end": 0.011}, {"prediction_type": "sample"})
 )
 def test_a_wrong_scheduler_is_caught(change, one, tmp_path):
-    teacher, state, scheduler, told = one
+    teacher, state, scheduler, card = one
     wrong = type(scheduler).from_config(scheduler.config, **change)
     with pytest.raises(ExportError, match="differs from the student: pipeline by"):
-        export.export(state.nets.student, teacher, state.ema.net, wrong, tmp_path / "pipeline", told)
+        export.export(state.nets.student, teacher, state.ema.net, wrong, tmp_path / "pipeline", card)
 
 
 def test_every_input_counts(one):

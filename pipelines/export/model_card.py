@@ -1,0 +1,117 @@
+"""What a model card says of a student: the facts of its run, its call, what was verified."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from distill.diffusion.student import Student
+from pipelines.export.card import Result, card, code
+from pipelines.export.license import UNKNOWN, License, license_of
+from pipelines.export.verify import Gap
+from pipelines.families.latents import factor
+from pipelines.families.registry import FAMILIES
+from pipelines.teacher import Teacher
+
+
+@dataclass(frozen=True)
+class CardInfo:
+    """What a model card says of a student beyond its weights. config: the resolved configuration, YAML."""
+
+    name: str  # of the student, in titles and file names
+    base: str | Path  # the teacher: a name on the Hub or a folder
+    license: License
+    method: str
+    config: str = ""
+    model: str | None = None  # its name on the Hub, where the card loads it from; None: the folder itself
+    results: Sequence[Result] = ()
+    source: str = "the student's weights"  # reference of the verification
+    notes: Sequence[str] = ()  # about that source
+
+
+def collect_card_info(
+    name: str, teacher: Teacher, base: str, method: str, config: str, license: str | None, model: str | None
+) -> CardInfo:
+    """The facts of a card. license: the value of --license. A student that is published (model) needs a known one."""
+    try:
+        known = license_of(teacher.parts.folder if Path(base).exists() else base, license)
+    except ValueError:
+        if model:
+            raise
+        known = UNKNOWN
+    return CardInfo(re.sub(r"[^\w.-]+", "-", name), base, known, method, config, model)  # it goes into file names
+
+
+def describe_verification(info: CardInfo, gap: Gap, n: int) -> str:
+    """The card's text about the verification and its reference."""
+    return " ".join(
+        (
+            f"Plain diffusers loaded this folder again. From the same noise, its images of {n} conditions differ by at",
+            f"most {gap.largest:.1e} (of a range of 1) from those of the training code's sampler with {info.source}.",
+            *info.notes,
+        )
+    )
+
+
+def absent_components(teacher: Teacher) -> list[str]:
+    """Components that from_pretrained asks for and the teacher's folder does not have: SD3 without T5."""
+    import diffusers
+
+    optional = getattr(diffusers, teacher.parts.index["_class_name"])._optional_components
+    return [n for n, entry in teacher.parts.index.items() if entry == [None, None] and n not in optional]
+
+
+def render_model_card(
+    student: Student,
+    teacher: Teacher,
+    scheduler: Any,
+    info: CardInfo,
+    where: str | Path,
+    prompt: Any,
+    lora: str,
+    limits: Sequence[str],
+    beside: Sequence[str] = (),
+    checked: str = "",
+) -> str:
+    """The model card. checked: what was verified."""
+    family, steps = teacher.parts.family, len(student.times)
+    program = render_call(teacher, steps, prompt)
+    return card(
+        info.name,
+        info.base,
+        info.license,
+        FAMILIES[teacher.parts.index["_class_name"]],
+        info.method,
+        steps,
+        info.config,
+        code=code(program, where, absent=absent_components(teacher)),
+        lora=code(program, where, info.base, lora, type(scheduler).__name__, absent_components(teacher))
+        if lora
+        else "",
+        task=getattr(family, "TASK", "text-to-image"),
+        samples="samples.png",
+        prompt=str(prompt),
+        limits=limits,
+        results=info.results,
+        files=beside,
+        checked=checked,
+    )
+
+
+def render_call(teacher: Teacher, steps: int, prompt: Any) -> str:
+    """The call that a card shows, with the size of the samples, which some pipelines do not know."""
+    family = teacher.parts.family
+    if not hasattr(family, "TARGETS"):
+        return family.snippet(steps, prompt)
+    height, width = (side * factor(teacher.parts) for side in teacher.shape[-2:])
+    options = {"height": height, "width": width, "num_inference_steps": steps}
+    options |= family.options(teacher.parts, steps) if hasattr(family, "options") else family.CALL
+    if "frames" in teacher.parts.asked:
+        options["num_frames"] = teacher.parts.asked["frames"]
+    given = ", ".join([json.dumps(prompt), *(f"{name}={value!r}" for name, value in options.items())])
+    made = "video = {}.frames[0]" if len(teacher.shape) == 4 else "image = {}.images[0]"
+    return made.format(f"pipe({given})")
