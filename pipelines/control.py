@@ -1,6 +1,9 @@
-"""`python -m pipelines.control`: the command of pipelines/inference/controlnet.py."""
+"""`python -m pipelines.control`: the command of pipelines/export/control_error.py. Model cards name `shown`."""
 
-from pipelines.inference.controlnet import main
+from pipelines.export.control_error import main
+from pipelines.inference.controlnet import shown
+
+__all__ = ["shown"]
 
 if __name__ == "__main__":
     main()

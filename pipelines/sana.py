@@ -1,6 +1,6 @@
-"""`python -m pipelines.sana`: the command of pipelines/families/sana.py."""
+"""`python -m pipelines.sana`: the command of pipelines/export/sana_convert.py."""
 
-from pipelines.families.sana import main
+from pipelines.export.sana_convert import main
 
 if __name__ == "__main__":
     main()

@@ -1,9 +1,8 @@
 """SANA: a linear-attention flow transformer on deep-compression latents, Gemma text; and SANA-Sprint's form of it.
 
-python -m pipelines.sana TEACHER FOLDER      a copy whose queries and keys are normalised and which is told t in [0, 1]
-
-SANA-Sprint (Chen et al. 2025, arXiv 2503.09641) fine-tunes such a copy before it distils, for sCM differentiates the
-network in time: told 1000 t its derivative is a thousand times as large. A student of it is told its guidance, too: by
+SANA-Sprint (Chen et al. 2025, arXiv 2503.09641) normalises the queries and keys of its teacher, gives it t in [0, 1],
+and fine-tunes it before it distils (pipelines/export/sana_convert.py makes such a copy). sCM differentiates the network
+in time: given 1000 t its derivative is a thousand times as large. A student of it is told its guidance, too: by
 an embedding that is zero at first, 4.5 unless c has "guidance". It is a SanaSprintPipeline under the SCMScheduler.
 """
 
@@ -12,16 +11,12 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-import tyro
 from torch import Tensor
 
 from distill.diffusion.denoiser import Condition, Denoiser
-from distill.layout import program_name
 from pipelines.components import Parts
 from pipelines.families import latents
 from pipelines.teacher import Teacher
@@ -59,13 +54,13 @@ def hearing(net: Any) -> Any:
             "SanaSprintPipeline gives its network t in [0, 1], and this teacher expects 1000 t: convert it with "
             "python -m pipelines.sana TEACHER FOLDER, and fine-tune that with recipes/sana_sprint_teacher.py"
         )
-    made = changed(net, guidance_embeds=True)
+    made = with_config(net, guidance_embeds=True)
     for p in made.time_embed.guidance_embedder.linear_2.parameters():
         torch.nn.init.zeros_(p)
     return made
 
 
-def changed(net: Any, **config: Any) -> Any:
+def with_config(net: Any, **config: Any) -> Any:
     """The network with another config and the same weights; norms that it did not have start as ones."""
     like, own = next(net.parameters()), {key: v for key, v in net.config.items() if not key.startswith("_")}
     with torch.random.fork_rng(), torch.device(like.device):
@@ -173,30 +168,3 @@ def tiny(**config: Any) -> Any:
     tiny.louder(net, 3.0, "attn2", "timestep_embedder")
     flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
     return SanaPipeline(tiny.gemma_tokenizer(), tiny.gemma(16), vae, net, DPMSolverMultistepScheduler(**flow))
-
-
-@dataclass(frozen=True)
-class Copy:
-    """A SANA teacher with SANA-Sprint's norms and times, its other weights as they are: to be fine-tuned."""
-
-    teacher: Annotated[str, tyro.conf.Positional]  # a folder, or a name on the Hub
-    output_dir: Annotated[str, tyro.conf.Positional]  # the folder to write
-    variant: str | None = None  # of the teacher's weight files: fp16
-
-
-def main(copy: Copy | None = None) -> None:
-    copy = copy or tyro.cli(Copy, use_underscores=True, description=__doc__, prog=program_name())
-    from distill.configuration import fail
-    from pipelines.export.export import write
-    from pipelines.teacher import opened
-
-    folder = Path(copy.output_dir)
-    if folder.exists() and any(folder.iterdir()):
-        fail(f"{folder} is not empty: choose another folder")
-    try:
-        teacher = opened(copy.teacher, variant=copy.variant)
-        if (kind := teacher.parts.index["_class_name"]) != "SanaPipeline":
-            raise ValueError(f"{copy.teacher} is a {kind}; give a SanaPipeline")
-    except ValueError as error:
-        fail(str(error))
-    write(teacher, changed(teacher.denoiser.net, **SPRINT), teacher.parts.scheduler(), folder)

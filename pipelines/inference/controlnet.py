@@ -8,37 +8,28 @@ a network; a picture [B, C, H, W] in [0, 1] is the key "control" of its conditio
     with shown(pipe.unet, adapter, picture):
         pipe(class_labels=[3], num_inference_steps=1)
 
-python -m pipelines.control FOLDER      how well an exported folder keeps to pictures of its own samples
+`python -m pipelines.control FOLDER` (pipelines/export/control_error.py) measures how well an exported folder follows
+pictures of its own samples.
 """
 
 from __future__ import annotations
 
 import inspect
-import json
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-import tyro
-import yaml
 from torch import Tensor, nn
 
-from distill.configuration import fail
 from distill.diffusion.denoiser import Call, Condition, Denoiser, first
-from distill.layout import program_name
 from distill.modules import shared
-from distill.ranges import Count, Seed
-from distill.training.checkpoint import refused
-from distill.training.config import StudentConfig
-from pipelines import fields
 from pipelines.families import latents
 from pipelines.judges import perceptual
-from pipelines.teacher import Teacher, opened
+from pipelines.teacher import Teacher
 
 if TYPE_CHECKING:
     from distill.configuration import Config
@@ -263,55 +254,3 @@ def piped(pipe: Any, folder: Path, **options: Any) -> Any:
         return cls.from_pretrained(folder, controlnet=adapter, **options)
     pipe.unet.control = adapter
     return pipe
-
-
-@dataclass(frozen=True)
-class Consistency:
-    """How well an exported folder keeps to pictures of its own samples, which are of other noise."""
-
-    folder: Annotated[str, tyro.conf.Positional]  # of the exported pipeline
-    n: Count = 64  # batches of noise, each with every example of the family as its prompts
-    seed: Seed = 0  # of the noise
-
-
-@torch.no_grad()
-def consistency(asked: Consistency) -> dict[str, float]:
-    """mean |c(x) - y|, y = c(f(z)), for x = f'(z', y), "told", and for x = f(z'), "untold"."""
-    from distill.diffusion.student import Student
-    from pipelines.export.schedule import finished, scheduler
-    from pipelines.export.verify import Generated, examples
-
-    folder = Path(asked.folder)
-    if not (folder / FOLDER).is_dir():
-        raise ValueError(f"{folder} has no {FOLDER}: give the folder of an exported pipeline with an adapter")
-    teacher = opened(asked.folder)
-    try:
-        tree = yaml.safe_load(fields.facts(folder).get("config", ""))["method"]
-        picture = extractor(teacher, tree["control"], tree["factor"])
-    except (yaml.YAMLError, KeyError, TypeError, AttributeError, RecursionError):
-        told = "holds no configuration of a control: export the run again"
-        raise ValueError(f"{folder / 'distill.json'} {told}") from None
-    install(teacher)
-    teacher.denoiser.net.control = stored(folder)
-    config = finished(teacher, StudentConfig())
-    student = Student(teacher.denoiser, scheduler(teacher, config)[1], config.scale, config.renoise)
-    prompts = examples(teacher)
-    c, draw, gaps = teacher.encode(prompts) or {}, Generated(teacher), []
-    generator = torch.Generator().manual_seed(asked.seed)
-    for _ in range(asked.n):
-        z, other = torch.randn(2, len(prompts), *teacher.shape, generator=generator)
-        y = picture(student.generate(z, c, draw))
-        both = (picture(student.generate(other, told, draw)) for told in (c | {"control": y}, c))
-        gaps.append(torch.stack([(seen - y).abs().mean() for seen in both]))
-    return dict(zip(("told", "untold"), torch.stack(gaps).mean(0).tolist(), strict=True))
-
-
-def main(asked: Consistency | None = None) -> None:
-    asked = asked or tyro.cli(Consistency, use_underscores=True, description=__doc__, prog=program_name())
-    try:
-        found = consistency(asked)
-    except (ValueError, OSError, MemoryError, RuntimeError) as error:
-        if not (why := refused(error)) and isinstance(error, MemoryError | RuntimeError):
-            raise
-        fail(why or str(error))
-    sys.stdout.write(json.dumps(found) + "\n")

@@ -25,7 +25,7 @@ from distill.training.build import build
 from distill.training.config import StudentConfig
 from distill.training.loop import train
 from pipelines import load, run
-from pipelines.export import export, verify
+from pipelines.export import control_error, export, verify
 from pipelines.export.schedule import finished, scheduler
 from pipelines.families import tiny
 from pipelines.inference import controlnet
@@ -286,13 +286,13 @@ def test_plan(teachers):
 def test_consistency_command(runs, tmp_path, capsys):
     """It reads the folder alone; where the adapter is as it began, being told changes nothing."""
     folder = shutil.copytree(runs["digits_nct"] / "pipeline", tmp_path / "p")
-    found = controlnet.consistency(controlnet.Consistency(f"{folder}", n=2))
+    found = control_error.measure_control_error(control_error.Arguments(f"{folder}", n=2))
     assert found["told"] != found["untold"] and 0 < found["told"] < 1
     adapter = controlnet.controlnet(load(runs["digits_nct"] / "teacher").denoiser.net, 1, 1)
     adapter.save_pretrained(folder / "controlnet")
-    controlnet.main(controlnet.Consistency(f"{folder}", n=2))
+    control_error.main(control_error.Arguments(f"{folder}", n=2))
     found = json.loads(capsys.readouterr().out)
     assert found["told"] == found["untold"]
     shutil.rmtree(folder / "controlnet")
     with pytest.raises(ValueError, match="has no controlnet"):
-        controlnet.consistency(controlnet.Consistency(f"{folder}", n=2))
+        control_error.measure_control_error(control_error.Arguments(f"{folder}", n=2))

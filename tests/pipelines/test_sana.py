@@ -14,7 +14,7 @@ from distill.methods import LCD, SCM, VSD, Sprint
 from distill.training.config import StudentConfig
 from pipelines import load
 from pipelines.components import ExportError
-from pipelines.export import export, verify
+from pipelines.export import export, sana_convert, verify
 from pipelines.export.model_card import collect_card_info
 from pipelines.export.schedule import scheduler
 from pipelines.families import sana, tiny
@@ -134,7 +134,7 @@ def test_what_is_refused(folder, teacher, tmp_path):
 def test_the_copy_that_is_fine_tuned(tmp_path):
     """python -m pipelines.sana: every weight of the teacher, norms of ones, a time of [0, 1]; a SanaPipeline."""
     tiny.save("sana", tmp_path / "plain", **PLAIN)
-    sana.main(sana.Copy(f"{tmp_path / 'plain'}", f"{tmp_path / 'copy'}"))
+    sana_convert.main(sana_convert.Arguments(f"{tmp_path / 'plain'}", f"{tmp_path / 'copy'}"))
     before, after = (load(tmp_path / name).denoiser.net for name in ("plain", "copy"))
     old, new = before.state_dict(), after.state_dict()
     assert all(torch.equal(new[name], p) for name, p in old.items())
@@ -147,7 +147,7 @@ def test_the_copy_that_is_fine_tuned(tmp_path):
     (tmp_path / "copy" / "transformer" / "config.json").write_text(json.dumps(config))
     assert load(tmp_path / "copy", told=True).denoiser.net.config.guidance_embeds
     with pytest.raises(SystemExit):
-        sana.main(sana.Copy(f"{tmp_path / 'plain'}", f"{tmp_path / 'copy'}"))
+        sana_convert.main(sana_convert.Arguments(f"{tmp_path / 'plain'}", f"{tmp_path / 'copy'}"))
 
 
 @pytest.mark.parametrize(

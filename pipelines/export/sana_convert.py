@@ -1,0 +1,41 @@
+"""A SANA teacher in SANA-Sprint's form: normalised queries and keys, and t in [0, 1]. Its other weights are unchanged.
+
+python -m pipelines.sana TEACHER FOLDER
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from distill.configuration import fail
+from distill.layout import program_name
+from pipelines.export.export import write
+from pipelines.families.sana import SPRINT, with_config
+from pipelines.teacher import opened
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """A SANA teacher with SANA-Sprint's norms and times, its other weights as they are: to be fine-tuned."""
+
+    teacher: Annotated[str, tyro.conf.Positional]  # a folder, or a name on the Hub
+    output_dir: Annotated[str, tyro.conf.Positional]  # the folder to write
+    variant: str | None = None  # of the teacher's weight files: fp16
+
+
+def main(arguments: Arguments | None = None) -> None:
+    arguments = arguments or tyro.cli(Arguments, use_underscores=True, description=__doc__, prog=program_name())
+    folder = Path(arguments.output_dir)
+    if folder.exists() and any(folder.iterdir()):
+        fail(f"{folder} is not empty: choose another folder")
+    try:
+        teacher = opened(arguments.teacher, variant=arguments.variant)
+        if (kind := teacher.parts.index["_class_name"]) != "SanaPipeline":
+            raise ValueError(f"{arguments.teacher} is a {kind}; give a SanaPipeline")
+    except ValueError as error:
+        fail(str(error))
+    write(teacher, with_config(teacher.denoiser.net, **SPRINT), teacher.parts.scheduler(), folder)
