@@ -123,14 +123,15 @@ def roles(case: Case, cfg: Bench, place: str) -> tuple[Any, Any, dict[str, Any]]
     from distill.training.build import build
     from distill.training.config import FakeConfig, StudentConfig
     from pipelines.planning.models import MODELS, Meta
+    from pipelines.teacher import teacher_of
 
     model = MODELS["sdxl"]
     if cfg.tiny:
         model = replace(model, config=model.config | TINY)
     parts = Meta(model, device=place)
-    teacher = parts.family.load(parts, None, None)
+    teacher = teacher_of(parts)
     c = {name: torch.zeros(1, *shape, device=place) for name, shape in parts.condition().items()}
-    lora = LoRA(cfg.rank, float(cfg.rank), parts.family.TARGETS) if case.lora else LoRA()
+    lora = LoRA(cfg.rank, float(cfg.rank), parts.family.lora_targets) if case.lora else LoRA()
     with torch.device(place):
         student = StudentConfig(steps=case.steps, lora=lora)
         nets = build(case.method, teacher.denoiser, teacher.shape, c, student, FakeConfig(lora))

@@ -5,18 +5,24 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import re
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 
 from pipelines import fields
-from pipelines.families.registry import EDM_NETS, FAMILIES
 
 NEEDED = ("unet", "transformer", "vae", "scheduler")  # components that may not be null where they are named
+EDM_NETS = ("pipelines.edm_nets", "distill.pipelines.edm_nets")  # names of that module in a checkout and in the wheel
 LIBRARIES = ("diffusers", "transformers", *EDM_NETS)  # whose classes components may be
+
+
+# Objects of diffusers, whose classes are many and untyped.
+Network = Any  # a UNet or transformer: nn.Module with a `config`
+Pipeline = Any  # a DiffusionPipeline
+Scheduler = Any  # with a `config`, `timesteps` and `step`
 
 
 class ExportError(Exception):
@@ -28,46 +34,19 @@ class Parts:
 
     A run whose prompts and images are cached never holds a text encoder, nor a VAE where it draws no samples.
     variant: of the weight files ("fp16"). dtype: of the network; that of text encoders and VAE is `precision`.
-    told: its guidance is told to the network, which gets an embedding for it where it has none.
     """
 
-    told = False
+    adapt_network: Callable[[Any], Any] | None = None  # applied to the network once it is read
 
-    def __init__(
-        self, folder: str | Path, variant: str | None = None, dtype: torch.dtype = torch.float32, told: bool = False
-    ) -> None:
+    def __init__(self, folder: str | Path, variant: str | None = None, dtype: torch.dtype = torch.float32) -> None:
         self.folder, self.variant, self.dtype = Path(folder), variant, dtype
         self.index = index(folder)
         if variant and not any(has_variant(part, variant) for part in self.folder.iterdir()):
             raise ValueError(f"no component of {folder} has weights of the variant {variant!r}: leave --variant out")
-        if told:
-            self.tell()
         self.precision = torch.float32
         self.device = torch.device("cpu")  # where encoders and VAE work; the network is moved by the trainer
         self.given: dict[str, Any] = {}  # components that are not read from the folder
         self.asked: dict[str, int] = {}  # a size that is not the teacher's own: "resolution", "frames"
-
-    def tell(self) -> None:
-        """Have the network be told its guidance: a ValueError, as soon as it is read, where it can't be."""
-        self.told, self.index = True, self.index | getattr(self.family, "TOLD", {})
-
-    def hearing(self, net: Any) -> Any:
-        """The network that hears its guidance, as FLUX.1-dev's and an LCM's do, or the family's makes itself do."""
-        if hasattr(self.family, "hearing"):
-            return self.family.hearing(net)
-        if not (net.config.get("guidance_embeds") or net.config.get("time_cond_proj_dim")):
-            raise ValueError(
-                f"a range of guidance needs a guidance embedding, but the network of {self.folder} has none: "
-                "give --method.guidance one number"
-            )
-        return net
-
-    @property
-    def family(self) -> ModuleType:
-        name = self.index["_class_name"]
-        if name not in FAMILIES:
-            raise ValueError(f"{self.folder} is a {name}; supported pipelines are {sorted(FAMILIES)}")
-        return importlib.import_module(f"{__package__}.families.{FAMILIES[name]}")
 
     @property
     def network(self) -> str:
@@ -84,7 +63,7 @@ class Parts:
         if library is None:
             raise ValueError(f"{self.folder}: its model_index.json has no {name} (null), which is needed here")
         self.check(name)
-        cls = getattr(importlib.import_module(library), kind, None) if library in LIBRARIES else None
+        cls: Any = getattr(importlib.import_module(library), kind, None) if library in LIBRARIES else None
         try:
             loads, weights = (hasattr(cls, method) for method in ("from_pretrained", "parameters"))
         except ImportError as error:  # of a class whose own library is not installed
@@ -98,7 +77,8 @@ class Parts:
             found = cls.from_pretrained(self.folder, subfolder=name, local_files_only=True, **options)
         except Exception as error:  # classes raise all kinds of errors for a bad config
             raise ValueError(f"{self.folder}: its {name} ({kind}) cannot be read: {error}") from error
-        found = self.hearing(found) if self.told and name == self.network else found
+        if self.adapt_network is not None and name == self.network:
+            found = self.adapt_network(found)
         return found.requires_grad_(False).eval() if options else found
 
     def config(self, name: str) -> dict[str, Any]:
@@ -224,8 +204,10 @@ def _known(path: Path, part: str, entry: list[Any]) -> None:
     if not (named and re.fullmatch(r"[A-Za-z]\w*", part)):
         raise ValueError(f"{path} is damaged: its component {part!r} is {entry}; it is [library, class] of a folder")
     library = entry[0]
-    own = Path(importlib.util.find_spec("diffusers").origin).parent / "pipelines"  # "stable_diffusion", for one
-    if library not in LIBRARIES and not (library.isidentifier() and (own / library).is_dir()):
+    spec = importlib.util.find_spec("diffusers")
+    assert spec is not None and spec.origin is not None, "diffusers is a requirement of this package"
+    pipelines = Path(spec.origin).parent / "pipelines"  # "stable_diffusion", for one
+    if library not in LIBRARIES and not (library.isidentifier() and (pipelines / library).is_dir()):
         raise ValueError(f"{path.parent}: component {part} is of {library!r}, code that is not run from here")
     if library in EDM_NETS:
         importlib.import_module(f"{__package__}.edm_nets")  # which diffusers then finds under both names

@@ -26,7 +26,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import Tensor, nn
 
-from pipelines.families.registry import EDM_NETS
+from pipelines.components import EDM_NETS
 
 EPS = 1e-6
 sys.modules.update(dict.fromkeys(EDM_NETS, sys.modules[__name__]))

@@ -20,12 +20,12 @@ from distill.files import folder_lock, rank
 from distill.method import Requirement
 from distill.training import checkpoint, nonfinite, precision
 from pipelines import fields
-from pipelines.components import ExportError, index, located
-from pipelines.families.registry import FAMILIES
+from pipelines.components import ExportError, Network, index, located
+from pipelines.families.registry import families
 from pipelines.inference import controlnet
 from pipelines.judges import perceptual, reward
 from pipelines.launch import silence_libraries, start_accelerator
-from pipelines.teacher import Teacher, opened
+from pipelines.teacher import Teacher, load_teacher
 
 if TYPE_CHECKING:
     import torch
@@ -80,8 +80,8 @@ def check(config: Config[Any, Any], out: Path) -> Path | None:
     from pipelines.export.export import replaceable
 
     resume = config.train.resume_from_checkpoint
-    if config.family not in FAMILIES.values():
-        raise ValueError(f"--family is {config.family!r}; it must be one of {sorted({*FAMILIES.values()})}")
+    if config.family not in families():
+        raise ValueError(f"--family is {config.family!r}; it must be one of {sorted(families())}")
     if not re.fullmatch(r"([\w.-]{1,96}/)?[\w.-]{1,96}", config.hub_model_id or "name"):
         raise ValueError(f"--hub_model_id is {config.hub_model_id!r}; it must be user/name or name")
     if config.train.attention is not None:
@@ -202,8 +202,8 @@ def run(config: Config[Any, Any], out: Path, resume: Path | None) -> None:
             entry["teacher"] = identity(folder, config.teacher, config.variant)
         if before and not config.smoke:  # whose teacher is made anew
             history.check_same_teacher(resume, before, entry["teacher"], allowed)
-        told = Requirement.GUIDANCE_EMBEDDING in config.method.requirements
-        teacher = opened(f"{folder}", config.revision, config.variant, *size, kind, told)
+        guidance_embedded = Requirement.GUIDANCE_EMBEDDING in config.method.requirements
+        teacher = load_teacher(f"{folder}", config.revision, config.variant, *size, kind, guidance_embedded)
     if Requirement.EXPORTED_TEACHER in config.method.requirements:
         config = dataclasses.replace(config, student=finished(teacher, config.student))
     if Requirement.CONTROL_PICTURE in config.method.requirements:
@@ -343,7 +343,7 @@ def network_dtype(config: Config[Any, Any], accelerator: Accelerator) -> torch.d
     return torch.bfloat16 if half else torch.float32
 
 
-def half(net: Any) -> None:
+def half(net: Network) -> None:
     """The network in bfloat16, but for what its class keeps in float32: the rotations of Wan's positions, say."""
     import torch
 

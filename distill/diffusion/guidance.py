@@ -158,7 +158,7 @@ def embedding(w: Tensor, dim: int | None = 256) -> Tensor:
     if dim is None:
         raise ValueError(
             "the network has no embedding of guidance (time_cond_proj_dim), and the method draws it from a range: load "
-            "the teacher with pipelines.load(folder, told=True), or give one number"
+            "the teacher with pipelines.load(folder, guidance_embedded=True), or give one number"
         )
     half = dim // 2
     freq = torch.exp(torch.arange(half, dtype=torch.float64, device=w.device) * (-math.log(10000.0) / (half - 1)))

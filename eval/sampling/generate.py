@@ -45,7 +45,6 @@ MOST = {"n": IMAGES, "steps": 10_000, "per_prompt": IMAGES, "classes": IMAGES, "
         "first_steps": 10_000, "resolution": 1 << 14}  # fmt: skip
 EDM = "ConsistencyModelPipeline"
 EXPORTS = ("pipeline", "watch", "lora", "pytorch_lora_weights", "adapter_model", "diffusion_pytorch_model")
-PADS = ("QwenImagePipeline",)  # they pad prompts to the longest of a call: rows would depend on their neighbours
 
 
 @dataclass(frozen=True)
@@ -260,10 +259,18 @@ class Sampling:
             )
         if self.student and self.steps and has and self.steps > has:
             raise ValueError(f"steps is {self.steps}, but {name} was made for {has}; use 1 to {has}")
-        if self.height > 1 and self.pipeline_class in PADS:
+        if self.height > 1 and self.pads_to_longest:
             raise ValueError(
                 f"rows is {self.rows}, but {self.pipeline_class} pads prompts to the longest of a call; use 1"
             )
+
+    @property
+    def pads_to_longest(self) -> bool:
+        """Whether the pipeline pads prompts to the longest of a call, so that rows depend on their neighbours."""
+        from pipelines.families.registry import known_pipelines
+
+        family = known_pipelines().get(self.pipeline_class)
+        return family is not None and family.pads_to_longest
 
     def request(self) -> dict[str, Any]:
         """All that the images depend on."""

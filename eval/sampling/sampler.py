@@ -74,7 +74,7 @@ def pipeline_sampler(
 ) -> Sampler:
     """Samples a diffusers pipeline as it is.
 
-    family: its module of pipelines/, by which it is given its first noise, of `shape`; None: any other pipeline, which
+    family: of pipelines/families; the pipeline then gets its first noise, of `shape`. None: any other pipeline, which
     draws its noise by `generator`. Noise of later steps comes from the same generators, whether or not the pipeline
     hands them to its scheduler. steps, guidance: None is the pipeline's own default; own: if not, no guidance is.
     """
@@ -94,9 +94,7 @@ def pipeline_sampler(
         with _drawn_from(pipe.scheduler, generators):
             if family is not None:
                 z = torch.cat([torch.randn((1, *shape), generator=g) for g in generators]).to(pipe.device, pipe.dtype)
-                images = family.sample(
-                    pipe, conditions, z, steps, family.UNCONDITIONAL if guidance is None else guidance
-                )
+                images = family.sample(pipe, conditions, z, steps, family.no_guidance if guidance is None else guidance)
                 return images.float().cpu() * 2 - 1
             asked: dict[str, Any] = {
                 "num_inference_steps": steps,
@@ -261,13 +259,13 @@ def _scheduler(pipe: Any, name: str | None, config: dict[str, Any]) -> Any:
 
 
 def family_of(pipe: Any, resolution: int | None) -> tuple[Any, Any]:
-    """(module of pipelines/, shape of a sample) of a known family, (None, None) of other pipelines."""
-    from pipelines.families.registry import FAMILIES
+    """(family, shape of a sample) of a pipeline that a family reads, (None, None) of other pipelines."""
+    from pipelines.families.registry import known_pipelines
     from pipelines.inference.stitch import around
 
-    if type(pipe).__name__ not in FAMILIES:
+    if type(pipe).__name__ not in known_pipelines():
         if resolution is not None:
             raise ValueError(f"resolution cannot be chosen for a {type(pipe).__name__}; leave it out")
         return None, None
     teacher = around(pipe, resolution)
-    return teacher.parts.family, teacher.shape
+    return teacher.family, teacher.shape

@@ -140,6 +140,7 @@ def encoders(config: Cache, device: torch.device) -> Teacher:
     import importlib
 
     from pipelines.components import Parts, located
+    from pipelines.teacher import teacher_of
 
     parts = Parts(located(config.teacher, config.revision, config.variant), config.variant)
     parts.precision, parts.device = getattr(torch, config.precision), device
@@ -157,7 +158,7 @@ def encoders(config: Cache, device: torch.device) -> Teacher:
     parts.given[parts.network] = net
     if config.images:
         parts.given["vae"] = parts.component("vae", torch.float32)
-    return parts.family.load(parts, config.resolution, None)
+    return teacher_of(parts, config.resolution)
 
 
 def begun(folder: Path, config: Cache, teacher: Teacher, tables: dict[str, Table]) -> dict[str, Any]:

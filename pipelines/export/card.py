@@ -192,7 +192,9 @@ def evaluated(folder: str | Path, results: Sequence[Result]) -> None:
     except (ValueError, TypeError, KeyError, AttributeError, YAMLError) as error:
         raise ValueError(f"{path} is not a model card with metadata ({error}); export the model again") from None
     assert isinstance(found.data, ModelCardData)
-    old = [Result(r.dataset_name, r.metric_name, r.metric_value) for r in found.data.eval_results or []]
+    old = [
+        Result(r.dataset_name, r.metric_name or r.metric_type, r.metric_value) for r in found.data.eval_results or []
+    ]
     merged = {(r.protocol, r.metric): r for r in (*old, *results)}
     title = re.search(r"^# (.+)$", found.text, re.MULTILINE)
     found.data.model_name = found.data.model_name or (unescape(title[1]) if title else Path(folder).name)

@@ -23,9 +23,9 @@ from distill.training.checkpoint import refused
 from distill.training.config import StudentConfig
 from pipelines import fields
 from pipelines.export.schedule import finished, scheduler
-from pipelines.export.verify import Generated, examples
+from pipelines.export.verify import Generated
 from pipelines.inference import controlnet
-from pipelines.teacher import opened
+from pipelines.teacher import load_teacher
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def measure_control_error(arguments: Arguments) -> dict[str, float]:
         raise ValueError(
             f"{folder} has no {controlnet.FOLDER}: give the folder of an exported pipeline with an adapter"
         )
-    teacher = opened(arguments.folder)
+    teacher = load_teacher(arguments.folder)
     try:
         tree = yaml.safe_load(fields.facts(folder).get("config", ""))["method"]
         picture = controlnet.extractor(teacher, tree["control"], tree["factor"])
@@ -59,7 +59,7 @@ def measure_control_error(arguments: Arguments) -> dict[str, float]:
     teacher.denoiser.net.control = controlnet.stored(folder)
     config = finished(teacher, StudentConfig())
     student = Student(teacher.denoiser, scheduler(teacher, config)[1], config.scale, config.renoise)
-    prompts = examples(teacher)
+    prompts = teacher.family.examples(teacher)
     c, draw, gaps = teacher.encode(prompts) or {}, Generated(teacher), []
     generator = torch.Generator().manual_seed(arguments.seed)
     for _ in range(arguments.n):

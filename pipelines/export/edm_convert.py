@@ -205,7 +205,9 @@ def _song(part: str) -> tuple[str, str]:
 
 def _place(part: str, sizes: list[int]) -> tuple[str, str]:
     """ "dec.16x16_block0" -> its residual block and its attention in a UNet2DModel."""
-    side, size, what, i = re.fullmatch(r"(enc|dec)\.(\d+)x\d+_(in|block|up|down)(\d*)", part).groups()
+    match = re.fullmatch(r"(enc|dec)\.(\d+)x\d+_(in|block|up|down)(\d*)", part)
+    assert match is not None, part
+    side, size, what, i = match.groups()
     level = sizes.index(int(size))
     if what == "in":
         return f"mid_block.resnets.{i}", "mid_block.attentions.0"

@@ -40,7 +40,7 @@ from distill.training.config import StudentConfig
 from distill.training.log import grid
 from distill.training.tensors import Stored
 from pipelines import fields
-from pipelines.components import ExportError, is_variant
+from pipelines.components import ExportError, Network, Pipeline, Scheduler, is_variant
 from pipelines.export import comfyui, hub, kohya, single_files
 from pipelines.export import published as others
 from pipelines.export.card import NEGATIVE
@@ -59,7 +59,6 @@ from pipelines.export.verify import (
     Gap,
     Reference,
     compare,
-    examples,
     place,
     reference,
     settled,
@@ -67,7 +66,7 @@ from pipelines.export.verify import (
 from pipelines.families.latents import factor
 from pipelines.families.schedulers import zero_terminal
 from pipelines.inference import controlnet, experts, negative_prompt
-from pipelines.teacher import Teacher, opened
+from pipelines.teacher import Teacher, load_teacher
 
 LEGS = (  # of the model card
     "The end time of each call is part of the time embedding. So the student works only with its own number of steps, "
@@ -84,7 +83,7 @@ class Verified:
 
 
 def export(
-    student: Student, teacher: Teacher, net: nn.Module, scheduler: Any, folder: Path, card: CardInfo
+    student: Student, teacher: Teacher, net: nn.Module, scheduler: Scheduler, folder: Path, card: CardInfo
 ) -> Verified:
     """Write `net` (the student's averaged weights) as a pipeline folder. Of a link, the folder that it names.
 
@@ -103,15 +102,16 @@ def export(
     one, net = student.denoiser, student.denoiser.net
     others = {
         n: reference(replace(student, times=carrying(teacher, StudentConfig(steps=n))[1]), teacher, net)
-        for n in getattr(teacher.parts.family, "steps", lambda parts: ())(teacher.parts)
+        for n in teacher.family.verified_steps(teacher.parts)
         if n != len(student.times)
     }
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        told, base = getattr(teacher.parts.family, "exported", lambda net, student: net), controlnet.bare(one)
+        base = controlnet.bare(one)
         plain = strip(shared(net)) if adapters(net) else base.net
-        write(teacher, told(merged(plain), replace(student, denoiser=base)), scheduler, partial)
+        exported = teacher.family.export_network(merged(plain), replace(student, denoiser=base))
+        write(teacher, exported, scheduler, partial)
         if adapters(net):
             negative_prompt.write(net, partial / negative_prompt.FILE)
         if base is not one:
@@ -157,7 +157,7 @@ def fold_end_times_of(student: Student, teacher: Teacher) -> Student:
     denoiser = student.denoiser
     if not any(to for _, to in student.legs):
         return replace(student, denoiser=untimed(denoiser), jumps=False)
-    prompt = examples(teacher)[0]
+    prompt = teacher.family.examples(teacher)[0]
     device = next(denoiser.net.parameters()).device
     c = {key: value.to(device) for key, value in (teacher.encode([prompt]) or {}).items()} or None
     teacher.parts.drop_text()
@@ -238,8 +238,8 @@ def singles(student: Student, teacher: Teacher, net: nn.Module, folder: Path, ca
 
     if isinstance(student.denoiser.call, controlnet.Controlled):
         return [], [controlnet.LIMIT], {}
-    if not hasattr(teacher.parts.family, "TARGETS"):
-        return [], list(teacher.parts.family.limits(net)), {}
+    if not teacher.family.lora_targets:
+        return [], list(teacher.family.limits(net)), {}
     if adapters(net):
         return [], [negative_prompt.LIMIT], {}
     both: list[Any] = [net, teacher.parts.net]
@@ -293,7 +293,7 @@ def try_write(file: Path, write: Callable[[Path], Any], left: dict[str, str]) ->
     return [file]
 
 
-def loaded(pipe: Any, teacher: Teacher, file: Path) -> Any:
+def loaded(pipe: Pipeline, teacher: Teacher, file: Path) -> Any:
     """The pipeline with the weights of one single file, as diffusers loads it on the teacher's network."""
     from safetensors.torch import load_file
 
@@ -309,7 +309,7 @@ def loaded(pipe: Any, teacher: Teacher, file: Path) -> Any:
     return settled(pipe, place(net))
 
 
-def write(teacher: Teacher, net: Any, scheduler: Any, folder: Path) -> None:
+def write(teacher: Teacher, net: Network, scheduler: Scheduler, folder: Path) -> None:
     """The pipeline folder of the teacher with another network and scheduler."""
     parts = teacher.parts
     index = dict(parts.index)
@@ -392,8 +392,8 @@ def trained(again: Again) -> tuple[Student, Teacher, Any, str, str, str]:
     if not chosen:
         raise ValueError(f"no checkpoint {again.checkpoint!r} in {run}; there are {[f.name for f in found]}")
     base = again.teacher or tree["teacher"]
-    options = {key: tree.get(key) for key in ("revision", "variant", "resolution", "frames")}
-    teacher = opened(base, **options, told=tells(method, tree["method"]))
+    options: dict[str, Any] = {key: tree.get(key) for key in ("revision", "variant", "resolution", "frames")}
+    teacher = load_teacher(base, **options, guidance_embedded=tells(method, tree["method"]))
     config = revived(StudentConfig, tree["student"])
     recorded = (history.last_entry(run) or {}).get("times")  # set by the method, if no flag gave them
     if config.times is None and recorded:
@@ -446,7 +446,7 @@ def published(again: Again) -> tuple[Student, Teacher, Any, str, str, str, tuple
     if not path.exists():
         raise ValueError(f"no file or folder at {again.published!r}")
     known = others.known(path, again.layout, again.steps)
-    teacher = opened(again.teacher, None, again.variant, again.resolution, None)
+    teacher = load_teacher(again.teacher, None, again.variant, again.resolution, None)
     last = float(teacher.denoiser.schedule.native(torch.ones(1).double()))
     one = known.indices[0] if len(known.indices) == 1 else None
     config = StudentConfig(

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from distill.diffusion.student import Student
+from pipelines.components import Scheduler
 from pipelines.export.card import Result, card, code
 from pipelines.export.license import UNKNOWN, License, license_of
 from pipelines.export.verify import Gap
 from pipelines.families.latents import factor
-from pipelines.families.registry import FAMILIES
 from pipelines.teacher import Teacher
 
 
@@ -68,7 +68,7 @@ def absent_components(teacher: Teacher) -> list[str]:
 def render_model_card(
     student: Student,
     teacher: Teacher,
-    scheduler: Any,
+    scheduler: Scheduler,
     info: CardInfo,
     where: str | Path,
     prompt: Any,
@@ -78,13 +78,13 @@ def render_model_card(
     checked: str = "",
 ) -> str:
     """The model card. checked: what was verified."""
-    family, steps = teacher.parts.family, len(student.times)
+    family, steps = teacher.family, len(student.times)
     program = render_call(teacher, steps, prompt)
     return card(
         info.name,
         info.base,
         info.license,
-        FAMILIES[teacher.parts.index["_class_name"]],
+        family.name,
         info.method,
         steps,
         info.config,
@@ -92,7 +92,7 @@ def render_model_card(
         lora=code(program, where, info.base, lora, type(scheduler).__name__, absent_components(teacher))
         if lora
         else "",
-        task=getattr(family, "TASK", "text-to-image"),
+        task=family.task,
         samples="samples.png",
         prompt=str(prompt),
         limits=limits,
@@ -104,12 +104,12 @@ def render_model_card(
 
 def render_call(teacher: Teacher, steps: int, prompt: Any) -> str:
     """The call that a card shows, with the size of the samples, which some pipelines do not know."""
-    family = teacher.parts.family
-    if not hasattr(family, "TARGETS"):
-        return family.snippet(steps, prompt)
+    family = teacher.family
+    if family.render_call is not None:
+        return family.render_call(steps, prompt)
     height, width = (side * factor(teacher.parts) for side in teacher.shape[-2:])
     options = {"height": height, "width": width, "num_inference_steps": steps}
-    options |= family.options(teacher.parts, steps) if hasattr(family, "options") else family.CALL
+    options |= family.call_options(teacher.parts, steps)
     if "frames" in teacher.parts.asked:
         options["num_frames"] = teacher.parts.asked["frames"]
     given = ", ".join([json.dumps(prompt), *(f"{name}={value!r}" for name, value in options.items())])

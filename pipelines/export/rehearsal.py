@@ -24,9 +24,9 @@ from distill.diffusion.end_time import untimed
 from distill.diffusion.schedule import Kind
 from distill.diffusion.student import Student
 from distill.training.config import StudentConfig
-from pipelines.components import ExportError, Parts
+from pipelines.components import ExportError, Network, Parts, Scheduler
 from pipelines.export.model_card import CardInfo, render_model_card
-from pipelines.export.verify import TOLERANCE, Generated, exact, examples
+from pipelines.export.verify import TOLERANCE, Generated, exact
 from pipelines.inference import controlnet
 from pipelines.teacher import Teacher
 
@@ -46,7 +46,7 @@ class StandIn(nn.Module):
     dtype = torch.float32
     device = CPU
 
-    def __init__(self, net: Any, kind: Kind) -> None:
+    def __init__(self, net: Network, kind: Kind) -> None:
         super().__init__()
         self.original = (net,)  # in a tuple, it is no submodule
         self.kind = kind
@@ -110,7 +110,7 @@ def on_cpu(parts: Parts) -> Iterator[None]:
                 vars(parts).pop(name, None)
 
 
-def rehearse(student: Student, teacher: Teacher, scheduler: Any, card: CardInfo) -> None:
+def rehearse(student: Student, teacher: Teacher, scheduler: Scheduler, card: CardInfo) -> None:
     """Sample one image with the exported student's pipeline and with the student's sampler, and write the card.
 
     An ExportError, in one line, where they differ or anything fails. No random number of the run is drawn.
@@ -137,21 +137,21 @@ def rehearse(student: Student, teacher: Teacher, scheduler: Any, card: CardInfo)
             )
 
 
-def differences(student: Student, teacher: Teacher, scheduler: Any, card: CardInfo) -> dict[int, float]:
+def differences(student: Student, teacher: Teacher, scheduler: Scheduler, card: CardInfo) -> dict[int, float]:
     """{steps: largest difference of an image in [0, 1]} of the pipeline and the student's sampler."""
     from pipelines.export.schedule import scheduler as carrying
 
-    parts, family = teacher.parts, teacher.parts.family
+    parts, family = teacher.parts, teacher.family
     base = controlnet.bare(untimed(student.denoiser))
-    call = getattr(family, "exported_call", lambda call: call)(base.call)
+    call = family.export_call(base.call)
     denoiser = replace(base, net=StandIn(base.net, base.kind), call=call)
     one = replace(student, denoiser=denoiser, experts=(), phases=1, jumps=False)
-    prompt = examples(teacher)[0]
+    prompt = teacher.family.examples(teacher)[0]
     c = teacher.encode([prompt])
     pipe = pipeline_without_network(parts, scheduler)
     pipe.register_modules(**{parts.network: denoiser.net})
     students = {len(one.times): one}
-    for n in getattr(family, "steps", lambda parts: ())(parts):
+    for n in family.verified_steps(parts):
         students.setdefault(n, replace(one, times=carrying(teacher, StudentConfig(steps=n))[1]))
     shape = (teacher.shape[0], 1, *teacher.shape[2:]) if len(teacher.shape) == 4 else teacher.shape  # one picture
     z, gaps = torch.randn(1, *shape), {}
@@ -160,13 +160,13 @@ def differences(student: Student, teacher: Teacher, scheduler: Any, card: CardIn
             x = each.generate(z, c, Generated(teacher))
         image = (teacher.decode(x).float() / 2 + 0.5).clamp(0, 1)
         with exact(n, CPU):
-            made = family.sample(pipe, [prompt], z, n, family.UNCONDITIONAL, None)
+            made = family.sample(pipe, [prompt], z, n, family.no_guidance, None)
         gaps[n] = float((made.float().clamp(0, 1) - image).abs().max())
     render_model_card(one, teacher, scheduler, card, card.name, prompt, "", [])
     return gaps
 
 
-def pipeline_without_network(parts: Parts, scheduler: Any) -> Any:
+def pipeline_without_network(parts: Parts, scheduler: Scheduler) -> Any:
     """The pipeline without its network: the loaded components, and the scheduler written and read back."""
     with tempfile.TemporaryDirectory() as folder:
         scheduler.save_pretrained(folder)

@@ -15,7 +15,7 @@ from distill.configuration import fail
 from distill.layout import program_name
 from pipelines.export.export import write
 from pipelines.families.sana import SPRINT, with_config
-from pipelines.teacher import opened
+from pipelines.teacher import load_teacher
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ def main(arguments: Arguments | None = None) -> None:
     if folder.exists() and any(folder.iterdir()):
         fail(f"{folder} is not empty: choose another folder")
     try:
-        teacher = opened(arguments.teacher, variant=arguments.variant)
+        teacher = load_teacher(arguments.teacher, variant=arguments.variant)
         if (kind := teacher.parts.index["_class_name"]) != "SanaPipeline":
             raise ValueError(f"{arguments.teacher} is a {kind}; give a SanaPipeline")
     except ValueError as error:

@@ -12,12 +12,12 @@ import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from distill.networks.lora import merged
+from pipelines.components import Network
 
 ARCHITECTURES = {
     "SD3Transformer2DModel": "stable-diffusion-3",
@@ -47,7 +47,7 @@ def file_name(name: str, steps: int, what: str) -> str:
     return f"{name}_{steps}step_{what}.safetensors"
 
 
-def architecture(net: Any, kind: str) -> str:
+def architecture(net: Network, kind: str) -> str:
     """modelspec.architecture: the spec's id for Stable Diffusion, sd-scripts' for SD3 and FLUX, else the class."""
     if (name := type(net).__name__) != "UNet2DConditionModel":
         return ARCHITECTURES.get(name, name)
@@ -111,7 +111,7 @@ def adapters(net: nn.Module) -> dict[str, Adapter]:
     return found
 
 
-def lora_file(net: Any, path: Path, metadata: dict[str, str], dtype: torch.dtype = torch.float16) -> Path:
+def lora_file(net: Network, path: Path, metadata: dict[str, str], dtype: torch.dtype = torch.float16) -> Path:
     """The adapters of a role for `pipe.load_lora_weights(path)`: PEFT's keys and its config, so nothing is guessed.
 
     Of the config, what differs from PEFT's defaults: an older PEFT refuses keys that it does not know.

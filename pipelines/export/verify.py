@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from distill.diffusion.student import Student
 from distill.networks.negative_attention import adapters, against
 from distill.random import Draw
+from pipelines.components import Pipeline
 from pipelines.inference import controlnet
 from pipelines.teacher import Teacher
 
 TOLERANCE = 1e-3  # largest difference of an image in [0, 1]
 LARGEST, PSNR = 0.25, 40.0  # of files whose weights are rounded to half precision: that difference, and decibels
 NEGATIVE = "blurry, grey"  # what a student that hears negative prompts is compared with
-EXAMPLES = ("a photo of a red fox in the snow", "an old man reading a newspaper under a lamp")
 
 
 @dataclass(frozen=True)
@@ -51,11 +51,11 @@ class Generated(Draw):
 
     def __init__(self, teacher: Teacher, device: torch.device | str = "cpu") -> None:
         super().__init__(0, 0, "export", torch.zeros(0, device=device))
-        self.unpacked = getattr(teacher.parts.family, "unpacked", torch.randn)
+        self.draw_noise = teacher.family.draw_noise
 
     def normal(self, name: str, shape: tuple[int, ...]) -> Tensor:
         with self.device:  # where schedulers draw: a GPU's numbers are others
-            return self.unpacked(shape)
+            return self.draw_noise(shape)
 
 
 @contextmanager
@@ -80,7 +80,7 @@ def place(net: nn.Module) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if fits else torch.device("cpu")
 
 
-def settled(pipe: Any, device: torch.device) -> Any:
+def settled(pipe: Pipeline, device: torch.device) -> Any:
     """The pipeline on the device; on a GPU one component at a time."""
     pipe.set_progress_bar_config(disable=True)
     if device.type == "cuda":
@@ -88,16 +88,10 @@ def settled(pipe: Any, device: torch.device) -> Any:
     return pipe
 
 
-def examples(teacher: Teacher) -> tuple[Any, ...]:
-    """Prompts or labels of the verification."""
-    family = teacher.parts.family
-    return family.examples(teacher) if hasattr(family, "examples") else EXAMPLES
-
-
 @torch.no_grad()
 def reference(student: Student, teacher: Teacher, net: nn.Module) -> Reference:
     """Samples of the student with the weights `net`, one by one, from noise of fixed seeds."""
-    prompts, device = examples(teacher), place(net)
+    prompts, device = teacher.family.examples(teacher), place(net)
     z = torch.randn(len(prompts), *teacher.shape, generator=torch.Generator().manual_seed(0))
     teacher.parts.drop_text()  # it may be on another device
     teacher.parts.device = device
@@ -123,15 +117,15 @@ def reference(student: Student, teacher: Teacher, net: nn.Module) -> Reference:
 
 
 @torch.no_grad()
-def compare(pipe: Any, teacher: Teacher, expected: Reference, steps: int) -> Gap:
+def compare(pipe: Pipeline, teacher: Teacher, expected: Reference, steps: int) -> Gap:
     """How far a pipeline's images are from the reference; nan where one is not finite."""
-    family, gaps, device = teacher.parts.family, [], pipe._execution_device
+    family, gaps, device = teacher.family, [], pipe._execution_device
     if expected.picture is not None:
         pipe = controlnet.Shown(pipe, expected.picture.to(device))
     for i, prompt in enumerate(expected.prompts):
         with exact(i, device):
             z = expected.z[i : i + 1].to(device)
-            image = family.sample(pipe, [prompt], z, steps, family.UNCONDITIONAL, expected.negative)
+            image = family.sample(pipe, [prompt], z, steps, family.no_guidance, expected.negative)
         gaps.append(image.float().cpu().clamp(0, 1) - expected.images[i : i + 1])
     gap = torch.cat(gaps).double()
     return Gap(float(gap.abs().max()), float(-10 * gap.square().mean().log10()))

@@ -2,14 +2,14 @@
 
 The scheduler's config carries sigma_data and the range of sigma. With sigma_min = 0 its step is exactly EDM's
 preconditioning D = c_skip x + c_out F(c_in x, 250 ln sigma); the network is trained with that c_noise. Networks that
-were trained with another (pipelines/export/edm_convert.py) stay with theirs: see `exported`.
+were trained with another (pipelines/export/edm_convert.py) stay with theirs: see `export_network`.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -18,10 +18,11 @@ from torch import Tensor, nn
 
 from distill.diffusion.denoiser import Condition, Denoiser
 from distill.diffusion.schedule import EDM, expand
+from distill.training.config import StudentConfig
 from pipelines import fields
-from pipelines.components import Parts
+from pipelines.components import Parts, Pipeline
 from pipelines.families import schedulers
-from pipelines.teacher import Teacher
+from pipelines.families.base import Family, Teacher
 
 if TYPE_CHECKING:
     from diffusers import ConsistencyModelPipeline, UNet2DModel
@@ -30,10 +31,6 @@ if TYPE_CHECKING:
 
 RHO = 7.0
 C_NOISE = 250.0  # a ConsistencyModelPipeline tells its network 250 ln sigma
-TASK = "unconditional-image-generation"
-BLOCKS = ("ResnetBlock2D", "Attention", "Block")  # classes of modules that are sharded one by one; Block: SongUNet's
-UNCONDITIONAL = 0.0  # unused by the pipeline: guidance is built in
-FACTS = {"null_class": 10}  # of the tiny teacher
 
 
 def examples(teacher: Teacher) -> tuple[int, ...]:
@@ -73,7 +70,7 @@ def teacher(
 
     shape = (unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
     denoiser = Denoiser(unet, schedule, "edm", Call(sigma_d, c_noise), null, sigma_d)
-    return Teacher(denoiser, encode, lambda x: x.clamp(-1, 1), lambda images, eps: images, shape, parts)
+    return Teacher(denoiser, encode, lambda x: x.clamp(-1, 1), lambda images, eps: images, shape, parts, FAMILY)
 
 
 @torch.no_grad()
@@ -99,13 +96,13 @@ def load(parts: Parts, resolution: int | None, frames: int | None) -> Teacher:
     return teacher(parts.net, scheduler.config.sigma_data, facts.get("null_class"), parts, c_noise)
 
 
-def exported_call(call: Any) -> Call:
+def export_call(call: Any) -> Call:
     """The call of an exported network, equal to the one in ConsistencyModelPipeline."""
     return replace(call, c_noise=C_NOISE)
 
 
 @torch.no_grad()
-def exported(net: UNet2DModel, student: Student) -> UNet2DModel:
+def export_network(net: UNet2DModel, student: Student) -> UNet2DModel:
     """The student's network, such that ConsistencyModelPipeline may call it, which tells it 250 ln sigma.
 
     Of a network that is told something else, the first layer W e + b changes by the least that maps the pipeline's
@@ -127,7 +124,7 @@ def exported(net: UNet2DModel, student: Student) -> UNet2DModel:
 
 
 def sample(
-    pipe: Any, labels: Sequence[int], z: Tensor, steps: int, guidance: float, negative: str | None = None
+    pipe: Pipeline, labels: Sequence[int], z: Tensor, steps: int, guidance: float, negative: str | None = None
 ) -> Tensor:
     """Images [B, C, H, W] in [0, 1] of the pipeline itself from unit noise z; guidance is built in."""
     pipe.prepare_latents = lambda *args, **kwargs: (
@@ -137,7 +134,7 @@ def sample(
     return torch.from_numpy(images).permute(0, 3, 1, 2)
 
 
-def snippet(steps: int, label: int) -> str:
+def render_call(steps: int, label: int) -> str:
     """The call that a model card shows; it leaves `image`."""
     return f"image = pipe(class_labels=[{label}], num_inference_steps={steps}).images[0]"
 
@@ -163,6 +160,36 @@ def scheduler(sigma_d: float, sigma: float, points: int, rho: float = RHO) -> An
     return CMStochasticIterativeScheduler(
         num_train_timesteps=points, sigma_min=0.0, sigma_max=sigma, sigma_data=sigma_d, rho=rho, clip_denoised=False
     )
+
+
+def schedulers_of_student(teacher: Teacher, student: StudentConfig) -> Iterator[Any]:
+    """Levels sigma (1 - v i)^rho, i = 0, 1, ...: v is a fraction near 1 / steps, and that by default."""
+    schedule = teacher.denoiser.schedule
+    assert isinstance(schedule, EDM)
+    steps, times = student.steps, student.times
+    if student.renoise == "tcd" or (steps > 1 and student.renoise != "fresh"):
+        raise ValueError(
+            "this family's scheduler renoises with fresh noise: train with --student.renoise fresh, or, where a method "
+            "needs another, a student of one call (--student.steps 1 --student.renoise fresh)"
+        )
+    start = times[0] if times else student.first(schedule)
+    ratios = schedule.ratio(torch.tensor(times or [start]).double()).tolist()
+    sigma = ratios[0]
+    if student.scale is not None and abs(student.scale / sigma - 1) > 1e-4:
+        raise ValueError(f"this family's scheduler scales its input by sigma {sigma:.4g}, not by {student.scale}")
+    make = lambda points, rho=RHO: scheduler(teacher.denoiser.sigma_d, sigma, points, rho)
+    points = steps + 1
+    if sigma / steps**RHO < schedule.sigma_min:  # the last call would be below the schedule
+        even = float(schedule.ratio(torch.tensor([start / steps]).double()))  # of times that fall uniformly
+        last = lambda points: RHO * math.log(1 - (steps - 1) / (points - 1))
+        points = min(range(steps + 1, 2 * steps), key=lambda points: abs(last(points) - math.log(even / sigma)))
+    yield make(points)
+    for r in range(1, 65) if times and steps > 1 else ():
+        for points in range(r * steps, (r + 1) * steps):
+            rest = 1 - (steps - 1) * r / (points - 1)
+            rho = math.log(ratios[-1] / sigma) / math.log(rest) if rest > 1e-9 else 0.0
+            if abs(math.log(sigma)) < 600 * rho:  # the scheduler takes the root of rho
+                yield make(points, rho)
 
 
 def pipeline(unet: UNet2DModel, sigma_d: float, sigma: float, steps: int) -> ConsistencyModelPipeline:
@@ -195,3 +222,31 @@ def unet(
         num_class_embeds=classes,
         add_attention=False,
     )
+
+
+def condition(config: Any) -> dict[str, tuple[int, ...]]:
+    """Shapes of the condition of one sample."""
+    return {"class_labels": ()} if config.num_class_embeds else {}
+
+
+FAMILY = Family(
+    name="edm",
+    title="EDM, pixels",
+    pipelines=("ConsistencyModelPipeline",),
+    task="unconditional-image-generation",
+    load=load,
+    sample=sample,
+    tiny=tiny,
+    tiny_facts={"null_class": 10},
+    condition=condition,
+    student_schedulers=schedulers_of_student,
+    no_guidance=0.0,  # unused by the pipeline: guidance is built in
+    render_call=render_call,
+    examples=examples,
+    export_network=export_network,
+    export_call=export_call,
+    limits=limits,
+    cross_attention=False,
+    taps=("mid_block",),
+    blocks=("ResnetBlock2D", "Attention", "Block"),  # Block: SongUNet's
+)

@@ -16,19 +16,9 @@ from torch import Tensor
 
 from distill.diffusion.denoiser import Condition, Denoiser
 from pipelines import fields
-from pipelines.components import Parts
-from pipelines.families import latents
-from pipelines.teacher import Teacher
-
-UNCONDITIONAL = 1.0  # true_cfg_scale of the pipeline that makes one call a step
-CALL: dict[str, Any] = {}  # options of the call that a model card shows
-TARGETS = (  # modules of a LoRA: attention and feed-forward of both streams
-    *("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
-    *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2", "proj_mlp"),
-)
-TAPS = ("single_transformer_blocks.9",)  # modules whose output is a discriminator's feature: the middle of 19 + 38
-BLOCKS = ("FluxTransformerBlock", "FluxSingleTransformerBlock")  # classes of modules that are sharded one by one
-FACTS = {"resolution": 16}  # of the tiny teacher: no component of the pipeline holds its size
+from pipelines.components import Network, Parts, Pipeline, Scheduler
+from pipelines.families import latents, student_schedulers
+from pipelines.families.base import Family, Model, Teacher
 
 
 @dataclass(frozen=True)
@@ -37,17 +27,18 @@ class Call:
 
     guidance: float = 3.5
 
-    def __call__(self, net: Any, x: Tensor, n: Tensor, c: Condition) -> Tensor:
+    def __call__(self, net: Network, x: Tensor, n: Tensor, c: Condition) -> Tensor:
         assert c is not None
         B, _, H, W = x.shape
-        text, told = c["prompt_embeds"].to(x.dtype), None
+        text = c["prompt_embeds"].to(x.dtype)
+        guidance = None
         if net.config.guidance_embeds:
-            told = c["guidance"].to(n) if "guidance" in c else torch.full_like(n, self.guidance)
+            guidance = c["guidance"].to(n) if "guidance" in c else torch.full_like(n, self.guidance)
         places = torch.cartesian_prod(
             *(torch.arange(n, device=x.device) for n in (1, H // 2, W // 2))
         ).float()  # [N, 3]
         ids = {"img_ids": places, "txt_ids": places.new_zeros(text.shape[1], 3)}
-        out = net(pack(x), text, c["pooled"].to(x.dtype), n / 1000, guidance=told, **ids, return_dict=False)[0]
+        out = net(pack(x), text, c["pooled"].to(x.dtype), n / 1000, guidance=guidance, **ids, return_dict=False)[0]
         return unpack(out, x.shape)
 
     def feature(self, output: tuple[Tensor, Tensor]) -> Tensor:
@@ -80,7 +71,7 @@ def load(parts: Parts, resolution: int | None, frames: int | None) -> Teacher:
 
     decode, latent = latents.kl(parts, latents.scale_and_shift)
     denoiser = Denoiser(parts.net, *latents.flow(parts.scheduler()), call=Call())
-    return Teacher(denoiser, encode, decode, latent, shape(parts, resolution), parts)
+    return Teacher(denoiser, encode, decode, latent, shape(parts, resolution), parts, FAMILY)
 
 
 def shape(parts: Parts, resolution: int | None) -> tuple[int, int, int]:
@@ -90,7 +81,7 @@ def shape(parts: Parts, resolution: int | None) -> tuple[int, int, int]:
     return channels // 4, height, width
 
 
-def set_timesteps(scheduler: Any, steps: int, teacher: Teacher) -> None:
+def set_timesteps(scheduler: Scheduler, steps: int, teacher: Teacher) -> None:
     """The pipeline's own levels, 1 to 1 / steps; under dynamic shifting mu is linear in the number of tokens."""
     config, tokens = scheduler.config, teacher.shape[-1] * teacher.shape[-2] / 4
     few, many = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
@@ -100,7 +91,7 @@ def set_timesteps(scheduler: Any, steps: int, teacher: Teacher) -> None:
 
 
 def sample(
-    pipe: Any, prompts: Sequence[str], z: Tensor, steps: int, guidance: float, negative: str | None = None
+    pipe: Pipeline, prompts: Sequence[str], z: Tensor, steps: int, guidance: float, negative: str | None = None
 ) -> Tensor:
     """Images [B, 3, H, W] in [0, 1] of the pipeline itself from unit noise z, with true guidance of that scale."""
     many = [negative or ""] * len(prompts) if guidance > 1 else None
@@ -133,3 +124,37 @@ def tiny(guidance: bool = True) -> Any:
     )
     texts = tiny.clip(), tiny.clip_tokenizer(), tiny.t5(), tiny.t5_tokenizer(512)
     return FluxPipeline(flow, vae, *texts, net)
+
+
+def condition(config: Any) -> dict[str, tuple[int, ...]]:
+    """Shapes of the condition of one sample."""
+    return {"prompt_embeds": (512, config.joint_attention_dim), "pooled": (config.pooled_projection_dim,)}
+
+
+FAMILY = Family(
+    name="flux",
+    title="FLUX.1",
+    pipelines=("FluxPipeline",),
+    load=load,
+    sample=sample,
+    tiny=tiny,
+    tiny_facts={"resolution": 16},  # no component of the pipeline holds its size
+    condition=condition,
+    set_timesteps=set_timesteps,
+    draw_noise=unpacked,
+    student_schedulers=student_schedulers.of_flow,
+    no_guidance=1.0,
+    cross_attention=False,
+    lora_targets=(  # attention and feed-forward of both streams
+        *("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
+        *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2", "proj_mlp"),
+    ),
+    taps=("single_transformer_blocks.9",),  # the middle of 19 + 38
+    blocks=("FluxTransformerBlock", "FluxSingleTransformerBlock"),
+    models={
+        "flux": Model(
+            "black-forest-labs/FLUX.1-dev", "FluxPipeline", "FluxTransformer2DModel", {"guidance_embeds": True}
+        ),
+        "flux-schnell": Model("black-forest-labs/FLUX.1-schnell", "FluxPipeline", "FluxTransformer2DModel"),
+    },
+)

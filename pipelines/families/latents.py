@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from distill.diffusion.schedule import Flow, Kind, Schedule
+from pipelines.components import Parts, Scheduler
 from pipelines.families import schedulers
 
-if TYPE_CHECKING:
-    from pipelines.components import Parts
 
-
-def flow(scheduler: Any, scale: float | None = None) -> tuple[Schedule, Kind]:
+def flow(scheduler: Scheduler, scale: float | None = None) -> tuple[Schedule, Kind]:
     """The schedule and prediction kind of a flow-matching scheduler; its shift belongs to the times."""
     return Flow(float(scale or schedulers.flow(scheduler))), "flow"
 

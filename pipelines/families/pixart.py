@@ -9,19 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from distill.diffusion.denoiser import Condition, Denoiser
-from pipelines.components import Parts
-from pipelines.families import latents, schedulers
-from pipelines.teacher import Teacher
+from pipelines.components import Parts, Pipeline
+from pipelines.families import latents, schedulers, student_schedulers
+from pipelines.families.base import Family, Model, Teacher
 
-UNCONDITIONAL = 1.0  # guidance_scale of the pipeline that makes one call a step
-CALL: dict[str, Any] = {
-    "guidance_scale": 1,
-    "use_resolution_binning": False,
-    "clean_caption": False,
-}  # options of the call that a model card shows
-TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")  # modules of a LoRA
-TAPS = ("transformer_blocks.13",)  # modules whose output is a discriminator's feature: the middle of 28
-BLOCKS = ("BasicTransformerBlock",)  # classes of modules that are sharded one by one
 LENGTH = {"PixArtAlphaPipeline": 120, "PixArtSigmaPipeline": 300}  # tokens of a prompt
 
 
@@ -52,11 +43,11 @@ def load(parts: Parts, resolution: int | None, frames: int | None) -> Teacher:
 
     decode, latent = latents.kl(parts, latents.scale_only)
     denoiser = Denoiser(parts.net, *schedulers.table(parts.scheduler()), call=call)
-    return Teacher(denoiser, encode, decode, latent, shape, parts)
+    return Teacher(denoiser, encode, decode, latent, shape, parts, FAMILY)
 
 
 def sample(
-    pipe: Any, prompts: Sequence[str], z: Tensor, steps: int, guidance: float, negative: str | None = None
+    pipe: Pipeline, prompts: Sequence[str], z: Tensor, steps: int, guidance: float, negative: str | None = None
 ) -> Tensor:
     """Images [B, 3, H, W] in [0, 1] of the pipeline itself from unit noise z."""
     height, width = (side * pipe.vae_scale_factor for side in z.shape[-2:])
@@ -84,3 +75,38 @@ def tiny(kind: str = "PixArtSigmaPipeline", **config: Any) -> Any:
     scheduler = diffusers.DPMSolverMultistepScheduler(beta_start=0.0001, beta_end=0.02)
     vae = tiny.louder(tiny.vae(), 2.0, "conv_out")
     return getattr(diffusers, kind)(tiny.t5_tokenizer(), tiny.t5(), vae, net, scheduler)
+
+
+def condition(config: Any) -> dict[str, tuple[int, ...]]:
+    """Shapes of the condition of one sample."""
+    return {"prompt_embeds": (300, config.caption_channels), "mask": (300,)}
+
+
+FAMILY = Family(
+    name="pixart",
+    title="PixArt",
+    pipelines=("PixArtAlphaPipeline", "PixArtSigmaPipeline"),
+    load=load,
+    sample=sample,
+    tiny=tiny,
+    condition=condition,
+    student_schedulers=student_schedulers.of_table,
+    no_guidance=1.0,
+    call_options=lambda parts, steps: {
+        "guidance_scale": 1,
+        "use_resolution_binning": False,
+        "clean_caption": False,
+    },
+    lora_targets=("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"),
+    taps=("transformer_blocks.13",),  # the middle of 28
+    blocks=("BasicTransformerBlock",),
+    models={
+        "pixart": Model(
+            "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS",
+            "PixArtSigmaPipeline",
+            "PixArtTransformer2DModel",
+            {"sample_size": 128, "caption_channels": 4096, "use_additional_conditions": False},
+            ("DPMSolverMultistepScheduler", {"beta_start": 0.0001, "beta_end": 0.02}),
+        )
+    },
+)

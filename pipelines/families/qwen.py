@@ -17,23 +17,12 @@ from torch.nn.functional import pad
 from distill.diffusion.denoiser import Condition, Denoiser
 from distill.diffusion.guidance import Guided
 from distill.diffusion.schedule import Prediction
-from pipelines.components import Parts
-from pipelines.families import latents
+from pipelines.components import Parts, Pipeline
+from pipelines.families import latents, student_schedulers
+from pipelines.families.base import Family, Model, Teacher
 from pipelines.families.flux import pack, set_timesteps, shape, unpack, unpacked
-from pipelines.teacher import Teacher
 
-__all__ = ["set_timesteps", "unpacked"]  # those of FLUX
-
-UNCONDITIONAL = 1.0  # true_cfg_scale of the pipeline that makes one call a step
-CALL: dict[str, Any] = {"true_cfg_scale": 1}  # options of the call that a model card shows
-TARGETS = (  # modules of a LoRA: attention and feed-forward of both streams
-    *("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
-    *("img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2"),
-)
-TAPS = ("transformer_blocks.29",)  # modules whose output is a discriminator's feature: the middle of 60
-BLOCKS = ("QwenImageTransformerBlock",)  # classes of modules that are sharded one by one
 LENGTH = 512  # tokens of a prompt in its template
-FACTS = {"resolution": 16}  # of the tiny teacher: no component of the pipeline holds its size
 
 
 @dataclass(frozen=True)
@@ -79,11 +68,12 @@ def load(parts: Parts, resolution: int | None, frames: int | None) -> Teacher:
         lambda images, eps: latent(images[:, :, None], eps[:, :, None])[:, :, 0],
         shape(parts, resolution),
         parts,
+        FAMILY,
     )
 
 
 def sample(
-    pipe: Any, prompts: Sequence[str], z: Tensor, steps: int, guidance: float, negative: str | None = None
+    pipe: Pipeline, prompts: Sequence[str], z: Tensor, steps: int, guidance: float, negative: str | None = None
 ) -> Tensor:
     """Images [B, 3, H, W] in [0, 1] of the pipeline itself from unit noise z."""
     many = [negative or ""] * len(prompts) if guidance > 1 else None
@@ -114,3 +104,35 @@ def tiny() -> Any:
     tiny.louder(vae, 3.0, "conv_out")
     flow = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, max_shift=0.9, shift_terminal=0.02)
     return diffusers.QwenImagePipeline(flow, vae, tiny.qwen(), tiny.qwen_tokenizer(), net)
+
+
+def condition(config: Any) -> dict[str, tuple[int, ...]]:
+    """Shapes of the condition of one sample."""
+    return {"prompt_embeds": (LENGTH, config.joint_attention_dim), "mask": (LENGTH,)}
+
+
+FAMILY = Family(
+    name="qwen",
+    title="Qwen-Image",
+    pipelines=("QwenImagePipeline",),
+    load=load,
+    sample=sample,
+    tiny=tiny,
+    tiny_facts={"resolution": 16},  # no component of the pipeline holds its size
+    condition=condition,
+    guided=Rescaled,
+    set_timesteps=set_timesteps,
+    draw_noise=unpacked,
+    pads_to_longest=True,
+    student_schedulers=student_schedulers.of_flow,
+    no_guidance=1.0,
+    call_options=lambda parts, steps: {"true_cfg_scale": 1},
+    cross_attention=False,
+    lora_targets=(  # attention and feed-forward of both streams
+        *("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
+        *("img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2"),
+    ),
+    taps=("transformer_blocks.29",),  # the middle of 60
+    blocks=("QwenImageTransformerBlock",),
+    models={"qwen": Model("Qwen/Qwen-Image", "QwenImagePipeline", "QwenImageTransformer2DModel")},
+)

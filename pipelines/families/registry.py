@@ -1,17 +1,30 @@
-"""Which family reads which pipeline class of diffusers."""
+"""Which family reads which pipeline class of diffusers: every module of this package that assigns FAMILY is one."""
 
-FAMILIES = {  # _class_name of model_index.json -> module of this package
-    "ConsistencyModelPipeline": "edm",
-    "StableDiffusionPipeline": "sd",
-    "StableDiffusionXLPipeline": "sdxl",
-    "StableDiffusion3Pipeline": "sd3",
-    "FluxPipeline": "flux",
-    "PixArtAlphaPipeline": "pixart",
-    "PixArtSigmaPipeline": "pixart",
-    "SanaPipeline": "sana",
-    "SanaSprintPipeline": "sana",
-    "QwenImagePipeline": "qwen",
-    "WanPipeline": "wan",
-}
+from __future__ import annotations
 
-EDM_NETS = ("pipelines.edm_nets", "distill.pipelines.edm_nets")  # names of that module in a checkout and in the wheel
+import importlib
+from functools import cache
+from pathlib import Path
+
+from pipelines.families.base import Family
+
+
+@cache
+def families() -> dict[str, Family]:
+    """{name: family}, in alphabetical order."""
+    names = sorted(file.stem for file in Path(__file__).parent.glob("*.py"))
+    modules = [importlib.import_module(f"{__package__}.{name}") for name in names]
+    return {module.FAMILY.name: module.FAMILY for module in modules if hasattr(module, "FAMILY")}
+
+
+def known_pipelines() -> dict[str, Family]:
+    """{pipeline class of diffusers: the family that reads it}."""
+    return {pipeline: family for family in families().values() for pipeline in family.pipelines}
+
+
+def find_family(pipeline: str, source: object) -> Family:
+    """The family that reads the class `pipeline`; a ValueError that names `source` if there is none."""
+    known = known_pipelines()
+    if pipeline not in known:
+        raise ValueError(f"{source} is a {pipeline}; supported pipelines are {sorted(known)}")
+    return known[pipeline]

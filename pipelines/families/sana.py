@@ -10,42 +10,36 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from distill.diffusion.denoiser import Condition, Denoiser
-from pipelines.components import Parts
-from pipelines.families import latents
-from pipelines.teacher import Teacher
+from distill.training.config import StudentConfig
+from pipelines.components import Network, Parts, Pipeline, Scheduler
+from pipelines.families import latents, student_schedulers
+from pipelines.families.base import Family, Model, Teacher
 
 UNCONDITIONAL = 1.0  # guidance_scale of the pipeline that makes one call a step
-CALL: dict[str, Any] = {
-    "guidance_scale": 1,
-    "use_resolution_binning": False,
-}  # options of the call that a model card shows
-TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "conv_inverted", "conv_point")  # modules of a LoRA
-TAPS = ("transformer_blocks.9",)  # modules whose output is a discriminator's feature: the middle of 20
-BLOCKS = ("SanaTransformerBlock",)  # classes of modules that are sharded one by one
-TOLD = {"_class_name": "SanaSprintPipeline"}  # of model_index.json where the network is told its guidance
 GUIDANCE = 4.5  # that it is told where nothing is said: SanaSprintPipeline's
+SPRINT_PIPELINE = "SanaSprintPipeline"
 SPRINT = {"qk_norm": "rms_norm_across_heads", "timestep_scale": 1e-3}  # SANA-Sprint's config, but for its guidance
 
 
-def call(net: Any, x: Tensor, n: Tensor, c: Condition) -> Tensor:
+def call(net: Network, x: Tensor, n: Tensor, c: Condition) -> Tensor:
     """c: "prompt_embeds" [B, 300, D] and their "mask" [B, 300]; "guidance" [B] where it is embedded."""
     assert c is not None
     text, w = c["prompt_embeds"].to(x.dtype), None
     if net.config.guidance_embeds:
         w = c["guidance"].to(n) if "guidance" in c else torch.full_like(n, GUIDANCE)
         w = w * net.config.guidance_embeds_scale
-    told = n * net.config.timestep_scale
-    return net(x, text, told, guidance=w, encoder_attention_mask=c["mask"], return_dict=False)[0]
+    timesteps = n * net.config.timestep_scale
+    return net(x, text, timesteps, guidance=w, encoder_attention_mask=c["mask"], return_dict=False)[0]
 
 
-def hearing(net: Any) -> Any:
+def with_guidance_embedding(net: Network, parts: Parts) -> Any:
     """The network with an embedding of its guidance, whose last layer is zero, so that it moves nothing yet."""
     if net.config.guidance_embeds:
         return net
@@ -60,7 +54,7 @@ def hearing(net: Any) -> Any:
     return made
 
 
-def with_config(net: Any, **config: Any) -> Any:
+def with_config(net: Network, **config: Any) -> Any:
     """The network with another config and the same weights; norms that it did not have start as ones."""
     like, own = next(net.parameters()), {key: v for key, v in net.config.items() if not key.startswith("_")}
     with torch.random.fork_rng(), torch.device(like.device):
@@ -72,14 +66,14 @@ def with_config(net: Any, **config: Any) -> Any:
     return made
 
 
-def sprints(parts: Parts) -> bool:
+def is_sprint(parts: Parts) -> bool:
     """Whether the pipeline is SANA-Sprint's."""
-    return parts.index["_class_name"] == TOLD["_class_name"]
+    return parts.index["_class_name"] == SPRINT_PIPELINE
 
 
-def steps(parts: Parts) -> tuple[int, ...]:
+def verified_steps(parts: Parts) -> tuple[int, ...]:
     """Numbers of calls with which an export is compared, beside the student's own: SANA-Sprint's is for all of them."""
-    return (1, 2, 4) if sprints(parts) else ()
+    return (1, 2, 4) if is_sprint(parts) else ()
 
 
 def angles(steps: int) -> tuple[float, ...]:
@@ -90,17 +84,42 @@ def angles(steps: int) -> tuple[float, ...]:
     return (math.pi / 2, 1.3) if steps == 2 else tuple(math.pi / 2 * (1 - i / steps) for i in range(steps))
 
 
-def options(parts: Parts, steps: int) -> dict[str, Any]:
+def call_times(scheduler: Scheduler, steps: int) -> tuple[float, ...] | None:
+    """The times of the calls under SANA-Sprint's scheduler, which has none of its own; None: another scheduler."""
+    if type(scheduler).__name__ != "SCMScheduler":
+        return None
+    angle = torch.tensor(angles(steps), dtype=torch.float64)
+    return tuple((angle.sin() / (angle.sin() + angle.cos())).tolist())
+
+
+def schedulers_of_student(teacher: Teacher, student: StudentConfig) -> Iterator[Any]:
+    """SANA-Sprint's scheduler where the pipeline is SANA-Sprint's, else those of flows."""
+    if not is_sprint(teacher.parts):
+        yield from student_schedulers.of_flow(teacher, student)
+        return
+    from diffusers import SCMScheduler
+
+    if student.scale is not None and abs(student.scale - 1) > 1e-6:
+        raise ValueError(f"SANA-Sprint's pipeline feeds unit noise, not noise scaled by {student.scale}")
+    if student.steps > 1 and student.renoise != "fresh":
+        raise ValueError("SANA-Sprint's pipeline renoises with fresh noise: train with --student.renoise fresh")
+    if student.first(teacher.denoiser.schedule) < 1:
+        raise ValueError("SANA-Sprint's pipeline starts at noise alone: leave --student.sigma and timestep out")
+    yield SCMScheduler()
+
+
+def call_options(parts: Parts, steps: int) -> dict[str, Any]:
     """Arguments of the call in the model card."""
-    if not sprints(parts):
-        return CALL
-    return CALL | {"guidance_scale": GUIDANCE} | ({} if steps == 2 else {"intermediate_timesteps": None})
+    if not is_sprint(parts):
+        return {"guidance_scale": 1, "use_resolution_binning": False}
+    options: dict[str, Any] = {"guidance_scale": GUIDANCE, "use_resolution_binning": False}
+    return options if steps == 2 else options | {"intermediate_timesteps": None}
 
 
 def load(parts: Parts, resolution: int | None, frames: int | None) -> Teacher:
     def embed(prompts: Sequence[str], instruction: list[str] | None) -> Condition:
         options: dict[str, Any] = {"device": parts.device, "complex_human_instruction": instruction}
-        options |= {} if sprints(parts) else {"do_classifier_free_guidance": False}
+        options |= {} if is_sprint(parts) else {"do_classifier_free_guidance": False}
         text, mask, *_ = parts.text.encode_prompt(list(prompts), **options)
         return {"prompt_embeds": text, "mask": mask}
 
@@ -114,20 +133,22 @@ def load(parts: Parts, resolution: int | None, frames: int | None) -> Teacher:
     decode, latent = latents.dc(parts)
     denoiser = Denoiser(parts.net, *latents.flow(parts.scheduler()), call=call)
     shape = latents.shape(parts, resolution, parts.net.config.patch_size)
-    return Teacher(denoiser, encode, decode, latent, shape, parts, negative)
+    return Teacher(denoiser, encode, decode, latent, shape, parts, FAMILY, negative)
 
 
 def sample(
-    pipe: Any, prompts: Sequence[str], z: Tensor, steps: int, guidance: float, negative: str | None = None
+    pipe: Pipeline, prompts: Sequence[str], z: Tensor, steps: int, guidance: float, negative: str | None = None
 ) -> Tensor:
     """Images [B, 3, H, W] in [0, 1] of the pipeline itself from unit noise z."""
     height, width = (side * pipe.vae_scale_factor for side in z.shape[-2:])
-    options = {"num_inference_steps": steps, "guidance_scale": guidance, "height": height, "width": width}
+    options: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": guidance}
+    options |= {"height": height, "width": width}
     options |= {"use_resolution_binning": False, "output_type": "pt"}
     if hasattr(pipe.scheduler.config, "sigma_data"):  # SANA-Sprint's: one call a step, whatever its guidance
-        told = {"guidance_scale": GUIDANCE if guidance == UNCONDITIONAL else guidance}
-        told |= {} if steps == 2 else {"intermediate_timesteps": None}
-        return pipe(list(prompts), latents=z, **options | told).images
+        options["guidance_scale"] = GUIDANCE if guidance == UNCONDITIONAL else guidance
+        if steps != 2:
+            options["intermediate_timesteps"] = None
+        return pipe(list(prompts), latents=z, **options).images
     return pipe(list(prompts), negative or "", latents=z, **options).images
 
 
@@ -168,3 +189,56 @@ def tiny(**config: Any) -> Any:
     tiny.louder(net, 3.0, "attn2", "timestep_embedder")
     flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
     return SanaPipeline(tiny.gemma_tokenizer(), tiny.gemma(16), vae, net, DPMSolverMultistepScheduler(**flow))
+
+
+def condition(config: Any) -> dict[str, tuple[int, ...]]:
+    """Shapes of the condition of one sample."""
+    return {"prompt_embeds": (300, config.caption_channels), "mask": (300,)}
+
+
+DC = {"encoder_block_out_channels": (128, 256, 512, 512, 1024, 1024)}  # its autoencoder: factor 32
+FAMILY = Family(
+    name="sana",
+    title="SANA",
+    pipelines=("SanaPipeline", SPRINT_PIPELINE),
+    load=load,
+    sample=sample,
+    tiny=tiny,
+    condition=condition,
+    with_guidance_embedding=with_guidance_embedding,
+    embedded_index={"_class_name": SPRINT_PIPELINE},
+    student_schedulers=schedulers_of_student,
+    call_times=call_times,
+    call_options=call_options,
+    verified_steps=verified_steps,
+    no_guidance=UNCONDITIONAL,
+    lora_targets=("to_q", "to_k", "to_v", "to_out.0", "conv_inverted", "conv_point"),
+    taps=("transformer_blocks.9",),  # the middle of 20
+    blocks=("SanaTransformerBlock",),
+    models={
+        "sana": Model(
+            "Efficient-Large-Model/Sana_1600M_1024px_diffusers", "SanaPipeline", "SanaTransformer2DModel", vae=DC
+        ),
+        "sana600m": Model(
+            "Efficient-Large-Model/Sana_600M_512px_diffusers",
+            "SanaPipeline",
+            "SanaTransformer2DModel",
+            {
+                "num_attention_heads": 36,
+                "num_cross_attention_heads": 16,
+                "cross_attention_head_dim": 72,
+                "num_layers": 28,
+                "cross_attention_dim": 1152,
+                "sample_size": 16,
+            },
+            vae=DC,
+        ),
+        "sprint": Model(
+            "Efficient-Large-Model/SANA_Sprint_1.6B_1024px_teacher_diffusers",
+            "SanaPipeline",
+            "SanaTransformer2DModel",
+            {"qk_norm": "rms_norm_across_heads", "timestep_scale": 1e-3},
+            vae=DC,
+        ),
+    },
+)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from distill.diffusion.schedule import VP, Kind
+from pipelines.components import Scheduler
 
 KINDS: dict[str, Kind] = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}  # prediction_type -> kind
 SOLVERS = (  # schedulers that sample from a table, or from a flow where use_flow_sigmas is true
@@ -39,7 +40,7 @@ TERMINAL = 2.0**-24  # alpha_bar of a zero terminal SNR, as in EulerDiscreteSche
 FORMULAS = ("linear", "scaled_linear")  # beta_schedules whose first n betas follow the same formula
 
 
-def table(scheduler: Any) -> tuple[VP, Kind]:
+def table(scheduler: Scheduler) -> tuple[VP, Kind]:
     """The noise table and the prediction kind of a teacher's scheduler; a ValueError names the class and the key."""
     check_class(scheduler, TABLES, "a table of betas")
     name, config = type(scheduler).__name__, scheduler.config
@@ -72,13 +73,13 @@ def table(scheduler: Any) -> tuple[VP, Kind]:
         ) from None
 
 
-def zero_terminal(scheduler: Any) -> bool:
+def zero_terminal(scheduler: Scheduler) -> bool:
     """Whether the last level of a scheduler's table is noise alone."""
     levels = getattr(scheduler, "alphas_cumprod", None)
     return levels is not None and (bool(scheduler.config.get("rescale_betas_zero_snr")) or float(levels[-1]) == 0)
 
 
-def flow(scheduler: Any) -> float:
+def flow(scheduler: Scheduler) -> float:
     """num_train_timesteps of a teacher's flow scheduler; a ValueError names the class and the key."""
     check_class(scheduler, FLOWS, "a flow")
     name, config = type(scheduler).__name__, scheduler.config
@@ -89,7 +90,7 @@ def flow(scheduler: Any) -> float:
     return float(config.num_train_timesteps)
 
 
-def check_class(scheduler: Any, classes: tuple[str, ...], what: str) -> None:
+def check_class(scheduler: Scheduler, classes: tuple[str, ...], what: str) -> None:
     """ValueError unless the scheduler's class is one of `classes`; `what` describes them in the message."""
     name = type(scheduler).__name__
     if name not in classes:
@@ -99,7 +100,7 @@ def check_class(scheduler: Any, classes: tuple[str, ...], what: str) -> None:
         )
 
 
-def betas(scheduler: Any, schedule: VP, n: int) -> dict[str, Any]:
+def betas(scheduler: Scheduler, schedule: VP, n: int) -> dict[str, Any]:
     """The keys of a student's scheduler that give it the first n + 1 levels of the teacher's table."""
     config, last = scheduler.config, len(schedule.alphas_cumprod) - 1
     formula = config.get("beta_schedule", "linear")

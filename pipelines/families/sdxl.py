@@ -9,34 +9,30 @@ import torch
 from torch import Tensor
 
 from distill.diffusion.denoiser import Condition, Denoiser
-from pipelines.components import Parts
-from pipelines.families import latents, schedulers, sd
-from pipelines.teacher import Teacher
+from pipelines.components import Network, Parts, Pipeline
+from pipelines.families import latents, schedulers, sd, student_schedulers
+from pipelines.families.base import Family, Model, Teacher
 
 UNCONDITIONAL = 0.0  # guidance_scale of the pipeline that makes one call a step
-CALL: dict[str, Any] = {"guidance_scale": 0}  # options of the call that a model card shows
 GUIDANCE = 5.0  # default input of a guidance embedding, as in the pipeline
-TARGETS = sd.TARGETS  # modules of a LoRA
-TAPS = ("mid_block",)  # modules whose output is a discriminator's feature
-BLOCKS = sd.BLOCKS  # classes of modules that are sharded one by one
 LENGTH = 77  # tokens of a prompt
 
 
-def call(net: Any, x: Tensor, n: Tensor, c: Condition) -> Tensor:
+def call(net: Network, x: Tensor, n: Tensor, c: Condition) -> Tensor:
     """c: "prompt_embeds" [B, 77, D], "pooled" [B, P], "time_ids" [B, 6]: original size, crop, target size, in pixels.
 
     A network with a guidance embedding also reads "guidance" w [B], as in SD.
     """
     assert c is not None
-    told = sd.guidance(net, x, c, GUIDANCE)
+    embedded = sd.guidance(net, x, c, GUIDANCE)
     added = {"text_embeds": c["pooled"].to(x.dtype), "time_ids": c["time_ids"]}
     text = c["prompt_embeds"].to(x.dtype)
-    return net(x, n, text, timestep_cond=told, added_cond_kwargs=added, return_dict=False)[0]
+    return net(x, n, text, timestep_cond=embedded, added_cond_kwargs=added, return_dict=False)[0]
 
 
-def options(parts: Parts, steps: int) -> dict[str, Any]:
+def call_options(parts: Parts, steps: int) -> dict[str, Any]:
     """Arguments of the call in the model card."""
-    return {"guidance_scale": GUIDANCE} if sd.has_guidance_embedding(parts.net) else CALL
+    return {"guidance_scale": GUIDANCE} if sd.has_guidance_embedding(parts.net) else {"guidance_scale": 0}
 
 
 def load(parts: Parts, resolution: int | None, frames: int | None) -> Teacher:
@@ -55,11 +51,11 @@ def load(parts: Parts, resolution: int | None, frames: int | None) -> Teacher:
         width = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
         text = torch.zeros(1, LENGTH, config.cross_attention_dim)
         denoiser.null = {"prompt_embeds": text, "pooled": torch.zeros(1, width)}
-    return Teacher(denoiser, encode, decode, latent, shape, parts)
+    return Teacher(denoiser, encode, decode, latent, shape, parts, FAMILY)
 
 
 def sample(
-    pipe: Any, prompts: Sequence[str], z: Tensor, steps: int, guidance: float, negative: str | None = None
+    pipe: Pipeline, prompts: Sequence[str], z: Tensor, steps: int, guidance: float, negative: str | None = None
 ) -> Tensor:
     """Images [B, 3, H, W] in [0, 1] of the pipeline itself from unit noise z."""
     many = None if negative is None else [negative] * len(prompts)
@@ -92,3 +88,47 @@ def tiny() -> Any:
     tiny.louder(tiny.louder(net, 4.0, "add_embedding"), 2.5, "conv_out")
     encoders = tiny.clip(), tiny.clip(projection=32), tiny.clip_tokenizer(), tiny.clip_tokenizer()
     return StableDiffusionXLPipeline(tiny.vae(scaling_factor=0.13025), *encoders, net, scheduler, add_watermarker=False)
+
+
+def condition(config: Any) -> dict[str, tuple[int, ...]]:
+    """Shapes of the condition of one sample."""
+    width = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+    return {"prompt_embeds": (LENGTH, config.cross_attention_dim), "pooled": (width,), "time_ids": (6,)}
+
+
+FAMILY = Family(
+    name="sdxl",
+    title="SDXL",
+    pipelines=("StableDiffusionXLPipeline",),
+    load=load,
+    sample=sample,
+    tiny=tiny,
+    condition=condition,
+    student_schedulers=student_schedulers.of_table,
+    no_guidance=UNCONDITIONAL,
+    call_options=call_options,
+    lora_targets=sd.FAMILY.lora_targets,
+    taps=("mid_block",),
+    blocks=sd.FAMILY.blocks,
+    models={
+        "sdxl": Model(
+            "stabilityai/stable-diffusion-xl-base-1.0",
+            "StableDiffusionXLPipeline",
+            "UNet2DConditionModel",
+            {
+                "sample_size": 128,
+                "cross_attention_dim": 2048,
+                "attention_head_dim": (5, 10, 20),
+                "block_out_channels": (320, 640, 1280),
+                "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+                "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+                "transformer_layers_per_block": (1, 2, 10),
+                "use_linear_projection": True,
+                "addition_embed_type": "text_time",
+                "addition_time_embed_dim": 256,
+                "projection_class_embeddings_input_dim": 2816,
+            },
+            sd.TABLE,
+        )
+    },
+)

@@ -18,12 +18,12 @@ LETTERS = string.ascii_letters + string.digits + ".,:;!?-'\" "
 
 def save(name: str, folder: Any, **config: Any) -> None:
     """The tiny pipeline of a family, as a folder; config: what differs in it."""
-    family = importlib.import_module(f"{__package__}.{name}")
+    family = importlib.import_module(f"{__package__}.{name}").FAMILY
     with torch.random.fork_rng():
         torch.manual_seed(0)
         family.tiny(**config).save_pretrained(folder, safe_serialization=True)
-    if hasattr(family, "FACTS"):
-        (Path(folder) / "distill.json").write_text(json.dumps(family.FACTS))
+    if family.tiny_facts:
+        (Path(folder) / "distill.json").write_text(json.dumps(family.tiny_facts))
 
 
 def byte_symbols() -> list[str]:

@@ -12,19 +12,12 @@ from torch import Tensor, nn
 
 from distill.diffusion.denoiser import Condition, Denoiser
 from pipelines import fields
-from pipelines.components import Parts
-from pipelines.families import latents
-from pipelines.teacher import Teacher
+from pipelines.components import Parts, Pipeline
+from pipelines.families import latents, student_schedulers
+from pipelines.families.base import Family, Model, Teacher
 
-TASK = "text-to-video"
-UNCONDITIONAL = 1.0  # guidance_scale of the pipeline that makes one call a step
-CALL: dict[str, Any] = {"guidance_scale": 1}  # options of the call that a model card shows
-TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")  # modules of a LoRA
-TAPS = ("blocks.14",)  # modules whose output is a discriminator's feature: the middle of 30
-BLOCKS = ("WanTransformerBlock",)  # classes of modules that are sharded one by one
 LENGTH = 512  # tokens of a prompt
 SIZES = {480: (480, 832), 704: (704, 1280), 720: (720, 1280)}  # resolution -> height, width; others are square
-FACTS = {"resolution": 32, "frames": 5}  # of the tiny teacher: no component of a Wan pipeline holds its size
 
 
 def call(net: nn.Module, x: Tensor, n: Tensor, c: Condition) -> Tensor:
@@ -49,7 +42,7 @@ def load(parts: Parts, resolution: int | None, frames: int | None) -> Teacher:
 
     decode, latent = latents.kl3d(parts)
     denoiser = Denoiser(parts.net, *latents.flow(parts.scheduler()), call=call)
-    return Teacher(denoiser, encode, decode, latent, shape(parts, resolution, frames), parts)
+    return Teacher(denoiser, encode, decode, latent, shape(parts, resolution, frames), parts, FAMILY)
 
 
 def shape(parts: Parts, resolution: int | None, frames: int | None) -> tuple[int, int, int, int]:
@@ -71,7 +64,7 @@ def shape(parts: Parts, resolution: int | None, frames: int | None) -> tuple[int
 
 
 def sample(
-    pipe: Any, prompts: Sequence[str], z: Tensor, steps: int, guidance: float, negative: str | None = None
+    pipe: Pipeline, prompts: Sequence[str], z: Tensor, steps: int, guidance: float, negative: str | None = None
 ) -> Tensor:
     """Videos [B, 3, T, H, W] in [0, 1] of the pipeline itself from unit noise z."""
     height, width = (side * pipe.vae_scale_factor_spatial for side in z.shape[-2:])
@@ -101,3 +94,36 @@ def tiny(**config: Any) -> Any:
     tiny.louder(vae, 3.0, "conv_out")
     parts = tiny.t5_tokenizer(), tiny.t5(kind="UMT5"), vae, UniPCMultistepScheduler(**flow), net
     return WanPipeline(*parts, **config)
+
+
+def condition(config: Any) -> dict[str, tuple[int, ...]]:
+    """Shapes of the condition of one sample."""
+    return {"prompt_embeds": (LENGTH, config.text_dim)}
+
+
+FAMILY = Family(
+    name="wan",
+    title="Wan 2.1, Wan 2.2 TI2V-5B",
+    pipelines=("WanPipeline",),
+    task="text-to-video",
+    load=load,
+    sample=sample,
+    tiny=tiny,
+    tiny_facts={"resolution": 32, "frames": 5},  # no component of a Wan pipeline holds its size
+    condition=condition,
+    student_schedulers=student_schedulers.of_flow,
+    no_guidance=1.0,
+    call_options=lambda parts, steps: {"guidance_scale": 1},
+    lora_targets=("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"),
+    taps=("blocks.14",),  # the middle of 30
+    blocks=("WanTransformerBlock",),
+    models={
+        "wan": Model(
+            "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
+            "WanPipeline",
+            "WanTransformer3DModel",
+            {"num_layers": 30, "num_attention_heads": 12, "ffn_dim": 8960},
+        ),
+        "wan14b": Model("Wan-AI/Wan2.1-T2V-14B-Diffusers", "WanPipeline", "WanTransformer3DModel"),
+    },
+)

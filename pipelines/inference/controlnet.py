@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from distill.diffusion.denoiser import Call, Condition, Denoiser, first
 from distill.modules import shared
+from pipelines.components import Network, Pipeline
 from pipelines.families import latents
 from pipelines.judges import perceptual
 from pipelines.teacher import Teacher
@@ -116,7 +117,7 @@ def install(teacher: Teacher) -> None:
     teacher.denoiser = replace(teacher.denoiser, call=Controlled(teacher.denoiser.call))
 
 
-def controlnet(net: Any, channels: int, factor: int) -> Any:
+def controlnet(net: Network, channels: int, factor: int) -> Any:
     """An adapter to pictures [B, channels, factor H, factor W] for a UNet of samples [B, ., H, W]."""
     from diffusers import ControlNetModel, UNet2DConditionModel, UNet2DModel
 
@@ -215,7 +216,7 @@ def example(denoiser: Denoiser, teacher: Teacher) -> dict[str, Tensor]:
 class Shown:
     """A pipeline that is shown a picture at every call; in all else the pipeline itself."""
 
-    def __init__(self, pipe: Any, picture: Tensor) -> None:
+    def __init__(self, pipe: Pipeline, picture: Tensor) -> None:
         self.__dict__.update(pipe=pipe, picture=picture)
 
     def __call__(self, *args: Any, **options: Any) -> Any:
@@ -239,7 +240,7 @@ def stored(folder: Path) -> Any:
     return found.requires_grad_(False).eval()
 
 
-def piped(pipe: Any, folder: Path, **options: Any) -> Any:
+def piped(pipe: Pipeline, folder: Path, **options: Any) -> Any:
     """The pipeline that was loaded from `folder` with the adapter there: diffusers' own of ControlNets, if it has one.
 
     A folder without an adapter leaves it as it is. options: of from_pretrained.

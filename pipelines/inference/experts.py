@@ -32,7 +32,7 @@ from distill.layout import program_name
 from distill.networks.lora import merged
 from distill.training.checkpoint import refused
 from pipelines import fields
-from pipelines.components import index
+from pipelines.components import Pipeline, index
 
 INDEX = "experts.json"
 LIMIT = (
@@ -84,7 +84,7 @@ def write(student: Student, net: nn.Module, steps: Sequence[float], network: str
     return False
 
 
-def install(pipe: Any, folder: str | Path) -> Any:
+def install(pipe: Pipeline, folder: str | Path) -> Any:
     """`pipe`, which was loaded from `folder`, calling for each row of a batch the network that its experts.json names.
 
     A folder without one is left as it is. A batch of rows of several networks is seen whole by each of these, so that

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from distill.modules import weightless
 from distill.networks.negative_attention import Rule, Turned, adapt, adapters, layers, strip
+from pipelines.components import Pipeline
 
 if TYPE_CHECKING:
     from pipelines.teacher import Teacher
@@ -88,7 +89,7 @@ def write(net: nn.Module, file: Path) -> None:
 
 
 @torch.no_grad()
-def install(pipe: Any, file: str | Path) -> Any:
+def install(pipe: Pipeline, file: str | Path) -> Any:
     """The pipeline, its network with the adapters of `file`: it hears its negative prompt, guidance switched off.
 
         install(pipe, "runs/sun/pipeline/negative.safetensors")

@@ -24,14 +24,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distill.diffusion.guidance import Guided
 from distill.diffusion.schedule import EDM, VP
 from distill.diffusion.solver import STEPS, Call, Name, handover, relay
 from distill.diffusion.student import Student
 from distill.random import Draw
-from pipelines.components import Parts, located
-from pipelines.families import sana
-from pipelines.teacher import Teacher
+from pipelines.components import Parts, Pipeline, Scheduler, located
+from pipelines.teacher import Teacher, teacher_of
 
 FRESH = ("LCMScheduler", "CMStochasticIterativeScheduler", "SCMScheduler")  # they noise x0 anew between two calls
 ODE = ("DDIMScheduler", "EulerDiscreteScheduler", "FlowMatchEulerDiscreteScheduler")  # they keep the predicted noise
@@ -41,7 +39,7 @@ ODE = ("DDIMScheduler", "EulerDiscreteScheduler", "FlowMatchEulerDiscreteSchedul
 class Turn:
     """What a pipeline does of an image: the calls of its scheduler, or of a solver, but for the first `skip`."""
 
-    pipe: Any  # a diffusers pipeline, or a Teacher
+    pipe: Pipeline  # a diffusers pipeline, or a Teacher
     steps: int  # of the whole way from noise to image
     guidance: float = 1.0  # lambda where the solver is cfg++; of students none
     skip: int = 0  # of its calls, which the turns before it make instead
@@ -61,7 +59,7 @@ class Turn:
         if self.guidance != 1 or self.solver == "cfg++":
             if not isinstance(denoiser.schedule, EDM):
                 teacher.null()
-            denoiser = getattr(teacher.parts.family, "Rescaled", Guided)(denoiser, self.guidance)
+            denoiser = teacher.family.guided(denoiser, self.guidance)
         scale = None  # of the first noise: as the pipeline's, whose Euler scheduler keeps x / alpha
         if isinstance(denoiser.path, VP):
             start = torch.tensor(float(scheduler.init_noise_sigma))
@@ -71,14 +69,14 @@ class Turn:
         return [Call(denoiser, t, STEPS[self.solver or "ddim"], scale) for t in times]
 
 
-def levels(teacher: Teacher, scheduler: Any, steps: int, solver: Name | None = None) -> tuple[float, ...]:
+def levels(teacher: Teacher, scheduler: Scheduler, steps: int, solver: Name | None = None) -> tuple[float, ...]:
     """The times of a pipeline's calls, falling: its scheduler's, but for an EDM teacher under a solver, EDM's grid."""
-    schedule, kind = teacher.denoiser.schedule, type(scheduler).__name__
+    schedule = teacher.denoiser.schedule
+    times = teacher.family.call_times(scheduler, steps)
     if isinstance(schedule, EDM) and solver is not None:
         t = torch.linspace(1, 0, steps, dtype=torch.float64)
-    elif kind == "SCMScheduler":
-        angle = torch.tensor(sana.angles(steps), dtype=torch.float64)
-        t = angle.sin() / (angle.sin() + angle.cos())
+    elif times is not None:
+        t = torch.tensor(times, dtype=torch.float64)
     else:
         teacher.set_timesteps(scheduler, steps)
         told = scheduler.timesteps.double().cpu()
@@ -87,12 +85,12 @@ def levels(teacher: Teacher, scheduler: Any, steps: int, solver: Name | None = N
     return tuple(sorted({*t.tolist()}, reverse=True))  # PNDM's and Heun's ask twice at one level
 
 
-def around(pipe: Any, resolution: int | None = None) -> Teacher:
+def around(pipe: Pipeline, resolution: int | None = None) -> Teacher:
     """The teacher whose components are those of a pipeline that is loaded already, from a folder or the Hub."""
     parts = Parts(located(str(pipe.config._name_or_path)))
     parts.given = {name: value for name, value in pipe.components.items() if value is not None}
     parts.device = pipe.device
-    return parts.family.load(parts, resolution, None)
+    return teacher_of(parts, resolution)
 
 
 class Own(Draw):

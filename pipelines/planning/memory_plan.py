@@ -29,6 +29,7 @@ from distill.networks.lora import LoRA
 from distill.training.config import FakeConfig, StudentConfig, TrainConfig
 from distill.training.step import BUCKET
 from pipelines import fields
+from pipelines.components import Network
 
 if TYPE_CHECKING:
     from distill.roles import Nets
@@ -117,10 +118,10 @@ class Run:
 
         from distill.training.build import build
         from pipelines.inference import controlnet, pag
+        from pipelines.teacher import teacher_of
 
-        if Requirement.GUIDANCE_EMBEDDING in self.config.method.requirements:
-            self.parts.tell()
-        teacher = self.parts.family.load(self.parts, self.config.resolution, self.config.frames)
+        guidance_embedded = Requirement.GUIDANCE_EMBEDDING in self.config.method.requirements
+        teacher = teacher_of(self.parts, self.config.resolution, self.config.frames, guidance_embedded)
         kinds = {"class_labels": torch.long}
         shapes = self.parts.condition().items()
         c = {key: torch.empty(1, *shape, dtype=kinds.get(key), device="meta") for key, shape in shapes}
@@ -228,7 +229,7 @@ def moments(numel: int, kind: str) -> int:
     return 8 * numel + (0 if kind == "adamw8bit" else 4)  # torch counts steps in a float32 of each parameter
 
 
-def gathered(net: Any) -> tuple[int, int]:
+def gathered(net: Network) -> tuple[int, int]:
     """Parameters of the largest unit of sharding, two of which are whole at a time, and of the rest, which stays so."""
     from pipelines.planning.flop_counter import units
 
@@ -260,7 +261,7 @@ def configured(plan: Plan, flags: list[str]) -> tuple[Config[Any, Any], Meta]:
         parts = Meta(MODELS[plan.family])
         method = METHODS[plan.method]
         if getattr(method, "taps", None):
-            method = replace(method, taps=getattr(parts.family, "TAPS", method.taps))
+            method = replace(method, taps=parts.family.taps)
         steps = 4 if plan.method.startswith("dmd2") else 1
         train = TrainConfig(train_batch_size=plan.gpus, max_train_steps=10_000, ema_half_life=0)
         config = Config(method, Digits(), MODELS[plan.family].hub, student=StudentConfig(steps=steps), train=train)
@@ -289,9 +290,9 @@ def of(recipe: Path) -> Config[Any, Any]:
 
 def adapted(config: Config[Any, Any], parts: Meta, rank: int, fake: bool) -> Config[Any, Any]:
     """With a LoRA student, and a LoRA fake score too; what has adapters keeps its own, as does an EDM network."""
-    if not hasattr(parts.family, "TARGETS"):
+    if not parts.family.lora_targets:
         return config
-    lora = LoRA(rank, float(rank), parts.family.TARGETS)
+    lora = LoRA(rank, float(rank), parts.family.lora_targets)
     student = config.student if config.student.lora.rank else replace(config.student, lora=lora)
     other = replace(config.fake, lora=lora) if fake and not config.fake.lora.rank else config.fake
     return replace(config, student=student, fake=other)

@@ -239,7 +239,7 @@ def test_teacher_by_our_solvers(home, tmp_path):
         set_progress_bar_config=lambda **_: None, scheduler=SimpleNamespace(step=lambda out: out), device="cpu",
         dtype=torch.float32, components={},
     )  # fmt: skip
-    family = SimpleNamespace(sample=lambda pipe, c, z, *_: student.append(z) or z, UNCONDITIONAL=0.0)
+    family = SimpleNamespace(sample=lambda pipe, c, z, *_: student.append(z) or z, no_guidance=0.0)
     pipeline_sampler(pipe, 1, None, family, (1, 8, 8)).make([generator(3, 1)], [1])
     assert student[0].equal(first)
 

@@ -30,7 +30,7 @@ from pipelines.export.schedule import finished, scheduler
 from pipelines.families import tiny
 from pipelines.inference import controlnet
 from pipelines.planning.memory_plan import Plan, Run, configured
-from pipelines.teacher import opened
+from pipelines.teacher import load_teacher
 
 F64 = torch.float64
 RECIPES = {"digits_nct": "edm", "nct_sd15": "sd"}
@@ -187,7 +187,7 @@ def state_of(name, folder, step):
     """(teacher, state at the end) of a run that goes on from its checkpoint."""
     argv = [*FAST.split(), "--output_dir", f"{folder}"]
     config = run.smoke(parse(importlib.import_module(f"recipes.{name}").CONFIG, argv))
-    teacher = opened(config.teacher)
+    teacher = load_teacher(config.teacher)
     controlnet.install(teacher)
     data = config.data.open(teacher, config.method.requirements)
     _, student = run.carried(teacher, run.with_method_times(config.method, teacher, config.student))

@@ -91,7 +91,7 @@ def test_export(converted, tmp_path, steps, sigma):
     assert library == ("diffusers" if isinstance(net, UNet2DModel) else "pipelines.edm_nets")
     assert bool(edm.limits(net)) == (library != "diffusers")
     before = net.time_embedding.linear_1.weight.clone()
-    made = edm.exported(net, student)
+    made = edm.export_network(net, student)
     assert gap(made, "out") < 1e-5
     assert torch.equal(net.time_embedding.linear_1.weight, before), "the student itself is not touched"
     if library == "diffusers":

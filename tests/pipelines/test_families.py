@@ -14,14 +14,12 @@ from distill.diffusion.student import Student
 from distill.training.config import StudentConfig
 from pipelines import load
 from pipelines.export.schedule import scheduler as student_scheduler
-from pipelines.families import tiny
-from pipelines.families.registry import FAMILIES
+from pipelines.families import flux, tiny
+from pipelines.families.registry import families, find_family, known_pipelines
 
 PROMPTS = ["a red fox in the snow", "seven cats, and a very long road under the stars of a winter night; " * 3]
-MODULES = ["sd", "sdxl", "sd3", "flux", "qwen", "pixart", "sana", "wan"]  # one name here is all that a family needs
-
-
-VARIANTS = {  # of a family: its module, what its tiny pipeline differs in, how it is loaded
+NAMES = [name for name in families() if name != "edm"]  # edm: tests/recipes/test_recipes.py
+VARIANTS = {  # of a family: its name, what its tiny pipeline differs in, how it is loaded
     "sd-v": ("sd", {"prediction_type": "v_prediction"}, {}),
     "sd3-without-t5": ("sd3", {"t5": False}, {}),
     "flux-schnell": ("flux", {"guidance": False}, {}),
@@ -31,17 +29,17 @@ VARIANTS = {  # of a family: its module, what its tiny pipeline differs in, how 
 }
 
 
-@pytest.fixture(scope="module", params=[*MODULES, *VARIANTS])
+@pytest.fixture(scope="module", params=[*NAMES, *VARIANTS])
 def family(request, tmp_path_factory):
-    """The family's module, its tiny pipeline's folder, its teacher, and inputs z, x and c of two samples."""
+    """The family, its tiny pipeline's folder, its teacher, and inputs z, x and c of two samples."""
     folder = tmp_path_factory.mktemp(request.param)
     name, config, options = VARIANTS.get(request.param, (request.param, {}, {}))
     tiny.save(name, folder, **config)
     teacher = load(folder, **options)
     torch.manual_seed(0)
     z, x = torch.randn(2, 2, *teacher.shape)
-    module = importlib.import_module(f"pipelines.families.{name}")
-    return SimpleNamespace(module=module, folder=folder, teacher=teacher, z=z, x=x, c=teacher.encode(PROMPTS))
+    c = teacher.encode(PROMPTS)
+    return SimpleNamespace(family=teacher.family, folder=folder, teacher=teacher, z=z, x=x, c=c)
 
 
 def unpacked(f, x):
@@ -80,7 +78,7 @@ def test_the_denoiser_gives_what_the_pipelines_network_and_scheduler_give(family
     f = family
     pipe, denoiser = f.teacher.parts.pipe(), f.teacher.denoiser
     steps = watched(pipe)
-    f.module.sample(pipe, PROMPTS, f.z, 5, f.module.UNCONDITIONAL)
+    f.family.sample(pipe, PROMPTS, f.z, 5, f.family.no_guidance)
     assert len(steps) == 5
     last = denoiser.schedule.native(torch.ones(1))
     for x, n, sigma, out, x0 in steps:
@@ -103,8 +101,8 @@ def test_the_denoiser_gives_what_the_pipelines_network_and_scheduler_give(family
 def test_the_teacher_samples_what_the_pipeline_samples(family, negative):
     f = family
     for guidance in [1.0, 4.0]:
-        told = f.module.UNCONDITIONAL if guidance == 1 else guidance
-        expected = f.module.sample(f.teacher.parts.pipe(), PROMPTS, f.z, 4, told, negative)
+        told = f.family.no_guidance if guidance == 1 else guidance
+        expected = f.family.sample(f.teacher.parts.pipe(), PROMPTS, f.z, 4, told, negative)
         null = None if negative is None else f.teacher.negative([negative])
         images = f.teacher.decode(f.teacher.sample(f.z, f.c, 4, guidance, null))
         assert (images.clamp(-1, 1) / 2 + 0.5 - expected).abs().max() < 1e-4
@@ -125,7 +123,7 @@ def test_guidance_with_the_null_condition(family):
 def test_taps_give_features_with_gradient(family):
     f = family
     x = f.x.clone().requires_grad_()
-    taps = f.module.TAPS + ("norm_out",) * hasattr(
+    taps = f.family.taps + ("norm_out",) * hasattr(
         f.teacher.denoiser.net, "norm_out"
     )  # the last norm, of SiD-DiT's GAN
     for feature in f.teacher.denoiser.features(x, torch.full((2,), 0.6).double(), f.c, taps):
@@ -156,7 +154,7 @@ def test_every_input_moves_the_output(family):
 @pytest.mark.parametrize("family", ["flux"], indirect=True)
 def test_an_embedded_guidance_is_an_input(family):
     f = family
-    options = {"num_inference_steps": 2, "height": 16, "width": 16, "latents": f.module.pack(f.z), "output_type": "pt"}
+    options = {"num_inference_steps": 2, "height": 16, "width": 16, "latents": flux.pack(f.z), "output_type": "pt"}
     seen = []
     for w in [1.0, 3.5, 8.0]:
         seen.append(f.teacher.decode(f.teacher.sample(f.z, f.c | {"guidance": torch.full((2,), w)}, 2)) / 2 + 0.5)
@@ -189,7 +187,7 @@ def test_images_to_latents_and_back(family, monkeypatch):
     torch.testing.assert_close(seen["decoded"], raw, rtol=1e-4, atol=1e-5)
     monkeypatch.undo()
     again = f.teacher.latent(images, torch.ones_like(f.x)) - x  # the posterior's deviation, in the latent's scale
-    assert (again == 0).all() if f.module.__name__ == "pipelines.families.sana" else (again > 0).all()
+    assert (again == 0).all() if f.family.name == "sana" else (again > 0).all()
 
 
 @torch.no_grad()
@@ -199,7 +197,7 @@ def test_the_resolution_is_a_choice(family):
     double = load(f.folder, resolution=2 * pixels)
     assert double.shape == (*f.teacher.shape[:-2], *(2 * side for side in f.teacher.shape[-2:]))
     z = torch.randn(1, *double.shape)
-    expected = f.module.sample(double.parts.pipe(), PROMPTS[:1], z, 2, f.module.UNCONDITIONAL)
+    expected = f.family.sample(double.parts.pipe(), PROMPTS[:1], z, 2, f.family.no_guidance)
     images = double.decode(double.sample(z, double.encode(PROMPTS[:1]), 2))
     assert (images.clamp(-1, 1) / 2 + 0.5 - expected).abs().max() < 1e-4
     with pytest.raises(ValueError, match="resolution is .* multiple of"):
@@ -215,7 +213,7 @@ class Global:
         self.f = f
 
     def normal(self, name, shape):
-        return getattr(self.f.module, "unpacked", torch.randn)(shape)
+        return self.f.family.draw_noise(shape)
 
 
 @torch.no_grad()
@@ -230,17 +228,21 @@ def test_the_pipeline_under_the_students_scheduler_gives_what_the_student_gives(
     expected = f.teacher.decode(student.generate(f.z, f.c, Global(f))).clamp(-1, 1) / 2 + 0.5
     torch.manual_seed(1)
     pipe = f.teacher.parts.pipe(scheduler=scheduler)
-    images = f.module.sample(pipe, PROMPTS, f.z, steps, f.module.UNCONDITIONAL)
+    images = f.family.sample(pipe, PROMPTS, f.z, steps, f.family.no_guidance)
     assert (images - expected).abs().max() < 1e-3
 
 
 def test_every_module_that_a_lora_names_is_there(family):
     modules = [f".{name}" for name, _ in family.teacher.denoiser.net.named_modules()]
-    assert not [t for t in family.module.TARGETS if not any(name.endswith(f".{t}") for name in modules)]
+    assert not [t for t in family.family.lora_targets if not any(name.endswith(f".{t}") for name in modules)]
 
 
-def test_no_family_is_left_out():
-    assert {*MODULES, "edm"} == set(FAMILIES.values())  # edm: tests/recipes/test_recipes.py
+def test_the_registry_finds_every_family():
+    """By the name of its module and by its pipelines, none of which two families read."""
+    assert all(importlib.import_module(f"pipelines.families.{name}").FAMILY is one for name, one in families().items())
+    assert sum(len(one.pipelines) for one in families().values()) == len(known_pipelines())
+    with pytest.raises(ValueError, match="a is a DiTPipeline; supported pipelines are .*SanaSprintPipeline"):
+        find_family("DiTPipeline", "a")
 
 
 def test_checkpointing_keeps_outputs_and_gradients(family):

@@ -24,6 +24,7 @@ from distill.training.loop import train
 from pipelines.families import edm
 from pipelines.planning import flop_counter
 from pipelines.planning.models import MODELS, Meta
+from pipelines.teacher import teacher_of
 
 near = lambda got, want, tol=1e-9: torch.testing.assert_close(got, want, rtol=tol, atol=tol)
 weights = lambda net: {name: p.detach().clone() for name, p in net.named_parameters()}
@@ -36,7 +37,7 @@ def cycle():
     c = {name: torch.empty(1, *shape, device="meta") for name, shape in parts.condition().items()}
 
     def measure(method, steps):
-        teacher = parts.family.load(parts, None, None)
+        teacher = teacher_of(parts)
         with torch.device("meta"):
             nets = build(method, teacher.denoiser, teacher.shape, c, StudentConfig(steps=steps))
         cost = flop_counter.cost(method, nets, c, half=False, fused=False)

@@ -270,7 +270,7 @@ def test_nothing_fits(digits, capsys):
     "argv, message",
     [
         ([], "give either a recipe"),
-        (["--family", "sdxk"], "family is 'sdxk'; it must be one of sd15, sd21, sd21-base, sdxl"),
+        (["--family", "sdxk"], "family is 'sdxk'; it must be one of flux, flux-schnell, pixart"),
         (["recipes/none.py"], "no recipe at 'recipes/none.py'"),
         (["benchmarks/digits.py"], "has no Config named CONFIG"),
         ([RECIPE, "--", "--teacher", "somebody/something"], "no configs of teacher 'somebody/something'"),
@@ -329,6 +329,6 @@ def test_blocks_that_are_sharded(name):
     """At its public size a family's blocks hold nearly all weights, and none of them more than a twelfth."""
     parts = Meta(MODELS[name])
     size = lambda net: sum(p.numel() for p in net.parameters())
-    blocks = [m for m in parts.net.modules() if type(m).__name__ in parts.family.BLOCKS]
-    assert {type(m).__name__ for m in flop_counter.units(parts.net)} == {*parts.family.BLOCKS}
+    blocks = [m for m in parts.net.modules() if type(m).__name__ in parts.family.blocks]
+    assert {type(m).__name__ for m in flop_counter.units(parts.net)} == {*parts.family.blocks}
     assert sum(map(size, blocks)) > 0.9 * size(parts.net) and max(map(size, blocks)) < size(parts.net) / 12

@@ -32,7 +32,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def teacher(folder):
-    return load(folder, told=True)
+    return load(folder, guidance_embedded=True)
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def test_the_embedding_moves_nothing_at_first(folder, teacher, heard):
     want = plain(x, t, c).out
     for w in ({}, {"guidance": torch.tensor([4.0, 5.0])}):
         assert torch.equal(teacher.denoiser(x, t, c | w).out, want)
-    assert load(folder, told=True).denoiser.net.time_embed.guidance_embedder.linear_1.weight.equal(
+    assert load(folder, guidance_embedded=True).denoiser.net.time_embed.guidance_embedder.linear_1.weight.equal(
         teacher.denoiser.net.time_embed.guidance_embedder.linear_1.weight
     )  # the same on every process
     student = Student(teacher.denoiser).using(heard).denoiser
@@ -113,7 +113,7 @@ def test_the_export_is_compared_at_one_two_and_four_steps(teacher, heard, tmp_pa
 def test_what_is_refused(folder, teacher, tmp_path):
     tiny.save("sana", tmp_path / "plain", **PLAIN)
     with pytest.raises(ValueError, match="expects 1000 t: convert it with\\s+python -m pipelines.sana"):
-        load(tmp_path / "plain", told=True)
+        load(tmp_path / "plain", guidance_embedded=True)
     for wrong, said in (
         ({"scale": 2.0}, "unit noise"),
         ({"steps": 2, "renoise": "ddim"}, "fresh noise"),
@@ -124,10 +124,10 @@ def test_what_is_refused(folder, teacher, tmp_path):
             scheduler(teacher, StudentConfig(**wrong))
     tiny.save("flux", tmp_path / "schnell", guidance=False)
     with pytest.raises(ValueError, match="needs a guidance embedding"):
-        load(tmp_path / "schnell", told=True)
+        load(tmp_path / "schnell", guidance_embedded=True)
     tiny.save("sd", tmp_path / "sd")
     with pytest.raises(ValueError, match="give --method.guidance one number"):
-        load(tmp_path / "sd", told=True)
+        load(tmp_path / "sd", guidance_embedded=True)
 
 
 @torch.no_grad()
@@ -145,7 +145,7 @@ def test_the_copy_that_is_fine_tuned(tmp_path):
     config = json.loads((tmp_path / "copy" / "transformer" / "config.json").read_text())
     config.pop("guidance_embeds")  # a config of an older diffusers
     (tmp_path / "copy" / "transformer" / "config.json").write_text(json.dumps(config))
-    assert load(tmp_path / "copy", told=True).denoiser.net.config.guidance_embeds
+    assert load(tmp_path / "copy", guidance_embedded=True).denoiser.net.config.guidance_embeds
     with pytest.raises(SystemExit):
         sana_convert.main(sana_convert.Arguments(f"{tmp_path / 'plain'}", f"{tmp_path / 'copy'}"))
 

@@ -14,15 +14,15 @@ from distill.training.config import StudentConfig
 from pipelines import load as load_teacher
 from pipelines.export import export, verify
 from pipelines.export.model_card import collect_card_info
-from pipelines.families import flux, tiny
+from pipelines.families import flux, sd, tiny
 from pipelines.launch import start_accelerator
 from pipelines.run import carried, half
 
 
-@pytest.mark.parametrize("family", (SimpleNamespace(), flux))
+@pytest.mark.parametrize("family", (sd.FAMILY, flux.FAMILY))
 def test_noise_is_drawn_on_the_device_of_the_pipeline(family):
     """The numbers of a GPU's generator are not those of the CPU's."""
-    teacher = SimpleNamespace(parts=SimpleNamespace(family=family))
+    teacher = SimpleNamespace(family=family)
     for device in ("cpu", "meta"):
         assert verify.Generated(teacher, device).normal("renoise0", (1, 4, 2, 2)).device.type == device
 
@@ -44,9 +44,10 @@ def test_text_encoders_network_and_decoder_take_turns(monkeypatch):
     monkeypatch.setattr(net, "to", lambda device: events.append("network"))
     call = lambda net, x, t, c: x
     denoiser = Denoiser(net, Flow(), "flow", call)
-    parts = SimpleNamespace(family=SimpleNamespace(), drop_text=lambda: events.append("drop"))
+    parts = SimpleNamespace(drop_text=lambda: events.append("drop"))
     decode = lambda x: events.append("decode") or x
-    teacher = SimpleNamespace(parts=parts, shape=(1, 2, 2), encode=lambda p: events.append("encode"), decode=decode)
+    encode = lambda prompts: events.append("encode")
+    teacher = SimpleNamespace(family=sd.FAMILY, parts=parts, shape=(1, 2, 2), encode=encode, decode=decode)
     verify.reference(Student(denoiser), teacher, net)
     assert events == ["drop", "encode", "encode", "drop", "network", "network", "decode", "decode"]
 

@@ -22,20 +22,10 @@ from distill.training.config import FakeConfig, StudentConfig, TrainConfig
 from distill.training.loop import train
 from pipelines import load
 from pipelines.families import tiny
-from pipelines.families.registry import FAMILIES
+from pipelines.families.registry import families
 
 README = Path(__file__).resolve().parents[2] / "README.md"
-NAMES = {
-    "sd": "SD 1.5, 2.1",
-    "sdxl": "SDXL",
-    "sd3": "SD 3, 3.5",
-    "flux": "FLUX.1",
-    "pixart": "PixArt",
-    "sana": "SANA",
-    "qwen": "Qwen-Image",
-    "wan": "Wan 2.1, Wan 2.2 TI2V-5B",
-    "edm": "EDM, pixels",
-}
+NAMES = {name: family.title for name, family in sorted(families().items(), key=lambda item: item[1].title)}
 METHODS = {
     "SiD": lambda taps: SiD(alpha=1.0, kappa=(1.5, 1.5, 1.5, 1.5)),
     "DMD2": lambda taps: DMD2(guidance=2.0, every=1, taps=taps),
@@ -48,7 +38,10 @@ APART = (
     "NCT",
 )  # its student is an adapter of its own, pipelines/inference/controlnet.py: tests/pipelines/test_control.py
 REFUSED = {
-    (name, family): "no cross-attention" for name in ("NASAT", "SUN") for family in ("edm", "sd3", "flux", "qwen")
+    (name, family.name): "no cross-attention"
+    for name in ("NASAT", "SUN")
+    for family in families().values()
+    if not family.cross_attention
 }
 REFUSED["SUN", "edm"] = "needs a teacher with text conditions"
 RAN = {}
@@ -69,16 +62,12 @@ def teachers(tmp_path_factory):
     return teacher
 
 
-def test_every_family_has_a_name():
-    assert NAMES.keys() == set(FAMILIES.values())
-
-
 def two_steps(algorithm, family, teacher, adapted, steps=1):
     """Train; the losses are finite, every player moves, the teacher does not."""
-    module, B = teacher.parts.family, 2
+    B = 2
     prompts = [0, 1] if family == "edm" else ["a cat", "a dog on the moon"]
     c = teacher.encode(prompts)
-    lora = LoRA(2, 2.0, getattr(module, "TARGETS", ("conv1", "conv2"))) if adapted else LoRA()
+    lora = LoRA(2, 2.0, teacher.family.lora_targets or ("conv1", "conv2")) if adapted else LoRA()
     unit = 1.0 if isinstance(teacher.denoiser.schedule, VP) else None
     words = (
         c["prompt_embeds"].shape[1]
@@ -126,7 +115,7 @@ def two_steps(algorithm, family, teacher, adapted, steps=1):
 @pytest.mark.parametrize("family", NAMES)
 def test_trains(family, method, adapted, teachers):
     teacher = teachers(family)
-    algorithm = METHODS[method](getattr(teacher.parts.family, "TAPS", ("mid_block",)))
+    algorithm = METHODS[method](teacher.family.taps)
     two_steps(algorithm, family, teacher, adapted, 2 if method in ("SiD", "DMD2") else 1)
     RAN.setdefault((family, method), []).append("LoRA" if adapted else "full")
 
@@ -147,7 +136,7 @@ def others():
 @pytest.mark.parametrize("name, family, adapted", [*others()])
 def test_every_other_method_trains(name, family, adapted, teachers):
     teacher = teachers(family)
-    method = example(name, getattr(teacher.parts.family, "TAPS", ("mid_block",))[-1])
+    method = example(name, teacher.family.taps[-1])
     if name == "TCD":
         method = replace(method, guidance=3.0)  # a range needs a network that is told it
     if name == "Forgetting" and family != "edm":
@@ -174,7 +163,7 @@ def test_the_readme_says_what_ran(request):
     rows = ["| teacher | " + " | ".join(METHODS) + " |", "|---" * (len(METHODS) + 1) + "|"]
     for family, title in NAMES.items():
         cells = (", ".join(RAN.get((family, method), ["-"])) for method in METHODS)
-        rows.append(f"| {title} ([{family}.py](pipelines/{family}.py)) | " + " | ".join(cells) + " |")
+        rows.append(f"| {title} ([{family}.py](pipelines/families/{family}.py)) | " + " | ".join(cells) + " |")
     first, last = "<!-- what tests/recipes/test_matrix.py ran -->\n", "<!-- end -->"
     text = README.read_text()
     head, _, rest = text.partition(first)

@@ -33,7 +33,7 @@ from pipelines.export import export, verify
 from pipelines.export.card import snippet
 from pipelines.export.model_card import collect_card_info
 from pipelines.families import edm
-from pipelines.teacher import opened
+from pipelines.teacher import load_teacher
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted(p.stem for p in (ROOT / "recipes").glob("*.py") if "\nCONFIG = Config(" in p.read_text())
@@ -116,7 +116,9 @@ def out(runs):
 def resumed(name, folder, checkpoint):
     """(teacher, the state at the end) of a run that goes on from a checkpoint."""
     config = run.smoke(parse(config_of(RUNS[name][0]), argv(name, folder)))
-    teacher = opened(config.teacher, told=Requirement.GUIDANCE_EMBEDDING in config.method.requirements)
+    teacher = load_teacher(
+        config.teacher, guidance_embedded=Requirement.GUIDANCE_EMBEDDING in config.method.requirements
+    )
     data = config.data.open(teacher, config.method.requirements)
     _, student = run.carried(teacher, run.with_method_times(config.method, teacher, config.student))
     c = {key: value[:1] for key, value in data.fixed(1)[1].items()}
@@ -255,11 +257,11 @@ def plainly(runs, tmp_path_factory):
     for name in names:
         folder = runs[0][name]
         teacher, pipeline = load(folder / "teacher"), folder / "pipeline"
-        family, facts = teacher.parts.family, json.loads((pipeline / "distill.json").read_text())
+        family, facts = teacher.family, json.loads((pipeline / "distill.json").read_text())
         pipe = Recorder(DiffusionPipeline.from_pretrained(pipeline, local_files_only=True))
         pipe.pipe.set_progress_bar_config(disable=True)
         prompt = verify.examples(teacher)[1]
-        family.sample(pipe, [prompt], noise(teacher), facts["steps"], family.UNCONDITIONAL)
+        family.sample(pipe, [prompt], noise(teacher), facts["steps"], family.no_guidance)
         torch.save(pipe.called, where / f"{name}.pt")
         lora = [p.name for p in pipeline.glob("*_lora.safetensors")]
         card = (pipeline / "README.md").read_text()
@@ -402,8 +404,8 @@ def test_every_input_counts(one):
 
 def test_a_recipe_fails_before_its_first_step(tmp_path, monkeypatch, capsys):
     """Its export is rehearsed: a pipeline that samples something else ends the run before it has a folder's files."""
-    right = edm.sample
-    monkeypatch.setattr(edm, "sample", lambda *given: 0.9 * right(*given))
+    wrong = replace(edm.FAMILY, sample=lambda *given: 0.9 * edm.sample(*given))
+    monkeypatch.setattr(edm, "FAMILY", wrong)
     with pytest.raises(SystemExit) as error:
         run.main(config_of("sid_digits"), argv("sid_digits", tmp_path))
     said = capsys.readouterr().err

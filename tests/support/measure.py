@@ -44,14 +44,14 @@ ORDER = {
         "__main__",
     ),
     "pipelines": (
-        "fields markdown edm_nets families.base families.registry families.schedulers",
+        "fields markdown launch",
         "components",
-        "identity teacher",
-        "families",
+        "edm_nets",
+        "identity families",
+        "teacher",
         "inference judges",
-        "export planning",
+        "cache export planning",
         "run",
-        "cache",
         "control edm_convert experts pairs plan sana scaling",  # the commands of three lines
     ),
     "eval": (

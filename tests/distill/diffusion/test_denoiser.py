@@ -333,7 +333,7 @@ class TestGuided:
         want = torch.tensor([-0.85124, 0.56268, -0.43523, 0.68164, -0.52478, -0.82668, -0.90032, 0.73169])
         near(embedding(torch.tensor([7.5]), 8)[0], want, 1e-5)
         assert embedding(torch.rand(3)).shape == (3, 256)
-        with pytest.raises(ValueError, match="no embedding of guidance .* told=True"):
+        with pytest.raises(ValueError, match="no embedding of guidance .* guidance_embedded=True"):
             embedding(torch.rand(3), None)
 
 

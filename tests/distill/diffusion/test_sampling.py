@@ -29,7 +29,8 @@ from distill.roles import Nets
 from distill.training.build import build
 from distill.training.config import StudentConfig
 from pipelines.export.schedule import pipeline_times, scheduler
-from pipelines.families import flux, qwen, schedulers
+from pipelines.families import schedulers
+from pipelines.families.registry import find_family
 from pipelines.run import with_method_times
 from pipelines.teacher import Teacher
 
@@ -38,39 +39,39 @@ LAW = Gaussian(torch.tensor([MU], dtype=F64), torch.tensor([[S**2]], dtype=F64))
 STEPS = (1, 2, 4, 8)
 SCALED = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 SOLVER = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0}
-OWN = {  # of the published teachers: the scheduler, the name of its pipeline, its module, the size of its latents
-    "sd": (diffusers.PNDMScheduler(**SCALED, skip_prk_steps=True), "StableDiffusionPipeline", None, 64),
-    "sdxl": (diffusers.EulerDiscreteScheduler(**SCALED), "StableDiffusionXLPipeline", None, 128),
-    "pixart": (diffusers.DPMSolverMultistepScheduler(beta_start=1e-4, beta_end=0.02), "PixArtSigmaPipeline", None, 128),
-    "sd3": (diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0), "StableDiffusion3Pipeline", None, 128),
+OWN = {  # of the published teachers: the scheduler, the name of its pipeline, the size of its latents
+    "sd": (diffusers.PNDMScheduler(**SCALED, skip_prk_steps=True), "StableDiffusionPipeline", 64),
+    "sdxl": (diffusers.EulerDiscreteScheduler(**SCALED), "StableDiffusionXLPipeline", 128),
+    "pixart": (diffusers.DPMSolverMultistepScheduler(beta_start=1e-4, beta_end=0.02), "PixArtSigmaPipeline", 128),
+    "sd3": (diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0), "StableDiffusion3Pipeline", 128),
     "flux": (
         diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True, max_shift=1.15),
-        *("FluxPipeline", flux, 128),
+        *("FluxPipeline", 128),
     ),
     "qwen": (
         diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, max_shift=0.9, shift_terminal=0.02),
-        *("QwenImagePipeline", qwen, 128),
+        *("QwenImagePipeline", 128),
     ),
-    "sana": (diffusers.DPMSolverMultistepScheduler(**SOLVER), "SanaPipeline", None, 32),
-    "wan": (diffusers.UniPCMultistepScheduler(**SOLVER), "WanPipeline", None, 60),
-    "sprint": (diffusers.SCMScheduler(), "SanaSprintPipeline", None, 32),
-    "edm": (diffusers.CMStochasticIterativeScheduler(sigma_data=0.5), "ConsistencyModelPipeline", None, 32),
+    "sana": (diffusers.DPMSolverMultistepScheduler(**SOLVER), "SanaPipeline", 32),
+    "wan": (diffusers.UniPCMultistepScheduler(**SOLVER), "WanPipeline", 60),
+    "sprint": (diffusers.SCMScheduler(), "SanaSprintPipeline", 32),
+    "edm": (diffusers.CMStochasticIterativeScheduler(sigma_data=0.5), "ConsistencyModelPipeline", 32),
 }
 TABLES, FLOWS = ("sd", "sdxl", "pixart"), ("sd3", "flux", "qwen", "sana", "wan")
 
 
 def family(name):
     """A teacher with the published scheduler, whose network is the posterior mean of the Gaussian."""
-    own, pipeline, module, side = OWN[name]
+    own, pipeline, side = OWN[name]
     if name in TABLES:
         schedule, kind = schedulers.table(own)
     else:
         schedule, kind = (EDM(), "edm") if name == "edm" else (Flow(), "flow")
-    parts = SimpleNamespace(
-        index={"_class_name": pipeline}, scheduler=lambda: type(own).from_config(own.config), family=module
-    )
+    parts = SimpleNamespace(index={"_class_name": pipeline}, scheduler=lambda: type(own).from_config(own.config))
     net = exact(LAW, schedule, kind)
-    return Teacher(net, lambda c: None, lambda x: x, lambda x, eps: x, (16, side, side), parts)
+    return Teacher(
+        net, lambda c: None, lambda x: x, lambda x, eps: x, (16, side, side), parts, find_family(pipeline, name)
+    )
 
 
 def carried(name, config, method=None):

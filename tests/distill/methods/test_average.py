@@ -166,8 +166,8 @@ def test_export_of_several_calls():
     """Its network has one time and no adapter, and gives the same samples; with fresh noise only the time is gone."""
     from pipelines.export.export import fold_end_times_of
 
-    parts = SimpleNamespace(family=SimpleNamespace(EXAMPLES=("a",)), drop_text=lambda: None)
-    teacher = SimpleNamespace(parts=parts, shape=(2,), encode=lambda prompts: None)
+    parts, family = SimpleNamespace(drop_text=lambda: None), SimpleNamespace(examples=lambda teacher: ("a",))
+    teacher = SimpleNamespace(family=family, parts=parts, shape=(2,), encode=lambda prompts: None)
     z, _ = point()
     for lora in (LoRA(), LoRA(2, 2.0, ("first", "last"))):
         config = StudentConfig(times=(1.0, 0.5), renoise="ddim", lora=lora)

@@ -95,8 +95,8 @@ def test_is_diffusers_pag(family):
     before = dict(f.teacher.denoiser.net.attn_processors)
     guided = replace(f.teacher, denoiser=pag.away(f.teacher.denoiser, S, f.layers))
     for w in (1.0, W):
-        told = f.module.UNCONDITIONAL if w == 1 else w
-        expected = f.module.sample(theirs, PROMPTS, f.x, 3, told)  # pag_scale is 3 by default
+        told = f.teacher.family.no_guidance if w == 1 else w
+        expected = f.teacher.family.sample(theirs, PROMPTS, f.x, 3, told)  # pag_scale is 3 by default
         f.teacher.denoiser.net.set_attn_processor(dict(before))  # they are left perturbed
         images, plain = (t.decode(t.sample(f.x, f.c, 3, w)).clamp(-1, 1) / 2 + 0.5 for t in (guided, f.teacher))
         assert (images - expected).abs().max() < 1e-4 < (images - plain).abs().max()
@@ -135,7 +135,7 @@ def _on(denoiser, worse, f, w):
 def test_features_and_gradient_are_the_networks_own(family):
     """A tap is never of the worse network, and the loss's gradient to x is through both, with recomputation too."""
     f = family
-    guided, taps = pag.away(f.teacher.denoiser, S, f.layers), f.module.TAPS
+    guided, taps = pag.away(f.teacher.denoiser, S, f.layers), f.teacher.family.taps
     (want,) = f.teacher.denoiser.features(f.x, f.t, f.c, taps)
     assert torch.equal(guided.features(f.x, f.t, f.c, taps)[0], want)
     assert torch.equal(guided.tapping(f.x, f.t, f.c, taps)[1][0], want)

@@ -23,7 +23,7 @@ from distill.training.build import build
 from distill.training.config import StudentConfig, TrainConfig
 from distill.training.loop import train
 from pipelines import run
-from pipelines.teacher import opened
+from pipelines.teacher import load_teacher
 
 N, D, TIMES = 6, 2, (0.9, 0.6, 0.25)
 near = lambda got, want, tol=1e-10: torch.testing.assert_close(got, want, rtol=tol, atol=tol)
@@ -284,7 +284,7 @@ def test_a_finished_student_is_tuned(recipe, tmp_path):
     )
     assert all(one["times"] == pytest.approx(facts[0]["times"]) for one in facts) and facts[0]["steps"] == 2
     assert all(one["sigma_max"] == pytest.approx(2.5) for one in scheduler)
-    nets = [opened(f"{tmp_path / to / 'pipeline'}").denoiser.net for to in "abc"]
+    nets = [load_teacher(f"{tmp_path / to / 'pipeline'}").denoiser.net for to in "abc"]
     assert all(any(not torch.equal(*p) for p in zip(a.parameters(), b.parameters())) for a, b in zip(nets, nets[1:]))
 
 

@@ -445,7 +445,7 @@ def test_in_a_plain_pipeline(teacher, tmp_path):
         assert expected.negative and verify.compare(pipe, teacher, expected, 2).largest < 1e-4
         other = replace(expected, negative="a red fox")
         assert verify.compare(pipe, teacher, other, 2).largest > 10 * verify.TOLERANCE  # and another one is heard
-        family, z = teacher.parts.family, expected.z[:1]
+        family, z = teacher.family, expected.z[:1]
         guided = [family.sample(one, ["a tree"], z, 2, 4.0, "blurry") for one in (plain, pipe)]
         assert torch.equal(*guided)  # under guidance it is the pipeline that it was
         install(pipe, tmp_path / "a.safetensors")  # again, in the place of the first

@@ -1,0 +1,132 @@
+"""Schedulers of diffusers whose config carries a student: of tables of betas and of flows, which families share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from distill.diffusion.schedule import EDM, VP
+from distill.training.config import StudentConfig
+from pipelines.components import Scheduler
+from pipelines.families import schedulers
+from pipelines.families.base import Teacher
+
+LCM = 50  # steps of the teacher that LCM's grid of times is made of
+Times = tuple[float, ...]
+
+
+def pipeline_times(teacher: Teacher, scheduler: Scheduler, steps: int) -> Times:
+    """The times of the teacher's schedule at which its pipeline calls the network under `scheduler`."""
+    schedule = teacher.denoiser.schedule
+    times = teacher.family.call_times(scheduler, steps)
+    if times is not None:
+        return times
+    teacher.set_timesteps(scheduler, steps)
+    match schedule:
+        case VP():
+            t = scheduler.timesteps.double() / (len(schedule.alphas_cumprod) - 1)
+        case EDM():
+            t = schedule.time((scheduler.timesteps.double() / 250).exp())  # CM pipelines use 250 ln sigma
+            t = torch.where((t - 1).abs() < 1e-9, 1.0, t)
+        case _:
+            t = scheduler.sigmas[: len(scheduler.timesteps)].double()
+    return tuple(t.tolist())
+
+
+def of_table(teacher: Teacher, student: StudentConfig) -> Iterator[Any]:
+    """Schedulers of a table, cut after the first call."""
+    from diffusers import DDIMScheduler, EulerDiscreteScheduler, LCMScheduler, TCDScheduler
+
+    schedule = teacher.denoiser.schedule
+    assert isinstance(schedule, VP)
+    last = len(schedule.alphas_cumprod) - 1
+    first = student.times[0] if student.times else student.first(schedule)
+    n, steps = round(first * last), student.steps
+    sigma = float(schedule.coefficients(torch.tensor([first]).double())[1])
+    unit = abs((student.scale or sigma) - 1) < 1e-4  # PixArt's table ends at .99998: as good as noise alone
+    scaled = student.scale is None or abs(student.scale / sigma - 1) < 1e-4
+    exact = (
+        steps > 1 or n < last or not schedulers.zero_terminal(teacher.parts.scheduler())
+    )  # LCM's end is 0, Euler's 2^-24
+    if student.renoise == "tcd" and unit:
+        yield from _grids(teacher, TCDScheduler, n, last, student)
+    elif student.renoise != "tcd" and unit and exact and (student.renoise == "fresh" or steps == 1):
+        yield from _grids(teacher, LCMScheduler, n, last, student)
+    elif student.renoise != "tcd" and (unit or scaled) and (student.renoise == "ddim" or steps == 1):
+        if scaled:
+            yield EulerDiscreteScheduler(**_table(teacher, n), timestep_spacing="trailing")
+        elif (n + 1) % steps == 0:  # its step goes down by as much each time
+            yield DDIMScheduler(**_table(teacher, n), timestep_spacing="trailing", clip_sample=False)
+        if not student.times:
+            return
+        ratios = schedule.ratio(torch.tensor([student.times[-1], first]).double()).tolist()
+        ends = dict(zip(("sigma_min", "sigma_max"), ratios, strict=True))
+        for kind in ("karras", "exponential", "beta") if steps > 1 else ():
+            spacing = "trailing" if scaled else "leading"  # it decides the scale of the first input
+            options = {f"use_{kind}_sigmas": True, "timestep_spacing": spacing, **ends}
+            yield EulerDiscreteScheduler(**_table(teacher, last), **options)
+    else:
+        raise ValueError(
+            f"no scheduler supports an input scale of {student.scale or sigma:.4g} with {student.renoise!r} noise: use "
+            f"--student.scale 1 with --student.renoise fresh or tcd, or no scale ({sigma:.4g}) with --student.renoise "
+            "ddim"
+        )
+
+
+def _table(teacher: Teacher, n: int) -> dict[str, Any]:
+    """Options of a scheduler of the teacher's table, cut after its timestep n."""
+    schedule: Any = teacher.denoiser.schedule
+    return {
+        "num_train_timesteps": n + 1,
+        **schedulers.betas(teacher.parts.scheduler(), schedule, n),
+        "steps_offset": 1,  # unused; SD's pipeline warns of another
+        "prediction_type": {kind: name for name, kind in schedulers.KINDS.items()}[teacher.denoiser.kind],
+    }
+
+
+def _grids(teacher: Teacher, kind: Any, n: int, last: int, student: StudentConfig) -> Iterator[Any]:
+    """LCM's or TCD's schedulers that start at n: they take `steps` points of a grid of K, each n + 1 over K apart."""
+    steps, options = student.steps, _table(teacher, n) | {"clip_sample": False}
+    whole = [K for K in range(steps, n + 2) if (n + 1) % K == 0]
+    if n == last:
+        whole = [steps, *(K for K in (LCM,) if K > steps), *whole]
+    for K in whole if student.times else whole[:1]:
+        yield kind(**options, original_inference_steps=K)
+
+
+def of_flow(teacher: Teacher, student: StudentConfig) -> Iterator[Any]:
+    """Flows' schedulers: the teacher's own shift first, then those that come nearest to the times that are given."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    if student.scale is not None and abs(student.scale - 1) > 1e-6:
+        raise ValueError(f"a flow's scheduler feeds unit noise, not noise scaled by {student.scale}")
+    config, steps, times = teacher.parts.scheduler().config, student.steps, student.times
+    if (start := times[0] if times else student.first(teacher.denoiser.schedule)) < 1:
+        raise ValueError(f"a flow's pipeline starts at noise alone; this student starts at t = {start:.4g}")
+    shift = float(config.get("shift") or config.get("flow_shift") or 1.0)
+    options: dict[str, Any] = {"num_train_timesteps": 1000, "use_dynamic_shifting": False}
+    options["stochastic_sampling"] = student.renoise == "fresh" and steps > 1
+
+    def make(shift: float, end: float | None, **more: bool) -> Any:
+        return FlowMatchEulerDiscreteScheduler(**options, shift=shift, shift_terminal=end, **more)
+
+    end = shift / (steps + shift - 1)  # the level that the shift gives to 1 / steps
+    own = teacher.family.set_timesteps is not None  # others ask for levels down to the last one of training
+    yield make(shift, None if own or steps == 1 else end)
+    if not times or steps == 1:
+        return
+    from scipy.optimize import minimize_scalar
+
+    gap = lambda log: times_gap(times, pipeline_times(teacher, make(math.exp(log), times[-1]), steps))
+    best = minimize_scalar(gap, bounds=(-7, 7), method="bounded", options={"xatol": 1e-9}).x if steps > 2 else 0.0
+    yield make(math.exp(best), times[-1])
+    for kind in ("karras", "exponential", "beta"):
+        yield make(shift, times[-1], **{f"use_{kind}_sigmas": True})
+
+
+def times_gap(a: Times, b: Times) -> float:
+    """The largest difference of two students' times; infinite where they are not equally many."""
+    return max(abs(x - y) for x, y in zip(a, b, strict=True)) if len(a) == len(b) else math.inf
