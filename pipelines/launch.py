@@ -1,9 +1,12 @@
-"""The start of a command: its processes and what its libraries print."""
+"""The processes of a command: their start, the signals that end them, and what libraries print."""
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -49,3 +52,29 @@ def silence_libraries() -> None:
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
+
+
+def launcher_process() -> int | None:
+    """The process of `accelerate launch` or torchrun above this one; None: a shell, which may end before its jobs."""
+    return os.getppid() if os.environ.keys() & {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} else None
+
+
+@contextmanager
+def catch_signals() -> Iterator[list[int]]:
+    """A list that the first Ctrl-C, SIGTERM or SIGUSR1 fills, so that a run can end between two steps.
+
+    The second one interrupts. The status of a process that ended so is 128 + the signal: 130, 143, 138.
+    """
+    caught: list[int] = []
+
+    def handle(number: int, frame: object) -> None:
+        if caught:
+            raise KeyboardInterrupt(number)
+        caught.append(number)
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

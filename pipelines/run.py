@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import re
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import closing, contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,95 +19,123 @@ from distill.files import folder_lock, rank
 from distill.method import Requirement
 from distill.training import checkpoint, nonfinite, precision
 from pipelines import fields
-from pipelines.components import ExportError, Network, index, located
+from pipelines.components import ExportError, Network, Scheduler, index, located
 from pipelines.families.registry import families
 from pipelines.inference import controlnet
 from pipelines.judges import perceptual, reward
-from pipelines.launch import silence_libraries, start_accelerator
-from pipelines.teacher import Teacher, load_teacher
+from pipelines.launch import catch_signals, launcher_process, silence_libraries, start_accelerator
+from pipelines.teacher import Teacher, load
 
 if TYPE_CHECKING:
     import torch
     from accelerate import Accelerator
+    from torch import Tensor
 
     from distill.roles import Nets
-    from distill.training.config import StudentConfig
+    from distill.training.config import StudentConfig, TrainConfig
+    from distill.training.log import Log
     from distill.training.state import State
+    from pipelines.export.model_card import CardInfo
+
+RunConfig = Config[Any, Any]  # of any method and data
 
 
-EDM = (
+EDM_HINT = (
     "\n  accelerate launch recipes/digits_teacher.py\ntrains a small one, of handwritten digits;"
     "\n  python -m pipelines.edm_convert FILE FOLDER\nmakes one of a checkpoint of EDM"
 )
 
 
-def main(default: Config[Any, Any], argv: list[str] | None = None, doc: str | None = None) -> None:
+def main(default: RunConfig, argv: list[str] | None = None, doc: str | None = None) -> None:
     """Parse the command line and run; every mistake of the user ends in one message before any work."""
     config = parse(default, argv, doc)
     out = Path(config.train.output_dir)
     try:
         with folder_lock(out) if config.replay is None else nullcontext():
-            resume = check(config, out)
-            config = smoke(config) if config.smoke else config
+            resume = validate_run(config, out)
+            config = smoke_config(config) if config.smoke else config
             run(config, out, resume)
     except (ValueError, FloatingPointError, ExportError) as error:
         fail(str(error))
     except (OSError, SafetensorError, MemoryError, RuntimeError) as error:
-        if not (why := checkpoint.refused(error)):
+        reason = checkpoint.refused(error)
+        if reason is None:
             raise
-        fail(f"{why}, then go on with --resume_from_checkpoint latest")
+        fail(f"{reason}, then go on with --resume_from_checkpoint latest")
     except KeyboardInterrupt as error:
         sys.stderr.write("\ninterrupted: nothing of this step is saved\n")
         raise SystemExit(128 + (error.args or (signal.SIGINT,))[0]) from None
 
 
-def smoke(config: Config[Any, Any]) -> Config[Any, Any]:
+def smoke_config(config: RunConfig) -> RunConfig:
     """Two steps of the same experiment on a tiny random teacher of its family."""
     out = Path(config.train.output_dir)
     data = config.data.smoke(out / "data") if hasattr(config.data, "smoke") else config.data
     return dataclasses.replace(shorten_run(config), data=data, teacher=f"{out / 'teacher'}", resolution=None)
 
 
-def shorten_run(config: Config[Any, Any]) -> Config[Any, Any]:
+def shorten_run(config: RunConfig) -> RunConfig:
     """The same experiment for two steps of a small batch."""
     short: dict[str, Any] = {"max_train_steps": 2, "train_batch_size": 8, "logging_steps": 1, "validation_steps": 1}
     return dataclasses.replace(config, train=dataclasses.replace(config.train, **short))
 
 
-def check(config: Config[Any, Any], out: Path) -> Path | None:
-    """What can be seen before anything heavy is imported; the checkpoint to resume from."""
+def validate_run(config: RunConfig, out: Path) -> Path | None:
+    """ValueError for what can be seen before anything is loaded; the checkpoint to resume from, if there is one."""
     from pipelines.export.export import replaceable
 
-    resume = config.train.resume_from_checkpoint
     if config.family not in families():
         raise ValueError(f"--family is {config.family!r}; it must be one of {sorted(families())}")
     if not re.fullmatch(r"([\w.-]{1,96}/)?[\w.-]{1,96}", config.hub_model_id or "name"):
         raise ValueError(f"--hub_model_id is {config.hub_model_id!r}; it must be user/name or name")
     if config.train.attention is not None:
-        from diffusers.models.attention_dispatch import AttentionBackendName
-
-        known = sorted({"xformers", *(backend.value for backend in AttentionBackendName)})
-        if config.train.attention not in known:
-            raise ValueError(f"attention is {config.train.attention!r}; it must be None or one of {known}")
+        validate_attention(config.train.attention)
     replaceable(out / "pipeline")
-    if config.student.network is not None:
-        fields.read(Path(config.student.network) / "config.json")
-    experts = [("student", expert) for expert in config.student.experts]
-    for role, init in (("student", config.student.init), ("fake", config.fake.init), *experts):
-        if init is not None:
-            checkpoint.files(init, role)
+    validate_weights(config)
     if not config.smoke:
-        if not re.fullmatch(r"[\w.-]+/[\w.-]+", config.teacher) or Path(config.teacher).exists():
-            try:
-                index(config.teacher)
-            except ValueError as error:
-                raise ValueError(f"{error}{EDM * (config.family == 'edm')}") from None
+        validate_teacher(config)
         config.data.validate(config.method.requirements)
         if Requirement.PERCEPTUAL_DISTANCE in config.method.requirements:
             perceptual.check()
     if config.replay is not None:
         nonfinite.read(Path(config.replay))
         return None
+    return find_checkpoint(config, out)
+
+
+def validate_attention(name: str) -> None:
+    """ValueError if diffusers has no attention backend of this name."""
+    from diffusers.models.attention_dispatch import AttentionBackendName
+
+    known = sorted({"xformers", *(backend.value for backend in AttentionBackendName)})
+    if name not in known:
+        raise ValueError(f"attention is {name!r}; it must be None or one of {known}")
+
+
+def validate_weights(config: RunConfig) -> None:
+    """ValueError if a file of initial weights, or the config of the student's own network, is missing or damaged."""
+    if config.student.network is not None:
+        fields.read(Path(config.student.network) / "config.json")
+    experts = [("student", expert) for expert in config.student.experts]
+    for role, init in (("student", config.student.init), ("fake", config.fake.init), *experts):
+        if init is not None:
+            checkpoint.files(init, role)
+
+
+def validate_teacher(config: RunConfig) -> None:
+    """ValueError if the teacher is neither a pipeline folder nor a name on the Hub."""
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", config.teacher) and not Path(config.teacher).exists():
+        return
+    try:
+        index(config.teacher)
+    except ValueError as error:
+        hint = EDM_HINT if config.family == "edm" else ""
+        raise ValueError(f"{error}{hint}") from None
+
+
+def find_checkpoint(config: RunConfig, out: Path) -> Path | None:
+    """The checkpoint that --resume_from_checkpoint names; None for a new run. ValueError if it cannot be resumed."""
+    resume = config.train.resume_from_checkpoint
     if resume is None:
         if (out / "config.yaml").exists():
             raise ValueError(
@@ -116,22 +143,29 @@ def check(config: Config[Any, Any], out: Path) -> Path | None:
                 "or choose another --output_dir"
             )
         return None
-    if resume == "latest":
-        found = checkpoint.found(out)
-        if not found:
-            sys.stderr.write(f"no checkpoint in {out}: starting afresh\n")
-        newest = found[-1] if found else None
-        if newest and checkpoint.step(newest) >= config.train.max_train_steps:
-            sys.stderr.write(f"{newest} is at --max_train_steps already: nothing to train, it is exported\n")
-        return check_resume(config, newest) if newest else None
-    why = checkpoint.damage(Path(resume))
-    if why:
-        why = why if (Path(resume) / "state.json").is_file() else f"no checkpoint at {resume!r}"
-        raise ValueError(f"{why}; {out} holds {[p.name for p in checkpoint.found(out)] or 'none'}")
-    return check_resume(config, Path(resume))
+    if resume != "latest":
+        return check_resume(config, intact_checkpoint(Path(resume), out))
+    checkpoints = checkpoint.found(out)
+    if not checkpoints:
+        sys.stderr.write(f"no checkpoint in {out}: starting afresh\n")
+        return None
+    newest = checkpoints[-1]
+    if checkpoint.step(newest) >= config.train.max_train_steps:
+        sys.stderr.write(f"{newest} is at --max_train_steps already: nothing to train, it is exported\n")
+    return check_resume(config, newest)
 
 
-def check_resume(config: Config[Any, Any], resume: Path) -> Path:
+def intact_checkpoint(folder: Path, out: Path) -> Path:
+    """`folder` if it is an intact checkpoint; else a ValueError that lists those of the run in `out`."""
+    problem = checkpoint.damage(folder)
+    if problem is None:
+        return folder
+    if not (folder / "state.json").is_file():
+        problem = f"no checkpoint at {str(folder)!r}"
+    raise ValueError(f"{problem}; {out} holds {[p.name for p in checkpoint.found(out)] or 'none'}")
+
+
+def check_resume(config: RunConfig, resume: Path) -> Path:
     """The checkpoint to resume from; ValueError if its run had another method, seed, batch or other calls."""
     before = history.last_entry(resume.absolute().parent)
     if before is None:
@@ -151,7 +185,7 @@ def with_method_times(method: Any, teacher: Teacher, student: StudentConfig) -> 
     return dataclasses.replace(student, times=method.call_times(student.steps, student.first(schedule), schedule))
 
 
-def carried(teacher: Teacher, student: StudentConfig) -> tuple[Any, StudentConfig]:
+def resolve_student_schedule(teacher: Teacher, student: StudentConfig) -> tuple[Scheduler, StudentConfig]:
     """(scheduler, student): what the exported student will run under, and the student with the times it visits."""
     from pipelines.export.schedule import scheduler
 
@@ -159,155 +193,291 @@ def carried(teacher: Teacher, student: StudentConfig) -> tuple[Any, StudentConfi
     return found, dataclasses.replace(student, times=times)
 
 
-def run(config: Config[Any, Any], out: Path, resume: Path | None) -> None:
-    """Train, with checkpoints, logs and sample grids on the way, and export the averaged student to `out`/pipeline."""
-    import torch
-    from accelerate.utils import set_seed
+@dataclasses.dataclass(eq=False)
+class Resumption:
+    """What history.jsonl records of a run, and what it recorded of the run that this one resumes.
 
-    from distill.networks.negative_attention import against
-    from distill.random import Draw
-    from distill.training.build import build
-    from distill.training.log import Log
-    from distill.training.loop import train
-    from distill.training.prepare import supported
-    from pipelines.export import hub
-    from pipelines.export.export import Again, export, report, trained
-    from pipelines.export.model_card import collect_card_info
+    before: None where nothing is resumed, and in all processes but the main one, which alone compares.
+    allowed: the differences that --resume_allow names.
+    """
+
+    entry: dict[str, Any]
+    checkpoint: Path | None
+    before: dict[str, Any] | None
+    allowed: Sequence[str]
+
+    def check_teacher(self) -> None:
+        """ValueError if the teacher that `entry` records is not that of the resumed run."""
+        if self.checkpoint is not None and self.before is not None:
+            history.check_same_teacher(self.checkpoint, self.before, self.entry["teacher"], self.allowed)
+
+    def check_times(self) -> None:
+        """ValueError if the student's times that `entry` records are not those of the resumed run."""
+        if self.checkpoint is not None and self.before is not None:
+            history.check_same_times(self.checkpoint, self.before, self.entry["times"], self.allowed)
+
+    @property
+    def first_step(self) -> int:
+        return checkpoint.step(self.checkpoint) if self.checkpoint is not None else 0
+
+    def record(self, out: Path, config: RunConfig) -> None:
+        """Write the history and config.yaml, and print what has changed since the resumed run."""
+        changes = history.describe_changes(self.before, self.entry) if self.before is not None else ""
+        if changes:
+            sys.stderr.write(
+                f"{self.checkpoint} is resumed with a changed configuration "
+                f"({out / history.FILE} keeps both):\n{changes}"
+            )
+        out.mkdir(parents=True, exist_ok=True)
+        history.record(out, self.entry, dump(config), self.first_step, self.checkpoint)
+
+
+@dataclasses.dataclass(eq=False)
+class Run:
+    """One process of a run, ready for its first step."""
+
+    config: RunConfig
+    out: Path
+    resumption: Resumption
+    accelerator: Accelerator
+    teacher: Teacher
+    nets: Nets
+    data: Any
+    scheduler: Scheduler  # of the exported student
+    card: CardInfo
+    prompts: Sequence[Any]  # of the sample grids
+    c: dict[str, Tensor]  # their condition
+    repository: str | None  # on the Hub, where the export is pushed; main process alone
+
+    @property
+    def sharded(self) -> bool:
+        return sharding.asked(self.accelerator)
+
+
+def run(config: RunConfig, out: Path, resume: Path | None) -> None:
+    """Train, with checkpoints, logs and sample grids on the way, and export the averaged student to `out`/pipeline."""
     from pipelines.export.rehearsal import rehearse
+
+    prepared = prepare(config, out, resume)
+    if prepared.config.replay is not None:
+        raise SystemExit(replay(prepared))
+    if prepared.accelerator.is_main_process:
+        rehearse(prepared.nets.student, prepared.teacher, prepared.scheduler, prepared.card)
+        prepared.resumption.record(out, prepared.config)
+    start_trackers(prepared)
+    state = train_and_save(prepared)
+    if prepared.accelerator.is_main_process:
+        export_student(prepared, state)
+
+
+def prepare(config: RunConfig, out: Path, resume: Path | None) -> Run:
+    """Load and build everything that a run needs. A ValueError says what cannot be trained or exported."""
+    from distill.networks.negative_attention import against
+    from distill.training.build import build
+    from pipelines.export import hub
+    from pipelines.export.model_card import collect_card_info
     from pipelines.export.schedule import finished
-    from pipelines.families import tiny
-    from pipelines.identity import identity
     from pipelines.inference import pag
 
     allowed = config.train.resume_allow
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, resume_allow=()))
-    cfg, entry = config.train, history.entry(config)
-    if cfg.deterministic:
-        precision.deterministic()
-    accelerator = start_accelerator(log_with=None if cfg.report_to == "none" else cfg.report_to, project_dir=out)
-    micro = cfg.micro_batch(accelerator.num_processes)
-    supported(cfg, accelerator)
-    silence_libraries()
-    set_seed(cfg.seed)
+    entry = history.entry(config)
+    accelerator = prepare_processes(config.train, out)
     before = history.last_entry(resume.absolute().parent) if resume and accelerator.is_main_process else None
+    resumption = Resumption(entry, resume, before, allowed)
     repository = None
     if config.push_to_hub and accelerator.is_main_process:
         repository = hub.create(config.hub_model_id or out.resolve().name, config.hub_private)
-    with accelerator.main_process_first():
-        if config.smoke and accelerator.is_main_process:
-            tiny.save(config.family, config.teacher)
-        size, kind = (config.resolution, config.frames), network_dtype(config, accelerator)
-        folder = located(config.teacher, config.revision, config.variant)
-        if accelerator.is_main_process:
-            entry["teacher"] = identity(folder, config.teacher, config.variant)
-        if before and not config.smoke:  # whose teacher is made anew
-            history.check_same_teacher(resume, before, entry["teacher"], allowed)
-        guidance_embedded = Requirement.GUIDANCE_EMBEDDING in config.method.requirements
-        teacher = load_teacher(f"{folder}", config.revision, config.variant, *size, kind, guidance_embedded)
+    teacher = load_run_teacher(config, accelerator, resumption)
     if Requirement.EXPORTED_TEACHER in config.method.requirements:
         config = dataclasses.replace(config, student=finished(teacher, config.student))
     if Requirement.CONTROL_PICTURE in config.method.requirements:
         controlnet.install(teacher)
     teacher.parts.device = accelerator.device
-    sharded = sharding.asked(accelerator)
-    if not sharded:
+    if not sharding.asked(accelerator):
         teacher.denoiser.net.to(accelerator.device)
     data = config.data.open(teacher, config.method.requirements)
     planned = with_method_times(config.method, teacher, config.student)
-    scheduler, student = carried(teacher, planned)  # refuse now if it cannot be exported
-    entry["times"] = [*student.times]
-    if before:
-        history.check_same_times(resume, before, entry["times"], allowed)
+    scheduler, student = resolve_student_schedule(teacher, planned)  # refuse now if it cannot be exported
+    entry["times"] = [*(student.times or ())]
+    resumption.check_times()
     prompts, c = data.fixed(config.validation_images)
     c = {key: value.to(accelerator.device) for key, value in c.items()}
     method = type(config.method).__name__.lower()
-    card = collect_card_info(
-        out.resolve().name, teacher, config.teacher, method, dump(config), config.license, repository
-    )
+    name = out.resolve().name
+    card = collect_card_info(name, teacher, config.teacher, method, dump(config), config.license, repository)
     example = {key: value[:1] for key, value in c.items()}
     nets = build(config.method, teacher.denoiser, teacher.shape, example, student, config.fake)
     if config.student.negative:  # grids are of what is made against the empty prompt
         c = against(c, teacher.null())
-    judged(nets, config, teacher, data)
+    attach_judges(nets, config, teacher, data)
     pag.guide(nets, config.pag_scale, config.pag_layers)
     if accelerator.mixed_precision == "bf16":
-        half(teacher.denoiser.net)  # what is trained are float32 copies, or adapters on it
-    if config.replay is not None:
-        raise SystemExit(replay(Path(config.replay), config, nets, data, accelerator))
-    if accelerator.is_main_process:
-        rehearse(nets.student, teacher, scheduler, card)
-        if before and (changed := history.describe_changes(before, entry)):
-            sys.stderr.write(
-                f"{resume} is resumed with a changed configuration ({out / history.FILE} keeps both):\n{changed}"
-            )
-        out.mkdir(parents=True, exist_ok=True)
-        history.record(out, entry, dump(config), checkpoint.step(resume) if resume else 0, resume)
+        cast_to_bfloat16(teacher.denoiser.net)  # what is trained are float32 copies, or adapters on it
+    return Run(
+        config=config,
+        out=out,
+        resumption=resumption,
+        accelerator=accelerator,
+        teacher=teacher,
+        nets=nets,
+        data=data,
+        scheduler=scheduler,
+        card=card,
+        prompts=prompts,
+        c=c,
+        repository=repository,
+    )
+
+
+def prepare_processes(cfg: TrainConfig, out: Path) -> Accelerator:
+    """Start the processes of a run and seed them. A ValueError says what of `cfg` cannot run here."""
+    from accelerate.utils import set_seed
+
+    from distill.training.prepare import supported
+
+    if cfg.deterministic:
+        precision.deterministic()
+    tracker = None if cfg.report_to == "none" else cfg.report_to
+    accelerator = start_accelerator(log_with=tracker, project_dir=out)
+    cfg.micro_batch(accelerator.num_processes)
+    supported(cfg, accelerator)
+    silence_libraries()
+    set_seed(cfg.seed)
+    return accelerator
+
+
+def load_run_teacher(config: RunConfig, accelerator: Accelerator, resumption: Resumption) -> Teacher:
+    """The teacher, downloaded by one process and compared with that of the resumed run."""
+    from pipelines.families import tiny
+    from pipelines.identity import identity
+
+    with accelerator.main_process_first():
+        if config.smoke and accelerator.is_main_process:
+            tiny.save(config.family, config.teacher)
+        dtype = teacher_dtype(config, accelerator)
+        folder = located(config.teacher, config.revision, config.variant)
+        if accelerator.is_main_process:
+            resumption.entry["teacher"] = identity(folder, config.teacher, config.variant)
+        if not config.smoke:  # whose teacher is made anew
+            resumption.check_teacher()
+        guidance_embedded = Requirement.GUIDANCE_EMBEDDING in config.method.requirements
+        return load(folder, config.resolution, config.frames, config.variant, dtype, guidance_embedded)
+
+
+def start_trackers(run: Run) -> None:
+    """Start what --report_to names; a ValueError says how to go on without it."""
     try:
-        accelerator.init_trackers("distill", init_kwargs={"wandb": {"dir": f"{out}"}})
+        run.accelerator.init_trackers("distill", init_kwargs={"wandb": {"dir": f"{run.out}"}})
     except Exception as error:
         raise ValueError(
-            f"report_to is {cfg.report_to!r}, which does not start ({error}): log in to it, set WANDB_MODE=offline, "
-            "or pass --report_to none; log.jsonl has every line"
+            f"report_to is {run.config.train.report_to!r}, which does not start ({error}): log in to it, set "
+            "WANDB_MODE=offline, or pass --report_to none; log.jsonl has every line"
         ) from error
-    begun = checkpoint.step(resume) if resume else 0
-    log = Log(cfg, accelerator, begun)
-    watchdog = nonfinite.Watchdog(cfg.hang_seconds, out, accelerator.process_index, begun)
 
-    @torch.no_grad()
-    def preview(state: State) -> None:
-        done = []
-        for i in torch.arange(len(prompts), device=accelerator.device).split(micro):
-            fixed = Draw(cfg.seed, -1, "validation", i)
-            z, rows = fixed.normal("z", (len(i), *teacher.shape)), {key: value[i] for key, value in c.items()}
-            with accelerator.autocast():  # kernels of attention may know half precision alone
-                if nets.control is not None:  # the picture of the sample before it
-                    base = dataclasses.replace(nets.student, denoiser=nets.teacher)
-                    rows["control"] = nets.control(base.generate(z, rows, fixed)).roll(1, 0)
-                x = nets.student.using(state.ema.net).generate(z, rows, fixed)
-            if accelerator.is_main_process:
-                done += [teacher.decode(one).cpu() for one in x.split(1)]
-        if done:
-            log.images(torch.cat(done), state.step)
 
-    saver, parent = checkpoint.Saver(out, cfg.checkpoints_total_limit), launcher()
+def train_and_save(run: Run) -> State:
+    """Train to the last step, or to a signal, which exits with 128 plus its number; the last state."""
+    from distill.training.log import Log
+    from distill.training.loop import train
+
+    cfg = run.config.train
+    accelerator = run.accelerator
+    first_step = run.resumption.first_step
+    log = Log(cfg, accelerator, first_step)
+    watchdog = nonfinite.Watchdog(cfg.hang_seconds, run.out, accelerator.process_index, first_step)
+    saver = checkpoint.Saver(run.out, cfg.checkpoints_total_limit)
+    parent = launcher_process()
     agree = nonfinite.Agreement(accelerator)
-    with closing(log), signals() as caught, saver, watchdog as watch:
-        for state in train(config.method, nets, data, cfg, accelerator, resume):
+    with closing(log), catch_signals() as caught, saver, watchdog as watch:
+        for state in train(run.config.method, run.nets, run.data, cfg, accelerator, run.resumption.checkpoint):
             watch(state.step)
             log(state)
-            if not caught and launcher() != parent:  # it was killed alone, and nobody would end this process
+            if not caught and launcher_process() != parent:  # it was killed alone; nobody would end this process
                 caught.append(signal.SIGTERM)
             stop = agree(caught[0] if caught else 0)
-            if accelerator.is_main_process or sharded:
-                saver.check()
-                if cfg.validation_steps and state.step % cfg.validation_steps == 0:
-                    preview(state)
-                due = cfg.checkpointing_steps and state.step % cfg.checkpointing_steps == 0
-                last = state.step >= cfg.max_train_steps
-                if stop or due or last and (sharded or checkpoint.damage(out / f"checkpoint-{state.step}")):
-                    saver.save(state)
+            if accelerator.is_main_process or run.sharded:
+                save_and_preview(run, state, saver, log, bool(stop))
             if stop:
                 break
         saver.wait()
         if (stop or caught) and accelerator.is_main_process:
-            name = out / f"checkpoint-{state.step}"
+            name = run.out / f"checkpoint-{state.step}"
             sys.stderr.write(f"\ninterrupted; saved {name}. Go on with --resume_from_checkpoint latest\n")
             raise SystemExit(128 + (stop or caught[0]))
-    if accelerator.is_main_process:
-        state.optimizers.clear()
-        folder, made, net = out / "pipeline", nets.student, state.ema.net
-        if sharded:  # its parts are put together from the disk
-            made, teacher, *_ = trained(Again(f"{out}", f"checkpoint-{state.step}", teacher=config.teacher))
-            net = made.denoiser.net
-        else:
-            whole(nets, state, teacher)
-        with folder_lock(folder, beside=True):
-            report(folder, export(made, teacher, net, scheduler, folder, card), card)
-        if repository:
-            sys.stderr.write(f"pushed to {hub.push(folder, repository)}\n")
+    return state
 
 
-def judged(nets: Nets, config: Config[Any, Any], teacher: Teacher, data: Any) -> None:
+def save_and_preview(run: Run, state: State, saver: checkpoint.Saver, log: Log, stop: bool) -> None:
+    """The sample grid and the checkpoint of a step, where they are due. stop: the run ends after this step."""
+    cfg = run.config.train
+    saver.check()
+    if cfg.validation_steps and state.step % cfg.validation_steps == 0:
+        preview(run, state, log)
+    if stop or must_save(run, state.step):
+        saver.save(state)
+
+
+def must_save(run: Run, step: int) -> bool:
+    """Whether a checkpoint is due: every --checkpointing_steps, and at the last step unless one is there already."""
+    cfg = run.config.train
+    if cfg.checkpointing_steps and step % cfg.checkpointing_steps == 0:
+        return True
+    if step < cfg.max_train_steps:
+        return False
+    return run.sharded or checkpoint.damage(run.out / f"checkpoint-{step}") is not None
+
+
+def preview(run: Run, state: State, log: Log) -> None:
+    """Log a grid of the averaged student's samples, from the same noise every time."""
+    import torch
+
+    from distill.random import Draw
+
+    cfg = run.config.train
+    nets = run.nets
+    accelerator = run.accelerator
+    micro = cfg.micro_batch(accelerator.num_processes)
+    images = []
+    with torch.no_grad():
+        for i in torch.arange(len(run.prompts), device=accelerator.device).split(micro):
+            draw = Draw(cfg.seed, -1, "validation", i)
+            z = draw.normal("z", (len(i), *run.teacher.shape))
+            c = {key: value[i] for key, value in run.c.items()}
+            with accelerator.autocast():  # kernels of attention may know half precision alone
+                if nets.control is not None:  # the picture of the sample before it
+                    base = dataclasses.replace(nets.student, denoiser=nets.teacher)
+                    c["control"] = nets.control(base.generate(z, c, draw)).roll(1, 0)
+                x = nets.student.using(state.ema.net).generate(z, c, draw)
+            if accelerator.is_main_process:
+                images += [run.teacher.decode(sample).cpu() for sample in x.split(1)]
+        if images:
+            log.images(torch.cat(images), state.step)
+
+
+def export_student(run: Run, state: State) -> None:
+    """Write the averaged student as a verified pipeline folder, and push it where --push_to_hub says so."""
+    from pipelines.export import hub
+    from pipelines.export.export import Again, export, report, trained
+
+    state.optimizers.clear()
+    folder = run.out / "pipeline"
+    student = run.nets.student
+    teacher = run.teacher
+    net = state.ema.net
+    if run.sharded:  # its parts are put together from the disk
+        again = Again(f"{run.out}", f"checkpoint-{state.step}", teacher=run.config.teacher)
+        student, teacher, *_ = trained(again)
+        net = student.denoiser.net
+    else:
+        restore_full_precision(run.nets, state, teacher)
+    with folder_lock(folder, beside=True):
+        report(folder, export(student, teacher, net, run.scheduler, folder, run.card), run.card)
+    if run.repository:
+        sys.stderr.write(f"pushed to {hub.push(folder, run.repository)}\n")
+
+
+def attach_judges(nets: Nets, config: RunConfig, teacher: Teacher, data: Any) -> None:
     """Give the networks what judges or pictures their samples, where the method needs it."""
     if Requirement.PERCEPTUAL_DISTANCE in config.method.requirements:
         nets.perceptual = perceptual.asked(config, teacher)
@@ -318,32 +488,35 @@ def judged(nets: Nets, config: Config[Any, Any], teacher: Teacher, data: Any) ->
         nets.teacher = teacher.denoiser = controlnet.bare(teacher.denoiser)  # the adapter is the student's alone
 
 
-def replay(folder: Path, config: Config[Any, Any], nets: Nets, data: Any, accelerator: Accelerator) -> int:
-    """Compute an update that was not finite again, say what it gave, and whether (1) or not (0) it still is not."""
+def replay(run: Run) -> int:
+    """Compute an update that was not finite again and print what it gives; 1 if it still is not finite, else 0."""
+    accelerator = run.accelerator
+    assert run.config.replay is not None
+    folder = Path(run.config.replay)
     facts = nonfinite.read(folder)
-    said = [f"then: {facts['message']}"]
+    lines = [f"then: {facts['message']}"]
     if accelerator.mixed_precision != facts["mixed_precision"]:
         now = f"--mixed_precision {accelerator.mixed_precision}"
-        said.append(f"it ran under --mixed_precision {facts['mixed_precision']}; this is {now}")
-    found = nonfinite.replay(folder, config.method, nets, data, config.train, accelerator)
-    said += [f"now: rank {rank}, micro-batch {i}: {one}" for rank, ones in found.items() for i, one in enumerate(ones)]
+        lines.append(f"it ran under --mixed_precision {facts['mixed_precision']}; this is {now}")
+    ranks = nonfinite.replay(folder, run.config.method, run.nets, run.data, run.config.train, accelerator)
+    for process, micro_batches in ranks.items():
+        lines += [f"now: rank {process}, micro-batch {i}: {found}" for i, found in enumerate(micro_batches)]
     if accelerator.is_main_process:
-        sys.stdout.write("\n".join([*said, ""]))
-    return int(any(any(findings) for findings in found.values()))
+        sys.stdout.write("\n".join([*lines, ""]))
+    return int(any(any(findings) for findings in ranks.values()))
 
 
-def network_dtype(config: Config[Any, Any], accelerator: Accelerator) -> torch.dtype:
+def teacher_dtype(config: RunConfig, accelerator: Accelerator) -> torch.dtype:
     """Of the teacher's network as it is read: half where nothing but adapters is trained on it."""
     import torch
 
     frozen = config.student.negative or config.student.lora.rank is not None
     if "fake" in config.method.roles:
         frozen = frozen and config.fake.lora.rank is not None
-    half = accelerator.mixed_precision == "bf16" and frozen
-    return torch.bfloat16 if half else torch.float32
+    return torch.bfloat16 if accelerator.mixed_precision == "bf16" and frozen else torch.float32
 
 
-def half(net: Network) -> None:
+def cast_to_bfloat16(net: Network) -> None:
     """The network in bfloat16, but for what its class keeps in float32: the rotations of Wan's positions, say."""
     import torch
 
@@ -353,7 +526,7 @@ def half(net: Network) -> None:
             tensor.data = tensor.data.to(torch.bfloat16)
 
 
-def whole(nets: Nets, state: State, teacher: Teacher) -> None:
+def restore_full_precision(nets: Nets, state: State, teacher: Teacher) -> None:
     """Off the device, and the backbone in its stored precision again: an export must not keep what training rounded."""
     import torch
 
@@ -371,29 +544,3 @@ def whole(nets: Nets, state: State, teacher: Teacher) -> None:
         for name, buffer in module.named_buffers():
             if name in buffers:
                 buffer.data = buffers[name]
-
-
-def launcher() -> int | None:
-    """The process of `accelerate launch` or torchrun above this one; None: a shell, which may end before its jobs."""
-    return os.getppid() if os.environ.keys() & {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} else None
-
-
-@contextmanager
-def signals() -> Iterator[list[int]]:
-    """A list that the first Ctrl-C, SIGTERM or SIGUSR1 fills, so that a run can end between two steps.
-
-    The second one interrupts. The status of a process that ended so is 128 + the signal: 130, 143, 138.
-    """
-    caught: list[int] = []
-
-    def handle(number: int, frame: object) -> None:
-        if caught:
-            raise KeyboardInterrupt(number)
-        caught.append(number)
-
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
-    try:
-        yield caught
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -217,5 +217,5 @@ def test_without_the_package_it_says_what_to_install(monkeypatch, teacher, tmp_p
     with pytest.raises(ValueError, match=r"distill-one-step\[lpips\]"):
         lpips(pnet_rand=True)
     with pytest.raises(ValueError, match=r"distill-one-step\[lpips\]"):  # a recipe says so before it loads a teacher
-        run.check(Config(Regression(), LabelPairs(), family="sdxl", teacher="a/b"), tmp_path)
-    run.check(Config(Regression("huber"), LabelPairs(), family="sdxl", teacher="a/b"), tmp_path)
+        run.validate_run(Config(Regression(), LabelPairs(), family="sdxl", teacher="a/b"), tmp_path)
+    run.validate_run(Config(Regression("huber"), LabelPairs(), family="sdxl", teacher="a/b"), tmp_path)

@@ -186,14 +186,14 @@ def runs(tmp_path_factory):
 def state_of(name, folder, step):
     """(teacher, state at the end) of a run that goes on from its checkpoint."""
     argv = [*FAST.split(), "--output_dir", f"{folder}"]
-    config = run.smoke(parse(importlib.import_module(f"recipes.{name}").CONFIG, argv))
+    config = run.smoke_config(parse(importlib.import_module(f"recipes.{name}").CONFIG, argv))
     teacher = load_teacher(config.teacher)
     controlnet.install(teacher)
     data = config.data.open(teacher, config.method.requirements)
-    _, student = run.carried(teacher, run.with_method_times(config.method, teacher, config.student))
+    _, student = run.resolve_student_schedule(teacher, run.with_method_times(config.method, teacher, config.student))
     c = {key: value[:1] for key, value in data.fixed(1)[1].items()}
     nets = build(config.method, teacher.denoiser, teacher.shape, c, student, config.fake)
-    run.judged(nets, config, teacher, data)
+    run.attach_judges(nets, config, teacher, data)
     *_, state = train(config.method, nets, data, config.train, Accelerator(cpu=True), folder / f"checkpoint-{step}")
     return teacher, state
 

@@ -20,7 +20,7 @@ from pipelines.components import ExportError, Parts
 from pipelines.export import export, rehearsal
 from pipelines.export.model_card import collect_card_info
 from pipelines.families import edm, latents, schedulers, sd, tiny
-from pipelines.run import carried
+from pipelines.run import resolve_student_schedule
 
 ZERO = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -33,7 +33,7 @@ def edit(path, **changes):
 def student_of(teacher, **config):
     """(student, scheduler) of a teacher that is not trained."""
     config = StudentConfig(**config)
-    scheduler, config = carried(teacher, config)
+    scheduler, config = resolve_student_schedule(teacher, config)
     return Student(teacher.denoiser, config.times, config.scale, config.renoise), scheduler
 
 

@@ -16,7 +16,7 @@ from pipelines.export import export, verify
 from pipelines.export.model_card import collect_card_info
 from pipelines.families import flux, sd, tiny
 from pipelines.launch import start_accelerator
-from pipelines.run import carried, half
+from pipelines.run import cast_to_bfloat16, resolve_student_schedule
 
 
 @pytest.mark.parametrize("family", (sd.FAMILY, flux.FAMILY))
@@ -59,7 +59,7 @@ def test_encoders_that_are_stored_in_half(tmp_path):
     pipe = load_teacher(folder).parts.pipe(text_encoder_3=None, tokenizer_3=None)
     pipe.text_encoder.to(torch.bfloat16).save_pretrained(folder / "text_encoder")
     teacher = load_teacher(folder)
-    scheduler, config = carried(teacher, StudentConfig(steps=2))
+    scheduler, config = resolve_student_schedule(teacher, StudentConfig(steps=2))
     student = Student(teacher.denoiser, config.times, config.scale, config.renoise)
     card = collect_card_info("student", teacher, "base", "dmd2", "", None, None)
     gaps = export.export(student, teacher, teacher.denoiser.net, scheduler, tmp_path / "pipeline", card).gaps
@@ -83,7 +83,7 @@ def test_half_precision_keeps_what_the_class_keeps():
         num_layers=1,
         rope_max_seq_len=8,
     )
-    half(net)
+    cast_to_bfloat16(net)
     kinds = {name: tensor.dtype for name, tensor in (*net.named_parameters(), *net.named_buffers())}
     assert kinds["rope.freqs_cos"] == kinds["scale_shift_table"] == torch.float32
     assert kinds["blocks.0.attn1.to_q.weight"] == torch.bfloat16

@@ -115,15 +115,14 @@ def out(runs):
 
 def resumed(name, folder, checkpoint):
     """(teacher, the state at the end) of a run that goes on from a checkpoint."""
-    config = run.smoke(parse(config_of(RUNS[name][0]), argv(name, folder)))
-    teacher = load_teacher(
-        config.teacher, guidance_embedded=Requirement.GUIDANCE_EMBEDDING in config.method.requirements
-    )
+    config = run.smoke_config(parse(config_of(RUNS[name][0]), argv(name, folder)))
+    guidance_embedded = Requirement.GUIDANCE_EMBEDDING in config.method.requirements
+    teacher = load_teacher(config.teacher, guidance_embedded=guidance_embedded)
     data = config.data.open(teacher, config.method.requirements)
-    _, student = run.carried(teacher, run.with_method_times(config.method, teacher, config.student))
+    _, student = run.resolve_student_schedule(teacher, run.with_method_times(config.method, teacher, config.student))
     c = {key: value[:1] for key, value in data.fixed(1)[1].items()}
     nets = build(config.method, teacher.denoiser, teacher.shape, c, student, config.fake)
-    run.judged(nets, config, teacher, data)
+    run.attach_judges(nets, config, teacher, data)
     *_, state = train(config.method, nets, data, config.train, Accelerator(cpu=True), checkpoint)
     return teacher, state
 
@@ -187,7 +186,7 @@ def test_files(name, out):
     }
     assert {p.name for p in folder.iterdir()} - {"data"} == names
     recipe, flags = RUNS[name][0], argv(name, folder)
-    config = run.smoke(parse(config_of(recipe), flags))
+    config = run.smoke_config(parse(config_of(recipe), flags))
     assert parse(config_of(recipe), ["--config", f"{folder / 'config.yaml'}"]) == config
     lines = [json.loads(line) for line in (folder / "log.jsonl").open()]
     assert [line["step"] for line in lines] == [1, 2]
@@ -345,7 +344,7 @@ def test_times(out):
 def one(runs):
     """A finished run of SDXL: everything that an export is made of."""
     teacher, state = trained("dmd2_sdxl", runs[0]["dmd2_sdxl"])
-    scheduler, _ = run.carried(teacher, config_of("dmd2_sdxl").student)
+    scheduler, _ = run.resolve_student_schedule(teacher, config_of("dmd2_sdxl").student)
     card = collect_card_info("student", teacher, "base", "dmd2", "", None, None)
     return teacher, state, scheduler, card
 

@@ -167,12 +167,12 @@ def test_a_renamed_checkpoint_says_its_step(run, capsys):
 
 def test_a_run_takes_the_one_before(run, capsys):
     """--resume_from_checkpoint latest; one that is named must be whole, and this is seen before any work."""
-    from pipelines.run import check
+    from pipelines.run import validate_run
     from recipes.sid_digits import CONFIG
 
     def resumed(name):
         cfg = replace(CONFIG.train, output_dir=f"{run}", resume_from_checkpoint=name, max_train_steps=2)
-        return check(replace(CONFIG, smoke=True, train=cfg), run)
+        return validate_run(replace(CONFIG, smoke=True, train=cfg), run)
 
     flip(run / "checkpoint-3" / "ema.safetensors")
     assert resumed("latest") == run / "checkpoint-2"
