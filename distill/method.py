@@ -12,7 +12,7 @@ from typing import Literal
 from torch import Tensor
 
 from distill.diffusion.schedule import Schedule
-from distill.diffusion.student import Renoise
+from distill.diffusion.transition import Renoise
 from distill.random import Draw
 from distill.roles import Batch, Nets
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +11,8 @@ from distill.diffusion.denoiser import Condition, Denoiser
 from distill.diffusion.end_time import with_end_time
 from distill.diffusion.schedule import VP, expand
 from distill.diffusion.solver import Call, ddim, fresh
+from distill.diffusion.transition import Renoise, Transition, find_transition
 from distill.random import Draw
-
-Renoise = Literal["fresh", "ddim", "tcd"]
 
 
 @dataclass(eq=False)
@@ -23,8 +21,7 @@ class Student:
 
     times    from noisy to clean, in (0, 1]; one time is a one-step student.
     scale    of the unit noise z at the first call; None is sigma(times[0]) (DMD2's latents: 1).
-    renoise  "fresh" noise between calls (DMD2, consistency), or the noise that the call itself predicts: "ddim"; "tcd",
-             whose last call leads to the level of t = 0 too, where the others end at x0 (PCM, TCD).
+    renoise  the name of the transition between calls (transition.py).
     jumps    of a network of two times (end_time.py): without fresh noise every call is told the time to which x goes.
     phases   into which the calls are divided equally; `denoiser` makes those after the phases of `experts`.
     experts  frozen denoisers, one for each of the first phases (Phased DMD).
@@ -41,13 +38,16 @@ class Student:
     def __post_init__(self) -> None:
         self.times = tuple(float(t) for t in self.times)
         falling(self.times)
-        if self.renoise not in get_args(Renoise):
-            raise ValueError(f"renoise is {self.renoise!r}; it must be one of {get_args(Renoise)}")
+        find_transition(self.renoise)
         if len(self.times) % self.phases or len(self.experts) >= self.phases:
             raise ValueError(
                 f"{len(self.times)} calls in {self.phases} phases with {len(self.experts)} experts of earlier ones; "
                 "the phases have equally many calls, and at most all but one an expert"
             )
+
+    @property
+    def transition(self) -> Transition:
+        return find_transition(self.renoise)
 
     def using(self, net: nn.Module) -> Student:
         """The same student with other weights: its average, say."""
@@ -80,14 +80,14 @@ class Student:
     @property
     def legs(self) -> list[tuple[float, float]]:
         """(time, end time) of each call; the end time is 0 if the student does not take one."""
-        told = self.jumps and self.renoise == "ddim"
+        told = self.jumps and self.transition.takes_end_time
         return [(t, s if told else 0.0) for t, s in zip(self.times, (*self.times[1:], 0.0), strict=True)]
 
     def at(self, i: int, to: float = 0.0) -> Denoiser:
         """The denoiser of call i, with the end time `to` if it takes one."""
         first, last = self.phase
         denoiser = self.experts[i // (last - first)] if i < first else self.denoiser
-        return with_end_time(denoiser, to) if to and self.jumps and self.renoise == "ddim" else denoiser
+        return with_end_time(denoiser, to) if to and self.jumps and self.transition.takes_end_time else denoiser
 
     def generate(
         self, z: Tensor, c: Condition, draw: Draw | None = None, steps: int | None = None, to: float | None = None
@@ -100,7 +100,7 @@ class Student:
         if not 1 <= steps <= len(self.times):
             raise ValueError(f"steps is {steps}; this student has {len(self.times)} time(s), so 1 to {len(self.times)}")
         x = self.input_scale * z
-        known = draw.before if draw is not None and self.renoise == "fresh" else None  # x0 of the last call but one
+        known = draw.before if draw is not None and self.transition.adds_noise else None  # x0 of the last call but one
         for i in range(0 if known is None else max(0, steps - 2), steps - 1):
             with torch.no_grad():
                 moments = self.step(x, i, c) if known is None else self._level(known, self.times[i + 1])
@@ -111,12 +111,12 @@ class Student:
     def calls(self, draw: Draw | None = None) -> list[Call]:
         """The calls one by one, so that several networks can share them; `relay` runs them as `generate` does.
 
-        ValueError for "tcd": `relay` ends at x0.
+        ValueError for a transition that does not end at x0, as `relay` does.
         """
-        if self.renoise == "tcd":
+        if not self.transition.ends_at_data:
             raise ValueError("a student with 'tcd' noise ends at the level of t = 0, and turns of networks end at x0")
         anew = lambda i: fresh(lambda x: self._noise(i, x, draw))
-        step = lambda i: ddim if self.renoise == "ddim" else anew(i)
+        step = lambda i: anew(i) if self.transition.adds_noise else ddim
         return [Call(self.at(i, to), t, step(i), self.scale) for i, (t, to) in enumerate(self.legs)]
 
     def walk(self, z: Tensor, c: Condition, draw: Draw | None = None) -> list[Tensor]:
@@ -133,10 +133,10 @@ class Student:
         """
         to = (*self.times, 0.0)[i + 1] if to is None else to
         pred = self.at(i, to)(x, self._time(self.times[i], x), c)
-        if not to and self.renoise != "tcd":
+        if not to and self.transition.ends_at_data:
             return pred.x0, torch.zeros_like(pred.sigma)
         mean, std = self._level(pred.x0, to)
-        return (mean, std) if self.renoise == "fresh" else (mean + std * pred.eps, torch.zeros_like(std))
+        return (mean, std) if self.transition.adds_noise else (mean + std * pred.eps, torch.zeros_like(std))
 
     def _time(self, t: float, x: Tensor) -> Tensor:
         return torch.full((len(x),), t, dtype=torch.float64, device=x.device)
@@ -148,7 +148,7 @@ class Student:
 
     def _drawn(self, mean: Tensor, std: Tensor, i: int, draw: Draw | None) -> Tensor:
         """What call i makes, with noise of its own."""
-        return mean + std * self._noise(i, mean, draw) if self.renoise == "fresh" else mean
+        return mean + std * self._noise(i, mean, draw) if self.transition.adds_noise else mean
 
     def _noise(self, i: int, x: Tensor, draw: Draw | None) -> Tensor:
         if draw is None:
@@ -161,7 +161,8 @@ def check_phases(student: Student, N: int) -> None:
     many, table = len(student.times), isinstance(student.denoiser.schedule, VP)
     if many > N:
         raise ValueError(f"N is {N}; it must be at least the student's {many} calls, which are its phases")
-    if (table and student.renoise != "tcd") or (many > 1 and student.renoise == "fresh"):
+    transition = student.transition
+    if (table and transition.ends_at_data) or (many > 1 and transition.adds_noise):
         raise ValueError(
             f"student.renoise is {student.renoise!r}; a student of phases goes from one to the next without new noise, "
             "and ends at the level of t = 0: pass --student.renoise tcd" + " --student.scale 1" * table

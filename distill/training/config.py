@@ -8,7 +8,8 @@ from typing import Literal
 import torch
 
 from distill.diffusion.schedule import Schedule
-from distill.diffusion.student import Renoise, falling
+from distill.diffusion.student import falling
+from distill.diffusion.transition import Renoise, Transition, find_transition
 from distill.networks.lora import LoRA
 from distill.ranges import (
     Calls,
@@ -135,6 +136,10 @@ class StudentConfig:
             raise ValueError(
                 "student.network is another network, lora.rank and negative are adapters of the teacher: give one"
             )
+
+    @property
+    def transition(self) -> Transition:
+        return find_transition(self.renoise)
 
     def first(self, schedule: Schedule) -> float:
         """The time of the first call on `schedule`; ValueError where the schedule has no such timestep."""

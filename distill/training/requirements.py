@@ -61,7 +61,7 @@ def _negative_adapter(method: Method, teacher: Denoiser, c: Condition, student: 
 
 
 def _several_calls(method: Method, teacher: Denoiser, c: Condition, student: StudentConfig) -> None:
-    if student.steps < 2 or student.renoise != "fresh":
+    if student.steps < 2 or not student.transition.adds_noise:
         raise ValueError(
             f"{type(method).__name__} tunes the random calls of a student, all but the last; one of {student.steps} "
             f"call(s) with {student.renoise!r} noise between them has none: it needs two calls or more, with fresh "

@@ -65,14 +65,14 @@ def workflow(
     """
     if (unet is None) == (lora is None):
         raise ValueError(f"give the student's file either as unet or as lora; got unet={unet!r}, lora={lora!r}")
-    if student.renoise == "tcd":
+    if not student.transition.ends_at_data:
         raise ValueError("ComfyUI's samplers end at x0; this student ends at the level of timestep 0")
     sigmas, first = levels(student)
     last = float(VP.scaled_linear().ratio(torch.ones(1)))
     own = math.sqrt(1 + sigmas[0] ** 2) if sigmas[0] > last * (1 - 1e-5) else sigmas[0]  # ComfyUI's first factor
     add = abs(first / own - 1) > 1e-4
     numbers = lambda values: ", ".join(f"{v:.8f}" for v in values)  # the node reads no exponents
-    sampler = "lcm" if student.renoise == "fresh" else "euler"
+    sampler = "lcm" if student.transition.adds_noise else "euler"
     nodes: dict[str, tuple[str, dict[str, Any]]] = {
         "base": ("CheckpointLoaderSimple", {"ckpt_name": checkpoint}),
         "model": ("UNETLoader", {"unet_name": unet, "weight_dtype": "default"})

@@ -23,6 +23,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from distill.diffusion.transition import Renoise
 from distill.modules import shared
 from distill.training.tensors import opened
 from pipelines.export.adapter_config import FILE, settings
@@ -75,7 +76,7 @@ class Known:
 
     indices: tuple[int, ...]
     scale: float | None  # of the unit noise; None: sigma at the first call
-    renoise: Literal["fresh", "ddim"]
+    renoise: Renoise
     kind: Literal["eps", "x0"] = "eps"  # what the network predicts
 
 

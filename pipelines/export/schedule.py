@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from distill.diffusion.transition import DDIM, FRESH, TCD, Transition
 from distill.training.config import StudentConfig
 from pipelines import fields
 from pipelines.families.base import Teacher
@@ -68,18 +69,24 @@ def finished(teacher: Teacher, given: StudentConfig) -> StudentConfig:
     if facts.get("student") is not True:
         return given
     found, steps = teacher.parts.scheduler(), facts["steps"]
-    calls: dict[str, Any] = dict.fromkeys(("sigma", "timestep", "scale")) | {"steps": steps, "renoise": "fresh"}
+    calls: dict[str, Any] = dict.fromkeys(("sigma", "timestep", "scale")) | {"steps": steps}
+    calls["renoise"] = transition_of(found).name
     calls["times"] = pipeline_times(teacher, found, steps)
     match type(found).__name__:
         case "LCMScheduler" | "DDIMScheduler" | "TCDScheduler":
             calls["scale"] = 1.0
         case "EulerDiscreteScheduler" if found.config.timestep_spacing == "leading":
             calls["scale"] = 1.0
-    match type(found).__name__:
-        case "TCDScheduler":
-            calls["renoise"] = "tcd"
-        case "DDIMScheduler" | "EulerDiscreteScheduler":
-            calls["renoise"] = "ddim"
-        case "FlowMatchEulerDiscreteScheduler" if not found.config.stochastic_sampling:
-            calls["renoise"] = "ddim"
     return dataclasses.replace(given, **calls)
+
+
+def transition_of(scheduler: Any) -> Transition:
+    """What a scheduler of an exported student does between two calls."""
+    match type(scheduler).__name__:
+        case "TCDScheduler":
+            return TCD
+        case "DDIMScheduler" | "EulerDiscreteScheduler":
+            return DDIM
+        case "FlowMatchEulerDiscreteScheduler" if not scheduler.config.stochastic_sampling:
+            return DDIM
+    return FRESH

@@ -167,7 +167,7 @@ def schedulers_of_student(teacher: Teacher, student: StudentConfig) -> Iterator[
     schedule = teacher.denoiser.schedule
     assert isinstance(schedule, EDM)
     steps, times = student.steps, student.times
-    if student.renoise == "tcd" or (steps > 1 and student.renoise != "fresh"):
+    if not student.transition.ends_at_data or (steps > 1 and not student.transition.adds_noise):
         raise ValueError(
             "this family's scheduler renoises with fresh noise: train with --student.renoise fresh, or, where a method "
             "needs another, a student of one call (--student.steps 1 --student.renoise fresh)"

@@ -51,11 +51,12 @@ def of_table(teacher: Teacher, student: StudentConfig) -> Iterator[Any]:
     exact = (
         steps > 1 or n < last or not schedulers.zero_terminal(teacher.parts.scheduler())
     )  # LCM's end is 0, Euler's 2^-24
-    if student.renoise == "tcd" and unit:
+    transition = student.transition
+    if not transition.ends_at_data and unit:
         yield from _grids(teacher, TCDScheduler, n, last, student)
-    elif student.renoise != "tcd" and unit and exact and (student.renoise == "fresh" or steps == 1):
+    elif transition.ends_at_data and unit and exact and (transition.adds_noise or steps == 1):
         yield from _grids(teacher, LCMScheduler, n, last, student)
-    elif student.renoise != "tcd" and (unit or scaled) and (student.renoise == "ddim" or steps == 1):
+    elif transition.ends_at_data and (unit or scaled) and (not transition.adds_noise or steps == 1):
         if scaled:
             yield EulerDiscreteScheduler(**_table(teacher, n), timestep_spacing="trailing")
         elif (n + 1) % steps == 0:  # its step goes down by as much each time
@@ -108,7 +109,7 @@ def of_flow(teacher: Teacher, student: StudentConfig) -> Iterator[Any]:
         raise ValueError(f"a flow's pipeline starts at noise alone; this student starts at t = {start:.4g}")
     shift = float(config.get("shift") or config.get("flow_shift") or 1.0)
     options: dict[str, Any] = {"num_train_timesteps": 1000, "use_dynamic_shifting": False}
-    options["stochastic_sampling"] = student.renoise == "fresh" and steps > 1
+    options["stochastic_sampling"] = student.transition.adds_noise and steps > 1
 
     def make(shift: float, end: float | None, **more: bool) -> Any:
         return FlowMatchEulerDiscreteScheduler(**options, shift=shift, shift_terminal=end, **more)

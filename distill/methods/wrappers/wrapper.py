@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from distill.diffusion.schedule import Schedule
-from distill.diffusion.student import Renoise
+from distill.diffusion.transition import Renoise
 from distill.method import Batch, FeatureTaps, Logs, Loss, Method, Nets, Requirement, Update
 from distill.methods.sid import SiD
 from distill.random import Draw
