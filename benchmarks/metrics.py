@@ -60,12 +60,12 @@ def memory() -> float:
 def digit_images(n: int) -> torch.Tensor:
     """Training digits in random order, moved by up to a pixel, with a little noise: n different images."""
     from distill.data import digits
-    from eval.features.digits import shifted
+    from eval.features.digits import shift_images
 
     draw = torch.Generator().manual_seed(0)
     images = digits("train")[0]
     pick = images[torch.randint(len(images), (n,), generator=draw)]
-    moved = shifted(pick, torch.randint(-1, 2, (n, 2), generator=draw))
+    moved = shift_images(pick, torch.randint(-1, 2, (n, 2), generator=draw))
     return moved + 0.05 * torch.randn(moved.shape, generator=draw)
 
 
@@ -79,7 +79,7 @@ def folders_to_fid(n: int, where: Path) -> tuple[list[tuple[str, float, float]],
     from eval.metrics.frechet import fid
     from eval.score import digits_reference
 
-    folders.write(where / "images", digit_images(n))
+    folders.write_folder(where / "images", digit_images(n))
     net, real = load("digits"), digits_reference("heldout")
     levels = folders.quantize(digit_images(n)).float()
     features(where / "images", net, first=64)  # imports, and the first pages of the disk's cache
@@ -152,9 +152,9 @@ def spread(folders: tuple[Path, ...]) -> str:
     from statistics import fmean, stdev
 
     from eval.metrics.intervals import Z
-    from eval.score import score
+    from eval.score import score_folder
 
-    rows = [score(folder, "digits")["metrics"] for folder in folders]
+    rows = [score_folder(folder, "digits")["metrics"] for folder in folders]
     lines = ["| figure | mean | standard deviation over seeds | standard error of one interval |", "|---|---|---|---|"]
     for name in rows[0]:
         values = [row[name]["value"] for row in rows]

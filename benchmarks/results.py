@@ -23,7 +23,7 @@ import tyro
 from tqdm import tqdm
 
 from distill.configuration import Config, fail, parse
-from eval.leaderboard.jobs import Job, recipe, run
+from eval.leaderboard.jobs import Job, recipe_job, run_jobs
 
 ROOT = Path(__file__).resolve().parent.parent
 REFERENCE = "teacher-35"  # model-calls; Heun's method with n steps makes 2 n - 1 calls
@@ -145,7 +145,7 @@ def jobs(cfg: Results) -> dict[str, Job]:
         teacher = cfg.output_dir / f"teacher-{seed}"
         script, flags = ROOT / "recipes" / "digits_teacher.py", ("--seed", f"{seed}")
         if not (teacher / "model_index.json").is_file():
-            todo[teacher.name] = recipe(script, f"teacher, seed {seed}", teacher, *flags)
+            todo[teacher.name] = recipe_job(script, f"teacher, seed {seed}", teacher, *flags)
         for m in cfg.methods:
             student, folders = cfg.output_dir / f"{m}-{seed}", runs(cfg, m, seed)
             if done(student):
@@ -161,7 +161,7 @@ def jobs(cfg: Results) -> dict[str, Job]:
                 if (folder / "config.yaml").is_file():
                     given += ["--resume_from_checkpoint", "latest"]
                 after = tuple(f.name for f in (teacher, *folders) if f.name in todo and f"{f}" in " ".join(given))
-                todo[folder.name] = recipe(script, f"{m}, seed {seed}", folder, *given, after=after)
+                todo[folder.name] = recipe_job(script, f"{m}, seed {seed}", folder, *given, after=after)
             if m in PARTS:
                 command = ["-m", "pipelines.experts", *(f"{folder / 'pipeline'}" for folder in folders)]
                 after = tuple(folder.name for folder in folders if folder.name in todo)
@@ -212,7 +212,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """The row of one model and noise seed; spent: forward passes of its training."""
     from eval.sampling.generate import generate
-    from eval.score import score
+    from eval.score import score_folder
 
     family = name.split("-")[0]
     logs = [run / "log.jsonl" for run in runs(cfg, family, seed)]
@@ -221,7 +221,7 @@ def evaluate(
     cost = cfg.output_dir / "costs" / f"{name}.json" if first else None
     asked: dict[str, Any] = {"seed": noise, "name": family, "protocol": "digits", "cost": cost}
     generate(f"{model}", out, cfg.n, steps, overwrite=True, **asked)
-    row = score(out) | {"run": seed}
+    row = score_folder(out) | {"run": seed}
     known = json.loads(cost.read_text()) if cost else {k: row["cost"][k] for k in ("nfe", "parameters", "hardware")}
     seconds = sum(json.loads(log.read_text().splitlines()[-1])["seconds"] for log in logs)
     row["cost"] = known | {"train_seconds": seconds, "train_passes": spent}
@@ -244,14 +244,14 @@ def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
     A model of a single training seed has no intervals.
     """
-    from eval.leaderboard.tables import mean
+    from eval.leaderboard.tables import average_seeds
     from eval.metrics.intervals import ratio_ci
 
     table: list[dict[str, Any]] = []
     for model in models():
         if not (found := of(rows, model)):
             continue
-        (row,), runs = mean(found), {r["run"] for r in found}
+        (row,), runs = average_seeds(found), {r["run"] for r in found}
         mine, reference = (
             nested([r for r in of(rows, m) if r["run"] in runs], "fd_heldout") for m in (model, REFERENCE)
         )
@@ -289,13 +289,13 @@ def verdict(row: dict[str, Any], reference: dict[str, Any]) -> str:
 
 def ranked(table: list[dict[str, Any]]) -> dict[int, str]:
     """{place in the table: rank by the held-out distance}, 2= for a tie; of students of several training seeds."""
-    from eval.leaderboard.tables import boards
+    from eval.leaderboard.tables import group_boards
 
     place = {id(row): i for i, row in enumerate(table)}
     rows = [row for row in table if row["kind"] != "teacher" and len(row["runs"]) > 1]
     if not rows:
         return {}
-    (board,) = boards(rows)
+    (board,) = group_boards(rows)
     ranks = board.ranks("fd_heldout")
     return {place[id(board.rows[i])]: f"{rank}{'=' if tie else ''}" for i, (rank, tie) in ranks.items()}
 
@@ -359,7 +359,7 @@ training did cost: another figure than the budget is a run of the recipe's own s
 def publish(rows: list[dict[str, Any]], floor: float, cfg: Results) -> Path:
     """Write the three documents from the rows of all runs; the page's path."""
     from eval.leaderboard import tables
-    from eval.leaderboard.commands import write
+    from eval.leaderboard.commands import write_page
 
     table = summary(rows)
     cfg.docs.mkdir(exist_ok=True)
@@ -375,8 +375,8 @@ def publish(rows: list[dict[str, Any]], floor: float, cfg: Results) -> Path:
         f"Means and 95 % intervals over up to {len(seeds)} training seeds, {noises} sets of {cfg.n:,} images each. The "
         "dashed line is the distance of two sets of real digits. Pictures and curves are of the first seeds."
     )
-    rows = [*several, tables.real(table[0], "real digits", fd_heldout=floor)]
-    page = write(cfg.output_dir, rows, "One-step students of handwritten digits", lead, logs)
+    rows = [*several, tables.real_images_row(table[0], "real digits", fd_heldout=floor)]
+    page = write_page(cfg.output_dir, rows, "One-step students of handwritten digits", lead, logs)
     (cfg.docs / "digits.html").write_text(page.read_text())
     return page
 
@@ -386,7 +386,7 @@ def main(cfg: Results) -> None:
         fail(f"no recipe of the digits for {', '.join(sorted(unknown))}; there are {', '.join(METHODS)}")
     os.environ["DISTILL_CACHE"] = f"{cfg.output_dir / 'cache'}"
     try:
-        run(jobs(cfg), cfg.output_dir, cfg.workers)
+        run_jobs(jobs(cfg), cfg.output_dir, cfg.workers)
     except RuntimeError as error:
         fail(str(error))
     import torch
@@ -394,13 +394,13 @@ def main(cfg: Results) -> None:
     torch.set_num_threads(1)  # two threads on a busy machine of two cores can be fifty times slower than one
     from distill.data import digits
     from eval.images import images
-    from eval.leaderboard.commands import show
-    from eval.score import score
+    from eval.leaderboard.commands import print_tables
+    from eval.score import score_folder
 
     rows = measure(cfg)
-    images.write(cfg.output_dir / "samples" / "real", *digits("train"), overwrite=True, name="real digits")
-    floor = score(cfg.output_dir / "samples" / "real", metrics=("fd_heldout",))["metrics"]["fd_heldout"]["value"]
-    show(publish(rows, floor, cfg))
+    images.write_folder(cfg.output_dir / "samples" / "real", *digits("train"), overwrite=True, name="real digits")
+    floor = score_folder(cfg.output_dir / "samples" / "real", metrics=("fd_heldout",))["metrics"]["fd_heldout"]["value"]
+    print_tables(publish(rows, floor, cfg))
 
 
 if __name__ == "__main__":

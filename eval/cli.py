@@ -7,12 +7,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 
-class Unfinished(ValueError):
-    """Some items of a command failed; the message names them. made: the results of the others."""
+class PartialFailure(ValueError):
+    """Some items of a command failed; the message names them. results: those of the others."""
 
-    def __init__(self, message: str, made: Any = None) -> None:
+    def __init__(self, message: str, results: Any = None) -> None:
         super().__init__(message)
-        self.made = made
+        self.results = results
 
 
 def run(stage: Callable[..., Any] | Mapping[str, Callable[..., Any]]) -> Any:
@@ -34,7 +34,7 @@ def run(stage: Callable[..., Any] | Mapping[str, Callable[..., Any]]) -> Any:
                 dict(stage), config=config, use_underscores=True, prog=program_name()
             )
         return tyro.cli(stage, config=config, use_underscores=True, prog=program_name())
-    except Unfinished as error:
+    except PartialFailure as error:
         sys.exit(f"error: {visible(str(error))}")
     except ValueError as error:
         fail(str(error))

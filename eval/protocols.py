@@ -30,7 +30,7 @@ def data_folder() -> Path:
 
 
 @dataclass(frozen=True)
-class Prepare:
+class Preparation:
     """What happens to an image before an extractor, which then resizes it to its own input by its own rule.
 
     crop: "square", the centre of the longer side (an odd rest goes to the right or below, floor((W - H) / 2) on the
@@ -67,8 +67,8 @@ class Measure:
 
     metric: str
     extractor: str
-    generated: Prepare = Prepare()
-    reference: Prepare | None = None  # None: the metric needs none
+    generated: Preparation = Preparation()
+    reference: Preparation | None = None  # None: the metric needs none
     text: str = ""
 
 
@@ -118,7 +118,7 @@ class Protocol:
         lines, path = [], self.reference_path
         if self.classes is None and self.prompt_file is None:
             lines.append(f"{self.folder / PROMPTS[0]} (or .jsonl, .parquet): {self.prompts}")
-        if reference and path is not None and not _present(path):
+        if reference and path is not None and not _is_present(path):
             lines.append(f"{path}{'' if path.suffix else '/'}: {self.source}")
         return f"protocol {self.name} lacks data; put\n  " + "\n  ".join(lines) if lines else None
 
@@ -141,7 +141,7 @@ class Protocol:
         return found
 
 
-def _present(path: Path) -> bool:
+def _is_present(path: Path) -> bool:
     if path.suffix:
         return path.is_file()
     from distill.data import images
@@ -149,7 +149,7 @@ def _present(path: Path) -> bool:
     return path.is_dir() and any(map(images.is_image, images.files(path)))
 
 
-def protocol(name: str) -> Protocol:
+def find_protocol(name: str) -> Protocol:
     """A protocol by its name; ValueError with the list of names."""
     if name not in PROTOCOLS:
         raise ValueError(f"there is no protocol {name!r}; there are {', '.join(PROTOCOLS)}")
@@ -157,7 +157,7 @@ def protocol(name: str) -> Protocol:
 
 
 G14 = "open_clip:ViT-g-14/laion2b_s12b_b42k"
-WHOLE, SQUARE = Prepare(), Prepare("square", 256)
+WHOLE, SQUARE = Preparation(), Preparation("square", 256)
 CLIP = Measure("clip_score", G14, SQUARE, text="A photo depicts")
 
 _COCO30K = Protocol(
@@ -179,8 +179,8 @@ _COCO10K = Protocol(
     n=10_000,
     size=1024,
     measures=(
-        Measure("fid", "inception-clean", Prepare("square", 512), Prepare("square", 512)),
-        Measure("patch_fid", "inception-clean", Prepare(299), Prepare(299)),
+        Measure("fid", "inception-clean", Preparation("square", 512), Preparation("square", 512)),
+        Measure("patch_fid", "inception-clean", Preparation(299), Preparation(299)),
         CLIP,
     ),
     reference="reference",

@@ -24,7 +24,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from eval.cli import Unfinished
+from eval.cli import PartialFailure
 from eval.features.extraction import features, text_features
 from eval.features.extractors import Extractor, device, load
 from eval.files import check_output, read_text, write_json
@@ -32,11 +32,11 @@ from eval.images import images as folders
 from eval.images.images import list_images
 from eval.metrics.frechet import Moments
 from eval.metrics.intervals import Score
-from eval.metrics.registry import Given, metric
-from eval.metrics.sets import too_few
-from eval.protocols import Measure, Prepare, Protocol
-from eval.protocols import protocol as named
-from eval.sampling.cost import commit, hardware
+from eval.metrics.registry import MetricInputs, find_metric
+from eval.metrics.sets import describe_shortage
+from eval.protocols import Measure, Preparation, Protocol
+from eval.protocols import find_protocol as named
+from eval.sampling.cost import git_commit, hardware
 
 if TYPE_CHECKING:
     from eval.features.extraction import Features
@@ -60,9 +60,9 @@ class Folder:
 
     def __init__(self, path: Path, batch: int = 64, workers: int = 4) -> None:
         self.path, self.batch, self.workers = path, batch, workers
-        self.manifest, self.files = folders.manifest_of(path), list_images(path)
+        self.manifest, self.files = folders.read_manifest(path), list_images(path)
 
-    def features(self, net: Extractor, prepare: Prepare) -> Features:
+    def features(self, net: Extractor, prepare: Preparation) -> Features:
         return features(self.path, net, prepare, batch=self.batch, workers=self.workers)
 
     @cached_property
@@ -91,7 +91,7 @@ class Folder:
                     raise ValueError(f"line {number} gives {name} a second text")
             names = [file.relative_to(self.path).as_posix() for file in self.files]
             if absent := sorted(found.keys() - set(names)):
-                folders.note(f"{path} names {len(absent):,} images that are not there: {absent[0]} ...\n")
+                folders.warn_once(f"{path} names {len(absent):,} images that are not there: {absent[0]} ...\n")
             return [found[name] for name in names]
         except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise ValueError(
@@ -106,7 +106,7 @@ class Folder:
         number = {text: i for i, text in enumerate(dict.fromkeys(self.texts))}
         return torch.tensor([number[text] for text in self.texts])
 
-    def picture(self, prepare: Prepare) -> Callable[[int], Tensor]:
+    def picture(self, prepare: Preparation) -> Callable[[int], Tensor]:
         from distill.data import images
 
         def read(i: int) -> Tensor:
@@ -123,25 +123,25 @@ class Folder:
         return need == "reference" or {"labels": self.labels, "texts": self.texts}[need] is not None
 
 
-def reference(measure: Measure, p: Protocol, net: Extractor, folder: Path | None) -> Any:
+def read_reference(measure: Measure, p: Protocol, net: Extractor, folder: Path | None) -> Any:
     """What a measure compares with: features of a folder, stored moments, or a split of the digits."""
     path = folder or p.reference_path
     if path is None:
         return digits_reference("heldout" if measure.metric == "fd_heldout" else "train")
     if path.suffix == ".npz":
-        return statistics(path, p.references)
-    return features(path, net, measure.reference or Prepare())
+        return read_statistics(path, p.references)
+    return features(path, net, measure.reference or Preparation())
 
 
-def statistics(path: Path, n: int) -> Moments:
+def read_statistics(path: Path, n: int) -> Moments:
     """The moments of n reference images from an .npz file. ValueError if they are invalid."""
     if not path.is_file():
         raise ValueError(f"{path} is not a regular file; name an .npz with the arrays mu and sigma")
-    return _statistics(path, path.stat().st_mtime_ns, n)
+    return _read_statistics(path, path.stat().st_mtime_ns, n)
 
 
 @cache
-def _statistics(path: Path, _: int, n: int) -> Moments:
+def _read_statistics(path: Path, _: int, n: int) -> Moments:
     """`statistics` of a file as it was at a time: one eigen-decomposition for all folders."""
     found: list[Tensor] = []
     try:
@@ -172,7 +172,7 @@ def _check_sizes(path: Path) -> None:
                     raise ValueError(f"its {entry.filename} unpacks to {entry.file_size:,} bytes; {LARGEST:,} are read")
 
 
-def custom(folder: Folder, metrics: tuple[str, ...], extractor: str | None, other: Path | None) -> Protocol:
+def custom_protocol(folder: Folder, metrics: tuple[str, ...], extractor: str | None, other: Path | None) -> Protocol:
     """The protocol of metrics that were named on the command line, so that these rows carry a hash as well.
 
     A photo that is no square is cut to its middle square, as training does.
@@ -181,8 +181,8 @@ def custom(folder: Folder, metrics: tuple[str, ...], extractor: str | None, othe
 
     measures = []
     for name in metrics:
-        entry = metric(name)
-        prepare = Prepare(entry.patch or "square")
+        entry = find_metric(name)
+        prepare = Preparation(entry.patch or "square")
         measures.append(Measure(name, extractor or entry.extractor, prepare, prepare if entry.needs else None))
         if "reference" in entry.needs and other is None and name not in ALONE:
             raise ValueError(f"metric {name} compares with real images: name their folder by --reference")
@@ -201,7 +201,7 @@ def _reference_files(path: Path) -> list[Path]:
     return [path]
 
 
-def score(
+def score_folder(
     folder: str | Path,
     protocol: str | None = None,
     metrics: tuple[str, ...] = (),
@@ -226,15 +226,15 @@ def score(
         except ValueError as error:
             left_out[m.metric] = str(error)
     made: dict[str, Score] = {}
-    given: dict[Any, Given | ValueError] = {}
+    given: dict[Any, MetricInputs | ValueError] = {}
     nets: dict[str, str] = {}
     for m in (m for m in p.measures if m.metric not in left_out):
         spec = specs[m.metric]
         key = (spec, m.generated, m.reference, m.text, m.metric if m.metric in ALONE else "")
         try:
             if key not in given:
-                given[key] = _given(found, m, p, spec, reference_folder, nets)
-            scored = metric(m.metric).compute(_raise_if_failed(given[key]))
+                given[key] = _metric_inputs(found, m, p, spec, reference_folder, nets)
+            scored = find_metric(m.metric).compute(_raise_if_failed(given[key]))
         except FAILURES as error:
             failure = ValueError(describe_error(error))
             given.setdefault(key, failure)  # do not repeat a failed input for another metric
@@ -277,7 +277,7 @@ def format_reasons(left_out: Mapping[str, str]) -> str:
     return "; ".join(f"{', '.join(some)}: {reason}" for reason, some in names.items())
 
 
-def _raise_if_failed(given: Given | ValueError) -> Given:
+def _raise_if_failed(given: MetricInputs | ValueError) -> MetricInputs:
     if isinstance(given, ValueError):
         raise given
     return given
@@ -285,22 +285,22 @@ def _raise_if_failed(given: Given | ValueError) -> Given:
 
 def _check_needs(found: Folder, m: Measure, p: Protocol, spec: str, other: Path | None) -> None:
     """ValueError if an input of a metric is missing, before a network runs."""
-    entry = metric(m.metric)
+    entry = find_metric(m.metric)
     if lacks := [need for need in entry.needs if not found.has(need)]:
         raise ValueError(f"{found.path} has no {' and '.join(map(_NEEDS.get, lacks))}, which {m.metric} needs")
     width = None if entry.extractor == "lpips" else load(spec).width
     least = entry.least or (width or 0) + 1
     if len(found.files) < least:
-        raise ValueError(too_few("generated", len(found.files), width or 0, least))
+        raise ValueError(describe_shortage("generated", len(found.files), width or 0, least))
     path = other or p.reference_path
     if "reference" not in entry.needs or path is None:
         return
     if path.suffix != ".npz":
         if (n := len(list_images(path))) < least:
-            raise ValueError(too_few("reference", n, width or 0, least))
+            raise ValueError(describe_shortage("reference", n, width or 0, least))
     elif entry.least is not None:
         raise ValueError(f"{m.metric} needs a folder of reference images, not their mean and covariance alone")
-    elif width not in (None, known := len(statistics(path, p.references).mean)):
+    elif width not in (None, known := len(read_statistics(path, p.references).mean)):
         raise ValueError(f"{path} is of {known} features, {spec} has {width}; they must come from one extractor")
 
 
@@ -321,9 +321,9 @@ def _protocol(
 ) -> Protocol:
     """The named protocol, that of the manifest, or one of the metrics that were asked for; n as it is here."""
     for wanted in metrics:
-        metric(wanted)
+        find_metric(wanted)
     if metrics and name is None:
-        return custom(found, metrics, extractor, other)
+        return custom_protocol(found, metrics, extractor, other)
     p = named(name or found.manifest.get("protocol") or "digits")
     p.require(reference=other is None)
     if metrics:
@@ -333,9 +333,11 @@ def _protocol(
     return replace(p, n=len(found.files))
 
 
-def _given(found: Folder, m: Measure, p: Protocol, spec: str, other: Path | None, nets: dict[str, str]) -> Given:
-    entry = metric(m.metric)
-    given = Given(torch.empty(0), labels=found.labels, prompts=found.prompts)
+def _metric_inputs(
+    found: Folder, m: Measure, p: Protocol, spec: str, other: Path | None, nets: dict[str, str]
+) -> MetricInputs:
+    entry = find_metric(m.metric)
+    given = MetricInputs(torch.empty(0), labels=found.labels, prompts=found.prompts)
     if entry.extractor == "lpips":
         from pipelines.judges import perceptual
 
@@ -347,7 +349,7 @@ def _given(found: Folder, m: Measure, p: Protocol, spec: str, other: Path | None
     nets[spec] = net.hash
     given.fake = found.features(net, m.generated)
     if "reference" in entry.needs:
-        given.real = reference(m, p, net, other)
+        given.real = read_reference(m, p, net, other)
     if "texts" in entry.needs:
         prefix = f"{m.text} " if m.text else ""
         assert found.texts is not None
@@ -371,7 +373,7 @@ def _row(found: Folder, p: Protocol, made: dict[str, Score], nets: dict[str, str
         "extractor": ", ".join(nets),
         "extractor_hash": ", ".join(nets.values()),
         "images": manifest.get("hash"),
-        "commit": commit(),
+        "commit": git_commit(),
         "hardware": hardware(device()),
         "metrics": {name: s._asdict() for name, s in made.items()},
         "cost": {key: cost.get(key, manifest.get(key)) for key in COST},
@@ -379,12 +381,12 @@ def _row(found: Folder, p: Protocol, made: dict[str, Score], nets: dict[str, str
     }
 
 
-def main_process() -> bool:
+def is_main_process() -> bool:
     """Whether this process, of those of one launch, writes."""
     return int(os.environ.get("RANK", 0)) == 0
 
 
-def scores(
+def score_folders(
     folder: tuple[Path, ...],
     out: Path | None = None,
     protocol: str | None = None,
@@ -419,7 +421,7 @@ def scores(
     found, failed = [], []
     for path in track(folder, "folder", "score", len(folder) > 1):
         try:
-            row = score(path, protocol, metrics, extractor, reference, use, batch, workers)
+            row = score_folder(path, protocol, metrics, extractor, reference, use, batch, workers)
         except FAILURES as error:
             why = describe_error(error)
             failed.append(why if f"{path}" in why else f"{path}: {why}")
@@ -427,12 +429,12 @@ def scores(
         found.append(row)
         if "left_out" in row:
             failed.append(f"{path} was scored without {format_reasons(row['left_out'])}")
-        if out is not None and main_process():
+        if out is not None and is_main_process():
             write_json(out, found)  # a command that is killed has its rows so far
     if failed:
         made = f" ({len(found)} of {len(folder)} folders were scored)" if len(folder) > 1 else ""
         told = "; ".join(failed) + made
-        raise Unfinished(told, found) if found else ValueError(told)
+        raise PartialFailure(told, found) if found else ValueError(told)
     return found
 
 
@@ -440,25 +442,25 @@ def main() -> None:
     """Command line of `scores`."""
     from eval.cli import run
 
-    @wraps(scores)
+    @wraps(score_folders)
     def stage(*given: Any, **named: Any) -> None:
         try:
-            show(scores(*given, **named))
-        except Unfinished as error:
-            show(error.made)
+            print_tables(score_folders(*given, **named))
+        except PartialFailure as error:
+            print_tables(error.results)
             raise
 
     run(stage)
 
 
-def show(rows: list[dict[str, Any]]) -> None:
+def print_tables(rows: list[dict[str, Any]]) -> None:
     """The rows as tables in the terminal."""
     from rich.console import Console
 
-    from eval.leaderboard.tables import table
+    from eval.leaderboard.tables import terminal_tables
 
-    if main_process():
-        for one in table(rows):
+    if is_main_process():
+        for one in terminal_tables(rows):
             Console().print(one)
 
 

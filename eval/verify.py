@@ -33,7 +33,7 @@ from eval.metrics.text import text_score
 Peer = Literal["arithmetic", "clean-fid", "torch-fidelity", "clip"]
 
 
-class Check(NamedTuple):
+class Comparison(NamedTuple):
     """A figure of ours and of a peer, and by how much they may differ, relatively."""
 
     name: str
@@ -46,11 +46,11 @@ class Check(NamedTuple):
         return abs(self.ours - self.theirs) / max(abs(self.theirs), 1e-12)
 
     @property
-    def holds(self) -> bool:
+    def agrees(self) -> bool:
         return self.difference <= self.allowed
 
 
-def arithmetic(folder: Path, reference: Path, extractor: str, logits: str) -> Iterator[Check]:
+def arithmetic(folder: Path, reference: Path, extractor: str, logits: str) -> Iterator[Comparison]:
     """Numbers from the same features: the same definitions, 1e-6."""
     from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
     from torch_fidelity.metric_isc import isc_features_to_metric
@@ -65,16 +65,16 @@ def arithmetic(folder: Path, reference: Path, extractor: str, logits: str) -> It
     theirs |= kid_features_to_metric(a, b, kid_subset_size=size, verbose=False)
     theirs |= prc_features_to_metric(a[:n], b[:n], verbose=False)
     found = manifold(a[:n], b[:n])
-    yield Check("fid", fid(fake, real).value, theirs["frechet_inception_distance"], 1e-6)
-    yield Check("kid", kid(fake, real, size=size).value, theirs["kernel_inception_distance_mean"], 1e-6)
-    yield Check("precision", found["precision"].value, theirs["precision"], 1e-6)
-    yield Check("recall", found["recall"].value, theirs["recall"], 1e-6)
+    yield Comparison("fid", fid(fake, real).value, theirs["frechet_inception_distance"], 1e-6)
+    yield Comparison("kid", kid(fake, real, size=size).value, theirs["kernel_inception_distance_mean"], 1e-6)
+    yield Comparison("precision", found["precision"].value, theirs["precision"], 1e-6)
+    yield Comparison("recall", found["recall"].value, theirs["recall"], 1e-6)
     seen = features(folder, load(logits))
     score = isc_features_to_metric(seen.rows(key="logits"))["inception_score_mean"]
-    yield Check("inception_score", inception_score(seen).value, score, 1e-6)
+    yield Comparison("inception_score", inception_score(seen).value, score, 1e-6)
 
 
-def clean_fid(folder: Path, reference: Path) -> Iterator[Check]:
+def clean_fid(folder: Path, reference: Path) -> Iterator[Comparison]:
     """From files by clean-fid's own reader, resizer and wrapper of the network; float32 networks, 1e-4."""
     from cleanfid.fid import get_folder_features
     from cleanfid.inception_torchscript import InceptionV3W
@@ -84,20 +84,20 @@ def clean_fid(folder: Path, reference: Path) -> Iterator[Check]:
     how: dict[str, Any] = {"num_workers": 0, "device": device(), "mode": "clean", "verbose": False}
     theirs = [torch.from_numpy(get_folder_features(str(path), model, **how)) for path in (folder, reference)]
     ours = [features(path, net) for path in (folder, reference)]
-    yield Check("fid", frechet(*ours), frechet(*theirs), 1e-4)
+    yield Comparison("fid", frechet(*ours), frechet(*theirs), 1e-4)
 
 
-def torch_fidelity(folder: Path, reference: Path) -> Iterator[Check]:
+def torch_fidelity(folder: Path, reference: Path) -> Iterator[Comparison]:
     """torch-fidelity's whole run, with the weights that it fetches; its resizing is TensorFlow's as well, 1e-3."""
     from torch_fidelity import calculate_metrics
 
     ours = frechet(*(features(path, load("inception-legacy")) for path in (folder, reference)))
     cuda = device().type == "cuda"
     found = calculate_metrics(input1=str(folder), input2=str(reference), fid=True, cuda=cuda, verbose=False)
-    yield Check("fid", ours, found["frechet_inception_distance"], 1e-3)
+    yield Comparison("fid", ours, found["frechet_inception_distance"], 1e-3)
 
 
-def clip(folder: Path, spec: str) -> Iterator[Check]:
+def clip(folder: Path, spec: str) -> Iterator[Comparison]:
     """The mean cosine of images and prompts by open_clip's own pipeline, and the transform's pixels; 1e-4."""
     import open_clip
     from PIL import Image
@@ -121,7 +121,7 @@ def clip(folder: Path, spec: str) -> Iterator[Check]:
             image = model.encode_image(transform(Image.open(file))[None].to(device()), normalize=True)
             words = model.encode_text(tokenizer([text]).to(device()), normalize=True)
             total += (image.double() * words.double()).sum().cpu()
-    yield Check("clip_score", ours, (total / len(texts)).item(), 1e-4)
+    yield Comparison("clip_score", ours, (total / len(texts)).item(), 1e-4)
 
 
 def verify(
@@ -132,7 +132,7 @@ def verify(
     logits: str = "inception-logits",
     clip_model: str = "open_clip:ViT-g-14/laion2b_s12b_b42k",
     out: Path | None = None,
-) -> tuple[dict[str, list[Check]], dict[str, str]]:
+) -> tuple[dict[str, list[Comparison]], dict[str, str]]:
     """Compare with the peers -> (their checks, why others were left out).
 
     Args:
@@ -147,7 +147,7 @@ def verify(
     list_images(folder)
     if out is not None:
         check_output(out, "--out")
-    found: dict[str, list[Check]] = {}
+    found: dict[str, list[Comparison]] = {}
     missing: dict[str, str] = {}
     for peer in peers:
         try:
@@ -163,7 +163,7 @@ def verify(
         except (ImportError, OSError, RuntimeError, ValueError) as error:
             missing[peer] = (str(error) or type(error).__name__).splitlines()[0]
     if out is not None:
-        checks = {peer: [c._asdict() | {"holds": c.holds} for c in some] for peer, some in found.items()}
+        checks = {peer: [c._asdict() | {"holds": c.agrees} for c in some] for peer, some in found.items()}
         write_json(out, {"checks": checks, "left_out": missing})
     return found, missing
 
@@ -180,12 +180,12 @@ def main() -> None:
     for peer, checks in found.items():
         for c in checks:
             numbers = f"{c.ours:.9g}", f"{c.theirs:.9g}", f"{c.difference:.1e}", f"{c.allowed:.0e}"
-            table.add_row(peer, c.name, *numbers, "ok" if c.holds else "OFF")
+            table.add_row(peer, c.name, *numbers, "ok" if c.agrees else "OFF")
     console = Console()
     console.print(table)
     for peer, why in missing.items():
         console.print(f"{peer} was left out: {why}", highlight=False, soft_wrap=True)
-    sys.exit(0 if found and all(c.holds for checks in found.values() for c in checks) else 1)
+    sys.exit(0 if found and all(c.agrees for checks in found.values() for c in checks) else 1)
 
 
 if __name__ == "__main__":

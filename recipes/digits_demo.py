@@ -22,7 +22,7 @@ from distill.layout import module_name, program_name
 from distill.progress import stage
 from distill.ranges import Count, Seed, validate_ranges
 from distill.training.checkpoint import refused
-from eval.leaderboard.jobs import Job, recipe, run
+from eval.leaderboard.jobs import Job, recipe_job, run_jobs
 
 RECIPES = Path(__file__).resolve().parent
 LEAD = (
@@ -58,12 +58,12 @@ def jobs(cfg: Demo, out: Path) -> dict[str, Job]:
     given = (*seed, "--teacher", f"{out / 'teacher'}")
     classifier = ["-c", f"from {module_name('eval.features.digits')} import classifier; classifier()"]
     todo = {
-        "teacher": recipe(RECIPES / "digits_teacher.py", "train the teacher", out / "teacher", *seed),
+        "teacher": recipe_job(RECIPES / "digits_teacher.py", "train the teacher", out / "teacher", *seed),
         "features": Job("train the feature classifier", classifier),
     }
     for m in cfg.methods:
         title = f"distil {m} to one step"
-        todo[m] = recipe(RECIPES / f"{m}_digits.py", title, out / m, *given, after=("teacher",))
+        todo[m] = recipe_job(RECIPES / f"{m}_digits.py", title, out / m, *given, after=("teacher",))
     for name, steps in TEACHER.items():
         todo[name] = sample(name, out / "teacher", "--steps", steps, after="teacher")
     for m in cfg.methods:
@@ -93,17 +93,17 @@ def demonstrate(cfg: Demo, out: Path) -> None:
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     (out / "demo.json").write_text(json.dumps({"methods": cfg.methods, "n": cfg.n, "seed": cfg.seed}))
-    run(jobs(cfg, out), out, cfg.workers)
+    run_jobs(jobs(cfg, out), out, cfg.workers)
 
     os.environ["DISTILL_CACHE"] = f"{out / 'cache'}"
-    from eval.leaderboard.commands import show, write
+    from eval.leaderboard.commands import print_tables, write_page
 
     logs = {name: out / name / "log.jsonl" for name in ("teacher", *cfg.methods)}
     rows = measured(cfg, out)
     lead = LEAD.format((time.perf_counter() - began) / 60)
     with stage("write the page"):
-        page = write(out, rows, "One-step distillation of handwritten digits", lead, logs)
-    show(page)
+        page = write_page(out, rows, "One-step distillation of handwritten digits", lead, logs)
+    print_tables(page)
     student, teacher = out / cfg.methods[0] / "pipeline", out / "teacher"
     lines = [
         "It has the pictures, the curves and every number.",
@@ -125,12 +125,12 @@ def measured(cfg: Demo, out: Path) -> list[dict[str, Any]]:
     from eval.images import images
     from eval.leaderboard import tables
     from eval.sampling.generate import generate
-    from eval.score import score, scores
+    from eval.score import score_folder, score_folders
 
     torch.set_num_threads(1)
     names = {**dict.fromkeys(TEACHER, "teacher"), **{f"{m}-1": m for m in cfg.methods}}
     with stage(f"measure the quality of {len(names)} sets of images"):
-        rows = scores(tuple(out / "samples" / name for name in names))
+        rows = score_folders(tuple(out / "samples" / name for name in names))
     for (name, model), row in zip(names.items(), rows):  # now that nothing runs beside
         folder, cost = out / model, out / "samples" / f"{name}.json"
         source, steps = (folder, int(TEACHER[name])) if name in TEACHER else (folder / "pipeline", None)
@@ -139,9 +139,9 @@ def measured(cfg: Demo, out: Path) -> list[dict[str, Any]]:
         row["cost"] |= json.loads(cost.read_text())
         row["cost"]["train_seconds"] = json.loads((folder / "log.jsonl").read_text().splitlines()[-1])["seconds"]
     with stage("measure the real digits"):
-        images.write(out / "samples" / "real", *digits("train"), overwrite=True, name="real digits")
-        floor = score(out / "samples" / "real", metrics=("fd_heldout",))["metrics"]["fd_heldout"]["value"]
-    return [*rows, tables.real(rows[0], "real digits", fd_heldout=floor)]
+        images.write_folder(out / "samples" / "real", *digits("train"), overwrite=True, name="real digits")
+        floor = score_folder(out / "samples" / "real", metrics=("fd_heldout",))["metrics"]["fd_heldout"]["value"]
+    return [*rows, tables.real_images_row(rows[0], "real digits", fd_heldout=floor)]
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from distill.data.sources import Broken, pictures, prompts
 from distill.files import read_yaml
 from distill.training import checkpoint
 from eval.images import images
-from eval.leaderboard.page import page
+from eval.leaderboard.page import build_html_page
 from pipelines import load
 from pipelines.components import located
 from pipelines.export import hub
@@ -255,7 +255,7 @@ def test_a_bomb_among_images(tmp_path):
     with pytest.raises(Broken, match="decompression bomb"):
         pictures(f"{tmp_path}")[0]
     with pytest.raises(ValueError, match="decompression bomb"):
-        images.level(tmp_path / "000000.png")
+        images.read_levels(tmp_path / "000000.png")
 
 
 def test_prompts(tmp_path, capsys):
@@ -285,7 +285,7 @@ def test_a_page(tmp_path):
 
     rows = [row(SCRIPT), row(f"{SCRIPT}2")]
     for some in (rows[:1], rows):
-        made = page(some, title=SCRIPT, lead=SCRIPT, failed={SCRIPT: SCRIPT})
+        made = build_html_page(some, title=SCRIPT, lead=SCRIPT, failed={SCRIPT: SCRIPT})
         assert SCRIPT not in made and "&lt;script&gt;" in made
         assert len(re.findall("<script", made)) == 1
 

@@ -68,7 +68,7 @@ class Classifier:
         return torch.cat([f for f, _ in parts]).double(), torch.cat([y for _, y in parts]).double()
 
 
-def shifted(images: Tensor, by: Tensor) -> Tensor:
+def shift_images(images: Tensor, by: Tensor) -> Tensor:
     """Moves images [B, 1, H, W] by whole pixels `by` [B, 2] (down, right), filling with the background -1."""
     reach, (height, width) = int(by.abs().max()), images.shape[-2:]
     padded = F.pad(images, [reach] * 4, value=-1.0)
@@ -92,7 +92,7 @@ def train(recipe: Recipe = Recipe()) -> DigitsNet:
             for _ in range(recipe.epochs):
                 for pick in torch.randperm(len(images)).split(recipe.batch):
                     by = torch.randint(-recipe.shift, recipe.shift + 1, (len(pick), 2))
-                    loss = F.cross_entropy(net(shifted(images[pick], by))[1], labels[pick])
+                    loss = F.cross_entropy(net(shift_images(images[pick], by))[1], labels[pick])
                     optimizer.zero_grad()
                     loss.backward()
                     optimizer.step()

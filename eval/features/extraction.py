@@ -26,12 +26,12 @@ import torch
 from torch import Tensor
 
 from distill.data import images
-from eval.cli import Unfinished
+from eval.cli import PartialFailure
 from eval.features.extractors import Extractor, cache_folder, device, load
 from eval.files import atomic_file, write_json
-from eval.images.images import list_images, manifest_of
+from eval.images.images import list_images, read_manifest
 from eval.images.resize import resize
-from eval.protocols import Prepare
+from eval.protocols import Preparation
 
 CHUNK = 1000  # images of a file
 
@@ -84,7 +84,7 @@ def images_hash(files: list[Path]) -> str:
 def features(
     folder: str | Path,
     extractor: Extractor,
-    prepare: Prepare = Prepare(),
+    prepare: Preparation = Preparation(),
     first: int | None = None,
     batch: int = 64,
     workers: int = 4,
@@ -119,12 +119,12 @@ def features(
         error: Exception | None = None
         try:
             _prepare_folder(where, accelerator.is_main_process)
-            size = _opened(files[0], prepare, extractor.rule)[0] if manifest_of(folder) else None
+            size = _open_and_resize(files[0], prepare, extractor.rule)[0] if read_manifest(folder) else None
             with bar(total, "image", title, not hidden) as shown:
                 for c in mine:
                     some = files[c * CHUNK : (c + 1) * CHUNK]
                     made = _outputs(_batches(some, prepare, extractor.rule, size, batch, workers), extractor, shown)
-                    _save(parts[c], made)
+                    _save_tensors(parts[c], made)
         except Exception as caught:
             error = caught
         _raise_any_error(error)
@@ -186,7 +186,7 @@ def _outputs(batches: Iterator[tuple[list[Path], Tensor]], extractor: Extractor,
     return {k: torch.cat([made[k] for made in outputs]) for k in outputs[0]}
 
 
-def _save(path: Path, tensors: dict[str, Tensor]) -> None:
+def _save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """A file that appears complete or not at all."""
     from safetensors.torch import save_file
 
@@ -195,7 +195,7 @@ def _save(path: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def _batches(
-    files: list[Path], prepare: Prepare, rule: str, size: tuple[int, int] | None, batch: int, workers: int
+    files: list[Path], prepare: Preparation, rule: str, size: tuple[int, int] | None, batch: int, workers: int
 ) -> Iterator[tuple[list[Path], Tensor]]:
     """Batches of resized images, two of them read ahead."""
     groups = [files[i : i + batch] for i in range(0, len(files), batch)]
@@ -203,7 +203,7 @@ def _batches(
     with ThreadPoolExecutor(workers) as pool:
         for i in range(len(groups) + 1):
             if i < len(groups):
-                ahead.append([pool.submit(_opened, file, prepare, rule) for file in groups[i]])
+                ahead.append([pool.submit(_open_and_resize, file, prepare, rule) for file in groups[i]])
             if i == 0:
                 continue
             names, found = groups[i - 1], [future.result() for future in ahead.popleft()]
@@ -220,7 +220,7 @@ def _batches(
             yield names, torch.from_numpy(np.stack([array for _, array in found]))
 
 
-def _opened(file: Path, prepare: Prepare, rule: str) -> tuple[tuple[int, int], np.ndarray]:
+def _open_and_resize(file: Path, prepare: Preparation, rule: str) -> tuple[tuple[int, int], np.ndarray]:
     """The size of an image and its pixels after both rules."""
     try:
         image = images.read(file)
@@ -245,7 +245,7 @@ def text_features(prompts: list[str], extractor: Extractor, batch: int = 256) ->
     if not is_complete(path, len(prompts)):
         starts = track(range(0, len(prompts), batch), "batch", f"{extractor.name} prompts")
         made = torch.cat([extractor.text(prompts[i : i + batch]).float() for i in starts])
-        _save(path, {"features": made})
+        _save_tensors(path, {"features": made})
     return load_file(path)["features"].double()
 
 
@@ -266,7 +266,7 @@ def extract(folder: tuple[Path, ...], extractor: str = "inception-clean", batch:
             failed.append(str(error))
     if failed:
         told = f"{'; '.join(failed)} ({len(folder) - len(failed)} of {len(folder)} folders are done)"
-        raise Unfinished(told) if len(failed) < len(folder) else ValueError(told)
+        raise PartialFailure(told) if len(failed) < len(folder) else ValueError(told)
 
 
 def main() -> None:

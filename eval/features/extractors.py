@@ -143,21 +143,21 @@ def _torchscript(weights: str) -> tuple[Any, str]:
             f"there is no file {path}; inception needs {INCEPTION}, the TorchScript file that clean-fid fetches: "
             f"put it there, or name it by inception-clean:PATH"
         )
-    return _script(path.resolve())
+    return _load_torchscript(path.resolve())
 
 
 @cache
-def _script(path: Path) -> tuple[Any, str]:
+def _load_torchscript(path: Path) -> tuple[Any, str]:
     """The network, shared by three extractors, and its hash."""
     try:
         net = torch.jit.load(str(path), map_location=device()).eval()
     except RuntimeError as error:
-        raise ValueError(f"{path} is not a TorchScript network ({_line(error)})") from None
+        raise ValueError(f"{path} is not a TorchScript network ({_first_line(error)})") from None
     with path.open("rb") as file:
         return net, hashlib.file_digest(file, "sha256").hexdigest()[:12]
 
 
-def _line(error: Exception) -> str:
+def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
@@ -168,7 +168,7 @@ def dinov2(weights: str = "") -> Extractor:
     net = _pretrained(Dinov2Model, weights or "facebook/dinov2-large")
 
     def run(x: Tensor) -> Outputs:
-        return {"features": net(_normalised(x, *IMAGENET)).last_hidden_state[:, 0]}
+        return {"features": net(_normalise(x, *IMAGENET)).last_hidden_state[:, 0]}
 
     return Extractor("dinov2", weights_hash(net), "bicubic:224", run, width=net.config.hidden_size)
 
@@ -182,7 +182,7 @@ def clip(weights: str = "", name: str = "clip") -> Extractor:
     size, length = net.config.vision_config.image_size, net.config.text_config.max_position_embeddings
 
     def run(x: Tensor) -> Outputs:
-        pooled = net.vision_model(_normalised(x, *OPENAI)).pooler_output
+        pooled = net.vision_model(_normalise(x, *OPENAI)).pooler_output
         return {"features": net.visual_projection(pooled)}
 
     @torch.no_grad()
@@ -219,7 +219,7 @@ def open_clip(weights: str = "", name: str = "open_clip") -> Extractor:
         net = create_model_from_pretrained(kind, tag or None, return_transform=False)
         tokenizer = get_tokenizer(kind)
     except (OSError, RuntimeError, TypeError, KeyError, ValueError, SafetensorError) as error:
-        raise ValueError(f"open_clip could not load {where!r}: {_line(error)}") from None
+        raise ValueError(f"open_clip could not load {where!r}: {_first_line(error)}") from None
     net = net.to(device()).eval().requires_grad_(False)
     how = get_model_preprocess_cfg(net)
     size = how["size"][0] if isinstance(how["size"], tuple | list) else how["size"]
@@ -230,7 +230,7 @@ def open_clip(weights: str = "", name: str = "open_clip") -> Extractor:
         raise ValueError(f"{where} resizes by {how['resize_mode']!r}; only 'shortest' and 'squash' are known here")
 
     def run(x: Tensor) -> Outputs:
-        return {"features": net.encode_image(_normalised(x, how["mean"], how["std"]))}
+        return {"features": net.encode_image(_normalise(x, how["mean"], how["std"]))}
 
     @torch.no_grad()
     def text(prompts: list[str]) -> Tensor:
@@ -257,11 +257,11 @@ def _pretrained(kind: Any, where: str) -> Any:
     try:
         found = kind.from_pretrained(where, **({"use_safetensors": True, "dtype": torch.float32} if network else {}))
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"no {kind.__name__} at {where!r}, as a folder or on the Hub: {_line(error)}") from None
+        raise ValueError(f"no {kind.__name__} at {where!r}, as a folder or on the Hub: {_first_line(error)}") from None
     return found.to(device()).eval().requires_grad_(False) if network else found
 
 
-def _normalised(x: Tensor, mean: Any, std: Any) -> Tensor:
+def _normalise(x: Tensor, mean: Any, std: Any) -> Tensor:
     return (x / 255 - x.new_tensor(mean)[:, None, None]) / x.new_tensor(std)[:, None, None]
 
 

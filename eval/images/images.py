@@ -81,12 +81,12 @@ def restore(levels: Tensor) -> Tensor:
     return (levels.double() / 127.5 - 1).float()
 
 
-def digest(level: Tensor) -> str:
+def image_digest(level: Tensor) -> str:
     """The SHA-256 of one uint8 image [C, H, W]: its shape and pixels."""
     return hashlib.sha256(repr(tuple(level.shape)).encode() + level.contiguous().numpy().tobytes()).hexdigest()
 
 
-def combined(digests: Iterable[str]) -> str:
+def combine_digests(digests: Iterable[str]) -> str:
     """The first 16 hex digits of the SHA-256 of the images' digests in order: the hash of a folder."""
     return hashlib.sha256("".join(digests).encode()).hexdigest()[:16]
 
@@ -96,7 +96,7 @@ def file_name(i: int) -> str:
     return f"{i:06d}.png"
 
 
-def save(folder: Path, i: int, level: Tensor) -> None:
+def save_image(folder: Path, i: int, level: Tensor) -> None:
     """Store image i, uint8 [C, H, W] with C = 1 or 3; the file appears whole or not at all."""
     from PIL import Image
 
@@ -105,13 +105,13 @@ def save(folder: Path, i: int, level: Tensor) -> None:
         Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array).save(part, format="PNG")
 
 
-def store(folder: Path, manifest: dict[str, Any]) -> None:
+def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     """Write the manifest; it changes whole or not at all."""
     with atomic_file(folder / MANIFEST) as part:
         part.write_text(json.dumps(manifest) + "\n")
 
 
-def level(file: Path) -> Tensor:
+def read_levels(file: Path) -> Tensor:
     """An image as uint8 [C, H, W], C = 1 or 3. ValueError, naming the file, for one that cannot be read."""
     try:
         array = np.array(reader.read(file))
@@ -120,7 +120,7 @@ def level(file: Path) -> Tensor:
     return torch.from_numpy(array[None] if array.ndim == 2 else array.transpose(2, 0, 1).copy())
 
 
-def write(
+def write_folder(
     folder: str | Path,
     images: Tensor,
     labels: Tensor | Sequence[int] | None = None,
@@ -146,13 +146,13 @@ def write(
         **meta,
         "n": len(levels),
         "shape": list(levels.shape[1:]),
-        "hash": combined(map(digest, levels)),
+        "hash": combine_digests(map(image_digest, levels)),
         "labels": None if labels is None else torch.as_tensor(labels).tolist(),
     }
     with atomic_folder(folder) as part:
         for i, image in enumerate(levels):
-            save(part, i, image)
-        store(part, manifest)
+            save_image(part, i, image)
+        write_manifest(part, manifest)
     return manifest
 
 
@@ -167,7 +167,7 @@ def check_free(folder: Path, overwrite: bool = False) -> None:
         raise ValueError(f"{folder} has no {MANIFEST}, so it is not a folder of images; choose another")
 
 
-def manifest_of(folder: str | Path, unfinished: bool = False) -> dict[str, Any]:
+def read_manifest(folder: str | Path, unfinished: bool = False) -> dict[str, Any]:
     """The manifest of a folder of images; {} where it has none.
 
     ValueError for an absent folder, broken JSON, a field of a wrong kind, or a folder that is not complete (unless
@@ -206,7 +206,7 @@ def list_images(folder: str | Path) -> list[Path]:
 
     ValueError for an absent or empty folder, one unlike its manifest, and for an image that is no regular file.
     """
-    manifest = manifest_of(folder)
+    manifest = read_manifest(folder)
     there = reader.files(folder)
     files = [file for file in there if reader.is_image(file)]
     others = reader.describe_unread(there)
@@ -219,32 +219,32 @@ def list_images(folder: str | Path) -> list[Path]:
             f"{folder} holds {len(files)} images, its manifest says {manifest.get('n')}; generate it again"
         )
     if others:
-        note(f"{folder}: {others}\n")
+        warn_once(f"{folder}: {others}\n")
     return files
 
 
 @cache
-def note(line: str) -> None:
+def warn_once(line: str) -> None:
     """Write a line to stderr, once."""
     sys.stderr.write(line)
 
 
-def read(folder: str | Path, first: int | None = None) -> tuple[Tensor, Tensor | None, dict[str, Any]]:
+def read_folder(folder: str | Path, first: int | None = None) -> tuple[Tensor, Tensor | None, dict[str, Any]]:
     """Folder -> (images float32 [N, C, H, W] in [-1, 1], labels [N] or None, manifest or {}).
 
     Any folder of equally large images will do. `first` reads only so many. ValueError, naming the file, for an
     empty folder, mixed sizes, a corrupt image, or pixels that are not those of the manifest.
     """
-    manifest, files = manifest_of(folder), list_images(folder)
+    manifest, files = read_manifest(folder), list_images(folder)
     found: list[Tensor] = []
     for file in files[:first]:
-        found.append(level(file))
+        found.append(read_levels(file))
         if found[-1].shape != found[0].shape:
             raise ValueError(
                 f"{file} is {_size(found[-1])}, but {files[0].name} is {_size(found[0])}; one folder, one size and mode"
             )
     levels = torch.stack(found)
-    if manifest and len(levels) == len(files) and manifest.get("hash") != combined(map(digest, levels)):
+    if manifest and len(levels) == len(files) and manifest.get("hash") != combine_digests(map(image_digest, levels)):
         raise ValueError(f"the images of {folder} are not those that its manifest describes; generate it again")
     labels = manifest.get("labels")
     return restore(levels), None if labels is None else torch.tensor(labels)[: len(levels)], manifest

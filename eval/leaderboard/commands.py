@@ -14,16 +14,16 @@ from typing import Annotated
 
 import tyro
 
-from eval.cli import Unfinished
+from eval.cli import PartialFailure
 from eval.files import atomic_file, check_output, read_json, write_json
 from eval.leaderboard import entries
-from eval.leaderboard.page import page as html_page
-from eval.leaderboard.tables import Row, boards, checked, drop_duplicates, markdown, pretty
+from eval.leaderboard.page import build_html_page as html_page
+from eval.leaderboard.tables import Row, drop_duplicates, group_boards, markdown_tables, metric_label, validate_rows
 from pipelines.export.card import Result, evaluated
 from pipelines.markdown import escape_markdown
 
 
-def write(
+def write_page(
     out: Path,
     rows: Sequence[Row],
     title: str = "Leaderboard",
@@ -32,7 +32,7 @@ def write(
     failed: Mapping[str, str] | None = None,
 ) -> Path:
     """Write rows.json, leaderboard.md and index.html to the folder `out`; the page's path. See `page.page`."""
-    made, words = html_page(rows, title, lead, runs, failed), markdown(rows)
+    made, words = html_page(rows, title, lead, runs, failed), markdown_tables(rows)
     write_json(out / "rows.json", list(rows))
     for name, content in (("leaderboard.md", f"# {escape_markdown(title)}\n\n{words}"), ("index.html", made)):
         with atomic_file(out / name) as part:
@@ -40,17 +40,17 @@ def write(
     return out / "index.html"
 
 
-def read(paths: Sequence[Path]) -> list[Row]:
+def read_rows(paths: Sequence[Path]) -> list[Row]:
     """The rows of one or more JSON files. ValueError where one is absent or holds no rows."""
     rows: list[Row] = []
     for path in paths:
-        rows += checked(read_json(path, "make it with python -m eval.score"), str(path))
+        rows += validate_rows(read_json(path, "make it with python -m eval.score"), str(path))
     if not rows:
         raise ValueError("no file of rows was given; name at least one that python -m eval.score wrote")
     return drop_duplicates(rows)
 
 
-def page(
+def build_page(
     rows: Annotated[tuple[Path, ...], tyro.conf.Positional],
     out: Path,
     title: str = "Leaderboard",
@@ -65,10 +65,10 @@ def page(
         logs: log.jsonl files of training runs to show, each called by the folder that it lies in.
     """
     check_output(out, "--out", folder=True)
-    return write(out, read(rows), title, runs={path.parent.name: path for path in logs})
+    return write_page(out, read_rows(rows), title, runs={path.parent.name: path for path in logs})
 
 
-def run(board: Annotated[Path, tyro.conf.Positional], out: Path | None = None, cost: bool = True) -> Path:
+def run_board(board: Annotated[Path, tyro.conf.Positional], out: Path | None = None, cost: bool = True) -> Path:
     """Generate and score what a board lists, skip what is done, and make the page.
 
     An entry that fails is named, on the page and by the exit code; the others go on.
@@ -78,24 +78,24 @@ def run(board: Annotated[Path, tyro.conf.Positional], out: Path | None = None, c
         out: instead of the board's own `out`: the folder of images, rows and the page.
         cost: measure latency and memory of every entry, one after the other.
     """
-    tree = entries.read(board)
+    tree = entries.read_board(board)
     if out is None and not tree.get("out"):
         raise ValueError(f"{board} has no `out`, the folder to write; add it, or pass --out")
     out = out or Path(str(tree["out"]))
     check_output(out, "out", folder=True)
-    todo = entries.entries(tree)
-    rows, failed = entries.evaluate(todo, out, int(tree.get("workers") or 1), cost)
+    todo = entries.list_entries(tree)
+    rows, failed = entries.evaluate_entries(todo, out, int(tree.get("workers") or 1), cost)
     told = "".join(f"\n{name}: {why}" for name, why in failed.items())
     if not rows:
-        raise Unfinished(f"no entry of {board} has a row{told}")
-    made = write(out, rows, str(tree.get("title") or "Leaderboard"), failed=failed)
+        raise PartialFailure(f"no entry of {board} has a row{told}")
+    made = write_page(out, rows, str(tree.get("title") or "Leaderboard"), failed=failed)
     if failed:
-        show(made)
-        raise Unfinished(f"{len(failed)} of {len(todo)} entries failed; the page is of the others{told}")
+        print_tables(made)
+        raise PartialFailure(f"{len(failed)} of {len(todo)} entries failed; the page is of the others{told}")
     return made
 
 
-def card(rows: Annotated[tuple[Path, ...], tyro.conf.Positional], model: str, folder: Path) -> None:
+def write_card(rows: Annotated[tuple[Path, ...], tyro.conf.Positional], model: str, folder: Path) -> None:
     """Write the figures of a model's rows into the card of its exported folder: model-index and a table.
 
     Args:
@@ -103,33 +103,33 @@ def card(rows: Annotated[tuple[Path, ...], tyro.conf.Positional], model: str, fo
         model: its name in the rows.
         folder: of the export, with its README.md.
     """
-    found = read(rows)
+    found = read_rows(rows)
     mine = [row for row in found if row["model"] == model]
     if not mine:
         raise ValueError(f"no row is of {model!r}; there are {sorted({str(row['model']) for row in found})}")
-    evaluated(folder, results(mine))
+    evaluated(folder, card_results(mine))
 
 
-def results(rows: Sequence[Row]) -> list[Result]:
+def card_results(rows: Sequence[Row]) -> list[Result]:
     """Every figure of the rows, with the protocol in words: name, hash, images, steps and guidance."""
     out = []
-    for board in boards(rows):
+    for board in group_boards(rows):
         for row in board.rows:
             count = row.get("steps")
             how = [board.title, *([f"{count} step{'s' if count > 1 else ''}"] if count else [])]
             how += [f"guidance {row['guidance']:g}"] if row.get("guidance") not in (None, 0, 1) else []
-            out += [Result(", ".join(how), pretty(name), m["value"]) for name, m in row["metrics"].items()]
+            out += [Result(", ".join(how), metric_label(name), m["value"]) for name, m in row["metrics"].items()]
     return out
 
 
-def show(made: Path) -> None:
+def print_tables(made: Path) -> None:
     """The tables in the terminal, and where the page is."""
     from rich.console import Console
 
-    from eval.leaderboard.tables import table
+    from eval.leaderboard.tables import terminal_tables
 
     console = Console()
-    for one in table(json.loads((made.parent / "rows.json").read_text())):
+    for one in terminal_tables(json.loads((made.parent / "rows.json").read_text())):
         console.print(one)
     console.print(f"open {made}", highlight=False, soft_wrap=True)
 
@@ -138,6 +138,6 @@ def main() -> None:
     """Command line of `page`, `run` and `card`."""
     from eval.cli import run as command
 
-    made = command({"page": page, "run": run, "card": card})
+    made = command({"page": build_page, "run": run_board, "card": write_card})
     if made is not None:
-        show(made)
+        print_tables(made)

@@ -30,8 +30,8 @@ from distill.files import read_yaml
 from distill.layout import module_name
 from eval.files import read_json, shorten, write_json
 from eval.images.images import is_count, is_finite
-from eval.leaderboard.jobs import Job, run
-from eval.leaderboard.tables import Row, checked, mean
+from eval.leaderboard.jobs import Job, run_jobs
+from eval.leaderboard.tables import Row, average_seeds, validate_rows
 from eval.sampling.generate import model_hash, model_name
 
 LISTS = ("steps", "guidance", "protocols", "seeds")
@@ -100,7 +100,7 @@ class Entry:
             command = [*launch, *self.sampling(folder, seed)]
             todo[f"{name}-{seed}"] = Job(f"sample {name}, seed {seed}", command)
         asked = {"folder": [folder / f"images-{seed}" for seed in self.seeds], "out": folder / "rows.json"}
-        command = ["-m", module_name("eval.score"), *flags(asked | dict(self.score))]
+        command = ["-m", module_name("eval.score"), *command_line_flags(asked | dict(self.score))]
         todo[name] = Job(f"score {name}", command, tuple(todo))
         return todo
 
@@ -114,10 +114,10 @@ class Entry:
         where = {"model": self.model, "out": folder / f"images-{seed}", "name": self.name, "seed": seed}
         how = {"steps": self.steps, "guidance": self.guidance, "n": self.n, "base": self.base}
         asked = where | {"protocol": self.protocol} | how | dict(self.generate)
-        return ["-m", module_name("eval.generate"), "--overwrite", *flags(asked)]
+        return ["-m", module_name("eval.generate"), "--overwrite", *command_line_flags(asked)]
 
 
-def flags(given: Mapping[str, Any]) -> list[str]:
+def command_line_flags(given: Mapping[str, Any]) -> list[str]:
     """Names with values as words of a command line; None is left out."""
     words: list[str] = []
     for key, value in given.items():
@@ -128,7 +128,7 @@ def flags(given: Mapping[str, Any]) -> list[str]:
     return words
 
 
-def entries(tree: Mapping[str, Any]) -> list[Entry]:
+def list_entries(tree: Mapping[str, Any]) -> list[Entry]:
     """The product of models x steps x guidance x protocols. ValueError for what is no board, before any work."""
     known = {f.name for f in fields(Entry)} - {"protocol"} | {"protocols"}
     shared = {key: value for key, value in tree.items() if key not in ("out", "title", "workers", "entries")}
@@ -177,7 +177,7 @@ def _seeds(protocol: str) -> tuple[int, ...]:
     return PROTOCOLS[protocol].seeds if protocol in PROTOCOLS else (0,)
 
 
-def read(path: Path) -> dict[str, Any]:
+def read_board(path: Path) -> dict[str, Any]:
     """A board's file. ValueError where it is absent or no YAML of names."""
     if not path.exists():
         raise ValueError(f"there is no file {path}; write a board as the top of eval/leaderboard/entries.py shows it")
@@ -187,7 +187,9 @@ def read(path: Path) -> dict[str, Any]:
     return tree
 
 
-def evaluate(todo: Sequence[Entry], out: Path, workers: int = 1, cost: bool = True) -> tuple[list[Row], dict[str, str]]:
+def evaluate_entries(
+    todo: Sequence[Entry], out: Path, workers: int = 1, cost: bool = True
+) -> tuple[list[Row], dict[str, str]]:
     """(a row an entry, {entry: why} of those that failed; one that was scored without a metric is in both).
 
     What was done for the same request is kept, and an interrupted entry goes on where it was; a process that is killed
@@ -196,13 +198,13 @@ def evaluate(todo: Sequence[Entry], out: Path, workers: int = 1, cost: bool = Tr
     folders = {e.title: out / "entries" / e.title for e in todo}
     requests, seeds = {e.title: e.request() for e in todo}, {e.title: e.seeds for e in todo}
     stages = {e.title: e.jobs(folders[e.title]) for e in todo}
-    left = [name for name in stages if stored(folders[name] / "done.json") != requests[name]]
+    left = [name for name in stages if read_json_or_none(folders[name] / "done.json") != requests[name]]
     for name in left:
         (folders[name] / "rows.json").unlink(missing_ok=True)  # of another request
     jobs = {stage: job for name in left for stage, job in stages[name].items()}
-    failed = run(jobs, out, workers, patient=True) if jobs else {}
+    failed = run_jobs(jobs, out, workers, patient=True) if jobs else {}
     timed = {f"{e.title}-cost": e.cost(folders[e.title]) for e in todo if e.title in left and e.title not in failed}
-    failed |= run(timed, out, 1, patient=True) if cost and timed else {}
+    failed |= run_jobs(timed, out, 1, patient=True) if cost and timed else {}
     rows: list[Row] = []
     why: dict[str, str] = {}
     for name, folder in folders.items():
@@ -212,28 +214,28 @@ def evaluate(todo: Sequence[Entry], out: Path, workers: int = 1, cost: bool = Tr
         if wrong and wrong != [name]:
             continue
         try:
-            row = one_row(folder / "rows.json")
+            row = read_mean_row(folder / "rows.json")
         except ValueError as error:  # of this entry: the others have their rows
             why.setdefault(name, str(error))
             continue
         if wrong and len(row.get("seeds") or ()) != len(seeds[name]):  # of some seeds alone
             continue
-        measured = (stored(folder / "cost.json") or {}) if cost else {}
+        measured = (read_json_or_none(folder / "cost.json") or {}) if cost else {}
         rows.append({**row, "cost": {**(row.get("cost") or {}), **measured}})
         if not wrong:
             write_json(folder / "done.json", requests[name])
     return rows, why
 
 
-def one_row(path: Path) -> Row:
+def read_mean_row(path: Path) -> Row:
     """The mean of the rows of a file, which differ in their seeds alone. ValueError for other ones."""
-    found = mean(checked(stored(path), str(path)))
+    found = average_seeds(validate_rows(read_json_or_none(path), str(path)))
     if len(found) > 1:
         raise ValueError(f"{path} holds rows of {len(found)} models or protocols, where one has several seeds")
     return found[0]
 
 
-def stored(path: Path) -> Any:
+def read_json_or_none(path: Path) -> Any:
     """The JSON of a file; None where it is absent or broken."""
     try:
         return read_json(path, "")

@@ -33,17 +33,17 @@ class Job:
     log: Path | None = None  # log.jsonl of a training run: the source of its progress
 
 
-def recipe(script: Path, title: str, folder: Path, *flags: str, after: tuple[str, ...] = ()) -> Job:
+def recipe_job(script: Path, title: str, folder: Path, *flags: str, after: tuple[str, ...] = ()) -> Job:
     """A recipe under `accelerate launch` on one process; its progress is read from the folder's log.jsonl."""
     launch = ["-m", *LAUNCH.split(), "--num_cpu_threads_per_process", "1"]
     return Job(title, [*launch, f"{script}", "--output_dir", f"{folder}", *flags], after, folder / "log.jsonl")
 
 
-class Failed(RuntimeError):
+class JobFailure(RuntimeError):
     """A job ended with an error; the message holds the end of its log."""
 
 
-def run(todo: dict[str, Job], out: Path, workers: int, patient: bool = False) -> dict[str, str]:
+def run_jobs(todo: dict[str, Job], out: Path, workers: int, patient: bool = False) -> dict[str, str]:
     """Run all jobs, `workers` at a time, with progress; their output goes to `out`/logs/NAME.txt.
 
     A job that fails ends everything: Failed. patient: the others go on, those that need it are left out, and a
@@ -61,7 +61,9 @@ def run(todo: dict[str, Job], out: Path, workers: int, patient: bool = False) ->
 class Queue:
     """Jobs as they are started, done and failed."""
 
-    def __init__(self, todo: dict[str, Job], out: Path, workers: int, patient: bool, shown: Bars | Lines) -> None:
+    def __init__(
+        self, todo: dict[str, Job], out: Path, workers: int, patient: bool, shown: BarDisplay | LineDisplay
+    ) -> None:
         self.todo, self.logs, self.workers, self.patient = todo, out / "logs", workers, patient
         self.shown = shown
         self.env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
@@ -113,12 +115,12 @@ class Queue:
                 break
         if code:
             how = "failed" if code > 0 else f"was killed by signal {-code}"
-            raise Failed(f"'{self.todo[name].title}' {how}; {_end(log)}")
+            raise JobFailure(f"'{self.todo[name].title}' {how}; {_log_tail(log)}")
 
     def _end(self, name: str, error: BaseException | None) -> None:
         if error is None:
             self.done.add(name)
-        elif self.patient and isinstance(error, Failed):
+        elif self.patient and isinstance(error, JobFailure):
             self.failed[name] = str(error)
         self.shown.end(name, error is None)
         if error is not None and name not in self.failed:
@@ -141,7 +143,7 @@ def exit_on_sigterm() -> Iterator[None]:
             signal.signal(signal.SIGTERM, before)
 
 
-class Bars:
+class BarDisplay:
     """A bar for each job, on a terminal."""
 
     def __init__(self, todo: dict[str, Job], bars: Any) -> None:
@@ -163,7 +165,7 @@ class Bars:
             self.bars.stop_task(self.tasks[name])
 
 
-class Lines:
+class LineDisplay:
     """A line when a job begins and ends and, more and more rarely, the last one that it wrote: where there is no
     terminal."""
 
@@ -191,17 +193,17 @@ class Lines:
 
 
 @contextmanager
-def _progress_display(todo: dict[str, Job], out: Path) -> Iterator[Bars | Lines]:
+def _progress_display(todo: dict[str, Job], out: Path) -> Iterator[BarDisplay | LineDisplay]:
     from rich import progress
 
     title = progress.TextColumn("{task.description:34}")
     times = (progress.TimeElapsedColumn(), progress.TimeRemainingColumn())
     bars = progress.Progress(title, progress.BarColumn(), progress.TaskProgressColumn(), *times)
     if not bars.console.is_terminal:
-        yield Lines(todo, out / "logs")
+        yield LineDisplay(todo, out / "logs")
         return
     with bars:
-        yield Bars(todo, bars)
+        yield BarDisplay(todo, bars)
 
 
 def _unstartable_jobs(todo: dict[str, Job]) -> list[str]:
@@ -212,7 +214,7 @@ def _unstartable_jobs(todo: dict[str, Job]) -> list[str]:
     return [name for name in todo if name not in able]
 
 
-def _end(log: Path) -> str:
+def _log_tail(log: Path) -> str:
     """A command's own message, else the last lines that it wrote."""
     lines = log.read_text(errors="replace").splitlines()
     told = [i for i, line in enumerate(lines) if line.startswith("error: ")]

@@ -19,7 +19,7 @@ import torch
 
 from eval.files import atomic_folder, check_output, read_text
 from eval.images import images as folders
-from eval.sampling.conditions import Asked, texts
+from eval.sampling.conditions import SampleConditions, read_prompts
 
 GRID = 4  # images of a prompt that DPG-Bench reads
 
@@ -33,16 +33,16 @@ def export(folder: Path, layout: Literal["geneval", "dpg"], prompts: Path, out: 
         prompts: GenEval's evaluation_metadata.jsonl, or DPG-Bench's folder of .txt files.
         out: where the layout goes; a folder that is not there yet.
     """
-    manifest = folders.manifest_of(folder)
+    manifest = folders.read_manifest(folder)
     if not (prompts.is_dir() if layout == "dpg" else prompts.suffix == ".jsonl"):
         told = "evaluation_metadata.jsonl" if layout == "geneval" else "the folder of its .txt files"
         raise ValueError(f"prompts of {layout} are {told}, not {prompts}")
     check_output(out, "--out", folder=True)
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} is not empty; choose another folder")
-    found = texts(f"{prompts}")
+    found = read_prompts(f"{prompts}")
     n, each = manifest.get("n", 0), manifest.get("n", 0) // len(found)
-    asked = Asked([found[i // each] for i in range(n)], True) if each and n == each * len(found) else None
+    asked = SampleConditions([found[i // each] for i in range(n)], True) if each and n == each * len(found) else None
     if asked is None or asked.hash != manifest.get("prompts"):
         raise ValueError(
             f"{folder} holds {n} images that were not made from the {len(found)} prompts of {prompts}; generate them "
@@ -72,7 +72,7 @@ def _dpg(folder: Path, out: Path, names: list[str], each: int) -> None:
     from PIL import Image
 
     for k, name in enumerate(names):
-        first = [folders.level(folder / folders.file_name(k * each + j)) for j in range(GRID)]
+        first = [folders.read_levels(folder / folders.file_name(k * each + j)) for j in range(GRID)]
         rows = [torch.cat(pair, dim=2) for pair in (first[:2], first[2:])]
         grid = torch.cat(rows, dim=1).permute(1, 2, 0).expand(-1, -1, 3)
         Image.fromarray(grid.contiguous().numpy()).save(out / f"{name}.png")

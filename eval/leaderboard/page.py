@@ -16,27 +16,27 @@ from eval.leaderboard.tables import (
     Board,
     Cell,
     Row,
-    boards,
     columns,
+    group_boards,
     headline,
     interval,
     is_real,
     is_teacher,
-    labels,
-    lower,
-    pretty,
+    lower_is_better,
+    metric_label,
     provenance,
+    row_labels,
 )
 from eval.markup import NOTHING, Markup, join, tag
 
 AXES = {  # cost of a scatter plot: what stands along the axis, how a tick is written
-    "nfe": ("network evaluations an image", plots.short),
-    "latency": ("seconds an image, alone", plots.duration),
+    "nfe": ("network evaluations an image", plots.format_tick),
+    "latency": ("seconds an image, alone", plots.format_duration),
 }
 STYLES = 6  # s0 ... s5 in the style sheet
 
 
-def page(
+def build_html_page(
     rows: Sequence[Row],
     title: str = "Leaderboard",
     lead: str = "",
@@ -48,9 +48,11 @@ def page(
     rows: as `report.checked` takes them. lead: a paragraph under the headline. runs: name -> log.jsonl. failed: name
     of an entry without a row -> why. ValueError for rows or a log that cannot be read.
     """
-    found = boards(rows)
+    found = group_boards(rows)
     several = len(found) > 1
-    training = join(tag("<h3>{}</h3>{}", name, plots.training(name, path)) for name, path in (runs or {}).items())
+    training = join(
+        tag("<h3>{}</h3>{}", name, plots.training_curves(name, path)) for name, path in (runs or {}).items()
+    )
     wrong = join(tag("<dt>{}</dt><dd><pre>{}</pre></dd>", *pair) for pair in (failed or {}).items())
     tables = f"{len(found)} tables: figures of different protocols, image counts or extractors never share one."
     parts = [
@@ -60,7 +62,7 @@ def page(
         tag("</header>"),
         tag('<section class="failed"><h2>Failed</h2><dl>{}</dl></section>', wrong) if wrong else NOTHING,
         *(section(board, i, several) for i, board in enumerate(found)),
-        samples(rows),
+        sample_grids(rows),
         tag("<section><h2>Training</h2>{}</section>", training) if training else NOTHING,
     ]
     return tag(
@@ -82,7 +84,7 @@ def asset(name: str) -> Markup:
 def section(board: Board, number: int, several: bool) -> Markup:
     """One board: its table, its plots, how its figures were made."""
     heading = tag("{} <small>{}</small>", board.protocol, board.hash) if several else "Figures"
-    parts = table(board), legend(board), left_out(board), scatters(board, number), protocol(board)
+    parts = table(board), legend(board), missing_metrics(board), scatter_plots(board, number), provenance_table(board)
     return tag('<section id="board-{}"><h2>{}</h2>{}<p class="note">{}</p>{}{}{}</section>', number, heading, *parts)
 
 
@@ -92,11 +94,15 @@ def table(board: Board) -> Markup:
     first = board.metrics[0] if board.metrics else None
     heads = []
     for heading in found:
-        best = "descending" if heading in board.metrics and not lower(heading) or heading == "images/s" else "ascending"
+        best = (
+            "descending"
+            if heading in board.metrics and not lower_is_better(heading) or heading == "images/s"
+            else "ascending"
+        )
         order = tag(' aria-sort="{}"', best) if heading == first else NOTHING
-        better = "lower" if lower(heading) else "higher"
+        better = "lower" if lower_is_better(heading) else "higher"
         arrow = tag(" <i>{} is better</i>", better) if heading in board.metrics else NOTHING
-        head = best, order, pretty(heading), arrow
+        head = best, order, metric_label(heading), arrow
         heads.append(tag('<th scope="col" data-first="{}"{}><button type="button">{}</button>{}</th>', *head))
     lines = []
     for i, row in enumerate((*board.rows, *board.real)):
@@ -138,15 +144,15 @@ def legend(board: Board) -> str:
     return " ".join(words)
 
 
-def left_out(board: Board) -> Markup:
+def missing_metrics(board: Board) -> Markup:
     """The metrics that rows lack, with the reasons."""
     rows = [*board.rows, *board.real]
-    named = zip(labels(rows, board.rows), rows, strict=True)
+    named = zip(row_labels(rows, board.rows), rows, strict=True)
     words = [f"{name}: {m}, {why}" for name, row in named for m, why in (row.get("left_out") or {}).items()]
     return tag('<p class="note">Left out: {}.</p>', "; ".join(words)) if words else NOTHING
 
 
-def scatters(board: Board, number: int) -> Markup:
+def scatter_plots(board: Board, number: int) -> Markup:
     """Quality against each cost, a plot a metric, of which the script shows the chosen one (without it the first).
 
     Latencies of different machines are different plots.
@@ -156,7 +162,7 @@ def scatters(board: Board, number: int) -> Markup:
     kinds = [("nfe", None, "")] + [("latency", m, f", on {m}" if len(machines) > 1 else "") for m in machines]
     models = list(dict.fromkeys(str(r["model"]) for r in board.rows if not is_teacher(r)))
     styles = {model: f"s{i % STYLES}" for i, model in enumerate(sorted(models))}
-    named = list(zip(board.rows, labels(board.rows, board.rows), strict=True))
+    named = list(zip(board.rows, row_labels(board.rows, board.rows), strict=True))
     measured: dict[str | None, list[tuple[Row, str]]] = {None: named}
     for row, name in named:
         measured.setdefault(str((row.get("cost") or {}).get("hardware")), []).append((row, name))
@@ -169,8 +175,10 @@ def scatters(board: Board, number: int) -> Markup:
             if points:
                 real = [(str(r["model"]), r["metrics"][metric]["value"]) for r in board.real if metric in r["metrics"]]
                 name, tick = AXES[key]
-                up = pretty(metric)
-                drawn.append(plots.scatter(points, lower(metric), name + more, up, real[0] if real else None, tick))
+                up = metric_label(metric)
+                drawn.append(
+                    plots.scatter(points, lower_is_better(metric), name + more, up, real[0] if real else None, tick)
+                )
         if drawn:
             hidden = tag(" hidden") if names else NOTHING
             names.append(metric)
@@ -178,7 +186,7 @@ def scatters(board: Board, number: int) -> Markup:
             figures.append(tag('<div class="plots" data-metric="{}"{}>{}</div>', metric, hidden, box))
     if not names:
         return tag('<p class="note">No row has a metric with a cost beside it, so there is no plot.</p>')
-    options = join(tag('<option value="{}">{}</option>', n, pretty(n)) for n in names)
+    options = join(tag('<option value="{}">{}</option>', n, metric_label(n)) for n in names)
     choose = tag('<label class="choose">Quality <select>{}</select></label>', options) if len(names) > 1 else NOTHING
     return tag(
         '<div class="quality"><div class="bar"><h3>Quality against cost</h3>{}</div>{}'
@@ -207,19 +215,19 @@ def scatter_points(
     return out
 
 
-def protocol(board: Board) -> Markup:
+def provenance_table(board: Board) -> Markup:
     """How every figure of a board was made: the protocol in full where this version knows it, then row by row."""
-    known = described(board.protocol, board.hash)
+    known = describe_protocol(board.protocol, board.hash)
     lines = []
     rows = [*board.rows, *board.real]
-    for row, name in zip(rows, labels(rows, board.rows), strict=True):
+    for row, name in zip(rows, row_labels(rows, board.rows), strict=True):
         made, cost = dict(provenance(row)), row.get("cost") or {}
         machine = cost.get("hardware") if any(cost.get(k) for k in COSTS) else None
         counts = [row["metrics"].get(m, {}).get("n") for m in board.metrics]
         facts = [*(made.get(k) for k in ("seeds", "commit", "hardware")), machine, *counts]
         cells = join(tag("<td>{}</td>", "-" if fact is None else fact) for fact in facts)
         lines.append(tag("<tr><th scope=row>{}</th>{}</tr>", name, cells))
-    heads = join(tag('<th scope="col">n of {}</th>', pretty(m)) for m in board.metrics)
+    heads = join(tag('<th scope="col">n of {}</th>', metric_label(m)) for m in board.metrics)
     head = tag(
         '<tr><th scope="col">model</th><th scope="col">seeds</th><th scope="col">commit</th>'
         '<th scope="col">made on</th><th scope="col">speed of</th>{}</tr>',
@@ -237,7 +245,7 @@ def protocol(board: Board) -> Markup:
     )
 
 
-def described(name: str, hash_: str) -> Markup:
+def describe_protocol(name: str, hash_: str) -> Markup:
     """A protocol's own fields, where it is known here under that hash."""
     from dataclasses import asdict
 
@@ -252,7 +260,7 @@ def described(name: str, hash_: str) -> Markup:
     return tag("<dl>{}</dl>", join(tag("<dt>{}</dt><dd>{}</dd>", k, written(v)) for k, v in fields.items()))
 
 
-def samples(rows: Sequence[Row]) -> Markup:
+def sample_grids(rows: Sequence[Row]) -> Markup:
     """Grids of the rows' folders, side by side: those of the same prompts, labels and noise under one heading.
 
     A folder that is not here, or cannot be read, is named; the page does without it.
@@ -261,7 +269,7 @@ def samples(rows: Sequence[Row]) -> Markup:
 
     groups: dict[tuple[Any, ...], list[Markup]] = {}
     absent, broken, seen = [], [], set()
-    for row, name in zip(rows, labels(rows, rows), strict=True):
+    for row, name in zip(rows, row_labels(rows, rows), strict=True):
         folder = row.get("samples")
         if not folder or folder in seen:
             continue
@@ -270,7 +278,7 @@ def samples(rows: Sequence[Row]) -> Markup:
             absent.append(f"{name} ({folder})")
             continue
         try:
-            images, labelled, manifest = folders.read(str(folder), first=120)
+            images, labelled, manifest = folders.read_folder(str(folder), first=120)
         except ValueError as error:
             broken.append(f"{name} ({error})")
             continue
@@ -279,7 +287,7 @@ def samples(rows: Sequence[Row]) -> Markup:
         nfe = (row.get("cost") or {}).get("nfe") or manifest.get("nfe")
         cost = f"{nfe} network call{'s' if nfe != 1 else ''}" if nfe else ""
         large = max(size) > 64
-        picture = plots.grid(
+        picture = plots.image_grid(
             images[:8] if large else images, labelled if not large else None, columns=4 if large else 10
         )
         shown = name, cost, picture, f"samples of {name}", NOTHING if large else tag(" class=pixels")

@@ -39,7 +39,7 @@ class Point(NamedTuple):
     high: float | None = None
 
 
-def front(points: Sequence[Point], lower: bool) -> list[Point]:
+def pareto_front(points: Sequence[Point], lower: bool) -> list[Point]:
     """The Pareto front, cheapest first: points that no other beats in y at the same or a smaller x.
 
     lower: smaller y are better. Of points that are equal in both the first stays.
@@ -52,7 +52,7 @@ def front(points: Sequence[Point], lower: bool) -> list[Point]:
     return found
 
 
-def decades(low: float, high: float) -> list[float]:
+def log_ticks(low: float, high: float) -> list[float]:
     """Ticks of a logarithmic axis: 1, 2, 5 times powers of ten; powers alone over more than three of them."""
     many = high > 1000 * low
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
@@ -60,7 +60,7 @@ def decades(low: float, high: float) -> list[float]:
     return [t for t in found if low <= t * 1.0000001 and t <= high * 1.0000001]
 
 
-def ticks(low: float, high: float, most: int = 6) -> list[float]:
+def linear_ticks(low: float, high: float, most: int = 6) -> list[float]:
     """Ticks of a linear axis: multiples of 1, 2 or 5 times a power of ten."""
     raw = (high - low) / most
     power = 10.0 ** math.floor(math.log10(raw))
@@ -68,7 +68,7 @@ def ticks(low: float, high: float, most: int = 6) -> list[float]:
     return [i * size for i in range(math.ceil(low / size - 1e-9), math.floor(high / size + 1e-9) + 1)]
 
 
-def short(value: float) -> str:
+def format_tick(value: float) -> str:
     """A tick: 0.002, 0.5, 20, 3k, 2M."""
     for size, unit in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
         if abs(value) >= size:
@@ -76,7 +76,7 @@ def short(value: float) -> str:
     return f"{value:.4g}"
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """A time: 350 us, 12 ms, 1.5 s."""
     for size, unit in ((1, "s"), (1e-3, "ms")):
         if seconds >= size * 0.9999:
@@ -84,7 +84,7 @@ def duration(seconds: float) -> str:
     return f"{seconds * 1e6:.3g} us"
 
 
-class Frame:
+class Axes:
     """Where data stand in a scatter plot: x logarithmic, y too where it spans more than a factor of six.
 
     A value more than four times as far from the best as the median is off the scale, at the plot's edge, so that one
@@ -137,12 +137,12 @@ class Frame:
     def axes(self, across: str, up: str, tick: Callable[[float], str]) -> list[Markup]:
         """The grid, its ticks and the names of the axes."""
         out, foot, before = [], HEIGHT - BOTTOM, -math.inf
-        for value in decades(self.low, self.high) if self.log else ticks(self.low, self.high):
+        for value in log_ticks(self.low, self.high) if self.log else linear_ticks(self.low, self.high):
             y = self.y(value)
             out.append(tag('<path class="grid" d="M{} {:.1f}H{}"/>', LEFT, y, WIDTH - RIGHT))
-            at = LEFT - 8, y + 4, short(value)
+            at = LEFT - 8, y + 4, format_tick(value)
             out.append(tag('<text class="tick" x="{}" y="{:.1f}" text-anchor="end">{}</text>', *at))
-        for value in self.xs if len(self.xs) <= 6 else decades(self.left, self.right):
+        for value in self.xs if len(self.xs) <= 6 else log_ticks(self.left, self.right):
             x = self.x(value)
             out.append(tag('<path class="grid" d="M{:.1f} {}V{}"/>', x, TOP, foot))
             if x - before >= len(tick(value)) * CHARACTER + 8:
@@ -162,15 +162,15 @@ def scatter(
     across: str,
     up: str,
     reference: tuple[str, float] | None = None,
-    tick: Callable[[float], str] = short,
+    tick: Callable[[float], str] = format_tick,
 ) -> Markup:
     """Quality against cost as <svg>: points with intervals, series joined, the Pareto front stepped, labels apart.
 
     across, up: what the axes are. reference: (name, y) of a dashed line. tick: how a cost is written.
     """
-    frame, best = Frame(points, lower, reference and reference[1]), front(points, lower)
+    frame, best = Axes(points, lower, reference and reference[1]), pareto_front(points, lower)
     out = frame.axes(across, f"{up}, {'lower' if lower else 'higher'} is better", tick)
-    lines = join([_front([frame.of(p) for p in best]), *_series(points, frame)])
+    lines = join([_draw_pareto_front([frame.of(p) for p in best]), *_series(points, frame)])
     inner = LEFT, TOP, WIDE, TALL, lines  # an inner svg clips its content
     out.append(tag('<svg x="{0}" y="{1}" width="{2}" height="{3}" viewBox="{0} {1} {2} {3}">{4}</svg>', *inner))
     taken = Boxes((x - 7, y - 7, x + 7, y + 7) for x, y in map(frame.of, points))  # no label covers these
@@ -179,11 +179,11 @@ def scatter(
     fronts = set(best)
     first = lambda p: p in fronts or p.style == "teacher" or frame.off[p]  # where not all names find room
     for p in sorted(points, key=lambda p: (not first(p), frame.of(p)[1], p.x)):
-        label = f"{p.label} ({short(p.y)}, off the scale)" if frame.off[p] else p.label
-        box = _free(*frame.of(p), len(label) * CHARACTER, taken)
+        label = f"{p.label} ({format_tick(p.y)}, off the scale)" if frame.off[p] else p.label
+        box = _find_label_box(*frame.of(p), len(label) * CHARACTER, taken)
         if box:
             taken.add(box)
-        about = f"{p.label}: {up} {short(p.y)}, {tick(p.x)}{', on the Pareto front' if p in fronts else ''}"
+        about = f"{p.label}: {up} {format_tick(p.y)}, {tick(p.x)}{', on the Pareto front' if p in fronts else ''}"
         kind = f"point {p.style}{' best' if p in fronts else ''}"
         out.append(tag('<g class="{}"><title>{}</title>{}</g>', kind, about, _mark(p, frame, label, box)))
     title = f"{up} against {across}, with the Pareto front"
@@ -191,14 +191,14 @@ def scatter(
     return tag('<svg viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg>', *drawn)
 
 
-def _front(stairs: Sequence[tuple[float, float]]) -> Markup:
+def _draw_pareto_front(stairs: Sequence[tuple[float, float]]) -> Markup:
     """The Pareto front, stepped."""
     (x, y), *others = stairs
     steps = "".join(f"H{x:.1f}V{y:.1f}" for x, y in others)
     return tag('<path class="front" d="M{:.1f} {:.1f}{}H{}"/>', x, y, steps, WIDTH - RIGHT)
 
 
-def _series(points: Sequence[Point], frame: Frame) -> Iterator[Markup]:
+def _series(points: Sequence[Point], frame: Axes) -> Iterator[Markup]:
     """A line through the points of each series."""
     lines: defaultdict[str, list[Point]] = defaultdict(list)
     for point in sorted(points, key=lambda p: p.x):
@@ -209,7 +209,7 @@ def _series(points: Sequence[Point], frame: Frame) -> Iterator[Markup]:
             yield tag('<polyline class="series {}" points="{}"/>', line[0].style, drawn)
 
 
-def _reference(name: str, value: float, frame: Frame, taken: Boxes) -> Markup:
+def _reference(name: str, value: float, frame: Axes, taken: Boxes) -> Markup:
     """A dashed line with its name, where there is room."""
     y, long = frame.y(value), len(name) * CHARACTER
     starts = range(int(WIDTH - RIGHT - long), LEFT, -12)
@@ -220,7 +220,7 @@ def _reference(name: str, value: float, frame: Frame, taken: Boxes) -> Markup:
     return line + tag('<text class="label reference" x="{}" y="{:.1f}">{}</text>', box[0], box[1] + 12, name)
 
 
-def _mark(p: Point, frame: Frame, label: str, box: Box | None) -> Markup:
+def _mark(p: Point, frame: Axes, label: str, box: Box | None) -> Markup:
     """A point, its interval, its label in `box`, if there is one, with a line to it where that is far."""
     (x, y), out, name = frame.of(p), NOTHING, NOTHING
     if box:
@@ -258,14 +258,14 @@ class Boxes:
     def meet(self, box: Box) -> bool:
         """Whether one of them intersects `box`."""
         near = (other for square in self._squares_of(box) for other in self.squares.get(square, ()))
-        return any(_meet(box, other) for other in near)
+        return any(_intersects(box, other) for other in near)
 
     def _squares_of(self, box: Box) -> Iterator[tuple[int, int]]:
         left, top, right, bottom = (int(edge // self.SIDE) for edge in box)
         return ((i, j) for i in range(left, right + 1) for j in range(top, bottom + 1))
 
 
-def _free(x: float, y: float, long: float, taken: Boxes) -> Box | None:
+def _find_label_box(x: float, y: float, long: float, taken: Boxes) -> Box | None:
     """The nearest box for a label of a point at (x, y) that covers no other and stays inside, if one is near.
 
     Beside the point first, then above and below on the right, then on the left.
@@ -280,7 +280,7 @@ def _free(x: float, y: float, long: float, taken: Boxes) -> Box | None:
     return None
 
 
-def _meet(a: Box, b: Box) -> bool:
+def _intersects(a: Box, b: Box) -> bool:
     return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
@@ -303,7 +303,7 @@ def read_log(path: Path) -> dict[str, list[tuple[float, float]]]:
     return curves
 
 
-def training(name: str, path: Path, most: int = 8) -> Markup:
+def training_curves(name: str, path: Path, most: int = 8) -> Markup:
     """One run's log: a small panel per quantity, its values faint and a running mean in front."""
     curves = dict(list(read_log(path).items())[:most])
     if not curves:
@@ -326,13 +326,13 @@ def _panel(key: str, points: Sequence[tuple[float, float]], name: str, wide: int
     mean = _running_mean([v for _, v in points], max(1, len(points) // 20))
     smooth = [(s, m) for (s, _), m in zip(points, mean)]
     out = [tag('<text class="title" x="34" y="12">{}</text>', key)]
-    for value in ticks(low, high, 3):
+    for value in linear_ticks(low, high, 3):
         y = 20 + (tall - 42) * (high - value) / (high - low)
         out.append(tag('<path class="grid" d="M34 {:.1f}H{}"/>', y, wide - 6))
-        out.append(tag('<text class="tick" x="29" y="{:.1f}" text-anchor="end">{}</text>', y + 3.5, short(value)))
+        out.append(tag('<text class="tick" x="29" y="{:.1f}" text-anchor="end">{}</text>', y + 3.5, format_tick(value)))
     for value in (0, last):
         x, anchor = (34, "start") if value == 0 else (wide - 6, "end")
-        place = x, tall - 6, anchor, short(value)
+        place = x, tall - 6, anchor, format_tick(value)
         out.append(tag('<text class="tick" x="{}" y="{}" text-anchor="{}">{}</text>', *place))
     if len(points) > 40:
         out += [line(points, "raw"), line(smooth, "mean")]
@@ -350,7 +350,7 @@ def _running_mean(values: Sequence[float], width: int) -> list[float]:
     return out
 
 
-def grid(images: Tensor, labels: Tensor | None, rows: int = 6, columns: int = 10, side: int = 160) -> str:
+def image_grid(images: Tensor, labels: Tensor | None, rows: int = 6, columns: int = 10, side: int = 160) -> str:
     """Images [N, C, H, W] in [-1, 1] -> a picture's data address; column j holds the first images of class j, in order.
 
     Without labels the images run line by line. Small images stay as they are (PNG), large ones are reduced to `side`

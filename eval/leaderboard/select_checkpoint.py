@@ -25,14 +25,14 @@ import tyro
 
 from distill.layout import module_name
 from distill.training import checkpoint
-from eval.cli import Unfinished
+from eval.cli import PartialFailure
 from eval.files import write_json
-from eval.leaderboard.commands import results, show, write
-from eval.leaderboard.entries import flags, one_row, stored
+from eval.leaderboard.commands import card_results, print_tables, write_page
+from eval.leaderboard.entries import command_line_flags, read_json_or_none, read_mean_row
 from eval.leaderboard.jobs import Job
-from eval.leaderboard.jobs import run as run_jobs
-from eval.leaderboard.tables import Row, interval, lower, pretty
-from eval.protocols import Protocol, protocol
+from eval.leaderboard.jobs import run_jobs as run_jobs
+from eval.leaderboard.tables import Row, interval, lower_is_better, metric_label
+from eval.protocols import Protocol, find_protocol
 from pipelines.export.card import evaluated
 
 Scored = tuple[list[Row], dict[str, str]]  # rows, and {name: why} of what failed
@@ -49,7 +49,9 @@ class Split:
     score: dict[str, Any]
 
 
-def splits(p: Protocol, out: Path, metric: str | None, n: int | None, reference: Path | None) -> tuple[Split, Split]:
+def make_splits(
+    p: Protocol, out: Path, metric: str | None, n: int | None, reference: Path | None
+) -> tuple[Split, Split]:
     """(selection, test) of a protocol, disjoint in noise, prompts and real images; halves are laid out in `out`.
 
     metric: what selects, by default the protocol's first. n: images of the selection. reference: real images for the
@@ -111,7 +113,7 @@ def _half(folder: Path, out: Path, odd: int) -> Path:
     return out
 
 
-def measured(models: dict[str, Path], split: Split, out: Path, exports: dict[str, Job]) -> Scored:
+def score_models(models: dict[str, Path], split: Split, out: Path, exports: dict[str, Job]) -> Scored:
     """(a row a model, {name: why} of those that failed): each exported where `exports` says so, sampled, scored."""
     todo: dict[str, Job] = {}
     ends = {name: out / name / f"{split.name}.json" for name in models}
@@ -124,11 +126,11 @@ def measured(models: dict[str, Path], split: Split, out: Path, exports: dict[str
         folders = {seed: out / name / f"{split.name}-{seed}" for seed in split.seeds}
         for seed, folder in folders.items():
             asked = {"model": model, "out": folder, "name": name, "seed": seed, **split.generate}
-            command = ["-m", module_name("eval.generate"), "--overwrite", *flags(asked)]
+            command = ["-m", module_name("eval.generate"), "--overwrite", *command_line_flags(asked)]
             todo[f"{name}-{split.name}-{seed}"] = Job(f"sample {name}, {split.name} {seed}", command, after)
         asked = {"folder": list(folders.values()), "out": ends[name], **split.score}
         drawn = tuple(f"{name}-{split.name}-{seed}" for seed in split.seeds)
-        command = ["-m", module_name("eval.score"), *flags(asked)]
+        command = ["-m", module_name("eval.score"), *command_line_flags(asked)]
         todo[f"{name}-{split.name}"] = Job(f"score {name}, {split.name}", command, drawn)
     failed = run_jobs(todo, out, 1, patient=True) if todo else {}
     rows: list[Row] = []
@@ -137,7 +139,7 @@ def measured(models: dict[str, Path], split: Split, out: Path, exports: dict[str
             path.unlink(missing_ok=True)  # of some seeds alone
         elif path.is_file():
             try:
-                row = one_row(path)
+                row = read_mean_row(path)
             except ValueError as error:
                 failed[f"{name}-{split.name}"] = str(error)
                 path.unlink()
@@ -149,21 +151,21 @@ def measured(models: dict[str, Path], split: Split, out: Path, exports: dict[str
 
 def _is_scored(path: Path, seeds: int) -> bool:
     """Whether a file holds a row of every seed; one of a command that was killed has fewer."""
-    rows = stored(path)
+    rows = read_json_or_none(path)
     return isinstance(rows, list) and len(rows) >= seeds
 
 
-def best(rows: Sequence[Row]) -> tuple[Row, list[str]]:
+def best_row(rows: Sequence[Row]) -> tuple[Row, list[str]]:
     """(the row of the best first metric, the names of those that are a tie with it by their intervals)."""
     name = next(iter(rows[0]["metrics"]))
-    sign = 1 if lower(name) else -1
+    sign = 1 if lower_is_better(name) else -1
     chosen = min(rows, key=lambda row: sign * row["metrics"][name]["value"])
     low, high = interval(chosen["metrics"][name])
     spans = {row["model"]: interval(row["metrics"][name]) for row in rows if row is not chosen}
     return chosen, [model for model, (a, b) in spans.items() if a <= high and low <= b]
 
 
-def watch(
+def select_checkpoint(
     run: Annotated[Path, tyro.conf.Positional],
     protocol_name: Annotated[str, tyro.conf.arg(name="protocol")] = "digits",
     metric: str | None = None,
@@ -188,9 +190,9 @@ def watch(
     if not (run / "config.yaml").is_file():
         raise ValueError(f"no run at {str(run)!r}: a run's folder has a config.yaml")
     out = run / "watch"
-    select, test = splits(protocol(protocol_name), out, metric, n, reference)
-    asked = json.loads(json.dumps([protocol(protocol_name).hash, metric, n, str(reference)]))
-    if stored(out / "asked.json") != asked:  # figures of another request are not compared with these
+    select, test = make_splits(find_protocol(protocol_name), out, metric, n, reference)
+    asked = json.loads(json.dumps([find_protocol(protocol_name).hash, metric, n, str(reference)]))
+    if read_json_or_none(out / "asked.json") != asked:  # figures of another request are not compared with these
         for old in out.glob("checkpoint-*/*.json"):
             old.unlink()
     write_json(out / "asked.json", asked)
@@ -203,26 +205,26 @@ def watch(
     if not rows:
         told = "; ".join(failed.values()) or f"{run} has no checkpoint-N"
         raise ValueError(f"no checkpoint of {run} was scored: {told}")
-    chosen, ties = best(rows)
+    chosen, ties = best_row(rows)
     name = str(chosen["model"])
     model = out / name / "pipeline"
-    tested, wrong = measured({name: model}, test, out, {name: _export(run, name, model)})
+    tested, wrong = score_models({name: model}, test, out, {name: _export(run, name, model)})
     if wrong:
         raise ValueError("; ".join(wrong.values()))
-    evaluated(model, results(tested))
+    evaluated(model, card_results(tested))
     first = next(iter(chosen["metrics"]))
     facts = {"chosen": name, "by": first, "ties": ties, "selection": rows, "test": tested[0], "failed": failed}
     write_json(out / "watch.json", facts)
-    lead = f"{name} of {len(rows)} was chosen by {pretty(first)} on the selection split{_told(ties)}. "
+    lead = f"{name} of {len(rows)} was chosen by {metric_label(first)} on the selection split{format_ties(ties)}. "
     lead += f"Its figures are those of the test split; its export is {model}."
-    page = write(out, [*tested, *rows], f"Checkpoints of {run.name}", lead, failed=failed)
+    page = write_page(out, [*tested, *rows], f"Checkpoints of {run.name}", lead, failed=failed)
     if failed:
-        show(page)
-        raise Unfinished(f"{len(failed)} steps failed, the page is of the others: {'; '.join(failed.values())}")
+        print_tables(page)
+        raise PartialFailure(f"{len(failed)} steps failed, the page is of the others: {'; '.join(failed.values())}")
     return page
 
 
-def _told(ties: Sequence[str]) -> str:
+def format_ties(ties: Sequence[str]) -> str:
     return f", a tie with {', '.join(ties)}" if ties else ""
 
 
@@ -241,9 +243,9 @@ def _selection(run: Path, out: Path, split: Split) -> Scored:
     failed: dict[str, str] = {}
     for name in names:
         model = out / name / "pipeline"
-        found, wrong = measured({name: model}, split, out, {name: _export(run, name, model)})
+        found, wrong = score_models({name: model}, split, out, {name: _export(run, name, model)})
         rows, failed = [*rows, *found], failed | wrong
-        keep = str(best(rows)[0]["model"]) if rows else name
+        keep = str(best_row(rows)[0]["model"]) if rows else name
         for other in {name, *(str(row["model"]) for row in rows)} - {keep}:
             shutil.rmtree(out / other / "pipeline", ignore_errors=True)
     return rows, failed
@@ -253,7 +255,7 @@ def main() -> None:
     """Command line of `watch`."""
     from eval.cli import run
 
-    page = run(watch)
-    show(page)
+    page = run(select_checkpoint)
+    print_tables(page)
     facts = json.loads((page.parent / "watch.json").read_text())
-    sys.stderr.write(f"{facts['chosen']} was chosen by {facts['by']}{_told(facts['ties'])}\n")
+    sys.stderr.write(f"{facts['chosen']} was chosen by {facts['by']}{format_ties(facts['ties'])}\n")

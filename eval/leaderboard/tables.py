@@ -30,21 +30,21 @@ LOWER = ("fid", "kid", "fd", "cmmd", "mmd", "frechet", "distance", "off", "hallu
 ACRONYMS = ("fid", "kid", "fd", "cmmd", "is", "clip", "lpips", "dino", "ssim", "psnr")
 COSTS = {  # key of "cost": heading, how it is written
     "nfe": ("calls", lambda v: f"{v:,.0f}"),
-    "latency": ("latency", plots.duration),
+    "latency": ("latency", plots.format_duration),
     "images_per_second": ("images/s", lambda v: f"{v:,.0f}" if v >= 100 else f"{v:.3g}"),
-    "parameters": ("parameters", lambda v: plots.short(float(f"{v:.3g}"))),
+    "parameters": ("parameters", lambda v: plots.format_tick(float(f"{v:.3g}"))),
     "peak_memory": ("peak memory", lambda v: f"{v / 2**30:.2f} GiB" if v >= 2**30 else f"{v / 2**20:.0f} MiB"),
-    "train_seconds": ("training", plots.duration),
+    "train_seconds": ("training", plots.format_duration),
 }
 MADE = ("runs", "seeds", "commit", "hardware")  # of a row; protocol, n and extractor are those of its table
 
 
-def lower(metric: str) -> bool:
+def lower_is_better(metric: str) -> bool:
     """Whether less of a metric is better; by a word of its name, such as fid in patch_fid."""
     return any(word in LOWER for word in metric.lower().replace("-", "_").split("_"))
 
 
-def pretty(metric: str) -> str:
+def metric_label(metric: str) -> str:
     """A metric's name for people: fd_heldout -> FD held-out, patch_fid -> patch FID."""
     words = metric.replace("heldout", "held-out").split("_")
     return " ".join(w.upper() if w in ACRONYMS else w for w in words)
@@ -85,7 +85,7 @@ class Board:
         overlap; in a chain of overlapping intervals the two ends can still differ in rank. A row
         without an interval is its value alone.
         """
-        sign = 1 if lower(metric) else -1
+        sign = 1 if lower_is_better(metric) else -1
         found = {i: row["metrics"][metric] for i, row in enumerate(self.rows) if metric in row["metrics"]}
         spans = {i: sorted(sign * v for v in interval(m)) for i, m in found.items()}
         ends = sorted(high for _, high in spans.values())
@@ -136,7 +136,7 @@ SCHEMA: dict[str, tuple[Callable[[Any], bool], str]] = {  # of a row: (its check
 }
 
 
-def checked(rows: Any, source: str = "the rows") -> list[Row]:
+def validate_rows(rows: Any, source: str = "the rows") -> list[Row]:
     """Rows as they are used here; ValueError names the first that is not as `eval.score` writes it."""
     if not isinstance(rows, list) or not rows:
         raise ValueError(f"{source} hold no list of rows; make them with python -m eval.score")
@@ -179,7 +179,7 @@ def drop_duplicates(rows: Iterable[Row]) -> list[Row]:
     return list({json.dumps(row, sort_keys=True): row for row in rows}.values())
 
 
-def mean(rows: Sequence[Row]) -> list[Row]:
+def average_seeds(rows: Sequence[Row]) -> list[Row]:
     """Rows that differ in their seeds alone, as one: means, with Student's 95 % interval over the seeds.
 
     "run" of a row, where it has one, is the training run of its model: values of one run count once, by their mean, and
@@ -224,16 +224,16 @@ def mean(rows: Sequence[Row]) -> list[Row]:
     return out
 
 
-def boards(rows: Sequence[Row]) -> list[Board]:
+def group_boards(rows: Sequence[Row]) -> list[Board]:
     """The rows by what makes figures comparable, in the order of their first rows."""
     keys = ("protocol", "protocol_hash", "n", "extractor", "extractor_hash")
     groups: dict[tuple[Any, ...], list[Row]] = {}
-    for row in checked(rows):
+    for row in validate_rows(rows):
         groups.setdefault(tuple(row.get(k) for k in keys), []).append(row)
     out = []
     for (protocol, hash_, n, extractor, extractor_hash), group in groups.items():
         first = next(iter(group[0]["metrics"]), None)
-        sign = 1 if lower(first or "") else -1
+        sign = 1 if lower_is_better(first or "") else -1
         worth = {id(r): sign * r["metrics"][first]["value"] for r in group if first in r["metrics"]}
         order = sorted(group, key=lambda r, worth=worth: worth.get(id(r), math.inf))  # type: ignore[misc]
         models, real = ([r for r in order if is_real(r) is kind] for kind in (False, True))
@@ -252,19 +252,19 @@ def is_real(row: Row) -> bool:
     return row.get("kind") == "real"
 
 
-def real(like: Row, name: str, **metrics: float) -> Row:
+def real_images_row(like: Row, name: str, **metrics: float) -> Row:
     """A row of real images beside those of `like`'s protocol: what a perfect model would have."""
     keys = ("protocol", "protocol_hash", "n", "extractor", "extractor_hash")
     figures = {key: {"value": value} for key, value in metrics.items()}
     return {"model": name, "kind": "real", **{key: like.get(key) for key in keys}, "metrics": figures}
 
 
-def label(row: Row, rows: Iterable[Row]) -> str:
+def row_label(row: Row, rows: Iterable[Row]) -> str:
     """The model, with its steps, guidance and weights where another row of that name has others."""
-    return labels([row], rows)[0]
+    return row_labels([row], rows)[0]
 
 
-def labels(some: Iterable[Row], rows: Iterable[Row]) -> list[str]:
+def row_labels(some: Iterable[Row], rows: Iterable[Row]) -> list[str]:
     """`label` of some rows, in one pass over all rows."""
     keys = ("steps", "guidance", "model_hash")
     values: dict[str, defaultdict[Any, set[Any]]] = {key: defaultdict(set) for key in keys}
@@ -285,7 +285,7 @@ def labels(some: Iterable[Row], rows: Iterable[Row]) -> list[str]:
     return out
 
 
-def digits(board: Board, metric: str) -> int:
+def count_decimals(board: Board, metric: str) -> int:
     """Decimals that give the middle figure of a column three digits."""
     values = [abs(r["metrics"][metric]["value"]) for r in board.rows if metric in r["metrics"]]
     middle = median_low([v for v in values if v > 0] or [1.0])
@@ -316,7 +316,7 @@ def columns(board: Board) -> dict[str, list[Cell]]:
         if any(r.get(key) not in plain for r in rows):
             out[key] = [Cell() if r.get(key) is None else Cell(f"{r[key]:g}", key=r[key]) for r in rows]
     for name in board.metrics:
-        ranks, places = board.ranks(name), digits(board, name)
+        ranks, places = board.ranks(name), count_decimals(board, name)
         out[name] = [_figure(r["metrics"].get(name), places, ranks.get(i)) for i, r in enumerate(rows)]
     costs = [r.get("cost") or {} for r in rows]
     for key, (heading, text) in COSTS.items():
@@ -343,7 +343,7 @@ def headline(board: Board) -> str:
         return "Real images alone: there is no model to compare."
     name = board.metrics[0]
     scored = [(i, r) for i, r in enumerate(board.rows) if name in r["metrics"]]
-    ranks, places = board.ranks(name), digits(board, name)
+    ranks, places = board.ranks(name), count_decimals(board, name)
     value = lambda row: f"{row['metrics'][name]['value']:.{places}f}"
     calls = lambda row: (row.get("cost") or {}).get("nfe")
     students = [(i, r) for i, r in scored if not is_teacher(r) and calls(r)]
@@ -352,7 +352,7 @@ def headline(board: Board) -> str:
         i, best = scored[0]
         tied = sum(rank == ranks[i] for rank in ranks.values()) - 1 if ranks[i][1] else 0
         more = f", a tie with {tied} other{'s' if tied > 1 else ''}" if tied else ""
-        return f"{label(best, board.rows)} leads {board.protocol} with {pretty(name)} {value(best)}{more}."
+        return f"{row_label(best, board.rows)} leads {board.protocol} with {metric_label(name)} {value(best)}{more}."
     fewest = min(calls(r) for _, r in students)
     among = [(i, r) for i, r in students if calls(r) == fewest]
     (_, best), (_, slow) = among[0], max(teachers, key=lambda pair: calls(pair[1]))
@@ -360,19 +360,19 @@ def headline(board: Board) -> str:
     (a, b), (low, high) = (interval(r["metrics"][name]) for r in (best, slow))
     tie = ": a tie" if a <= high and low <= b else ""
     return (
-        f"With {fewest} network call{'s' if fewest > 1 else ''} an image, {best['model']}{which} has {pretty(name)} "
-        f"{value(best)}; its teacher has {value(slow)} with {calls(slow)}{tie}."
+        f"With {fewest} network call{'s' if fewest > 1 else ''} an image, {best['model']}{which} has "
+        f"{metric_label(name)} {value(best)}; its teacher has {value(slow)} with {calls(slow)}{tie}."
     )
 
 
-def table(rows: Sequence[Row]) -> list[Table]:
+def terminal_tables(rows: Sequence[Row]) -> list[Table]:
     """A rich table a board, for 80 columns: figures, the first with its rank, calls and latency; the page has all."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
     out = []
-    for board in boards(rows):
+    for board in group_boards(rows):
         one = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, title=Text(board.title))
         one.title_justify = "left"
         found = columns(board)
@@ -380,7 +380,7 @@ def table(rows: Sequence[Row]) -> list[Table]:
             found.pop(name, None)
         for heading in found:
             justify: Any = "left" if heading == "model" else "right"
-            words = [w if len(w) < 9 else f"{w[:5]}-\n{w[5:]}" for w in pretty(heading).split()]
+            words = [w if len(w) < 9 else f"{w[:5]}-\n{w[5:]}" for w in metric_label(heading).split()]
             one.add_column("\n".join(words), justify=justify, no_wrap=True)
         for i, row in enumerate((*board.rows, *board.real)):
             cells = []
@@ -396,25 +396,25 @@ def table(rows: Sequence[Row]) -> list[Table]:
     return out
 
 
-def markdown(rows: Sequence[Row]) -> str:
+def markdown_tables(rows: Sequence[Row]) -> str:
     """A table a board: value (low to high) #rank, tie where others share it; under it how its figures were made.
 
     Text of rows stays text: no HTML and no Markdown comes of it.
     """
     parts = []
-    for board in boards(rows):
+    for board in group_boards(rows):
         found = columns(board)
         rows = [*board.rows, *board.real]
         lines = [
             f"## {board.title_by(escape_markdown)}",
             "",
-            f"| {' | '.join(escape_markdown(pretty(heading)) for heading in found)} |",
+            f"| {' | '.join(escape_markdown(metric_label(heading)) for heading in found)} |",
             "|---|" + "---:|" * (len(found) - 1),
         ]
         for i in range(len(rows)):
             lines.append(f"| {' | '.join(escape_markdown(cells[i]) for cells in found.values())} |")
         made: dict[str, list[str]] = {}
-        for row, name in zip(rows, labels(rows, board.rows), strict=True):
+        for row, name in zip(rows, row_labels(rows, board.rows), strict=True):
             how = "; ".join(f"{k} {escape_markdown(v)}" for k, v in provenance(row))
             made.setdefault(how, []).append(escape_markdown(name))
         lines += ["", *(f"- {', '.join(names)}: {how}" for how, names in made.items() if how)]

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eval.metrics.intervals import Score, average, share
-from eval.metrics.sets import check, chunks, count
+from eval.metrics.intervals import Score, mean_score, proportion
+from eval.metrics.sets import chunks, count_rows, validate_features
 
 if TYPE_CHECKING:
     from eval.metrics.sets import Set
@@ -21,8 +21,8 @@ def inception_score(logits: Set, splits: int = 10, seed: int = 2020) -> Score:
 
     logits [N, K]. The images are shuffled as torch-fidelity shuffles them. ValueError for fewer than 2 a split.
     """
-    n = count(logits)
-    check(logits, "generated", 2 * splits, "logits")
+    n = count_rows(logits)
+    validate_features(logits, "generated", 2 * splits, "logits")
     whole = torch.cat(list(chunks(logits, "logits")))
     whole = whole[torch.from_numpy(np.random.RandomState(seed).permutation(n))]
     log_p = whole.log_softmax(1)
@@ -33,14 +33,14 @@ def inception_score(logits: Set, splits: int = 10, seed: int = 2020) -> Score:
         found.append((part.exp() * (part - marginal)).sum(1).mean().exp())
     if splits == 1:
         return Score(found[0].item(), -math.inf, math.inf, n)
-    return average(torch.stack(found))._replace(n=n)
+    return mean_score(torch.stack(found))._replace(n=n)
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> Score:
     """The share of images whose largest logit [N, K] is at the label [N] that was asked for."""
     if len(logits) != len(labels) or not len(labels):
         raise ValueError(f"{len(logits)} logits and {len(labels)} labels; one label per image is needed")
-    check(logits, "generated", 1)
+    validate_features(logits, "generated", 1)
     if labels.min() < 0 or labels.max() >= logits.shape[1]:
         raise ValueError(f"labels are {labels.min()} .. {labels.max()}, of {logits.shape[1]} classes; from 0 on")
-    return share(logits.argmax(1) == labels)
+    return proportion(logits.argmax(1) == labels)

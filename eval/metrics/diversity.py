@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from eval.metrics.frechet import _eigen
-from eval.metrics.intervals import Score, _influence, average
-from eval.metrics.sets import _unit, check, chunks, count
+from eval.metrics.frechet import symmetric_eigen
+from eval.metrics.intervals import Score, influence_interval, mean_score
+from eval.metrics.sets import chunks, count_rows, normalise_rows, validate_features
 
 if TYPE_CHECKING:
     from eval.metrics.sets import Set
@@ -22,17 +22,17 @@ def vendi(x: Set, strata: Tensor | None = None) -> Score:
     The effective number of different images, by the D x D matrix M = E x x^T that has the same eigenvalues. Influence:
     psi = score (-x.log(M) x - H). It grows with n until the model's modes are seen.
     """
-    width = check(x, "generated", 2)
+    width = validate_features(x, "generated", 2)
     second = torch.zeros(width, width, dtype=torch.float64)
-    for part in _unit(chunks(x)):
-        second += part.T @ part / count(x)
-    values, vectors = _eigen(second, "the matrix of cosines")
+    for part in normalise_rows(chunks(x)):
+        second += part.T @ part / count_rows(x)
+    values, vectors = symmetric_eigen(second, "the matrix of cosines")
     keep = values > 1e-12
     values, vectors = values[keep], vectors[:, keep]
     entropy = -(values * values.log()).sum()
     number = entropy.exp()
-    psi = (number * (-((part @ vectors).square() @ values.log()) - entropy) for part in _unit(chunks(x)))
-    return _influence(number.item(), psi, strata)
+    psi = (number * (-((part @ vectors).square() @ values.log()) - entropy) for part in normalise_rows(chunks(x)))
+    return influence_interval(number.item(), psi, strata)
 
 
 def diversity(x: Set, prompts: Tensor) -> Score:
@@ -40,18 +40,18 @@ def diversity(x: Set, prompts: Tensor) -> Score:
 
     prompts [N]: the number of each image's prompt. Interval: t over prompts. ValueError where none has two images.
     """
-    check(x, "generated", 2)
+    validate_features(x, "generated", 2)
     ids, where, sizes = prompts.unique(return_inverse=True, return_counts=True)
-    if len(prompts) != count(x) or not (sizes > 1).any():
+    if len(prompts) != count_rows(x) or not (sizes > 1).any():
         raise ValueError("diversity needs one prompt number an image, and two images of some prompts")
     total, seen = torch.zeros(0), 0
-    for part in _unit(chunks(x)):
+    for part in normalise_rows(chunks(x)):
         total = part.new_zeros(len(ids), part.shape[1]) if not len(total) else total
         total.index_add_(0, where[seen : seen + len(part)], part)
         seen += len(part)
     total, sizes = total[sizes > 1], sizes[sizes > 1].double()
     similar = (total.square().sum(1) - sizes) / (sizes * (sizes - 1))
-    return average(1 - similar)._replace(n=count(x))
+    return mean_score(1 - similar)._replace(n=count_rows(x))
 
 
 def pair_diversity(
@@ -71,4 +71,4 @@ def pair_diversity(
                 found.append(torch.stack([distance(a, b).reshape(()).double().cpu() for a, b in pairs]).mean())
     if not found:
         raise ValueError("diversity needs two images of some prompts; generate several seeds of a prompt")
-    return average(torch.stack(found))._replace(n=len(prompts))
+    return mean_score(torch.stack(found))._replace(n=len(prompts))

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from eval.metrics.intervals import Score, _influence
-from eval.metrics.sets import check, chunks
+from eval.metrics.intervals import Score, influence_interval
+from eval.metrics.sets import chunks, validate_features
 
 if TYPE_CHECKING:
     from eval.metrics.sets import Set
@@ -52,7 +52,7 @@ def moments(x: Set | Moments, name: str = "first") -> Moments:
     if isinstance(x, Moments):
         return x
     width = x.shape[-1] if isinstance(x, Tensor) else next(x.chunks()).shape[1]
-    check(x, name, width + 1)  # with less the covariance is singular
+    validate_features(x, name, width + 1)  # with less the covariance is singular
     n, mean, scatter = 0, torch.zeros(width, dtype=torch.float64), torch.zeros(width, width, dtype=torch.float64)
     for chunk in chunks(x):
         k, centre = len(chunk), chunk.mean(0)
@@ -84,10 +84,10 @@ def fid(fake: Set, real: Set | Moments, strata: Tensor | None = None) -> Score:
     """
     a, b = moments(fake, "generated"), moments(real, "reference")
     _same_width(a, b)
-    values, vectors = _eigen(a.cov, "the generated covariance")
+    values, vectors = symmetric_eigen(a.cov, "the generated covariance")
     keep = values > values[-1].clamp(min=0) * 1e-12
     scaled = vectors[:, keep] * values[keep].sqrt()  # a square root of A
-    inner, turn = _eigen(scaled.T @ b.cov @ scaled, "the product of the covariances")
+    inner, turn = symmetric_eigen(scaled.T @ b.cov @ scaled, "the product of the covariances")
     inner = inner.clamp(min=0).sqrt()
     white = vectors[:, keep] / values[keep].sqrt() @ turn
 
@@ -96,7 +96,7 @@ def fid(fake: Set, real: Set | Moments, strata: Tensor | None = None) -> Score:
             d = chunk - a.mean
             yield 2 * d @ (a.mean - b.mean) + d.square().sum(1) - (d @ white).square() @ inner
 
-    return _influence(_distance(a, b, inner.sum()), psi(), strata)
+    return influence_interval(_distance(a, b, inner.sum()), psi(), strata)
 
 
 def _same_width(a: Moments, b: Moments) -> None:
@@ -105,11 +105,11 @@ def _same_width(a: Moments, b: Moments) -> None:
 
 
 def _root(cov: Tensor) -> Tensor:
-    values, vectors = _eigen(cov, "the covariance")
+    values, vectors = symmetric_eigen(cov, "the covariance")
     return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
 
 
-def _eigen(matrix: Tensor, name: str) -> tuple[Tensor, Tensor]:
+def symmetric_eigen(matrix: Tensor, name: str) -> tuple[Tensor, Tensor]:
     """Eigenvalues, ascending, and eigenvectors of a symmetric matrix. ValueError for NaN and infinite values."""
     try:
         values, vectors = torch.linalg.eigh(matrix)
@@ -121,7 +121,7 @@ def _eigen(matrix: Tensor, name: str) -> tuple[Tensor, Tensor]:
 
 
 def _eigenvalues(matrix: Tensor, name: str) -> Tensor:
-    return _eigen(matrix, name)[0]
+    return symmetric_eigen(matrix, name)[0]
 
 
 def _distance(a: Moments, b: Moments, cross: Tensor) -> float:

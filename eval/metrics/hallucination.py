@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from eval.metrics.intervals import Score, share
+from eval.metrics.intervals import Score, proportion
 
 if TYPE_CHECKING:
     from distill.diffusion.denoiser import Condition, Denoiser
@@ -37,7 +37,7 @@ def variance(predictions: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def renoised(
+def predict_x0_at_levels(
     denoiser: Denoiser, x: Tensor, c: Condition, levels: Sequence[float], seed: int = 0, batch: int = 250
 ) -> Tensor:
     """Samples [N, ...] -> the denoiser's x0 [T, N, ...] of them at noise levels sigma / alpha, fresh noise each time.
@@ -76,7 +76,7 @@ def rate(fake: Tensor, real: Tensor, quantile: float = 0.99) -> Score:
     for name, values in (("generated", fake), ("real", real)):
         if not len(values) or not torch.isfinite(values).all():
             raise ValueError(f"the {name} Hal of {len(values)} images holds NaN or infinite values, or none")
-    return share(fake > real.quantile(quantile))
+    return proportion(fake > real.quantile(quantile))
 
 
 def hallucination(folder: Path, reference: Path, teacher: Path, levels: tuple[float, ...], seed: int = 0) -> Score:
@@ -89,13 +89,13 @@ def hallucination(folder: Path, reference: Path, teacher: Path, levels: tuple[fl
         levels: noise levels sigma / alpha of the window.
         seed: of the noise.
     """
-    from eval.images.images import read
+    from eval.images.images import read_folder
     from pipelines import load
 
     found = load(str(teacher))
 
     def hal(path: Path) -> Tensor:
-        images, labels, _ = read(path)
+        images, labels, _ = read_folder(path)
         if labels is None or tuple(images.shape[1:]) != tuple(found.shape):
             raise ValueError(
                 f"{path} must hold images {list(found.shape)} with labels for {teacher}; it holds "
@@ -105,7 +105,7 @@ def hallucination(folder: Path, reference: Path, teacher: Path, levels: tuple[fl
         known = net.config.get("num_class_embeds")
         if known is not None and not 0 <= int(labels.min()) <= int(labels.max()) < known:
             raise ValueError(f"{path} has labels up to {int(labels.max())}, and {teacher} knows 0 .. {known - 1}")
-        return variance(renoised(found.denoiser, images, found.encode(labels.tolist()), levels, seed))
+        return variance(predict_x0_at_levels(found.denoiser, images, found.encode(labels.tolist()), levels, seed))
 
     return rate(hal(folder), hal(reference))
 

@@ -33,14 +33,14 @@ class Score(NamedTuple):
     n: int
 
 
-def score(value: float, low: float, high: float, n: int) -> Score:
+def finite_score(value: float, low: float, high: float, n: int) -> Score:
     """A figure with its interval. ValueError where one of them is NaN or infinite: it overflowed."""
     if not all(map(math.isfinite, (value, low, high))):
         raise ValueError(f"the figure is {value} ({low} to {high}), not finite: features or reference are too large")
     return Score(value, low, high, n)
 
 
-def tie(a: Score | Mapping[str, float], b: Score | Mapping[str, float]) -> bool:
+def intervals_overlap(a: Score | Mapping[str, float], b: Score | Mapping[str, float]) -> bool:
     """Whether two intervals (scores, or their entries in a row) overlap: then neither is said to be better."""
     (low, high), (other_low, other_high) = (
         (x["low"], x["high"]) if isinstance(x, Mapping) else (x.low, x.high) for x in (a, b)
@@ -48,7 +48,7 @@ def tie(a: Score | Mapping[str, float], b: Score | Mapping[str, float]) -> bool:
     return low <= other_high and other_low <= high
 
 
-def _influence(value: float, psi: Iterable[Tensor], strata: Tensor | None = None) -> Score:
+def influence_interval(value: float, psi: Iterable[Tensor], strata: Tensor | None = None) -> Score:
     """The interval of the influences psi, in parts, by running sums within strata."""
     names, where = (torch.zeros(1), None) if strata is None else strata.unique(return_inverse=True)
     sums, sizes = (torch.zeros(len(names), dtype=torch.float64) for _ in range(2))
@@ -63,10 +63,10 @@ def _influence(value: float, psi: Iterable[Tensor], strata: Tensor | None = None
     if not math.isfinite(within):
         raise ValueError(f"the variance of the figure {value} is {within}; the features are too large, or NaN")
     half = Z * math.sqrt(max(0.0, within) / max(1, n - len(names)) / n)
-    return score(value, value - half, value + half, n)
+    return finite_score(value, value - half, value + half, n)
 
 
-class Halves:
+class HalvingIntervals:
     """Intervals by halving; `halves(statistic)` for a statistic of the indices of some images, at most `top`."""
 
     def __init__(self, n: int, strata: Tensor | None = None, seed: int = 0, repeats: int = 10) -> None:
@@ -79,24 +79,24 @@ class Halves:
         value = statistic(torch.arange(self.n))
         moved = [statistic(order[::2]) - statistic(order[1::2]) for order in self.orders]
         spread = Z * math.sqrt(sum(d * d for d in moved) / len(moved)) / 2
-        found = score(value, value - spread, value + spread, self.n)
+        found = finite_score(value, value - spread, value + spread, self.n)
         return found._replace(low=max(0.0, found.low), high=min(top, found.high))
 
 
-def share(hits: Tensor) -> Score:
+def proportion(hits: Tensor) -> Score:
     """The share of True among [N], with Wilson's interval (1927), which has a width at 0 and 1 too."""
     if not len(hits):
         raise ValueError("a share of no images is not defined; generate some")
     n, p = len(hits), hits.double().mean().item()
     centre, half = (p + Z**2 / (2 * n)), Z * math.sqrt(p * (1 - p) / n + Z**2 / (4 * n**2))
     low, high = ((centre + side * half) / (1 + Z**2 / n) for side in (-1, 1))
-    return score(p, min(low, p), max(high, p), n)
+    return finite_score(p, min(low, p), max(high, p), n)
 
 
-def average(values: Tensor) -> Score:
+def mean_score(values: Tensor) -> Score:
     """The mean of [N] independent values with its interval of Student's t. ValueError for fewer than 2 or NaN."""
     found = mean_ci(values.tolist())
-    return score(found.mean, found.low, found.high, found.n)
+    return finite_score(found.mean, found.low, found.high, found.n)
 
 
 class Interval(NamedTuple):

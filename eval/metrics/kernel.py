@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eval.metrics.intervals import Score, _influence
-from eval.metrics.sets import _pair, _unit, chunks, count, rows
+from eval.metrics.intervals import Score, influence_interval
+from eval.metrics.sets import chunks, count_rows, normalise_rows, read_rows, validate_pair
 
 if TYPE_CHECKING:
     from eval.metrics.sets import Set
@@ -23,7 +23,7 @@ def kid(
     The mean over subsets of `size` images (of all, where there are fewer), drawn as torch-fidelity draws them.
     Influence: psi = 2 (E k(x, fake) - E k(x, real)). Unbiased in n; it may be negative. ValueError for NaN, n < 2.
     """
-    width, n, m = _pair(fake, real, 2), count(fake), count(real)
+    width, n, m = validate_pair(fake, real, 2), count_rows(fake), count_rows(real)
     size = min(size, n, m)
     whole = size == n == m  # every subset is the whole
     pick = np.random.RandomState(seed)
@@ -31,7 +31,7 @@ def kid(
     times = 1 if whole else subsets
     for _ in range(times):
         i, j = (torch.from_numpy(pick.choice(k, size, replace=False)) for k in (n, m))
-        x, y = rows(fake, i), rows(real, j)
+        x, y = read_rows(fake, i), read_rows(real, j)
         kxx, kyy, kxy = ((u @ v.T / width + 1) ** 3 for u, v in ((x, x), (y, y), (x, y)))
         kxx.fill_diagonal_(0)
         kyy.fill_diagonal_(0)
@@ -40,7 +40,7 @@ def kid(
         psi[i] += 2 * (kxx.sum(1) / (size - 1) - kxy.mean(1))
         drawn[i] += 1
     seen = drawn > 0
-    found = _influence(total / times, [(psi / drawn)[seen]], None if strata is None else strata[seen])
+    found = influence_interval(total / times, [(psi / drawn)[seen]], None if strata is None else strata[seen])
     return found._replace(n=n)
 
 
@@ -49,7 +49,7 @@ def cmmd(fake: Set, real: Set, strata: Tensor | None = None, sigma: float = 10.0
 
     The biased estimator of the authors' code (with the diagonal), by blocks of images. Influence as in `kid`.
     """
-    _pair(fake, real, 2)
+    validate_pair(fake, real, 2)
 
     def near(x: Tensor, y: Tensor) -> Tensor:
         return torch.exp((x @ y.T - 1) / sigma**2)  # |x - y|^2 = 2 - 2 x.y
@@ -57,10 +57,10 @@ def cmmd(fake: Set, real: Set, strata: Tensor | None = None, sigma: float = 10.0
     def means(x: Set, y: Set) -> Tensor:
         """E over y of k(x_i, y), [N]."""
         out = []
-        for a in _unit(chunks(x)):
-            out.append(torch.stack([near(a, b).sum(1) for b in _unit(chunks(y))]).sum(0) / count(y))
+        for a in normalise_rows(chunks(x)):
+            out.append(torch.stack([near(a, b).sum(1) for b in normalise_rows(chunks(y))]).sum(0) / count_rows(y))
         return torch.cat(out)
 
     own, cross, other = means(fake, fake), means(fake, real), means(real, real)
     value = 1000 * (own.mean() + other.mean() - 2 * cross.mean()).item()
-    return _influence(value, [2000 * (own - cross)], strata)
+    return influence_interval(value, [2000 * (own - cross)], strata)

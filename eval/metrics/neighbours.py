@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from eval.metrics.intervals import Halves, Score, share
-from eval.metrics.sets import _pair, count, draw, rows
+from eval.metrics.intervals import HalvingIntervals, Score, proportion
+from eval.metrics.sets import count_rows, draw_indices, read_rows, validate_pair
 
 if TYPE_CHECKING:
     from eval.metrics.sets import Set
@@ -33,16 +33,16 @@ def manifold(
     interpolation, Aithal et al. 2024, arXiv 2406.09358; ours in feature space). All depend on n. Intervals: Wilson for
     precision and off_support, halving for the others. ValueError for NaN or n <= k.
     """
-    _pair(fake, real, max(k, k_density) + 2)
-    n = min(count(fake), count(real), limit)
-    picked = draw(count(fake), n, seed)
-    fakes, reals = rows(fake, picked), rows(real, draw(count(real), n, seed))
+    validate_pair(fake, real, max(k, k_density) + 2)
+    n = min(count_rows(fake), count_rows(real), limit)
+    picked = draw_indices(count_rows(fake), n, seed)
+    fakes, reals = read_rows(fake, picked), read_rows(real, draw_indices(count_rows(real), n, seed))
     ff, rr, fr = _squared(fakes, fakes), _squared(reals, reals), _squared(fakes, reals)
     ball, wide = _radius(rr, k), _radius(rr, k_density)
     inside = (fr <= ball).any(1)
     edge = _radius(rr, 1).quantile(0.99)
     far = fr.min(1).values > edge
-    halves = Halves(n, None if strata is None else strata[picked], seed)
+    halves = HalvingIntervals(n, None if strata is None else strata[picked], seed)
 
     def recall(i: Tensor) -> float:
         return (fr[i] <= _radius(ff[i][:, i], k)[:, None]).any(0).double().mean().item()
@@ -54,11 +54,11 @@ def manifold(
         return (fr[i].min(0).values < wide).double().mean().item()
 
     return {
-        "precision": share(inside),
+        "precision": proportion(inside),
         "recall": halves(recall, 1.0),
         "density": halves(density),
         "coverage": halves(coverage, 1.0),
-        "off_support": share(far),
+        "off_support": proportion(far),
     }
 
 

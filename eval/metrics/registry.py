@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Given:
+class MetricInputs:
     """What metrics may ask for: the outputs for the generated images, the reference, prompts."""
 
     fake: Set
@@ -57,7 +57,7 @@ class Given:
 class Metric:
     """An entry of the table."""
 
-    compute: Callable[[Given], Score | dict[str, Score]]
+    compute: Callable[[MetricInputs], Score | dict[str, Score]]
     extractor: str  # by default
     better: Literal["lower", "higher"]
     interval: Literal["influence", "halving", "mean", "splits"]
@@ -73,36 +73,36 @@ class Metric:
         return f"{self.source}; {self.better} is better; interval by {self.interval}{untried}"
 
 
-def _named(*names: str) -> Callable[[Given], dict[str, Score]]:
+def _from_manifold(*names: str) -> Callable[[MetricInputs], dict[str, Score]]:
     return lambda g: {name: g.manifold[name] for name in names}
 
 
-def _texts(g: Given) -> Score:
+def _text_score(g: MetricInputs) -> Score:
     assert g.texts is not None
     return text_score(g.fake, g.texts)
 
 
-def _scaled(g: Given) -> Score:
+def _scaled_text_score(g: MetricInputs) -> Score:
     assert g.texts is not None
     return text_score(g.fake, g.texts, g.scale)
 
 
-def _accuracy(g: Given) -> Score:
+def _accuracy(g: MetricInputs) -> Score:
     assert g.labels is not None
     return accuracy(torch.cat(list(chunks(g.fake, "logits"))), g.labels)
 
 
-def _diversity(g: Given) -> Score:
+def _diversity(g: MetricInputs) -> Score:
     assert g.prompts is not None
     return diversity(g.fake, g.prompts)
 
 
-def _lpips(g: Given) -> Score:
+def _lpips(g: MetricInputs) -> Score:
     assert g.prompts is not None and g.picture is not None and g.distance is not None
     return pair_diversity(g.picture, g.prompts, g.distance)
 
 
-def _fid(g: Given) -> Score:
+def _fid(g: MetricInputs) -> Score:
     assert g.real is not None
     return fid(g.fake, g.real, g.strata)
 
@@ -134,16 +134,16 @@ METRICS: dict[str, Metric] = {
         L336, "lower", "influence", "Jayasumana et al. 2024, arXiv 2401.09603", REFERENCE,
     ),
     "precision_recall": Metric(
-        _named("precision", "recall"),
+        _from_manifold("precision", "recall"),
         "inception-clean", "higher", "halving", "Kynkaanniemi et al. 2019, arXiv 1904.06991; k = 3", REFERENCE,
         NEIGHBOURS,
     ),
     "density_coverage": Metric(
-        _named("density", "coverage"),
+        _from_manifold("density", "coverage"),
         "inception-clean", "higher", "halving", "Naeem et al. 2020, arXiv 2002.09797; k = 5", REFERENCE, NEIGHBOURS,
     ),
     "off_support": Metric(
-        _named("off_support"),
+        _from_manifold("off_support"),
         "inception-clean", "lower", "mean", "after Aithal et al. 2024, arXiv 2406.09358; ours", REFERENCE, NEIGHBOURS,
     ),
     "inception_score": Metric(
@@ -153,9 +153,11 @@ METRICS: dict[str, Metric] = {
     "accuracy": Metric(
         _accuracy, "digits", "higher", "mean", "the label that was asked for", ("labels",), 1, run=True
     ),
-    "clip_score": Metric(_texts, G14, "higher", "mean", "Hessel et al. 2021, arXiv 2104.08718", ("texts",)),
-    "hpsv2": Metric(_texts, "hpsv2", "higher", "mean", "Wu et al. 2023, arXiv 2306.09341", ("texts",)),
-    "pickscore": Metric(_scaled, "pickscore", "higher", "mean", "Kirstain et al. 2023, arXiv 2305.01569", ("texts",)),
+    "clip_score": Metric(_text_score, G14, "higher", "mean", "Hessel et al. 2021, arXiv 2104.08718", ("texts",)),
+    "hpsv2": Metric(_text_score, "hpsv2", "higher", "mean", "Wu et al. 2023, arXiv 2306.09341", ("texts",)),
+    "pickscore": Metric(
+        _scaled_text_score, "pickscore", "higher", "mean", "Kirstain et al. 2023, arXiv 2305.01569", ("texts",)
+    ),
     "vendi": Metric(
         lambda g: vendi(g.fake, g.strata), "dinov2", "higher", "influence", "Friedman & Dieng 2022, arXiv 2210.02410"
     ),
@@ -164,7 +166,7 @@ METRICS: dict[str, Metric] = {
 }  # fmt: skip
 
 
-def metric(name: str) -> Metric:
+def find_metric(name: str) -> Metric:
     """An entry of the table; ValueError with all names for another one."""
     if name not in METRICS:
         raise ValueError(f"there is no metric {name!r}; there are {', '.join(METRICS)}")

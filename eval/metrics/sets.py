@@ -22,23 +22,23 @@ def chunks(x: Set, key: str = "features") -> Iterator[Tensor]:
     yield from (chunk.double() for chunk in x.split(1000)) if isinstance(x, Tensor) else x.chunks(key)
 
 
-def count(x: Set) -> int:
+def count_rows(x: Set) -> int:
     return len(x) if isinstance(x, Tensor) else x.n
 
 
-def rows(x: Set, index: Tensor | None = None) -> Tensor:
+def read_rows(x: Set, index: Tensor | None = None) -> Tensor:
     """Some rows of a set, by default all, in float64."""
     if isinstance(x, Tensor):
         return (x if index is None else x[index]).double()
     return x.rows(index)
 
 
-def draw(of: int, n: int, seed: int = 0) -> Tensor:
+def draw_indices(of: int, n: int, seed: int = 0) -> Tensor:
     """n of `of` indices without replacement, drawn from the seed; all in order where there are no more."""
     return torch.arange(of) if of <= n else torch.randperm(of, generator=torch.Generator().manual_seed(seed))[:n]
 
 
-def check(x: Set, name: str, least: int, key: str = "features") -> int:
+def validate_features(x: Set, name: str, least: int, key: str = "features") -> int:
     """The number of features D. ValueError for another shape, fewer than `least` images, NaN or infinite features."""
     if isinstance(x, Tensor) and x.ndim != 2:
         raise ValueError(f"{name} features have shape {list(x.shape)}; [N, D] is needed")
@@ -50,22 +50,22 @@ def check(x: Set, name: str, least: int, key: str = "features") -> int:
             raise ValueError(f"{name} features of sample {bad} are NaN or infinite; find the step that made them")
         seen += len(chunk)
     if seen < least or first is None:
-        raise ValueError(too_few(name, seen, first or 0, least))
+        raise ValueError(describe_shortage(name, seen, first or 0, least))
     return first
 
 
-def too_few(name: str, n: int, width: int, least: int) -> str:
+def describe_shortage(name: str, n: int, width: int, least: int) -> str:
     """The message for a set with too few images."""
     kid = ", or measure kid, which needs 2 images for any number of features" if least > width > 0 else ""
     return f"{name} set has n = {n} samples of {width} features; at least {least} are needed: use more images{kid}"
 
 
-def _pair(fake: Set, real: Set, least: int) -> int:
-    wide = check(fake, "generated", least), check(real, "reference", least)
+def validate_pair(fake: Set, real: Set, least: int) -> int:
+    wide = validate_features(fake, "generated", least), validate_features(real, "reference", least)
     if wide[0] != wide[1]:
         raise ValueError(f"the sets have {wide[0]} and {wide[1]} features; they must come from one extractor")
     return wide[0]
 
 
-def _unit(parts: Iterable[Tensor]) -> Iterator[Tensor]:
+def normalise_rows(parts: Iterable[Tensor]) -> Iterator[Tensor]:
     yield from (torch.nn.functional.normalize(part, dim=1) for part in parts)

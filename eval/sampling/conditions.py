@@ -16,7 +16,7 @@ IMAGES = 1_000_000  # of a folder at most: their names have six digits
 DIGITS = 10  # classes of the digits
 
 
-class Asked(NamedTuple):
+class SampleConditions(NamedTuple):
     """The prompts or labels of n images."""
 
     conditions: list[Any]
@@ -28,7 +28,7 @@ class Asked(NamedTuple):
         return hashlib.blake2b(json.dumps(self.conditions).encode(), digest_size=8).hexdigest()
 
 
-def texts(source: str, column: str | None = None) -> list[str]:
+def read_prompts(source: str, column: str | None = None) -> list[str]:
     """Prompts as distill.data.sources.prompts reads them, or of a folder of .txt files, one each, in their order."""
     from distill.data.sources import prompts
     from distill.data.tables import caption
@@ -43,19 +43,19 @@ def texts(source: str, column: str | None = None) -> list[str]:
     return found
 
 
-def of_protocol(model: Path, protocol: Protocol, n: int | None) -> Asked:
+def protocol_conditions(model: Path, protocol: Protocol, n: int | None) -> SampleConditions:
     """Those of a protocol, or of its first n images. ValueError where the pipeline takes none of these."""
     if (protocol.classes is None) == takes_labels(model):
         told = "prompts" if protocol.classes is None else "labels"
         raise ValueError(f"protocol {protocol.name} gives {told}, which {model} does not take; choose another")
-    return Asked(protocol.conditions(n), protocol.classes is None)
+    return SampleConditions(protocol.conditions(n), protocol.classes is None)
 
 
-def of_prompts(model: Path, source: str, column: str | None, n: int | None, each: int) -> Asked:
+def prompt_conditions(model: Path, source: str, column: str | None, n: int | None, each: int) -> SampleConditions:
     """`each` images of every prompt, or the first n of them. ValueError where there are fewer."""
     if takes_labels(model):
         raise ValueError(f"{model} takes labels, not prompts; leave out --prompts, and say --classes")
-    found = texts(source, column)
+    found = read_prompts(source, column)
     if n is not None and len(found) * each < n:
         times = f" x {each} images" if each > 1 else ""
         raise ValueError(
@@ -67,18 +67,18 @@ def of_prompts(model: Path, source: str, column: str | None, n: int | None, each
         raise ValueError(
             f"{source} asks for {n:,} images; a folder holds {IMAGES:,} at most: lower --n or --per_prompt"
         )
-    return Asked([found[i // each] for i in range(n)], True)
+    return SampleConditions([found[i // each] for i in range(n)], True)
 
 
-def of_labels(model: Path, classes: int | None, n: int) -> Asked:
+def label_conditions(model: Path, classes: int | None, n: int) -> SampleConditions:
     """i % classes. ValueError for a pipeline that takes prompts."""
     if not takes_labels(model):
         raise ValueError(f"{model} takes prompts: pass --prompts FILE (.txt, one a line, .jsonl or .parquet)")
-    known = _embedded(model)
+    known = _count_embeddings(model)
     if classes is not None and known is not None and classes > known:
         raise ValueError(f"classes is {classes}, and the network of {model} knows {known} labels: lower --classes")
-    classes = classes or _classes(model)
-    return Asked([i % classes for i in range(n)], False)
+    classes = classes or _count_classes(model)
+    return SampleConditions([i % classes for i in range(n)], False)
 
 
 def takes_labels(model: Path) -> bool:
@@ -87,9 +87,9 @@ def takes_labels(model: Path) -> bool:
     return index(model)["_class_name"] in LABELS
 
 
-def _classes(model: Path) -> int:
+def _count_classes(model: Path) -> int:
     """How many classes a network of labels knows, without "no label"."""
-    embedded, null = _embedded(model), _json(model / "distill.json").get("null_class")
+    embedded, null = _count_embeddings(model), _json(model / "distill.json").get("null_class")
     if embedded is None:
         return 1
     if null is not None and type(null) is not int:
@@ -104,7 +104,7 @@ def _classes(model: Path) -> int:
     )
 
 
-def _embedded(model: Path) -> int | None:
+def _count_embeddings(model: Path) -> int | None:
     """How many labels a network knows, with one that stands for none; None where it has none."""
     config = _json(model / "unet" / "config.json") or _json(model / "transformer" / "config.json")
     found = config.get("num_class_embeds") or config.get("num_embeds_ada_norm")

@@ -46,7 +46,7 @@ def parameters(pipe: Any) -> int:
     return sum(p.numel() for net in denoisers or parts.values() for p in net.parameters())
 
 
-def measure(
+def measure_cost(
     make: Callable[[int], Any],
     batch: int = 8,
     seconds: float = 0.5,
@@ -62,25 +62,25 @@ def measure(
     if batch < 1:
         raise ValueError(f"batch is {batch}; it must be at least 1")
     device = torch.device(device)
-    _forget(device)
-    alone = _timed(lambda: make(1), seconds, device)
-    together = alone if batch == 1 else _timed(lambda: make(batch), seconds, device)
+    _reset_peak_memory(device)
+    alone = _time_call(lambda: make(1), seconds, device)
+    together = alone if batch == 1 else _time_call(lambda: make(batch), seconds, device)
     return {
         "latency": alone,
         "images_per_second": batch / together,
-        "peak_memory": _peak(device),
+        "peak_memory": _peak_memory(device),
         "batch": batch,
         "hardware": hardware(device),
     }
 
 
-def _timed(call: Callable[[], Any], seconds: float, device: torch.device) -> float:
+def _time_call(call: Callable[[], Any], seconds: float, device: torch.device) -> float:
     spans: list[float] = []
     for counted in (False, *[True] * 1000):
-        _wait(device)
+        _synchronize(device)
         start = time.perf_counter()
         call()
-        _wait(device)
+        _synchronize(device)
         if counted:
             spans.append(time.perf_counter() - start)
         if len(spans) >= 3 and sum(spans) >= seconds:
@@ -88,14 +88,14 @@ def _timed(call: Callable[[], Any], seconds: float, device: torch.device) -> flo
     return median(spans)
 
 
-def _wait(device: torch.device) -> None:
+def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":
         torch.mps.synchronize()
 
 
-def _forget(device: torch.device) -> None:
+def _reset_peak_memory(device: torch.device) -> None:
     """Start the peak anew. Linux resets a process's own peak where it may write clear_refs; elsewhere it stays."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -106,7 +106,7 @@ def _forget(device: torch.device) -> None:
         pass
 
 
-def _peak(device: torch.device) -> int:
+def _peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")
@@ -119,7 +119,7 @@ def _peak(device: torch.device) -> int:
 
 
 @cache
-def commit() -> str | None:
+def git_commit() -> str | None:
     """12 hex digits of this checkout's commit, with "-dirty" where tracked files differ from it; None without git.
 
     None too where the package is installed inside a checkout of another project.

@@ -34,10 +34,18 @@ from torch import Tensor
 from distill.files import folder_lock
 from eval.files import check_output, read_json, shorten, write_json
 from eval.images import images as folders
-from eval.protocols import Protocol, protocol
-from eval.sampling.conditions import IMAGES, Asked, of_labels, of_prompts, of_protocol
-from eval.sampling.cost import commit, hardware, measure
-from eval.sampling.sampler import Sampler, family_of, generator, load, pipeline_sampler, teacher_sampler, turns_sampler
+from eval.protocols import Protocol, find_protocol
+from eval.sampling.conditions import IMAGES, SampleConditions, label_conditions, prompt_conditions, protocol_conditions
+from eval.sampling.cost import git_commit, hardware, measure_cost
+from eval.sampling.sampler import (
+    Sampler,
+    family_of,
+    image_generator,
+    load_pipeline,
+    pipeline_sampler,
+    staged_sampler,
+    teacher_sampler,
+)
 
 Solver = Literal["pipeline", "heun", "ddim", "cfg++"]
 FIRST = ("first", "first_steps", "first_guidance", "first_solver", "skip")
@@ -141,7 +149,7 @@ class Sampling:
 
     @cached_property
     def plan(self) -> Protocol | None:
-        return None if self.protocol is None else protocol(self.protocol)
+        return None if self.protocol is None else find_protocol(self.protocol)
 
     @cached_property
     def lora(self) -> Path | None:
@@ -172,7 +180,7 @@ class Sampling:
 
     @cached_property
     def about(self) -> dict[str, Any]:
-        return describe(self.folder) if self.lora is None else {}
+        return read_distill_json(self.folder) if self.lora is None else {}
 
     @property
     def student(self) -> bool:
@@ -213,13 +221,13 @@ class Sampling:
         return self.scheduler or (f"{self.lora.parent}" if beside else None), changed
 
     @cached_property
-    def asked(self) -> Asked:
+    def asked(self) -> SampleConditions:
         """The prompt or label of every image."""
         if self.plan is not None:
-            return of_protocol(self.folder, self.plan, self.n)
+            return protocol_conditions(self.folder, self.plan, self.n)
         if self.prompts is not None:
-            return of_prompts(self.folder, self.prompts, self.prompt_column, self.n, self.per_prompt)
-        return of_labels(self.folder, self.classes, self.n or 2000)
+            return prompt_conditions(self.folder, self.prompts, self.prompt_column, self.n, self.per_prompt)
+        return label_conditions(self.folder, self.classes, self.n or 2000)
 
     def check(self) -> None:
         """ValueError for what does not go together, before anything heavy is imported."""
@@ -237,7 +245,7 @@ class Sampling:
                 f"skip is {self.skip}, and {name} makes {self.calls} call(s), of which at least one must be left: use "
                 f"0 to {self.calls - 1}; with 0, {self.first} makes what it would above the level of the first"
             )
-        if self.before is not None and describe(self.before).get("student"):
+        if self.before is not None and read_distill_json(self.before).get("student"):
             raise ValueError(f"first is {self.first}, a student; a solver follows a teacher's ODE: give a teacher")
         for key, solver in (("guidance", self.method), ("first_guidance", self.first_solver)):
             if solver == "cfg++" and not 0 <= (scale := getattr(self, key) or 0) <= 1:
@@ -302,7 +310,7 @@ class Sampling:
         turns = self.before is not None or (self.student and self.method == "cfg++")
         if self.method == "pipeline" or turns:
             replaced = self.plan.components if self.plan else ()
-            pipe = load(self.folder, self.lora, *self.scheduling, self.variant, precision, replaced).to(device)
+            pipe = load_pipeline(self.folder, self.lora, *self.scheduling, self.variant, precision, replaced).to(device)
             self.weaken(getattr(pipe, "unet", pipe))
             if turns:
                 return self.turns(pipe)
@@ -330,10 +338,10 @@ class Sampling:
         then = Turn(around(pipe, self.resolution), self.calls or 1, guidance, self.skip if self.first else 0, solver)
         facts = {"steps": self.calls, "guidance": guidance, "scheduler": solver or type(pipe.scheduler).__name__}
         if self.before is None:
-            return turns_sampler([then], facts)
-        other = load(self.before, None, None, {}, self.variant, pipe.dtype).to(pipe.device)
+            return staged_sampler([then], facts)
+        other = load_pipeline(self.before, None, None, {}, self.variant, pipe.dtype).to(pipe.device)
         first = Turn(around(other, self.resolution), self.first_steps, self.first_guidance, 0, self.first_solver)
-        return turns_sampler([first, then], facts)
+        return staged_sampler([first, then], facts)
 
     def weaken(self, net: Any) -> None:
         """Scale the skips of a network that was loaded, and of the experts beside it, if asked to."""
@@ -351,11 +359,11 @@ class Sampling:
 
     def generate_missing(self) -> dict[str, Any]:
         """The manifest of a folder that no other process writes."""
-        asked, ranks = self.asked, Ranks()
+        asked, ranks = self.asked, ProcessGroup()
         if ranks.index == 0:
-            _begin(self.out, self.request(), asked, self.overwrite)
+            prepare_output_folder(self.out, self.request(), asked, self.overwrite)
         ranks.wait()
-        manifest = folders.manifest_of(self.out, unfinished=True)
+        manifest = folders.read_manifest(self.out, unfinished=True)
         if manifest["complete"] and self.cost is None:
             return manifest
         from pipelines.launch import silence_libraries
@@ -364,10 +372,10 @@ class Sampling:
         device = ranks.device(self.device)
         try:
             sampler = self.sampler(device)
-            share = None if manifest["complete"] else fill(self, sampler, ranks)
+            share = None if manifest["complete"] else generate_missing_images(self, sampler, ranks)
         except Exception:
             if ranks.index == 0:
-                _withdraw(self.out)
+                remove_empty_output(self.out)
             raise
         if share is not None:
             shares = ranks.gather(share)
@@ -376,9 +384,9 @@ class Sampling:
         if ranks.index == 0 and self.cost is not None:
             self.measure(sampler, device)
         ranks.wait()
-        return folders.manifest_of(self.out)
+        return folders.read_manifest(self.out)
 
-    def facts(self, sampler: Sampler, shares: list[Share], device: torch.device) -> dict[str, Any]:
+    def facts(self, sampler: Sampler, shares: list[RankResult], device: torch.device) -> dict[str, Any]:
         """Of the manifest, beside what was asked for."""
         seconds = max(share.seconds for share in shares)
         kind = "lora" if self.lora else "pipeline" if self.method == "pipeline" else "teacher"
@@ -386,9 +394,9 @@ class Sampling:
             "kind": self.kind or kind,
             "student": self.student or self.lora is not None,
             **sampler.facts,
-            "nfe": _whole(max(share.nfe for share in shares)),
+            "nfe": as_int_if_integral(max(share.nfe for share in shares)),
             "protocol": self.protocol,
-            "commit": commit(),
+            "commit": git_commit(),
             "hardware": hardware(device),
             "processes": len(shares),
             "seconds": round(seconds, 3),
@@ -400,11 +408,13 @@ class Sampling:
         given = self.asked.conditions
 
         def make(k: int) -> Tensor:
-            return sampler.make([generator(self.seed, i) for i in range(k)], [given[i % len(given)] for i in range(k)])
+            return sampler.make(
+                [image_generator(self.seed, i) for i in range(k)], [given[i % len(given)] for i in range(k)]
+            )
 
         with torch.no_grad():
-            measured = measure(make, self.batch or self.height, device=device)
-        facts = {"nfe": _whole(sampler.nfe()), "parameters": sampler.facts["parameters"]}
+            measured = measure_cost(make, self.batch or self.height, device=device)
+        facts = {"nfe": as_int_if_integral(sampler.nfe()), "parameters": sampler.facts["parameters"]}
         write_json(self.cost, measured | facts)
 
 
@@ -415,7 +425,7 @@ def generate(
     return Sampling(str(model), Path(out), n, steps, **others).run()
 
 
-class Ranks:
+class ProcessGroup:
     """The processes of `accelerate launch` or torchrun, or this one alone."""
 
     def __init__(self) -> None:
@@ -447,7 +457,7 @@ class Ranks:
 
 
 @dataclass
-class Share:
+class RankResult:
     """What one process has done."""
 
     digests: dict[int, str]  # of images that are there, by their numbers
@@ -456,7 +466,7 @@ class Share:
     nfe: float = 0.0
 
 
-def fill(work: Sampling, sampler: Sampler, ranks: Ranks) -> Share:
+def generate_missing_images(work: Sampling, sampler: Sampler, ranks: ProcessGroup) -> RankResult:
     """Make this process's share of the images that are missing, of those that are there take the digests."""
     from distill.progress import bar
 
@@ -467,21 +477,21 @@ def fill(work: Sampling, sampler: Sampler, ranks: Ranks) -> Share:
     left = sorted(set(range(len(wanted))) - set(done))
     ranks.wait()  # all have looked before anyone writes: the shares are disjoint
     own = slice(ranks.index, None, ranks.count)
-    share = Share({i: folders.digest(folders.level(out / folders.file_name(i))) for i in done[own]})
+    share = RankResult({i: folders.image_digest(folders.read_levels(out / folders.file_name(i))) for i in done[own]})
     mine = left[own]
     with bar(len(mine), "image", out.name, ranks.index == 0) as shown, torch.no_grad():
         if not left and ranks.index == 0:  # killed before its manifest was written: a call tells its facts
-            sampler.make([generator(work.seed, 0)] * rows, wanted[:1] * rows)
+            sampler.make([image_generator(work.seed, 0)] * rows, wanted[:1] * rows)
         for unit in (mine[k : k + batch] for k in range(0, len(mine), batch)):
             start, levels = time.perf_counter(), []
             for pick in (unit[k : k + rows] for k in range(0, len(unit), rows)):
                 filled = pick + [pick[-1]] * (rows - len(pick))
-                images = sampler.make([generator(work.seed, i) for i in filled], [wanted[i] for i in filled])
+                images = sampler.make([image_generator(work.seed, i) for i in filled], [wanted[i] for i in filled])
                 levels += _levels(images[: len(pick)], pick, size, work.frame)
             share.seconds += time.perf_counter() - start
             for i, level in zip(unit, levels, strict=True):
-                folders.save(out, i, level)
-                share.digests[i] = folders.digest(level)
+                folders.save_image(out, i, level)
+                share.digests[i] = folders.image_digest(level)
             shown.update(len(unit))
     share.made, share.nfe = len(mine), sampler.nfe()
     return share
@@ -506,14 +516,14 @@ def _levels(images: Tensor, numbers: list[int], size: int | None, frame: int | N
     return list(folders.quantize(images.cpu()))
 
 
-def _begin(out: Path, request: dict[str, Any], asked: Asked, overwrite: bool) -> None:
+def prepare_output_folder(out: Path, request: dict[str, Any], asked: SampleConditions, overwrite: bool) -> None:
     """Make `out` a folder of this request, unless it is one: its manifest, the prompts, no leftovers."""
-    old = folders.manifest_of(out, unfinished=True) if out.is_dir() else {}
+    old = folders.read_manifest(out, unfinished=True) if out.is_dir() else {}
     if old.get("request") is not None and {**old["request"], "model": request["model"]} == request:
         for leftover in out.glob(".*.part"):
             leftover.unlink()
         if old.get("model") != request["model"]:  # the same images under another name
-            folders.store(out, {**old, "model": request["model"], "request": request})
+            folders.write_manifest(out, {**old, "model": request["model"], "request": request})
         return
     if old.get("request") is not None and not overwrite:
         was, asks = old["request"], {**dict.fromkeys(old["request"]), **request}
@@ -530,13 +540,13 @@ def _begin(out: Path, request: dict[str, Any], asked: Asked, overwrite: bool) ->
             lines = ({"file_name": folders.file_name(i), "text": text} for i, text in enumerate(asked.conditions))
             (out / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         labels = None if asked.prompts else asked.conditions
-        folders.store(out, {"complete": False, **request, "labels": labels, "request": request})
+        folders.write_manifest(out, {"complete": False, **request, "labels": labels, "request": request})
     except OSError:
-        _withdraw(out)
+        remove_empty_output(out)
         raise
 
 
-def _withdraw(out: Path) -> None:
+def remove_empty_output(out: Path) -> None:
     """Remove what `_begin` wrote, where no image followed: a request that failed at once holds no folder."""
     if not any(out.glob("*.png")):
         for name in (folders.MANIFEST, "metadata.jsonl"):
@@ -545,19 +555,19 @@ def _withdraw(out: Path) -> None:
             out.rmdir()
 
 
-def _finish(out: Path, manifest: dict[str, Any], facts: dict[str, Any], shares: list[Share]) -> None:
+def _finish(out: Path, manifest: dict[str, Any], facts: dict[str, Any], shares: list[RankResult]) -> None:
     """The manifest of the complete folder; ValueError where something else lies among its images."""
     found = {i: digest for share in shares for i, digest in share.digests.items()}
     assert len(found) == sum(len(share.digests) for share in shares) == manifest["n"], "an image is missing, or twice"
     names = sorted(file.name for file in out.glob("*.png"))
     if names != [folders.file_name(i) for i in range(manifest["n"])]:
         raise ValueError(f"{out} holds images that are not of this run; remove them, or choose another folder")
-    shape = list(folders.level(out / names[0]).shape)
-    whole = {"shape": shape, "size": shape[-1], "hash": folders.combined(found[i] for i in range(manifest["n"]))}
-    folders.store(out, {**manifest, **facts, **whole, "complete": True})
+    shape = list(folders.read_levels(out / names[0]).shape)
+    whole = {"shape": shape, "size": shape[-1], "hash": folders.combine_digests(found[i] for i in range(manifest["n"]))}
+    folders.write_manifest(out, {**manifest, **facts, **whole, "complete": True})
 
 
-def describe(model: Path) -> dict[str, Any]:
+def read_distill_json(model: Path) -> dict[str, Any]:
     """The distill.json of an exported folder; {} for others. ValueError where there is no model."""
     if not model.is_dir():
         raise ValueError(f"there is no model folder {model}; train or export one first")
@@ -598,7 +608,7 @@ def model_hash(*models: Path) -> str:
     return total.hexdigest()[:16]
 
 
-def _whole(value: float) -> int | float:
+def as_int_if_integral(value: float) -> int | float:
     return int(value) if value == int(value) else round(value, 3)
 
 

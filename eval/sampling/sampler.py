@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 LOADING = Exception  # what a class raises at files that it cannot use is open-ended
 
 
-def generator(seed: int, i: int) -> torch.Generator:
+def image_generator(seed: int, i: int) -> torch.Generator:
     """The source of all randomness of image i: a function of (seed, i) alone, on the CPU for every device."""
     state = np.random.SeedSequence((seed, i)).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(state) & (2**63 - 1))
@@ -111,7 +111,7 @@ def pipeline_sampler(
     return Sampler(make, lambda: spent[0] / max(made[0], 1), facts | {"parameters": parameters(pipe)})
 
 
-def turns_sampler(turns: Sequence[Any], facts: dict[str, Any]) -> Sampler:
+def staged_sampler(turns: Sequence[Any], facts: dict[str, Any]) -> Sampler:
     """Samples pipelines that take turns on an image (`pipelines.inference.stitch.Turn`), each a `pipelines.Teacher`."""
     from pipelines.inference.stitch import stitch
 
@@ -173,7 +173,7 @@ def _global_state() -> list[Tensor]:
     return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [])]
 
 
-def load(
+def load_pipeline(
     folder: Path,
     lora: Path | None,
     scheduler: str | None,
@@ -208,7 +208,7 @@ def load(
     try:
         pipe = cls.from_pretrained(folder, **options, **absent)
     except LOADING as error:
-        raise ValueError(f"{folder} does not load as a {cls.__name__}: {_line(error)}") from None
+        raise ValueError(f"{folder} does not load as a {cls.__name__}: {_first_line(error)}") from None
     if not hasattr(getattr(pipe, "scheduler", None), "step"):
         raise ValueError(f"{folder}, a {cls.__name__}, has no scheduler, so its noise cannot be followed")
     if lora is not None:
@@ -217,7 +217,7 @@ def load(
         try:
             pipe.load_lora_weights(lora.parent, weight_name=lora.name)
         except LOADING as error:
-            raise ValueError(f"{lora} does not load onto {folder}: {_line(error)}") from None
+            raise ValueError(f"{lora} does not load onto {folder}: {_first_line(error)}") from None
     if scheduler is not None or scheduler_config:
         pipe.scheduler = _scheduler(pipe, scheduler, scheduler_config)
     for name, other in components:
@@ -227,7 +227,7 @@ def load(
     return install(pipe, folder)
 
 
-def _line(error: BaseException) -> str:
+def _first_line(error: BaseException) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
@@ -255,7 +255,7 @@ def _scheduler(pipe: Any, name: str | None, config: dict[str, Any]) -> Any:
     try:
         return cls.from_config(base, **config)
     except LOADING as error:
-        raise ValueError(f"{cls.__name__} takes no scheduler_config {shorten(config)}: {_line(error)}") from None
+        raise ValueError(f"{cls.__name__} takes no scheduler_config {shorten(config)}: {_first_line(error)}") from None
 
 
 def family_of(pipe: Any, resolution: int | None) -> tuple[Any, Any]:

@@ -17,13 +17,13 @@ from torch import nn
 
 from distill.data import digits
 from eval.features import extraction as module
-from eval.features.digits import classifier, shifted
+from eval.features.digits import classifier, shift_images
 from eval.features.extraction import features, text_features
 from eval.features.extractors import INCEPTION, load
 from eval.images import images as folders
 from eval.images.resize import parse, resize
 from eval.metrics.frechet import frechet
-from eval.protocols import Prepare
+from eval.protocols import Preparation
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -202,7 +202,7 @@ def test_the_cache_answers_and_tells_apart(tmp_path, monkeypatch):
     assert again.rows(torch.tensor([3, 0])).equal(first.rows()[[3, 0]])
     other = {
         "seed": features(folder, load("random:1")),
-        "rule": features(folder, load("random"), Prepare("square")),
+        "rule": features(folder, load("random"), Preparation("square")),
         "fewer": features(folder, load("random"), first=4),
         "image": features(noise(tmp_path / "b", 5, seed=1), load("random")),
     }
@@ -326,11 +326,13 @@ def test_wrong_folders_are_one_clear_error(tmp_path):
     mixed = noise(tmp_path / "mixed", 3)
     Image.new("RGB", (9, 8)).save(mixed / "000001.png")
     fails(mixed, "000001.png comes out as .*000000.png as .*different sizes need")
-    assert features(mixed, net, Prepare("square", 8)).n == 3  # of a reference, which the protocol brings to one size
+    assert (
+        features(mixed, net, Preparation("square", 8)).n == 3
+    )  # of a reference, which the protocol brings to one size
     made = tmp_path / "made"
-    folders.write(made, torch.zeros(3, 1, 8, 8))
+    folders.write_folder(made, torch.zeros(3, 1, 8, 8))
     Image.new("L", (9, 8)).save(made / "000001.png")
-    fails(made, "000001.png is 9 x 8, others are 8 x 8; one size a folder", prepare=Prepare("square", 8))
+    fails(made, "000001.png is 9 x 8, others are 8 x 8; one size a folder", prepare=Preparation("square", 8))
     (made / "000001.png").unlink()
     fails(made, "holds 2 images, its manifest says 3")
     os.mkfifo(made / "000001.png")
@@ -353,7 +355,7 @@ def test_the_digits_extractor(tmp_path, monkeypatch):
     assert found.shape == (597, 64) and found.dtype == torch.float64 and found.min() < 0  # before the ReLU
     accuracy = (logits.argmax(1) == labels).double().mean().item()
     assert accuracy == pytest.approx(net.accuracy) and net.accuracy >= 0.97
-    folders.write(tmp_path / "real", images[:20])
+    folders.write_folder(tmp_path / "real", images[:20])
     seen = features(tmp_path / "real", load("digits"))
     rounded = net(folders.restore(folders.quantize(images[:20])))[0]
     assert seen.rows().allclose(rounded, atol=1e-4) and seen.extractor_hash == net.hash
@@ -373,6 +375,6 @@ def test_the_digits_extractor(tmp_path, monkeypatch):
 
 def test_shift_moves_by_whole_pixels():
     x = torch.randn(2, 1, 4, 4)
-    out = shifted(x, torch.tensor([[1, 0], [0, -1]]))
+    out = shift_images(x, torch.tensor([[1, 0], [0, -1]]))
     assert (out[0, 0, 0] == -1).all() and out[0, 0, 1:].equal(x[0, 0, :-1])
     assert (out[1, 0, :, -1] == -1).all() and out[1, 0, :, :-1].equal(x[1, 0, :, 1:])

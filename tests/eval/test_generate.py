@@ -17,10 +17,10 @@ from PIL import Image
 from processes import TWO, python
 
 from eval.images import images as folders
-from eval.sampling.conditions import Asked, texts
-from eval.sampling.generate import Ranks, fill, generate, model_name
-from eval.sampling.sampler import Sampler, generator, load, pipeline_sampler, teacher_sampler
-from eval.score import Folder, score
+from eval.sampling.conditions import SampleConditions, read_prompts
+from eval.sampling.generate import ProcessGroup, generate, generate_missing_images, model_name
+from eval.sampling.sampler import Sampler, image_generator, load_pipeline, pipeline_sampler, teacher_sampler
+from eval.score import Folder, score_folder
 from pipelines.families import tiny
 
 WORDS = "fox cat dog tree sea hat cup road hill lamp bird".split()
@@ -60,11 +60,11 @@ def bytes_of(folder):
 @pytest.mark.parametrize("channels", [1, 3])
 def test_images_survive_the_folder(tmp_path, channels):
     levels = torch.arange(256, dtype=torch.uint8).repeat(3 * channels).reshape(3, channels, 16, 16)
-    manifest = folders.write(tmp_path / "a", folders.restore(levels), [4, 5, 6], seed=7)
-    images, labels, read = folders.read(tmp_path / "a")
+    manifest = folders.write_folder(tmp_path / "a", folders.restore(levels), [4, 5, 6], seed=7)
+    images, labels, read = folders.read_folder(tmp_path / "a")
     assert folders.quantize(images).equal(levels) and labels.tolist() == [4, 5, 6]
     assert read == manifest and read["seed"] == 7 and read["n"] == 3
-    assert folders.read(tmp_path / "a", first=2)[0].equal(images[:2])
+    assert folders.read_folder(tmp_path / "a", first=2)[0].equal(images[:2])
     assert folders.quantize(torch.tensor([-3.0, -1.0, 0.002, 1.0, 3.0])).tolist() == [0, 0, 128, 255, 255]
 
 
@@ -72,12 +72,12 @@ def test_bad_folders_are_one_clear_error(tmp_path):
     x = torch.zeros(3, 1, 8, 8)
 
     def fresh(name, **meta):
-        folders.write(tmp_path / name, x, **meta)
+        folders.write_folder(tmp_path / name, x, **meta)
         return tmp_path / name
 
     def fails(folder, match):
         with pytest.raises(ValueError, match=match):
-            folders.read(folder)
+            folders.read_folder(folder)
 
     (tmp_path / "empty").mkdir()
     fails(tmp_path / "empty", "holds no image")
@@ -113,20 +113,20 @@ def test_bad_folders_are_one_clear_error(tmp_path):
     os.mkfifo(lies / folders.MANIFEST)
     fails(lies, "is not a regular file; generate the folder again")
     with pytest.raises(ValueError, match="not empty"):
-        folders.write(edited, x)
-    folders.write(edited, x, overwrite=True)
-    assert len(folders.read(edited)[0]) == 3
+        folders.write_folder(edited, x)
+    folders.write_folder(edited, x, overwrite=True)
+    assert len(folders.read_folder(edited)[0]) == 3
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("keep")
     with pytest.raises(ValueError, match="it is not a folder of images"):
-        folders.write(tmp_path / "mine", x, overwrite=True)
+        folders.write_folder(tmp_path / "mine", x, overwrite=True)
     with pytest.raises(ValueError, match="image 1 holds NaN"):
-        folders.write(tmp_path / "nan", torch.stack([x[0], x[0] * math.nan]))
+        folders.write_folder(tmp_path / "nan", torch.stack([x[0], x[0] * math.nan]))
     assert not (tmp_path / "nan").exists() and not list(tmp_path.glob(".*"))
 
 
 def test_noise_belongs_to_seed_and_index():
-    draws = [torch.randn(4, generator=generator(s, i)) for s, i in ((0, 0), (0, 0), (0, 1), (1, 0))]
+    draws = [torch.randn(4, generator=image_generator(s, i)) for s, i in ((0, 0), (0, 0), (0, 1), (1, 0))]
     assert draws[0].equal(draws[1])
     assert not any(draws[0].equal(other) for other in draws[2:]) and not draws[2].equal(draws[3])
 
@@ -169,12 +169,12 @@ def test_noise_between_steps_is_the_images_own(noisy, tmp_path, name):
     told = generate(model, tmp_path / "one", **common, **scheduler)
     assert told["nfe"] == 3 and told["kind"] == "pipeline" and told["complete"]
     assert told["scheduler"] == ("LCMScheduler" if name == "sdxl" else "FlowMatchEulerDiscreteScheduler")
-    one = folders.read(tmp_path / "one")[0]
+    one = folders.read_folder(tmp_path / "one")[0]
     generate(model, tmp_path / "three", **common, **scheduler, rows=3)
-    assert (folders.read(tmp_path / "three")[0] - one).abs().max() <= 2 / 255 + 1e-6
+    assert (folders.read_folder(tmp_path / "three")[0] - one).abs().max() <= 2 / 255 + 1e-6
     for other in ({}, scheduler | {"seed": 1}):
         generate(model, tmp_path / "other", **common, **other, overwrite=True)
-        assert (folders.read(tmp_path / "other")[0] - one).abs().amax((1, 2, 3)).min() > 0.1
+        assert (folders.read_folder(tmp_path / "other")[0] - one).abs().amax((1, 2, 3)).min() > 0.1
 
 
 def test_a_pipeline_of_no_known_family(home, tmp_path):
@@ -190,7 +190,7 @@ def test_a_pipeline_of_no_known_family(home, tmp_path):
     common = {"n": 4, "steps": 2, "classes": 1000, "guidance": 2.0}
     told = [generate(home.root / "dit", tmp_path / f"{rows}", **common, rows=rows) for rows in (1, 3)]
     assert [(m["nfe"], m["labels"], m["scheduler"]) for m in told] == [(4, [0, 1, 2, 3], "DDPMScheduler")] * 2
-    one, three = (folders.read(tmp_path / f"{rows}")[0] for rows in (1, 3))
+    one, three = (folders.read_folder(tmp_path / f"{rows}")[0] for rows in (1, 3))
     assert (one - three).abs().max() <= 2 / 255 + 1e-6 and (one[0] - one[1]).abs().max() > 0.1
 
 
@@ -208,12 +208,12 @@ def test_shared_noise_is_refused():
 
     sampler = pipeline_sampler(Pipe(), 1, None)
     torch.manual_seed(5)
-    first = sampler.make([generator(0, 4)], ["x"])
+    first = sampler.make([image_generator(0, 4)], ["x"])
     torch.manual_seed(6)
-    assert sampler.make([generator(0, 4)], ["x"]).equal(first)
-    assert not sampler.make([generator(0, 5)], ["x"]).equal(first)
+    assert sampler.make([image_generator(0, 4)], ["x"]).equal(first)
+    assert not sampler.make([image_generator(0, 5)], ["x"]).equal(first)
     with pytest.raises(ValueError, match="draws noise that images of one call share: pass --rows 1"):
-        sampler.make([generator(0, 4), generator(0, 5)], ["x", "y"])
+        sampler.make([image_generator(0, 4), image_generator(0, 5)], ["x", "y"])
 
 
 def test_teacher_by_our_solvers(home, tmp_path):
@@ -225,13 +225,13 @@ def test_teacher_by_our_solvers(home, tmp_path):
     told = generate(home.folder("edm"), tmp_path / "a", n=11, steps=3, seed=3)
     assert (told["kind"], told["nfe"], told["scheduler"]) == ("teacher", 5, "heun")
     assert told["labels"] == [*range(10), 0] and told["shape"] == [1, 8, 8] and told["size"] == 8
-    for i, image in enumerate(folders.read(tmp_path / "a")[0][:3]):
-        expected = teacher_sampler(teacher, 3).make([generator(3, i)], [i])[0]
+    for i, image in enumerate(folders.read_folder(tmp_path / "a")[0][:3]):
+        expected = teacher_sampler(teacher, 3).make([image_generator(3, i)], [i])[0]
         assert (image - expected).abs().max() < 1.01 / 127.5
     z = []
     teacher.denoiser.net.register_forward_pre_hook(lambda net, args: z.append(args[0]))
-    teacher_sampler(teacher, 1).make([generator(3, 1)], [1])
-    first = torch.randn(1, 1, 8, 8, generator=generator(3, 1))
+    teacher_sampler(teacher, 1).make([image_generator(3, 1)], [1])
+    first = torch.randn(1, 1, 8, 8, generator=image_generator(3, 1))
     scale = z[0].norm() / first.norm()
     torch.testing.assert_close(z[0], first * scale)
     student = []
@@ -240,7 +240,7 @@ def test_teacher_by_our_solvers(home, tmp_path):
         dtype=torch.float32, components={},
     )  # fmt: skip
     family = SimpleNamespace(sample=lambda pipe, c, z, *_: student.append(z) or z, no_guidance=0.0)
-    pipeline_sampler(pipe, 1, None, family, (1, 8, 8)).make([generator(3, 1)], [1])
+    pipeline_sampler(pipe, 1, None, family, (1, 8, 8)).make([image_generator(3, 1)], [1])
     assert student[0].equal(first)
 
 
@@ -314,7 +314,7 @@ def test_wrong_input_is_one_clear_error(home, student, tmp_path):
             generate(model, new, **({"n": 2} | wrong), overwrite=True)
         assert not bytes_of(new)
     with pytest.raises(ValueError, match="there is no folder"):  # a request that failed leaves nothing behind
-        folders.read(new)
+        folders.read_folder(new)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("keep")
     with pytest.raises(ValueError, match="not a folder of images"):
@@ -324,7 +324,7 @@ def test_wrong_input_is_one_clear_error(home, student, tmp_path):
 def share(out, prompts, rows=1):
     """What `fill` is told."""
     facts = {"seed": 0, "plan": None, "batch": None, "frame": None}
-    return SimpleNamespace(out=out, asked=Asked(prompts, True), height=rows, **facts)
+    return SimpleNamespace(out=out, asked=SampleConditions(prompts, True), height=rows, **facts)
 
 
 def test_a_video_is_one_of_its_pictures(tmp_path):
@@ -333,16 +333,16 @@ def test_a_video_is_one_of_its_pictures(tmp_path):
 
     sampler, work = Sampler(make, lambda: 1, {}), share(tmp_path, ["a"])
     with pytest.raises(ValueError, match="videos of 5 pictures, and frame is None: choose the one to keep"):
-        fill(work, sampler, Ranks())
+        generate_missing_images(work, sampler, ProcessGroup())
     work.frame = 4
-    fill(work, sampler, Ranks())
-    assert folders.level(tmp_path / "000000.png").eq(255).all()
+    generate_missing_images(work, sampler, ProcessGroup())
+    assert folders.read_levels(tmp_path / "000000.png").eq(255).all()
 
 
 def test_nan_is_named(tmp_path):
     bad = Sampler(lambda g, c: torch.full((len(g), 3, 2, 2), math.nan), lambda: 1, {})
     with pytest.raises(ValueError, match="image 0 holds NaN or infinite values; it was not written"):
-        fill(share(tmp_path, ["a"] * 3, 2), bad, Ranks())
+        generate_missing_images(share(tmp_path, ["a"] * 3, 2), bad, ProcessGroup())
     assert not list(tmp_path.iterdir())
 
 
@@ -360,7 +360,7 @@ def test_a_lora_on_its_base(home, tmp_path):
     told = generate(tmp_path / "lora" / "my.safetensors", tmp_path / "a", base=f"{sd}", **text)
     assert (told["kind"], told["model"], told["scheduler"], told["nfe"]) == ("lora", "my", "LCMScheduler", 2)
     generate(sd, tmp_path / "b", scheduler="LCMScheduler", **text)
-    with_lora, without = (folders.read(tmp_path / name)[0] for name in "ab")
+    with_lora, without = (folders.read_folder(tmp_path / name)[0] for name in "ab")
     assert (with_lora - without).abs().amax((1, 2, 3)).min() > 0.02
 
 
@@ -389,13 +389,13 @@ def test_a_protocol_replaces_components(home, tmp_path, monkeypatch):
 
     monkeypatch.setenv("DISTILL_DATA", f"{tmp_path / 'data'}")
     plan = replace(PROTOCOLS["coco10k-dmd2-tokenizer1"], n=2, size=16)
-    monkeypatch.setattr(module, "protocol", lambda name: plan)
+    monkeypatch.setattr(module, "find_protocol", lambda name: plan)
     plan.folder.mkdir(parents=True)
     (plan.folder / "prompts.txt").write_text("a fox\na cat\n")
     sdxl = home.folder("sdxl")
     told = generate(sdxl, tmp_path / "a", steps=1, guidance=0.0, protocol=plan.name)
     assert told["protocol"] == plan.name and told["protocol_hash"] == plan.hash and told["n"] == 2
-    pipe = load(sdxl, None, None, {}, None, torch.float32, plan.components)
+    pipe = load_pipeline(sdxl, None, None, {}, None, torch.float32, plan.components)
     assert pipe.tokenizer_2 is pipe.tokenizer
     with pytest.raises(ValueError, match="replaces tokenizer_2, which .* does not have"):
         generate(home.folder("sd"), tmp_path / "b", steps=1, protocol=plan.name)
@@ -419,14 +419,14 @@ def test_two_processes_and_a_kill_give_the_same_files(home, tmp_path):
     before = {file: (out / file).stat().st_mtime_ns for file in bytes_of(out)}
     assert 8 <= len(before) < 40
     with pytest.raises(ValueError, match="is not complete: .* run the command that makes them again"):
-        folders.read(out)
+        folders.read_folder(out)
     python(*TWO, *command(model, out, *flags))
     assert bytes_of(out) == bytes_of(tmp_path / "whole") and len(bytes_of(out)) == 40
     assert all((out / name).stat().st_mtime_ns == at for name, at in before.items())
-    told = folders.manifest_of(out)
+    told = folders.read_manifest(out)
     assert told["processes"] == 2 and told["hash"] == whole["hash"] and not list(out.glob(".*"))
     told["complete"] = False
-    folders.store(out, told)  # killed after the last image
+    folders.write_manifest(out, told)  # killed after the last image
     assert generate(model, out, n=40, seed=2, steps=9, rows=4, classes=10)["hash"] == whole["hash"]
 
 
@@ -448,7 +448,7 @@ def test_a_model_is_named_by_its_run(student, tmp_path):
     first = generate(tmp_path / "a" / "pipeline", tmp_path / "out", n=3)
     again = generate(tmp_path / "b" / "pipeline", tmp_path / "out", n=3)
     assert (first["model"], again["model"]) == ("a", "b") and first["hash"] == again["hash"]
-    assert again["commit"] == score(tmp_path / "out", metrics=("vendi",), extractor="random")["commit"]
+    assert again["commit"] == score_folder(tmp_path / "out", metrics=("vendi",), extractor="random")["commit"]
 
 
 def test_prompts_of_evaluation_have_limits(home, tmp_path):
@@ -458,16 +458,16 @@ def test_prompts_of_evaluation_have_limits(home, tmp_path):
         generate(home.folder("sd"), tmp_path / "out", prompts=f"{tmp_path / 'long.txt'}")
     (tmp_path / "many").mkdir()
     (tmp_path / "many" / "a.txt").write_bytes(b"\xef\xbb\xbfa fox")
-    assert texts(f"{tmp_path / 'many'}") == ["a fox"]
+    assert read_prompts(f"{tmp_path / 'many'}") == ["a fox"]
     (tmp_path / "many" / "b.txt").write_text("fox " * 250_000)
     with pytest.raises(ValueError, match="b.txt: a text of 999,999 characters"):
-        texts(f"{tmp_path / 'many'}")
+        read_prompts(f"{tmp_path / 'many'}")
     (tmp_path / "many" / "b.txt").unlink()
     os.mkfifo(tmp_path / "many" / "b.txt")
     with pytest.raises(ValueError, match="b.txt is not a regular file"):
-        texts(f"{tmp_path / 'many'}")
+        read_prompts(f"{tmp_path / 'many'}")
     with_mark = tmp_path / "images"
-    folders.write(with_mark, torch.zeros(1, 3, 8, 8))
+    folders.write_folder(with_mark, torch.zeros(1, 3, 8, 8))
     (with_mark / "metadata.jsonl").write_text('{"file_name": "000000.png", "text": "a fox"}\n', "utf-8-sig")
     assert Folder(with_mark).texts == ["a fox"]
 
@@ -497,17 +497,17 @@ def test_layouts_of_benchmarks(tmp_path):
     (tmp_path / "prompts").mkdir()
     for name, line in zip(("10", "9"), lines, strict=True):
         (tmp_path / "prompts" / f"{name}.txt").write_text(line["prompt"])
-    wanted = Asked([lines[i // 4]["prompt"] for i in range(8)], True)
+    wanted = SampleConditions([lines[i // 4]["prompt"] for i in range(8)], True)
     levels = torch.arange(8, dtype=torch.uint8).reshape(8, 1, 1, 1).expand(8, 3, 2, 2)
     folder, out = tmp_path / "images", tmp_path / "out"
-    folders.write(folder, folders.restore(levels), prompts=wanted.hash)
+    folders.write_folder(folder, folders.restore(levels), prompts=wanted.hash)
     assert export(folder, "geneval", tmp_path / "evaluation_metadata.jsonl", out) == 2
     assert [*sorted(p.name for p in out.iterdir())] == ["00000", "00001"]
     assert sorted(p.name for p in (out / "00001" / "samples").iterdir()) == [f"{j:05d}.png" for j in range(4)]
     assert json.loads((out / "00001" / "metadata.jsonl").read_text()) == lines[1]
     assert (out / "00001/samples/00002.png").read_bytes() == (folder / "000006.png").read_bytes()
     assert export(folder, "dpg", tmp_path / "prompts", tmp_path / "dpg") == 2
-    grid = folders.level(tmp_path / "dpg" / "9.png")
+    grid = folders.read_levels(tmp_path / "dpg" / "9.png")
     assert grid.shape == (3, 4, 4) and grid[0, ::2, ::2].tolist() == [[4, 5], [6, 7]]
     (tmp_path / "other.jsonl").write_text('{"prompt": "a dog"}\n')
     for layout, prompts, place, match in (
@@ -518,7 +518,9 @@ def test_layouts_of_benchmarks(tmp_path):
     ):
         with pytest.raises(ValueError, match=match):
             export(folder, layout, tmp_path / prompts, tmp_path / place)
-    folders.write(tmp_path / "few", folders.restore(levels[:2]), prompts=Asked(wanted.conditions[::4], True).hash)
+    folders.write_folder(
+        tmp_path / "few", folders.restore(levels[:2]), prompts=SampleConditions(wanted.conditions[::4], True).hash
+    )
     with pytest.raises(ValueError, match="1 image.s. of a prompt; DPG-Bench reads 4"):
         export(tmp_path / "few", "dpg", tmp_path / "prompts", tmp_path / "new")
     assert not (tmp_path / "new").exists()

@@ -141,12 +141,14 @@ def test_files(tmp_path):
 
 
 def test_evaluation_reads_as_training_does(tmp_path):
-    from eval.features.extraction import _opened, list_images
-    from eval.images.images import level
-    from eval.protocols import Prepare
+    from eval.features.extraction import _open_and_resize, list_images
+    from eval.images.images import read_levels
+    from eval.protocols import Preparation
 
     for name, image in (("a.tif", Image.fromarray(RAMP)), ("b.avif", Image.new("RGBA", (256, 2), GREY))):
         (tmp_path / name).write_bytes(stored(image, "TIFF" if name == "a.tif" else "AVIF"))
     grey, clear = list_images(tmp_path)
-    assert (level(grey).numpy() == np.arange(256)).all() and level(clear).min() > 250
-    assert (_opened(grey, Prepare(), "")[1] == np.arange(256)).all() and _opened(clear, Prepare(), "")[1].min() > 250
+    assert (read_levels(grey).numpy() == np.arange(256)).all() and read_levels(clear).min() > 250
+    assert (_open_and_resize(grey, Preparation(), "")[1] == np.arange(256)).all() and _open_and_resize(
+        clear, Preparation(), ""
+    )[1].min() > 250

@@ -10,10 +10,10 @@ import pytest
 from rows import row
 
 from eval.leaderboard import entries, jobs
-from eval.leaderboard.commands import card, write
-from eval.leaderboard.jobs import Failed, Job, run
-from eval.leaderboard.tables import mean
-from eval.sampling.cost import measure, parameters
+from eval.leaderboard.commands import write_card, write_page
+from eval.leaderboard.jobs import Job, JobFailure, run_jobs
+from eval.leaderboard.tables import average_seeds
+from eval.sampling.cost import measure_cost, parameters
 from pipelines.export.card import Result, evaluated, snippet
 from pipelines.export.card import card as model_card
 from pipelines.export.license import License
@@ -29,7 +29,7 @@ def test_a_board_is_a_product():
             {"model": "runs/dmd2/pipeline", "protocols": "digits", "generate": {"dtype": "bfloat16"}},
         ],
     }
-    found = entries.entries(tree)
+    found = entries.list_entries(tree)
     assert len(found) == 9 and len({e.title for e in found}) == 9
     assert found[1].title == "teacher-5-steps-guidance-2.5-digits" and found[1].seeds == (7,)
     assert found[-1].name == "dmd2" and found[-1].steps is None and found[-1].seeds == (0, 1, 2), "the protocol's"
@@ -72,12 +72,12 @@ def test_a_board_is_a_product():
 )
 def test_a_wrong_board_is_refused_before_any_work(tree, match):
     with pytest.raises(ValueError, match=match):
-        entries.entries(tree)
+        entries.list_entries(tree)
 
 
 def test_files_that_are_no_board(tmp_path):
     with pytest.raises(ValueError, match="there is no file"):
-        entries.read(tmp_path / "absent.yaml")
+        entries.read_board(tmp_path / "absent.yaml")
     laughs = "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}' if i else 'ha'] * 9)}]\n" for i in range(9))
     for text, match in (
         ("a: [", "not YAML"),
@@ -89,12 +89,12 @@ def test_files_that_are_no_board(tmp_path):
     ):
         (tmp_path / "board.yaml").write_text(text)
         with pytest.raises(ValueError, match=match) as told:
-            entries.read(tmp_path / "board.yaml")
+            entries.read_board(tmp_path / "board.yaml")
         assert len(str(told.value)) < 1000
     (tmp_path / "board.yaml").unlink()
     os.mkfifo(tmp_path / "board.yaml")
     with pytest.raises(ValueError, match="not a regular file"):
-        entries.read(tmp_path / "board.yaml")
+        entries.read_board(tmp_path / "board.yaml")
 
 
 def test_jobs_go_on_without_what_fails(tmp_path):
@@ -107,14 +107,14 @@ def test_jobs_go_on_without_what_fails(tmp_path):
         "dies": Job("dies", ["-c", dies]),
         "after": Job("after", ["-c", f"open({mark + '3'!r}, 'w')"], ("dies",)),
     }
-    failed = run(todo, tmp_path, 1, patient=True)
+    failed = run_jobs(todo, tmp_path, 1, patient=True)
     assert failed.keys() == {"fails", "needs"} and "error: no such model" in failed["fails"]
     assert failed["needs"] == "needs 'fails', which failed"
     assert not (tmp_path / "mark2").exists() and (tmp_path / "mark3").exists()
-    with pytest.raises(Failed, match="killed by signal 9"):
-        run({"dies": Job("dies", ["-c", "import os; os.kill(os.getpid(), 9)"])}, tmp_path, 1)
+    with pytest.raises(JobFailure, match="killed by signal 9"):
+        run_jobs({"dies": Job("dies", ["-c", "import os; os.kill(os.getpid(), 9)"])}, tmp_path, 1)
     always = {"dies": Job("dies", ["-c", f"open({mark + '4'!r}, 'a').write('x'); import os; os.kill(os.getpid(), 9)"])}
-    assert "killed by signal 9" in run(always, tmp_path, 1, patient=True)["dies"]
+    assert "killed by signal 9" in run_jobs(always, tmp_path, 1, patient=True)["dies"]
     assert (tmp_path / "mark4").read_text() == "xxx", "three times, then it is a failure"
 
 
@@ -123,8 +123,8 @@ def test_jobs_say_how_far_they_are_without_a_terminal(tmp_path, capsys, monkeypa
     monkeypatch.setattr(jobs, "LEAST", 0.1)
     talks = "import sys, time; print('half of it', flush=True); time.sleep(1.5)"
     todo = {"a": Job("talk", ["-c", talks]), "b": Job("fail", ["-c", "raise SystemExit(3)"], ("a",))}
-    with pytest.raises(Failed, match="'fail' failed"):
-        run(todo, tmp_path, 2)
+    with pytest.raises(JobFailure, match="'fail' failed"):
+        run_jobs(todo, tmp_path, 2)
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "talk ..." and lines[-2:] == ["fail ...", "fail: failed after 0 s"], lines
     assert re.fullmatch(r"talk, [12] s: half of it", lines[1]) and re.fullmatch(r"talk: done after [2-9] s", lines[-3])
@@ -133,7 +133,7 @@ def test_jobs_say_how_far_they_are_without_a_terminal(tmp_path, capsys, monkeypa
 @pytest.mark.parametrize("workers", (0, -1, 1.5, "2", True, None))
 def test_jobs_need_a_worker(workers, tmp_path):
     with pytest.raises(ValueError, match="workers is .*; it must be a whole number, at least 1"):
-        run({"a": Job("a", ["-c", ""])}, tmp_path / "out", workers)
+        run_jobs({"a": Job("a", ["-c", ""])}, tmp_path / "out", workers)
     assert not (tmp_path / "out").exists()
 
 
@@ -141,7 +141,7 @@ def test_jobs_that_wait_for_each_other(tmp_path):
     for a, b in (("b", "a"), ("a", "a"), ("nowhere", "a")):
         todo = {"a": Job("one", ["-c", ""], (a,)), "b": Job("two", ["-c", ""], (b,))}
         with pytest.raises(ValueError, match="'one' depends on jobs that cannot finish or do not exist"):
-            run(todo, tmp_path, 1)
+            run_jobs(todo, tmp_path, 1)
 
 
 STAGE = """
@@ -175,14 +175,14 @@ def _plain(command):
 
 
 def test_a_board_skips_what_is_done_and_names_what_failed(stages, tmp_path):
-    todo = entries.entries({"entries": [{"model": m, "seeds": [3]} for m in ("good", "broken", "fine")]})
-    rows, failed = entries.evaluate(todo, tmp_path / "out")
+    todo = entries.list_entries({"entries": [{"model": m, "seeds": [3]} for m in ("good", "broken", "fine")]})
+    rows, failed = entries.evaluate_entries(todo, tmp_path / "out")
     assert [r["model"] for r in rows] == ["good-digits", "fine-digits"] and failed.keys() == {"broken-digits"}
     assert "error: broken does not load" in failed["broken-digits"]
     assert rows[0]["cost"]["latency"] == 0.5 and rows[0]["cost"]["nfe"] == 1, "measured goes over the manifest's"
     once = stages()
     assert len(once) == 7 and [c for c in once if "broken" in c] == ["generate broken-digits"]
-    assert entries.evaluate(todo, tmp_path / "out") == (rows, failed)
+    assert entries.evaluate_entries(todo, tmp_path / "out") == (rows, failed)
     assert stages() == sorted([*once, "generate broken-digits"]), "only the one that failed was tried again"
     rows_file = tmp_path / "out" / "entries" / "fine-digits" / "rows.json"
     for text, match in (
@@ -190,41 +190,41 @@ def test_a_board_skips_what_is_done_and_names_what_failed(stages, tmp_path):
         (json.dumps([row("a", 1.0), row("b", 1.0)]), "rows of 2 models"),
     ):
         rows_file.write_text(text)
-        some, why = entries.evaluate(todo, tmp_path / "out")
+        some, why = entries.evaluate_entries(todo, tmp_path / "out")
         assert some == rows[:1] and match in why["fine-digits"], "the other entry has its row"
     listed = [
         {"model": "a", "name": "partial", "seeds": [3, 4]},
         {"model": "a", "name": "partial3", "seeds": [3, 4, 5]},
     ]
-    partial = entries.entries({"entries": listed})
-    some, why = entries.evaluate(partial, tmp_path / "out")
+    partial = entries.list_entries({"entries": listed})
+    some, why = entries.evaluate_entries(partial, tmp_path / "out")
     assert [r["model"] for r in some] == ["partial-digits"], (
         "its other metrics are kept; of some seeds alone nothing is"
     )
     assert len(why) == 2 and "scored without fid" in why["partial-digits"]
-    again = entries.entries({"entries": [{"model": "good", "seeds": [3], "n": 5}]})
-    entries.evaluate(again, tmp_path / "out")
+    again = entries.list_entries({"entries": [{"model": "good", "seeds": [3], "n": 5}]})
+    entries.evaluate_entries(again, tmp_path / "out")
     assert stages().count("score good-digits") == 2, "another request is another row"
 
 
 def test_the_mean_of_seeds():
     rows = [row("a", v, seeds=[i]) for i, v in enumerate((9.0, 10.0, 11.0))]
-    (one,) = mean([*rows])
+    (one,) = average_seeds([*rows])
     figure = one["metrics"]["fid"]
     assert figure["value"] == 10.0 and figure["n"] == 3 and one["seeds"] == [0, 1, 2]
     assert figure["high"] - 10.0 == pytest.approx(4.302653 / 3**0.5, rel=1e-5)  # Student's t of two degrees
     nested = [row("a", v + d, seeds=[j], run=i) for i, v in enumerate((9.0, 10.0, 11.0)) for j, d in ((0, -1), (1, 1))]
-    (both,) = mean(nested)
+    (both,) = average_seeds(nested)
     assert both["metrics"]["fid"]["high"] == pytest.approx(figure["high"]) and both["metrics"]["fid"]["n"] == 6
     assert both["runs"] == [0, 1, 2] and type(both["cost"]["nfe"]) is int
-    (single,) = mean(nested[:2])
+    (single,) = average_seeds(nested[:2])
     assert "low" not in single["metrics"]["fid"], "noise seeds of one training run say nothing about another run"
-    assert mean([rows[0], row("b", 1.0)]) == [rows[0], row("b", 1.0)]
-    assert mean([*rows, rows[0]]) == [one], "the same row twice is one row"
+    assert average_seeds([rows[0], row("b", 1.0)]) == [rows[0], row("b", 1.0)]
+    assert average_seeds([*rows, rows[0]]) == [one], "the same row twice is one row"
     with pytest.raises(ValueError, match="a has two rows of seed 0"):
-        mean([*rows, row("a", 30.0, seeds=[0])])
+        average_seeds([*rows, row("a", 30.0, seeds=[0])])
     del rows[0]["metrics"]["fid"]
-    figure = mean(rows)[0]["metrics"]["fid"]
+    figure = average_seeds(rows)[0]["metrics"]["fid"]
     assert figure["value"] == 10.5 and figure["n"] == 2, "of those that have it"
 
 
@@ -238,12 +238,12 @@ def test_cost():
     assert parameters(Pipe()) == 16 and parameters(type("P", (), {"components": {"net": nn.Linear(2, 2)}})()) == 6
     seen = []
     net = nn.Linear(256, 256)
-    found = measure(lambda k: (seen.append(k), net(torch.zeros(k * 500, 256))), batch=8, seconds=0.02)
+    found = measure_cost(lambda k: (seen.append(k), net(torch.zeros(k * 500, 256))), batch=8, seconds=0.02)
     assert seen.count(1) >= 4 and seen.count(8) >= 4 and set(seen) == {1, 8}
     assert 0 < found["latency"] < 1 and found["images_per_second"] > 1 / found["latency"] / 8
     assert found["peak_memory"] > 50 * 2**20 and "thread" in found["hardware"] and found["batch"] == 8
     with pytest.raises(ValueError, match="batch is 0"):
-        measure(lambda k: None, 0)
+        measure_cost(lambda k: None, 0)
 
 
 def test_figures_go_into_a_models_card(tmp_path):
@@ -254,8 +254,8 @@ def test_figures_go_into_a_models_card(tmp_path):
     facts = {"name": "dmd2", "base": "runs/teacher", "license": License("mit"), "family": "edm", "method": "dmd2"}
     made = model_card(**facts, steps=1, config="a: 1", code="pipe = 1", task="unconditional-image-generation")
     (folder / "README.md").write_text(made)
-    write(tmp_path / "board", [row("dmd2", 10.4), row("sid", 13.0)])
-    card((tmp_path / "board" / "rows.json",), "dmd2", folder)
+    write_page(tmp_path / "board", [row("dmd2", 10.4), row("sid", 13.0)])
+    write_card((tmp_path / "board" / "rows.json",), "dmd2", folder)
     first = (folder / "README.md").read_text()
     found = ModelCard(first).data
     assert [(r.metric_name, r.metric_value, r.dataset_name) for r in found.eval_results] == [
@@ -278,6 +278,6 @@ def test_figures_go_into_a_models_card(tmp_path):
     last = ModelCard.load(folder / "README.md").data.eval_results[-1]
     assert last.metric_name == hostile and {line.replace(r"\|", "").count("|") for line in table.split("\n")} == {0, 4}
     with pytest.raises(ValueError, match="no row is of 'lcm'; there are \\['dmd2', 'sid'\\]"):
-        card((tmp_path / "board" / "rows.json",), "lcm", folder)
+        write_card((tmp_path / "board" / "rows.json",), "lcm", folder)
     with pytest.raises(ValueError, match="no README.md"):
         evaluated(tmp_path, [])

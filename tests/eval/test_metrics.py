@@ -17,7 +17,7 @@ from scipy.stats import t as student_t
 from test_security import png
 
 from distill.data import digits
-from eval.cli import Unfinished
+from eval.cli import PartialFailure
 from eval.features import extraction as feature_module
 from eval.features.digits import classifier
 from eval.features.extraction import features
@@ -27,13 +27,13 @@ from eval.metrics import hallucination
 from eval.metrics.classifier import accuracy, inception_score
 from eval.metrics.diversity import diversity, pair_diversity, vendi
 from eval.metrics.frechet import fid, frechet, moments
-from eval.metrics.intervals import Halves, Score, Z, mean_ci, ratio_ci, share, tie
+from eval.metrics.intervals import HalvingIntervals, Score, Z, intervals_overlap, mean_ci, proportion, ratio_ci
 from eval.metrics.kernel import cmmd, kid
 from eval.metrics.neighbours import manifold
-from eval.metrics.registry import METRICS, metric
+from eval.metrics.registry import METRICS, find_metric
 from eval.protocols import PROTOCOLS
-from eval.score import Folder, score, scores
-from eval.score import statistics as statistics_of
+from eval.score import Folder, score_folder, score_folders
+from eval.score import read_statistics as statistics_of
 from pipelines.families import tiny
 
 
@@ -91,7 +91,7 @@ def test_bad_features_are_refused():
     with pytest.raises(ValueError, match="have 64 and 32 features; they must come from one extractor"):
         kid(x, x[:, :32])
     with pytest.raises(ValueError, match="there is no metric 'fidd'; there are fid, patch_fid"):
-        metric("fidd")
+        find_metric("fidd")
 
 
 def test_singular_covariances_are_exact():
@@ -131,8 +131,8 @@ def pairs(tmp_path_factory):
     real, (images, labels) = digits("heldout")[0], digits("train")
     noise = torch.randn(597, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     fake, where = images[:597] + 0.2 * noise, tmp_path_factory.mktemp("images")
-    folders.write(where / "real", real)
-    folders.write(where / "fake", fake, labels[:597])
+    folders.write_folder(where / "real", real)
+    folders.write_folder(where / "fake", fake, labels[:597])
     return where, gray(fake), gray(real)
 
 
@@ -291,14 +291,16 @@ def test_dropped_modes_cost_recall_and_coverage_not_precision(halves):
     assert whole["precision"].value > 0.8 and whole["recall"].value > 0.8 and whole["coverage"].value > 0.85
     assert dropped["recall"].value < 0.6 and dropped["coverage"].value < 0.55
     assert dropped["precision"].value > whole["precision"].value - 0.05
-    assert not tie(whole["recall"], dropped["recall"]) and not tie(whole["coverage"], dropped["coverage"])
+    assert not intervals_overlap(whole["recall"], dropped["recall"]) and not intervals_overlap(
+        whole["coverage"], dropped["coverage"]
+    )
     assert dropped["off_support"].value < 0.05
 
 
 def test_blur_costs_precision_and_density(halves):
     real, _, other, _ = halves
     whole, blurred = manifold(seen(other), seen(real)), manifold(seen(blur(other)), seen(real))
-    assert blurred["precision"].value < whole["precision"].value - 0.3 and not tie(
+    assert blurred["precision"].value < whole["precision"].value - 0.3 and not intervals_overlap(
         whole["precision"], blurred["precision"]
     )
     assert blurred["density"].value < 0.6 * whole["density"].value
@@ -320,9 +322,9 @@ def test_duplicates_cost_vendi_and_diversity(halves):
     three = other[:3].repeat(200, 1, 1, 1)
     for look in (seen, random):
         assert vendi(look(three)).value < 0.75 * vendi(look(other)).value
-        assert not tie(vendi(look(few)), vendi(look(other)))
+        assert not intervals_overlap(vendi(look(few)), vendi(look(other)))
         wide, narrow = diversity(look(other), labels), diversity(look(few), few_labels)
-        assert narrow.value < 0.75 * wide.value and not tie(wide, narrow)
+        assert narrow.value < 0.75 * wide.value and not intervals_overlap(wide, narrow)
     from pipelines.judges.perceptual import random as distance
 
     sets = (other[:100], labels[:100]), (few[:100], few_labels[:100])
@@ -377,7 +379,7 @@ def clip(tmp_path_factory):
 
 
 def with_prompts(folder, images, prompts):
-    folders.write(folder, images)
+    folders.write_folder(folder, images)
     lines = [json.dumps({"file_name": f"{i:06d}.png", "text": text}) for i, text in enumerate(prompts)]
     (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
     return folder
@@ -391,10 +393,10 @@ def test_wrong_prompts_cost_clip_score(clip, tmp_path):
     found = {}
     for name, prompts in (("right", right), ("wrong", wrong), ("mixed", mixed)):
         folder = with_prompts(tmp_path / name, images, prompts)
-        row = score(folder, metrics=("clip_score", "pickscore"), extractor=f"clip:{clip}")
+        row = score_folder(folder, metrics=("clip_score", "pickscore"), extractor=f"clip:{clip}")
         found[name] = {key: Score(**value) for key, value in row["metrics"].items()}
     means = {name: score["clip_score"] for name, score in found.items()}
-    assert means["right"].value > means["wrong"].value + 0.4 and not tie(means["right"], means["wrong"])
+    assert means["right"].value > means["wrong"].value + 0.4 and not intervals_overlap(means["right"], means["wrong"])
     assert means["mixed"].value == pytest.approx((means["right"].value + means["wrong"].value) / 2, abs=0.1)
     net = load(f"clip:{clip}")
     assert found["right"]["pickscore"].value == pytest.approx(net.scale * means["right"].value, rel=1e-6)
@@ -409,7 +411,7 @@ def test_wrong_prompts_cost_clip_score(clip, tmp_path):
         out = theirs(**tokens, pixel_values=x)
     expected = (out.image_embeds * out.text_embeds).sum(1).mean().item()  # transformers normalises both
     folder = with_prompts(tmp_path / "five", images[:5], right[:5])
-    five = score(folder, metrics=("clip_score",), extractor=f"clip:{clip}")
+    five = score_folder(folder, metrics=("clip_score",), extractor=f"clip:{clip}")
     assert five["metrics"]["clip_score"]["value"] == pytest.approx(expected, rel=1e-5)
 
 
@@ -439,18 +441,20 @@ def test_hallucinations_between_modes_are_seen_in_the_right_window():
     real, other, fake = draw().double(), draw().double(), draw().double()
     fake[:400] = 1 + 2 * torch.rand(400, 1, generator=g)
     truth = (fake - MODES).abs().min(1).values > 4 * STD
-    hal = lambda x, levels, by=teacher: hallucination.variance(hallucination.renoised(by, x, None, levels))
+    hal = lambda x, levels, by=teacher: hallucination.variance(hallucination.predict_x0_at_levels(by, x, None, levels))
     near, wide = (0.02, 0.03, 0.04, 0.05), (0.8, 1.0, 1.2, 1.5)
     assert hallucination.auc(hal(fake, near), truth) > 0.93 and hallucination.auc(hal(fake, wide), truth) < 0.65
     found = hallucination.rate(hal(fake, near), hal(real, near))
     clean = hallucination.rate(hal(other, near), hal(real, near))
-    assert 0.5 * truth.double().mean() < found.value < 0.25 and clean.value < 0.02 and not tie(found, clean)
+    assert (
+        0.5 * truth.double().mean() < found.value < 0.25 and clean.value < 0.02 and not intervals_overlap(found, clean)
+    )
     flow = hal(fake, near, teacher.on(Flow()))  # the same levels on another schedule
     assert flow.allclose(hal(fake, near), rtol=1e-3, atol=1e-9)
-    batches = hallucination.renoised(teacher, fake, None, near, batch=7)
-    assert batches.allclose(hallucination.renoised(teacher, fake, None, near), rtol=1e-12)
+    batches = hallucination.predict_x0_at_levels(teacher, fake, None, near, batch=7)
+    assert batches.allclose(hallucination.predict_x0_at_levels(teacher, fake, None, near), rtol=1e-12)
     with pytest.raises(ValueError, match="at least 2 ratios"):
-        hallucination.renoised(teacher, fake, None, [0.1])
+        hallucination.predict_x0_at_levels(teacher, fake, None, [0.1])
     with pytest.raises(ValueError, match=r"\[T, N, ...\] with T >= 2"):
         hallucination.variance(fake[None])
     with pytest.raises(ValueError, match="sample 1 are NaN"):
@@ -518,21 +522,25 @@ def test_fid_is_biased_like_one_over_n():
 
 def test_shares_and_ties():
     """Wilson's interval of 8 of 10 (0.4902, 0.9433), and of all of them, which has a width."""
-    found = share(torch.tensor([True] * 8 + [False] * 2))
+    found = proportion(torch.tensor([True] * 8 + [False] * 2))
     assert found == pytest.approx((0.8, 0.4901625, 0.9433178, 10), abs=1e-6)
-    whole = share(torch.ones(100, dtype=torch.bool))
+    whole = proportion(torch.ones(100, dtype=torch.bool))
     assert whole.value == whole.high == 1 and 0.95 < whole.low < 0.97
     a, b = Score(1.0, 0.9, 1.1, 10), Score(1.15, 1.05, 1.25, 10)
-    assert tie(a, b) and tie(b._asdict(), a._asdict()) and not tie(a, b._replace(low=1.11))
+    assert (
+        intervals_overlap(a, b)
+        and intervals_overlap(b._asdict(), a._asdict())
+        and not intervals_overlap(a, b._replace(low=1.11))
+    )
 
 
 def test_halving_is_the_spread_of_the_mean():
     """The mean of 400 normal numbers: 1 / 400^1/2, and by strata the spread within them."""
     x = torch.randn(400, generator=torch.Generator().manual_seed(0))
-    found = Halves(400)(lambda i: x[i].mean().item())
+    found = HalvingIntervals(400)(lambda i: x[i].mean().item())
     assert (found.high - found.value) / Z == pytest.approx(0.05, rel=0.5)
     labels = torch.arange(400) % 2
-    narrow = Halves(400, labels)(lambda i: (100 * labels[i] + x[i]).mean().item())
+    narrow = HalvingIntervals(400, labels)(lambda i: (100 * labels[i] + x[i]).mean().item())
     assert (narrow.high - narrow.value) / Z == pytest.approx(0.05, rel=0.5)
 
 
@@ -565,8 +573,8 @@ def test_the_ratio_interval_covers():
 def test_real_digits_score_at_the_floor(tmp_path):
     """The held-out digits as a "model": distance 0 to themselves; the row is that of the contract."""
     images, labels = digits("heldout")
-    folders.write(tmp_path / "real", images, labels, name="real", seed=3, steps=2, nfe=1)
-    row = score(tmp_path / "real")
+    folders.write_folder(tmp_path / "real", images, labels, name="real", seed=3, steps=2, nfe=1)
+    row = score_folder(tmp_path / "real")
     found = {name: Score(**value) for name, value in row["metrics"].items()}
     assert list(found) == ["fd_heldout", "fd_train", "accuracy", "precision", "recall"]
     assert found["fd_heldout"].value == pytest.approx(0, abs=1e-6)
@@ -577,8 +585,8 @@ def test_real_digits_score_at_the_floor(tmp_path):
     assert row["protocol"] == "digits" and row["protocol_hash"] != PROTOCOLS["digits"].hash  # n is not the protocol's
     assert (row["extractor"], row["extractor_hash"]) == ("digits", classifier().hash)
     assert json.loads(json.dumps(row)) == row
-    folders.write(tmp_path / "noise", torch.randn(300, 1, 8, 8), torch.arange(300) % 10)
-    noise = {name: Score(**value) for name, value in score(tmp_path / "noise")["metrics"].items()}
+    folders.write_folder(tmp_path / "noise", torch.randn(300, 1, 8, 8), torch.arange(300) % 10)
+    noise = {name: Score(**value) for name, value in score_folder(tmp_path / "noise")["metrics"].items()}
     assert noise["fd_heldout"].value > 5 * found["fd_train"].value
     assert noise["precision"].value < 0.2 and noise["accuracy"].value < 0.3
 
@@ -586,35 +594,35 @@ def test_real_digits_score_at_the_floor(tmp_path):
 def test_any_metric_under_any_extractor(tmp_path):
     """Every metric that needs no text, by the random extractor, against a folder of real images; hashed as well."""
     images, labels = digits("heldout")
-    folders.write(tmp_path / "a", images[:120], labels[:120])
-    folders.write(tmp_path / "b", images[200:400])
+    folders.write_folder(tmp_path / "a", images[:120], labels[:120])
+    folders.write_folder(tmp_path / "b", images[200:400])
     digits_only = ("fd_heldout", "fd_train")
     names = tuple(name for name, m in METRICS.items() if "texts" not in m.needs and name not in digits_only)
-    row = score(tmp_path / "a", metrics=names, extractor="random", reference_folder=tmp_path / "b")
+    row = score_folder(tmp_path / "a", metrics=names, extractor="random", reference_folder=tmp_path / "b")
     split = {"precision_recall": ("precision", "recall"), "density_coverage": ("density", "coverage")}
     assert set(row["metrics"]) == set(itertools.chain(*(split.get(name, (name,)) for name in names)))
     assert all(math.isfinite(v) for m in row["metrics"].values() for v in m.values())
     assert row["protocol"] == "custom"
-    other = score(tmp_path / "a", metrics=("kid",), extractor="random", reference_folder=tmp_path / "a")
+    other = score_folder(tmp_path / "a", metrics=("kid",), extractor="random", reference_folder=tmp_path / "a")
     assert other["protocol_hash"] != row["protocol_hash"]
 
 
 def test_stored_moments_are_a_reference(tmp_path):
     """mu and sigma of EDM's kind of file: the distance is that of the folder; what needs images says so."""
     images, labels = digits("heldout")
-    folders.write(tmp_path / "a", digits("train")[0][:300])
-    folders.write(tmp_path / "b", images)
+    folders.write_folder(tmp_path / "a", digits("train")[0][:300])
+    folders.write_folder(tmp_path / "b", images)
     statistics = moments(features(tmp_path / "b", load("digits")))
     np.savez(tmp_path / "b.npz", mu=statistics.mean.numpy(), sigma=statistics.cov.numpy())
     how = {"metrics": ("fid",), "extractor": "digits"}
-    one, other = (score(tmp_path / "a", reference_folder=tmp_path / name, **how) for name in ("b", "b.npz"))
+    one, other = (score_folder(tmp_path / "a", reference_folder=tmp_path / name, **how) for name in ("b", "b.npz"))
     assert one["metrics"]["fid"]["value"] == pytest.approx(other["metrics"]["fid"]["value"], rel=1e-9)
     assert one["protocol_hash"] != other["protocol_hash"]
     with pytest.raises(ValueError, match="needs a folder of reference images, not their mean"):
-        score(tmp_path / "a", metrics=("kid",), extractor="digits", reference_folder=tmp_path / "b.npz")
+        score_folder(tmp_path / "a", metrics=("kid",), extractor="digits", reference_folder=tmp_path / "b.npz")
     np.savez(tmp_path / "c.npz", x=statistics.mean.numpy())
     with pytest.raises(ValueError, match="c.npz does not hold the arrays mu and sigma"):
-        score(tmp_path / "a", reference_folder=tmp_path / "c.npz", **how)
+        score_folder(tmp_path / "a", reference_folder=tmp_path / "c.npz", **how)
 
 
 def test_photos_are_cut_to_their_middle_square(tmp_path):
@@ -626,7 +634,7 @@ def test_photos_are_cut_to_their_middle_square(tmp_path):
             (tmp_path / name).mkdir(exist_ok=True)
             Image.fromarray(array).save(tmp_path / name / f"{i}.png")
     how = {"metrics": ("kid",), "extractor": "random"}
-    found = [score(tmp_path / name, reference_folder=tmp_path / other, **how)["metrics"]
+    found = [score_folder(tmp_path / name, reference_folder=tmp_path / other, **how)["metrics"]
              for name, other in (("wide", "square"), ("square", "wide"), ("square", "square"))]  # fmt: skip
     assert found[0] == found[1] == found[2]
     assert PROTOCOLS["mjhq30k"].hash == "8be8741a909c3a4e"
@@ -634,11 +642,11 @@ def test_photos_are_cut_to_their_middle_square(tmp_path):
 
 def test_wrong_requests_are_one_clear_error(tmp_path, capsys):
     images, labels = digits("heldout")
-    folders.write(tmp_path / "a", images[:100])
+    folders.write_folder(tmp_path / "a", images[:100])
 
     def fails(match, folder="a", **how):
         with pytest.raises(ValueError, match=match) as told:
-            score(tmp_path / folder, **how)
+            score_folder(tmp_path / folder, **how)
         assert len(str(told.value)) < 600
 
     fails("a has no labels, which accuracy needs", metrics=("accuracy",))
@@ -650,7 +658,7 @@ def test_wrong_requests_are_one_clear_error(tmp_path, capsys):
     fails("name their folder by --reference", metrics=("fid",))
     fails("lacks data; put", protocol="mjhq30k")
     fails("write EXTRACTOR=EXTRACTOR", metrics=("vendi",), use=("random",))
-    folders.write(tmp_path / "small", images[:20], labels[:20])
+    folders.write_folder(tmp_path / "small", images[:20], labels[:20])
     fails(
         "n = 20 samples of 64 features; at least 65 .* measure kid", "small", metrics=("fd_train",), protocol="digits"
     )
@@ -667,7 +675,7 @@ def test_wrong_requests_are_one_clear_error(tmp_path, capsys):
         (tmp_path / "file" / "x", "is a file"),
     ):
         with pytest.raises(ValueError, match=match):
-            scores((tmp_path / "a",), out, metrics=("vendi",), extractor="random")
+            score_folders((tmp_path / "a",), out, metrics=("vendi",), extractor="random")
 
 
 def statistics(**changed):
@@ -707,15 +715,15 @@ def edited(*entries):
 def test_a_reference_that_is_no_statistics_is_refused(stored, match, tmp_path):
     """A NaN gave FID 0.00."""
     path, folder = tmp_path / "reference.npz", tmp_path / "a"
-    folders.write(folder, torch.rand(80, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1)
+    folders.write_folder(folder, torch.rand(80, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1)
     path.write_bytes(stored) if isinstance(stored, bytes) else np.savez(path, **stored)
     with pytest.raises(ValueError, match=match):
-        score(folder, metrics=("fid",), extractor="random", reference_folder=path)
+        score_folder(folder, metrics=("fid",), extractor="random", reference_folder=path)
 
 
 def test_labels_that_a_teacher_does_not_know(tmp_path):
     tiny.save("edm", tmp_path / "edm")
-    folders.write(tmp_path / "a", torch.zeros(2, 1, 8, 8), labels=[0, 11])
+    folders.write_folder(tmp_path / "a", torch.zeros(2, 1, 8, 8), labels=[0, 11])
     with pytest.raises(ValueError, match=r"a has labels up to 11, and .*edm knows 0 \.\. 10"):
         hallucination.hallucination(tmp_path / "a", tmp_path / "a", tmp_path / "edm", (0.1, 0.2))
 
@@ -764,10 +772,10 @@ def test_figures_that_overflow_are_refused():
 def test_a_metric_or_a_folder_that_fails_takes_no_other_with_it(tmp_path, monkeypatch, capsys):
     """Too few images for fid: no network runs for it, kid is kept and named. Broken folders leave the other rows."""
     images = torch.rand(90, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    folders.write(tmp_path / "real", images)
+    folders.write_folder(tmp_path / "real", images)
     for name in ("few", "torn", "bomb", "memory"):
-        folders.write(tmp_path / name, images[:20])
-    row = score(tmp_path / "few", metrics=("fid", "kid"), extractor="random", reference_folder=tmp_path / "real")
+        folders.write_folder(tmp_path / name, images[:20])
+    row = score_folder(tmp_path / "few", metrics=("fid", "kid"), extractor="random", reference_folder=tmp_path / "real")
     assert (
         list(row["metrics"]) == ["kid"]
         and "at least 65 are needed: use more images, or measure kid" in row["left_out"]["fid"]
@@ -784,16 +792,16 @@ def test_a_metric_or_a_folder_that_fails_takes_no_other_with_it(tmp_path, monkey
 
     monkeypatch.setattr(feature_module, "_outputs", outputs)
     with pytest.raises(ValueError, match="fid: generated set has n = 20"):
-        score(tmp_path / "few", metrics=("fid",), extractor="random:5", reference_folder=tmp_path / "real")
+        score_folder(tmp_path / "few", metrics=("fid",), extractor="random:5", reference_folder=tmp_path / "real")
     assert not ran, "refused before a network ran"
     (tmp_path / "torn" / "000003.png").write_bytes((tmp_path / "torn" / "000003.png").read_bytes()[:40])
     (tmp_path / "bomb" / "000003.png").write_bytes(png(60_000, 60_000))
     names = ("absent", "torn", "bomb", "memory", "few")
     how = {"metrics": ("fid", "kid"), "extractor": "random:5", "reference": tmp_path / "real"}
-    with pytest.raises(Unfinished) as ended:
-        scores(tuple(tmp_path / name for name in names), tmp_path / "rows.json", **how)
+    with pytest.raises(PartialFailure) as ended:
+        score_folders(tuple(tmp_path / name for name in names), tmp_path / "rows.json", **how)
     told = str(ended.value)
-    assert "(1 of 5 folders were scored)" in told and [row["samples"] for row in ended.value.made] == [
+    assert "(1 of 5 folders were scored)" in told and [row["samples"] for row in ended.value.results] == [
         f"{tmp_path / 'few'}"
     ]
     for match in ("no folder .*absent", "torn/000003.png cannot be read", "bomb/000003.png cannot be read.*bomb"):
@@ -804,10 +812,10 @@ def test_a_metric_or_a_folder_that_fails_takes_no_other_with_it(tmp_path, monkey
     def killed(*_):
         raise KeyboardInterrupt
 
-    folders.write(tmp_path / "new", images[30:50])
+    folders.write_folder(tmp_path / "new", images[30:50])
     monkeypatch.setattr(feature_module, "_outputs", killed)  # few's features are kept
     with pytest.raises(KeyboardInterrupt):
-        scores((tmp_path / "few", tmp_path / "new"), tmp_path / "some.json", **how)
+        score_folders((tmp_path / "few", tmp_path / "new"), tmp_path / "some.json", **how)
     assert [one["samples"] for one in json.loads((tmp_path / "some.json").read_text())] == [row["samples"]]
     assert row["metrics"]["kid"]["n"] == 20 and math.isfinite(row["metrics"]["kid"]["value"])
 

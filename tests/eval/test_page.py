@@ -20,20 +20,20 @@ from rows import figure, row
 
 from eval.images import images as folders
 from eval.leaderboard import plots
-from eval.leaderboard.commands import read, write
-from eval.leaderboard.plots import Point, front, scatter
+from eval.leaderboard.commands import read_rows, write_page
+from eval.leaderboard.plots import Point, pareto_front, scatter
 from eval.leaderboard.tables import (
     COSTS,
-    boards,
+    average_seeds,
     columns,
+    group_boards,
     headline,
-    label,
-    labels,
-    lower,
-    markdown,
-    mean,
-    pretty,
-    table,
+    lower_is_better,
+    markdown_tables,
+    metric_label,
+    row_label,
+    row_labels,
+    terminal_tables,
 )
 
 TEACHER = [
@@ -82,17 +82,17 @@ def page(tmp_path_factory):
     made = []
     for i, one in enumerate(ROWS[:4]):
         pictures = torch.rand(20, 1, 8, 8) * 2 - 1
-        folders.write(folder / f"{i}", pictures, torch.arange(20) % 10, seed=0 if i < 3 else 7, nfe=1)
+        folders.write_folder(folder / f"{i}", pictures, torch.arange(20) % 10, seed=0 if i < 3 else 7, nfe=1)
         made.append(one | {"samples": str(folder / f"{i}")})
     made.append(ROWS[4] | {"samples": str(folder / "gone")})
     other = row("dmd2", 30.0, protocol="other", protocol_hash="bb22", extractor_hash="e2")
     failed = {"broken": "error: no model <there>"}
-    return write(folder / "out", [*made, *ROWS[5:], other], runs={"dmd2": log}, failed=failed)
+    return write_page(folder / "out", [*made, *ROWS[5:], other], runs={"dmd2": log}, failed=failed)
 
 
 def test_overlapping_intervals_tie_and_share_a_rank():
-    (board,) = boards(ROWS)
-    named = {label(board.rows[i], board.rows): rank for i, rank in board.ranks("fid").items()}
+    (board,) = group_boards(ROWS)
+    named = {row_label(board.rows[i], board.rows): rank for i, rank in board.ranks("fid").items()}
     # 9.5-10.5 and 9.9-10.9 and 10.8-11.6 and 11.5-12.5 overlap in a chain, whose ends do not; the others stand alone
     assert named == {
         "teacher, 18 steps": (1, True),
@@ -106,55 +106,60 @@ def test_overlapping_intervals_tie_and_share_a_rank():
     assert board.real == [REAL] and "precision" in board.metrics
     best = board.ranks("precision")  # no intervals, more is better: the order of the values
     assert [best[i] for i in range(6)] == [(i + 1, False) for i in range(6)]
-    assert [lower(m) for m in ("fid", "patch_fid", "fd_dinov2", "KID", "clip", "fidelity")] == [True] * 4 + [False] * 2
-    assert pretty("fd_heldout") == "FD held-out" and pretty("patch_fid") == "patch FID"
+    assert [lower_is_better(m) for m in ("fid", "patch_fid", "fd_dinov2", "KID", "clip", "fidelity")] == [True] * 4 + [
+        False
+    ] * 2
+    assert metric_label("fd_heldout") == "FD held-out" and metric_label("patch_fid") == "patch FID"
     assert headline(board).endswith("has FID 10.4; its teacher has 10.0 with 35: a tie.")
 
 
 def test_rows_of_one_name_are_told_apart():
     """By their weights too: two networks are neither one line nor the seeds of one."""
     rows = [row("dmd2", 10.0 + i, model_hash=h, seeds=[i]) for i, h in enumerate(("aaaa1111", "bbbb2222"))]
-    assert labels(rows, rows) == ["dmd2, weights aaaa11", "dmd2, weights bbbb22"] and mean(rows) == rows
+    assert row_labels(rows, rows) == ["dmd2, weights aaaa11", "dmd2, weights bbbb22"] and average_seeds(rows) == rows
     same = [one | {"model_hash": "aaaa1111"} for one in rows]
-    assert labels(same, same) == ["dmd2"] * 2 and len(mean(same)) == 1
+    assert row_labels(same, same) == ["dmd2"] * 2 and len(average_seeds(same)) == 1
     runs = [one | {"run": i} for i, one in enumerate(rows)]
-    assert mean(runs)[0]["runs"] == [0, 1], "runs are of different weights"
+    assert average_seeds(runs)[0]["runs"] == [0, 1], "runs are of different weights"
 
 
 @pytest.mark.parametrize("key", ["protocol", "protocol_hash", "n", "extractor_hash"])
 def test_what_is_not_comparable_gets_its_own_table(key):
-    found = boards([*STUDENTS, row("x", 1.0, **{key: 3})])
+    found = group_boards([*STUDENTS, row("x", 1.0, **{key: 3})])
     assert [len(b.rows) for b in found] == [3, 1] and found[1].ranks("fid") == {0: (1, False)}
-    text = markdown([*STUDENTS, row("x", 1.0, **{key: 3})])
-    assert text.count("\n## ") + text.startswith("## ") == 2 and len(table([*STUDENTS, row("x", 1.0, **{key: 3})])) == 2
+    text = markdown_tables([*STUDENTS, row("x", 1.0, **{key: 3})])
+    assert (
+        text.count("\n## ") + text.startswith("## ") == 2
+        and len(terminal_tables([*STUDENTS, row("x", 1.0, **{key: 3})])) == 2
+    )
 
 
 def test_speeds_of_two_machines_stand_beside_their_names():
-    (board,) = boards(STUDENTS)
+    (board,) = group_boards(STUDENTS)
     assert "measured on" not in columns(board)
-    (board,) = boards([*STUDENTS, row("x", 1.0, cost={"nfe": 1, "latency": 1.0, "hardware": "GPU B"})])
+    (board,) = group_boards([*STUDENTS, row("x", 1.0, cost={"nfe": 1, "latency": 1.0, "hardware": "GPU B"})])
     assert [c.text for c in columns(board)["measured on"]] == ["GPU B", "CPU A", "CPU A", "CPU A"]
 
 
 def test_markdown_and_terminal():
     from rich.console import Console
 
-    text = markdown(ROWS)
+    text = markdown_tables(ROWS)
     lines = [line.replace("\\|", "") for line in text.splitlines() if line.startswith("|")]
     assert len(lines) == 9 and len({line.count("|") for line in lines}) == 1 and "a\\|b" in text
     assert "| 10.4 (9.9 to 10.9) #1 tie |" in text and "| 13.0 (12.8 to 13.2) #5 |" in text
     assert "## p [aa11], n = 2,000, extractor net e1" in text
     assert "seeds 0, 1; commit c0ffee; hardware CPU A" in text
     console = Console(width=80, record=True, file=open("/dev/null", "w"))
-    console.print(*table(ROWS))
+    console.print(*terminal_tables(ROWS))
     out = console.export_text()
     assert "10.4 (1)" in out and "2 ms" in out and "aa11" in out and "sid <1>" in out
 
 
 def test_pareto_front():
     points = [Point(x, y, "", "s0") for x, y in ((1, 3.0), (1, 2.0), (2, 2.0), (3, 2.5), (3, 1.0), (4, 9.0))]
-    assert [(p.x, p.y) for p in front(points, lower=True)] == [(1, 2.0), (3, 1.0)]
-    assert [(p.x, p.y) for p in front(points, lower=False)] == [(1, 3.0), (4, 9.0)]
+    assert [(p.x, p.y) for p in pareto_front(points, lower=True)] == [(1, 2.0), (3, 1.0)]
+    assert [(p.x, p.y) for p in pareto_front(points, lower=False)] == [(1, 3.0), (4, 9.0)]
 
 
 def test_scatter():
@@ -166,16 +171,22 @@ def test_scatter():
     assert len(marks) == 2 and float(marks[0][0]) < float(marks[1][0]) and float(marks[0][1]) < float(marks[1][1])
     assert text.count('<g class="point') == 9 and "teacher 9 (500, off the scale)" in text
     assert text.count("best") == 1 and "student 0: FID 10, 1, on the Pareto front" in text
-    frame = plots.Frame(points, True, 9.5)
+    frame = plots.Axes(points, True, 9.5)
     assert [p.label for p in points if frame.off[p]] == ["teacher 9"] and frame.high < 20
     assert frame.y(10) > frame.y(12) and plots.TOP <= frame.y(13.0) and frame.y(9.0) <= plots.HEIGHT - plots.BOTTOM
     labels = re.findall(r'<text class="label" x="([\d.]+)" y="([\d.]+)">([^<]*)', text)
     boxes = [(float(x), float(y) - 12, float(x) + len(s) * plots.CHARACTER, float(y) + 4) for x, y, s in labels]
-    assert len(boxes) == 9 and not [1 for i, a in enumerate(boxes) for b in boxes[:i] if plots._meet(a, b)]
+    assert len(boxes) == 9 and not [1 for i, a in enumerate(boxes) for b in boxes[:i] if plots._intersects(a, b)]
     assert all(b[0] >= plots.LEFT and b[2] <= plots.WIDTH for b in boxes)
     assert "<circle" in scatter([Point(0.5, 0.0, "one", "teacher")], True, "s", "FID"), "one point, at zero"
-    assert plots.ticks(0, 1) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1]) and plots.decades(1, 30) == [1, 2, 5, 10, 20]
-    assert [plots.duration(s) for s in (3e-4, 0.0123, 1.5)] == ["300 us", "12.3 ms", "1.5 s"]
+    assert plots.linear_ticks(0, 1) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1]) and plots.log_ticks(1, 30) == [
+        1,
+        2,
+        5,
+        10,
+        20,
+    ]
+    assert [plots.format_duration(s) for s in (3e-4, 0.0123, 1.5)] == ["300 us", "12.3 ms", "1.5 s"]
 
 
 def test_the_page_is_complete_in_itself(page):
@@ -190,7 +201,7 @@ def test_the_page_is_complete_in_itself(page):
     assert text.index("seed 0") < text.index("seed 7"), "other noise is said, apart"
     assert "loss while training dmd2" in text and "12.8 to 13.2" in text and "1 tie" in text
     assert {"rows.json", "leaderboard.md", "index.html"} == {f.name for f in page.parent.iterdir()}
-    assert len(read([page.parent / "rows.json"])) == 8
+    assert len(read_rows([page.parent / "rows.json"])) == 8
 
 
 def test_without_its_script_the_page_says_all(page):
@@ -235,12 +246,12 @@ def hostile_page(tmp_path_factory):
     log = folder / "log.jsonl"
     log.write_text(json.dumps({"step": 1, HOSTILE: 2.0}) + "\n")
     pictures = torch.zeros(4, 1, 8, 8)
-    folders.write(folder / "a", pictures, prompts=HOSTILE, name=HOSTILE, seed=3)
-    folders.write(folder / "b", pictures, prompts=HOSTILE)
+    folders.write_folder(folder / "a", pictures, prompts=HOSTILE, name=HOSTILE, seed=3)
+    folders.write_folder(folder / "b", pictures, prompts=HOSTILE)
     (folder / "b" / "000001.png").write_bytes(b"")
     rows = [hostile(folder / "a"), hostile(folder / "b", steps=2, guidance=2.0), hostile(HOSTILE, kind="teacher")]
     rows += [hostile(None, kind="real"), hostile(None, protocol=f"{HOSTILE}2")]
-    return write(folder / "out", rows, HOSTILE, HOSTILE, {HOSTILE: log}, {HOSTILE: HOSTILE})
+    return write_page(folder / "out", rows, HOSTILE, HOSTILE, {HOSTILE: log}, {HOSTILE: HOSTILE})
 
 
 class Elements(HTMLParser):
@@ -284,7 +295,7 @@ def test_numbers_are_numbers(field):
         else:
             one[part] = wrong
         with pytest.raises(ValueError, match=f"row 0, 'x'.* {key or part}"):
-            boards([one])
+            group_boards([one])
 
 
 def test_rows_have_their_kinds():
@@ -296,10 +307,10 @@ def test_rows_have_their_kinds():
         {"model": []},
     ):
         with pytest.raises(ValueError, match="row 0"):
-            boards([row("x", 1.0) | wrong])
+            group_boards([row("x", 1.0) | wrong])
     for low, high in ((1.5, 2.0), (0.0, 0.5)):
         with pytest.raises(ValueError, match="without its value 1.0"):
-            boards([row("x", 1.0) | {"metrics": {"fid": {"value": 1.0, "low": low, "high": high}}}])
+            group_boards([row("x", 1.0) | {"metrics": {"fid": {"value": 1.0, "low": low, "high": high}}}])
 
 
 def test_html_is_made_of_constants():
@@ -320,7 +331,7 @@ def test_a_page_grows_with_its_rows(tmp_path):
     def calls(n):
         rows = [row(f"model {i}", 10 + i / 100, nfe=1 + i % 8, latency=0.001 * (1 + i % 50)) for i in range(n)]
         counted = cProfile.Profile()
-        counted.runcall(write, tmp_path / "out", rows)
+        counted.runcall(write_page, tmp_path / "out", rows)
         return pstats.Stats(counted).total_calls
 
     calls(2)
@@ -329,22 +340,22 @@ def test_a_page_grows_with_its_rows(tmp_path):
 
 def test_a_page_refuses(tmp_path):
     with pytest.raises(ValueError, match="no list of rows"):
-        write(tmp_path, [])
+        write_page(tmp_path, [])
     for wrong, match in (
         ({"metrics": {"fid": {"value": math.nan}}}, "'x': fid has no finite value"),
         ({"cost": {"latency": math.inf}}, "'x': cost latency must be a finite number"),
         ({"metrics": None}, "row 0 has no model or no metrics"),
     ):
         with pytest.raises(ValueError, match=match):
-            write(tmp_path, [row("x", 1.0) | wrong])
+            write_page(tmp_path, [row("x", 1.0) | wrong])
     (tmp_path / "log.jsonl").write_text('{"step": 1}\nnonsense\n')
     with pytest.raises(ValueError, match="line 2"):
-        write(tmp_path / "out", ROWS, runs={"x": tmp_path / "log.jsonl"})
+        write_page(tmp_path / "out", ROWS, runs={"x": tmp_path / "log.jsonl"})
     assert not (tmp_path / "out").exists()
     with pytest.raises(ValueError, match="no file"):
-        read([tmp_path / "absent.json"])
+        read_rows([tmp_path / "absent.json"])
     with pytest.raises(ValueError, match="not valid JSON"):
-        read([tmp_path / "log.jsonl"])
+        read_rows([tmp_path / "log.jsonl"])
 
 
 if PATH:

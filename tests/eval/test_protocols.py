@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from eval.protocols import PROTOCOLS, Measure, Prepare, protocol
+from eval.protocols import PROTOCOLS, Measure, Preparation, find_protocol
 
 
 @pytest.fixture(autouse=True)
@@ -27,10 +27,10 @@ def test_every_protocol_is_there_under_its_name():
     published = ("coco30k-gigagan", "coco10k-dmd2", "mjhq30k", "imagenet64-edm", "cifar10-edm", "digits")
     assert {*published, "coco10k-dmd2-tokenizer1"} == PROTOCOLS.keys()
     for name, p in PROTOCOLS.items():
-        assert protocol(name) is p and p.name == name and p.n and p.measures and p.seeds and p.notes and p.source
+        assert find_protocol(name) is p and p.name == name and p.n and p.measures and p.seeds and p.notes and p.source
         assert (p.classes is None) == bool(p.prompts)  # either prompts, or labels
     with pytest.raises(ValueError, match="no protocol 'coco'; there are coco30k-gigagan, coco10k-dmd2"):
-        protocol("coco")
+        find_protocol("coco")
 
 
 def test_the_hash_is_of_everything_but_the_notes():
@@ -45,7 +45,7 @@ def test_the_hash_is_of_everything_but_the_notes():
         {"classes": 10},
         {"components": (("a", "b"),)},
         {"reference": "other"},
-        {"measures": (Measure("fid", "inception-clean", Prepare("square", 256, "bicubic")),)},
+        {"measures": (Measure("fid", "inception-clean", Preparation("square", 256, "bicubic")),)},
     ):
         assert replace(p, **change).hash != p.hash, change
 
@@ -53,10 +53,10 @@ def test_the_hash_is_of_everything_but_the_notes():
 def test_the_published_facts():
     """What their authors' code does, from which a figure would silently move."""
     fid, clip = PROTOCOLS["coco30k-gigagan"].measures
-    assert (fid.generated, fid.reference) == (Prepare("square", 256, "lanczos"),) * 2
+    assert (fid.generated, fid.reference) == (Preparation("square", 256, "lanczos"),) * 2
     assert clip.extractor == "open_clip:ViT-g-14/laion2b_s12b_b42k" and clip.text == "A photo depicts"
     fid, patch, _ = PROTOCOLS["coco10k-dmd2"].measures
-    assert fid.generated.size == 512 and patch.generated == Prepare(crop=299)
+    assert fid.generated.size == 512 and patch.generated == Preparation(crop=299)
     one, two = PROTOCOLS["coco10k-dmd2"], PROTOCOLS["coco10k-dmd2-tokenizer1"]
     assert two.components == (("tokenizer_2", "tokenizer"),) and one.hash != two.hash
     assert replace(two, name=one.name, components=()).hash == one.hash  # nothing else differs
@@ -95,13 +95,13 @@ def picture(width, height):
 
 def test_images_are_prepared_as_told():
     wide = picture(20, 11)
-    assert Prepare()(wide) is wide
-    square = np.asarray(Prepare("square")(wide))
+    assert Preparation()(wide) is wide
+    square = np.asarray(Preparation("square")(wide))
     assert square.shape == (11, 11, 3) and square[0, 0].tolist() == [4, 0, 0] and square[-1, -1].tolist() == [14, 10, 0]
-    patch = np.asarray(Prepare(crop=6)(wide))
+    patch = np.asarray(Preparation(crop=6)(wide))
     assert patch.shape == (6, 6, 3) and patch[0, 0].tolist() == [7, 2, 0]
-    assert Prepare(crop=12)(wide).size == (20, 11)  # smaller on a side: whole
+    assert Preparation(crop=12)(wide).size == (20, 11)  # smaller on a side: whole
     expected = Image.fromarray(square).resize((5, 5), Image.Resampling.LANCZOS)
-    assert Prepare("square", 5)(wide).tobytes() == expected.tobytes()
-    assert Prepare("square", 5, "box")(wide).tobytes() != expected.tobytes()
-    assert Prepare("square", 11)(picture(11, 11)).tobytes() == picture(11, 11).tobytes()
+    assert Preparation("square", 5)(wide).tobytes() == expected.tobytes()
+    assert Preparation("square", 5, "box")(wide).tobytes() != expected.tobytes()
+    assert Preparation("square", 11)(picture(11, 11)).tobytes() == picture(11, 11).tobytes()

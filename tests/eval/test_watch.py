@@ -9,8 +9,8 @@ from test_leaderboard import _plain
 
 from eval.images import images as folders
 from eval.leaderboard import select_checkpoint as module
-from eval.leaderboard.select_checkpoint import SEED, best, splits, watch
-from eval.protocols import Measure, Protocol, protocol
+from eval.leaderboard.select_checkpoint import SEED, best_row, make_splits, select_checkpoint
+from eval.protocols import Measure, Protocol, find_protocol
 from pipelines.export.card import card
 from pipelines.export.license import License
 
@@ -55,7 +55,7 @@ def run(tmp_path, monkeypatch):
 def test_the_best_of_the_selection_is_tested(run, tmp_path):
     calls = lambda: (tmp_path / "calls").read_text().splitlines()
     with pytest.raises(ValueError, match="1 steps failed.*checkpoint-3 is broken"):
-        watch(run, n=100)
+        select_checkpoint(run, n=100)
     facts = json.loads((run / "watch" / "watch.json").read_text())
     assert facts["chosen"] == "checkpoint-2" and facts["by"] == "fd_train" and facts["ties"] == []
     assert [r["model"] for r in facts["selection"]] == ["checkpoint-1", "checkpoint-2", "checkpoint-4"]
@@ -75,15 +75,15 @@ def test_the_best_of_the_selection_is_tested(run, tmp_path):
     (run / "watch" / "checkpoint-2" / "test.json").write_text(json.dumps([facts["test"]]))  # one seed: it was killed
     once = len(calls())
     with pytest.raises(ValueError, match="checkpoint-3 is broken"):
-        watch(run, n=100)
+        select_checkpoint(run, n=100)
     assert sum(c.startswith("score") and "test.json" in c for c in calls()[once:]) == 1
 
     once = len(calls())
     with pytest.raises(ValueError, match="checkpoint-3 is broken"):
-        watch(run, n=100)
+        select_checkpoint(run, n=100)
     assert calls()[once:] == [c for c in calls()[once:] if "checkpoint-3" in c] != [], "what is scored is kept"
     with pytest.raises(ValueError, match="checkpoint-3"):
-        watch(run, n=50)
+        select_checkpoint(run, n=50)
     assert sum(c.startswith("score") for c in calls()) == 2 * len(scored) + 1, "another request is scored anew"
 
 
@@ -99,7 +99,7 @@ def test_it_follows_a_run_to_its_end(run, monkeypatch):
         (run / "pipeline" / "model_index.json").write_text("{}")
 
     monkeypatch.setattr(module.time, "sleep", later)
-    assert watch(run, follow=True, every=5) == run / "watch" / "index.html"
+    assert select_checkpoint(run, follow=True, every=5) == run / "watch" / "index.html"
     facts = json.loads((run / "watch" / "watch.json").read_text())
     assert [r["model"] for r in facts["selection"]] == ["checkpoint-1", "checkpoint-2", "checkpoint-4"]
 
@@ -108,9 +108,9 @@ def test_best_of_rows():
     rows = [
         row(m, 0.0) | {"metrics": {"fid": figure(v, h)}} for m, v, h in (("a", 9.0, 1), ("b", 8.5, 1), ("c", 20, 1))
     ]
-    assert best(rows)[0]["model"] == "b" and best(rows)[1] == ["a"]
+    assert best_row(rows)[0]["model"] == "b" and best_row(rows)[1] == ["a"]
     more = [r | {"metrics": {"clip_score": r["metrics"]["fid"]}} for r in rows]
-    assert best(more)[0]["model"] == "c" and best(more)[1] == []
+    assert best_row(more)[0]["model"] == "c" and best_row(more)[1] == []
 
 
 def test_splits_share_nothing(tmp_path, monkeypatch):
@@ -118,34 +118,34 @@ def test_splits_share_nothing(tmp_path, monkeypatch):
     p = Protocol("p", "p", 6, 8, (Measure("fid", "digits"), Measure("clip_score", "digits")), reference="real")
     (tmp_path / "data" / "p").mkdir(parents=True)
     (tmp_path / "data" / "p" / "prompts.txt").write_text("".join(f"prompt {i}\n" for i in range(6)))
-    folders.write(tmp_path / "data" / "p" / "real", torch.rand(6, 1, 8, 8))
-    select, test = splits(p, tmp_path / "out", None, 2, None)
+    folders.write_folder(tmp_path / "data" / "p" / "real", torch.rand(6, 1, 8, 8))
+    select, test = make_splits(p, tmp_path / "out", None, 2, None)
     assert set(select.seeds).isdisjoint(test.seeds) and select.score["metrics"] == ["fid"]
     assert select.generate["n"] == 2 and test.score["metrics"] == ["fid", "clip_score"]
     texts = [{json.loads(line)["text"] for line in open(s.generate["prompts"])} for s in (select, test)]
     assert not texts[0] & texts[1] and len(texts[0] | texts[1]) == 6
     real = [{file.resolve() for file in s.score["reference"].glob("*.png")} for s in (select, test)]
     assert not real[0] & real[1] and len(real[0] | real[1]) == 6
-    held, other = splits(protocol("digits"), tmp_path, None, None, None)
+    held, other = make_splits(find_protocol("digits"), tmp_path, None, None, None)
     assert held.score["metrics"] == ["fd_train"] and "fd_train" not in other.score["metrics"]
 
 
 def test_what_cannot_be_split_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("DISTILL_DATA", f"{tmp_path}")
     with pytest.raises(ValueError, match="no run at"):
-        watch(tmp_path)
+        select_checkpoint(tmp_path)
     (tmp_path / "config.yaml").write_text("")
     with pytest.raises(ValueError, match="has no checkpoint-N"):
-        watch(tmp_path)
+        select_checkpoint(tmp_path)
     with pytest.raises(ValueError, match="metric is fd_heldout; on the digits fd_train or accuracy may select"):
-        watch(tmp_path, metric="fd_heldout")
+        select_checkpoint(tmp_path, metric="fd_heldout")
     with pytest.raises(ValueError, match="protocol cifar10-edm measures fid"):
-        splits(protocol("cifar10-edm"), tmp_path, "kid", None, None)
+        make_splits(find_protocol("cifar10-edm"), tmp_path, "kid", None, None)
     with pytest.raises(ValueError, match="lacks data"):
-        splits(protocol("cifar10-edm"), tmp_path, None, None, None)
+        make_splits(find_protocol("cifar10-edm"), tmp_path, None, None, None)
     (tmp_path / "cifar10-edm").mkdir()
     (tmp_path / "cifar10-edm" / "cifar10-32x32.npz").touch()
     with pytest.raises(ValueError, match="is statistics, which cannot be halved: pass --reference"):
-        splits(protocol("cifar10-edm"), tmp_path, None, None, None)
-    select, test = splits(protocol("cifar10-edm"), tmp_path, None, None, tmp_path / "photos")
+        make_splits(find_protocol("cifar10-edm"), tmp_path, None, None, None)
+    select, test = make_splits(find_protocol("cifar10-edm"), tmp_path, None, None, tmp_path / "photos")
     assert select.score["reference"] == tmp_path / "photos" and "reference" not in test.score

@@ -98,7 +98,7 @@ def test_students_of_parts(students, tmp_path):
     experts.gather(students, tmp_path / "all")
     made = generate(tmp_path / "all", tmp_path / "images", 10, rows=10)
     assert made["nfe"] == 1
-    level = lambda name, i: images.level(tmp_path / name / images.file_name(i))
+    level = lambda name, i: images.read_levels(tmp_path / name / images.file_name(i))
     for k, student in enumerate(students):
         generate(student, tmp_path / f"{k}", 10, rows=10)
     for i in range(10):

@@ -15,7 +15,7 @@ from diffusers import (
 from distill.diffusion.schedule import EDM
 from distill.diffusion.solver import Call, relay
 from eval.sampling.generate import generate
-from eval.sampling.sampler import generator
+from eval.sampling.sampler import image_generator
 from pipelines import load
 from pipelines.families import edm, tiny
 from pipelines.inference.stitch import Turn, around, levels, stitch
@@ -50,7 +50,7 @@ def pipe(folder, scheduler=None, **config):
 
 
 def generators():
-    return [generator(0, i) for i in range(len(PROMPTS))]
+    return [image_generator(0, i) for i in range(len(PROMPTS))]
 
 
 def noise(pipe):

@@ -18,9 +18,9 @@ from eval.cli import run
 from eval.features.extraction import extract
 from eval.features.extractors import load
 from eval.images import images as folders
-from eval.leaderboard.commands import page
+from eval.leaderboard.commands import build_page
 from eval.sampling import generate as generating
-from eval.score import scores
+from eval.score import score_folders
 from pipelines import run as training
 from pipelines.cache import encodings
 from pipelines.export import edm_convert
@@ -84,7 +84,7 @@ def test_generate(student, tmp_path, command):
         out = tmp_path / f"{size}"
         code, told = command(sampling, *flags, out, size=size)
         assert is_message(code, told) and not out.exists(), told
-    real, out = folders.save, tmp_path / "out"
+    real, out = folders.save_image, tmp_path / "out"
 
     def save(folder, i, level):
         with room(20 if i == 5 and "full" in marks else resource.RLIM_INFINITY):
@@ -92,26 +92,28 @@ def test_generate(student, tmp_path, command):
 
     marks = ["full"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(folders, "save", save)
+        patch.setattr(folders, "save_image", save)
         assert is_message(*command(sampling, *flags, out))
         assert [file.name for file in sorted(out.glob("*"))] == [f"{i:06d}.png" for i in range(5)] + ["manifest.json"]
         marks.clear()
         assert command(sampling, *flags, out)[0] == 0
-    assert folders.manifest_of(out)["hash"] == whole["hash"] and whole["model"] == "dmd2"
+    assert folders.read_manifest(out)["hash"] == whole["hash"] and whole["model"] == "dmd2"
 
 
 def test_features_scores_and_the_page(tmp_path, command):
-    folders.write(tmp_path / "a", torch.rand(20, 3, 8, 8) * 2 - 1)
+    folders.write_folder(tmp_path / "a", torch.rand(20, 3, 8, 8) * 2 - 1)
     assert is_message(*command(extract, "--folder", tmp_path / "a", "--extractor", "random", size=1000))
     flags = ("--folder", tmp_path / "a", "--metrics", "vendi", "--extractor", "random", "--out", tmp_path / "rows.json")
-    assert is_message(*command(scores, *flags, size=1000)) and not (tmp_path / "rows.json").exists()
-    assert command(scores, *flags)[0] == 0
+    assert is_message(*command(score_folders, *flags, size=1000)) and not (tmp_path / "rows.json").exists()
+    assert command(score_folders, *flags)[0] == 0
     before = (tmp_path / "rows.json").read_text()
-    assert is_message(*command(scores, *flags, size=100))
+    assert is_message(*command(score_folders, *flags, size=100))
     assert (tmp_path / "rows.json").read_text() == before, "the old rows stay"
     files.write_json(tmp_path / "many.json", [row(f"{i}", 1.0 + i) for i in range(9)])
     made = ("--out", tmp_path / "board")
-    assert is_message(*command({"page": page, "other": scores}, "page", tmp_path / "many.json", *made, size=1000))
+    assert is_message(
+        *command({"page": build_page, "other": score_folders}, "page", tmp_path / "many.json", *made, size=1000)
+    )
     assert not list((tmp_path / "board").iterdir())
 
 
@@ -134,19 +136,21 @@ def test_other_reasons(number, why, tmp_path, command, monkeypatch):
 
     monkeypatch.setattr(files.os, "replace", refuse)
     (tmp_path / "rows.json").write_text(json.dumps([row("a", 1.0)]))
-    code, told = command({"page": page, "x": scores}, "page", tmp_path / "rows.json", "--out", tmp_path / "board")
+    code, told = command(
+        {"page": build_page, "x": score_folders}, "page", tmp_path / "rows.json", "--out", tmp_path / "board"
+    )
     assert code == 2 and why in told and "Traceback" not in told and "run the same command again" in told
 
 
 def test_outputs_are_checked_before_the_work(student, tmp_path, command):
     """A folder where a file goes, a file where a folder goes, a file among the parents, a pipe."""
-    folders.write(tmp_path / "a", torch.zeros(3, 1, 8, 8))
+    folders.write_folder(tmp_path / "a", torch.zeros(3, 1, 8, 8))
     (tmp_path / "file").touch()
     score = ("--folder", tmp_path / "a", "--metrics", "vendi", "--extractor", "random", "--out")
     sample = ("--model", student, "--n", 2, "--out")
     for what, flags, out, match in (
-        (scores, score, "a", "which is a folder; name a file"),
-        (scores, score, "file/rows.json", "is a file; name a file inside a folder"),
+        (score_folders, score, "a", "which is a folder; name a file"),
+        (score_folders, score, "file/rows.json", "is a file; name a file inside a folder"),
         (sampling, sample, "file", "which is a file; name a folder"),
         (sampling, sample, "file/images", "is a file; name a folder inside a folder"),
         (sampling, (*sample, tmp_path / "new", "--cost"), "a", "cost is .*, which is a folder"),
