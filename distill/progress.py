@@ -11,7 +11,8 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 
 T = TypeVar("T")
-LEAST, MOST = 10.0, 600.0  # seconds between two lines; between them a tenth of the time that has gone
+LEAST = 10.0  # seconds between two lines; a tenth of the elapsed time, if that is more
+MOST = 600.0  # seconds between two lines
 
 
 class LineStream:

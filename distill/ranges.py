@@ -11,15 +11,20 @@ from typing import Annotated, Any, get_args, get_type_hints
 from tyro.constructors import PrimitiveConstructorSpec
 
 MOST = 2**31 - 1  # of what is counted: the numbers of samples are words of 32 bits (random.py)
-NAME, PATH = 255, 4000  # bytes of a file's name, and of its path
+NAME = 255  # bytes of a file's name
+PATH = 4000  # bytes of a path
 
 
 class Range(PrimitiveConstructorSpec[Any]):
     """Finite numbers of a kind from `low` to `high`, `ends` as in [0, 1): the metadata of a field's type."""
 
     def __init__(self, kind: type, low: float = -math.inf, high: float = math.inf, ends: str = "[]") -> None:
-        self.kind, self.low, self.high, self.ends = kind, low, high, ends
-        name, (left, right) = kind.__name__.upper(), ("<" + "=" * (end in "[]") for end in ends)
+        self.kind = kind
+        self.low = low
+        self.high = high
+        self.ends = ends
+        name = kind.__name__.upper()
+        left, right = ("<" + "=" * (end in "[]") for end in ends)
         if high < MOST:
             name = f"{low}{left}{name}{right}{high}"
         elif low > -math.inf:
@@ -60,7 +65,8 @@ def iterate_fields(config: Any, path: str = "") -> Iterator[tuple[str, Any, Fiel
     """(name, type, field, value) of every field of a dataclass and of those in it; names have dots."""
     hints = _hints(type(config))  # type: ignore[arg-type]
     for field in fields(config):
-        value, name = getattr(config, field.name), f"{path}{field.name}"
+        value = getattr(config, field.name)
+        name = f"{path}{field.name}"
         if is_dataclass(value):
             yield from iterate_fields(value, f"{name}.")
         else:

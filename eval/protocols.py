@@ -48,7 +48,8 @@ class Preparation:
         width, height = image.size
         side = min(width, height) if self.crop == "square" else self.crop
         if side is not None and side <= min(width, height):
-            left, top = (width - side) // 2, (height - side) // 2
+            left = (width - side) // 2
+            top = (height - side) // 2
             image = image.crop((left, top, left + side, top + side))
         if self.size is not None and image.size != (self.size, self.size):
             image = image.resize((self.size, self.size), Image.Resampling[self.filter.upper()])
@@ -115,7 +116,8 @@ class Protocol:
 
     def missing(self, reference: bool = True) -> str | None:
         """What to put where before it can run, None if nothing is missing. reference: whether it is asked for too."""
-        lines, path = [], self.reference_path
+        lines = []
+        path = self.reference_path
         if self.classes is None and self.prompt_file is None:
             lines.append(f"{self.folder / PROMPTS[0]} (or .jsonl, .parquet): {self.prompts}")
         if reference and path is not None and not _is_present(path):
@@ -157,7 +159,8 @@ def find_protocol(name: str) -> Protocol:
 
 
 G14 = "open_clip:ViT-g-14/laion2b_s12b_b42k"
-WHOLE, SQUARE = Preparation(), Preparation("square", 256)
+WHOLE = Preparation()
+SQUARE = Preparation("square", 256)
 CLIP = Measure("clip_score", G14, SQUARE, text="A photo depicts")
 
 _COCO30K = Protocol(

@@ -59,8 +59,11 @@ class Folder:
     """A folder of images as the metrics ask for it."""
 
     def __init__(self, path: Path, batch: int = 64, workers: int = 4) -> None:
-        self.path, self.batch, self.workers = path, batch, workers
-        self.manifest, self.files = folders.read_manifest(path), list_images(path)
+        self.path = path
+        self.batch = batch
+        self.workers = workers
+        self.manifest = folders.read_manifest(path)
+        self.files = list_images(path)
 
     def features(self, net: Extractor, prepare: Preparation) -> Features:
         return features(self.path, net, prepare, batch=self.batch, workers=self.workers)
@@ -84,7 +87,8 @@ class Folder:
                 if not line.strip():
                     continue
                 row = json.loads(line)
-                name, text = row["file_name"], row["text"]
+                name = row["file_name"]
+                text = row["text"]
                 if not (isinstance(name, str) and isinstance(text, str)):
                     raise ValueError(f"line {number} has no text")
                 if found.setdefault(name, caption(text, f"line {number}") or "") != text:
@@ -353,7 +357,8 @@ def _metric_inputs(
     if "texts" in entry.needs:
         prefix = f"{m.text} " if m.text else ""
         assert found.texts is not None
-        given.texts, given.scale = text_features([prefix + text for text in found.texts], net), net.scale
+        given.texts = text_features([prefix + text for text in found.texts], net)
+        given.scale = net.scale
     return given
 
 
@@ -418,7 +423,8 @@ def score_folders(
         _reference_files(reference)
     if out is not None:
         check_output(out, "--out")
-    found, failed = [], []
+    found = []
+    failed = []
     for path in track(folder, "folder", "score", len(folder) > 1):
         try:
             row = score_folder(path, protocol, metrics, extractor, reference, use, batch, workers)

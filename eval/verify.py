@@ -58,8 +58,10 @@ def arithmetic(folder: Path, reference: Path, extractor: str, logits: str) -> It
     from torch_fidelity.metric_prc import prc_features_to_metric
 
     fake, real = (features(path, load(extractor)) for path in (folder, reference))
-    a, b = fake.rows(), real.rows()
-    size, n = min(1000, len(a), len(b)), min(len(a), len(b), 10_000)
+    a = fake.rows()
+    b = real.rows()
+    size = min(1000, len(a), len(b))
+    n = min(len(a), len(b), 10_000)
     statistics = [fid_features_to_statistics(x) for x in (a, b)]
     theirs = fid_statistics_to_metric(*statistics, verbose=False)
     theirs |= kid_features_to_metric(a, b, kid_subset_size=size, verbose=False)
@@ -115,7 +117,8 @@ def clip(folder: Path, spec: str) -> Iterator[Comparison]:
     local = weights.startswith("local-dir:")
     kind, _, tag = (weights, "", "") if local else weights.partition("/")
     model, transform = open_clip.create_model_from_pretrained(kind, tag or None, device=device())
-    tokenizer, total = open_clip.get_tokenizer(kind), torch.zeros((), dtype=torch.float64)
+    tokenizer = open_clip.get_tokenizer(kind)
+    total = torch.zeros((), dtype=torch.float64)
     with torch.no_grad():
         for file, text in zip(list_images(folder), texts):
             image = model.encode_image(transform(Image.open(file))[None].to(device()), normalize=True)

@@ -77,7 +77,8 @@ class Digits:
         return labels.tolist(), {"class_labels": labels}
 
     def __call__(self, draw: Draw) -> dict[str, Any]:
-        (images, labels), part = digits("train"), select_labels(self.classes, 10)
+        images, labels = digits("train")
+        part = select_labels(self.classes, 10)
         mine = torch.isin(labels, part).nonzero()[:, 0]
         pick = mine[draw.integers("real", len(mine)).cpu()]
         return {

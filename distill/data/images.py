@@ -21,7 +21,8 @@ from PIL.Image import Image, Transpose
 
 # EPS runs Ghostscript. WMF needs Windows. The others are no pictures, or Pillow knows their names but not their pixels.
 REFUSED = ("EPS", "WMF", "FITS", "BUFR", "GRIB", "HDF5", "MPEG", "IPTC")
-BITS, PHOTOMETRIC = 258, 262  # TIFF tags; PHOTOMETRIC 0 means inverted values
+BITS = 258  # a TIFF tag
+PHOTOMETRIC = 262  # a TIFF tag; 0 means inverted values
 TEXTS = (".txt", ".caption", ".json", ".jsonl", ".csv", ".tsv", ".parquet", ".yaml", ".md")  # beside images
 ORIENTATION = 0x112  # tag of EXIF
 TURNS = {2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLIP_TOP_BOTTOM, 5: Transpose.TRANSPOSE}
@@ -142,7 +143,8 @@ def _from_integers(image: Image) -> Image:
     bits = min(16, tags.get(BITS, (16,))[0])
     white = 2**bits - 1
     values = np.asarray(image)
-    low, high = values.min(), values.max()
+    low = values.min()
+    high = values.max()
     if low < 0 or high > white:
         raise Broken(f"its values are {low} .. {high}, and which one is white is unknown: save it with 8 or 16 bits")
     if image.mode == "I" and image.format not in ("PNG", "PPM") and 0 < high < 256:

@@ -15,7 +15,8 @@ from typing import Any
 from distill.data.online import SIZES
 from distill.files import read_json
 
-INDEX, TEXTS = "index.json", "texts.jsonl"
+INDEX = "index.json"
+TEXTS = "texts.jsonl"
 BLOCK = 4096  # bytes; 64 of them stand for a file of weights
 PARTS = {"class": "class", "text": "text encoder", "vae": "autoencoder"}  # of a fingerprint
 
@@ -44,9 +45,11 @@ def read_unfinished_index(folder: Path) -> dict[str, Any]:
         index = read_json(folder / INDEX)
         damage = _index_error(index)
     except ValueError as error:
-        index, damage = {}, f"{error}"
+        index = {}
+        damage = f"{error}"
     except (KeyError, TypeError, AttributeError) as error:
-        index, damage = {}, f"an entry is missing or of another kind: {type(error).__name__} {error}"
+        index = {}
+        damage = f"an entry is missing or of another kind: {type(error).__name__} {error}"
     if damage:
         raise ValueError(f"{folder / INDEX} is damaged ({damage}): remove {folder}, and make the cache again")
     return index
@@ -79,7 +82,8 @@ def _index_error(index: dict[str, Any]) -> str | None:
 
 def texts(folder: Path, n: int | None = None) -> list[str]:
     """The first n texts of a cache, all by default."""
-    path, found = folder / TEXTS, []
+    path = folder / TEXTS
+    found = []
     if not path.is_file():
         raise ValueError(f"the cache {folder} has lost {TEXTS}: remove {folder}, and make the cache again")
     with path.open(encoding="utf-8") as lines:
@@ -97,7 +101,8 @@ def texts(folder: Path, n: int | None = None) -> list[str]:
 
 def validate_teacher(folder: Path, index: dict[str, Any], teacher: Any, images: bool) -> None:
     """ValueError if a cache was made for another teacher."""
-    made, this = index["teacher"], fingerprint(teacher.parts.folder)
+    made = index["teacher"]
+    this = fingerprint(teacher.parts.folder)
     looked = PARTS if images else {key: what for key, what in PARTS.items() if key != "vae"}
     differ = [f"its {what} differs" for key, what in looked.items() if made[key] != this[key]]
     sized = images or SIZES in index["tables"]["text"]["shapes"]

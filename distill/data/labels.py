@@ -175,8 +175,10 @@ class ClassPairs(Classes):
 
     @torch.no_grad()
     def __post_init__(self) -> None:
-        denoiser, rows = self.teacher.denoiser, torch.arange(self.pairs.n)
-        guided, device = Guided(denoiser, self.pairs.guidance), next(denoiser.net.parameters()).device
+        denoiser = self.teacher.denoiser
+        rows = torch.arange(self.pairs.n)
+        guided = Guided(denoiser, self.pairs.guidance)
+        device = next(denoiser.net.parameters()).device
         self.labels = rows % self.classes
         self.z = noise(self.pairs.seed, rows.tolist(), self.teacher.shape)
         blocks = zip(self.z.to(device).split(BLOCK), self.labels.to(device).split(BLOCK), strict=True)

@@ -60,8 +60,11 @@ class Images:
     ) -> None:
         if len(teacher.shape) != 3:
             raise ValueError(f"a teacher of videos {tuple(teacher.shape)} cannot use images: leave --images out")
-        self.teacher, self.pictures, self.captions = teacher, pictures, captions
-        self.crops, self.squeeze = crops, squeeze
+        self.teacher = teacher
+        self.pictures = pictures
+        self.captions = captions
+        self.crops = crops
+        self.squeeze = squeeze
         self.decoders = ThreadPoolExecutor(4)
 
     def __len__(self) -> int:
@@ -79,7 +82,8 @@ class Images:
         """Raises Broken for an image that cannot be decoded."""
         device = self.teacher.parts.device
         draw = Draw(0, 0, "images", torch.tensor(rows))
-        places, size = draw.uniform("crop", (len(rows), 2)).tolist(), self.pixels
+        places = draw.uniform("crop", (len(rows), 2)).tolist()
+        size = self.pixels
         numbers = [row // max(self.crops, 1) for row in rows]
 
         def cut(i: int, place: list[float]) -> tuple[Tensor, list[int]]:
@@ -101,8 +105,10 @@ def squeeze(image: Image, size: tuple[int, int]) -> Tensor:
 def crop(image: Image, size: tuple[int, int], place: Sequence[float]) -> tuple[Tensor, list[int]]:
     """A cut of the image at `place` in [0, 1)^2, and SDXL's sizes of it."""
     scale = max(size[0] / image.height, size[1] / image.width)
-    height, width = max(size[0], round(image.height * scale)), max(size[1], round(image.width * scale))
-    top, left = int(place[0] * (height - size[0] + 1)), int(place[1] * (width - size[1] + 1))
+    height = max(size[0], round(image.height * scale))
+    width = max(size[1], round(image.width * scale))
+    top = int(place[0] * (height - size[0] + 1))
+    left = int(place[1] * (width - size[1] + 1))
     cut = image.resize((width, height), 1).crop((left, top, left + size[1], top + size[0]))
     return _tensor(cut), [image.height, image.width, top, left, *size]
 

@@ -37,15 +37,21 @@ class Trajectories:
     def __init__(
         self, teacher: Any, text: Table, prompts: int, n: int, steps: int, guidance: float, seed: int = 0
     ) -> None:
-        self.teacher, self.text, self.prompts, self.n = teacher, text, prompts, n
-        self.steps, self.guidance, self.seed = steps, guidance, seed
+        self.teacher = teacher
+        self.text = text
+        self.prompts = prompts
+        self.n = n
+        self.steps = steps
+        self.guidance = guidance
+        self.seed = seed
 
     def __len__(self) -> int:
         return self.n
 
     @torch.no_grad()
     def read(self, rows: Sequence[int]) -> Rows:
-        captions, device = [row % self.prompts for row in rows], self.teacher.parts.device
+        captions = [row % self.prompts for row in rows]
+        device = self.teacher.parts.device
         c = self.text.read(captions)
         c = {key: (v.float() if v.is_floating_point() else v).to(device) for key, v in c.items()}
         x = self.teacher.sample(noise(self.seed, rows, self.teacher.shape).to(device), c, self.steps, self.guidance)
@@ -65,7 +71,8 @@ class PrefetchingPairs(PrefetchingBatches):
         rows = draw.integers("pair", len(self.images)).tolist()
         stored = self.images.read(rows)
         z = noise(self.seed, rows, stored["x"].shape[1:])
-        y, c = stored["x"], self.text.read(stored["caption"].tolist())
+        y = stored["x"]
+        c = self.text.read(stored["caption"].tolist())
         return {"z": z, "y": y, "c": c, "real": y, "real_c": dict(c)}
 
 

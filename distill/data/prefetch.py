@@ -41,7 +41,11 @@ class PrefetchingBatches:
         early: bool = True,
     ) -> None:
         self.early = early
-        self.text, self.images, self.prompts, self.names, self.p_empty = text, images, prompts, names, p_empty
+        self.text = text
+        self.images = images
+        self.prompts = prompts
+        self.names = names
+        self.p_empty = p_empty
         self.texts: list[str] = []
         self.rule: Tensor | None = None
         self._thread = ThreadPoolExecutor(1, "data")
@@ -51,11 +55,13 @@ class PrefetchingBatches:
 
     def override(self, rule: Tensor) -> None:
         """For SFD: rule [len(text)] are the rows of what overrides each text, its own where nothing does."""
-        self.rule, self.forgotten = rule, (rule != torch.arange(len(rule))).nonzero()[:, 0]
+        self.rule = rule
+        self.forgotten = (rule != torch.arange(len(rule))).nonzero()[:, 0]
 
     def __call__(self, draw: Draw) -> Batch:
         samples = self._host(draw.samples)
-        line, ask = (draw.player, samples), (draw.seed, draw.step, draw.player, samples)
+        line = (draw.player, samples)
+        ask = (draw.seed, draw.step, draw.player, samples)
         then, ahead = self._ahead.get(line, (None, None))
         batch = (ahead if then == ask else self._thread.submit(self.read, ask)).result()
         stride = draw.step - self._step.get(line, draw.step - 1)  # a player may move at every fifth step only

@@ -61,7 +61,8 @@ class Shards:
         shard = bisect_right(self.ends, row)
         if shard not in self.opened:
             self.opened[shard] = _open_shard(self.files[shard])
-        stored, i = self.opened[shard], row - (self.ends[shard - 1] if shard else 0)
+        stored = self.opened[shard]
+        i = row - (self.ends[shard - 1] if shard else 0)
         return {key: _get(stored, key, i, shape) for key, shape in self.shapes.items()}
 
 

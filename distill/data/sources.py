@@ -49,7 +49,8 @@ class Pictures:
 
 def validate_source(source: str) -> None:
     """ValueError if prompts or images are plainly not there; opens nothing."""
-    path, suffix = Path(source), Path(source).suffix.lower()
+    path = Path(source)
+    suffix = Path(source).suffix.lower()
     if suffix == ".tar":
         shards = tars.expand(source)
         if missing := [str(shard) for shard in shards if not shard.is_file()] or ([] if shards else [source]):

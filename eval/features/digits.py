@@ -25,9 +25,11 @@ class DigitsNet(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.conv1, self.conv2 = nn.Conv2d(1, 32, 3, padding=1), nn.Conv2d(32, 64, 3, padding=1)
+        self.conv1 = nn.Conv2d(1, 32, 3, padding=1)
+        self.conv2 = nn.Conv2d(32, 64, 3, padding=1)
         self.conv3 = nn.Conv2d(64, 64, 3, padding=1)
-        self.fc, self.head = nn.Linear(64 * 4 * 4, WIDTH), nn.Linear(WIDTH, 10)
+        self.fc = nn.Linear(64 * 4 * 4, WIDTH)
+        self.head = nn.Linear(WIDTH, 10)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         h = F.max_pool2d(F.relu(self.conv2(F.relu(self.conv1(x)))), 2)  # [B, 64, 4, 4]
@@ -70,7 +72,8 @@ class Classifier:
 
 def shift_images(images: Tensor, by: Tensor) -> Tensor:
     """Moves images [B, 1, H, W] by whole pixels `by` [B, 2] (down, right), filling with the background -1."""
-    reach, (height, width) = int(by.abs().max()), images.shape[-2:]
+    reach = int(by.abs().max())
+    height, width = images.shape[-2:]
     padded = F.pad(images, [reach] * 4, value=-1.0)
     rows = (torch.arange(height) + reach)[None] - by[:, :1]  # [B, H]
     cols = (torch.arange(width) + reach)[None] - by[:, 1:]  # [B, W]

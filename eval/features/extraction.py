@@ -62,7 +62,8 @@ class Features:
         """The rows `index` [M] in float64 [M, D], in that order; by default all, which takes memory."""
         if index is None:
             return torch.cat(list(self.chunks(key)))
-        files, found = index // CHUNK, None
+        files = index // CHUNK
+        found = None
         for i, chunk in enumerate(self._files):
             where = (files == i).nonzero()[:, 0]
             picked = chunk[key][index[where] - i * CHUNK].double()
@@ -206,7 +207,8 @@ def _batches(
                 ahead.append([pool.submit(_open_and_resize, file, prepare, rule) for file in groups[i]])
             if i == 0:
                 continue
-            names, found = groups[i - 1], [future.result() for future in ahead.popleft()]
+            names = groups[i - 1]
+            found = [future.result() for future in ahead.popleft()]
             for name, (was, array) in zip(names, found):
                 if size is not None and was != size:
                     raise ValueError(
@@ -258,7 +260,8 @@ def extract(folder: tuple[Path, ...], extractor: str = "inception-clean", batch:
         batch: images per call of the network.
         workers: threads that read and resize.
     """
-    net, failed = load(extractor), []
+    net = load(extractor)
+    failed = []
     for path in folder:
         try:
             features(path, net, batch=batch, workers=workers)

@@ -178,8 +178,10 @@ def clip(weights: str = "", name: str = "clip") -> Extractor:
     from transformers import AutoTokenizer, CLIPModel
 
     where = weights or "openai/clip-vit-large-patch14-336"
-    net, tokenizer = _pretrained(CLIPModel, where), _pretrained(AutoTokenizer, where)
-    size, length = net.config.vision_config.image_size, net.config.text_config.max_position_embeddings
+    net = _pretrained(CLIPModel, where)
+    tokenizer = _pretrained(AutoTokenizer, where)
+    size = net.config.vision_config.image_size
+    length = net.config.text_config.max_position_embeddings
 
     def run(x: Tensor) -> Outputs:
         pooled = net.vision_model(_normalise(x, *OPENAI)).pooler_output
@@ -191,7 +193,8 @@ def clip(weights: str = "", name: str = "clip") -> Extractor:
         pooled = net.text_model(**tokens.to(net.device)).pooler_output
         return net.text_projection(pooled).cpu()
 
-    rule, scale = f"short-bicubic:{size} crop:{size}", net.logit_scale.exp().item()
+    rule = f"short-bicubic:{size} crop:{size}"
+    scale = net.logit_scale.exp().item()
     return Extractor(name, weights_hash(net), rule, run, text, scale, net.config.projection_dim)
 
 

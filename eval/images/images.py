@@ -235,7 +235,8 @@ def read_folder(folder: str | Path, first: int | None = None) -> tuple[Tensor, T
     Any folder of equally large images will do. `first` reads only so many. ValueError, naming the file, for an
     empty folder, mixed sizes, a corrupt image, or pixels that are not those of the manifest.
     """
-    manifest, files = read_manifest(folder), list_images(folder)
+    manifest = read_manifest(folder)
+    files = list_images(folder)
     found: list[Tensor] = []
     for file in files[:first]:
         found.append(read_levels(file))

@@ -65,7 +65,8 @@ def resize(image: Image, rule: str = "") -> np.ndarray:
 
 
 def _centre(image: Image, size: int) -> Image:
-    left, top = round((image.width - size) / 2), round((image.height - size) / 2)  # as torchvision rounds
+    left = round((image.width - size) / 2)
+    top = round((image.height - size) / 2)  # as torchvision rounds
     return image.crop((left, top, left + size, top + size))
 
 

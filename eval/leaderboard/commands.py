@@ -32,7 +32,8 @@ def write_page(
     failed: Mapping[str, str] | None = None,
 ) -> Path:
     """Write rows.json, leaderboard.md and index.html to the folder `out`; the page's path. See `page.page`."""
-    made, words = html_page(rows, title, lead, runs, failed), markdown_tables(rows)
+    made = html_page(rows, title, lead, runs, failed)
+    words = markdown_tables(rows)
     write_json(out / "rows.json", list(rows))
     for name, content in (("leaderboard.md", f"# {escape_markdown(title)}\n\n{words}"), ("index.html", made)):
         with atomic_file(out / name) as part:

@@ -94,7 +94,8 @@ class Entry:
 
     def jobs(self, folder: Path) -> dict[str, Job]:
         """generate for every seed, then score: each stage leaves what is done as it is."""
-        name, todo = self.title, {}
+        name = self.title
+        todo = {}
         launch = ["-m", "accelerate.commands.launch", *self.launch.split()] if self.launch else []
         for seed in self.seeds:
             command = [*launch, *self.sampling(folder, seed)]
@@ -196,7 +197,8 @@ def evaluate_entries(
     is started again. Costs are measured at the end, one at a time.
     """
     folders = {e.title: out / "entries" / e.title for e in todo}
-    requests, seeds = {e.title: e.request() for e in todo}, {e.title: e.seeds for e in todo}
+    requests = {e.title: e.request() for e in todo}
+    seeds = {e.title: e.seeds for e in todo}
     stages = {e.title: e.jobs(folders[e.title]) for e in todo}
     left = [name for name in stages if read_json_or_none(folders[name] / "done.json") != requests[name]]
     for name in left:

@@ -64,7 +64,10 @@ class Queue:
     def __init__(
         self, todo: dict[str, Job], out: Path, workers: int, patient: bool, shown: BarDisplay | LineDisplay
     ) -> None:
-        self.todo, self.logs, self.workers, self.patient = todo, out / "logs", workers, patient
+        self.todo = todo
+        self.logs = out / "logs"
+        self.workers = workers
+        self.patient = patient
         self.shown = shown
         self.env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
         self.env.setdefault("DISTILL_CACHE", f"{out / 'cache'}")
@@ -105,7 +108,8 @@ class Queue:
 
     def _work(self, name: str) -> None:
         """One job, in a thread of its own."""
-        log, code = self.logs / f"{name}.txt", 0
+        log = self.logs / f"{name}.txt"
+        code = 0
         for _ in range(3 if self.patient else 1):
             with log.open("w") as file:
                 command = [sys.executable, *self.todo[name].command]
@@ -147,7 +151,8 @@ class BarDisplay:
     """A bar for each job, on a terminal."""
 
     def __init__(self, todo: dict[str, Job], bars: Any) -> None:
-        self.todo, self.bars = todo, bars
+        self.todo = todo
+        self.bars = bars
         self.tasks = {name: bars.add_task(job.title, None, None, visible=False) for name, job in todo.items()}
 
     def begin(self, name: str) -> None:
@@ -170,7 +175,8 @@ class LineDisplay:
     terminal."""
 
     def __init__(self, todo: dict[str, Job], logs: Path) -> None:
-        self.todo, self.logs = todo, logs
+        self.todo = todo
+        self.logs = logs
         self.began: dict[str, float] = {}
         self.told: dict[str, float] = {}
 

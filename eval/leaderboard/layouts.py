@@ -41,7 +41,8 @@ def export(folder: Path, layout: Literal["geneval", "dpg"], prompts: Path, out: 
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} is not empty; choose another folder")
     found = read_prompts(f"{prompts}")
-    n, each = manifest.get("n", 0), manifest.get("n", 0) // len(found)
+    n = manifest.get("n", 0)
+    each = manifest.get("n", 0) // len(found)
     asked = SampleConditions([found[i // each] for i in range(n)], True) if each and n == each * len(found) else None
     if asked is None or asked.hash != manifest.get("prompts"):
         raise ValueError(

@@ -110,7 +110,8 @@ def table(board: Board) -> Markup:
         key = found["model"][i].key
         kind = "real" if is_real(row) else "teacher" if is_teacher(row) else "student"
         lines.append(tag('<tr class="{}"><th scope="row" data-key="{}">{}</th>{}</tr>', kind, key, key, cells))
-    here, foot = join(lines[: len(board.rows)]), join(lines[len(board.rows) :])
+    here = join(lines[: len(board.rows)])
+    foot = join(lines[len(board.rows) :])
     return tag(
         '<div class="scroll" tabindex="0" role="region" aria-label="{0}"><table class="sortable">'
         "<caption>Protocol {0}</caption><thead><tr>{1}</tr></thead><tbody>{2}</tbody>{3}</table></div>",
@@ -126,7 +127,8 @@ def cell(cell: Cell, figure: bool) -> Markup:
     key = NOTHING if cell.key is None else tag(' data-key="{}"', cell.key)
     if not figure or not cell.text:
         return tag("<td{}>{}</td>", key, cell.text or tag("<span class=none>-</span>"))
-    kind, tie = " top" if cell.rank == 1 else "", " tie" if cell.tie else ""
+    kind = " top" if cell.rank == 1 else ""
+    tie = " tie" if cell.tie else ""
     rank = tag('<b class="rank{}">{}{}</b>', kind, cell.rank, tie) if cell.rank else NOTHING
     span = tag("<small>{}</small>", cell.span) if cell.span else NOTHING
     return tag('<td{}><span class="figure">{}{}</span>{}</td>', key, rank, cell.text, span)
@@ -221,7 +223,8 @@ def provenance_table(board: Board) -> Markup:
     lines = []
     rows = [*board.rows, *board.real]
     for row, name in zip(rows, row_labels(rows, board.rows), strict=True):
-        made, cost = dict(provenance(row)), row.get("cost") or {}
+        made = dict(provenance(row))
+        cost = row.get("cost") or {}
         machine = cost.get("hardware") if any(cost.get(k) for k in COSTS) else None
         counts = [row["metrics"].get(m, {}).get("n") for m in board.metrics]
         facts = [*(made.get(k) for k in ("seeds", "commit", "hardware")), machine, *counts]
@@ -268,7 +271,9 @@ def sample_grids(rows: Sequence[Row]) -> Markup:
     from eval.images import images as folders
 
     groups: dict[tuple[Any, ...], list[Markup]] = {}
-    absent, broken, seen = [], [], set()
+    absent = []
+    broken = []
+    seen = set()
     for row, name in zip(rows, row_labels(rows, rows), strict=True):
         folder = row.get("samples")
         if not folder or folder in seen:
@@ -282,7 +287,8 @@ def sample_grids(rows: Sequence[Row]) -> Markup:
         except ValueError as error:
             broken.append(f"{name} ({error})")
             continue
-        seed, prompts = manifest.get("seed"), manifest.get("prompts") or str(manifest.get("labels"))
+        seed = manifest.get("seed")
+        prompts = manifest.get("prompts") or str(manifest.get("labels"))
         size = tuple(images.shape[-2:])
         nfe = (row.get("cost") or {}).get("nfe") or manifest.get("nfe")
         cost = f"{nfe} network call{'s' if nfe != 1 else ''}" if nfe else ""

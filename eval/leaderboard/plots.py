@@ -18,9 +18,14 @@ from eval.files import read_text
 from eval.images.images import is_finite, quantize
 from eval.markup import NOTHING, Markup, join, tag
 
-WIDTH, HEIGHT = 620, 430  # of a scatter plot, in its own units
-LEFT, RIGHT, TOP, BOTTOM = 58, 18, 18, 52
-WIDE, TALL = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
+WIDTH = 620  # of a scatter plot, in its own units, as all of these
+HEIGHT = 430
+LEFT = 58  # margins
+RIGHT = 18
+TOP = 18
+BOTTOM = 52
+WIDE = WIDTH - LEFT - RIGHT
+TALL = HEIGHT - TOP - BOTTOM
 CHARACTER = 6.6  # mean width of a letter at 12 px
 
 
@@ -44,7 +49,9 @@ def pareto_front(points: Sequence[Point], lower: bool) -> list[Point]:
 
     lower: smaller y are better. Of points that are equal in both the first stays.
     """
-    sign, best, found = (1 if lower else -1), math.inf, []
+    sign = 1 if lower else -1
+    best = math.inf
+    found = []
     for point in sorted(points, key=lambda p: (p.x, sign * p.y)):
         if sign * point.y < best:
             best = sign * point.y
@@ -93,7 +100,8 @@ class Axes:
 
     def __init__(self, points: Sequence[Point], lower: bool, reference: float | None) -> None:
         values = [p.y for p in points] + ([] if reference is None else [reference])
-        best, far = (min if lower else max)(values), math.inf
+        best = (min if lower else max)(values)
+        far = math.inf
         if len(values) > 3:
             far = 4 * abs(median(values) - best) or math.inf
         self.off = {p: abs(p.y - best) > far for p in points}
@@ -102,16 +110,19 @@ class Axes:
         shown = [v for v in values if abs(v - best) <= far]
         self.log = min(spans) > 0 and max(shown) > 6 * min(shown)
         room = 0.08 * (max(spans) - min(spans)) or abs(best) * 0.1 or 1.0
-        self.low, self.high = min(spans) - room, max(spans) + room
+        self.low = min(spans) - room
+        self.high = max(spans) + room
         if self.log:
-            self.low, self.high = min(spans) / 1.15, max(spans) * 1.15
+            self.low = min(spans) / 1.15
+            self.high = max(spans) * 1.15
         self.edge = TOP + 7 if lower else HEIGHT - BOTTOM - 7
         self.xs = sorted({p.x for p in points})
         of_x: dict[float, list[Point]] = {x: [] for x in self.xs}
         for point in sorted(points, key=lambda p: p.y):
             of_x[point.x].append(point)
         columns = list(of_x.values())
-        self.left, self.right = self.xs[0] / 1.35, self.xs[-1] * (1.35 if len(self.xs) > 1 else 4)
+        self.left = self.xs[0] / 1.35
+        self.right = self.xs[-1] * (1.35 if len(self.xs) > 1 else 4)
         lead = min(12 + 6 * len(columns[0]), 0.3 * WIDE) / WIDE  # room before the first column, for points and names
         start = (math.log(self.xs[0]) - lead * math.log(self.right)) / (1 - lead)
         self.left = min(self.left, math.exp(start))
@@ -136,7 +147,9 @@ class Axes:
 
     def axes(self, across: str, up: str, tick: Callable[[float], str]) -> list[Markup]:
         """The grid, its ticks and the names of the axes."""
-        out, foot, before = [], HEIGHT - BOTTOM, -math.inf
+        out = []
+        foot = HEIGHT - BOTTOM
+        before = -math.inf
         for value in log_ticks(self.low, self.high) if self.log else linear_ticks(self.low, self.high):
             y = self.y(value)
             out.append(tag('<path class="grid" d="M{} {:.1f}H{}"/>', LEFT, y, WIDTH - RIGHT))
@@ -168,7 +181,8 @@ def scatter(
 
     across, up: what the axes are. reference: (name, y) of a dashed line. tick: how a cost is written.
     """
-    frame, best = Axes(points, lower, reference and reference[1]), pareto_front(points, lower)
+    frame = Axes(points, lower, reference and reference[1])
+    best = pareto_front(points, lower)
     out = frame.axes(across, f"{up}, {'lower' if lower else 'higher'} is better", tick)
     lines = join([_draw_pareto_front([frame.of(p) for p in best]), *_series(points, frame)])
     inner = LEFT, TOP, WIDE, TALL, lines  # an inner svg clips its content
@@ -211,7 +225,8 @@ def _series(points: Sequence[Point], frame: Axes) -> Iterator[Markup]:
 
 def _reference(name: str, value: float, frame: Axes, taken: Boxes) -> Markup:
     """A dashed line with its name, where there is room."""
-    y, long = frame.y(value), len(name) * CHARACTER
+    y = frame.y(value)
+    long = len(name) * CHARACTER
     starts = range(int(WIDTH - RIGHT - long), LEFT, -12)
     tries = [(x, y + d, x + long, y + d + 15) for x in (*starts, LEFT) for d in (-18, 4)]
     box = next((box for box in tries if not taken.meet(box)), tries[0])
@@ -222,9 +237,12 @@ def _reference(name: str, value: float, frame: Axes, taken: Boxes) -> Markup:
 
 def _mark(p: Point, frame: Axes, label: str, box: Box | None) -> Markup:
     """A point, its interval, its label in `box`, if there is one, with a line to it where that is far."""
-    (x, y), out, name = frame.of(p), NOTHING, NOTHING
+    x, y = frame.of(p)
+    out = NOTHING
+    name = NOTHING
     if box:
-        left, middle = box[0], (box[1] + box[3]) / 2
+        left = box[0]
+        middle = (box[1] + box[3]) / 2
         name = tag('<text class="label" x="{:.1f}" y="{:.1f}">{}</text>', left, middle + 4, label)
         near = left - 2 if left > x else box[2] + 2
         if abs(middle - y) > 9:
@@ -271,7 +289,8 @@ def _find_label_box(x: float, y: float, long: float, taken: Boxes) -> Box | None
     Beside the point first, then above and below on the right, then on the left.
     """
     levels = [sign * 15 * i for i in range(1, 9) for sign in (-1, 1)]
-    right, left = x + 11, x - 11 - long
+    right = x + 11
+    left = x - 11 - long
     for start, away in [(right, 0), (left, 0), *((right + 7, a) for a in levels), *((left - 7, a) for a in levels)]:
         box = (start, y + away - 8, start + long, y + away + 8)
         inside = LEFT <= box[0] and box[2] <= WIDTH - 2 and TOP - 8 <= box[1] and box[3] <= HEIGHT - BOTTOM
@@ -313,9 +332,12 @@ def training_curves(name: str, path: Path, most: int = 8) -> Markup:
 
 def _panel(key: str, points: Sequence[tuple[float, float]], name: str, wide: int = 240, tall: int = 140) -> Markup:
     values = sorted(v for _, v in points)
-    low, high = values[len(values) // 100], values[-1 - len(values) // 100]  # a spike must not hide the rest
+    low = values[len(values) // 100]
+    high = values[-1 - len(values) // 100]  # a spike must not hide the rest
     room = 0.08 * (high - low) or abs(low) * 0.1 or 1.0
-    low, high, last = low - room, high + room, max(points[-1][0], 1e-9)
+    low = low - room
+    high = high + room
+    last = max(points[-1][0], 1e-9)
 
     def line(points: Sequence[tuple[float, float]], kind: str) -> Markup:
         every = -(-len(points) // 150)  # a panel is 200 wide
@@ -343,7 +365,8 @@ def _panel(key: str, points: Sequence[tuple[float, float]], name: str, wide: int
 
 
 def _running_mean(values: Sequence[float], width: int) -> list[float]:
-    out, total = [], 0.0
+    out = []
+    total = 0.0
     for i, value in enumerate(values):
         total += value - (values[i - width] if i >= width else 0.0)
         out.append(total / min(i + 1, width))
@@ -364,7 +387,8 @@ def image_grid(images: Tensor, labels: Tensor | None, rows: int = 6, columns: in
     else:
         of_class = [(labels == j).nonzero().flatten()[:rows].tolist() for j in range(columns)]
         cells = {(i, j): pick for j, column in enumerate(of_class) for i, pick in enumerate(column)}
-    lines, across = 1 + max(i for i, _ in cells), 1 + max(j for _, j in cells)
+    lines = 1 + max(i for i, _ in cells)
+    across = 1 + max(j for _, j in cells)
     small = max(height, width) <= side
     shrink = (width * side // max(height, width), height * side // max(height, width))
     high, wide = (height, width) if small else shrink[::-1]

@@ -122,7 +122,8 @@ def score_models(models: dict[str, Path], split: Split, out: Path, exports: dict
             continue
         after: tuple[str, ...] = ()
         if name in exports and not (model / "model_index.json").is_file():
-            todo[f"{name}-export"], after = exports[name], (f"{name}-export",)
+            todo[f"{name}-export"] = exports[name]
+            after = (f"{name}-export",)
         folders = {seed: out / name / f"{split.name}-{seed}" for seed in split.seeds}
         for seed, folder in folders.items():
             asked = {"model": model, "out": folder, "name": name, "seed": seed, **split.generate}
@@ -244,7 +245,8 @@ def _selection(run: Path, out: Path, split: Split) -> Scored:
     for name in names:
         model = out / name / "pipeline"
         found, wrong = score_models({name: model}, split, out, {name: _export(run, name, model)})
-        rows, failed = [*rows, *found], failed | wrong
+        rows = [*rows, *found]
+        failed = failed | wrong
         keep = str(best_row(rows)[0]["model"]) if rows else name
         for other in {name, *(str(row["model"]) for row in rows)} - {keep}:
             shutil.rmtree(out / other / "pipeline", ignore_errors=True)

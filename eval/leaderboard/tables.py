@@ -194,7 +194,9 @@ def average_seeds(rows: Sequence[Row]) -> list[Row]:
         groups.setdefault((weights, *(json.dumps(row.get(key)) for key in SAME)), []).append(row)
     out: list[Row] = []
     for group in groups.values():
-        first, metrics, cost = group[0], {}, dict(group[0].get("cost") or {})
+        first = group[0]
+        metrics = {}
+        cost = dict(group[0].get("cost") or {})
         if len(group) == 1:
             out.append(first)
             continue
@@ -273,7 +275,8 @@ def row_labels(some: Iterable[Row], rows: Iterable[Row]) -> list[str]:
             found[row["model"]].add(row.get(key))
     out = []
     for row in some:
-        parts, model = [str(row["model"])], row["model"]
+        parts = [str(row["model"])]
+        model = row["model"]
         if len(values["steps"][model]) > 1:
             parts.append(f"{row.get('steps')} step{'s' if row.get('steps') != 1 else ''}")
         if len(values["guidance"][model]) > 1:
@@ -316,7 +319,8 @@ def columns(board: Board) -> dict[str, list[Cell]]:
         if any(r.get(key) not in plain for r in rows):
             out[key] = [Cell() if r.get(key) is None else Cell(f"{r[key]:g}", key=r[key]) for r in rows]
     for name in board.metrics:
-        ranks, places = board.ranks(name), count_decimals(board, name)
+        ranks = board.ranks(name)
+        places = count_decimals(board, name)
         out[name] = [_figure(r["metrics"].get(name), places, ranks.get(i)) for i, r in enumerate(rows)]
     costs = [r.get("cost") or {} for r in rows]
     for key, (heading, text) in COSTS.items():
@@ -343,7 +347,8 @@ def headline(board: Board) -> str:
         return "Real images alone: there is no model to compare."
     name = board.metrics[0]
     scored = [(i, r) for i, r in enumerate(board.rows) if name in r["metrics"]]
-    ranks, places = board.ranks(name), count_decimals(board, name)
+    ranks = board.ranks(name)
+    places = count_decimals(board, name)
     value = lambda row: f"{row['metrics'][name]['value']:.{places}f}"
     calls = lambda row: (row.get("cost") or {}).get("nfe")
     students = [(i, r) for i, r in scored if not is_teacher(r) and calls(r)]
@@ -355,7 +360,8 @@ def headline(board: Board) -> str:
         return f"{row_label(best, board.rows)} leads {board.protocol} with {metric_label(name)} {value(best)}{more}."
     fewest = min(calls(r) for _, r in students)
     among = [(i, r) for i, r in students if calls(r) == fewest]
-    (_, best), (_, slow) = among[0], max(teachers, key=lambda pair: calls(pair[1]))
+    _, best = among[0]
+    _, slow = max(teachers, key=lambda pair: calls(pair[1]))
     which = f", the best of {len(among)} students," if len(among) > 1 else ""
     (a, b), (low, high) = (interval(r["metrics"][name]) for r in (best, slow))
     tie = ": a tie" if a <= high and low <= b else ""
@@ -388,10 +394,8 @@ def terminal_tables(rows: Sequence[Row]) -> list[Table]:
                 rank = f" ({column[i].rank})" if column[i].rank and heading == board.metrics[0] else ""
                 cells.append(column[i].text + rank)
             one.add_row(*map(Text, cells), style="dim" if is_real(row) else None if is_teacher(row) else "bold")
-        one.caption, one.caption_justify = (
-            "(1) is the rank: 1 + the number of rows whose entire interval is better",
-            "left",
-        )
+        one.caption = "(1) is the rank: 1 + the number of rows whose entire interval is better"
+        one.caption_justify = "left"
         out.append(one)
     return out
 

@@ -28,7 +28,8 @@ def vendi(x: Set, strata: Tensor | None = None) -> Score:
         second += part.T @ part / count_rows(x)
     values, vectors = symmetric_eigen(second, "the matrix of cosines")
     keep = values > 1e-12
-    values, vectors = values[keep], vectors[:, keep]
+    values = values[keep]
+    vectors = vectors[:, keep]
     entropy = -(values * values.log()).sum()
     number = entropy.exp()
     psi = (number * (-((part @ vectors).square() @ values.log()) - entropy) for part in normalise_rows(chunks(x)))
@@ -44,12 +45,14 @@ def diversity(x: Set, prompts: Tensor) -> Score:
     ids, where, sizes = prompts.unique(return_inverse=True, return_counts=True)
     if len(prompts) != count_rows(x) or not (sizes > 1).any():
         raise ValueError("diversity needs one prompt number an image, and two images of some prompts")
-    total, seen = torch.zeros(0), 0
+    total = torch.zeros(0)
+    seen = 0
     for part in normalise_rows(chunks(x)):
         total = part.new_zeros(len(ids), part.shape[1]) if not len(total) else total
         total.index_add_(0, where[seen : seen + len(part)], part)
         seen += len(part)
-    total, sizes = total[sizes > 1], sizes[sizes > 1].double()
+    total = total[sizes > 1]
+    sizes = sizes[sizes > 1].double()
     similar = (total.square().sum(1) - sizes) / (sizes * (sizes - 1))
     return mean_score(1 - similar)._replace(n=count_rows(x))
 

@@ -27,7 +27,8 @@ class Moments(NamedTuple):
 
     def check(self, name: str) -> Moments:
         """The same with an exactly symmetric covariance. ValueError, with `name`, if the values are impossible."""
-        mean, cov = self.mean, self.cov
+        mean = self.mean
+        cov = self.cov
         if mean.ndim != 1 or not len(mean) or cov.shape != (len(mean), len(mean)):
             raise ValueError(
                 f"{name}: mu has shape {list(mean.shape)} and sigma {list(cov.shape)}; [D] and [D, D] are needed"
@@ -53,10 +54,14 @@ def moments(x: Set | Moments, name: str = "first") -> Moments:
         return x
     width = x.shape[-1] if isinstance(x, Tensor) else next(x.chunks()).shape[1]
     validate_features(x, name, width + 1)  # with less the covariance is singular
-    n, mean, scatter = 0, torch.zeros(width, dtype=torch.float64), torch.zeros(width, width, dtype=torch.float64)
+    n = 0
+    mean = torch.zeros(width, dtype=torch.float64)
+    scatter = torch.zeros(width, width, dtype=torch.float64)
     for chunk in chunks(x):
-        k, centre = len(chunk), chunk.mean(0)
-        step, part = centre - mean, chunk - centre
+        k = len(chunk)
+        centre = chunk.mean(0)
+        step = centre - mean
+        part = chunk - centre
         scatter += part.T @ part + torch.outer(step, step) * (n * k / (n + k))
         mean = mean + step * (k / (n + k))
         n += k
@@ -70,7 +75,8 @@ def frechet(a: Set | Moments, b: Set | Moments) -> float:
     Biased upwards at finite n. ValueError for NaN and for n <= D; a covariance that is singular for another reason (a
     constant feature) is no problem: negative eigenvalues, which are rounding, count as zero.
     """
-    a, b = moments(a, "first"), moments(b, "second")
+    a = moments(a, "first")
+    b = moments(b, "second")
     _same_width(a, b)
     root = _root(a.cov)
     cross = _eigenvalues(root @ b.cov @ root, "the product of the covariances").clamp(min=0).sqrt().sum()
@@ -82,7 +88,8 @@ def fid(fake: Set, real: Set | Moments, strata: Tensor | None = None) -> Score:
 
     T = A^-1/2 (A^1/2 B A^1/2)^1/2 A^-1/2 is the optimal map between the Gaussians, A^-1/2 the pseudo-inverse.
     """
-    a, b = moments(fake, "generated"), moments(real, "reference")
+    a = moments(fake, "generated")
+    b = moments(real, "reference")
     _same_width(a, b)
     values, vectors = symmetric_eigen(a.cov, "the generated covariance")
     keep = values > values[-1].clamp(min=0) * 1e-12

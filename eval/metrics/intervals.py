@@ -52,7 +52,8 @@ def influence_interval(value: float, psi: Iterable[Tensor], strata: Tensor | Non
     """The interval of the influences psi, in parts, by running sums within strata."""
     names, where = (torch.zeros(1), None) if strata is None else strata.unique(return_inverse=True)
     sums, sizes = (torch.zeros(len(names), dtype=torch.float64) for _ in range(2))
-    n, squares = 0, 0.0
+    n = 0
+    squares = 0.0
     for part in psi:
         into = torch.zeros(len(part), dtype=torch.long) if where is None else where[n : n + len(part)]
         sums.index_add_(0, into, part)
@@ -71,7 +72,8 @@ class HalvingIntervals:
 
     def __init__(self, n: int, strata: Tensor | None = None, seed: int = 0, repeats: int = 10) -> None:
         source = torch.Generator().manual_seed(seed)
-        self.n, self.orders = n, [torch.randperm(n, generator=source) for _ in range(repeats)]
+        self.n = n
+        self.orders = [torch.randperm(n, generator=source) for _ in range(repeats)]
         if strata is not None:  # neighbours in the order, of one stratum, go to different halves
             self.orders = [order[strata[order].argsort(stable=True)] for order in self.orders]
 
@@ -87,8 +89,10 @@ def proportion(hits: Tensor) -> Score:
     """The share of True among [N], with Wilson's interval (1927), which has a width at 0 and 1 too."""
     if not len(hits):
         raise ValueError("a share of no images is not defined; generate some")
-    n, p = len(hits), hits.double().mean().item()
-    centre, half = (p + Z**2 / (2 * n)), Z * math.sqrt(p * (1 - p) / n + Z**2 / (4 * n**2))
+    n = len(hits)
+    p = hits.double().mean().item()
+    centre = p + Z**2 / (2 * n)
+    half = Z * math.sqrt(p * (1 - p) / n + Z**2 / (4 * n**2))
     low, high = ((centre + side * half) / (1 + Z**2 / n) for side in (-1, 1))
     return finite_score(p, min(low, p), max(high, p), n)
 
@@ -145,7 +149,8 @@ def ratio_ci(
     """
     from scipy.stats import t
 
-    x, y = _independent(top), _independent(bottom)
+    x = _independent(top)
+    y = _independent(bottom)
     if (x <= 0).any() or (y <= 0).any():
         raise ValueError(f"a ratio on the log scale needs positive values; given {x.tolist()} over {y.tolist()}")
     if paired:
@@ -154,7 +159,8 @@ def ratio_ci(
         log = mean_ci((x / y).log().tolist(), level)
         return Interval(math.exp(log.mean), math.exp(log.low), math.exp(log.high), len(x))
     parts = [(v.var() / len(v) / v.mean() ** 2).item() for v in (x, y)]  # variance of the log of each mean
-    ratio, spread = (x.mean() / y.mean()).item(), sum(parts)
+    ratio = (x.mean() / y.mean()).item()
+    spread = sum(parts)
     freedom = spread**2 / sum(p**2 / (len(v) - 1) for p, v in zip(parts, (x, y))) if spread else 1.0
     factor = math.exp(t.ppf(0.5 + level / 2, freedom) * spread**0.5)
     return Interval(ratio, ratio / factor, ratio * factor, min(len(x), len(y)))

@@ -23,15 +23,20 @@ def kid(
     The mean over subsets of `size` images (of all, where there are fewer), drawn as torch-fidelity draws them.
     Influence: psi = 2 (E k(x, fake) - E k(x, real)). Unbiased in n; it may be negative. ValueError for NaN, n < 2.
     """
-    width, n, m = validate_pair(fake, real, 2), count_rows(fake), count_rows(real)
+    width = validate_pair(fake, real, 2)
+    n = count_rows(fake)
+    m = count_rows(real)
     size = min(size, n, m)
     whole = size == n == m  # every subset is the whole
     pick = np.random.RandomState(seed)
-    total, psi, drawn = 0.0, torch.zeros(n, dtype=torch.float64), torch.zeros(n, dtype=torch.float64)
+    total = 0.0
+    psi = torch.zeros(n, dtype=torch.float64)
+    drawn = torch.zeros(n, dtype=torch.float64)
     times = 1 if whole else subsets
     for _ in range(times):
         i, j = (torch.from_numpy(pick.choice(k, size, replace=False)) for k in (n, m))
-        x, y = read_rows(fake, i), read_rows(real, j)
+        x = read_rows(fake, i)
+        y = read_rows(real, j)
         kxx, kyy, kxy = ((u @ v.T / width + 1) ** 3 for u, v in ((x, x), (y, y), (x, y)))
         kxx.fill_diagonal_(0)
         kyy.fill_diagonal_(0)
@@ -61,6 +66,8 @@ def cmmd(fake: Set, real: Set, strata: Tensor | None = None, sigma: float = 10.0
             out.append(torch.stack([near(a, b).sum(1) for b in normalise_rows(chunks(y))]).sum(0) / count_rows(y))
         return torch.cat(out)
 
-    own, cross, other = means(fake, fake), means(fake, real), means(real, real)
+    own = means(fake, fake)
+    cross = means(fake, real)
+    other = means(real, real)
     value = 1000 * (own.mean() + other.mean() - 2 * cross.mean()).item()
     return influence_interval(value, [2000 * (own - cross)], strata)

@@ -36,9 +36,13 @@ def manifold(
     validate_pair(fake, real, max(k, k_density) + 2)
     n = min(count_rows(fake), count_rows(real), limit)
     picked = draw_indices(count_rows(fake), n, seed)
-    fakes, reals = read_rows(fake, picked), read_rows(real, draw_indices(count_rows(real), n, seed))
-    ff, rr, fr = _squared(fakes, fakes), _squared(reals, reals), _squared(fakes, reals)
-    ball, wide = _radius(rr, k), _radius(rr, k_density)
+    fakes = read_rows(fake, picked)
+    reals = read_rows(real, draw_indices(count_rows(real), n, seed))
+    ff = _squared(fakes, fakes)
+    rr = _squared(reals, reals)
+    fr = _squared(fakes, reals)
+    ball = _radius(rr, k)
+    wide = _radius(rr, k_density)
     inside = (fr <= ball).any(1)
     edge = _radius(rr, 1).quantile(0.99)
     far = fr.min(1).values > edge
@@ -64,7 +68,9 @@ def manifold(
 
 def _squared(x: Tensor, y: Tensor) -> Tensor:
     """Squared distances [N, M], exactly 0 between equal rows; stored in float32."""
-    a, b, out = x.square().sum(1), y.square().sum(1), torch.empty(len(x), len(y))
+    a = x.square().sum(1)
+    b = y.square().sum(1)
+    out = torch.empty(len(x), len(y))
     for i in range(0, len(x), 1000):
         d = a[i : i + 1000, None] + b - 2 * x[i : i + 1000] @ y.T
         scale = a[i : i + 1000, None] + b

@@ -110,7 +110,8 @@ def _fid(g: MetricInputs) -> Score:
 REFERENCE = ("reference",)
 NEIGHBOURS = 7  # images that manifold() needs
 FRECHET = "Heusel et al. 2017, arXiv 1706.08500"
-G14, L336 = "open_clip:ViT-g-14/laion2b_s12b_b42k", "clip:openai/clip-vit-large-patch14-336"
+G14 = "open_clip:ViT-g-14/laion2b_s12b_b42k"
+L336 = "clip:openai/clip-vit-large-patch14-336"
 
 METRICS: dict[str, Metric] = {
     "fid": Metric(_fid, "inception-clean", "lower", "influence", f"{FRECHET}; resize of clean-fid", REFERENCE, None),

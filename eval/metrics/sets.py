@@ -42,7 +42,8 @@ def validate_features(x: Set, name: str, least: int, key: str = "features") -> i
     """The number of features D. ValueError for another shape, fewer than `least` images, NaN or infinite features."""
     if isinstance(x, Tensor) and x.ndim != 2:
         raise ValueError(f"{name} features have shape {list(x.shape)}; [N, D] is needed")
-    first, seen = None, 0
+    first = None
+    seen = 0
     for chunk in chunks(x, key):
         first = chunk.shape[1] if first is None else first
         if not torch.isfinite(chunk).all():

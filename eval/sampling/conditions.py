@@ -89,7 +89,8 @@ def takes_labels(model: Path) -> bool:
 
 def _count_classes(model: Path) -> int:
     """How many classes a network of labels knows, without "no label"."""
-    embedded, null = _count_embeddings(model), _json(model / "distill.json").get("null_class")
+    embedded = _count_embeddings(model)
+    null = _json(model / "distill.json").get("null_class")
     if embedded is None:
         return 1
     if null is not None and type(null) is not int:

@@ -234,7 +234,8 @@ class Sampling:
         check_output(self.out, "out", folder=True)
         if self.cost is not None:
             check_output(self.cost, "cost")
-        has, name = self.about.get("steps"), self.model
+        has = self.about.get("steps")
+        name = self.model
         plain = self.student and self.method != "cfg++"
         if self.method != "pipeline" and (plain or self.lora or any(self.scheduling)):
             raise ValueError(f"solver is {self.solver}: it is for teachers, without LoRA and scheduler; use pipeline")
@@ -334,7 +335,8 @@ class Sampling:
         """The sampler of `first` and the loaded model, or of a student's calls one by one."""
         from pipelines.inference.stitch import Turn, around
 
-        solver, guidance = None if self.method == "pipeline" else self.method, self.guidance or 1.0
+        solver = None if self.method == "pipeline" else self.method
+        guidance = self.guidance or 1.0
         then = Turn(around(pipe, self.resolution), self.calls or 1, guidance, self.skip if self.first else 0, solver)
         facts = {"steps": self.calls, "guidance": guidance, "scheduler": solver or type(pipe.scheduler).__name__}
         if self.before is None:
@@ -359,7 +361,8 @@ class Sampling:
 
     def generate_missing(self) -> dict[str, Any]:
         """The manifest of a folder that no other process writes."""
-        asked, ranks = self.asked, ProcessGroup()
+        asked = self.asked
+        ranks = ProcessGroup()
         if ranks.index == 0:
             prepare_output_folder(self.out, self.request(), asked, self.overwrite)
         ranks.wait()
@@ -431,12 +434,15 @@ class ProcessGroup:
     def __init__(self) -> None:
         from pipelines.launch import start_accelerator, warn_single_process
 
-        self.accelerator, self.index, self.count = None, 0, 1
+        self.accelerator = None
+        self.index = 0
+        self.count = 1
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             warn_single_process()
         else:
             self.accelerator = start_accelerator(days=7)  # for one that has more left to make
-            self.index, self.count = self.accelerator.process_index, self.accelerator.num_processes
+            self.index = self.accelerator.process_index
+            self.count = self.accelerator.num_processes
 
     def device(self, asked: str | None) -> torch.device:
         if asked is not None or self.accelerator is None:
@@ -470,8 +476,11 @@ def generate_missing_images(work: Sampling, sampler: Sampler, ranks: ProcessGrou
     """Make this process's share of the images that are missing, of those that are there take the digests."""
     from distill.progress import bar
 
-    out, wanted, rows = work.out, work.asked.conditions, work.height
-    size, batch = work.plan.size if work.plan else None, work.batch or rows
+    out = work.out
+    wanted = work.asked.conditions
+    rows = work.height
+    size = work.plan.size if work.plan else None
+    batch = work.batch or rows
     there = {file.name for file in out.glob("*.png")}
     done = [i for i in range(len(wanted)) if folders.file_name(i) in there]
     left = sorted(set(range(len(wanted))) - set(done))
@@ -483,7 +492,8 @@ def generate_missing_images(work: Sampling, sampler: Sampler, ranks: ProcessGrou
         if not left and ranks.index == 0:  # killed before its manifest was written: a call tells its facts
             sampler.make([image_generator(work.seed, 0)] * rows, wanted[:1] * rows)
         for unit in (mine[k : k + batch] for k in range(0, len(mine), batch)):
-            start, levels = time.perf_counter(), []
+            start = time.perf_counter()
+            levels = []
             for pick in (unit[k : k + rows] for k in range(0, len(unit), rows)):
                 filled = pick + [pick[-1]] * (rows - len(pick))
                 images = sampler.make([image_generator(work.seed, i) for i in filled], [wanted[i] for i in filled])
@@ -493,7 +503,8 @@ def generate_missing_images(work: Sampling, sampler: Sampler, ranks: ProcessGrou
                 folders.save_image(out, i, level)
                 share.digests[i] = folders.image_digest(level)
             shown.update(len(unit))
-    share.made, share.nfe = len(mine), sampler.nfe()
+    share.made = len(mine)
+    share.nfe = sampler.nfe()
     return share
 
 
@@ -526,7 +537,8 @@ def prepare_output_folder(out: Path, request: dict[str, Any], asked: SampleCondi
             folders.write_manifest(out, {**old, "model": request["model"], "request": request})
         return
     if old.get("request") is not None and not overwrite:
-        was, asks = old["request"], {**dict.fromkeys(old["request"]), **request}
+        was = old["request"]
+        asks = {**dict.fromkeys(old["request"]), **request}
         differ = [f"{k} {was.get(k)!r}, not {v!r}" for k, v in asks.items() if was.get(k) != v]
         raise ValueError(
             f"{out} is not empty: it holds images of another run ({'; '.join(differ)}); choose another folder, or "

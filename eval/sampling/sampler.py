@@ -55,7 +55,8 @@ def teacher_sampler(teacher: Any, steps: int = 18, solver: Name = "heun", guidan
     from distill.diffusion.solver import calls, sample
 
     denoiser = teacher.denoiser if guidance == 1 else Guided(teacher.denoiser, guidance)
-    branches, n = 1 if guidance in (0, 1) else 2, steps if solver == "cfg++" else calls(solver, steps)
+    branches = 1 if guidance in (0, 1) else 2
+    n = steps if solver == "cfg++" else calls(solver, steps)
     nfe = 2 * (n - 1) + branches if solver == "cfg++" else n * branches
     nfe += n * isinstance(teacher.denoiser, Away)
 
@@ -84,7 +85,8 @@ def pipeline_sampler(
     steps = steps or default("num_inference_steps")
     if guidance is None and own:
         guidance = default(*(["true_cfg_scale"] if family else []), "guidance_scale")
-    spent, made = [0], [0]
+    spent = [0]
+    made = [0]
     for name in DENOISERS:
         if isinstance(net := getattr(pipe, name, None), torch.nn.Module):
             net.register_forward_pre_hook(_counter(spent), with_kwargs=True)
@@ -115,7 +117,9 @@ def staged_sampler(turns: Sequence[Any], facts: dict[str, Any]) -> Sampler:
     """Samples pipelines that take turns on an image (`pipelines.inference.stitch.Turn`), each a `pipelines.Teacher`."""
     from pipelines.inference.stitch import stitch
 
-    spent, made, nets = [0], [0], [turn.pipe.denoiser.net for turn in turns]
+    spent = [0]
+    made = [0]
+    nets = [turn.pipe.denoiser.net for turn in turns]
     for net in nets:
         net.register_forward_pre_hook(_counter(spent), with_kwargs=True)
 
@@ -237,7 +241,8 @@ def _scheduler(pipe: Any, name: str | None, config: dict[str, Any]) -> Any:
 
     from pipelines import fields
 
-    cls, base = type(pipe.scheduler), pipe.scheduler.config
+    cls = type(pipe.scheduler)
+    base = pipe.scheduler.config
     if name is not None:
         folder = next(
             (f for f in (Path(name), Path(name) / "scheduler") if (f / "scheduler_config.json").is_file()), None
