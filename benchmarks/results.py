@@ -296,7 +296,7 @@ def ranked(table: list[dict[str, Any]]) -> dict[int, str]:
     if not rows:
         return {}
     (board,) = group_boards(rows)
-    ranks = board.ranks("fd_heldout")
+    ranks = board.rank_rows("fd_heldout")
     return {place[id(board.rows[i])]: f"{rank}{'=' if tie else ''}" for i, (rank, tie) in ranks.items()}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import socket
 import sys
 import time
@@ -80,18 +81,51 @@ def _unfolded_length(node: Any, sizes: dict[int, int], above: set[int]) -> int:
     return sizes[key]
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file atomically: after a crash it has the old or the new content."""
-    partial = path.with_name(f".{path.name}.partial")
+@contextmanager
+def atomic_file(path: Path, sync: bool = True) -> Iterator[Path]:
+    """A hidden file beside `path` to write to. It replaces `path` at the end; an error removes it.
+
+    Several processes may write one file: each has its own hidden file, .NAME.PROCESS.partial. sync: wait until the
+    content is on the disk, so that after a crash of the machine `path` has the old or the new content.
+    """
+    partial = _partial_path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+        yield partial
+        if sync:
+            with partial.open("rb") as file:
+                os.fsync(file.fileno())
         os.replace(partial, path)
-    except OSError:
-        partial.unlink(missing_ok=True)
+    except BaseException:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """A hidden folder beside `path` to write to. It replaces `path` at the end; an error removes it."""
+    partial = _partial_path(path)
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        if path.exists():
+            shutil.rmtree(path)
+        partial.rename(path)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _partial_path(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.partial")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file. After a crash it has the old or the new content."""
+    with atomic_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def rank() -> int:

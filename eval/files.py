@@ -1,16 +1,14 @@
-"""Files of the evaluation stages. A broken file gives one message with its name; files are written atomically."""
+"""Files of the evaluation stages. A broken file gives one message with its name and the remedy."""
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from distill.files import read_text as read_limited_text
+from distill.files import write_atomically
 
 LIMIT = 1 << 30  # bytes of a text file: metadata of millions of images have fewer
 
@@ -57,37 +55,6 @@ def check_output(path: Path, flag: str, folder: bool = False) -> None:
         raise ValueError(f"{flag} is {path}, but {target} cannot be written; make it writable, or choose another place")
 
 
-@contextmanager
-def atomic_file(path: Path) -> Iterator[Path]:
-    """A hidden file beside `path` to write to. It replaces `path` in the end; an error removes it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        yield part
-        os.replace(part, path)
-    except BaseException:
-        with suppress(OSError):
-            part.unlink(missing_ok=True)
-        raise
-
-
-@contextmanager
-def atomic_folder(path: Path) -> Iterator[Path]:
-    """A hidden folder beside `path` to fill. It replaces `path` in the end; an error removes it."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    try:
-        part.mkdir(parents=True)
-        yield part
-        if path.exists():
-            shutil.rmtree(path)
-        part.rename(path)
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
-
-
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON."""
-    with atomic_file(path) as part:
-        part.write_text(json.dumps(value, indent=1) + "\n")
+    """Write a JSON file atomically."""
+    write_atomically(path, json.dumps(value, indent=1) + "\n")

@@ -162,7 +162,7 @@ def _read_statistics(path: Path, _: int, n: int) -> Moments:
     except Exception as error:  # numpy and zipfile raise nearly every kind for broken files
         reason = str(error) or type(error).__name__
         raise ValueError(f"{path} does not hold the arrays mu and sigma ({reason}); make it again") from None
-    return Moments(n, *found).check(f"{path}")
+    return Moments(n, *found).validate(f"{path}")
 
 
 def _check_sizes(path: Path) -> None:

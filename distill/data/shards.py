@@ -6,7 +6,6 @@ Rows that end in zeros (the padding of some text encoders) are stored without th
 from __future__ import annotations
 
 import json
-import os
 from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import accumulate
@@ -17,6 +16,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from distill.files import atomic_file
 
 EXACT = 16  # numbers a row that are kept as they are: sizes in pixels do not fit into half precision
 ENDS = ".ends"
@@ -153,14 +154,9 @@ def note(path: Path) -> dict[str, Any]:
 
 def save(rows: Rows, path: Path, about: dict[str, Any]) -> None:
     """Write one shard with a note: under its name it is whole."""
-    partial = path.with_name(f".{path.name}.partial")
     try:
-        save_file(rows, partial, {"note": json.dumps(about)})  # one entry: several have no order
-        partial.chmod(0o644)  # the library writes files for their owner alone
-        with partial.open("rb") as written:
-            os.fsync(written.fileno())
-        os.replace(partial, path)
+        with atomic_file(path) as partial:
+            save_file(rows, partial, {"note": json.dumps(about)})  # one entry: several have no order
+            partial.chmod(0o644)  # the library writes files for their owner alone
     except SafetensorError as error:
         raise OSError(f"{path} could not be written: {error}") from None
-    finally:
-        partial.unlink(missing_ok=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from distill import progress
-from distill.files import read_text
+from distill.files import read_text, write_atomically
 from distill.training.config import TrainConfig
 from distill.training.state import State
 
@@ -43,9 +42,7 @@ class Log:
         kept = [line for line in self._lines() if line["step"] <= step] if main else []
         self.start = time.perf_counter() - (kept[-1]["seconds"] if kept else 0.0)
         if main:
-            partial = self.path.with_name(".log.jsonl.partial")
-            partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
-            os.replace(partial, self.path)
+            write_atomically(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         self.bar = progress.bar(cfg.max_train_steps, "step", shown=main, first=step, leave=True)
 
     def _lines(self) -> list[dict[str, float]]:

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from distill.data import digits
+from distill.files import atomic_file
 from eval.features.extractors import cache_folder, weights_hash
-from eval.files import atomic_file, write_json
+from eval.files import write_json
 
 WIDTH = 64  # features per image
 REQUIRED = 0.97  # accuracy on the held-out split below which the network is not used

@@ -26,9 +26,10 @@ import torch
 from torch import Tensor
 
 from distill.data import images
+from distill.files import atomic_file
 from eval.cli import PartialFailure
 from eval.features.extractors import Extractor, cache_folder, device, load
-from eval.files import atomic_file, write_json
+from eval.files import write_json
 from eval.images.images import list_images, read_manifest
 from eval.images.resize import resize
 from eval.protocols import Preparation
@@ -137,7 +138,7 @@ def features(
 def _prepare_folder(where: Path, remove: bool) -> None:
     """Make a folder, and remove partial files of killed processes."""
     where.mkdir(parents=True, exist_ok=True)
-    for part in where.glob(".*.part") if remove else ():
+    for part in where.glob(".*.partial") if remove else ():
         with suppress(FileNotFoundError):
             if time.time() - part.stat().st_mtime > 3600:
                 part.unlink()

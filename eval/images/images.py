@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from distill.data import images as reader
-from eval.files import atomic_file, atomic_folder, check_output, read_json, shorten
+from distill.files import atomic_file, atomic_folder, write_atomically
+from eval.files import check_output, read_json, shorten
 
 MANIFEST = "manifest.json"
 
@@ -101,14 +102,13 @@ def save_image(folder: Path, i: int, level: Tensor) -> None:
     from PIL import Image
 
     array = level.permute(1, 2, 0).numpy()
-    with atomic_file(folder / file_name(i)) as part:
+    with atomic_file(folder / file_name(i), sync=False) as part:
         Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array).save(part, format="PNG")
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     """Write the manifest; it changes whole or not at all."""
-    with atomic_file(folder / MANIFEST) as part:
-        part.write_text(json.dumps(manifest) + "\n")
+    write_atomically(folder / MANIFEST, json.dumps(manifest) + "\n")
 
 
 def read_levels(file: Path) -> Tensor:

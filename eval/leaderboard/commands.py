@@ -14,8 +14,9 @@ from typing import Annotated
 
 import tyro
 
+from distill.files import write_atomically
 from eval.cli import PartialFailure
-from eval.files import atomic_file, check_output, read_json, write_json
+from eval.files import check_output, read_json, write_json
 from eval.leaderboard import entries
 from eval.leaderboard.page import build_html_page as html_page
 from eval.leaderboard.tables import Row, drop_duplicates, group_boards, markdown_tables, metric_label, validate_rows
@@ -36,8 +37,7 @@ def write_page(
     words = markdown_tables(rows)
     write_json(out / "rows.json", list(rows))
     for name, content in (("leaderboard.md", f"# {escape_markdown(title)}\n\n{words}"), ("index.html", made)):
-        with atomic_file(out / name) as part:
-            part.write_text(content, encoding="utf-8")
+        write_atomically(out / name, content)
     return out / "index.html"
 
 

@@ -68,7 +68,7 @@ class Queue:
         self.logs = out / "logs"
         self.workers = workers
         self.patient = patient
-        self.shown = shown
+        self.display = shown
         self.env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
         self.env.setdefault("DISTILL_CACHE", f"{out / 'cache'}")
         self.logs.mkdir(parents=True, exist_ok=True)
@@ -83,19 +83,19 @@ class Queue:
         with ThreadPoolExecutor(self.workers) as pool, exit_on_sigterm():
             try:
                 while len(self.done) + len(self.failed) < len(self.todo):
-                    self._begin(pool)
+                    self._start_ready_jobs(pool)
                     finished, _ = wait(self.running, timeout=0.5, return_when=FIRST_COMPLETED)
                     for future in finished:
-                        self._end(self.running.pop(future), future.exception())
+                        self._record_end(self.running.pop(future), future.exception())
                     for name in self.running.values():
-                        self.shown.move(name)
+                        self.display.update_job(name)
             finally:
                 self.over = True
                 for process in self.processes:
                     process.terminate()
         return self.failed
 
-    def _begin(self, pool: ThreadPoolExecutor) -> None:
+    def _start_ready_jobs(self, pool: ThreadPoolExecutor) -> None:
         """Start the jobs whose dependencies are done; mark those as failed whose dependencies failed."""
         for name, job in self.todo.items():
             if name in self.done | set(self.running.values()) | self.failed.keys():
@@ -103,10 +103,10 @@ class Queue:
             if lost := [need for need in job.after if need in self.failed]:
                 self.failed[name] = f"needs '{self.todo[lost[0]].title}', which failed"
             elif len(self.running) < self.workers and set(job.after) <= self.done:
-                self.running[pool.submit(self._work, name)] = name
-                self.shown.begin(name)
+                self.running[pool.submit(self._run_job, name)] = name
+                self.display.start_job(name)
 
-    def _work(self, name: str) -> None:
+    def _run_job(self, name: str) -> None:
         """One job, in a thread of its own."""
         log = self.logs / f"{name}.txt"
         code = 0
@@ -121,12 +121,12 @@ class Queue:
             how = "failed" if code > 0 else f"was killed by signal {-code}"
             raise JobFailure(f"'{self.todo[name].title}' {how}; {_log_tail(log)}")
 
-    def _end(self, name: str, error: BaseException | None) -> None:
+    def _record_end(self, name: str, error: BaseException | None) -> None:
         if error is None:
             self.done.add(name)
         elif self.patient and isinstance(error, JobFailure):
             self.failed[name] = str(error)
-        self.shown.end(name, error is None)
+        self.display.finish_job(name, error is None)
         if error is not None and name not in self.failed:
             raise error
 
@@ -155,14 +155,14 @@ class BarDisplay:
         self.bars = bars
         self.tasks = {name: bars.add_task(job.title, None, None, visible=False) for name, job in todo.items()}
 
-    def begin(self, name: str) -> None:
+    def start_job(self, name: str) -> None:
         self.bars.update(self.tasks[name], visible=True)
         self.bars.start_task(self.tasks[name])
 
-    def move(self, name: str) -> None:
+    def update_job(self, name: str) -> None:
         self.bars.update(self.tasks[name], **_progress(self.todo[name].log))
 
-    def end(self, name: str, well: bool) -> None:
+    def finish_job(self, name: str, well: bool) -> None:
         if well:
             self.bars.update(self.tasks[name], total=1, completed=1)
         else:
@@ -177,24 +177,26 @@ class LineDisplay:
     def __init__(self, todo: dict[str, Job], logs: Path) -> None:
         self.todo = todo
         self.logs = logs
-        self.began: dict[str, float] = {}
-        self.told: dict[str, float] = {}
+        self.start_times: dict[str, float] = {}
+        self.last_update: dict[str, float] = {}
 
-    def begin(self, name: str) -> None:
-        self.began[name] = self.told[name] = time.monotonic()
+    def start_job(self, name: str) -> None:
+        self.start_times[name] = self.last_update[name] = time.monotonic()
         sys.stderr.write(f"{self.todo[name].title} ...\n")
 
-    def move(self, name: str) -> None:
+    def update_job(self, name: str) -> None:
         now = time.monotonic()
-        if now - self.told[name] < min(max(3 * LEAST, (now - self.began[name]) / 10), MOST):
+        if now - self.last_update[name] < min(max(3 * LEAST, (now - self.start_times[name]) / 10), MOST):
             return
-        self.told[name] = now
+        self.last_update[name] = now
         lines = (self.logs / f"{name}.txt").read_text(errors="replace").split("\n")
         last = next((line.strip() for line in reversed(lines) if line.strip()), "no output yet")
-        sys.stderr.write(f"{self.todo[name].title}, {format_seconds(now - self.began[name])}: {visible(last[-160:])}\n")
+        sys.stderr.write(
+            f"{self.todo[name].title}, {format_seconds(now - self.start_times[name])}: {visible(last[-160:])}\n"
+        )
 
-    def end(self, name: str, well: bool) -> None:
-        took = format_seconds(time.monotonic() - self.began[name])
+    def finish_job(self, name: str, well: bool) -> None:
+        took = format_seconds(time.monotonic() - self.start_times[name])
         sys.stderr.write(f"{self.todo[name].title}: {'done' if well else 'failed'} after {took}\n")
 
 

@@ -17,7 +17,8 @@ from typing import Literal
 
 import torch
 
-from eval.files import atomic_folder, check_output, read_text
+from distill.files import atomic_folder
+from eval.files import check_output, read_text
 from eval.images import images as folders
 from eval.sampling.conditions import SampleConditions, read_prompts
 

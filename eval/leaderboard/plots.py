@@ -141,11 +141,11 @@ class Axes:
         value = max(value, self.low) if self.log else value
         return TOP + TALL * (place(self.high) - place(value)) / (place(self.high) - place(self.low))
 
-    def of(self, point: Point) -> tuple[float, float]:
+    def position(self, point: Point) -> tuple[float, float]:
         """Points of the same cost stand side by side, so that each interval can be seen."""
         return self.x(point.x) + self.shift[point], self.edge if self.off[point] else self.y(point.y)
 
-    def axes(self, across: str, up: str, tick: Callable[[float], str]) -> list[Markup]:
+    def draw_axes(self, across: str, up: str, tick: Callable[[float], str]) -> list[Markup]:
         """The grid, its ticks and the names of the axes."""
         out = []
         foot = HEIGHT - BOTTOM
@@ -183,18 +183,18 @@ def scatter(
     """
     frame = Axes(points, lower, reference and reference[1])
     best = pareto_front(points, lower)
-    out = frame.axes(across, f"{up}, {'lower' if lower else 'higher'} is better", tick)
-    lines = join([_draw_pareto_front([frame.of(p) for p in best]), *_series(points, frame)])
+    out = frame.draw_axes(across, f"{up}, {'lower' if lower else 'higher'} is better", tick)
+    lines = join([_draw_pareto_front([frame.position(p) for p in best]), *_series(points, frame)])
     inner = LEFT, TOP, WIDE, TALL, lines  # an inner svg clips its content
     out.append(tag('<svg x="{0}" y="{1}" width="{2}" height="{3}" viewBox="{0} {1} {2} {3}">{4}</svg>', *inner))
-    taken = Boxes((x - 7, y - 7, x + 7, y + 7) for x, y in map(frame.of, points))  # no label covers these
+    taken = Boxes((x - 7, y - 7, x + 7, y + 7) for x, y in map(frame.position, points))  # no label covers these
     if reference:
         out.append(_reference(*reference, frame, taken))
     fronts = set(best)
     first = lambda p: p in fronts or p.style == "teacher" or frame.off[p]  # where not all names find room
-    for p in sorted(points, key=lambda p: (not first(p), frame.of(p)[1], p.x)):
+    for p in sorted(points, key=lambda p: (not first(p), frame.position(p)[1], p.x)):
         label = f"{p.label} ({format_tick(p.y)}, off the scale)" if frame.off[p] else p.label
-        box = _find_label_box(*frame.of(p), len(label) * CHARACTER, taken)
+        box = _find_label_box(*frame.position(p), len(label) * CHARACTER, taken)
         if box:
             taken.add(box)
         about = f"{p.label}: {up} {format_tick(p.y)}, {tick(p.x)}{', on the Pareto front' if p in fronts else ''}"
@@ -219,7 +219,7 @@ def _series(points: Sequence[Point], frame: Axes) -> Iterator[Markup]:
         lines[point.series].append(point)
     for series, line in lines.items():
         if series and len(line) > 1:
-            drawn = " ".join(f"{frame.of(p)[0]:.1f},{frame.y(p.y):.1f}" for p in line)
+            drawn = " ".join(f"{frame.position(p)[0]:.1f},{frame.y(p.y):.1f}" for p in line)
             yield tag('<polyline class="series {}" points="{}"/>', line[0].style, drawn)
 
 
@@ -229,7 +229,7 @@ def _reference(name: str, value: float, frame: Axes, taken: Boxes) -> Markup:
     long = len(name) * CHARACTER
     starts = range(int(WIDTH - RIGHT - long), LEFT, -12)
     tries = [(x, y + d, x + long, y + d + 15) for x in (*starts, LEFT) for d in (-18, 4)]
-    box = next((box for box in tries if not taken.meet(box)), tries[0])
+    box = next((box for box in tries if not taken.intersects(box)), tries[0])
     taken.add(box)
     line = tag('<path class="reference" d="M{} {:.1f}H{}"/>', LEFT, y, WIDTH - RIGHT)
     return line + tag('<text class="label reference" x="{}" y="{:.1f}">{}</text>', box[0], box[1] + 12, name)
@@ -237,7 +237,7 @@ def _reference(name: str, value: float, frame: Axes, taken: Boxes) -> Markup:
 
 def _mark(p: Point, frame: Axes, label: str, box: Box | None) -> Markup:
     """A point, its interval, its label in `box`, if there is one, with a line to it where that is far."""
-    x, y = frame.of(p)
+    x, y = frame.position(p)
     out = NOTHING
     name = NOTHING
     if box:
@@ -273,7 +273,7 @@ class Boxes:
         for square in self._squares_of(box):
             self.squares[square].append(box)
 
-    def meet(self, box: Box) -> bool:
+    def intersects(self, box: Box) -> bool:
         """Whether one of them intersects `box`."""
         near = (other for square in self._squares_of(box) for other in self.squares.get(square, ()))
         return any(_intersects(box, other) for other in near)
@@ -294,7 +294,7 @@ def _find_label_box(x: float, y: float, long: float, taken: Boxes) -> Box | None
     for start, away in [(right, 0), (left, 0), *((right + 7, a) for a in levels), *((left - 7, a) for a in levels)]:
         box = (start, y + away - 8, start + long, y + away + 8)
         inside = LEFT <= box[0] and box[2] <= WIDTH - 2 and TOP - 8 <= box[1] and box[3] <= HEIGHT - BOTTOM
-        if inside and not taken.meet(box):
+        if inside and not taken.intersects(box):
             return box
     return None
 

@@ -78,7 +78,7 @@ class Board:
         net = f", extractor {write(f'{self.extractor} {self.extractor_hash}')}".rstrip() if self.extractor else ""
         return f"{write(self.protocol)} [{write(self.hash)}]{count}{net}"
 
-    def ranks(self, metric: str) -> dict[int, tuple[int, bool]]:
+    def rank_rows(self, metric: str) -> dict[int, tuple[int, bool]]:
         """{row's number: (rank, whether another row shares it: a tie)}.
 
         The rank is 1 + the number of rows whose entire interval is better than this one's. So rows with equal rank
@@ -319,7 +319,7 @@ def columns(board: Board) -> dict[str, list[Cell]]:
         if any(r.get(key) not in plain for r in rows):
             out[key] = [Cell() if r.get(key) is None else Cell(f"{r[key]:g}", key=r[key]) for r in rows]
     for name in board.metrics:
-        ranks = board.ranks(name)
+        ranks = board.rank_rows(name)
         places = count_decimals(board, name)
         out[name] = [_figure(r["metrics"].get(name), places, ranks.get(i)) for i, r in enumerate(rows)]
     costs = [r.get("cost") or {} for r in rows]
@@ -347,7 +347,7 @@ def headline(board: Board) -> str:
         return "Real images alone: there is no model to compare."
     name = board.metrics[0]
     scored = [(i, r) for i, r in enumerate(board.rows) if name in r["metrics"]]
-    ranks = board.ranks(name)
+    ranks = board.rank_rows(name)
     places = count_decimals(board, name)
     value = lambda row: f"{row['metrics'][name]['value']:.{places}f}"
     calls = lambda row: (row.get("cost") or {}).get("nfe")

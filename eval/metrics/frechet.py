@@ -25,7 +25,7 @@ class Moments(NamedTuple):
     mean: Tensor
     cov: Tensor
 
-    def check(self, name: str) -> Moments:
+    def validate(self, name: str) -> Moments:
         """The same with an exactly symmetric covariance. ValueError, with `name`, if the values are impossible."""
         mean = self.mean
         cov = self.cov

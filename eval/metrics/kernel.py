@@ -56,18 +56,18 @@ def cmmd(fake: Set, real: Set, strata: Tensor | None = None, sigma: float = 10.0
     """
     validate_pair(fake, real, 2)
 
-    def near(x: Tensor, y: Tensor) -> Tensor:
+    def kernel(x: Tensor, y: Tensor) -> Tensor:
         return torch.exp((x @ y.T - 1) / sigma**2)  # |x - y|^2 = 2 - 2 x.y
 
-    def means(x: Set, y: Set) -> Tensor:
+    def kernel_means(x: Set, y: Set) -> Tensor:
         """E over y of k(x_i, y), [N]."""
         out = []
         for a in normalise_rows(chunks(x)):
-            out.append(torch.stack([near(a, b).sum(1) for b in normalise_rows(chunks(y))]).sum(0) / count_rows(y))
+            out.append(torch.stack([kernel(a, b).sum(1) for b in normalise_rows(chunks(y))]).sum(0) / count_rows(y))
         return torch.cat(out)
 
-    own = means(fake, fake)
-    cross = means(fake, real)
-    other = means(real, real)
+    own = kernel_means(fake, fake)
+    cross = kernel_means(fake, real)
+    other = kernel_means(real, real)
     value = 1000 * (own.mean() + other.mean() - 2 * cross.mean()).item()
     return influence_interval(value, [2000 * (own - cross)], strata)

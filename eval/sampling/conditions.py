@@ -19,13 +19,13 @@ DIGITS = 10  # classes of the digits
 class SampleConditions(NamedTuple):
     """The prompts or labels of n images."""
 
-    conditions: list[Any]
+    values: list[Any]
     prompts: bool
 
     @property
     def hash(self) -> str:
         """16 hex digits of BLAKE2b."""
-        return hashlib.blake2b(json.dumps(self.conditions).encode(), digest_size=8).hexdigest()
+        return hashlib.blake2b(json.dumps(self.values).encode(), digest_size=8).hexdigest()
 
 
 def read_prompts(source: str, column: str | None = None) -> list[str]:

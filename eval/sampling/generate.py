@@ -172,19 +172,19 @@ class Sampling:
         return located(self.base if self.lora else self.model, self.revision, self.variant)
 
     @cached_property
-    def before(self) -> Path | None:
+    def first_folder(self) -> Path | None:
         """The folder of `first`."""
         from pipelines.components import located
 
         return None if self.first is None else located(self.first, None, self.variant)
 
     @cached_property
-    def about(self) -> dict[str, Any]:
+    def exported_facts(self) -> dict[str, Any]:
         return read_distill_json(self.folder) if self.lora is None else {}
 
     @property
     def student(self) -> bool:
-        return bool(self.about.get("student"))
+        return bool(self.exported_facts.get("student"))
 
     @cached_property
     def pipeline_class(self) -> str:
@@ -195,16 +195,16 @@ class Sampling:
     @property
     def method(self) -> Solver:
         """What samples: the given solver, or the default one."""
-        teacher = self.about and not self.student and self.pipeline_class == EDM
+        teacher = self.exported_facts and not self.student and self.pipeline_class == EDM
         return self.solver or ("heun" if teacher else "pipeline")
 
     @property
     def calls(self) -> int | None:
         """The steps, None for the pipeline's own default."""
-        return self.steps or self.about.get("steps") or (18 if self.method != "pipeline" else None)
+        return self.steps or self.exported_facts.get("steps") or (18 if self.method != "pipeline" else None)
 
     @property
-    def height(self) -> int:
+    def rows_per_call(self) -> int:
         """Rows of a call."""
         return self.rows or (50 if self.pipeline_class == EDM else 1)
 
@@ -221,7 +221,7 @@ class Sampling:
         return self.scheduler or (f"{self.lora.parent}" if beside else None), changed
 
     @cached_property
-    def asked(self) -> SampleConditions:
+    def conditions(self) -> SampleConditions:
         """The prompt or label of every image."""
         if self.plan is not None:
             return protocol_conditions(self.folder, self.plan, self.n)
@@ -229,12 +229,12 @@ class Sampling:
             return prompt_conditions(self.folder, self.prompts, self.prompt_column, self.n, self.per_prompt)
         return label_conditions(self.folder, self.classes, self.n or 2000)
 
-    def check(self) -> None:
+    def validate(self) -> None:
         """ValueError for what does not go together, before anything heavy is imported."""
         check_output(self.out, "out", folder=True)
         if self.cost is not None:
             check_output(self.cost, "cost")
-        has = self.about.get("steps")
+        has = self.exported_facts.get("steps")
         name = self.model
         plain = self.student and self.method != "cfg++"
         if self.method != "pipeline" and (plain or self.lora or any(self.scheduling)):
@@ -246,13 +246,13 @@ class Sampling:
                 f"skip is {self.skip}, and {name} makes {self.calls} call(s), of which at least one must be left: use "
                 f"0 to {self.calls - 1}; with 0, {self.first} makes what it would above the level of the first"
             )
-        if self.before is not None and read_distill_json(self.before).get("student"):
+        if self.first_folder is not None and read_distill_json(self.first_folder).get("student"):
             raise ValueError(f"first is {self.first}, a student; a solver follows a teacher's ODE: give a teacher")
         for key, solver in (("guidance", self.method), ("first_guidance", self.first_solver)):
             if solver == "cfg++" and not 0 <= (scale := getattr(self, key) or 0) <= 1:
                 raise ValueError(f"{key} is {scale}, which is lambda under cfg++: it must be in [0, 1]; 0.6, say")
         guided = self.method == "cfg++" or (self.method != "pipeline" and self.guidance not in (None, 1))
-        if guided and self.pipeline_class == EDM and self.about.get("null_class") is None:
+        if guided and self.pipeline_class == EDM and self.exported_facts.get("null_class") is None:
             raise ValueError(
                 f"{name} has no label for none (null_class in distill.json), which guidance and cfg++ need: leave "
                 "them out; an exported student of labels has none"
@@ -268,7 +268,7 @@ class Sampling:
             )
         if self.student and self.steps and has and self.steps > has:
             raise ValueError(f"steps is {self.steps}, but {name} was made for {has}; use 1 to {has}")
-        if self.height > 1 and self.pads_to_longest:
+        if self.rows_per_call > 1 and self.pads_to_longest:
             raise ValueError(
                 f"rows is {self.rows}, but {self.pipeline_class} pads prompts to the longest of a call; use 1"
             )
@@ -285,22 +285,22 @@ class Sampling:
         """All that the images depend on."""
         here = self.lora or (self.folder if self.folder == Path(self.model) else None)
         scheduler, changed = self.scheduling
-        before = model_name(self.before) if self.first and self.before == Path(self.first) else self.first
+        before = model_name(self.first_folder) if self.first and self.first_folder == Path(self.first) else self.first
         skips = {} if self.skip_tuning is None else {"skip_tuning": self.skip_tuning}
         pag = {"pag_scale": self.pag_scale, "pag_layers": list(self.pag_layers)} if self.pag_scale else {}
         return {
             "model": self.name or (model_name(here) if here else self.model),
-            "model_hash": model_hash(self.folder, *filter(None, (self.lora, self.before))),
-            "n": len(self.asked.conditions),
-            "prompts": self.asked.hash,
+            "model_hash": model_hash(self.folder, *filter(None, (self.lora, self.first_folder))),
+            "n": len(self.conditions.values),
+            "prompts": self.conditions.hash,
             "protocol_hash": self.plan and self.plan.hash,
             "steps": self.calls,
             "solver": self.method,
             "scheduler": scheduler,
             "scheduler_config": changed,
-            "rows": self.height,
+            "rows": self.rows_per_call,
             **{key: getattr(self, key) for key in ("guidance", "seed", "resolution", "frame", "dtype")},
-            **({key: getattr(self, key) for key in FIRST} | {"first": before} if self.before else {}),
+            **({key: getattr(self, key) for key in FIRST} | {"first": before} if self.first_folder else {}),
             **skips,
             **pag,
         }
@@ -308,13 +308,13 @@ class Sampling:
     def sampler(self, device: torch.device) -> Sampler:
         """Load the model; its facts say the steps and the guidance that it is sampled with."""
         precision = getattr(torch, self.dtype)
-        turns = self.before is not None or (self.student and self.method == "cfg++")
+        turns = self.first_folder is not None or (self.student and self.method == "cfg++")
         if self.method == "pipeline" or turns:
             replaced = self.plan.components if self.plan else ()
             pipe = load_pipeline(self.folder, self.lora, *self.scheduling, self.variant, precision, replaced).to(device)
-            self.weaken(getattr(pipe, "unet", pipe))
+            self.apply_skip_tuning(getattr(pipe, "unet", pipe))
             if turns:
-                return self.turns(pipe)
+                return self.build_staged_sampler(pipe)
             family, shape = family_of(pipe, self.resolution)
             return pipeline_sampler(pipe, self.calls, self.guidance, family, shape, own=not self.student)
         from pipelines import load as teacher_of
@@ -324,14 +324,14 @@ class Sampling:
         teacher.denoiser.net.to(device, precision)
         if self.guidance not in (None, 1) and self.pipeline_class != EDM:
             teacher.null()  # the empty prompt's; an EDM teacher says which label is none
-        self.weaken(teacher.denoiser.net)
+        self.apply_skip_tuning(teacher.denoiser.net)
         if self.pag_scale:
             from pipelines.inference.pag import away
 
             teacher.denoiser = away(teacher.denoiser, self.pag_scale, self.pag_layers)
         return teacher_sampler(teacher, self.calls, self.method, 1.0 if self.guidance is None else self.guidance)
 
-    def turns(self, pipe: Any) -> Sampler:
+    def build_staged_sampler(self, pipe: Any) -> Sampler:
         """The sampler of `first` and the loaded model, or of a student's calls one by one."""
         from pipelines.inference.stitch import Turn, around
 
@@ -339,13 +339,13 @@ class Sampling:
         guidance = self.guidance or 1.0
         then = Turn(around(pipe, self.resolution), self.calls or 1, guidance, self.skip if self.first else 0, solver)
         facts = {"steps": self.calls, "guidance": guidance, "scheduler": solver or type(pipe.scheduler).__name__}
-        if self.before is None:
+        if self.first_folder is None:
             return staged_sampler([then], facts)
-        other = load_pipeline(self.before, None, None, {}, self.variant, pipe.dtype).to(pipe.device)
+        other = load_pipeline(self.first_folder, None, None, {}, self.variant, pipe.dtype).to(pipe.device)
         first = Turn(around(other, self.resolution), self.first_steps, self.first_guidance, 0, self.first_solver)
         return staged_sampler([first, then], facts)
 
-    def weaken(self, net: Any) -> None:
+    def apply_skip_tuning(self, net: Any) -> None:
         """Scale the skips of a network that was loaded, and of the experts beside it, if asked to."""
         from pipelines.inference.skip_tuning import line, tune
 
@@ -355,13 +355,13 @@ class Sampling:
 
     def run(self) -> dict[str, Any]:
         """Generate the missing images and return the manifest. ValueError if another command writes to the folder."""
-        self.check()
+        self.validate()
         with folder_lock(self.out, "--out", beside=True):
             return self.generate_missing()
 
     def generate_missing(self) -> dict[str, Any]:
         """The manifest of a folder that no other process writes."""
-        asked = self.asked
+        asked = self.conditions
         ranks = ProcessGroup()
         if ranks.index == 0:
             prepare_output_folder(self.out, self.request(), asked, self.overwrite)
@@ -403,12 +403,12 @@ class Sampling:
             "hardware": hardware(device),
             "processes": len(shares),
             "seconds": round(seconds, 3),
-            "images_per_second": round(sum(share.made for share in shares) / max(seconds, 1e-9), 3),
+            "images_per_second": round(sum(share.image_count for share in shares) / max(seconds, 1e-9), 3),
         }
 
     def measure(self, sampler: Sampler, device: torch.device) -> None:
         """Write what an image costs."""
-        given = self.asked.conditions
+        given = self.conditions.values
 
         def make(k: int) -> Tensor:
             return sampler.make(
@@ -416,7 +416,7 @@ class Sampling:
             )
 
         with torch.no_grad():
-            measured = measure_cost(make, self.batch or self.height, device=device)
+            measured = measure_cost(make, self.batch or self.rows_per_call, device=device)
         facts = {"nfe": as_int_if_integral(sampler.nfe()), "parameters": sampler.facts["parameters"]}
         write_json(self.cost, measured | facts)
 
@@ -467,7 +467,7 @@ class RankResult:
     """What one process has done."""
 
     digests: dict[int, str]  # of images that are there, by their numbers
-    made: int = 0
+    image_count: int = 0
     seconds: float = 0.0  # of sampling
     nfe: float = 0.0
 
@@ -477,8 +477,8 @@ def generate_missing_images(work: Sampling, sampler: Sampler, ranks: ProcessGrou
     from distill.progress import bar
 
     out = work.out
-    wanted = work.asked.conditions
-    rows = work.height
+    wanted = work.conditions.values
+    rows = work.rows_per_call
     size = work.plan.size if work.plan else None
     batch = work.batch or rows
     there = {file.name for file in out.glob("*.png")}
@@ -503,7 +503,7 @@ def generate_missing_images(work: Sampling, sampler: Sampler, ranks: ProcessGrou
                 folders.save_image(out, i, level)
                 share.digests[i] = folders.image_digest(level)
             shown.update(len(unit))
-    share.made = len(mine)
+    share.image_count = len(mine)
     share.nfe = sampler.nfe()
     return share
 
@@ -531,7 +531,7 @@ def prepare_output_folder(out: Path, request: dict[str, Any], asked: SampleCondi
     """Make `out` a folder of this request, unless it is one: its manifest, the prompts, no leftovers."""
     old = folders.read_manifest(out, unfinished=True) if out.is_dir() else {}
     if old.get("request") is not None and {**old["request"], "model": request["model"]} == request:
-        for leftover in out.glob(".*.part"):
+        for leftover in out.glob(".*.partial"):
             leftover.unlink()
         if old.get("model") != request["model"]:  # the same images under another name
             folders.write_manifest(out, {**old, "model": request["model"], "request": request})
@@ -549,9 +549,9 @@ def prepare_output_folder(out: Path, request: dict[str, Any], asked: SampleCondi
     out.mkdir(parents=True)
     try:
         if asked.prompts:
-            lines = ({"file_name": folders.file_name(i), "text": text} for i, text in enumerate(asked.conditions))
+            lines = ({"file_name": folders.file_name(i), "text": text} for i, text in enumerate(asked.values))
             (out / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        labels = None if asked.prompts else asked.conditions
+        labels = None if asked.prompts else asked.values
         folders.write_manifest(out, {"complete": False, **request, "labels": labels, "request": request})
     except OSError:
         remove_empty_output(out)

@@ -30,7 +30,7 @@ from distill.data.index import INDEX, TEXTS, fingerprint, read_unfinished_index
 from distill.data.online import Images, Texts
 from distill.data.shards import Rows, Table, file, is_readable, narrow, note, pack, save
 from distill.data.sources import Broken
-from distill.files import LOCK, folder_lock
+from distill.files import LOCK, folder_lock, write_atomically
 from distill.layout import program_name
 from distill.ranges import Count, Natural
 from distill.training.checkpoint import refused
@@ -201,7 +201,7 @@ def resume(folder: Path, index: dict[str, Any]) -> dict[str, Any] | None:
         announce(folder, old)
         return old
     # of a command that was killed while it wrote these, and of this one
-    ours = {TEXTS, f".{TEXTS}.partial", f".{INDEX}.partial", LOCK}
+    ours = {TEXTS, LOCK, *(path.name for name in (TEXTS, INDEX) for path in folder.glob(f".{name}.*partial"))}
     if folder.exists() and {path.name for path in folder.iterdir()} - ours:
         raise ValueError(f"{folder} is not empty and holds no cache: choose another --output_dir")
     return None
@@ -213,8 +213,8 @@ def begin(folder: Path, index: dict[str, Any], texts: Sequence[str]) -> dict[str
     index = index | {"versions": {name: version(name) for name in libraries}}
     announce(folder, index)
     folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / TEXTS, "".join(f"{json.dumps(text)}\n" for text in texts))
-    _write(folder / INDEX, json.dumps(index, indent=1))
+    write_atomically(folder / TEXTS, "".join(f"{json.dumps(text)}\n" for text in texts))
+    write_atomically(folder / INDEX, json.dumps(index, indent=1))
     return index
 
 
@@ -326,12 +326,5 @@ def finish(folder: Path, index: dict[str, Any]) -> None:
     for partial in folder.glob(".*"):  # of a command that was killed
         if partial.name != LOCK:
             partial.unlink()
-    _write(folder / INDEX, json.dumps(index, indent=1))
+    write_atomically(folder / INDEX, json.dumps(index, indent=1))
     sys.stderr.write(f"finished {folder}; train with --data.cache {folder}\n")
-
-
-def _write(path: Path, text: str) -> None:
-    """A small file, whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text)
-    partial.replace(path)

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from distill.files import atomic_file
 from distill.networks.lora import merged
 from pipelines.components import Network
 
@@ -86,9 +87,9 @@ def write(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str], dtyp
         raise ValueError(f"{path} needs {size / 1e9:.2f} GB and the disk has {free / 1e9:.2f}: free some space")
     from safetensors.torch import save_file
 
-    partial = path.with_name(f".{path.name}.partial")
-    save_file(out, partial, {"format": "pt", **metadata})
-    return partial.replace(path)
+    with atomic_file(path) as partial:
+        save_file(out, partial, {"format": "pt", **metadata})
+    return path
 
 
 def unet_file(net: nn.Module, path: Path, metadata: dict[str, str], dtype: torch.dtype = torch.float16) -> Path:

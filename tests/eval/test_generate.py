@@ -324,7 +324,7 @@ def test_wrong_input_is_one_clear_error(home, student, tmp_path):
 def share(out, prompts, rows=1):
     """What `fill` is told."""
     facts = {"seed": 0, "plan": None, "batch": None, "frame": None}
-    return SimpleNamespace(out=out, asked=SampleConditions(prompts, True), height=rows, **facts)
+    return SimpleNamespace(out=out, conditions=SampleConditions(prompts, True), rows_per_call=rows, **facts)
 
 
 def test_a_video_is_one_of_its_pictures(tmp_path):
@@ -519,7 +519,7 @@ def test_layouts_of_benchmarks(tmp_path):
         with pytest.raises(ValueError, match=match):
             export(folder, layout, tmp_path / prompts, tmp_path / place)
     folders.write_folder(
-        tmp_path / "few", folders.restore(levels[:2]), prompts=SampleConditions(wanted.conditions[::4], True).hash
+        tmp_path / "few", folders.restore(levels[:2]), prompts=SampleConditions(wanted.values[::4], True).hash
     )
     with pytest.raises(ValueError, match="1 image.s. of a prompt; DPG-Bench reads 4"):
         export(tmp_path / "few", "dpg", tmp_path / "prompts", tmp_path / "new")

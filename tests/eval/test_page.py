@@ -92,7 +92,7 @@ def page(tmp_path_factory):
 
 def test_overlapping_intervals_tie_and_share_a_rank():
     (board,) = group_boards(ROWS)
-    named = {row_label(board.rows[i], board.rows): rank for i, rank in board.ranks("fid").items()}
+    named = {row_label(board.rows[i], board.rows): rank for i, rank in board.rank_rows("fid").items()}
     # 9.5-10.5 and 9.9-10.9 and 10.8-11.6 and 11.5-12.5 overlap in a chain, whose ends do not; the others stand alone
     assert named == {
         "teacher, 18 steps": (1, True),
@@ -104,7 +104,7 @@ def test_overlapping_intervals_tie_and_share_a_rank():
     }
     assert [r["metrics"]["fid"]["value"] for r in board.rows] == [10.0, 10.4, 11.2, 12.0, 13.0, 60.0]
     assert board.real == [REAL] and "precision" in board.metrics
-    best = board.ranks("precision")  # no intervals, more is better: the order of the values
+    best = board.rank_rows("precision")  # no intervals, more is better: the order of the values
     assert [best[i] for i in range(6)] == [(i + 1, False) for i in range(6)]
     assert [lower_is_better(m) for m in ("fid", "patch_fid", "fd_dinov2", "KID", "clip", "fidelity")] == [True] * 4 + [
         False
@@ -126,7 +126,7 @@ def test_rows_of_one_name_are_told_apart():
 @pytest.mark.parametrize("key", ["protocol", "protocol_hash", "n", "extractor_hash"])
 def test_what_is_not_comparable_gets_its_own_table(key):
     found = group_boards([*STUDENTS, row("x", 1.0, **{key: 3})])
-    assert [len(b.rows) for b in found] == [3, 1] and found[1].ranks("fid") == {0: (1, False)}
+    assert [len(b.rows) for b in found] == [3, 1] and found[1].rank_rows("fid") == {0: (1, False)}
     text = markdown_tables([*STUDENTS, row("x", 1.0, **{key: 3})])
     assert (
         text.count("\n## ") + text.startswith("## ") == 2
