@@ -423,6 +423,17 @@ class TestByHand:
         plainly.student = Student(replace(nets.student.denoiser, call=lambda net, x, t, c: net(x, t, **told(c))))
         near(got, SCM(warmup=0).student_loss(batch["real"], plainly, batch, draw)[0], 1e-9)
 
+    @pytest.mark.parametrize("once, recomputed, passes", ((True, False, 1), (False, False, 2), (True, True, 2)))
+    def test_scm_passes(self, once, recomputed, passes):
+        """One pass of the student for value and derivative; two if asked for, or if its blocks are recomputed."""
+        method, calls = SCM(warmup=0, one_pass=once), []
+        nets = nets_of(method)
+        net = nets.student.denoiser.net
+        net.is_gradient_checkpointing = recomputed
+        net.register_forward_hook(lambda *a: calls.append(1))
+        student_turn(method, nets)
+        assert len(calls) == passes
+
     def test_sid_fake(self):
         """The fake is trained as it is asked, guided by k1."""
         method, draw = SiD(kappa=(2.0, 1.0, 1.0, 1.0)), Plain("fake")

@@ -172,6 +172,9 @@ def branches(node: ast.AST) -> Iterator[Change]:
         yield "check", node.test, "False"
     elif isinstance(node, ast.If | ast.IfExp):
         yield "condition", node.test, opposite(node.test)
+    if called(node) == "select":  # Requirement.select(NAME=condition)
+        for keyword in node.keywords:
+            yield "condition", keyword.value, opposite(keyword.value)
     if isinstance(node, ast.comprehension):
         for test in node.ifs:
             yield "condition", test, opposite(test)

@@ -34,6 +34,10 @@ CASES = {  # a statement: {operator: what it may become}
     "return x if t else eps": {"condition": ["return x if (not t) else eps"]},
     "return x if t is None else eps": {"condition": [], "compare": ["return x if (t is not None) else eps"]},
     "return f(x, eps, t, c, nets)": {"arguments": ["return f(eps, x, t, c, nets)"]},
+    "return R.select(A=x, B=t != 1)": {
+        "condition": ["return R.select(A=(not x), B=t != 1)"],
+        "compare": ["return R.select(A=x, B=(t == 1))"],
+    },
     "return x < eps": {"compare": ["return (x <= eps)"]},
     "return x.uniform('d') < eps": {"compare": ["return (x.uniform('d') > eps)"]},
     "return x and eps": {"compare": ["return (x or eps)"]},

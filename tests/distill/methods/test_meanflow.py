@@ -189,7 +189,24 @@ def test_guidance():
     v = eps - real
     own = 0.5 * v + 0.1 * average(net, x_t, t, t, null) + 0.4 * average(net, x_t, t, t, some)
     want = (average(net, x_t, t, t, some) - torch.where(drop[:, None], v, own)).square().mean().detach()
-    torch.testing.assert_close(of(replace(base, omega=0.5, kappa=0.4, p_drop=0.4)), want, rtol=1e-9, atol=0)
+    method = replace(base, omega=0.5, kappa=0.4, p_drop=0.4)
+    torch.testing.assert_close(of(method), want, rtol=1e-9, atol=0)
+    loss = method.student_loss(real, nets, {"real_c": c}, draw)[0]  # v has no gradient, though it is of F itself
+    aim = torch.where(drop[:, None], v, own).detach()
+    wanted = gradient((average(net, x_t, t, t, some) - aim).square().sum(1).mean(), net.net)
+    for got, want in zip(gradient(loss, net.net), wanted, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("once, recomputed, passes", ((True, False, 1), (False, False, 2), (True, True, 2)))
+def test_passes(once, recomputed, passes):
+    """One pass of the student for value and derivative; two if asked for, or if its blocks are recomputed."""
+    nets, draw, calls = trained(), draw_of(), []
+    net = nets.student.denoiser.net
+    net.is_gradient_checkpointing = recomputed
+    net.register_forward_hook(lambda *a: calls.append(1))
+    MeanFlow(times=Two(), equal=0.0, one_pass=once).student_loss(draw.normal("real", (N, 2)), nets, {}, draw)
+    assert len(calls) == passes
 
 
 def test_told_its_end():

@@ -101,8 +101,8 @@ def test_the_boundarys_share():
 
 def test_where_the_student_may_be_called():
     """Two calls are at the first time and at s'; a time below s' is refused, with a tolerance of .1 per cent of s'."""
-    level_2 = 2 / 3  # of sigma / alpha = 2 on the flow
     method, path = TCM(start=2.0), SCHEDULES["flow"]
+    level_2 = float(path.time(torch.tensor([2.0], dtype=F64)))  # 2 / 3
     assert method.calls(2, 0.9, path) == (0.9, pytest.approx(level_2))
     assert [method.calls(*at, path) for at in ((1, 0.9), (3, 0.9), (2, 0.6), (2, level_2))] == [None] * 4
     nets = nets_of("flow")
@@ -113,6 +113,13 @@ def test_where_the_student_may_be_called():
         else:
             with pytest.raises(ValueError, match=r"= \[9.0, .*start = 2.0 on: .* none of them below 0.666667"):
                 method.before(nets)
+
+
+def test_the_student_itself_at_the_boundary():
+    """f is the student from s' on, and the frozen network below."""
+    nets, x, t = nets_of("flow"), torch.ones(2, 2, dtype=F64), torch.tensor([0.5, 0.499], dtype=F64)
+    student, frozen = nets.student.denoiser(x, t).x0, nets.target(x, t).x0
+    assert torch.equal(TCM(start=1.0).f(nets, x, t, None), torch.stack([student[0], frozen[1]]))
 
 
 class Gains(nn.Module):
