@@ -1,18 +1,16 @@
 """The leaderboard of all methods on digits, over seeds: docs/digits.md, docs/digits.json and docs/digits.html.
 
-For every training seed a teacher, and a student of it by every recipes/*_digits.py, each for the same number of forward
-passes; for every model `noises` sets of n images. Runs that are there are kept, so an interrupted command goes on where
-it was, and all that are finished are in the table:
+For every training seed a teacher, and a student of it by every row of recipes/digits.py, each for the same number of
+forward passes; for every model `noises` sets of n images. Runs that are there are kept, so an interrupted command goes
+on where it was, and all that are finished are in the table:
 
 make results ARGS="--methods sida dmd --seeds 0"     train these with this seed, and write the table of all
 """
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
-import re
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -24,6 +22,7 @@ from tqdm import tqdm
 
 from distill.configuration import Config, fail, parse
 from eval.leaderboard.jobs import Job, recipe_job, run_jobs
+from recipes.digits import SMALL, TABLE, TEACHER
 
 ROOT = Path(__file__).resolve().parent.parent
 REFERENCE = "teacher-35"  # model-calls; Heun's method with n steps makes 2 n - 1 calls
@@ -34,7 +33,7 @@ GOALS = {"dmd2-1": 1.0, "sid-1": 1.15, "vsd-1": 1.15, "scm-1": 1.3, "lcd-2": 1.5
 
 @dataclass(frozen=True)
 class Stage:
-    """A run of a recipe. Its flags may name the folders of the stages before, {run[0]}, or their last checkpoints."""
+    """A run of a row. Its flags may name the folders of the stages before, {run[0]}, or their last checkpoints."""
 
     recipe: str
     flags: tuple[str, ...] = ()
@@ -51,12 +50,12 @@ STAGES = {  # of the methods that are more than a run of their recipe
     ),
     "tsm": (
         Stage("tsm"),
-        Stage("sid", ("--student.network", f"{ROOT / 'recipes' / 'digits_small'}", "--student.init", "{last[0]}")),
+        Stage("sid", ("--student.network", SMALL, "--student.init", "{last[0]}")),
     ),
 }
 PARTS = {"msd"}  # whose student is the students of all stages, in one pipeline
-METHODS = tuple(
-    sorted({p.stem.removesuffix("_digits") for p in (ROOT / "recipes").glob("*_digits.py")} - {"degradation"})
+METHODS = tuple(  # what tunes a finished student is another thing, and so is DisBack's first stage
+    sorted(name for name, row in TABLE.items() if row.config.teacher == TEACHER and name != "degradation")
 )
 
 
@@ -76,15 +75,9 @@ class Results:
 
 
 @cache
-def module(method: str) -> Any:
-    """The recipe of a method on the digits."""
-    return importlib.import_module(f"recipes.{method}_digits")
-
-
-@cache
 def models() -> dict[str, int]:
     """The calls of every teacher and student, or the teacher's steps: {"dmd2-1": 1, ...}."""
-    own = {m: module(m).CONFIG.student for m in METHODS}
+    own = {m: TABLE[m].config.student for m in METHODS}
     calls = {m: {*FEWER.get(m, ()), len(s.times) if s.times else s.steps} for m, s in own.items()}
     return TEACHERS | {f"{m}-{k}": k for m in METHODS for k in sorted(calls[m])}
 
@@ -121,7 +114,7 @@ def affordable(config: Config, budget: float) -> int:
 def stages(method: str, budget: int) -> list[tuple[Stage, int]]:
     """The stages of a method, each with the steps that its share of the budget pays for."""
     found = STAGES.get(method, (Stage(method),))
-    configs = [parse(module(stage.recipe).CONFIG, list(stage.flags)) for stage in found]
+    configs = [parse(TABLE[stage.recipe].config, list(stage.flags)) for stage in found]
     own = [c for c, stage in zip(configs, found, strict=True) if stage.own]
     share = (budget - sum(passes(c, c.train.max_train_steps) for c in own)) / (len(found) - len(own))
     return [
@@ -155,8 +148,8 @@ def jobs(cfg: Results) -> dict[str, Job]:
             for folder, (stage, steps) in zip(folders, planned, strict=True):
                 if done(folder):
                     continue
-                script = ROOT / "recipes" / f"{stage.recipe}_digits.py"
-                given = [*flags, "--max_train_steps", f"{steps}", "--teacher", f"{teacher}"]
+                script = ROOT / "recipes" / "train.py"
+                given = ["--method", stage.recipe, *flags, "--max_train_steps", f"{steps}", "--teacher", f"{teacher}"]
                 given += [flag.format(run=folders, last=last) for flag in stage.flags]
                 if (folder / "config.yaml").is_file():
                     given += ["--resume_from_checkpoint", "latest"]
@@ -202,7 +195,7 @@ def spending(cfg: Results, method: str, seed: int) -> float:
     """Forward passes of one image that a method's training has cost."""
     total = 0.0
     for stage, folder in zip(STAGES.get(method, (Stage(method),)), runs(cfg, method, seed), strict=True):
-        config = parse(module(stage.recipe).CONFIG, ["--config", f"{folder / 'config.yaml'}"])
+        config = parse(TABLE[stage.recipe].config, ["--config", f"{folder / 'config.yaml'}"])
         total += passes(config, config.train.max_train_steps)
     return total
 
@@ -300,12 +293,6 @@ def ranked(table: list[dict[str, Any]]) -> dict[int, str]:
     return {place[id(board.rows[i])]: f"{rank}{'=' if tie else ''}" for i, (rank, tie) in ranks.items()}
 
 
-def advice(method: str) -> str:
-    """What the recipe's docstring says from "Choose it" on."""
-    said = re.search(r"Choose it .*", module(method).__doc__, re.DOTALL)
-    return " ".join(said[0].split()) if said else ""
-
-
 def markdown(table: list[dict[str, Any]], floor: float, cfg: Results) -> str:
     """The document: how it was made, a line a model, and a few words on each method."""
     reference = next(row for row in table if row["model"] == "teacher" and row["steps"] == TEACHERS[REFERENCE])
@@ -327,9 +314,9 @@ def markdown(table: list[dict[str, Any]], floor: float, cfg: Results) -> str:
         lines.append(f"| {' | '.join([*cells, f'{spent / 1e6:.2f} M' if spent else ''])} |")
     names = dict.fromkeys(row["model"] for row in table if row["kind"] != "teacher")
     missing = [m for m in METHODS if m not in names]
-    words = [f"- **{m}**: {advice(m)}" for m in METHODS if advice(m)]
+    words = [f"- **{m}**: {TABLE[m].advice}" for m in METHODS]
     several = [f"{m} ({', then '.join(stage.recipe for stage in STAGES[m])})" for m in STAGES if m in names]
-    return f"""# Students of handwritten digits, by every method with a recipe of theirs
+    return f"""# Students of handwritten digits, by every method with values for them
 
 `make results`: a training seed has a teacher and students of its own; every model makes {len(cfg.noises)} sets of
 {cfg.n} images. Values are means; intervals are 95 % of Student's t over the training seeds. A model of a single seed
@@ -349,8 +336,8 @@ checkpoint is chosen: every student is the average at its last step. A student c
 
 The budget of a training is {cfg.passes / 1e6:.2f} M forward passes of one image: a backward pass counts 2, one to the
 input alone 1, an encoder its share of the network, stored pairs the calls that made them. `benchmarks/results.py`
-counts what an iteration of each recipe costs and gives it the steps that this pays for. **passes** is what a row's
-training did cost: another figure than the budget is a run of the recipe's own steps. Several runs share the budget of
+counts what an iteration of each method costs and gives it the steps that this pays for. **passes** is what a row's
+training did cost: another figure than the budget is a run of the row's own steps. Several runs share the budget of
 {"; ".join(several) or "none"}.
 
 """ + "\n".join([*lines, "", f"Not run: {', '.join(missing) or 'none'}.", "", "## When to choose which", "", *words])
@@ -383,7 +370,7 @@ def publish(rows: list[dict[str, Any]], floor: float, cfg: Results) -> Path:
 
 def main(cfg: Results) -> None:
     if unknown := set(cfg.methods) - set(METHODS):
-        fail(f"no recipe of the digits for {', '.join(sorted(unknown))}; there are {', '.join(METHODS)}")
+        fail(f"recipes/digits.py has no values for {', '.join(sorted(unknown))}; there are {', '.join(METHODS)}")
     os.environ["DISTILL_CACHE"] = f"{cfg.output_dir / 'cache'}"
     try:
         run_jobs(jobs(cfg), cfg.output_dir, cfg.workers)

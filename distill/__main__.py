@@ -24,6 +24,7 @@ COMMANDS = {  # title: {command: (module with a function main, what it does)}
         "sana": ("pipelines.sana", "a SANA teacher to the form that SANA-Sprint needs"),
     },
     "Training": {
+        "train": ("recipes.train", "any method on any teacher, with the values of both"),
         "run": ("", "train with a published recipe, by its name"),
         "recipes": ("", "list the published recipes"),
     },

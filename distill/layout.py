@@ -22,7 +22,8 @@ def module_name(name: str) -> str:
 
 def recipe_names() -> list[str]:
     """The names of all recipes: those of the modules with a configuration or a main."""
-    return sorted(path.stem for path in RECIPES.glob("*.py"))
+    texts = {path.stem: path.read_text() for path in RECIPES.glob("*.py")}
+    return sorted(name for name, text in texts.items() if "\nCONFIG = Config(" in text or "\ndef main(" in text)
 
 
 def find_recipe(name: str) -> Path | None:

@@ -23,13 +23,14 @@ from distill.progress import stage
 from distill.ranges import Count, Seed, validate_ranges
 from distill.training.checkpoint import refused
 from eval.leaderboard.jobs import Job, recipe_job, run_jobs
+from recipes.digits import TABLE, TEACHER
 
 RECIPES = Path(__file__).resolve().parent
 LEAD = (
     "The dashed line is the distance of two sets of real digits: a distance near it is as good as this measure can "
     "tell. Everything was made in {:.1f} minutes, training included."
 )
-TEACHER = {"teacher-9": "5", "teacher-17": "9", "teacher-35": "18"}  # network calls: steps of Heun's method
+CALLS = {"teacher-9": "5", "teacher-17": "9", "teacher-35": "18"}  # network calls: steps of Heun's method
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Demo:
     """What to run."""
 
     output_dir: str = "runs/demo"
-    methods: tuple[str, ...] = ("dmd2", "sid")  # recipes/NAME_digits.py
+    methods: tuple[str, ...] = ("dmd2", "sid")  # rows of recipes/digits.py
     n: Count = 2000  # images of every evaluation
     seed: Seed = 0  # of everything that is trained
     workers: Count = field(default_factory=lambda: os.cpu_count() or 1)  # jobs side by side, one thread each
@@ -63,8 +64,8 @@ def jobs(cfg: Demo, out: Path) -> dict[str, Job]:
     }
     for m in cfg.methods:
         title = f"distil {m} to one step"
-        todo[m] = recipe_job(RECIPES / f"{m}_digits.py", title, out / m, *given, after=("teacher",))
-    for name, steps in TEACHER.items():
+        todo[m] = recipe_job(RECIPES / "train.py", title, out / m, "--method", m, *given, after=("teacher",))
+    for name, steps in CALLS.items():
         todo[name] = sample(name, out / "teacher", "--steps", steps, after="teacher")
     for m in cfg.methods:
         todo[f"{m}-1"] = sample(f"{m}-1", out / m / "pipeline", after=m)
@@ -75,10 +76,9 @@ def main(argv: list[str] | None = None) -> None:
     """Parse the command line and run; every mistake of the user ends in one message."""
     try:
         cfg = tyro.cli(Demo, args=argv, use_underscores=True, description=__doc__, prog=program_name())
-        missing = [m for m in cfg.methods if not (RECIPES / f"{m}_digits.py").is_file()]
-        if missing:
-            known = sorted(p.stem[:-7] for p in RECIPES.glob("*_digits.py"))
-            raise ValueError(f"no recipe for {missing}; there are {known}")
+        known = sorted(name for name, row in TABLE.items() if row.config.teacher == TEACHER)
+        if missing := [m for m in cfg.methods if m not in known]:
+            raise ValueError(f"recipes/digits.py has no values for {missing}; it has them for {known}")
         with folder_lock(cfg.output_dir, beside=True):
             demonstrate(cfg, Path(cfg.output_dir))
     except (ValueError, RuntimeError, OSError) as error:
@@ -109,10 +109,7 @@ def demonstrate(cfg: Demo, out: Path) -> None:
         "It has the pictures, the curves and every number.",
         f"{student} is a plain diffusers pipeline. What to run next:",
         f"  python -m eval.generate --model {student} --n 100 --out runs/images",
-        *(
-            f"  accelerate launch recipes/{m}_digits.py --teacher {teacher} --output_dir runs/digits/{m}"
-            for m in ("vsd", "lcd", "scm")
-        ),
+        *(f"  accelerate launch -m recipes.train --method {m} --teacher {teacher}" for m in ("vsd", "lcd", "scm")),
     ]
     sys.stderr.write("\n".join(lines) + "\n")
 
@@ -128,12 +125,12 @@ def measured(cfg: Demo, out: Path) -> list[dict[str, Any]]:
     from eval.score import score_folder, score_folders
 
     torch.set_num_threads(1)
-    names = {**dict.fromkeys(TEACHER, "teacher"), **{f"{m}-1": m for m in cfg.methods}}
+    names = {**dict.fromkeys(CALLS, "teacher"), **{f"{m}-1": m for m in cfg.methods}}
     with stage(f"measure the quality of {len(names)} sets of images"):
         rows = score_folders(tuple(out / "samples" / name for name in names))
     for (name, model), row in zip(names.items(), rows):  # now that nothing runs beside
         folder, cost = out / model, out / "samples" / f"{name}.json"
-        source, steps = (folder, int(TEACHER[name])) if name in TEACHER else (folder / "pipeline", None)
+        source, steps = (folder, int(CALLS[name])) if name in CALLS else (folder / "pipeline", None)
         with stage(f"measure the time of an image of {name}"):
             generate(f"{source}", out / "samples" / name, cfg.n, steps, name=model, protocol="digits", cost=cost)
         row["cost"] |= json.loads(cost.read_text())

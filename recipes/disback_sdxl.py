@@ -1,10 +1,10 @@
 """DisBack on SDXL: one step, from a student of DMD2. Zhang et al. 2024, arXiv 2408.15991; the authors' values.
 
 `accelerate launch recipes/disback_sdxl.py --data.cache CACHE --method.record RECORD --student.init STUDENT`. STUDENT is
-a checkpoint of `recipes/dmd2_sdxl.py --student.steps 1`, from which the authors start too. RECORD is a run of a copy of
-recipes/degradation_digits.py with this teacher, data=Text() and --student.init STUDENT: there lr 5e-7, batch 1, 1000
-iterations, a checkpoint at every hundredth, none removed. Without --method.record it is DMD2. Published in one step, on
-ImageNet 64x64: FID 1.38. Not run at full size by us.
+a checkpoint of `recipes/dmd2_sdxl.py --student.steps 1`, from which the authors start too. RECORD is a run of
+`recipes.train --method degradation --student.init STUDENT --learning_rate 5e-7 --train_batch_size 1 --max_train_steps
+1000 --checkpointing_steps 100 --checkpoints_total_limit None`. Without --method.record it is DMD2. Published in one
+step, on ImageNet 64x64: FID 1.38. Not run at full size by us.
 """
 
 from distill.configuration import Config

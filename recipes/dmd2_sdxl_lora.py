@@ -12,7 +12,7 @@ from distill.data import Text
 from distill.methods import DMD2
 from distill.networks.lora import LoRA
 from distill.training.config import FakeConfig, StudentConfig, TrainConfig
-from pipelines.families.sd import TARGETS
+from pipelines.families.sd import FAMILY
 from pipelines.run import main
 
 CONFIG = Config(
@@ -20,8 +20,8 @@ CONFIG = Config(
     data=Text(squeeze=True),  # the authors' latents (generate_vae_latents.py --resize)
     teacher="stabilityai/stable-diffusion-xl-base-1.0",
     family="sdxl",
-    student=StudentConfig(steps=4, timestep=399, scale=1.0, lora=LoRA(rank=64, alpha=8, targets=TARGETS)),
-    fake=FakeConfig(lora=LoRA(alpha=8, targets=TARGETS)),  # a full copy, unless it is given a rank
+    student=StudentConfig(steps=4, timestep=399, scale=1.0, lora=LoRA(rank=64, alpha=8, targets=FAMILY.lora_targets)),
+    fake=FakeConfig(lora=LoRA(alpha=8, targets=FAMILY.lora_targets)),  # a full copy, unless it is given a rank
     train=TrainConfig(
         output_dir="runs/dmd2_sdxl_lora",
         max_train_steps=16_000,

@@ -12,7 +12,7 @@ from distill.data import Text
 from distill.methods import LCD
 from distill.networks.lora import LoRA
 from distill.training.config import StudentConfig, TrainConfig
-from pipelines.families.sd import TARGETS
+from pipelines.families.sd import FAMILY
 from pipelines.run import main
 
 CONFIG = Config(
@@ -20,7 +20,7 @@ CONFIG = Config(
     data=Text(),
     teacher="stabilityai/stable-diffusion-xl-base-1.0",
     family="sdxl",
-    student=StudentConfig(steps=4, scale=1.0, lora=LoRA(rank=64, alpha=64, targets=TARGETS)),
+    student=StudentConfig(steps=4, scale=1.0, lora=LoRA(rank=64, alpha=64, targets=FAMILY.lora_targets)),
     train=TrainConfig(
         output_dir="runs/lcm_lora_sdxl",
         max_train_steps=1000,

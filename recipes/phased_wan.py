@@ -14,7 +14,7 @@ from distill.diffusion.times import Shifted, Uniform
 from distill.methods import PhasedDMD
 from distill.networks.lora import LoRA
 from distill.training.config import StudentConfig, TrainConfig
-from pipelines.families.wan import TARGETS
+from pipelines.families.wan import FAMILY
 from pipelines.run import main
 
 CONFIG = Config(
@@ -32,7 +32,7 @@ CONFIG = Config(
         times=(1.0, 21 / 22, 0.875, 0.7),  # LightX2V: 1, .75, .5, .25 shifted by 7; the first phase ends at .875
         phases=2,
         renoise="ddim",  # paper: Euler
-        lora=LoRA(rank=64, alpha=8, targets=TARGETS),  # paper: rank 64, alpha 8 (unverified); targets ours
+        lora=LoRA(rank=64, alpha=8, targets=FAMILY.lora_targets),  # paper: rank 64, alpha 8 (unverified); targets ours
     ),
     train=TrainConfig(
         output_dir="runs/phased_wan-1",

@@ -12,7 +12,7 @@ from distill.data import Text
 from distill.methods import TwinFlow
 from distill.networks.lora import LoRA
 from distill.training.config import StudentConfig, TrainConfig
-from pipelines.families.qwen import TARGETS
+from pipelines.families.qwen import FAMILY
 from pipelines.run import main
 
 CONFIG = Config(
@@ -20,7 +20,7 @@ CONFIG = Config(
     data=Text(),
     teacher="Qwen/Qwen-Image",
     family="qwen",
-    student=StudentConfig(steps=2, lora=LoRA(rank=64, alpha=64, targets=TARGETS)),
+    student=StudentConfig(steps=2, lora=LoRA(rank=64, alpha=64, targets=FAMILY.lora_targets)),
     train=TrainConfig(
         output_dir="runs/twinflow_qwen",
         max_train_steps=10_000,

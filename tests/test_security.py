@@ -26,7 +26,7 @@ from pipelines.export.export import replaceable
 from pipelines.export.single_files import file_name
 from pipelines.families import tiny
 from pipelines.inference.experts import gather, routes
-from recipes import dmd2_digits
+from recipes import train
 
 ESCAPE = "\x1b]0;owned\x07\x9b31m\u202e"
 SCRIPT = "<script>alert(1)</script>"
@@ -324,7 +324,9 @@ def test_yaml(text, tmp_path, canary, capsys):
     file = tmp_path / "config.yaml"
     file.write_text(text.replace("CANARY", f"{canary}") + "\n")
     with pytest.raises(SystemExit) as end:
-        dmd2_digits.main(dmd2_digits.CONFIG, ["--config", f"{file}", "--output_dir", f"{tmp_path / 'out'}"])
+        train.main(
+            ["--method", "dmd2", "--teacher", "digits", "--config", f"{file}", "--output_dir", f"{tmp_path / 'out'}"]
+        )
     assert end.value.code == 2 and YAMLS[text] in capsys.readouterr().err
 
 

@@ -242,7 +242,7 @@ def configured(plan: Plan, flags: list[str]) -> tuple[Config[Any, Any], Meta]:
     from pipelines.planning.models import MODELS, Meta
 
     if plan.recipe is not None:
-        config = parse(of(plan.recipe), flags, f"flags of {plan.recipe}")
+        config = parse(*of(plan.recipe, flags), f"flags of {plan.recipe}")
         if config.student.network is not None:
             fields.read(Path(config.student.network) / "config.json")
         named = [model for key, model in MODELS.items() if config.teacher in (key, model.hub)]
@@ -272,8 +272,11 @@ def configured(plan: Plan, flags: list[str]) -> tuple[Config[Any, Any], Meta]:
     return config, parts
 
 
-def of(recipe: Path) -> Config[Any, Any]:
-    """The CONFIG of a recipe, from its file or its name."""
+def of(recipe: Path, flags: list[str]) -> tuple[Config[Any, Any], list[str]]:
+    """(CONFIG of a recipe, from its file or its name, the flags).
+
+    A file with a function `resolve`, as recipes/train.py, makes both of the flags.
+    """
     import runpy
 
     script = find_recipe(str(recipe))
@@ -282,10 +285,13 @@ def of(recipe: Path) -> Config[Any, Any]:
             f"no recipe at {str(recipe)!r}: name a Python file with a Config named CONFIG, as in recipes/, or a recipe "
             "that `distill recipes` lists"
         )
-    found = runpy.run_path(str(script)).get("CONFIG")
+    names = runpy.run_path(str(script))
+    if "resolve" in names:
+        return names["resolve"](flags)
+    found = names.get("CONFIG")
     if not isinstance(found, Config):
         raise ValueError(f"{recipe} has no Config named CONFIG at its top level, as those in recipes/ do")
-    return found
+    return found, flags
 
 
 def adapted(config: Config[Any, Any], parts: Meta, rank: int, fake: bool) -> Config[Any, Any]:

@@ -105,8 +105,8 @@ def test_usage_of_run(words, code, capsys):
 
 
 def test_a_recipe_runs_by_its_name(tmp_path):
-    done = run("-m", "distill", "run", "dmd2_digits", "--help", cwd=tmp_path)
-    assert done.stdout.startswith("usage: distill run dmd2_digits ") and "--method.guidance" in done.stdout
+    done = run("-m", "distill", "run", "dmd2_sdxl", "--help", cwd=tmp_path)
+    assert done.stdout.startswith("usage: distill run dmd2_sdxl ") and "--method.guidance" in done.stdout
 
 
 def test_a_script_runs_as_python_runs_it(tmp_path):

@@ -1,7 +1,6 @@
 """Controls: nothing where no picture is shown, pictures of samples, finished students, a run and its export."""
 
 import copy
-import importlib
 import json
 import shutil
 import subprocess
@@ -31,9 +30,11 @@ from pipelines.families import tiny
 from pipelines.inference import controlnet
 from pipelines.planning.memory_plan import Plan, Run, configured
 from pipelines.teacher import load_teacher
+from recipes import nct_sd15
+from recipes.digits import TABLE
 
 F64 = torch.float64
-RECIPES = {"digits_nct": "edm", "nct_sd15": "sd"}
+RECIPES = {"nct": (TABLE["nct"].config, "edm"), "nct_sd15": (nct_sd15.CONFIG, "sd")}
 
 
 # ---- pictures ----
@@ -186,7 +187,7 @@ def runs(tmp_path_factory):
 def state_of(name, folder, step):
     """(teacher, state at the end) of a run that goes on from its checkpoint."""
     argv = [*FAST.split(), "--output_dir", f"{folder}"]
-    config = run.smoke_config(parse(importlib.import_module(f"recipes.{name}").CONFIG, argv))
+    config = run.smoke_config(parse(RECIPES[name][0], argv))
     teacher = load_teacher(config.teacher)
     controlnet.install(teacher)
     data = config.data.open(teacher, config.method.requirements)
@@ -285,10 +286,10 @@ def test_plan(teachers):
 
 def test_consistency_command(runs, tmp_path, capsys):
     """It reads the folder alone; where the adapter is as it began, being told changes nothing."""
-    folder = shutil.copytree(runs["digits_nct"] / "pipeline", tmp_path / "p")
+    folder = shutil.copytree(runs["nct"] / "pipeline", tmp_path / "p")
     found = control_error.measure_control_error(control_error.Arguments(f"{folder}", n=2))
     assert found["told"] != found["untold"] and 0 < found["told"] < 1
-    adapter = controlnet.controlnet(load(runs["digits_nct"] / "teacher").denoiser.net, 1, 1)
+    adapter = controlnet.controlnet(load(runs["nct"] / "teacher").denoiser.net, 1, 1)
     adapter.save_pretrained(folder / "controlnet")
     control_error.main(control_error.Arguments(f"{folder}", n=2))
     found = json.loads(capsys.readouterr().out)

@@ -10,7 +10,8 @@ from eval.images import images
 from eval.sampling.generate import generate
 from pipelines import run
 from pipelines.inference import experts
-from recipes import phased_digits, phased_wan, sid_digits
+from recipes import phased_wan
+from recipes.digits import TABLE
 
 FAST = [
     "--smoke",
@@ -34,9 +35,9 @@ def trained(config, out, *flags):
 def digits(tmp_path_factory):
     """Both phases of the digits."""
     out, student = tmp_path_factory.mktemp("digits"), ["--student.experts", "1/checkpoint-2"]
-    trained(phased_digits.CONFIG, out / "1", "--method.every", "1")
+    trained(TABLE["phased"].config, out / "1", "--method.every", "1")
     student[1] = f"{out / '1' / 'checkpoint-2'}"
-    return trained(phased_digits.CONFIG, out / "2", "--method.every", "1", *student)
+    return trained(TABLE["phased"].config, out / "2", "--method.every", "1", *student)
 
 
 def test_phases(digits, tmp_path):
@@ -90,7 +91,7 @@ def prompts(folder):
 def students(tmp_path_factory):
     """Two students of SiD, of five digits each."""
     out, parts = tmp_path_factory.mktemp("students"), ("01234", "56789")
-    return [trained(sid_digits.CONFIG, out / part[0], "--data.classes", *part, "--seed", part[0]) for part in parts]
+    return [trained(TABLE["sid"].config, out / part[0], "--data.classes", *part, "--seed", part[0]) for part in parts]
 
 
 def test_students_of_parts(students, tmp_path):
@@ -131,5 +132,5 @@ def test_mistakes(students, digits, tmp_path):
     with pytest.raises(ValueError, match="does not exist yet"):
         experts.gather(students, tmp_path)
     with pytest.raises(SystemExit):
-        trained(sid_digits.CONFIG, tmp_path / "run", "--data.classes", "10")
+        trained(TABLE["sid"].config, tmp_path / "run", "--data.classes", "10")
     assert not list(tmp_path.iterdir())

@@ -227,18 +227,19 @@ def test_sharding_divides_the_state(folder):
         assert getattr(parts, name) == getattr(whole, name) // 4
 
 
-RECIPE = "recipes/dmd2_digits.py"
+TRAIN = "recipes/train.py"
 
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory):
+    """Flags of a method on a teacher of the digits."""
     folder = tmp_path_factory.mktemp("edm")
     tiny.save("edm", folder)
-    return str(folder)
+    return ["--method", "dmd2", "--teacher", f"{folder}"]
 
 
 def test_what_fits(digits, capsys):
-    main([RECIPE, "--memory", "1", "--reserve", "0", "--", "--teacher", digits, "--max_train_steps", "7"])
+    main([TRAIN, "--memory", "1", "--reserve", "0", "--", *digits, "--max_train_steps", "7"])
     out = capsys.readouterr().out
     assert "It fits" in out and "(estimated)" in out and "activations are an estimate" in out
     assert "7 steps of 64" in out and "RTX 4090" in out and "checkpoints" in out
@@ -247,22 +248,21 @@ def test_what_fits(digits, capsys):
 
 def test_what_does_not_fit_names_what_does(digits, capsys):
     """Exit 1. The nearest configuration, given as flags, fits the same GPU."""
-    flags = ["--teacher", digits]
-    whole = Run(*configured(Plan(Path(RECIPE)), flags)).memory.total / 2**30
-    machine = [RECIPE, "--memory", str(0.5 * whole), "--reserve", "0", "--"]
+    whole = Run(*configured(Plan(Path(TRAIN)), digits)).memory.total / 2**30
+    machine = [TRAIN, "--memory", str(0.5 * whole), "--reserve", "0", "--"]
     with pytest.raises(SystemExit) as end:
-        main([*machine, *flags])
+        main([*machine, *digits])
     out = capsys.readouterr().out
     assert end.value.code == 1 and "It does not fit" in out
     nearest = out.split("(estimated): ")[-1].strip()
     assert nearest.startswith("--gradient_checkpointing")
-    main([*machine, *flags, *nearest.replace(",", "").split()])
+    main([*machine, *digits, *nearest.replace(",", "").split()])
     assert "It fits" in capsys.readouterr().out
 
 
 def test_nothing_fits(digits, capsys):
     with pytest.raises(SystemExit) as end:
-        main([RECIPE, "--memory", "1e-6", "--reserve", "0", "--", "--teacher", digits])
+        main([TRAIN, "--memory", "1e-6", "--reserve", "0", "--", *digits])
     assert end.value.code == 1 and "Nothing that this command tries does" in capsys.readouterr().out
 
 
@@ -273,7 +273,11 @@ def test_nothing_fits(digits, capsys):
         (["--family", "sdxk"], "family is 'sdxk'; it must be one of flux, flux-schnell, pixart"),
         (["recipes/none.py"], "no recipe at 'recipes/none.py'"),
         (["benchmarks/digits.py"], "has no Config named CONFIG"),
-        ([RECIPE, "--", "--teacher", "somebody/something"], "no configs of teacher 'somebody/something'"),
+        ([TRAIN, "--", "--method", "dmd3", "--teacher", "digits"], "there is no method 'dmd3'; dmd2 is the nearest"),
+        (
+            ["recipes/dmd2_sdxl.py", "--", "--teacher", "somebody/something"],
+            "no configs of teacher 'somebody/something'",
+        ),
         (["--family", "sd15", "--gpus", "0"], "gpus is 0; it must be above 0"),
         (
             ["--family", "flux", "--method", "dmd2-prompts", "--preset", "24gb"],

@@ -39,7 +39,7 @@ CLAIMS = {
 
 def resolved(name):
     """The launcher's arguments and the file's contents, as `accelerate launch` makes them of the file alone."""
-    flags = ["--config_file", f"{FOLDER / name}.yaml", "--main_process_ip", "host0", "recipes/dmd2_digits.py"]
+    flags = ["--config_file", f"{FOLDER / name}.yaml", "--main_process_ip", "host0", "recipes/dmd2_sdxl.py"]
     args, defaults, _ = _validate_launch_command(launch_command_parser().parse_args(flags))
     return args, defaults
 

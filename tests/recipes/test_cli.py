@@ -1,6 +1,5 @@
-"""The command line of the recipes: help and mistakes at once, each mistake named; Ctrl-C leaves a run to resume."""
+"""The command line of `recipes.train`: help and mistakes at once, each mistake named; Ctrl-C leaves a run to resume."""
 
-import importlib
 import json
 import os
 import signal
@@ -17,14 +16,11 @@ from safetensors.torch import load_file
 from distill.configuration import dump, parse
 from distill.data import Digits
 from distill.training import checkpoint
+from recipes import train
+from recipes.digits import TABLE
 
 ROOT = Path(__file__).resolve().parents[2]
-RECIPES = sorted(p.stem for p in (ROOT / "recipes").glob("*_digits.py"))
 SHORT = ["--train_batch_size", "8", "--validation_steps", "0", "--lr_scheduler", "constant"]
-
-
-def recipe(name):
-    return importlib.import_module(f"recipes.{name}")
 
 
 @pytest.fixture(scope="module")
@@ -44,15 +40,15 @@ def teacher(tmp_path_factory):
 
 @pytest.fixture
 def call(capsys):
-    """call(recipe, flags) -> (exit status, all that it said, on one line without frames)."""
+    """call(method, flags) -> (exit status, what it said on stderr, in one line without frames), on the digits."""
 
     def call(name, *flags):
-        module, status = recipe(name), 0
+        status = 0
         try:
-            module.main(module.CONFIG, [str(flag) for flag in flags], module.__doc__)
+            train.main(["--method", name, "--teacher", "digits", *map(str, flags)])
         except SystemExit as error:
             status = error.code
-        said = "".join(capsys.readouterr())
+        said = capsys.readouterr().err
         return status, " ".join("".join(c if c.isascii() else " " for c in said).split())
 
     return call
@@ -63,24 +59,25 @@ def call(capsys):
 
 def test_help_and_mistakes_are_light():
     """Neither --help nor a mistake waits for a library that takes seconds; --help names every flag's meaning."""
-    script = f"""
+    script = """
 import io, runpy, sys
 from contextlib import redirect_stderr, redirect_stdout
-for name in {RECIPES + ["digits_teacher", "digits_demo"]}:
-    ours = ("--config", "--max_train_steps", "--method.", "--student.sigma", "iterations of the")
-    for flags, status, words in (
-        (["--help"], 0, ours if name.endswith("_digits") else ("--output_dir", "--seed")),
+rows = [["train", "--method", name, "--teacher", "digits"] for name in ("dmd2", "sfd", "ect", "dmd")]
+ours = ("--config", "--max_train_steps", "--method.", "--student.sigma", "iterations of the")
+for name, *flags in [*rows, ["digits_teacher"], ["digits_demo"]]:
+    for more, status, words in (
+        (["--help"], 0, ours if flags else ("--output_dir", "--seed")),
         (["--nope"], 2, ("--nope",)),
         (["--seed", "x"], 2, ("--seed", "'x'")),
-        *([(["--teacher", "nothing"], 2, ("nothing", "model_index.json"))] if name.endswith("_digits") else []),
+        *([(["--teacher", "nothing"], 2, ("nothing", "model_index.json"))] if flags else []),
     ):
-        said, sys.argv = io.StringIO(), [name, *flags]
+        said, sys.argv = io.StringIO(), [name, *flags, *more]
         with redirect_stdout(said), redirect_stderr(said):
             try:
-                runpy.run_path(f"recipes/{{name}}.py", run_name="__main__")
+                runpy.run_path(f"recipes/{name}.py", run_name="__main__")
             except SystemExit as error:
-                assert error.code == status, (name, flags, said.getvalue())
-        assert all(word in said.getvalue() for word in words), (name, flags, said.getvalue())
+                assert error.code == status, (sys.argv, said.getvalue())
+        assert all(word in said.getvalue() for word in words), (sys.argv, said.getvalue())
 heavy = [m for m in ("diffusers", "transformers", "peft", "accelerate", "sklearn", "matplotlib") if m in sys.modules]
 assert not heavy, heavy
 """
@@ -115,7 +112,7 @@ MISTAKES = {  # flags: words of the message
 @pytest.mark.parametrize("flags", MISTAKES)
 def test_mistakes_on_the_command_line(flags, call, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    status, said = call("dmd2_digits", *flags.split())
+    status, said = call("dmd2", *flags.split())
     assert status == 2 and MISTAKES[flags] in said and "Traceback" not in said
     assert not list(tmp_path.iterdir())
 
@@ -134,11 +131,11 @@ def test_mistakes_on_the_command_line(flags, call, tmp_path, monkeypatch):
 )
 def test_mistakes_in_a_file(text, words, call, tmp_path):
     (tmp_path / "x.yaml").write_text(text)
-    status, said = call("dmd2_digits", "--config", tmp_path / "x.yaml")
+    status, said = call("dmd2", "--config", tmp_path / "x.yaml")
     assert status == 2 and words in said and "Traceback" not in said
 
 
-IMPOSSIBLE = {  # recipe and flags: words of the message
+IMPOSSIBLE = {  # method and flags: words of the message
     "vsd --method.guidance 2": "VSD with these guidance values needs a null condition",
     "sid --method.kappa 1.5 1.5 1.5 1.5": "SiD with these guidance values needs a null condition",
     "dmd2 --train_batch_size 9 --gradient_accumulation_steps 2": "train_batch_size 9 is not divisible by 1 process",
@@ -158,65 +155,65 @@ IMPOSSIBLE = {  # recipe and flags: words of the message
 def test_impossible_runs(line, call, teacher, tmp_path):
     """What fits the flags but not the teacher or the disk: one message, and no folder."""
     (name, *flags), out = line.split(), tmp_path / "run"
-    status, said = call(f"{name}_digits", "--teacher", teacher["plain"], "--output_dir", out, *flags)
+    status, said = call(name, "--teacher", teacher["plain"], "--output_dir", out, *flags)
     assert status == 2 and f"error: {said.partition('error: ')[2]}" == said
     assert IMPOSSIBLE[line] in said and not out.exists()
 
 
 def test_another_pipeline_is_no_teacher(call, tmp_path):
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "KandinskyPipeline"}))
-    status, said = call("sid_digits", "--teacher", tmp_path, "--output_dir", tmp_path / "run")
+    status, said = call("sid", "--teacher", tmp_path, "--output_dir", tmp_path / "run")
     assert status == 2 and "is a KandinskyPipeline; supported pipelines are" in said
-    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline"}))
-    status, said = call("sid_digits", "--teacher", tmp_path, "--output_dir", tmp_path / "run")
-    assert status == 2 and "its model_index.json names no transformer" in said
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "ConsistencyModelPipeline"}))
+    status, said = call("sid", "--teacher", tmp_path, "--output_dir", tmp_path / "run")
+    assert status == 2 and "its model_index.json names no scheduler" in said
 
 
 def test_two_runs_in_one_folder(call, teacher, tmp_path):
     """The second is refused and touches nothing, unless it goes on with the first."""
     flags = ("--teacher", teacher["plain"], "--output_dir", tmp_path, *SHORT, "--checkpointing_steps", "2")
-    assert call("sid_digits", *flags, "--max_train_steps", 2)[0] == 0
+    assert call("sid", *flags, "--max_train_steps", 2)[0] == 0
     before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
-    status, said = call("sid_digits", *flags)
+    status, said = call("sid", *flags)
     assert status == 2 and f"{tmp_path} already holds a run: pass --resume_from_checkpoint latest" in said
     assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")} == before
-    status, said = call("sid_digits", *flags, "--resume_from_checkpoint", tmp_path / "checkpoint-7")
+    status, said = call("sid", *flags, "--resume_from_checkpoint", tmp_path / "checkpoint-7")
     assert status == 2 and "no checkpoint at" in said and "holds ['checkpoint-2']" in said
     go_on = ("--resume_from_checkpoint", "latest", "--max_train_steps", 3, "--logging_steps", 1)
-    assert call("sid_digits", *flags, *go_on)[0] == 0
+    assert call("sid", *flags, *go_on)[0] == 0
     assert [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").open()] == [2, 3]
 
 
 def test_latest_of_nothing_starts_afresh(call, teacher, tmp_path):
     """As the training scripts of diffusers do, and it says so."""
     flags = ("--teacher", teacher["plain"], "--output_dir", tmp_path, *SHORT, "--max_train_steps", 1)
-    status, said = call("sid_digits", *flags, "--resume_from_checkpoint", "latest")
+    status, said = call("sid", *flags, "--resume_from_checkpoint", "latest")
     assert status == 0 and f"no checkpoint in {tmp_path}: starting afresh" in said
 
 
 def test_a_renamed_checkpoint_and_a_finished_run(call, teacher, tmp_path):
     """A checkpoint may be moved; a run that had ended exports again."""
     flags = ("--teacher", teacher["plain"], *SHORT, "--max_train_steps", 2, "--checkpointing_steps", 2)
-    assert call("sid_digits", *flags, "--output_dir", tmp_path / "a")[0] == 0
+    assert call("sid", *flags, "--output_dir", tmp_path / "a")[0] == 0
     kept = (tmp_path / "a" / "checkpoint-2").rename(tmp_path / "kept")
-    assert call("sid_digits", *flags, "--output_dir", tmp_path / "b", "--resume_from_checkpoint", kept)[0] == 0
+    assert call("sid", *flags, "--output_dir", tmp_path / "b", "--resume_from_checkpoint", kept)[0] == 0
     a, b = ((tmp_path / run / "pipeline" / "unet").glob("*.safetensors") for run in "ab")
     assert next(a).read_bytes() == next(b).read_bytes()
 
 
 def test_a_run_that_diverges_says_where(call, teacher, tmp_path):
     flags = ("--teacher", teacher["plain"], "--output_dir", tmp_path, *SHORT, "--learning_rate", "1e30")
-    status, said = call("sid_digits", *flags)
+    status, said = call("sid", *flags)
     assert status == 2 and "non-finite loss at step" in said and "Lower the learning rate" in said
 
 
 # ---- the configuration ----
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", sorted(TABLE))
 def test_the_configuration_reads_back(name, tmp_path):
     """config.yaml by --config is the run's configuration; flags go on top, wherever they stand."""
-    default = recipe(name).CONFIG
+    default = TABLE[name].config
     flags = "--seed 5 --learning_rate 1e-6 --student.steps 2 --student.sigma None --no_smoke --report_to none"
     config = parse(default, [*flags.split(), "--fake.lora.targets", "conv1", "conv2", "--teacher", "a b/c"])
     assert (config.train.seed, config.student.sigma, config.fake.lora.targets) == (5, None, ("conv1", "conv2"))
@@ -240,7 +237,7 @@ def test_the_configuration_reads_back(name, tmp_path):
 )
 def test_unusual_values_read_back(name, flags, tmp_path):
     """Ranges, None, negative and small numbers."""
-    default = recipe(f"{name}_digits").CONFIG
+    default = TABLE[name].config
     config = parse(default, flags.split())
     assert config != default
     (tmp_path / "config.yaml").write_text(dump(config))
@@ -249,7 +246,7 @@ def test_unusual_values_read_back(name, flags, tmp_path):
 
 def test_every_flag_is_in_the_file():
     """... and the run's options are flat there, as on the command line."""
-    config = recipe("dmd2_digits").CONFIG
+    config = TABLE["dmd2"].config
     tree = yaml.safe_load(dump(config))
     assert tree["max_train_steps"] == config.train.max_train_steps and "train" not in tree
     assert tree["method"]["times"] == {"low": 0.02, "high": 20.0, "rho": 7.0}
@@ -266,7 +263,7 @@ def final(folder):
 def test_ctrl_c_ends_the_step_and_resumes(player, call, teacher, tmp_path, monkeypatch):
     """Pressed within a step: the step is finished and saved; the resumed run equals the uninterrupted one."""
     flags = ("--teacher", teacher["plain"], *SHORT, "--max_train_steps", 5, "--checkpointing_steps", 5)
-    assert call("sid_digits", *flags, "--output_dir", tmp_path / "whole")[0] == 0
+    assert call("sid", *flags, "--output_dir", tmp_path / "whole")[0] == 0
 
     right, handler = Digits.__call__, signal.getsignal(signal.SIGINT)
 
@@ -277,11 +274,11 @@ def test_ctrl_c_ends_the_step_and_resumes(player, call, teacher, tmp_path, monke
 
     with monkeypatch.context() as patch:
         patch.setattr(Digits, "__call__", press)
-        status, said = call("sid_digits", *flags, "--output_dir", tmp_path / "cut")
+        status, said = call("sid", *flags, "--output_dir", tmp_path / "cut")
     assert status == 130 and signal.getsignal(signal.SIGINT) is handler
     folder = tmp_path / "cut" / "checkpoint-3"
     assert f"interrupted; saved {folder}. Go on with --resume_from_checkpoint latest" in said and folder.is_dir()
-    assert call("sid_digits", *flags, "--output_dir", tmp_path / "cut", "--resume_from_checkpoint", "latest")[0] == 0
+    assert call("sid", *flags, "--output_dir", tmp_path / "cut", "--resume_from_checkpoint", "latest")[0] == 0
     one, other = final(tmp_path / "whole"), final(tmp_path / "cut")
     assert all(torch.equal(one[name], other[name]) for name in one)
 
@@ -292,15 +289,15 @@ def test_ctrl_c_twice_stops_at_once(call, teacher, tmp_path, monkeypatch):
         signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(Digits, "__call__", press)
-    status, said = call("sid_digits", "--teacher", teacher["plain"], "--output_dir", tmp_path, *SHORT)
+    status, said = call("sid", "--teacher", teacher["plain"], "--output_dir", tmp_path, *SHORT)
     assert status == 130 and "interrupted: nothing of this step is saved" in said
     assert not checkpoint.found(tmp_path)
 
 
 def test_ctrl_c_in_the_terminal(call, teacher, tmp_path):
-    """The signal itself, to a recipe that runs by plain python."""
+    """The signal itself, to a run by plain python."""
     flags = ["--teacher", teacher["plain"], "--output_dir", f"{tmp_path}", *SHORT, "--logging_steps", "1"]
-    command = [sys.executable, "recipes/sid_digits.py", *flags, "--max_train_steps", "100000"]
+    command = [sys.executable, "recipes/train.py", "--method", "sid", *flags, "--max_train_steps", "100000"]
     env = os.environ | {"PYTHONPATH": f"{ROOT}"}
     process = subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True)
     try:
@@ -316,6 +313,6 @@ def test_ctrl_c_in_the_terminal(call, teacher, tmp_path):
     assert process.returncode == 130 and f"saved {folder}" in said and "Traceback" not in said
     steps = checkpoint.step(folder)
     go_on = ("--resume_from_checkpoint", "latest", "--max_train_steps", steps + 2)
-    assert call("sid_digits", *flags, *go_on)[0] == 0
+    assert call("sid", *flags, *go_on)[0] == 0
     logged = [json.loads(line)["step"] for line in log.open()]
     assert logged == list(range(1, steps + 3))

@@ -1,4 +1,7 @@
-"""Every recipe as a smoke run, end to end: train, checkpoint, resume, export, reload by plain diffusers, sample."""
+"""Every recipe and every row of the digits as a smoke run, end to end.
+
+Train, checkpoint, resume, export, reload by plain diffusers, sample.
+"""
 
 import importlib
 import json
@@ -34,17 +37,19 @@ from pipelines.export.card import snippet
 from pipelines.export.model_card import collect_card_info
 from pipelines.families import edm
 from pipelines.teacher import load_teacher
+from recipes.digits import TABLE, TEACHER
 
 ROOT = Path(__file__).resolve().parents[2]
-RECIPES = sorted(p.stem for p in (ROOT / "recipes").glob("*.py") if "\nCONFIG = Config(" in p.read_text())
-SHORT = [name for name in RECIPES if name.endswith("_digits") or name in ("dmd2_sdxl", "sid_sana", "lcm_lora_sdxl")]
+FILES = [p.stem for p in (ROOT / "recipes").glob("*.py") if "\nCONFIG = Config(" in p.read_text()]
+RECIPES = sorted([*FILES, *TABLE])  # a row of the digits is called as its method
+SHORT = [name for name in RECIPES if name in TABLE or name in ("dmd2_sdxl", "sid_sana", "lcm_lora_sdxl")]
 CONVOLUTIONS = "lora.rank 2 --student.lora.targets conv1 conv2 time_emb_proj"
-UNMOVED = ("degradation_digits", "sun_sd15", "digits_nct", "nct_sd15")  # the teacher's weights are exported
+UNMOVED = ("degradation", "sun_sd15", "nct", "nct_sd15")  # the teacher's weights are exported
 STUDENTS = [name for name in RECIPES if name not in UNMOVED]
 RUNS = {name: (name, "") for name in STUDENTS} | {
-    "two steps": ("sid_digits", "--student.steps 2"),
-    "adapters": ("dmd2_digits", f"--student.{CONVOLUTIONS}"),
-    "adapters on both": ("vsd_digits", f"--student.{CONVOLUTIONS} --fake.lora.rank 2 --fake.lora.targets conv1"),
+    "two steps": ("sid", "--student.steps 2"),
+    "adapters": ("dmd2", f"--student.{CONVOLUTIONS}"),
+    "adapters on both": ("vsd", f"--student.{CONVOLUTIONS} --fake.lora.rank 2 --fake.lora.targets conv1"),
     "one step": ("dmd2_sdxl", "--student.steps 1"),
     "Euler": ("sid_sdxl", "--student.steps 2 --student.renoise ddim --student.scale None"),
     "half precision": ("dmd2_flux", ""),
@@ -53,7 +58,7 @@ RUNS = {name: (name, "") for name in STUDENTS} | {
         "--method.gan 0 --method.gan_fake 0 --fake.lora.rank 4 --gradient_accumulation_steps 2",
     ),
 }
-LAUNCH = {"half precision": ("--mixed_precision", "bf16"), "dmd2_digits": (), "dmd2_sdxl": ()}  # flags of accelerate
+LAUNCH = {"half precision": ("--mixed_precision", "bf16"), "dmd2": (), "dmd2_sdxl": ()}  # flags of accelerate
 EVERY = {
     "DMD2": "--method.every 1",
     "DiffInstruct": "--method.fake_steps 1",
@@ -71,7 +76,7 @@ SEED = 5
 
 
 def config_of(recipe):
-    return importlib.import_module(f"recipes.{recipe}").CONFIG
+    return TABLE[recipe].config if recipe in TABLE else importlib.import_module(f"recipes.{recipe}").CONFIG
 
 
 def argv(name, out):
@@ -84,10 +89,12 @@ def launch(name, out):
     """The last words of a run that failed: of a few under `accelerate launch`, of the others as by plain python."""
     if name not in LAUNCH:
         return forked.main(RUNS[name][0], argv(name, out))
-    recipe = f"{ROOT / 'recipes' / RUNS[name][0]}.py"
+    recipe = RUNS[name][0]
+    command_of = ["-m", "recipes.train", "--method", recipe, "--teacher", "digits"]
+    script = command_of if recipe in TABLE else [f"{ROOT / 'recipes' / recipe}.py"]
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--cpu"]
     quiet = {"ACCELERATE_LOG_LEVEL": "ERROR", "OMP_NUM_THREADS": "1"}
-    command += [*LAUNCH[name], recipe, *argv(name, out)]
+    command += [*LAUNCH[name], *script, *argv(name, out)]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | quiet)
     return "" if done.returncode == 0 else done.stderr[-3000:]
 
@@ -406,14 +413,14 @@ def test_a_recipe_fails_before_its_first_step(tmp_path, monkeypatch, capsys):
     wrong = replace(edm.FAMILY, sample=lambda *given: 0.9 * edm.sample(*given))
     monkeypatch.setattr(edm, "FAMILY", wrong)
     with pytest.raises(SystemExit) as error:
-        run.main(config_of("sid_digits"), argv("sid_digits", tmp_path))
+        run.main(config_of("sid"), argv("sid", tmp_path))
     said = capsys.readouterr().err
     assert error.value.code == 2 and "error: the export would not be the student: rehearsed" in said
     assert not (tmp_path / "config.yaml").exists() and not list(tmp_path.glob("checkpoint-*"))
 
 
 def test_the_average_is_exported(tmp_path):
-    run.main(config_of("sid_digits"), argv("sid_digits", tmp_path))
+    run.main(config_of("sid"), argv("sid", tmp_path))
     (stored,) = (load_file(f) for f in (tmp_path / "pipeline" / "unet").glob("*.safetensors"))
     average, raw = (load_file(tmp_path / "checkpoint-2" / f"{role}.safetensors") for role in ("ema", "student"))
     assert all(torch.equal(stored[k], average[k]) for k in stored)
@@ -421,7 +428,7 @@ def test_the_average_is_exported(tmp_path):
 
 
 def test_two_steps_are_exported(tmp_path):
-    run.main(config_of("sid_digits"), [*argv("sid_digits", tmp_path), "--student.steps", "2"])
+    run.main(config_of("sid"), [*argv("sid", tmp_path), "--student.steps", "2"])
     facts = json.loads((tmp_path / "pipeline" / "distill.json").read_text())
     assert facts["times"] == pytest.approx(EDM().time(torch.tensor([2.5, 2.5 / 2**7])).tolist())
 
@@ -434,7 +441,7 @@ def test_a_recipe_fails_with_its_export(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(export, "write", wrong)
     with pytest.raises(SystemExit) as error:
-        run.main(config_of("sid_digits"), argv("sid_digits", tmp_path))
+        run.main(config_of("sid"), argv("sid", tmp_path))
     assert error.value.code == 2
     assert "error: the exported pipeline differs from the student" in capsys.readouterr().err
     assert not (tmp_path / "pipeline").exists()
@@ -455,7 +462,7 @@ def test_export_again(out, tmp_path):
 
 def test_export_the_mean_of_two(out, tmp_path, capsys):
     """SwiftBrush v2: the weights are those of both students' averages, by their shares; other calls are refused."""
-    a, b, two = out("sid_digits"), out("reward_digits"), out("two steps")
+    a, b, two = out("sid"), out("reward"), out("two steps")
     export.main(export.Again(f"{a}", other=f"{b}", share=0.75, output_dir=f"{tmp_path / 'mean'}"))
     name = "unet/diffusion_pytorch_model.safetensors"
     mean, first, second = (load_file(f / name) for f in (tmp_path / "mean", a / "pipeline", b / "pipeline"))
@@ -515,19 +522,19 @@ PUSHING = """
 import sys
 sys.path.insert(0, {root!r})
 from pipelines import export, run
-from recipes import sid_digits
+from recipes.digits import TABLE
 right = export.write
 def wrong(teacher, net, *rest):
     right(teacher, teacher.denoiser.net, *rest)
 export.write = wrong if {broken} else right
-run.main(sid_digits.CONFIG, {argv!r})
+run.main(TABLE["sid"].config, {argv!r})
 """
 
 
 @pytest.mark.parametrize("broken", (False, True))
 def test_push_to_hub(broken, tmp_path):
     """The repository is there before the training; what is verified is sent, and nothing else."""
-    flags = [*argv("sid_digits", tmp_path / "run"), "--push_to_hub", "--hub_model_id", "ada/student", "--hub_private"]
+    flags = [*argv("sid", tmp_path / "run"), "--push_to_hub", "--hub_model_id", "ada/student", "--hub_private"]
     flags += ["--license", "cc-by-4.0"]
     with Hub() as hub:
         program = PUSHING.format(root=f"{ROOT}", broken=broken, argv=flags)
@@ -551,7 +558,7 @@ def test_push_to_hub(broken, tmp_path):
 def test_tensorboard_gets_numbers_and_images(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    run.main(config_of("sid_digits"), [*argv("sid_digits", tmp_path), "--report_to", "tensorboard"])
+    run.main(config_of("sid"), [*argv("sid", tmp_path), "--report_to", "tensorboard"])
     (events,) = tmp_path.rglob("events.out.*")
     found = EventAccumulator(f"{events}").Reload()
     logged = [json.loads(line)["student/loss"] for line in (tmp_path / "log.jsonl").open()]
@@ -563,7 +570,7 @@ def test_wandb_offline_gets_images(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WANDB_SILENT", "true")
     folder = tmp_path / "run"
-    run.main(config_of("sid_digits"), [*argv("sid_digits", folder), "--report_to", "wandb"])
+    run.main(config_of("sid"), [*argv("sid", folder), "--report_to", "wandb"])
     assert len(list(folder.rglob("offline-run-*/files/media/images/samples_*.png"))) == 2
     assert {p.name for p in tmp_path.iterdir()} == {"run"}  # nothing beside the run's folder
 
@@ -591,15 +598,15 @@ def test_a_teacher_and_its_student(tmp_path):
     edm.smooth(teacher.denoiser.net, config.max_frequency)
     assert torch.equal(teacher.denoiser.net.time_embedding.linear_1.weight, weight) and (weight == 0).any()
     flags = f"--teacher {tmp_path / 't'} --output_dir {tmp_path / 's'} --method.guidance 2 --max_train_steps 1"
-    run.main(config_of("vsd_digits"), flags.split())
+    run.main(config_of("vsd"), flags.split())
     assert (tmp_path / "s" / "pipeline" / "model_index.json").is_file()
 
 
-def test_the_demo_plans_every_recipe(tmp_path):
+def test_the_demo_plans_every_method(tmp_path):
     """Each job waits only for jobs that exist; every student is sampled from its exported pipeline."""
     from recipes import digits_demo
 
-    names = [name.removesuffix("_digits") for name in RECIPES if name.endswith("_digits")]
+    names = [name for name, row in TABLE.items() if row.config.teacher == TEACHER]
     todo = digits_demo.jobs(digits_demo.Demo(methods=tuple(names)), tmp_path)
     assert all(set(job.after) <= todo.keys() for job in todo.values())
     for name in names:

@@ -6,6 +6,7 @@ import pytest
 
 from benchmarks import results
 from benchmarks.results import Results, jobs, stages
+from recipes.digits import TABLE
 
 
 @pytest.fixture
@@ -28,7 +29,7 @@ def test_runs_follow_those_that_they_start_from(planned):
     assert flag("disback-0", "--method.record") == f"{folder / 'disback-0.1'}"
     assert flag("phased-0", "--student.experts") == f"{folder / 'phased-0.1' / 'checkpoint-500'}"
     assert Path(flag("tsm-0", "--student.network")).is_dir()
-    assert [Path(word).name for word in found["tsm-0"].command if word.endswith(".py")] == ["sid_digits.py"]
+    assert flag("tsm-0", "--method") == "sid" and flag("tsm-0.1", "--method") == "tsm"
 
 
 def test_students_of_parts_become_one(planned):
@@ -45,6 +46,6 @@ def test_students_of_parts_become_one(planned):
 def test_a_stage_of_its_own_length_leaves_the_rest_to_the_others():
     """Counted by real losses."""
     (record, steps), (back, rest) = stages("disback", 1_536_000)
-    assert record.own and steps == results.module(record.recipe).CONFIG.train.max_train_steps
-    first = results.passes(results.module(record.recipe).CONFIG, steps)
-    assert first + results.passes(results.module(back.recipe).CONFIG, rest) == pytest.approx(1_536_000, rel=0.001)
+    assert record.own and steps == TABLE[record.recipe].config.train.max_train_steps
+    first = results.passes(TABLE[record.recipe].config, steps)
+    assert first + results.passes(TABLE[back.recipe].config, rest) == pytest.approx(1_536_000, rel=0.001)

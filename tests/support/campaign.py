@@ -74,13 +74,14 @@ class Group:
 
                 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
             from distill.training import checkpoint
-            from recipes.sid_digits import CONFIG, main
+            from pipelines.run import main
+            from recipes.digits import TABLE
 
             with self.said.open("a") as said:
                 os.dup2(said.fileno(), 2)
             checkpoint._skipped.cache_clear()  # what this process has seen, the next one has to see for itself
             checkpoint._digest.cache_clear()
-            main(CONFIG, flags)
+            main(TABLE["sid"].config, flags)
             status = 0
         except SystemExit as error:
             status = error.code
@@ -371,7 +372,7 @@ def run(campaign: Campaign) -> Faults:
     from distill.data import digits
 
     torch.set_num_threads(1)
-    import_module("recipes.sid_digits")
+    import_module("recipes.digits")
     digits("train")  # what is imported and read here is so in every fork
     with tempfile.TemporaryDirectory() as name:
         faults = Faults(campaign, Path(name))

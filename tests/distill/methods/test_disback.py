@@ -35,7 +35,7 @@ from distill.training.build import build
 from distill.training.config import FakeConfig, StudentConfig, TrainConfig
 from distill.training.loop import train
 from pipelines import run
-from recipes import degradation_digits, disback_digits
+from recipes.digits import TABLE
 
 
 class Laws:
@@ -177,7 +177,7 @@ class TestTraining:
 def test_the_recipes(tmp_path):
     """The first records, though it trains no student; the second goes back along it and is exported."""
     smoke = ["--smoke", "--validation_steps", "0", "--output_dir"]
-    run.main(degradation_digits.CONFIG, [*smoke, f"{tmp_path / 'record'}", "--checkpointing_steps", "1"])
+    run.main(TABLE["degradation"].config, [*smoke, f"{tmp_path / 'record'}", "--checkpointing_steps", "1"])
     assert (tmp_path / "record" / "checkpoint-1").is_dir() and (tmp_path / "record" / "checkpoint-2").is_dir()
-    run.main(disback_digits.CONFIG, [*smoke, f"{tmp_path / 'run'}", "--method.record", f"{tmp_path / 'record'}"])
+    run.main(TABLE["disback"].config, [*smoke, f"{tmp_path / 'run'}", "--method.record", f"{tmp_path / 'record'}"])
     assert (tmp_path / "run" / "pipeline" / "unet").is_dir()

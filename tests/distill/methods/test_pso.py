@@ -1,6 +1,5 @@
 """PSO: at the start log 2, gradients in closed form, a Gaussian student that moves to what is preferred."""
 
-import importlib
 import json
 import math
 from dataclasses import replace
@@ -24,6 +23,7 @@ from distill.training.config import StudentConfig, TrainConfig
 from distill.training.loop import train
 from pipelines import run
 from pipelines.teacher import load_teacher
+from recipes.digits import TABLE
 
 N, D, TIMES = 6, 2, (0.9, 0.6, 0.25)
 near = lambda got, want, tol=1e-10: torch.testing.assert_close(got, want, rtol=tol, atol=tol)
@@ -267,17 +267,17 @@ def test_offline_moves_to_the_data(loss, left):
 # ---- a finished student ----
 
 
-@pytest.mark.parametrize("recipe", ("digits_pso", "digits_pso_offline"))
-def test_a_finished_student_is_tuned(recipe, tmp_path):
+@pytest.mark.parametrize("name", ("pso", "pso_offline"))
+def test_a_finished_student_is_tuned(name, tmp_path):
     """From an exported student to an exported student of the same calls, and so on; only an exported one will do."""
     flags = "--max_train_steps 1 --train_batch_size 8 --validation_steps 0 --learning_rate 1e-2 --lr_warmup_steps 0"
     first = ["--smoke", "--student.steps", "2", "--method.fake_steps", "1"]
     make = lambda name, to, *more: run.main(
-        importlib.import_module(f"recipes.{name}").CONFIG, [*flags.split(), *more, "--output_dir", f"{tmp_path / to}"]
+        TABLE[name].config, [*flags.split(), *more, "--output_dir", f"{tmp_path / to}"]
     )
-    make("sid_digits", "a", *first)
+    make("sid", "a", *first)
     for before, after in (("a", "b"), ("b", "c")):
-        make(recipe, after, "--teacher", f"{tmp_path / before / 'pipeline'}")
+        make(name, after, "--teacher", f"{tmp_path / before / 'pipeline'}")
     facts, scheduler = (
         [json.loads((tmp_path / to / "pipeline" / file).read_text()) for to in "abc"]
         for file in ("distill.json", "scheduler/scheduler_config.json")

@@ -25,7 +25,7 @@ from pipelines import run as training
 from pipelines.cache import encodings
 from pipelines.export import edm_convert
 from pipelines.families import edm
-from recipes import sid_digits
+from recipes.digits import TABLE
 
 
 @contextmanager
@@ -180,7 +180,7 @@ def test_a_lack_of_memory(error, student, tmp_path, command, monkeypatch, capsys
     assert code == 2 and "error: there is not enough memory" in told and not (tmp_path / "out").exists()
     monkeypatch.setattr(training, "check", fails)
     monkeypatch.setattr(encodings, "run", fails)
-    for main in (partial(training.main, sid_digits.CONFIG), encodings.main):
+    for main in (partial(training.main, TABLE["sid"].config), encodings.main):
         with pytest.raises(SystemExit) as end:
             main(["--output_dir", f"{tmp_path / 'run'}"])
         assert end.value.code == 2 and "error: there is not enough memory" in capsys.readouterr().err

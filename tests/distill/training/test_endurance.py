@@ -168,11 +168,13 @@ def test_a_renamed_checkpoint_says_its_step(run, capsys):
 def test_a_run_takes_the_one_before(run, capsys):
     """--resume_from_checkpoint latest; one that is named must be whole, and this is seen before any work."""
     from pipelines.run import validate_run
-    from recipes.sid_digits import CONFIG
+    from recipes.digits import TABLE
+
+    config = TABLE["sid"].config
 
     def resumed(name):
-        cfg = replace(CONFIG.train, output_dir=f"{run}", resume_from_checkpoint=name, max_train_steps=2)
-        return validate_run(replace(CONFIG, smoke=True, train=cfg), run)
+        cfg = replace(config.train, output_dir=f"{run}", resume_from_checkpoint=name, max_train_steps=2)
+        return validate_run(replace(config, smoke=True, train=cfg), run)
 
     flip(run / "checkpoint-3" / "ema.safetensors")
     assert resumed("latest") == run / "checkpoint-2"
@@ -368,14 +370,15 @@ def test_a_tracker_that_does_not_start_is_a_message(digits, tmp_path, monkeypatc
 def digits(tmp_path_factory):
     """digits(folder, flags) -> the status of a run of five steps on a tiny teacher, with this process's handlers."""
     from pipelines.families import tiny as teachers
-    from recipes.sid_digits import CONFIG, main
+    from pipelines.run import main
+    from recipes.digits import TABLE
 
     teacher = tmp_path_factory.mktemp("teacher")
     teachers.save("edm", teacher)
 
     def call(folder, *flags):
         try:
-            main(CONFIG, [*SHORT.split(), "--teacher", f"{teacher}", "--output_dir", f"{folder}", *flags])
+            main(TABLE["sid"].config, [*SHORT.split(), "--teacher", f"{teacher}", "--output_dir", f"{folder}", *flags])
         except SystemExit as error:
             return error.code
         return 0
@@ -487,7 +490,7 @@ def test_a_signal_to_one_of_two_processes_ends_both(rank, tmp_path):
         "--logging_steps",
         "1",
     ]
-    command = "-m torch.distributed.run --standalone --nproc_per_node 2 recipes/sid_digits.py".split()
+    command = "-m torch.distributed.run --standalone --nproc_per_node 2 recipes/train.py --method sid".split()
     env = os.environ | {"ACCELERATE_USE_CPU": "1", "PYTHONPATH": f"{root}"}
     command = [sys.executable, *command, *flags, "--max_train_steps", "100000", "--checkpointing_steps", "0"]
     launcher = subprocess.Popen(command, cwd=root, env=env, stderr=subprocess.PIPE, text=True)

@@ -290,7 +290,7 @@ def test_both_ranks_name_the_one(tmp_path):
 def test_the_command_that_replays(tmp_path, monkeypatch, capsys):
     """A recipe that ends with a NaN names the flag; with it, status 1 while the NaN is there and 0 once it is not."""
     from pipelines.run import main
-    from recipes.dmd2_digits import CONFIG
+    from recipes.digits import TABLE
 
     plain = data.Digits.__call__
 
@@ -299,7 +299,7 @@ def test_the_command_that_replays(tmp_path, monkeypatch, capsys):
 
     def status(*flags):
         with pytest.raises(SystemExit) as end:
-            main(CONFIG, list(flags))
+            main(TABLE["dmd2"].config, list(flags))
         return end.value.code
 
     folder = tmp_path / "replay-0-fake"

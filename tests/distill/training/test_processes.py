@@ -14,6 +14,7 @@ from processes import ROOT, TWO, python
 LAUNCH = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "--num_machines", "1"]
 LAUNCH += ["--mixed_precision", "no", "--dynamo_backend", "no"]
 CPU2 = ["-m", "accelerate.commands.launch", "--config_file", "recipes/accelerate/cpu2.yaml"]
+DMD2 = ["--method", "dmd2", "--teacher", "digits"]  # flags of recipes/train.py
 STEPS = 20
 CASES = {  # name: method, adapters, accumulation
     f"{method} {'lora' if lora else 'full'} x{rounds}": (method, lora, rounds)
@@ -129,11 +130,11 @@ def logged(folder):
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
-    """The log of a recipe's smoke run, by plain python."""
-    from recipes import dmd2_digits
+    """The log of a smoke run, by plain python."""
+    from recipes import train
 
     folder = tmp_path_factory.mktemp("plain")
-    dmd2_digits.main(dmd2_digits.CONFIG, ["--smoke", "--output_dir", f"{folder}"])
+    train.main([*DMD2, "--smoke", "--output_dir", f"{folder}"])
     assert [line["step"] for line in logged(folder)] == [1, 2]
     return logged(folder)
 
@@ -141,7 +142,7 @@ def plain(tmp_path_factory):
 @pytest.mark.parametrize("launcher", (LAUNCH, CPU2), ids=("accelerate launch", "two processes"))
 def test_a_recipe_by_every_launcher(plain, launcher, tmp_path):
     """The log is the same; that of two processes is of the whole batch, not of one half."""
-    python(*launcher, ROOT / "recipes" / "dmd2_digits.py", "--smoke", "--output_dir", tmp_path)
+    python(*launcher, ROOT / "recipes" / "train.py", *DMD2, "--smoke", "--output_dir", tmp_path)
     for line, other in zip(plain, logged(tmp_path), strict=True):
         assert other == pytest.approx(line, rel=1e-4)
 
@@ -154,7 +155,7 @@ def test_processes_without_a_gpu_know_each_other():
         "CUDA_VISIBLE_DEVICES": "",
         "ACCELERATE_USE_CPU": "0",
     }
-    command = [sys.executable, *CPU2, ROOT / "recipes" / "dmd2_digits.py", *flags]
+    command = [sys.executable, *CPU2, ROOT / "recipes" / "train.py", *DMD2, *flags]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode and "train_batch_size 8 is not divisible by 2 process(es) x 8" in done.stderr
 

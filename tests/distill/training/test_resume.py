@@ -16,7 +16,8 @@ from distill import history
 from distill.files import folder_lock, read_yaml
 from pipelines.families import tiny
 from pipelines.identity import identity
-from recipes import dmd2_digits, sid_digits
+from pipelines.run import main
+from recipes.digits import TABLE
 
 ROOT = Path(__file__).resolve().parents[3]
 SHORT = "--train_batch_size 8 --validation_steps 0 --lr_scheduler constant --checkpointing_steps 2".split()
@@ -43,12 +44,12 @@ def teacher(tmp_path_factory):
 
 @pytest.fixture
 def call(capsys):
-    """call(module, flags) -> (exit status, what stderr said)."""
+    """call(method, flags) -> (exit status, what stderr said)."""
 
-    def call(module, *flags):
+    def call(name, *flags):
         status = 0
         try:
-            module.main(module.CONFIG, [str(flag) for flag in flags])
+            main(TABLE[name].config, [str(flag) for flag in flags])
         except SystemExit as error:
             status = error.code
         return status, capsys.readouterr().err
@@ -60,7 +61,7 @@ def call(capsys):
 def run(call, teacher, tmp_path):
     """A finished run of two steps, and its flags."""
     flags = ("--teacher", teacher, "--output_dir", tmp_path / "run", *SHORT)
-    assert call(sid_digits, *flags, "--max_train_steps", 2)[0] == 0
+    assert call("sid", *flags, "--max_train_steps", 2)[0] == 0
     return tmp_path / "run", flags
 
 
@@ -82,15 +83,15 @@ def test_what_would_make_it_another_run_is_refused(run, call, teacher, tmp_path)
         ("--seed", 1, "--resume_allow", "times", "batch"): ("seed 0, not 1:", "seed"),
     }
     for more, (words, kinds) in refused.items():
-        status, said = call(sid_digits, *flags, *LATEST, "--max_train_steps", 4, *more)
+        status, said = call("sid", *flags, *LATEST, "--max_train_steps", 4, *more)
         assert status == 2 and f"{folder / 'checkpoint-2'} was trained with {words}" in said, said
         assert f"allow the change with --resume_allow {kinds}\n" in said and "Traceback" not in said
         assert contents(folder) == before
-    status, said = call(dmd2_digits, *flags, *LATEST, "--max_train_steps", 4, "--student.sigma", 2.5)
+    status, said = call("dmd2", *flags, *LATEST, "--max_train_steps", 4, "--student.sigma", 2.5)
     assert status == 2 and "method SiD, not DMD2:" in said and contents(folder) == before
 
     more = ("--seed", 1, "--train_batch_size", 16, "--teacher", other, "--resume_allow", "seed", "batch", "teacher")
-    status, said = call(sid_digits, *flags, *LATEST, "--max_train_steps", 4, *more)
+    status, said = call("sid", *flags, *LATEST, "--max_train_steps", 4, *more)
     assert status == 0, said
     assert "  seed: 0 -> 1\n" in said and f"  teacher: {teacher} -> {other}\n" in said
     first, second = (json.loads(line) for line in (folder / "history.jsonl").open())
@@ -103,14 +104,14 @@ def test_what_would_make_it_another_run_is_refused(run, call, teacher, tmp_path)
 def test_what_else_changed_is_printed_and_kept(run, call, teacher, tmp_path):
     """Rates, steps, logging; a teacher that was moved is the same one. Nothing new: no line, no entry."""
     folder, flags = run
-    status, said = call(sid_digits, *flags, *LATEST, "--max_train_steps", 2)
+    status, said = call("sid", *flags, *LATEST, "--max_train_steps", 2)
     assert status == 0 and "is resumed with a changed configuration" not in said
     assert len((folder / "history.jsonl").read_text().splitlines()) == 1
     moved = shutil.copytree(teacher, tmp_path / "moved")
     more = ("--teacher", moved, "--learning_rate", 1e-6, "--logging_steps", 1, "--max_train_steps", 3)
-    status, said = call(sid_digits, *flags, *LATEST, *more)
+    status, said = call("sid", *flags, *LATEST, *more)
     assert status == 0 and f"{folder / 'checkpoint-2'} is resumed with a changed configuration" in said
-    rate = sid_digits.CONFIG.train.learning_rate
+    rate = TABLE["sid"].config.train.learning_rate
     lines = (f"teacher: {teacher} -> {moved}", "max_train_steps: 2 -> 3", f"learning_rate: {rate} -> 1e-06")
     assert all(f"  {line}\n" in said for line in (*lines, "logging_steps: 10 -> 1"))
     assert [json.loads(line)["config"]["learning_rate"] for line in (folder / "history.jsonl").open()] == [rate, 1e-6]
@@ -120,9 +121,9 @@ def test_a_run_from_before_there_was_a_history(run, call):
     """Its config.yaml is compared, with a notice that the teacher cannot be, and kept as the first entry."""
     folder, flags = run
     (folder / "history.jsonl").unlink()
-    status, said = call(sid_digits, *flags, *LATEST, "--max_train_steps", 4, "--seed", 1)
+    status, said = call("sid", *flags, *LATEST, "--max_train_steps", 4, "--seed", 1)
     assert status == 2 and "seed 0, not 1" in said
-    status, said = call(sid_digits, *flags, *LATEST, "--max_train_steps", 3)
+    status, said = call("sid", *flags, *LATEST, "--max_train_steps", 3)
     assert status == 0 and "its teacher was not recorded, so the teachers' weights are not compared" in said
     assert "  max_train_steps: 2 -> 3\n" in said
     first, second = (json.loads(line) for line in (folder / "history.jsonl").open())
@@ -136,11 +137,11 @@ def test_a_configuration_that_is_torn(run, call):
     text = (folder / "config.yaml").read_text()
     for torn in ("", text[:3], text[: len(text) // 2], text[: text.rindex("seed:")], "seed: *a\n" + text):
         (folder / "config.yaml").write_text(torn)
-        status, said = call(sid_digits, *flags, *LATEST, "--max_train_steps", 3)
+        status, said = call("sid", *flags, *LATEST, "--max_train_steps", 3)
         assert status == 2 and f"error: {folder / 'config.yaml'} is" in said, said
         assert "or remove it, and nothing is compared" in said and "Traceback" not in said
     (folder / "config.yaml").unlink()
-    status, said = call(sid_digits, *flags, *LATEST, "--max_train_steps", 3)
+    status, said = call("sid", *flags, *LATEST, "--max_train_steps", 3)
     assert status == 0 and "there is no configuration beside it" in said
 
 
@@ -222,7 +223,7 @@ def test_a_second_run_in_one_folder_is_refused_at_once(holder, call, teacher, tm
     flags = ("--teacher", teacher, "--output_dir", folder, *SHORT, "--max_train_steps", 1)
     for more in ((), LATEST, ("--smoke",)):
         begun = time.monotonic()
-        status, said = call(sid_digits, *flags, *more)
+        status, said = call("sid", *flags, *more)
         assert status == 2 and f"{folder} is in use by process {process.pid} on " in said
         assert "wait until it has ended, or choose another --output_dir" in said
         assert time.monotonic() - begun < 5

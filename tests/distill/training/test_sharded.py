@@ -52,12 +52,14 @@ def run(name, accelerator, last, folder=None, resume=None, lora=False):
     return {key: value.detach().clone() for key, value in (named | moments).items()}
 
 
-def recipe(folder, launched, name="dmd2_digits", *flags):
+def recipe(folder, launched, name="dmd2", *flags):
     """A smoke run with its export. Gradients are not divided by their own size: that amplifies rounding."""
     from pipelines import run
+    from recipes.digits import TABLE
 
-    run.start_accelerator, module = launched, importlib.import_module(f"recipes.{name}")
-    module.main(module.CONFIG, [*SMOKE.split(), "--output_dir", f"{folder}", *flags])
+    run.start_accelerator = launched
+    config = TABLE[name].config if name in TABLE else importlib.import_module(f"recipes.{name}").CONFIG
+    run.main(config, [*SMOKE.split(), "--output_dir", f"{folder}", *flags])
 
 
 def interrupted(folder, launched, rank):
@@ -175,7 +177,7 @@ def test_the_pipeline_of_a_sharded_run(two, tmp_path, monkeypatch):
 
     folder = two[0] / "recipe"
     assert [f.name for f in checkpoint.found(folder)] == ["checkpoint-1"]
-    python(*TWO, __file__, folder, "dmd2_digits", "--resume_from_checkpoint", "latest")
+    python(*TWO, __file__, folder, "dmd2", "--resume_from_checkpoint", "latest")
     monkeypatch.setattr(run, "start_accelerator", run.start_accelerator)
     recipe(tmp_path, lambda **options: Accelerator(cpu=True, **options))
     ours, theirs = (at / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors" for at in (folder, tmp_path))
