@@ -107,7 +107,7 @@ def gradients(method: Any, place: str, mode: str) -> dict[str, tuple[Tensor, Ten
     from distill.training import precision
     from distill.training.config import TrainConfig
     from distill.training.prepare import begin
-    from distill.training.step import own
+    from distill.training.step import set_trainable
 
     accelerator = use_device(place, mode)
     _, nets = build_nets(method)
@@ -116,7 +116,7 @@ def gradients(method: Any, place: str, mode: str) -> dict[str, tuple[Tensor, Ten
     samples = torch.arange(BATCH, device=accelerator.device)
     found = {}
     for update in method.updates():
-        own(players, update.player)
+        set_trainable(players, update.player)
         draw = Draw(0, 0, update.player, samples)
         batch = Digits()(draw)
         with precision.autocast(accelerator):

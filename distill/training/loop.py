@@ -12,15 +12,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
-from distill.method import Method
+from distill.method import Logs, Method, Update
 from distill.random import Draw
 from distill.roles import Batch, Nets
 from distill.training import nonfinite, precision
 from distill.training.config import TrainConfig
 from distill.training.prepare import begin
+from distill.training.samples import MicroBatch, SampleSource, describe_samples
 from distill.training.state import State
-from distill.training.step import average, began, clip, count_updates, own
+from distill.training.step import average, clip, count_updates, is_due, set_trainable
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -42,68 +44,94 @@ def train(
     draw: the source of random numbers, called (seed, step, player, samples [B]); replaced in tests.
     """
     state = begin(nets, data, cfg, accelerator, resume, draw)
-    players = {player: optimizer.param_groups[0]["params"] for player, optimizer in state.optimizers.items()}
-    rates = cfg.rates()
-    micro = cfg.micro_batch(accelerator.num_processes)
-    first = accelerator.process_index * micro * cfg.gradient_accumulation_steps
-    samples = torch.arange(first, first + micro * cfg.gradient_accumulation_steps, device=accelerator.device)
-    walked: list[nonfinite.Turn] = []  # the last step's samples, where the next one's go on from them
+    trainer = Trainer(method, state, cfg, accelerator, SampleSource(method, nets, data, draw, cfg.seed))
     if state.step >= cfg.max_train_steps:
         yield state
     while state.step < cfg.max_train_steps:
-        step, state.logs = state.step, {}
-        kept: list[nonfinite.Turn] = []
-        for update in method.updates():
-            if step % update.every and step >= update.alone or step < update.start:
-                continue
-            player, optimizer = update.player, state.optimizers[update.player]
-            own(players, player)
-            done = []
-            for i, indices in enumerate(samples.split(micro)):
-                numbers = draw(cfg.seed, step, player, indices)
-                with precision.autocast(accelerator):
-                    if update.reuse and kept:
-                        (x, batch, *_), source = kept[i], None
-                    else:
-                        batch, source = data(numbers), numbers
-                        if update.walk:
-                            late = began(method, nets, step)
-                            source = draw(cfg.seed, step - late, player, indices)
-                            if late and walked:
-                                source.before, begun, *_ = walked[i]
-                            elif late:  # a resumed run
-                                begun = data(source)
-                            source.late, batch = late, batch | {"c": begun.get("c")} if late else batch
-                        with torch.set_grad_enabled(player == "student"):
-                            x = method.sample(nets, batch, source)
-                    loss, logs = update.loss(x, nets, batch, numbers)
-                one = 1 + 0 * loss.detach()  # a loss that is not finite makes all gradients so, on every process
-                (loss / cfg.gradient_accumulation_steps).backward(one)
-                done.append(nonfinite.Turn(x.detach(), batch, numbers, source))
-                logs = {"loss": loss} | logs | (nonfinite.samples(x) if x.requires_grad else {})
-                for name, value in {f"{player}/{k}": v for k, v in logs.items()}.items():
-                    value = value.detach() / cfg.gradient_accumulation_steps
-                    state.logs[name] = state.logs.get(name, 0.0) + value
-            kept, walked = done, done if update.walk else walked
-            average(players[player], accelerator)
-            state.logs[f"{player}/grad_norm"] = norm = clip(players[player], cfg.norm(player))
-            if not torch.isfinite(norm):
-                nonfinite.refuse(state, method, update, done, cfg, accelerator)  # raises, unless it may be left out
-                continue
-            limit = cfg.max_grad_value if player == "student" else cfg.fake_max_grad_value
-            if limit is not None:
-                torch.nn.utils.clip_grad_value_(players[player], limit)
-            for group in optimizer.param_groups:
-                group["lr"] = rates[player] * cfg.rate(step)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            state.skipped.pop(player, None)
-            if cfg.skip_nonfinite:
-                state.logs[f"{player}/skipped"] = torch.zeros_like(norm)
-            if player == "student":
-                seen, updates = step * cfg.train_batch_size, count_updates(method, "student", step)
-                state.ema.update(nets.student.denoiser.net, cfg.train_batch_size, seen, updates)
-                method.after_student_step(nets)
-        own(players, *players)
-        state.step += 1
+        trainer.step()
         yield state
+
+
+class Trainer:
+    """The updates of this process: `step` makes one iteration, which changes `state` in place."""
+
+    def __init__(
+        self, method: Method, state: State, cfg: TrainConfig, accelerator: Accelerator, source: SampleSource
+    ) -> None:
+        self.method, self.state, self.cfg, self.accelerator, self.source = method, state, cfg, accelerator, source
+        self.players = {name: optimizer.param_groups[0]["params"] for name, optimizer in state.optimizers.items()}
+        micro, rounds = cfg.micro_batch(accelerator.num_processes), cfg.gradient_accumulation_steps
+        first = accelerator.process_index * micro * rounds
+        samples = torch.arange(first, first + micro * rounds, device=accelerator.device)
+        self.indices = samples.split(micro)  # in the global batch, a tensor for every micro-batch
+        self.continued: list[MicroBatch] = []  # of the last update that continues a generation
+
+    def step(self) -> None:
+        """All updates that are due at this iteration."""
+        self.state.logs = {}
+        earlier: list[MicroBatch] = []
+        for update in self.method.updates():
+            if is_due(update, self.state.step):
+                earlier = self.update(update, earlier)
+        set_trainable(self.players, *self.players)
+        self.state.step += 1
+
+    def update(self, update: Update, earlier: list[MicroBatch]) -> list[MicroBatch]:
+        """One update of a player on all micro-batches, which are returned. earlier: those of the update before it."""
+        player, state = update.player, self.state
+        set_trainable(self.players, player)
+        batches = []
+        for i, indices in enumerate(self.indices):
+            with precision.autocast(self.accelerator):
+                batch = self.micro_batch(update, i, indices, earlier)
+                loss, logs = update.loss(batch.x, state.nets, batch.batch, batch.numbers)
+            one = 1 + 0 * loss.detach()  # a loss that is not finite makes all gradients so, on every process
+            (loss / len(self.indices)).backward(one)
+            batches.append(batch.detach())
+            samples = describe_samples(batch.x) if batch.x.requires_grad else {}
+            self.log(player, {"loss": loss} | logs | samples)
+        if update.walk:
+            self.continued = batches
+        average(self.players[player], self.accelerator)
+        norm = clip(self.players[player], self.cfg.norm(player))
+        state.logs[f"{player}/grad_norm"] = norm
+        if torch.isfinite(norm):
+            self.apply(player, norm)
+        else:  # raises, unless the update may be left out
+            nonfinite.refuse(state, self.method, update, batches, self.cfg, self.accelerator)
+        return batches
+
+    def micro_batch(self, update: Update, i: int, indices: Tensor, earlier: list[MicroBatch]) -> MicroBatch:
+        """The samples of micro-batch i: those of an earlier update, of a generation that goes on, or new ones."""
+        step, player = self.state.step, update.player
+        numbers = self.source.draw(self.cfg.seed, step, player, indices)
+        if update.reuse and earlier:
+            return self.source.reused(earlier[i], numbers)
+        if update.walk:
+            last = self.continued[i] if self.continued else None
+            return self.source.continued(player, numbers, step, indices, last)
+        return self.source.new(player, numbers)
+
+    def log(self, player: str, logs: Logs) -> None:
+        """Add the logs of a micro-batch to those of the step, which are means over micro-batches."""
+        for name, value in logs.items():
+            key, share = f"{player}/{name}", value.detach() / len(self.indices)
+            self.state.logs[key] = self.state.logs.get(key, 0.0) + share
+
+    def apply(self, player: str, norm: Tensor) -> None:
+        """The optimizer's step on gradients of this norm, and what follows it."""
+        cfg, state, optimizer = self.cfg, self.state, self.state.optimizers[player]
+        limit = cfg.max_grad_value if player == "student" else cfg.fake_max_grad_value
+        if limit is not None:
+            torch.nn.utils.clip_grad_value_(self.players[player], limit)
+        for group in optimizer.param_groups:
+            group["lr"] = cfg.rates()[player] * cfg.rate(state.step)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        state.skipped.pop(player, None)
+        if cfg.skip_nonfinite:
+            state.logs[f"{player}/skipped"] = torch.zeros_like(norm)
+        if player == "student":
+            seen, updates = state.step * cfg.train_batch_size, count_updates(self.method, "student", state.step)
+            state.ema.update(state.nets.student.denoiser.net, cfg.train_batch_size, seen, updates)
+            self.method.after_student_step(state.nets)

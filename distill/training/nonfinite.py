@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -33,39 +33,15 @@ from distill.roles import Batch, Nets
 from distill.training import checkpoint, precision
 from distill.training.config import TrainConfig
 from distill.training.prepare import begin
+from distill.training.samples import MicroBatch
 from distill.training.state import State
-from distill.training.step import own
+from distill.training.step import set_trainable
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 FACTS = ("message", "step", "player", "seed", "processes", "mixed_precision", "ranks")  # of a replay folder
 ADVICE = "Lower the learning rate, set max_grad_norm, or look at the data of this step"
-
-
-@torch.no_grad()
-def samples(x: Tensor) -> dict[str, Tensor]:
-    """Logs of a student's samples [B, ...]: the mean of their rms, and of the rms distance of two over sqrt(2).
-
-    Both are sizes per element; the second is 0 where all samples are one. It compares neighbours, so that micro-batches
-    of even size say what the whole batch says; of one sample alone there is none.
-    """
-    x = x.float().flatten(1)
-    pairs = x[: len(x) // 2 * 2].unflatten(0, (-1, 2))
-    logs = {"x_rms": x.square().mean(1).sqrt().mean()}
-    return logs | ({"x_spread": (pairs.diff(dim=1).square().mean((1, 2)) / 2).sqrt().mean()} if len(pairs) else {})
-
-
-class Turn(NamedTuple):
-    """A micro-batch of an update: beside the weights, all that its loss depends on.
-
-    x: the samples [B, *shape], detached. source: the numbers that they were made of; None: x is of an earlier update.
-    """
-
-    x: Tensor
-    batch: Batch
-    numbers: Draw
-    source: Draw | None
 
 
 @dataclass
@@ -86,7 +62,7 @@ class Finding:
 
 
 def refuse(
-    state: State, method: Method, update: Update, turns: list[Turn], cfg: TrainConfig, accelerator: Accelerator
+    state: State, method: Method, update: Update, batches: list[MicroBatch], cfg: TrainConfig, accelerator: Accelerator
 ) -> None:
     """An update whose gradient is not finite: name what made it so, write a replay, and raise FloatingPointError.
 
@@ -98,7 +74,7 @@ def refuse(
     step, player, out = state.step, update.player, Path(cfg.output_dir)
     state.skipped[player] = row = state.skipped.get(player, 0) + 1
     fatal = row > cfg.skip_nonfinite
-    found = examine(state, method, update, turns, accelerator)
+    found = examine(state, method, update, batches, accelerator)
     there = any(out.glob(f"replay-*-{player}"))
     everyone, known = zip(*gather_object([(found, there)]), strict=True)
     bad = {
@@ -114,7 +90,7 @@ def refuse(
         facts = {"message": message, "step": step, "player": player, "seed": cfg.seed}
         facts |= {"processes": accelerator.num_processes, "mixed_precision": accelerator.mixed_precision}
         kept = {rank: [asdict(one) for one in ones] for rank, ones in enumerate(everyone) if rank in bad or not bad}
-        error = _write(folder, state, turns, facts | {"ranks": kept}, accelerator)
+        error = _write(folder, state, batches, facts | {"ranks": kept}, accelerator)
         errors = [f"{error}" for error in gather_object([error]) if error]  # all wait until it is written
         message += f"; no replay could be written ({errors[0]})" if errors else f"; see it again: --replay {folder}"
     if fatal:
@@ -126,14 +102,16 @@ def refuse(
     state.logs[f"{player}/skipped"] = torch.ones((), device=device)
 
 
-def examine(state: State, method: Method, update: Update, turns: list[Turn], accelerator: Accelerator) -> list[Finding]:
+def examine(
+    state: State, method: Method, update: Update, batches: list[MicroBatch], accelerator: Accelerator
+) -> list[Finding]:
     """Compute the loss of every micro-batch and its gradient again, without averaging, looking at every tensor.
 
     Sharded networks average what they compute: all processes call this together.
     """
     nets, found = state.nets, []
     trained = [p for optimizer in state.optimizers.values() for p in optimizer.param_groups[0]["params"]]
-    for turn in turns:
+    for turn in batches:
         given = {"batch": turn.batch} | ({"samples of an earlier update": turn.x} if turn.source is None else {})
         seen = [name for name, tensor in _named(given) if not _finite(tensor)]
         for p in trained:
@@ -147,7 +125,7 @@ def examine(state: State, method: Method, update: Update, turns: list[Turn], acc
                 loss, _ = update.loss(x, nets, turn.batch, turn.numbers)
             seen += later if _finite(loss) else [*later, "the loss itself"]
             later.clear()
-            (loss / len(turns)).backward()
+            (loss / len(batches)).backward()
         seen += later
         alone = bool(seen) or not sharding.asked(accelerator)
         named = [
@@ -176,22 +154,22 @@ def replay(
     facts = read(folder)
     step, player = facts["step"], facts["player"]
     state = begin(nets, data, cfg, accelerator, folder / f"checkpoint-{step}")
-    own({name: optimizer.param_groups[0]["params"] for name, optimizer in state.optimizers.items()}, player)
+    set_trainable({name: optimizer.param_groups[0]["params"] for name, optimizer in state.optimizers.items()}, player)
     update = next(update for update in method.updates() if update.player == player)
 
-    def turn(tensors: dict[str, Any], samples: list[int]) -> Turn:
+    def turn(tensors: dict[str, Any], samples: list[int]) -> MicroBatch:
         indices = torch.tensor(samples, device=accelerator.device)
         late = int(tensors["late"]) if "late" in tensors else None
         source = Draw(facts["seed"], step - (late or 0), player, indices)
         source.late, source.before = late, tensors.get("before")
         numbers, x = Draw(facts["seed"], step, player, indices), tensors.get("x")
-        return Turn(indices if x is None else x, tensors["batch"], numbers, source if x is None else None)
+        return MicroBatch(indices if x is None else x, tensors["batch"], numbers, source if x is None else None)
 
     found = {}
     for rank, ones in facts["ranks"].items():
         tensors = _nested(load_file(folder / f"rank{rank}.safetensors", device=f"{accelerator.device}"))
-        turns = [turn(tensors[f"{i}"], one["samples"]) for i, one in enumerate(ones)]
-        found[int(rank)] = examine(state, method, update, turns, accelerator)
+        batches = [turn(tensors[f"{i}"], one["samples"]) for i, one in enumerate(ones)]
+        found[int(rank)] = examine(state, method, update, batches, accelerator)
     return found
 
 
@@ -288,7 +266,7 @@ class Agreement:
 
 
 def _write(
-    folder: Path, state: State, turns: list[Turn], facts: dict[str, Any], accelerator: Accelerator
+    folder: Path, state: State, batches: list[MicroBatch], facts: dict[str, Any], accelerator: Accelerator
 ) -> Exception | None:
     """This process's part of a replay: its micro-batches, if it is among facts["ranks"]; the main one's also the facts
     and the weights, without Adam's moments."""
@@ -303,7 +281,7 @@ def _write(
                 shutil.copy(folder.parent / "config.yaml", folder)
         if accelerator.process_index in facts["ranks"]:
             folder.mkdir(parents=True, exist_ok=True)
-            tensors = {name: t.detach().cpu().clone() for name, t in _named([_stored(turn) for turn in turns])}
+            tensors = {name: t.detach().cpu().clone() for name, t in _named([_stored(turn) for turn in batches])}
             save_file(
                 {name: t.contiguous() for name, t in tensors.items()},
                 folder / f"rank{accelerator.process_index}.safetensors",
@@ -313,7 +291,7 @@ def _write(
     return None
 
 
-def _stored(turn: Turn) -> dict[str, Any]:
+def _stored(turn: MicroBatch) -> dict[str, Any]:
     """What a turn cannot be made again from the seed."""
     if turn.source is None:
         return {"batch": turn.batch, "x": turn.x}

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from distill import sharding
-from distill.method import Method
+from distill.method import Method, Update
 from distill.roles import Nets
 
 if TYPE_CHECKING:
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 BUCKET = 1 << 25  # elements of one all-reduce: 128 MiB of float32
 
 
-def own(players: dict[str, list[nn.Parameter]], *player: str) -> None:
-    """Exactly the parameters of `player` require gradients; gradients still flow *through* the others."""
+def set_trainable(players: dict[str, list[nn.Parameter]], *active: str) -> None:
+    """Exactly the parameters of the `active` players require gradients; gradients still flow *through* the others."""
     for name, params in players.items():
         for p in params:
-            p.requires_grad_(name in player)
+            p.requires_grad_(name in active)
 
 
 def average(params: list[nn.Parameter], accelerator: Accelerator) -> None:
@@ -47,7 +47,12 @@ def clip(params: list[nn.Parameter], max_norm: float | None) -> Tensor:
     return sharding.whole(torch.nn.utils.clip_grad_norm_(params, max_norm))
 
 
-def began(method: Method, nets: Nets, step: int) -> int:
+def is_due(update: Update, step: int) -> bool:
+    """Whether an update is made at iteration `step`."""
+    return step >= update.start and (step % update.every == 0 or step < update.alone)
+
+
+def steps_into_generation(method: Method, nets: Nets, step: int) -> int:
     """How many steps ago the generation began that this step's samples continue (Update.walk)."""
     cycle = max(update.every for update in method.updates())
     return (step % cycle - 1) % len(nets.student.times) if step % cycle else 0

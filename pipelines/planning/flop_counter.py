@@ -29,7 +29,7 @@ from distill.method import Requirement
 from distill.random import Draw
 from distill.roles import Nets
 from distill.training.prepare import owners, start
-from distill.training.step import began, own
+from distill.training.step import set_trainable, steps_into_generation
 
 if TYPE_CHECKING:
     from distill.method import Method, Update
@@ -295,12 +295,12 @@ def cost(
     begun = max(max(update.start, update.alone) for update in updates)
     first = -(-begun // cycle) * cycle
     for update in updates:
-        own(owners, update.player)
+        set_trainable(owners, update.player)
         with ExitStack() as stack:
             if not fused:
                 stack.enter_context(torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH))
             turns.append(_turn(method, nets, owners, update, first, batch(), micro, mode))
-    own(owners, *owners)
+    set_trainable(owners, *owners)
     total, traffic = 0.0, Traffic()
     for step in range(first, first + cycle):
         made = False
@@ -368,7 +368,7 @@ def _calls(
         for k in range(choices):
             draw = Choice(step, update.player, micro, k)
             if update.walk:
-                draw.late = began(method, nets, step)
+                draw.late = steps_into_generation(method, nets, step)
                 draw.before = torch.empty(micro, *nets.shape, device="meta") if draw.late else None
             method.sample(replace(nets, student=student), batch(), draw)
     return asked / choices

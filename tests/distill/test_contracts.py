@@ -1,6 +1,7 @@
 """Where gradients flow in each method, and where they must not: networks of a few hundred weights, float64.
 
-Every network's weights require gradients here, so that a leak is seen; the trainer's own() is used where it matters.
+Every network's weights require gradients here, so that a leak is seen; set_trainable() of the trainer is used
+where it matters.
 """
 
 import math
@@ -23,7 +24,7 @@ from distill.methods import DMD2, LCD, SCM, VSD, SiD, scm, sid
 from distill.networks.discriminator import head
 from distill.random import Draw
 from distill.roles import Nets
-from distill.training.step import own
+from distill.training.step import set_trainable
 
 N, CLASSES = 8, 3
 NULL, REAL = Requirement.NULL_CONDITION, Requirement.REAL
@@ -478,7 +479,7 @@ class TestGan:
 
     def test_students_turn(self):
         """It reaches the student through the encoder and the head, whose own weights get nothing."""
-        own(self.players, "student")
+        set_trainable(self.players, "student")
         student_turn(self.method, self.nets)[0].backward()
         assert all(p.grad is None for p in (*self.players["fake"], *weights(self.nets, "teacher")))
         whole = [p.grad for p in self.players["student"]]
@@ -491,7 +492,7 @@ class TestGan:
 
     def test_fakes_turn(self):
         """It trains the head and the encoder up to the tapped layer, and nobody else."""
-        own(self.players, "fake")
+        set_trainable(self.players, "fake")
         loss, logs = self.fake_turn(self.method)
         loss.backward()
         assert all(p.grad is None for p in (*self.players["student"], *weights(self.nets, "teacher")))

@@ -37,7 +37,7 @@ def shard(folder):
     from distill.random import Draw
     from distill.training import precision
     from distill.training.build import build
-    from distill.training.step import own
+    from distill.training.step import set_trainable
     from pipelines import load
 
     torch.set_num_threads(1)
@@ -55,7 +55,7 @@ def shard(folder):
                 fully_shard(unit, mesh=mesh, reshard_after_forward=True)
         owners = {role: list(net.parameters()) for role, net in nets.modules().items()}
         for update in method.updates():
-            own(owners, update.player)
+            set_trainable(owners, update.player)
             draw, shards = Draw(0, 1, update.player, torch.zeros(1, dtype=torch.long)), flop_counter.Shards(*networks)
             with CommDebugMode() as seen:
                 with torch.set_grad_enabled(update.player == "student"):

@@ -38,7 +38,7 @@ ORDER = {
         "training.checkpoint training.log history",
         "training.requirements training.prepare",
         "training.build",
-        "training.step",
+        "training.step training.samples",
         "training.nonfinite",
         "training.loop training",
         "__main__",

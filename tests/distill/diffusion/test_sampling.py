@@ -77,7 +77,7 @@ def family(name):
 def carried(name, config, method=None):
     """(teacher, scheduler, the student's configuration with its times) as a run makes them."""
     teacher = family(name)
-    config = with_method_times(method, teacher, config)
+    config = config if method is None else with_method_times(method, teacher, config)
     made, times = scheduler(teacher, config)
     return teacher, made, replace(config, steps=len(times), times=times)
 

@@ -19,7 +19,7 @@ from distill.training import checkpoint
 from distill.training.build import build
 from distill.training.config import StudentConfig, TrainConfig
 from distill.training.loop import train
-from distill.training.step import own
+from distill.training.step import set_trainable
 
 N = 64
 
@@ -197,7 +197,7 @@ def test_where_gradients_flow():
     players = {"student": [*nets.student.denoiser.net.parameters()], "fake": [*nets.disc.parameters()]}
     nets.teacher.net.requires_grad_(False)
     for player in players:
-        own(players, player)
+        set_trainable(players, player)
         draw = Draw(0, 0, player, torch.arange(8))
         batch = data(draw)
         x = method.sample(nets, batch, draw)

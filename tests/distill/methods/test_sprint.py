@@ -19,7 +19,7 @@ from distill.roles import Nets
 from distill.training.build import build
 from distill.training.config import StudentConfig, TrainConfig
 from distill.training.loop import train
-from distill.training.step import own
+from distill.training.step import set_trainable
 
 METHOD = Sprint(taps=("first", "mid"), warmup=2)
 FLOW, TRIG = Flow(), Trig()
@@ -209,7 +209,7 @@ def test_who_moves():
     nets.teacher.net.requires_grad_(False)
     batch = data(draw)
     for update in METHOD.updates():
-        own(players, update.player)
+        set_trainable(players, update.player)
         update.loss(METHOD.sample(nets, batch, draw), nets, batch, draw)[0].backward()
         for name, params in players.items():
             assert any(p.grad is not None and p.grad.any() for p in params) == (name == update.player)

@@ -26,7 +26,7 @@ from distill.training.build import build
 from distill.training.config import FakeConfig, StudentConfig, TrainConfig
 from distill.training.loop import train
 from distill.training.precision import recompute
-from distill.training.step import own
+from distill.training.step import set_trainable
 
 RANK4 = LoRA(rank=4, alpha=8.0, targets=("mid", "last"))
 near = lambda got, want, tol=1e-12: torch.testing.assert_close(got, want, rtol=tol, atol=tol)
@@ -207,7 +207,7 @@ def apart(nets, net_of):
 def turn(method, nets, player, params, others=()):
     """The loss of one turn and its gradients to `params`, which alone, but for `others`, require any."""
     players = {role: list(net.parameters()) for role, net in nets.modules().items()} | {"player": [*params, *others]}
-    own(players, "player")
+    set_trainable(players, "player")
     draw = Draw(0, 0, player, torch.arange(B))
     normal = lambda name, *shape: draw.normal(name, (B, *shape)).double()
     batch = {"real": normal("real", *nets.shape)}
@@ -217,7 +217,7 @@ def turn(method, nets, player, params, others=()):
     x, loss = (x, method.student_loss) if player == "student" else (x.detach(), method.fake_loss)
     loss = loss(x, nets, batch, draw)[0]
     grads = torch.autograd.grad(loss, params)
-    own(players)
+    set_trainable(players)
     return [loss.detach(), *grads]
 
 

@@ -22,6 +22,7 @@ from distill.methods import DMD2, SiD
 from distill.networks.discriminator import verdicts
 from distill.training import checkpoint, nonfinite
 from distill.training.loop import train
+from distill.training.samples import describe_samples
 
 
 def ill(*at):
@@ -61,11 +62,11 @@ def test_the_lag_is_the_way_that_the_student_is_ahead(share):
 def test_size_and_spread_of_samples():
     """In words: as large as noise, of one mode, of samples that are all one; none of a single sample."""
     z = torch.randn(64, 3, 16, 16)
-    found = nonfinite.samples(z)
+    found = describe_samples(z)
     assert [float(found[key]) for key in ("x_rms", "x_spread")] == pytest.approx([1, 1], rel=0.01)
-    assert float(nonfinite.samples(5 + 0.1 * z)["x_spread"]) == pytest.approx(0.1, rel=0.01)
-    assert float(nonfinite.samples(z[:1].expand(7, -1, -1, -1))["x_spread"]) == 0
-    assert nonfinite.samples(z[:1]).keys() == {"x_rms"}
+    assert float(describe_samples(5 + 0.1 * z)["x_spread"]) == pytest.approx(0.1, rel=0.01)
+    assert float(describe_samples(z[:1].expand(7, -1, -1, -1))["x_spread"]) == 0
+    assert describe_samples(z[:1]).keys() == {"x_rms"}
 
 
 def test_verdicts_of_a_discriminator():
