@@ -1,5 +1,6 @@
 """One thread, no network, fixed seeds, the golden files. The environment also reaches subprocesses."""
 
+import fcntl
 import os
 import random
 from pathlib import Path
@@ -22,6 +23,35 @@ def seeds():
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory):
+    """shared(name, make) -> a folder that make(folder) fills when the first test of all processes asks for it."""
+    root = tmp_path_factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+
+    def folder(name, make):
+        path, partial = root / name, root / f"{name}.partial"
+        with (root / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not path.exists():
+                partial.mkdir()
+                make(partial)
+                partial.rename(path)
+        return path
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def digits_network(shared):
+    """The digits' feature network, trained once for all processes: later calls of classifier() return it."""
+    from eval.features.digits import classifier
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DISTILL_CACHE", str(shared("digits-network", classifier.__wrapped__)))
+        return classifier()
 
 
 @pytest.fixture(scope="session")

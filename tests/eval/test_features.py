@@ -231,18 +231,18 @@ def test_an_error_of_one_process_ends_both(tmp_path):
 RUN = """
 import os, sys
 from pathlib import Path
-from eval import features as module
+from eval.features import extraction as module
 from eval.features.extractors import load
 module.CHUNK = 4
 killed = []
 if sys.argv[2] == "kill":
-    real = module._save
+    real = module._save_tensors
     def save(path, tensors):
         if killed:
             os.kill(os.getpid(), 9)
         killed.append(path)
         real(path, tensors)
-    module._save = save
+    module._save_tensors = save
 found = module.features(Path(sys.argv[1]), load("random"), batch=2)
 """
 
@@ -312,7 +312,7 @@ print(peak() - before)
     assert float(done.stdout) < 120
 
 
-def test_wrong_folders_are_one_clear_error(tmp_path):
+def test_wrong_folders_are_one_clear_error(tmp_path, digits_network):
     net = load("random")
 
     def fails(folder, match, **how):
@@ -347,9 +347,9 @@ def test_wrong_folders_are_one_clear_error(tmp_path):
     fails(noise(tmp_path / "nan", 2), "000000.png are NaN", net=bad)
 
 
-def test_the_digits_extractor(tmp_path, monkeypatch):
+def test_the_digits_extractor(tmp_path, monkeypatch, digits_network):
     """At least 97 % of the held-out digits; files and tensors give the same features; it is trained once."""
-    net = classifier()
+    net = digits_network
     images, labels = digits("heldout")
     found, logits = net(images)
     assert found.shape == (597, 64) and found.dtype == torch.float64 and found.min() < 0  # before the ReLU

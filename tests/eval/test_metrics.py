@@ -38,8 +38,8 @@ from pipelines.families import tiny
 
 
 @pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    """The digits classifier, trained once in this process, and features away from the user's cache."""
+def cache(tmp_path_factory, digits_network):
+    """The digits' network, and features away from the user's cache."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DISTILL_CACHE", str(tmp_path_factory.mktemp("cache")))
         load.cache_clear()

@@ -245,7 +245,8 @@ def environment(url, home, **env):
 CLIENT = """
 import json, os, sys
 from huggingface_hub import snapshot_download
-from pipelines import ExportError, hub
+from pipelines.components import ExportError
+from pipelines.export import hub
 for name, args, token in json.load(sys.stdin):
     os.environ.pop("HF_TOKEN", None)
     os.environ.update({"HF_TOKEN": token} if token else {})
