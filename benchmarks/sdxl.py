@@ -29,7 +29,8 @@ TINY = {
     "norm_num_groups": 4,
     "attention_head_dim": 2,
     "cross_attention_dim": 16,
-    "transformer_layers_per_block": (1, 1, 2),
+    "layers_per_block": 1,
+    "transformer_layers_per_block": (1, 1, 1),
     "addition_time_embed_dim": 4,
     "projection_class_embeddings_input_dim": 32,
 }

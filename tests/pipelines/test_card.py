@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from hub_server import Hub, client, environment
+from hub_server import Hub, Repo, environment
 
 from pipelines.export.card import NEGATIVE, Result, card, code, snippet
 from pipelines.export.license import BASES, UNKNOWN, License, hub_name, license_of
@@ -175,15 +175,14 @@ def test_its_programs_run(exported):
 
 
 def test_its_program_runs_from_the_hub(exported, tmp_path):
-    """Push the folder with its card, and run the card's program elsewhere as a user would."""
+    """Run the card's program of a repository elsewhere, as a user would: test_hub.py pushes one."""
     root, call, (expected, _) = exported
     folder = shutil.copytree(root / "student", tmp_path / "student")
     (folder / "README.md").write_text(made(code=code(call, "ada/student"), steps=2))
     with Hub() as hub:
-        calls = [("create", {"repo_id": "student"}, "hf_writer")]
-        calls.append(("push", {"folder": str(folder), "repo_id": "ada/student"}, "hf_writer"))
-        assert client(hub.url, calls, tmp_path) == [("", "ada/student"), ("", f"{hub.url}/ada/student")]
-        program = seeded(snippet(hub.repos["ada/student"].files["README.md"].decode())) + "; image.save('image.png')"
+        files = {f"{p.relative_to(folder)}": p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+        hub.repos["ada/student"] = Repo(files=files)
+        program = seeded(snippet(files["README.md"].decode())) + "; image.save('image.png')"
         command, env = [sys.executable, "-c", program], environment(hub.url, tmp_path, PYTHONPATH="")
         done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

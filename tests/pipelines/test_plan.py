@@ -37,10 +37,11 @@ CASES = {  # method, student, fake, batch
         2,
     ),
     "lora student": (DMD2(guidance=1.0, every=1), StudentConfig(lora=ADAPTER), FakeConfig(), 1),
-    "sid": (SiD(kappa=(1.5, 1.5, 1.5, 1.5)), StudentConfig(steps=2), FakeConfig(), 1),
+    "sid": (SiD(kappa=(1.5, 1.5, 1.5, 1.5)), StudentConfig(), FakeConfig(), 1),
     "lcd": (LCD(guidance=7.5), StudentConfig(), FakeConfig(), 2),
     "scm": (SCM(), StudentConfig(freeze=("time_embedding",)), FakeConfig(), 1),
 }
+DEEP = ("dmd2", "dmd2-lora")  # the parts of their FLOPs are in those of the others
 PUBLISHED = {  # parameters of the denoising networks
     "sd15": 859_520_964,
     "sd21": 865_910_724,
@@ -58,6 +59,13 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sdxl")
     tiny.save("sdxl", folder)
     return folder
+
+
+def slow_where(slow, *values):
+    return pytest.param(*values, marks=pytest.mark.slow if slow else ())
+
+
+BYTES = [slow_where((i + half) % 2, case, half) for i, case in enumerate(CASES) for half in (False, True)]
 
 
 def planned(folder, case, half=False, **options):
@@ -102,8 +110,7 @@ def test_configs_have_the_published_sizes(name):
     assert sum(p.numel() for p in net.parameters()) == PUBLISHED[name]
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("half", (False, True), ids=("float32", "bfloat16"))
+@pytest.mark.parametrize("case, half", BYTES)
 def test_bytes_are_those_of_a_real_run(folder, case, half):
     """Weights, average, gradients and optimizer state: every tensor of a run after one step, added up."""
     run = planned(folder, case, half)
@@ -120,7 +127,7 @@ def test_bytes_are_those_of_a_real_run(folder, case, half):
     assert found.optimizer == sum(t.nbytes for t in moments)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [slow_where(case in DEEP, case) for case in CASES])
 def test_flops_are_those_of_a_real_run(folder, case):
     """Counted over one cycle of the loop, averaged over the number of calls that a step draws."""
     run = planned(folder, case)
@@ -130,13 +137,13 @@ def test_flops_are_those_of_a_real_run(folder, case):
     assert cost.flops * cost.cycle == pytest.approx(sum(found) / len(found), rel=1e-12)
 
 
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("sd", "sd3", "pixart", "sana", "qwen", "wan")]
+SLOW = [slow_where(True, name, {}) for name in ("sd", "sd3", "flux", "sana", "qwen", "wan")]
 
 
-@pytest.mark.parametrize("family", ("flux", *SLOW))
-def test_every_family_is_counted(family, tmp_path):
+@pytest.mark.parametrize("family, depth", (("pixart", {"num_layers": 2}), *SLOW))
+def test_every_family_is_counted(family, depth, tmp_path):
     """From configs alone, the FLOPs of a real step."""
-    tiny.save(family, tmp_path)
+    tiny.save(family, tmp_path, **depth)
     method = DMD2(guidance=1.0, gan=0, gan_fake=0)
     run = Run(Config(method, Digits(), train=TrainConfig(train_batch_size=1)), Meta.of(tmp_path), half=False)
     _, c, nets = run.built

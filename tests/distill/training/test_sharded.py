@@ -62,9 +62,13 @@ def recipe(folder, launched, name="dmd2", *flags):
     run.main(config, [*SMOKE.split(), "--output_dir", f"{folder}", *flags])
 
 
-def interrupted(folder, launched, rank):
+def launched(**options):
+    return sharded(Accelerator(cpu=True, **options))
+
+
+def interrupted(folder):
     """The same, but the second process is told to end in the first step: both end together."""
-    right = Digits.__call__
+    right, rank = Digits.__call__, int(os.environ["RANK"])
 
     def call(data, draw):
         if (draw.step, draw.player, rank) == (0, "student", 1):
@@ -101,8 +105,7 @@ def main(folder):
                     found[f"{mode} {name} from {other}"] = again
     tensors = {f"{case}|{key}": value for case, values in found.items() for key, value in values.items()}
     save_file(tensors, f"{folder}/rank{accelerator.process_index}.safetensors")
-    rank = accelerator.process_index
-    interrupted(folder / "recipe", lambda **options: sharded(Accelerator(cpu=True, **options)), rank)
+    recipe(folder / "recipe", launched)
 
 
 @pytest.fixture(scope="module")
@@ -168,16 +171,10 @@ def test_another_run_starts_from_it(two):
     assert close(dict(net.named_parameters()), load_file(saved(folder / "one", "sid") / "ema.safetensors"))
 
 
-def test_the_pipeline_of_a_sharded_run(two, tmp_path, monkeypatch):
-    """Checkpoint, log, sample grid and an exported pipeline, which is that of the run of one process.
-
-    It was interrupted after a step, and went on.
-    """
+def is_pipeline_of_one_process(folder, tmp_path, monkeypatch):
+    """Checkpoint, log, sample grid and an exported pipeline, which is that of the run of one process."""
     from pipelines import run
 
-    folder = two[0] / "recipe"
-    assert [f.name for f in checkpoint.found(folder)] == ["checkpoint-1"]
-    python(*TWO, __file__, folder, "dmd2", "--resume_from_checkpoint", "latest")
     monkeypatch.setattr(run, "start_accelerator", run.start_accelerator)
     recipe(tmp_path, lambda **options: Accelerator(cpu=True, **options))
     ours, theirs = (at / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors" for at in (folder, tmp_path))
@@ -185,6 +182,20 @@ def test_the_pipeline_of_a_sharded_run(two, tmp_path, monkeypatch):
     for name in ("samples/step-000002.png", "checkpoint-2/state.json", "log.jsonl", "pipeline/README.md"):
         assert (folder / name).is_file() and (tmp_path / name).is_file()
     assert (folder / "checkpoint-2" / "ema" / "shard-00002-of-00002.safetensors").is_file()
+
+
+def test_the_pipeline_of_a_sharded_run(two, tmp_path, monkeypatch):
+    is_pipeline_of_one_process(two[0] / "recipe", tmp_path, monkeypatch)
+
+
+@pytest.mark.slow
+def test_a_sharded_run_goes_on_after_a_signal(tmp_path, monkeypatch):
+    """The second process was told to end in the first step."""
+    folder = tmp_path / "two"
+    python(*TWO, __file__, folder, "interrupted")
+    assert [f.name for f in checkpoint.found(folder)] == ["checkpoint-1"]
+    python(*TWO, __file__, folder, "dmd2", "--resume_from_checkpoint", "latest")
+    is_pipeline_of_one_process(folder, tmp_path / "one", monkeypatch)
 
 
 @pytest.mark.slow
@@ -265,6 +276,9 @@ if __name__ == "__main__":
             if accelerator.is_main_process:
                 save_file(found, f"{sys.argv[1]}/weights.safetensors")
             sys.exit()
-        recipe(Path(sys.argv[1]), lambda **options: sharded(Accelerator(cpu=True, **options)), *sys.argv[2:])
+        if sys.argv[2] == "interrupted":
+            interrupted(Path(sys.argv[1]))
+            sys.exit()
+        recipe(Path(sys.argv[1]), launched, *sys.argv[2:])
     else:
         main(Path(sys.argv[1]))
