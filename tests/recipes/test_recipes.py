@@ -5,11 +5,10 @@ Train, checkpoint, resume, export, reload by plain diffusers, sample.
 
 import importlib
 import json
-import os
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import forked
@@ -42,7 +41,6 @@ from recipes.digits import TABLE, TEACHER
 ROOT = Path(__file__).resolve().parents[2]
 FILES = [p.stem for p in (ROOT / "recipes").glob("*.py") if "\nCONFIG = Config(" in p.read_text()]
 RECIPES = sorted([*FILES, *TABLE])  # a row of the digits is called as its method
-SHORT = [name for name in RECIPES if name in TABLE or name in ("dmd2_sdxl", "sid_sana", "lcm_lora_sdxl")]
 CONVOLUTIONS = "lora.rank 2 --student.lora.targets conv1 conv2 time_emb_proj"
 UNMOVED = ("degradation", "sun_sd15", "nct", "nct_sd15")  # the teacher's weights are exported
 STUDENTS = [name for name in RECIPES if name not in UNMOVED]
@@ -58,7 +56,7 @@ RUNS = {name: (name, "") for name in STUDENTS} | {
         "--method.gan 0 --method.gan_fake 0 --fake.lora.rank 4 --gradient_accumulation_steps 2",
     ),
 }
-LAUNCH = {"half precision": ("--mixed_precision", "bf16"), "dmd2": (), "dmd2_sdxl": ()}  # flags of accelerate
+LAUNCHED = {"half precision": {"ACCELERATE_MIXED_PRECISION": "bf16", "ACCELERATE_USE_CPU": "true"}}  # by accelerate
 EVERY = {
     "DMD2": "--method.every 1",
     "DiffInstruct": "--method.fake_steps 1",
@@ -79,43 +77,53 @@ def config_of(recipe):
     return TABLE[recipe].config if recipe in TABLE else importlib.import_module(f"recipes.{recipe}").CONFIG
 
 
+def first_of_each(names, facts_of):
+    """The names that show a fact that none before them shows."""
+    shown, chosen = set(), []
+    for name in names:
+        facts = facts_of(config_of(RUNS[name][0]))
+        if RUNS[name][1] or name in LAUNCHED or facts - shown:
+            chosen.append(name)
+        shown |= facts
+    return chosen
+
+
+def calls_of(config):
+    """What decides how a pipeline calls a student: noise between calls, one call or several, adapters, by family."""
+    student = config.student
+    several = student.steps > 1 or len(student.times or ()) > 1
+    return {(config.family, student.renoise), (config.family, several), (config.family, bool(student.lora.rank))}
+
+
+PUBLISHED = [name for name in RUNS if RUNS[name][0] not in TABLE or RUNS[name][1]]
+DIGITS = [name for name in RUNS if name not in PUBLISHED]
+QUICK = first_of_each(PUBLISHED, lambda config: {type(config.method), config.family})  # `make slow` runs the others
+CALLED = first_of_each([*QUICK, *DIGITS], lambda config: {(config.family, config.student.renoise)})
+QUICK += [name for name in CALLED if name in DIGITS]
+COMPARED = first_of_each(QUICK, calls_of)
+
+
+def marked(names, quick):
+    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
 def argv(name, out):
     recipe, flags = RUNS[name]
     method = EVERY.get(type(config_of(recipe).method).__name__, "")
     return [*FAST.split(), *method.split(), *flags.split(), "--output_dir", f"{out}"]
 
 
-def launch(name, out):
-    """The last words of a run that failed: of a few under `accelerate launch`, of the others as by plain python."""
-    if name not in LAUNCH:
-        return forked.main(RUNS[name][0], argv(name, out))
-    recipe = RUNS[name][0]
-    command_of = ["-m", "recipes.train", "--method", recipe, "--teacher", "digits"]
-    script = command_of if recipe in TABLE else [f"{ROOT / 'recipes' / recipe}.py"]
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--cpu"]
-    quiet = {"ACCELERATE_LOG_LEVEL": "ERROR", "OMP_NUM_THREADS": "1"}
-    command += [*LAUNCH[name], *script, *argv(name, out)]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | quiet)
-    return "" if done.returncode == 0 else done.stderr[-3000:]
-
-
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """{run: its folder}, all made side by side."""
-    folders = {name: tmp_path_factory.mktemp("runs") / name.replace(" ", "-") for name in RUNS}
-    for recipe in RECIPES:  # threads that import at once may each see half of a module
-        config_of(recipe)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        failed = dict(zip(RUNS, pool.map(launch, RUNS, folders.values()), strict=True))
-    return folders, {name: said for name, said in failed.items() if said}
+def out(tmp_path_factory):
+    """out(run) -> its folder; a run is made when the first test asks for it."""
+    root = tmp_path_factory.mktemp("runs")
+    folder = lambda name: root / name.replace(" ", "-")
+    run_of = lambda name: forked.main(RUNS[name][0], argv(name, folder(name)), LAUNCHED.get(name, {}))
+    failure_of = cache(run_of)
 
-
-@pytest.fixture
-def out(runs):
     def finished(name):
-        folders, failed = runs
-        assert name not in failed, failed[name]
-        return folders[name]
+        assert not failure_of(name), failure_of(name)
+        return folder(name)
 
     return finished
 
@@ -177,7 +185,7 @@ def sampled(teacher, student, net):
 # ---- what a run leaves ----
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", marked(RUNS, QUICK))
 def test_files(name, out):
     """The configuration, the log, grids of samples, checkpoints, the pipeline; nothing half-made."""
     folder = out(name)
@@ -207,7 +215,7 @@ def test_files(name, out):
     assert facts["config"] == (folder / "config.yaml").read_text()
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", marked(RUNS, QUICK))
 def test_the_rest_is_the_teachers(name, out):
     """Text encoders, tokenizers and VAE are the teacher's files, byte for byte."""
     folder = out(name)
@@ -230,7 +238,8 @@ from diffusers import DiffusionPipeline
 from diffusers.utils import logging
 logging.disable_progress_bar(), logging.set_verbosity_error()
 torch.set_num_threads(1)
-for folder, base, lora, given, programs, to in json.load(sys.stdin):
+for line in sys.stdin:
+    folder, base, lora, given, programs, to = json.loads(line)
     pipe = DiffusionPipeline.from_pretrained(folder, local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
     args, options = torch.load(given, weights_only=True)
@@ -250,18 +259,25 @@ for folder, base, lora, given, programs, to in json.load(sys.stdin):
         exec(program, space)
         assert space.get("image", space.get("video")) is not None
     numpy.savez(to, **images)
+    print("made", flush=True)
 """
 
 
 @pytest.fixture(scope="module")
-def plainly(runs, tmp_path_factory):
-    """{run: {"pipeline" | "lora": images}} by diffusers, transformers and peft alone; each card's programs run too."""
+def plainly(out, tmp_path_factory):
+    """plainly(run) -> {"pipeline" | "lora": images} by diffusers, transformers and peft alone; the card's programs run.
+
+    One process makes the images of all runs, line by line.
+    """
     from diffusers import DiffusionPipeline
 
-    where, jobs = tmp_path_factory.mktemp("plainly"), []
-    names = [name for name in RUNS if name not in runs[1]]
-    for name in names:
-        folder = runs[0][name]
+    where = tmp_path_factory.mktemp("plainly")
+    with (where / "said.txt").open("w") as said:
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": said}
+        process = subprocess.Popen([sys.executable, "-c", PLAIN], cwd=where, text=True, **pipes)
+
+    def images(name):
+        folder = out(name)
         teacher, pipeline = load(folder / "teacher"), folder / "pipeline"
         family, facts = teacher.family, json.loads((pipeline / "distill.json").read_text())
         pipe = Recorder(DiffusionPipeline.from_pretrained(pipeline, local_files_only=True))
@@ -272,18 +288,21 @@ def plainly(runs, tmp_path_factory):
         lora = [p.name for p in pipeline.glob("*_lora.safetensors")]
         card = (pipeline / "README.md").read_text()
         programs = [snippet(card, i) for i in range(card.count("```python"))]
-        jobs.append((f"{pipeline}", f"{folder / 'teacher'}", *(lora or [""]), f"{where / name}.pt", programs))
-        jobs[-1] += (f"{where / name}.npz",)
-    halves = [jobs[i :: os.cpu_count()] for i in range(os.cpu_count())]
+        job = (
+            f"{pipeline}",
+            f"{folder / 'teacher'}",
+            *(lora or [""]),
+            f"{where / name}.pt",
+            programs,
+            f"{where / name}.npz",
+        )
+        process.stdin.write(json.dumps(job) + "\n")
+        process.stdin.flush()
+        assert "made\n" in iter(process.stdout.readline, ""), (where / "said.txt").read_text()[-3000:]
+        return dict(np.load(where / f"{name}.npz"))
 
-    def half(jobs):
-        command = [sys.executable, "-c", PLAIN]
-        return subprocess.run(command, cwd=where, input=json.dumps(jobs), capture_output=True, text=True)
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for done in pool.map(half, halves):
-            assert done.returncode == 0, done.stderr[-3000:]
-    return {name: dict(np.load(where / f"{name}.npz")) for name in names}
+    yield images
+    process.communicate()
 
 
 def placed(images, like):
@@ -293,20 +312,20 @@ def placed(images, like):
     return np.moveaxis(images, -1, 1) if images.ndim == 4 else np.swapaxes(images, 1, 2)
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", marked(RUNS, COMPARED))
 def test_pipeline_is_the_averaged_student(name, out, plainly):
     """Under diffusers alone it samples the images of our student with its average; other weights give others."""
     teacher, state = trained(name, out(name))
     student, net = state.nets.student, state.ema.net
     own = sampled(teacher, student, net)
-    for what, images in plainly[name].items():
+    for what, images in plainly(name).items():
         assert np.abs(placed(images, own) - own).max() < (1e-4 if what == "pipeline" else verify.LARGEST)
         others = [student.denoiser.net] + [teacher.denoiser.net] * (not hasattr(net, "end"))  # the teacher knows no end
         for other in others:
             assert np.abs(placed(images, own) - sampled(teacher, student, other)).max() > 10 * verify.TOLERANCE
 
 
-@pytest.mark.parametrize("name", [n if n in SHORT else pytest.param(n, marks=pytest.mark.slow) for n in STUDENTS])
+@pytest.mark.parametrize("name", marked(STUDENTS, COMPARED))
 def test_resumes(name, out, tmp_path):
     """From its first checkpoint it ends bit for bit where it ended."""
     folder = out(name)
@@ -348,20 +367,20 @@ def test_times(out):
 
 
 @pytest.fixture(scope="module")
-def one(runs):
+def one(out):
     """A finished run of SDXL: everything that an export is made of."""
-    teacher, state = trained("dmd2_sdxl", runs[0]["dmd2_sdxl"])
+    teacher, state = trained("dmd2_sdxl", out("dmd2_sdxl"))
     scheduler, _ = run.resolve_student_schedule(teacher, config_of("dmd2_sdxl").student)
     card = collect_card_info("student", teacher, "base", "dmd2", "", None, None)
     return teacher, state, scheduler, card
 
 
 @pytest.mark.parametrize("which", ("teacher", "raw", "stale"))
-def test_wrong_weights_are_caught(which, one, runs, tmp_path, monkeypatch):
+def test_wrong_weights_are_caught(which, one, out, tmp_path, monkeypatch):
     """The folder of an earlier export stays as it is."""
     teacher, state, scheduler, card = one
     net, student = state.ema.net, state.nets.student
-    stale = load_file(runs[0]["dmd2_sdxl"] / "checkpoint-1" / "ema.safetensors")
+    stale = load_file(out("dmd2_sdxl") / "checkpoint-1" / "ema.safetensors")
     wrong = {"teacher": teacher.denoiser.net, "raw": student.denoiser.net}
     if which == "stale":
         wrong["stale"] = state.nets.student.denoiser.copy().net
@@ -521,35 +540,42 @@ def test_students_in_other_pipelines(kind, out):
 PUSHING = """
 import sys
 sys.path.insert(0, {root!r})
-from pipelines import export, run
+from pipelines.export import export
+from pipelines import run
 from recipes.digits import TABLE
 right = export.write
 def wrong(teacher, net, *rest):
     right(teacher, teacher.denoiser.net, *rest)
-export.write = wrong if {broken} else right
-run.main(TABLE["sid"].config, {argv!r})
+for broken, argv in ((True, {broken!r}), (False, {sent!r})):
+    export.write = wrong if broken else right
+    try:
+        run.main(TABLE["sid"].config, argv)
+        assert not broken
+    except SystemExit as error:
+        assert broken and error.code == 2
 """
 
 
-@pytest.mark.parametrize("broken", (False, True))
-def test_push_to_hub(broken, tmp_path):
+def test_push_to_hub(tmp_path):
     """The repository is there before the training; what is verified is sent, and nothing else."""
-    flags = [*argv("sid", tmp_path / "run"), "--push_to_hub", "--hub_model_id", "ada/student", "--hub_private"]
-    flags += ["--license", "cc-by-4.0"]
+    broken, sent = (
+        [*argv("sid", tmp_path / name), "--push_to_hub", "--hub_model_id", f"ada/{name}", "--hub_private"]
+        for name in ("broken", "sent")
+    )
+    sent += ["--license", "cc-by-4.0"]
     with Hub() as hub:
-        program = PUSHING.format(root=f"{ROOT}", broken=broken, argv=flags)
+        program = PUSHING.format(root=f"{ROOT}", broken=broken, sent=sent)
         command, env = [sys.executable, "-c", program], environment(hub.url, tmp_path, HF_TOKEN="hf_writer")
         done = subprocess.run(command, capture_output=True, text=True, env=env)
-        repo = hub.repos["ada/student"]
-        assert repo.private and done.returncode == (2 if broken else 0), done.stderr[-3000:]
-        if broken:
-            assert set(repo.files) <= {".gitattributes"} and "differs from the student" in done.stderr
-            return
-        for file in (tmp_path / "run" / "pipeline").rglob("*"):
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert all(hub.repos[name].private for name in ("ada/broken", "ada/sent"))
+        assert set(hub.repos["ada/broken"].files) <= {".gitattributes"} and "differs from the student" in done.stderr
+        repo, folder = hub.repos["ada/sent"], tmp_path / "sent" / "pipeline"
+        for file in folder.rglob("*"):
             if file.is_file():
-                assert repo.files[f"{file.relative_to(tmp_path / 'run' / 'pipeline')}"] == file.read_bytes()
+                assert repo.files[f"{file.relative_to(folder)}"] == file.read_bytes()
         card = repo.files["README.md"].decode()
-        assert 'from_pretrained("ada/student", torch_dtype=torch.float32)' in card and "license: cc-by-4.0" in card
+        assert 'from_pretrained("ada/sent", torch_dtype=torch.float32)' in card and "license: cc-by-4.0" in card
 
 
 # ---- trackers ----

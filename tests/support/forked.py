@@ -21,7 +21,8 @@ SLOW = [
 ]
 
 
-def _work(recipe, flags, said):
+def _work(recipe, flags, said, environment):
+    os.environ |= environment
     file = os.open(said, os.O_WRONLY)
     for stream in (1, 2):
         os.dup2(file, stream)
@@ -35,12 +36,12 @@ def _work(recipe, flags, said):
         module.main(module.CONFIG, flags)
 
 
-def main(recipe, flags):
-    """The last words of the run if it failed, else nothing."""
+def main(recipe, flags, environment=None):
+    """The last words of the run if it failed, else nothing; environment: variables that it finds set."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(SLOW)
     with tempfile.NamedTemporaryFile() as said:
-        process = context.Process(target=_work, args=(recipe, flags, said.name))
+        process = context.Process(target=_work, args=(recipe, flags, said.name, environment or {}))
         process.start()
         process.join()
         return said.read().decode()[-3000:] or f"status {process.exitcode}" if process.exitcode else ""
