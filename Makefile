@@ -5,9 +5,10 @@ STAMP := .venv/.stamp
 ARGS ?=
 OFFLINE := HF_HUB_OFFLINE=1
 TEST := $(OFFLINE) OMP_NUM_THREADS=1 $(PY) -m pytest
+SAME := tests/golden tests/distill/test_invariants.py tests/distill/training/test_resume.py tests/distill/training/test_processes.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup install demo test slow lint types bench sdxl gpu results toys faults golden mutate clean
+.PHONY: help setup install demo test same slow lint types bench sdxl gpu results toys faults golden mutate clean
 
 help:  ## this list
 	@echo "make TARGET [ARGS='more arguments'] [PYTHON=python3.12, for the first setup]"
@@ -51,6 +52,9 @@ demo: setup  ## the main job on digits: teacher, one-step students, evaluation, 
 test: setup  ## the tests, without the slow ones
 	@echo 'test: all tests but the slow ones, offline, a file at a time on each of up to four cores'
 	@$(TEST) -m 'not slow' -n logical --maxprocesses 4 --dist loadfile $(ARGS)
+
+same: setup  ## what a refactor must not change: golden numbers, stored losses, resume bit for bit, two processes as one
+	@$(TEST) -m 'not slow' -n logical --maxprocesses 2 --dist loadfile $(SAME) $(ARGS)
 
 slow: setup  ## the slow tests: toy science, whole runs
 	@$(TEST) -m slow $(ARGS)
