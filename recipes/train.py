@@ -21,7 +21,7 @@ from recipes.digits import TABLE
 from recipes.values import Layer
 
 TEACHER = ("teacher", *ALIASES)
-WIDTH = 60  # characters of a value, longer ones move what follows them
+WIDTH = 48  # characters of a value that are shown; config.yaml has all
 
 
 class Selection(NamedTuple):
@@ -105,12 +105,17 @@ def pop_flag(argv: list[str], names: tuple[str, ...]) -> tuple[str | None, list[
 
 def format_sources(layers: list[Layer]) -> str:
     """A line for each value that is not its class's default: the flag, the value, the source."""
-    rows = [(f"--{name}", f"{value}", source) for name, value, source in values.list_sources(layers)]
+    rows = [(f"--{name}", shorten(f"{value}"), source) for name, value, source in values.list_sources(layers)]
     flags = max((len(flag) for flag, _, _ in rows), default=0)
-    width = min(max((len(value) for _, value, _ in rows), default=0), WIDTH)
+    width = max((len(value) for _, value, _ in rows), default=0)
     lines = [f"  {flag:{flags}}  {value:{width}}  {source}\n" for flag, value, source in rows]
     config = layers[-1].config
     return f"{type(config.method).__name__} on {config.family}; what is no default:\n{''.join(lines)}"
+
+
+def shorten(value: str) -> str:
+    """The value, or its beginning where it is long."""
+    return value if len(value) <= WIDTH else f"{value[: WIDTH - 4]} ..."
 
 
 def format_usage() -> str:

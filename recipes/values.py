@@ -105,10 +105,10 @@ def list_methods() -> dict[str, Method]:
 def list_words() -> dict[str, str]:
     """Every word for a method -> its name: the name, that of its class and module, the names in its module's title."""
     found = {simplify(name): name for name in list_methods()}
-    for name, method in list_methods().items():
-        if method == type(method)():  # not for a variant: the class's name stands for its defaults
-            for word in class_words(type(method)):
-                found.setdefault(simplify(word), name)
+    by_variant = sorted(list_methods().items(), key=lambda item: item[1] != type(item[1])())
+    for name, method in by_variant:  # the name of a class stands for its defaults, where a method is these
+        for word in class_words(type(method)):
+            found.setdefault(simplify(word), name)
     return found
 
 
@@ -219,10 +219,12 @@ def resolve_layers(name: str, teacher: TeacherSource) -> list[Layer]:
     if teacher.digits:
         row = replace(TABLE[name].config, teacher=teacher.name)
         return [Layer("default", Config(method, type(row.data)())), Layer("table: digits", row)]
-    start = Config(method, data_for(method, family), train=TrainConfig())
+    recipe = find_recipe(name, family)
+    data = type(recipe[1].data)() if recipe else data_for(method, family)
+    start = Config(method, data, train=TrainConfig())
     layers = [Layer("default", start)]
-    layers.append(Layer(f"family {family}", replace(fit_family(start, name, family), teacher=teacher.name)))
-    if recipe := find_recipe(name, family):
+    layers.append(Layer(f"family {family}", fit_family(start, name, family)))
+    if recipe:
         stem, config = recipe
         layers.append(Layer(f"recipe {stem}", apply_recipe(layers[-1].config, config)))
     layers.append(Layer(f"method {name}", fit_method(layers[-1].config)))
