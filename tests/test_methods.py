@@ -1,4 +1,4 @@
-"""The README's table of methods: every class of distill/methods, what it takes, what it costs and what is shown of it.
+"""The table of docs/methods.md: every class of distill/methods, what it takes, what it costs and what is shown of it.
 
 DISTILL_WRITE=1 python -m pytest tests/test_methods.py    writes that table
 
@@ -32,7 +32,7 @@ from pipelines.planning import flop_counter
 from recipes.digits import TABLE
 
 ROOT = Path(__file__).resolve().parent.parent
-README = ROOT / "README.md"
+PAGE = ROOT / "docs" / "methods.md"
 FIRST, LAST = "<!-- what tests/test_methods.py found -->\n", "<!-- end -->"
 
 
@@ -106,10 +106,10 @@ def row(name, levels):
         cost += f"; {passes(bare):.1f} without its GAN"
     roles = ", ".join(("student", *default.roles))
     file = module.__name__.replace(".", "/") + ".py"
-    return f"| {title} | [{name}]({file}) | {paper} | {what} | {roles} | {needs} | {cost} | {levels} |"
+    return f"| {title} | [{name}](../{file}) | {paper} | {what} | {roles} | {needs} | {cost} | {levels} |"
 
 
-def test_the_readme_says_what_is_there():
+def test_the_page_says_what_is_there():
     found, digits = marked(), of_digits()
     unknown = {name for _, name in found} - CLASSES.keys()
     assert not unknown, f"a marker names {unknown}, which distill.methods does not export"
@@ -119,11 +119,11 @@ def test_the_readme_says_what_is_there():
         levels = {level for level, method in found if method == name} | ({3} if name in digits else set())
         rows.append(row(name, " ".join(sorted(map(str, levels or {0})))))
     table = "\n".join(rows) + "\n"
-    text = README.read_text()
+    text = PAGE.read_text()
     head, _, rest = text.partition(FIRST)
     written, _, tail = rest.partition(LAST)
     if os.environ.get("DISTILL_WRITE"):
-        README.write_text(head + FIRST + table + LAST + tail)
+        PAGE.write_text(head + FIRST + table + LAST + tail)
     else:
         assert written == table, "DISTILL_WRITE=1 python -m pytest tests/test_methods.py writes it"
 

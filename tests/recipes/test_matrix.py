@@ -1,4 +1,4 @@
-"""Every method on every family of teachers, full and as LoRA, two steps each; the README's table says what runs here.
+"""Every method on every family of teachers, full and as LoRA, two steps each; docs/families.md says what runs here.
 
 Half of it runs at once, the other half with `make slow`: each family and each method both in full and as LoRA.
 
@@ -27,7 +27,7 @@ from pipelines import load
 from pipelines.families import tiny
 from pipelines.families.registry import families
 
-README = Path(__file__).resolve().parents[2] / "README.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "families.md"
 NAMES = {name: family.title for name, family in sorted(families().items(), key=lambda item: item[1].title)}
 KINDS = ("full", "lora")
 METHODS = {
@@ -162,7 +162,7 @@ def test_what_does_not_fit_is_refused(name, family, teachers):
         two_steps(example(name), family, teachers(family), False)
 
 
-def test_the_readme_says_what_runs():
+def test_the_page_says_what_runs():
     runs = {}
     for case in pairs():
         family, method, adapted = case.values
@@ -170,12 +170,12 @@ def test_the_readme_says_what_runs():
     rows = ["| teacher | " + " | ".join(METHODS) + " |", "|---" * (len(METHODS) + 1) + "|"]
     for family, title in NAMES.items():
         cells = (", ".join(runs[family, method]) for method in METHODS)
-        rows.append(f"| {title} ([{family}.py](pipelines/families/{family}.py)) | " + " | ".join(cells) + " |")
+        rows.append(f"| {title} ([{family}.py](../pipelines/families/{family}.py)) | " + " | ".join(cells) + " |")
     first, last = "<!-- what tests/recipes/test_matrix.py ran -->\n", "<!-- end -->"
-    text = README.read_text()
+    text = PAGE.read_text()
     head, _, rest = text.partition(first)
     table, _, tail = rest.partition(last)
     if os.environ.get("DISTILL_WRITE"):
-        README.write_text(head + first + "\n".join(rows) + "\n" + last + tail)
+        PAGE.write_text(head + first + "\n".join(rows) + "\n" + last + tail)
     else:
         assert table == "\n".join(rows) + "\n"

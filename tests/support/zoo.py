@@ -1,4 +1,4 @@
-"""One instance of every class of distill/methods, for the tests that hold for all methods and for the README's table.
+"""One instance of every class of distill/methods, for the tests that hold for all methods and for the table of methods.
 
 A class is found by itself, with its own defaults. What one needs beyond them, a class to forget say, is here.
 """
