@@ -675,6 +675,12 @@ class TestDeclarations:
         assert method.calls(5, 1.0, table) == pytest.approx([(200 * i - 1) / 999 for i in (5, 4, 3, 2, 1)])
         assert method.calls(6, 1.0, table) is method.calls(2, 0.9, table) is method.calls(2, 1.0, Flow()) is None
 
+    @pytest.mark.parametrize("name", METHODS)
+    def test_logs_have_no_graph(self, name):
+        """What no loss uses must not keep activations."""
+        _, logs = student_turn(METHODS[name], nets_of(METHODS[name]))
+        assert logs and not [key for key, value in logs.items() if value.requires_grad]
+
     def test_weights_have_names(self):
         with pytest.raises(ValueError, match="fake_weight is 'sigma'; it must be 'one', or 'alpha'"):
             VSD(fake_weight="sigma")
