@@ -21,7 +21,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from eval.features.extraction import features, text_features
-from eval.features.extractors import cache_folder, device, load
+from eval.features.extractors import device, load
+from eval.features.weights import cache_folder
 from eval.files import check_output, write_json
 from eval.images.images import list_images
 from eval.metrics.classifier import inception_score

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from distill.configuration import fail
-from distill.data.sources import Broken, pictures, prompts
+from distill.data.sources import UnreadableImage, pictures, prompts
 from distill.files import read_yaml
 from distill.training import checkpoint
 from eval.images import images
@@ -252,7 +252,7 @@ def test_a_bomb_among_images(tmp_path):
     """A gigapixel of 100 bytes is one message, wherever images are read."""
     (tmp_path / "000000.png").write_bytes(png(60_000, 60_000))
     (tmp_path / "000000.txt").write_text("a fox")
-    with pytest.raises(Broken, match="decompression bomb"):
+    with pytest.raises(UnreadableImage, match="decompression bomb"):
         pictures(f"{tmp_path}")[0]
     with pytest.raises(ValueError, match="decompression bomb"):
         images.read_levels(tmp_path / "000000.png")

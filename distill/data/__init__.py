@@ -166,7 +166,7 @@ class Text:
             teacher.denoiser.null = {key: v for key, v in feed.empty().items() if key != SIZES}
         if self.forget:
             where = f"the cache {self.cache}" if self.text == "cached" else self.prompts or self.images
-            feed.override(self.words.rule(self._texts(feed.text), feed.prompts, where))
+            feed.override(self.words.override_rows(self._texts(feed.text), feed.prompts, where))
             teacher.denoiser.null = overriding(teacher.denoiser.null, teacher.denoiser.null)
         return feed
 

@@ -41,7 +41,7 @@ class Words:
         new = self.pattern.sub(lambda m: self.override[self.order[(m.lastindex or 1) - 1]], text)
         return None if new == text else new
 
-    def rule(self, texts: list[str], prompts: int, where: str) -> Tensor:
+    def override_rows(self, texts: list[str], prompts: int, where: str) -> Tensor:
         """The row of what each text is overridden by, or its own; texts: the prompts first. where: of errors."""
         new = {i: other for i in range(prompts) if (other := self.replace_words(texts[i])) is not None}
         seen = {self.forget[self.order[(m.lastindex or 1) - 1]] for i in new for m in self.pattern.finditer(texts[i])}

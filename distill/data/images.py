@@ -29,7 +29,7 @@ TURNS = {2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLI
 TURNS |= {6: Transpose.ROTATE_270, 7: Transpose.TRANSVERSE, 8: Transpose.ROTATE_90}
 
 
-class Broken(ValueError):
+class UnreadableImage(ValueError):
     """An image that cannot be read."""
 
 
@@ -96,28 +96,30 @@ def summary(unread: Iterable[str | Path]) -> str:
 def read(source: str | Path | bytes | Image, name: str | None = None) -> Image:
     """A Pillow image in mode "L" or "RGB", from a file, its bytes or an image of Pillow's.
 
-    Raises Broken with `name`, by default the path, and the reason.
+    Raises UnreadableImage with `name`, by default the path, and the reason.
     """
     name = name or (str(source) if isinstance(source, str | Path) else "")
     try:
         if isinstance(source, Image):
             return _picture(source)
         if isinstance(source, str | Path) and not os.path.isfile(source):
-            raise Broken("there is no such file" if not os.path.exists(source) else "it is not a regular file")
+            raise UnreadableImage("there is no such file" if not os.path.exists(source) else "it is not a regular file")
         with PIL.Image.open(BytesIO(source) if isinstance(source, bytes) else source, formats=formats()) as image:
             return _picture(image)
     except UnidentifiedImageError:
-        raise Broken(f"image {name} cannot be read: it is not an image, or its format is not supported") from None
+        raise UnreadableImage(
+            f"image {name} cannot be read: it is not an image, or its format is not supported"
+        ) from None
     except Exception as error:  # Pillow raises nearly every kind for hostile files
         reason = str(error) or type(error).__name__
-        raise Broken(f"image {name} cannot be read: {reason}") from None
+        raise UnreadableImage(f"image {name} cannot be read: {reason}") from None
 
 
 def _picture(image: Image) -> Image:
     """The image upright, in "L" or "RGB"."""
     image.load()
     if image.mode == "F":
-        raise Broken("its values are floats, and which one is white is unknown: save it with 8 or 16 bits")
+        raise UnreadableImage("its values are floats, and which one is white is unknown: save it with 8 or 16 bits")
     grey = image.mode in ("1", "L", "LA", "La")
     if image.mode == "I" or image.mode.startswith("I;"):
         levels = _from_integers(image)
@@ -146,9 +148,11 @@ def _from_integers(image: Image) -> Image:
     low = values.min()
     high = values.max()
     if low < 0 or high > white:
-        raise Broken(f"its values are {low} .. {high}, and which one is white is unknown: save it with 8 or 16 bits")
+        raise UnreadableImage(
+            f"its values are {low} .. {high}, and which one is white is unknown: save it with 8 or 16 bits"
+        )
     if image.mode == "I" and image.format not in ("PNG", "PPM") and 0 < high < 256:
-        raise Broken(f"its 32 bits hold values up to {high}, which may be of 8 or 16 bits: save it with 8")
+        raise UnreadableImage(f"its 32 bits hold values up to {high}, which may be of 8 or 16 bits: save it with 8")
     table = np.rint(np.arange(white + 1) * (255 / white)).astype(np.uint8)
     levels = table[white - values if tags.get(PHOTOMETRIC) == 0 else values]
     if isinstance(clear := image.info.get("transparency"), int):

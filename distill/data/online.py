@@ -79,7 +79,7 @@ class Images:
 
     @torch.no_grad()
     def read(self, rows: Sequence[int]) -> Rows:
-        """Raises Broken for an image that cannot be decoded."""
+        """Raises UnreadableImage for an image that cannot be decoded."""
         device = self.teacher.parts.device
         draw = Draw(0, 0, "images", torch.tensor(rows))
         places = draw.uniform("crop", (len(rows), 2)).tolist()

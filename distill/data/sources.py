@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from distill.data import folders, images, tables, tars
 from distill.data.folders import Row
-from distill.data.images import Broken as Broken
+from distill.data.images import UnreadableImage as UnreadableImage
 from distill.data.tables import TABLES, caption
 
 if TYPE_CHECKING:
@@ -35,15 +35,15 @@ class Pictures:
         return len(self.names)
 
     def __getitem__(self, i: int) -> Image:
-        """Image i in RGB, upright; Broken if it cannot be decoded."""
+        """Image i in RGB, upright; UnreadableImage if it cannot be decoded."""
         try:
             found = self.read(i)
         except Exception as error:  # of any reader of tables
-            raise Broken(f"image {self.names[i]} cannot be read: {error}") from None
+            raise UnreadableImage(f"image {self.names[i]} cannot be read: {error}") from None
         if isinstance(found, dict):
             found = found.get("bytes") or found.get("path")
         if not found:
-            raise Broken(f"image {self.names[i]} cannot be read: its cell is empty")
+            raise UnreadableImage(f"image {self.names[i]} cannot be read: its cell is empty")
         return images.read(found, self.names[i]).convert("RGB")
 
 

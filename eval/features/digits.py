@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from distill.data import digits
 from distill.files import atomic_file
-from eval.features.extractors import cache_folder, weights_hash
+from eval.features.weights import cache_folder, weights_hash
 from eval.files import write_json
 
 WIDTH = 64  # features per image

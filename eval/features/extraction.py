@@ -28,7 +28,8 @@ from torch import Tensor
 from distill.data import images
 from distill.files import atomic_file
 from eval.cli import PartialFailure
-from eval.features.extractors import Extractor, cache_folder, device, load
+from eval.features.extractors import Extractor, device, load
+from eval.features.weights import cache_folder
 from eval.files import write_json
 from eval.images.images import list_images, read_manifest
 from eval.images.resize import resize
@@ -227,7 +228,7 @@ def _open_and_resize(file: Path, prepare: Preparation, rule: str) -> tuple[tuple
     """The size of an image and its pixels after both rules."""
     try:
         image = images.read(file)
-    except images.Broken as error:
+    except images.UnreadableImage as error:
         raise ValueError(f"{error}; remove or replace it") from None
     try:
         return image.size, resize(prepare(image), rule)

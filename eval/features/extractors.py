@@ -18,6 +18,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from eval.features.weights import cache_folder, weights_hash
+
 INCEPTION = "inception-2015-12-05.pt"  # Karras et al., the TorchScript file that clean-fid fetches
 HPS = "HPS_v2.1_compressed.safetensors"  # the authors' checkpoint, stored as safetensors
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and standard deviation of the channels
@@ -44,19 +46,6 @@ class Extractor:
     text: Callable[[list[str]], Tensor] | None = None
     scale: float = 1.0
     width: int | None = None
-
-
-def cache_folder() -> Path:
-    """Where weights and features are kept: $DISTILL_CACHE, by default runs/cache under the current folder."""
-    return Path(os.environ.get("DISTILL_CACHE", "runs/cache"))
-
-
-def weights_hash(net: nn.Module) -> str:
-    """The first 12 hex digits of the SHA-256 of all weights, in the order of their names."""
-    digest = hashlib.sha256()
-    for name, value in sorted(net.state_dict().items()):
-        digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:12]
 
 
 def device() -> torch.device:

@@ -115,7 +115,7 @@ def read_levels(file: Path) -> Tensor:
     """An image as uint8 [C, H, W], C = 1 or 3. ValueError, naming the file, for one that cannot be read."""
     try:
         array = np.array(reader.read(file))
-    except reader.Broken as error:
+    except reader.UnreadableImage as error:
         raise ValueError(f"{error}; remove or replace it") from None
     return torch.from_numpy(array[None] if array.ndim == 2 else array.transpose(2, 0, 1).copy())
 

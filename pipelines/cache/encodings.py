@@ -29,7 +29,7 @@ from distill.data import Text, sources
 from distill.data.index import INDEX, TEXTS, fingerprint, read_unfinished_index
 from distill.data.online import Images, Texts
 from distill.data.shards import Rows, Table, file, is_readable, narrow, note, pack, save
-from distill.data.sources import Broken
+from distill.data.sources import UnreadableImage
 from distill.files import LOCK, folder_lock, write_atomically
 from distill.layout import program_name
 from distill.ranges import Count, Natural
@@ -302,7 +302,7 @@ def whole(table: Table, rows: Sequence[int], broken: list[str] | None) -> list[R
     """The rows that can be read; `broken` takes the messages of the others, None: the first one is an error."""
     try:
         return [table.read(rows)]
-    except Broken as error:
+    except UnreadableImage as error:
         if broken is None:
             raise ValueError(f"{error}; pass --skip_broken to leave such images out") from None
         if len(rows) == 1:

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from distill.data import images
-from distill.data.images import Broken, read
+from distill.data.images import UnreadableImage, read
 
 RAMP = np.tile(np.linspace(0, 65535, 256).astype(np.uint16), (2, 1))  # k * 257
 INTEGERS = RAMP.astype(np.int32)
@@ -110,7 +110,7 @@ def test_upright(mode):
     ids=("float", "beyond", "negative", "small integers", "torn", "eps", "empty"),
 )
 def test_refused(file, why):
-    with pytest.raises(Broken, match=f"^image a.tif cannot be read: .*({why})"):
+    with pytest.raises(UnreadableImage, match=f"^image a.tif cannot be read: .*({why})"):
         read(file, "a.tif")
 
 
@@ -118,7 +118,7 @@ def test_no_regular_file(tmp_path):
     os.mkfifo(tmp_path / "a.png")
     (tmp_path / "b.png").symlink_to("gone.png")
     for name, why in ("a.png", "not a regular file"), ("b.png", "no such file"), ("/dev/zero", "not a regular file"):
-        with pytest.raises(Broken, match=why):
+        with pytest.raises(UnreadableImage, match=why):
             read(tmp_path / name)
 
 

@@ -176,7 +176,7 @@ class TestPictures:
         (tmp_path / "b.png").write_bytes(png(picture())[:-200])
         found = sources.pictures(f"{tmp_path}")
         found[0]
-        with pytest.raises(sources.Broken, match="b.png cannot be read: .*truncated"):
+        with pytest.raises(sources.UnreadableImage, match="b.png cannot be read: .*truncated"):
             found[1]
 
     def test_mistakes_of_tars(self, tmp_path):
@@ -329,7 +329,7 @@ class TestFeed:
 
     def test_an_error_is_told(self):
         broken = feed()
-        broken.images.read = lambda rows: (_ for _ in ()).throw(sources.Broken("image a.png"))
+        broken.images.read = lambda rows: (_ for _ in ()).throw(sources.UnreadableImage("image a.png"))
         with pytest.raises(ValueError, match="a.png"):
             broken(Draw(0, 0, "student", torch.arange(4)))
 
@@ -408,7 +408,7 @@ class TestWords:
 
     def test_rule(self):
         texts = ["a cat", "a fox", "a dog", "two CATS and a cat", "two CATS and a dog", ""]
-        rule = Words(("cat",), ("dog",)).rule(texts, 5, "here")
+        rule = Words(("cat",), ("dog",)).override_rows(texts, 5, "here")
         assert rule.tolist() == [2, 1, 2, 4, 4, 5]
 
     @pytest.mark.parametrize(
@@ -421,7 +421,7 @@ class TestWords:
     )
     def test_mistakes(self, forget, override, texts, message):
         with pytest.raises(ValueError, match=message):
-            Words(forget, override).rule([*texts, ""], len(texts), "here")
+            Words(forget, override).override_rows([*texts, ""], len(texts), "here")
 
     @pytest.mark.parametrize("override", ((), ("Cat",), ("",), ("dog", "fox")))
     def test_overrides(self, override):
