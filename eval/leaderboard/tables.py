@@ -28,12 +28,22 @@ if TYPE_CHECKING:
 Row = Mapping[str, Any]
 LOWER = ("fid", "kid", "fd", "cmmd", "mmd", "frechet", "distance", "off", "hallucination", "loss")  # is better
 ACRONYMS = ("fid", "kid", "fd", "cmmd", "is", "clip", "lpips", "dino", "ssim", "psnr")
-COSTS = {  # key of "cost": heading, how it is written
+
+
+def _format_rate(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _format_memory(size: float) -> str:
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
+
+
+COSTS: dict[str, tuple[str, Callable[[float], str]]] = {  # key of "cost": heading, how it is written
     "nfe": ("calls", lambda v: f"{v:,.0f}"),
     "latency": ("latency", plots.format_duration),
-    "images_per_second": ("images/s", lambda v: f"{v:,.0f}" if v >= 100 else f"{v:.3g}"),
+    "images_per_second": ("images/s", _format_rate),
     "parameters": ("parameters", lambda v: plots.format_tick(float(f"{v:.3g}"))),
-    "peak_memory": ("peak memory", lambda v: f"{v / 2**30:.2f} GiB" if v >= 2**30 else f"{v / 2**20:.0f} MiB"),
+    "peak_memory": ("peak memory", _format_memory),
     "train_seconds": ("training", plots.format_duration),
 }
 MADE = ("runs", "seeds", "commit", "hardware")  # of a row; protocol, n and extractor are those of its table
@@ -137,23 +147,30 @@ SCHEMA: dict[str, tuple[Callable[[Any], bool], str]] = {  # of a row: (its check
 
 
 def validate_rows(rows: Any, source: str = "the rows") -> list[Row]:
-    """Rows as they are used here; ValueError names the first that is not as `eval.score` writes it."""
+    """The same rows. ValueError that names the first row which is not as `eval.score` writes it."""
     if not isinstance(rows, list) or not rows:
         raise ValueError(f"{source} hold no list of rows; make them with python -m eval.score")
     for i, row in enumerate(rows):
         if not isinstance(row, dict) or not isinstance(row.get("metrics"), dict) or row.get("model") is None:
             raise ValueError(f"{source}: row {i} has no model or no metrics; score its folder again")
-        where = f"{source}: row {i}, {shorten(row['model'])}"
-        for key, (check, kind) in SCHEMA.items():
-            if row.get(key) is not None and not check(row[key]):
-                raise ValueError(f"{where}: {key} is {shorten(row[key])}; it must be {kind}. Score it again")
-        for name, metric in row["metrics"].items():
-            if (why := _figure_error(metric)) is not None:
-                raise ValueError(f"{where}: {name} {why}; score it again")
-        for name, value in (row.get("cost") or {}).items():
-            if value is not None and not (_is_cost if name in COSTS else _is_plain)(value):
-                raise ValueError(f"{where}: cost {name} must be a finite number, at least 0; measure it again")
+        if (fault := _row_error(row)) is not None:
+            raise ValueError(f"{source}: row {i}, {shorten(row['model'])}: {fault}")
     return rows
+
+
+def _row_error(row: Row) -> str | None:
+    """The fault of a row with a model and metrics, and its remedy; None if it is valid."""
+    for key, (is_valid, kind) in SCHEMA.items():
+        if row.get(key) is not None and not is_valid(row[key]):
+            return f"{key} is {shorten(row[key])}; it must be {kind}. Score it again"
+    for name, metric in row["metrics"].items():
+        if (fault := _figure_error(metric)) is not None:
+            return f"{name} {fault}; score it again"
+    for name, value in (row.get("cost") or {}).items():
+        is_valid = _is_cost if name in COSTS else _is_plain
+        if value is not None and not is_valid(value):
+            return f"cost {name} must be a finite number, at least 0; measure it again"
+    return None
 
 
 def _figure_error(metric: Any) -> str | None:
@@ -180,50 +197,58 @@ def drop_duplicates(rows: Iterable[Row]) -> list[Row]:
 
 
 def average_seeds(rows: Sequence[Row]) -> list[Row]:
-    """Rows that differ in their seeds alone, as one: means, with Student's 95 % interval over the seeds.
+    """One row for rows that differ in their seeds alone: means, with Student's 95 % interval over the seeds.
 
-    "run" of a row, where it has one, is the training run of its model: values of one run count once, by their mean, and
-    the interval is over runs. A figure's n is then the number of its values. Where some rows lack a metric, the mean is
+    "run" of a row, where it has one, is the training run of its model. Values of one run count once, by their mean, and
+    the interval is over runs. A figure's n is then the number of its values. If some rows lack a metric, the mean is
     over the others. ValueError for two different rows of one seed: they are not independent.
     """
-    from eval.metrics.intervals import mean_ci
-
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in drop_duplicates(rows):
         weights = None if "run" in row else row.get("model_hash")  # rows of several runs are of several networks
         groups.setdefault((weights, *(json.dumps(row.get(key)) for key in SAME)), []).append(row)
-    out: list[Row] = []
-    for group in groups.values():
-        first = group[0]
-        metrics = {}
-        cost = dict(group[0].get("cost") or {})
-        if len(group) == 1:
-            out.append(first)
-            continue
-        drawn = Counter((row.get("run"), tuple(row["seeds"])) for row in group if row.get("seeds"))
-        if twice := [seeds for (_, seeds), count in drawn.items() if count > 1]:
-            raise ValueError(
-                f"{first['model']} has two rows of seed {twice[0][0]}: remove one, or give it another name"
-            )
-        for name in dict.fromkeys(name for row in group for name in row["metrics"]):
-            values: dict[Any, list[float]] = {}
-            for i, row in enumerate(group):
-                if name in row["metrics"]:
-                    values.setdefault(row.get("run", i), []).append(row["metrics"][name]["value"])
-            nested = list(values.values())
-            figure = {"value": fmean(map(fmean, nested)), "n": sum(map(len, nested))}
-            if len(nested) > 1:
-                found = mean_ci(nested)
-                figure |= {"low": found.low, "high": found.high}
-            metrics[name] = figure
-        for key in COSTS:
-            measured = [c[key] for c in (row.get("cost") or {} for row in group) if c.get(key) is not None]
-            same = len(set(measured)) == 1  # an integer stays one
-            cost |= {key: measured[0] if same else fmean(measured)} if measured else {}
-        seeds = sorted({seed for row in group for seed in row.get("seeds") or []})
-        runs = {"runs": sorted({row["run"] for row in group if "run" in row})} if "run" in first else {}
-        out.append({**first, "metrics": metrics, "cost": cost, "seeds": seeds, **runs})
-    return out
+    return [group[0] if len(group) == 1 else _average_group(group) for group in groups.values()]
+
+
+def _average_group(group: Sequence[Row]) -> Row:
+    """The mean of two or more rows that differ in their seeds alone."""
+    first = group[0]
+    counts = Counter((row.get("run"), tuple(row["seeds"])) for row in group if row.get("seeds"))
+    if repeated := [seeds for (_, seeds), count in counts.items() if count > 1]:
+        raise ValueError(f"{first['model']} has two rows of seed {repeated[0][0]}: remove one, or give it another name")
+    names = dict.fromkeys(name for row in group for name in row["metrics"])
+    mean = {**first, "metrics": {name: _average_figure(group, name) for name in names}, "cost": _average_cost(group)}
+    mean["seeds"] = sorted({seed for row in group for seed in row.get("seeds") or []})
+    if "run" in first:
+        mean["runs"] = sorted({row["run"] for row in group if "run" in row})
+    return mean
+
+
+def _average_figure(group: Sequence[Row], name: str) -> dict[str, float]:
+    """The mean of a metric over seeds or runs: value, n and, for two or more, low and high."""
+    from eval.metrics.intervals import mean_ci
+
+    values: dict[Any, list[float]] = {}
+    for i, row in enumerate(group):
+        if name in row["metrics"]:
+            values.setdefault(row.get("run", i), []).append(row["metrics"][name]["value"])
+    nested = list(values.values())
+    figure = {"value": fmean(map(fmean, nested)), "n": sum(map(len, nested))}
+    if len(nested) > 1:
+        interval_of_mean = mean_ci(nested)
+        figure |= {"low": interval_of_mean.low, "high": interval_of_mean.high}
+    return figure
+
+
+def _average_cost(group: Sequence[Row]) -> dict[str, Any]:
+    """The cost of the first row, with the means of the numbers that rows have."""
+    costs = [row.get("cost") or {} for row in group]
+    mean = dict(costs[0])
+    for key in COSTS:
+        numbers = [cost[key] for cost in costs if cost.get(key) is not None]
+        if numbers:
+            mean[key] = numbers[0] if len(set(numbers)) == 1 else fmean(numbers)  # an integer stays one
+    return mean
 
 
 def group_boards(rows: Sequence[Row]) -> list[Board]:
@@ -306,30 +331,43 @@ class Cell:
     key: float | str | None = None
 
     def __str__(self) -> str:
-        rank = f"#{self.rank}{' tie' if self.tie else ''}" if self.rank else ""
+        rank = f"#{self.rank}{' tie' * self.tie}" if self.rank else ""
         return " ".join(filter(None, (self.text, self.span and f"({self.span})", rank)))
 
 
 def columns(board: Board) -> dict[str, list[Cell]]:
-    """Heading -> a cell a row (then those of real images); only columns in which something stands."""
+    """Heading -> a cell for each row, those of real images last. Columns without a value are left out."""
     rows = [*board.rows, *board.real]
-    out: dict[str, list[Cell]] = {"model": [Cell(str(r["model"]), key=str(r["model"])) for r in rows]}
-    for key in ("steps", "guidance"):
-        plain = [None, 0, 1] if key == "guidance" else [None]
-        if any(r.get(key) not in plain for r in rows):
-            out[key] = [Cell() if r.get(key) is None else Cell(f"{r[key]:g}", key=r[key]) for r in rows]
+    out: dict[str, list[Cell]] = {"model": [Cell(str(row["model"]), key=str(row["model"])) for row in rows]}
+    for key, default in (("steps", [None]), ("guidance", [None, 0, 1])):
+        if any(row.get(key) not in default for row in rows):
+            out[key] = [_number_cell(row.get(key), "{:g}".format) for row in rows]
     for name in board.metrics:
         ranks = board.rank_rows(name)
         places = count_decimals(board, name)
-        out[name] = [_figure(r["metrics"].get(name), places, ranks.get(i)) for i, r in enumerate(rows)]
-    costs = [r.get("cost") or {} for r in rows]
-    for key, (heading, text) in COSTS.items():
-        if any(c.get(key) is not None for c in costs):
-            out[heading] = [Cell() if c.get(key) is None else Cell(text(c[key]), key=c[key]) for c in costs]
-    machines = [c.get("hardware") if c.get("latency") or c.get("images_per_second") else None for c in costs]
-    if len({m for m in machines if m}) > 1:  # speeds of two machines share a column only beside their names
-        out["measured on"] = [Cell(m or "", key=m) for m in machines]
+        out[name] = [_figure(row["metrics"].get(name), places, ranks.get(i)) for i, row in enumerate(rows)]
+    return out | _cost_columns([row.get("cost") or {} for row in rows])
+
+
+def _cost_columns(costs: Sequence[Mapping[str, Any]]) -> dict[str, list[Cell]]:
+    """The columns of costs, and of the machines where speeds were measured on several."""
+    out: dict[str, list[Cell]] = {}
+    for key, (heading, write) in COSTS.items():
+        if any(cost.get(key) is not None for cost in costs):
+            out[heading] = [_number_cell(cost.get(key), write) for cost in costs]
+    machines = [_machine_of_speed(cost) for cost in costs]
+    if len({machine for machine in machines if machine}) > 1:  # speeds share a column only beside their machines
+        out["measured on"] = [Cell(machine or "", key=machine) for machine in machines]
     return out
+
+
+def _number_cell(value: float | None, write: Callable[[float], str]) -> Cell:
+    return Cell() if value is None else Cell(write(value), key=value)
+
+
+def _machine_of_speed(cost: Mapping[str, Any]) -> str | None:
+    """The machine on which a latency or a rate was measured; None without one."""
+    return cost.get("hardware") if cost.get("latency") or cost.get("images_per_second") else None
 
 
 def _figure(metric: Mapping[str, Any] | None, places: int, rank: tuple[int, bool] | None) -> Cell:
@@ -342,32 +380,47 @@ def _figure(metric: Mapping[str, Any] | None, places: int, rank: tuple[int, bool
 
 
 def headline(board: Board) -> str:
-    """What a board says of its first metric, in one sentence."""
+    """One sentence on the first metric of a board: the student of fewest calls against its teacher, else the leader."""
     if not board.rows or not board.metrics:
         return "Real images alone: there is no model to compare."
     name = board.metrics[0]
-    scored = [(i, r) for i, r in enumerate(board.rows) if name in r["metrics"]]
-    ranks = board.rank_rows(name)
-    places = count_decimals(board, name)
-    value = lambda row: f"{row['metrics'][name]['value']:.{places}f}"
-    calls = lambda row: (row.get("cost") or {}).get("nfe")
-    students = [(i, r) for i, r in scored if not is_teacher(r) and calls(r)]
-    teachers = [(i, r) for i, r in scored if is_teacher(r) and calls(r)]
+    scored = [row for row in board.rows if name in row["metrics"]]
+    students = [row for row in scored if not is_teacher(row) and _network_calls(row)]
+    teachers = [row for row in scored if is_teacher(row) and _network_calls(row)]
     if not students or not teachers:
-        i, best = scored[0]
-        tied = sum(rank == ranks[i] for rank in ranks.values()) - 1 if ranks[i][1] else 0
-        more = f", a tie with {tied} other{'s' if tied > 1 else ''}" if tied else ""
-        return f"{row_label(best, board.rows)} leads {board.protocol} with {metric_label(name)} {value(best)}{more}."
-    fewest = min(calls(r) for _, r in students)
-    among = [(i, r) for i, r in students if calls(r) == fewest]
-    _, best = among[0]
-    _, slow = max(teachers, key=lambda pair: calls(pair[1]))
-    which = f", the best of {len(among)} students," if len(among) > 1 else ""
-    (a, b), (low, high) = (interval(r["metrics"][name]) for r in (best, slow))
-    tie = ": a tie" if a <= high and low <= b else ""
+        return _describe_leader(board, name)
+    fewest = min(map(_network_calls, students))
+    among = [row for row in students if _network_calls(row) == fewest]
+    return _compare_with_teacher(board, name, among, max(teachers, key=_network_calls))
+
+
+def _network_calls(row: Row) -> float:
+    return (row.get("cost") or {}).get("nfe") or 0
+
+
+def _describe_leader(board: Board, name: str) -> str:
+    number, leader = next((i, row) for i, row in enumerate(board.rows) if name in row["metrics"])
+    ranks = board.rank_rows(name)
+    rank, shared = ranks[number]
+    tied = sum(other == (rank, shared) for other in ranks.values()) - 1 if shared else 0
+    tie = f", a tie with {tied} other{'s' * (tied > 1)}" if tied else ""
+    value = f"{leader['metrics'][name]['value']:.{count_decimals(board, name)}f}"
+    return f"{row_label(leader, board.rows)} leads {board.protocol} with {metric_label(name)} {value}{tie}."
+
+
+def _compare_with_teacher(board: Board, name: str, students: Sequence[Row], teacher: Row) -> str:
+    """The first of the students, which call their networks equally often, and the teacher."""
+    places = count_decimals(board, name)
+    best = students[0]
+    calls = _network_calls(best)
+    which = f", the best of {len(students)} students," if len(students) > 1 else ""
+    (low, high), (teacher_low, teacher_high) = (interval(row["metrics"][name]) for row in (best, teacher))
+    tie = ": a tie" if low <= teacher_high and teacher_low <= high else ""
+    unit = "network calls" if calls > 1 else "network call"
     return (
-        f"With {fewest} network call{'s' if fewest > 1 else ''} an image, {best['model']}{which} has "
-        f"{metric_label(name)} {value(best)}; its teacher has {value(slow)} with {calls(slow)}{tie}."
+        f"With {calls} {unit} an image, {best['model']}{which} has {metric_label(name)} "
+        f"{best['metrics'][name]['value']:.{places}f}; its teacher has {teacher['metrics'][name]['value']:.{places}f} "
+        f"with {_network_calls(teacher)}{tie}."
     )
 
 
@@ -393,11 +446,18 @@ def terminal_tables(rows: Sequence[Row]) -> list[Table]:
             for heading, column in found.items():
                 rank = f" ({column[i].rank})" if column[i].rank and heading == board.metrics[0] else ""
                 cells.append(column[i].text + rank)
-            one.add_row(*map(Text, cells), style="dim" if is_real(row) else None if is_teacher(row) else "bold")
+            one.add_row(*map(Text, cells), style=_row_style(row))
         one.caption = "(1) is the rank: 1 + the number of rows whose entire interval is better"
         one.caption_justify = "left"
         out.append(one)
     return out
+
+
+def _row_style(row: Row) -> str | None:
+    """The style of a row in the terminal: real images dim, students bold."""
+    if is_real(row):
+        return "dim"
+    return None if is_teacher(row) else "bold"
 
 
 def markdown_tables(rows: Sequence[Row]) -> str:
