@@ -42,9 +42,8 @@ def check_output(path: Path, flag: str, folder: bool = False) -> None:
     """ValueError if `path` cannot be written as a file, or as a folder."""
     kind = "folder" if folder else "file"
     if path.exists() and not (path.is_dir() if folder else path.is_file()):
-        what = "a folder" if path.is_dir() else "a file" if path.is_file() else "not a regular file"
         hint = f", such as {path / 'out.json'}" if path.is_dir() else ""
-        raise ValueError(f"{flag} is {path}, which is {what}; name a {kind}{hint}")
+        raise ValueError(f"{flag} is {path}, which is {_kind_of(path)}; name a {kind}{hint}")
     parent = path.absolute().parent
     while not parent.exists():
         parent = parent.parent
@@ -53,6 +52,12 @@ def check_output(path: Path, flag: str, folder: bool = False) -> None:
     target = path if path.is_dir() else parent
     if not os.access(target, os.W_OK):
         raise ValueError(f"{flag} is {path}, but {target} cannot be written; make it writable, or choose another place")
+
+
+def _kind_of(path: Path) -> str:
+    if path.is_dir():
+        return "a folder"
+    return "a file" if path.is_file() else "not a regular file"
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -366,6 +366,7 @@ def _row(found: Folder, p: Protocol, made: dict[str, Score], nets: dict[str, str
     manifest = found.manifest
     cost = manifest.get("cost") or {}
     model = manifest.get("name") or manifest.get("model")
+    seeds = [] if manifest.get("seed") is None else [manifest["seed"]]
     return {
         "model": found.path.name if model in (None, "", "pipeline") else model,
         "model_hash": manifest.get("model_hash"),
@@ -374,7 +375,7 @@ def _row(found: Folder, p: Protocol, made: dict[str, Score], nets: dict[str, str
         "protocol": p.name,
         "protocol_hash": p.hash,
         "n": len(found.files),
-        "seeds": [] if manifest.get("seed") is None else [manifest["seed"]],
+        "seeds": seeds,
         "extractor": ", ".join(nets),
         "extractor_hash": ", ".join(nets.values()),
         "images": manifest.get("hash"),

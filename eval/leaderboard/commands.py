@@ -117,8 +117,12 @@ def card_results(rows: Sequence[Row]) -> list[Result]:
     for board in group_boards(rows):
         for row in board.rows:
             count = row.get("steps")
-            how = [board.title, *([f"{count} step{'s' if count > 1 else ''}"] if count else [])]
-            how += [f"guidance {row['guidance']:g}"] if row.get("guidance") not in (None, 0, 1) else []
+            guidance = row.get("guidance")
+            how = [board.title]
+            if count:
+                how.append(f"{count} step{'s' * (count > 1)}")
+            if guidance not in (None, 0, 1):
+                how.append(f"guidance {guidance:g}")
             out += [Result(", ".join(how), metric_label(name), m["value"]) for name, m in row["metrics"].items()]
     return out
 

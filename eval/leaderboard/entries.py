@@ -23,6 +23,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -130,45 +131,58 @@ def command_line_flags(given: Mapping[str, Any]) -> list[str]:
 
 
 def list_entries(tree: Mapping[str, Any]) -> list[Entry]:
-    """The product of models x steps x guidance x protocols. ValueError for what is no board, before any work."""
-    known = {f.name for f in fields(Entry)} - {"protocol"} | {"protocols"}
+    """The product of models x steps x guidance x protocols. ValueError for an invalid board, before any work."""
     shared = {key: value for key, value in tree.items() if key not in ("out", "title", "workers", "entries")}
     listed = tree.get("entries")
     if not isinstance(listed, list) or not listed:
         raise ValueError("a board needs a list `entries`, each with at least a model; see python -m eval.leaderboard")
-    for key, (right, kind) in BOARD.items():
-        if tree.get(key) is not None and not right(tree[key]):
+    for key, (is_valid, kind) in BOARD.items():
+        if tree.get(key) is not None and not is_valid(tree[key]):
             raise ValueError(f"{key} of the board is {shorten(tree[key])}; it must be {kind}")
-    found: list[Entry] = []
+    entries: list[Entry] = []
     for i, one in enumerate(listed):
         if not isinstance(one, dict) or not one.get("model", shared.get("model")):
             raise ValueError(f"entry {i} of the board is {shorten(one)}; it needs at least a model")
-        whole = shared | one
-        where = f"entry {i}, {whole['model']}"[:100]
-        if wrong := sorted(map(str, whole.keys() - known)):
-            raise ValueError(f"{where}, has {wrong[0]!r}; it may have {', '.join(sorted(known))}")
-        for key, (right, kind) in FIELDS.items():
-            values = _list(whole.get(key)) if key in LISTS else [whole.get(key)]
-            if odd := [value for value in values if value is not None and not right(value)]:
-                raise ValueError(f"{where}: {key} is {shorten(odd[0])}; it must be {kind}")
-        many = {key: _list(whole.pop(key, None)) for key in LISTS}
-        if len(found) + math.prod(len(values) or 1 for key, values in many.items() if key != "seeds") > MOST:
+        values = shared | one
+        where = f"entry {i}, {values['model']}"[:100]
+        _validate_entry(values, where)
+        lists = {key: _list(values.pop(key, None)) for key in LISTS}
+        if len(entries) + math.prod(len(lists[key]) or 1 for key in LISTS if key != "seeds") > MOST:
             raise ValueError(f"{where}: the board has more than {MOST:,} entries; write several boards")
-        whole["name"] = whole.get("name") or model_name(Path(whole["model"]))
-        for protocol in many["protocols"] or ["digits"]:
-            seeds = tuple(many["seeds"]) or _seeds(protocol)
-            for steps in many["steps"] or [None]:
-                for guidance in many["guidance"] or [None]:
-                    more = {"steps": steps, "guidance": guidance, "protocol": protocol, "seeds": seeds}
-                    found.append(Entry(**whole, **more))
-    titles = Counter(entry.title for entry in found)
-    if twice := [title for title, count in titles.items() if count > 1]:
-        raise ValueError(f"two entries of the board are called {twice[0]}; give one of them another name")
-    return found
+        values["name"] = values.get("name") or model_name(Path(values["model"]))
+        entries += _product(values, lists)
+    titles = Counter(entry.title for entry in entries)
+    if repeated := [title for title, count in titles.items() if count > 1]:
+        raise ValueError(f"two entries of the board are called {repeated[0]}; give one of them another name")
+    return entries
+
+
+def _validate_entry(values: Mapping[str, Any], where: str) -> None:
+    """ValueError for a key that an entry does not have, and for a value of a wrong kind."""
+    known = {f.name for f in fields(Entry)} - {"protocol"} | {"protocols"}
+    if unknown := sorted(map(str, values.keys() - known)):
+        raise ValueError(f"{where}, has {unknown[0]!r}; it may have {', '.join(sorted(known))}")
+    for key, (is_valid, kind) in FIELDS.items():
+        listed = _list(values.get(key)) if key in LISTS else [values.get(key)]
+        if invalid := [value for value in listed if value is not None and not is_valid(value)]:
+            raise ValueError(f"{where}: {key} is {shorten(invalid[0])}; it must be {kind}")
+
+
+def _product(values: Mapping[str, Any], lists: Mapping[str, list[Any]]) -> list[Entry]:
+    """The entries of one model: protocols x steps x guidance."""
+    entries = []
+    for protocol, steps, guidance in product(
+        lists["protocols"] or ["digits"], lists["steps"] or [None], lists["guidance"] or [None]
+    ):
+        seeds = tuple(lists["seeds"]) or _seeds(protocol)
+        entries.append(Entry(**values, steps=steps, guidance=guidance, protocol=protocol, seeds=seeds))
+    return entries
 
 
 def _list(value: Any) -> list[Any]:
-    return [] if value is None else list(value) if isinstance(value, list | tuple) else [value]
+    if value is None:
+        return []
+    return list(value) if isinstance(value, list | tuple) else [value]
 
 
 def _seeds(protocol: str) -> tuple[int, ...]:
@@ -191,42 +205,67 @@ def read_board(path: Path) -> dict[str, Any]:
 def evaluate_entries(
     todo: Sequence[Entry], out: Path, workers: int = 1, cost: bool = True
 ) -> tuple[list[Row], dict[str, str]]:
-    """(a row an entry, {entry: why} of those that failed; one that was scored without a metric is in both).
+    """(a row for each entry, {entry: reason} of the failed ones; an entry that was scored without a metric is in both).
 
-    What was done for the same request is kept, and an interrupted entry goes on where it was; a process that is killed
-    is started again. Costs are measured at the end, one at a time.
+    Results of the same request are kept, and an interrupted entry continues. A process that is killed is started again.
+    Costs are measured at the end, one at a time.
     """
-    folders = {e.title: out / "entries" / e.title for e in todo}
-    requests = {e.title: e.request() for e in todo}
-    seeds = {e.title: e.seeds for e in todo}
-    stages = {e.title: e.jobs(folders[e.title]) for e in todo}
-    left = [name for name in stages if read_json_or_none(folders[name] / "done.json") != requests[name]]
-    for name in left:
-        (folders[name] / "rows.json").unlink(missing_ok=True)  # of another request
-    jobs = {stage: job for name in left for stage, job in stages[name].items()}
+    runs = {entry.title: EntryRun(entry, out) for entry in todo}
+    unfinished = [run for run in runs.values() if not run.is_done()]
+    for run in unfinished:
+        run.remove_old_rows()
+    jobs = {stage: job for run in unfinished for stage, job in run.jobs.items()}
     failed = run_jobs(jobs, out, workers, patient=True) if jobs else {}
-    timed = {f"{e.title}-cost": e.cost(folders[e.title]) for e in todo if e.title in left and e.title not in failed}
-    failed |= run_jobs(timed, out, 1, patient=True) if cost and timed else {}
+    timed = {run.cost_stage: run.entry.cost(run.folder) for run in unfinished if run.entry.title not in failed}
+    if cost and timed:
+        failed |= run_jobs(timed, out, 1, patient=True)
     rows: list[Row] = []
-    why: dict[str, str] = {}
-    for name, folder in folders.items():
-        wrong = [stage for stage in (*stages[name], f"{name}-cost") if stage in failed]
-        if wrong:
-            why[name] = failed[wrong[0]]
-        if wrong and wrong != [name]:
-            continue
+    reasons: dict[str, str] = {}
+    for name, run in runs.items():
+        if stages := run.failed_stages(failed):
+            reasons[name] = failed[stages[0]]
         try:
-            row = read_mean_row(folder / "rows.json")
+            row = run.read_row(failed, cost)
         except ValueError as error:  # of this entry: the others have their rows
-            why.setdefault(name, str(error))
+            reasons.setdefault(name, str(error))
             continue
-        if wrong and len(row.get("seeds") or ()) != len(seeds[name]):  # of some seeds alone
-            continue
-        measured = (read_json_or_none(folder / "cost.json") or {}) if cost else {}
-        rows.append({**row, "cost": {**(row.get("cost") or {}), **measured}})
-        if not wrong:
-            write_json(folder / "done.json", requests[name])
-    return rows, why
+        if row is not None:
+            rows.append(row)
+    return rows, reasons
+
+
+class EntryRun:
+    """The folder and the jobs of an entry of a board."""
+
+    def __init__(self, entry: Entry, out: Path) -> None:
+        self.entry = entry
+        self.folder = out / "entries" / entry.title
+        self.request = entry.request()
+        self.jobs = entry.jobs(self.folder)
+        self.cost_stage = f"{entry.title}-cost"
+
+    def is_done(self) -> bool:
+        return read_json_or_none(self.folder / "done.json") == self.request
+
+    def remove_old_rows(self) -> None:
+        """Remove the rows of another request."""
+        (self.folder / "rows.json").unlink(missing_ok=True)
+
+    def failed_stages(self, failed: Mapping[str, str]) -> list[str]:
+        return [stage for stage in (*self.jobs, self.cost_stage) if stage in failed]
+
+    def read_row(self, failed: Mapping[str, str], cost: bool) -> Row | None:
+        """The entry's row; None if a stage failed that the row needs. ValueError if the file holds no row."""
+        stages = self.failed_stages(failed)
+        if stages and stages != [self.entry.title]:
+            return None
+        row = read_mean_row(self.folder / "rows.json")
+        if stages and len(row.get("seeds") or ()) != len(self.entry.seeds):  # of some seeds alone
+            return None
+        measured = (read_json_or_none(self.folder / "cost.json") or {}) if cost else {}
+        if not stages:
+            write_json(self.folder / "done.json", self.request)
+        return {**row, "cost": {**(row.get("cost") or {}), **measured}}
 
 
 def read_mean_row(path: Path) -> Row:

@@ -35,19 +35,17 @@ def export(folder: Path, layout: Literal["geneval", "dpg"], prompts: Path, out: 
         out: where the layout goes; a folder that is not there yet.
     """
     manifest = folders.read_manifest(folder)
-    if not (prompts.is_dir() if layout == "dpg" else prompts.suffix == ".jsonl"):
-        told = "evaluation_metadata.jsonl" if layout == "geneval" else "the folder of its .txt files"
-        raise ValueError(f"prompts of {layout} are {told}, not {prompts}")
+    _validate_source(layout, prompts)
     check_output(out, "--out", folder=True)
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} is not empty; choose another folder")
-    found = read_prompts(f"{prompts}")
+    texts = read_prompts(f"{prompts}")
     n = manifest.get("n", 0)
-    each = manifest.get("n", 0) // len(found)
-    asked = SampleConditions([found[i // each] for i in range(n)], True) if each and n == each * len(found) else None
-    if asked is None or asked.hash != manifest.get("prompts"):
+    each = n // len(texts)
+    conditions = SampleConditions([texts[i // each] for i in range(n)], True) if each else None
+    if conditions is None or n != each * len(texts) or conditions.hash != manifest.get("prompts"):
         raise ValueError(
-            f"{folder} holds {n} images that were not made from the {len(found)} prompts of {prompts}; generate them "
+            f"{folder} holds {n} images that were not made from the {len(texts)} prompts of {prompts}; generate them "
             f"with --prompts {prompts} --per_prompt 4"
         )
     if layout == "dpg" and each < GRID:
@@ -58,7 +56,14 @@ def export(folder: Path, layout: Literal["geneval", "dpg"], prompts: Path, out: 
             _geneval(folder, part, [json.dumps(json.loads(line)) for line in lines], each)
         else:
             _dpg(folder, part, [file.stem for file in sorted(prompts.glob("*.txt"))], each)
-    return len(found)
+    return len(texts)
+
+
+def _validate_source(layout: str, prompts: Path) -> None:
+    is_source = prompts.is_dir() if layout == "dpg" else prompts.suffix == ".jsonl"
+    if not is_source:
+        source = "evaluation_metadata.jsonl" if layout == "geneval" else "the folder of its .txt files"
+        raise ValueError(f"prompts of {layout} are {source}, not {prompts}")
 
 
 def _geneval(folder: Path, out: Path, lines: list[str], each: int) -> None:

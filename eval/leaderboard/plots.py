@@ -99,33 +99,35 @@ class Axes:
     """
 
     def __init__(self, points: Sequence[Point], lower: bool, reference: float | None) -> None:
-        values = [p.y for p in points] + ([] if reference is None else [reference])
-        best = (min if lower else max)(values)
-        far = math.inf
-        if len(values) > 3:
-            far = 4 * abs(median(values) - best) or math.inf
-        self.off = {p: abs(p.y - best) > far for p in points}
-        spans = [v for p in points if not self.off[p] for v in (p.y, p.low, p.high) if v is not None]
-        spans += [] if reference is None else [reference]
-        shown = [v for v in values if abs(v - best) <= far]
-        self.log = min(spans) > 0 and max(shown) > 6 * min(shown)
-        room = 0.08 * (max(spans) - min(spans)) or abs(best) * 0.1 or 1.0
-        self.low = min(spans) - room
-        self.high = max(spans) + room
-        if self.log:
-            self.low = min(spans) / 1.15
-            self.high = max(spans) * 1.15
+        references = [] if reference is None else [reference]
+        self._set_y_range(points, lower, references)
         self.edge = TOP + 7 if lower else HEIGHT - BOTTOM - 7
         self.xs = sorted({p.x for p in points})
         of_x: dict[float, list[Point]] = {x: [] for x in self.xs}
         for point in sorted(points, key=lambda p: p.y):
             of_x[point.x].append(point)
-        columns = list(of_x.values())
-        self.left = self.xs[0] / 1.35
+        self._set_x_range(list(of_x.values()))
+
+    def _set_y_range(self, points: Sequence[Point], lower: bool, references: list[float]) -> None:
+        values = [p.y for p in points] + references
+        best = min(values) if lower else max(values)
+        far = math.inf
+        if len(values) > 3:
+            far = 4 * abs(median(values) - best) or math.inf
+        self.off = {p: abs(p.y - best) > far for p in points}
+        ends = [v for p in points if not self.off[p] for v in (p.y, p.low, p.high)]
+        spans = [v for v in ends if v is not None] + references
+        inside = [v for v in values if abs(v - best) <= far]
+        self.log = min(spans) > 0 and max(inside) > 6 * min(inside)
+        room = 0.08 * (max(spans) - min(spans)) or abs(best) * 0.1 or 1.0
+        self.low = min(spans) / 1.15 if self.log else min(spans) - room
+        self.high = max(spans) * 1.15 if self.log else max(spans) + room
+
+    def _set_x_range(self, columns: list[list[Point]]) -> None:
         self.right = self.xs[-1] * (1.35 if len(self.xs) > 1 else 4)
         lead = min(12 + 6 * len(columns[0]), 0.3 * WIDE) / WIDE  # room before the first column, for points and names
         start = (math.log(self.xs[0]) - lead * math.log(self.right)) / (1 - lead)
-        self.left = min(self.left, math.exp(start))
+        self.left = min(self.xs[0] / 1.35, math.exp(start))
         at = [LEFT, *map(self.x, self.xs), WIDTH - RIGHT]
         self.shift: dict[Point, float] = {}
         for i, column in enumerate(columns):
@@ -382,11 +384,7 @@ def image_grid(images: Tensor, labels: Tensor | None, rows: int = 6, columns: in
     from PIL import Image
 
     _, channels, height, width = images.shape
-    if labels is None:
-        cells = {(i // columns, i % columns): i for i in range(min(len(images), rows * columns))}
-    else:
-        of_class = [(labels == j).nonzero().flatten()[:rows].tolist() for j in range(columns)]
-        cells = {(i, j): pick for j, column in enumerate(of_class) for i, pick in enumerate(column)}
+    cells = _grid_cells(len(images), labels, rows, columns)
     lines = 1 + max(i for i, _ in cells)
     across = 1 + max(j for _, j in cells)
     small = max(height, width) <= side
@@ -404,3 +402,11 @@ def image_grid(images: Tensor, labels: Tensor | None, rows: int = 6, columns: in
     stream = io.BytesIO()
     sheet.save(stream, "PNG", optimize=True) if small else sheet.save(stream, "JPEG", quality=88)
     return f"data:image/{'png' if small else 'jpeg'};base64," + base64.b64encode(stream.getvalue()).decode()
+
+
+def _grid_cells(n: int, labels: Tensor | None, rows: int, columns: int) -> dict[tuple[int, int], int]:
+    """{(row, column): the number of the image there}: line by line, or column j with the first images of class j."""
+    if labels is None:
+        return {(i // columns, i % columns): i for i in range(min(n, rows * columns))}
+    of_class = [(labels == j).nonzero().flatten()[:rows].tolist() for j in range(columns)]
+    return {(i, j): pick for j, column in enumerate(of_class) for i, pick in enumerate(column)}

@@ -37,6 +37,7 @@ from pipelines.export.card import evaluated
 
 Scored = tuple[list[Row], dict[str, str]]  # rows, and {name: why} of what failed
 SEED = 1_000_000  # of the selection's noise: no protocol's
+NAMES = ("test", "selection")  # of the splits: the even half, the odd half
 
 
 @dataclass(frozen=True)
@@ -59,46 +60,59 @@ def make_splits(
     """
     if not set(p.seeds).isdisjoint({SEED}):
         raise ValueError(f"protocol {p.name} uses seed {SEED}, the selection's; choose another protocol")
+    if p.name == "digits":
+        return _make_digits_splits(p, metric, n)
     names = list(dict.fromkeys(m.metric for m in p.measures))
-    if p.name == "digits":  # both splits of its real images are built in, each with a measure of its own
-        if metric not in (None, "fd_train", "accuracy"):
-            raise ValueError(f"metric is {metric}; on the digits fd_train or accuracy may select: the others test")
-        alike: dict[str, Any] = {"protocol": p.name}
-        test = {"metrics": ["fd_heldout", "accuracy"] if metric is None else ["fd_heldout"]}
-        return (
-            Split("selection", (SEED,), alike | {"n": n}, alike | {"metrics": [metric or "fd_train"]}),
-            Split("test", p.seeds, alike, alike | test),
-        )
     if metric is not None and metric not in names:
         raise ValueError(f"metric is {metric}; protocol {p.name} measures {', '.join(names)}")
     p.require(reference=reference is None)
     if p.components and p.classes is None:
         raise ValueError(f"protocol {p.name} replaces components of the pipeline; choose one without that")
     path = p.reference_path
-    halves: dict[str, Split] = {}
-    whole = path is not None and path.is_dir()
-    if path is not None and not whole and reference is None:
+    if path is not None and not path.is_dir() and reference is None:
         raise ValueError(
             f"the reference of protocol {p.name}, {path}, is statistics, which cannot be halved: pass --reference, a "
             "folder of real images that it was not made of"
         )
-    for odd, name in ((1, "selection"), (0, "test")):
-        folder = out / name
-        given: dict[str, Any] = {"n": n} if odd else {}
-        if p.classes is None:
-            folder.mkdir(parents=True, exist_ok=True)
-            lines = [json.dumps({"text": text}) for text in p.conditions()[odd::2]]
-            (folder / "prompts.jsonl").write_text("\n".join(lines) + "\n")
-            given |= {"prompts": folder / "prompts.jsonl"}
-        else:
-            given |= {"protocol": p.name}
-        asked: dict[str, Any] = {"protocol": p.name, "metrics": [metric or names[0]] if odd else names}
-        if odd and reference is not None:
-            asked["reference"] = reference
-        elif whole and path is not None and reference is None:
-            asked["reference"] = _half(path, folder / "reference", odd)
-        halves[name] = Split(name, (SEED,) if odd else p.seeds, given, asked)
-    return halves["selection"], halves["test"]
+    selection = {"protocol": p.name, "metrics": [metric or names[0]], **_reference_flag(p, out, reference, 1)}
+    test = {"protocol": p.name, "metrics": names, **_reference_flag(p, out, reference, 0)}
+    return (
+        Split("selection", (SEED,), {"n": n, **_condition_flags(p, out, 1)}, selection),
+        Split("test", p.seeds, _condition_flags(p, out, 0), test),
+    )
+
+
+def _make_digits_splits(p: Protocol, metric: str | None, n: int | None) -> tuple[Split, Split]:
+    """Both splits of the real digits are built in, each with a measure of its own."""
+    if metric not in (None, "fd_train", "accuracy"):
+        raise ValueError(f"metric is {metric}; on the digits fd_train or accuracy may select: the others test")
+    flags: dict[str, Any] = {"protocol": p.name}
+    tests = ["fd_heldout", "accuracy"] if metric is None else ["fd_heldout"]
+    return (
+        Split("selection", (SEED,), flags | {"n": n}, flags | {"metrics": [metric or "fd_train"]}),
+        Split("test", p.seeds, flags, flags | {"metrics": tests}),
+    )
+
+
+def _condition_flags(p: Protocol, out: Path, odd: int) -> dict[str, Any]:
+    """What eval.generate samples: every other prompt of the protocol, in a file, or its labels."""
+    if p.classes is not None:
+        return {"protocol": p.name}
+    file = out / NAMES[odd] / "prompts.jsonl"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps({"text": text}) for text in p.conditions()[odd::2]]
+    file.write_text("\n".join(lines) + "\n")
+    return {"prompts": file}
+
+
+def _reference_flag(p: Protocol, out: Path, reference: Path | None, odd: int) -> dict[str, Any]:
+    """The real images of a split: of the selection `reference`, else every other image of the protocol's folder."""
+    path = p.reference_path
+    if reference is not None:
+        return {"reference": reference} if odd else {}
+    if path is None or not path.is_dir():
+        return {}
+    return {"reference": _half(path, out / NAMES[odd] / "reference", odd)}
 
 
 def _half(folder: Path, out: Path, odd: int) -> Path:
@@ -114,28 +128,15 @@ def _half(folder: Path, out: Path, odd: int) -> Path:
 
 
 def score_models(models: dict[str, Path], split: Split, out: Path, exports: dict[str, Job]) -> Scored:
-    """(a row a model, {name: why} of those that failed): each exported where `exports` says so, sampled, scored."""
+    """(a row for each model, {name: reason} of the failed ones): exported where `exports` says so, sampled, scored."""
     todo: dict[str, Job] = {}
-    ends = {name: out / name / f"{split.name}.json" for name in models}
+    files = {name: out / name / f"{split.name}.json" for name in models}
     for name, model in models.items():
-        if _is_scored(ends[name], len(split.seeds)):
-            continue
-        after: tuple[str, ...] = ()
-        if name in exports and not (model / "model_index.json").is_file():
-            todo[f"{name}-export"] = exports[name]
-            after = (f"{name}-export",)
-        folders = {seed: out / name / f"{split.name}-{seed}" for seed in split.seeds}
-        for seed, folder in folders.items():
-            asked = {"model": model, "out": folder, "name": name, "seed": seed, **split.generate}
-            command = ["-m", module_name("eval.generate"), "--overwrite", *command_line_flags(asked)]
-            todo[f"{name}-{split.name}-{seed}"] = Job(f"sample {name}, {split.name} {seed}", command, after)
-        asked = {"folder": list(folders.values()), "out": ends[name], **split.score}
-        drawn = tuple(f"{name}-{split.name}-{seed}" for seed in split.seeds)
-        command = ["-m", module_name("eval.score"), *command_line_flags(asked)]
-        todo[f"{name}-{split.name}"] = Job(f"score {name}, {split.name}", command, drawn)
+        if not _is_scored(files[name], len(split.seeds)):
+            todo |= _model_jobs(name, model, split, files[name], exports)
     failed = run_jobs(todo, out, 1, patient=True) if todo else {}
     rows: list[Row] = []
-    for name, path in ends.items():
+    for name, path in files.items():
         if f"{name}-{split.name}" in failed:
             path.unlink(missing_ok=True)  # of some seeds alone
         elif path.is_file():
@@ -145,9 +146,29 @@ def score_models(models: dict[str, Path], split: Split, out: Path, exports: dict
                 failed[f"{name}-{split.name}"] = str(error)
                 path.unlink()
                 continue
-            apart = {key: f"{row[key]}{mark}{split.name}" for key, mark in (("protocol", ", "), ("protocol_hash", ":"))}
-            rows.append({**row, **apart, "model": name})
-    return rows, {name: why for name, why in failed.items() if not why.startswith("needs ")}
+            marked = {"protocol": f"{row['protocol']}, {split.name}"}
+            marked["protocol_hash"] = f"{row['protocol_hash']}:{split.name}"
+            rows.append({**row, **marked, "model": name})
+    return rows, {name: reason for name, reason in failed.items() if not reason.startswith("needs ")}
+
+
+def _model_jobs(name: str, model: Path, split: Split, file: Path, exports: dict[str, Job]) -> dict[str, Job]:
+    """The jobs that export a model, sample it with each seed and write its rows to `file`."""
+    todo: dict[str, Job] = {}
+    after: tuple[str, ...] = ()
+    if name in exports and not (model / "model_index.json").is_file():
+        todo[f"{name}-export"] = exports[name]
+        after = (f"{name}-export",)
+    folders = {seed: file.parent / f"{split.name}-{seed}" for seed in split.seeds}
+    for seed, folder in folders.items():
+        options = {"model": model, "out": folder, "name": name, "seed": seed, **split.generate}
+        command = ["-m", module_name("eval.generate"), "--overwrite", *command_line_flags(options)]
+        todo[f"{name}-{split.name}-{seed}"] = Job(f"sample {name}, {split.name} {seed}", command, after)
+    options = {"folder": list(folders.values()), "out": file, **split.score}
+    samples = tuple(f"{name}-{split.name}-{seed}" for seed in split.seeds)
+    command = ["-m", module_name("eval.score"), *command_line_flags(options)]
+    todo[f"{name}-{split.name}"] = Job(f"score {name}, {split.name}", command, samples)
+    return todo
 
 
 def _is_scored(path: Path, seeds: int) -> bool:
