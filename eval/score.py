@@ -297,12 +297,16 @@ def _check_needs(found: Folder, m: Measure, p: Protocol, spec: str, other: Path 
     if len(found.files) < least:
         raise ValueError(describe_shortage("generated", len(found.files), width or 0, least))
     path = other or p.reference_path
-    if "reference" not in entry.needs or path is None:
-        return
+    if "reference" in entry.needs and path is not None:
+        _check_reference(m, p, spec, path, width, least)
+
+
+def _check_reference(m: Measure, p: Protocol, spec: str, path: Path, width: int | None, least: int) -> None:
+    """ValueError if a metric cannot use the images or the moments at `path`."""
     if path.suffix != ".npz":
         if (n := len(list_images(path))) < least:
             raise ValueError(describe_shortage("reference", n, width or 0, least))
-    elif entry.least is not None:
+    elif find_metric(m.metric).least is not None:
         raise ValueError(f"{m.metric} needs a folder of reference images, not their mean and covariance alone")
     elif width not in (None, known := len(read_statistics(path, p.references).mean)):
         raise ValueError(f"{path} is of {known} features, {spec} has {width}; they must come from one extractor")

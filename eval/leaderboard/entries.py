@@ -133,21 +133,16 @@ def command_line_flags(given: Mapping[str, Any]) -> list[str]:
 def list_entries(tree: Mapping[str, Any]) -> list[Entry]:
     """The product of models x steps x guidance x protocols. ValueError for an invalid board, before any work."""
     shared = {key: value for key, value in tree.items() if key not in ("out", "title", "workers", "entries")}
-    listed = tree.get("entries")
-    if not isinstance(listed, list) or not listed:
-        raise ValueError("a board needs a list `entries`, each with at least a model; see python -m eval.leaderboard")
-    for key, (is_valid, kind) in BOARD.items():
-        if tree.get(key) is not None and not is_valid(tree[key]):
-            raise ValueError(f"{key} of the board is {shorten(tree[key])}; it must be {kind}")
+    _validate_board(tree)
     entries: list[Entry] = []
-    for i, one in enumerate(listed):
+    for i, one in enumerate(tree["entries"]):
         if not isinstance(one, dict) or not one.get("model", shared.get("model")):
             raise ValueError(f"entry {i} of the board is {shorten(one)}; it needs at least a model")
-        values = shared | one
+        values = {**shared, **one}
         where = f"entry {i}, {values['model']}"[:100]
         _validate_entry(values, where)
         lists = {key: _list(values.pop(key, None)) for key in LISTS}
-        if len(entries) + math.prod(len(lists[key]) or 1 for key in LISTS if key != "seeds") > MOST:
+        if len(entries) + math.prod(len(lists[key]) or 1 for key in ("steps", "guidance", "protocols")) > MOST:
             raise ValueError(f"{where}: the board has more than {MOST:,} entries; write several boards")
         values["name"] = values.get("name") or model_name(Path(values["model"]))
         entries += _product(values, lists)
@@ -155,6 +150,16 @@ def list_entries(tree: Mapping[str, Any]) -> list[Entry]:
     if repeated := [title for title, count in titles.items() if count > 1]:
         raise ValueError(f"two entries of the board are called {repeated[0]}; give one of them another name")
     return entries
+
+
+def _validate_board(tree: Mapping[str, Any]) -> None:
+    """ValueError for a board without entries, and for keys beside them of a wrong kind."""
+    listed = tree.get("entries")
+    if not isinstance(listed, list) or not listed:
+        raise ValueError("a board needs a list `entries`, each with at least a model; see python -m eval.leaderboard")
+    for key, (is_valid, kind) in BOARD.items():
+        if tree.get(key) is not None and not is_valid(tree[key]):
+            raise ValueError(f"{key} of the board is {shorten(tree[key])}; it must be {kind}")
 
 
 def _validate_entry(values: Mapping[str, Any], where: str) -> None:
@@ -216,9 +221,16 @@ def evaluate_entries(
         run.remove_old_rows()
     jobs = {stage: job for run in unfinished for stage, job in run.jobs.items()}
     failed = run_jobs(jobs, out, workers, patient=True) if jobs else {}
-    timed = {run.cost_stage: run.entry.cost(run.folder) for run in unfinished if run.entry.title not in failed}
-    if cost and timed:
-        failed |= run_jobs(timed, out, 1, patient=True)
+    if cost:
+        timed = {run.cost_stage: run.entry.cost(run.folder) for run in unfinished if run.entry.title not in failed}
+        failed |= run_jobs(timed, out, 1, patient=True) if timed else {}
+    return _collect_rows(runs, failed, cost)
+
+
+def _collect_rows(
+    runs: Mapping[str, EntryRun], failed: Mapping[str, str], cost: bool
+) -> tuple[list[Row], dict[str, str]]:
+    """(the rows of the entries, {entry: reason} of the failed ones)."""
     rows: list[Row] = []
     reasons: dict[str, str] = {}
     for name, run in runs.items():

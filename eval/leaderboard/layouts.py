@@ -52,8 +52,7 @@ def export(folder: Path, layout: Literal["geneval", "dpg"], prompts: Path, out: 
         raise ValueError(f"{folder} holds {each} image(s) of a prompt; DPG-Bench reads {GRID}: use --per_prompt {GRID}")
     with atomic_folder(out) as part:
         if layout == "geneval":
-            lines = [line for line in read_text(prompts, "give another file").split("\n") if line.strip()]
-            _geneval(folder, part, [json.dumps(json.loads(line)) for line in lines], each)
+            _geneval(folder, part, _read_json_lines(prompts), each)
         else:
             _dpg(folder, part, [file.stem for file in sorted(prompts.glob("*.txt"))], each)
     return len(texts)
@@ -64,6 +63,12 @@ def _validate_source(layout: str, prompts: Path) -> None:
     if not is_source:
         source = "evaluation_metadata.jsonl" if layout == "geneval" else "the folder of its .txt files"
         raise ValueError(f"prompts of {layout} are {source}, not {prompts}")
+
+
+def _read_json_lines(path: Path) -> list[str]:
+    """The lines of a .jsonl file, each in json's own format."""
+    lines = [line for line in read_text(path, "give another file").split("\n") if line.strip()]
+    return [json.dumps(json.loads(line)) for line in lines]
 
 
 def _geneval(folder: Path, out: Path, lines: list[str], each: int) -> None:

@@ -54,17 +54,19 @@ def build_html_page(
         tag("<h3>{}</h3>{}", name, plots.training_curves(name, path)) for name, path in (runs or {}).items()
     )
     wrong = join(tag("<dt>{}</dt><dd><pre>{}</pre></dd>", *pair) for pair in (failed or {}).items())
-    tables = f"{len(found)} tables: figures of different protocols, image counts or extractors never share one."
-    parts = [
-        tag('<header><p class="kicker">{}</p><h1>{}</h1>', title, headline(found[0])),
-        tag('<p class="lead">{}</p>', lead) if lead else NOTHING,
-        tag('<p class="lead">{}</p>', tables) if several else NOTHING,
-        tag("</header>"),
-        tag('<section class="failed"><h2>Failed</h2><dl>{}</dl></section>', wrong) if wrong else NOTHING,
-        *(section(board, i, several) for i, board in enumerate(found)),
-        sample_grids(rows),
-        tag("<section><h2>Training</h2>{}</section>", training) if training else NOTHING,
-    ]
+    parts = [tag('<header><p class="kicker">{}</p><h1>{}</h1>', title, headline(found[0]))]
+    if lead:
+        parts.append(tag('<p class="lead">{}</p>', lead))
+    if several:
+        tables = f"{len(found)} tables: figures of different protocols, image counts or extractors never share one."
+        parts.append(tag('<p class="lead">{}</p>', tables))
+    parts.append(tag("</header>"))
+    if wrong:
+        parts.append(tag('<section class="failed"><h2>Failed</h2><dl>{}</dl></section>', wrong))
+    parts += [section(board, i, several) for i, board in enumerate(found)]
+    parts.append(sample_grids(rows))
+    if training:
+        parts.append(tag("<section><h2>Training</h2>{}</section>", training))
     return tag(
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{}</title>'
         '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">'
@@ -108,7 +110,7 @@ def table(board: Board) -> Markup:
     for i, row in enumerate((*board.rows, *board.real)):
         cells = join(cell(c[i], heading in board.metrics) for heading, c in found.items() if heading != "model")
         key = found["model"][i].key
-        kind = "real" if is_real(row) else "teacher" if is_teacher(row) else "student"
+        kind = _row_kind(row)
         lines.append(tag('<tr class="{}"><th scope="row" data-key="{}">{}</th>{}</tr>', kind, key, key, cells))
     here = join(lines[: len(board.rows)])
     foot = join(lines[len(board.rows) :])
@@ -120,6 +122,12 @@ def table(board: Board) -> Markup:
         here,
         tag("<tfoot>{}</tfoot>", foot) if foot else NOTHING,
     )
+
+
+def _row_kind(row: Row) -> str:
+    if is_real(row):
+        return "real"
+    return "teacher" if is_teacher(row) else "student"
 
 
 def cell(cell: Cell, figure: bool) -> Markup:
@@ -159,28 +167,12 @@ def scatter_plots(board: Board, number: int) -> Markup:
 
     Latencies of different machines are different plots.
     """
-    costs = [r.get("cost") or {} for r in board.rows]
-    machines = sorted({str(c["hardware"]) for c in costs if c.get("latency") and c.get("hardware") is not None})
-    kinds = [("nfe", None, "")] + [("latency", m, f", on {m}" if len(machines) > 1 else "") for m in machines]
     models = list(dict.fromkeys(str(r["model"]) for r in board.rows if not is_teacher(r)))
     styles = {model: f"s{i % STYLES}" for i, model in enumerate(sorted(models))}
-    named = list(zip(board.rows, row_labels(board.rows, board.rows), strict=True))
-    measured: dict[str | None, list[tuple[Row, str]]] = {None: named}
-    for row, name in named:
-        measured.setdefault(str((row.get("cost") or {}).get("hardware")), []).append((row, name))
     figures: list[Markup] = []
     names: list[str] = []
     for metric in board.metrics:
-        drawn = []
-        for key, machine, more in kinds:
-            points = scatter_points(measured[machine], metric, key, styles)
-            if points:
-                real = [(str(r["model"]), r["metrics"][metric]["value"]) for r in board.real if metric in r["metrics"]]
-                name, tick = AXES[key]
-                up = metric_label(metric)
-                drawn.append(
-                    plots.scatter(points, lower_is_better(metric), name + more, up, real[0] if real else None, tick)
-                )
+        drawn = _draw_scatter_plots(board, metric, styles)
         if drawn:
             hidden = tag(" hidden") if names else NOTHING
             names.append(metric)
@@ -197,6 +189,31 @@ def scatter_plots(board: Board, number: int) -> Markup:
         choose,
         join(figures),
     )
+
+
+def _draw_scatter_plots(board: Board, metric: str, styles: Mapping[str, str]) -> list[Markup]:
+    """The plots of a metric: against the network calls, and against the latency on each machine."""
+    named = list(zip(board.rows, row_labels(board.rows, board.rows), strict=True))
+    references = [(str(r["model"]), r["metrics"][metric]["value"]) for r in board.real if metric in r["metrics"]]
+    reference = references[0] if references else None
+    machines = sorted({machine for row in board.rows if (machine := _machine_of_latency(row)) is not None})
+    kinds = [("nfe", named, "")]
+    for machine in machines:
+        mine = [(row, name) for row, name in named if str((row.get("cost") or {}).get("hardware")) == machine]
+        kinds.append(("latency", mine, f", on {machine}" if len(machines) > 1 else ""))
+    drawn = []
+    for key, rows, more in kinds:
+        if points := scatter_points(rows, metric, key, styles):
+            name, tick = AXES[key]
+            lower = lower_is_better(metric)
+            drawn.append(plots.scatter(points, lower, name + more, metric_label(metric), reference, tick))
+    return drawn
+
+
+def _machine_of_latency(row: Row) -> str | None:
+    """The machine on which the latency of a row was measured; None without one."""
+    cost = row.get("cost") or {}
+    return str(cost["hardware"]) if cost.get("latency") and cost.get("hardware") is not None else None
 
 
 def scatter_points(
@@ -268,48 +285,59 @@ def sample_grids(rows: Sequence[Row]) -> Markup:
 
     A folder that is not here, or cannot be read, is named; the page does without it.
     """
-    from eval.images import images as folders
-
     groups: dict[tuple[Any, ...], list[Markup]] = {}
-    absent = []
-    broken = []
-    seen = set()
+    absent: list[str] = []
+    broken: list[str] = []
+    visited: set[str] = set()
     for row, name in zip(rows, row_labels(rows, rows), strict=True):
         folder = row.get("samples")
-        if not folder or folder in seen:
+        if not folder or folder in visited:
             continue
-        seen.add(folder)
+        visited.add(folder)
         if not Path(str(folder)).is_dir():
             absent.append(f"{name} ({folder})")
             continue
         try:
-            images, labelled, manifest = folders.read_folder(str(folder), first=120)
+            key, figure = _sample_figure(row, name)
         except ValueError as error:
             broken.append(f"{name} ({error})")
             continue
-        seed = manifest.get("seed")
-        prompts = manifest.get("prompts") or str(manifest.get("labels"))
-        size = tuple(images.shape[-2:])
-        nfe = (row.get("cost") or {}).get("nfe") or manifest.get("nfe")
-        cost = f"{nfe} network call{'s' if nfe != 1 else ''}" if nfe else ""
-        large = max(size) > 64
-        picture = plots.image_grid(
-            images[:8] if large else images, labelled if not large else None, columns=4 if large else 10
-        )
-        shown = name, cost, picture, f"samples of {name}", NOTHING if large else tag(" class=pixels")
-        groups.setdefault((size, seed, str(prompts)), []).append(
-            tag(
-                '<figure><figcaption><b>{}</b><span>{}</span></figcaption><img src="{}" alt="{}"{}></figure>',
-                *shown,
-            )
-        )
-    parts = []
-    for (_, seed, _), figures in groups.items():
-        noise = "of unknown noise" if seed is None else f"of seed {seed}"
-        same = "The same prompts and the same noise at the same place of every grid, "
-        note = f"{same if len(figures) > 1 and seed is not None else ''}{noise}, not selected."
-        heading = note[0].upper() + note[1:]
-        parts.append(tag('<p class="note">{}</p><div class="grids">{}</div>', heading, join(figures)))
-    parts += [tag('<p class="note">Not on this machine: {}.</p>', "; ".join(absent))] if absent else []
-    parts += [tag('<p class="note">Not readable: {}.</p>', "; ".join(broken))] if broken else []
+        groups.setdefault(key, []).append(figure)
+    parts = [_grid_group(seed, figures) for (_, seed, _), figures in groups.items()]
+    if absent:
+        parts.append(tag('<p class="note">Not on this machine: {}.</p>', "; ".join(absent)))
+    if broken:
+        parts.append(tag('<p class="note">Not readable: {}.</p>', "; ".join(broken)))
     return tag("<section><h2>Samples</h2>{}</section>", join(parts)) if parts else NOTHING
+
+
+def _sample_figure(row: Row, name: str) -> tuple[tuple[Any, ...], Markup]:
+    """((size, seed, prompts), the grid of a row's folder). ValueError for a folder that cannot be read."""
+    from eval.images import images as folders
+
+    images, labels, manifest = folders.read_folder(str(row["samples"]), first=120)
+    size = tuple(images.shape[-2:])
+    nfe = (row.get("cost") or {}).get("nfe") or manifest.get("nfe")
+    cost = f"{nfe} network call{'s' * (nfe != 1)}" if nfe else ""
+    large = max(size) > 64
+    picture = plots.image_grid(images[:8], None, columns=4) if large else plots.image_grid(images, labels)
+    style = NOTHING if large else tag(" class=pixels")
+    figure = tag(
+        '<figure><figcaption><b>{}</b><span>{}</span></figcaption><img src="{}" alt="{}"{}></figure>',
+        name,
+        cost,
+        picture,
+        f"samples of {name}",
+        style,
+    )
+    prompts = manifest.get("prompts") or str(manifest.get("labels"))
+    return (size, manifest.get("seed"), str(prompts)), figure
+
+
+def _grid_group(seed: int | None, figures: Sequence[Markup]) -> Markup:
+    """Grids of one size, seed and prompts under one heading."""
+    noise = "of unknown noise" if seed is None else f"of seed {seed}"
+    several = len(figures) > 1 and seed is not None
+    same = "The same prompts and the same noise at the same place of every grid, " if several else ""
+    note = f"{same}{noise}, not selected."
+    return tag('<p class="note">{}</p><div class="grids">{}</div>', note[0].upper() + note[1:], join(figures))

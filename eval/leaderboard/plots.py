@@ -91,6 +91,16 @@ def format_duration(seconds: float) -> str:
     return f"{seconds * 1e6:.3g} us"
 
 
+def _largest_distance(values: Sequence[float], best: float) -> float:
+    """The distance from the best value beyond which a value is off the scale."""
+    return 4 * abs(median(values) - best) or math.inf if len(values) > 3 else math.inf
+
+
+def _y_span(point: Point) -> list[float]:
+    """The value of a point and the ends of its interval."""
+    return [value for value in (point.y, point.low, point.high) if value is not None]
+
+
 class Axes:
     """Where data stand in a scatter plot: x logarithmic, y too where it spans more than a factor of six.
 
@@ -111,12 +121,9 @@ class Axes:
     def _set_y_range(self, points: Sequence[Point], lower: bool, references: list[float]) -> None:
         values = [p.y for p in points] + references
         best = min(values) if lower else max(values)
-        far = math.inf
-        if len(values) > 3:
-            far = 4 * abs(median(values) - best) or math.inf
+        far = _largest_distance(values, best)
         self.off = {p: abs(p.y - best) > far for p in points}
-        ends = [v for p in points if not self.off[p] for v in (p.y, p.low, p.high)]
-        spans = [v for v in ends if v is not None] + references
+        spans = [v for p in points if not self.off[p] for v in _y_span(p)] + references
         inside = [v for v in values if abs(v - best) <= far]
         self.log = min(spans) > 0 and max(inside) > 6 * min(inside)
         room = 0.08 * (max(spans) - min(spans)) or abs(best) * 0.1 or 1.0

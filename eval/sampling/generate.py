@@ -115,27 +115,8 @@ class Sampling:
     cost: Path | None = None
 
     def __post_init__(self) -> None:
-        for what, most in MOST.items():
-            value = getattr(self, what)
-            if value is not None and not 1 <= value <= most:
-                raise ValueError(f"{what} is {value}; it must be at least 1 and at most {most:,}")
-        for what in ("guidance", "first_guidance"):
-            value = getattr(self, what)
-            if value is not None and not math.isfinite(value):
-                raise ValueError(f"{what} is {value}; it must be finite")
-        if not 0 <= self.pag_scale < float("inf"):
-            raise ValueError(f"pag_scale is {self.pag_scale}; it must be at least 0 and finite")
-        if self.skip_tuning is not None and not 0 <= self.skip_tuning < float("inf"):
-            raise ValueError(f"skip_tuning is {self.skip_tuning}; it must be at least 0 and finite: 1 changes nothing")
-        unread = {key: "first" for key in FIRST[1:] if self.first is None}
-        unread |= {} if self.pag_scale else {"pag_layers": "pag_scale"}
-        for key, other in unread.items():
-            if (value := getattr(self, key)) != type(self).__dataclass_fields__[key].default:
-                raise ValueError(f"{key} is {value}, which nothing reads without --{other}: pass that, or leave it out")
-        if self.skip < 0:
-            raise ValueError(f"skip is {self.skip}; it must be at least 0")
-        if self.seed < 0:
-            raise ValueError(f"seed is {self.seed}; it must be at least 0")
+        self._validate_numbers()
+        self._validate_unread_flags()
         if self.protocol is not None and (self.prompts or self.classes or self.per_prompt > 1):
             raise ValueError(
                 f"protocol {self.protocol} has its own prompts or labels: leave out flags that give others"
@@ -146,6 +127,32 @@ class Sampling:
             raise ValueError(f"device is {self.device!r}; it must be cpu, cuda, cuda:1 or another of torch's") from None
         if kind == "cuda" and not torch.cuda.is_available():
             raise ValueError(f"device is {self.device}, but torch sees no GPU; use cpu")
+
+    def _validate_numbers(self) -> None:
+        for key, most in MOST.items():
+            value = getattr(self, key)
+            if value is not None and not 1 <= value <= most:
+                raise ValueError(f"{key} is {value}; it must be at least 1 and at most {most:,}")
+        for key in ("guidance", "first_guidance"):
+            value = getattr(self, key)
+            if value is not None and not math.isfinite(value):
+                raise ValueError(f"{key} is {value}; it must be finite")
+        if not 0 <= self.pag_scale < float("inf"):
+            raise ValueError(f"pag_scale is {self.pag_scale}; it must be at least 0 and finite")
+        if self.skip_tuning is not None and not 0 <= self.skip_tuning < float("inf"):
+            raise ValueError(f"skip_tuning is {self.skip_tuning}; it must be at least 0 and finite: 1 changes nothing")
+        for key in ("skip", "seed"):
+            if getattr(self, key) < 0:
+                raise ValueError(f"{key} is {getattr(self, key)}; it must be at least 0")
+
+    def _validate_unread_flags(self) -> None:
+        """ValueError for a flag that is given without the flag that makes it count."""
+        unread = dict.fromkeys(FIRST[1:], "first") if self.first is None else {}
+        if not self.pag_scale:
+            unread["pag_layers"] = "pag_scale"
+        for key, other in unread.items():
+            if (value := getattr(self, key)) != type(self).__dataclass_fields__[key].default:
+                raise ValueError(f"{key} is {value}, which nothing reads without --{other}: pass that, or leave it out")
 
     @cached_property
     def plan(self) -> Protocol | None:
@@ -230,47 +237,60 @@ class Sampling:
         return label_conditions(self.folder, self.classes, self.n or 2000)
 
     def validate(self) -> None:
-        """ValueError for what does not go together, before anything heavy is imported."""
+        """ValueError for flags that contradict each other or the model, before anything heavy is imported."""
         check_output(self.out, "out", folder=True)
         if self.cost is not None:
             check_output(self.cost, "cost")
-        has = self.exported_facts.get("steps")
-        name = self.model
-        plain = self.student and self.method != "cfg++"
-        if self.method != "pipeline" and (plain or self.lora or any(self.scheduling)):
+        if self.method != "pipeline" and (self.has_own_sampler or self.lora or any(self.scheduling)):
             raise ValueError(f"solver is {self.solver}: it is for teachers, without LoRA and scheduler; use pipeline")
-        if self.first is not None and self.calls is None:
-            raise ValueError(f"{name} goes on after {self.first}: say by --steps of how many calls it is")
-        if self.first is not None and self.calls is not None and self.skip >= self.calls:
+        if self.first is not None:
+            self._validate_first()
+        self._validate_guidance()
+        self._validate_pag()
+        most = self.exported_facts.get("steps")
+        if self.student and self.steps and most and self.steps > most:
+            raise ValueError(f"steps is {self.steps}, but {self.model} was made for {most}; use 1 to {most}")
+        if self.rows_per_call > 1 and self.pads_to_longest:
             raise ValueError(
-                f"skip is {self.skip}, and {name} makes {self.calls} call(s), of which at least one must be left: use "
-                f"0 to {self.calls - 1}; with 0, {self.first} makes what it would above the level of the first"
+                f"rows is {self.rows}, but {self.pipeline_class} pads prompts to the longest of a call; use 1"
+            )
+
+    @property
+    def has_own_sampler(self) -> bool:
+        """Whether the model is a student that its pipeline samples."""
+        return self.student and self.method != "cfg++"
+
+    def _validate_first(self) -> None:
+        if self.calls is None:
+            raise ValueError(f"{self.model} goes on after {self.first}: say by --steps of how many calls it is")
+        if self.skip >= self.calls:
+            raise ValueError(
+                f"skip is {self.skip}, and {self.model} makes {self.calls} call(s), of which at least one must be left"
+                f": use 0 to {self.calls - 1}; with 0, {self.first} makes what it would above the level of the first"
             )
         if self.first_folder is not None and read_distill_json(self.first_folder).get("student"):
             raise ValueError(f"first is {self.first}, a student; a solver follows a teacher's ODE: give a teacher")
+
+    def _validate_pag(self) -> None:
+        if self.pag_scale and (self.method == "pipeline" or self.student or self.first is not None):
+            raise ValueError(
+                f"pag_scale is {self.pag_scale}, which a solver of ours adds to a teacher that samples alone: pass "
+                "--solver ddim. Pipelines with it are diffusers' own (enable_pag=True)"
+            )
+
+    def _validate_guidance(self) -> None:
         for key, solver in (("guidance", self.method), ("first_guidance", self.first_solver)):
             if solver == "cfg++" and not 0 <= (scale := getattr(self, key) or 0) <= 1:
                 raise ValueError(f"{key} is {scale}, which is lambda under cfg++: it must be in [0, 1]; 0.6, say")
         guided = self.method == "cfg++" or (self.method != "pipeline" and self.guidance not in (None, 1))
         if guided and self.pipeline_class == EDM and self.exported_facts.get("null_class") is None:
             raise ValueError(
-                f"{name} has no label for none (null_class in distill.json), which guidance and cfg++ need: leave "
-                "them out; an exported student of labels has none"
+                f"{self.model} has no label for none (null_class in distill.json), which guidance and cfg++ need: "
+                "leave them out; an exported student of labels has none"
             )
-        if self.pag_scale and (self.method == "pipeline" or self.student or self.first is not None):
+        if self.has_own_sampler and self.guidance not in (None, 0, 1):
             raise ValueError(
-                f"pag_scale is {self.pag_scale}, which a solver of ours adds to a teacher that samples alone: pass "
-                "--solver ddim. Pipelines with it are diffusers' own (enable_pag=True)"
-            )
-        if plain and self.guidance not in (None, 0, 1):
-            raise ValueError(
-                f"guidance is {self.guidance}, but {name} is a student, which has its guidance built in; use 1"
-            )
-        if self.student and self.steps and has and self.steps > has:
-            raise ValueError(f"steps is {self.steps}, but {name} was made for {has}; use 1 to {has}")
-        if self.rows_per_call > 1 and self.pads_to_longest:
-            raise ValueError(
-                f"rows is {self.rows}, but {self.pipeline_class} pads prompts to the longest of a call; use 1"
+                f"guidance is {self.guidance}, but {self.model} is a student, which has its guidance built in; use 1"
             )
 
     @property
@@ -286,8 +306,13 @@ class Sampling:
         here = self.lora or (self.folder if self.folder == Path(self.model) else None)
         scheduler, changed = self.scheduling
         before = model_name(self.first_folder) if self.first and self.first_folder == Path(self.first) else self.first
-        skips = {} if self.skip_tuning is None else {"skip_tuning": self.skip_tuning}
-        pag = {"pag_scale": self.pag_scale, "pag_layers": list(self.pag_layers)} if self.pag_scale else {}
+        optional: dict[str, Any] = {}
+        if self.first_folder:
+            optional |= {key: getattr(self, key) for key in FIRST} | {"first": before}
+        if self.skip_tuning is not None:
+            optional["skip_tuning"] = self.skip_tuning
+        if self.pag_scale:
+            optional |= {"pag_scale": self.pag_scale, "pag_layers": list(self.pag_layers)}
         return {
             "model": self.name or (model_name(here) if here else self.model),
             "model_hash": model_hash(self.folder, *filter(None, (self.lora, self.first_folder))),
@@ -300,9 +325,7 @@ class Sampling:
             "scheduler_config": changed,
             "rows": self.rows_per_call,
             **{key: getattr(self, key) for key in ("guidance", "seed", "resolution", "frame", "dtype")},
-            **({key: getattr(self, key) for key in FIRST} | {"first": before} if self.first_folder else {}),
-            **skips,
-            **pag,
+            **optional,
         }
 
     def sampler(self, device: torch.device) -> Sampler:
@@ -392,9 +415,9 @@ class Sampling:
     def facts(self, sampler: Sampler, shares: list[RankResult], device: torch.device) -> dict[str, Any]:
         """Of the manifest, beside what was asked for."""
         seconds = max(share.seconds for share in shares)
-        kind = "lora" if self.lora else "pipeline" if self.method == "pipeline" else "teacher"
+        kind = "pipeline" if self.method == "pipeline" else "teacher"
         return {
-            "kind": self.kind or kind,
+            "kind": self.kind or ("lora" if self.lora else kind),
             "student": self.student or self.lora is not None,
             **sampler.facts,
             "nfe": as_int_if_integral(max(share.nfe for share in shares)),
@@ -473,39 +496,47 @@ class RankResult:
 
 
 def generate_missing_images(work: Sampling, sampler: Sampler, ranks: ProcessGroup) -> RankResult:
-    """Make this process's share of the images that are missing, of those that are there take the digests."""
+    """Generate this rank's missing images and hash its existing ones."""
     from distill.progress import bar
 
-    out = work.out
-    wanted = work.conditions.values
-    rows = work.rows_per_call
-    size = work.plan.size if work.plan else None
-    batch = work.batch or rows
-    there = {file.name for file in out.glob("*.png")}
-    done = [i for i in range(len(wanted)) if folders.file_name(i) in there]
-    left = sorted(set(range(len(wanted))) - set(done))
-    ranks.wait()  # all have looked before anyone writes: the shares are disjoint
-    own = slice(ranks.index, None, ranks.count)
-    share = RankResult({i: folders.image_digest(folders.read_levels(out / folders.file_name(i))) for i in done[own]})
-    mine = left[own]
-    with bar(len(mine), "image", out.name, ranks.index == 0) as shown, torch.no_grad():
-        if not left and ranks.index == 0:  # killed before its manifest was written: a call tells its facts
-            sampler.make([image_generator(work.seed, 0)] * rows, wanted[:1] * rows)
+    conditions = work.conditions.values
+    existing = {file.name for file in work.out.glob("*.png")}
+    done = [i for i in range(len(conditions)) if folders.file_name(i) in existing]
+    missing = sorted(set(range(len(conditions))) - set(done))
+    ranks.wait()  # all have looked before anyone writes: the parts are disjoint
+    part = slice(ranks.index, None, ranks.count)
+    read = lambda i: folders.read_levels(work.out / folders.file_name(i))
+    result = RankResult({i: folders.image_digest(read(i)) for i in done[part]})
+    mine = missing[part]
+    batch = work.batch or work.rows_per_call
+    with bar(len(mine), "image", work.out.name, ranks.index == 0) as progress, torch.no_grad():
+        if not missing and ranks.index == 0:  # killed before its manifest was written: a call counts its evaluations
+            rows = work.rows_per_call
+            sampler.make([image_generator(work.seed, 0)] * rows, conditions[:1] * rows)
         for unit in (mine[k : k + batch] for k in range(0, len(mine), batch)):
             start = time.perf_counter()
-            levels = []
-            for pick in (unit[k : k + rows] for k in range(0, len(unit), rows)):
-                filled = pick + [pick[-1]] * (rows - len(pick))
-                images = sampler.make([image_generator(work.seed, i) for i in filled], [wanted[i] for i in filled])
-                levels += _levels(images[: len(pick)], pick, size, work.frame)
-            share.seconds += time.perf_counter() - start
-            for i, level in zip(unit, levels, strict=True):
-                folders.save_image(out, i, level)
-                share.digests[i] = folders.image_digest(level)
-            shown.update(len(unit))
-    share.image_count = len(mine)
-    share.nfe = sampler.nfe()
-    return share
+            levels = _sample_images(work, sampler, unit)
+            result.seconds += time.perf_counter() - start
+            for i, image in zip(unit, levels, strict=True):
+                folders.save_image(work.out, i, image)
+                result.digests[i] = folders.image_digest(image)
+            progress.update(len(unit))
+    result.image_count = len(mine)
+    result.nfe = sampler.nfe()
+    return result
+
+
+def _sample_images(work: Sampling, sampler: Sampler, numbers: list[int]) -> list[Tensor]:
+    """The images of these numbers, uint8 [C, H, W] each. A call with fewer images repeats the last one."""
+    conditions = work.conditions.values
+    rows = work.rows_per_call
+    size = work.plan.size if work.plan else None
+    levels: list[Tensor] = []
+    for pick in (numbers[k : k + rows] for k in range(0, len(numbers), rows)):
+        padded = pick + [pick[-1]] * (rows - len(pick))
+        images = sampler.make([image_generator(work.seed, i) for i in padded], [conditions[i] for i in padded])
+        levels += _levels(images[: len(pick)], pick, size, work.frame)
+    return levels
 
 
 def _levels(images: Tensor, numbers: list[int], size: int | None, frame: int | None) -> list[Tensor]:

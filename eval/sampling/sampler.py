@@ -7,7 +7,7 @@ after that what the scheduler adds between two calls.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
@@ -97,20 +97,28 @@ def pipeline_sampler(
             if family is not None:
                 z = torch.cat([torch.randn((1, *shape), generator=g) for g in generators]).to(pipe.device, pipe.dtype)
                 images = family.sample(pipe, conditions, z, steps, family.no_guidance if guidance is None else guidance)
-                return images.float().cpu() * 2 - 1
-            asked: dict[str, Any] = {
-                "num_inference_steps": steps,
-                "guidance_scale": guidance,
-                "class_labels": conditions,
-            }
-            given = {name: value for name, value in asked.items() if name in accepted and value is not None}
-            first = [conditions] if "prompt" in accepted else []
-            found = pipe(*first, generator=generators, output_type="pt", **given)
-        images = found.images if hasattr(found, "images") else found.frames.transpose(1, 2)
+            else:
+                images = _call_pipeline(pipe, accepted, generators, conditions, steps, guidance)
         return images.float().cpu() * 2 - 1
 
     facts = {"steps": steps, "guidance": guidance, "scheduler": type(pipe.scheduler).__name__}
     return Sampler(make, lambda: spent[0] / max(made[0], 1), facts | {"parameters": parameters(pipe)})
+
+
+def _call_pipeline(
+    pipe: Any,
+    accepted: Mapping[str, Any],
+    generators: list[torch.Generator],
+    conditions: list[Any],
+    steps: int | None,
+    guidance: float | None,
+) -> Tensor:
+    """Images [B, C, H, W] or videos [B, C, T, H, W] in [0, 1] by the pipeline's own call. accepted: its parameters."""
+    options: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": guidance, "class_labels": conditions}
+    options = {name: value for name, value in options.items() if name in accepted and value is not None}
+    prompts = [conditions] if "prompt" in accepted else []
+    output = pipe(*prompts, generator=generators, output_type="pt", **options)
+    return output.images if hasattr(output, "images") else output.frames.transpose(1, 2)
 
 
 def staged_sampler(turns: Sequence[Any], facts: dict[str, Any]) -> Sampler:
@@ -187,24 +195,16 @@ def load_pipeline(
     components: Sequence[tuple[str, str]] = (),
 ) -> Any:
     """A diffusers pipeline: of a folder, with a LoRA's file and another scheduler if asked. ValueError if it fails."""
-    import diffusers
-
     from pipelines import fields
     from pipelines.components import index
     from pipelines.inference.experts import install
 
     entries = index(folder)
-    cls = getattr(diffusers, str(entries["_class_name"]), None)
-    if cls is None:
-        raise ValueError(
-            f"{folder} is a {entries['_class_name']}, which diffusers {diffusers.__version__} does not have"
-        )
+    cls = _pipeline_class(folder, entries)
     parts = {name: entry for name, entry in entries.items() if isinstance(entry, list)}
-    foreign = [entry[0] for entry in parts.values() if entry[0] not in (None, *LIBRARIES)]
-    if foreign:
-        raise ValueError(f"{folder}: a component is of {foreign[0]!r}, code that is not run from here")
     absent = {name: None for name, entry in parts.items() if entry[0] is None}
-    absent |= {"safety_checker": None} if "safety_checker" in parts else {}  # it would blacken images
+    if "safety_checker" in parts:
+        absent["safety_checker"] = None  # it would blacken images
     options = {"dtype": dtype, "variant": variant, "use_safetensors": True, "local_files_only": True}
     for file in (folder / name / config for name in parts for config in ("config.json", "scheduler_config.json")):
         if file.exists():
@@ -216,19 +216,42 @@ def load_pipeline(
     if not hasattr(getattr(pipe, "scheduler", None), "step"):
         raise ValueError(f"{folder}, a {cls.__name__}, has no scheduler, so its noise cannot be followed")
     if lora is not None:
-        if not hasattr(pipe, "load_lora_weights"):
-            raise ValueError(f"diffusers' {cls.__name__} loads no LoRA, so {lora} cannot be put on {folder}")
-        try:
-            pipe.load_lora_weights(lora.parent, weight_name=lora.name)
-        except LOADING as error:
-            raise ValueError(f"{lora} does not load onto {folder}: {_first_line(error)}") from None
+        _load_lora(pipe, lora, folder)
     if scheduler is not None or scheduler_config:
         pipe.scheduler = _scheduler(pipe, scheduler, scheduler_config)
+    _replace_components(pipe, components, folder)
+    return install(pipe, folder)
+
+
+def _replace_components(pipe: Any, components: Sequence[tuple[str, str]], folder: Path) -> None:
     for name, other in components:
         if getattr(pipe, name, None) is None:
             raise ValueError(f"this protocol replaces {name}, which {folder} does not have; choose another protocol")
         pipe.register_modules(**{name: getattr(pipe, other)})
-    return install(pipe, folder)
+
+
+def _pipeline_class(folder: Path, entries: Mapping[str, Any]) -> Any:
+    """The class of a folder's pipeline. ValueError for an unknown class and for components of other libraries."""
+    import diffusers
+
+    cls = getattr(diffusers, str(entries["_class_name"]), None)
+    if cls is None:
+        raise ValueError(
+            f"{folder} is a {entries['_class_name']}, which diffusers {diffusers.__version__} does not have"
+        )
+    libraries = [entry[0] for entry in entries.values() if isinstance(entry, list)]
+    if foreign := [library for library in libraries if library not in (None, *LIBRARIES)]:
+        raise ValueError(f"{folder}: a component is of {foreign[0]!r}, code that is not run from here")
+    return cls
+
+
+def _load_lora(pipe: Any, lora: Path, folder: Path) -> None:
+    if not hasattr(pipe, "load_lora_weights"):
+        raise ValueError(f"diffusers' {type(pipe).__name__} loads no LoRA, so {lora} cannot be put on {folder}")
+    try:
+        pipe.load_lora_weights(lora.parent, weight_name=lora.name)
+    except LOADING as error:
+        raise ValueError(f"{lora} does not load onto {folder}: {_first_line(error)}") from None
 
 
 def _first_line(error: BaseException) -> str:
