@@ -30,15 +30,15 @@ class LineProgress(tqdm):
     """A progress bar as lines: at the start, after the first unit, more and more rarely, and at the end."""
 
     def __init__(self, **options: Any) -> None:
-        self.moved = False
+        self.has_moved = False
         text = "{desc}{n_fmt}/{total_fmt} {unit} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
-        given = {"file": LineStream(), "miniters": 1, "mininterval": LEAST, "maxinterval": MOST, "bar_format": text}
-        super().__init__(**options | given | {"leave": True})
+        fixed = {"file": LineStream(), "miniters": 1, "mininterval": LEAST, "maxinterval": MOST, "bar_format": text}
+        super().__init__(**options | fixed | {"leave": True})
 
     def update(self, n: float | None = 1) -> bool | None:
         shown = super().update(n)
-        if not self.moved and self.n > self.initial:
-            self.moved = True
+        if not self.has_moved and self.n > self.initial:
+            self.has_moved = True
             self.refresh()
         return shown
 
@@ -51,7 +51,7 @@ class LineProgress(tqdm):
 
 
 def bar(total: int, unit: str, title: str = "", shown: bool = True, first: int = 0, leave: bool = False) -> tqdm:
-    """A progress bar of `total` units, `first` of them done. leave: it stays on the terminal at its end."""
+    """A progress bar of `total` units, `first` of them done. leave: it stays on the terminal when it ends."""
     options = {"total": total, "unit": unit, "initial": first, "desc": f"{title}: " * bool(title), "leave": leave}
     if not shown:
         return tqdm(**options, disable=True)
@@ -77,8 +77,8 @@ def stage(title: str) -> Iterator[None]:
 
 def format_seconds(seconds: float) -> str:
     """Seconds as people read them: 42 s, 3:05 min, 2:10 h."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    minutes, rest = divmod(whole, 60)
+    rounded = round(seconds)
+    if rounded < 60:
+        return f"{rounded} s"
+    minutes, rest = divmod(rounded, 60)
     return f"{minutes}:{rest:02d} min" if minutes < 60 else f"{minutes // 60}:{minutes % 60:02d} h"

@@ -1,4 +1,4 @@
-"""What the values of a configuration may be: ranges in the types of its fields, told by --help and kept by `check`."""
+"""Ranges of a configuration's values, in the types of its fields: --help shows them, `validate_ranges` checks them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PATH = 4000  # bytes of a path
 
 
 class Range(PrimitiveConstructorSpec[Any]):
-    """Finite numbers of a kind from `low` to `high`, `ends` as in [0, 1): the metadata of a field's type."""
+    """The metadata of a field's type: finite numbers of a kind from `low` to `high`. ends: as in [0, 1), "[)"."""
 
     def __init__(self, kind: type, low: float = -math.inf, high: float = math.inf, ends: str = "[]") -> None:
         self.kind = kind
@@ -39,9 +39,11 @@ class Range(PrimitiveConstructorSpec[Any]):
         return above and (value <= self.high if self.ends[1] == "]" else value < self.high)
 
     def __str__(self) -> str:
-        low = f"{'at least' if self.ends[0] == '[' else 'above'} {self.low}"
-        high = f"{'at most' if self.ends[1] == ']' else 'below'} {self.high}" if self.high < math.inf else "finite"
-        return f"{low} and {high}" if self.low > -math.inf else high
+        lower = "at least" if self.ends[0] == "[" else "above"
+        upper = "at most" if self.ends[1] == "]" else "below"
+        if self.high == math.inf:
+            return "finite" if self.low == -math.inf else f"{lower} {self.low} and finite"
+        return f"{upper} {self.high}" if self.low == -math.inf else f"{lower} {self.low} and {upper} {self.high}"
 
     __repr__ = __str__  # where tyro names the members of a union
 
@@ -62,7 +64,7 @@ Width = Annotated[float, Range(float, 0, 0.28, "(]")]  # of an average's weights
 
 
 def iterate_fields(config: Any, path: str = "") -> Iterator[tuple[str, Any, Field[Any], Any]]:
-    """(name, type, field, value) of every field of a dataclass and of those in it; names have dots."""
+    """(name, type, field, value) of every field of a dataclass. Fields of nested dataclasses have dotted names."""
     hints = _hints(type(config))  # type: ignore[arg-type]
     for field in fields(config):
         value = getattr(config, field.name)
@@ -74,40 +76,40 @@ def iterate_fields(config: Any, path: str = "") -> Iterator[tuple[str, Any, Fiel
 
 
 def validate_ranges(config: Any, path: str = "") -> None:
-    """ValueError that names the first field of a dataclass, or of those in it, whose value is none.
+    """ValueError that names the first invalid field of a dataclass or of the dataclasses in it.
 
-    A number keeps the Range of its type. A string or a tuple is empty where its default is, and only there; a string
-    is printable, and could name a file.
+    A number must be in the Range of its type. A string or a tuple may be empty only if its default is empty. A string
+    must be printable, and short enough for the name of a file.
     """
     for name, hint, field, value in iterate_fields(config, path):
         if value is None and type(None) in get_args(hint):
             continue
-        none = ", or None" * (type(None) in get_args(hint))
+        or_none = ", or None" * (type(None) in get_args(hint))
         if value in ("", ()) and field.default != value:
-            raise ValueError(f"{name} is empty; give {'at least one' if value == () else 'it a value'}{none}")
-        for one in value if isinstance(value, tuple) else (value,):
-            if (range := _range(hint)) and one not in range:
-                raise ValueError(f"{name} is {one!r}; it must be {range}{none}")
-            if isinstance(one, str) and not _path(one):
+            raise ValueError(f"{name} is empty; give {'at least one' if value == () else 'it a value'}{or_none}")
+        for part in value if isinstance(value, tuple) else (value,):
+            if (range := _find_range(hint)) and part not in range:
+                raise ValueError(f"{name} is {part!r}; it must be {range}{or_none}")
+            if isinstance(part, str) and not _could_be_path(part):
                 raise ValueError(
-                    f"{name} is {one[:NAME]!r}; it must be printable, its parts between / of at most {NAME} bytes, "
-                    f"{PATH} in all{none}"
+                    f"{name} is {part[:NAME]!r}; it must be printable, its parts between / of at most {NAME} bytes, "
+                    f"{PATH} in all{or_none}"
                 )
-            if one == "" and isinstance(value, tuple):
+            if part == "" and isinstance(value, tuple):
                 raise ValueError(f"{name} is {value!r}; none of it may be empty")
 
 
-def _path(text: str) -> bool:
-    """Whether it can be shown, and asked for on a disk."""
+def _could_be_path(text: str) -> bool:
+    """Whether a text is printable and no longer than a path may be."""
     return text.isprintable() and len(text.encode()) <= PATH and all(len(p.encode()) <= NAME for p in text.split("/"))
 
 
-def _range(hint: Any) -> Range | None:
-    """The Range in a type: of the number itself, or of those in its tuple or union."""
+def _find_range(hint: Any) -> Range | None:
+    """The Range in a type: of the number itself, or of the members of its tuple or union. None without one."""
     if isinstance(hint, Range):
         return hint
     inner = (*get_args(hint), *getattr(hint, "__metadata__", ()))
-    return next(filter(None, map(_range, inner)), None)
+    return next(filter(None, map(_find_range, inner)), None)
 
 
 @cache

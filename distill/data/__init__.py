@@ -128,22 +128,26 @@ class Text:
         if self.squeeze and self.crops:
             raise ValueError(f"--data.squeeze leaves nothing for --data.crops {self.crops}: pass --data.no_squeeze")
         if self.text == "cached":
-            if not self.cache:
-                online = f"--data.text online --data.prompts prompts.txt{' --data.images IMAGES' * real}"
-                raise ValueError(
-                    f"no data given: encode it once with\n  {command(real)}\nand pass --data.cache cache; "
-                    f"or encode while training, with {online}"
-                )
-            if given := [name for name in ONLINE if getattr(self, name) != getattr(Text, name)]:
-                raise ValueError(
-                    f"a cache has its own prompts and images: leave out --data.{' and --data.'.join(given)}"
-                )
-            index = read_index(Path(self.cache), real)
-            if real and "image" not in index["tables"]:
-                raise ValueError(
-                    f"the cache {self.cache} has no images, which this method needs: make one with\n  {command(True)}"
-                )
-            return
+            self._validate_cache(real)
+        else:
+            self._validate_online(real)
+
+    def _validate_cache(self, real: bool) -> None:
+        if not self.cache:
+            online = f"--data.text online --data.prompts prompts.txt{' --data.images IMAGES' * real}"
+            raise ValueError(
+                f"no data given: encode it once with\n  {command(real)}\nand pass --data.cache cache; "
+                f"or encode while training, with {online}"
+            )
+        if others := [name for name in ONLINE if getattr(self, name) != getattr(Text, name)]:
+            raise ValueError(f"a cache has its own prompts and images: leave out --data.{' and --data.'.join(others)}")
+        index = read_index(Path(self.cache), real)
+        if real and "image" not in index["tables"]:
+            raise ValueError(
+                f"the cache {self.cache} has no images, which this method needs: make one with\n  {command(True)}"
+            )
+
+    def _validate_online(self, real: bool) -> None:
         if self.cache:
             raise ValueError("--data.cache is read with --data.text cached; leave it out or choose one of the two")
         if not (self.prompts or self.images):

@@ -38,25 +38,39 @@ class Words:
 
     def replace_words(self, text: str) -> str | None:
         """The text with other words in place of those, None where it has none of them."""
-        new = self.pattern.sub(lambda m: self.override[self.order[(m.lastindex or 1) - 1]], text)
+        new = self.pattern.sub(lambda match: self.override[self._number(match)], text)
         return None if new == text else new
 
     def override_rows(self, texts: list[str], prompts: int, where: str) -> Tensor:
-        """The row of what each text is overridden by, or its own; texts: the prompts first. where: of errors."""
-        new = {i: other for i in range(prompts) if (other := self.replace_words(texts[i])) is not None}
-        seen = {self.forget[self.order[(m.lastindex or 1) - 1]] for i in new for m in self.pattern.finditer(texts[i])}
-        if unseen := [word for word in self.forget if word not in seen]:
-            raise ValueError(f"no prompt of {where} holds {unseen}, which --data.forget names: add some that do")
-        if left := [other for other in new.values() if self.pattern.search(other)]:
+        """The row of the text that replaces each text, or its own row: int64 [len(texts)].
+
+        texts: the prompts first. where: the source, for errors. ValueError if a word to forget is in no prompt, if a
+        replaced prompt still holds one, or if a replaced prompt is not among the texts.
+        """
+        replaced = {i: other for i in range(prompts) if (other := self.replace_words(texts[i])) is not None}
+        self._validate_replaced([texts[i] for i in replaced], list(replaced.values()), where)
+        row = {text: i for i, text in enumerate(texts)}
+        if absent := [other for other in replaced.values() if other not in row]:
+            raise ValueError(
+                f"{len(absent)} of {len(replaced)} prompts with other words in place of --data.forget {self.forget} "
+                f"are not in {where}, {absent[0]!r} for one: write them beside the others and make it again"
+            )
+        rows = torch.arange(len(texts))
+        rows[list(replaced)] = torch.tensor([row[other] for other in replaced.values()])
+        return rows
+
+    def _validate_replaced(self, originals: list[str], replaced: list[str], where: str) -> None:
+        words = {self._word(match) for text in originals for match in self.pattern.finditer(text)}
+        if absent := [word for word in self.forget if word not in words]:
+            raise ValueError(f"no prompt of {where} holds {absent}, which --data.forget names: add some that do")
+        if left := [other for other in replaced if self.pattern.search(other)]:
             raise ValueError(
                 f"with other words in place of --data.forget, {left[0]!r} still holds one: change the prompt"
             )
-        row = {text: i for i, text in enumerate(texts)}
-        if absent := [other for other in new.values() if other not in row]:
-            raise ValueError(
-                f"{len(absent)} of {len(new)} prompts with other words in place of --data.forget {self.forget} are not "
-                f"in {where}, {absent[0]!r} for one: write them beside the others and make it again"
-            )
-        rule = torch.arange(len(texts))
-        rule[list(new)] = torch.tensor([row[other] for other in new.values()])
-        return rule
+
+    def _word(self, match: re.Match[str]) -> str:
+        """The word to forget that a match is of."""
+        return self.forget[self._number(match)]
+
+    def _number(self, match: re.Match[str]) -> int:
+        return self.order[(match.lastindex or 1) - 1]

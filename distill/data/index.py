@@ -56,28 +56,40 @@ def read_unfinished_index(folder: Path) -> dict[str, Any]:
 
 
 def _index_error(index: dict[str, Any]) -> str | None:
-    """What is wrong with an index."""
-    whole = lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    """The fault of an index; None if it is valid."""
     teacher = {key: index["teacher"][key] for key in ("name", *PARTS)}
     if not all(isinstance(value, str) for value in teacher.values()):
         return f"its teacher is {teacher}"
-    if not whole(index["prompts"]) or not index["prompts"] or not all(map(whole, index["shape"])):
+    if not _is_natural(index["prompts"]) or not index["prompts"] or not all(map(_is_natural, index["shape"])):
         return f"it has {index['prompts']!r} prompts and samples of shape {index['shape']!r}"
-    if "ode" in index and not (isinstance(index["ode"]["network"], str) and whole(index["ode"]["seed"])):
+    if "ode" in index and not (isinstance(index["ode"]["network"], str) and _is_natural(index["ode"]["seed"])):
         return "its ode has no network and seed"
     for name, entry in index["tables"].items():
-        numbers = [entry["total"], *entry.get("rows", ())]
-        shapes = entry["shapes"]
-        if not all(map(whole, numbers)) or not whole(entry["per_shard"]) or not entry["per_shard"] or not shapes:
-            return f"its table {name} has {entry['total']!r} rows"
-        if not all(map(whole, (side for shape in shapes.values() for side in shape))):
-            return f"its table {name} has rows of shapes {shapes!r}"
-        if name == "image" and not {"x", "caption"} <= shapes.keys():
-            return f"its table {name} has rows of {sorted(shapes)}"
+        if (fault := _table_error(name, entry)) is not None:
+            return fault
     text = index["tables"]["text"].get("rows")
     if text and sum(text) <= index["prompts"]:
         return f"it has {index['prompts']} prompts, and {sum(text)} rows of them"
     return None
+
+
+def _table_error(name: str, entry: dict[str, Any]) -> str | None:
+    """The fault of a table's entry in an index; None if it is valid."""
+    numbers = [entry["total"], *entry.get("rows", ())]
+    shapes = entry["shapes"]
+    per_shard = entry["per_shard"]
+    if not all(map(_is_natural, [*numbers, per_shard])) or not per_shard or not shapes:
+        return f"its table {name} has {entry['total']!r} rows"
+    if not all(map(_is_natural, (side for shape in shapes.values() for side in shape))):
+        return f"its table {name} has rows of shapes {shapes!r}"
+    if name == "image" and not {"x", "caption"} <= shapes.keys():
+        return f"its table {name} has rows of {sorted(shapes)}"
+    return None
+
+
+def _is_natural(value: Any) -> bool:
+    """Whether a value of JSON is a whole number from 0."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def texts(folder: Path, n: int | None = None) -> list[str]:

@@ -88,7 +88,9 @@ class Images:
 
         def cut(i: int, place: list[float]) -> tuple[Tensor, list[int]]:
             image = self.pictures[i]
-            return (squeeze(image, size), []) if self.squeeze else crop(image, size, place if self.crops else CENTRE)
+            if self.squeeze:
+                return squeeze(image, size), []
+            return crop(image, size, place if self.crops else CENTRE)
 
         images, sizes = zip(*self.decoders.map(cut, numbers, places), strict=True)
         eps = draw.normal("eps", (len(rows), *self.teacher.shape))

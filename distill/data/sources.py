@@ -52,9 +52,7 @@ def validate_source(source: str) -> None:
     path = Path(source)
     suffix = Path(source).suffix.lower()
     if suffix == ".tar":
-        shards = tars.expand(source)
-        if missing := [str(shard) for shard in shards if not shard.is_file()] or ([] if shards else [source]):
-            raise ValueError(f"no tar at {missing[0]!r}; give local shards, such as 'shards/{{000..127}}.tar'")
+        _validate_shards(source)
     elif path.is_dir():
         return
     elif suffix in TABLES:
@@ -71,6 +69,12 @@ def validate_source(source: str) -> None:
         )
     else:
         _require("datasets", source)
+
+
+def _validate_shards(source: str) -> None:
+    shards = tars.expand(source)
+    if missing := [str(shard) for shard in shards if not shard.is_file()] or ([] if shards else [source]):
+        raise ValueError(f"no tar at {missing[0]!r}; give local shards, such as 'shards/{{000..127}}.tar'")
 
 
 def prompts(source: str, column: str | None = None, limit: int | None = None) -> list[str]:

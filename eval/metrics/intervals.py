@@ -37,7 +37,7 @@ def finite_score(value: float, low: float, high: float, n: int) -> Score:
     """A figure with its interval. ValueError where one of them is NaN or infinite: it overflowed."""
     if not all(map(math.isfinite, (value, low, high))):
         raise ValueError(f"the figure is {value} ({low} to {high}), not finite: features or reference are too large")
-    return Score(value, low, high, n)
+    return Score(float(value), float(low), float(high), n)  # SciPy's quantiles are numpy's numbers
 
 
 def intervals_overlap(a: Score | Mapping[str, float], b: Score | Mapping[str, float]) -> bool:

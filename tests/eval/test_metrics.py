@@ -23,6 +23,7 @@ from eval.features.digits import classifier
 from eval.features.extraction import features
 from eval.features.extractors import load
 from eval.images import images as folders
+from eval.leaderboard.tables import validate_rows
 from eval.metrics import hallucination
 from eval.metrics.classifier import accuracy, inception_score
 from eval.metrics.diversity import diversity, pair_diversity, vendi
@@ -602,7 +603,7 @@ def test_any_metric_under_any_extractor(tmp_path):
     split = {"precision_recall": ("precision", "recall"), "density_coverage": ("density", "coverage")}
     assert set(row["metrics"]) == set(itertools.chain(*(split.get(name, (name,)) for name in names)))
     assert all(math.isfinite(v) for m in row["metrics"].values() for v in m.values())
-    assert row["protocol"] == "custom"
+    assert row["protocol"] == "custom" and validate_rows([row]) == [row]  # the tables take it as it is
     other = score_folder(tmp_path / "a", metrics=("kid",), extractor="random", reference_folder=tmp_path / "a")
     assert other["protocol_hash"] != row["protocol_hash"]
 
