@@ -1,4 +1,4 @@
-"""Evaluation as its own stage: it knows folders of images and `pipelines.load`, never a distillation method.
+"""Evaluation: generate (pipeline -> folder of images), score (folder -> figures), leaderboard (figures -> page).
 
-generate (pipeline -> folder of images)  ->  score (folder -> numbers)  ->  report (numbers -> table and page)
+It reads folders of images and calls `pipelines.load`. It never imports a distillation method.
 """

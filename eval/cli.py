@@ -1,4 +1,4 @@
-"""The command line of every stage: flags by tyro, a user's mistake as one line without a traceback."""
+"""The command line of every stage: tyro parses the flags, and a user's mistake is one line without a traceback."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ class PartialFailure(ValueError):
 
 
 def run(stage: Callable[..., Any] | Mapping[str, Callable[..., Any]]) -> Any:
-    """Call `stage`, or the one of several that the first word names, with the flags of this process.
+    """Call `stage` with the flags of this process. Of several stages, the first word names one.
 
-    A ValueError, a disk that refuses and a lack of memory end it with a message and exit code 2, Unfinished with 1,
-    Ctrl-C with 130.
+    Exit codes: 2 with a message for a ValueError, a disk error and a lack of memory; 1 for a PartialFailure; 130 for
+    Ctrl-C.
     """
     import tyro
     from safetensors import SafetensorError

@@ -33,7 +33,7 @@ def read_text(path: Path, remedy: str) -> str:
 
 
 def shorten(value: Any) -> str:
-    """A value for a message, cut."""
+    """A value for a message, at most 80 characters."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:80]}..."
 

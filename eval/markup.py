@@ -1,4 +1,4 @@
-"""HTML out of literals and values. Here, and nowhere else, values are escaped."""
+"""HTML from literals and values. Values are escaped here and nowhere else."""
 
 from __future__ import annotations
 
@@ -19,5 +19,5 @@ def tag(literal: str, *values: Any, **named: Any) -> Markup:
 
 
 def join(parts: Iterable[Any], between: str = "") -> Markup:
-    """Parts one after another, escaped where they are no HTML."""
+    """The parts joined. Parts that are no HTML are escaped."""
     return Markup(between).join(parts)

@@ -1,9 +1,8 @@
-"""Protocols: what exactly a number was measured by. Numbers of different protocols are not comparable.
+"""Protocols: the exact definition of a measurement. Figures of different protocols are not comparable.
 
-A protocol is complete: which prompts or labels, how many images of what size and of which seeds, what happens to a
-generated and to a reference image before each extractor, and which metrics follow. Its hash is over all of that, so
-two numbers with one hash were measured alike. Data that has to be brought lies in $DISTILL_DATA/NAME (by default
-data/NAME); `missing` says what to put there.
+A protocol fixes the prompts or labels, the number, size and seeds of the images, the preparation of generated and
+reference images before each extractor, and the metrics. Its hash covers all of these, so two figures with one hash are
+comparable. The user puts data into $DISTILL_DATA/NAME, by default data/NAME; `missing` lists what is needed.
 
 python -m eval.protocols           the list, each with its hash and what is missing
 """
@@ -25,13 +24,13 @@ PROMPTS = ("prompts.txt", "prompts.jsonl", "prompts.parquet")
 
 
 def data_folder() -> Path:
-    """Where the data of protocols lies: $DISTILL_DATA, by default `data` in the current folder."""
+    """The folder of the protocols' data: $DISTILL_DATA, by default `data` in the current folder."""
     return Path(os.environ.get("DISTILL_DATA", "data"))
 
 
 @dataclass(frozen=True)
 class Preparation:
-    """What happens to an image before an extractor, which then resizes it to its own input by its own rule.
+    """The crop and the size of an image before an extractor resizes it by its own rule.
 
     crop: "square", the centre of the longer side (an odd rest goes to the right or below, floor((W - H) / 2) on the
     left); a number N, the centre N x N pixels, images smaller on a side stay whole; None.
@@ -75,7 +74,7 @@ class Measure:
 
 @dataclass(frozen=True)
 class Protocol:
-    """A complete way to measure a generator. See the module."""
+    """A complete definition of a measurement; see the module."""
 
     name: str
     data: str  # its folder below data_folder(): protocols may share one
@@ -104,18 +103,18 @@ class Protocol:
 
     @property
     def prompt_file(self) -> Path | None:
-        """The file of its prompts; None for labels, and where it is absent."""
+        """The file of the prompts; None for labels, and if the file is absent."""
         if self.classes is not None:
             return None
         return next((path for name in PROMPTS if (path := self.folder / name).is_file()), None)
 
     @property
     def reference_path(self) -> Path | None:
-        """The folder or file of the reference, which may be absent; None where it is built in."""
+        """The folder or file of the reference, which may be absent; None for a built-in reference."""
         return None if self.reference is None else self.folder / self.reference
 
     def missing(self, reference: bool = True) -> str | None:
-        """What to put where before it can run, None if nothing is missing. reference: whether it is asked for too."""
+        """The missing data and where to put them; None if nothing is missing. reference: whether it is needed too."""
         lines = []
         path = self.reference_path
         if self.classes is None and self.prompt_file is None:
@@ -125,12 +124,12 @@ class Protocol:
         return f"protocol {self.name} lacks data; put\n  " + "\n  ".join(lines) if lines else None
 
     def require(self, reference: bool = True) -> None:
-        """ValueError with `missing`'s message where something is."""
+        """ValueError with the message of `missing`, if data are missing."""
         if (told := self.missing(reference)) is not None:
             raise ValueError(told)
 
     def conditions(self, n: int | None = None) -> list[Any]:
-        """The prompts or labels of its first n images (default: all). ValueError where there are too few prompts."""
+        """The prompts or labels of the first n images, by default of all. ValueError if there are too few prompts."""
         n = self.n if n is None else n
         if self.classes is not None:
             return [i % self.classes for i in range(n)]

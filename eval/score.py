@@ -56,7 +56,7 @@ def digits_reference(split: str) -> Tensor:
 
 
 class Folder:
-    """A folder of images as the metrics ask for it."""
+    """A folder of images: its manifest, files, labels, prompts and features."""
 
     def __init__(self, path: Path, batch: int = 64, workers: int = 4) -> None:
         self.path = path
@@ -75,7 +75,7 @@ class Folder:
 
     @cached_property
     def texts(self) -> list[str] | None:
-        """The prompt of every image, of metadata.jsonl; ValueError where one has none."""
+        """The prompt of every image, from metadata.jsonl. ValueError if an image has none."""
         path = self.path / "metadata.jsonl"
         if not path.is_file():
             return None
@@ -104,7 +104,7 @@ class Folder:
 
     @cached_property
     def prompts(self) -> Tensor | None:
-        """The number of each image's prompt: of its text, else of its label."""
+        """The number of each image's prompt, or its label if there are no prompts."""
         if self.texts is None:
             return self.labels
         number = {text: i for i, text in enumerate(dict.fromkeys(self.texts))}
@@ -120,7 +120,7 @@ class Folder:
         return read
 
     def has(self, need: str) -> bool:
-        """Whether the folder holds what a metric needs of it."""
+        """Whether the folder has an input of a metric."""
         if need == "seeds":
             counts = None if self.prompts is None else self.prompts.unique(return_counts=True)[1]
             return counts is not None and int((counts > 1).sum()) > 1  # an interval over prompts needs two
@@ -128,7 +128,7 @@ class Folder:
 
 
 def read_reference(measure: Measure, p: Protocol, net: Extractor, folder: Path | None) -> Any:
-    """What a measure compares with: features of a folder, stored moments, or a split of the digits."""
+    """The reference of a measure: features of a folder, stored moments, or a split of the digits."""
     path = folder or p.reference_path
     if path is None:
         return digits_reference("heldout" if measure.metric == "fd_heldout" else "train")
@@ -146,7 +146,7 @@ def read_statistics(path: Path, n: int) -> Moments:
 
 @cache
 def _read_statistics(path: Path, _: int, n: int) -> Moments:
-    """`statistics` of a file as it was at a time: one eigen-decomposition for all folders."""
+    """`read_statistics`, cached by the file's time of change: one eigen-decomposition for all folders."""
     found: list[Tensor] = []
     try:
         _check_sizes(path)
@@ -177,9 +177,9 @@ def _check_sizes(path: Path) -> None:
 
 
 def custom_protocol(folder: Folder, metrics: tuple[str, ...], extractor: str | None, other: Path | None) -> Protocol:
-    """The protocol of metrics that were named on the command line, so that these rows carry a hash as well.
+    """The protocol of metrics named on the command line, so that their rows have a hash too.
 
-    A photo that is no square is cut to its middle square, as training does.
+    Images are cropped to their centre square, as in training.
     """
     from eval.features.extraction import images_hash
 
@@ -197,7 +197,7 @@ def custom_protocol(folder: Folder, metrics: tuple[str, ...], extractor: str | N
 
 
 def _reference_files(path: Path) -> list[Path]:
-    """The images of a folder, or a file of stored moments. ValueError where there is neither."""
+    """The images of a folder, or a file of stored moments. ValueError if there is neither."""
     if path.suffix != ".npz" or path.is_dir():
         return list_images(path)
     if not path.is_file():
@@ -215,9 +215,10 @@ def score_folder(
     batch: int = 64,
     workers: int = 4,
 ) -> dict[str, Any]:
-    """The row of one folder; see `scores`. ValueError for what is unknown or absent, and where no metric is left.
+    """The row of one folder; see `score_folders`. ValueError for unknown names, and if no metric could be computed.
 
-    What a metric lacks is found before a network runs; the others are computed, and the row's "left_out" says why.
+    Missing inputs of a metric are reported before a network runs. The other metrics are computed. The row's "left_out"
+    holds the reasons.
     """
     found = Folder(Path(folder), batch, workers)
     p = _protocol(found, protocol, metrics, extractor, reference_folder)
@@ -327,7 +328,7 @@ def _pair(text: str) -> tuple[str, str]:
 def _protocol(
     found: Folder, name: str | None, metrics: tuple[str, ...], extractor: str | None, other: Path | None
 ) -> Protocol:
-    """The named protocol, that of the manifest, or one of the metrics that were asked for; n as it is here."""
+    """The named protocol, else the manifest's, else one of the given metrics. n: the number of images in the folder."""
     for wanted in metrics:
         find_metric(wanted)
     if metrics and name is None:
@@ -392,7 +393,7 @@ def _row(found: Folder, p: Protocol, made: dict[str, Score], nets: dict[str, str
 
 
 def is_main_process() -> bool:
-    """Whether this process, of those of one launch, writes."""
+    """Whether this is the process of a launch that writes files."""
     return int(os.environ.get("RANK", 0)) == 0
 
 
@@ -450,7 +451,7 @@ def score_folders(
 
 
 def main() -> None:
-    """Command line of `scores`."""
+    """Command line of `score_folders`."""
     from eval.cli import run
 
     @wraps(score_folders)

@@ -1,4 +1,4 @@
-"""Our figures against those of the peers, on your images, with the real weights, on this machine.
+"""Compare our figures with those of other libraries, on your images, with the real weights, on this machine.
 
 python -m eval.verify --folder runs/images/a --reference photos
 python -m eval.verify --folder runs/images/a --reference photos --peers clip --clip_model open_clip:ViT-L-14/openai
@@ -8,7 +8,7 @@ clean-fid       its reading, resizing and network, to FID, against `inception-cl
 torch-fidelity  its reading, its own conversion of the network's weights, to FID, against `inception-legacy`
 clip            open_clip's transform, tokenizer and encoders, to the mean cosine, against `clip_score`
 
-What lacks weights or a package is said and left out. The exit code is 1 where a figure is off.
+A comparison without its weights or package is left out, with the reason. The exit code is 1 if a figure differs.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Peer = Literal["arithmetic", "clean-fid", "torch-fidelity", "clip"]
 
 
 class Comparison(NamedTuple):
-    """A figure of ours and of a peer, and by how much they may differ, relatively."""
+    """Our figure, a peer's figure, and the relative difference that is allowed."""
 
     name: str
     ours: float
@@ -52,7 +52,7 @@ class Comparison(NamedTuple):
 
 
 def arithmetic(folder: Path, reference: Path, extractor: str, logits: str) -> Iterator[Comparison]:
-    """Numbers from the same features: the same definitions, 1e-6."""
+    """Figures of the same features. Tolerance: 1e-6."""
     from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
     from torch_fidelity.metric_isc import isc_features_to_metric
     from torch_fidelity.metric_kid import kid_features_to_metric
@@ -137,7 +137,7 @@ def verify(
     clip_model: str = "open_clip:ViT-g-14/laion2b_s12b_b42k",
     out: Path | None = None,
 ) -> tuple[dict[str, list[Comparison]], dict[str, str]]:
-    """Compare with the peers -> (their checks, why others were left out).
+    """Compare with the peers -> ({peer: its comparisons}, {peer: the reason why it was left out}).
 
     Args:
         folder: generated images, with metadata.jsonl for clip.

@@ -1,4 +1,4 @@
-"""Data as pure functions of (seed, step, global sample index): nothing to save, nothing to lose on a restart."""
+"""Data as pure functions of (seed, step, global sample index): a restart needs no saved state."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def digits(split: str) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Digits:
-    """Conditions are uniform class labels; real images, with their own labels, are of the training split."""
+    """Conditions are uniform class labels. Real images come from the training split, with their own labels."""
 
     classes: tuple[Natural, ...] = ()  # labels of this student's part (Multi-Student); none given: all ten
 
@@ -90,9 +90,9 @@ class Digits:
 
 @dataclass(frozen=True)
 class Text:
-    """Prompts, and real images with captions that are drawn independently of them.
+    """Prompts, and real images with captions. Images are drawn independently of the prompts.
 
-    Rows are drawn uniformly, with replacement, from (seed, step, player, sample): there is no order to save.
+    Rows are drawn uniformly with replacement, by (seed, step, player, sample). So there is no order to save.
     """
 
     text: Literal["cached", "online"] = "cached"  # online: encode while training, which keeps the encoders in memory
@@ -114,7 +114,7 @@ class Text:
         return Words(self.forget, self.override)
 
     def validate(self, requirements: tuple[Requirement, ...]) -> None:
-        """ValueError that says what is missing and how to make it; nothing is read but an index."""
+        """ValueError that says what is missing and how to make it. Of a cache, only the index is read."""
         validate_ranges(self, "--data.")
         real = Requirement.REAL in requirements
         refuse_pairs(requirements)
@@ -158,7 +158,7 @@ class Text:
             sources.validate_source(source)
 
     def open(self, teacher: Any, requirements: tuple[Requirement, ...]) -> PrefetchingBatches:
-        """The data of `teacher`, whose `null` becomes the empty prompt where it has none yet.
+        """The data for `teacher`. A teacher without a null condition gets the empty prompt as its `null`.
 
         ValueError if the cache was made for another teacher.
         """
@@ -199,7 +199,7 @@ class Text:
         return [*texts(Path(self.cache), len(table) - 1), ""]
 
     def sources(self) -> tuple[list[str], Pictures | None]:
-        """All prompts, and the images with their captions."""
+        """(all prompts, the images with their captions)."""
         limit = self.max_samples
         prompts = sources.prompts(self.prompts, self.prompt_column, limit) if self.prompts else []
         if not self.images:
@@ -209,7 +209,7 @@ class Text:
         return prompts, pictures
 
     def smoke(self, folder: Path) -> Text:
-        """Eight prompts and random images, which are written to `folder`, encoded online."""
+        """Write eight prompts and random images to `folder`; they are encoded online."""
         from PIL import Image
 
         folder.mkdir(parents=True, exist_ok=True)

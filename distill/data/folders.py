@@ -18,7 +18,7 @@ Row = tuple[str, str | None, Callable[[], Any]]  # name, caption, how to read th
 
 
 def rows(folder: Path, files: list[Path], column: str | None, notes: list[str]) -> Iterator[Row]:
-    """The images among the files of a folder. A line for each kind of skipped file is appended to `notes`."""
+    """The images among the files of a folder. Appends a line to `notes` for each kind of skipped file."""
     pictures = [path for path in files if images.is_image(path)]
     told, metadata = captions(files, column)
     beside = {(path.parent, path.stem, path.suffix.lower()): path for path in files if path.suffix.lower() in BESIDE}
@@ -37,7 +37,7 @@ def rows(folder: Path, files: list[Path], column: str | None, notes: list[str]) 
 
 
 def captions(files: list[Path], column: str | None) -> tuple[dict[str, str | None], list[Path]]:
-    """The captions of metadata by the path of their image, and the files that hold them; the deepest one counts."""
+    """({path of an image: its caption}, the metadata files). The file in the deepest folder counts."""
     metadata = [path for path in files if path.name.lower() in METADATA]
     found: dict[str, str | None] = {}
     for path in sorted(metadata, key=lambda path: len(path.parts)):
@@ -53,6 +53,6 @@ def captions(files: list[Path], column: str | None) -> tuple[dict[str, str | Non
 
 
 def _resolve_path(folder: Path, name: str) -> str:
-    """The path of a file that metadata in `folder` name, perhaps as Windows does."""
+    """The path of a file that metadata in `folder` name, also with backslashes."""
     path = os.path.normpath(os.path.join(folder, name))
     return path if "\\" not in name or os.path.exists(path) else _resolve_path(folder, name.replace("\\", "/"))

@@ -1,4 +1,4 @@
-"""Words to forget in prompts, and those in their place: SFD's rule (distill/methods/wrappers/forget.py)."""
+"""SFD's words to forget in prompts, and their replacements (distill/methods/wrappers/forget.py)."""
 
 from __future__ import annotations
 
@@ -12,13 +12,16 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Words:
-    """Found in any case, the longest first, as whole words where they begin or end with a letter a-z or a digit."""
+    """Words to forget and their replacements. Longer words are matched first, in upper or lower case.
+
+    A word that begins or ends with a letter a-z or a digit matches there at a word boundary only.
+    """
 
     forget: tuple[str, ...]
     override: tuple[str, ...]
 
     def validate(self) -> None:
-        """ValueError where an override is missing, or holds what is to be forgotten."""
+        """ValueError if a replacement is missing, is empty or contains a word to forget."""
         held = [other for other in self.override if not other.strip() or self.pattern.search(other)]
         if len(self.forget) != len(self.override) or held or not all(word.strip() for word in self.forget):
             raise ValueError(
@@ -37,7 +40,7 @@ class Words:
         return re.compile("|".join(each) or "(?!)", re.IGNORECASE)
 
     def replace_words(self, text: str) -> str | None:
-        """The text with other words in place of those, None where it has none of them."""
+        """The text with its words to forget replaced; None if it has none of them."""
         new = self.pattern.sub(lambda match: self.override[self._number(match)], text)
         return None if new == text else new
 
@@ -69,7 +72,7 @@ class Words:
             )
 
     def _word(self, match: re.Match[str]) -> str:
-        """The word to forget that a match is of."""
+        """The word to forget that was matched."""
         return self.forget[self._number(match)]
 
     def _number(self, match: re.Match[str]) -> int:

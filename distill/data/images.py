@@ -1,7 +1,8 @@
-"""The image types and the one reader of training and evaluation. It needs Pillow alone.
+"""The image types, and the reader of images for training and evaluation. It needs only Pillow.
 
-An image becomes 8 bits, upright, grey or RGB. Values of 16 bits are divided by 257. Transparent parts lie over white.
-Of an animation the first frame is read. Pillow itself keeps the high byte of RGB with 16 bits a channel.
+An image is converted to 8 bits, grey or RGB, and rotated upright. Values of 16 bits are divided by 257. Transparent
+parts are placed on white. Of an animation the first frame is read. Of RGB with 16 bits a channel, Pillow keeps the high
+byte.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def formats() -> list[str]:
 
 @cache
 def suffixes() -> frozenset[str]:
-    """Suffixes of files that are images, in small letters: all that this Pillow reads."""
+    """The suffixes of all image types that this Pillow reads, in lower case."""
     known = {*formats(), "MPO"}  # Pillow opens .mpo as a JPEG
     return frozenset(suffix for suffix, name in PIL.Image.registered_extensions().items() if name in known)
 
@@ -53,7 +54,7 @@ def is_image(path: str | Path) -> bool:
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a file or folder is hidden or made by the system: .name, ._name of macOS, __MACOSX."""
+    """Whether a name is hidden or made by the system: .name, ._name of macOS, __MACOSX."""
     return name.startswith(".") or name == "__MACOSX"
 
 
@@ -83,7 +84,7 @@ def describe_unread(paths: Iterable[Path]) -> str:
 
 
 def format_file_count(files: Sequence[Any]) -> str:
-    """How many files: "1 file", "2 files"."""
+    """The number of files in words: "1 file", "2 files"."""
     return f"{len(files):,} file{'s' * (len(files) != 1)}"
 
 

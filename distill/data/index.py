@@ -1,7 +1,7 @@
-"""The index of a cache: which teacher it was made for, and where its rows are.
+"""The index of a cache: its teacher, its tables and their shards.
 
-A cache is a folder: `index.json`, the texts in `texts.jsonl`, and a table "text" of conditions, perhaps another one
-"image" of latents, in shards `NAME-00000.safetensors`.
+A cache is a folder with `index.json`, the texts in `texts.jsonl`, a table "text" of conditions and optionally a table
+"image" of latents. A table is stored in shards `NAME-00000.safetensors`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def command(images: bool = False, teacher: str = "FOLDER", output_dir: str = "ca
 
 
 def read_index(folder: Path, images: bool = False) -> dict[str, Any]:
-    """The index of a finished cache, or a ValueError that says what to do."""
+    """The index of a finished cache. ValueError, with the remedy, if the cache is absent, damaged or not finished."""
     if not (folder / INDEX).is_file():
         raise ValueError(f"no cache at {str(folder)!r}; make one with\n  {command(images, output_dir=str(folder))}")
     index = read_unfinished_index(folder)
@@ -40,7 +40,7 @@ def read_index(folder: Path, images: bool = False) -> dict[str, Any]:
 
 
 def read_unfinished_index(folder: Path) -> dict[str, Any]:
-    """The index in a folder, finished or not; ValueError if it is damaged."""
+    """The index of a cache that may not be finished. ValueError if it is damaged."""
     try:
         index = read_json(folder / INDEX)
         damage = _index_error(index)
@@ -93,7 +93,7 @@ def _is_natural(value: Any) -> bool:
 
 
 def texts(folder: Path, n: int | None = None) -> list[str]:
-    """The first n texts of a cache, all by default."""
+    """The first n texts of a cache; by default all. ValueError if they are damaged or fewer."""
     path = folder / TEXTS
     found = []
     if not path.is_file():
@@ -130,7 +130,7 @@ def validate_teacher(folder: Path, index: dict[str, Any], teacher: Any, images: 
 
 
 def fingerprint(folder: Path) -> dict[str, str]:
-    """What tells one teacher's text encoders and autoencoder from another's, without reading their weights whole."""
+    """Digests that identify a teacher's text encoders and autoencoder, without reading all of their weights."""
     index = read_json(folder / "model_index.json")
     parts = sorted(key for key, value in index.items() if isinstance(value, list) and value[0] is not None)
     hub = [part for part in folder.absolute().parts if part.startswith("models--")]  # the Hub's own cache
@@ -143,7 +143,7 @@ def fingerprint(folder: Path) -> dict[str, str]:
 
 
 def digest(folder: Path, parts: list[str]) -> str:
-    """Small files whole; of large ones the size and 64 blocks, the first of which is the header."""
+    """A digest of the files of some components: their names and sizes, and 64 blocks of each, the header included."""
     seen = hashlib.blake2b(digest_size=16)
     for path in sorted(p for part in parts for p in (folder / part).iterdir() if p.is_file()):
         length = path.stat().st_size

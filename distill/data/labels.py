@@ -1,4 +1,4 @@
-"""Class labels, the images of folders whose subfolders are the classes, and pairs of a teacher of labels."""
+"""Class labels, images in one subfolder a class, and pairs of a class-conditional teacher."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def refuse_pairs(requirements: tuple[Requirement, ...]) -> None:
 
 
 def select_labels(classes: tuple[int, ...], n: int) -> Tensor:
-    """The labels of a part of n classes, all where none are named; ValueError where they are no labels."""
+    """The selected class labels, int64; by default all of 0 .. n - 1. ValueError for other or repeated labels."""
     if wrong := [label for label in classes if not 0 <= label < n] or len({*classes}) < len(classes):
         raise ValueError(f"--data.classes is {classes}; it must be labels of 0 .. {n - 1}, each once: see {wrong}")
     return torch.tensor(classes or range(n))
@@ -43,7 +43,7 @@ def select_labels(classes: tuple[int, ...], n: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Labels:
-    """Uniform class labels of the teacher; real images, where the method needs them, with labels of their own."""
+    """Uniform class labels of the teacher. Real images, where the method needs them, have labels of their own."""
 
     images: str = ""  # folder with one subfolder a class, which is numbered in the order of their names
     classes: tuple[Natural, ...] = ()  # labels of this student's part (Multi-Student); none given: all of the teacher's
@@ -67,7 +67,7 @@ class Labels:
         return found
 
     def smoke(self, folder: Path) -> Labels:
-        """Random images of three classes, which are written to `folder`."""
+        """Write random images of three classes to `folder`."""
         from PIL import Image
 
         random = np.random.default_rng(0)
@@ -89,12 +89,12 @@ class Classes:
 
     @cached_property
     def part(self) -> Tensor:
-        """The labels that are drawn."""
+        """The labels of this student's part, int64."""
         return select_labels(self.only, self.classes)
 
     @cached_property
     def classes(self) -> int:
-        """Of the teacher, without the one that stands for none; an unconditional one counts as one class."""
+        """The number of the teacher's classes, without the null class. An unconditional teacher has one class."""
         known = self.teacher.denoiser.net.config.num_class_embeds
         return (known or 1) - (self.teacher.denoiser.null is not None)
 
@@ -129,7 +129,7 @@ class Classes:
         return {"class_labels": labels}
 
     def _image(self, file: Path) -> Tensor:
-        """The middle square at the teacher's size, [C, H, W] in [-1, 1]."""
+        """The centre square of an image at the teacher's size, [C, H, W] in [-1, 1]."""
         from PIL import Image, ImageOps
 
         channels, side, _ = self.teacher.shape
@@ -141,10 +141,10 @@ class Classes:
 
 @dataclass(frozen=True)
 class LabelPairs:
-    """Pairs of a teacher of class labels: noise, where Heun's method takes it under a label, and that label.
+    """Pairs of a class-conditional teacher: noise, the sample of Heun's method from it under a label, and that label.
 
-    They are sampled when a run opens them, in n (2 steps - 1) calls, and stay in memory; a resumed run has the same.
-    Those of teachers of prompts are stored: python -m pipelines.pairs.
+    A run samples the pairs when it starts, in n (2 steps - 1) calls, and keeps them in memory. A resumed run has the
+    same pairs. For teachers with prompts, `python -m pipelines.pairs` stores pairs.
     """
 
     n: Count = 1000  # pairs, of all labels in turn

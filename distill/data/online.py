@@ -1,4 +1,4 @@
-"""Tables that are encoded when they are read. A cache holds the rows of these tables: they agree by construction."""
+"""Tables that are encoded on access. `pipelines.cache` stores their rows: cached and online training see the same."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PROBE = 64  # pixels of the image that shows by how much an autoencoder shrinks
 
 
 class Texts:
-    """Conditions of texts: the prompts, then the captions that are no prompts, and at last the empty text."""
+    """Conditions of texts: first the prompts, then the captions that are no prompts, last the empty text."""
 
     def __init__(self, teacher: Any, prompts: Sequence[str], captions: Sequence[str] = ()) -> None:
         """Without prompts, the captions are the prompts."""
@@ -49,10 +49,10 @@ class Texts:
 class Images:
     """Latents "x" of images and the row of their "caption" in a table of texts; with crops also their SIZES.
 
-    The shorter side of an image fills the teacher's square, and what lies beyond it is cut off: evenly on both ends
-    (crops = 0), or `crops` times at a random place. `squeeze` brings the whole image into the square instead, as DMD2
-    does. Row i * crops + j is cut j of image i; its place and its one sample of the autoencoder's posterior are
-    functions of that number.
+    The image is scaled so that its shorter side fills the teacher's square. crops = 0 takes the centre square; else
+    `crops` squares at random places are taken. `squeeze` resizes the full image to the square instead, as DMD2 does.
+    Row i * crops + j is crop j of image i. Its place and its sample of the autoencoder's posterior depend on the row's
+    number alone.
     """
 
     def __init__(
@@ -100,12 +100,12 @@ class Images:
 
 
 def squeeze(image: Image, size: tuple[int, int]) -> Tensor:
-    """The whole image at `size` (height, width), [3, H, W] in [-1, 1]."""
+    """The full image resized to `size` (height, width): [3, H, W] in [-1, 1]."""
     return _tensor(image.resize(size[::-1], 1))  # 1: Lanczos
 
 
 def crop(image: Image, size: tuple[int, int], place: Sequence[float]) -> tuple[Tensor, list[int]]:
-    """A cut of the image at `place` in [0, 1)^2, and SDXL's sizes of it."""
+    """(the crop of the image at `place` in [0, 1)^2, SDXL's six sizes of it)."""
     scale = max(size[0] / image.height, size[1] / image.width)
     height = max(size[0], round(image.height * scale))
     width = max(size[1], round(image.width * scale))

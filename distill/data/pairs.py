@@ -23,15 +23,15 @@ COMMAND = "python -m pipelines.pairs --pretrained_model_name_or_path FOLDER --pr
 
 
 def noise(seed: int, rows: Sequence[int], shape: Sequence[int]) -> Tensor:
-    """The unit noise [B, *shape] of these pairs: a function of (seed, row), so it is not stored."""
+    """The standard normal noise [B, *shape] of these pairs. It is a function of (seed, row), so it is not stored."""
     return Draw(seed, 0, "pairs", torch.tensor(rows)).normal("z", (len(rows), *shape))
 
 
 class Trajectories:
-    """Where the teacher's ODE ends, "x", from the noise of each row, and the row of its "caption" in a table of texts.
+    """A table of the teacher's samples "x" from the noise of each row, with the row of the "caption" among the texts.
 
-    Row i has prompt i, over again where there are more rows than prompts. A cache whose images are such rows is one of
-    pairs, and for a method that needs real images, one of the teacher's own samples.
+    Row i has prompt i modulo the number of prompts. A cache with these rows as images holds pairs. A method that needs
+    real images trains on the teacher's samples then.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class Trajectories:
 
 
 class PrefetchingPairs(PrefetchingBatches):
-    """data(draw) -> batch with noise "z", samples "y" [B, *shape] and their condition "c"; both also as real ones."""
+    """data(draw) -> batch with noise "z", samples "y" [B, *shape], condition "c", and both as "real", "real_c"."""
 
     def __init__(
         self, text: Table, pairs: Table, prompts: int, names: list[str], seed: int, early: bool = True
@@ -87,7 +87,7 @@ class Pairs:
     guidance: Finite = 8.0  # online: of the teacher
 
     def validate(self, requirements: tuple[Requirement, ...]) -> None:
-        """ValueError that says what is missing and how to make it; nothing is read but an index."""
+        """ValueError that says what is missing and how to make it. Of a cache, only the index is read."""
         if Requirement.FORGOTTEN_PROMPTS in requirements:
             raise ValueError("pairs of the teacher show what is to be forgotten: take prompts (distill.data.Text)")
         if self.pairs == "online":
@@ -108,7 +108,7 @@ class Pairs:
             )
 
     def open(self, teacher: Any, requirements: tuple[Requirement, ...]) -> PrefetchingPairs:
-        """ValueError if the pairs are of another teacher, its network included."""
+        """ValueError if the pairs were made with another teacher or another of its networks."""
         feed = self._cached(teacher) if self.pairs == "cached" else self._online(teacher)
         if teacher.denoiser.null is None:  # sizes stay those of the image
             teacher.denoiser.null = {key: v for key, v in feed.empty().items() if key != SIZES}
@@ -133,7 +133,7 @@ class Pairs:
         return PrefetchingPairs(text, pairs, text.prompts, text.texts[: min(text.prompts, FIXED)], 0, early=False)
 
     def smoke(self, folder: Path) -> Pairs:
-        """Eight prompts, which are written to `folder`, sampled online in two steps."""
+        """Write eight prompts to `folder`; they are sampled online in two steps."""
         folder.mkdir(parents=True, exist_ok=True)
         names = [f"{color} {thing}" for color in ("a red", "a blue") for thing in ("cat", "dog", "house", "tree")]
         (folder / "prompts.txt").write_text("\n".join(names))

@@ -1,4 +1,4 @@
-"""Batches as functions of a draw, read one step ahead."""
+"""Batches as functions of a draw. A thread reads the next batch during a step."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ FIXED = 1000  # prompts whose text is kept for grids of samples
 class PrefetchingBatches:
     """data(draw) -> batch with "c" [B, ...] and, where the method needs them, "real" [B, *shape] and "real_c".
 
-    texts: of every row, for a method with a reward; conditions then have their rows as "prompt" [B], too.
-    After `override` beside its own keys a condition has those of what overrides it, and "forget_c" are of such prompts.
+    texts: the text of every row, for a method with a reward. Conditions then hold their rows as "prompt" [B].
+    After `override`, a condition also holds the keys of its replacement, and "forget_c" are replaced prompts.
 
-    Every row is known in advance, so one thread reads the next step's batch during this one. A batch is the same
-    whether it was read ahead or not: there, encoders run without gradient and autocast.
-    early: whether it may be. A table that calls a network of the training is read when the step asks for it.
+    A thread reads the next step's batch during this step. A batch is the same whether it was read ahead or not:
+    encoders run without gradient and autocast in both cases.
+    early: whether batches are read ahead. False for a table that calls a network of the training.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class PrefetchingBatches:
         self._seen: dict[tuple[int, int], tuple[Tensor, int, Samples]] = {}
 
     def override(self, rule: Tensor) -> None:
-        """For SFD: rule [len(text)] are the rows of what overrides each text, its own where nothing does."""
+        """For SFD. rule [len(text)]: the row of the text that replaces each text; its own row if none does."""
         self.rule = rule
         self.forgotten = (rule != torch.arange(len(rule))).nonzero()[:, 0]
 
@@ -73,7 +73,7 @@ class PrefetchingBatches:
 
     @torch.no_grad()
     def read(self, ask: Ask) -> Batch:
-        """The batch of (seed, step, player, samples), as it is stored."""
+        """The batch of (seed, step, player, samples), with the stored types."""
         batch = self.rows(Draw(*ask[:3], torch.tensor(ask[3])))
         return _map_tensors(batch, _pin_memory) if torch.cuda.is_available() else batch
 
@@ -102,7 +102,7 @@ class PrefetchingBatches:
         return overriding(c, other) | ({"prompt": told} if self.texts else {})  # a reward is of what is told
 
     def fixed(self, n: int) -> tuple[list[str], dict[str, Tensor]]:
-        """The first n prompts, over again where there are fewer, and their condition."""
+        """(the first n prompts, repeated if there are fewer; their condition)."""
         rows = [i % min(self.prompts, len(self.names)) for i in range(n)]
         return [self.names[i] for i in rows], self._encoded(rows)
 
@@ -115,7 +115,7 @@ class PrefetchingBatches:
         return _map_tensors(self._thread.submit(read, rows).result(), _float)
 
     def _host(self, samples: Tensor) -> Samples:
-        """The numbers of a tensor, fetched from the device once: a loop that hands in the same ones never waits."""
+        """The numbers of a tensor. They are copied from the device once, so a loop with the same tensor never waits."""
         key = samples.data_ptr(), len(samples)
         if key not in self._seen or self._seen[key][1] != samples._version:
             self._seen[key] = samples, samples._version, tuple(samples.tolist())  # holds the memory, so the key stays

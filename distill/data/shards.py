@@ -1,4 +1,4 @@
-"""Tables of tensors on disk: safetensors shards that are written whole or not at all, read row by row.
+"""Tables of tensors on disk: safetensors shards that are written atomically and read row by row.
 
 Rows that end in zeros (the padding of some text encoders) are stored without them and read back with them.
 """
@@ -26,7 +26,7 @@ Rows = dict[str, Tensor]
 
 
 class Table(Protocol):
-    """Rows of tensors by number."""
+    """Rows of tensors, read by their numbers."""
 
     def __len__(self) -> int: ...
 
@@ -36,10 +36,10 @@ class Table(Protocol):
 
 
 class Shards:
-    """A table of a cache: nothing is read until a row is asked for, and then that row alone."""
+    """A table of a cache. Only the rows that are requested are read."""
 
     def __init__(self, folder: Path, name: str, entry: dict[str, Any]) -> None:
-        """entry: of the index: "rows" of each shard and the "shapes" of a row."""
+        """entry: of the index, with the "rows" of each shard and the "shapes" of a row."""
         self.files = [folder / file(name, i) for i in range(len(entry["rows"]))]
         if missing := [path.name for path in self.files if not path.is_file()]:
             raise ValueError(f"the cache {folder} has lost {missing[0]}: run the cache command again")
@@ -68,7 +68,7 @@ class Shards:
 
 
 def _open_shard(path: Path) -> Any:
-    """A shard; ValueError for a torn one."""
+    """An open shard. ValueError if it is truncated."""
     try:
         return safe_open(path, "pt")
     except (SafetensorError, OSError) as error:
@@ -76,7 +76,7 @@ def _open_shard(path: Path) -> Any:
 
 
 def _validate_shard(path: Path, n: int, shapes: dict[str, tuple[int, ...]]) -> None:
-    """ValueError unless a shard holds n rows of these shapes; reads its header and where rows end."""
+    """ValueError unless a shard holds n rows of these shapes. Reads its header and the ends of its rows."""
     stored = _open_shard(path)
     for key, shape in shapes.items():
         if key not in stored.keys():
@@ -96,7 +96,7 @@ def _validate_shard(path: Path, n: int, shapes: dict[str, tuple[int, ...]]) -> N
 
 
 def is_readable(path: Path) -> bool:
-    """Whether a shard is there and can be read."""
+    """Whether a shard exists and can be read."""
     if not path.is_file():
         return False
     try:
@@ -114,7 +114,7 @@ def _get(stored: Any, key: str, i: int, shape: tuple[int, ...]) -> Tensor:
 
 
 def narrow(rows: Rows, dtype: torch.dtype) -> Rows:
-    """Rows on the CPU in `dtype`; integers and tensors of up to EXACT numbers a row keep theirs."""
+    """Rows on the CPU in `dtype`. Integers, and tensors with at most EXACT numbers a row, keep their type."""
     stored = {}
     for key, value in rows.items():
         value = value.detach().cpu()
@@ -130,7 +130,7 @@ def narrow(rows: Rows, dtype: torch.dtype) -> Rows:
 
 
 def pack(rows: Rows) -> Rows:
-    """Rows [N, ...] as a shard holds them: where some [L, ...] end in zeros, one after another without these."""
+    """Rows [N, ...] as a shard stores them. If some rows [L, ...] end in zeros, rows are joined without these zeros."""
     packed = {}
     for key, value in rows.items():
         if value.ndim > 2:
@@ -148,12 +148,12 @@ def file(name: str, shard: int) -> str:
 
 
 def note(path: Path) -> dict[str, Any]:
-    """What was noted about a shard."""
+    """The note that `save` stored in a shard."""
     return json.loads(_open_shard(path).metadata()["note"])
 
 
 def save(rows: Rows, path: Path, about: dict[str, Any]) -> None:
-    """Write one shard with a note: under its name it is whole."""
+    """Write one shard with a note, atomically."""
     try:
         with atomic_file(path) as partial:
             save_file(rows, partial, {"note": json.dumps(about)})  # one entry: several have no order

@@ -1,4 +1,4 @@
-"""Prompts and captioned images as users keep them: text files, tables, folders, tar shards, `datasets`."""
+"""Prompts and captioned images from text files, tables, folders, tar shards and `datasets`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SAVED = ("state.json", "dataset_dict.json")  # files that save_to_disk of `datas
 
 @dataclass(frozen=True)
 class Pictures:
-    """Images with captions, read one by one, each by its number."""
+    """Images with captions. Image i is read on access."""
 
     names: list[str]  # what an error calls them
     captions: list[str]
@@ -48,7 +48,7 @@ class Pictures:
 
 
 def validate_source(source: str) -> None:
-    """ValueError if prompts or images are plainly not there; opens nothing."""
+    """ValueError if a source of prompts or images does not exist. Opens no file."""
     path = Path(source)
     suffix = Path(source).suffix.lower()
     if suffix == ".tar":
@@ -80,7 +80,7 @@ def _validate_shards(source: str) -> None:
 def prompts(source: str, column: str | None = None, limit: int | None = None) -> list[str]:
     """The prompts of a table (TABLES; of .txt one a line), or of a dataset's `train` split.
 
-    column: a column, by default the first of COLUMNS that there is. limit: the first so many.
+    column: by default the first of COLUMNS that exists. limit: use only so many.
     """
     validate_source(source)
     path = Path(source)
@@ -139,7 +139,7 @@ def notice(lines: tuple[str, ...] | list[str]) -> None:
 
 
 def _is_dataset(folder: Path, files: list[Path]) -> bool:
-    """Whether a folder is a dataset that was saved, or holds tables of data and no image."""
+    """Whether a folder is a saved dataset, or holds tables of data and no image."""
     if any((folder / name).is_file() for name in SAVED):
         return True
     tables_of_data = [f for f in files if f.suffix.lower() in (".parquet", ".arrow") and f.stem.lower() != "metadata"]

@@ -42,7 +42,7 @@ def column(names: Iterable[str], wanted: str | None, where: str) -> str:
 
 
 def caption(value: Any, where: str) -> str | None:
-    """The text of a cell; of a list of texts one, drawn by a hash of the list; None for an empty cell."""
+    """The text of a cell; None for an empty one. Of a list of texts, a hash of the list selects one."""
     if value is None:
         return None
     if isinstance(value, list | tuple):
@@ -66,7 +66,7 @@ def texts(path: Path, wanted: str | None = None) -> Iterator[str | None]:
 
 
 def rows(path: Path, wanted: Sequence[str]) -> Iterator[Row]:
-    """The rows of a table, each a string or a dict; of a .parquet file with its columns `wanted` only."""
+    """The rows of a table, each a string or a dict. Of a .parquet file, only the columns `wanted` are read."""
     suffix = path.suffix.lower()
     if suffix == ".txt":
         return ((f"{path}, line {i}", line.strip()) for i, line in enumerate(text_of(path).split("\n"), 1))
@@ -91,7 +91,7 @@ def _shorten(value: Any) -> str:
 
 
 def _check_rows(found: Iterator[Row]) -> Iterator[Row]:
-    """`found`, whose rows are strings or objects; ValueError for another one."""
+    """The same rows. ValueError for a row that is neither a string nor an object."""
     for where, row in found:
         if not isinstance(row, str | dict):
             raise ValueError(f'{where}: {_shorten(row)} is not a row: write {{"text": "a red fox"}}, or a string')
@@ -105,7 +105,7 @@ def _jsonl(path: Path) -> Iterator[Row]:
 
 
 def _json(path: Path) -> Iterator[Row]:
-    """A list of rows, a column of each name, or, as some write it, a row a line."""
+    """The rows of a .json file: a list of rows, an object of columns, or one row on each line."""
     content = text_of(path)
     try:
         found = json.loads(content)

@@ -35,7 +35,7 @@ def expand(pattern: str) -> list[Path]:
 
 
 def rows(shards: list[Path], column: str | None, notes: list[str]) -> Iterator[Row]:
-    """The position of each image in the tars. A line for each kind of skipped member is appended to `notes`."""
+    """The images in the tars. Appends a line to `notes` for each kind of skipped member."""
     for shard in shards:
         samples: dict[str, dict[str, Any]] = {}
         unread: list[Path] = []
@@ -80,7 +80,7 @@ def _caption(sample: dict[str, Any], column: str | None, where: str) -> str | No
 
 
 def _members(shard: Path) -> Iterator[tuple[tarfile.TarInfo, str | None]]:
-    """The files and links of a tar; of .txt, .caption and .json files with their text."""
+    """The files and links of a tar, with the text of .txt, .caption and .json files."""
     length = shard.stat().st_size
     try:
         with tarfile.open(shard, "r:") as tar:

@@ -1,4 +1,4 @@
-"""The feature network of the digits: a small classifier trained on the training split, cached, named by its weights."""
+"""The feature network of the digits: a small classifier, trained on the training split and cached."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class Classifier:
 
 
 def shift_images(images: Tensor, by: Tensor) -> Tensor:
-    """Moves images [B, 1, H, W] by whole pixels `by` [B, 2] (down, right), filling with the background -1."""
+    """Move images [B, 1, H, W] by whole pixels `by` [B, 2] (down, right) and fill with the background -1."""
     reach = int(by.abs().max())
     height, width = images.shape[-2:]
     padded = F.pad(images, [reach] * 4, value=-1.0)
@@ -82,7 +82,7 @@ def shift_images(images: Tensor, by: Tensor) -> Tensor:
 
 
 def train(recipe: Recipe = Recipe()) -> DigitsNet:
-    """Trains the network on the 1,200 training digits: about 30 s on one thread, the same weights every time."""
+    """Train the network on the 1,200 training digits: about 30 s on one thread, with the same weights every time."""
     images, labels = digits("train")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the order of sums, hence the weights, must not depend on the machine's load
@@ -108,9 +108,9 @@ def train(recipe: Recipe = Recipe()) -> DigitsNet:
 
 @cache
 def classifier(folder: Path | None = None, recipe: Recipe = Recipe()) -> Classifier:
-    """The digits feature network, from `folder` (by default `cache_folder()`) or trained now and stored there.
+    """The digits feature network from `folder`, by default `cache_folder()`. It is trained and stored if absent.
 
-    Raises ValueError where its accuracy on the 597 held-out digits is below 97 %.
+    ValueError if its accuracy on the 597 held-out digits is below 97 %.
     """
     from safetensors.torch import save_file
 
@@ -134,7 +134,7 @@ def classifier(folder: Path | None = None, recipe: Recipe = Recipe()) -> Classif
 
 
 def _read_network(path: Path) -> DigitsNet | None:
-    """The network of a file; None where it is absent or torn."""
+    """The network of a file; None if the file is absent or damaged."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 

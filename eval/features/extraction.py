@@ -3,8 +3,8 @@
 python -m eval.features --folder runs/images/a --extractor inception-clean
 accelerate launch --num_processes 8 -m eval.features --folder runs/images/a --extractor dinov2
 
-A chunk of 1,000 images is a file that appears complete or not at all: what was killed goes on with the chunks that are
-missing. Every process takes its own chunks. Memory holds a few batches of images; features are mapped from disk.
+A chunk of 1,000 images is one file, written atomically. A killed command continues with the missing chunks. Every
+process takes its own chunks. Memory holds a few batches of images; features are mapped from disk.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Features:
         return [load_file(file) for file in _chunk_files(self.folder, self.n)]  # mapped, not read
 
     def chunks(self, key: str = "features") -> Iterator[Tensor]:
-        """[k, D] in float64, k <= 1000, one after another. ValueError where the extractor does not give `key`."""
+        """Tensors [k, D] in float64, k <= 1000. ValueError if the extractor has no output `key`."""
         if key not in self._files[0]:
             raise ValueError(f"extractor {self.extractor} gives {', '.join(self._files[0])}, no {key}")
         yield from (chunk[key].double() for chunk in self._files)
@@ -92,12 +92,12 @@ def features(
     batch: int = 64,
     workers: int = 4,
 ) -> Features:
-    """The features of a folder of images, from the cache or made now, with a progress bar.
+    """The features of a folder of images, from the cache or computed with a progress bar.
 
-    prepare: what the protocol does to an image before the extractor's own rule. first: only so many images. workers:
-    threads that read and resize. ValueError, naming the file, for a corrupt image, for sizes that differ after both
-    rules (in a generated folder: at all), and for NaN among the features. An error of one process ends all of them.
-    A chunk in the cache that is torn is made again.
+    prepare: the protocol's rule for an image, applied before the extractor's own rule. first: use only so many images.
+    workers: threads that read and resize. ValueError, with the file's name, for a corrupt image, for different sizes
+    after both rules (in a generated folder: before them), and for NaN among the features. An error of one process ends
+    all processes. A damaged chunk is computed again.
     """
     from distill.progress import bar
     from pipelines.launch import start_accelerator
@@ -190,7 +190,7 @@ def _outputs(batches: Iterator[tuple[list[Path], Tensor]], extractor: Extractor,
 
 
 def _save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """A file that appears complete or not at all."""
+    """Write a safetensors file atomically."""
     from safetensors.torch import save_file
 
     with atomic_file(path) as part:
@@ -237,7 +237,7 @@ def _open_and_resize(file: Path, prepare: Preparation, rule: str) -> tuple[tuple
 
 
 def text_features(prompts: list[str], extractor: Extractor, batch: int = 256) -> Tensor:
-    """Prompts -> [N, D] in float64 by the extractor's text encoder, cached. ValueError where it has none."""
+    """Prompts -> [N, D] in float64 by the extractor's text encoder, cached. ValueError if it has none."""
     from safetensors.torch import load_file
 
     from distill.progress import track

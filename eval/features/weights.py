@@ -10,7 +10,7 @@ from torch import nn
 
 
 def cache_folder() -> Path:
-    """Where weights and features are kept: $DISTILL_CACHE, by default runs/cache under the current folder."""
+    """The folder of weights and features: $DISTILL_CACHE, by default runs/cache below the current folder."""
     return Path(os.environ.get("DISTILL_CACHE", "runs/cache"))
 
 

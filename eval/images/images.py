@@ -1,8 +1,8 @@
 """A folder of images: 8-bit PNG files 000000.png ... and a manifest.json that says what they are.
 
-It is all that passes between stages. Where there are prompts, metadata.jsonl holds them as data sets of images do: a
-line of {"file_name", "text"} for each image. A folder is filled image by image, each of which appears whole or not at
-all (`save`); until the last one is there its manifest says "complete": false, and no stage takes it for finished.
+Stages exchange such folders and nothing else. metadata.jsonl holds the prompts, if there are any: a line of
+{"file_name", "text"} for each image. Images are written one by one, each atomically. Until the last one is written, the
+manifest says "complete": false, and other stages refuse the folder.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def file_name(i: int) -> str:
 
 
 def save_image(folder: Path, i: int, level: Tensor) -> None:
-    """Store image i, uint8 [C, H, W] with C = 1 or 3; the file appears whole or not at all."""
+    """Write image i, uint8 [C, H, W] with C = 1 or 3, atomically."""
     from PIL import Image
 
     array = level.permute(1, 2, 0).numpy()
@@ -107,7 +107,7 @@ def save_image(folder: Path, i: int, level: Tensor) -> None:
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    """Write the manifest; it changes whole or not at all."""
+    """Write the manifest atomically."""
     write_atomically(folder / MANIFEST, json.dumps(manifest) + "\n")
 
 
@@ -130,7 +130,7 @@ def write_folder(
     """Store images [N, C, H, W] in [-1, 1], C = 1 or 3, as 000000.png ... with a manifest, and return the manifest.
 
     The manifest holds n, shape, the pixels' hash, labels [N] (or null) and `meta` (model, seed, nfe, seconds ...). The
-    folder appears complete or not at all. ValueError for a wrong shape, NaN, or a folder in use (unless `overwrite`).
+    folder is written atomically. ValueError for a wrong shape, NaN, or a folder in use (unless `overwrite`).
     """
     folder = Path(folder)
     if images.ndim != 4 or not len(images) or images.shape[1] not in (1, 3):
@@ -168,7 +168,7 @@ def check_free(folder: Path, overwrite: bool = False) -> None:
 
 
 def read_manifest(folder: str | Path, unfinished: bool = False) -> dict[str, Any]:
-    """The manifest of a folder of images; {} where it has none.
+    """The manifest of a folder of images; {} if it has none.
 
     ValueError for an absent folder, broken JSON, a field of a wrong kind, or a folder that is not complete (unless
     `unfinished`).
@@ -189,7 +189,7 @@ def read_manifest(folder: str | Path, unfinished: bool = False) -> dict[str, Any
 
 
 def _check_manifest(found: Any, path: Path) -> dict[str, Any]:
-    """A manifest whose fields have their kinds, and as many labels as images."""
+    """The same manifest. ValueError for a field of a wrong kind, and for another number of labels than images."""
     if not isinstance(found, dict):
         raise ValueError(f"{path} is not a JSON object; generate the folder again")
     for key, (check, kind) in FIELDS.items():
@@ -204,7 +204,8 @@ def _check_manifest(found: Any, path: Path) -> dict[str, Any]:
 def list_images(folder: str | Path) -> list[Path]:
     """The image files below a folder, sorted. Prints once how many files are not images.
 
-    ValueError for an absent or empty folder, one unlike its manifest, and for an image that is no regular file.
+    ValueError for an absent or empty folder, for a number of images that differs from the manifest, and for an image
+    that is no regular file.
     """
     manifest = read_manifest(folder)
     there = reader.files(folder)
@@ -232,7 +233,7 @@ def warn_once(line: str) -> None:
 def read_folder(folder: str | Path, first: int | None = None) -> tuple[Tensor, Tensor | None, dict[str, Any]]:
     """Folder -> (images float32 [N, C, H, W] in [-1, 1], labels [N] or None, manifest or {}).
 
-    Any folder of equally large images will do. `first` reads only so many. ValueError, naming the file, for an
+    All images of the folder must have one size. first: read only so many. ValueError, naming the file, for an
     empty folder, mixed sizes, a corrupt image, or pixels that are not those of the manifest.
     """
     manifest = read_manifest(folder)

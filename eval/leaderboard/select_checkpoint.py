@@ -1,4 +1,4 @@
-"""Choose a checkpoint of a run on one split, and measure the chosen one on another that had no say.
+"""Select the best checkpoint on a selection split and report its metrics on a disjoint test split.
 
 python -m eval.watch runs/dmd2                       the checkpoints that are there
 python -m eval.watch runs/dmd2 --follow              and those to come, until the run has ended

@@ -39,7 +39,7 @@ def vendi(x: Set, strata: Tensor | None = None) -> Score:
 def diversity(x: Set, prompts: Tensor) -> Score:
     """The mean over prompts of the mean 1 - cosine of two images of one prompt and different seeds.
 
-    prompts [N]: the number of each image's prompt. Interval: t over prompts. ValueError where none has two images.
+    prompts [N]: the number of each image's prompt. Interval: t over prompts. ValueError if none has two images.
     """
     validate_features(x, "generated", 2)
     ids, where, sizes = prompts.unique(return_inverse=True, return_counts=True)

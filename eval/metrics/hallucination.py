@@ -1,11 +1,12 @@
-"""Hallucinations between modes, seen by how the teacher's x0 changes its mind: Aithal et al. 2024, arXiv 2406.09358.
+"""Hallucinations between modes, by the variance of the teacher's x0 over noise levels: Aithal et al. 2024, 2406.09358.
 
     Hal(x) = mean over dimensions of Var_i x0_i        x0_i the predictions over a window of noise levels
 
-A sampler of many steps has its own predictions: give them to `variance`. A sample of one step is noised anew to several
-levels, and a teacher says what it sees: `renoised` (ours). Which levels are telling depends on the sampler and the
-distance of the modes, so they have no default: calibrate them by `auc` where the truth is known. The figure `rate` is
-the share of samples whose Hal exceeds that of 99 % of real ones, by the same teacher at the same levels.
+A sampler of many steps has its own predictions: pass them to `variance`. For a sampler of one step,
+`predict_x0_at_levels` (ours) adds noise of several levels to a sample, and a teacher predicts x0. The best levels
+depend on the sampler and on the distance of the modes, so they have no default: calibrate them with `auc` on data with
+known hallucinations. `rate` is the proportion of samples whose Hal exceeds that of 99 % of real images, by the same
+teacher at the same levels.
 
 python -m eval.hallucination --folder runs/images/dmd2 --reference runs/real --teacher runs/teacher --levels .1 .2 .3
 """
@@ -40,9 +41,9 @@ def variance(predictions: Tensor) -> Tensor:
 def predict_x0_at_levels(
     denoiser: Denoiser, x: Tensor, c: Condition, levels: Sequence[float], seed: int = 0, batch: int = 250
 ) -> Tensor:
-    """Samples [N, ...] -> the denoiser's x0 [T, N, ...] of them at noise levels sigma / alpha, fresh noise each time.
+    """Samples [N, ...] -> the denoiser's x0 [T, N, ...] at noise levels sigma / alpha, with fresh noise for each level.
 
-    c: of all N. The noise is a function of the seed, the level's place and the sample's.
+    c: the condition of all N. The noise is a function of the seed and the numbers of the level and the sample.
     """
     if len(levels) < 2 or not all(0 < level < math.inf for level in levels):
         raise ValueError(f"levels are {list(levels)}; at least 2 ratios sigma / alpha above 0 are needed")
@@ -72,7 +73,7 @@ def auc(scores: Tensor, truth: Tensor) -> float:
 
 
 def rate(fake: Tensor, real: Tensor, quantile: float = 0.99) -> Score:
-    """The share of generated Hal [N] above the quantile of the real Hal [M], with Wilson's interval; real data: 1 %."""
+    """The proportion of generated Hal [N] above the quantile of real Hal [M], with Wilson's interval; 1 % for real."""
     for name, values in (("generated", fake), ("real", real)):
         if not len(values) or not torch.isfinite(values).all():
             raise ValueError(f"the {name} Hal of {len(values)} images holds NaN or infinite values, or none")

@@ -34,14 +34,14 @@ class Score(NamedTuple):
 
 
 def finite_score(value: float, low: float, high: float, n: int) -> Score:
-    """A figure with its interval. ValueError where one of them is NaN or infinite: it overflowed."""
+    """A figure with its interval. ValueError if a number is NaN or infinite: it overflowed."""
     if not all(map(math.isfinite, (value, low, high))):
         raise ValueError(f"the figure is {value} ({low} to {high}), not finite: features or reference are too large")
     return Score(float(value), float(low), float(high), n)  # SciPy's quantiles are numpy's numbers
 
 
 def intervals_overlap(a: Score | Mapping[str, float], b: Score | Mapping[str, float]) -> bool:
-    """Whether two intervals (scores, or their entries in a row) overlap: then neither is said to be better."""
+    """Whether the intervals of two scores, or of their entries in rows, overlap. Then neither is better."""
     (low, high), (other_low, other_high) = (
         (x["low"], x["high"]) if isinstance(x, Mapping) else (x.low, x.high) for x in (a, b)
     )
@@ -68,7 +68,7 @@ def influence_interval(value: float, psi: Iterable[Tensor], strata: Tensor | Non
 
 
 class HalvingIntervals:
-    """Intervals by halving; `halves(statistic)` for a statistic of the indices of some images, at most `top`."""
+    """Intervals by halving. `halves(statistic, top)`: statistic maps indices of images to a number, at most `top`."""
 
     def __init__(self, n: int, strata: Tensor | None = None, seed: int = 0, repeats: int = 10) -> None:
         source = torch.Generator().manual_seed(seed)
@@ -86,7 +86,7 @@ class HalvingIntervals:
 
 
 def proportion(hits: Tensor) -> Score:
-    """The share of True among [N], with Wilson's interval (1927), which has a width at 0 and 1 too."""
+    """The proportion of True among [N], with Wilson's interval (1927), whose width is positive at 0 and 1 too."""
     if not len(hits):
         raise ValueError("a share of no images is not defined; generate some")
     n = len(hits)

@@ -23,15 +23,17 @@ def manifold(
     limit: int = 10_000,
     seed: int = 0,
 ) -> dict[str, Score]:
-    """precision, recall, density, coverage and off_support, of at most `limit` images of equal number on both sides.
+    """precision, recall, density, coverage and off_support of n <= `limit` images, as many generated as real.
 
-    precision, recall: the share of fakes within the k-th-neighbour balls of the reference, and of the reference within
-    those of the fakes (Kynkaanniemi et al. 2019, arXiv 1904.06991). density, coverage: in how many of the
-    reference's balls (k_density) a fake lies, over k_density; the share of them that hold one (Naeem et al. 2020, arXiv
-    2002.09797).
-    off_support: the share of fakes farther from the reference than 99 % of the reference from the rest of it (mode
-    interpolation, Aithal et al. 2024, arXiv 2406.09358; ours in feature space). All depend on n. Intervals: Wilson for
-    precision and off_support, halving for the others. ValueError for NaN or n <= k.
+    A ball of an image reaches to its k-th nearest neighbour among its own set.
+    precision: the proportion of generated images in a ball of the reference. recall: the proportion of the reference in
+    a ball of a generated image (Kynkaanniemi et al. 2019, arXiv 1904.06991).
+    density: the mean number of the reference's balls (k_density) that hold a generated image, over k_density. coverage:
+    the proportion of these balls that hold a generated image (Naeem et al. 2020, arXiv 2002.09797).
+    off_support: the proportion of generated images farther from the reference than 99 % of the reference from the rest
+    of it (after mode interpolation, Aithal et al. 2024, arXiv 2406.09358; in feature space by us).
+    All depend on n. Intervals: Wilson's for precision and off_support, halving for the others. ValueError for NaN and
+    for n <= k.
     """
     validate_pair(fake, real, max(k, k_density) + 2)
     n = min(count_rows(fake), count_rows(real), limit)

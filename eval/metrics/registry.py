@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class MetricInputs:
-    """What metrics may ask for: the outputs for the generated images, the reference, prompts."""
+    """The inputs of metrics: features of the generated images, of the reference and of the prompts."""
 
     fake: Set
     real: Set | Moments | None = None
@@ -168,7 +168,7 @@ METRICS: dict[str, Metric] = {
 
 
 def find_metric(name: str) -> Metric:
-    """An entry of the table; ValueError with all names for another one."""
+    """An entry of the table. ValueError, with all names, for an unknown name."""
     if name not in METRICS:
         raise ValueError(f"there is no metric {name!r}; there are {', '.join(METRICS)}")
     return METRICS[name]

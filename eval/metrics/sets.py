@@ -34,7 +34,7 @@ def read_rows(x: Set, index: Tensor | None = None) -> Tensor:
 
 
 def draw_indices(of: int, n: int, seed: int = 0) -> Tensor:
-    """n of `of` indices without replacement, drawn from the seed; all in order where there are no more."""
+    """n of `of` indices, drawn without replacement from the seed; all in order if there are at most n."""
     return torch.arange(of) if of <= n else torch.randperm(of, generator=torch.Generator().manual_seed(seed))[:n]
 
 

@@ -1,4 +1,4 @@
-"""What each image of a folder is asked for: a prompt, or a label."""
+"""The prompt or the label of each image of a folder."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class SampleConditions(NamedTuple):
 
 
 def read_prompts(source: str, column: str | None = None) -> list[str]:
-    """Prompts as distill.data.sources.prompts reads them, or of a folder of .txt files, one each, in their order."""
+    """The prompts of a source of distill.data.sources, or of a folder of .txt files with one prompt each, sorted."""
     from distill.data.sources import prompts
     from distill.data.tables import caption
     from distill.files import read_text
@@ -44,7 +44,7 @@ def read_prompts(source: str, column: str | None = None) -> list[str]:
 
 
 def protocol_conditions(model: Path, protocol: Protocol, n: int | None) -> SampleConditions:
-    """Those of a protocol, or of its first n images. ValueError where the pipeline takes none of these."""
+    """The conditions of a protocol, or of its first n images. ValueError if the pipeline takes others."""
     if (protocol.classes is None) == takes_labels(model):
         told = "prompts" if protocol.classes is None else "labels"
         raise ValueError(f"protocol {protocol.name} gives {told}, which {model} does not take; choose another")
@@ -52,7 +52,7 @@ def protocol_conditions(model: Path, protocol: Protocol, n: int | None) -> Sampl
 
 
 def prompt_conditions(model: Path, source: str, column: str | None, n: int | None, each: int) -> SampleConditions:
-    """`each` images of every prompt, or the first n of them. ValueError where there are fewer."""
+    """The conditions of `each` images of every prompt, or of the first n. ValueError if there are fewer."""
     if takes_labels(model):
         raise ValueError(f"{model} takes labels, not prompts; leave out --prompts, and say --classes")
     found = read_prompts(source, column)
@@ -71,7 +71,7 @@ def prompt_conditions(model: Path, source: str, column: str | None, n: int | Non
 
 
 def label_conditions(model: Path, classes: int | None, n: int) -> SampleConditions:
-    """i % classes. ValueError for a pipeline that takes prompts."""
+    """The labels i % classes. ValueError for a pipeline that takes prompts."""
     if not takes_labels(model):
         raise ValueError(f"{model} takes prompts: pass --prompts FILE (.txt, one a line, .jsonl or .parquet)")
     known = _count_embeddings(model)
@@ -88,7 +88,7 @@ def takes_labels(model: Path) -> bool:
 
 
 def _count_classes(model: Path) -> int:
-    """How many classes a network of labels knows, without "no label"."""
+    """The number of a network's classes, without the null class."""
     embedded = _count_embeddings(model)
     null = _json(model / "distill.json").get("null_class")
     if embedded is None:
@@ -106,7 +106,7 @@ def _count_classes(model: Path) -> int:
 
 
 def _count_embeddings(model: Path) -> int | None:
-    """How many labels a network knows, with one that stands for none; None where it has none."""
+    """The number of a network's labels, with the null class; None without labels."""
     config = _json(model / "unet" / "config.json") or _json(model / "transformer" / "config.json")
     found = config.get("num_class_embeds") or config.get("num_embeds_ada_norm")
     if found is not None and not is_count(found):
@@ -115,7 +115,7 @@ def _count_embeddings(model: Path) -> int | None:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    """The values of a JSON file; {} where it is absent."""
+    """The object of a JSON file; {} if the file is absent."""
     found = read_json(path, "export or download the model again") if path.exists() else {}
     if not isinstance(found, dict):
         raise ValueError(f"{path} is not a JSON object; export or download the model again")

@@ -96,7 +96,7 @@ def _synchronize(device: torch.device) -> None:
 
 
 def _reset_peak_memory(device: torch.device) -> None:
-    """Start the peak anew. Linux resets a process's own peak where it may write clear_refs; elsewhere it stays."""
+    """Reset the peak memory: on CUDA, and on Linux where the process may write clear_refs. Elsewhere it stays."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return
@@ -120,9 +120,9 @@ def _peak_memory(device: torch.device) -> int:
 
 @cache
 def git_commit() -> str | None:
-    """12 hex digits of this checkout's commit, with "-dirty" where tracked files differ from it; None without git.
+    """12 hex digits of this checkout's commit, with "-dirty" if tracked files differ from it.
 
-    None too where the package is installed inside a checkout of another project.
+    None without git, and if the package is installed inside a checkout of another project.
     """
     here = Path(__file__).resolve()
 

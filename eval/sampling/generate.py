@@ -4,12 +4,12 @@ python -m eval.generate --model runs/dmd2/pipeline --prompts prompts.txt --out r
 python -m eval.generate --model stabilityai/sdxl-turbo --protocol coco10k-dmd2 --steps 1 --guidance 0 --out ...
 python -m eval.generate --model sdxl-dmd2 --first sdxl --prompts prompts.txt --out ...     pipelines/inference/stitch.py
 python -m eval.generate --model my_4step_lora.safetensors --base FOLDER --steps 4 --guidance 0 --prompts ... --out ...
-accelerate launch -m eval.generate ...          processes share the images; a command that was killed goes on
+accelerate launch -m eval.generate ...          processes share the images; a killed command continues
 
-An image is the same bits for any number of processes, any --batch, and whichever images a restart has left to make.
-Sums of floats depend on how many rows a network sees at once, for kernels are chosen by that (4e-7 to 3e-6 of an image
-in [0, 1] between 1 and 8 rows of the tiny pipelines, float32 on the CPU), but not on the place among the rows nor on
-the neighbours (0). So every call has `rows` rows, filled up where fewer images are left; the manifest says how many.
+An image is bitwise the same for any number of processes, any --batch and any images that a restart finds missing. Sums
+of floats depend on the number of rows in a network's call, which selects the kernels: 4e-7 to 3e-6 of an image in
+[0, 1] between 1 and 8 rows of the tiny pipelines, float32 on the CPU. They do not depend on the other rows (0). So
+every call has `rows` rows: a call with fewer images repeats the last one. The manifest holds `rows`.
 """
 
 from __future__ import annotations
@@ -160,7 +160,7 @@ class Sampling:
 
     @cached_property
     def lora(self) -> Path | None:
-        """The file of a LoRA, where the model is one."""
+        """The file of the LoRA; None if the model is a folder."""
         if not self.model.endswith(".safetensors"):
             return None
         if not Path(self.model).is_file():
@@ -171,7 +171,7 @@ class Sampling:
 
     @cached_property
     def folder(self) -> Path:
-        """The pipeline's; what has a name on the Hub is downloaded."""
+        """The folder of the pipeline. A pipeline of the Hub is downloaded."""
         from pipelines.components import located
 
         if self.lora is None and self.base is not None:
@@ -201,23 +201,23 @@ class Sampling:
 
     @property
     def method(self) -> Solver:
-        """What samples: the given solver, or the default one."""
+        """The given solver, or the default one."""
         teacher = self.exported_facts and not self.student and self.pipeline_class == EDM
         return self.solver or ("heun" if teacher else "pipeline")
 
     @property
     def calls(self) -> int | None:
-        """The steps, None for the pipeline's own default."""
+        """The number of steps; None for the pipeline's default."""
         return self.steps or self.exported_facts.get("steps") or (18 if self.method != "pipeline" else None)
 
     @property
     def rows_per_call(self) -> int:
-        """Rows of a call."""
+        """The number of rows in a call of the network."""
         return self.rows or (50 if self.pipeline_class == EDM else 1)
 
     @property
     def scheduling(self) -> tuple[str | None, dict[str, Any]]:
-        """(scheduler, what differs in its config)."""
+        """(scheduler, changes to its config)."""
         try:
             changed = json.loads(self.scheduler_config or "{}")
         except (ValueError, RecursionError) as error:
@@ -329,7 +329,7 @@ class Sampling:
         }
 
     def sampler(self, device: torch.device) -> Sampler:
-        """Load the model; its facts say the steps and the guidance that it is sampled with."""
+        """Load the model. Its facts hold the steps and the guidance of its sampler."""
         precision = getattr(torch, self.dtype)
         turns = self.first_folder is not None or (self.student and self.method == "cfg++")
         if self.method == "pipeline" or turns:
@@ -355,7 +355,7 @@ class Sampling:
         return teacher_sampler(teacher, self.calls, self.method, 1.0 if self.guidance is None else self.guidance)
 
     def build_staged_sampler(self, pipe: Any) -> Sampler:
-        """The sampler of `first` and the loaded model, or of a student's calls one by one."""
+        """The sampler of `first` and then the loaded model, or of a student under CFG++."""
         from pipelines.inference.stitch import Turn, around
 
         solver = None if self.method == "pipeline" else self.method
@@ -369,7 +369,7 @@ class Sampling:
         return staged_sampler([first, then], facts)
 
     def apply_skip_tuning(self, net: Any) -> None:
-        """Scale the skips of a network that was loaded, and of the experts beside it, if asked to."""
+        """Scale the skips of a network and of its experts, if `skip_tuning` is given."""
         from pipelines.inference.skip_tuning import line, tune
 
         if self.skip_tuning is not None:
@@ -413,7 +413,7 @@ class Sampling:
         return folders.read_manifest(self.out)
 
     def facts(self, sampler: Sampler, shares: list[RankResult], device: torch.device) -> dict[str, Any]:
-        """Of the manifest, beside what was asked for."""
+        """What the manifest holds beside the request."""
         seconds = max(share.seconds for share in shares)
         kind = "pipeline" if self.method == "pipeline" else "teacher"
         return {
@@ -430,7 +430,7 @@ class Sampling:
         }
 
     def measure(self, sampler: Sampler, device: torch.device) -> None:
-        """Write what an image costs."""
+        """Measure the cost of an image and write it to the file `cost`."""
         given = self.conditions.values
 
         def make(k: int) -> Tensor:
@@ -487,7 +487,7 @@ class ProcessGroup:
 
 @dataclass
 class RankResult:
-    """What one process has done."""
+    """The images of one process."""
 
     digests: dict[int, str]  # of images that are there, by their numbers
     image_count: int = 0
@@ -540,7 +540,7 @@ def _sample_images(work: Sampling, sampler: Sampler, numbers: list[int]) -> list
 
 
 def _levels(images: Tensor, numbers: list[int], size: int | None, frame: int | None) -> list[Tensor]:
-    """Images in [-1, 1] as uint8 [C, H, W] each, of videos one picture. ValueError for what is no image."""
+    """Images in [-1, 1] as uint8 [C, H, W] each; of a video, frame `frame`. ValueError for NaN and for another size."""
     if images.ndim == 5:
         if frame is None or not 0 <= frame < images.shape[2]:
             raise ValueError(
@@ -559,7 +559,7 @@ def _levels(images: Tensor, numbers: list[int], size: int | None, frame: int | N
 
 
 def prepare_output_folder(out: Path, request: dict[str, Any], asked: SampleConditions, overwrite: bool) -> None:
-    """Make `out` a folder of this request, unless it is one: its manifest, the prompts, no leftovers."""
+    """Write the manifest and the prompts of a request to `out`. A folder of this request keeps its images."""
     old = folders.read_manifest(out, unfinished=True) if out.is_dir() else {}
     if old.get("request") is not None and {**old["request"], "model": request["model"]} == request:
         for leftover in out.glob(".*.partial"):
@@ -590,7 +590,7 @@ def prepare_output_folder(out: Path, request: dict[str, Any], asked: SampleCondi
 
 
 def remove_empty_output(out: Path) -> None:
-    """Remove what `_begin` wrote, where no image followed: a request that failed at once holds no folder."""
+    """Delete the manifest and the prompts if no image was written, so a failed request leaves no folder behind."""
     if not any(out.glob("*.png")):
         for name in (folders.MANIFEST, "metadata.jsonl"):
             (out / name).unlink(missing_ok=True)
@@ -599,7 +599,7 @@ def remove_empty_output(out: Path) -> None:
 
 
 def _finish(out: Path, manifest: dict[str, Any], facts: dict[str, Any], shares: list[RankResult]) -> None:
-    """The manifest of the complete folder; ValueError where something else lies among its images."""
+    """Write the manifest of the complete folder. ValueError if other images lie in it."""
     found = {i: digest for share in shares for i, digest in share.digests.items()}
     assert len(found) == sum(len(share.digests) for share in shares) == manifest["n"], "an image is missing, or twice"
     names = sorted(file.name for file in out.glob("*.png"))
@@ -622,7 +622,7 @@ def read_distill_json(model: Path) -> dict[str, Any]:
 
 
 def model_name(model: Path) -> str:
-    """What tables call a folder or a file: by its run where its own name is that of any export.
+    """The name of a folder or a file in tables: the name of its run, if its own name is that of every export.
 
     runs/dmd2/pipeline is dmd2, runs/dmd2/watch/checkpoint-500/pipeline is dmd2-checkpoint-500.
     """

@@ -1,7 +1,7 @@
-"""How a pipeline is loaded and sampled, such that the noise of an image is its own.
+"""Load and sample a pipeline. The noise of an image is independent of the other images.
 
-Every image has a generator. It gives the first noise, in float32 on the CPU whatever the pipeline works in and on, and
-after that what the scheduler adds between two calls.
+Every image has a generator. It draws the first noise, in float32 on the CPU for every precision and device, and then
+the noise that the scheduler adds between two calls.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ LOADING = Exception  # what a class raises at files that it cannot use is open-e
 
 
 def image_generator(seed: int, i: int) -> torch.Generator:
-    """The source of all randomness of image i: a function of (seed, i) alone, on the CPU for every device."""
+    """The generator of image i: a function of (seed, i) alone, on the CPU for every device."""
     state = np.random.SeedSequence((seed, i)).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(state) & (2**63 - 1))
 
 
 class Sampler(NamedTuple):
-    """How a model makes images.
+    """A model that generates images.
 
     make: (generators, prompts or labels), B of each -> images [B, C, H, W] in [-1, 1] (videos [B, C, T, H, W]).
     nfe: network evaluations of one image, known after the first call. facts: for the manifest.
@@ -46,10 +46,10 @@ class Sampler(NamedTuple):
 
 
 def teacher_sampler(teacher: Any, steps: int = 18, solver: Name = "heun", guidance: float = 1.0) -> Sampler:
-    """Samples a `pipelines.Teacher` along its probability-flow ODE, by a solver of ours.
+    """Sample a `pipelines.Teacher` along its probability-flow ODE with one of our solvers.
 
-    nfe is twice the solver's calls under guidance (other than 0 and 1), but CFG++ calls both branches always; of a
-    denoiser that is guided away from a worse network, as many again as there are without guidance.
+    nfe: the solver's calls; twice as many under a guidance other than 0 and 1. CFG++ always calls both branches. A
+    denoiser that is guided by a weaker network adds one evaluation for each call.
     """
     from distill.diffusion.guidance import Away, Guided
     from distill.diffusion.solver import calls, sample
@@ -73,7 +73,7 @@ def teacher_sampler(teacher: Any, steps: int = 18, solver: Name = "heun", guidan
 def pipeline_sampler(
     pipe: Any, steps: int | None, guidance: float | None, family: Any = None, shape: Any = None, own: bool = True
 ) -> Sampler:
-    """Samples a diffusers pipeline as it is.
+    """Sample a diffusers pipeline by its own call.
 
     family: of pipelines/families; the pipeline then gets its first noise, of `shape`. None: any other pipeline, which
     draws its noise by `generator`. Noise of later steps comes from the same generators, whether or not the pipeline
@@ -122,7 +122,7 @@ def _call_pipeline(
 
 
 def staged_sampler(turns: Sequence[Any], facts: dict[str, Any]) -> Sampler:
-    """Samples pipelines that take turns on an image (`pipelines.inference.stitch.Turn`), each a `pipelines.Teacher`."""
+    """Sample with several pipelines, one stage of the steps each (pipelines/inference/stitch.py)."""
     from pipelines.inference.stitch import stitch
 
     spent = [0]
@@ -151,10 +151,10 @@ def _counter(spent: list[int]) -> Callable[..., None]:
 
 @contextmanager
 def _drawn_from(scheduler: Any, generators: list[torch.Generator]) -> Iterator[None]:
-    """Within, a scheduler's noise is each image's own: pipelines of SD3, FLUX, Qwen and Wan pass it no generator.
+    """A context in which a scheduler draws each image's noise from that image's generator.
 
-    Noise that is drawn otherwise, from torch's global state, is a function of the image where it is alone; ValueError
-    where it is shared by several.
+    The pipelines of SD3, FLUX, Qwen and Wan pass no generator to their scheduler. Noise from torch's global state is
+    seeded by the first image. ValueError if several images share such noise.
     """
     step = scheduler.step
     takes = "generator" in inspect.signature(step).parameters
