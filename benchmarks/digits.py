@@ -152,7 +152,7 @@ def stall(method: Any, cfg: Bench, folder: Path) -> tuple[float, float, float]:
             save(state)
             times[name].append(time.perf_counter() - began)
         saver.wait()
-    size = sum(file.stat().st_size for file in checkpoint.found(folder / "sync")[-1].iterdir())
+    size = sum(file.stat().st_size for file in checkpoint.list_intact_checkpoints(folder / "sync")[-1].iterdir())
     return size / 2**20, *(statistics.median(seconds[1:]) for seconds in times.values())
 
 

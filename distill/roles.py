@@ -23,7 +23,7 @@ SMALL = {"disc": "fake", "proxy": "fake", "weight": "student"}  # roles that are
 class Recorded:
     """A denoiser as it was at each of several checkpoints of the role "fake": one network, with the last asked for.
 
-    backbone: the network whose tensors it may share, which are never written. fill: checkpoint.fill.
+    backbone: the network whose tensors it may share, which are never written. fill: checkpoint.load_initial_weights.
     """
 
     denoiser: Denoiser

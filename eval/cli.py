@@ -39,9 +39,9 @@ def run(stage: Callable[..., Any] | Mapping[str, Callable[..., Any]]) -> Any:
     except ValueError as error:
         fail(str(error))
     except (OSError, SafetensorError, MemoryError, RuntimeError) as error:
-        from distill.training.checkpoint import refused
+        from distill.training.checkpoint import describe_disk_error
 
-        reason = refused(error)
+        reason = describe_disk_error(error)
         if reason is None and not isinstance(error, SafetensorError) and getattr(error, "filename", None) is None:
             raise
         fail(f"{reason}, then run the same command again" if reason else str(error))

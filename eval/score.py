@@ -262,9 +262,9 @@ FAILURES = (
 
 def describe_error(error: BaseException) -> str:
     """The message for the user about a failure."""
-    from distill.training.checkpoint import refused
+    from distill.training.checkpoint import describe_disk_error
 
-    if reason := refused(error):
+    if reason := describe_disk_error(error):
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         return reason

@@ -17,7 +17,9 @@ from distill import history, sharding
 from distill.configuration import Config, dump, fail, parse
 from distill.files import folder_lock, rank
 from distill.method import Requirement
-from distill.training import checkpoint, nonfinite, precision
+from distill.training import checkpoint, precision
+from distill.training.replay import read_facts, replay_update
+from distill.training.watchdog import Agreement, Watchdog
 from pipelines import fields
 from pipelines.components import ExportError, Network, Scheduler, index, located
 from pipelines.families.registry import families
@@ -58,7 +60,7 @@ def main(default: RunConfig, argv: list[str] | None = None, doc: str | None = No
     except (ValueError, FloatingPointError, ExportError) as error:
         fail(str(error))
     except (OSError, SafetensorError, MemoryError, RuntimeError) as error:
-        reason = checkpoint.refused(error)
+        reason = checkpoint.describe_disk_error(error)
         if reason is None:
             raise
         fail(f"{reason}, then go on with --resume_from_checkpoint latest")
@@ -98,7 +100,7 @@ def validate_run(config: RunConfig, out: Path) -> Path | None:
         if Requirement.PERCEPTUAL_DISTANCE in config.method.requirements:
             perceptual.check()
     if config.replay is not None:
-        nonfinite.read(Path(config.replay))
+        read_facts(Path(config.replay))
         return None
     return find_checkpoint(config, out)
 
@@ -119,7 +121,7 @@ def validate_weights(config: RunConfig) -> None:
     experts = [("student", expert) for expert in config.student.experts]
     for role, init in (("student", config.student.init), ("fake", config.fake.init), *experts):
         if init is not None:
-            checkpoint.files(init, role)
+            checkpoint.weight_files(init, role)
 
 
 def validate_teacher(config: RunConfig) -> None:
@@ -145,24 +147,24 @@ def find_checkpoint(config: RunConfig, out: Path) -> Path | None:
         return None
     if resume != "latest":
         return check_resume(config, intact_checkpoint(Path(resume), out))
-    checkpoints = checkpoint.found(out)
+    checkpoints = checkpoint.list_intact_checkpoints(out)
     if not checkpoints:
         sys.stderr.write(f"no checkpoint in {out}: starting afresh\n")
         return None
     newest = checkpoints[-1]
-    if checkpoint.step(newest) >= config.train.max_train_steps:
+    if checkpoint.read_step(newest) >= config.train.max_train_steps:
         sys.stderr.write(f"{newest} is at --max_train_steps already: nothing to train, it is exported\n")
     return check_resume(config, newest)
 
 
 def intact_checkpoint(folder: Path, out: Path) -> Path:
     """`folder` if it is an intact checkpoint; else a ValueError that lists those of the run in `out`."""
-    problem = checkpoint.damage(folder)
+    problem = checkpoint.find_corruption(folder)
     if problem is None:
         return folder
     if not (folder / "state.json").is_file():
         problem = f"no checkpoint at {str(folder)!r}"
-    raise ValueError(f"{problem}; {out} holds {[p.name for p in checkpoint.found(out)] or 'none'}")
+    raise ValueError(f"{problem}; {out} holds {[p.name for p in checkpoint.list_intact_checkpoints(out)] or 'none'}")
 
 
 def check_resume(config: RunConfig, resume: Path) -> Path:
@@ -218,7 +220,7 @@ class Resumption:
 
     @property
     def first_step(self) -> int:
-        return checkpoint.step(self.checkpoint) if self.checkpoint is not None else 0
+        return checkpoint.read_step(self.checkpoint) if self.checkpoint is not None else 0
 
     def record(self, out: Path, config: RunConfig) -> None:
         """Write the history and config.yaml, and print what has changed since the resumed run."""
@@ -385,10 +387,10 @@ def train_and_save(run: Run) -> State:
     accelerator = run.accelerator
     first_step = run.resumption.first_step
     log = Log(cfg, accelerator, first_step)
-    watchdog = nonfinite.Watchdog(cfg.hang_seconds, run.out, accelerator.process_index, first_step)
+    watchdog = Watchdog(cfg.hang_seconds, run.out, accelerator.process_index, first_step)
     saver = checkpoint.Saver(run.out, cfg.checkpoints_total_limit)
     parent = launcher_process()
-    agree = nonfinite.Agreement(accelerator)
+    agree = Agreement(accelerator)
     with closing(log), catch_signals() as caught, saver, watchdog as watch:
         for state in train(run.config.method, run.nets, run.data, cfg, accelerator, run.resumption.checkpoint):
             watch(state.step)
@@ -425,7 +427,7 @@ def must_save(run: Run, step: int) -> bool:
         return True
     if step < cfg.max_train_steps:
         return False
-    return run.sharded or checkpoint.damage(run.out / f"checkpoint-{step}") is not None
+    return run.sharded or checkpoint.find_corruption(run.out / f"checkpoint-{step}") is not None
 
 
 def preview(run: Run, state: State, log: Log) -> None:
@@ -493,12 +495,12 @@ def replay(run: Run) -> int:
     accelerator = run.accelerator
     assert run.config.replay is not None
     folder = Path(run.config.replay)
-    facts = nonfinite.read(folder)
+    facts = read_facts(folder)
     lines = [f"then: {facts['message']}"]
     if accelerator.mixed_precision != facts["mixed_precision"]:
         now = f"--mixed_precision {accelerator.mixed_precision}"
         lines.append(f"it ran under --mixed_precision {facts['mixed_precision']}; this is {now}")
-    ranks = nonfinite.replay(folder, run.config.method, run.nets, run.data, run.config.train, accelerator)
+    ranks = replay_update(folder, run.config.method, run.nets, run.data, run.config.train, accelerator)
     for process, micro_batches in ranks.items():
         lines += [f"now: rank {process}, micro-batch {i}: {found}" for i, found in enumerate(micro_batches)]
     if accelerator.is_main_process:

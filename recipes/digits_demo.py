@@ -21,7 +21,7 @@ from distill.files import folder_lock
 from distill.layout import module_name, program_name
 from distill.progress import stage
 from distill.ranges import Count, Seed, validate_ranges
-from distill.training.checkpoint import refused
+from distill.training.checkpoint import describe_disk_error
 from eval.leaderboard.jobs import Job, recipe_job, run_jobs
 from recipes.digits import TABLE, TEACHER
 
@@ -82,7 +82,7 @@ def main(argv: list[str] | None = None) -> None:
         with folder_lock(cfg.output_dir, beside=True):
             demonstrate(cfg, Path(cfg.output_dir))
     except (ValueError, RuntimeError, OSError) as error:
-        fail(refused(error) or str(error))
+        fail(describe_disk_error(error) or str(error))
 
 
 def demonstrate(cfg: Demo, out: Path) -> None:

@@ -17,7 +17,7 @@ from distill.configuration import fail
 from distill.files import folder_lock, write_atomically
 from distill.layout import program_name
 from distill.ranges import Calls, Count, Finite, Positive, Seed, UnitInterval, Weight, validate_ranges
-from distill.training.checkpoint import refused
+from distill.training.checkpoint import describe_disk_error
 from distill.training.config import TrainConfig
 
 
@@ -64,7 +64,7 @@ def main(cfg: Teacher) -> None:
     except (ValueError, FloatingPointError) as error:
         fail(str(error))
     except (OSError, SafetensorError, MemoryError, RuntimeError) as error:
-        if not (why := refused(error)):
+        if not (why := describe_disk_error(error)):
             raise
         fail(f"{why}, and give the same command again")
 

@@ -104,10 +104,10 @@ def test_weights_of_a_teacher(folder, canary, kind):
         load(folder)
     net = torch.nn.Linear(1, 1)
     with pytest.raises(ValueError, match=r"student\.init|damaged"):
-        checkpoint.fill(net, folder, "student", net)
+        checkpoint.load_initial_weights(net, folder, "student", net)
     if kind == "named safetensors":
         with pytest.raises(ValueError, match="damaged"):
-            checkpoint.fill(net, weights, "student", net)
+            checkpoint.load_initial_weights(net, weights, "student", net)
 
 
 @pytest.mark.parametrize("name", ("student", "ema", "optimizer_student"))
@@ -120,14 +120,14 @@ def test_a_checkpoint(tmp_path, canary, name):
 
     (state,) = train(METHODS["sid"], nets_of(METHODS["sid"]), vectors, config(max_train_steps=1), Accelerator(cpu=True))
     saved = checkpoint.save(state, tmp_path)
-    assert checkpoint.damage(saved) is None
+    assert checkpoint.find_corruption(saved) is None
     file = saved / f"{name}.safetensors"
     assert file.is_file()
     file.write_bytes(pickle.dumps(Payload(canary)))
     facts = json.loads((saved / "state.json").read_text())
-    facts["files"][file.name] = [file.stat().st_size, *[d for f, d in checkpoint._digests([file])]]
+    facts["files"][file.name] = [file.stat().st_size, *[d for f, d in checkpoint.integrity.digests([file])]]
     (saved / "state.json").write_text(json.dumps(facts))
-    assert checkpoint.damage(saved) is None
+    assert checkpoint.find_corruption(saved) is None
     with pytest.raises(ValueError, match="damaged"):
         checkpoint.load(state, saved)
 
@@ -195,8 +195,8 @@ def test_a_state_that_leads_elsewhere(text, tmp_path, capsys):
     (folder / "zero.safetensors").symlink_to("/dev/zero")
     os.mkfifo(folder / "pipe.safetensors")
     (folder / "state.json").write_text(text)
-    assert HOSTILE[text] in checkpoint.damage(folder)
-    assert checkpoint.found(tmp_path) == [] and f"{folder} is skipped: " in capsys.readouterr().err
+    assert HOSTILE[text] in checkpoint.find_corruption(folder)
+    assert checkpoint.list_intact_checkpoints(tmp_path) == [] and f"{folder} is skipped: " in capsys.readouterr().err
 
 
 def test_a_state_that_is_no_file(tmp_path):
@@ -204,7 +204,7 @@ def test_a_state_that_is_no_file(tmp_path):
         (tmp_path / name).mkdir()
         path = tmp_path / name / "state.json"
         path.symlink_to(target) if target else os.mkfifo(path)
-        assert "state.json is not a regular file" in checkpoint.damage(tmp_path / name)
+        assert "state.json is not a regular file" in checkpoint.find_corruption(tmp_path / name)
 
 
 def test_an_index_of_shards_that_is_none(tmp_path):
@@ -213,7 +213,7 @@ def test_an_index_of_shards_that_is_none(tmp_path):
     for text in ("[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": 3}}', '{"weight_map": {}}', "{", "[" * 9999):
         index.write_text(text)
         with pytest.raises(ValueError, match=r"index\.json"):
-            checkpoint.files(tmp_path, "student")
+            checkpoint.weight_files(tmp_path, "student")
 
 
 def png(width, height):

@@ -69,16 +69,18 @@ def build(
         nets.student.denoiser = timed(nets.student.denoiser)
         nets.student.jumps = method.jumps
     if student.init is not None:
-        checkpoint.fill(nets.student.denoiser.net, student.init, "student", teacher.net)
+        checkpoint.load_initial_weights(nets.student.denoiser.net, student.init, "student", teacher.net)
     if method.degradation_run is not None:
         folders = degradation_checkpoints(method.degradation_run)
-        nets.past = Recorded(replace(teacher, net=fake.lora(teacher.net)), folders, teacher.net, checkpoint.fill)
+        nets.past = Recorded(
+            replace(teacher, net=fake.lora(teacher.net)), folders, teacher.net, checkpoint.load_initial_weights
+        )
         nets.past(len(folders) - 1).net.requires_grad_(False)
         fake = replace(fake, init=fake.init or f"{folders[-1]}")
     if "fake" in method.roles:
         nets.fake = replace(teacher, net=fake.lora(teacher.net))
         if fake.init is not None:
-            checkpoint.fill(nets.fake.net, fake.init, "fake", teacher.net)
+            checkpoint.load_initial_weights(nets.fake.net, fake.init, "fake", teacher.net)
     if "target" in method.roles:
         nets.target = replace(nets.student.denoiser, net=twin(nets.student.denoiser.net).requires_grad_(False))
     if "weight" in method.roles:
@@ -96,7 +98,7 @@ def build(
 
 def degradation_checkpoints(run: Path) -> tuple[Path, ...]:
     """The intact checkpoints of a run of Degradation, oldest first. ValueError if there is none."""
-    folders = checkpoint.found(run)
+    folders = checkpoint.list_intact_checkpoints(run)
     if not folders:
         raise ValueError(f"--method.record is {str(run)!r}, which holds no checkpoint of a Degradation")
     return tuple(folders)
@@ -122,5 +124,5 @@ def earlier_experts(config: StudentConfig, teacher: Denoiser) -> tuple[Denoiser,
     """The experts of the earlier phases, frozen: copies of the teacher, or adapters on it, from their weights."""
     nets = [student_network(config, teacher.net) for _ in config.experts]
     for net, path in zip(nets, config.experts, strict=True):
-        checkpoint.fill(net, path, "student", teacher.net)
+        checkpoint.load_initial_weights(net, path, "student", teacher.net)
     return tuple(replace(teacher, net=net.requires_grad_(False).eval()) for net in nets)

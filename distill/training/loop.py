@@ -17,8 +17,9 @@ from torch import Tensor
 from distill.method import Logs, Method, Update
 from distill.random import Draw
 from distill.roles import Batch, Nets
-from distill.training import nonfinite, precision
+from distill.training import precision
 from distill.training.config import TrainConfig
+from distill.training.nonfinite import handle_nonfinite_update
 from distill.training.prepare import begin
 from distill.training.samples import MicroBatch, SampleSource, describe_samples
 from distill.training.state import State
@@ -98,7 +99,7 @@ class Trainer:
         if torch.isfinite(norm):
             self.apply(player, norm)
         else:  # raises, unless the update may be left out
-            nonfinite.refuse(state, self.method, update, batches, self.cfg, self.accelerator)
+            handle_nonfinite_update(state, self.method, update, batches, self.cfg, self.accelerator)
         return batches
 
     def micro_batch(self, update: Update, i: int, indices: Tensor, earlier: list[MicroBatch]) -> MicroBatch:

@@ -260,7 +260,9 @@ def _export(run: Path, name: str, model: Path) -> Job:
 def _selection(run: Path, out: Path, split: Split) -> Scored:
     """The rows of all checkpoints so far, one checkpoint at a time; only the best one's export is kept."""
     known = {path.parent.name for path in out.glob(f"checkpoint-*/{split.name}.json")}
-    names = sorted({f.name for f in checkpoint.found(run)} | known, key=lambda name: int(name.split("-")[1]))
+    names = sorted(
+        {f.name for f in checkpoint.list_intact_checkpoints(run)} | known, key=lambda name: int(name.split("-")[1])
+    )
     rows: list[Row] = []
     failed: dict[str, str] = {}
     for name in names:

@@ -33,7 +33,7 @@ from distill.data.sources import UnreadableImage
 from distill.files import LOCK, folder_lock, write_atomically
 from distill.layout import program_name
 from distill.ranges import Count, Natural
-from distill.training.checkpoint import refused
+from distill.training.checkpoint import describe_disk_error
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -85,7 +85,7 @@ def main(argv: list[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         fail(str(error))
     except (MemoryError, RuntimeError) as error:
-        if not (why := refused(error)):
+        if not (why := describe_disk_error(error)):
             raise
         fail(f"{why}, and give the same command again: it goes on")
     except KeyboardInterrupt:

@@ -30,7 +30,7 @@ from distill.data.shards import Rows, Shards, Table
 from distill.files import folder_lock
 from distill.layout import program_name
 from distill.ranges import Calls, Count, Finite, Seed
-from distill.training.checkpoint import refused
+from distill.training.checkpoint import describe_disk_error
 from pipelines.cache.encodings import SAMPLE, TEACHER, Cache, begin, fill, finish, layout, resume, spread
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         fail(str(error))
     except (MemoryError, RuntimeError) as error:
-        if not (why := refused(error)):
+        if not (why := describe_disk_error(error)):
             raise
         fail(f"{why}, and give the same command again: it goes on")
     except KeyboardInterrupt:

@@ -19,7 +19,7 @@ from distill.configuration import fail
 from distill.diffusion.student import Student
 from distill.layout import program_name
 from distill.ranges import Count, Seed
-from distill.training.checkpoint import refused
+from distill.training.checkpoint import describe_disk_error
 from distill.training.config import StudentConfig
 from pipelines import fields
 from pipelines.export.schedule import finished, scheduler
@@ -75,7 +75,7 @@ def main(arguments: Arguments | None = None) -> None:
     try:
         found = measure_control_error(arguments)
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
-        if not (why := refused(error)) and isinstance(error, MemoryError | RuntimeError):
+        if not (why := describe_disk_error(error)) and isinstance(error, MemoryError | RuntimeError):
             raise
         fail(why or str(error))
     sys.stdout.write(json.dumps(found) + "\n")

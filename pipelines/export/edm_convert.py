@@ -281,7 +281,7 @@ def main(argv: list[str] | None = None) -> None:
     from distill.configuration import fail
     from distill.files import folder_lock
     from distill.layout import program_name
-    from distill.training.checkpoint import refused
+    from distill.training.checkpoint import describe_disk_error
 
     parser = argparse.ArgumentParser(prog=program_name(), description=__doc__.split("\n")[0])
     parser.add_argument("file", type=Path, help="a checkpoint of EDM, such as edm-cifar10-32x32-cond-vp.pkl")
@@ -293,6 +293,6 @@ def main(argv: list[str] | None = None) -> None:
     except ValueError as error:
         fail(str(error))
     except (OSError, SafetensorError, MemoryError) as error:
-        fail(f"{refused(error) or error}: nothing of {args.folder} is kept; give the same command again")
+        fail(f"{describe_disk_error(error) or error}: nothing of {args.folder} is kept; give the same command again")
     size = sum(p.numel() for p in net.parameters())
     print(f"{args.folder}: a {type(net).__name__} of {size / 1e6:.1f} M weights, labels {net.config.num_class_embeds}")

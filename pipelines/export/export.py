@@ -36,9 +36,9 @@ from distill.networks.negative_attention import adapters, strip
 from distill.ranges import UnitInterval
 from distill.training import checkpoint
 from distill.training.build import earlier_experts, student_network
+from distill.training.checkpoint import TensorReader
 from distill.training.config import StudentConfig
 from distill.training.log import grid
-from distill.training.tensors import Stored
 from pipelines import fields
 from pipelines.components import ExportError, Network, Pipeline, Scheduler, is_variant
 from pipelines.export import comfyui, hub, kohya, single_files
@@ -288,7 +288,7 @@ def try_write(file: Path, write: Callable[[Path], Any], left: dict[str, str]) ->
     except (ValueError, OSError, SafetensorError) as error:
         for path in (file, file.with_name(f".{file.name}.partial")):
             path.unlink(missing_ok=True)
-        left[file.name] = checkpoint.refused(error) or f"{error}"
+        left[file.name] = checkpoint.describe_disk_error(error) or f"{error}"
         return []
     return [file]
 
@@ -384,7 +384,7 @@ def trained(again: Again) -> tuple[Student, Teacher, Any, str, str, str]:
         raise ValueError(f"no run at {again.run!r}: a run's folder has a config.yaml, its checkpoints are --checkpoint")
     text, method, tree = read_run_config(run)
     method = method.lower()
-    found = checkpoint.found(run)
+    found = checkpoint.list_intact_checkpoints(run)
     if not found:
         raise ValueError(f"{run} has no checkpoint yet: go on training with --resume_from_checkpoint latest")
     named = Path(again.checkpoint).name
@@ -402,10 +402,10 @@ def trained(again: Again) -> tuple[Student, Teacher, Any, str, str, str]:
         controlnet.install(teacher)
     scheduler, times = carrying(teacher, config)
     denoiser = replace(teacher.denoiser, net=student_network(config, teacher.denoiser.net))
-    weights = [Stored(file) for file in checkpoint.files(chosen[0], "student")]
+    weights = [TensorReader(file) for file in checkpoint.weight_files(chosen[0], "student")]
     jumps = any(key.startswith(SECOND) for file in weights for key in file.shapes)
     denoiser = timed(denoiser) if jumps else denoiser
-    checkpoint.fill(denoiser.net, chosen[0], "student", teacher.denoiser.net)
+    checkpoint.load_initial_weights(denoiser.net, chosen[0], "student", teacher.denoiser.net)
     rest = config.phases, earlier_experts(config, teacher.denoiser), jumps
     student = Student(denoiser, times, config.scale, config.renoise, *rest)
     if again.other:
@@ -486,7 +486,7 @@ def main(again: Again | None = None) -> None:
     except (ValueError, ExportError) as error:
         fail(str(error))
     except (OSError, SafetensorError, MemoryError, RuntimeError) as error:
-        if not (why := checkpoint.refused(error)):
+        if not (why := checkpoint.describe_disk_error(error)):
             raise
         fail(f"{why} and give the same command again")
 

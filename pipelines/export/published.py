@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from distill.diffusion.transition import Renoise
 from distill.modules import shared
-from distill.training.tensors import opened
+from distill.training.checkpoint import open_safetensors
 from pipelines.export.adapter_config import FILE, settings
 from pipelines.export.kohya import original_names
 from pipelines.export.single_files import Adapter, part
@@ -225,7 +225,7 @@ def install(net: nn.Module, weights: dict[str, Tensor] | dict[str, Adapter]) -> 
 def _load(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors of a file, and its metadata."""
     if path.suffix == ".safetensors":
-        with opened(path) as file:
+        with open_safetensors(path) as file:
             return {k: file.get_tensor(k) for k in file.keys()}, file.metadata() or {}
     if path.suffix != ".bin":
         raise ValueError(f"{path} is not a file of weights: give a .safetensors, or a .bin of plain tensors")

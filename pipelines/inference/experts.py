@@ -30,7 +30,7 @@ from distill.diffusion.student import Student
 from distill.files import folder_lock
 from distill.layout import program_name
 from distill.networks.lora import merged
-from distill.training.checkpoint import refused
+from distill.training.checkpoint import describe_disk_error
 from pipelines import fields
 from pipelines.components import Pipeline, index
 
@@ -211,5 +211,7 @@ def main(given: Students | None = None) -> None:
     except ValueError as error:
         fail(str(error))
     except OSError as error:
-        fail(f"{refused(error) or error}: nothing of {given.output_dir} is kept; give the same command again")
+        fail(
+            f"{describe_disk_error(error) or error}: nothing of {given.output_dir} is kept; give the same command again"
+        )
     sys.stderr.write(f"wrote {given.output_dir}, of {len(given.students)} students\n")

@@ -29,7 +29,7 @@ def test_a_run_and_its_stalls(tmp_path):
     method, passes = methods()["LCD"], needed(methods()["LCD"], PASSES["LCD"])
     alone, together = steps(method, passes, {kind: bare(kind, TINY) for kind in passes}, TINY, tmp_path / "run")
     assert 0 < alone < 2 * together  # other processes disturb both
-    assert [folder.name for folder in checkpoint.found(tmp_path / "run")] == ["checkpoint-50"]
+    assert [folder.name for folder in checkpoint.list_intact_checkpoints(tmp_path / "run")] == ["checkpoint-50"]
     assert len((tmp_path / "run" / "log.jsonl").read_text().splitlines()) == 6
     mib, sync, background = stall(method, TINY, tmp_path / "stall")
     assert mib > 0 and sync > 0 and background > 0

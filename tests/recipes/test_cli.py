@@ -256,7 +256,7 @@ def test_every_flag_is_in_the_file():
 
 
 def final(folder):
-    return load_file(checkpoint.found(folder)[-1] / "student.safetensors")
+    return load_file(checkpoint.list_intact_checkpoints(folder)[-1] / "student.safetensors")
 
 
 @pytest.mark.parametrize("player", ("fake", "student"))
@@ -291,7 +291,7 @@ def test_ctrl_c_twice_stops_at_once(call, teacher, tmp_path, monkeypatch):
     monkeypatch.setattr(Digits, "__call__", press)
     status, said = call("sid", "--teacher", teacher["plain"], "--output_dir", tmp_path, *SHORT)
     assert status == 130 and "interrupted: nothing of this step is saved" in said
-    assert not checkpoint.found(tmp_path)
+    assert not checkpoint.list_intact_checkpoints(tmp_path)
 
 
 def test_ctrl_c_in_the_terminal(call, teacher, tmp_path):
@@ -309,9 +309,9 @@ def test_ctrl_c_in_the_terminal(call, teacher, tmp_path):
         said = process.communicate(timeout=60)[1]
     finally:
         process.kill()
-    (folder,) = checkpoint.found(tmp_path)
+    (folder,) = checkpoint.list_intact_checkpoints(tmp_path)
     assert process.returncode == 130 and f"saved {folder}" in said and "Traceback" not in said
-    steps = checkpoint.step(folder)
+    steps = checkpoint.read_step(folder)
     go_on = ("--resume_from_checkpoint", "latest", "--max_train_steps", steps + 2)
     assert call("sid", *flags, *go_on)[0] == 0
     logged = [json.loads(line)["step"] for line in log.open()]

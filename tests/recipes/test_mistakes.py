@@ -270,16 +270,16 @@ def test_a_full_disk(said, home):
     """While a checkpoint is written, or the export: what was whole stays, nothing half-made, and one can go on."""
     flags = f"--teacher sdxl --data.cache text {PLAIN} {SHORT} --output_dir disk --checkpointing_steps 1"
     run, listing = home / "disk", lambda folder: {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
-    with full(checkpoint, "write", 2):
+    with full(checkpoint.write, "write_files", 2):
         text = said("dmd2_sdxl", flags)
     assert "the disk is full" in text and "go on with --resume_from_checkpoint latest" in text
-    assert [p.name for p in checkpoint.found(run)] == ["checkpoint-1"] and not list(run.glob(".*"))
+    assert [p.name for p in checkpoint.list_intact_checkpoints(run)] == ["checkpoint-1"] and not list(run.glob(".*"))
 
     assert said("dmd2_sdxl", flags).startswith("error: disk already holds a run")
     with full(export, "write"):
         text = said("dmd2_sdxl", f"{flags} --resume_from_checkpoint latest")
     assert "the disk is full" in text and "go on with --resume_from_checkpoint latest" in text
-    assert [p.name for p in checkpoint.found(run)] == ["checkpoint-1", "checkpoint-2"]
+    assert [p.name for p in checkpoint.list_intact_checkpoints(run)] == ["checkpoint-1", "checkpoint-2"]
     assert not (run / "pipeline").exists() and not list(run.glob(".*"))
 
     with full(export, "write"):

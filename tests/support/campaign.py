@@ -79,8 +79,9 @@ class Group:
 
             with self.said.open("a") as said:
                 os.dup2(said.fileno(), 2)
-            checkpoint._skipped.cache_clear()  # what this process has seen, the next one has to see for itself
-            checkpoint._digest.cache_clear()
+            # what this process has seen, the next one has to see for itself
+            checkpoint.integrity.warn_skipped.cache_clear()
+            checkpoint.integrity.digest.cache_clear()
             main(TABLE["sid"].config, flags)
             status = 0
         except SystemExit as error:
@@ -133,14 +134,18 @@ def whole(folder: Path) -> list[Path]:
     """The checkpoints that are neither torn nor corrupted."""
     from distill.training import checkpoint
 
-    return [one for one in checkpoint._folders(folder) if checkpoint.damage(one) is None]
+    return [one for one in checkpoint.integrity.checkpoint_folders(folder) if checkpoint.find_corruption(one) is None]
 
 
 def later(folder: Path) -> set[Path]:
     """The damaged checkpoints after the newest whole one."""
     from distill.training import checkpoint
 
-    return {one for one in checkpoint._folders(folder) if checkpoint._number(one) > newest(folder)}
+    return {
+        one
+        for one in checkpoint.integrity.checkpoint_folders(folder)
+        if checkpoint.integrity.step_of_name(one) > newest(folder)
+    }
 
 
 def logged(folder: Path) -> int:

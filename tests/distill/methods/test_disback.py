@@ -109,7 +109,12 @@ class TestFarAway:
             last = nets.fake.net.state_dict()
             assert side * float(last["mean"]) == pytest.approx(-4, abs=0.3)
             past = replace(nets.teacher, net=Belief(0.0, 4.0))
-            nets.past = Recorded(past, tuple(checkpoint.found(folder)), nets.teacher.net, checkpoint.fill)
+            nets.past = Recorded(
+                past,
+                tuple(checkpoint.list_intact_checkpoints(folder)),
+                nets.teacher.net,
+                checkpoint.load_initial_weights,
+            )
             method = DisBack(**vars(self.METHOD), record=f"{folder}", interval=35)
             bare = self.nets(side)
             bare.fake.net.load_state_dict(last)
@@ -150,7 +155,9 @@ class TestTraining:
             found = method.towards(nets, step).teacher
             assert found.null is not None and found is nets.past.denoiser
             want = nets.fake.copy().net
-            checkpoint.fill(want, tmp_path / f"checkpoint-{number}", "fake", nets.teacher.net, checkpoint.fill)
+            checkpoint.load_initial_weights(
+                want, tmp_path / f"checkpoint-{number}", "fake", nets.teacher.net, checkpoint.load_initial_weights
+            )
             assert all(torch.equal(a, b) for a, b in zip(found.net.parameters(), want.parameters()))
         assert method.towards(nets, 4).teacher is nets.teacher
         assert all(torch.equal(before[k], v) for k, v in nets.teacher.net.state_dict().items())

@@ -85,7 +85,7 @@ def flip(file):
 
 
 def names(run):
-    return [folder.name for folder in checkpoint.found(run)]
+    return [folder.name for folder in checkpoint.list_intact_checkpoints(run)]
 
 
 HARM = {
@@ -118,7 +118,7 @@ def test_it_is_written_again(harm, run, made):
     """The run goes on from the one before, and comes to the same checkpoint."""
     spoil, name, _ = HARM[harm]
     spoil(run / "checkpoint-3" / name)
-    *_, state = steps(3, checkpoint.found(run)[-1])
+    *_, state = steps(3, checkpoint.list_intact_checkpoints(run)[-1])
     checkpoint.save(state, run)
     assert {p: p.read_bytes() for p in sorted(run.rglob("*")) if p.is_file()} == {
         run / p.relative_to(made): p.read_bytes() for p in sorted(made.rglob("*")) if p.is_file()
@@ -148,7 +148,7 @@ def test_a_linked_checkpoint_counts_and_its_target_stays(run, tmp_path):
     *_, state = steps(4, run / "checkpoint-3")
     checkpoint.save(state, run, limit=2)
     assert names(run) == ["checkpoint-3", "checkpoint-4"] and not (run / "checkpoint-4").is_symlink()
-    assert not (run / "checkpoint-1").is_symlink() and checkpoint.damage(kept) is None
+    assert not (run / "checkpoint-1").is_symlink() and checkpoint.find_corruption(kept) is None
     assert {p.name for p in run.iterdir()} == {"checkpoint-3", "checkpoint-4", "checkpoint-9"}
 
 
@@ -196,8 +196,8 @@ def test_one_without_checksums_loads(run):
 
 def test_on_the_disk_before_it_is_named(made, tmp_path, monkeypatch):
     """Every file and its folder are synchronised before the rename, the rename after it."""
-    done, sync, rename = [], checkpoint._sync, os.replace
-    monkeypatch.setattr(checkpoint, "_sync", lambda path: (done.append(path), sync(path)))
+    done, sync, rename = [], checkpoint.write.sync_to_disk, os.replace
+    monkeypatch.setattr(checkpoint.write, "sync_to_disk", lambda path: (done.append(path), sync(path)))
     monkeypatch.setattr(os, "replace", lambda a, b: (done.append(b), rename(a, b)))
     (state,) = steps(3, made / "checkpoint-3")
     folder = checkpoint.save(state, tmp_path)
@@ -213,14 +213,14 @@ def test_on_the_disk_before_it_is_named(made, tmp_path, monkeypatch):
 @pytest.fixture
 def held(monkeypatch):
     """(begun, go): a checkpoint's first file waits, once `begun` is set, until `go` is."""
-    begun, go, right = threading.Event(), threading.Event(), checkpoint.save_file
+    begun, go, right = threading.Event(), threading.Event(), checkpoint.write.save_file
 
     def save_file(*args):
         begun.set()
         assert go.wait(60)
         right(*args)
 
-    monkeypatch.setattr(checkpoint, "save_file", save_file)
+    monkeypatch.setattr(checkpoint.write, "save_file", save_file)
     yield begun, go
     go.set()
 
@@ -256,7 +256,7 @@ def test_one_save_at_a_time_with_the_limit(tmp_path):
 
 
 def test_without_memory_for_a_copy_training_waits(made, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(checkpoint.psutil, "virtual_memory", lambda: SimpleNamespace(available=100))
+    monkeypatch.setattr(checkpoint.write.psutil, "virtual_memory", lambda: SimpleNamespace(available=100))
     with checkpoint.Saver(tmp_path) as saver:
         for state in steps(3):
             saver.save(state)
@@ -268,14 +268,14 @@ def test_without_memory_for_a_copy_training_waits(made, tmp_path, monkeypatch, c
 @pytest.mark.parametrize("number", (errno.ENOSPC, errno.EROFS))
 def test_what_a_write_raises_is_raised_by_the_next_call(number, tmp_path, monkeypatch):
     """By check, save and wait, and on leaving; once. The checkpoint before it is whole, and nothing else is there."""
-    error, right = OSError(number, os.strerror(number)), checkpoint._sync
+    error, right = OSError(number, os.strerror(number)), checkpoint.write.sync_to_disk
 
     def sync(path):
         if path.name == "fake.safetensors" and "-1" not in path.parent.name:
             raise error
         right(path)
 
-    monkeypatch.setattr(checkpoint, "_sync", sync)
+    monkeypatch.setattr(checkpoint.write, "sync_to_disk", sync)
     for call in ("check", "save", "wait", "leave"):
         *_, state = steps(2)
         with pytest.raises(OSError) as raised, checkpoint.Saver(tmp_path) as saver:
@@ -307,7 +307,7 @@ def test_a_disk_that_refuses_stops_the_run(what, number, digits, tmp_path, monke
             raise refuse
         return right(file, mode, *args, **kwargs)
 
-    places = {"checkpoint": (checkpoint, "write", write), "log": (Path, "open", opened)}
+    places = {"checkpoint": (checkpoint.write, "write_files", write), "log": (Path, "open", opened)}
     places["samples"] = Log, "images", write
     flags = ("--logging_steps", "1", "--checkpointing_steps", "2", "--validation_steps", "3")
     with monkeypatch.context() as patch:
@@ -405,12 +405,12 @@ def test_a_preempted_run_ends_the_step_and_goes_on(number, status, digits, tmp_p
         return call
 
     monkeypatch.setattr(Digits, "__call__", at(signal.SIGINT, number))
-    assert digits(tmp_path) == status and not checkpoint.found(tmp_path)
+    assert digits(tmp_path) == status and not checkpoint.list_intact_checkpoints(tmp_path)
     assert "interrupted: nothing of this step is saved" in capsys.readouterr().err
 
     monkeypatch.setattr(Digits, "__call__", at(number))
     assert digits(tmp_path, *LATEST) == status and signal.getsignal(number) is handler
-    assert [folder.name for folder in checkpoint.found(tmp_path)] == ["checkpoint-3"]
+    assert [folder.name for folder in checkpoint.list_intact_checkpoints(tmp_path)] == ["checkpoint-3"]
     assert f"saved {tmp_path / 'checkpoint-3'}. Go on with --resume" in capsys.readouterr().err
 
     monkeypatch.setattr(Digits, "__call__", right)
@@ -504,8 +504,10 @@ def test_a_signal_to_one_of_two_processes_ends_both(rank, tmp_path):
         said = launcher.communicate(timeout=120)[1]
     finally:
         launcher.kill()
-    (saved,) = checkpoint.found(folder)
-    assert f"interrupted; saved {saved}. Go on with" in said and checkpoint.step(saved) == len(log.open().readlines())
+    (saved,) = checkpoint.list_intact_checkpoints(folder)
+    assert f"interrupted; saved {saved}. Go on with" in said and checkpoint.read_step(saved) == len(
+        log.open().readlines()
+    )
     assert "exitcode  : 143" in said and "rank      : 0" in said and "NO_OTHER_FAILURES" in said
     assert "Connection closed" not in said and not (folder / ".lock").exists()
 

@@ -20,9 +20,10 @@ from distill import data
 from distill.losses import scores
 from distill.methods import DMD2, SiD
 from distill.networks.discriminator import verdicts
-from distill.training import checkpoint, nonfinite
+from distill.training import checkpoint, nonfinite, replay
 from distill.training.loop import train
 from distill.training.samples import describe_samples
+from distill.training.watchdog import Watchdog
 
 
 def ill(*at):
@@ -117,13 +118,13 @@ def test_a_nan_is_named_and_replayed(method, step, player, tmp_path):
     files = {f"{file.relative_to(folder)}" for file in folder.rglob("*") if file.is_file()}
     assert {"replay.json", "rank0.safetensors", f"checkpoint-{step}/fake.safetensors"} <= files
     assert {Path(name).suffix for name in files} == {".json", ".safetensors"}
-    assert not checkpoint.found(tmp_path)  # a replay is no checkpoint of the run
+    assert not checkpoint.list_intact_checkpoints(tmp_path)  # a replay is no checkpoint of the run
 
     def none(draw):
         raise AssertionError("a replay has its own batch")
 
     nets, cfg = nets_of(method), config(gradient_accumulation_steps=2)
-    (findings,) = nonfinite.replay(folder, method, nets, none, cfg, Accelerator(cpu=True)).values()
+    (findings,) = replay.replay_update(folder, method, nets, none, cfg, Accelerator(cpu=True)).values()
     assert [(one.samples, one.bad) for one in findings] == [([0, 1, 2, 3], None), ([4, 5, 6, 7], "batch/real")]
     then = json.loads((folder / "replay.json").read_text())["ranks"]["0"]
     assert [one.loss for one in findings] == [one["loss"] for one in then]
@@ -193,7 +194,7 @@ def test_a_full_disk_does_not_hide_it(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(nonfinite, "save_file", full)
+    monkeypatch.setattr(replay, "save_file", full)
     with pytest.raises(FloatingPointError, match="batch/real .* no replay could be written \\(.*No space left"):
         list(states(tmp_path, (1, "fake", 5)))
 
@@ -281,7 +282,9 @@ def test_both_ranks_name_the_one(tmp_path):
 
     method, cfg = METHODS["dmd2"], config(gradient_accumulation_steps=2)
     for folder in (tmp_path, tmp_path / "sharded"):
-        found = nonfinite.replay(folder / "replay-1-fake", method, nets_of(method), None, cfg, Accelerator(cpu=True))
+        found = replay.replay_update(
+            folder / "replay-1-fake", method, nets_of(method), None, cfg, Accelerator(cpu=True)
+        )
         assert {rank: [one.bad for one in ones] for rank, ones in found.items()} == {1: ["batch/real", None]}
 
 
@@ -330,7 +333,7 @@ def stuck(seconds):
 
 def test_a_hang_is_reported_with_its_stack(tmp_path, capsys):
     """Once, with rank and step, in the run's folder and on stderr; steps that come in time are not."""
-    with nonfinite.Watchdog(0.4, tmp_path, 3, 7) as watch:
+    with Watchdog(0.4, tmp_path, 3, 7) as watch:
         for step in range(7, 12):
             watch(step)
             time.sleep(0.1)
@@ -344,7 +347,7 @@ def test_a_hang_is_reported_with_its_stack(tmp_path, capsys):
 
 
 def test_no_watchdog(tmp_path):
-    with nonfinite.Watchdog(0, tmp_path, 0):
+    with Watchdog(0, tmp_path, 0):
         stuck(0.1)
     assert not list(tmp_path.iterdir())
 

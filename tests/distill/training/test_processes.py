@@ -77,7 +77,7 @@ def main(folder, cases):
     from safetensors.torch import save_file
     from sharded import sharded
 
-    from distill.training.nonfinite import Agreement
+    from distill.training.watchdog import Agreement
 
     torch.set_num_threads(1)
     accelerator = Accelerator()

@@ -151,7 +151,7 @@ def test_what_a_sharded_checkpoint_is(two):
     shards = ["shard-00001-of-00002.safetensors", "shard-00002-of-00002.safetensors"]
     assert sorted(file.name for file in (parts / "student").iterdir()) == shards
     assert sorted(p.name for p in parts.iterdir()) == sorted([*(p.stem for p in whole.glob("*.saf*")), "state.json"])
-    assert checkpoint.damage(parts) is None and not list(parts.parent.glob(".*"))
+    assert checkpoint.find_corruption(parts) is None and not list(parts.parent.glob(".*"))
     expected = load_file(whole / "student.safetensors")
     found = {key: torch.zeros_like(value) for key, value in expected.items()}
     dcp.load(found, storage_reader=dcp.HuggingFaceStorageReader(f"{parts / 'student'}"), no_dist=True)
@@ -159,7 +159,7 @@ def test_what_a_sharded_checkpoint_is(two):
     file = parts / "optimizer_fake" / shards[1]
     data = file.read_bytes()
     file.write_bytes(data[:-1])
-    assert "optimizer_fake/shard-00002-of-00002.safetensors is truncated" in checkpoint.damage(parts)
+    assert "optimizer_fake/shard-00002-of-00002.safetensors is truncated" in checkpoint.find_corruption(parts)
     file.write_bytes(data)
 
 
@@ -193,7 +193,7 @@ def test_a_sharded_run_goes_on_after_a_signal(tmp_path, monkeypatch):
     """The second process was told to end in the first step."""
     folder = tmp_path / "two"
     python(*TWO, __file__, folder, "interrupted")
-    assert [f.name for f in checkpoint.found(folder)] == ["checkpoint-1"]
+    assert [f.name for f in checkpoint.list_intact_checkpoints(folder)] == ["checkpoint-1"]
     python(*TWO, __file__, folder, "dmd2", "--resume_from_checkpoint", "latest")
     is_pipeline_of_one_process(folder, tmp_path / "one", monkeypatch)
 
@@ -205,7 +205,7 @@ def test_parts_on_every_node_and_copies_across(tmp_path):
     one = run("sid", Accelerator(cpu=True), END)
     assert close(load_file(tmp_path / "weights.safetensors"), one)
     there = saved(tmp_path, "")
-    assert len([*(there / "student").iterdir()]) == 2 and checkpoint.damage(there) is None
+    assert len([*(there / "student").iterdir()]) == 2 and checkpoint.find_corruption(there) is None
     assert close(run("sid", Accelerator(cpu=True), END, resume=there), one)
 
 

@@ -608,10 +608,10 @@ def test_only_the_newest_are_kept(tmp_path):
     for state in train(*digits("lcd"), Digits(), config(max_train_steps=11), Accelerator(cpu=True)):
         if state.step > 7:
             checkpoint.save(state, tmp_path, limit=2)
-    assert [p.name for p in checkpoint.found(tmp_path)] == ["checkpoint-10", "checkpoint-11"]
+    assert [p.name for p in checkpoint.list_intact_checkpoints(tmp_path)] == ["checkpoint-10", "checkpoint-11"]
     assert {p.name for p in tmp_path.iterdir()} == {"checkpoint-best", "checkpoint-10", "checkpoint-11"}
     checkpoint.save(state, tmp_path, limit=None)
-    assert len(checkpoint.found(tmp_path)) == 2
+    assert len(checkpoint.list_intact_checkpoints(tmp_path)) == 2
 
 
 def test_a_crash_while_saving_leaves_the_old_checkpoint(saved, monkeypatch):
@@ -622,11 +622,11 @@ def test_a_crash_while_saving_leaves_the_old_checkpoint(saved, monkeypatch):
     def full(*_):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(checkpoint.write, "save_file", full)
     with pytest.raises(OSError):
         checkpoint.save(state, saved.parent)
     assert {p.name: p.read_bytes() for p in saved.iterdir()} == before
-    assert checkpoint.found(saved.parent) == [saved]
+    assert checkpoint.list_intact_checkpoints(saved.parent) == [saved]
 
 
 def test_a_wrong_checkpoint_is_refused(saved):

@@ -24,7 +24,7 @@ from distill.sharding import part, place, split
 
 
 @dataclass
-class Share:
+class RankShard:
     """What a process writes of a checkpoint: process `rank` of `of`. metadata: of its files, where the parts lie."""
 
     rank: int
@@ -48,9 +48,9 @@ class Share:
         copy = "dp_replicate" in (mesh.mesh_dim_names or ()) and mesh.get_local_rank("dp_replicate")
         return not copy and part(t).numel() > 0
 
-    def told(self, partial: Path, sizes: dict[str, Any]) -> dict[str, Any]:
-        """Tell the first process that all files of this one are on the disk; it waits for all, and knows all."""
-        self._tell(partial, {"files": sizes})
+    def wait_for_all_ranks(self, partial: Path, sizes: dict[str, Any]) -> dict[str, Any]:
+        """Report the files of this rank to rank 0, which waits for all ranks and returns all files."""
+        self._report(partial, {"files": sizes})
         if self.rank:
             return sizes
         every = [partial / f"process-{rank}.json" for rank in range(self.of)]
@@ -64,19 +64,19 @@ class Share:
         return {name: facts for one in said for name, facts in one["files"].items()}
 
     def failed(self, partial: Path, error: BaseException) -> None:
-        """Tell it that they are not."""
+        """Report an error to rank 0."""
         with suppress(OSError):
-            self._tell(
+            self._report(
                 partial, {"error": [getattr(error, "errno", None) or errno.EIO, f"process {self.rank}: {error}"]}
             )
 
-    def _tell(self, partial: Path, facts: dict[str, Any]) -> None:
+    def _report(self, partial: Path, facts: dict[str, Any]) -> None:
         draft = partial / f"process-{self.rank}.draft"
         draft.write_text(json.dumps(facts))
         draft.rename(draft.with_suffix(".json"))
 
 
-def opened(file: Path) -> Any:
+def open_safetensors(file: Path) -> Any:
     """A safetensors file, to read tensors from; a ValueError if it is damaged."""
     if file.exists() and not file.is_file():
         raise ValueError(f"{file} is not a regular file")
@@ -86,7 +86,7 @@ def opened(file: Path) -> Any:
         raise ValueError(f"{file} is damaged or no safetensors file ({error})") from None
 
 
-class Stored:
+class TensorReader:
     """What is at a path, and of which shapes; a ValueError if it is damaged."""
 
     def __init__(self, path: Path) -> None:
@@ -104,7 +104,7 @@ class Stored:
             self.shapes = {key: tuple(meta.size) for key, meta in found.items()}  # type: ignore[union-attr]
             self.dtypes = {key: meta.properties.dtype for key, meta in found.items()}  # type: ignore[union-attr]
         else:
-            self.file = opened(path)
+            self.file = open_safetensors(path)
             self.shapes = {key: tuple(self.file.get_slice(key).get_shape()) for key in self.file.keys()}  # noqa: SIM118
 
     @torch.no_grad()
