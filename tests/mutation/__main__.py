@@ -62,32 +62,38 @@ def method_files() -> dict[str, Path]:
     return {file.stem: file for file in files if file.name != "__init__.py"}
 
 
-def classes_of(file: Path) -> list[str]:
+def class_names(file: Path) -> list[str]:
     return [node.name for node in ast.parse(file.read_text()).body if isinstance(node, ast.ClassDef)]
 
 
-def candidates(file: Path) -> list[Path]:
+def candidate_tests(file: Path) -> list[Path]:
     """The test file of a method, by its name or its class's, and the shared ones that name a class of the file.
 
-    Where there are neither, those of tests/distill/methods that are no other method's, or else all.
+    Where there are neither, those of tests/distill/methods that are no other method's, or else all; and where no test
+    names a base class, those that name a class of a file that imports it.
     """
-    classes, module = classes_of(file), module_of(file)
-    if file.stem == "wrapper":  # a base class, which only the wrappers' tests know
-        classes = [name for other in file.parent.glob("*.py") for name in classes_of(other)]
+    module = module_name(file)
+    users = [other for other in method_files().values() if f"from {module} import" in other.read_text()]
+    classes_of_users = [name for user in users for name in class_names(user)]
+    return tests_with_names(file, class_names(file)) or tests_with_names(file, classes_of_users)
+
+
+def tests_with_names(file: Path, classes: list[str]) -> list[Path]:
+    """`candidate_tests` for these names of classes; none where there are none."""
+    module = module_name(file)
     word = re.compile(rf"\b({'|'.join([*classes, re.escape(module)])})\b|methods import .*\b{file.stem}\b")
     methods, *shared = (
         [test for test in sorted((ROOT / room).glob("test_*.py")) if word.search(test.read_text())]
         for room in ("tests/distill/methods", "tests/distill", "tests/golden")
     )
-    named = {name: other for name, other in method_files().items()}
-    named |= {name.lower(): other for other in method_files().values() for name in classes_of(other)}
+    named = method_files() | {name.lower(): other for other in method_files().values() for name in class_names(other)}
     owner = {test: named.get(test.stem.removeprefix("test_")) for test in methods}
     mine = [test for test in methods if owner[test] == file]
     free = [test for test in methods if owner[test] is None]
     return mine + sum(shared, []) or free or methods
 
 
-def module_of(file: Path) -> str:
+def module_name(file: Path) -> str:
     return ".".join(file.relative_to(ROOT).with_suffix("").parts)
 
 
@@ -140,7 +146,7 @@ def digest(file: Path) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
-def baseline(file: Path, tests: list[Path]) -> dict[str, dict]:
+def trace_tests(file: Path, tests: list[Path]) -> dict[str, dict]:
     """{id: seconds and lines} of the tests that execute the file, the quickest first. Imports their libraries here."""
     CACHE.mkdir(parents=True, exist_ok=True)
     found, relative = {}, str(file.relative_to(ROOT))
@@ -151,11 +157,11 @@ def baseline(file: Path, tests: list[Path]) -> dict[str, dict]:
         if known.get("key") != key or known["files"].get(relative) != digest(file):
             print(f"  tracing {test.relative_to(ROOT)}", flush=True)
             start = time.time()
-            known = forked(partial(record, test), 3600)[0]
+            known = run_in_fork(partial(record_lines, test), 3600)[0]
             known |= {"key": key, "files": {str(f.relative_to(ROOT)): digest(f) for f in method_files().values()}}
             store.write_text(json.dumps(known))
             print(f"    {len(known['tests'])} tests, {time.time() - start:.0f} s", flush=True)
-        preload(known["libraries"])
+        import_libraries(known["libraries"])
         found |= {name: row for name, row in known["tests"].items() if relative in row["lines"]}
     if failing := [name for name, row in found.items() if not row["passed"]]:
         print(f"  {len(failing)} tests are left out, for they fail or are skipped without any change: {failing[:3]}")
@@ -163,14 +169,14 @@ def baseline(file: Path, tests: list[Path]) -> dict[str, dict]:
     return {name: row | {"lines": row["lines"][relative]} for name, row in rows if row["passed"]}
 
 
-def record(test: Path, report: Report) -> None:
+def record_lines(test: Path, report: Report) -> None:
     recorder = Recorder()
-    quiet_pytest([str(test), "-m", "not slow"], recorder)
+    run_pytest([str(test), "-m", "not slow"], recorder)
     libraries = [name for name, module in sys.modules.items() if LIBRARIES in (getattr(module, "__file__", "") or "")]
     report({"tests": recorder.tests, "libraries": libraries})
 
 
-def quiet_pytest(args: list[str], plugin: object) -> int:
+def run_pytest(args: list[str], plugin: object) -> int:
     flags = ["-q", "--no-header", "-p", "no:cacheprovider", "-p", "no:xdist", "-p", "no:terminalreporter"]
     return int(pytest.main([*flags, "-o", "addopts=--strict-markers", f"--rootdir={ROOT}", *args], plugins=[plugin]))
 
@@ -178,11 +184,11 @@ def quiet_pytest(args: list[str], plugin: object) -> int:
 # --- changes ---
 
 
-class Changed(importlib.abc.MetaPathFinder, importlib.abc.SourceLoader):
+class MutantImporter(importlib.abc.MetaPathFinder, importlib.abc.SourceLoader):
     """Imports one module from a source in memory, and leaves all others to those behind it."""
 
     def __init__(self, file: Path, source: str):
-        self.name, self.file, self.source = module_of(file), str(file), source
+        self.name, self.file, self.source = module_name(file), str(file), source
 
     def find_spec(self, name, path=None, target=None):
         return importlib.util.spec_from_file_location(name, self.file, loader=self) if name == self.name else None
@@ -198,7 +204,7 @@ class Changed(importlib.abc.MetaPathFinder, importlib.abc.SourceLoader):
 
 
 @dataclass(eq=False)  # pytest hashes its plugins
-class Chosen:
+class SelectedTests:
     """Runs the chosen tests in their order, and reports the first that fails."""
 
     order: dict[str, int]
@@ -218,7 +224,7 @@ class Chosen:
             os._exit(0)
 
 
-def forked(work: Callable[[Report], None], wall: float) -> tuple[object, float]:
+def run_in_fork(work: Callable[[Report], None], wall: float) -> tuple[object, float]:
     """(what `work(report)` reports in a process of its own, or why there is nothing; seconds of CPU)."""
     read, write = os.pipe()
     sys.stdout.flush()
@@ -248,7 +254,7 @@ def forked(work: Callable[[Report], None], wall: float) -> tuple[object, float]:
     return ["crash", ""], seconds
 
 
-def run(file: Path, source: str, tests: list[str], killers: tuple[str, ...] = ()) -> tuple[list[str], float]:
+def run_mutant(file: Path, source: str, tests: list[str], killers: tuple[str, ...] = ()) -> tuple[list[str], float]:
     """(["test", id], ["import", ""], ["timeout", ""], ["crash", ""] or ["survived", ""]; seconds) of a source.
 
     Of `killers`, the tests that have found another change, those in the file of the last one run before the others.
@@ -259,17 +265,17 @@ def run(file: Path, source: str, tests: list[str], killers: tuple[str, ...] = ()
 
     def work(report):
         resource.setrlimit(resource.RLIMIT_CPU, (LIMIT, LIMIT + 2))
-        sys.meta_path.insert(0, Changed(file, source))
+        sys.meta_path.insert(0, MutantImporter(file, source))
         for part in filter(None, (first, rest)):
             files = list(dict.fromkeys(str(ROOT / name.split("::")[0]) for name in part))
-            if quiet_pytest(files, Chosen({name: i for i, name in enumerate(part)}, report)):
+            if run_pytest(files, SelectedTests({name: i for i, name in enumerate(part)}, report)):
                 return report(["import", ""])
         report(["survived", ""])
 
-    return forked(work, WALL)
+    return run_in_fork(work, WALL)
 
 
-def chosen(mutant: Mutant, rows: dict[str, dict]) -> list[str]:
+def select_tests(mutant: Mutant, rows: dict[str, dict]) -> list[str]:
     """The tests that execute the changed statement, the quickest first, up to BUDGET seconds."""
     first, last = mutant.lines
     total, names = 0.0, []
@@ -282,12 +288,12 @@ def chosen(mutant: Mutant, rows: dict[str, dict]) -> list[str]:
     return names
 
 
-def accepted() -> list[dict[str, str]]:
+def load_survivors() -> list[dict[str, str]]:
     """survivors.yaml: what is known to survive, with its reason."""
     return yaml.safe_load(Path(__file__).with_name("survivors.yaml").read_text()) or []
 
 
-def reason(mutant: Mutant, entries: list[dict[str, str]]) -> str:
+def find_reason(mutant: Mutant, entries: list[dict[str, str]]) -> str:
     """Why the mutant may survive, else nothing: an entry names it and, with `becomes`, holds the changed text."""
     for entry in entries:
         if fnmatch.fnmatchcase(mutant.name, entry["mutant"]) and entry.get("becomes", "") in mutant.after:
@@ -295,7 +301,7 @@ def reason(mutant: Mutant, entries: list[dict[str, str]]) -> str:
     return ""
 
 
-def preload(libraries: list[str]) -> None:
+def import_libraries(libraries: list[str]) -> None:
     """Import the libraries, once for all changes; nothing of the project is among them."""
     for name in libraries:
         with warnings.catch_warnings(), contextlib.suppress(Exception):  # of a part that only its library can import
@@ -311,20 +317,20 @@ def mutate(name: str, file: Path, args: argparse.Namespace) -> bool:
         print("\n".join(f"{m.name}\n    {m.diff}" for m in changes))
         return True
     print(f"{name}: {len(changes)} changes of {relative}", flush=True)
-    rows = baseline(file, candidates(file))
+    rows = trace_tests(file, candidate_tests(file))
     if len(changes) > SAMPLE and not args.all:
         kept = set(random.Random(0).sample(range(len(changes)), SAMPLE))
         changes = [m for i, m in enumerate(changes) if i in kept]
-    control = chosen(Mutant("", (1, 10**6), "", "", source), rows)
-    outcome, _ = run(file, source, control)
+    control = select_tests(Mutant("", (1, 10**6), "", "", source), rows)
+    outcome, _ = run_mutant(file, source, control)
     if outcome[0] != "survived":
         raise SystemExit(f"{name}: the unchanged file fails: {outcome}. Repair {outcome[1] or 'its import'} first")
-    entries, counts, spent, killers = accepted(), {"killed": 0, "accepted": 0, "survived": 0}, 0.0, ()
+    entries, counts, spent, killers = load_survivors(), {"killed": 0, "accepted": 0, "survived": 0}, 0.0, ()
     for mutant in changes:
-        tests = chosen(mutant, rows)
-        outcome, seconds = run(file, mutant.source, tests, killers) if tests else (["survived", ""], 0.0)
+        tests = select_tests(mutant, rows)
+        outcome, seconds = run_mutant(file, mutant.source, tests, killers) if tests else (["survived", ""], 0.0)
         spent += seconds
-        why = reason(mutant, entries)
+        why = find_reason(mutant, entries)
         if outcome[0] != "survived":
             counts["killed"] += 1
             killers = (*(name for name in killers if name != outcome[1]), outcome[1])

@@ -62,30 +62,30 @@ class Mutant:
         return f"{self.before}  ->  {self.after}"
 
 
-def text(node: ast.AST) -> str:
+def source_of(node: ast.AST) -> str:
     """The source of an expression, in parentheses where its neighbours could bind closer."""
     plain = ast.Name | ast.Attribute | ast.Call | ast.Subscript | ast.Constant | ast.Tuple
     source = ast.unparse(node)
     return source if isinstance(node, plain) else f"({source})"
 
 
-def called(node: ast.AST) -> str:
+def callee_name(node: ast.AST) -> str:
     """The last name of what a call calls, else nothing."""
     func = node.func if isinstance(node, ast.Call) else None
     return getattr(func, "attr", getattr(func, "id", ""))
 
 
-def changed(node: ast.AST, **values: object) -> str:
+def source_with(node: ast.AST, **values: object) -> str:
     """The source of a copy of the node with other fields."""
     twin = copy.deepcopy(node)
     for name, value in values.items():
         setattr(twin, name, value)
-    return text(twin)
+    return source_of(twin)
 
 
 def arithmetic(node: ast.AST) -> Iterator[Change]:
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub) and not isinstance(node.operand, ast.Constant):
-        yield "sign", node, text(node.operand)
+        yield "sign", node, source_of(node.operand)
     if isinstance(node, ast.AugAssign) and isinstance(node.op, ast.Add | ast.Sub):
         other = ast.Sub() if isinstance(node.op, ast.Add) else ast.Add()
         yield "sign", node, ast.unparse(ast.AugAssign(node.target, other, node.value))
@@ -93,17 +93,17 @@ def arithmetic(node: ast.AST) -> Iterator[Change]:
         return
     match node.op:
         case ast.Add() | ast.Sub() if not any(is_sequence(side) for side in (node.left, node.right)):
-            yield "sign", node, changed(node, op=ast.Sub() if isinstance(node.op, ast.Add) else ast.Add())
+            yield "sign", node, source_with(node, op=ast.Sub() if isinstance(node.op, ast.Add) else ast.Add())
         case ast.Mult():
             small = [isinstance(side, ast.Constant) or is_own(side) for side in (node.left, node.right)]
             if not small[1] and not isinstance(node.left, ast.List):
-                yield "factor", node, text(node.right)
+                yield "factor", node, source_of(node.right)
             if not small[0]:
-                yield "factor", node, text(node.left)
+                yield "factor", node, source_of(node.left)
         case ast.Div() | ast.FloorDiv():
-            yield "factor", node, text(node.left)
+            yield "factor", node, source_of(node.left)
         case ast.Pow():
-            yield "power", node, text(node.left)
+            yield "power", node, source_of(node.left)
 
 
 def is_sequence(node: ast.AST) -> bool:
@@ -111,7 +111,7 @@ def is_sequence(node: ast.AST) -> bool:
     if isinstance(node, ast.IfExp):
         return is_sequence(node.body)
     if isinstance(node, ast.Call):
-        return called(node) in ("updates", "select", "list", "tuple")
+        return callee_name(node) in ("updates", "select", "list", "tuple")
     return isinstance(node, ast.Tuple | ast.List | ast.JoinedStr | ast.ListComp) or (
         isinstance(node, ast.Constant) and isinstance(node.value, str)
     )
@@ -125,33 +125,34 @@ def is_own(node: ast.AST) -> bool:
 def calls(node: ast.AST) -> Iterator[Change]:
     if not isinstance(node, ast.Call):
         return
-    name, args = called(node), node.args
+    name, args = callee_name(node), node.args
     method = isinstance(node.func, ast.Attribute)
     if name == "detach" and method:
-        yield "detach", node, text(node.func.value)
+        yield "detach", node, source_of(node.func.value)
     if name in ("no_grad", "enable_grad"):
         yield "detach", node, NO_CHANGE
     if name == "set_grad_enabled":
         yield "detach", node, NO_CHANGE
     if name in ROOTS and method and not args:
-        yield "power", node, text(node.func.value)
+        yield "power", node, source_of(node.func.value)
     if name in ("mean", "sum") and method:
         func = ast.Attribute(node.func.value, "sum" if name == "mean" else "mean", ast.Load())
-        yield "reduction", node, changed(node, func=func)
+        yield "reduction", node, source_with(node, func=func)
     if name in GUIDED and len(args) > 1:
-        yield "guidance", node, changed(node, args=[args[0], ast.Constant(1.0), *args[2:]])
+        yield "guidance", node, source_with(node, args=[args[0], ast.Constant(1.0), *args[2:]])
     if name in CONDITIONS and args:
-        yield "condition", node, text(args[0])
-    for i, pair in enumerate(zip(args, args[1:])):
-        if name not in COMMUTATIVE and kind(pair[0]) and kind(pair[0]) == kind(pair[1]) and not same(*pair):
-            yield "arguments", node, changed(node, args=[*args[:i], pair[1], pair[0], *args[i + 2 :]])
+        yield "condition", node, source_of(args[0])
+    for i, (first, second) in enumerate(zip(args, args[1:])):
+        of_one_kind = argument_kind(first) and argument_kind(first) == argument_kind(second)
+        if name not in COMMUTATIVE and of_one_kind and not equal_trees(first, second):
+            yield "arguments", node, source_with(node, args=[*args[:i], second, first, *args[i + 2 :]])
 
 
-def same(a: ast.AST, b: ast.AST) -> bool:
+def equal_trees(a: ast.AST, b: ast.AST) -> bool:
     return ast.dump(a) == ast.dump(b)
 
 
-def kind(node: ast.AST) -> str:
+def argument_kind(node: ast.AST) -> str:
     """What an argument is, by its form: a time, a network, a tensor; nothing for all that cannot be exchanged."""
     match node:
         case ast.Name(id=name) if name in OBJECTS or name == "c" or name.endswith("_c"):
@@ -162,7 +163,7 @@ def kind(node: ast.AST) -> str:
             return "network"
         case ast.Name() | ast.BinOp() | ast.Attribute(attr="x0" | "eps" | "out"):
             return "tensor"
-        case ast.Call() if called(node) in ("square", "detach", "to", "chunk", "normal", "features", "logits"):
+        case ast.Call() if callee_name(node) in ("square", "detach", "to", "chunk", "normal", "features", "logits"):
             return "tensor"
     return ""
 
@@ -171,30 +172,30 @@ def branches(node: ast.AST) -> Iterator[Change]:
     if isinstance(node, ast.If) and all(isinstance(line, ast.Raise) for line in node.body):
         yield "check", node.test, "False"
     elif isinstance(node, ast.If | ast.IfExp):
-        yield "condition", node.test, opposite(node.test)
-    if called(node) == "select":  # Requirement.select(NAME=condition)
+        yield "condition", node.test, negate(node.test)
+    if callee_name(node) == "select":  # Requirement.select(NAME=condition)
         for keyword in node.keywords:
-            yield "condition", keyword.value, opposite(keyword.value)
+            yield "condition", keyword.value, negate(keyword.value)
     if isinstance(node, ast.comprehension):
         for test in node.ifs:
-            yield "condition", test, opposite(test)
+            yield "condition", test, negate(test)
     if isinstance(node, ast.BoolOp):
-        yield "compare", node, changed(node, op=ast.And() if isinstance(node.op, ast.Or) else ast.Or())
+        yield "compare", node, source_with(node, op=ast.And() if isinstance(node.op, ast.Or) else ast.Or())
     if isinstance(node, ast.Compare) and len(node.ops) == 1:
         op = type(node.ops[0])
-        if called(node.left) == "uniform":  # to be equal has no probability
-            yield "compare", node, changed(node, ops=[ast.Gt()])
+        if callee_name(node.left) == "uniform":  # to be equal has no probability
+            yield "compare", node, source_with(node, ops=[ast.Gt()])
         elif op in COMPARE:
-            yield "compare", node, changed(node, ops=[COMPARE[op]()])
+            yield "compare", node, source_with(node, ops=[COMPARE[op]()])
 
 
-def opposite(test: ast.expr) -> str:
+def negate(test: ast.expr) -> str:
     """The negated condition; of a single comparison with `is`, `==` or `in` the other comparison."""
     if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
-        return text(test.operand)
+        return source_of(test.operand)
     if isinstance(test, ast.Compare) and isinstance(test.ops[0], ast.Eq | ast.NotEq | ast.Is | ast.IsNot | ast.In):
-        return changed(test, ops=[COMPARE[type(test.ops[0])]()])
-    return text(ast.UnaryOp(ast.Not(), test))
+        return source_with(test, ops=[COMPARE[type(test.ops[0])]()])
+    return source_of(ast.UnaryOp(ast.Not(), test))
 
 
 def constants(node: ast.AST) -> Iterator[Change]:
@@ -213,7 +214,7 @@ def effects(node: ast.AST) -> Iterator[Change]:
         yield "effect", node, "pass"
 
 
-def names(node: ast.AST, form: type) -> set[str]:
+def identifiers(node: ast.AST, form: type) -> set[str]:
     """The variables (form Name) or the attributes (form Attribute) of an expression."""
     return {getattr(n, "id", getattr(n, "attr", "")) for n in ast.walk(node) if isinstance(n, form)}
 
@@ -223,21 +224,21 @@ def roles(node: ast.AST) -> Iterator[Change]:
     if not isinstance(node, ast.expr) or isinstance(getattr(node, "ctx", None), ast.Store):
         return
     for pair, form in product(ROLES, (ast.Name, ast.Attribute)):
-        inner = (names(child, form) for child in ast.iter_child_nodes(node))
-        if not {*pair} <= names(node, form) or any({*pair} <= found for found in inner):
+        inner = (identifiers(child, form) for child in ast.iter_child_nodes(node))
+        if not {*pair} <= identifiers(node, form) or any({*pair} <= found for found in inner):
             continue
         twin, other = copy.deepcopy(node), {pair[0]: pair[1], pair[1]: pair[0]}
         field = "id" if form is ast.Name else "attr"
         for n in ast.walk(twin):
             if isinstance(n, form):
                 setattr(n, field, other.get(getattr(n, field), getattr(n, field)))
-        yield "roles", node, text(twin)
+        yield "roles", node, source_of(twin)
 
 
 OPERATORS = (arithmetic, calls, branches, constants, effects, roles)
 
 
-def inside(tree: ast.Module) -> Iterator[tuple[ast.AST, ast.stmt]]:
+def walk_bodies(tree: ast.Module) -> Iterator[tuple[ast.AST, ast.stmt]]:
     """Every node of the bodies of functions with its statement, less what is not computed with."""
 
     def visit(node: ast.AST, statement: ast.stmt) -> Iterator[tuple[ast.AST, ast.stmt]]:
@@ -261,7 +262,7 @@ def inside(tree: ast.Module) -> Iterator[tuple[ast.AST, ast.stmt]]:
 
     for function in functions(tree):
         for decorator in function.decorator_list:
-            yield from ((n, function) for n in ast.walk(decorator) if called(n) in ("no_grad", "enable_grad"))
+            yield from ((n, function) for n in ast.walk(decorator) if callee_name(n) in ("no_grad", "enable_grad"))
         for statement in function.body:
             yield from visit(statement, statement)
 
@@ -280,7 +281,7 @@ def is_axis(node: ast.AST, child: ast.AST) -> bool:
         return True
     if isinstance(node, ast.Subscript) and isinstance(node.value, ast.Attribute) and node.value.attr == "shape":
         return True
-    return called(node) in AXES and isinstance(child, ast.Constant)
+    return callee_name(node) in AXES and isinstance(child, ast.Constant)
 
 
 def offset(lines: list[str], line: int, column: int) -> int:
@@ -294,7 +295,7 @@ def one_line(lines: list[str]) -> str:
 def mutants(source: str, file: str) -> list[Mutant]:
     """All mutants of a source (ASCII), by line, column and operator; a source that arises twice is one mutant."""
     lines, found, numbers, seen = source.splitlines(keepends=True), [], Counter(), {ast.dump(ast.parse(source))}
-    for node, statement in inside(ast.parse(source)):
+    for node, statement in walk_bodies(ast.parse(source)):
         for operator in OPERATORS:
             for name, target, new in operator(node):
                 start = offset(lines, target.lineno, target.col_offset)
