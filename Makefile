@@ -17,13 +17,13 @@ help:  ## this list
 # The stamp is a copy of what was installed from; the second check notices a checkout that has moved or has a new package.
 # Where .venv already holds everything, installing only links the checkout and stays off the network.
 setup:  ## make .venv and install everything once; later runs only check
-	@cat setup.cfg pyproject.toml | cmp -s - $(STAMP) && (cd / && '$(CURDIR)/$(PY)' -I -c "$$LINKED") 2>/dev/null \
+	@cat setup.cfg setup.py pyproject.toml | cmp -s - $(STAMP) && (cd / && '$(CURDIR)/$(PY)' -I -c "$$LINKED") 2>/dev/null \
 	|| $(MAKE) --no-print-directory install
 
 define LINKED
 from importlib.util import find_spec
 from os.path import samefile
-for room in ("distill", "pipelines", "eval"):
+for room in ("distill", "pipelines", "eval", "recipes"):
     assert samefile(find_spec(room).submodule_search_locations[0], "$(CURDIR)/" + room)
 endef
 export LINKED
@@ -44,7 +44,7 @@ install: .venv/bin/pip
 	  echo 'setup: installing what setup.cfg lists into .venv (once; torch is large: some minutes and gigabytes)'; \
 	  $(PY) -m pip install --disable-pip-version-check -e '.[dev]' && echo 'setup: done'; \
 	fi
-	@cat setup.cfg pyproject.toml > $(STAMP)
+	@cat setup.cfg setup.py pyproject.toml > $(STAMP)
 
 demo: setup  ## the main job on digits: teacher, one-step students, evaluation, export, runs/demo/index.html
 	@$(OFFLINE) $(PY) recipes/digits_demo.py $(ARGS)

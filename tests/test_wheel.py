@@ -1,6 +1,7 @@
 """The wheel, built and used away from the checkout: it trains, evaluates, and brings nothing but `distill`."""
 
 import ast
+import configparser
 import json
 import os
 import re
@@ -157,6 +158,16 @@ def test_what_an_index_shows(wheel, unpacked):
     links = re.findall(r"\]\(([^)]*)\)", data.get_payload())
     assert links and all(link.startswith(("https://", "#")) for link in links)
     assert (ROOT / next(link for link in links if ADDRESS in link).removeprefix(f"{ADDRESS}/blob/main/")).exists()
+
+
+def test_docker_copies_what_the_wheel_is_made_of():
+    text = (ROOT / "docs" / "Dockerfile").read_text()
+    copied = {name for line in re.findall(r"^COPY (.*) \S+$", text, re.M) for name in line.split()}
+    assert copied == {*SOURCES, *FILES} and "Written, not run" in text
+    extras = re.search(r'pip install .*"/source\[(.*)\]"', text)[1].split(",")
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    assert set(extras) <= config["options.extras_require"].keys()
 
 
 TEXT = '[a](docs/a.md#b) ![c](docs/c.png) [d](#e) [f](https://g.org) <img alt="" src="h.png">'

@@ -1,5 +1,9 @@
 """The ready configuration files are read by accelerate's own launcher, and resolve to what they claim."""
 
+import os
+import re
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -118,3 +122,36 @@ def test_processes_that_were_not_started_are_missed(flags, alone, monkeypatch, c
     monkeypatch.setenv("RANK", "0")
     warn_single_process()
     assert not capsys.readouterr().err
+
+
+def test_slurm_starts_a_launcher_on_each_machine(tmp_path):
+    """The script with stand-ins: scontrol names two machines, srun runs its command once for each of them."""
+    bodies = {
+        "scontrol": 'test "$*" = "show hostnames node[1-2]" && printf "node1\\nnode2\\n"',
+        "srun": 'shift; for i in 0 1; do SLURM_NODEID=$i "$@"; done',
+        "accelerate": f'printf "%s\\n" "$@" > "{tmp_path}/machine$SLURM_NODEID"',
+        "python": f'exec "{sys.executable}" "$@"',
+    }
+    for name, body in bodies.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    env = os.environ | {"PATH": path, "SLURM_JOB_NODELIST": "node[1-2]", "PYTHONPATH": f"{FOLDER.parents[1]}"}
+    words = ["run", "dmd2_sdxl", "--validation_images", "8"]
+    subprocess.run(["bash", FOLDER / "nodes2.slurm", *words], env=env, cwd=tmp_path, check=True)
+    for rank in (0, 1):
+        argv = (tmp_path / f"machine{rank}").read_text().splitlines()
+        assert argv.pop(0) == "launch"
+        args = launch_command_parser().parse_args(argv)
+        assert (args.machine_rank, args.main_process_ip) == (rank, "node1")
+        assert args.config_file == f"{FOLDER / 'nodes2_fsdp2.yaml'}"
+        assert args.module and [args.training_script, *args.training_script_args] == ["distill", *words]
+
+
+def test_slurm_asks_for_the_machines_of_the_configuration():
+    text = (FOLDER / "nodes2.slurm").read_text()
+    asked = dict(re.findall(r"^#SBATCH --([\w-]+)=(\S+)", text, re.M))
+    claim = CLAIMS["nodes2_fsdp2"]
+    assert int(asked["nodes"]) == claim.machines and asked["ntasks-per-node"] == "1"
+    assert int(asked["nodes"]) * int(asked["gpus-per-node"]) == claim.processes
+    assert "Written, not run" in text
