@@ -51,7 +51,7 @@ demo: setup  ## the main job on digits: teacher, one-step students, evaluation, 
 
 test: setup  ## the tests, without the slow ones
 	@echo 'test: all tests but the slow ones, offline, a file at a time on each of up to four cores'
-	@$(TEST) -m 'not slow' -n logical --maxprocesses 4 --dist loadfile $(ARGS)
+	@$(TEST) -m 'not slow' -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 same: setup  ## what a refactor must not change: golden numbers, stored losses, resume bit for bit, two processes as one
 	@$(TEST) -m 'not slow' -n logical --maxprocesses 2 --dist loadfile $(SAME) $(ARGS)

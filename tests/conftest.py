@@ -17,6 +17,29 @@ ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)
 
 
+LONGEST = (  # files that start first, so that all workers end together
+    "recipes/test_recipes.py",
+    "recipes/test_matrix.py",
+    "distill/training/test_processes.py",
+    "pipelines/test_plan.py",
+    "eval/test_metrics.py",
+    "distill/test_configuration.py",
+    "distill/training/test_endurance.py",
+    "pipelines/test_families.py",
+    "recipes/test_mistakes.py",
+    "distill/training/test_sharded.py",
+    "eval/test_generate.py",
+    "pipelines/test_control.py",
+    "test_methods.py",
+)
+
+
+def pytest_collection_modifyitems(items):
+    """Order files by LONGEST: make test hands them out in this order, one at a time."""
+    order = {ROOT / "tests" / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path, len(order)))
+
+
 @pytest.fixture(autouse=True)
 def seeds():
     """Every test starts from the same random state, alone or in the suite."""

@@ -240,8 +240,7 @@ def flags(options):
 class TestInterrupted:
     KILL = """
 import os, signal, sys
-from distill.data import shards
-from pipelines import cache
+from pipelines.cache import encodings
 
 replace, calls = os.replace, []
 
@@ -249,8 +248,8 @@ def killed(a, b):
     calls.append(b)
     os.kill(os.getpid(), signal.SIGKILL) if len(calls) == 5 else replace(a, b)
 
-shards.os.replace = killed
-cache.main(sys.argv[1:])
+os.replace = killed
+encodings.main(sys.argv[1:])
 """
 
     def test_killed(self, home, made, tmp_path, capsys):
