@@ -300,6 +300,7 @@ def test_a_run_on_a_tiny_sdxl(tmp_path, capsys):
     tree = yaml.safe_load((out / "config.yaml").read_text())
     assert (tree["method"]["guidance"], tree["method"]["every"], tree["adam_beta1"]) == (8.0, 1, 0.9)
     assert (out / "pipeline" / "model_index.json").is_file() and (out / "checkpoint-2").is_dir()
-    selection = train.select(["--config", f"{out / 'config.yaml'}"])
-    assert selection.layers[-1].config.family == "sdxl"
-    assert parse(selection.layers[-1].config, selection.flags).method.every == 1
+    for flags in (["--config", f"{out / 'config.yaml'}"], ["--replay", f"{out}"]):  # a replay's folder has one, too
+        selection = train.select(flags)
+        config = parse(selection.layers[-1].config, selection.flags)
+        assert (config.family, config.method.every, config.method.guidance) == ("sdxl", 1, 8.0)
