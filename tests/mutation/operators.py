@@ -314,6 +314,7 @@ def mutants(source: str, file: str) -> list[Mutant]:
         last = line + mutated[start : start + len(new)].count("\n")
         grown = len(after) - len(lines)
         upto = max(last, next(i for i in range(len(lines), 0, -1) if lines[i - 1 :] != after[i - 1 + grown :]))
+        upto += lines[upto - 1].rstrip().endswith(":")  # of `with` and `if` the first line of the body, too
         before, after = one_line(lines[line - 1 : upto]), one_line(after[line - 1 : upto + grown])
         result.append(Mutant(f"{file}:{line}:{name}{number}", span, before, after, mutated))
     return result
