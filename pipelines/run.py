@@ -413,7 +413,7 @@ def train_and_save(run: Run) -> State:
 def save_and_preview(run: Run, state: State, saver: checkpoint.Saver, log: Log, stop: bool) -> None:
     """The sample grid and the checkpoint of a step, where they are due. stop: the run ends after this step."""
     cfg = run.config.train
-    saver.check()
+    saver.raise_pending_error()
     if cfg.validation_steps and state.step % cfg.validation_steps == 0:
         preview(run, state, log)
     if stop or must_save(run, state.step):
