@@ -267,7 +267,7 @@ def test_without_memory_for_a_copy_training_waits(made, tmp_path, monkeypatch, c
 
 @pytest.mark.parametrize("number", (errno.ENOSPC, errno.EROFS))
 def test_what_a_write_raises_is_raised_by_the_next_call(number, tmp_path, monkeypatch):
-    """By check, save and wait, and on leaving; once. The checkpoint before it is whole, and nothing else is there."""
+    """By raise_pending_error, save and wait, and on leaving; once. The checkpoint before it is whole, and nothing else is there."""
     error, right = OSError(number, os.strerror(number)), checkpoint.write.sync_to_disk
 
     def sync(path):
@@ -276,7 +276,7 @@ def test_what_a_write_raises_is_raised_by_the_next_call(number, tmp_path, monkey
         right(path)
 
     monkeypatch.setattr(checkpoint.write, "sync_to_disk", sync)
-    for call in ("check", "save", "wait", "leave"):
+    for call in ("raise_pending_error", "save", "wait", "leave"):
         *_, state = steps(2)
         with pytest.raises(OSError) as raised, checkpoint.Saver(tmp_path) as saver:
             state.step = 1
