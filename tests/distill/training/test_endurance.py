@@ -267,7 +267,7 @@ def test_without_memory_for_a_copy_training_waits(made, tmp_path, monkeypatch, c
 
 @pytest.mark.parametrize("number", (errno.ENOSPC, errno.EROFS))
 def test_what_a_write_raises_is_raised_by_the_next_call(number, tmp_path, monkeypatch):
-    """By raise_pending_error, save and wait, and on leaving; once. The checkpoint before it is whole, and nothing else is there."""
+    """By raise_pending_error, save, wait and on leaving; once. The checkpoint before it is whole, and it is alone."""
     error, right = OSError(number, os.strerror(number)), checkpoint.write.sync_to_disk
 
     def sync(path):
