@@ -12,7 +12,7 @@ from torch import nn
 from distill.diffusion.denoiser import Condition, Denoiser
 from distill.diffusion.end_time import timed
 from distill.diffusion.student import Student, grid_times
-from distill.method import Method, Requirement
+from distill.method import FeatureTaps, Method, Requirement
 from distill.modules import trained_alone, twin, weightless
 from distill.networks.adaptive_weight import LogVariance
 from distill.networks.discriminator import heads
@@ -40,41 +40,11 @@ def build(
     for name, part in (("method", method), ("student", student), ("fake", fake)):
         validate_ranges(part, f"{name}.")
     check_requirements(method, teacher, c, student)
-    nets = Nets(
-        teacher,
-        Student(
-            replace(teacher, net=student_network(student, teacher.net)),
-            student.times or grid_times(student.steps, student.first(teacher.schedule)),
-            student.scale,
-            student.renoise,
-            student.phases,
-            earlier_experts(student, teacher),
-        ),
-        shape,
-    )
-    noises = method.noises
-    if noises is not None and len(nets.student.times) > 1 and nets.student.renoise not in noises:
-        raise ValueError(
-            f"{type(method).__name__} does not train a student of {len(nets.student.times)} calls with "
-            f"{nets.student.renoise!r} noise between them: pass --student.renoise "
-            + (" or ".join(noises) if noises else "fresh --student.steps 1")
-        )
-    for name in student.freeze:
-        try:
-            nets.student.denoiser.net.get_submodule(name).requires_grad_(False)
-        except AttributeError as error:
-            top = [child for child, _ in teacher.net.named_children()]
-            raise ValueError(f"no module {name!r} to freeze ({error}); at the top there are {top}") from None
-    if Requirement.END_TIME in method.requirements:
-        nets.student.denoiser = timed(nets.student.denoiser)
-        nets.student.jumps = method.jumps
-    if student.init is not None:
-        checkpoint.load_initial_weights(nets.student.denoiser.net, student.init, "student", teacher.net)
+    nets = Nets(teacher, build_student(method, teacher, student), shape)
     if method.degradation_run is not None:
         folders = degradation_checkpoints(method.degradation_run)
-        nets.past = Recorded(
-            replace(teacher, net=fake.lora(teacher.net)), folders, teacher.net, checkpoint.load_initial_weights
-        )
+        recorded = replace(teacher, net=fake.lora(teacher.net))
+        nets.past = Recorded(recorded, folders, teacher.net, checkpoint.load_initial_weights)
         nets.past(len(folders) - 1).net.requires_grad_(False)
         fake = replace(fake, init=fake.init or f"{folders[-1]}")
     if "fake" in method.roles:
@@ -85,15 +55,61 @@ def build(
         nets.target = replace(nets.student.denoiser, net=twin(nets.student.denoiser.net).requires_grad_(False))
     if "weight" in method.roles:
         nets.weight = LogVariance()
-    for role in (role for role in HEAD_ROLES if role in method.roles):  # in this order, for heads start at random
-        taps = method.feature_taps[role]
-        with torch.device("meta"), torch.no_grad():  # shapes are enough, and the network may not fit the device yet
-            x, t = torch.zeros(1, *shape), torch.full((1,), 0.5, dtype=torch.float64)
-            told = None if c is None else {key: torch.empty_like(value, device="meta") for key, value in c.items()}
-            features = replace(teacher, net=weightless(teacher.net)).features(x, t, told, taps.modules)
-        setattr(nets, role, heads(features, taps.places, taps.pixels))
+    for role in HEAD_ROLES:  # in this order, for heads start at random
+        if role in method.roles:
+            setattr(nets, role, head_network(method.feature_taps[role], teacher, shape, c))
     method.on_build(nets)
     return nets
+
+
+def build_student(method: Method, teacher: Denoiser, config: StudentConfig) -> Student:
+    """The student with its weights, its times and its experts. ValueError for calls that the method does not train."""
+    student = Student(
+        replace(teacher, net=student_network(config, teacher.net)),
+        config.times or grid_times(config.steps, config.first(teacher.schedule)),
+        config.scale,
+        config.renoise,
+        config.phases,
+        earlier_experts(config, teacher),
+    )
+    check_transition(method, student)
+    freeze(student.denoiser.net, config.freeze)
+    if Requirement.END_TIME in method.requirements:
+        student.denoiser = timed(student.denoiser)
+        student.jumps = method.jumps
+    if config.init is not None:
+        checkpoint.load_initial_weights(student.denoiser.net, config.init, "student", teacher.net)
+    return student
+
+
+def check_transition(method: Method, student: Student) -> None:
+    """ValueError if the student makes several calls with a transition that the method does not train."""
+    noises = method.noises
+    if noises is not None and len(student.times) > 1 and student.renoise not in noises:
+        remedy = " or ".join(noises) if noises else "fresh --student.steps 1"
+        raise ValueError(
+            f"{type(method).__name__} does not train a student of {len(student.times)} calls with "
+            f"{student.renoise!r} noise between them: pass --student.renoise {remedy}"
+        )
+
+
+def freeze(net: nn.Module, modules: tuple[str, ...]) -> None:
+    """Freeze the named submodules. ValueError for a name that is none."""
+    for name in modules:
+        try:
+            net.get_submodule(name).requires_grad_(False)
+        except AttributeError as error:
+            top = [child for child, _ in net.named_children()]
+            raise ValueError(f"no module {name!r} to freeze ({error}); at the top there are {top}") from None
+
+
+def head_network(taps: FeatureTaps, teacher: Denoiser, shape: tuple[int, ...], c: Condition) -> nn.Module:
+    """The heads of a role, of the sizes of the teacher's features."""
+    with torch.device("meta"), torch.no_grad():  # shapes are enough, and the network may not fit the device yet
+        x, t = torch.zeros(1, *shape), torch.full((1,), 0.5, dtype=torch.float64)
+        example = None if c is None else {key: torch.empty_like(value, device="meta") for key, value in c.items()}
+        features = replace(teacher, net=weightless(teacher.net)).features(x, t, example, taps.modules)
+    return heads(features, taps.places, taps.pixels)
 
 
 def degradation_checkpoints(run: Path) -> tuple[Path, ...]:

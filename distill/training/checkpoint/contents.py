@@ -11,7 +11,10 @@ from distill.training.state import State
 
 
 def state_tensors(state: State, empty: bool = False) -> dict[str, dict[str, Tensor]]:
-    """File name -> tensors. Frozen parameters (the backbone of an adapter) are left out."""
+    """File name -> tensors. Frozen parameters (the backbone of an adapter) are left out.
+
+    empty: without the moments of the optimizers.
+    """
     owned = {id(p) for optimizer in state.optimizers.values() for g in optimizer.param_groups for p in g["params"]}
     files = {
         role: network_tensors(net, owned if role != "target" else None) for role, net in state.nets.modules().items()
@@ -22,10 +25,18 @@ def state_tensors(state: State, empty: bool = False) -> dict[str, dict[str, Tens
     if "target" in files:
         files["target"] = {key: t for key, t in files["target"].items() if key in student}
     for player, optimizer in state.optimizers.items():
-        entries = [] if empty else [optimizer.state.get(p, {}) for g in optimizer.param_groups for p in g["params"]]
-        moments = {f"{i}.{key}": value for i, entry in enumerate(entries) for key, value in entry.items()}
-        files[f"optimizer_{player}"] = {key: torch.as_tensor(value) for key, value in moments.items()}
+        files[f"optimizer_{player}"] = {} if empty else optimizer_tensors(optimizer)
     return files
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The moments of parameter i by the names "i.exp_avg" and so on."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    tensors = {}
+    for i, p in enumerate(parameters):
+        for key, value in optimizer.state.get(p, {}).items():
+            tensors[f"{i}.{key}"] = torch.as_tensor(value)
+    return tensors
 
 
 def network_tensors(net: nn.Module, owned: set[int] | None = None) -> dict[str, Tensor]:

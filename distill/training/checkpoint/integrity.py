@@ -47,21 +47,27 @@ def find_corruption(folder: Path, deep: bool = True) -> str | None:
         return f"{folder} was renamed: it holds step {facts['step']}, so call it checkpoint-{facts['step']} again"
     written = {folder / name: (size, digest) for name, (size, digest) in facts.get("files", {}).items()}
     try:
-        for file, (size, _) in written.items():
-            there = file.stat()
-            if not stat.S_ISREG(there.st_mode):
-                return f"{file} is not a regular file"
-            if there.st_size != size:
-                return f"{file} is truncated: it has {there.st_size} of {size} bytes"
-        for file in () if written else sorted(folder.glob("*.safetensors")):
-            TensorReader(file)
-        for file, digest in digests([*written] if deep else []):
-            if digest != written[file][1]:
-                return f"{file} is corrupted: its bytes are not those that were written"
+        if not written:
+            for file in sorted(folder.glob("*.safetensors")):
+                TensorReader(file)
+        return _find_changed_file(written, deep)
     except OSError as error:
         return f"{error.filename or folder} cannot be read ({error.strerror})"
     except ValueError as error:  # of TensorReader
         return str(error)
+
+
+def _find_changed_file(written: dict[Path, tuple[int, str]], deep: bool) -> str | None:
+    """The first file that has not the size and, with `deep`, the digest that it was written with; None: none."""
+    for file, (size, _) in written.items():
+        status = file.stat()
+        if not stat.S_ISREG(status.st_mode):
+            return f"{file} is not a regular file"
+        if status.st_size != size:
+            return f"{file} is truncated: it has {status.st_size} of {size} bytes"
+    for file, digest in digests([*written] if deep else []):
+        if digest != written[file][1]:
+            return f"{file} is corrupted: its bytes are not those that were written"
     return None
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from distill.diffusion.end_time import SECOND
 from distill.files import read_json
@@ -89,22 +89,28 @@ def load_initial_weights(net: nn.Module, path: str | Path, role: str, backbone: 
     second time (end_time.py) and a multiplier (multiplier.py) may be there or not: the network is the same without.
     """
     shared = {id(t) for t in (*backbone.parameters(), *backbone.buffers())}
-    buffers, own = dict(net.named_buffers()), {n: t for n, t in network_tensors(net).items() if id(t) not in shared}
-    stored = [TensorReader(file) for file in weight_files(path, role)]
-    shapes = {key: shape for file in stored for key, shape in file.shapes.items()}
-    trained = [name for name, p in net.named_parameters() if p.requires_grad]
-    wrong = [f"it has no {name}" for name in trained if name not in shapes and not name.startswith(OPTIONAL)]
-    unknown = [name for name in shapes if name not in {**own, **buffers} and not name.startswith(OPTIONAL)]
-    wrong += [f"it has {name}, which this {role} does not" for name in unknown]
-    wrong += [
-        f"its {name} is {shapes[name]}, this {role}'s {tuple(t.shape)}"
-        for name, t in own.items()
-        if shapes.get(name, tuple(t.shape)) != tuple(t.shape)
-    ]
+    own = {name: t for name, t in network_tensors(net).items() if id(t) not in shared}
+    readers = [TensorReader(file) for file in weight_files(path, role)]
+    shapes = {key: shape for reader in readers for key, shape in reader.shapes.items()}
+    wrong = _list_misfits(net, own, shapes, role)
     if wrong:
         raise ValueError(f"{role}.init {str(path)!r} does not fit: {wrong[0]} ({len(wrong)} such); see {role}.lora too")
-    for file in stored:
-        file.into({name: t for name, t in own.items() if name in file.shapes})
+    for reader in readers:
+        reader.into({name: t for name, t in own.items() if name in reader.shapes})
+
+
+def _list_misfits(net: nn.Module, own: dict[str, Tensor], shapes: dict[str, tuple[int, ...]], role: str) -> list[str]:
+    """What keeps weights of these shapes out of a network that owns the tensors `own`."""
+    needed = [name for name, p in net.named_parameters() if p.requires_grad and not name.startswith(OPTIONAL)]
+    known = {*own, *dict(net.named_buffers())}
+    unknown = [name for name in shapes if name not in known and not name.startswith(OPTIONAL)]
+    wrong = [f"it has no {name}" for name in needed if name not in shapes]
+    wrong += [f"it has {name}, which this {role} does not" for name in unknown]
+    for name, t in own.items():
+        shape = tuple(t.shape)
+        if shapes.get(name, shape) != shape:
+            wrong.append(f"its {name} is {shapes[name]}, this {role}'s {shape}")
+    return wrong
 
 
 def _load_optimizer(optimizer: torch.optim.Optimizer, stored: TensorReader) -> bool:

@@ -72,17 +72,14 @@ class Saver:
     def save(self, state: State) -> None:
         """Begin to write `checkpoint-{state.step}`; the state may change from now on."""
         self.wait()
-        facts, (share, files) = _facts(state), _share_of_state(state)
+        facts = _facts(state)
+        share, files = _share_of_state(state)
         partial = _prepare(self.output_dir, state.step, share)
-        copies = {name: self.copies.get(name, {}) for name in files}
-        new = [(name, key, t) for name, ts in files.items() for key, t in ts.items() if key not in copies[name]]
-        if (need := sum(t.nbytes for *_, t in new)) > psutil.virtual_memory().available:
-            sys.stderr.write(f"no memory for a copy of {need / 2**30:.0f} GiB: training waits for checkpoints\n")
+        copies = self._allocate(files)
+        if copies is None:
             late = ((file, {key: _cpu_copy(t) for key, t in tensors.items()}) for file, tensors in files.items())
             publish_checkpoint(write_files(facts, late, partial, share), self.limit, share)
             return
-        for name, key, t in new:
-            copies[name][key] = torch.empty(t.shape, dtype=t.dtype, pin_memory=t.is_cuda)
         pairs = [(copies[name][key], t) for name, ts in files.items() for key, t in ts.items()]
         copied = _copy_to_cpu([copy for copy, _ in pairs], [t for _, t in pairs])
 
@@ -96,6 +93,18 @@ class Saver:
 
         self.copies, self.thread = copies, Thread(target=work, name="checkpoint", daemon=True)
         self.thread.start()
+
+    def _allocate(self, files: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]] | None:
+        """Memory for a copy of these tensors, that of the last save where it fits; None, with a warning: too little."""
+        copies = {name: self.copies.get(name, {}) for name in files}
+        new = [(name, key, t) for name, ts in files.items() for key, t in ts.items() if key not in copies[name]]
+        needed = sum(t.nbytes for *_, t in new)
+        if needed > psutil.virtual_memory().available:
+            sys.stderr.write(f"no memory for a copy of {needed / 2**30:.0f} GiB: training waits for checkpoints\n")
+            return None
+        for name, key, t in new:
+            copies[name][key] = torch.empty(t.shape, dtype=t.dtype, pin_memory=t.is_cuda)
+        return copies
 
     def wait(self) -> None:
         """Until nothing is being written."""
