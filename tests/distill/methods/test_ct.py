@@ -117,6 +117,10 @@ class TestDistances:
         size = (net(path.diffuse(x, eps, t), t).x0 - aim).square().sum(1)
         d = {"huber": (size + c**2).sqrt() - c, "square": size, "cauchy": (1 + size / (2 * c**2 or 1)).log()}[distance]
         torch.testing.assert_close(loss, (d / gap).mean())
+        torch.testing.assert_close(logs["delta"], (size / 2).mean().detach())  # of two elements; without a graph
+        assert not logs["delta"].requires_grad and float(logs["clean"]) == pytest.approx(
+            float((r == 0).double().mean())
+        )
         ours, want = (torch.autograd.grad(one, [*net.net.parameters()]) for one in (loss, (d / gap).mean()))
         for a, b in zip(ours, want):
             torch.testing.assert_close(a, b)
