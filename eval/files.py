@@ -32,7 +32,7 @@ def read_text(path: Path, remedy: str) -> str:
         raise ValueError(f"{error}; {remedy}") from None
 
 
-def shorten(value: Any) -> str:
+def shorten(value: object) -> str:
     """A value for a message, at most 80 characters."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:80]}..."
@@ -60,6 +60,6 @@ def _kind_of(path: Path) -> str:
     return "a file" if path.is_file() else "not a regular file"
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: object) -> None:
     """Write a JSON file atomically."""
     write_atomically(path, json.dumps(value, indent=1) + "\n")

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 from markupsafe import Markup
 
 NOTHING = Markup()
 
 
-def tag(literal: str, *values: Any, **named: Any) -> Markup:
+def tag(literal: str, *values: object, **named: object) -> Markup:
     """HTML with a value in every {}. Values are escaped, unless they are HTML that this function made.
 
     literal: a constant of the source, never a value; tests/eval/test_page.py looks at every call.
@@ -18,6 +17,6 @@ def tag(literal: str, *values: Any, **named: Any) -> Markup:
     return Markup(literal).format(*values, **named)
 
 
-def join(parts: Iterable[Any], between: str = "") -> Markup:
+def join(parts: Iterable[str], between: str = "") -> Markup:
     """The parts joined. Parts that are no HTML are escaped."""
     return Markup(between).join(parts)

@@ -15,7 +15,7 @@ import os
 import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -128,7 +128,7 @@ class Protocol:
         if (told := self.missing(reference)) is not None:
             raise ValueError(told)
 
-    def conditions(self, n: int | None = None) -> list[Any]:
+    def conditions(self, n: int | None = None) -> list[str] | list[int]:
         """The prompts or labels of the first n images, by default of all. ValueError if there are too few prompts."""
         n = self.n if n is None else n
         if self.classes is not None:

@@ -41,6 +41,7 @@ from eval.sampling.cost import git_commit, hardware
 if TYPE_CHECKING:
     from eval.features.extraction import Features
 
+ScoredRow = dict[str, Any]  # of one folder: see the module
 ALONE = ("fd_heldout", "fd_train", "lpips_diversity")  # they share no input with other metrics
 LARGEST = 1 << 30  # bytes of an array of statistics: 11,585 features
 COST = ("parameters", "nfe", "latency", "images_per_second", "peak_memory", "hardware")
@@ -127,7 +128,7 @@ class Folder:
         return need == "reference" or {"labels": self.labels, "texts": self.texts}[need] is not None
 
 
-def read_reference(measure: Measure, p: Protocol, net: Extractor, folder: Path | None) -> Any:
+def read_reference(measure: Measure, p: Protocol, net: Extractor, folder: Path | None) -> Tensor | Moments | Features:
     """The reference of a measure: features of a folder, stored moments, or a split of the digits."""
     path = folder or p.reference_path
     if path is None:
@@ -214,7 +215,7 @@ def score_folder(
     use: tuple[str, ...] = (),
     batch: int = 64,
     workers: int = 4,
-) -> dict[str, Any]:
+) -> ScoredRow:
     """The row of one folder; see `score_folders`. ValueError for unknown names, and if no metric could be computed.
 
     Missing inputs of a metric are reported before a network runs. The other metrics are computed. The row's "left_out"
@@ -231,7 +232,7 @@ def score_folder(
         except ValueError as error:
             left_out[m.metric] = str(error)
     made: dict[str, Score] = {}
-    given: dict[Any, MetricInputs | ValueError] = {}
+    given: dict[tuple[object, ...], MetricInputs | ValueError] = {}
     nets: dict[str, str] = {}
     for m in (m for m in p.measures if m.metric not in left_out):
         spec = specs[m.metric]
@@ -248,7 +249,8 @@ def score_folder(
             made |= scored if isinstance(scored, dict) else {m.metric: scored}
     if not made:
         raise ValueError(f"{folder}: {format_reasons(left_out)}")
-    return _row(found, p, made, nets) | ({"left_out": left_out} if left_out else {})
+    row = _row(found, p, made, nets)
+    return {**row, "left_out": left_out} if left_out else row
 
 
 FAILURES = (
@@ -367,7 +369,7 @@ def _metric_inputs(
     return given
 
 
-def _row(found: Folder, p: Protocol, made: dict[str, Score], nets: dict[str, str]) -> dict[str, Any]:
+def _row(found: Folder, p: Protocol, made: dict[str, Score], nets: dict[str, str]) -> ScoredRow:
     manifest = found.manifest
     cost = manifest.get("cost") or {}
     model = manifest.get("name") or manifest.get("model")
@@ -407,7 +409,7 @@ def score_folders(
     use: tuple[str, ...] = (),
     batch: int = 64,
     workers: int = 4,
-) -> list[dict[str, Any]]:
+) -> list[ScoredRow]:
     """Score folders of images. If a folder or a metric fails, the others are scored, and the exit code is 1.
 
     Args:
@@ -465,7 +467,7 @@ def main() -> None:
     run(stage)
 
 
-def print_tables(rows: list[dict[str, Any]]) -> None:
+def print_tables(rows: list[ScoredRow]) -> None:
     """The rows as tables in the terminal."""
     from rich.console import Console
 

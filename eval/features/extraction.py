@@ -19,7 +19,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -34,6 +34,9 @@ from eval.files import write_json
 from eval.images.images import list_images, read_manifest
 from eval.images.resize import resize
 from eval.protocols import Preparation
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 CHUNK = 1000  # images of a file
 
@@ -174,7 +177,7 @@ def _chunk_files(where: Path, n: int) -> list[Path]:
     return [where / f"{start:09d}-{min(start + CHUNK, n):09d}.safetensors" for start in range(0, n, CHUNK)]
 
 
-def _outputs(batches: Iterator[tuple[list[Path], Tensor]], extractor: Extractor, bar: Any) -> dict[str, Tensor]:
+def _outputs(batches: Iterator[tuple[list[Path], Tensor]], extractor: Extractor, bar: tqdm) -> dict[str, Tensor]:
     """All outputs of the network for some batches."""
     outputs = []
     for names, batch in batches:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -125,7 +125,7 @@ def inception_logits(weights: str = "") -> Extractor:
     return Extractor("inception-logits", hash, "clean:299", run)
 
 
-def _torchscript(weights: str) -> tuple[Any, str]:
+def _torchscript(weights: str) -> tuple[torch.jit.ScriptModule, str]:
     path = Path(weights) if weights else cache_folder() / INCEPTION
     if not path.is_file():
         raise ValueError(
@@ -136,7 +136,7 @@ def _torchscript(weights: str) -> tuple[Any, str]:
 
 
 @cache
-def _load_torchscript(path: Path) -> tuple[Any, str]:
+def _load_torchscript(path: Path) -> tuple[torch.jit.ScriptModule, str]:
     """The network, shared by three extractors, and its hash."""
     try:
         net = torch.jit.load(str(path), map_location=device()).eval()
@@ -253,7 +253,7 @@ def _pretrained(kind: Any, where: str) -> Any:
     return found.to(device()).eval().requires_grad_(False) if network else found
 
 
-def _normalise(x: Tensor, mean: Any, std: Any) -> Tensor:
+def _normalise(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     return (x / 255 - x.new_tensor(mean)[:, None, None]) / x.new_tensor(std)[:, None, None]
 
 

@@ -24,38 +24,38 @@ from distill.files import atomic_file, atomic_folder, write_atomically
 from eval.files import check_output, read_json, shorten
 
 MANIFEST = "manifest.json"
-
-
+Manifest = dict[str, Any]  # the values of a manifest.json: see FIELDS
 LARGEST = 1e18  # of a number in a file; more is damage, and a plot could not show it
 
 
-def is_count(value: Any) -> bool:
-    return type(value) is int and 0 < value <= LARGEST
+def is_count(value: object) -> bool:
+    """Whether a value of JSON is a whole number from 1."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= LARGEST
 
 
-def is_finite(value: Any) -> bool:
+def is_finite(value: object) -> bool:
     """Whether a value of JSON is a finite number."""
-    return type(value) in (int, float) and -LARGEST <= value <= LARGEST
+    return isinstance(value, int | float) and not isinstance(value, bool) and -LARGEST <= value <= LARGEST
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: object) -> bool:
     """Whether a value of JSON is a finite number that is not negative."""
-    return is_finite(value) and value >= 0
+    return isinstance(value, int | float) and is_finite(value) and value >= 0
 
 
-def _is_text(value: Any) -> bool:
+def _is_text(value: object) -> bool:
     return isinstance(value, str)
 
 
-def _are_labels(value: Any) -> bool:
+def _are_labels(value: object) -> bool:
     return isinstance(value, list) and all(type(label) is int and 0 <= label <= LARGEST for label in value)
 
 
-def _are_costs(value: Any) -> bool:
+def _are_costs(value: object) -> bool:
     return isinstance(value, dict) and all(v is None or _is_text(v) or is_number(v) for v in value.values())
 
 
-FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {  # of a manifest: (its check, what it must be); null is allowed
+FIELDS: dict[str, tuple[Callable[[object], bool], str]] = {  # of a manifest: (check, what it must be); null is allowed
     "n": (is_count, "a number of images"),
     "shape": (lambda v: isinstance(v, list) and len(v) == 3 and all(map(is_count, v)), "three sizes [C, H, W]"),
     "labels": (_are_labels, "a list of labels, whole numbers from 0"),
@@ -106,7 +106,7 @@ def save_image(folder: Path, i: int, level: Tensor) -> None:
         Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array).save(part, format="PNG")
 
 
-def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write the manifest atomically."""
     write_atomically(folder / MANIFEST, json.dumps(manifest) + "\n")
 
@@ -125,8 +125,8 @@ def write_folder(
     images: Tensor,
     labels: Tensor | Sequence[int] | None = None,
     overwrite: bool = False,
-    **meta: Any,
-) -> dict[str, Any]:
+    **meta: object,
+) -> Manifest:
     """Store images [N, C, H, W] in [-1, 1], C = 1 or 3, as 000000.png ... with a manifest, and return the manifest.
 
     The manifest holds n, shape, the pixels' hash, labels [N] (or null) and `meta` (model, seed, nfe, seconds ...). The
@@ -167,7 +167,7 @@ def check_free(folder: Path, overwrite: bool = False) -> None:
         raise ValueError(f"{folder} has no {MANIFEST}, so it is not a folder of images; choose another")
 
 
-def read_manifest(folder: str | Path, unfinished: bool = False) -> dict[str, Any]:
+def read_manifest(folder: str | Path, unfinished: bool = False) -> Manifest:
     """The manifest of a folder of images; {} if it has none.
 
     ValueError for an absent folder, broken JSON, a field of a wrong kind, or a folder that is not complete (unless
@@ -188,7 +188,7 @@ def read_manifest(folder: str | Path, unfinished: bool = False) -> dict[str, Any
     return found
 
 
-def _check_manifest(found: Any, path: Path) -> dict[str, Any]:
+def _check_manifest(found: object, path: Path) -> Manifest:
     """The same manifest. ValueError for a field of a wrong kind, and for another number of labels than images."""
     if not isinstance(found, dict):
         raise ValueError(f"{path} is not a JSON object; generate the folder again")
@@ -230,7 +230,7 @@ def warn_once(line: str) -> None:
     sys.stderr.write(line)
 
 
-def read_folder(folder: str | Path, first: int | None = None) -> tuple[Tensor, Tensor | None, dict[str, Any]]:
+def read_folder(folder: str | Path, first: int | None = None) -> tuple[Tensor, Tensor | None, Manifest]:
     """Folder -> (images float32 [N, C, H, W] in [-1, 1], labels [N] or None, manifest or {}).
 
     All images of the folder must have one size. first: read only so many. ValueError, naming the file, for an

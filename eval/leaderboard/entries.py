@@ -37,13 +37,15 @@ from eval.sampling.generate import model_hash, model_name
 
 LISTS = ("steps", "guidance", "protocols", "seeds")
 MOST = 10_000  # entries of a board
+Flags = dict[str, Any]  # of a command, by their names
+Tree = Mapping[str, Any]  # of a YAML file
 
 
-def _is_text(value: Any) -> bool:
+def _is_text(value: object) -> bool:
     return isinstance(value, str) and bool(value)
 
 
-def _are_flags(value: Any) -> bool:
+def _are_flags(value: object) -> bool:
     """Whether a value maps names to plain values or lists of them, as flags can."""
     plain = (str, int, float, bool, type(None))
     return isinstance(value, dict) and all(
@@ -51,7 +53,7 @@ def _are_flags(value: Any) -> bool:
     )
 
 
-FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {  # of an entry, or of each value of a list: check and kind
+FIELDS: dict[str, tuple[Callable[[object], bool], str]] = {  # of an entry, or of each value of a list: check and kind
     "steps": (is_count, "a whole number from 1"),
     "guidance": (is_finite, "a finite number"),
     "seeds": (lambda value: type(value) is int and value >= 0, "a whole number from 0"),
@@ -59,7 +61,7 @@ FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {  # of an entry, or of e
     **dict.fromkeys(("generate", "score"), (_are_flags, "names with plain values")),
     **dict.fromkeys(("model", "name", "protocols", "base", "launch"), (_is_text, "text")),
 }
-BOARD: dict[str, tuple[Callable[[Any], bool], str]] = {  # beside the entries
+BOARD: dict[str, tuple[Callable[[object], bool], str]] = {  # beside the entries
     **dict.fromkeys(("out", "title"), (_is_text, "text")),
     "workers": (is_count, "a number"),
 }
@@ -77,8 +79,8 @@ class Entry:
     seeds: tuple[int, ...] = (0,)
     n: int | None = None
     base: str | None = None
-    generate: Mapping[str, Any] = field(default_factory=dict)
-    score: Mapping[str, Any] = field(default_factory=dict)
+    generate: Flags = field(default_factory=dict)
+    score: Flags = field(default_factory=dict)
     launch: str = ""
 
     @property
@@ -88,7 +90,7 @@ class Entry:
         parts.insert(2, "" if self.guidance is None else f"guidance-{self.guidance:g}")
         return re.sub(r"[^\w.-]+", "_", "-".join(filter(None, parts)))
 
-    def request(self) -> dict[str, Any]:
+    def request(self) -> dict[str, object]:
         """All that its row depends on; the model by its weights where it is here."""
         here = [Path(path) for path in (self.model, self.base) if path and Path(path).exists()]
         return json.loads(json.dumps(asdict(self))) | {"weights": model_hash(*here) if here else None}
@@ -119,7 +121,7 @@ class Entry:
         return ["-m", module_name("eval.generate"), "--overwrite", *command_line_flags(asked)]
 
 
-def command_line_flags(given: Mapping[str, Any]) -> list[str]:
+def command_line_flags(given: Flags) -> list[str]:
     """Names with values as words of a command line; None is left out."""
     words: list[str] = []
     for key, value in given.items():
@@ -130,7 +132,7 @@ def command_line_flags(given: Mapping[str, Any]) -> list[str]:
     return words
 
 
-def list_entries(tree: Mapping[str, Any]) -> list[Entry]:
+def list_entries(tree: Tree) -> list[Entry]:
     """The product of models x steps x guidance x protocols. ValueError for an invalid board, before any work."""
     shared = {key: value for key, value in tree.items() if key not in ("out", "title", "workers", "entries")}
     _validate_board(tree)
@@ -152,7 +154,7 @@ def list_entries(tree: Mapping[str, Any]) -> list[Entry]:
     return entries
 
 
-def _validate_board(tree: Mapping[str, Any]) -> None:
+def _validate_board(tree: Tree) -> None:
     """ValueError for a board without entries, and for keys beside them of a wrong kind."""
     listed = tree.get("entries")
     if not isinstance(listed, list) or not listed:
@@ -162,7 +164,7 @@ def _validate_board(tree: Mapping[str, Any]) -> None:
             raise ValueError(f"{key} of the board is {shorten(tree[key])}; it must be {kind}")
 
 
-def _validate_entry(values: Mapping[str, Any], where: str) -> None:
+def _validate_entry(values: Tree, where: str) -> None:
     """ValueError for a key that an entry does not have, and for a value of a wrong kind."""
     known = {f.name for f in fields(Entry)} - {"protocol"} | {"protocols"}
     if unknown := sorted(map(str, values.keys() - known)):
@@ -173,7 +175,7 @@ def _validate_entry(values: Mapping[str, Any], where: str) -> None:
             raise ValueError(f"{where}: {key} is {shorten(invalid[0])}; it must be {kind}")
 
 
-def _product(values: Mapping[str, Any], lists: Mapping[str, list[Any]]) -> list[Entry]:
+def _product(values: Tree, lists: Mapping[str, list[Any]]) -> list[Entry]:
     """The entries of one model: protocols x steps x guidance."""
     entries = []
     for protocol, steps, guidance in product(
@@ -197,7 +199,7 @@ def _seeds(protocol: str) -> tuple[int, ...]:
     return PROTOCOLS[protocol].seeds if protocol in PROTOCOLS else (0,)
 
 
-def read_board(path: Path) -> dict[str, Any]:
+def read_board(path: Path) -> Tree:
     """A board's file. ValueError where it is absent or no YAML of names."""
     if not path.exists():
         raise ValueError(f"there is no file {path}; write a board as the top of eval/leaderboard/entries.py shows it")

@@ -14,11 +14,14 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from distill.configuration import visible
 from distill.files import folder_lock, read_yaml
 from distill.progress import LEAST, MOST, format_seconds
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 LAUNCH = "accelerate.commands.launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no"
 
@@ -150,7 +153,7 @@ def exit_on_sigterm() -> Iterator[None]:
 class BarDisplay:
     """A bar for each job, on a terminal."""
 
-    def __init__(self, todo: dict[str, Job], bars: Any) -> None:
+    def __init__(self, todo: dict[str, Job], bars: Progress) -> None:
         self.todo = todo
         self.bars = bars
         self.tasks = {name: bars.add_task(job.title, None, None, visible=False) for name, job in todo.items()}

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from eval.leaderboard import plots
 from eval.leaderboard.tables import (
@@ -33,6 +32,7 @@ AXES = {  # cost of a scatter plot: what stands along the axis, how a tick is wr
     "nfe": ("network evaluations an image", plots.format_tick),
     "latency": ("seconds an image, alone", plots.format_duration),
 }
+GroupKey = tuple[tuple[int, ...], int | None, str]  # size, seed and prompts of sample grids
 STYLES = 6  # s0 ... s5 in the style sheet
 
 
@@ -285,7 +285,7 @@ def sample_grids(rows: Sequence[Row]) -> Markup:
 
     A folder that is not here, or cannot be read, is named; the page does without it.
     """
-    groups: dict[tuple[Any, ...], list[Markup]] = {}
+    groups: dict[GroupKey, list[Markup]] = {}
     absent: list[str] = []
     broken: list[str] = []
     visited: set[str] = set()
@@ -311,7 +311,7 @@ def sample_grids(rows: Sequence[Row]) -> Markup:
     return tag("<section><h2>Samples</h2>{}</section>", join(parts)) if parts else NOTHING
 
 
-def _sample_figure(row: Row, name: str) -> tuple[tuple[Any, ...], Markup]:
+def _sample_figure(row: Row, name: str) -> tuple[GroupKey, Markup]:
     """((size, seed, prompts), the grid of a row's folder). ValueError for a folder that cannot be read."""
     from eval.images import images as folders
 

@@ -19,7 +19,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
 
@@ -28,7 +28,7 @@ from distill.training import checkpoint
 from eval.cli import PartialFailure
 from eval.files import write_json
 from eval.leaderboard.commands import card_results, print_tables, write_page
-from eval.leaderboard.entries import command_line_flags, read_json_or_none, read_mean_row
+from eval.leaderboard.entries import Flags, command_line_flags, read_json_or_none, read_mean_row
 from eval.leaderboard.jobs import Job
 from eval.leaderboard.jobs import run_jobs as run_jobs
 from eval.leaderboard.tables import Row, interval, lower_is_better, metric_label
@@ -46,8 +46,8 @@ class Split:
 
     name: str  # selection or test
     seeds: tuple[int, ...]
-    generate: dict[str, Any]  # flags
-    score: dict[str, Any]
+    generate: Flags  # flags
+    score: Flags
 
 
 def make_splits(
@@ -86,7 +86,7 @@ def _make_digits_splits(p: Protocol, metric: str | None, n: int | None) -> tuple
     """Both splits of the real digits are built in, each with a measure of its own."""
     if metric not in (None, "fd_train", "accuracy"):
         raise ValueError(f"metric is {metric}; on the digits fd_train or accuracy may select: the others test")
-    flags: dict[str, Any] = {"protocol": p.name}
+    flags: Flags = {"protocol": p.name}
     tests = ["fd_heldout", "accuracy"] if metric is None else ["fd_heldout"]
     return (
         Split("selection", (SEED,), flags | {"n": n}, flags | {"metrics": [metric or "fd_train"]}),
@@ -94,7 +94,7 @@ def _make_digits_splits(p: Protocol, metric: str | None, n: int | None) -> tuple
     )
 
 
-def _condition_flags(p: Protocol, out: Path, odd: int) -> dict[str, Any]:
+def _condition_flags(p: Protocol, out: Path, odd: int) -> Flags:
     """What eval.generate samples: every other prompt of the protocol, in a file, or its labels."""
     if p.classes is not None:
         return {"protocol": p.name}
@@ -105,7 +105,7 @@ def _condition_flags(p: Protocol, out: Path, odd: int) -> dict[str, Any]:
     return {"prompts": file}
 
 
-def _reference_flag(p: Protocol, out: Path, reference: Path | None, odd: int) -> dict[str, Any]:
+def _reference_flag(p: Protocol, out: Path, reference: Path | None, odd: int) -> Flags:
     """The real images of a split: of the selection `reference`, else every other image of the protocol's folder."""
     path = p.reference_path
     if reference is not None:

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 Row = Mapping[str, Any]
+Figure = Mapping[str, Any]  # value, low, high, n
+Cost = Mapping[str, Any]  # see COSTS
 LOWER = ("fid", "kid", "fd", "cmmd", "mmd", "frechet", "distance", "off", "hallucination", "loss")  # is better
 ACRONYMS = ("fid", "kid", "fd", "cmmd", "is", "clip", "lpips", "dino", "ssim", "psnr")
 
@@ -104,37 +106,37 @@ class Board:
         return {i: (rank, shared[rank] > 1) for i, rank in ranks.items()}
 
 
-def interval(metric: Mapping[str, Any]) -> tuple[float, float]:
+def interval(metric: Figure) -> tuple[float, float]:
     """(low, high) of a figure; its value twice where it has no interval."""
     value = metric["value"]
     low, high = (value if metric.get(k) is None else metric[k] for k in ("low", "high"))
     return low, high
 
 
-def _is_cost(value: Any) -> bool:
+def _is_cost(value: object) -> bool:
     """Whether a number may stand on a logarithmic axis, or is 0."""
-    return is_number(value) and (value == 0 or value >= 1 / LARGEST)
+    return isinstance(value, int | float) and is_number(value) and (value == 0 or value >= 1 / LARGEST)
 
 
-def _is_plain(value: Any) -> bool:
+def _is_plain(value: object) -> bool:
     return isinstance(value, str) or is_finite(value)
 
 
-def _are_plain(value: Any) -> bool:
+def _are_plain(value: object) -> bool:
     return isinstance(value, list | tuple) and all(map(_is_plain, value))
 
 
-def _are_seeds(value: Any) -> bool:
+def _are_seeds(value: object) -> bool:
     return isinstance(value, list | tuple) and all(type(seed) is int for seed in value)
 
 
-def _are_reasons(value: Any) -> bool:
+def _are_reasons(value: object) -> bool:
     return isinstance(value, dict) and all(isinstance(word, str) for pair in value.items() for word in pair)
 
 
 TEXTS = ("model", "kind", "scheduler", "protocol", "protocol_hash", "extractor", "extractor_hash", "images", "commit",
          "hardware", "samples", "run", "model_hash")  # fmt: skip
-SCHEMA: dict[str, tuple[Callable[[Any], bool], str]] = {  # of a row: (its check, what it must be); null is allowed
+SCHEMA: dict[str, tuple[Callable[[object], bool], str]] = {  # of a row: (its check, what it must be); null is allowed
     **dict.fromkeys(TEXTS, (_is_plain, "text or a number")),
     "runs": (_are_plain, "a list of names or numbers"),
     "seeds": (_are_seeds, "a list of whole numbers"),
@@ -146,7 +148,7 @@ SCHEMA: dict[str, tuple[Callable[[Any], bool], str]] = {  # of a row: (its check
 }
 
 
-def validate_rows(rows: Any, source: str = "the rows") -> list[Row]:
+def validate_rows(rows: object, source: str = "the rows") -> list[Row]:
     """The same rows. ValueError that names the first row which is not as `eval.score` writes it."""
     if not isinstance(rows, list) or not rows:
         raise ValueError(f"{source} hold no list of rows; make them with python -m eval.score")
@@ -173,7 +175,7 @@ def _row_error(row: Row) -> str | None:
     return None
 
 
-def _figure_error(metric: Any) -> str | None:
+def _figure_error(metric: object) -> str | None:
     """The fault of a figure in a row; None if it is valid."""
     if not isinstance(metric, dict) or not is_finite(metric.get("value")):
         return "has no finite value"
@@ -203,7 +205,7 @@ def average_seeds(rows: Sequence[Row]) -> list[Row]:
     the interval is over runs. A figure's n is then the number of its values. If some rows lack a metric, the mean is
     over the others. ValueError for two different rows of one seed: they are not independent.
     """
-    groups: dict[tuple[Any, ...], list[Row]] = {}
+    groups: dict[tuple[object, ...], list[Row]] = {}
     for row in drop_duplicates(rows):
         weights = None if "run" in row else row.get("model_hash")  # rows of several runs are of several networks
         groups.setdefault((weights, *(json.dumps(row.get(key)) for key in SAME)), []).append(row)
@@ -228,7 +230,7 @@ def _average_figure(group: Sequence[Row], name: str) -> dict[str, float]:
     """The mean of a metric over seeds or runs: value, n and, for two or more, low and high."""
     from eval.metrics.intervals import mean_ci
 
-    values: dict[Any, list[float]] = {}
+    values: dict[object, list[float]] = {}
     for i, row in enumerate(group):
         if name in row["metrics"]:
             values.setdefault(row.get("run", i), []).append(row["metrics"][name]["value"])
@@ -240,7 +242,7 @@ def _average_figure(group: Sequence[Row], name: str) -> dict[str, float]:
     return figure
 
 
-def _average_cost(group: Sequence[Row]) -> dict[str, Any]:
+def _average_cost(group: Sequence[Row]) -> Cost:
     """The cost of the first row, with the means of the numbers that rows have."""
     costs = [row.get("cost") or {} for row in group]
     mean = dict(costs[0])
@@ -294,7 +296,7 @@ def row_label(row: Row, rows: Iterable[Row]) -> str:
 def row_labels(some: Iterable[Row], rows: Iterable[Row]) -> list[str]:
     """`label` of some rows, in one pass over all rows."""
     keys = ("steps", "guidance", "model_hash")
-    values: dict[str, defaultdict[Any, set[Any]]] = {key: defaultdict(set) for key in keys}
+    values: dict[str, defaultdict[str, set[object]]] = {key: defaultdict(set) for key in keys}
     for row in rows:
         for key, found in values.items():
             found[row["model"]].add(row.get(key))
@@ -349,7 +351,7 @@ def columns(board: Board) -> dict[str, list[Cell]]:
     return out | _cost_columns([row.get("cost") or {} for row in rows])
 
 
-def _cost_columns(costs: Sequence[Mapping[str, Any]]) -> dict[str, list[Cell]]:
+def _cost_columns(costs: Sequence[Cost]) -> dict[str, list[Cell]]:
     """The columns of costs, and of the machines where speeds were measured on several."""
     out: dict[str, list[Cell]] = {}
     for key, (heading, write) in COSTS.items():
@@ -365,12 +367,12 @@ def _number_cell(value: float | None, write: Callable[[float], str]) -> Cell:
     return Cell() if value is None else Cell(write(value), key=value)
 
 
-def _machine_of_speed(cost: Mapping[str, Any]) -> str | None:
+def _machine_of_speed(cost: Cost) -> str | None:
     """The machine on which a latency or a rate was measured; None without one."""
     return cost.get("hardware") if cost.get("latency") or cost.get("images_per_second") else None
 
 
-def _figure(metric: Mapping[str, Any] | None, places: int, rank: tuple[int, bool] | None) -> Cell:
+def _figure(metric: Figure | None, places: int, rank: tuple[int, bool] | None) -> Cell:
     if metric is None:
         return Cell()
     low, high = interval(metric)

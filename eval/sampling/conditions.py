@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ DIGITS = 10  # classes of the digits
 class SampleConditions(NamedTuple):
     """The prompts or labels of n images."""
 
-    values: list[Any]
+    values: Sequence[str | int]
     prompts: bool
 
     @property

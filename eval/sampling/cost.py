@@ -14,7 +14,6 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import torch
 
@@ -39,7 +38,7 @@ def _processor() -> str:
     return names[0].partition(":")[2].strip() if names else platform.processor() or platform.machine()
 
 
-def parameters(pipe: Any) -> int:
+def parameters(pipe: object) -> int:
     """Parameters of the networks that denoise; of every network where a pipeline calls them otherwise."""
     parts = {k: v for k, v in getattr(pipe, "components", {}).items() if isinstance(v, torch.nn.Module)}
     denoisers = [v for k, v in parts.items() if k in DENOISERS]
@@ -47,11 +46,11 @@ def parameters(pipe: Any) -> int:
 
 
 def measure_cost(
-    make: Callable[[int], Any],
+    make: Callable[[int], object],
     batch: int = 8,
     seconds: float = 0.5,
     device: str | torch.device = "cpu",
-) -> dict[str, Any]:
+) -> dict[str, float | str]:
     """Time `make(k)`, which makes k images on `device` -> latency, images_per_second, peak_memory, batch, hardware.
 
     latency: seconds of one image alone; images_per_second: in batches of `batch`; each the median of at least three
@@ -74,7 +73,7 @@ def measure_cost(
     }
 
 
-def _time_call(call: Callable[[], Any], seconds: float, device: torch.device) -> float:
+def _time_call(call: Callable[[], object], seconds: float, device: torch.device) -> float:
     spans: list[float] = []
     for counted in (False, *[True] * 1000):
         _synchronize(device)

@@ -25,15 +25,16 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 import tyro
-from torch import Tensor
+from torch import Tensor, nn
 
 from distill.files import folder_lock
 from eval.files import check_output, read_json, shorten, write_json
 from eval.images import images as folders
+from eval.images.images import Manifest
 from eval.protocols import Protocol, find_protocol
 from eval.sampling.conditions import IMAGES, SampleConditions, label_conditions, prompt_conditions, protocol_conditions
 from eval.sampling.cost import git_commit, hardware, measure_cost
@@ -47,6 +48,10 @@ from eval.sampling.sampler import (
     teacher_sampler,
 )
 
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+Tree = dict[str, Any]  # of a JSON file
 Solver = Literal["pipeline", "heun", "ddim", "cfg++"]
 FIRST = ("first", "first_steps", "first_guidance", "first_solver", "skip")
 MOST = {"n": IMAGES, "steps": 10_000, "per_prompt": IMAGES, "classes": IMAGES, "rows": 10_000, "batch": 10_000,
@@ -186,7 +191,7 @@ class Sampling:
         return None if self.first is None else located(self.first, None, self.variant)
 
     @cached_property
-    def exported_facts(self) -> dict[str, Any]:
+    def exported_facts(self) -> Tree:
         return read_distill_json(self.folder) if self.lora is None else {}
 
     @property
@@ -216,7 +221,7 @@ class Sampling:
         return self.rows or (50 if self.pipeline_class == EDM else 1)
 
     @property
-    def scheduling(self) -> tuple[str | None, dict[str, Any]]:
+    def scheduling(self) -> tuple[str | None, Tree]:
         """(scheduler, changes to its config)."""
         try:
             changed = json.loads(self.scheduler_config or "{}")
@@ -301,12 +306,12 @@ class Sampling:
         family = known_pipelines().get(self.pipeline_class)
         return family is not None and family.pads_to_longest
 
-    def request(self) -> dict[str, Any]:
+    def request(self) -> Manifest:
         """All that the images depend on."""
         here = self.lora or (self.folder if self.folder == Path(self.model) else None)
         scheduler, changed = self.scheduling
         before = model_name(self.first_folder) if self.first and self.first_folder == Path(self.first) else self.first
-        optional: dict[str, Any] = {}
+        optional: Manifest = {}
         if self.first_folder:
             optional |= {key: getattr(self, key) for key in FIRST} | {"first": before}
         if self.skip_tuning is not None:
@@ -354,7 +359,7 @@ class Sampling:
             teacher.denoiser = away(teacher.denoiser, self.pag_scale, self.pag_layers)
         return teacher_sampler(teacher, self.calls, self.method, 1.0 if self.guidance is None else self.guidance)
 
-    def build_staged_sampler(self, pipe: Any) -> Sampler:
+    def build_staged_sampler(self, pipe: DiffusionPipeline) -> Sampler:
         """The sampler of `first` and then the loaded model, or of a student under CFG++."""
         from pipelines.inference.stitch import Turn, around
 
@@ -368,7 +373,7 @@ class Sampling:
         first = Turn(around(other, self.resolution), self.first_steps, self.first_guidance, 0, self.first_solver)
         return staged_sampler([first, then], facts)
 
-    def apply_skip_tuning(self, net: Any) -> None:
+    def apply_skip_tuning(self, net: nn.Module) -> None:
         """Scale the skips of a network and of its experts, if `skip_tuning` is given."""
         from pipelines.inference.skip_tuning import line, tune
 
@@ -376,13 +381,13 @@ class Sampling:
             for one in (net, *getattr(net, "experts", ())):
                 tune(one, line(one, self.skip_tuning))
 
-    def run(self) -> dict[str, Any]:
+    def run(self) -> Manifest:
         """Generate the missing images and return the manifest. ValueError if another command writes to the folder."""
         self.validate()
         with folder_lock(self.out, "--out", beside=True):
             return self.generate_missing()
 
-    def generate_missing(self) -> dict[str, Any]:
+    def generate_missing(self) -> Manifest:
         """The manifest of a folder that no other process writes."""
         asked = self.conditions
         ranks = ProcessGroup()
@@ -412,7 +417,7 @@ class Sampling:
         ranks.wait()
         return folders.read_manifest(self.out)
 
-    def facts(self, sampler: Sampler, shares: list[RankResult], device: torch.device) -> dict[str, Any]:
+    def facts(self, sampler: Sampler, shares: list[RankResult], device: torch.device) -> Manifest:
         """What the manifest holds beside the request."""
         seconds = max(share.seconds for share in shares)
         kind = "pipeline" if self.method == "pipeline" else "teacher"
@@ -446,7 +451,7 @@ class Sampling:
 
 def generate(
     model: str | Path, out: str | Path, n: int | None = None, steps: int | None = None, **others: Any
-) -> dict[str, Any]:
+) -> Manifest:
     """`Sampling(...).run()`: the manifest of a folder of images."""
     return Sampling(str(model), Path(out), n, steps, **others).run()
 
@@ -476,11 +481,11 @@ class ProcessGroup:
         if self.accelerator is not None:
             self.accelerator.wait_for_everyone()
 
-    def gather(self, value: Any) -> list[Any]:
+    def gather(self, value: RankResult) -> list[RankResult]:
         """The values of all processes."""
         if self.accelerator is None:
             return [value]
-        found: list[Any] = [None] * self.count
+        found: list[RankResult] = [None] * self.count
         torch.distributed.all_gather_object(found, value)
         return found
 
@@ -512,7 +517,7 @@ def generate_missing_images(work: Sampling, sampler: Sampler, ranks: ProcessGrou
     with bar(len(mine), "image", work.out.name, ranks.index == 0) as progress, torch.no_grad():
         if not missing and ranks.index == 0:  # killed before its manifest was written: a call counts its evaluations
             rows = work.rows_per_call
-            sampler.make([image_generator(work.seed, 0)] * rows, conditions[:1] * rows)
+            sampler.make([image_generator(work.seed, 0)] * rows, list(conditions[:1]) * rows)
         for unit in (mine[k : k + batch] for k in range(0, len(mine), batch)):
             start = time.perf_counter()
             levels = _sample_images(work, sampler, unit)
@@ -558,7 +563,7 @@ def _levels(images: Tensor, numbers: list[int], size: int | None, frame: int | N
     return list(folders.quantize(images.cpu()))
 
 
-def prepare_output_folder(out: Path, request: dict[str, Any], asked: SampleConditions, overwrite: bool) -> None:
+def prepare_output_folder(out: Path, request: Manifest, asked: SampleConditions, overwrite: bool) -> None:
     """Write the manifest and the prompts of a request to `out`. A folder of this request keeps its images."""
     old = folders.read_manifest(out, unfinished=True) if out.is_dir() else {}
     if old.get("request") is not None and {**old["request"], "model": request["model"]} == request:
@@ -598,7 +603,7 @@ def remove_empty_output(out: Path) -> None:
             out.rmdir()
 
 
-def _finish(out: Path, manifest: dict[str, Any], facts: dict[str, Any], shares: list[RankResult]) -> None:
+def _finish(out: Path, manifest: Manifest, facts: Manifest, shares: list[RankResult]) -> None:
     """Write the manifest of the complete folder. ValueError if other images lie in it."""
     found = {i: digest for share in shares for i, digest in share.digests.items()}
     assert len(found) == sum(len(share.digests) for share in shares) == manifest["n"], "an image is missing, or twice"
@@ -610,7 +615,7 @@ def _finish(out: Path, manifest: dict[str, Any], facts: dict[str, Any], shares: 
     folders.write_manifest(out, {**manifest, **facts, **whole, "complete": True})
 
 
-def read_distill_json(model: Path) -> dict[str, Any]:
+def read_distill_json(model: Path) -> Tree:
     """The distill.json of an exported folder; {} for others. ValueError where there is no model."""
     if not model.is_dir():
         raise ValueError(f"there is no model folder {model}; train or export one first")
@@ -659,7 +664,7 @@ def main() -> None:
     """Command line of `Sampling`."""
     from eval.cli import run
 
-    def stage(sampling: Sampling) -> dict[str, Any]:
+    def stage(sampling: Sampling) -> Manifest:
         return sampling.run()
 
     stage.__doc__ = Sampling.__doc__

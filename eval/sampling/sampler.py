@@ -15,14 +15,20 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from eval.files import shorten
+from eval.images.images import Manifest
 from eval.sampling.cost import DENOISERS, parameters
 from pipelines.components import LIBRARIES
 
 if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline, SchedulerMixin
+
     from distill.diffusion.solver import Name
+    from pipelines import Teacher
+    from pipelines.families.base import Family
+    from pipelines.inference.stitch import Turn
 
 LOADING = Exception  # what a class raises at files that it cannot use is open-ended
 
@@ -40,12 +46,12 @@ class Sampler(NamedTuple):
     nfe: network evaluations of one image, known after the first call. facts: for the manifest.
     """
 
-    make: Callable[[list[torch.Generator], list[Any]], Tensor]
+    make: Callable[[list[torch.Generator], Sequence[str | int]], Tensor]
     nfe: Callable[[], float]
-    facts: dict[str, Any]
+    facts: Manifest
 
 
-def teacher_sampler(teacher: Any, steps: int = 18, solver: Name = "heun", guidance: float = 1.0) -> Sampler:
+def teacher_sampler(teacher: Teacher, steps: int = 18, solver: Name = "heun", guidance: float = 1.0) -> Sampler:
     """Sample a `pipelines.Teacher` along its probability-flow ODE with one of our solvers.
 
     nfe: the solver's calls; twice as many under a guidance other than 0 and 1. CFG++ always calls both branches. A
@@ -60,7 +66,7 @@ def teacher_sampler(teacher: Any, steps: int = 18, solver: Name = "heun", guidan
     nfe = 2 * (n - 1) + branches if solver == "cfg++" else n * branches
     nfe += n * isinstance(teacher.denoiser, Away)
 
-    def make(generators: list[torch.Generator], conditions: list[Any]) -> Tensor:
+    def make(generators: list[torch.Generator], conditions: Sequence[str | int]) -> Tensor:
         net = next(teacher.denoiser.net.parameters())
         z = torch.cat([torch.randn((1, *teacher.shape), generator=g) for g in generators]).to(net)
         c = {key: value.to(net.device) for key, value in (teacher.encode(conditions) or {}).items()}
@@ -71,7 +77,12 @@ def teacher_sampler(teacher: Any, steps: int = 18, solver: Name = "heun", guidan
 
 
 def pipeline_sampler(
-    pipe: Any, steps: int | None, guidance: float | None, family: Any = None, shape: Any = None, own: bool = True
+    pipe: DiffusionPipeline,
+    steps: int | None,
+    guidance: float | None,
+    family: Family | None = None,
+    shape: Sequence[int] = (),
+    own: bool = True,
 ) -> Sampler:
     """Sample a diffusers pipeline by its own call.
 
@@ -91,7 +102,7 @@ def pipeline_sampler(
         if isinstance(net := getattr(pipe, name, None), torch.nn.Module):
             net.register_forward_pre_hook(_counter(spent), with_kwargs=True)
 
-    def make(generators: list[torch.Generator], conditions: list[Any]) -> Tensor:
+    def make(generators: list[torch.Generator], conditions: Sequence[str | int]) -> Tensor:
         made[0] += len(generators)
         with _drawn_from(pipe.scheduler, generators):
             if family is not None:
@@ -106,22 +117,22 @@ def pipeline_sampler(
 
 
 def _call_pipeline(
-    pipe: Any,
-    accepted: Mapping[str, Any],
+    pipe: DiffusionPipeline,
+    accepted: Mapping[str, inspect.Parameter],
     generators: list[torch.Generator],
-    conditions: list[Any],
+    conditions: Sequence[str | int],
     steps: int | None,
     guidance: float | None,
 ) -> Tensor:
     """Images [B, C, H, W] or videos [B, C, T, H, W] in [0, 1] by the pipeline's own call. accepted: its parameters."""
-    options: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": guidance, "class_labels": conditions}
+    options: dict[str, object] = {"num_inference_steps": steps, "guidance_scale": guidance, "class_labels": conditions}
     options = {name: value for name, value in options.items() if name in accepted and value is not None}
     prompts = [conditions] if "prompt" in accepted else []
     output = pipe(*prompts, generator=generators, output_type="pt", **options)
     return output.images if hasattr(output, "images") else output.frames.transpose(1, 2)
 
 
-def staged_sampler(turns: Sequence[Any], facts: dict[str, Any]) -> Sampler:
+def staged_sampler(turns: Sequence[Turn], facts: Manifest) -> Sampler:
     """Sample with several pipelines, one stage of the steps each (pipelines/inference/stitch.py)."""
     from pipelines.inference.stitch import stitch
 
@@ -131,7 +142,7 @@ def staged_sampler(turns: Sequence[Any], facts: dict[str, Any]) -> Sampler:
     for net in nets:
         net.register_forward_pre_hook(_counter(spent), with_kwargs=True)
 
-    def make(generators: list[torch.Generator], conditions: list[Any]) -> Tensor:
+    def make(generators: list[torch.Generator], conditions: Sequence[str | int]) -> Tensor:
         made[0] += len(generators)
         return stitch(turns, conditions, generators).float().cpu()
 
@@ -142,7 +153,7 @@ def staged_sampler(turns: Sequence[Any], facts: dict[str, Any]) -> Sampler:
 def _counter(spent: list[int]) -> Callable[..., None]:
     """A hook that adds the rows of every call of a network."""
 
-    def count(net: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def count(net: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         seen = next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.ndim >= 3)
         spent[0] += len(seen)
 
@@ -150,7 +161,7 @@ def _counter(spent: list[int]) -> Callable[..., None]:
 
 
 @contextmanager
-def _drawn_from(scheduler: Any, generators: list[torch.Generator]) -> Iterator[None]:
+def _drawn_from(scheduler: SchedulerMixin, generators: list[torch.Generator]) -> Iterator[None]:
     """A context in which a scheduler draws each image's noise from that image's generator.
 
     The pipelines of SD3, FLUX, Qwen and Wan pass no generator to their scheduler. Noise from torch's global state is
@@ -189,11 +200,11 @@ def load_pipeline(
     folder: Path,
     lora: Path | None,
     scheduler: str | None,
-    scheduler_config: dict[str, Any],
+    scheduler_config: Mapping[str, Any],
     variant: str | None,
     dtype: torch.dtype,
     components: Sequence[tuple[str, str]] = (),
-) -> Any:
+) -> DiffusionPipeline:
     """A diffusers pipeline: of a folder, with a LoRA's file and another scheduler if asked. ValueError if it fails."""
     from pipelines import fields
     from pipelines.components import index
@@ -223,14 +234,14 @@ def load_pipeline(
     return install(pipe, folder)
 
 
-def _replace_components(pipe: Any, components: Sequence[tuple[str, str]], folder: Path) -> None:
+def _replace_components(pipe: DiffusionPipeline, components: Sequence[tuple[str, str]], folder: Path) -> None:
     for name, other in components:
         if getattr(pipe, name, None) is None:
             raise ValueError(f"this protocol replaces {name}, which {folder} does not have; choose another protocol")
         pipe.register_modules(**{name: getattr(pipe, other)})
 
 
-def _pipeline_class(folder: Path, entries: Mapping[str, Any]) -> Any:
+def _pipeline_class(folder: Path, entries: Mapping[str, Any]) -> type[DiffusionPipeline]:
     """The class of a folder's pipeline. ValueError for an unknown class and for components of other libraries."""
     import diffusers
 
@@ -245,7 +256,7 @@ def _pipeline_class(folder: Path, entries: Mapping[str, Any]) -> Any:
     return cls
 
 
-def _load_lora(pipe: Any, lora: Path, folder: Path) -> None:
+def _load_lora(pipe: DiffusionPipeline, lora: Path, folder: Path) -> None:
     if not hasattr(pipe, "load_lora_weights"):
         raise ValueError(f"diffusers' {type(pipe).__name__} loads no LoRA, so {lora} cannot be put on {folder}")
     try:
@@ -258,7 +269,7 @@ def _first_line(error: BaseException) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
-def _scheduler(pipe: Any, name: str | None, config: dict[str, Any]) -> Any:
+def _scheduler(pipe: DiffusionPipeline, name: str | None, config: Mapping[str, Any]) -> SchedulerMixin:
     """The pipeline's scheduler, or one of a folder or of a class of diffusers, with some of its config replaced."""
     import diffusers
 
@@ -286,7 +297,7 @@ def _scheduler(pipe: Any, name: str | None, config: dict[str, Any]) -> Any:
         raise ValueError(f"{cls.__name__} takes no scheduler_config {shorten(config)}: {_first_line(error)}") from None
 
 
-def family_of(pipe: Any, resolution: int | None) -> tuple[Any, Any]:
+def family_of(pipe: DiffusionPipeline, resolution: int | None) -> tuple[Family | None, Sequence[int]]:
     """(family, shape of a sample) of a pipeline that a family reads, (None, None) of other pipelines."""
     from pipelines.families.registry import known_pipelines
     from pipelines.inference.stitch import around
@@ -294,6 +305,6 @@ def family_of(pipe: Any, resolution: int | None) -> tuple[Any, Any]:
     if type(pipe).__name__ not in known_pipelines():
         if resolution is not None:
             raise ValueError(f"resolution cannot be chosen for a {type(pipe).__name__}; leave it out")
-        return None, None
+        return None, ()
     teacher = around(pipe, resolution)
     return teacher.family, teacher.shape
