@@ -8,15 +8,13 @@ from measure import FORBIDDEN, MEASURES, ROOMS, House, count
 
 ROOT = Path(__file__).resolve().parent.parent
 HOUSE = House(ROOT)
-BOUNDS = {  # today's counts, by room; where none is given the bound is 0, which is the aim of all but `Any`
-    "import circles": {"pipelines": 1, "eval": 1},
-    "wrong arrows": {"distill": 2, "pipelines": 4},
-    "functions over 60 lines": {"distill": 2, "pipelines": 2},
-    "functions of complexity over 15": {"distill": 14, "pipelines": 18, "eval": 19},
-    "packed assignments": {"distill": 182, "pipelines": 112, "eval": 101, "recipes": 4},
-    "statements with two if-expressions": {"distill": 8, "pipelines": 8, "eval": 17},
-    "banned names": {"distill": 178, "pipelines": 98, "eval": 62, "recipes": 1},
-    "Any per 1,000 statements": {"distill": 25, "pipelines": 68, "eval": 33, "recipes": 15},
+BOUNDS = {  # today's counts, by room; where none is given the bound is 0, which is the aim of all but `Any` (15)
+    "functions over 60 lines": {"pipelines": 1},
+    "functions of complexity over 15": {"distill": 2, "pipelines": 15},
+    "packed assignments": {"distill": 147, "pipelines": 103, "recipes": 2},
+    "statements with two if-expressions": {"distill": 3, "pipelines": 8},
+    "banned names": {"distill": 128, "pipelines": 83, "recipes": 1},
+    "Any per 1,000 statements": {"distill": 24, "pipelines": 58, "eval": 15, "recipes": 15},
 }
 HEAVY = ("diffusers", "transformers", "peft")  # they take seconds: --help and errors must not wait for them
 FILES = {f.relative_to(ROOT): ast.parse(f.read_text()) for room in FORBIDDEN for f in (ROOT / room).rglob("*.py")}
