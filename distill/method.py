@@ -143,4 +143,6 @@ class Method(ABC):
 class ToData(Method):
     """A method whose student leads from every level to data: several calls need fresh noise between them."""
 
-    noises = ("fresh",)
+    @property
+    def noises(self) -> tuple[Renoise, ...] | None:
+        return ("fresh",)

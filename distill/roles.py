@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
@@ -14,6 +14,7 @@ from distill.diffusion.guidance import Away
 from distill.diffusion.student import Student
 from distill.random import Draw
 
+T = TypeVar("T")
 Batch = dict[str, Any]
 HEAD_ROLES = ("disc", "proxy")  # roles that are heads over features (Method.feature_taps)
 SMALL = {"disc": "fake", "proxy": "fake", "weight": "student"}  # roles that are no denoisers, and the players of each
@@ -64,6 +65,21 @@ class Nets:
     reward: Callable[[Tensor, Condition], Tensor] | None = None
     control: Callable[[Tensor], Tensor] | None = None
 
+    @property
+    def fake_score(self) -> Denoiser:
+        """The fake score; ValueError if the method has none."""
+        return _require(self.fake, "fake")
+
+    @property
+    def discriminator(self) -> nn.Module:
+        """The heads of the discriminator; ValueError if the method has none."""
+        return _require(self.disc, "disc")
+
+    @property
+    def reward_proxy(self) -> nn.Module:
+        """The heads of the reward's proxy; ValueError if the method has none."""
+        return _require(self.proxy, "proxy")
+
     def modules(self) -> dict[str, nn.Module]:
         """Every trained or averaged network by role; the teacher is frozen and not among them."""
         roles = {
@@ -95,3 +111,9 @@ class Nets:
     def walk(self, batch: Batch, draw: Draw) -> list[Tensor]:
         """Every x on the way to that sample, and the sample (Student.walk)."""
         return self.student.walk(draw.normal("z", (len(draw.samples), *self.shape)), batch.get("c"), draw)
+
+
+def _require(role: T | None, name: str) -> T:
+    if role is None:
+        raise ValueError(f"the networks have no role {name!r}: name it in the method's `roles`, and build them anew")
+    return role

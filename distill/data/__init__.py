@@ -190,7 +190,11 @@ class Text:
         asked = prompts or [*dict.fromkeys(captions)]
         replaced = map(self.words.replace_words, asked if self.forget else [])
         text = Texts(teacher, asked, [*captions, *(other for other in replaced if other is not None)])
-        images = Images(teacher, pictures, text.captions, self.crops, self.squeeze) if real else None
+        images = (
+            Images(teacher, pictures, text.captions, self.crops, self.squeeze)
+            if real and pictures is not None
+            else None
+        )
         return text, images, text.prompts, text.texts[: min(text.prompts, FIXED)]
 
     def _texts(self, table: Table) -> list[str]:

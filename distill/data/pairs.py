@@ -68,6 +68,7 @@ class PrefetchingPairs(PrefetchingBatches):
         self.seed = seed
 
     def rows(self, draw: Draw) -> Batch:
+        assert self.images is not None
         rows = draw.integers("pair", len(self.images)).tolist()
         stored = self.images.read(rows)
         z = noise(self.seed, rows, stored["x"].shape[1:])

@@ -63,7 +63,9 @@ class PrefetchingBatches:
         line = (draw.player, samples)
         ask = (draw.seed, draw.step, draw.player, samples)
         then, ahead = self._ahead.get(line, (None, None))
-        batch = (ahead if then == ask else self._thread.submit(self.read, ask)).result()
+        if ahead is None or then != ask:
+            ahead = self._thread.submit(self.read, ask)
+        batch = ahead.result()
         stride = draw.step - self._step.get(line, draw.step - 1)  # a player may move at every fifth step only
         if stride > 0 and self.early:  # Update.walk looks back
             self._step[line] = draw.step

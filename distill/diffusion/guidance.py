@@ -45,7 +45,7 @@ def null_of(null: Condition, c: Condition) -> Condition:
     return {k: null[k].to(v.device, v.dtype).expand_as(v) if k in null else v for k, v in c.items()}
 
 
-def drop(c: Condition, null: Condition, mask: Tensor) -> Condition:
+def drop(c: Condition, null: Condition, mask: Tensor) -> dict[str, Tensor]:
     """Replace the condition by null where mask [B] is True."""
     empty = null_of(null, c)
     assert c is not None and empty is not None

@@ -52,12 +52,12 @@ class DiffInstruct(Method):
         t, eps = self.times(draw, "t", len(x), path), draw.normal("eps", x.shape).to(x)
         with torch.no_grad():
             x_t = path.diffuse(x, eps, t)
-            real, fake = nets.teacher(x_t, t, c).x0, nets.fake(x_t, t, c).x0
+            real, fake = nets.teacher(x_t, t, c).x0, nets.fake_score(x_t, t, c).x0
             gap = fake - real
             g = gap if self.weight == "ratio" else gap / expand(path.ratio(t) ** 2, x)
         return reduce(push(x, g), self.reduction), scores(x, real, fake)
 
     def fake_loss(self, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
-        c, path = batch.get("c"), nets.fake.path
+        c, path = batch.get("c"), nets.fake_score.path
         t, eps = self.fake_times(draw, "t", len(x), path), draw.normal("eps", x.shape).to(x)
-        return denoising(nets.fake(path.diffuse(x, eps, t), t, c), x, eps, self.reduction), {}
+        return denoising(nets.fake_score(path.diffuse(x, eps, t), t, c), x, eps, self.reduction), {}

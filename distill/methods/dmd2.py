@@ -70,18 +70,18 @@ class DMD2(DiffusionGAN):
 
     def predict(self, x_t: Tensor, t: Tensor, c, nets: Nets) -> tuple[Tensor, Tensor, Tensor | float, Logs]:
         real = Guided(nets.teacher, self.guidance)(x_t, t, c).x0
-        return real, nets.fake(x_t, t, c).x0, 1.0, {}  # both x0 and a weight of g per sample (not 1 in f-distill)
+        return real, nets.fake_score(x_t, t, c).x0, 1.0, {}  # both x0 and a weight of g per sample (not 1 in f-distill)
 
     def fake_loss(self, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
-        c, path = batch.get("c"), nets.fake.path
+        c, path = batch.get("c"), nets.fake_score.path
         t, eps = self.fake_times(draw, "t", len(x), path), draw.normal("eps", x.shape).to(x)
         x_t = path.diffuse(x, eps, t)
-        pred, features = nets.fake.tapping(x_t, t, c, self.shared_taps)
+        pred, features = nets.fake_score.tapping(x_t, t, c, self.shared_taps)
         loss, logs = denoising(pred, x, eps, self.reduction, self.fake_space), Logs()
         if self.gan_fake:
             y, y_c, method = batch["real"].to(x), batch.get("real_c"), replace(self, gan_times=self.fake_times)
             if self.share or self.at_score_noise:
-                fake = nets.disc(*features) if features else self.logits(x, c, nets, draw, at=(x_t, t))
+                fake = nets.discriminator(*features) if features else self.logits(x, c, nets, draw, at=(x_t, t))
                 real = method.logits(y, y_c, nets, draw, "gan_real")
             else:
                 fake, real = self.logits(torch.cat([x, y]), merge(c, y_c), nets, draw, "gan_fake", "gan_real").chunk(2)

@@ -71,8 +71,8 @@ class FDistill(DMD2):
     def predict(self, x_t: Tensor, t: Tensor, c, nets: Nets) -> tuple[Tensor, Tensor, Tensor | float, Logs]:
         taps = {"fake": (), "teacher": ()} | {self.gan_features: self.taps}
         real, theirs = Guided(nets.teacher, self.guidance).tapping(x_t, t, c, taps["teacher"])
-        fake, own = nets.fake.tapping(x_t, t, c, taps["fake"])
-        logit = nets.disc(*own, *theirs).flatten(1).mean(1).double()  # of several heads the mean
+        fake, own = nets.fake_score.tapping(x_t, t, c, taps["fake"])
+        logit = nets.discriminator(*own, *theirs).flatten(1).mean(1).double()  # of several heads the mean
         r = logit.exp().clamp(self.low, self.high)
         h = H[self.divergence](r / self.mean_ratio(r, t, nets.teacher.path) if self.ratio_bins else r)
         if self.unit_mean:

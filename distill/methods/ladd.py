@@ -71,13 +71,13 @@ class LADD(Method):
     def student_loss(self, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
         features = seen(nets.teacher, self.taps, self.gan_times, x, batch.get("c"), draw, "gan")
         loss = hinge_generator if self.loss == "hinge" else gan_generator
-        return loss(nets.disc(*features)), {}
+        return loss(nets.discriminator(*features)), {}
 
     def fake_loss(self, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
         both, c = torch.cat([x, batch["real"].to(x)]), merge(batch.get("c"), batch.get("real_c"))
         with torch.no_grad():
             features = seen(nets.teacher, self.taps, self.gan_times, both, c, draw, "gan_fake", "gan_real")
-        fake, real = nets.disc(*features).chunk(2)
+        fake, real = nets.discriminator(*features).chunk(2)
         logs = {"gan_right": verdicts(fake, real), "logit_gap": (real.mean() - fake.mean()).detach()}
         loss = hinge_discriminator if self.loss == "hinge" else gan_discriminator
         return loss(fake, real), logs

@@ -60,7 +60,7 @@ class PhasedDMD(DMD2):
         if self.gan_fake and nets.student.end is not None:
             y = batch["real"].to(x)
             s = torch.full((len(y),), nets.student.end, dtype=torch.float64, device=y.device)
-            batch = batch | {"real": nets.fake.path.diffuse(y, draw.normal("end", tuple(y.shape)).to(y), s)}
+            batch = batch | {"real": nets.fake_score.path.diffuse(y, draw.normal("end", tuple(y.shape)).to(y), s)}
         return DMD2.fake_loss(self.phase_method(nets), x, self.above(nets), batch, draw)
 
     def phase_method(self, nets: Nets) -> "PhasedDMD":
@@ -75,4 +75,4 @@ class PhasedDMD(DMD2):
         if nets.student.end is None:
             return nets
         path = Interval(nets.teacher.path, nets.student.end, self.clamp)
-        return replace(nets, teacher=nets.teacher.on(path), fake=nets.fake.on(path))
+        return replace(nets, teacher=nets.teacher.on(path), fake=nets.fake_score.on(path))

@@ -72,9 +72,9 @@ class RCM(SCM):
 
     def fake_loss(self, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
         """The error of x0 over sin(t) is that of the velocity, which divides by nothing."""
-        path, schedule, eps = Trig(self.sigma_d), nets.fake.schedule, draw.normal("eps", x.shape).to(x)
+        path, schedule, eps = Trig(self.sigma_d), nets.fake_score.schedule, draw.normal("eps", x.shape).to(x)
         t = path.time(schedule.ratio(self.dmd_times(draw, "t", len(x), schedule)))
-        pred = nets.fake.on(path)(path.diffuse(x, eps, t), t, batch.get("c"))
+        pred = nets.fake_score.on(path)(path.diffuse(x, eps, t), t, batch.get("c"))
         cos, sin = (expand(a, x) for a in path.coefficients(t))
         error = self.velocity(pred, t) - (cos * self.sigma_d * eps - sin / self.sigma_d * x)
         return reduce(error**2, self.reduction), {}

@@ -51,11 +51,13 @@ class SiD(Method):
 
     def sample(self, nets: Nets, batch: Batch, draw: Draw) -> Tensor:
         if set(self.kappa[:3]) != {1.0} and draw.player == "fake":  # before generating, as in the LSG code
-            batch["c"] = drop(batch["c"], nets.fake.null, draw.uniform("drop", (len(draw.samples),)) < self.p_drop)
+            batch["c"] = drop(
+                batch["c"], nets.fake_score.null, draw.uniform("drop", (len(draw.samples),)) < self.p_drop
+            )
         return nets.generate(batch, draw, 1 + draw.index("steps", len(nets.student.times)))
 
     def fake_loss(self, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
-        c, fake = batch.get("c"), nets.fake
+        c, fake = batch.get("c"), nets.fake_score
         t, eps = self.fake_times(draw, "t", len(x), fake.path), draw.normal("eps", x.shape).to(x)
         pred = Guided(fake, self.kappa[0])(fake.path.diffuse(x, eps, t), t, c)
         return denoising(pred, x, eps, self.reduction), {}
@@ -70,9 +72,9 @@ class SiD(Method):
         t, eps = self.times(draw, "t", len(x), path), draw.normal("eps", x.shape).to(x)
         x_t = path.diffuse(x, eps, t)
         real = Guided(nets.teacher, k4)(x_t, t, c).x0
-        pred, features = Guided(nets.fake, k2).tapping(x_t, t, c, taps)
+        pred, features = Guided(nets.fake_score, k2).tapping(x_t, t, c, taps)
         fake = pred.x0
-        fake3 = fake if k3 == k2 else Guided(nets.fake, k3)(x_t, t, c).x0
+        fake3 = fake if k3 == k2 else Guided(nets.fake_score, k3)(x_t, t, c).x0
         w: Tensor | float = 1.0
         if self.normalise:
             w = 1 / normaliser(x, real) if self.weight == "mean" else expand(path.coefficients(t)[0], x)

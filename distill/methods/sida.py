@@ -71,7 +71,7 @@ class SiDA(SiD):
     def fake_loss(self, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
         if not self.gan_fake:
             return super().fake_loss(x, nets, batch, draw)
-        c, y, fake = batch.get("c"), batch["real"].to(x), nets.fake
+        c, y, fake = batch.get("c"), batch["real"].to(x), nets.fake_score
         t, eps = self.fake_times(draw, "t", len(x), fake.path), draw.normal("eps", x.shape).to(x)
         pred, of_x = Guided(fake, self.kappa[0]).tapping(fake.path.diffuse(x, eps, t), t, c, self.taps)
         of_y = fake.features(fake.path.diffuse(y, eps, t), t, batch.get("real_c", c), self.taps)

@@ -57,7 +57,7 @@ class SIGN(DMD):
         if self.idem:
             assert nets.target is not None
             gaps["idem"] = replace(nets.student, denoiser=nets.target).generate(x, batch.get("c"), steps=1) - x
-        y, c = batch.get("real"), batch.get("real_c")
+        y, c = batch.get("real", x), batch.get("real_c")
         if self.rec:
             gaps["rec"] = nets.student.generate(y, c, steps=1) - y
         if self.flow:

@@ -52,7 +52,7 @@ class SUN(Method):
     def student_loss(self, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
         c, path = batch["real_c"], nets.teacher.path
         other = drop(another(c, draw), nets.teacher.null, draw.uniform("null", (len(x),)) < self.p_null)
-        teacher = Guided(replace(nets.teacher, null={k: other[k] for k in nets.teacher.null}), self.guidance)
+        teacher = Guided(replace(nets.teacher, null={k: other[k] for k in nets.teacher.null or {}}), self.guidance)
         t, eps = self.times(draw, "t", len(x), path), draw.normal("eps", x.shape).to(x)
         x_t, told = path.diffuse(x, eps, t), against(c, other)
         with torch.no_grad():

@@ -53,7 +53,7 @@ def against(c: Condition, other: Condition) -> Condition:
     return c | joined
 
 
-def another(c: Condition, draw: Draw) -> Condition:
+def another(c: Condition, draw: Draw) -> dict[str, Tensor]:
     """The condition of another sample for each, uniformly; ValueError for a micro-batch of one."""
     assert c is not None
     B = len(draw.samples)

@@ -244,3 +244,10 @@ def test_requirements_are_members_of_the_enum():
         Requirement.select(REEL=True)
     groups = (requirements.CHECKS.keys(), requirements.FROM_DATA, requirements.FROM_RECIPE)
     assert sum(map(len, groups)) == len(Requirement) and set().union(*groups) == set(Requirement)
+
+
+def test_a_role_that_the_method_lacks():
+    nets = build(SCM(), tiny(EDM()), (2,))
+    for name, role in (("fake_score", "fake"), ("discriminator", "disc"), ("reward_proxy", "proxy")):
+        with pytest.raises(ValueError, match=f"no role '{role}': name it in the method's `roles`"):
+            getattr(nets, name)

@@ -68,7 +68,7 @@ class Proxied(Rewarded):
     def proxy(self, xs: list[Tensor], c: Condition, nets: Nets, draw: Draw) -> list[Tensor]:  # R_L of each, [B]
         n, taps, times = len(xs), self.proxy_taps, self.proxy_times
         features = seen(nets.teacher, taps, times, torch.cat(xs), repeated(c, n), draw, *["proxy"] * n)
-        return [*nets.proxy(*features).flatten(1).mean(1).chunk(n)]
+        return [*nets.reward_proxy(*features).flatten(1).mean(1).chunk(n)]
 
     def proxy_loss(self, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
         given = batch.get("rewarded") or rivals(x, batch.get("c"), batch)
