@@ -3,6 +3,7 @@
 import fcntl
 import os
 import random
+import shutil
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -19,6 +20,7 @@ torch.set_num_threads(1)
 
 LONGEST = (  # files that start first, so that all workers end together
     "recipes/test_recipes.py",
+    "recipes/test_exports.py",
     "recipes/test_matrix.py",
     "distill/training/test_processes.py",
     "pipelines/test_plan.py",
@@ -55,13 +57,14 @@ def shared(tmp_path_factory):
     root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
 
     def folder(name, make):
-        path, partial = root / name, root / f"{name}.partial"
+        path, done = root / name, root / f"{name}.done"
         with (root / f"{name}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            if not path.exists():
-                partial.mkdir()
-                make(partial)
-                partial.rename(path)
+            if not done.exists():
+                shutil.rmtree(path, ignore_errors=True)
+                path.mkdir()
+                make(path)
+                done.touch()
         return path
 
     return folder
