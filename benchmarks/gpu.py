@@ -106,12 +106,12 @@ def gradients(method: Any, place: str, mode: str) -> dict[str, tuple[Tensor, Ten
     from distill.random import Draw
     from distill.training import precision
     from distill.training.config import TrainConfig
-    from distill.training.prepare import begin
+    from distill.training.prepare import prepare_state
     from distill.training.step import set_trainable
 
     accelerator = use_device(place, mode)
     _, nets = build_nets(method)
-    state = begin(nets, Digits(), TrainConfig(train_batch_size=BATCH), accelerator)
+    state = prepare_state(nets, Digits(), TrainConfig(train_batch_size=BATCH), accelerator)
     players = {name: optimizer.param_groups[0]["params"] for name, optimizer in state.optimizers.items()}
     samples = torch.arange(BATCH, device=accelerator.device)
     found = {}

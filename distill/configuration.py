@@ -60,11 +60,11 @@ class Config(Generic[M, D]):
 
 def fail(message: str) -> NoReturn:
     """End with one message for the user on stderr and exit status 2."""
-    sys.stderr.write(f"error: {visible(message)}\n")
+    sys.stderr.write(f"error: {escape_for_terminal(message)}\n")
     raise SystemExit(2)
 
 
-def visible(text: str) -> str:
+def escape_for_terminal(text: str) -> str:
     """Text for a terminal, which characters from files must not steer: of what controls it, line breaks are left."""
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
@@ -143,10 +143,10 @@ def dump(config: Config[Any, Any]) -> str:
     return f"# {type(config.method).__name__}\n{yaml.safe_dump(_plain(tree), sort_keys=False)}"
 
 
-def revived(kind: type[T], tree: dict[str, Any]) -> T:
+def from_tree(kind: type[T], tree: dict[str, Any]) -> T:
     """A dataclass from the part of a run's config.yaml that holds it."""
     made: dict[str, Any] = {f.name: f.default_factory for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    nested = {k: revived(made[k], v) if isinstance(v, dict) else v for k, v in tree.items() if k in made}
+    nested = {k: from_tree(made[k], v) if isinstance(v, dict) else v for k, v in tree.items() if k in made}
     return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in nested.items()})
 
 

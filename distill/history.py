@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from distill.configuration import Config, dump, read_run_config, visible
+from distill.configuration import Config, dump, escape_for_terminal, read_run_config
 from distill.files import read_text, write_atomically
 from distill.method import Method, Requirement
 
@@ -173,4 +173,4 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _shorten(value: Any) -> str:
-    return visible(str(value)[:80])
+    return escape_for_terminal(str(value)[:80])

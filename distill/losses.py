@@ -35,7 +35,7 @@ def per_sample(elements: Tensor) -> Tensor:
     return elements.flatten(1).mean(1).reshape(-1, *[1] * (elements.ndim - 1))
 
 
-def push(x: Tensor, g: Tensor) -> Tensor:
+def gradient_surrogate(x: Tensor, g: Tensor) -> Tensor:
     """Elements [B, ...] whose sum has the gradient g to x, exactly; their value is g^2 / 2.
 
     The surrogate |x - sg(x - g)|^2 / 2 of score distillation without its rounding.
@@ -114,7 +114,7 @@ def hinge_discriminator(fake: Tensor, real: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def scores(x: Tensor, real: Tensor, fake: Tensor, own: bool = True) -> dict[str, Tensor]:
+def score_gap_logs(x: Tensor, real: Tensor, fake: Tensor, own: bool = True) -> dict[str, Tensor]:
     """Logs of two scores: score_gap = mean (real - fake)^2 and lag = mean (x - fake) (real - fake).
 
     x, real, fake [B, ...]: samples and both scores' x0 at x_t, or noise and both scores' eps. A fake score that has

@@ -7,32 +7,32 @@ import copy
 from torch import nn
 
 
-def shared(net: nn.Module) -> nn.Module:
+def shallow_module_copy(net: nn.Module) -> nn.Module:
     """A copy of the module tree of `net` that shares every parameter and buffer tensor with it."""
     memo = {id(tensor): tensor for tensor in [*net.parameters(), *net.buffers()]}
     return copy.deepcopy(net, memo)
 
 
-def twin(net: nn.Module) -> nn.Module:
+def copy_trainable(net: nn.Module) -> nn.Module:
     """A copy of `net` with trainable parameters of its own; frozen ones, an adapter's backbone say, stay shared."""
     return copy.deepcopy(net, {id(p): p for p in net.parameters() if not p.requires_grad})
 
 
-def trained_alone(net: nn.Module, child: str) -> nn.Module:
+def freeze_all_but(net: nn.Module, child: str) -> nn.Module:
     """A copy of `net` whose child module `child` is its own and trains; the rest is frozen and shared."""
-    found = shared(net).requires_grad_(False)
-    setattr(found, child, masters(copy.deepcopy(getattr(net, child)).requires_grad_(True)))
+    found = shallow_module_copy(net).requires_grad_(False)
+    setattr(found, child, promote_trainable_to_float32(copy.deepcopy(getattr(net, child)).requires_grad_(True)))
     return found
 
 
-def weightless(net: nn.Module) -> nn.Module:
+def meta_copy(net: nn.Module) -> nn.Module:
     """A copy on the meta device: shapes without numbers."""
     tensors = {id(t): t.detach().to("meta") for t in net.buffers()}
     parameters = {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in net.parameters()}
     return copy.deepcopy(net, tensors | parameters)
 
 
-def masters(net: nn.Module) -> nn.Module:
+def promote_trainable_to_float32(net: nn.Module) -> nn.Module:
     """`net`, its trainable parameters at least float32: half precision rounds small steps away. Frozen ones stay."""
     for p in net.parameters():
         if p.requires_grad and p.dtype.itemsize < 4:

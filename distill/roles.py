@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from distill.diffusion.denoiser import Condition, Denoiser
-from distill.diffusion.guidance import Away
+from distill.diffusion.guidance import WorseModelGuided
 from distill.diffusion.student import Student
 from distill.random import Draw
 
@@ -21,7 +21,7 @@ SMALL = {"disc": "fake", "proxy": "fake", "weight": "student"}  # roles that are
 
 
 @dataclass(eq=False)
-class Recorded:
+class CheckpointedDenoiser:
     """A denoiser as it was at each of several checkpoints of the role "fake": one network, with the last asked for.
 
     backbone: the network whose tensors it may share, which are never written. fill: checkpoint.load_initial_weights.
@@ -60,7 +60,7 @@ class Nets:
     proxy: nn.Module | None = None
     weight: nn.Module | None = None
     target: Denoiser | None = None
-    past: Recorded | None = None
+    past: CheckpointedDenoiser | None = None
     perceptual: Callable[[Tensor, Tensor], Tensor] | None = None
     reward: Callable[[Tensor, Condition], Tensor] | None = None
     control: Callable[[Tensor], Tensor] | None = None
@@ -95,7 +95,7 @@ class Nets:
         phases: networks that no player moves."""
         experts = {f"expert {i}": expert.net for i, expert in enumerate(self.student.experts)}
         past = {} if self.past is None else {"past": self.past.denoiser.net}
-        worse = {"worse": self.teacher.worse} if isinstance(self.teacher, Away) else {}
+        worse = {"worse": self.teacher.worse} if isinstance(self.teacher, WorseModelGuided) else {}
         return {"teacher": self.teacher.net, **worse, **past, **experts}
 
     @property

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 
-def asked(accelerator: Accelerator) -> bool:
+def is_fsdp_launch(accelerator: Accelerator) -> bool:
     """Whether the launcher's configuration asks for sharding; ValueError if it is of a kind that cannot be had."""
     from accelerate.utils import DistributedType
 
@@ -68,7 +68,7 @@ def shard(net: nn.Module, blocks: Iterable[str], mesh: DeviceMesh, half: bool) -
         fully_shard(module, **options)
 
 
-def ended(net: nn.Module, features: list[Tensor]) -> None:
+def close_fsdp_forward(net: nn.Module, features: list[Tensor]) -> None:
     """A forward pass of `net` was left early, with `features` as its outputs: close the blocks that it was in."""
     for module in reversed([*net.modules()] if sharded(net) else []):
         state = module._get_fsdp_state() if sharded(module) else None  # type: ignore[operator]
@@ -81,24 +81,24 @@ def sharded(net: nn.Module) -> bool:
     return hasattr(net, "set_requires_gradient_sync")
 
 
-def split(tensor: Tensor) -> bool:
+def is_sharded_tensor(tensor: Tensor) -> bool:
     """Whether this process holds but a part of the tensor."""
     return hasattr(tensor, "to_local")
 
 
 def part(tensor: Tensor) -> Tensor:
     """What this process holds of a tensor: memory of the tensor itself."""
-    return tensor.to_local() if split(tensor) else tensor  # type: ignore[attr-defined]
+    return tensor.to_local() if is_sharded_tensor(tensor) else tensor  # type: ignore[attr-defined]
 
 
-def whole(tensor: Tensor) -> Tensor:
+def gather_full_tensor(tensor: Tensor) -> Tensor:
     """The tensor on every process, which all must ask for; of one that is not split, itself."""
-    return tensor.full_tensor() if split(tensor) else tensor  # type: ignore[attr-defined]
+    return tensor.full_tensor() if is_sharded_tensor(tensor) else tensor  # type: ignore[attr-defined]
 
 
-def place(tensor: Tensor) -> tuple[slice, ...]:
+def local_slices(tensor: Tensor) -> tuple[slice, ...]:
     """Where in the whole tensor the part of this process lies."""
-    if not split(tensor):
+    if not is_sharded_tensor(tensor):
         return tuple(slice(0, n) for n in tensor.shape)
     (chunk,) = tensor.__create_chunk_list__()  # type: ignore[attr-defined]
     return tuple(slice(o, o + n) for o, n in zip(chunk.offsets, chunk.sizes, strict=True))

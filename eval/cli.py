@@ -24,7 +24,7 @@ def run(stage: Callable[..., Any] | Mapping[str, Callable[..., Any]]) -> Any:
     import tyro
     from safetensors import SafetensorError
 
-    from distill.configuration import fail, visible
+    from distill.configuration import escape_for_terminal, fail
     from distill.layout import program_name
 
     config = (tyro.conf.OmitArgPrefixes,)
@@ -35,7 +35,7 @@ def run(stage: Callable[..., Any] | Mapping[str, Callable[..., Any]]) -> Any:
             )
         return tyro.cli(stage, config=config, use_underscores=True, prog=program_name())
     except PartialFailure as error:
-        sys.exit(f"error: {visible(str(error))}")
+        sys.exit(f"error: {escape_for_terminal(str(error))}")
     except ValueError as error:
         fail(str(error))
     except (OSError, SafetensorError, MemoryError, RuntimeError) as error:

@@ -253,7 +253,7 @@ class Run:
 
     @property
     def sharded(self) -> bool:
-        return sharding.asked(self.accelerator)
+        return sharding.is_fsdp_launch(self.accelerator)
 
 
 def run(config: RunConfig, out: Path, resume: Path | None) -> None:
@@ -274,7 +274,7 @@ def run(config: RunConfig, out: Path, resume: Path | None) -> None:
 
 def prepare(config: RunConfig, out: Path, resume: Path | None) -> Run:
     """Load and build everything that a run needs. A ValueError says what cannot be trained or exported."""
-    from distill.networks.negative_attention import against
+    from distill.networks.negative_attention import with_negative_prompt
     from distill.training.build import build
     from pipelines.export import hub
     from pipelines.export.model_card import collect_card_info
@@ -296,7 +296,7 @@ def prepare(config: RunConfig, out: Path, resume: Path | None) -> Run:
     if Requirement.CONTROL_PICTURE in config.method.requirements:
         controlnet.install(teacher)
     teacher.parts.device = accelerator.device
-    if not sharding.asked(accelerator):
+    if not sharding.is_fsdp_launch(accelerator):
         teacher.denoiser.net.to(accelerator.device)
     data = config.data.open(teacher, config.method.requirements)
     planned = with_method_times(config.method, teacher, config.student)
@@ -311,7 +311,7 @@ def prepare(config: RunConfig, out: Path, resume: Path | None) -> Run:
     example = {key: value[:1] for key, value in c.items()}
     nets = build(config.method, teacher.denoiser, teacher.shape, example, student, config.fake)
     if config.student.negative:  # grids are of what is made against the empty prompt
-        c = against(c, teacher.null())
+        c = with_negative_prompt(c, teacher.null())
     attach_judges(nets, config, teacher, data)
     pag.guide(nets, config.pag_scale, config.pag_layers)
     if accelerator.mixed_precision == "bf16":

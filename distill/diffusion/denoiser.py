@@ -103,7 +103,7 @@ class Denoiser:
             try:
                 self(x, t, c)
             except _Reached:
-                sharding.ended(self.net, [*found.values()])
+                sharding.close_fsdp_forward(self.net, [*found.values()])
         return [found[name] for name in taps]
 
     def copy(self) -> Denoiser:

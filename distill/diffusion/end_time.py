@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from distill.diffusion.denoiser import Call, Condition, Denoiser, first
 from distill.diffusion.guidance import Guided, repeated
 from distill.diffusion.schedule import Flow, expand
-from distill.modules import shared
+from distill.modules import shallow_module_copy
 
 SECOND = "end."  # the names of what a network is told its second time with
 PATH = Flow()  # F is a velocity of this path; a denoiser of any schedule is spoken to on it
@@ -54,7 +54,7 @@ def guided(
     return torch.where(expand(inside, x).bool(), own, v)
 
 
-class End(nn.Module):
+class EndTimeEmbedding(nn.Module):
     """r [B] -> [B, dim], what a network's embedding of time gains: 0 at r = 0, and for all r at the start."""
 
     def __init__(self, dim: int, waves: int = 16) -> None:
@@ -72,7 +72,7 @@ class End(nn.Module):
 
 
 @dataclass(frozen=True)
-class Told:
+class EndTimeCall:
     """`call`, of a network whose child `end` adds to the output of its submodule `where` if c has "end"."""
 
     call: Call
@@ -140,15 +140,15 @@ def timed(denoiser: Denoiser) -> Denoiser:
     net, where = denoiser.net, time_embedding(denoiser.net)
     layer = last_linear(net.get_submodule(where))
     like = layer.weight
-    net.end = End(layer.out_features).to(like.device, torch.promote_types(like.dtype, torch.float32))
-    return replace(denoiser, call=Told(denoiser.call, where))
+    net.end = EndTimeEmbedding(layer.out_features).to(like.device, torch.promote_types(like.dtype, torch.float32))
+    return replace(denoiser, call=EndTimeCall(denoiser.call, where))
 
 
 def untimed(denoiser: Denoiser) -> Denoiser:
     """The denoiser without its second time: what it says where it is told none. Weights are shared."""
-    if not isinstance(denoiser.call, Told):
+    if not isinstance(denoiser.call, EndTimeCall):
         return denoiser
-    net = shared(denoiser.net)
+    net = shallow_module_copy(denoiser.net)
     del net.end
     return replace(denoiser, net=net, call=denoiser.call.call)
 
@@ -160,7 +160,7 @@ def fold_end_times(denoiser: Denoiser, legs: Sequence[tuple[float, float]], x: T
     The last layer of the time embedding changes as little as possible, so that at each of these t it gives the
     embedding of t and its end. Do not call it at another time. x [1, ...] and c are an example input.
     """
-    assert isinstance(denoiser.call, Told)
+    assert isinstance(denoiser.call, EndTimeCall)
     plain, where = untimed(denoiser), denoiser.call.where
     t, ends = torch.tensor(legs, dtype=torch.float64, device=x.device).T
     r = torch.where(ends > 0, PATH.time(denoiser.path.ratio(ends)), 0.0)

@@ -61,7 +61,7 @@ def relabel(c: dict[str, Tensor], classes: tuple[int, ...], draw: Draw, only: tu
 
 
 @dataclass(eq=False)
-class Away(Denoiser):
+class WorseModelGuided(Denoiser):
     """A denoiser that goes on, by a share s, from where a worse network says: a further call on B samples.
 
     PAG (Ahn et al. 2024, arXiv 2403.17377): `worse` is the same weights without self-attention (inference/pag.py);
@@ -90,7 +90,7 @@ class Guided:
     """base with guidance w: a float, or one number per sample [B]. Gradients flow through both branches.
 
     w = 1 calls the conditional branch alone, w = 0 the null branch alone; any other w makes one call of 2B samples,
-    and where base is `Away` from a worse network, one of B under c to that: w does not multiply its s.
+    and where base is `WorseModelGuided`, one of B under c to that: w does not multiply its s.
     """
 
     base: Denoiser
@@ -105,7 +105,7 @@ class Guided:
 
     def both(self, x: Tensor, t: Tensor, c: Condition) -> tuple[Prediction, Prediction]:
         """The guided prediction and that of the null condition, of one call of 2B samples."""
-        away = self.base if isinstance(self.base, Away) else None
+        away = self.base if isinstance(self.base, WorseModelGuided) else None
         ask = away.alone if away else self.base
         pred = ask(torch.cat([x, x]), torch.cat([t, t]), merge(c, null_of(self.base.null, c)))
         cond, empty = pred.out.chunk(2)
@@ -145,7 +145,7 @@ def scale_of(w: float | tuple[float, float], draw: Draw, B: int) -> float | Tens
     return w[0] + (w[1] - w[0]) * draw.uniform("guidance", (B,))
 
 
-def told(c: Condition, w: float | Tensor) -> Condition:
+def with_guidance_key(c: Condition, w: float | Tensor) -> Condition:
     """The condition of a network that is told its guidance, as the key "guidance" [B]; a fixed w is not told."""
     return (c or {}) | {"guidance": w} if isinstance(w, Tensor) else c
 

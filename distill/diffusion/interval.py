@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from distill.diffusion.schedule import Prediction, Schedule, ends, expand
-from distill.diffusion.times import Law, Moved, Staged, share
+from distill.diffusion.times import Law, RemappedDraw, Staged, share
 from distill.random import Draw
 from distill.ranges import Decay
 
@@ -125,4 +125,4 @@ class Tail(Law):
         if low == 1:
             raise ValueError(f"{self.law} has no times above {schedule.s:.4g}, where the student's phase ends")
         low += self.margin * (1 - low)
-        return schedule.inner(self.law(Moved(draw, lambda u: low + (1 - low) * u), name, B, schedule.base))
+        return schedule.inner(self.law(RemappedDraw(draw, lambda u: low + (1 - low) * u), name, B, schedule.base))

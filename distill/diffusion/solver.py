@@ -1,7 +1,7 @@
 """Solvers of the teacher's probability-flow ODE: one step, a whole trajectory, and networks that take turns on it.
 
 A sampler is a list of calls: which network, under which guidance, is asked at which level of noise, and how x goes on
-to the level of the next call. So a map from levels to networks is a list of calls of several (`handover`):
+to the level of the next call. So a map from levels to networks is a list of calls of several (`join_calls`):
 
     T-Stitch   a small network at the high levels, a large one below           Pan et al. 2024, arXiv 2402.14167
     hybrid     a base model's own steps, guided, then the last calls of its student     Gandikota & Bau 2025, 2503.10637
@@ -65,7 +65,7 @@ def fresh(noise: Callable[[Tensor], Tensor]) -> Step:
     return step
 
 
-def jump(pred: Prediction, path: Schedule, e: Tensor | None) -> Tensor:
+def ddim_from_prediction(pred: Prediction, path: Schedule, e: Tensor | None) -> Tensor:
     """x_e = alpha_e x0 + sigma_e eps of one prediction, at e [B]; x0 where e is 0, and for None."""
     if e is None:
         return pred.x0
@@ -97,7 +97,7 @@ class Call:
         return replace(self, denoiser=self.denoiser.on(path), t=float(t))
 
 
-def handover(first: Sequence[Call], then: Sequence[Call], skip: int) -> list[Call]:
+def join_calls(first: Sequence[Call], then: Sequence[Call], skip: int) -> list[Call]:
     """`then` without its first `skip` calls, after those of `first` that are at higher levels of noise.
 
     skip = len(then) is `first` alone. ValueError where `first` has no call to be made instead of those.
@@ -115,7 +115,7 @@ def handover(first: Sequence[Call], then: Sequence[Call], skip: int) -> list[Cal
     return [*before, *rest]
 
 
-def relay(turns: Sequence[Call], z: Tensor, c: Condition = None) -> Tensor:
+def run_calls(turns: Sequence[Call], z: Tensor, c: Condition = None) -> Tensor:
     """x0 [B, ...] of the last call, all of them made in turn from unit noise z.
 
     x is that of the first call's path throughout: networks of other schedules are spoken to on it.
@@ -147,4 +147,4 @@ def sample(
     if steps < 1:
         raise ValueError(f"steps is {steps}; it must be at least 1")
     times = torch.linspace(1, 0, steps, dtype=torch.float64).tolist() if steps > 1 else [1.0]
-    return relay([Call(denoiser, t, STEPS[solver]) for t in times], z, c)
+    return run_calls([Call(denoiser, t, STEPS[solver]) for t in times], z, c)

@@ -37,7 +37,7 @@ class Student:
 
     def __post_init__(self) -> None:
         self.times = tuple(float(t) for t in self.times)
-        falling(self.times)
+        validate_times(self.times)
         find_transition(self.renoise)
         if len(self.times) % self.phases or len(self.experts) >= self.phases:
             raise ValueError(
@@ -109,9 +109,9 @@ class Student:
         return mean if to is None else self._drawn(mean, std, steps - 1, draw)
 
     def calls(self, draw: Draw | None = None) -> list[Call]:
-        """The calls one by one, so that several networks can share them; `relay` runs them as `generate` does.
+        """The calls one by one, so that several networks can share them; `run_calls` runs them as `generate` does.
 
-        ValueError for a transition that does not end at x0, as `relay` does.
+        ValueError for a transition that does not end at x0, as `run_calls` does.
         """
         if not self.transition.ends_at_data:
             raise ValueError("a student with 'tcd' noise ends at the level of t = 0, and turns of networks end at x0")
@@ -169,7 +169,7 @@ def check_phases(student: Student, N: int) -> None:
         )
 
 
-def falling(times: tuple[float, ...]) -> None:
+def validate_times(times: tuple[float, ...]) -> None:
     """ValueError unless the student's times, one at least, fall strictly within (0, 1]."""
     if not times or not all(a > b for a, b in zip((1.1, *times), (*times, 0.0), strict=True)) or times[0] > 1:
         raise ValueError(f"student times are {times}; they must fall strictly within (0, 1], at least one")

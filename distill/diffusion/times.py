@@ -188,11 +188,11 @@ class Staged(Law):
         n = draw.step // self.every + 1
         if n < self.N:
             low = clusters(self.law, self.N, schedule)[self.N - n]
-            draw = Moved(draw, lambda u: low + (1 - low) * u)
+            draw = RemappedDraw(draw, lambda u: low + (1 - low) * u)
         return self.law(draw, name, B, schedule)
 
 
-class Moved(Draw):
+class RemappedDraw(Draw):
     """A draw whose uniform numbers u become f(u); its normal ones are moved by their shares below."""
 
     def __init__(self, draw: Draw, f: Callable[[Tensor], Tensor]) -> None:
@@ -221,7 +221,7 @@ def share(law: Law, t: float, schedule: Schedule) -> float:
 
 def quantile(law: Law, u: float, schedule: Schedule) -> float:
     """The time below which a law has the share u."""
-    draw = Moved(Draw(0, 0, "", torch.arange(1)), lambda old: torch.full_like(old, u))
+    draw = RemappedDraw(Draw(0, 0, "", torch.arange(1)), lambda old: torch.full_like(old, u))
     return float(law(draw, "", 1, schedule))
 
 
@@ -233,7 +233,7 @@ def clusters(law: Law, N: int, schedule: Schedule) -> tuple[float, ...]:
     by dynamic programming (SNR-based interval clustering: Go et al. 2023, arXiv 2306.00354).
     """
     u = (torch.arange(TASKS).double() + 0.5) / TASKS
-    t = law(Moved(Draw(0, 0, "", torch.arange(TASKS)), lambda _: u), "", TASKS, schedule)
+    t = law(RemappedDraw(Draw(0, 0, "", torch.arange(TASKS)), lambda _: u), "", TASKS, schedule)
     y = schedule.ratio(t).clamp(1e-6, 1e6).log()
     total = torch.cat([y.new_zeros(1), y.cumsum(0)])
     j, i = torch.arange(TASKS + 1)[:, None], torch.arange(TASKS + 1)

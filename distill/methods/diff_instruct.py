@@ -19,7 +19,7 @@ from torch import Tensor
 
 from distill.diffusion.schedule import expand
 from distill.diffusion.times import Law, LogNormal
-from distill.losses import Reduction, denoising, push, reduce, scores
+from distill.losses import Reduction, denoising, gradient_surrogate, reduce, score_gap_logs
 from distill.method import Batch, Logs, Method, Nets, Update
 from distill.random import Draw
 from distill.ranges import Calls
@@ -55,7 +55,7 @@ class DiffInstruct(Method):
             real, fake = nets.teacher(x_t, t, c).x0, nets.fake_score(x_t, t, c).x0
             gap = fake - real
             g = gap if self.weight == "ratio" else gap / expand(path.ratio(t) ** 2, x)
-        return reduce(push(x, g), self.reduction), scores(x, real, fake)
+        return reduce(gradient_surrogate(x, g), self.reduction), score_gap_logs(x, real, fake)
 
     def fake_loss(self, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
         c, path = batch.get("c"), nets.fake_score.path

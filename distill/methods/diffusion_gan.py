@@ -9,7 +9,7 @@ from distill.diffusion.denoiser import Condition, Denoiser
 from distill.diffusion.times import Grid, Law
 from distill.losses import gan_discriminator
 from distill.method import FeatureTaps, Method, Nets
-from distill.networks.discriminator import seen, verdicts
+from distill.networks.discriminator import accuracy, noised_features
 from distill.random import Draw
 
 
@@ -47,15 +47,15 @@ class DiffusionGAN(Method):
     def logits(
         self, x: Tensor, c: Condition, nets: Nets, draw: Draw, *names: str, at: tuple[Tensor, Tensor] | None = None
     ) -> Tensor:
-        """The heads' logits of samples x at noise of their own (see `seen`), or of `at`: x_t and t."""
+        """The heads' logits of samples x at noise of their own (see `noised_features`), or of `at`: x_t and t."""
         net: Denoiser = getattr(nets, self.gan_features)
-        found = (
-            seen(net, self.taps, self.gan_times, x, c, draw, *names) if at is None else net.features(*at, c, self.taps)
-        )
-        assert nets.disc is not None
-        return nets.disc(*found)
+        if at is None:
+            features = noised_features(net, self.taps, self.gan_times, x, c, draw, *names)
+        else:
+            features = net.features(*at, c, self.taps)
+        return nets.discriminator(*features)
 
 
 def discriminator_loss(fake: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
     """The loss of the heads on logits of samples and of real images, and the share of logits with the right sign."""
-    return gan_discriminator(fake, real), verdicts(fake, real)
+    return gan_discriminator(fake, real), accuracy(fake, real)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from distill.diffusion.guidance import Guided, merge
 from distill.diffusion.times import Count, Finite, Grid, Law, Weight
-from distill.losses import Reduction, denoising, gan_generator, normaliser, push, reduce, scores
+from distill.losses import Reduction, denoising, gan_generator, gradient_surrogate, normaliser, reduce, score_gap_logs
 from distill.method import Batch, Logs, Nets, Requirement, Update
 from distill.methods.diffusion_gan import DiffusionGAN, discriminator_loss
 from distill.random import Draw
@@ -61,7 +61,7 @@ class DMD2(DiffusionGAN):
         with torch.no_grad():
             real, fake, h, logs = self.predict(x_t, t, c, nets)
             g = h * (fake - real) / (normaliser(x, real) if self.normalise else 1.0)
-        loss, logs = reduce(push(x, g), self.reduction), scores(x, real, fake) | logs
+        loss, logs = reduce(gradient_surrogate(x, g), self.reduction), score_gap_logs(x, real, fake) | logs
         if self.gan:
             at = (x_t, t) if self.at_score_noise else None
             logs["gan"] = gan_generator(self.logits(x, c, nets, draw, "gan", at=at))

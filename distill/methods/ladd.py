@@ -24,7 +24,7 @@ from distill.diffusion.schedule import expand
 from distill.diffusion.times import Law, LogitNormal
 from distill.losses import gan_discriminator, gan_generator, hinge_discriminator, hinge_generator
 from distill.method import Batch, FeatureTaps, Logs, Method, Nets, Requirement, Update
-from distill.networks.discriminator import seen, verdicts
+from distill.networks.discriminator import accuracy, noised_features
 from distill.random import Draw
 from distill.ranges import Count, Positive
 
@@ -69,15 +69,15 @@ class LADD(Method):
         return student.denoiser(torch.where(start, student.input_scale * z.to(y), y_s), s, batch.get("c")).x0
 
     def student_loss(self, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
-        features = seen(nets.teacher, self.taps, self.gan_times, x, batch.get("c"), draw, "gan")
+        features = noised_features(nets.teacher, self.taps, self.gan_times, x, batch.get("c"), draw, "gan")
         loss = hinge_generator if self.loss == "hinge" else gan_generator
         return loss(nets.discriminator(*features)), {}
 
     def fake_loss(self, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
         both, c = torch.cat([x, batch["real"].to(x)]), merge(batch.get("c"), batch.get("real_c"))
         with torch.no_grad():
-            features = seen(nets.teacher, self.taps, self.gan_times, both, c, draw, "gan_fake", "gan_real")
+            features = noised_features(nets.teacher, self.taps, self.gan_times, both, c, draw, "gan_fake", "gan_real")
         fake, real = nets.discriminator(*features).chunk(2)
-        logs = {"gan_right": verdicts(fake, real), "logit_gap": (real.mean() - fake.mean()).detach()}
+        logs = {"gan_right": accuracy(fake, real), "logit_gap": (real.mean() - fake.mean()).detach()}
         loss = hinge_discriminator if self.loss == "hinge" else gan_discriminator
         return loss(fake, real), logs

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from distill.diffusion.denoiser import Condition, Denoiser
-from distill.diffusion.guidance import Guided, scale_of, told
+from distill.diffusion.guidance import Guided, scale_of, with_guidance_key
 from distill.diffusion.schedule import VP, Schedule, expand
 from distill.diffusion.solver import STEPS, Name
 from distill.diffusion.times import Grid, point, spread
@@ -63,7 +63,7 @@ class LCD(ToData):
         student, c, w = nets.student.denoiser, batch.get("real_c"), scale_of(self.guidance, draw, len(x))
         i = Grid(self.N, 0, self.N - 1).index(draw, "t", len(x))
         t, s, j = self.time(i + 1, nets), self.time(i, nets), self.end(i, nets, draw)
-        e, also = None if j is None else self.time(j, nets), told(c, w) if self.embed else c
+        e, also = None if j is None else self.time(j, nets), with_guidance_key(c, w) if self.embed else c
         x_t = nets.teacher.path.diffuse(x, draw.normal("eps", x.shape).to(x), t)
         with torch.no_grad():
             x_s = STEPS.get(self.solver, self.solver)(Guided(nets.teacher, w), x_t, t, s, c)  # type: ignore[operator]

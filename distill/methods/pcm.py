@@ -27,7 +27,7 @@ from distill.diffusion.times import phase, pieces
 from distill.losses import hinge_discriminator
 from distill.method import Batch, FeatureTaps, Logs, Nets, Update
 from distill.methods.lcd import LCD
-from distill.networks.discriminator import head_logits, verdicts
+from distill.networks.discriminator import accuracy, head_logits
 from distill.random import Draw
 from distill.ranges import Decay, Finite, Weight
 
@@ -79,7 +79,7 @@ class PCM(LCD):
         with torch.no_grad():
             out, target, j = self.solutions(x, nets, batch, draw)
         pairs = [one.chunk(2) for one in self.logits([out, target], j, batch.get("real_c"), nets, draw)]
-        right = verdicts(*(torch.cat(side, 1) for side in zip(*pairs, strict=True)))
+        right = accuracy(*(torch.cat(side, 1) for side in zip(*pairs, strict=True)))
         return torch.stack([hinge_discriminator(*pair) for pair in pairs]).mean(), {"gan_right": right}
 
     def logits(self, xs: list[Tensor], j: Tensor | None, c: Condition, nets: Nets, draw: Draw) -> Sequence[Tensor]:

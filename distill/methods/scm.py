@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from distill.diffusion.guidance import Guided, scale_of, told
+from distill.diffusion.guidance import Guided, scale_of, with_guidance_key
 from distill.diffusion.schedule import Prediction, Trig, expand
 from distill.diffusion.times import Law, LogNormal
 from distill.losses import Reduction, jvp, per_sample
@@ -65,7 +65,7 @@ class SCM(ToData):
         w = scale_of(self.guidance, draw, len(x))
         x_t = path.diffuse(x, draw.normal("eps", x.shape).to(x), t)
         cos, sin = (expand(f(path.native(t)), x) for f in (torch.cos, torch.sin))
-        F = lambda x_t, t: self.velocity(student(x_t, t, told(c, w)), t) / self.sigma_d
+        F = lambda x_t, t: self.velocity(student(x_t, t, with_guidance_key(c, w)), t) / self.sigma_d
         with torch.no_grad():
             dx = self.velocity(Guided(teacher, w)(x_t, t, c), t)
             along = (cos * sin * dx, (cos * sin).reshape(t.shape).to(t) * (2 / math.pi))

@@ -19,7 +19,7 @@ from torch import Tensor
 from distill.diffusion.guidance import Guided, drop
 from distill.diffusion.schedule import expand
 from distill.diffusion.times import Karras, Law, LogNormal
-from distill.losses import Reduction, denoising, normaliser, reduce, scores
+from distill.losses import Reduction, denoising, normaliser, reduce, score_gap_logs
 from distill.method import Batch, Logs, Method, Nets, Requirement, Update
 from distill.random import Draw
 from distill.ranges import Calls, Finite, Positive, UnitInterval
@@ -80,5 +80,5 @@ class SiD(Method):
             w = 1 / normaliser(x, real) if self.weight == "mean" else expand(path.coefficients(t)[0], x)
         delta = real - fake
         loss = w * delta * ((fake3 - x) + (1 - self.alpha) * delta)
-        logs = scores(x, real, fake, own=k2 == self.kappa[0])
+        logs = score_gap_logs(x, real, fake, own=k2 == self.kappa[0])
         return self.gain * reduce(loss, self.reduction), logs, w, features

@@ -23,7 +23,7 @@ from distill.diffusion.schedule import expand
 from distill.losses import denoising, reduce
 from distill.method import Batch, Logs, Nets, Requirement, Update
 from distill.methods.sid import SiD
-from distill.networks.discriminator import verdicts
+from distill.networks.discriminator import accuracy
 from distill.random import Draw
 from distill.ranges import Finite, Natural, Positive, Weight
 
@@ -79,7 +79,7 @@ class SiDA(SiD):
         f = (self.fused(F.softplus(low), x) + self.fused(F.softplus(-high), x)) / 2
         v = expand(fake.sigma_d**-2 + fake.path.ratio(t) ** -2, x) if self.fusion == "batch" else 1.0
         gan = reduce(v * f if self.fusion == "batch" else f.expand_as(x), self.reduction)
-        logs = {"gan": f.mean(), "gan_right": verdicts(low, high), "logit_gap": (high.mean() - low.mean()).detach()}
+        logs = {"gan": f.mean(), "gan_right": accuracy(low, high), "logit_gap": (high.mean() - low.mean()).detach()}
         return denoising(pred, x, eps, self.reduction) + self.gan_fake * gan, logs
 
     def logits(self, features: list[Tensor], x: Tensor, clamp: bool) -> Tensor:

@@ -19,7 +19,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from distill.diffusion.guidance import scale_of, told
+from distill.diffusion.guidance import scale_of, with_guidance_key
 from distill.diffusion.schedule import expand
 from distill.diffusion.times import Law, LogNormal
 from distill.losses import Reduction
@@ -72,7 +72,7 @@ class Sprint(SCM):
         s, last = self.times(draw, "s", B, path), draw.uniform("last", (B,)) < self.last
         s = torch.where(last, student.times[0], s)
         y_s = torch.where(expand(last, y).bool(), student.input_scale * z, path.diffuse(y, z, s))
-        return student.denoiser(y_s, s, told(batch["c"], w)).x0
+        return student.denoiser(y_s, s, with_guidance_key(batch["c"], w)).x0
 
     def student_loss(self, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
         if not self.gan:

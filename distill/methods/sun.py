@@ -21,11 +21,11 @@ from torch import Tensor
 
 from distill.diffusion.denoiser import Condition
 from distill.diffusion.guidance import Guided, drop
-from distill.diffusion.solver import jump
+from distill.diffusion.solver import ddim_from_prediction
 from distill.diffusion.times import Grid, Law
 from distill.losses import Reduction, reduce
 from distill.method import Batch, Logs, Method, Nets, Requirement, Update
-from distill.networks.negative_attention import against, another
+from distill.networks.negative_attention import shuffled_conditions, with_negative_prompt
 from distill.random import Draw
 from distill.ranges import Calls, Finite, UnitInterval, Weight
 
@@ -51,10 +51,10 @@ class SUN(Method):
 
     def student_loss(self, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
         c, path = batch["real_c"], nets.teacher.path
-        other = drop(another(c, draw), nets.teacher.null, draw.uniform("null", (len(x),)) < self.p_null)
+        other = drop(shuffled_conditions(c, draw), nets.teacher.null, draw.uniform("null", (len(x),)) < self.p_null)
         teacher = Guided(replace(nets.teacher, null={k: other[k] for k in nets.teacher.null or {}}), self.guidance)
         t, eps = self.times(draw, "t", len(x), path), draw.normal("eps", x.shape).to(x)
-        x_t, told = path.diffuse(x, eps, t), against(c, other)
+        x_t, told = path.diffuse(x, eps, t), with_negative_prompt(c, other)
         with torch.no_grad():
             target = teacher(x_t, t, c).out
         loss = reduce((nets.student.denoiser(x_t, t, told).out - target) ** 2, self.reduction)
@@ -74,13 +74,13 @@ class SUN(Method):
         u, pred = (t + s) / 2, student(x_t, t, told)
         with torch.no_grad():
             many = walk(teacher, x_t, t, s, c, self.k)
-            two = jump(student(jump(pred, path, u), u, told), path, s)
-        one = jump(pred, path, s)
+            two = ddim_from_prediction(student(ddim_from_prediction(pred, path, u), u, told), path, s)
+        one = ddim_from_prediction(pred, path, s)
         return reduce((one - many) ** 2, self.reduction), reduce((one - two) ** 2, self.reduction)
 
 
 def walk(net: Guided, x: Tensor, t: Tensor, s: Tensor, c: Condition, steps: int) -> Tensor:
     """x_t -> x_s by `steps` equal steps of DDIM, of which the last may end at x0."""
     for j in range(steps):
-        x = jump(net(x, t + (s - t) * j / steps, c), net.path, t + (s - t) * (j + 1) / steps)
+        x = ddim_from_prediction(net(x, t + (s - t) * j / steps, c), net.path, t + (s - t) * (j + 1) / steps)
     return x

@@ -20,7 +20,7 @@ from torch import Tensor
 from distill.diffusion.guidance import Guided, drop, scale_of
 from distill.diffusion.schedule import expand
 from distill.diffusion.times import Grid, Law
-from distill.losses import Reduction, denoising, push, reduce, scores
+from distill.losses import Reduction, denoising, gradient_surrogate, reduce, score_gap_logs
 from distill.method import Batch, Logs, Method, Nets, Requirement, Update
 from distill.random import Draw
 from distill.ranges import Calls, Finite, UnitInterval
@@ -69,7 +69,7 @@ class VSD(Method):
             alpha, sigma = path.coefficients(t)
             w = expand(sigma**2 / (alpha**2 + sigma**2), x) if self.weight else 1.0
         own = not isinstance(k_fake, Tensor) and k_fake == 1
-        return reduce(push(x, w * (real - fake)), self.reduction), scores(eps, real, fake, own)
+        return reduce(gradient_surrogate(x, w * (real - fake)), self.reduction), score_gap_logs(eps, real, fake, own)
 
     def fake_loss(self, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
         c, path = batch.get("c"), nets.fake_score.path

@@ -131,13 +131,13 @@ class Heads(nn.ModuleList):
         return torch.cat([head(f).flatten(1) for head, f in zip(self, features, strict=True)], dim=1)
 
 
-def heads(features: Sequence[Tensor], places: bool = False, of_pixels: bool = False) -> nn.Module:
+def build_heads(features: Sequence[Tensor], places: bool = False, of_pixels: bool = False) -> nn.Module:
     """What reads these features, called disc(*features): the head itself where there is one, else Heads."""
     made = [pixels(feature) if of_pixels else head(feature, places) for feature in features]
     return made[0] if len(made) == 1 else Heads(made)
 
 
-def seen(
+def noised_features(
     denoiser: Denoiser, taps: tuple[str, ...], times: Law, x: Tensor, c: Condition, draw: Draw, *names: str
 ) -> list[Tensor]:
     """What a discriminator sees of samples x: features of alpha_u x + sigma_u eps, whose u and eps are x's own.
@@ -151,6 +151,6 @@ def seen(
 
 
 @torch.no_grad()
-def verdicts(fake: Tensor, real: Tensor) -> Tensor:
+def accuracy(fake: Tensor, real: Tensor) -> Tensor:
     """The share of logits with the right sign, below 0 for fakes and above for real ones, in [0, 1]."""
     return ((fake < 0).float().mean() + (real > 0).float().mean()) / 2

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from distill.modules import twin
+from distill.modules import copy_trainable
 from distill.sharding import part
 
 
@@ -26,7 +26,7 @@ class EMA:
         self.half_life, self.ramp = half_life, ramp
         self.gamma = None if width is None else exponent(width)
         self.follows: nn.Module | None = None
-        self.net = net if half_life == 0 and width is None else twin(net).requires_grad_(False).eval()
+        self.net = net if half_life == 0 and width is None else copy_trainable(net).requires_grad_(False).eval()
 
     @torch.no_grad()
     def update(self, net: nn.Module, batch: int, seen: int, updates: int = 0) -> None:
@@ -36,7 +36,7 @@ class EMA:
         beta = self.beta(batch, seen, updates)
         if self.follows is not net:  # walking a large module tree costs milliseconds
             self.follows = net
-            self.ours, self.theirs = apart(self.net, net)
+            self.ours, self.theirs = unshared_parameters(self.net, net)
             self.buffers = list(zip(self.net.buffers(), net.buffers(), strict=True))
         torch._foreach_lerp_(self.ours, self.theirs, 1 - beta)
         for mine, new in self.buffers:
@@ -58,7 +58,7 @@ def exponent(width: float) -> float:
     return float(np.roots([1, 7, 16 - width**-2, 12 - width**-2]).real.max())
 
 
-def apart(net: nn.Module, other: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
+def unshared_parameters(net: nn.Module, other: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
     """The parameters that two copies of a network do not share, a frozen backbone say; of sharded ones our parts."""
     pairs = [(a, b) for a, b in zip(net.parameters(), other.parameters(), strict=True) if a is not b]
     return [part(a) for a, _ in pairs], [part(b) for _, b in pairs]
@@ -67,4 +67,4 @@ def apart(net: nn.Module, other: nn.Module) -> tuple[list[Tensor], list[Tensor]]
 @torch.no_grad()
 def follow(target: nn.Module, net: nn.Module, mu: float) -> None:
     """target <- mu target + (1 - mu) net: the average that a consistency loss takes for its target."""
-    torch._foreach_lerp_(*apart(target, net), 1 - mu)
+    torch._foreach_lerp_(*unshared_parameters(target, net), 1 - mu)

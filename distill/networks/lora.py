@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from distill.modules import masters, shared
+from distill.modules import promote_trainable_to_float32, shallow_module_copy
 from distill.ranges import Count, Positive, validate_ranges
 
 
@@ -31,7 +31,7 @@ class LoRA:
         """
         validate_ranges(self, "lora.")
         if self.rank is None:
-            return masters(copy.deepcopy(net).requires_grad_(True))
+            return promote_trainable_to_float32(copy.deepcopy(net).requires_grad_(True))
         from peft import LoraConfig, inject_adapter_in_model
 
         if absent := [t for t in self.targets if not any(f".{n}".endswith(f".{t}") for n, _ in net.named_modules())]:
@@ -40,7 +40,7 @@ class LoRA:
             raise ValueError(f"no module's name ends in the LoRA targets {absent}; the layers here end in {known}")
         net.requires_grad_(False)
         config = LoraConfig(r=self.rank, lora_alpha=self.alpha, target_modules=list(self.targets), bias="none")
-        return masters(inject_adapter_in_model(config, shared(net)))
+        return promote_trainable_to_float32(inject_adapter_in_model(config, shallow_module_copy(net)))
 
 
 def merged(net: nn.Module) -> nn.Module:

@@ -1,8 +1,8 @@
 """Negative prompts in the cross-attention: a network that hears a second text, without guidance and its second pass.
 
 A prompt has a fixed number of words (tokens). Those that stand after them are the negative prompt's, so a condition
-holds both (`against`), through projections, masks and recomputed blocks; without them the network is what it was, bit
-for bit. They are heard by a processor of attention around the network's own, in every layer that reads text:
+holds both (`with_negative_prompt`), through projections, masks and recomputed blocks; without them the network is what
+it was, bit for bit. They are heard by a processor of attention around the network's own, in every layer of text:
 
     z  = softmax(Q K^T) V of the prompt,   z- of the negative one, with the same Q, before the output projection
     NASA:  z - alpha z-                                                  Nguyen et al. 2024 (SNOOPI), arXiv 2412.02687
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from distill.diffusion.denoiser import Condition
-from distill.modules import masters, shared
+from distill.modules import promote_trainable_to_float32, shallow_module_copy
 from distill.random import Draw
 
 TEXT = ("prompt_embeds", "mask")  # keys of a condition whose second axis are words
@@ -46,14 +46,14 @@ class NASA:
         return z - self.alpha * z_neg
 
 
-def against(c: Condition, other: Condition) -> Condition:
+def with_negative_prompt(c: Condition, other: Condition) -> Condition:
     """The condition c with the words of `other`, of batch B or 1, as its negative prompt."""
     assert c is not None and other is not None
     joined = {k: torch.cat([c[k], other[k].to(c[k]).expand_as(c[k])], dim=1) for k in TEXT if k in c}
     return c | joined
 
 
-def another(c: Condition, draw: Draw) -> dict[str, Tensor]:
+def shuffled_conditions(c: Condition, draw: Draw) -> dict[str, Tensor]:
     """The condition of another sample for each, uniformly; ValueError for a micro-batch of one."""
     assert c is not None
     B = len(draw.samples)
@@ -63,7 +63,7 @@ def another(c: Condition, draw: Draw) -> dict[str, Tensor]:
     return {key: value[i] for key, value in c.items()}
 
 
-class Heeding(ABC):
+class NegativePromptProcessor(ABC):
     """A processor of attention that runs another one, and joins what is heard of the negative prompt.
 
     length: words of the prompt, after which those of the negative one stand; or words [1, L, D], always the same.
@@ -80,7 +80,7 @@ class Heeding(ABC):
             return self.processor(attn, hidden_states, *text, *a, **options)
 
         def hear(text: Text, **own: Any) -> Tensor:
-            return run(Seen(attn, to_out=KEPT, **own), text)
+            return run(AttentionView(attn, to_out=KEPT, **own), text)
 
         text, other = self.apart((encoder_hidden_states, attention_mask), hidden_states)
         if other is None:
@@ -103,7 +103,7 @@ class Heeding(ABC):
         """What goes into the output projection; z is heard of the prompt."""
 
 
-class Turned(Heeding):
+class RuleProcessor(NegativePromptProcessor):
     """By a rule, with the layer's own keys and values."""
 
     def __init__(self, processor: Any, rule: Rule, length: int = 0, words: Tensor | None = None) -> None:
@@ -114,14 +114,14 @@ class Turned(Heeding):
         return self.rule(z, hear(other))
 
 
-class Adapted(Heeding):
+class AdapterProcessor(NegativePromptProcessor):
     """By the layer's child "negative", an `Offset`."""
 
     def join(self, attn: Any, z: Tensor, text: Any, other: Text, hear: Hear) -> Tensor:
         return z - attn.negative.minus(z, other, hear) + attn.negative.plus(z, text, hear)
 
 
-class Seen:
+class AttentionView:
     """An attention with other parts than its own."""
 
     def __init__(self, attn: Any, **parts: Any) -> None:
@@ -189,14 +189,14 @@ def layers(net: nn.Module) -> dict[str, Any]:
     return found
 
 
-def turn(net: nn.Module, rule: Rule, length: int) -> None:
+def install_negative_rule(net: nn.Module, rule: Rule, length: int) -> None:
     """From now on the network's cross-attentions join a negative prompt by the rule, in place; no new weights.
 
     The rule stays for blocks that are recomputed in the backward pass.
     """
     for layer in layers(net).values():
-        if not isinstance(layer.processor, Turned):
-            layer.processor = Turned(layer.processor, rule, length)
+        if not isinstance(layer.processor, RuleProcessor):
+            layer.processor = RuleProcessor(layer.processor, rule, length)
         layer.processor.rule = rule
 
 
@@ -207,7 +207,7 @@ def adapt(net: Any, length: int) -> Any:
     """
     for layer in layers(net).values():
         layer.negative = Offset(layer)
-        layer.processor = Adapted(layer.processor, length)
+        layer.processor = AdapterProcessor(layer.processor, length)
     return net
 
 
@@ -221,10 +221,10 @@ def strip(net: Any) -> Any:
 
 def adapted(backbone: nn.Module, length: int) -> nn.Module:
     """A role: the backbone, shared and frozen, and trainable adapters on it (`adapt`)."""
-    net = adapt(shared(backbone.requires_grad_(False)), length)
+    net = adapt(shallow_module_copy(backbone.requires_grad_(False)), length)
     for layer in layers(net).values():
         layer.negative.requires_grad_(True)
-    return masters(net)
+    return promote_trainable_to_float32(net)
 
 
 def adapters(net: nn.Module) -> dict[str, Tensor]:

@@ -13,12 +13,12 @@ from distill.diffusion.denoiser import Condition, Denoiser
 from distill.diffusion.end_time import timed
 from distill.diffusion.student import Student, grid_times
 from distill.method import FeatureTaps, Method, Requirement
-from distill.modules import trained_alone, twin, weightless
+from distill.modules import copy_trainable, freeze_all_but, meta_copy
 from distill.networks.adaptive_weight import LogVariance
-from distill.networks.discriminator import heads
+from distill.networks.discriminator import build_heads
 from distill.networks.negative_attention import adapted
 from distill.ranges import validate_ranges
-from distill.roles import HEAD_ROLES, Nets, Recorded
+from distill.roles import HEAD_ROLES, CheckpointedDenoiser, Nets
 from distill.training import checkpoint
 from distill.training.config import FakeConfig, StudentConfig
 from distill.training.requirements import check_requirements
@@ -44,7 +44,7 @@ def build(
     if method.degradation_run is not None:
         folders = degradation_checkpoints(method.degradation_run)
         recorded = replace(teacher, net=fake.lora(teacher.net))
-        nets.past = Recorded(recorded, folders, teacher.net, checkpoint.load_initial_weights)
+        nets.past = CheckpointedDenoiser(recorded, folders, teacher.net, checkpoint.load_initial_weights)
         nets.past(len(folders) - 1).net.requires_grad_(False)
         fake = replace(fake, init=fake.init or f"{folders[-1]}")
     if "fake" in method.roles:
@@ -52,7 +52,9 @@ def build(
         if fake.init is not None:
             checkpoint.load_initial_weights(nets.fake.net, fake.init, "fake", teacher.net)
     if "target" in method.roles:
-        nets.target = replace(nets.student.denoiser, net=twin(nets.student.denoiser.net).requires_grad_(False))
+        nets.target = replace(
+            nets.student.denoiser, net=copy_trainable(nets.student.denoiser.net).requires_grad_(False)
+        )
     if "weight" in method.roles:
         nets.weight = LogVariance()
     for role in HEAD_ROLES:  # in this order, for heads start at random
@@ -108,8 +110,8 @@ def head_network(taps: FeatureTaps, teacher: Denoiser, shape: tuple[int, ...], c
     with torch.device("meta"), torch.no_grad():  # shapes are enough, and the network may not fit the device yet
         x, t = torch.zeros(1, *shape), torch.full((1,), 0.5, dtype=torch.float64)
         example = None if c is None else {key: torch.empty_like(value, device="meta") for key, value in c.items()}
-        features = replace(teacher, net=weightless(teacher.net)).features(x, t, example, taps.modules)
-    return heads(features, taps.places, taps.pixels)
+        features = replace(teacher, net=meta_copy(teacher.net)).features(x, t, example, taps.modules)
+    return build_heads(features, taps.places, taps.pixels)
 
 
 def degradation_checkpoints(run: Path) -> tuple[Path, ...]:
@@ -126,7 +128,7 @@ def student_network(config: StudentConfig, backbone: nn.Module) -> nn.Module:
     Of a backbone with a child `control`, an adapter to pictures (pipelines/inference/controlnet.py), that child.
     """
     if hasattr(backbone, "control"):
-        return trained_alone(backbone, "control")
+        return freeze_all_but(backbone, "control")
     if config.network is None:
         return adapted(backbone, config.negative) if config.negative else config.lora(backbone)
     file = Path(config.network) / "config.json"

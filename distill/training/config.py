@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 
 from distill.diffusion.schedule import Schedule
-from distill.diffusion.student import falling
+from distill.diffusion.student import validate_times
 from distill.diffusion.transition import Renoise, Transition, find_transition
 from distill.networks.lora import LoRA
 from distill.ranges import (
@@ -121,7 +121,7 @@ class StudentConfig:
 
     def __post_init__(self) -> None:
         if self.times:
-            falling(self.times)
+            validate_times(self.times)
             if self.steps not in (1, len(self.times)):
                 raise ValueError(
                     f"student.steps is {self.steps} and student.times are {len(self.times)}, {self.times}: pass "

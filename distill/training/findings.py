@@ -55,7 +55,7 @@ def examine(
         for p in parameters:
             p.grad = None
         loss, bad = _recompute(state.nets, method, update, batch, len(batches), accelerator)
-        alone = bool(bad) or not sharding.asked(accelerator)
+        alone = bool(bad) or not sharding.is_fsdp_launch(accelerator)
         bad += _bad_gradients(state.nets)
         first = bad[0] if bad else None
         findings.append(Finding(batch.numbers.samples.tolist(), f"{float(loss.detach()):.6g}", first, alone))
@@ -92,7 +92,7 @@ def _bad_gradients(nets: Nets) -> list[str]:
     named = [(f"{role}.{name}", p.grad) for role, net in nets.modules().items() for name, p in net.named_parameters()]
     grads = [(name, grad) for name, grad in reversed(named) if grad is not None]
     bad = [f"gradient of the weight {name}" for name, grad in grads if not is_finite(grad)]
-    norm = sharding.whole(torch.nn.utils.get_total_norm([grad for _, grad in grads]))
+    norm = sharding.gather_full_tensor(torch.nn.utils.get_total_norm([grad for _, grad in grads]))
     return bad if is_finite(norm) else [*bad, "the norm of all gradients"]
 
 

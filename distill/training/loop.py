@@ -20,7 +20,7 @@ from distill.roles import Batch, Nets
 from distill.training import precision
 from distill.training.config import TrainConfig
 from distill.training.nonfinite import handle_nonfinite_update
-from distill.training.prepare import begin
+from distill.training.prepare import prepare_state
 from distill.training.samples import MicroBatch, SampleSource, describe_samples
 from distill.training.state import State
 from distill.training.step import average, clip, count_updates, is_due, set_trainable
@@ -44,7 +44,7 @@ def train(
     data(draw) -> batch with "c" and what the method needs. resume: a checkpoint folder to continue, bit for bit.
     draw: the source of random numbers, called (seed, step, player, samples [B]); replaced in tests.
     """
-    state = begin(nets, data, cfg, accelerator, resume, draw)
+    state = prepare_state(nets, data, cfg, accelerator, resume, draw)
     trainer = Trainer(method, state, cfg, accelerator, SampleSource(method, nets, data, draw, cfg.seed))
     if state.step >= cfg.max_train_steps:
         yield state

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from distill.diffusion.denoiser import Condition, Denoiser
-from distill.networks.negative_attention import Heeding
+from distill.networks.negative_attention import NegativePromptProcessor
 from distill.roles import SMALL, Nets
 
 if TYPE_CHECKING:
@@ -79,11 +79,12 @@ def _denoisers(nets: Nets) -> dict[str, Any]:
 
 def _set(net: Any, backend: str) -> None:
     """Some families run all attention through one dispatcher; the others, UNets say, know torch's and xformers'."""
-    if any(isinstance(getattr(m, "processor", None), Heeding) for m in net.modules()) and backend == "xformers":
+    processors = [getattr(module, "processor", None) for module in net.modules()]
+    if backend == "xformers" and any(isinstance(processor, NegativePromptProcessor) for processor in processors):
         raise ValueError(
             "xformers replaces the processors of the adapter for negative prompts: choose another --attention"
         )
-    dispatched = any(hasattr(getattr(m, "processor", None), "_attention_backend") for m in net.modules())
+    dispatched = any(hasattr(processor, "_attention_backend") for processor in processors)
     try:
         if dispatched and hasattr(net, "set_attention_backend"):
             net.set_attention_backend(backend)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
-def begin(
+def prepare_state(
     nets: Nets,
     data: Callable[[Draw], Batch],
     cfg: TrainConfig,
@@ -43,8 +43,8 @@ def begin(
         with precision.autocast(accelerator):
             precision.attend(nets, cfg.attention, data(first).get("c"))
     ema = EMA(nets.student.denoiser.net, cfg.ema_half_life, cfg.ema_ramp, cfg.ema_width)
-    if sharding.asked(accelerator):
-        split(nets, ema, accelerator, cfg.replicate_teacher)
+    if sharding.is_fsdp_launch(accelerator):
+        shard_roles(nets, ema, accelerator, cfg.replicate_teacher)
     state = State(nets, ema, {name: adam(params, cfg.rates()[name], cfg) for name, params in owners(nets).items()})
     if resume is not None:
         checkpoint.load(state, resume)
@@ -62,7 +62,7 @@ def supported(cfg: TrainConfig, accelerator: Accelerator) -> None:
         )
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         raise ValueError("DeepSpeed wraps one model with one loss; students and fake scores share theirs: use DDP")
-    sharded = sharding.asked(accelerator)
+    sharded = sharding.is_fsdp_launch(accelerator)
     if cfg.replicate_teacher and not sharded:
         raise ValueError("replicate_teacher is for sharded runs (FSDP); elsewhere every process has the teacher whole")
     if cfg.optimizer == "adamw8bit":
@@ -81,7 +81,7 @@ def start(nets: Nets, accelerator: Accelerator) -> None:
     for net in nets.frozen().values():
         net.requires_grad_(False).eval()
     for role, net in {**nets.frozen(), **nets.modules()}.items():
-        if not sharding.asked(accelerator):
+        if not sharding.is_fsdp_launch(accelerator):
             net.to(accelerator.device)
         low = [name for name, p in net.named_parameters() if p.requires_grad and p.dtype.itemsize < 4]
         if low:
@@ -90,7 +90,7 @@ def start(nets: Nets, accelerator: Accelerator) -> None:
             tensor.data = broadcast(tensor.data.to(accelerator.device)).to(tensor.device)
 
 
-def split(nets: Nets, ema: EMA, accelerator: Accelerator, replicate_teacher: bool) -> None:
+def shard_roles(nets: Nets, ema: EMA, accelerator: Accelerator, replicate_teacher: bool) -> None:
     """Shard every role, the average too; a teacher that is to be whole goes to the device."""
     mesh, half, blocks = sharding.mesh(accelerator), accelerator.mixed_precision == "bf16", nets.teacher.blocks
     modules = {id(net): net for net in (*nets.frozen().values(), ema.net, *nets.modules().values())}

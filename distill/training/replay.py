@@ -22,7 +22,7 @@ from distill.roles import Batch, Nets
 from distill.training import checkpoint
 from distill.training.config import TrainConfig
 from distill.training.findings import Finding, examine, named_tensors
-from distill.training.prepare import begin
+from distill.training.prepare import prepare_state
 from distill.training.samples import MicroBatch
 from distill.training.state import State
 from distill.training.step import set_trainable
@@ -44,7 +44,7 @@ def replay_update(
     """Compute the micro-batches of a replay folder again, on its weights: the findings by the rank that met them."""
     facts = read_facts(folder)
     step, player = facts["step"], facts["player"]
-    state = begin(nets, data, cfg, accelerator, folder / f"checkpoint-{step}")
+    state = prepare_state(nets, data, cfg, accelerator, folder / f"checkpoint-{step}")
     set_trainable({name: optimizer.param_groups[0]["params"] for name, optimizer in state.optimizers.items()}, player)
     update = next(update for update in method.updates() if update.player == player)
     findings = {}
@@ -87,7 +87,9 @@ def write_replay(
     """This process's part of a replay: its micro-batches, if it is among facts["ranks"]; the main one's also the facts
     and the weights, without Adam's moments."""
     try:
-        if accelerator.is_main_process or sharding.asked(accelerator):  # sharded weights are saved by all together
+        if accelerator.is_main_process or sharding.is_fsdp_launch(
+            accelerator
+        ):  # sharded weights are saved by all together
             players = {name: optimizer.param_groups[0]["params"] for name, optimizer in state.optimizers.items()}
             weights: dict[str, torch.optim.Optimizer] = {name: torch.optim.SGD(ps, 0.0) for name, ps in players.items()}
             checkpoint.save(replace(state, optimizers=weights), folder)

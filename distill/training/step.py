@@ -26,7 +26,7 @@ def set_trainable(players: dict[str, list[nn.Parameter]], *active: str) -> None:
 
 def average(params: list[nn.Parameter], accelerator: Accelerator) -> None:
     """Mean of the gradients over processes, in buckets; those of sharded networks are means already."""
-    grads = [p.grad for p in params if p.grad is not None and not sharding.split(p)]
+    grads = [p.grad for p in params if p.grad is not None and not sharding.is_sharded_tensor(p)]
     if accelerator.num_processes == 1:
         return
     while grads:
@@ -43,8 +43,10 @@ def average(params: list[nn.Parameter], accelerator: Accelerator) -> None:
 def clip(params: list[nn.Parameter], max_norm: float | None) -> Tensor:
     """The total gradient norm; with `max_norm`, gradients are scaled down to it."""
     if max_norm is None:
-        return sharding.whole(torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None]))
-    return sharding.whole(torch.nn.utils.clip_grad_norm_(params, max_norm))
+        return sharding.gather_full_tensor(
+            torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
+        )
+    return sharding.gather_full_tensor(torch.nn.utils.clip_grad_norm_(params, max_norm))
 
 
 def is_due(update: Update, step: int) -> bool:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distill.configuration import visible
+from distill.configuration import escape_for_terminal
 from distill.files import folder_lock, read_yaml
 from distill.progress import LEAST, MOST, format_seconds
 
@@ -194,9 +194,8 @@ class LineDisplay:
         self.last_update[name] = now
         lines = (self.logs / f"{name}.txt").read_text(errors="replace").split("\n")
         last = next((line.strip() for line in reversed(lines) if line.strip()), "no output yet")
-        sys.stderr.write(
-            f"{self.todo[name].title}, {format_seconds(now - self.start_times[name])}: {visible(last[-160:])}\n"
-        )
+        spent = format_seconds(now - self.start_times[name])
+        sys.stderr.write(f"{self.todo[name].title}, {spent}: {escape_for_terminal(last[-160:])}\n")
 
     def finish_job(self, name: str, well: bool) -> None:
         took = format_seconds(time.monotonic() - self.start_times[name])

@@ -24,13 +24,13 @@ from safetensors import SafetensorError
 from torch import nn
 
 from distill import history, methods
-from distill.configuration import TEACHER, fail, read_run_config, revived
+from distill.configuration import TEACHER, fail, from_tree, read_run_config
 from distill.diffusion.end_time import SECOND, fold_end_times, timed, untimed
 from distill.diffusion.student import Student
 from distill.files import folder_lock
 from distill.layout import program_name
 from distill.method import Requirement
-from distill.modules import shared
+from distill.modules import shallow_module_copy
 from distill.networks.lora import merged
 from distill.networks.negative_attention import adapters, strip
 from distill.ranges import UnitInterval
@@ -109,7 +109,7 @@ def export(
     shutil.rmtree(partial, ignore_errors=True)
     try:
         base = controlnet.bare(one)
-        plain = strip(shared(net)) if adapters(net) else base.net
+        plain = strip(shallow_module_copy(net)) if adapters(net) else base.net
         exported = teacher.family.export_network(merged(plain), replace(student, denoiser=base))
         write(teacher, exported, scheduler, partial)
         if adapters(net):
@@ -394,7 +394,7 @@ def trained(again: Again) -> tuple[Student, Teacher, Any, str, str, str]:
     base = again.teacher or tree["teacher"]
     options: dict[str, Any] = {key: tree.get(key) for key in ("revision", "variant", "resolution", "frames")}
     teacher = load_teacher(base, **options, guidance_embedded=tells(method, tree["method"]))
-    config = revived(StudentConfig, tree["student"])
+    config = from_tree(StudentConfig, tree["student"])
     recorded = (history.last_entry(run) or {}).get("times")  # set by the method, if no flag gave them
     if config.times is None and recorded:
         config = replace(config, times=tuple(recorded))

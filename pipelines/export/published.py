@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from distill.diffusion.transition import Renoise
-from distill.modules import shared
+from distill.modules import shallow_module_copy
 from distill.training.checkpoint import open_safetensors
 from pipelines.export.adapter_config import FILE, settings
 from pipelines.export.kohya import original_names
@@ -214,7 +214,7 @@ def install(net: nn.Module, weights: dict[str, Tensor] | dict[str, Adapter]) -> 
         rank_pattern={n: v for n, v in ranks.items() if v != r},
         alpha_pattern={n: v for n, v in alphas.items() if v != alpha},
     )
-    net = inject_adapter_in_model(config, shared(net.requires_grad_(False)))
+    net = inject_adapter_in_model(config, shallow_module_copy(net.requires_grad_(False)))
     for name, adapter in found.items():
         layer: Any = net.get_submodule(name)
         layer.lora_A["default"].weight.data.copy_(adapter.down)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from distill.diffusion.student import Student
-from distill.networks.negative_attention import adapters, against
+from distill.networks.negative_attention import adapters, with_negative_prompt
 from distill.random import Draw
 from pipelines.components import Pipeline
 from pipelines.inference import controlnet
@@ -98,7 +98,7 @@ def reference(student: Student, teacher: Teacher, net: nn.Module) -> Reference:
     with exact(0, device):
         encoded = [teacher.encode([prompt]) for prompt in prompts]
         if negative := NEGATIVE if adapters(net) else None:
-            encoded = [against(c, teacher.negative([negative])) for c in encoded]
+            encoded = [with_negative_prompt(c, teacher.negative([negative])) for c in encoded]
     teacher.parts.drop_text()
     before, found, told = next(net.parameters()).device, [], controlnet.example(student.denoiser, teacher)
     roles = net, *(expert.net for expert in student.experts)

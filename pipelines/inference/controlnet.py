@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distill.diffusion.denoiser import Call, Condition, Denoiser, first
-from distill.modules import shared
+from distill.modules import shallow_module_copy
 from pipelines.components import Network, Pipeline
 from pipelines.families import latents
 from pipelines.judges import perceptual
@@ -191,7 +191,7 @@ def bare(denoiser: Denoiser) -> Denoiser:
     """The denoiser without its adapter. Weights are shared."""
     if not isinstance(denoiser.call, Controlled):
         return denoiser
-    net = shared(denoiser.net)
+    net = shallow_module_copy(denoiser.net)
     del net.control
     return replace(denoiser, net=net, call=denoiser.call.call)
 

@@ -28,8 +28,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from distill.modules import weightless
-from distill.networks.negative_attention import Rule, Turned, adapt, adapters, layers, strip
+from distill.modules import meta_copy
+from distill.networks.negative_attention import Rule, RuleProcessor, adapt, adapters, layers, strip
 from pipelines.components import Pipeline
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def negative(teacher: Teacher, text: str, rule: Rule, net: nn.Module | None = No
     words, before = said(teacher, text, net, found[0]), [layer.processor for layer in found]
     try:
         for layer, processor in zip(found, before, strict=True):
-            layer.processor = Turned(processor, rule, words=words)
+            layer.processor = RuleProcessor(processor, rule, words=words)
         yield
     finally:
         for layer, processor in zip(found, before, strict=True):
@@ -103,7 +103,7 @@ def install(pipe: Pipeline, file: str | Path) -> Any:
     with safe_open(file, "pt") as stored:
         length = int((stored.metadata() or {}).get("length", 0))
         tensors = {name: stored.get_tensor(name) for name in stored.keys()}
-    fits = {name: t.shape for name, t in adapters(adapt(strip(weightless(net)), length)).items()}
+    fits = {name: t.shape for name, t in adapters(adapt(strip(meta_copy(net)), length)).items()}
     if not length or fits != {name: t.shape for name, t in tensors.items()}:
         raise ValueError(f"{file} is not an adapter for negative prompts of this {type(net).__name__}")
     if "do_classifier_free_guidance" not in signature.parameters:

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from distill.diffusion.denoiser import Denoiser
-from distill.diffusion.guidance import Away
-from distill.modules import shared
+from distill.diffusion.guidance import WorseModelGuided
+from distill.modules import shallow_module_copy
 from distill.roles import Nets
 
 ALONE = ("AttnProcessor", "AttnProcessor2_0", "XFormersAttnProcessor", "SanaLinearAttnProcessor2_0")
@@ -34,9 +34,9 @@ def guide(nets: Nets, s: float, layers: tuple[str, ...]) -> None:
             nets.past.denoiser = away(nets.past.denoiser, s, layers)
 
 
-def away(denoiser: Denoiser, s: float, layers: tuple[str, ...]) -> Away:
+def away(denoiser: Denoiser, s: float, layers: tuple[str, ...]) -> WorseModelGuided:
     """A denoiser with PAG; layers: modules of its network, all self-attention in which is perturbed."""
-    return Away(**vars(denoiser), worse=perturbed(denoiser.net, layers), s=s)
+    return WorseModelGuided(**vars(denoiser), worse=perturbed(denoiser.net, layers), s=s)
 
 
 def perturbed(net: nn.Module, layers: tuple[str, ...]) -> nn.Module:
@@ -44,7 +44,7 @@ def perturbed(net: nn.Module, layers: tuple[str, ...]) -> nn.Module:
 
     ValueError where there is none in one of them, or where no such attention is known (rotary and video networks).
     """
-    made = shared(net)
+    made = shallow_module_copy(net)
     attentions = {name: module for name, module in made.named_modules() if _perturbable(module)}
     if not attentions:
         raise ValueError(

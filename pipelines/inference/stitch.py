@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from distill.diffusion.schedule import EDM, VP
-from distill.diffusion.solver import STEPS, Call, Name, handover, relay
+from distill.diffusion.solver import STEPS, Call, Name, join_calls, run_calls
 from distill.diffusion.student import Student
 from distill.random import Draw
 from pipelines.components import Parts, Pipeline, Scheduler, located
@@ -115,7 +115,7 @@ def stitch(turns: Sequence[Turn], prompts: Sequence[Any], generators: Sequence[t
     last, draw, calls = teachers[-1], Own(generators), list[Call]()
     for turn, teacher in zip(turns, teachers, strict=True):
         own = turn.calls(teacher, draw)
-        joined = handover(calls, own, turn.skip)
+        joined = join_calls(calls, own, turn.skip)
         if calls and len(joined) == len(own) - turn.skip:
             raise ValueError(
                 f"skip is {turn.skip}, and the pipeline before would do nothing: skip a call, or leave it out"
@@ -124,4 +124,4 @@ def stitch(turns: Sequence[Turn], prompts: Sequence[Any], generators: Sequence[t
     like = next(last.denoiser.net.parameters())
     c = {key: value.to(like.device) for key, value in (last.encode(prompts) or {}).items()}
     z = draw.normal("z", (len(prompts), *last.shape)).to(like)
-    return last.decode(relay(calls, z, c or None)).clamp(-1, 1)
+    return last.decode(run_calls(calls, z, c or None)).clamp(-1, 1)

@@ -14,14 +14,14 @@ from distill.losses import (
     denoising,
     gan_discriminator,
     gan_generator,
+    gradient_surrogate,
     huber,
     jvp,
     normaliser,
     per_sample,
-    push,
     reduce,
 )
-from distill.networks.discriminator import head, heads
+from distill.networks.discriminator import build_heads, head
 
 near = lambda got, want, tol=1e-12: torch.testing.assert_close(got, want, rtol=tol, atol=tol)
 
@@ -52,19 +52,19 @@ class TestPush:
         """Bit for bit, however far apart x and g are; the surrogate |x - sg(x - g)|^2 / 2 rounds."""
         x = (1000 * torch.randn(7, 3, dtype=dtype)).requires_grad_()
         g = (1e-3 * torch.randn(7, 3, dtype=dtype)).requires_grad_()
-        elements = push(x, g)
+        elements = gradient_surrogate(x, g)
         assert torch.equal(torch.autograd.grad(elements.sum(), x)[0], g)
         near(elements.detach(), g.detach() ** 2 / 2, 0)
 
     def test_no_gradient_to_g(self):
         x = torch.randn(4, 2, dtype=F64, requires_grad=True)
         g = x**2
-        assert torch.equal(torch.autograd.grad(push(x, g).sum(), x)[0], g)
+        assert torch.equal(torch.autograd.grad(gradient_surrogate(x, g).sum(), x)[0], g)
 
     def test_through_a_network(self):
         """To the weights: the vector-Jacobian product with g."""
         net, z, g = nn.Linear(2, 2).double(), torch.randn(4, 2, dtype=F64), torch.randn(4, 2, dtype=F64)
-        got = torch.autograd.grad(push(net(z), g).sum(), net.weight)[0]
+        got = torch.autograd.grad(gradient_surrogate(net(z), g).sum(), net.weight)[0]
         near(got, g.T @ z)
 
 
@@ -247,13 +247,13 @@ class TestHead:
     def test_one_tap_is_a_head_alone(self):
         """With the names of its weights as they were; several are read side by side, whatever their kinds."""
         maps, tokens = torch.randn(3, 8, 4, 4), torch.randn(3, 10, 16)
-        assert heads([maps[:1]]).state_dict().keys() == head(maps[:1]).state_dict().keys()
-        both = heads([maps[:1], tokens[:1]])
+        assert build_heads([maps[:1]]).state_dict().keys() == head(maps[:1]).state_dict().keys()
+        both = build_heads([maps[:1], tokens[:1]])
         logits = both(maps, tokens)
         assert logits.shape == (3, 2) and len(both.state_dict()) == sum(len(one.state_dict()) for one in both)
         near(logits[:, :1], both[0](maps).flatten(1), 1e-6)
         near(logits[:, 1:], both[1](tokens), 1e-6)
-        assert heads([maps[:1], tokens[:1]], places=True)(maps, tokens).shape == (3, 11)
+        assert build_heads([maps[:1], tokens[:1]], places=True)(maps, tokens).shape == (3, 11)
         with pytest.raises(ValueError, match="zip"):
             both(maps)
 

@@ -121,7 +121,7 @@ def test_schedules(golden, close):
 def test_distribution_matching(case, close, monkeypatch):
     stored, numbers, x = case.stored, case.numbers, case.batch["x"]
     teacher, scores = spy(monkeypatch, Guided, "__call__"), spy(monkeypatch, Denoiser, "__call__")
-    pushes, draw = spy(monkeypatch, dmd2, "push"), case.draw("dm.")
+    pushes, draw = spy(monkeypatch, dmd2, "gradient_surrogate"), case.draw("dm.")
     loss, _ = case.method.student_loss(x, case.nets, case.batch, draw)
     loss.backward()
     assert draw.used_up

@@ -13,7 +13,7 @@ from diffusers import (
 )
 
 from distill.diffusion.schedule import EDM
-from distill.diffusion.solver import Call, relay
+from distill.diffusion.solver import Call, run_calls
 from eval.sampling.generate import generate
 from eval.sampling.sampler import image_generator
 from pipelines import load
@@ -141,7 +141,7 @@ def test_pixels(tmp_path):
     calls = [
         call for call in first.calls(teacher, None) if call.t > (level := float(EDM().time(torch.tensor(80 / 2**7))))
     ]
-    x = relay([*calls, Call(around(student).denoiser, level)], z, teacher.encode(labels)).clamp(-1, 1)
+    x = run_calls([*calls, Call(around(student).denoiser, level)], z, teacher.encode(labels)).clamp(-1, 1)
     assert len(calls) == 4 and (got - x).abs().max() < 1e-5
 
 

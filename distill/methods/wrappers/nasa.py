@@ -17,7 +17,13 @@ from torch import Tensor
 from distill.method import Batch, Logs, Loss, Method, Nets, Requirement
 from distill.methods.vsd import VSD
 from distill.methods.wrappers.wrapper import Wrapped
-from distill.networks.negative_attention import NASA, TEXT, against, another, turn
+from distill.networks.negative_attention import (
+    NASA,
+    TEXT,
+    install_negative_rule,
+    shuffled_conditions,
+    with_negative_prompt,
+)
 from distill.random import Draw
 from distill.ranges import UnitInterval
 
@@ -36,12 +42,12 @@ class NASAT(Wrapped):
     def sample(self, nets: Nets, batch: Batch, draw: Draw) -> Tensor:
         if self.alpha:
             c, a = batch["c"], self.alpha * draw.index("nasa", 1 << 20) / (1 << 20)
-            turn(nets.student.denoiser.net, NASA(a), c[TEXT[0]].shape[1])
-            batch = batch | {"c": against(c, another(c, draw))}
+            install_negative_rule(nets.student.denoiser.net, NASA(a), c[TEXT[0]].shape[1])
+            batch = batch | {"c": with_negative_prompt(c, shuffled_conditions(c, draw))}
         return self.base.sample(nets, batch, draw)
 
     def student_term(self, loss: Loss, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
         if self.alpha and (null := nets.teacher.null):
-            other = another(batch["c"], draw)
+            other = shuffled_conditions(batch["c"], draw)
             nets = replace(nets, teacher=replace(nets.teacher, null={key: other[key] for key in null}))
         return loss(x, nets, batch, draw)

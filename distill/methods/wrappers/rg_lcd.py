@@ -25,7 +25,7 @@ from distill.diffusion.times import Fixed, Law
 from distill.method import Batch, FeatureTaps, Logs, Loss, Method, Nets, Update
 from distill.methods.lcd import LCD
 from distill.methods.wrappers.reward import Rewarded, judge
-from distill.networks.discriminator import seen
+from distill.networks.discriminator import noised_features
 from distill.random import Draw
 from distill.ranges import Finite, Positive, Weight
 
@@ -67,7 +67,7 @@ class Proxied(Rewarded):
 
     def proxy(self, xs: list[Tensor], c: Condition, nets: Nets, draw: Draw) -> list[Tensor]:  # R_L of each, [B]
         n, taps, times = len(xs), self.proxy_taps, self.proxy_times
-        features = seen(nets.teacher, taps, times, torch.cat(xs), repeated(c, n), draw, *["proxy"] * n)
+        features = noised_features(nets.teacher, taps, times, torch.cat(xs), repeated(c, n), draw, *["proxy"] * n)
         return [*nets.reward_proxy(*features).flatten(1).mean(1).chunk(n)]
 
     def proxy_loss(self, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:

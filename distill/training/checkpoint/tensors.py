@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from distill.sharding import part, place, split
+from distill.sharding import is_sharded_tensor, local_slices, part
 
 
 @dataclass
@@ -37,12 +37,12 @@ class RankShard:
     def __call__(self, file: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Of the tensors of a file: the parts that this process holds; on the first, also what all hold whole."""
         held = {key: t for key, t in tensors.items() if self._holds(t)}
-        info = {key: {"saved_offsets": [s.start for s in place(t)]} for key, t in held.items()}
+        info = {key: {"saved_offsets": [s.start for s in local_slices(t)]} for key, t in held.items()}
         self.metadata[file] = {"DCP_SHARDING_INFO": json.dumps(info), "DCP_VERSION": "1.0", "format": "pt"}
         return {key: part(t.detach()) for key, t in held.items()}
 
     def _holds(self, t: Tensor) -> bool:
-        if not split(t):
+        if not is_sharded_tensor(t):
             return self.rank == 0
         mesh = t.device_mesh  # type: ignore[attr-defined]
         copy = "dp_replicate" in (mesh.mesh_dim_names or ()) and mesh.get_local_rank("dp_replicate")
@@ -112,7 +112,7 @@ class TensorReader:
         """Read these, in place; of a tensor that is split, the part of this process."""
         if not self.path.is_dir():
             for key, t in tensors.items():
-                part(t).copy_(self.file.get_tensor(key)[place(t)])
+                part(t).copy_(self.file.get_tensor(key)[local_slices(t)])
             return
         from torch.distributed.checkpoint import load
 
@@ -127,7 +127,7 @@ class TensorReader:
         else:
             new = {key: torch.empty(shape, dtype=self.dtypes[key]) for key, shape in self.shapes.items()}
         for key, t in tensors.items():
-            if split(t) and key in new and new[key].shape == t.shape:
+            if is_sharded_tensor(t) and key in new and new[key].shape == t.shape:
                 new[key] = torch.empty_like(t, dtype=new[key].dtype)
-        self.into(new if self.path.is_dir() else {key: t for key, t in new.items() if split(t)})
+        self.into(new if self.path.is_dir() else {key: t for key, t in new.items() if is_sharded_tensor(t)})
         return new

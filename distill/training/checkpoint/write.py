@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from distill.sharding import split
+from distill.sharding import is_sharded_tensor
 from distill.training.checkpoint.contents import state_tensors
 from distill.training.checkpoint.integrity import checkpoint_folders, digests, find_corruption, step_of_name
 from distill.training.checkpoint.tensors import RankShard
@@ -203,7 +203,7 @@ def _prepare(output_dir: Path, step: int, share: RankShard | None) -> Path:
 def _share_of_state(state: State) -> tuple[RankShard | None, dict[str, dict[str, Tensor]]]:
     """What this process writes: (its share, None of a run that is not sharded; file -> tensors)."""
     files = state_tensors(state)
-    if not any(split(t) for tensors in files.values() for t in tensors.values()):
+    if not any(is_sharded_tensor(t) for tensors in files.values() for t in tensors.values()):
         return None, {f"{name}.safetensors": tensors for name, tensors in files.items()}
     share = RankShard(torch.distributed.get_rank(), torch.distributed.get_world_size())
     held = {share.file(name): share(share.file(name), tensors) for name, tensors in files.items()}

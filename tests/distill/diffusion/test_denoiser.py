@@ -10,7 +10,7 @@ from tiny import tiny
 from torch import nn
 
 from distill.diffusion.denoiser import Denoiser, tapped
-from distill.diffusion.guidance import Guided, drop, embedding, merge, null_of, scale_of, told
+from distill.diffusion.guidance import Guided, drop, embedding, merge, null_of, scale_of, with_guidance_key
 from distill.diffusion.schedule import EDM, KINDS, VP, Flow, Trig
 from distill.random import Draw
 
@@ -300,7 +300,7 @@ class TestGuided:
     def test_null_keeps_what_it_does_not_name(self):
         """A guidance embedding, say, is the same in both branches."""
         w = torch.full((self.N,), 4.0)
-        empty = null_of({"label": torch.tensor([self.K])}, told(self.c, w))
+        empty = null_of({"label": torch.tensor([self.K])}, with_guidance_key(self.c, w))
         assert torch.equal(empty["label"], self.null["label"]) and empty["guidance"] is w
 
     def test_null_is_cast_and_expanded(self):
@@ -323,10 +323,13 @@ class TestGuided:
 
     def test_scale_of_and_told(self):
         draw = Draw(0, 0, "student", torch.arange(4000))
-        assert scale_of(4.5, draw, 4000) == 4.5 and told(self.c, 4.5) is self.c
+        assert scale_of(4.5, draw, 4000) == 4.5 and with_guidance_key(self.c, 4.5) is self.c
         w = scale_of((2.0, 14.0), draw, 4000)
         assert 2 <= w.min() < 2.05 and 13.95 < w.max() < 14 and abs(w.mean() - 8) < 0.2
-        assert told(None, w)["guidance"] is w and told({"a": w}, w).keys() == {"a", "guidance"}
+        assert with_guidance_key(None, w)["guidance"] is w and with_guidance_key({"a": w}, w).keys() == {
+            "a",
+            "guidance",
+        }
 
     def test_embedding(self):
         """LCM's, against the sheet's numbers; the argument is 1000 w."""

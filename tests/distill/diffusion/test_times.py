@@ -52,7 +52,7 @@ def turn(step=0, n=B):
 
 def at(law, share, path):
     """t below which a law has this share."""
-    return law(times.Moved(turn(n=1), lambda u: torch.full_like(u, share)), "t", 1, path)
+    return law(times.RemappedDraw(turn(n=1), lambda u: torch.full_like(u, share)), "t", 1, path)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)

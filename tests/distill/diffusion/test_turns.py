@@ -9,7 +9,7 @@ from tiny import tiny
 from distill.diffusion.denoiser import Denoiser
 from distill.diffusion.guidance import Guided
 from distill.diffusion.schedule import EDM, VP, Flow, Trig
-from distill.diffusion.solver import Call, cfgpp, ddim, fresh, handover, relay, sample
+from distill.diffusion.solver import Call, cfgpp, ddim, fresh, join_calls, run_calls, sample
 from distill.diffusion.student import Student
 from distill.method import Requirement
 from distill.methods import BOOT, LCD
@@ -34,12 +34,12 @@ class TestCalls:
         student = Student(own, (0.9, 0.7, 0.4, 0.2), 2.0, renoise, phases=2, experts=(expert,))
         draw = Draw(0, 0, "student", torch.arange(N))
         assert [call.denoiser for call in student.calls(draw)] == [expert, expert, own, own]
-        assert relay(student.calls(draw), noise()).equal(student.generate(noise(), None, draw))
+        assert run_calls(student.calls(draw), noise()).equal(student.generate(noise(), None, draw))
 
     def test_fresh_noise_needs_a_draw(self):
         with pytest.raises(ValueError, match="needs `draw`"):
-            relay(Student(tiny(EDM()), (1.0, 0.5)).calls(), noise())
-        assert relay(Student(tiny(EDM())).calls(), noise()).equal(Student(tiny(EDM())).generate(noise(), None))
+            run_calls(Student(tiny(EDM()), (1.0, 0.5)).calls(), noise())
+        assert run_calls(Student(tiny(EDM())).calls(), noise()).equal(Student(tiny(EDM())).generate(noise(), None))
 
     @pytest.mark.parametrize("here", SCHEDULES)
     @pytest.mark.parametrize("there", SCHEDULES)
@@ -48,37 +48,37 @@ class TestCalls:
         (law, _), a, b = problem(2), SCHEDULES[here], SCHEDULES[there]
         base = along(exact(law, a), (1.0, 0.8, 0.55, 0.3, 0.1), law.step)
         student = along(consistent(law, b), (1.0, 0.5), fresh(lambda x: 1 / 0))
-        calls = handover(base, student, 1)
+        calls = join_calls(base, student, 1)
         assert 1 < len(calls) < 6 and all(x.level > y.level for x, y in zip(calls[:-1], calls[1:], strict=True))
         assert student[1].on(a).level == pytest.approx(student[1].level, rel=1e-9)
         start, end = (
             tuple(v[:, None] for v in s.coefficients(torch.full((N,), t, dtype=F64))) for s, t in ((a, 1.0), (b, 0.0))
         )
-        near(relay(calls, noise()), law.carry(start[1] * noise(), start, end), 1e-9)
+        near(run_calls(calls, noise()), law.carry(start[1] * noise(), start, end), 1e-9)
 
     def test_who_is_called(self):
         small, middle, large = (along(tiny(Flow(), seed=i), [1 - k / 10 for k in range(10)]) for i in range(3))
         who = lambda calls: "".join(
             "sml"[[c[0].denoiser for c in (small, middle, large)].index(x.denoiser)] for x in calls
         )
-        assert who(handover(small, large, 4)) == "ssssllllll"
-        assert who(handover(handover(small, middle, 4), large, 7)) == "ssssmmmlll"
-        assert who(handover(small, large, 0)) == "l" * 10 and who(handover(small, large, 10)) == "s" * 10
-        assert who(handover(small[::3], large, 4)) == "ssllllll"  # a coarser way there
+        assert who(join_calls(small, large, 4)) == "ssssllllll"
+        assert who(join_calls(join_calls(small, middle, 4), large, 7)) == "ssssmmmlll"
+        assert who(join_calls(small, large, 0)) == "l" * 10 and who(join_calls(small, large, 10)) == "s" * 10
+        assert who(join_calls(small[::3], large, 4)) == "ssllllll"  # a coarser way there
 
     def test_a_network_relieves_itself_unseen(self):
         denoiser, times = Guided(tiny(VP.scaled_linear(), classes=2), 3.0), [1 - k / 12 for k in range(12)]
         c = {"label": torch.arange(N) % 2}
-        whole = relay(along(denoiser, times), noise(), c)
+        whole = run_calls(along(denoiser, times), noise(), c)
         for skip in (0, 1, 7, 12):
-            assert relay(handover(along(denoiser, times), along(denoiser, times), skip), noise(), c).equal(whole)
+            assert run_calls(join_calls(along(denoiser, times), along(denoiser, times), skip), noise(), c).equal(whole)
 
     def test_mistakes(self):
         calls = along(tiny(Flow()), (1.0, 0.5))
         with pytest.raises(ValueError, match="skip is 3, and there are 2 calls"):
-            handover(calls, calls, 3)
+            join_calls(calls, calls, 3)
         with pytest.raises(ValueError, match="no call above the level that remains, sigma / alpha = 1"):
-            handover(calls[1:], calls, 1)
+            join_calls(calls[1:], calls, 1)
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
@@ -108,7 +108,7 @@ class TestCFGpp:
     def test_the_last_call_is_guided_by_lambda(self, name):
         schedule, t, s = self.ends(name)
         denoiser, c = tiny(schedule, classes=3), {"label": torch.arange(N) % 3}
-        x0 = relay(along(Guided(denoiser, 0.4), (0.7, 0.3), cfgpp), noise(), c)
+        x0 = run_calls(along(Guided(denoiser, 0.4), (0.7, 0.3), cfgpp), noise(), c)
         first = torch.full((N,), 0.7, dtype=F64)
         x = cfgpp(Guided(denoiser, 0.4), schedule.coefficients(first)[1][:, None] * noise(), first, first - 0.4, c)
         near(x0, Guided(denoiser, 0.4)(x, first - 0.4, c).x0, 1e-12)
@@ -163,13 +163,13 @@ def test_a_small_network_will_do_at_high_noise():
     large, small = ring(), ring(lambda x, sigma: x * (var / (var + sigma**2))[:, None])
     times = [1 - k / 50 for k in range(50)]
     few, many = along(small, times), along(large, times)
-    share = lambda calls: inside(relay(calls, noise(2000)))
+    share = lambda calls: inside(run_calls(calls, noise(2000)))
     whole = share(many)
     assert whole > 0.995
     for r in (0.3, 0.5):
-        assert abs(share(handover(few, many, int(50 * r))) - whole) < 0.003
-    assert share(handover(few, many, 40)) < 0.95 and share(few) < 0.2
-    assert share(handover(many, few, 25)) < 0.3  # the other order
+        assert abs(share(join_calls(few, many, int(50 * r))) - whole) < 0.003
+    assert share(join_calls(few, many, 40)) < 0.95 and share(few) < 0.2
+    assert share(join_calls(many, few, 25)) < 0.3  # the other order
 
 
 def test_a_base_model_brings_back_what_the_first_call_lost():
@@ -180,14 +180,14 @@ def test_a_base_model_brings_back_what_the_first_call_lost():
         if sigma[0] > 10:
             return RING[[0, 4]][(x[:, 0] < 0).long()]
         t = float(EDM().time(sigma[:1]))
-        return relay([Call(teacher, t * (1 - k / 20), ddim, 1.0) for k in range(20)], x)
+        return run_calls([Call(teacher, t * (1 - k / 20), ddim, 1.0) for k in range(20)], x)
 
     draw = Draw(0, 0, "student", torch.arange(2000))
     calls = Student(ring(student), (1.0, 0.3)).calls(draw)
-    alone = relay(calls, noise(2000))
+    alone = run_calls(calls, noise(2000))
     assert inside(alone) > 0.99 and spread(alone) > 0.5  # .62
     for steps in (1, 4):
         base = along(ring(), [1 - 0.7 * k / steps for k in range(steps)])
-        x = relay(handover(base, calls, 1), noise(2000))
+        x = run_calls(join_calls(base, calls, 1), noise(2000))
         assert spread(x) < 0.06  # .029; of 2000 samples that are right it is .02
         assert inside(x) > (0.9 if steps == 1 else 0.98)

@@ -9,9 +9,9 @@ import torch
 from gaussian import F64, SCHEDULES
 from tiny import clock, filled, tiny
 
-from distill.diffusion.end_time import End, average, ending, fold_end_times, guided, timed, untimed
+from distill.diffusion.end_time import EndTimeEmbedding, average, ending, fold_end_times, guided, timed, untimed
 from distill.diffusion.schedule import Flow
-from distill.diffusion.solver import relay
+from distill.diffusion.solver import run_calls
 from distill.diffusion.student import Student
 from distill.methods import LCD, MeanFlow, TwinFlow
 from distill.networks.lora import LoRA, merged
@@ -35,13 +35,13 @@ def point(seed=0):
 
 
 def test_end_is_zero_at_zero():
-    end, r = filled(End(16), 0, F64), torch.linspace(-1, 1, 9, dtype=F64)
+    end, r = filled(EndTimeEmbedding(16), 0, F64), torch.linspace(-1, 1, 9, dtype=F64)
     out = end(r)
     assert torch.equal(out[4], torch.zeros(16, dtype=F64)) and bool(
         (out[[0, 1, 2, 3, 5, 6, 7, 8]].norm(dim=1) > 0.1).all()
     )
     assert (out[0] - out[8]).norm() > 0.1  # the sign is heard
-    assert torch.equal(End(16).double()(r), torch.zeros(9, 16, dtype=F64))
+    assert torch.equal(EndTimeEmbedding(16).double()(r), torch.zeros(9, 16, dtype=F64))
 
 
 def test_told_and_untold():
@@ -108,7 +108,7 @@ def test_calls_go_where_they_are_told(schedule):
 
     want = by_hand(r[1], r[2], 0.0)
     torch.testing.assert_close(student.generate(z, None), want, rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(relay(student.calls(), z), want, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(run_calls(student.calls(), z), want, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(student.generate(z, None, steps=2), by_hand(r[1], 0.0), rtol=1e-9, atol=1e-9)
     for other in (replace(student, jumps=False), replace(student, renoise="fresh")):
         assert not any(to for _, to in other.legs) and other.at(1, 0.3) is net

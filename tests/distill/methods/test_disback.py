@@ -29,7 +29,7 @@ from distill.diffusion.times import Fixed, Karras
 from distill.methods import DMD2, DisBack
 from distill.methods.disback import Degradation
 from distill.networks.lora import LoRA
-from distill.roles import Nets, Recorded
+from distill.roles import CheckpointedDenoiser, Nets
 from distill.training import checkpoint
 from distill.training.build import build
 from distill.training.config import FakeConfig, StudentConfig, TrainConfig
@@ -109,7 +109,7 @@ class TestFarAway:
             last = nets.fake.net.state_dict()
             assert side * float(last["mean"]) == pytest.approx(-4, abs=0.3)
             past = replace(nets.teacher, net=Belief(0.0, 4.0))
-            nets.past = Recorded(
+            nets.past = CheckpointedDenoiser(
                 past,
                 tuple(checkpoint.list_intact_checkpoints(folder)),
                 nets.teacher.net,

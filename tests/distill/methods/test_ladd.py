@@ -13,7 +13,7 @@ from torch import nn
 from distill.diffusion.schedule import Flow
 from distill.diffusion.times import Fixed
 from distill.methods import DMD2, LADD
-from distill.networks.discriminator import seen
+from distill.networks.discriminator import noised_features
 from distill.random import Draw
 from distill.training import checkpoint
 from distill.training.build import build
@@ -73,7 +73,7 @@ def test_softplus_losses():
     nets, draw = nets_like(method), Draw(0, 0, "student", torch.arange(4))
     c = {"label": torch.zeros(4).long()}
     x, y = torch.randn(2, 4, 2)
-    logits = lambda x, name: nets.disc(*seen(nets.teacher, ("mid",), Fixed(0.5), x, c, draw, name))
+    logits = lambda x, name: nets.disc(*noised_features(nets.teacher, ("mid",), Fixed(0.5), x, c, draw, name))
     student, _ = method.student_loss(x, nets, {"c": c}, draw)
     assert torch.equal(student, torch.log1p((-logits(x, "gan")).exp()).mean())
     heads, _ = method.fake_loss(x, nets, {"c": c, "real": y, "real_c": c}, draw)
@@ -122,7 +122,7 @@ def test_it_sees_what_dmd2s_classifier_sees():
     base = DMD2(taps=("mid",), gan_times=Fixed(0.4))
     nets, draw, x = nets_like(base), Draw(0, 0, "student", torch.arange(6)), torch.randn(6, 2)
     c = {"label": torch.arange(6) % 3}
-    features = seen(nets.teacher, ("mid",), Fixed(0.4), x, c, draw, "gan")
+    features = noised_features(nets.teacher, ("mid",), Fixed(0.4), x, c, draw, "gan")
     assert torch.equal(nets.disc(*features), base.logits(x, c, nets, draw, "gan"))
     loss, _ = LADD(taps=("mid",), gan_times=Fixed(0.4)).student_loss(x, nets, {"c": c}, draw)
     assert torch.equal(loss, -base.logits(x, c, nets, draw, "gan").mean())

@@ -25,7 +25,7 @@ from shallow import shorten, taps_of
 
 from distill.configuration import Config
 from distill.data import Digits
-from distill.diffusion.guidance import Away, Guided, null_of
+from distill.diffusion.guidance import Guided, WorseModelGuided, null_of
 from distill.diffusion.schedule import Trig
 from distill.diffusion.times import Fixed
 from distill.methods import DMD2, VSD, SiD
@@ -178,7 +178,7 @@ def test_no_other_role_is_perturbed(sd, rank):
     pag.guide(nets, S, ("mid_block",))
     assert all(map(torch.equal, before, said()))
     assert (nets.teacher(x, t, c).out - before[2]).abs().max() > 1e-3
-    assert not any(isinstance(d, Away) for d in (nets.student.denoiser, nets.fake))
+    assert not any(isinstance(d, WorseModelGuided) for d in (nets.student.denoiser, nets.fake))
     own = {id(p) for p in sd.denoiser.net.parameters()}
     assert {id(p) for p in nets.frozen()["worse"].parameters()} == own
     precision.recompute(nets)
@@ -224,7 +224,7 @@ def test_refusals(tmp_path, sd):
 
 
 def guided(strong, weak, path, s, kind="v"):
-    return Away(**vars(exact(strong, path, kind)), worse=Oracle(weak.denoise, path, kind), s=s)
+    return WorseModelGuided(**vars(exact(strong, path, kind)), worse=Oracle(weak.denoise, path, kind), s=s)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)

@@ -15,7 +15,7 @@ from distill.diffusion.schedule import EDM
 from distill.diffusion.student import Student
 from distill.losses import hinge_discriminator
 from distill.methods import LCD, PCM
-from distill.networks.discriminator import head_logits, heads, pixels, verdicts
+from distill.networks.discriminator import accuracy, build_heads, head_logits, pixels
 from distill.random import Draw
 from distill.roles import Nets
 from distill.training.build import build
@@ -217,14 +217,14 @@ class TestGan:
                 optimizer.zero_grad()
                 hinge_discriminator(fake, real).backward()
                 optimizer.step()
-            right[gap] = float(verdicts(fake, real))
+            right[gap] = float(accuracy(fake, real))
         assert abs(right[0.0] - 0.5) < 0.1 and right[2.0] > 0.75, right
 
 
 def test_heads():
     """Two residual 1x1 convolutions and a logit a place; each head counts alike, whatever its number of places."""
     maps, tokens = torch.randn(2, 64, 4, 4), torch.randn(2, 9, 32)
-    disc = heads((maps[:1], tokens[:1]), of_pixels=True)
+    disc = build_heads((maps[:1], tokens[:1]), of_pixels=True)
     assert head_logits(disc, (maps, tokens))[0].shape == (2, 16) and head_logits(disc, (maps, tokens))[1].shape == (
         2,
         9,

@@ -20,7 +20,16 @@ from distill.diffusion.schedule import Flow
 from distill.diffusion.student import Student
 from distill.diffusion.times import Fixed, Uniform
 from distill.methods import NASAT, SUN, VSD
-from distill.networks.negative_attention import TEXT, adapt, adapted, adapters, against, another, layers, strip
+from distill.networks.negative_attention import (
+    TEXT,
+    adapt,
+    adapted,
+    adapters,
+    layers,
+    shuffled_conditions,
+    strip,
+    with_negative_prompt,
+)
 from distill.random import Draw
 from distill.roles import Nets
 from distill.training import precision
@@ -126,9 +135,9 @@ def test_no_offset_from_itself():
     nets, batch = world("vp", alpha=2.5)
     x, t, c = batch["real"], torch.full((B,), 0.5, dtype=F64), batch["real_c"]
     student, plain = nets.student.denoiser, nets.teacher(x, t, c).out
-    torch.testing.assert_close(student(x, t, against(c, c)).out, plain, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(student(x, t, with_negative_prompt(c, c)).out, plain, rtol=1e-12, atol=1e-12)
     turned(student.net, 2.5, 1.0)
-    assert (student(x, t, against(c, c)).out - plain).norm() > 0.1
+    assert (student(x, t, with_negative_prompt(c, c)).out - plain).norm() > 0.1
 
 
 def test_the_offset_by_hand():
@@ -142,7 +151,7 @@ def test_the_offset_by_hand():
         for seed, one in enumerate((branch.minus, branch.plus)):
             own = torch.randn(3, D, D, dtype=F64, generator=torch.Generator().manual_seed(seed))
             one.alpha.copy_(own[0, 0]), one.beta.copy_(own[0, 1]), one.to_v.weight.copy_(own[1])
-        told = against({TEXT[0]: c}, {TEXT[0]: n})
+        told = with_negative_prompt({TEXT[0]: c}, {TEXT[0]: n})
         got = nets.student.denoiser(x, torch.full((B,), 0.5, dtype=F64), told).x0
         minus, plus = (
             one.alpha * c.norm(dim=2, keepdim=True) * torch.nn.functional.normalize(one.to_v(word), dim=2) + one.beta
@@ -169,7 +178,7 @@ def test_steps_by_hand(schedule):
     nets, batch = world(schedule, times=(0.9, 0.4), alpha=W - 1)
     method, draw, path = SUN(guidance=W, k=3, p_null=0.0), turn(), SCHEDULES[schedule]
     _, logs = loss_of(method, nets, batch)
-    c, n = batch["real_c"][TEXT[0]][:, 0], another(batch["real_c"], draw)[TEXT[0]][:, 0]
+    c, n = batch["real_c"][TEXT[0]][:, 0], shuffled_conditions(batch["real_c"], draw)[TEXT[0]][:, 0]
     steps, eps, gaps = draw.integers("step", 2), draw.normal("eps_msc", (B, D)).double(), {2: [], 3: []}
     assert set(steps.tolist()) == {0, 1}
     for i in range(B):
@@ -205,7 +214,7 @@ def two_steps(nets, batch):
     i = draw.integers("step", 2)
     t, s, c = times[i], times[i + 1], batch["real_c"]
     x_t = path.diffuse(batch["real"], draw.normal("eps_msc", (B, D)).double(), t)
-    told = against(c, another(c, draw))
+    told = with_negative_prompt(c, shuffled_conditions(c, draw))
 
     def stepped(x, t, s):
         pred = nets.student.denoiser(x, t, told)
@@ -220,11 +229,11 @@ def test_another():
     c = {"n": torch.arange(5)}
     seen = torch.zeros(5, 5)
     for step in range(400):
-        i = another(c, Draw(0, step, "student", torch.arange(5)))["n"]
+        i = shuffled_conditions(c, Draw(0, step, "student", torch.arange(5)))["n"]
         seen[torch.arange(5), i] += 1
     assert (seen.diagonal() == 0).all() and seen[~torch.eye(5, dtype=bool)].min() > 60
     with pytest.raises(ValueError, match="it has one: make it larger"):
-        another({"n": torch.arange(1)}, turn(1))
+        shuffled_conditions({"n": torch.arange(1)}, turn(1))
 
 
 # ---- NASA-T ----
@@ -265,7 +274,7 @@ def test_nasa_by_hand(schedule):
     nets, batch = distilled(schedule)
     path, method = SCHEDULES[schedule], NASAT(VSD(W, times=Fixed(0.5), reduction="sum", weight=False), alpha=0.7)
     x, loss, draw = turns(method, nets, batch)
-    c, n = batch["c"][TEXT[0]][:, 0], another(batch["c"], draw)[TEXT[0]][:, 0]
+    c, n = batch["c"][TEXT[0]][:, 0], shuffled_conditions(batch["c"], draw)[TEXT[0]][:, 0]
     a = 0.7 * draw.index("nasa", 1 << 20) / (1 << 20)
     at = lambda t: (level.reshape(1, 1) for level in path.coefficients(torch.tensor([t], dtype=F64)))
     near = lambda got, want: torch.testing.assert_close(got, want, rtol=1e-7, atol=1e-9)
@@ -379,12 +388,12 @@ def output(teacher, net, c):
 def test_off_is_the_teacher(teacher):
     """Bit for bit without a negative prompt, and with one at the start; then another prompt says something else."""
     net, c = adapted(teacher.denoiser.net, length(teacher)), teacher.encode(["a red fox", "a tree"])
-    plain, told = output(teacher, teacher.denoiser.net, c), against(c, teacher.negative(["blurry"]))
+    plain, told = output(teacher, teacher.denoiser.net, c), with_negative_prompt(c, teacher.negative(["blurry"]))
     assert torch.equal(output(teacher, net, c), plain) and torch.equal(output(teacher, net, told), plain)
     assert torch.equal(output(teacher, louder(net), c), plain)
     heard = output(teacher, net, told)
     assert (heard - plain).abs().max() > 1e-3
-    assert (heard - output(teacher, net, against(c, teacher.negative(["grey"])))).abs().max() > 1e-4
+    assert (heard - output(teacher, net, with_negative_prompt(c, teacher.negative(["grey"])))).abs().max() > 1e-4
     alone = {key: value[:1] for key, value in told.items()}
     torch.testing.assert_close(output(teacher, net, alone)[0], heard[0], rtol=1e-4, atol=1e-5)
     again = strip(copy.deepcopy(net))
@@ -392,7 +401,7 @@ def test_off_is_the_teacher(teacher):
 
 
 def test_padding_is_not_heard(teacher):
-    c = against(teacher.encode(["a red fox"]), teacher.negative(["blurry"]))
+    c = with_negative_prompt(teacher.encode(["a red fox"]), teacher.negative(["blurry"]))
     if "mask" not in c:
         return
     net, (text, mask) = louder(adapted(teacher.denoiser.net, length(teacher))), (c[key] for key in TEXT)
@@ -408,7 +417,7 @@ def test_recomputed_blocks_hear_the_same(tmp_path):
     """Gradient checkpointing changes no gradient of the adapter."""
     tiny.save("sd", tmp_path / "sd")
     teacher, found = load(tmp_path / "sd"), []
-    c = against(teacher.encode(["a fox", "a tree"]), teacher.encode(["blurry", "grey"]))
+    c = with_negative_prompt(teacher.encode(["a fox", "a tree"]), teacher.encode(["blurry", "grey"]))
     for recompute in (False, True):
         net = louder(adapted(teacher.denoiser.net, 77)).train()
         if recompute:

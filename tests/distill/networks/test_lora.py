@@ -17,7 +17,7 @@ from torch.utils.checkpoint import CheckpointError, checkpoint
 from distill.diffusion.denoiser import Denoiser
 from distill.diffusion.schedule import EDM, VP, Flow
 from distill.methods import DMD2, VSD, SiD
-from distill.modules import shared
+from distill.modules import shallow_module_copy
 from distill.networks.ema import EMA
 from distill.networks.lora import LoRA, merged
 from distill.random import Draw
@@ -49,7 +49,7 @@ def stir(net, seed=1):
 class TestShared:
     def test_the_same_tensors_in_another_tree(self):
         net = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Sequential(nn.Linear(3, 2)))
-        twin = shared(net)
+        twin = shallow_module_copy(net)
         for (name, a), (other, b) in zip(
             net.state_dict(keep_vars=True).items(), twin.state_dict(keep_vars=True).items()
         ):
@@ -58,7 +58,7 @@ class TestShared:
 
     def test_replacing_a_module_leaves_the_other_tree_alone(self):
         net = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2))
-        twin = shared(net)
+        twin = shallow_module_copy(net)
         twin[1] = nn.Identity()
         assert isinstance(net[1], nn.Linear)
 

@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 from test_trainer import METHODS, config, equal, everything, nets_of, roles, vectors
 
 from distill import data
-from distill.losses import scores
+from distill.losses import score_gap_logs
 from distill.methods import DMD2, SiD
-from distill.networks.discriminator import verdicts
+from distill.networks.discriminator import accuracy
 from distill.training import checkpoint, nonfinite, replay
 from distill.training.loop import train
 from distill.training.samples import describe_samples
@@ -55,9 +55,9 @@ def test_the_lag_is_the_way_that_the_student_is_ahead(share):
     x = 2 * share + torch.randn(N, 1, dtype=torch.float64)
     x_t = alpha * x + sigma * torch.randn_like(x)
     fake, real = (m + alpha / (alpha**2 + sigma**2) * (x_t - alpha * m) for m in (0.0, 2.0))
-    logs = scores(x, real, fake)
+    logs = score_gap_logs(x, real, fake)
     assert float(logs["lag"] / logs["score_gap"]) == pytest.approx(share, abs=0.01)
-    assert logs.keys() - scores(x, real, fake, own=False) == {"lag"}
+    assert logs.keys() - score_gap_logs(x, real, fake, own=False) == {"lag"}
 
 
 def test_size_and_spread_of_samples():
@@ -72,7 +72,7 @@ def test_size_and_spread_of_samples():
 
 def test_verdicts_of_a_discriminator():
     low, high = torch.tensor([-1.0, -2.0, 3.0, -0.1]), torch.tensor([1.0, 1.0, -1.0, -1.0])
-    assert float(verdicts(low, high)) == (0.75 + 0.5) / 2
+    assert float(accuracy(low, high)) == (0.75 + 0.5) / 2
 
 
 def test_what_is_logged():

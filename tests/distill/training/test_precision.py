@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from distill.diffusion.denoiser import Denoiser
 from distill.diffusion.schedule import VP, Flow
 from distill.methods import DMD2, LCD, VSD, SiD
-from distill.modules import twin
+from distill.modules import copy_trainable
 from distill.networks.lora import LoRA
 from distill.random import Draw
 from distill.training import checkpoint, precision
@@ -106,7 +106,9 @@ def test_a_target_shares_the_backbone(tmp_path):
     assert tensors(nets.teacher.net) <= tensors(nets.target.net)
     assert tensors(nets.target.net) & tensors(nets.student.denoiser.net) == tensors(nets.teacher.net)
     assert not any(p.requires_grad for p in nets.target.net.parameters())
-    assert tensors(twin(nets.student.denoiser.net)) & tensors(nets.student.denoiser.net) == tensors(nets.teacher.net)
+    assert tensors(copy_trainable(nets.student.denoiser.net)) & tensors(nets.student.denoiser.net) == tensors(
+        nets.teacher.net
+    )
     before = copy.deepcopy(nets.teacher.net.state_dict())
     data = lambda draw: {"real": draw.normal("real", (len(draw.samples), 2))}
     for state in train(LCD(), nets, data, config(max_train_steps=3), Accelerator(cpu=True)):

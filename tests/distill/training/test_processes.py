@@ -35,7 +35,7 @@ def run(accelerator, case):
 
     from distill.methods import NCT, FDistill
     from distill.networks.lora import LoRA
-    from distill.sharding import whole
+    from distill.sharding import gather_full_tensor
     from distill.training.config import FakeConfig, StudentConfig
     from distill.training.loop import train
 
@@ -60,7 +60,7 @@ def run(accelerator, case):
             logs.setdefault(key, []).append(accelerator.reduce(value.detach().clone(), "mean"))
     found |= {key: torch.stack(values) for key, values in logs.items()}
     for role, net in {**nets.modules(), "ema": state.ema.net}.items():
-        found |= {f"{role}.{key}": whole(p) for key, p in net.named_parameters()}
+        found |= {f"{role}.{key}": gather_full_tensor(p) for key, p in net.named_parameters()}
     found["samples"] = torch.cat(shares[:rounds])
     return {f"{case} {key}": value.detach().clone() for key, value in found.items()}
 

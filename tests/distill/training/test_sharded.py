@@ -42,13 +42,17 @@ def run(name, accelerator, last, folder=None, resume=None, lora=False):
             with checkpoint.Saver(folder) as saver:
                 saver.save(state)
     moments = {
-        f"{player}.{i}.{key}": sharding.whole(value)
+        f"{player}.{i}.{key}": sharding.gather_full_tensor(value)
         for player, optimizer in state.optimizers.items()
         for i, p in enumerate(optimizer.param_groups[0]["params"])
         for key, value in optimizer.state[p].items()
     }
     roles = {**state.nets.modules(), "ema": state.ema.net}
-    named = {f"{role}.{key}": sharding.whole(p) for role, net in roles.items() for key, p in net.named_parameters()}
+    named = {
+        f"{role}.{key}": sharding.gather_full_tensor(p)
+        for role, net in roles.items()
+        for key, p in net.named_parameters()
+    }
     return {key: value.detach().clone() for key, value in (named | moments).items()}
 
 
