@@ -125,8 +125,8 @@ class Protocol:
 
     def require(self, reference: bool = True) -> None:
         """ValueError with the message of `missing`, if data are missing."""
-        if (told := self.missing(reference)) is not None:
-            raise ValueError(told)
+        if (message := self.missing(reference)) is not None:
+            raise ValueError(message)
 
     def conditions(self, n: int | None = None) -> list[str] | list[int]:
         """The prompts or labels of the first n images, by default of all. ValueError if there are too few prompts."""
@@ -136,10 +136,10 @@ class Protocol:
         from distill.data.sources import prompts
 
         self.require(reference=False)
-        found = prompts(str(self.prompt_file), limit=n)
-        if len(found) < n:
-            raise ValueError(f"{self.prompt_file} holds {len(found)} prompts; protocol {self.name} needs {n}")
-        return found
+        texts = prompts(str(self.prompt_file), limit=n)
+        if len(texts) < n:
+            raise ValueError(f"{self.prompt_file} holds {len(texts)} prompts; protocol {self.name} needs {n}")
+        return texts
 
 
 def _is_present(path: Path) -> bool:

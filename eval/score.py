@@ -71,8 +71,8 @@ class Folder:
 
     @cached_property
     def labels(self) -> Tensor | None:
-        found = self.manifest.get("labels")
-        return None if found is None else torch.tensor(found)
+        labels = self.manifest.get("labels")
+        return None if labels is None else torch.tensor(labels)
 
     @cached_property
     def texts(self) -> list[str] | None:
@@ -82,7 +82,7 @@ class Folder:
             return None
         from distill.data.tables import caption
 
-        found: dict[str, str] = {}
+        text_of: dict[str, str] = {}
         try:
             for number, line in enumerate(read_text(path, "prompts are needed").split("\n"), 1):
                 if not line.strip():
@@ -92,12 +92,12 @@ class Folder:
                 text = row["text"]
                 if not (isinstance(name, str) and isinstance(text, str)):
                     raise ValueError(f"line {number} has no text")
-                if found.setdefault(name, caption(text, f"line {number}") or "") != text:
+                if text_of.setdefault(name, caption(text, f"line {number}") or "") != text:
                     raise ValueError(f"line {number} gives {name} a second text")
             names = [file.relative_to(self.path).as_posix() for file in self.files]
-            if absent := sorted(found.keys() - set(names)):
+            if absent := sorted(text_of.keys() - set(names)):
                 folders.warn_once(f"{path} names {len(absent):,} images that are not there: {absent[0]} ...\n")
-            return [found[name] for name in names]
+            return [text_of[name] for name in names]
         except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise ValueError(
                 f'{path} does not hold a line {{"file_name", "text"}} for every image ({error}); prompts are needed'
@@ -148,7 +148,7 @@ def read_statistics(path: Path, n: int) -> Moments:
 @cache
 def _read_statistics(path: Path, _: int, n: int) -> Moments:
     """`read_statistics`, cached by the file's time of change: one eigen-decomposition for all folders."""
-    found: list[Tensor] = []
+    arrays: list[Tensor] = []
     try:
         _check_sizes(path)
         stored = np.load(path, allow_pickle=False)
@@ -159,11 +159,11 @@ def _read_statistics(path: Path, _: int, n: int) -> Moments:
                 array = np.asarray(stored[key])
                 if array.dtype.kind not in "iuf":
                     raise ValueError(f"{key} is of kind {array.dtype}, no real numbers")
-                found.append(torch.from_numpy(array.astype(np.float64)))
+                arrays.append(torch.from_numpy(array.astype(np.float64)))
     except Exception as error:  # numpy and zipfile raise nearly every kind for broken files
         reason = str(error) or type(error).__name__
         raise ValueError(f"{path} does not hold the arrays mu and sigma ({reason}); make it again") from None
-    return Moments(n, *found).validate(f"{path}")
+    return Moments(n, *arrays).validate(f"{path}")
 
 
 def _check_sizes(path: Path) -> None:
@@ -221,35 +221,35 @@ def score_folder(
     Missing inputs of a metric are reported before a network runs. The other metrics are computed. The row's "left_out"
     holds the reasons.
     """
-    found = Folder(Path(folder), batch, workers)
-    p = _protocol(found, protocol, metrics, extractor, reference_folder)
+    images = Folder(Path(folder), batch, workers)
+    p = _protocol(images, protocol, metrics, extractor, reference_folder)
     swap = dict(_pair(text) for text in use)
     specs = {m.metric: swap.get(m.extractor, m.extractor) for m in p.measures}
     left_out: dict[str, str] = {}
     for m in p.measures:
         try:
-            _check_needs(found, m, p, specs[m.metric], reference_folder)
+            _check_needs(images, m, p, specs[m.metric], reference_folder)
         except ValueError as error:
             left_out[m.metric] = str(error)
-    made: dict[str, Score] = {}
-    given: dict[tuple[object, ...], MetricInputs | ValueError] = {}
+    scores: dict[str, Score] = {}
+    inputs: dict[tuple[object, ...], MetricInputs | ValueError] = {}
     nets: dict[str, str] = {}
     for m in (m for m in p.measures if m.metric not in left_out):
         spec = specs[m.metric]
         key = (spec, m.generated, m.reference, m.text, m.metric if m.metric in ALONE else "")
         try:
-            if key not in given:
-                given[key] = _metric_inputs(found, m, p, spec, reference_folder, nets)
-            scored = find_metric(m.metric).compute(_raise_if_failed(given[key]))
+            if key not in inputs:
+                inputs[key] = _metric_inputs(images, m, p, spec, reference_folder, nets)
+            scored = find_metric(m.metric).compute(_raise_if_failed(inputs[key]))
         except FAILURES as error:
             failure = ValueError(describe_error(error))
-            given.setdefault(key, failure)  # do not repeat a failed input for another metric
+            inputs.setdefault(key, failure)  # do not repeat a failed input for another metric
             left_out[m.metric] = str(failure)
         else:
-            made |= scored if isinstance(scored, dict) else {m.metric: scored}
-    if not made:
+            scores |= scored if isinstance(scored, dict) else {m.metric: scored}
+    if not scores:
         raise ValueError(f"{folder}: {format_reasons(left_out)}")
-    row = _row(found, p, made, nets)
+    row = _row(images, p, scores, nets)
     return {**row, "left_out": left_out} if left_out else row
 
 
@@ -284,21 +284,21 @@ def format_reasons(left_out: Mapping[str, str]) -> str:
     return "; ".join(f"{', '.join(some)}: {reason}" for reason, some in names.items())
 
 
-def _raise_if_failed(given: MetricInputs | ValueError) -> MetricInputs:
-    if isinstance(given, ValueError):
-        raise given
-    return given
+def _raise_if_failed(inputs: MetricInputs | ValueError) -> MetricInputs:
+    if isinstance(inputs, ValueError):
+        raise inputs
+    return inputs
 
 
-def _check_needs(found: Folder, m: Measure, p: Protocol, spec: str, other: Path | None) -> None:
+def _check_needs(images: Folder, m: Measure, p: Protocol, spec: str, other: Path | None) -> None:
     """ValueError if an input of a metric is missing, before a network runs."""
     entry = find_metric(m.metric)
-    if lacks := [need for need in entry.needs if not found.has(need)]:
-        raise ValueError(f"{found.path} has no {' and '.join(map(_NEEDS.get, lacks))}, which {m.metric} needs")
+    if lacks := [need for need in entry.needs if not images.has(need)]:
+        raise ValueError(f"{images.path} has no {' and '.join(map(_NEEDS.get, lacks))}, which {m.metric} needs")
     width = None if entry.extractor == "lpips" else load(spec).width
     least = entry.least or (width or 0) + 1
-    if len(found.files) < least:
-        raise ValueError(describe_shortage("generated", len(found.files), width or 0, least))
+    if len(images.files) < least:
+        raise ValueError(describe_shortage("generated", len(images.files), width or 0, least))
     path = other or p.reference_path
     if "reference" in entry.needs and path is not None:
         _check_reference(m, p, spec, path, width, least)
@@ -328,69 +328,69 @@ def _pair(text: str) -> tuple[str, str]:
 
 
 def _protocol(
-    found: Folder, name: str | None, metrics: tuple[str, ...], extractor: str | None, other: Path | None
+    images: Folder, name: str | None, metrics: tuple[str, ...], extractor: str | None, other: Path | None
 ) -> Protocol:
     """The named protocol, else the manifest's, else one of the given metrics. n: the number of images in the folder."""
-    for wanted in metrics:
-        find_metric(wanted)
+    for name_of_metric in metrics:
+        find_metric(name_of_metric)
     if metrics and name is None:
-        return custom_protocol(found, metrics, extractor, other)
-    p = named(name or found.manifest.get("protocol") or "digits")
+        return custom_protocol(images, metrics, extractor, other)
+    p = named(name or images.manifest.get("protocol") or "digits")
     p.require(reference=other is None)
     if metrics:
         p = replace(p, measures=tuple(m for m in p.measures if m.metric in metrics))
         if not p.measures:
             raise ValueError(f"protocol {p.name} measures none of {', '.join(metrics)}; leave --protocol out to choose")
-    return replace(p, n=len(found.files))
+    return replace(p, n=len(images.files))
 
 
 def _metric_inputs(
-    found: Folder, m: Measure, p: Protocol, spec: str, other: Path | None, nets: dict[str, str]
+    images: Folder, m: Measure, p: Protocol, spec: str, other: Path | None, nets: dict[str, str]
 ) -> MetricInputs:
     entry = find_metric(m.metric)
-    given = MetricInputs(torch.empty(0), labels=found.labels, prompts=found.prompts)
+    inputs = MetricInputs(torch.empty(0), labels=images.labels, prompts=images.prompts)
     if entry.extractor == "lpips":
         from pipelines.judges import perceptual
 
-        given.picture = found.picture(m.generated)
-        given.distance = perceptual.random() if spec == "random" else perceptual.lpips()
+        inputs.picture = images.picture(m.generated)
+        inputs.distance = perceptual.random() if spec == "random" else perceptual.lpips()
         nets[spec] = "random" if spec == "random" else "vgg"
-        return given
+        return inputs
     net = load(spec)
     nets[spec] = net.hash
-    given.fake = found.features(net, m.generated)
+    inputs.fake = images.features(net, m.generated)
     if "reference" in entry.needs:
-        given.real = read_reference(m, p, net, other)
+        inputs.real = read_reference(m, p, net, other)
     if "texts" in entry.needs:
         prefix = f"{m.text} " if m.text else ""
-        assert found.texts is not None
-        given.texts = text_features([prefix + text for text in found.texts], net)
-        given.scale = net.scale
-    return given
+        assert images.texts is not None
+        inputs.texts = text_features([prefix + text for text in images.texts], net)
+        inputs.scale = net.scale
+    return inputs
 
 
-def _row(found: Folder, p: Protocol, made: dict[str, Score], nets: dict[str, str]) -> ScoredRow:
-    manifest = found.manifest
+def _row(images: Folder, p: Protocol, scores: dict[str, Score], nets: dict[str, str]) -> ScoredRow:
+    manifest = images.manifest
     cost = manifest.get("cost") or {}
     model = manifest.get("name") or manifest.get("model")
     seeds = [] if manifest.get("seed") is None else [manifest["seed"]]
     return {
-        "model": found.path.name if model in (None, "", "pipeline") else model,
+        "model": images.path.name if model in (None, "", "pipeline") else model,
         "model_hash": manifest.get("model_hash"),
         "kind": manifest.get("kind"),
         **{key: manifest.get(key) for key in ("steps", "guidance", "scheduler")},
         "protocol": p.name,
         "protocol_hash": p.hash,
-        "n": len(found.files),
+        "n": len(images.files),
         "seeds": seeds,
         "extractor": ", ".join(nets),
         "extractor_hash": ", ".join(nets.values()),
         "images": manifest.get("hash"),
         "commit": git_commit(),
         "hardware": hardware(device()),
-        "metrics": {name: s._asdict() for name, s in made.items()},
+        "metrics": {name: s._asdict() for name, s in scores.items()},
         "cost": {key: cost.get(key, manifest.get(key)) for key in COST},
-        "samples": str(found.path),
+        "samples": str(images.path),
     }
 
 
@@ -431,7 +431,7 @@ def score_folders(
         _reference_files(reference)
     if out is not None:
         check_output(out, "--out")
-    found = []
+    rows = []
     failed = []
     for path in track(folder, "folder", "score", len(folder) > 1):
         try:
@@ -440,16 +440,16 @@ def score_folders(
             why = describe_error(error)
             failed.append(why if f"{path}" in why else f"{path}: {why}")
             continue
-        found.append(row)
+        rows.append(row)
         if "left_out" in row:
             failed.append(f"{path} was scored without {format_reasons(row['left_out'])}")
         if out is not None and is_main_process():
-            write_json(out, found)  # a command that is killed has its rows so far
+            write_json(out, rows)  # a command that is killed has its rows so far
     if failed:
-        made = f" ({len(found)} of {len(folder)} folders were scored)" if len(folder) > 1 else ""
-        told = "; ".join(failed) + made
-        raise PartialFailure(told, found) if found else ValueError(told)
-    return found
+        count = f" ({len(rows)} of {len(folder)} folders were scored)" if len(folder) > 1 else ""
+        message = "; ".join(failed) + count
+        raise PartialFailure(message, rows) if rows else ValueError(message)
+    return rows
 
 
 def main() -> None:

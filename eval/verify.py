@@ -67,14 +67,14 @@ def arithmetic(folder: Path, reference: Path, extractor: str, logits: str) -> It
     theirs = fid_statistics_to_metric(*statistics, verbose=False)
     theirs |= kid_features_to_metric(a, b, kid_subset_size=size, verbose=False)
     theirs |= prc_features_to_metric(a[:n], b[:n], verbose=False)
-    found = manifold(a[:n], b[:n])
+    ours = manifold(a[:n], b[:n])
     yield Comparison("fid", fid(fake, real).value, theirs["frechet_inception_distance"], 1e-6)
     yield Comparison("kid", kid(fake, real, size=size).value, theirs["kernel_inception_distance_mean"], 1e-6)
-    yield Comparison("precision", found["precision"].value, theirs["precision"], 1e-6)
-    yield Comparison("recall", found["recall"].value, theirs["recall"], 1e-6)
-    seen = features(folder, load(logits))
-    score = isc_features_to_metric(seen.rows(key="logits"))["inception_score_mean"]
-    yield Comparison("inception_score", inception_score(seen).value, score, 1e-6)
+    yield Comparison("precision", ours["precision"].value, theirs["precision"], 1e-6)
+    yield Comparison("recall", ours["recall"].value, theirs["recall"], 1e-6)
+    outputs = features(folder, load(logits))
+    score = isc_features_to_metric(outputs.rows(key="logits"))["inception_score_mean"]
+    yield Comparison("inception_score", inception_score(outputs).value, score, 1e-6)
 
 
 def clean_fid(folder: Path, reference: Path) -> Iterator[Comparison]:
@@ -96,8 +96,8 @@ def torch_fidelity(folder: Path, reference: Path) -> Iterator[Comparison]:
 
     ours = frechet(*(features(path, load("inception-legacy")) for path in (folder, reference)))
     cuda = device().type == "cuda"
-    found = calculate_metrics(input1=str(folder), input2=str(reference), fid=True, cuda=cuda, verbose=False)
-    yield Comparison("fid", ours, found["frechet_inception_distance"], 1e-3)
+    result = calculate_metrics(input1=str(folder), input2=str(reference), fid=True, cuda=cuda, verbose=False)
+    yield Comparison("fid", ours, result["frechet_inception_distance"], 1e-3)
 
 
 def clip(folder: Path, spec: str) -> Iterator[Comparison]:
@@ -151,7 +151,7 @@ def verify(
     list_images(folder)
     if out is not None:
         check_output(out, "--out")
-    found: dict[str, list[Comparison]] = {}
+    comparisons: dict[str, list[Comparison]] = {}
     missing: dict[str, str] = {}
     for peer in peers:
         try:
@@ -163,13 +163,13 @@ def verify(
                 "torch-fidelity": lambda: torch_fidelity(folder, reference),
                 "clip": lambda: clip(folder, clip_model),
             }
-            found[peer] = list(calls[peer]())
+            comparisons[peer] = list(calls[peer]())
         except (ImportError, OSError, RuntimeError, ValueError) as error:
             missing[peer] = (str(error) or type(error).__name__).splitlines()[0]
     if out is not None:
-        checks = {peer: [c._asdict() | {"holds": c.agrees} for c in some] for peer, some in found.items()}
+        checks = {peer: [c._asdict() | {"holds": c.agrees} for c in some] for peer, some in comparisons.items()}
         write_json(out, {"checks": checks, "left_out": missing})
-    return found, missing
+    return comparisons, missing
 
 
 def main() -> None:
@@ -179,9 +179,9 @@ def main() -> None:
 
     from eval.cli import run
 
-    found, missing = run(verify)
+    comparisons, missing = run(verify)
     table = Table("peer", "figure", "ours", "theirs", "difference", "allowed", "")
-    for peer, checks in found.items():
+    for peer, checks in comparisons.items():
         for c in checks:
             numbers = f"{c.ours:.9g}", f"{c.theirs:.9g}", f"{c.difference:.1e}", f"{c.allowed:.0e}"
             table.add_row(peer, c.name, *numbers, "ok" if c.agrees else "OFF")
@@ -189,7 +189,7 @@ def main() -> None:
     console.print(table)
     for peer, why in missing.items():
         console.print(f"{peer} was left out: {why}", highlight=False, soft_wrap=True)
-    sys.exit(0 if found and all(c.agrees for checks in found.values() for c in checks) else 1)
+    sys.exit(0 if comparisons and all(c.agrees for checks in comparisons.values() for c in checks) else 1)
 
 
 if __name__ == "__main__":

@@ -79,8 +79,8 @@ class Digits:
     def __call__(self, draw: Draw) -> dict[str, Any]:
         images, labels = digits("train")
         part = select_labels(self.classes, 10)
-        mine = torch.isin(labels, part).nonzero()[:, 0]
-        pick = mine[draw.integers("real", len(mine)).cpu()]
+        candidates = torch.isin(labels, part).nonzero()[:, 0]
+        pick = candidates[draw.integers("real", len(candidates)).cpu()]
         return {
             "c": {"class_labels": part.to(draw.device)[draw.integers("label", len(part))]},
             "real": images[pick].to(draw.device),
@@ -187,9 +187,9 @@ class Text:
     def _online(self, teacher: Any, real: bool) -> tuple[Table, Table | None, int, list[str]]:
         prompts, pictures = self.sources()
         captions = pictures.captions if pictures else []
-        asked = prompts or [*dict.fromkeys(captions)]
-        replaced = map(self.words.replace_words, asked if self.forget else [])
-        text = Texts(teacher, asked, [*captions, *(other for other in replaced if other is not None)])
+        prompt_texts = prompts or [*dict.fromkeys(captions)]
+        replaced = map(self.words.replace_words, prompt_texts if self.forget else [])
+        text = Texts(teacher, prompt_texts, [*captions, *(other for other in replaced if other is not None)])
         images = (
             Images(teacher, pictures, text.captions, self.crops, self.squeeze)
             if real and pictures is not None

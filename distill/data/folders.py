@@ -20,16 +20,16 @@ Row = tuple[str, str | None, Callable[[], Any]]  # name, caption, how to read th
 def rows(folder: Path, files: list[Path], column: str | None, notes: list[str]) -> Iterator[Row]:
     """The images among the files of a folder. Appends a line to `notes` for each kind of skipped file."""
     pictures = [path for path in files if images.is_image(path)]
-    told, metadata = captions(files, column)
+    captions_of, metadata = captions(files, column)
     beside = {(path.parent, path.stem, path.suffix.lower()): path for path in files if path.suffix.lower() in BESIDE}
     if unread := images.describe_unread(files):
         notes.append(f"{folder}: {unread}")
-    there = {os.path.normpath(path) for path in files}
-    if gone := [name for name in told if name not in there]:
+    existing = {os.path.normpath(path) for path in files}
+    if gone := [name for name in captions_of if name not in existing]:
         names = ", ".join(gone[:NAMED]) + ", ..." * (len(gone) > NAMED)
         notes.append(f"{metadata[0]} names {images.format_file_count(gone)} that cannot be found: {names}")
     for path in pictures:
-        text = told.get(os.path.normpath(path))
+        text = captions_of.get(os.path.normpath(path))
         texts = [file for suffix in BESIDE if (file := beside.get((path.parent, path.stem, suffix)))]
         if text is None and texts:
             text = tables.caption(tables.text_of(texts[0]).strip(), str(texts[0]))
@@ -39,17 +39,17 @@ def rows(folder: Path, files: list[Path], column: str | None, notes: list[str]) 
 def captions(files: list[Path], column: str | None) -> tuple[dict[str, str | None], list[Path]]:
     """({path of an image: its caption}, the metadata files). The file in the deepest folder counts."""
     metadata = [path for path in files if path.name.lower() in METADATA]
-    found: dict[str, str | None] = {}
+    all_captions: dict[str, str | None] = {}
     for path in sorted(metadata, key=lambda path: len(path.parts)):
-        own: dict[str, list[Any]] = {}
+        of_file: dict[str, list[Any]] = {}
         for where, row in tables.rows(path, ("file_name", *([column] if column else tables.COLUMNS))):
             if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
                 names = sorted(map(str, row)) if isinstance(row, dict) else "a string"
                 raise ValueError(f"{where} has no file_name, the path of an image; it has {names}")
             text = tables.caption(row[tables.column(row, column, where)], where)
-            own.setdefault(_resolve_path(path.parent, row["file_name"]), []).append(text)
-        found |= {name: tables.caption(several, name) for name, several in own.items()}
-    return found, metadata
+            of_file.setdefault(_resolve_path(path.parent, row["file_name"]), []).append(text)
+        all_captions |= {name: tables.caption(several, name) for name, several in of_file.items()}
+    return all_captions, metadata
 
 
 def _resolve_path(folder: Path, name: str) -> str:

@@ -60,17 +60,17 @@ def is_hidden(name: str) -> bool:
 
 def files(folder: str | Path) -> list[Path]:
     """The visible files below a folder, sorted. Links to folders are followed; each folder is read once."""
-    found: list[Path] = []
-    seen: set[tuple[int, int]] = set()
+    paths: list[Path] = []
+    visited: set[tuple[int, int]] = set()
     for where, folders, names in os.walk(folder, onerror=_raise_unreadable_folder, followlinks=True):
         status = os.stat(where)
-        if (status.st_dev, status.st_ino) in seen:
+        if (status.st_dev, status.st_ino) in visited:
             folders.clear()
             continue
-        seen.add((status.st_dev, status.st_ino))
+        visited.add((status.st_dev, status.st_ino))
         folders[:] = sorted(name for name in folders if not is_hidden(name))
-        found += [Path(where, name) for name in names if not is_hidden(name)]
-    return sorted(found)
+        paths += [Path(where, name) for name in names if not is_hidden(name)]
+    return sorted(paths)
 
 
 def _raise_unreadable_folder(error: OSError) -> None:

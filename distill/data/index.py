@@ -95,37 +95,37 @@ def _is_natural(value: Any) -> bool:
 def texts(folder: Path, n: int | None = None) -> list[str]:
     """The first n texts of a cache; by default all. ValueError if they are damaged or fewer."""
     path = folder / TEXTS
-    found = []
+    lines_read = []
     if not path.is_file():
         raise ValueError(f"the cache {folder} has lost {TEXTS}: remove {folder}, and make the cache again")
     with path.open(encoding="utf-8") as lines:
         for number, line in enumerate(islice(lines, n), 1):
             try:
-                found.append(json.loads(line))
+                lines_read.append(json.loads(line))
             except ValueError as error:
                 raise ValueError(f"{path}, line {number}, is damaged ({error}): make the cache again") from None
-            if not isinstance(found[-1], str):
+            if not isinstance(lines_read[-1], str):
                 raise ValueError(f"{path}, line {number}, is damaged (it is not text): make the cache again")
-    if n is not None and len(found) < n:
-        raise ValueError(f"{path} holds {len(found)} of {n} texts: make the cache again")
-    return found
+    if n is not None and len(lines_read) < n:
+        raise ValueError(f"{path} holds {len(lines_read)} of {n} texts: make the cache again")
+    return lines_read
 
 
 def validate_teacher(folder: Path, index: dict[str, Any], teacher: Any, images: bool) -> None:
     """ValueError if a cache was made for another teacher."""
-    made = index["teacher"]
-    this = fingerprint(teacher.parts.folder)
+    source = index["teacher"]
+    target = fingerprint(teacher.parts.folder)
     looked = PARTS if images else {key: what for key, what in PARTS.items() if key != "vae"}
-    differ = [f"its {what} differs" for key, what in looked.items() if made[key] != this[key]]
+    differ = [f"its {what} differs" for key, what in looked.items() if source[key] != target[key]]
     sized = images or SIZES in index["tables"]["text"]["shapes"]
     if sized and list(teacher.shape) != index["shape"]:
         differ.append(f"its samples are {tuple(teacher.shape)}, those of the cache {tuple(index['shape'])}")
     if differ:
-        again = command("image" in index["tables"], str(teacher.parts.folder), f"{folder}-{this['name']}")
+        again = command("image" in index["tables"], str(teacher.parts.folder), f"{folder}-{target['name']}")
         again += "".join(f" --{key} {value}" for key, value in teacher.parts.asked.items() if key == "resolution")
         raise ValueError(
-            f"the cache {folder} was made for {made['class']} {made['name']!r}, this teacher is {this['class']} "
-            f"{this['name']!r} ({', '.join(differ)}): make one for it with\n  {again}"
+            f"the cache {folder} was made for {source['class']} {source['name']!r}, this teacher is {target['class']} "
+            f"{target['name']!r} ({', '.join(differ)}): make one for it with\n  {again}"
         )
 
 
@@ -144,12 +144,12 @@ def fingerprint(folder: Path) -> dict[str, str]:
 
 def digest(folder: Path, parts: list[str]) -> str:
     """A digest of the files of some components: their names and sizes, and 64 blocks of each, the header included."""
-    seen = hashlib.blake2b(digest_size=16)
+    total = hashlib.blake2b(digest_size=16)
     for path in sorted(p for part in parts for p in (folder / part).iterdir() if p.is_file()):
         length = path.stat().st_size
-        seen.update(f"{path.relative_to(folder)} {length}".encode())
+        total.update(f"{path.relative_to(folder)} {length}".encode())
         with path.open("rb") as content:
             for block in range(64):
                 content.seek(block * max(length // 64, BLOCK))
-                seen.update(content.read(BLOCK))
-    return seen.hexdigest()
+                total.update(content.read(BLOCK))
+    return total.hexdigest()

@@ -58,13 +58,13 @@ class Labels:
             raise ValueError(f"no folder of images at {self.images!r}")
 
     def open(self, teacher: Any, requirements: tuple[Requirement, ...]) -> Classes:
-        found = Classes(self.images, teacher, Requirement.REAL in requirements, self.classes)
-        select_labels(self.classes, found.classes)
+        data = Classes(self.images, teacher, Requirement.REAL in requirements, self.classes)
+        select_labels(self.classes, data.classes)
         if Requirement.REAL in requirements and (unread := images.describe_unread(images.files(self.images))):
             notice([f"{self.images}: {unread}"])
-        if Requirement.REAL in requirements and not found.files:
+        if Requirement.REAL in requirements and not data.files:
             raise ValueError(f"{self.images} has no images in one subfolder a class")
-        return found
+        return data
 
     def smoke(self, folder: Path) -> Labels:
         """Write random images of three classes to `folder`."""
@@ -100,8 +100,8 @@ class Classes:
 
     @cached_property
     def files(self) -> list[tuple[Path, int]]:
-        there = sorted(Path(self.images).iterdir()) if self.real else []
-        folders = [path for path in there if path.is_dir() and not images.is_hidden(path.name)]
+        entries = sorted(Path(self.images).iterdir()) if self.real else []
+        folders = [path for path in entries if path.is_dir() and not images.is_hidden(path.name)]
         if len(folders) > self.classes:
             raise ValueError(f"{self.images} has {len(folders)} classes, the teacher {self.classes}")
         return [
@@ -133,8 +133,8 @@ class Classes:
         from PIL import Image, ImageOps
 
         channels, side, _ = self.teacher.shape
-        whole = images.read(file).convert("L" if channels == 1 else "RGB")
-        image = ImageOps.fit(whole, (side, side), Image.Resampling.LANCZOS)
+        full = images.read(file).convert("L" if channels == 1 else "RGB")
+        image = ImageOps.fit(full, (side, side), Image.Resampling.LANCZOS)
         pixels = torch.from_numpy(np.asarray(image).copy()).float() / 127.5 - 1
         return pixels.reshape(side, side, channels).permute(2, 0, 1)
 

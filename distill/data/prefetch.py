@@ -97,11 +97,11 @@ class PrefetchingBatches:
         rows = torch.where(empty, len(self.text) - 1, rows)
         if self.rule is None:
             return self.text.read(rows.tolist()) | ({"prompt": rows} if self.texts else {})
-        told = self.rule[rows]
-        both, place = torch.cat([rows, told]).unique(return_inverse=True)
+        replaced = self.rule[rows]
+        both, place = torch.cat([rows, replaced]).unique(return_inverse=True)
         read = self.text.read(both.tolist())
         c, other = ({key: value[at] for key, value in read.items()} for at in place.chunk(2))
-        return overriding(c, other) | ({"prompt": told} if self.texts else {})  # a reward is of what is told
+        return overriding(c, other) | ({"prompt": replaced} if self.texts else {})  # a reward is of what is told
 
     def fixed(self, n: int) -> tuple[list[str], dict[str, Tensor]]:
         """(the first n prompts, repeated if there are fewer; their condition)."""

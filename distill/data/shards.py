@@ -81,16 +81,16 @@ def _validate_shard(path: Path, n: int, shapes: dict[str, tuple[int, ...]]) -> N
     for key, shape in shapes.items():
         if key not in stored.keys():
             raise ValueError(f"{path} has no tensor {key}: remove it and run the cache command again")
-        found = tuple(stored.get_slice(key).get_shape())
+        stored_shape = tuple(stored.get_slice(key).get_shape())
         if key + ENDS in stored.keys():
             ends = stored.get_tensor(key + ENDS).diff(prepend=torch.zeros(1, dtype=torch.int64))
-            fits = len(ends) == n and found[1:] == shape[1:] and int(ends.sum()) == found[0]
+            fits = len(ends) == n and stored_shape[1:] == shape[1:] and int(ends.sum()) == stored_shape[0]
             fits = fits and bool(((ends >= 0) & (ends <= shape[0])).all())
         else:
-            fits = found == (n, *shape)
+            fits = stored_shape == (n, *shape)
         if not fits:
             raise ValueError(
-                f"{path}: its tensor {key} is {found} and not {n} rows of {shape}: remove it and run the cache "
+                f"{path}: its tensor {key} is {stored_shape} and not {n} rows of {shape}: remove it and run the cache "
                 "command again"
             )
 

@@ -37,14 +37,14 @@ class Pictures:
     def __getitem__(self, i: int) -> Image:
         """Image i in RGB, upright; UnreadableImage if it cannot be decoded."""
         try:
-            found = self.read(i)
+            content = self.read(i)
         except Exception as error:  # of any reader of tables
             raise UnreadableImage(f"image {self.names[i]} cannot be read: {error}") from None
-        if isinstance(found, dict):
-            found = found.get("bytes") or found.get("path")
-        if not found:
+        if isinstance(content, dict):
+            content = content.get("bytes") or content.get("path")
+        if not content:
             raise UnreadableImage(f"image {self.names[i]} cannot be read: its cell is empty")
-        return images.read(found, self.names[i]).convert("RGB")
+        return images.read(content, self.names[i]).convert("RGB")
 
 
 def validate_source(source: str) -> None:
@@ -87,12 +87,12 @@ def prompts(source: str, column: str | None = None, limit: int | None = None) ->
     if path.suffix.lower() == ".tar":
         raise ValueError(f"{source!r} holds images: pass it as --images; without prompts their captions are prompts")
     if path.suffix.lower() in TABLES and not path.is_dir():
-        found = tables.texts(path, column)
+        candidates = tables.texts(path, column)
     else:
         rows = _dataset(source)
         cells = rows[tables.column(rows.column_names, column, source)]
-        found = (caption(cell, f"{source}, row {i}") for i, cell in enumerate(cells, 1))
-    texts = list(islice((text for text in found if text and not text.isspace()), limit))
+        candidates = (caption(cell, f"{source}, row {i}") for i, cell in enumerate(cells, 1))
+    texts = list(islice((text for text in candidates if text and not text.isspace()), limit))
     if not texts:
         raise ValueError(f"{source} holds no prompts")
     return texts
@@ -110,14 +110,14 @@ def pictures(source: str, image: str = "image", column: str | None = None, limit
     path = Path(source)
     files = images.files(path) if path.is_dir() else []
     if source.lower().endswith(".tar"):
-        found = tars.rows(tars.expand(source), column, notes)
+        samples = tars.rows(tars.expand(source), column, notes)
     elif files and not _is_dataset(path, files):
-        found = folders.rows(path, files, column, notes)
+        samples = folders.rows(path, files, column, notes)
     elif path.is_file() or (path.is_dir() and not files):
         raise ValueError(f"{source!r} holds no images: give a folder, local .tar shards or the name of a dataset")
     else:
-        found = _rows(_dataset(source), source, image, column)
-    rows = list(islice(found, limit))
+        samples = _rows(_dataset(source), source, image, column)
+    rows = list(islice(samples, limit))
     if not rows:
         raise ValueError(f"{source} holds no images. {' '.join(notes)}".rstrip())
     names, captions, reads = ([*part] for part in zip(*rows, strict=True))
@@ -169,15 +169,15 @@ def _dataset(source: str) -> Any:
         saved = any((Path(source) / name).is_file() for name in SAVED)
         if not saved:
             return datasets.load_dataset(source, split="train")
-        found = datasets.load_from_disk(source)
+        dataset = datasets.load_from_disk(source)
     except Exception as error:  # not found, offline, no such split, damaged
         raise ValueError(f"{source!r} cannot be read as a dataset: {error.__cause__ or error}") from None
-    if isinstance(found, datasets.DatasetDict):
-        splits = sorted(found)
+    if isinstance(dataset, datasets.DatasetDict):
+        splits = sorted(dataset)
         if "train" not in splits and len(splits) != 1:
             raise ValueError(f"{source!r} has the splits {splits}, and none is called train: give the folder of one")
-        return found["train" if "train" in splits else splits[0]]
-    return found
+        return dataset["train" if "train" in splits else splits[0]]
+    return dataset
 
 
 def _require(library: str, source: str) -> None:

@@ -86,13 +86,13 @@ def loads(content: str, where: str) -> Any:
 
 
 def _shorten(value: Any) -> str:
-    shown = repr(value)
-    return shown if len(shown) <= SHOWN else f"{shown[:SHOWN]}..."
+    text = repr(value)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
 
 
-def _check_rows(found: Iterator[Row]) -> Iterator[Row]:
+def _check_rows(rows: Iterator[Row]) -> Iterator[Row]:
     """The same rows. ValueError for a row that is neither a string nor an object."""
-    for where, row in found:
+    for where, row in rows:
         if not isinstance(row, str | dict):
             raise ValueError(f'{where}: {_shorten(row)} is not a row: write {{"text": "a red fox"}}, or a string')
         yield where, row
@@ -108,21 +108,21 @@ def _json(path: Path) -> Iterator[Row]:
     """The rows of a .json file: a list of rows, an object of columns, or one row on each line."""
     content = text_of(path)
     try:
-        found = json.loads(content)
+        tree = json.loads(content)
     except (ValueError, RecursionError):
         yield from _jsonl(path)
         return
-    if isinstance(found, dict) and all(isinstance(cells, list) for cells in found.values()):
-        lengths = {name: len(cells) for name, cells in found.items()}
+    if isinstance(tree, dict) and all(isinstance(cells, list) for cells in tree.values()):
+        lengths = {name: len(cells) for name, cells in tree.items()}
         if len({*lengths.values()}) > 1:
             raise ValueError(f"{path} has columns of several lengths, {lengths}: give each a value for every row")
         n = next(iter(lengths.values()), 0)
-        found = [{name: cells[i] for name, cells in found.items()} for i in range(n)]
-    if isinstance(found, dict):
-        found = [found]
-    if not isinstance(found, list):
-        raise ValueError(f"{path} is {_shorten(found)}: it must be a list of prompts, or of objects with one each")
-    yield from ((f"{path}, row {i}", row) for i, row in enumerate(found, 1))
+        tree = [{name: cells[i] for name, cells in tree.items()} for i in range(n)]
+    if isinstance(tree, dict):
+        tree = [tree]
+    if not isinstance(tree, list):
+        raise ValueError(f"{path} is {_shorten(tree)}: it must be a list of prompts, or of objects with one each")
+    yield from ((f"{path}, row {i}", row) for i, row in enumerate(tree, 1))
 
 
 def _csv(path: Path, delimiter: str) -> Iterator[Row]:
@@ -147,10 +147,10 @@ def _parquet(path: Path, wanted: Sequence[str]) -> Iterator[Row]:
 
     try:
         table = parquet.ParquetFile(path)
-        there = table.schema_arrow.names
-        kept = [name for name in there if name in wanted]
+        names = table.schema_arrow.names
+        kept = [name for name in names if name in wanted]
         if not kept:
-            column(there, wanted[0] if len(wanted) == 1 else None, str(path))
+            column(names, wanted[0] if len(wanted) == 1 else None, str(path))
         batches = (batch.to_pylist() for batch in table.iter_batches(columns=kept))
         yield from ((f"{path}, row {i}", row) for i, row in enumerate(chain.from_iterable(batches), 1))
     except (ArrowException, OSError, UnicodeDecodeError) as error:

@@ -119,18 +119,18 @@ def classifier(folder: Path | None = None, recipe: Recipe = Recipe()) -> Classif
     path = (folder or cache_folder()) / f"{name}.safetensors"
     net = _read_network(path) or train(recipe)
     images, labels = digits("heldout")
-    found = Classifier(net, 0.0, weights_hash(net))
-    accuracy = (found(images)[1].argmax(1) == labels).double().mean().item()
+    trained = Classifier(net, 0.0, weights_hash(net))
+    accuracy = (trained(images)[1].argmax(1) == labels).double().mean().item()
     if accuracy < REQUIRED:
         raise ValueError(
             f"the digits network reaches {accuracy:.3f} on the held-out digits, below {REQUIRED}; "
             f"its features cannot be trusted. Delete {path.name} from the cache to train it again"
         )
     if _read_network(path) is None:
-        write_json(path.with_suffix(".json"), {"accuracy": accuracy, "hash": found.hash, "recipe": asdict(recipe)})
+        write_json(path.with_suffix(".json"), {"accuracy": accuracy, "hash": trained.hash, "recipe": asdict(recipe)})
         with atomic_file(path) as part:  # several processes may arrive here at once
             save_file(net.state_dict(), part)
-    return Classifier(net, accuracy, found.hash)
+    return Classifier(net, accuracy, trained.hash)
 
 
 def _read_network(path: Path) -> DigitsNet | None:

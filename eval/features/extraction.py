@@ -68,14 +68,14 @@ class Features:
         if index is None:
             return torch.cat(list(self.chunks(key)))
         files = index // CHUNK
-        found = None
+        out = None
         for i, chunk in enumerate(self._files):
             where = (files == i).nonzero()[:, 0]
             picked = chunk[key][index[where] - i * CHUNK].double()
-            found = picked.new_empty((len(index), picked.shape[1])) if found is None else found
-            found[where] = picked
-        assert found is not None
-        return found
+            out = picked.new_empty((len(index), picked.shape[1])) if out is None else out
+            out[where] = picked
+        assert out is not None
+        return out
 
 
 def images_hash(files: list[Path]) -> str:
@@ -112,7 +112,7 @@ def features(
     contents = images_hash(files)
     key = json.dumps([contents, asdict(prepare), extractor.rule, extractor.name, extractor.hash])
     where = cache_folder() / "features" / hashlib.blake2b(key.encode(), digest_size=12).hexdigest()
-    found = Features(where, len(files), contents, extractor.name, extractor.hash)
+    result = Features(where, len(files), contents, extractor.name, extractor.hash)
     parts = _chunk_files(where, len(files))
     missing = [c for c, part in enumerate(parts) if not is_complete(part, min(CHUNK, len(files) - c * CHUNK))]
     accelerator = start_accelerator()
@@ -126,17 +126,19 @@ def features(
         try:
             _prepare_folder(where, accelerator.is_main_process)
             size = _open_and_resize(files[0], prepare, extractor.rule)[0] if read_manifest(folder) else None
-            with bar(total, "image", title, not hidden) as shown:
+            with bar(total, "image", title, not hidden) as progress:
                 for c in mine:
                     some = files[c * CHUNK : (c + 1) * CHUNK]
-                    made = _outputs(_batches(some, prepare, extractor.rule, size, batch, workers), extractor, shown)
-                    _save_tensors(parts[c], made)
+                    outputs = _outputs(
+                        _batches(some, prepare, extractor.rule, size, batch, workers), extractor, progress
+                    )
+                    _save_tensors(parts[c], outputs)
         except Exception as caught:
             error = caught
         _raise_any_error(error)
         if accelerator.is_main_process:
             write_json(where / "about.json", {"n": len(files), "key": json.loads(key)})
-    return found
+    return result
 
 
 def _prepare_folder(where: Path, remove: bool) -> None:
@@ -182,14 +184,14 @@ def _outputs(batches: Iterator[tuple[list[Path], Tensor]], extractor: Extractor,
     outputs = []
     for names, batch in batches:
         with torch.no_grad():
-            made = {k: v.float().cpu() for k, v in extractor.net(batch.to(device())).items()}
-        for key, values in made.items():
+            tensors = {k: v.float().cpu() for k, v in extractor.net(batch.to(device())).items()}
+        for key, values in tensors.items():
             bad = ~torch.isfinite(values).all(1)
             if bad.any():
                 raise ValueError(f"the {key} of {names[int(bad.nonzero()[0])]} are NaN or infinite")
-        outputs.append(made)
+        outputs.append(tensors)
         bar.update(len(names))
-    return {k: torch.cat([made[k] for made in outputs]) for k in outputs[0]}
+    return {k: torch.cat([tensors[k] for tensors in outputs]) for k in outputs[0]}
 
 
 def _save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -213,18 +215,18 @@ def _batches(
             if i == 0:
                 continue
             names = groups[i - 1]
-            found = [future.result() for future in ahead.popleft()]
-            for name, (was, array) in zip(names, found):
+            images_read = [future.result() for future in ahead.popleft()]
+            for name, (was, array) in zip(names, images_read):
                 if size is not None and was != size:
                     raise ValueError(
                         f"{name} is {was[0]} x {was[1]}, others are {size[0]} x {size[1]}; one size a folder"
                     )
-                if array.shape != found[0][1].shape:
+                if array.shape != images_read[0][1].shape:
                     raise ValueError(
-                        f"{name} comes out as {array.shape}, {names[0].name} as {found[0][1].shape}; images of "
+                        f"{name} comes out as {array.shape}, {names[0].name} as {images_read[0][1].shape}; images of "
                         f"different sizes need a protocol that brings them to one"
                     )
-            yield names, torch.from_numpy(np.stack([array for _, array in found]))
+            yield names, torch.from_numpy(np.stack([array for _, array in images_read]))
 
 
 def _open_and_resize(file: Path, prepare: Preparation, rule: str) -> tuple[tuple[int, int], np.ndarray]:
@@ -251,8 +253,8 @@ def text_features(prompts: list[str], extractor: Extractor, batch: int = 256) ->
     path = cache_folder() / "features" / f"text-{hashlib.blake2b(key.encode(), digest_size=12).hexdigest()}.safetensors"
     if not is_complete(path, len(prompts)):
         starts = track(range(0, len(prompts), batch), "batch", f"{extractor.name} prompts")
-        made = torch.cat([extractor.text(prompts[i : i + batch]).float() for i in starts])
-        _save_tensors(path, {"features": made})
+        embeddings = torch.cat([extractor.text(prompts[i : i + batch]).float() for i in starts])
+        _save_tensors(path, {"features": embeddings})
     return load_file(path)["features"].double()
 
 
@@ -273,8 +275,8 @@ def extract(folder: tuple[Path, ...], extractor: str = "inception-clean", batch:
         except ValueError as error:
             failed.append(str(error))
     if failed:
-        told = f"{'; '.join(failed)} ({len(folder) - len(failed)} of {len(folder)} folders are done)"
-        raise PartialFailure(told) if len(failed) < len(folder) else ValueError(told)
+        message = f"{'; '.join(failed)} ({len(folder) - len(failed)} of {len(folder)} folders are done)"
+        raise PartialFailure(message) if len(failed) < len(folder) else ValueError(message)
 
 
 def main() -> None:

@@ -91,13 +91,13 @@ def digits(weights: str = "") -> Extractor:
 
     if weights:
         raise ValueError(f"extractor digits takes no weights, {weights!r} was given; it is trained and cached")
-    found = classifier()
+    network = classifier()
 
     def run(x: Tensor) -> Outputs:
-        features, logits = found((x.double() / 127.5 - 1).float().cpu())
+        features, logits = network((x.double() / 127.5 - 1).float().cpu())
         return {"features": features.float(), "logits": logits.float()}
 
-    return Extractor("digits", found.hash, "gray exact:8", run, width=64)
+    return Extractor("digits", network.hash, "gray exact:8", run, width=64)
 
 
 def inception_clean(weights: str = "") -> Extractor:
@@ -247,10 +247,10 @@ def _pretrained(kind: Any, where: str) -> Any:
     """A model, on the device, or a tokenizer of transformers, from a folder or the Hub; safetensors alone."""
     network = hasattr(kind, "register_for_auto_class") and issubclass(kind, nn.Module)
     try:
-        found = kind.from_pretrained(where, **({"use_safetensors": True, "dtype": torch.float32} if network else {}))
+        model = kind.from_pretrained(where, **({"use_safetensors": True, "dtype": torch.float32} if network else {}))
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"no {kind.__name__} at {where!r}, as a folder or on the Hub: {_first_line(error)}") from None
-    return found.to(device()).eval().requires_grad_(False) if network else found
+    return model.to(device()).eval().requires_grad_(False) if network else model
 
 
 def _normalise(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:

@@ -178,27 +178,29 @@ def read_manifest(folder: str | Path, unfinished: bool = False) -> Manifest:
         raise ValueError(f"there is no folder {folder}")
     if not path.exists():
         return {}
-    found = _check_manifest(read_json(path, "generate the folder again"), path)
-    if not unfinished and not found.get("complete", True):
-        there = len(list(Path(folder).glob("*.png")))
+    manifest = _check_manifest(read_json(path, "generate the folder again"), path)
+    if not unfinished and not manifest.get("complete", True):
+        count = len(list(Path(folder).glob("*.png")))
         raise ValueError(
-            f"{folder} is not complete: {there} of {found.get('n')} images are there; run the command that makes them "
-            "again, and it goes on"
+            f"{folder} is not complete: {count} of {manifest.get('n')} images are there; run the command that makes "
+            "them again, and it goes on"
         )
-    return found
+    return manifest
 
 
-def _check_manifest(found: object, path: Path) -> Manifest:
+def _check_manifest(manifest: object, path: Path) -> Manifest:
     """The same manifest. ValueError for a field of a wrong kind, and for another number of labels than images."""
-    if not isinstance(found, dict):
+    if not isinstance(manifest, dict):
         raise ValueError(f"{path} is not a JSON object; generate the folder again")
     for key, (check, kind) in FIELDS.items():
-        if found.get(key) is not None and not check(found[key]):
-            raise ValueError(f"{path}: {key} is {shorten(found[key])}; it must be {kind}. Generate the folder again")
-    labels = found.get("labels")
-    if labels is not None and len(labels) != found.get("n"):
-        raise ValueError(f"{path} has {len(labels)} labels for n = {found.get('n')} images; generate the folder again")
-    return found
+        if manifest.get(key) is not None and not check(manifest[key]):
+            raise ValueError(f"{path}: {key} is {shorten(manifest[key])}; it must be {kind}. Generate the folder again")
+    labels = manifest.get("labels")
+    if labels is not None and len(labels) != manifest.get("n"):
+        raise ValueError(
+            f"{path} has {len(labels)} labels for n = {manifest.get('n')} images; generate the folder again"
+        )
+    return manifest
 
 
 def list_images(folder: str | Path) -> list[Path]:
@@ -208,9 +210,9 @@ def list_images(folder: str | Path) -> list[Path]:
     that is no regular file.
     """
     manifest = read_manifest(folder)
-    there = reader.files(folder)
-    files = [file for file in there if reader.is_image(file)]
-    others = reader.describe_unread(there)
+    all_files = reader.files(folder)
+    files = [file for file in all_files if reader.is_image(file)]
+    others = reader.describe_unread(all_files)
     if not files:
         raise ValueError(f"{folder} holds no image. {others}".rstrip(". "))
     if odd := [file for file in files if not file.is_file()]:
@@ -238,14 +240,15 @@ def read_folder(folder: str | Path, first: int | None = None) -> tuple[Tensor, T
     """
     manifest = read_manifest(folder)
     files = list_images(folder)
-    found: list[Tensor] = []
+    images: list[Tensor] = []
     for file in files[:first]:
-        found.append(read_levels(file))
-        if found[-1].shape != found[0].shape:
+        images.append(read_levels(file))
+        if images[-1].shape != images[0].shape:
             raise ValueError(
-                f"{file} is {_size(found[-1])}, but {files[0].name} is {_size(found[0])}; one folder, one size and mode"
+                f"{file} is {_size(images[-1])}, but {files[0].name} is {_size(images[0])}; "
+                "one folder, one size and mode"
             )
-    levels = torch.stack(found)
+    levels = torch.stack(images)
     if manifest and len(levels) == len(files) and manifest.get("hash") != combine_digests(map(image_digest, levels)):
         raise ValueError(f"the images of {folder} are not those that its manifest describes; generate it again")
     labels = manifest.get("labels")

@@ -33,10 +33,10 @@ def write_page(
     failed: Mapping[str, str] | None = None,
 ) -> Path:
     """Write rows.json, leaderboard.md and index.html to the folder `out`; the page's path. See `page.page`."""
-    made = html_page(rows, title, lead, runs, failed)
+    html = html_page(rows, title, lead, runs, failed)
     words = markdown_tables(rows)
     write_json(out / "rows.json", list(rows))
-    for name, content in (("leaderboard.md", f"# {escape_markdown(title)}\n\n{words}"), ("index.html", made)):
+    for name, content in (("leaderboard.md", f"# {escape_markdown(title)}\n\n{words}"), ("index.html", html)):
         write_atomically(out / name, content)
     return out / "index.html"
 
@@ -86,14 +86,14 @@ def run_board(board: Annotated[Path, tyro.conf.Positional], out: Path | None = N
     check_output(out, "out", folder=True)
     todo = entries.list_entries(tree)
     rows, failed = entries.evaluate_entries(todo, out, int(tree.get("workers") or 1), cost)
-    told = "".join(f"\n{name}: {why}" for name, why in failed.items())
+    reasons = "".join(f"\n{name}: {why}" for name, why in failed.items())
     if not rows:
-        raise PartialFailure(f"no entry of {board} has a row{told}")
-    made = write_page(out, rows, str(tree.get("title") or "Leaderboard"), failed=failed)
+        raise PartialFailure(f"no entry of {board} has a row{reasons}")
+    page = write_page(out, rows, str(tree.get("title") or "Leaderboard"), failed=failed)
     if failed:
-        print_tables(made)
-        raise PartialFailure(f"{len(failed)} of {len(todo)} entries failed; the page is of the others{told}")
-    return made
+        print_tables(page)
+        raise PartialFailure(f"{len(failed)} of {len(todo)} entries failed; the page is of the others{reasons}")
+    return page
 
 
 def write_card(rows: Annotated[tuple[Path, ...], tyro.conf.Positional], model: str, folder: Path) -> None:
@@ -104,10 +104,10 @@ def write_card(rows: Annotated[tuple[Path, ...], tyro.conf.Positional], model: s
         model: its name in the rows.
         folder: of the export, with its README.md.
     """
-    found = read_rows(rows)
-    mine = [row for row in found if row["model"] == model]
+    all_rows = read_rows(rows)
+    mine = [row for row in all_rows if row["model"] == model]
     if not mine:
-        raise ValueError(f"no row is of {model!r}; there are {sorted({str(row['model']) for row in found})}")
+        raise ValueError(f"no row is of {model!r}; there are {sorted({str(row['model']) for row in all_rows})}")
     evaluated(folder, card_results(mine))
 
 
@@ -127,22 +127,22 @@ def card_results(rows: Sequence[Row]) -> list[Result]:
     return out
 
 
-def print_tables(made: Path) -> None:
+def print_tables(page: Path) -> None:
     """The tables in the terminal, and where the page is."""
     from rich.console import Console
 
     from eval.leaderboard.tables import terminal_tables
 
     console = Console()
-    for one in terminal_tables(json.loads((made.parent / "rows.json").read_text())):
+    for one in terminal_tables(json.loads((page.parent / "rows.json").read_text())):
         console.print(one)
-    console.print(f"open {made}", highlight=False, soft_wrap=True)
+    console.print(f"open {page}", highlight=False, soft_wrap=True)
 
 
 def main() -> None:
     """Command line of `page`, `run` and `card`."""
     from eval.cli import run as command
 
-    made = command({"page": build_page, "run": run_board, "card": write_card})
-    if made is not None:
-        print_tables(made)
+    page = command({"page": build_page, "run": run_board, "card": write_card})
+    if page is not None:
+        print_tables(page)

@@ -49,7 +49,7 @@ def _are_flags(value: object) -> bool:
     """Whether a value maps names to plain values or lists of them, as flags can."""
     plain = (str, int, float, bool, type(None))
     return isinstance(value, dict) and all(
-        isinstance(key, str) and all(isinstance(one, plain) for one in _list(given)) for key, given in value.items()
+        isinstance(key, str) and all(isinstance(one, plain) for one in _list(content)) for key, content in value.items()
     )
 
 
@@ -92,8 +92,8 @@ class Entry:
 
     def request(self) -> dict[str, object]:
         """All that its row depends on; the model by its weights where it is here."""
-        here = [Path(path) for path in (self.model, self.base) if path and Path(path).exists()]
-        return json.loads(json.dumps(asdict(self))) | {"weights": model_hash(*here) if here else None}
+        local_files = [Path(path) for path in (self.model, self.base) if path and Path(path).exists()]
+        return json.loads(json.dumps(asdict(self))) | {"weights": model_hash(*local_files) if local_files else None}
 
     def jobs(self, folder: Path) -> dict[str, Job]:
         """generate for every seed, then score: each stage leaves what is done as it is."""
@@ -103,8 +103,8 @@ class Entry:
         for seed in self.seeds:
             command = [*launch, *self.sampling(folder, seed)]
             todo[f"{name}-{seed}"] = Job(f"sample {name}, seed {seed}", command)
-        asked = {"folder": [folder / f"images-{seed}" for seed in self.seeds], "out": folder / "rows.json"}
-        command = ["-m", module_name("eval.score"), *command_line_flags(asked | dict(self.score))]
+        options = {"folder": [folder / f"images-{seed}" for seed in self.seeds], "out": folder / "rows.json"}
+        command = ["-m", module_name("eval.score"), *command_line_flags(options | dict(self.score))]
         todo[name] = Job(f"score {name}", command, tuple(todo))
         return todo
 
@@ -117,14 +117,14 @@ class Entry:
         """The command of its images of one seed."""
         where = {"model": self.model, "out": folder / f"images-{seed}", "name": self.name, "seed": seed}
         how = {"steps": self.steps, "guidance": self.guidance, "n": self.n, "base": self.base}
-        asked = where | {"protocol": self.protocol} | how | dict(self.generate)
-        return ["-m", module_name("eval.generate"), "--overwrite", *command_line_flags(asked)]
+        options = where | {"protocol": self.protocol} | how | dict(self.generate)
+        return ["-m", module_name("eval.generate"), "--overwrite", *command_line_flags(options)]
 
 
-def command_line_flags(given: Flags) -> list[str]:
+def command_line_flags(options: Flags) -> list[str]:
     """Names with values as words of a command line; None is left out."""
     words: list[str] = []
-    for key, value in given.items():
+    for key, value in options.items():
         if isinstance(value, bool):
             words.append(f"--{key}" if value else f"--no_{key}")
         elif value is not None:
@@ -284,10 +284,10 @@ class EntryRun:
 
 def read_mean_row(path: Path) -> Row:
     """The mean of the rows of a file, which differ in their seeds alone. ValueError for other ones."""
-    found = average_seeds(validate_rows(read_json_or_none(path), str(path)))
-    if len(found) > 1:
-        raise ValueError(f"{path} holds rows of {len(found)} models or protocols, where one has several seeds")
-    return found[0]
+    rows = average_seeds(validate_rows(read_json_or_none(path), str(path)))
+    if len(rows) > 1:
+        raise ValueError(f"{path} holds rows of {len(rows)} models or protocols, where one has several seeds")
+    return rows[0]
 
 
 def read_json_or_none(path: Path) -> Any:

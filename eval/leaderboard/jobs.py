@@ -57,21 +57,21 @@ def run_jobs(todo: dict[str, Job], out: Path, workers: int, patient: bool = Fals
         raise ValueError(f"workers is {workers!r}; it must be a whole number, at least 1")
     if waiting := _unstartable_jobs(todo):
         raise ValueError(f"'{todo[waiting[0]].title}' depends on jobs that cannot finish or do not exist")
-    with folder_lock(out, "folder"), _progress_display(todo, out) as shown:
-        return Queue(todo, out, workers, patient, shown).run()
+    with folder_lock(out, "folder"), _progress_display(todo, out) as display:
+        return Queue(todo, out, workers, patient, display).run()
 
 
 class Queue:
     """Jobs as they are started, done and failed."""
 
     def __init__(
-        self, todo: dict[str, Job], out: Path, workers: int, patient: bool, shown: BarDisplay | LineDisplay
+        self, todo: dict[str, Job], out: Path, workers: int, patient: bool, display: BarDisplay | LineDisplay
     ) -> None:
         self.todo = todo
         self.logs = out / "logs"
         self.workers = workers
         self.patient = patient
-        self.display = shown
+        self.display = display
         self.env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
         self.env.setdefault("DISTILL_CACHE", f"{out / 'cache'}")
         self.logs.mkdir(parents=True, exist_ok=True)
@@ -227,8 +227,8 @@ def _unstartable_jobs(todo: dict[str, Job]) -> list[str]:
 def _log_tail(log: Path) -> str:
     """A command's own message, else the last lines that it wrote."""
     lines = log.read_text(errors="replace").splitlines()
-    told = [i for i, line in enumerate(lines) if line.startswith("error: ")]
-    return "\n".join(lines[told[-1] :]) if told else "\n".join([f"the end of {log}:", *lines[-12:]])
+    errors = [i for i, line in enumerate(lines) if line.startswith("error: ")]
+    return "\n".join(lines[errors[-1] :]) if errors else "\n".join([f"the end of {log}:", *lines[-12:]])
 
 
 def _progress(log: Path | None) -> dict[str, Any]:

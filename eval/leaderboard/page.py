@@ -48,22 +48,24 @@ def build_html_page(
     rows: as `report.checked` takes them. lead: a paragraph under the headline. runs: name -> log.jsonl. failed: name
     of an entry without a row -> why. ValueError for rows or a log that cannot be read.
     """
-    found = group_boards(rows)
-    several = len(found) > 1
+    all_boards = group_boards(rows)
+    several = len(all_boards) > 1
     training = join(
         tag("<h3>{}</h3>{}", name, plots.training_curves(name, path)) for name, path in (runs or {}).items()
     )
     wrong = join(tag("<dt>{}</dt><dd><pre>{}</pre></dd>", *pair) for pair in (failed or {}).items())
-    parts = [tag('<header><p class="kicker">{}</p><h1>{}</h1>', title, headline(found[0]))]
+    parts = [tag('<header><p class="kicker">{}</p><h1>{}</h1>', title, headline(all_boards[0]))]
     if lead:
         parts.append(tag('<p class="lead">{}</p>', lead))
     if several:
-        tables = f"{len(found)} tables: figures of different protocols, image counts or extractors never share one."
+        tables = (
+            f"{len(all_boards)} tables: figures of different protocols, image counts or extractors never share one."
+        )
         parts.append(tag('<p class="lead">{}</p>', tables))
     parts.append(tag("</header>"))
     if wrong:
         parts.append(tag('<section class="failed"><h2>Failed</h2><dl>{}</dl></section>', wrong))
-    parts += [section(board, i, several) for i, board in enumerate(found)]
+    parts += [section(board, i, several) for i, board in enumerate(all_boards)]
     parts.append(sample_grids(rows))
     if training:
         parts.append(tag("<section><h2>Training</h2>{}</section>", training))
@@ -92,10 +94,10 @@ def section(board: Board, number: int, several: bool) -> Markup:
 
 def table(board: Board) -> Markup:
     """The sortable table. Every cell carries the key that it is sorted by; real images stay at the foot."""
-    found = columns(board)
+    of_heading = columns(board)
     first = board.metrics[0] if board.metrics else None
     heads = []
-    for heading in found:
+    for heading in of_heading:
         best = (
             "descending"
             if heading in board.metrics and not lower_is_better(heading) or heading == "images/s"
@@ -108,18 +110,18 @@ def table(board: Board) -> Markup:
         heads.append(tag('<th scope="col" data-first="{}"{}><button type="button">{}</button>{}</th>', *head))
     lines = []
     for i, row in enumerate((*board.rows, *board.real)):
-        cells = join(cell(c[i], heading in board.metrics) for heading, c in found.items() if heading != "model")
-        key = found["model"][i].key
+        cells = join(cell(c[i], heading in board.metrics) for heading, c in of_heading.items() if heading != "model")
+        key = of_heading["model"][i].key
         kind = _row_kind(row)
         lines.append(tag('<tr class="{}"><th scope="row" data-key="{}">{}</th>{}</tr>', kind, key, key, cells))
-    here = join(lines[: len(board.rows)])
+    body = join(lines[: len(board.rows)])
     foot = join(lines[len(board.rows) :])
     return tag(
         '<div class="scroll" tabindex="0" role="region" aria-label="{0}"><table class="sortable">'
         "<caption>Protocol {0}</caption><thead><tr>{1}</tr></thead><tbody>{2}</tbody>{3}</table></div>",
         board.title,
         join(heads),
-        here,
+        body,
         tag("<tfoot>{}</tfoot>", foot) if foot else NOTHING,
     )
 
@@ -240,11 +242,11 @@ def provenance_table(board: Board) -> Markup:
     lines = []
     rows = [*board.rows, *board.real]
     for row, name in zip(rows, row_labels(rows, board.rows), strict=True):
-        made = dict(provenance(row))
+        origin = dict(provenance(row))
         cost = row.get("cost") or {}
         machine = cost.get("hardware") if any(cost.get(k) for k in COSTS) else None
         counts = [row["metrics"].get(m, {}).get("n") for m in board.metrics]
-        facts = [*(made.get(k) for k in ("seeds", "commit", "hardware")), machine, *counts]
+        facts = [*(origin.get(k) for k in ("seeds", "commit", "hardware")), machine, *counts]
         cells = join(tag("<td>{}</td>", "-" if fact is None else fact) for fact in facts)
         lines.append(tag("<tr><th scope=row>{}</th>{}</tr>", name, cells))
     heads = join(tag('<th scope="col">n of {}</th>', metric_label(m)) for m in board.metrics)
@@ -271,11 +273,15 @@ def describe_protocol(name: str, hash_: str) -> Markup:
 
     from eval.protocols import PROTOCOLS
 
-    found = PROTOCOLS.get(name)
-    if found is None or found.hash != hash_:
-        why = "is none that this version knows" if found is None else f"is {found.hash} in this version: they differ"
+    protocol = PROTOCOLS.get(name)
+    if protocol is None or protocol.hash != hash_:
+        why = (
+            "is none that this version knows"
+            if protocol is None
+            else f"is {protocol.hash} in this version: they differ"
+        )
         return tag('<p class="note">Protocol {}, hash {}, {}.</p>', name, hash_, why)
-    fields = {k: v for k, v in asdict(found).items() if v not in (None, "", (), [])}
+    fields = {k: v for k, v in asdict(protocol).items() if v not in (None, "", (), [])}
     written = lambda v: v if isinstance(v, str) else json.dumps(v, indent=1)
     return tag("<dl>{}</dl>", join(tag("<dt>{}</dt><dd>{}</dd>", k, written(v)) for k, v in fields.items()))
 

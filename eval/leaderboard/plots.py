@@ -51,20 +51,20 @@ def pareto_front(points: Sequence[Point], lower: bool) -> list[Point]:
     """
     sign = 1 if lower else -1
     best = math.inf
-    found = []
+    front = []
     for point in sorted(points, key=lambda p: (p.x, sign * p.y)):
         if sign * point.y < best:
             best = sign * point.y
-            found.append(point)
-    return found
+            front.append(point)
+    return front
 
 
 def log_ticks(low: float, high: float) -> list[float]:
     """Ticks of a logarithmic axis: 1, 2, 5 times powers of ten; powers alone over more than three of them."""
     many = high > 1000 * low
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    found = [m * 10.0**e for e in powers for m in ((1,) if many else (1, 2, 5))]
-    return [t for t in found if low <= t * 1.0000001 and t <= high * 1.0000001]
+    values = [m * 10.0**e for e in powers for m in ((1,) if many else (1, 2, 5))]
+    return [t for t in values if low <= t * 1.0000001 and t <= high * 1.0000001]
 
 
 def linear_ticks(low: float, high: float, most: int = 6) -> list[float]:

@@ -213,11 +213,11 @@ def select_checkpoint(
         raise ValueError(f"no run at {str(run)!r}: a run's folder has a config.yaml")
     out = run / "watch"
     select, test = make_splits(find_protocol(protocol_name), out, metric, n, reference)
-    asked = json.loads(json.dumps([find_protocol(protocol_name).hash, metric, n, str(reference)]))
-    if read_json_or_none(out / "asked.json") != asked:  # figures of another request are not compared with these
+    request = json.loads(json.dumps([find_protocol(protocol_name).hash, metric, n, str(reference)]))
+    if read_json_or_none(out / "asked.json") != request:  # figures of another request are not compared with these
         for old in out.glob("checkpoint-*/*.json"):
             old.unlink()
-    write_json(out / "asked.json", asked)
+    write_json(out / "asked.json", request)
     while True:
         ended = (run / "pipeline" / "model_index.json").is_file()
         rows, failed = _selection(run, out, select)
@@ -225,8 +225,8 @@ def select_checkpoint(
             break
         time.sleep(every)
     if not rows:
-        told = "; ".join(failed.values()) or f"{run} has no checkpoint-N"
-        raise ValueError(f"no checkpoint of {run} was scored: {told}")
+        reason = "; ".join(failed.values()) or f"{run} has no checkpoint-N"
+        raise ValueError(f"no checkpoint of {run} was scored: {reason}")
     chosen, ties = best_row(rows)
     name = str(chosen["model"])
     model = out / name / "pipeline"
@@ -267,8 +267,8 @@ def _selection(run: Path, out: Path, split: Split) -> Scored:
     failed: dict[str, str] = {}
     for name in names:
         model = out / name / "pipeline"
-        found, wrong = score_models({name: model}, split, out, {name: _export(run, name, model)})
-        rows = [*rows, *found]
+        scored, wrong = score_models({name: model}, split, out, {name: _export(run, name, model)})
+        rows = [*rows, *scored]
         failed = failed | wrong
         keep = str(best_row(rows)[0]["model"]) if rows else name
         for other in {name, *(str(row["model"]) for row in rows)} - {keep}:

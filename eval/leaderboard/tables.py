@@ -98,8 +98,8 @@ class Board:
         without an interval is its value alone.
         """
         sign = 1 if lower_is_better(metric) else -1
-        found = {i: row["metrics"][metric] for i, row in enumerate(self.rows) if metric in row["metrics"]}
-        spans = {i: sorted(sign * v for v in interval(m)) for i, m in found.items()}
+        figures = {i: row["metrics"][metric] for i, row in enumerate(self.rows) if metric in row["metrics"]}
+        spans = {i: sorted(sign * v for v in interval(m)) for i, m in figures.items()}
         ends = sorted(high for _, high in spans.values())
         ranks = {i: 1 + bisect_left(ends, low) for i, (low, _) in spans.items()}
         shared = Counter(ranks.values())
@@ -298,8 +298,8 @@ def row_labels(some: Iterable[Row], rows: Iterable[Row]) -> list[str]:
     keys = ("steps", "guidance", "model_hash")
     values: dict[str, defaultdict[str, set[object]]] = {key: defaultdict(set) for key in keys}
     for row in rows:
-        for key, found in values.items():
-            found[row["model"]].add(row.get(key))
+        for key, of_model in values.items():
+            of_model[row["model"]].add(row.get(key))
     out = []
     for row in some:
         parts = [str(row["model"])]
@@ -436,16 +436,16 @@ def terminal_tables(rows: Sequence[Row]) -> list[Table]:
     for board in group_boards(rows):
         one = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, title=Text(board.title))
         one.title_justify = "left"
-        found = columns(board)
+        of_heading = columns(board)
         for name in ("images/s", "parameters", "peak memory", "training"):
-            found.pop(name, None)
-        for heading in found:
+            of_heading.pop(name, None)
+        for heading in of_heading:
             justify: Any = "left" if heading == "model" else "right"
             words = [w if len(w) < 9 else f"{w[:5]}-\n{w[5:]}" for w in metric_label(heading).split()]
             one.add_column("\n".join(words), justify=justify, no_wrap=True)
         for i, row in enumerate((*board.rows, *board.real)):
             cells = []
-            for heading, column in found.items():
+            for heading, column in of_heading.items():
                 rank = f" ({column[i].rank})" if column[i].rank and heading == board.metrics[0] else ""
                 cells.append(column[i].text + rank)
             one.add_row(*map(Text, cells), style=_row_style(row))
@@ -469,21 +469,21 @@ def markdown_tables(rows: Sequence[Row]) -> str:
     """
     parts = []
     for board in group_boards(rows):
-        found = columns(board)
+        of_heading = columns(board)
         rows = [*board.rows, *board.real]
         lines = [
             f"## {board.title_by(escape_markdown)}",
             "",
-            f"| {' | '.join(escape_markdown(metric_label(heading)) for heading in found)} |",
-            "|---|" + "---:|" * (len(found) - 1),
+            f"| {' | '.join(escape_markdown(metric_label(heading)) for heading in of_heading)} |",
+            "|---|" + "---:|" * (len(of_heading) - 1),
         ]
         for i in range(len(rows)):
-            lines.append(f"| {' | '.join(escape_markdown(cells[i]) for cells in found.values())} |")
-        made: dict[str, list[str]] = {}
+            lines.append(f"| {' | '.join(escape_markdown(cells[i]) for cells in of_heading.values())} |")
+        origins: dict[str, list[str]] = {}
         for row, name in zip(rows, row_labels(rows, board.rows), strict=True):
             how = "; ".join(f"{k} {escape_markdown(v)}" for k, v in provenance(row))
-            made.setdefault(how, []).append(escape_markdown(name))
-        lines += ["", *(f"- {', '.join(names)}: {how}" for how, names in made.items() if how)]
+            origins.setdefault(how, []).append(escape_markdown(name))
+        lines += ["", *(f"- {', '.join(names)}: {how}" for how, names in origins.items() if how)]
         parts.append("\n".join(lines).rstrip() + "\n")
     note = "Rank = 1 + the number of rows whose entire interval is better. A table holds figures of one protocol.\n"
     return "\n".join([*parts, note])

@@ -23,17 +23,17 @@ def inception_score(logits: Set, splits: int = 10, seed: int = 2020) -> Score:
     """
     n = count_rows(logits)
     validate_features(logits, "generated", 2 * splits, "logits")
-    whole = torch.cat(list(chunks(logits, "logits")))
-    whole = whole[torch.from_numpy(np.random.RandomState(seed).permutation(n))]
-    log_p = whole.log_softmax(1)
-    found = []
+    shuffled = torch.cat(list(chunks(logits, "logits")))
+    shuffled = shuffled[torch.from_numpy(np.random.RandomState(seed).permutation(n))]
+    log_p = shuffled.log_softmax(1)
+    scores = []
     for i in range(splits):
         part = log_p[i * n // splits : (i + 1) * n // splits]
         marginal = part.exp().mean(0).log()
-        found.append((part.exp() * (part - marginal)).sum(1).mean().exp())
+        scores.append((part.exp() * (part - marginal)).sum(1).mean().exp())
     if splits == 1:
-        return Score(found[0].item(), -math.inf, math.inf, n)
-    return mean_score(torch.stack(found))._replace(n=n)
+        return Score(scores[0].item(), -math.inf, math.inf, n)
+    return mean_score(torch.stack(scores))._replace(n=n)
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> Score:

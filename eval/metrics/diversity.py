@@ -46,11 +46,11 @@ def diversity(x: Set, prompts: Tensor) -> Score:
     if len(prompts) != count_rows(x) or not (sizes > 1).any():
         raise ValueError("diversity needs one prompt number an image, and two images of some prompts")
     total = torch.zeros(0)
-    seen = 0
+    start = 0
     for part in normalise_rows(chunks(x)):
         total = part.new_zeros(len(ids), part.shape[1]) if not len(total) else total
-        total.index_add_(0, where[seen : seen + len(part)], part)
-        seen += len(part)
+        total.index_add_(0, where[start : start + len(part)], part)
+        start += len(part)
     total = total[sizes > 1]
     sizes = sizes[sizes > 1].double()
     similar = (total.square().sum(1) - sizes) / (sizes * (sizes - 1))
@@ -64,14 +64,14 @@ def pair_diversity(
 
     images(i) -> [1, C, H, W] in [-1, 1]; distance(a, b) -> [1]. All pairs of a prompt; t over prompts.
     """
-    found = []
+    means = []
     for prompt in prompts.unique():
-        mine = (prompts == prompt).nonzero()[:, 0].tolist()
-        pictures = [images(i) for i in mine]
+        numbers = (prompts == prompt).nonzero()[:, 0].tolist()
+        pictures = [images(i) for i in numbers]
         pairs = [(a, b) for i, a in enumerate(pictures) for b in pictures[:i]]
         if pairs:
             with torch.no_grad():
-                found.append(torch.stack([distance(a, b).reshape(()).double().cpu() for a, b in pairs]).mean())
-    if not found:
+                means.append(torch.stack([distance(a, b).reshape(()).double().cpu() for a, b in pairs]).mean())
+    if not means:
         raise ValueError("diversity needs two images of some prompts; generate several seeds of a prompt")
-    return mean_score(torch.stack(found))._replace(n=len(prompts))
+    return mean_score(torch.stack(means))._replace(n=len(prompts))

@@ -31,10 +31,10 @@ def variance(predictions: Tensor) -> Tensor:
     """Hal of samples [N] from predictions of x0 [T, N, ...], T >= 2: the window. ValueError for fewer, and for NaN."""
     if predictions.ndim < 3 or len(predictions) < 2:
         raise ValueError(f"predictions have shape {list(predictions.shape)}; [T, N, ...] with T >= 2 is needed")
-    found = predictions.double().var(0, correction=0).flatten(1).mean(1)
-    if not torch.isfinite(found).all():
-        raise ValueError(f"the predictions of sample {int((~torch.isfinite(found)).nonzero()[0])} are NaN or infinite")
-    return found
+    hal = predictions.double().var(0, correction=0).flatten(1).mean(1)
+    if not torch.isfinite(hal).all():
+        raise ValueError(f"the predictions of sample {int((~torch.isfinite(hal)).nonzero()[0])} are NaN or infinite")
+    return hal
 
 
 @torch.no_grad()
@@ -93,20 +93,20 @@ def hallucination(folder: Path, reference: Path, teacher: Path, levels: tuple[fl
     from eval.images.images import read_folder
     from pipelines import load
 
-    found = load(str(teacher))
+    model = load(str(teacher))
 
     def hal(path: Path) -> Tensor:
         images, labels, _ = read_folder(path)
-        if labels is None or tuple(images.shape[1:]) != tuple(found.shape):
+        if labels is None or tuple(images.shape[1:]) != tuple(model.shape):
             raise ValueError(
-                f"{path} must hold images {list(found.shape)} with labels for {teacher}; it holds "
+                f"{path} must hold images {list(model.shape)} with labels for {teacher}; it holds "
                 f"{list(images.shape[1:])}, {'no labels' if labels is None else 'labels'}"
             )
-        net: Any = found.denoiser.net
+        net: Any = model.denoiser.net
         known = net.config.get("num_class_embeds")
         if known is not None and not 0 <= int(labels.min()) <= int(labels.max()) < known:
             raise ValueError(f"{path} has labels up to {int(labels.max())}, and {teacher} knows 0 .. {known - 1}")
-        return variance(predict_x0_at_levels(found.denoiser, images, found.encode(labels.tolist()), levels, seed))
+        return variance(predict_x0_at_levels(model.denoiser, images, model.encode(labels.tolist()), levels, seed))
 
     return rate(hal(folder), hal(reference))
 
@@ -117,7 +117,7 @@ def main() -> None:
 
     from eval.cli import run
 
-    found = run(hallucination)
+    result = run(hallucination)
     Console().print(
-        f"{found.value:.2%} beyond 99 % of real images ({found.low:.2%} to {found.high:.2%}, n = {found.n})"
+        f"{result.value:.2%} beyond 99 % of real images ({result.low:.2%} to {result.high:.2%}, n = {result.n})"
     )

@@ -81,8 +81,8 @@ class HalvingIntervals:
         value = statistic(torch.arange(self.n))
         moved = [statistic(order[::2]) - statistic(order[1::2]) for order in self.orders]
         spread = Z * math.sqrt(sum(d * d for d in moved) / len(moved)) / 2
-        found = finite_score(value, value - spread, value + spread, self.n)
-        return found._replace(low=max(0.0, found.low), high=min(top, found.high))
+        result = finite_score(value, value - spread, value + spread, self.n)
+        return result._replace(low=max(0.0, result.low), high=min(top, result.high))
 
 
 def proportion(hits: Tensor) -> Score:
@@ -99,8 +99,8 @@ def proportion(hits: Tensor) -> Score:
 
 def mean_score(values: Tensor) -> Score:
     """The mean of [N] independent values with its interval of Student's t. ValueError for fewer than 2 or NaN."""
-    found = mean_ci(values.tolist())
-    return finite_score(found.mean, found.low, found.high, found.n)
+    interval = mean_ci(values.tolist())
+    return finite_score(interval.mean, interval.low, interval.high, interval.n)
 
 
 class Interval(NamedTuple):
@@ -118,8 +118,8 @@ class Interval(NamedTuple):
 def _independent(values: Sequence[float] | Sequence[Sequence[float]]) -> Tensor:
     flat = [float(torch.tensor(v, dtype=torch.float64).mean()) for v in values]
     if len(flat) < 2 or not all(map(math.isfinite, flat)):
-        shown = f"{flat}" if len(flat) < 20 else f"{len(flat)}, of which the first is {flat[0]}"
-        raise ValueError(f"an interval needs at least 2 finite values, one per independent run; given {shown}")
+        values_text = f"{flat}" if len(flat) < 20 else f"{len(flat)}, of which the first is {flat[0]}"
+        raise ValueError(f"an interval needs at least 2 finite values, one per independent run; given {values_text}")
     return torch.tensor(flat, dtype=torch.float64)
 
 

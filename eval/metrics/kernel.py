@@ -27,12 +27,12 @@ def kid(
     n = count_rows(fake)
     m = count_rows(real)
     size = min(size, n, m)
-    whole = size == n == m  # every subset is the whole
+    full = size == n == m  # every subset is the whole
     pick = np.random.RandomState(seed)
     total = 0.0
     psi = torch.zeros(n, dtype=torch.float64)
     drawn = torch.zeros(n, dtype=torch.float64)
-    times = 1 if whole else subsets
+    times = 1 if full else subsets
     for _ in range(times):
         i, j = (torch.from_numpy(pick.choice(k, size, replace=False)) for k in (n, m))
         x = read_rows(fake, i)
@@ -44,9 +44,9 @@ def kid(
         total += (kxx.sum() / pairs + kyy.sum() / pairs - 2 * kxy.mean()).item()
         psi[i] += 2 * (kxx.sum(1) / (size - 1) - kxy.mean(1))
         drawn[i] += 1
-    seen = drawn > 0
-    found = influence_interval(total / times, [(psi / drawn)[seen]], None if strata is None else strata[seen])
-    return found._replace(n=n)
+    is_drawn = drawn > 0
+    result = influence_interval(total / times, [(psi / drawn)[is_drawn]], None if strata is None else strata[is_drawn])
+    return result._replace(n=n)
 
 
 def cmmd(fake: Set, real: Set, strata: Tensor | None = None, sigma: float = 10.0) -> Score:
@@ -66,8 +66,8 @@ def cmmd(fake: Set, real: Set, strata: Tensor | None = None, sigma: float = 10.0
             out.append(torch.stack([kernel(a, b).sum(1) for b in normalise_rows(chunks(y))]).sum(0) / count_rows(y))
         return torch.cat(out)
 
-    own = kernel_means(fake, fake)
+    within = kernel_means(fake, fake)
     cross = kernel_means(fake, real)
     other = kernel_means(real, real)
-    value = 1000 * (own.mean() + other.mean() - 2 * cross.mean()).item()
-    return influence_interval(value, [2000 * (own - cross)], strata)
+    value = 1000 * (within.mean() + other.mean() - 2 * cross.mean()).item()
+    return influence_interval(value, [2000 * (within - cross)], strata)

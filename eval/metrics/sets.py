@@ -43,15 +43,15 @@ def validate_features(x: Set, name: str, least: int, key: str = "features") -> i
     if isinstance(x, Tensor) and x.ndim != 2:
         raise ValueError(f"{name} features have shape {list(x.shape)}; [N, D] is needed")
     first = None
-    seen = 0
+    start = 0
     for chunk in chunks(x, key):
         first = chunk.shape[1] if first is None else first
         if not torch.isfinite(chunk).all():
-            bad = seen + int((~torch.isfinite(chunk).all(1)).nonzero()[0])
+            bad = start + int((~torch.isfinite(chunk).all(1)).nonzero()[0])
             raise ValueError(f"{name} features of sample {bad} are NaN or infinite; find the step that made them")
-        seen += len(chunk)
-    if seen < least or first is None:
-        raise ValueError(describe_shortage(name, seen, first or 0, least))
+        start += len(chunk)
+    if start < least or first is None:
+        raise ValueError(describe_shortage(name, start, first or 0, least))
     return first
 
 

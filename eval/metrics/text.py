@@ -18,5 +18,5 @@ def text_score(images: Set, texts: Set, scale: float = 1.0) -> Score:
     validate_pair(images, texts, 2)
     if count_rows(images) != count_rows(texts):
         raise ValueError(f"{count_rows(images)} images and {count_rows(texts)} prompts; one prompt per image is needed")
-    found = [(a * b).sum(1) for a, b in zip(normalise_rows(chunks(images)), normalise_rows(chunks(texts)))]
-    return mean_score(scale * torch.cat(found))
+    cosines = [(a * b).sum(1) for a, b in zip(normalise_rows(chunks(images)), normalise_rows(chunks(texts)))]
+    return mean_score(scale * torch.cat(cosines))

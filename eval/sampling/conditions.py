@@ -38,17 +38,17 @@ def read_prompts(source: str, column: str | None = None) -> list[str]:
     files = sorted(Path(source).glob("*.txt")) if Path(source).is_dir() else []
     if not files:
         return prompts(source, column)
-    found = [caption(" ".join(read_text(file).split()), f"{file}") or "" for file in files]
-    if empty := [file for file, text in zip(files, found, strict=True) if not text]:
+    texts = [caption(" ".join(read_text(file).split()), f"{file}") or "" for file in files]
+    if empty := [file for file, text in zip(files, texts, strict=True) if not text]:
         raise ValueError(f"{empty[0]} is empty; it needs a prompt")
-    return found
+    return texts
 
 
 def protocol_conditions(model: Path, protocol: Protocol, n: int | None) -> SampleConditions:
     """The conditions of a protocol, or of its first n images. ValueError if the pipeline takes others."""
     if (protocol.classes is None) == takes_labels(model):
-        told = "prompts" if protocol.classes is None else "labels"
-        raise ValueError(f"protocol {protocol.name} gives {told}, which {model} does not take; choose another")
+        kind = "prompts" if protocol.classes is None else "labels"
+        raise ValueError(f"protocol {protocol.name} gives {kind}, which {model} does not take; choose another")
     return SampleConditions(protocol.conditions(n), protocol.classes is None)
 
 
@@ -56,19 +56,19 @@ def prompt_conditions(model: Path, source: str, column: str | None, n: int | Non
     """The conditions of `each` images of every prompt, or of the first n. ValueError if there are fewer."""
     if takes_labels(model):
         raise ValueError(f"{model} takes labels, not prompts; leave out --prompts, and say --classes")
-    found = read_prompts(source, column)
-    if n is not None and len(found) * each < n:
+    texts = read_prompts(source, column)
+    if n is not None and len(texts) * each < n:
         times = f" x {each} images" if each > 1 else ""
         raise ValueError(
-            f"{source} holds {len(found)} prompts{times}, fewer than the {n} images asked for: lower --n, or raise "
+            f"{source} holds {len(texts)} prompts{times}, fewer than the {n} images asked for: lower --n, or raise "
             "--per_prompt"
         )
-    n = n or len(found) * each
+    n = n or len(texts) * each
     if n > IMAGES:
         raise ValueError(
             f"{source} asks for {n:,} images; a folder holds {IMAGES:,} at most: lower --n or --per_prompt"
         )
-    return SampleConditions([found[i // each] for i in range(n)], True)
+    return SampleConditions([texts[i // each] for i in range(n)], True)
 
 
 def label_conditions(model: Path, classes: int | None, n: int) -> SampleConditions:
@@ -109,15 +109,15 @@ def _count_classes(model: Path) -> int:
 def _count_embeddings(model: Path) -> int | None:
     """The number of a network's labels, with the null class; None without labels."""
     config = _json(model / "unet" / "config.json") or _json(model / "transformer" / "config.json")
-    found = config.get("num_class_embeds") or config.get("num_embeds_ada_norm")
-    if found is not None and not is_count(found):
-        raise ValueError(f"the config of the network of {model} has {found!r} labels, which is no number; correct it")
-    return found
+    count = config.get("num_class_embeds") or config.get("num_embeds_ada_norm")
+    if count is not None and not is_count(count):
+        raise ValueError(f"the config of the network of {model} has {count!r} labels, which is no number; correct it")
+    return count
 
 
 def _json(path: Path) -> dict[str, Any]:
     """The object of a JSON file; {} if the file is absent."""
-    found = read_json(path, "export or download the model again") if path.exists() else {}
-    if not isinstance(found, dict):
+    tree = read_json(path, "export or download the model again") if path.exists() else {}
+    if not isinstance(tree, dict):
         raise ValueError(f"{path} is not a JSON object; export or download the model again")
-    return found
+    return tree

@@ -389,10 +389,10 @@ class Sampling:
 
     def generate_missing(self) -> Manifest:
         """The manifest of a folder that no other process writes."""
-        asked = self.conditions
+        conditions = self.conditions
         ranks = ProcessGroup()
         if ranks.index == 0:
-            prepare_output_folder(self.out, self.request(), asked, self.overwrite)
+            prepare_output_folder(self.out, self.request(), conditions, self.overwrite)
         ranks.wait()
         manifest = folders.read_manifest(self.out, unfinished=True)
         if manifest["complete"] and self.cost is None:
@@ -436,11 +436,11 @@ class Sampling:
 
     def measure(self, sampler: Sampler, device: torch.device) -> None:
         """Measure the cost of an image and write it to the file `cost`."""
-        given = self.conditions.values
+        conditions = self.conditions.values
 
         def make(k: int) -> Tensor:
             return sampler.make(
-                [image_generator(self.seed, i) for i in range(k)], [given[i % len(given)] for i in range(k)]
+                [image_generator(self.seed, i) for i in range(k)], [conditions[i % len(conditions)] for i in range(k)]
             )
 
         with torch.no_grad():
@@ -472,9 +472,9 @@ class ProcessGroup:
             self.index = self.accelerator.process_index
             self.count = self.accelerator.num_processes
 
-    def device(self, asked: str | None) -> torch.device:
-        if asked is not None or self.accelerator is None:
-            return torch.device(asked or ("cuda" if torch.cuda.is_available() else "cpu"))
+    def device(self, name: str | None) -> torch.device:
+        if name is not None or self.accelerator is None:
+            return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         return self.accelerator.device
 
     def wait(self) -> None:
@@ -485,9 +485,9 @@ class ProcessGroup:
         """The values of all processes."""
         if self.accelerator is None:
             return [value]
-        found: list[RankResult] = [None] * self.count
-        torch.distributed.all_gather_object(found, value)
-        return found
+        values: list[RankResult] = [None] * self.count
+        torch.distributed.all_gather_object(values, value)
+        return values
 
 
 @dataclass
@@ -554,8 +554,8 @@ def _levels(images: Tensor, numbers: list[int], size: int | None, frame: int | N
             )
         images = images[:, :, frame]
     if size is not None and images.shape[-2:] != (size, size):
-        told = " x ".join(map(str, images.shape[:-3:-1]))
-        raise ValueError(f"the protocol is of {size} x {size} pixels, and these images are {told}: try --resolution")
+        pixels = " x ".join(map(str, images.shape[:-3:-1]))
+        raise ValueError(f"the protocol is of {size} x {size} pixels, and these images are {pixels}: try --resolution")
     finite = torch.isfinite(images.flatten(1)).all(1)
     if not finite.all():
         bad = numbers[int((~finite).nonzero()[0])]
@@ -563,7 +563,7 @@ def _levels(images: Tensor, numbers: list[int], size: int | None, frame: int | N
     return list(folders.quantize(images.cpu()))
 
 
-def prepare_output_folder(out: Path, request: Manifest, asked: SampleConditions, overwrite: bool) -> None:
+def prepare_output_folder(out: Path, request: Manifest, conditions: SampleConditions, overwrite: bool) -> None:
     """Write the manifest and the prompts of a request to `out`. A folder of this request keeps its images."""
     old = folders.read_manifest(out, unfinished=True) if out.is_dir() else {}
     if old.get("request") is not None and {**old["request"], "model": request["model"]} == request:
@@ -584,10 +584,10 @@ def prepare_output_folder(out: Path, request: Manifest, asked: SampleConditions,
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     try:
-        if asked.prompts:
-            lines = ({"file_name": folders.file_name(i), "text": text} for i, text in enumerate(asked.values))
+        if conditions.prompts:
+            lines = ({"file_name": folders.file_name(i), "text": text} for i, text in enumerate(conditions.values))
             (out / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        labels = None if asked.prompts else asked.values
+        labels = None if conditions.prompts else conditions.values
         folders.write_manifest(out, {"complete": False, **request, "labels": labels, "request": request})
     except OSError:
         remove_empty_output(out)
@@ -605,14 +605,18 @@ def remove_empty_output(out: Path) -> None:
 
 def _finish(out: Path, manifest: Manifest, facts: Manifest, shares: list[RankResult]) -> None:
     """Write the manifest of the complete folder. ValueError if other images lie in it."""
-    found = {i: digest for share in shares for i, digest in share.digests.items()}
-    assert len(found) == sum(len(share.digests) for share in shares) == manifest["n"], "an image is missing, or twice"
+    digests = {i: digest for share in shares for i, digest in share.digests.items()}
+    assert len(digests) == sum(len(share.digests) for share in shares) == manifest["n"], "an image is missing, or twice"
     names = sorted(file.name for file in out.glob("*.png"))
     if names != [folders.file_name(i) for i in range(manifest["n"])]:
         raise ValueError(f"{out} holds images that are not of this run; remove them, or choose another folder")
     shape = list(folders.read_levels(out / names[0]).shape)
-    whole = {"shape": shape, "size": shape[-1], "hash": folders.combine_digests(found[i] for i in range(manifest["n"]))}
-    folders.write_manifest(out, {**manifest, **facts, **whole, "complete": True})
+    image_facts = {
+        "shape": shape,
+        "size": shape[-1],
+        "hash": folders.combine_digests(digests[i] for i in range(manifest["n"])),
+    }
+    folders.write_manifest(out, {**manifest, **facts, **image_facts, "complete": True})
 
 
 def read_distill_json(model: Path) -> Tree:
@@ -620,10 +624,10 @@ def read_distill_json(model: Path) -> Tree:
     if not model.is_dir():
         raise ValueError(f"there is no model folder {model}; train or export one first")
     path = model / "distill.json"
-    found = read_json(path, "export the model again") if path.exists() else {}
-    if not isinstance(found, dict) or not (found.get("steps") is None or folders.is_count(found["steps"])):
+    facts = read_json(path, "export the model again") if path.exists() else {}
+    if not isinstance(facts, dict) or not (facts.get("steps") is None or folders.is_count(facts["steps"])):
         raise ValueError(f"{path} is not a JSON object, or has no number of steps; export the model again")
-    return found
+    return facts
 
 
 def model_name(model: Path) -> str:

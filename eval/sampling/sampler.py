@@ -154,8 +154,8 @@ def _counter(spent: list[int]) -> Callable[..., None]:
     """A hook that adds the rows of every call of a network."""
 
     def count(net: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-        seen = next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.ndim >= 3)
-        spent[0] += len(seen)
+        first_tensor = next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.ndim >= 3)
+        spent[0] += len(first_tensor)
 
     return count
 
@@ -282,8 +282,8 @@ def _scheduler(pipe: DiffusionPipeline, name: str | None, config: Mapping[str, A
             (f for f in (Path(name), Path(name) / "scheduler") if (f / "scheduler_config.json").is_file()), None
         )
         base = fields.read(folder / "scheduler_config.json") if folder else base
-        wanted = base.get("_class_name") if folder else name
-        cls = getattr(diffusers, str(wanted), None)
+        class_name = base.get("_class_name") if folder else name
+        cls = getattr(diffusers, str(class_name), None)
     if cls is None or not hasattr(cls, "from_config") or not hasattr(cls, "set_timesteps"):
         raise ValueError(f"scheduler is {name!r}; give a class of diffusers (LCMScheduler) or a folder that holds one")
     if unknown := sorted(set(config) - set(inspect.signature(cls.__init__).parameters)):
