@@ -1,6 +1,6 @@
-"""How an image is brought to the size that an extractor wants: a rule is short text, "short-bicubic:224 crop:224".
+"""Resize an image for an extractor by a rule, a short text such as "short-bicubic:224 crop:224".
 
-What a protocol does to an image before that is `eval.protocols.Prepare`.
+A protocol's own crop and size, `eval.protocols.Preparation`, are applied before.
 
 crop:N        centre crop to N x N
 lanczos:N, bicubic:N, bilinear:N, box:N        to N x N by Pillow, rounded to 8 bits
@@ -28,7 +28,7 @@ BARE = ("gray",)
 
 @cache
 def parse(rule: str) -> tuple[tuple[str, int], ...]:
-    """The steps of a rule as (name, size), size 0 where it has none. ValueError for a step that does not exist."""
+    """The steps of a rule as (name, size), size 0 if it has none. ValueError for an unknown step."""
     steps = []
     for step in rule.split():
         name, colon, size = step.partition(":")
@@ -42,7 +42,7 @@ def parse(rule: str) -> tuple[tuple[str, int], ...]:
 
 
 def resize(image: Image, rule: str = "") -> np.ndarray:
-    """A Pillow image -> float32 [C, H, W] in 0..255, C = 3, or 1 after gray. ValueError if exact:N bars it."""
+    """A Pillow image -> float32 [C, H, W] in 0..255, C = 3, or 1 after gray. ValueError for a size other than exact:N."""
     from PIL.Image import Resampling
 
     steps = parse(rule)

@@ -32,7 +32,7 @@ def write_page(
     runs: Mapping[str, Path] | None = None,
     failed: Mapping[str, str] | None = None,
 ) -> Path:
-    """Write rows.json, leaderboard.md and index.html to the folder `out`; the page's path. See `page.page`."""
+    """Write rows.json, leaderboard.md and index.html to the folder `out`; the page's path. See `build_html_page`."""
     html = html_page(rows, title, lead, runs, failed)
     words = markdown_tables(rows)
     write_json(out / "rows.json", list(rows))
@@ -42,7 +42,7 @@ def write_page(
 
 
 def read_rows(paths: Sequence[Path]) -> list[Row]:
-    """The rows of one or more JSON files. ValueError where one is absent or holds no rows."""
+    """The rows of one or more JSON files. ValueError if a file is absent or holds no rows."""
     rows: list[Row] = []
     for path in paths:
         rows += validate_rows(read_json(path, "make it with python -m eval.score"), str(path))
@@ -72,7 +72,7 @@ def build_page(
 def run_board(board: Annotated[Path, tyro.conf.Positional], out: Path | None = None, cost: bool = True) -> Path:
     """Generate and score what a board lists, skip what is done, and make the page.
 
-    An entry that fails is named, on the page and by the exit code; the others go on.
+    A failed entry does not stop the others. The page names it, and the exit code is 1.
 
     Args:
         board: its YAML file; see eval/leaderboard/entries.py.
@@ -128,7 +128,7 @@ def card_results(rows: Sequence[Row]) -> list[Result]:
 
 
 def print_tables(page: Path) -> None:
-    """The tables in the terminal, and where the page is."""
+    """Print the tables and the path of the page."""
     from rich.console import Console
 
     from eval.leaderboard.tables import terminal_tables

@@ -46,7 +46,7 @@ def _is_text(value: object) -> bool:
 
 
 def _are_flags(value: object) -> bool:
-    """Whether a value maps names to plain values or lists of them, as flags can."""
+    """Whether a value maps names to plain values or to lists of plain values."""
     plain = (str, int, float, bool, type(None))
     return isinstance(value, dict) and all(
         isinstance(key, str) and all(isinstance(one, plain) for one in _list(content)) for key, content in value.items()
@@ -85,18 +85,18 @@ class Entry:
 
     @property
     def title(self) -> str:
-        """What its folder, its logs and messages call it."""
+        """The name of the entry in its folder, its logs and messages."""
         parts = [self.name, f"{self.steps}-steps" if self.steps else "", self.protocol]
         parts.insert(2, "" if self.guidance is None else f"guidance-{self.guidance:g}")
         return re.sub(r"[^\w.-]+", "_", "-".join(filter(None, parts)))
 
     def request(self) -> dict[str, object]:
-        """All that its row depends on; the model by its weights where it is here."""
+        """The inputs of the row. A local model is identified by its weights."""
         local_files = [Path(path) for path in (self.model, self.base) if path and Path(path).exists()]
         return json.loads(json.dumps(asdict(self))) | {"weights": model_hash(*local_files) if local_files else None}
 
     def jobs(self, folder: Path) -> dict[str, Job]:
-        """generate for every seed, then score: each stage leaves what is done as it is."""
+        """The jobs: generate for every seed, then score. Each stage keeps its finished results."""
         name = self.title
         todo = {}
         launch = ["-m", "accelerate.commands.launch", *self.launch.split()] if self.launch else []
@@ -109,12 +109,12 @@ class Entry:
         return todo
 
     def cost(self, folder: Path) -> Job:
-        """Its latency and memory, in a process of its own that nothing runs beside."""
+        """The job that measures latency and memory. It must run alone."""
         command = self.sampling(folder, self.seeds[0])
         return Job(f"time {self.title}", [*command, "--cost", f"{folder / 'cost.json'}"])
 
     def sampling(self, folder: Path, seed: int) -> list[str]:
-        """The command of its images of one seed."""
+        """The command that generates the images of one seed."""
         where = {"model": self.model, "out": folder / f"images-{seed}", "name": self.name, "seed": seed}
         how = {"steps": self.steps, "guidance": self.guidance, "n": self.n, "base": self.base}
         options = where | {"protocol": self.protocol} | how | dict(self.generate)
@@ -122,7 +122,7 @@ class Entry:
 
 
 def command_line_flags(options: Flags) -> list[str]:
-    """Names with values as words of a command line; None is left out."""
+    """The words of a command line for names with values. None is left out."""
     words: list[str] = []
     for key, value in options.items():
         if isinstance(value, bool):
@@ -193,14 +193,14 @@ def _list(value: Any) -> list[Any]:
 
 
 def _seeds(protocol: str) -> tuple[int, ...]:
-    """A protocol's seeds; of one that is unknown any, for its entry fails and says so."""
+    """The seeds of a protocol; (0,) for an unknown one, whose entry fails later with a message."""
     from eval.protocols import PROTOCOLS
 
     return PROTOCOLS[protocol].seeds if protocol in PROTOCOLS else (0,)
 
 
 def read_board(path: Path) -> Tree:
-    """A board's file. ValueError where it is absent or no YAML of names."""
+    """The tree of a board's file. ValueError if the file is absent or holds no mapping."""
     if not path.exists():
         raise ValueError(f"there is no file {path}; write a board as the top of eval/leaderboard/entries.py shows it")
     tree = read_yaml(path)
@@ -283,7 +283,7 @@ class EntryRun:
 
 
 def read_mean_row(path: Path) -> Row:
-    """The mean of the rows of a file, which differ in their seeds alone. ValueError for other ones."""
+    """The mean of the rows of a file. ValueError if they differ in more than their seeds."""
     rows = average_seeds(validate_rows(read_json_or_none(path), str(path)))
     if len(rows) > 1:
         raise ValueError(f"{path} holds rows of {len(rows)} models or protocols, where one has several seeds")
@@ -291,7 +291,7 @@ def read_mean_row(path: Path) -> Row:
 
 
 def read_json_or_none(path: Path) -> Any:
-    """The JSON of a file; None where it is absent or broken."""
+    """The value of a JSON file; None if the file is absent or damaged."""
     try:
         return read_json(path, "")
     except ValueError:

@@ -1,4 +1,4 @@
-"""Commands in processes of their own, side by side, each as soon as those that it needs are done."""
+"""Run commands in parallel, each in its own process, after the commands that it depends on."""
 
 from __future__ import annotations
 
@@ -49,9 +49,10 @@ class JobFailure(RuntimeError):
 def run_jobs(todo: dict[str, Job], out: Path, workers: int, patient: bool = False) -> dict[str, str]:
     """Run all jobs, `workers` at a time, with progress; their output goes to `out`/logs/NAME.txt.
 
-    A job that fails ends everything: Failed. patient: the others go on, those that need it are left out, and a
-    process that a signal killed (memory, say) is started again, at most twice. Returns {name: why} of what failed.
-    ValueError for fewer than one worker, for jobs that wait for each other, and where another command uses `out`.
+    A failed job stops all jobs and raises JobFailure. patient: the other jobs continue, jobs that depend on it are left
+    out, and a process that was killed by a signal (lack of memory, say) is started again, at most twice. Returns
+    {name: reason} of the failed jobs. ValueError for fewer than one worker, for circular dependencies, and if another
+    command uses `out`.
     """
     if type(workers) is not int or workers < 1:
         raise ValueError(f"workers is {workers!r}; it must be a whole number, at least 1")
@@ -62,7 +63,7 @@ def run_jobs(todo: dict[str, Job], out: Path, workers: int, patient: bool = Fals
 
 
 class Queue:
-    """Jobs as they are started, done and failed."""
+    """The state of all jobs: running, done and failed."""
 
     def __init__(
         self, todo: dict[str, Job], out: Path, workers: int, patient: bool, display: BarDisplay | LineDisplay
@@ -110,7 +111,7 @@ class Queue:
                 self.display.start_job(name)
 
     def _run_job(self, name: str) -> None:
-        """One job, in a thread of its own."""
+        """Run one job; called in a thread."""
         log = self.logs / f"{name}.txt"
         code = 0
         for _ in range(3 if self.patient else 1):
@@ -174,8 +175,7 @@ class BarDisplay:
 
 
 class LineDisplay:
-    """A line when a job begins and ends and, more and more rarely, the last one that it wrote: where there is no
-    terminal."""
+    """Without a terminal: a line when a job starts and ends and, more and more rarely, the last line of its output."""
 
     def __init__(self, todo: dict[str, Job], logs: Path) -> None:
         self.todo = todo
@@ -225,7 +225,7 @@ def _unstartable_jobs(todo: dict[str, Job]) -> list[str]:
 
 
 def _log_tail(log: Path) -> str:
-    """A command's own message, else the last lines that it wrote."""
+    """The error message of a command, else the last lines of its output."""
     lines = log.read_text(errors="replace").splitlines()
     errors = [i for i, line in enumerate(lines) if line.startswith("error: ")]
     return "\n".join(lines[errors[-1] :]) if errors else "\n".join([f"the end of {log}:", *lines[-12:]])

@@ -1,4 +1,4 @@
-"""A folder of images as GenEval and DPG-Bench want it; their scorers have environments of their own.
+"""Export a folder of images in the layout of GenEval or DPG-Bench. Their scorers run in their own environments.
 
 python -m eval.generate --model FOLDER --prompts evaluation_metadata.jsonl --per_prompt 4 --out runs/samples/geneval
 python -m eval.layouts --folder runs/samples/geneval --layout geneval --prompts evaluation_metadata.jsonl --out OUT
@@ -26,7 +26,7 @@ GRID = 4  # images of a prompt that DPG-Bench reads
 
 
 def export(folder: Path, layout: Literal["geneval", "dpg"], prompts: Path, out: Path) -> int:
-    """Write the images of `folder` in the layout of a benchmark; the number of prompts. `out` appears whole.
+    """Write the images of `folder` in the layout of a benchmark, atomically. Returns the number of prompts.
 
     Args:
         folder: made by `generate` from these prompts, with some images of each: four for DPG-Bench.

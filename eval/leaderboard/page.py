@@ -45,8 +45,8 @@ def build_html_page(
 ) -> str:
     """The page as HTML: a section per board, then sample grids, training curves and failed entries.
 
-    rows: as `report.checked` takes them. lead: a paragraph under the headline. runs: name -> log.jsonl. failed: name
-    of an entry without a row -> why. ValueError for rows or a log that cannot be read.
+    rows: see `tables.validate_rows`. lead: a paragraph under the headline. runs: {name: log.jsonl}. failed: {entry
+    without a row: reason}. ValueError for invalid rows or an unreadable log.
     """
     all_boards = group_boards(rows)
     several = len(all_boards) > 1
@@ -81,7 +81,7 @@ def build_html_page(
 
 
 def asset(name: str) -> Markup:
-    """The style sheet or the script, which lie beside this file."""
+    """The style sheet or the script beside this file."""
     return Markup((Path(__file__).parent / name).read_text())
 
 
@@ -93,7 +93,7 @@ def section(board: Board, number: int, several: bool) -> Markup:
 
 
 def table(board: Board) -> Markup:
-    """The sortable table. Every cell carries the key that it is sorted by; real images stay at the foot."""
+    """The sortable table. Every cell holds its sort key. Real images stay at the foot."""
     of_heading = columns(board)
     first = board.metrics[0] if board.metrics else None
     heads = []
@@ -145,7 +145,7 @@ def cell(cell: Cell, figure: bool) -> Markup:
 
 
 def legend(board: Board) -> str:
-    """What the marks of a table mean, as far as they occur in it."""
+    """The meaning of the marks that occur in a table."""
     marks = [c for cells in columns(board).values() for c in cells]
     words = ["Click a heading to sort."]
     if any(c.rank for c in marks):
@@ -165,9 +165,9 @@ def missing_metrics(board: Board) -> Markup:
 
 
 def scatter_plots(board: Board, number: int) -> Markup:
-    """Quality against each cost, a plot a metric, of which the script shows the chosen one (without it the first).
+    """Plots of quality against cost for each metric. The script shows the chosen metric; without it, the first.
 
-    Latencies of different machines are different plots.
+    Latencies of different machines are in different plots.
     """
     models = list(dict.fromkeys(str(r["model"]) for r in board.rows if not is_teacher(r)))
     styles = {model: f"s{i % STYLES}" for i, model in enumerate(sorted(models))}
@@ -237,7 +237,7 @@ def scatter_points(
 
 
 def provenance_table(board: Board) -> Markup:
-    """How every figure of a board was made: the protocol in full where this version knows it, then row by row."""
+    """The provenance of a board: the protocol in full, if this version knows it, and the facts of each row."""
     known = describe_protocol(board.protocol, board.hash)
     lines = []
     rows = [*board.rows, *board.real]
@@ -268,7 +268,7 @@ def provenance_table(board: Board) -> Markup:
 
 
 def describe_protocol(name: str, hash_: str) -> Markup:
-    """A protocol's own fields, where it is known here under that hash."""
+    """The fields of a protocol, if this version has it with the same hash."""
     from dataclasses import asdict
 
     from eval.protocols import PROTOCOLS
@@ -287,9 +287,9 @@ def describe_protocol(name: str, hash_: str) -> Markup:
 
 
 def sample_grids(rows: Sequence[Row]) -> Markup:
-    """Grids of the rows' folders, side by side: those of the same prompts, labels and noise under one heading.
+    """Grids of the rows' folders. Grids with the same prompts, labels and noise stand under one heading.
 
-    A folder that is not here, or cannot be read, is named; the page does without it.
+    Folders that are absent or cannot be read are listed.
     """
     groups: dict[GroupKey, list[Markup]] = {}
     absent: list[str] = []

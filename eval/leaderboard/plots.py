@@ -1,4 +1,4 @@
-"""Pictures of a page without a script or an address: SVG whose colours are the style sheet's, and samples as data."""
+"""Plots as SVG, with the colours of the style sheet, and grids of samples as data addresses."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ class Point(NamedTuple):
 
 
 def pareto_front(points: Sequence[Point], lower: bool) -> list[Point]:
-    """The Pareto front, cheapest first: points that no other beats in y at the same or a smaller x.
+    """The Pareto front by ascending x: points that no other point beats in y at the same or a smaller x.
 
-    lower: smaller y are better. Of points that are equal in both the first stays.
+    lower: smaller y are better. Of equal points the first is kept.
     """
     sign = 1 if lower else -1
     best = math.inf
@@ -102,10 +102,10 @@ def _y_span(point: Point) -> list[float]:
 
 
 class Axes:
-    """Where data stand in a scatter plot: x logarithmic, y too where it spans more than a factor of six.
+    """The axes of a scatter plot. x is logarithmic; y too if it spans more than a factor of six.
 
-    A value more than four times as far from the best as the median is off the scale, at the plot's edge, so that one
-    bad row does not press all others together.
+    A value more than four times as far from the best value as the median is drawn at the plot's edge, off the scale. So
+    one bad row does not compress all others.
     """
 
     def __init__(self, points: Sequence[Point], lower: bool, reference: float | None) -> None:
@@ -151,7 +151,7 @@ class Axes:
         return TOP + TALL * (place(self.high) - place(value)) / (place(self.high) - place(self.low))
 
     def position(self, point: Point) -> tuple[float, float]:
-        """Points of the same cost stand side by side, so that each interval can be seen."""
+        """(x, y) of a point. Points of the same cost are shifted apart, so that each interval is visible."""
         return self.x(point.x) + self.shift[point], self.edge if self.off[point] else self.y(point.y)
 
     def draw_axes(self, across: str, up: str, tick: Callable[[float], str]) -> list[Markup]:
@@ -233,7 +233,7 @@ def _series(points: Sequence[Point], frame: Axes) -> Iterator[Markup]:
 
 
 def _reference(name: str, value: float, frame: Axes, taken: Boxes) -> Markup:
-    """A dashed line with its name, where there is room."""
+    """A dashed line, and its name at a free place."""
     y = frame.y(value)
     long = len(name) * CHARACTER
     starts = range(int(WIDTH - RIGHT - long), LEFT, -12)
@@ -245,7 +245,7 @@ def _reference(name: str, value: float, frame: Axes, taken: Boxes) -> Markup:
 
 
 def _mark(p: Point, frame: Axes, label: str, box: Box | None) -> Markup:
-    """A point, its interval, its label in `box`, if there is one, with a line to it where that is far."""
+    """A point, its interval and its label in `box`, if there is one. A line leads to a distant label."""
     x, y = frame.position(p)
     out = NOTHING
     name = NOTHING
@@ -293,9 +293,9 @@ class Boxes:
 
 
 def _find_label_box(x: float, y: float, long: float, taken: Boxes) -> Box | None:
-    """The nearest box for a label of a point at (x, y) that covers no other and stays inside, if one is near.
+    """The nearest free box inside the plot for the label of a point at (x, y); None if none is near.
 
-    Beside the point first, then above and below on the right, then on the left.
+    Tries the places beside the point first, then those above and below on the right, then on the left.
     """
     levels = [sign * 15 * i for i in range(1, 9) for sign in (-1, 1)]
     right = x + 11
@@ -332,7 +332,7 @@ def read_log(path: Path) -> dict[str, list[tuple[float, float]]]:
 
 
 def training_curves(name: str, path: Path, most: int = 8) -> Markup:
-    """One run's log: a small panel per quantity, its values faint and a running mean in front."""
+    """The log of a run: a small panel for each quantity, with faint values and their running mean."""
     curves = dict(list(read_log(path).items())[:most])
     if not curves:
         return tag('<p class="note">The log holds no numbers.</p>')
@@ -383,10 +383,10 @@ def _running_mean(values: Sequence[float], width: int) -> list[float]:
 
 
 def image_grid(images: Tensor, labels: Tensor | None, rows: int = 6, columns: int = 10, side: int = 160) -> str:
-    """Images [N, C, H, W] in [-1, 1] -> a picture's data address; column j holds the first images of class j, in order.
+    """Images [N, C, H, W] in [-1, 1] -> the data address of a picture. Column j holds the first images of class j.
 
-    Without labels the images run line by line. Small images stay as they are (PNG), large ones are reduced to `side`
-    (JPEG); absent images are transparent, or black.
+    Without labels, images are placed line by line. Small images keep their size (PNG); large ones are reduced to `side`
+    (JPEG). Absent images are transparent, or black in a JPEG.
     """
     from PIL import Image
 

@@ -1,12 +1,12 @@
 """Select the best checkpoint on a selection split and report its metrics on a disjoint test split.
 
-python -m eval.watch runs/dmd2                       the checkpoints that are there
-python -m eval.watch runs/dmd2 --follow              and those to come, until the run has ended
+python -m eval.watch runs/dmd2                       the existing checkpoints
+python -m eval.watch runs/dmd2 --follow              and future ones, until the run has ended
 
-Papers report the best checkpoint by the metric that they report, which is biased downwards by the search. Here the
-selection split and the test split share no noise, no prompt and no real image. Of a protocol with prompts and a folder
-of real images the odd ones select and the even ones test; of the digits the training scans select and the held-out
-ones test. Everything is in RUN/watch: a page, watch.json, and the chosen export, whose card carries the test figures.
+Papers select the best checkpoint by the metric that they report. The search biases that figure downwards. Here the
+selection split and the test split share no noise, no prompt and no real image. Of a protocol's prompts and real images
+the odd ones select and the even ones test; of the digits the training scans select and the held-out scans test.
+RUN/watch holds a page, watch.json and the chosen export. The export's card has the figures of the test split.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ NAMES = ("test", "selection")  # of the splits: the even half, the odd half
 
 @dataclass(frozen=True)
 class Split:
-    """What one side of the choice is measured on."""
+    """The noise seeds and the flags of one of the two splits."""
 
     name: str  # selection or test
     seeds: tuple[int, ...]
@@ -53,10 +53,10 @@ class Split:
 def make_splits(
     p: Protocol, out: Path, metric: str | None, n: int | None, reference: Path | None
 ) -> tuple[Split, Split]:
-    """(selection, test) of a protocol, disjoint in noise, prompts and real images; halves are laid out in `out`.
+    """(selection, test) of a protocol, disjoint in noise, prompts and real images. The halves are written to `out`.
 
-    metric: what selects, by default the protocol's first. n: images of the selection. reference: real images for the
-    selection where the protocol has statistics alone, which cannot be halved. ValueError where they would overlap.
+    metric: selects; by default the protocol's first. n: images of the selection. reference: real images for the
+    selection, if the protocol has only statistics, which cannot be halved. ValueError if the splits would overlap.
     """
     if not set(p.seeds).isdisjoint({SEED}):
         raise ValueError(f"protocol {p.name} uses seed {SEED}, the selection's; choose another protocol")
@@ -95,7 +95,7 @@ def _make_digits_splits(p: Protocol, metric: str | None, n: int | None) -> tuple
 
 
 def _condition_flags(p: Protocol, out: Path, odd: int) -> Flags:
-    """What eval.generate samples: every other prompt of the protocol, in a file, or its labels."""
+    """The flags of eval.generate: every other prompt of the protocol, in a file, or its labels."""
     if p.classes is not None:
         return {"protocol": p.name}
     file = out / NAMES[odd] / "prompts.jsonl"
@@ -172,13 +172,13 @@ def _model_jobs(name: str, model: Path, split: Split, file: Path, exports: dict[
 
 
 def _is_scored(path: Path, seeds: int) -> bool:
-    """Whether a file holds a row of every seed; one of a command that was killed has fewer."""
+    """Whether a file holds a row for every seed. A killed command leaves fewer."""
     rows = read_json_or_none(path)
     return isinstance(rows, list) and len(rows) >= seeds
 
 
 def best_row(rows: Sequence[Row]) -> tuple[Row, list[str]]:
-    """(the row of the best first metric, the names of those that are a tie with it by their intervals)."""
+    """(the row with the best first metric, the models whose intervals overlap with its interval)."""
     name = next(iter(rows[0]["metrics"]))
     sign = 1 if lower_is_better(name) else -1
     chosen = min(rows, key=lambda row: sign * row["metrics"][name]["value"])
@@ -258,7 +258,7 @@ def _export(run: Path, name: str, model: Path) -> Job:
 
 
 def _selection(run: Path, out: Path, split: Split) -> Scored:
-    """The rows of all checkpoints so far, one checkpoint at a time; only the best one's export is kept."""
+    """The rows of all checkpoints so far. Checkpoints are scored one by one; only the best one's export is kept."""
     known = {path.parent.name for path in out.glob(f"checkpoint-*/{split.name}.json")}
     names = sorted(
         {f.name for f in checkpoint.list_intact_checkpoints(run)} | known, key=lambda name: int(name.split("-")[1])

@@ -1,4 +1,4 @@
-"""Rows of figures -> tables that compare only what is comparable: in the terminal, in Markdown, on one page.
+"""Rows of figures -> tables of comparable figures, in the terminal, in Markdown and on one page.
 
 A row is what `eval.score` writes: model, steps, guidance, protocol, protocol_hash, n, seeds, extractor, extractor_hash,
 commit, hardware, metrics {name: {value, low, high, n}}, cost {nfe, latency, ...}, samples (a folder). kind is teacher,
@@ -52,7 +52,7 @@ MADE = ("runs", "seeds", "commit", "hardware")  # of a row; protocol, n and extr
 
 
 def lower_is_better(metric: str) -> bool:
-    """Whether less of a metric is better; by a word of its name, such as fid in patch_fid."""
+    """Whether lower values of a metric are better, by a word of its name, such as fid in patch_fid."""
     return any(word in LOWER for word in metric.lower().replace("-", "_").split("_"))
 
 
@@ -64,7 +64,7 @@ def metric_label(metric: str) -> str:
 
 @dataclass(frozen=True)
 class Board:
-    """Rows that may share a column: one protocol (by its hash), one n, one extractor (by its hash)."""
+    """Comparable rows: of one protocol (by its hash), one n and one extractor (by its hash)."""
 
     protocol: str
     hash: str
@@ -76,12 +76,12 @@ class Board:
 
     @cached_property
     def metrics(self) -> list[str]:
-        """Names, in the order in which rows have them."""
+        """The names of the metrics, in the order of the rows."""
         return list(dict.fromkeys(name for row in (*self.rows, *self.real) for name in row["metrics"]))
 
     @property
     def title(self) -> str:
-        """The protocol and what else a figure depends on."""
+        """The protocol, n and the extractor."""
         return self.title_by(str)
 
     def title_by(self, write: Callable[[str], str]) -> str:
@@ -107,7 +107,7 @@ class Board:
 
 
 def interval(metric: Figure) -> tuple[float, float]:
-    """(low, high) of a figure; its value twice where it has no interval."""
+    """(low, high) of a figure; (value, value) without an interval."""
     value = metric["value"]
     low, high = (value if metric.get(k) is None else metric[k] for k in ("low", "high"))
     return low, high
@@ -254,7 +254,7 @@ def _average_cost(group: Sequence[Row]) -> Cost:
 
 
 def group_boards(rows: Sequence[Row]) -> list[Board]:
-    """The rows by what makes figures comparable, in the order of their first rows."""
+    """Boards of comparable rows, in the order of their first rows."""
     keys = ("protocol", "protocol_hash", "n", "extractor", "extractor_hash")
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in validate_rows(rows):
@@ -272,7 +272,7 @@ def group_boards(rows: Sequence[Row]) -> list[Board]:
 
 
 def is_teacher(row: Row) -> bool:
-    """By the row's "kind" where it has one, else by the model's name."""
+    """Whether a row is a teacher's: by its "kind", else by the model's name."""
     return row["kind"] == "teacher" if row.get("kind") else str(row["model"]).lower().startswith("teacher")
 
 
@@ -282,19 +282,19 @@ def is_real(row: Row) -> bool:
 
 
 def real_images_row(like: Row, name: str, **metrics: float) -> Row:
-    """A row of real images beside those of `like`'s protocol: what a perfect model would have."""
+    """A row of real images with the protocol of `like`: the figures of a perfect model."""
     keys = ("protocol", "protocol_hash", "n", "extractor", "extractor_hash")
     figures = {key: {"value": value} for key, value in metrics.items()}
     return {"model": name, "kind": "real", **{key: like.get(key) for key in keys}, "metrics": figures}
 
 
 def row_label(row: Row, rows: Iterable[Row]) -> str:
-    """The model, with its steps, guidance and weights where another row of that name has others."""
+    """The model's name, with steps, guidance and weights if rows of that name differ in them."""
     return row_labels([row], rows)[0]
 
 
 def row_labels(some: Iterable[Row], rows: Iterable[Row]) -> list[str]:
-    """`label` of some rows, in one pass over all rows."""
+    """`row_label` of some rows, in one pass over all rows."""
     keys = ("steps", "guidance", "model_hash")
     values: dict[str, defaultdict[str, set[object]]] = {key: defaultdict(set) for key in keys}
     for row in rows:
@@ -316,7 +316,7 @@ def row_labels(some: Iterable[Row], rows: Iterable[Row]) -> list[str]:
 
 
 def count_decimals(board: Board, metric: str) -> int:
-    """Decimals that give the middle figure of a column three digits."""
+    """The number of decimals that gives the median figure of a column three digits."""
     values = [abs(r["metrics"][metric]["value"]) for r in board.rows if metric in r["metrics"]]
     middle = median_low([v for v in values if v > 0] or [1.0])
     return min(6, max(0, 2 - math.floor(math.log10(middle))))
@@ -324,7 +324,7 @@ def count_decimals(board: Board, metric: str) -> int:
 
 @dataclass(frozen=True)
 class Cell:
-    """What a column shows of a row: the figure, its interval, its rank; key sorts."""
+    """A cell of a table: the figure, its interval, its rank and its sort key."""
 
     text: str = ""
     span: str = ""
@@ -427,7 +427,7 @@ def _compare_with_teacher(board: Board, name: str, students: Sequence[Row], teac
 
 
 def terminal_tables(rows: Sequence[Row]) -> list[Table]:
-    """A rich table a board, for 80 columns: figures, the first with its rank, calls and latency; the page has all."""
+    """A rich table for each board, 80 columns wide: figures, the first with its rank, calls and latency."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
@@ -463,9 +463,9 @@ def _row_style(row: Row) -> str | None:
 
 
 def markdown_tables(rows: Sequence[Row]) -> str:
-    """A table a board: value (low to high) #rank, tie where others share it; under it how its figures were made.
+    """A Markdown table for each board: value (low to high) #rank, with "tie" if others share it, and the provenance.
 
-    Text of rows stays text: no HTML and no Markdown comes of it.
+    Text of rows is escaped: it becomes neither HTML nor Markdown.
     """
     parts = []
     for board in group_boards(rows):
@@ -490,6 +490,6 @@ def markdown_tables(rows: Sequence[Row]) -> str:
 
 
 def provenance(row: Row) -> list[tuple[str, str]]:
-    """How a row's figures were made, beyond what its table says."""
+    """The provenance of a row's figures that its table does not show."""
     words = lambda value: ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
     return [(key, words(row[key])) for key in MADE if row.get(key) is not None]
