@@ -42,7 +42,7 @@ def parse(rule: str) -> tuple[tuple[str, int], ...]:
 
 
 def resize(image: Image, rule: str = "") -> np.ndarray:
-    """A Pillow image -> float32 [C, H, W] in 0..255, C = 3, or 1 after gray. ValueError for a size other than exact:N."""
+    """A Pillow image -> float32 [C, H, W] in 0..255, C = 3, or 1 after gray. ValueError for a size unlike exact:N."""
     from PIL.Image import Resampling
 
     steps = parse(rule)
