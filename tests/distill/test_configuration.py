@@ -129,8 +129,8 @@ def called(recipe, argv):
     """(config or None, what was said): a recipe's main up to where work would begin."""
     ran, said = [], io.StringIO()
     begin = lambda config, *_: ran.append(config)
-    with patch.object(run, "check"), patch.object(run, "folder_lock", nullcontext), patch.object(run, "run", begin):
-        with redirect_stderr(said), redirect_stdout(said):
+    with patch.object(run, "validate_run"), patch.object(run, "folder_lock", nullcontext):
+        with patch.object(run, "run", begin), redirect_stderr(said), redirect_stdout(said):
             try:
                 run.main(RECIPES[recipe], argv)
             except SystemExit as end:

@@ -178,7 +178,7 @@ def test_a_lack_of_memory(error, student, tmp_path, command, monkeypatch, capsys
     monkeypatch.setattr(generating.Sampling, "sampler", fails)
     code, told = command(sampling, "--model", student, "--n", 2, "--out", tmp_path / "out")
     assert code == 2 and "error: there is not enough memory" in told and not (tmp_path / "out").exists()
-    monkeypatch.setattr(training, "check", fails)
+    monkeypatch.setattr(training, "validate_run", fails)
     monkeypatch.setattr(encodings, "run", fails)
     for main in (partial(training.main, TABLE["sid"].config), encodings.main):
         with pytest.raises(SystemExit) as end:
