@@ -11,6 +11,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from distill.diffusion.denoiser import Taps
 from distill.diffusion.schedule import Schedule
 from distill.diffusion.transition import Renoise
 from distill.random import Draw
@@ -83,7 +84,7 @@ class FeatureTaps:
     every token; else it gives their mean. pixels: the heads are PCM's.
     """
 
-    modules: tuple[str, ...]
+    modules: Taps
     places: bool = False
     pixels: bool = False
 

@@ -45,6 +45,7 @@ def teacher_of(
         )
     teacher = family.load(parts, resolution, frames)
     teacher.denoiser.blocks = family.blocks
+    teacher.denoiser.taps = family.taps
     return teacher
 
 

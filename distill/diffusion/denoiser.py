@@ -16,6 +16,7 @@ from distill.diffusion.interval import Interval
 from distill.diffusion.schedule import KINDS, Kind, Prediction, Schedule, expand
 
 Condition = dict[str, Tensor] | None
+Taps = tuple[str, ...] | None  # names of submodules whose outputs are features; None: the denoiser's own
 Call = Callable[[nn.Module, Tensor, Tensor, Condition], Tensor]
 
 
@@ -34,6 +35,7 @@ class Denoiser:
     sigma_d standard deviation of the data in EDM's preconditioning (kind "edm" only).
     frame   the schedule that callers speak; None is the network's own. See `on`.
     blocks  class names of the submodules that are gathered one by one where the network is sharded (sharding.py).
+    taps    submodules whose outputs a discriminator reads, where a method names none: those of the teacher's family.
     """
 
     net: nn.Module
@@ -44,6 +46,7 @@ class Denoiser:
     sigma_d: float = 0.5
     frame: Schedule | None = None
     blocks: tuple[str, ...] = ()
+    taps: tuple[str, ...] = ("mid_block",)
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -91,14 +94,20 @@ class Denoiser:
         """Whether forward-mode differentiation can keep a graph for backward: recomputed and sharded blocks cannot."""
         return not (getattr(self.net, "is_gradient_checkpointing", False) or sharding.sharded(self.net))
 
-    def tapping(self, x: Tensor, t: Tensor, c: Condition, taps: tuple[str, ...]) -> tuple[Prediction, list[Tensor]]:
+    def resolve_taps(self, taps: Taps) -> tuple[str, ...]:
+        """`taps`, or this denoiser's own where they are None."""
+        return self.taps if taps is None else taps
+
+    def tapping(self, x: Tensor, t: Tensor, c: Condition, taps: Taps) -> tuple[Prediction, list[Tensor]]:
         """The prediction and, of the same pass, the outputs of the named submodules."""
+        taps = self.resolve_taps(taps)
         with tapped(self.net, taps, False, getattr(self.call, "feature", first)) as found:
             pred = self(x, t, c)
         return pred, [found[name] for name in taps]
 
-    def features(self, x: Tensor, t: Tensor, c: Condition, taps: tuple[str, ...]) -> list[Tensor]:
+    def features(self, x: Tensor, t: Tensor, c: Condition, taps: Taps) -> list[Tensor]:
         """Outputs of the named submodules, with gradient; the forward pass ends at the last one that is reached."""
+        taps = self.resolve_taps(taps)
         with tapped(self.net, taps, True, getattr(self.call, "feature", first)) as found:
             try:
                 self(x, t, c)

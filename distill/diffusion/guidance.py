@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distill.diffusion.denoiser import Condition, Denoiser, first, tapped
+from distill.diffusion.denoiser import Condition, Denoiser, Taps, first, tapped
 from distill.diffusion.schedule import Prediction, Schedule, expand
 from distill.random import Draw
 
@@ -115,16 +115,17 @@ class Guided:
         half: dict[str, Any] = {k: v.chunk(2)[0] for k, v in vars(pred).items() if isinstance(v, Tensor)}
         return replace(pred, **half | {"out": out}), replace(pred, **half | {"out": empty})
 
-    def tapping(self, x: Tensor, t: Tensor, c: Condition, taps: tuple[str, ...]) -> tuple[Prediction, list[Tensor]]:
+    def tapping(self, x: Tensor, t: Tensor, c: Condition, taps: Taps) -> tuple[Prediction, list[Tensor]]:
         """The prediction and the outputs [B, ...] of the named submodules under c itself, whatever w is.
 
         They are of the same pass, but for w = 0, which makes none under c: there a second one ends at the last of them.
         """
+        taps = self.base.resolve_taps(taps)
         if not taps:
             return self(x, t, c), []
         if isinstance(self.w, int | float) and self.w == 1:
             return self.base.tapping(x, t, c, taps)
-        if taps and isinstance(self.w, int | float) and self.w == 0:
+        if isinstance(self.w, int | float) and self.w == 0:
             return self(x, t, c), self.base.features(x, t, c, taps)
         with tapped(self.base.net, taps, False, getattr(self.base.call, "feature", first)) as found:
             pred = self(x, t, c)

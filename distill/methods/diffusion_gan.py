@@ -8,7 +8,7 @@ from torch import Tensor
 from distill.diffusion.denoiser import Condition, Denoiser
 from distill.diffusion.times import Grid, Law
 from distill.losses import gan_discriminator
-from distill.method import FeatureTaps, Method, Nets
+from distill.method import FeatureTaps, Method, Nets, Taps
 from distill.networks.discriminator import accuracy, noised_features
 from distill.random import Draw
 
@@ -17,7 +17,7 @@ from distill.random import Draw
 class DiffusionGAN(Method):
     """Discriminator settings: heads on features of a denoiser at noised samples."""
 
-    taps: tuple[str, ...] = ("mid_block",)  # features of the fake score that heads read: the bottleneck
+    taps: Taps = None  # features that heads read; None: those of the teacher's family, of a UNet the bottleneck
     gan_times: Law = Grid(1000, 0, 999)  # of the classifier's input (code)
     gan_features: Literal["fake", "teacher"] = "fake"  # whose features heads read (DMD2: fake; FastGen: frozen teacher)
     gan_noise: Literal["own", "score"] = "own"  # u, eps' of samples: own (DMD2), or t, eps of the scores (FastGen)
@@ -40,7 +40,7 @@ class DiffusionGAN(Method):
         return self.gan_noise == "score"
 
     @property
-    def shared_taps(self) -> tuple[str, ...]:
+    def shared_taps(self) -> Taps:
         """The features that the fake score's own loss already computes."""
         return self.taps if self.gan_features == "fake" and (self.share or self.at_score_noise) else ()
 

@@ -31,7 +31,7 @@ from torch import Tensor
 from distill.diffusion.guidance import Guided
 from distill.diffusion.schedule import Schedule, expand
 from distill.losses import sum_over_processes
-from distill.method import Logs, Nets
+from distill.method import Logs, Nets, Taps
 from distill.methods.dmd2 import DMD2
 from distill.ranges import Natural, Positive
 
@@ -69,7 +69,7 @@ class FDistill(DMD2):
             )
 
     def predict(self, x_t: Tensor, t: Tensor, c, nets: Nets) -> tuple[Tensor, Tensor, Tensor | float, Logs]:
-        taps = {"fake": (), "teacher": ()} | {self.gan_features: self.taps}
+        taps: dict[str, Taps] = {"fake": (), "teacher": ()} | {self.gan_features: self.taps}
         real, theirs = Guided(nets.teacher, self.guidance).tapping(x_t, t, c, taps["teacher"])
         fake, own = nets.fake_score.tapping(x_t, t, c, taps["fake"])
         logit = nets.discriminator(*own, *theirs).flatten(1).mean(1).double()  # of several heads the mean

@@ -23,7 +23,7 @@ from distill.diffusion.guidance import merge
 from distill.diffusion.schedule import expand
 from distill.diffusion.times import Law, LogitNormal
 from distill.losses import gan_discriminator, gan_generator, hinge_discriminator, hinge_generator
-from distill.method import Batch, FeatureTaps, Logs, Method, Nets, Requirement, Update
+from distill.method import Batch, FeatureTaps, Logs, Method, Nets, Requirement, Taps, Update
 from distill.networks.discriminator import accuracy, noised_features
 from distill.random import Draw
 from distill.ranges import Count, Positive
@@ -33,7 +33,7 @@ from distill.ranges import Count, Positive
 class LADD(Method):
     """A GAN in the features of the teacher: needs its samples, or images, with their conditions."""
 
-    taps: tuple[str, ...] = ("mid_block",)  # blocks of the teacher with a head each (paper: every attention block)
+    taps: Taps = None  # blocks of the teacher with a head each (paper: every attention block)
     shares: tuple[Positive, ...] = ()  # of the student's calls in training: .7 .1 .1 .1 of four (paper); none: equal
     gan_times: Law = LogitNormal(1.0, 1.0)  # u (paper: pi(t; m = 1, s = 1) of a flow)
     places: bool = True  # every token or patch has a logit of its own; False: a head has their mean

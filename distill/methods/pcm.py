@@ -25,7 +25,7 @@ from distill.diffusion.guidance import repeated
 from distill.diffusion.student import check_phases
 from distill.diffusion.times import phase, pieces
 from distill.losses import hinge_discriminator
-from distill.method import Batch, FeatureTaps, Logs, Nets, Update
+from distill.method import Batch, FeatureTaps, Logs, Nets, Taps, Update
 from distill.methods.lcd import LCD
 from distill.networks.discriminator import accuracy, head_logits
 from distill.random import Draw
@@ -39,7 +39,7 @@ class PCM(LCD):
     guidance: Finite | tuple[Finite, Finite] = 5.5  # of the teacher, untold. w = omega + 1 (code: 5 to 6; SDXL 7 to 8)
     target_ema: Decay = 0.0  # the student itself (code)
     gan: Weight = 0.1  # lambda (code, SDXL; SD 1.5 of 4 phases: 0)
-    taps: tuple[str, ...] = ("mid_block",)  # blocks of the teacher with a head each (code: down and mid, 4 heads each)
+    taps: Taps = None  # blocks of the teacher with a head each (code: down and mid, 4 heads each)
     embed: bool = False  # code
     noises = ("ddim", "tcd")
 

@@ -20,7 +20,7 @@ from distill.diffusion.guidance import Guided, drop
 from distill.diffusion.schedule import expand
 from distill.diffusion.times import Karras, Law, LogNormal
 from distill.losses import Reduction, denoising, normaliser, reduce, score_gap_logs
-from distill.method import Batch, Logs, Method, Nets, Requirement, Update
+from distill.method import Batch, Logs, Method, Nets, Requirement, Taps, Update
 from distill.random import Draw
 from distill.ranges import Calls, Finite, Positive, UnitInterval
 
@@ -66,7 +66,7 @@ class SiD(Method):
         return self.identity(x, nets, batch, draw)[:2]
 
     def identity(
-        self, x: Tensor, nets: Nets, batch: Batch, draw: Draw, taps: tuple[str, ...] = ()
+        self, x: Tensor, nets: Nets, batch: Batch, draw: Draw, taps: Taps = ()
     ) -> tuple[Tensor, Logs, Tensor | float, list[Tensor]]:  # loss, logs, w and the fake score's features of its pass
         c, path, (_, k2, k3, k4) = batch.get("c"), nets.teacher.path, self.kappa
         t, eps = self.times(draw, "t", len(x), path), draw.normal("eps", x.shape).to(x)

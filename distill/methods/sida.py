@@ -21,7 +21,7 @@ from torch import Tensor
 from distill.diffusion.guidance import Guided
 from distill.diffusion.schedule import expand
 from distill.losses import denoising, reduce
-from distill.method import Batch, Logs, Nets, Requirement, Update
+from distill.method import Batch, Logs, Nets, Requirement, Taps, Update
 from distill.methods.sid import SiD
 from distill.networks.discriminator import accuracy
 from distill.random import Draw
@@ -38,7 +38,7 @@ class SiDA(SiD):
     mix: Positive = 0.5  # m, on both losses together (code)
     fusion: Literal["batch", "sample"] = "batch"  # f and v; SiD-DiT: sample
     clamp: Positive = 10.0  # of |l| where the student reads it; with fusion "sample" for the fake, too (code)
-    taps: tuple[str, ...] = ("mid_block",)  # the bottleneck; of transformers the last norm, norm_out (SiD-DiT)
+    taps: Taps = None  # the bottleneck; of transformers the last norm, norm_out (SiD-DiT)
     pairs: bool = True  # the fake step's samples have the real images' conditions (SiDA code; SiD-DiT: their own)
     start: Natural = 0  # the student moves from this step on (code: after 100k images; SiD-DiT 20k)
     gan_start: Natural = 0  # it sees the GAN from this step on (code: after 200k images; SiD-DiT 40k)

@@ -23,7 +23,7 @@ from distill.diffusion.guidance import scale_of, with_guidance_key
 from distill.diffusion.schedule import expand
 from distill.diffusion.times import Law, LogNormal
 from distill.losses import Reduction
-from distill.method import Batch, FeatureTaps, Logs, Nets, Update
+from distill.method import Batch, FeatureTaps, Logs, Nets, Taps, Update
 from distill.methods.ladd import LADD
 from distill.methods.scm import SCM
 from distill.random import Draw
@@ -43,7 +43,7 @@ class Sprint(SCM):
     reduction: Reduction = "sum"
     gan: Weight = 0.5  # lambda (paper)
     gan_times: Law = LogNormal(-0.6 + math.log(2), 1.0)  # P_D (paper), of u
-    taps: tuple[str, ...] = ("mid_block",)  # of SANA blocks 2, 8, 14 and 19 (code)
+    taps: Taps = None  # of SANA blocks 2, 8, 14 and 19 (code)
     places: bool = True  # every token has a logit of its own (code)
     last: UnitInterval = 0.5  # p, max-time weighting (paper)
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from distill.diffusion.denoiser import Condition, Denoiser
+from distill.diffusion.denoiser import Condition, Denoiser, Taps
 from distill.diffusion.times import Law
 from distill.random import Draw
 
@@ -138,7 +138,7 @@ def build_heads(features: Sequence[Tensor], places: bool = False, of_pixels: boo
 
 
 def noised_features(
-    denoiser: Denoiser, taps: tuple[str, ...], times: Law, x: Tensor, c: Condition, draw: Draw, *names: str
+    denoiser: Denoiser, taps: Taps, times: Law, x: Tensor, c: Condition, draw: Draw, *names: str
 ) -> list[Tensor]:
     """What a discriminator sees of samples x: features of alpha_u x + sigma_u eps, whose u and eps are x's own.
 

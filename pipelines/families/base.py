@@ -121,7 +121,7 @@ class Family:
     tiny: Callable[..., Any]  # a tiny random pipeline, built without files
     condition: Callable[[Any], dict[str, tuple[int, ...]]]  # config of the network -> the shapes of c for one sample
     blocks: tuple[str, ...]  # classes of the modules that are sharded one by one
-    taps: tuple[str, ...]  # modules whose outputs are a discriminator's features
+    taps: tuple[str, ...]  # modules whose outputs are a discriminator's features, where a method names none
     student_schedulers: Callable[[Teacher, StudentConfig], Iterable[Any]]  # candidates whose configs carry the student
     no_guidance: float  # `guidance` of `sample` with which the pipeline makes one call a step
     lora_targets: tuple[str, ...] = ()  # modules of a LoRA; (): exports of this family have no single files

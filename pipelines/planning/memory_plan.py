@@ -260,8 +260,6 @@ def configured(plan: Plan, flags: list[str]) -> tuple[Config[Any, Any], Meta]:
             raise ValueError(f"family is {plan.family!r}; it must be one of {', '.join(MODELS)}")
         parts = Meta(MODELS[plan.family])
         method = METHODS[plan.method]
-        if getattr(method, "taps", None):
-            method = replace(method, taps=parts.family.taps)
         steps = 4 if plan.method.startswith("dmd2") else 1
         train = TrainConfig(train_batch_size=plan.gpus, max_train_steps=10_000, ema_half_life=0)
         config = Config(method, Digits(), MODELS[plan.family].hub, student=StudentConfig(steps=steps), train=train)

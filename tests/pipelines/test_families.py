@@ -126,7 +126,9 @@ def test_taps_give_features_with_gradient(family):
     taps = f.family.taps + ("norm_out",) * hasattr(
         f.teacher.denoiser.net, "norm_out"
     )  # the last norm, of SiD-DiT's GAN
-    for feature in f.teacher.denoiser.features(x, torch.full((2,), 0.6).double(), f.c, taps):
+    t = torch.full((2,), 0.6).double()
+    assert f.teacher.denoiser.taps == f.family.taps  # of a method that names none
+    for feature in f.teacher.denoiser.features(x, t, f.c, taps):
         assert feature.ndim >= 3 and len(feature) == 2 and feature.std() > 0
         (grad,) = torch.autograd.grad(feature.square().sum(), x, retain_graph=True)
         assert grad.isfinite().all() and grad.abs().amax(dim=tuple(range(1, x.ndim))).min() > 0

@@ -16,7 +16,7 @@ from torch import Tensor
 from distill.diffusion.denoiser import Condition, Denoiser
 from distill.diffusion.guidance import Guided, drop
 from distill.diffusion.schedule import Prediction
-from distill.method import Batch, Logs, Loss, Nets, Requirement
+from distill.method import Batch, Logs, Loss, Nets, Requirement, Taps
 from distill.methods.wrappers.wrapper import Wrapped
 from distill.random import Draw
 from distill.ranges import UnitInterval, Weight
@@ -61,8 +61,8 @@ class Scaled(Denoiser):
     def bare(self) -> Denoiser:
         return Denoiser(**{key: value for key, value in vars(self).items() if key != "k"})
 
-    def tapping(self, x: Tensor, t: Tensor, c: Condition, taps: tuple[str, ...]) -> tuple[Prediction, list[Tensor]]:
+    def tapping(self, x: Tensor, t: Tensor, c: Condition, taps: Taps) -> tuple[Prediction, list[Tensor]]:
         return Guided(self.bare, self.k).tapping(x, t, c, taps)
 
-    def features(self, x: Tensor, t: Tensor, c: Condition, taps: tuple[str, ...]) -> list[Tensor]:
+    def features(self, x: Tensor, t: Tensor, c: Condition, taps: Taps) -> list[Tensor]:
         return self.bare.features(x, t, c, taps)

@@ -22,7 +22,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits as cross_entrop
 from distill.diffusion.denoiser import Condition
 from distill.diffusion.guidance import repeated
 from distill.diffusion.times import Fixed, Law
-from distill.method import Batch, FeatureTaps, Logs, Loss, Method, Nets, Update
+from distill.method import Batch, FeatureTaps, Logs, Loss, Method, Nets, Taps, Update
 from distill.methods.lcd import LCD
 from distill.methods.wrappers.reward import Rewarded, judge
 from distill.networks.discriminator import noised_features
@@ -38,7 +38,7 @@ class Proxied(Rewarded):
     weight: Weight = 1.0  # w (code)
     clamp: Finite | None = None  # -R_L
     tau: Positive = 0.01  # CLIP's temperature: rewards are cosines (code: its logit scale, 100)
-    proxy_taps: tuple[str, ...] = ("mid_block",)  # blocks of the teacher with a head each (ours)
+    proxy_taps: Taps = None  # blocks of the teacher with a head each (ours)
     proxy_times: Law = Fixed(0.02)  # u: next to no noise (ours)
 
     @property

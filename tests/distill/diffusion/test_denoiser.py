@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -227,6 +228,16 @@ class TestFeatures:
         denoiser, (x, t) = Denoiser(nn.Sequential(nn.Identity(), Joint()), EDM(), "x0", call), batch()
         for found in denoiser.features(x, t, None, ("0", "1")):
             near(found, x, 0)
+
+    def test_a_denoiser_has_features_of_its_own(self):
+        """They are those of a method that names none; naming no module is not the same."""
+        denoiser, (x, t) = replace(tiny(EDM(), "edm"), taps=("mid",)), batch()
+        (own,) = denoiser.features(x, t, None, None)
+        near(own, denoiser.features(x, t, None, ("mid",))[0], 0)
+        for w in (0.0, 1.0, 2.0):
+            c, guided = {}, Guided(replace(denoiser, null={}), w)
+            near(guided.tapping(x, t, c, None)[1][0], own, 0)
+            assert guided.tapping(x, t, c, ())[1] == []
 
     def test_unknown_module(self):
         denoiser, (x, t) = tiny(EDM()), batch()
