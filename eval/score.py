@@ -353,7 +353,7 @@ def _metric_inputs(
         from pipelines.judges import perceptual
 
         inputs.picture = images.picture(m.generated)
-        inputs.distance = perceptual.random() if spec == "random" else perceptual.lpips()
+        inputs.distance = perceptual.random_distance() if spec == "random" else perceptual.load_lpips()
         nets[spec] = "random" if spec == "random" else "vgg"
         return inputs
     net = load(spec)

@@ -40,7 +40,7 @@ class Parts:
 
     def __init__(self, folder: str | Path, variant: str | None = None, dtype: torch.dtype = torch.float32) -> None:
         self.folder, self.variant, self.dtype = Path(folder), variant, dtype
-        self.index = index(folder)
+        self.index = read_index(folder)
         if variant and not any(has_variant(part, variant) for part in self.folder.iterdir()):
             raise ValueError(f"no component of {folder} has weights of the variant {variant!r}: leave --variant out")
         self.precision = torch.float32
@@ -158,7 +158,7 @@ def is_variant(file: Path, variant: str) -> bool:
     return ".safetensors" in file.name and re.search(rf"\.{re.escape(variant)}[.-]", file.name) is not None
 
 
-def located(name: str, revision: str | None = None, variant: str | None = None) -> Path:
+def locate_pipeline(name: str, revision: str | None = None, variant: str | None = None) -> Path:
     """The folder of a pipeline; one of a name on the Hub is downloaded."""
     folder = Path(name)
     if not folder.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", name):
@@ -168,7 +168,7 @@ def located(name: str, revision: str | None = None, variant: str | None = None) 
             folder = Path(DiffusionPipeline.download(name, revision=revision, variant=variant, use_safetensors=True))
         except (OSError, ValueError) as error:
             raise ValueError(f"no pipeline {name!r}, as a folder or on the Hub: {error}") from None
-    named = [part for part, entry in index(folder).items() if isinstance(entry, list) and entry[0] is not None]
+    named = [part for part, entry in read_index(folder).items() if isinstance(entry, list) and entry[0] is not None]
     if missing := [part for part in named if not (folder / part).is_dir()]:
         raise ValueError(
             f"{folder} is not a complete pipeline: model_index.json names {', '.join(missing)}, and there is no such "
@@ -177,7 +177,7 @@ def located(name: str, revision: str | None = None, variant: str | None = None) 
     return folder
 
 
-def index(folder: str | Path) -> dict[str, Any]:
+def read_index(folder: str | Path) -> dict[str, Any]:
     """model_index.json of a pipeline folder, or a ValueError that says what is missing."""
     path = Path(folder) / "model_index.json"
     if not str(folder):

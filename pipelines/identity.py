@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pipelines.components import index
+from pipelines.components import read_index
 
 SMALL = 1 << 20  # bytes; smaller files are read completely
 PIECE = 256  # bytes of a tensor
@@ -24,7 +24,7 @@ TEXTS = (".json", ".txt", ".model")  # configurations and tokenizers
 
 def identity(folder: Path, name: str, variant: str | None) -> dict[str, Any]:
     """{"name", "revision" on the Hub or None, "digests" of each component} of a pipeline's folder."""
-    parts = [part for part, entry in index(folder).items() if isinstance(entry, list) and entry[0] is not None]
+    parts = [part for part, entry in read_index(folder).items() if isinstance(entry, list) and entry[0] is not None]
     digests = {part: digest(folder / part, variant) for part in parts if part not in UNUSED}
     hub = folder.resolve().parent
     revision = folder.resolve().name if hub.name == "snapshots" and hub.parent.name.startswith("models--") else None

@@ -21,7 +21,7 @@ from distill.training import checkpoint, precision
 from distill.training.replay import read_facts, replay_update
 from distill.training.watchdog import Agreement, Watchdog
 from pipelines import fields
-from pipelines.components import ExportError, Network, Scheduler, index, located
+from pipelines.components import ExportError, Network, Scheduler, locate_pipeline, read_index
 from pipelines.families.registry import families
 from pipelines.inference import controlnet
 from pipelines.judges import perceptual, reward
@@ -84,7 +84,7 @@ def shorten_run(config: RunConfig) -> RunConfig:
 
 def validate_run(config: RunConfig, out: Path) -> Path | None:
     """ValueError for what can be seen before anything is loaded; the checkpoint to resume from, if there is one."""
-    from pipelines.export.export import replaceable
+    from pipelines.export.export import check_replaceable
 
     if config.family not in families():
         raise ValueError(f"--family is {config.family!r}; it must be one of {sorted(families())}")
@@ -92,13 +92,13 @@ def validate_run(config: RunConfig, out: Path) -> Path | None:
         raise ValueError(f"--hub_model_id is {config.hub_model_id!r}; it must be user/name or name")
     if config.train.attention is not None:
         validate_attention(config.train.attention)
-    replaceable(out / "pipeline")
+    check_replaceable(out / "pipeline")
     validate_weights(config)
     if not config.smoke:
         validate_teacher(config)
         config.data.validate(config.method.requirements)
         if Requirement.PERCEPTUAL_DISTANCE in config.method.requirements:
-            perceptual.check()
+            perceptual.check_lpips()
     if config.replay is not None:
         read_facts(Path(config.replay))
         return None
@@ -129,7 +129,7 @@ def validate_teacher(config: RunConfig) -> None:
     if re.fullmatch(r"[\w.-]+/[\w.-]+", config.teacher) and not Path(config.teacher).exists():
         return
     try:
-        index(config.teacher)
+        read_index(config.teacher)
     except ValueError as error:
         hint = EDM_HINT if config.family == "edm" else ""
         raise ValueError(f"{error}{hint}") from None
@@ -189,9 +189,9 @@ def with_method_times(method: Any, teacher: Teacher, student: StudentConfig) -> 
 
 def resolve_student_schedule(teacher: Teacher, student: StudentConfig) -> tuple[Scheduler, StudentConfig]:
     """(scheduler, student): what the exported student will run under, and the student with the times it visits."""
-    from pipelines.export.schedule import scheduler
+    from pipelines.export.schedule import find_student_scheduler
 
-    found, times = scheduler(teacher, student)
+    found, times = find_student_scheduler(teacher, student)
     return found, dataclasses.replace(student, times=times)
 
 
@@ -278,7 +278,7 @@ def prepare(config: RunConfig, out: Path, resume: Path | None) -> Run:
     from distill.training.build import build
     from pipelines.export import hub
     from pipelines.export.model_card import collect_card_info
-    from pipelines.export.schedule import finished
+    from pipelines.export.schedule import student_config_of_export
     from pipelines.inference import pag
 
     allowed = config.train.resume_allow
@@ -289,12 +289,12 @@ def prepare(config: RunConfig, out: Path, resume: Path | None) -> Run:
     resumption = Resumption(entry, resume, before, allowed)
     repository = None
     if config.push_to_hub and accelerator.is_main_process:
-        repository = hub.create(config.hub_model_id or out.resolve().name, config.hub_private)
+        repository = hub.create_repository(config.hub_model_id or out.resolve().name, config.hub_private)
     teacher = load_run_teacher(config, accelerator, resumption)
     if Requirement.EXPORTED_TEACHER in config.method.requirements:
-        config = dataclasses.replace(config, student=finished(teacher, config.student))
+        config = dataclasses.replace(config, student=student_config_of_export(teacher, config.student))
     if Requirement.CONTROL_PICTURE in config.method.requirements:
-        controlnet.install(teacher)
+        controlnet.install_adapter(teacher)
     teacher.parts.device = accelerator.device
     if not sharding.is_fsdp_launch(accelerator):
         teacher.denoiser.net.to(accelerator.device)
@@ -313,7 +313,7 @@ def prepare(config: RunConfig, out: Path, resume: Path | None) -> Run:
     if config.student.negative:  # grids are of what is made against the empty prompt
         c = with_negative_prompt(c, teacher.null())
     attach_judges(nets, config, teacher, data)
-    pag.guide(nets, config.pag_scale, config.pag_layers)
+    pag.attach_pag(nets, config.pag_scale, config.pag_layers)
     if accelerator.mixed_precision == "bf16":
         cast_to_bfloat16(teacher.denoiser.net)  # what is trained are float32 copies, or adapters on it
     return Run(
@@ -358,7 +358,7 @@ def load_run_teacher(config: RunConfig, accelerator: Accelerator, resumption: Re
         if config.smoke and accelerator.is_main_process:
             tiny.save(config.family, config.teacher)
         dtype = teacher_dtype(config, accelerator)
-        folder = located(config.teacher, config.revision, config.variant)
+        folder = locate_pipeline(config.teacher, config.revision, config.variant)
         if accelerator.is_main_process:
             resumption.entry["teacher"] = identity(folder, config.teacher, config.variant)
         if not config.smoke:  # whose teacher is made anew
@@ -460,7 +460,7 @@ def preview(run: Run, state: State, log: Log) -> None:
 def export_student(run: Run, state: State) -> None:
     """Write the averaged student as a verified pipeline folder, and push it where --push_to_hub says so."""
     from pipelines.export import hub
-    from pipelines.export.export import Again, export, report, trained
+    from pipelines.export.export import ExportArguments, export, load_student_of_run, report_export
 
     state.optimizers.clear()
     folder = run.out / "pipeline"
@@ -468,26 +468,28 @@ def export_student(run: Run, state: State) -> None:
     teacher = run.teacher
     net = state.ema.net
     if run.sharded:  # its parts are put together from the disk
-        again = Again(f"{run.out}", f"checkpoint-{state.step}", teacher=run.config.teacher)
-        student, teacher, *_ = trained(again)
+        again = ExportArguments(f"{run.out}", f"checkpoint-{state.step}", teacher=run.config.teacher)
+        student, teacher, *_ = load_student_of_run(again)
         net = student.denoiser.net
     else:
         restore_full_precision(run.nets, state, teacher)
     with folder_lock(folder, beside=True):
-        report(folder, export(student, teacher, net, run.scheduler, folder, run.card), run.card)
+        report_export(folder, export(student, teacher, net, run.scheduler, folder, run.card), run.card)
     if run.repository:
-        sys.stderr.write(f"pushed to {hub.push(folder, run.repository)}\n")
+        sys.stderr.write(f"pushed to {hub.push_folder(folder, run.repository)}\n")
 
 
 def attach_judges(nets: Nets, config: RunConfig, teacher: Teacher, data: Any) -> None:
     """Give the networks what judges or pictures their samples, where the method needs it."""
     if Requirement.PERCEPTUAL_DISTANCE in config.method.requirements:
-        nets.perceptual = perceptual.asked(config, teacher)
+        nets.perceptual = perceptual.build_perceptual_distance(config, teacher)
     if Requirement.REWARD in config.method.requirements:
-        nets.reward = reward.asked(config, teacher, data)
+        nets.reward = reward.build_reward(config, teacher, data)
     if Requirement.CONTROL_PICTURE in config.method.requirements:
-        nets.control = controlnet.asked(config, teacher)
-        nets.teacher = teacher.denoiser = controlnet.bare(teacher.denoiser)  # the adapter is the student's alone
+        nets.control = controlnet.build_control_extractor(config, teacher)
+        nets.teacher = teacher.denoiser = controlnet.without_controlnet(
+            teacher.denoiser
+        )  # the adapter is the student's alone
 
 
 def replay(run: Run) -> int:

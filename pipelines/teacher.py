@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from pipelines.components import Parts, located
+from pipelines.components import Parts, locate_pipeline
 from pipelines.families.base import Teacher
 from pipelines.families.registry import find_family
 
@@ -59,4 +59,4 @@ def load_teacher(
     guidance_embedded: bool = False,
 ) -> Teacher:
     """The teacher of a folder, or of a name on the Hub, which is downloaded; other arguments as in `load`."""
-    return load(located(name, revision, variant), resolution, frames, variant, dtype, guidance_embedded)
+    return load(locate_pipeline(name, revision, variant), resolution, frames, variant, dtype, guidance_embedded)

@@ -27,7 +27,7 @@ from distill.layout import RECIPES, module_name
 from distill.method import Method, Requirement
 from distill.training.config import TrainConfig
 from pipelines import fields as stored
-from pipelines.components import index
+from pipelines.components import read_index
 from pipelines.families.registry import families, find_family
 from recipes.digits import TABLE
 
@@ -147,7 +147,7 @@ def find_teacher(name: str, method: str, revision: str | None = None, smoke: boo
             raise ValueError(f"the digits have no values for {method}; they have some for {', '.join(sorted(TABLE))}")
         return TeacherSource(TABLE[method].config.teacher, "edm", True)
     if Path(name).exists():
-        kind = index(name)["_class_name"]
+        kind = read_index(name)["_class_name"]
         return TeacherSource(name, find_family(kind, name).name, method in TABLE and has_digits_shape(Path(name)))
     if name in families():
         if not smoke:
@@ -159,7 +159,7 @@ def find_teacher(name: str, method: str, revision: str | None = None, smoke: boo
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith("runs/"):
         return TeacherSource(name, find_hub_family(name, revision))
     try:
-        index(name)
+        read_index(name)
     except ValueError as error:
         nearest = difflib.get_close_matches(name, ("digits", *families()), 1)
         hint = f"; {nearest[0]} is the nearest word" if nearest else ""
@@ -190,7 +190,7 @@ def find_hub_family(name: str, revision: str | None) -> str:
     except (OSError, ValueError) as error:
         reason = " ".join(f"{error}".split())
         raise ValueError(f"no pipeline {name!r}, as a folder or on the Hub: {reason}") from None
-    return find_family(index(Path(file).parent)["_class_name"], name).name
+    return find_family(read_index(Path(file).parent)["_class_name"], name).name
 
 
 def describe_missing_teacher(config: Config) -> str:

@@ -20,12 +20,12 @@ from distill.training import checkpoint
 from eval.images import images
 from eval.leaderboard.page import build_html_page
 from pipelines import load
-from pipelines.components import located
+from pipelines.components import locate_pipeline
 from pipelines.export import hub
-from pipelines.export.export import replaceable
+from pipelines.export.export import check_replaceable
 from pipelines.export.single_files import file_name
 from pipelines.families import tiny
-from pipelines.inference.experts import gather, routes
+from pipelines.inference.experts import gather_students, read_routes
 from recipes import train
 
 ESCAPE = "\x1b]0;owned\x07\x9b31m\u202e"
@@ -147,7 +147,7 @@ def test_code_in_a_pipeline(folder, canary):
     for one in wrong:
         index.write_text(json.dumps(whole | one))
         with pytest.raises(ValueError):
-            load(located(f"{folder}")).encode(["a fox"])
+            load(locate_pipeline(f"{folder}")).encode(["a fox"])
 
 
 @pytest.mark.parametrize("name", ("../outside", "/tmp/outside", "a/b", "..", "", "a\\b", ESCAPE))
@@ -158,10 +158,10 @@ def test_names_that_climb(folder, tmp_path, name):
             file_name(name, 1, "unet")
     if name != "a/b":
         with pytest.raises(ValueError):
-            hub.create(name)
+            hub.create_repository(name)
     edited(folder / "model_index.json", **{name: ["diffusers", "AutoencoderKL"]})
     with pytest.raises(ValueError, match="model_index.json"):
-        located(f"{folder}")
+        locate_pipeline(f"{folder}")
     assert {path.name for path in tmp_path.iterdir()} == {"teacher"}
 
 
@@ -356,7 +356,7 @@ def test_what_lies_beside_a_pipeline(text, match, tmp_path):
         load(tmp_path / "edm")
     if "student" not in text:
         with pytest.raises(ValueError, match="is not an earlier export"):
-            replaceable(tmp_path / "edm")
+            check_replaceable(tmp_path / "edm")
 
 
 def test_routes_of_experts(tmp_path):
@@ -364,9 +364,9 @@ def test_routes_of_experts(tmp_path):
                  '{"by": "class_labels", "classes": [[1], ["x"]]}'):  # fmt: skip
         (tmp_path / "experts.json").write_text(text)
         with pytest.raises(ValueError, match="experts.json is damaged"):
-            routes(tmp_path / "experts.json")
+            read_routes(tmp_path / "experts.json")
     (tmp_path / "experts.json").write_text('{"by": "timestep", "bounds": [2, 1]}')
-    assert routes(tmp_path / "experts.json")["bounds"] == [2, 1]
+    assert read_routes(tmp_path / "experts.json")["bounds"] == [2, 1]
 
 
 def test_students_of_damaged_configurations(tmp_path):
@@ -375,5 +375,5 @@ def test_students_of_damaged_configurations(tmp_path):
     for config in ("a: [1", "data: {classes: 3}", "data: {classes: [a]}", "[1]"):
         (tmp_path / "a" / "distill.json").write_text(json.dumps({"student": True, "steps": 1, "config": config}))
         with pytest.raises(ValueError, match="a/distill.json holds"):
-            gather([tmp_path / "a", tmp_path / "a"], tmp_path / "out")
+            gather_students([tmp_path / "a", tmp_path / "a"], tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["a"]

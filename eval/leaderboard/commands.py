@@ -20,7 +20,7 @@ from eval.files import check_output, read_json, write_json
 from eval.leaderboard import entries
 from eval.leaderboard.page import build_html_page as html_page
 from eval.leaderboard.tables import Row, drop_duplicates, group_boards, markdown_tables, metric_label, validate_rows
-from pipelines.export.card import Result, evaluated
+from pipelines.export.card import Result, add_results
 from pipelines.markdown import escape_markdown
 
 
@@ -108,7 +108,7 @@ def write_card(rows: Annotated[tuple[Path, ...], tyro.conf.Positional], model: s
     mine = [row for row in all_rows if row["model"] == model]
     if not mine:
         raise ValueError(f"no row is of {model!r}; there are {sorted({str(row['model']) for row in all_rows})}")
-    evaluated(folder, card_results(mine))
+    add_results(folder, card_results(mine))
 
 
 def card_results(rows: Sequence[Row]) -> list[Result]:

@@ -33,7 +33,7 @@ from eval.leaderboard.jobs import Job
 from eval.leaderboard.jobs import run_jobs as run_jobs
 from eval.leaderboard.tables import Row, interval, lower_is_better, metric_label
 from eval.protocols import Protocol, find_protocol
-from pipelines.export.card import evaluated
+from pipelines.export.card import add_results
 
 Scored = tuple[list[Row], dict[str, str]]  # rows, and {name: why} of what failed
 SEED = 1_000_000  # of the selection's noise: no protocol's
@@ -233,7 +233,7 @@ def select_checkpoint(
     tested, wrong = score_models({name: model}, test, out, {name: _export(run, name, model)})
     if wrong:
         raise ValueError("; ".join(wrong.values()))
-    evaluated(model, card_results(tested))
+    add_results(model, card_results(tested))
     first = next(iter(chosen["metrics"]))
     facts = {"chosen": name, "by": first, "ties": ties, "selection": rows, "test": tested[0], "failed": failed}
     write_json(out / "watch.json", facts)

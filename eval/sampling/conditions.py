@@ -83,9 +83,9 @@ def label_conditions(model: Path, classes: int | None, n: int) -> SampleConditio
 
 
 def takes_labels(model: Path) -> bool:
-    from pipelines.components import index
+    from pipelines.components import read_index
 
-    return index(model)["_class_name"] in LABELS
+    return read_index(model)["_class_name"] in LABELS
 
 
 def _count_classes(model: Path) -> int:

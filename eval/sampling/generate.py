@@ -177,18 +177,18 @@ class Sampling:
     @cached_property
     def folder(self) -> Path:
         """The folder of the pipeline. A pipeline of the Hub is downloaded."""
-        from pipelines.components import located
+        from pipelines.components import locate_pipeline
 
         if self.lora is None and self.base is not None:
             raise ValueError(f"base is {self.base}, but {self.model} is no LoRA's .safetensors file; leave out --base")
-        return located(self.base if self.lora else self.model, self.revision, self.variant)
+        return locate_pipeline(self.base if self.lora else self.model, self.revision, self.variant)
 
     @cached_property
     def first_folder(self) -> Path | None:
         """The folder of `first`."""
-        from pipelines.components import located
+        from pipelines.components import locate_pipeline
 
-        return None if self.first is None else located(self.first, None, self.variant)
+        return None if self.first is None else locate_pipeline(self.first, None, self.variant)
 
     @cached_property
     def exported_facts(self) -> Tree:
@@ -200,9 +200,9 @@ class Sampling:
 
     @cached_property
     def pipeline_class(self) -> str:
-        from pipelines.components import index
+        from pipelines.components import read_index
 
-        return str(index(self.folder)["_class_name"])
+        return str(read_index(self.folder)["_class_name"])
 
     @property
     def method(self) -> Solver:
@@ -354,32 +354,40 @@ class Sampling:
             teacher.null()  # the empty prompt's; an EDM teacher says which label is none
         self.apply_skip_tuning(teacher.denoiser.net)
         if self.pag_scale:
-            from pipelines.inference.pag import away
+            from pipelines.inference.pag import with_pag
 
-            teacher.denoiser = away(teacher.denoiser, self.pag_scale, self.pag_layers)
+            teacher.denoiser = with_pag(teacher.denoiser, self.pag_scale, self.pag_layers)
         return teacher_sampler(teacher, self.calls, self.method, 1.0 if self.guidance is None else self.guidance)
 
     def build_staged_sampler(self, pipe: DiffusionPipeline) -> Sampler:
         """The sampler of `first` and then the loaded model, or of a student under CFG++."""
-        from pipelines.inference.stitch import Turn, around
+        from pipelines.inference.stitch import SamplingStage, teacher_from_pipeline
 
         solver = None if self.method == "pipeline" else self.method
         guidance = self.guidance or 1.0
-        then = Turn(around(pipe, self.resolution), self.calls or 1, guidance, self.skip if self.first else 0, solver)
+        then = SamplingStage(
+            teacher_from_pipeline(pipe, self.resolution),
+            self.calls or 1,
+            guidance,
+            self.skip if self.first else 0,
+            solver,
+        )
         facts = {"steps": self.calls, "guidance": guidance, "scheduler": solver or type(pipe.scheduler).__name__}
         if self.first_folder is None:
             return staged_sampler([then], facts)
         other = load_pipeline(self.first_folder, None, None, {}, self.variant, pipe.dtype).to(pipe.device)
-        first = Turn(around(other, self.resolution), self.first_steps, self.first_guidance, 0, self.first_solver)
+        first = SamplingStage(
+            teacher_from_pipeline(other, self.resolution), self.first_steps, self.first_guidance, 0, self.first_solver
+        )
         return staged_sampler([first, then], facts)
 
     def apply_skip_tuning(self, net: nn.Module) -> None:
         """Scale the skips of a network and of its experts, if `skip_tuning` is given."""
-        from pipelines.inference.skip_tuning import line, tune
+        from pipelines.inference.skip_tuning import install_factors, skip_factors
 
         if self.skip_tuning is not None:
             for one in (net, *getattr(net, "experts", ())):
-                tune(one, line(one, self.skip_tuning))
+                install_factors(one, skip_factors(one, self.skip_tuning))
 
     def run(self) -> Manifest:
         """Generate the missing images and return the manifest. ValueError if another command writes to the folder."""

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from distill.diffusion.solver import Name
     from pipelines import Teacher
     from pipelines.families.base import Family
-    from pipelines.inference.stitch import Turn
+    from pipelines.inference.stitch import SamplingStage
 
 LOADING = Exception  # what a class raises at files that it cannot use is open-ended
 
@@ -132,7 +132,7 @@ def _call_pipeline(
     return output.images if hasattr(output, "images") else output.frames.transpose(1, 2)
 
 
-def staged_sampler(turns: Sequence[Turn], facts: Manifest) -> Sampler:
+def staged_sampler(turns: Sequence[SamplingStage], facts: Manifest) -> Sampler:
     """Sample with several pipelines, one stage of the steps each (pipelines/inference/stitch.py)."""
     from pipelines.inference.stitch import stitch
 
@@ -207,10 +207,10 @@ def load_pipeline(
 ) -> DiffusionPipeline:
     """A diffusers pipeline: of a folder, with a LoRA's file and another scheduler if asked. ValueError if it fails."""
     from pipelines import fields
-    from pipelines.components import index
+    from pipelines.components import read_index
     from pipelines.inference.experts import install
 
-    entries = index(folder)
+    entries = read_index(folder)
     cls = _pipeline_class(folder, entries)
     parts = {name: entry for name, entry in entries.items() if isinstance(entry, list)}
     absent = {name: None for name, entry in parts.items() if entry[0] is None}
@@ -300,11 +300,11 @@ def _scheduler(pipe: DiffusionPipeline, name: str | None, config: Mapping[str, A
 def family_of(pipe: DiffusionPipeline, resolution: int | None) -> tuple[Family | None, Sequence[int]]:
     """(family, shape of a sample) of a pipeline that a family reads, (None, None) of other pipelines."""
     from pipelines.families.registry import known_pipelines
-    from pipelines.inference.stitch import around
+    from pipelines.inference.stitch import teacher_from_pipeline
 
     if type(pipe).__name__ not in known_pipelines():
         if resolution is not None:
             raise ValueError(f"resolution cannot be chosen for a {type(pipe).__name__}; leave it out")
         return None, ()
-    teacher = around(pipe, resolution)
+    teacher = teacher_from_pipeline(pipe, resolution)
     return teacher.family, teacher.shape

@@ -126,9 +126,9 @@ def make_cache(config: Cache) -> Path:
 def check(config: Cache) -> None:
     """What can be seen before anything heavy is imported."""
     if Path(config.teacher).is_dir() or not config.teacher:
-        from pipelines.components import index
+        from pipelines.components import read_index
 
-        index(config.teacher)
+        read_index(config.teacher)
     if not (config.prompts or config.images):
         raise ValueError("nothing to encode: pass --prompts prompts.txt, or --images, a folder of images with captions")
     for source in filter(None, (config.prompts, config.images)):
@@ -139,10 +139,10 @@ def encoders(config: Cache, device: torch.device) -> Teacher:
     """The teacher without the weights of its network; the autoencoder works in float32."""
     import importlib
 
-    from pipelines.components import Parts, located
+    from pipelines.components import Parts, locate_pipeline
     from pipelines.teacher import teacher_of
 
-    parts = Parts(located(config.teacher, config.revision, config.variant), config.variant)
+    parts = Parts(locate_pipeline(config.teacher, config.revision, config.variant), config.variant)
     parts.precision, parts.device = getattr(torch, config.precision), device
     if not any(name.startswith("text_encoder") for name in parts.index):
         raise ValueError(

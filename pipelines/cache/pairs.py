@@ -122,9 +122,9 @@ def make_pairs(config: Sampling) -> Path:
 def check(config: Sampling) -> None:
     """What can be seen before anything heavy is imported."""
     if Path(config.teacher).is_dir() or not config.teacher:
-        from pipelines.components import index
+        from pipelines.components import read_index
 
-        index(config.teacher)
+        read_index(config.teacher)
     if not (config.cache or config.prompts):
         raise ValueError(
             "no prompts: pass --cache, a folder that python -m pipelines.cache has made, or --prompts FILE"
@@ -135,10 +135,10 @@ def check(config: Sampling) -> None:
 def opened(config: Sampling, device: torch.device) -> Teacher:
     """The teacher on its device, under the scheduler that was asked for."""
     from pipelines import load
-    from pipelines.components import located
+    from pipelines.components import locate_pipeline
 
     precision = getattr(torch, config.precision)
-    folder = located(config.teacher, config.revision, config.variant)
+    folder = locate_pipeline(config.teacher, config.revision, config.variant)
     teacher = load(folder, config.resolution, None, config.variant, precision)
     teacher.parts.device = device
     teacher.denoiser.net.to(device, precision)

@@ -56,7 +56,7 @@ class Settings:
         return f"lora_alpha {self.lora['lora_alpha']:g}{rs} in {self.source}"
 
 
-def settings(path: Path, metadata: dict[str, str], prefix: str) -> Settings | None:
+def read_settings(path: Path, metadata: dict[str, str], prefix: str) -> Settings | None:
     """The source of alpha for `path`: its metadata (diffusers, kohya), else adapter_config.json beside it.
 
     prefix: of the network's keys in diffusers' metadata. A ValueError names an option that is not read.

@@ -59,7 +59,7 @@ class Result(NamedTuple):
     value: float
 
 
-def code(
+def render_program(
     call: str,
     model: str | Path,
     base: str | Path = "",
@@ -85,7 +85,7 @@ def code(
     )
 
 
-def card(
+def render_card(
     name: str,
     base: str | Path,
     license: License,
@@ -106,7 +106,7 @@ def card(
 ) -> str:
     """README.md of an exported folder.
 
-    base: the teacher, a name on the Hub or a folder. code, lora: the programs (see `code`) that run the folder and its
+    base: the teacher, a name on the Hub or a folder. code, lora: the programs (see `render_program`) that run the folder and its
     LoRA file; without the first the folder is an adapter. config: YAML. samples: a picture in the folder, of `prompt`.
     limits: what does not work. results: for the Hub's model-index. datasets: names on the Hub. files: beside the
     pipeline, to be told of. checked: what was verified, and against what.
@@ -175,7 +175,7 @@ def _table(results: Sequence[Result]) -> str:
     return f"## Evaluation\n\n| metric | value | protocol |\n|---|---:|---|\n{rows}"
 
 
-def evaluated(folder: str | Path, results: Sequence[Result]) -> None:
+def add_results(folder: str | Path, results: Sequence[Result]) -> None:
     """Write figures into the card of an exported folder: its model-index and its table.
 
     Those of the same protocol and metric are replaced, others stay. ValueError where the folder has no card.
@@ -205,6 +205,6 @@ def evaluated(folder: str | Path, results: Sequence[Result]) -> None:
     write_atomically(path, f"---\n{found.data.to_yaml()}\n---\n{bare.rstrip()}\n\n{table}\n{head}{after}")
 
 
-def snippet(text: str, n: int = 0) -> str:
+def python_block(text: str, n: int = 0) -> str:
     """The n-th Python block of a card."""
     return re.findall(r"^(`{3,})python\n(.*?)\n\1$", text, re.DOTALL | re.MULTILINE)[n][1]

@@ -28,7 +28,7 @@ def _is_table(schedule: VP) -> bool:
     return a.shape == b.shape and torch.allclose(a, b, rtol=1e-4)
 
 
-def levels(student: Student) -> tuple[list[float], float]:
+def sampler_levels(student: Student) -> tuple[list[float], float]:
     """ComfyUI's sigmas of the student's calls, and the factor of the unit noise at the first; else a ValueError."""
     denoiser, path, schedule = student.denoiser, student.denoiser.path, student.denoiser.schedule
     if not isinstance(schedule, VP) or not _is_table(schedule):
@@ -50,7 +50,7 @@ def levels(student: Student) -> tuple[list[float], float]:
     return (sigma / alpha).tolist(), student.input_scale * float(scale[0])
 
 
-def workflow(
+def build_workflow(
     student: Student,
     checkpoint: str,
     unet: str | None = None,
@@ -67,7 +67,7 @@ def workflow(
         raise ValueError(f"give the student's file either as unet or as lora; got unet={unet!r}, lora={lora!r}")
     if not student.transition.ends_at_data:
         raise ValueError("ComfyUI's samplers end at x0; this student ends at the level of timestep 0")
-    sigmas, first = levels(student)
+    sigmas, first = sampler_levels(student)
     last = float(VP.scaled_linear().ratio(torch.ones(1)))
     own = math.sqrt(1 + sigmas[0] ** 2) if sigmas[0] > last * (1 - 1e-5) else sigmas[0]  # ComfyUI's first factor
     add = abs(first / own - 1) > 1e-4

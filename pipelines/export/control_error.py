@@ -22,8 +22,8 @@ from distill.ranges import Count, Seed
 from distill.training.checkpoint import describe_disk_error
 from distill.training.config import StudentConfig
 from pipelines import fields
-from pipelines.export.schedule import finished, scheduler
-from pipelines.export.verify import Generated
+from pipelines.export.schedule import find_student_scheduler, student_config_of_export
+from pipelines.export.verify import GlobalGeneratorDraw
 from pipelines.inference import controlnet
 from pipelines.teacher import load_teacher
 
@@ -51,16 +51,16 @@ def measure_control_error(arguments: Arguments) -> dict[str, float]:
     teacher = load_teacher(arguments.folder)
     try:
         tree = yaml.safe_load(fields.facts(folder).get("config", ""))["method"]
-        picture = controlnet.extractor(teacher, tree["control"], tree["factor"])
+        picture = controlnet.picture_extractor(teacher, tree["control"], tree["factor"])
     except (yaml.YAMLError, KeyError, TypeError, AttributeError, RecursionError):
         facts = folder / "distill.json"
         raise ValueError(f"{facts} holds no configuration of a control: export the run again") from None
-    controlnet.install(teacher)
-    teacher.denoiser.net.control = controlnet.stored(folder)
-    config = finished(teacher, StudentConfig())
-    student = Student(teacher.denoiser, scheduler(teacher, config)[1], config.scale, config.renoise)
+    controlnet.install_adapter(teacher)
+    teacher.denoiser.net.control = controlnet.load_adapter(folder)
+    config = student_config_of_export(teacher, StudentConfig())
+    student = Student(teacher.denoiser, find_student_scheduler(teacher, config)[1], config.scale, config.renoise)
     prompts = teacher.family.examples(teacher)
-    c, draw, gaps = teacher.encode(prompts) or {}, Generated(teacher), []
+    c, draw, gaps = teacher.encode(prompts) or {}, GlobalGeneratorDraw(teacher), []
     generator = torch.Generator().manual_seed(arguments.seed)
     for _ in range(arguments.n):
         z, other = torch.randn(2, len(prompts), *teacher.shape, generator=generator)

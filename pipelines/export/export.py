@@ -51,7 +51,7 @@ from pipelines.export.model_card import (
     describe_verification,
     render_model_card,
 )
-from pipelines.export.schedule import scheduler as carrying
+from pipelines.export.schedule import find_student_scheduler as carrying
 from pipelines.export.verify import (
     LARGEST,
     PSNR,
@@ -59,9 +59,9 @@ from pipelines.export.verify import (
     Gap,
     Reference,
     compare,
-    place,
-    reference,
-    settled,
+    place_pipeline,
+    sample_reference,
+    verification_device,
 )
 from pipelines.families.latents import factor
 from pipelines.families.schedulers import zero_terminal
@@ -75,7 +75,7 @@ LEGS = (  # of the model card
 
 
 @dataclass(frozen=True)
-class Verified:
+class Verification:
     """Result of a verification. gaps: of the pipeline and of each single file; left: {skipped file: reason}."""
 
     gaps: dict[str, Gap]
@@ -84,7 +84,7 @@ class Verified:
 
 def export(
     student: Student, teacher: Teacher, net: nn.Module, scheduler: Scheduler, folder: Path, card: CardInfo
-) -> Verified:
+) -> Verification:
     """Write `net` (the student's averaged weights) as a pipeline folder. Of a link, the folder that it names.
 
     Text encoders, tokenizers and VAE are the teacher's files, byte for byte; ours are the network and `scheduler`
@@ -92,26 +92,26 @@ def export(
     Everything is read back by plain diffusers and compared with the student's own samples: an ExportError, and no
     folder, if the pipeline differs; a single file that does is left out.
     """
-    replaceable(folder)
+    check_replaceable(folder)
     folder = folder.resolve()
     student = student.using(net)
-    with experts.told(student) as steps:
-        expected = reference(student, teacher, net)
+    with experts.record_timesteps(student) as steps:
+        expected = sample_reference(student, teacher, net)
     limits = [LEGS] if any(to for _, to in student.legs) else []
     student = fold_end_times_of(student, teacher)
     one, net = student.denoiser, student.denoiser.net
     others = {
-        n: reference(replace(student, times=carrying(teacher, StudentConfig(steps=n))[1]), teacher, net)
+        n: sample_reference(replace(student, times=carrying(teacher, StudentConfig(steps=n))[1]), teacher, net)
         for n in teacher.family.verified_steps(teacher.parts)
         if n != len(student.times)
     }
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        base = controlnet.bare(one)
+        base = controlnet.without_controlnet(one)
         plain = strip(shallow_module_copy(net)) if adapters(net) else base.net
         exported = teacher.family.export_network(merged(plain), replace(student, denoiser=base))
-        write(teacher, exported, scheduler, partial)
+        write_pipeline(teacher, exported, scheduler, partial)
         if adapters(net):
             negative_prompt.write(net, partial / negative_prompt.FILE)
         if base is not one:
@@ -120,8 +120,8 @@ def export(
             limits = [experts.LIMIT.format(len(student.experts) + 1)]
         facts = {"student": True, "steps": len(student.times), "times": list(student.times), "config": card.config}
         (partial / "distill.json").write_text(json.dumps(facts | teacher.parts.asked, indent=1))
-        made, more, left = singles(student, teacher, net, partial, card)
-        gaps = verified(partial, made, teacher, expected, len(student.times), others, left)
+        made, more, left = write_single_files(student, teacher, net, partial, card)
+        gaps = verify_folder(partial, made, teacher, expected, len(student.times), others, left)
         limits = [*limits, *more, *remove_left_out(partial, left)]
         grid(expected.images * 2 - 1, columns=len(expected.prompts), side=256).save(partial / "samples.png")
         lora = next((file.name for file in made if file.stem.endswith("_lora") and file.name in gaps), "")
@@ -139,7 +139,7 @@ def export(
     partial.rename(folder)
     for file in folder.rglob("*.safetensors"):
         file.chmod((folder / "README.md").stat().st_mode)  # the library writes them for their owner alone
-    return Verified(gaps, left)
+    return Verification(gaps, left)
 
 
 def remove_left_out(folder: Path, left: dict[str, str]) -> list[str]:
@@ -168,7 +168,7 @@ def fold_end_times_of(student: Student, teacher: Teacher) -> Student:
     return replace(student, denoiser=found, jumps=False)
 
 
-def replaceable(folder: Path) -> None:
+def check_replaceable(folder: Path) -> None:
     """ValueError if `folder` holds anything but an earlier export, for an export replaces the whole folder."""
     try:
         folder = folder.resolve()
@@ -187,7 +187,7 @@ def replaceable(folder: Path) -> None:
         raise ValueError(f"{parent} is not a writable folder: choose another --output_dir")
 
 
-def verified(
+def verify_folder(
     folder: Path,
     made: list[Path],
     teacher: Teacher,
@@ -208,8 +208,8 @@ def verified(
     pipe = experts.install(DiffusionPipeline.from_pretrained(folder, **options, **absent), folder)
     if expected.negative is not None:
         pipe = negative_prompt.install(pipe, folder / negative_prompt.FILE)
-    pipe = controlnet.piped(pipe, folder, **options, **absent)
-    pipe = settled(pipe, place(teacher.parts.net))
+    pipe = controlnet.load_with_controlnet(pipe, folder, **options, **absent)
+    pipe = place_pipeline(pipe, verification_device(teacher.parts.net))
     pipe.safety_checker = None  # SD 1.x's: it blackens what it takes for harmful, which is not the student's doing
     gaps = {"pipeline": compare(pipe, teacher, expected, steps)}
     gaps |= {f"pipeline, {n} step{'s' * (n > 1)}": compare(pipe, teacher, other, n) for n, other in others.items()}
@@ -218,7 +218,7 @@ def verified(
         raise ExportError(f"the exported pipeline differs from the student: {told}; see {folder}")
     for file in made:
         try:
-            gap = compare(loaded(pipe, teacher, file), teacher, expected, steps)
+            gap = compare(load_single_file(pipe, teacher, file), teacher, expected, steps)
         except Exception as error:  # LoRA loaders raise all kinds of errors
             left[file.name] = f"diffusers does not load it ({type(error).__name__}: {error})"
             continue
@@ -232,11 +232,11 @@ def verified(
 Singles = tuple[list[Path], list[str], dict[str, str]]
 
 
-def singles(student: Student, teacher: Teacher, net: nn.Module, folder: Path, card: CardInfo) -> Singles:
+def write_single_files(student: Student, teacher: Teacher, net: nn.Module, folder: Path, card: CardInfo) -> Singles:
     """(files that load into plain diffusers, limitations, {file that cannot be written: reason})."""
     import diffusers
 
-    if isinstance(student.denoiser.call, controlnet.Controlled):
+    if isinstance(student.denoiser.call, controlnet.ControlledCall):
         return [], [controlnet.LIMIT], {}
     if not teacher.family.lora_targets:
         return [], list(teacher.family.limits(net)), {}
@@ -258,23 +258,23 @@ def singles(student: Student, teacher: Teacher, net: nn.Module, folder: Path, ca
     size = teacher.shape[-1] * factor(teacher.parts), teacher.shape[-2] * factor(teacher.parts)
     spec = lambda lora: single_files.modelspec(net, kind, card.name, size, lora, license=card.license.id)
     name = lambda what: single_files.file_name(card.name, steps, what)
-    part, adapted = single_files.part(net), hasattr(net, "peft_config")
+    part, adapted = single_files.network_name(net), hasattr(net, "peft_config")
     write = lambda what, to: try_write(folder / name(what), lambda file: to(net, file, spec(what != part)), left)
-    made = write(part, single_files.unet_file)
+    made = write(part, single_files.write_network_file)
     loads_lora = hasattr(getattr(diffusers, teacher.parts.index["_class_name"]), "load_lora_weights")
     if adapted and loads_lora:
-        made += write("lora", single_files.lora_file)
+        made += write("lora", single_files.write_lora_file)
     elif adapted:
         limits.append("There is no LoRA file: its diffusers pipeline cannot load one. It is merged into the network.")
     if part == "unet":
         given = {"lora": name("lora_comfy")} if adapted else {"unet": name("unet")}
         try:
-            flow = comfyui.workflow(student, "BASE.safetensors", size=size, **given)
+            flow = comfyui.build_workflow(student, "BASE.safetensors", size=size, **given)
             (folder / f"{card.name}_{steps}step_comfyui.json").write_text(json.dumps(flow, indent=1))
         except ValueError as error:
             limits.append(f"There is no workflow for ComfyUI: {error}.")
         if adapted:
-            made += write("lora_comfy", kohya.lora_file)
+            made += write("lora_comfy", kohya.write_lora_file)
     elif adapted and loads_lora:
         (config,) = net.peft_config.values()  # type: ignore[operator]
         limits.append(f"ComfyUI does not read this LoRA's alpha: set its strength to {config.lora_alpha / config.r:g}.")
@@ -293,7 +293,7 @@ def try_write(file: Path, write: Callable[[Path], Any], left: dict[str, str]) ->
     return [file]
 
 
-def loaded(pipe: Pipeline, teacher: Teacher, file: Path) -> Any:
+def load_single_file(pipe: Pipeline, teacher: Teacher, file: Path) -> Any:
     """The pipeline with the weights of one single file, as diffusers loads it on the teacher's network."""
     from safetensors.torch import load_file
 
@@ -306,16 +306,16 @@ def loaded(pipe: Pipeline, teacher: Teacher, file: Path) -> Any:
         net.load_state_dict(load_file(file))
     else:
         pipe.load_lora_weights(file.parent, weight_name=file.name)
-    return settled(pipe, place(net))
+    return place_pipeline(pipe, verification_device(net))
 
 
-def write(teacher: Teacher, net: Network, scheduler: Scheduler, folder: Path) -> None:
+def write_pipeline(teacher: Teacher, net: Network, scheduler: Scheduler, folder: Path) -> None:
     """The pipeline folder of the teacher with another network and scheduler."""
     parts = teacher.parts
     index = dict(parts.index)
     for name, entry in parts.index.items():
         if isinstance(entry, list) and entry[0] is not None and name not in (parts.network, "scheduler"):
-            if not copy(parts.folder / name, folder / name, parts.variant):
+            if not copy_component(parts.folder / name, folder / name, parts.variant):
                 shutil.rmtree(folder / name)
                 index[name] = [None, None]
     for file in parts.folder.glob("LICENSE*"):
@@ -331,7 +331,7 @@ PLAIN = re.compile(r"[^.]+\.safetensors(\.index\.json)?")  # model.safetensors, 
 WEIGHTS = re.compile(r".+\.(safetensors|bin|msgpack|onnx|onnx_data|h5|ckpt|pt|pth|xml)(\.index.*)?")
 
 
-def copy(source: Path, target: Path, variant: str | None) -> bool:
+def copy_component(source: Path, target: Path, variant: str | None) -> bool:
     """A component's files as they are: of several sets of weights the one that was loaded, under its plain name.
 
     False where the weights are pickles alone, which are not copied: a safety checker's, say, which nothing loads.
@@ -355,7 +355,7 @@ def copy(source: Path, target: Path, variant: str | None) -> bool:
 
 
 @dataclass(frozen=True)
-class Again:
+class ExportArguments:
     """Export a run's newest checkpoint, or a published student, as a verified pipeline folder."""
 
     run: Annotated[str, tyro.conf.Positional] = ""  # a run's folder, with its config.yaml
@@ -377,7 +377,7 @@ class Again:
     license: str | None = None  # of the student if the teacher's is unknown: apache-2.0, for example, or NAME,URL
 
 
-def trained(again: Again) -> tuple[Student, Teacher, Any, str, str, str]:
+def load_student_of_run(again: ExportArguments) -> tuple[Student, Teacher, Any, str, str, str]:
     """The averaged student of a run's checkpoint, its scheduler, the teacher's name, the method and configuration."""
     run = Path(again.run)
     if not (run / "config.yaml").is_file():
@@ -393,13 +393,13 @@ def trained(again: Again) -> tuple[Student, Teacher, Any, str, str, str]:
         raise ValueError(f"no checkpoint {again.checkpoint!r} in {run}; there are {[f.name for f in found]}")
     base = again.teacher or tree["teacher"]
     options: dict[str, Any] = {key: tree.get(key) for key in ("revision", "variant", "resolution", "frames")}
-    teacher = load_teacher(base, **options, guidance_embedded=tells(method, tree["method"]))
+    teacher = load_teacher(base, **options, guidance_embedded=embeds_guidance(method, tree["method"]))
     config = from_tree(StudentConfig, tree["student"])
     recorded = (history.last_entry(run) or {}).get("times")  # set by the method, if no flag gave them
     if config.times is None and recorded:
         config = replace(config, times=tuple(recorded))
     if "control" in tree["method"]:
-        controlnet.install(teacher)
+        controlnet.install_adapter(teacher)
     scheduler, times = carrying(teacher, config)
     denoiser = replace(teacher.denoiser, net=student_network(config, teacher.denoiser.net))
     weights = [TensorReader(file) for file in checkpoint.weight_files(chosen[0], "student")]
@@ -409,14 +409,14 @@ def trained(again: Again) -> tuple[Student, Teacher, Any, str, str, str]:
     rest = config.phases, earlier_experts(config, teacher.denoiser), jumps
     student = Student(denoiser, times, config.scale, config.renoise, *rest)
     if again.other:
-        student = mixed(
-            student, trained(replace(again, run=again.other, other="", checkpoint="latest"))[0], again.share
+        student = average_students(
+            student, load_student_of_run(replace(again, run=again.other, other="", checkpoint="latest"))[0], again.share
         )
         text += yaml.safe_dump({"other": again.other, "share": again.share})
     return student, teacher, scheduler, base, method, text
 
 
-def mixed(a: Student, b: Student, share: float) -> Student:
+def average_students(a: Student, b: Student, share: float) -> Student:
     """The student with the weights share A + (1 - share) B, adapters merged; both take their calls at the same levels.
 
     ValueError if they do not: a mean of weights is a student only where both began at the same ones.
@@ -431,7 +431,7 @@ def mixed(a: Student, b: Student, share: float) -> Student:
     return a.using(net)
 
 
-def tells(method: str, fields: dict[str, Any]) -> bool:
+def embeds_guidance(method: str, fields: dict[str, Any]) -> bool:
     """Whether a method of this name with these values tells its student the guidance."""
     known, w = {name.lower(): getattr(methods, name) for name in methods.__all__}, fields.get("guidance")
     if not isinstance(w, list) or method not in known:
@@ -440,12 +440,12 @@ def tells(method: str, fields: dict[str, Any]) -> bool:
     return Requirement.GUIDANCE_EMBEDDING in known[method](guidance=tuple(w), **options).requirements
 
 
-def published(again: Again) -> tuple[Student, Teacher, Any, str, str, str, tuple[str, ...]]:
+def load_published_student(again: ExportArguments) -> tuple[Student, Teacher, Any, str, str, str, tuple[str, ...]]:
     """A third-party student on its base; the last value is notes about the parts of the file that were used."""
     path = Path(again.published)
     if not path.exists():
         raise ValueError(f"no file or folder at {again.published!r}")
-    known = others.known(path, again.layout, again.steps)
+    known = others.identify_layout(path, again.layout, again.steps)
     teacher = load_teacher(again.teacher, None, again.variant, again.resolution, None)
     last = float(teacher.denoiser.schedule.native(torch.ones(1).double()))
     one = known.indices[0] if len(known.indices) == 1 else None
@@ -456,9 +456,9 @@ def published(again: Again) -> tuple[Student, Teacher, Any, str, str, str, tuple
         renoise=known.renoise,
         times=tuple(n / last for n in known.indices),
     )
-    found = others.read(path, teacher.denoiser.net)
+    found = others.read_published(path, teacher.denoiser.net)
     known = others.check_agreement(found, known, teacher.denoiser, zero_terminal(teacher.parts.scheduler()))
-    net = others.install(teacher.denoiser.net, found.weights)
+    net = others.network_with_weights(teacher.denoiser.net, found.weights)
     denoiser = replace(teacher.denoiser, net=net, kind=known.kind)
     scheduler, times = carrying(replace(teacher, denoiser=denoiser), config)
     student = Student(denoiser, times, known.scale, known.renoise)
@@ -467,8 +467,8 @@ def published(again: Again) -> tuple[Student, Teacher, Any, str, str, str, tuple
     return student, teacher, scheduler, again.teacher, again.layout or "", facts, notes
 
 
-def main(again: Again | None = None) -> None:
-    again = again or tyro.cli(Again, use_underscores=True, description=__doc__, prog=program_name())
+def main(again: ExportArguments | None = None) -> None:
+    again = again or tyro.cli(ExportArguments, use_underscores=True, description=__doc__, prog=program_name())
     from pipelines.launch import silence_libraries
 
     if bool(again.run) == bool(again.published):
@@ -482,7 +482,7 @@ def main(again: Again | None = None) -> None:
     try:
         silence_libraries()
         with folder_lock(out, beside=True):
-            export_again(again, out, name)
+            export_from_arguments(again, out, name)
     except (ValueError, ExportError) as error:
         fail(str(error))
     except (OSError, SafetensorError, MemoryError, RuntimeError) as error:
@@ -491,22 +491,24 @@ def main(again: Again | None = None) -> None:
         fail(f"{why} and give the same command again")
 
 
-def export_again(again: Again, out: Path, name: str) -> None:
+def export_from_arguments(again: ExportArguments, out: Path, name: str) -> None:
     """Write the pipeline folder `out`, and push it if `again` says so."""
-    replaceable(out)
-    repository = hub.create(again.hub_model_id or name, again.hub_private) if again.push_to_hub else None
-    student, teacher, scheduler, base, method, facts, *notes = trained(again) if again.run else published(again)
+    check_replaceable(out)
+    repository = hub.create_repository(again.hub_model_id or name, again.hub_private) if again.push_to_hub else None
+    student, teacher, scheduler, base, method, facts, *notes = (
+        load_student_of_run(again) if again.run else load_published_student(again)
+    )
     card = collect_card_info(name, teacher, base, method, facts, again.license, repository)
     if again.published:
         named = Path(base).name if Path(base).exists() else base
         source = f"the weights of {Path(again.published).name}, as they were read, on {named}"
         card = replace(card, source=source, notes=notes[0])
-    report(out, export(student, teacher, student.denoiser.net, scheduler, out, card), card)
+    report_export(out, export(student, teacher, student.denoiser.net, scheduler, out, card), card)
     if repository:
-        sys.stderr.write(f"pushed to {hub.push(out, repository)}\n")
+        sys.stderr.write(f"pushed to {hub.push_folder(out, repository)}\n")
 
 
-def report(folder: Path, found: Verified, card: CardInfo) -> None:
+def report_export(folder: Path, found: Verification, card: CardInfo) -> None:
     """Print the written files, the reference, and the differences of their images."""
     lines = [f"exported {folder}. Plain diffusers loaded it again; from the same noise its images differ from those"]
     lines += [f"of the training code's sampler with {card.source} (images in [0, 1]: largest difference, PSNR):"]

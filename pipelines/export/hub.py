@@ -20,7 +20,7 @@ class HubError(ExportError):
     """A push did not arrive on the Hub; the local folder is as it was."""
 
 
-def create(repo_id: str, private: bool = False) -> str:
+def create_repository(repo_id: str, private: bool = False) -> str:
     """Make the model repository, or find it, and see that it can be written to; its full name, "owner/name".
 
     repo_id: "owner/name", or "name" for one's own. private: without it a new repository is what its owner's settings
@@ -41,12 +41,12 @@ def create(repo_id: str, private: bool = False) -> str:
         )
     api = HfApi(library_name="distill")
     check = "check the network, or log in anew with `hf auth login`"
-    with _told("--push_to_hub: nobody could be logged in", ValueError, check):
+    with _report_as("--push_to_hub: nobody could be logged in", ValueError, check):
         api.whoami()
     choose = "choose a --hub_model_id that you may write to, with a token of that right"
-    with _told(f"--push_to_hub: {repo_id} cannot be created", ValueError, choose):
+    with _report_as(f"--push_to_hub: {repo_id} cannot be created", ValueError, choose):
         name = api.create_repo(repo_id, private=private or None, exist_ok=True).repo_id
-    with _told(f"--push_to_hub: {name} cannot be written to", ValueError, choose):
+    with _report_as(f"--push_to_hub: {name} cannot be written to", ValueError, choose):
         api.auth_check(name, write=True)
         public = private and not api.model_info(name).private
     if public:
@@ -54,7 +54,7 @@ def create(repo_id: str, private: bool = False) -> str:
     return name
 
 
-def push(folder: str | Path, repo_id: str, message: str = "Upload the student") -> str:
+def push_folder(folder: str | Path, repo_id: str, message: str = "Upload the student") -> str:
     """Send a folder to a repository that `create` returned; the address of the repository.
 
     Checkpoints and half-written files (IGNORE) stay here. HubError, one message, if the Hub does not take it; the
@@ -65,7 +65,7 @@ def push(folder: str | Path, repo_id: str, message: str = "Upload the student") 
     if not (Path(folder) / "README.md").is_file():
         raise ValueError(f"{folder} is not an exported folder: it has no README.md; export it first")
     again = f"the export in {folder} is complete; send it later with `hf upload {repo_id} {folder} .`"
-    with _told(f"the push to {repo_id} failed", HubError, again):
+    with _report_as(f"the push to {repo_id} failed", HubError, again):
         api = HfApi(library_name="distill")
         done = api.upload_folder(
             repo_id=repo_id, folder_path=folder, commit_message=message, ignore_patterns=list(IGNORE)
@@ -74,7 +74,7 @@ def push(folder: str | Path, repo_id: str, message: str = "Upload the student") 
 
 
 @contextmanager
-def _told(what: str, kind: type[Exception], then: str) -> Iterator[None]:
+def _report_as(what: str, kind: type[Exception], then: str) -> Iterator[None]:
     """Whatever goes wrong inside, files or network or server, as one message: what, why, and what to do."""
     try:
         yield

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from pipelines.export.single_files import adapters, write
+from pipelines.export.single_files import lora_adapters, write_tensors
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
@@ -70,7 +70,7 @@ def original_names(unet: UNet2DConditionModel) -> dict[str, str]:
     return names
 
 
-def lora_file(
+def write_lora_file(
     net: UNet2DConditionModel, path: Path, metadata: dict[str, str], dtype: torch.dtype = torch.float16
 ) -> Path:
     """The adapters of a UNet role in kohya's keys with the true alpha.
@@ -85,10 +85,10 @@ def lora_file(
     elif net.config.cross_attention_dim == 1024:
         metadata["ss_v2"] = "True"
     tensors = {}
-    for name, adapter in adapters(net).items():
+    for name, adapter in lora_adapters(net).items():
         if name not in names:
             raise ValueError(f"ComfyUI has no module for {name!r}: leave it out of the LoRA's targets")
         key = "lora_unet_" + (names[name] if sdxl else name).replace(".", "_")
         tensors[f"{key}.lora_down.weight"], tensors[f"{key}.lora_up.weight"] = adapter.down, adapter.up
         tensors[f"{key}.alpha"] = torch.tensor(adapter.alpha)
-    return write(tensors, path, metadata, dtype)
+    return write_tensors(tensors, path, metadata, dtype)

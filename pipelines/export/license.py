@@ -49,7 +49,7 @@ def hub_name(base: str | Path) -> str | None:
     return str(base) if re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(base)) and not Path(base).exists() else None
 
 
-def license_of(base: str | Path, given: str | None = None) -> License:
+def find_license(base: str | Path, given: str | None = None) -> License:
     """The licence of the students of `base`: `given`, or what the folder's README.md says, or a known teacher's.
 
     given: an identifier of the Hub's list, or "NAME,URL" for any other. ValueError where nothing is known.

@@ -11,8 +11,8 @@ from typing import Any
 
 from distill.diffusion.student import Student
 from pipelines.components import Scheduler
-from pipelines.export.card import Result, card, code
-from pipelines.export.license import UNKNOWN, License, license_of
+from pipelines.export.card import Result, render_card, render_program
+from pipelines.export.license import UNKNOWN, License, find_license
 from pipelines.export.verify import Gap
 from pipelines.families.latents import factor
 from pipelines.teacher import Teacher
@@ -38,7 +38,7 @@ def collect_card_info(
 ) -> CardInfo:
     """The facts of a card. license: the value of --license. A student that is published (model) needs a known one."""
     try:
-        known = license_of(teacher.parts.folder if Path(base).exists() else base, license)
+        known = find_license(teacher.parts.folder if Path(base).exists() else base, license)
     except ValueError:
         if model:
             raise
@@ -80,7 +80,7 @@ def render_model_card(
     """The model card. checked: what was verified."""
     family, steps = teacher.family, len(student.times)
     program = render_call(teacher, steps, prompt)
-    return card(
+    return render_card(
         info.name,
         info.base,
         info.license,
@@ -88,8 +88,8 @@ def render_model_card(
         info.method,
         steps,
         info.config,
-        code=code(program, where, absent=absent_components(teacher)),
-        lora=code(program, where, info.base, lora, type(scheduler).__name__, absent_components(teacher))
+        code=render_program(program, where, absent=absent_components(teacher)),
+        lora=render_program(program, where, info.base, lora, type(scheduler).__name__, absent_components(teacher))
         if lora
         else "",
         task=family.task,

@@ -26,9 +26,9 @@ from torch import Tensor, nn
 from distill.diffusion.transition import Renoise
 from distill.modules import shallow_module_copy
 from distill.training.checkpoint import open_safetensors
-from pipelines.export.adapter_config import FILE, settings
+from pipelines.export.adapter_config import FILE, read_settings
 from pipelines.export.kohya import original_names
-from pipelines.export.single_files import Adapter, part
+from pipelines.export.single_files import Adapter, network_name
 
 KEY = re.compile(
     r"(?:lora_unet_|unet\.|transformer\.|diffusion_model\.|base_model\.model\.)*(?P<module>.+?)"
@@ -52,7 +52,7 @@ GROUPS = {  # first word of a key in an all-in-one checkpoint: the component
 
 
 @dataclass(frozen=True)
-class Published:
+class PublishedWeights:
     """Content of a published file. weights: a state dict, or a LoRA's adapters by module.
 
     kind, zero: what the file says that its network predicts, and of a zero terminal SNR; None, False: it says nothing.
@@ -71,7 +71,7 @@ class Published:
 
 
 @dataclass(frozen=True)
-class Known:
+class Layout:
     """How a published student samples: indices of its calls in SD's table of 1000, and as in Student."""
 
     indices: tuple[int, ...]
@@ -80,27 +80,30 @@ class Known:
     kind: Literal["eps", "x0"] = "eps"  # what the network predicts
 
 
-def trailing(steps: int) -> tuple[int, ...]:
+def trailing_indices(steps: int) -> tuple[int, ...]:
     """EulerDiscreteScheduler(timestep_spacing="trailing")'s indices."""
     return tuple(round(1000 - i * 1000 / steps) - 1 for i in range(steps))
 
 
-def lcm(steps: int) -> tuple[int, ...]:
+def lcm_indices(steps: int) -> tuple[int, ...]:
     """LCMScheduler's indices with its default of 50 original steps: 999, 759, 499, 259 for 4."""
     return tuple(999 - 20 * (i * 50 // steps) for i in range(steps))
 
 
-STUDENTS: dict[str, tuple[tuple[int, ...], Callable[[int], Known]]] = {  # layout -> (published steps, facts)
+STUDENTS: dict[str, tuple[tuple[int, ...], Callable[[int], Layout]]] = {  # layout -> (published steps, facts)
     # README of tianweiy/DMD2: LCMScheduler, timesteps [999, 749, 499, 249], and [399] for one step; guidance 0
-    "dmd2": ((4, 1), lambda steps: Known((999, 749, 499, 249) if steps == 4 else (399,), 1.0, "fresh")),
+    "dmd2": ((4, 1), lambda steps: Layout((999, 749, 499, 249) if steps == 4 else (399,), 1.0, "fresh")),
     # card of ByteDance/SDXL-Lightning: Euler, trailing, guidance 0; the one-step UNet predicts "sample"
-    "lightning": ((4, 1, 2, 8), lambda steps: Known(trailing(steps), None, "ddim", "x0" if steps == 1 else "eps")),
+    "lightning": (
+        (4, 1, 2, 8),
+        lambda steps: Layout(trailing_indices(steps), None, "ddim", "x0" if steps == 1 else "eps"),
+    ),
     # card of latent-consistency/lcm-lora-sdxl: LCMScheduler, 2 to 8 steps
-    "lcm": ((4, 1, 2, 3, 5, 6, 7, 8), lambda steps: Known(lcm(steps), 1.0, "fresh")),
+    "lcm": ((4, 1, 2, 3, 5, 6, 7, 8), lambda steps: Layout(lcm_indices(steps), 1.0, "fresh")),
 }
 
 
-def known(path: Path, layout: str | None = None, steps: int | None = None) -> Known:
+def identify_layout(path: Path, layout: str | None = None, steps: int | None = None) -> Layout:
     """The student of a file: by layout ("dmd2", "lightning", "lcm") and steps, else as its name and folder say."""
     name = f"{path.parent.name}/{path.name}".lower()
     layout = layout or next((key for key in STUDENTS if key in name), None)
@@ -114,7 +117,7 @@ def known(path: Path, layout: str | None = None, steps: int | None = None) -> Kn
     return facts(steps)
 
 
-def read(path: Path, net: nn.Module) -> Published:
+def read_published(path: Path, net: nn.Module) -> PublishedWeights:
     """A published file, or a folder that holds one, in the names of `net`, the base's network (meta tensors do).
 
     A whole network comes as its state dict, a LoRA as its adapters by module. A ValueError names what does not fit.
@@ -136,15 +139,15 @@ def read(path: Path, net: nn.Module) -> Published:
     kind: Literal["eps", "v"] | None = "v" if "v_pred" in marks else told
     if any(re.search(r"[._]lora[._]|[._]hada_|[._]lokr_|dora_scale", key) for key in tensors):
         adapters, notes = _adapters(tensors, metadata, net, path)
-        return Published(adapters, kind, "ztsnr" in marks, notes=notes)
+        return PublishedWeights(adapters, kind, "ztsnr" in marks, notes=notes)
     inside = "model.diffusion_model."
     own = {k.removeprefix(inside): v for k, v in tensors.items() if k.startswith(inside)}
     rest = {k: v for k, v in tensors.items() if own and not k.startswith(inside)}
     weights = _weights(own or tensors, net, path)
-    return Published(weights, kind, "ztsnr" in marks, _levels(rest), _unused(rest, path))
+    return PublishedWeights(weights, kind, "ztsnr" in marks, _levels(rest), _unused(rest, path))
 
 
-def check_agreement(found: Published, known: Known, base: Any, zero: bool) -> Known:
+def check_agreement(found: PublishedWeights, known: Layout, base: Any, zero: bool) -> Layout:
     """`known` with the prediction type of file and base; ValueError if these contradict each other.
 
     base: the base's denoiser; zero: its terminal SNR is zero.
@@ -196,7 +199,7 @@ def _unused(rest: dict[str, Tensor], path: Path) -> tuple[str, ...]:
     return (f"Tensors of {path.name} that are not used: {listed}. The text encoders and the VAE are the base's.",)
 
 
-def install(net: nn.Module, weights: dict[str, Tensor] | dict[str, Adapter]) -> nn.Module:
+def network_with_weights(net: nn.Module, weights: dict[str, Tensor] | dict[str, Adapter]) -> nn.Module:
     """What `read` gave as a role on the base `net`: a copy of it, or adapters on a tree that shares its weights."""
     found = {n: a for n, a in weights.items() if isinstance(a, Adapter)}
     if not found:
@@ -262,8 +265,8 @@ def _adapters(
 
     With it a sentence that says where its alpha is from.
     """
-    prefix, state = part(net), net.state_dict()
-    told = settings(path, metadata, prefix)
+    prefix, state = network_name(net), net.state_dict()
+    told = read_settings(path, metadata, prefix)
     for key in tensors:
         if other := re.search(r"dora_scale|lora_magnitude_vector|hada_w|lokr_w", key):
             raise ValueError(f"{path}: {key!r} is {OTHERS[other[0]]}, which is not read; merge it into its base")

@@ -26,7 +26,7 @@ from distill.diffusion.student import Student
 from distill.training.config import StudentConfig
 from pipelines.components import ExportError, Network, Parts, Scheduler
 from pipelines.export.model_card import CardInfo, render_model_card
-from pipelines.export.verify import TOLERANCE, Generated, exact
+from pipelines.export.verify import TOLERANCE, GlobalGeneratorDraw, exact_arithmetic
 from pipelines.inference import controlnet
 from pipelines.teacher import Teacher
 
@@ -117,7 +117,7 @@ def rehearse(student: Student, teacher: Teacher, scheduler: Scheduler, card: Car
     """
     name = f"{teacher.parts.index['_class_name']} under {type(scheduler).__name__}"
     try:
-        with on_cpu(teacher.parts), exact(0, CPU), torch.no_grad():
+        with on_cpu(teacher.parts), exact_arithmetic(0, CPU), torch.no_grad():
             gaps = differences(student, teacher, scheduler, card)
     except (ValueError, ExportError):
         raise
@@ -139,10 +139,10 @@ def rehearse(student: Student, teacher: Teacher, scheduler: Scheduler, card: Car
 
 def differences(student: Student, teacher: Teacher, scheduler: Scheduler, card: CardInfo) -> dict[int, float]:
     """{steps: largest difference of an image in [0, 1]} of the pipeline and the student's sampler."""
-    from pipelines.export.schedule import scheduler as carrying
+    from pipelines.export.schedule import find_student_scheduler as carrying
 
     parts, family = teacher.parts, teacher.family
-    base = controlnet.bare(untimed(student.denoiser))
+    base = controlnet.without_controlnet(untimed(student.denoiser))
     call = family.export_call(base.call)
     denoiser = replace(base, net=StandIn(base.net, base.kind), call=call)
     one = replace(student, denoiser=denoiser, experts=(), phases=1, jumps=False)
@@ -156,10 +156,10 @@ def differences(student: Student, teacher: Teacher, scheduler: Scheduler, card: 
     shape = (teacher.shape[0], 1, *teacher.shape[2:]) if len(teacher.shape) == 4 else teacher.shape  # one picture
     z, gaps = torch.randn(1, *shape), {}
     for n, each in students.items():
-        with exact(n, CPU):
-            x = each.generate(z, c, Generated(teacher))
+        with exact_arithmetic(n, CPU):
+            x = each.generate(z, c, GlobalGeneratorDraw(teacher))
         image = (teacher.decode(x).float() / 2 + 0.5).clamp(0, 1)
-        with exact(n, CPU):
+        with exact_arithmetic(n, CPU):
             made = family.sample(pipe, [prompt], z, n, family.no_guidance, None)
         gaps[n] = float((made.float().clamp(0, 1) - image).abs().max())
     render_model_card(one, teacher, scheduler, card, card.name, prompt, "", [])

@@ -13,7 +13,7 @@ import tyro
 
 from distill.configuration import fail
 from distill.layout import program_name
-from pipelines.export.export import write
+from pipelines.export.export import write_pipeline
 from pipelines.families.sana import SPRINT, with_config
 from pipelines.teacher import load_teacher
 
@@ -38,4 +38,4 @@ def main(arguments: Arguments | None = None) -> None:
             raise ValueError(f"{arguments.teacher} is a {kind}; give a SanaPipeline")
     except ValueError as error:
         fail(str(error))
-    write(teacher, with_config(teacher.denoiser.net, **SPRINT), teacher.parts.scheduler(), folder)
+    write_pipeline(teacher, with_config(teacher.denoiser.net, **SPRINT), teacher.parts.scheduler(), folder)

@@ -29,7 +29,7 @@ from pipelines.families.base import Teacher
 from pipelines.families.student_schedulers import Times, pipeline_times, times_gap
 
 
-def scheduler(teacher: Teacher, student: StudentConfig) -> tuple[Any, Times]:
+def find_student_scheduler(teacher: Teacher, student: StudentConfig) -> tuple[Any, Times]:
     """(scheduler, times): a diffusers scheduler whose config carries the student, and the times it visits.
 
     A ValueError says what cannot be carried, and what can.
@@ -63,7 +63,7 @@ def scheduler(teacher: Teacher, student: StudentConfig) -> tuple[Any, Times]:
     )
 
 
-def finished(teacher: Teacher, given: StudentConfig) -> StudentConfig:
+def student_config_of_export(teacher: Teacher, given: StudentConfig) -> StudentConfig:
     """If the teacher is an exported student, `given` with that student's times, scale and noise; else `given`."""
     facts = fields.facts(teacher.parts.folder)
     if facts.get("student") is not True:

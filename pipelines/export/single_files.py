@@ -36,7 +36,7 @@ class Adapter:
     alpha: float
 
 
-def part(net: nn.Module) -> str:
+def network_name(net: nn.Module) -> str:
     """The pipeline's name for the network, which is also the prefix of LoRA keys: "unet" or "transformer"."""
     return "unet" if "UNet" in type(net).__name__ else "transformer"
 
@@ -75,7 +75,7 @@ def modelspec(
     return {f"modelspec.{key}": value for key, value in keys.items() if value}
 
 
-def write(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str], dtype: torch.dtype) -> Path:
+def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str], dtype: torch.dtype) -> Path:
     """A safetensors file with float arrays in `dtype`; a ValueError if they overflow it or the disk is too small."""
     out = {}
     for name, t in tensors.items():
@@ -92,12 +92,14 @@ def write(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str], dtyp
     return path
 
 
-def unet_file(net: nn.Module, path: Path, metadata: dict[str, str], dtype: torch.dtype = torch.float16) -> Path:
+def write_network_file(
+    net: nn.Module, path: Path, metadata: dict[str, str], dtype: torch.dtype = torch.float16
+) -> Path:
     """The network with its adapters merged, in diffusers' keys."""
-    return write(merged(net).state_dict(), path, metadata, dtype)
+    return write_tensors(merged(net).state_dict(), path, metadata, dtype)
 
 
-def adapters(net: nn.Module) -> dict[str, Adapter]:
+def lora_adapters(net: nn.Module) -> dict[str, Adapter]:
     """The LoRA layers of a role by the backbone's module names; a ValueError if there are none."""
     from peft.tuners.lora import LoraLayer
 
@@ -112,17 +114,19 @@ def adapters(net: nn.Module) -> dict[str, Adapter]:
     return found
 
 
-def lora_file(net: Network, path: Path, metadata: dict[str, str], dtype: torch.dtype = torch.float16) -> Path:
+def write_lora_file(net: Network, path: Path, metadata: dict[str, str], dtype: torch.dtype = torch.float16) -> Path:
     """The adapters of a role for `pipe.load_lora_weights(path)`: PEFT's keys and its config, so nothing is guessed.
 
     Of the config, what differs from PEFT's defaults: an older PEFT refuses keys that it does not know.
     """
     from peft import LoraConfig
 
-    prefix, tensors = part(net), {}
-    for name, adapter in adapters(net).items():
+    prefix, tensors = network_name(net), {}
+    for name, adapter in lora_adapters(net).items():
         tensors[f"{prefix}.{name}.lora_A.weight"], tensors[f"{prefix}.{name}.lora_B.weight"] = adapter.down, adapter.up
     (config,), default = net.peft_config.values(), LoraConfig().to_dict()
     config = {k: v for k, v in config.to_dict().items() if k in ("r", "lora_alpha") or v != default[k]}
     packed = {f"{prefix}.{k}": sorted(v) if isinstance(v, set) else v for k, v in config.items()}
-    return write(tensors, path, {**metadata, "lora_adapter_metadata": json.dumps(packed, sort_keys=True)}, dtype)
+    return write_tensors(
+        tensors, path, {**metadata, "lora_adapter_metadata": json.dumps(packed, sort_keys=True)}, dtype
+    )

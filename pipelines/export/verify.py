@@ -46,7 +46,7 @@ class Gap(NamedTuple):
         return f"{self.largest:.2g}, PSNR {self.psnr:.1f} dB"
 
 
-class Generated(Draw):
+class GlobalGeneratorDraw(Draw):
     """Noise in the order in which a diffusers pipeline takes it from the device's global generator."""
 
     def __init__(self, teacher: Teacher, device: torch.device | str = "cpu") -> None:
@@ -59,7 +59,7 @@ class Generated(Draw):
 
 
 @contextmanager
-def exact(seed: int, device: torch.device) -> Iterator[None]:
+def exact_arithmetic(seed: int, device: torch.device) -> Iterator[None]:
     """Random numbers from `seed`, and products in whole float32: TF32 alone moves an image by more than TOLERANCE."""
     cuda = [device] if device.type == "cuda" else []
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
@@ -72,7 +72,7 @@ def exact(seed: int, device: torch.device) -> Iterator[None]:
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
 
 
-def place(net: nn.Module) -> torch.device:
+def verification_device(net: nn.Module) -> torch.device:
     """A GPU that holds the network in float32 and the pass of one sample, else the CPU."""
     size = sum(p.numel() * 4 for p in net.parameters())
     torch.cuda.empty_cache()  # what training has freed is free for the driver only now
@@ -80,7 +80,7 @@ def place(net: nn.Module) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if fits else torch.device("cpu")
 
 
-def settled(pipe: Pipeline, device: torch.device) -> Any:
+def place_pipeline(pipe: Pipeline, device: torch.device) -> Any:
     """The pipeline on the device; on a GPU one component at a time."""
     pipe.set_progress_bar_config(disable=True)
     if device.type == "cuda":
@@ -89,28 +89,30 @@ def settled(pipe: Pipeline, device: torch.device) -> Any:
 
 
 @torch.no_grad()
-def reference(student: Student, teacher: Teacher, net: nn.Module) -> Reference:
+def sample_reference(student: Student, teacher: Teacher, net: nn.Module) -> Reference:
     """Samples of the student with the weights `net`, one by one, from noise of fixed seeds."""
-    prompts, device = teacher.family.examples(teacher), place(net)
+    prompts, device = teacher.family.examples(teacher), verification_device(net)
     z = torch.randn(len(prompts), *teacher.shape, generator=torch.Generator().manual_seed(0))
     teacher.parts.drop_text()  # it may be on another device
     teacher.parts.device = device
-    with exact(0, device):
+    with exact_arithmetic(0, device):
         encoded = [teacher.encode([prompt]) for prompt in prompts]
         if negative := NEGATIVE if adapters(net) else None:
             encoded = [with_negative_prompt(c, teacher.negative([negative])) for c in encoded]
     teacher.parts.drop_text()
-    before, found, told = next(net.parameters()).device, [], controlnet.example(student.denoiser, teacher)
+    before, found, told = next(net.parameters()).device, [], controlnet.example_picture(student.denoiser, teacher)
     roles = net, *(expert.net for expert in student.experts)
     for role in roles:
         role.to(device)
     for i, given in enumerate(encoded):
         c = {key: value.to(device) for key, value in ((given or {}) | told).items()}
-        with exact(i, device):
-            found.append(student.using(net).generate(z[i : i + 1].to(device), c or None, Generated(teacher, device)))
+        with exact_arithmetic(i, device):
+            found.append(
+                student.using(net).generate(z[i : i + 1].to(device), c or None, GlobalGeneratorDraw(teacher, device))
+            )
     for role in roles:
         role.to(before)
-    with exact(0, device):  # network and decoder are never on the device together
+    with exact_arithmetic(0, device):  # network and decoder are never on the device together
         images = torch.cat([teacher.decode(x).cpu() for x in found])
     images = (images.float() / 2 + 0.5).clamp(0, 1)
     return Reference(tuple(prompts), z, images, negative, told.get("control"))
@@ -121,9 +123,9 @@ def compare(pipe: Pipeline, teacher: Teacher, expected: Reference, steps: int) -
     """How far a pipeline's images are from the reference; nan where one is not finite."""
     family, gaps, device = teacher.family, [], pipe._execution_device
     if expected.picture is not None:
-        pipe = controlnet.Shown(pipe, expected.picture.to(device))
+        pipe = controlnet.ControlledPipeline(pipe, expected.picture.to(device))
     for i, prompt in enumerate(expected.prompts):
-        with exact(i, device):
+        with exact_arithmetic(i, device):
             z = expected.z[i : i + 1].to(device)
             image = family.sample(pipe, [prompt], z, steps, family.no_guidance, expected.negative)
         gaps.append(image.float().cpu().clamp(0, 1) - expected.images[i : i + 1])

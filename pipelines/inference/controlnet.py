@@ -48,15 +48,17 @@ LIMIT = (
 # ---- pictures of samples ----
 
 
-def asked(config: Config[Any, Any], teacher: Teacher) -> Callable[[Tensor], Tensor]:
+def build_control_extractor(config: Config[Any, Any], teacher: Teacher) -> Callable[[Tensor], Tensor]:
     """c of a run's method: samples [B, *shape] -> pictures [B, C, H, W] in [0, 1], without gradient."""
     method = config.method
-    return extractor(teacher, method.control, method.factor, None if config.smoke else method.control_decoder)
+    return picture_extractor(teacher, method.control, method.factor, None if config.smoke else method.control_decoder)
 
 
-def extractor(teacher: Teacher, name: str, factor: int, decoder: str | None = None) -> Callable[[Tensor], Tensor]:
+def picture_extractor(
+    teacher: Teacher, name: str, factor: int, decoder: str | None = None
+) -> Callable[[Tensor], Tensor]:
     """The picture of the decoded samples; name and factor as in `PICTURES`."""
-    images = perceptual.pictures(teacher, decoder)
+    images = perceptual.picture_decoder(teacher, decoder)
 
     @torch.no_grad()
     def picture(x: Tensor) -> Tensor:
@@ -109,15 +111,15 @@ PICTURES: dict[str, Callable[[Tensor, int], Tensor]] = {"canny": canny, "downsam
 # ---- the adapter ----
 
 
-def install(teacher: Teacher) -> None:
+def install_adapter(teacher: Teacher) -> None:
     """Give the teacher's network the adapter, and let its denoiser hear "control". ValueError where it is no UNet."""
     pixels = "vae" not in teacher.parts.index
     net, channels, factor = teacher.denoiser.net, teacher.shape[0] if pixels else 3, 1
-    net.control = controlnet(net, channels, factor if pixels else latents.factor(teacher.parts))
-    teacher.denoiser = replace(teacher.denoiser, call=Controlled(teacher.denoiser.call))
+    net.control = build_adapter(net, channels, factor if pixels else latents.factor(teacher.parts))
+    teacher.denoiser = replace(teacher.denoiser, call=ControlledCall(teacher.denoiser.call))
 
 
-def controlnet(net: Network, channels: int, factor: int) -> Any:
+def build_adapter(net: Network, channels: int, factor: int) -> Any:
     """An adapter to pictures [B, channels, factor H, factor W] for a UNet of samples [B, ., H, W]."""
     from diffusers import ControlNetModel, UNet2DConditionModel, UNet2DModel
 
@@ -137,7 +139,7 @@ def controlnet(net: Network, channels: int, factor: int) -> Any:
 
 
 @contextmanager
-def shown(net: nn.Module, adapter: nn.Module, picture: Tensor) -> Iterator[None]:
+def show_picture(net: nn.Module, adapter: nn.Module, picture: Tensor) -> Iterator[None]:
     """Within, a UNet of diffusers is shown a picture [B or 1, C, H, W] at every call."""
     found: list[Tensor] = []
 
@@ -171,7 +173,7 @@ def shown(net: nn.Module, adapter: nn.Module, picture: Tensor) -> Iterator[None]
 
 
 @dataclass(frozen=True)
-class Controlled:
+class ControlledCall:
     """`call`, of a network whose child `control` is shown the picture if c has "control"."""
 
     call: Call
@@ -183,13 +185,13 @@ class Controlled:
     def __call__(self, net: nn.Module, x: Tensor, t: Tensor, c: Condition) -> Tensor:
         if c is None or "control" not in c:
             return self.call(net, x, t, c)
-        with shown(net, net.control, c["control"]):  # type: ignore[arg-type]
+        with show_picture(net, net.control, c["control"]):  # type: ignore[arg-type]
             return self.call(net, x, t, {key: value for key, value in c.items() if key != "control"} or None)
 
 
-def bare(denoiser: Denoiser) -> Denoiser:
+def without_controlnet(denoiser: Denoiser) -> Denoiser:
     """The denoiser without its adapter. Weights are shared."""
-    if not isinstance(denoiser.call, Controlled):
+    if not isinstance(denoiser.call, ControlledCall):
         return denoiser
     net = shallow_module_copy(denoiser.net)
     del net.control
@@ -199,9 +201,9 @@ def bare(denoiser: Denoiser) -> Denoiser:
 # ---- exported ----
 
 
-def example(denoiser: Denoiser, teacher: Teacher) -> dict[str, Tensor]:
+def example_picture(denoiser: Denoiser, teacher: Teacher) -> dict[str, Tensor]:
     """A picture that an export is verified on, as a condition [1, ...]; of a denoiser without an adapter nothing."""
-    if not isinstance(denoiser.call, Controlled):
+    if not isinstance(denoiser.call, ControlledCall):
         return {}
     adapter: Any = denoiser.net.control
     side = latents.factor(teacher.parts) if "vae" in teacher.parts.index else 1
@@ -213,7 +215,7 @@ def example(denoiser: Denoiser, teacher: Teacher) -> dict[str, Tensor]:
     }
 
 
-class Shown:
+class ControlledPipeline:
     """A pipeline that is shown a picture at every call; in all else the pipeline itself."""
 
     def __init__(self, pipe: Pipeline, picture: Tensor) -> None:
@@ -222,7 +224,7 @@ class Shown:
     def __call__(self, *args: Any, **options: Any) -> Any:
         if hasattr(self.pipe, "controlnet"):
             return self.pipe(*args, image=self.picture, **options)
-        with shown(self.pipe.unet, self.pipe.unet.control, self.picture):
+        with show_picture(self.pipe.unet, self.pipe.unet.control, self.picture):
             return self.pipe(*args, **options)
 
     def __getattr__(self, name: str) -> Any:
@@ -232,7 +234,7 @@ class Shown:
         setattr(self.pipe, name, value)
 
 
-def stored(folder: Path) -> Any:
+def load_adapter(folder: Path) -> Any:
     """The adapter of an exported folder."""
     from diffusers import ControlNetModel
 
@@ -240,7 +242,7 @@ def stored(folder: Path) -> Any:
     return found.requires_grad_(False).eval()
 
 
-def piped(pipe: Pipeline, folder: Path, **options: Any) -> Any:
+def load_with_controlnet(pipe: Pipeline, folder: Path, **options: Any) -> Any:
     """The pipeline that was loaded from `folder` with the adapter there: diffusers' own of ControlNets, if it has one.
 
     A folder without an adapter leaves it as it is. options: of from_pretrained.
@@ -249,7 +251,7 @@ def piped(pipe: Pipeline, folder: Path, **options: Any) -> Any:
         return pipe
     import diffusers
 
-    adapter = stored(folder).to(pipe.unet.device)
+    adapter = load_adapter(folder).to(pipe.unet.device)
     cls = getattr(diffusers, type(pipe).__name__.replace("Pipeline", "ControlNetPipeline"), None)
     if cls is not None:
         return cls.from_pretrained(folder, controlnet=adapter, **options)

@@ -32,7 +32,7 @@ from distill.layout import program_name
 from distill.networks.lora import merged
 from distill.training.checkpoint import describe_disk_error
 from pipelines import fields
-from pipelines.components import Pipeline, index
+from pipelines.components import Pipeline, read_index
 
 INDEX = "experts.json"
 LIMIT = (
@@ -42,7 +42,7 @@ LIMIT = (
 
 
 @contextmanager
-def told(student: Student) -> Iterator[list[float]]:
+def record_timesteps(student: Student) -> Iterator[list[float]]:
     """The timesteps that the networks of a student with experts are told, call by call, within the context."""
     seen: list[float] = []
     handles = []
@@ -70,7 +70,7 @@ def write(student: Student, net: nn.Module, steps: Sequence[float], network: str
     first, last = student.phase
     n = last - first
     bounds = [(steps[i - 1] + steps[i]) / 2 for i in range(n, first + 1, n)]
-    entries = index(folder)
+    entries = read_index(folder)
     if len(student.experts) == 1 and f"{network}_2" in entries:
         shutil.move(folder / network, folder / f"{network}_2")
         merged(student.experts[0].net).save_pretrained(folder / network)  # type: ignore[operator]
@@ -93,7 +93,7 @@ def install(pipe: Pipeline, folder: str | Path) -> Any:
     path = Path(folder) / INDEX
     if not path.is_file():
         return pipe
-    facts = routes(path)
+    facts = read_routes(path)
     net = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
     count = len(facts["bounds"]) if facts["by"] == "timestep" else len(facts["classes"]) - 1
     others = []
@@ -109,7 +109,7 @@ def install(pipe: Pipeline, folder: str | Path) -> Any:
 
     def forward(*args: Any, **options: Any) -> Any:
         given = torch.as_tensor(signature.bind(*args, **options).arguments[facts["by"]]).reshape(-1)
-        which = chosen(facts, given)
+        which = select_network(facts, given)
         if len(each := which.unique().tolist()) == 1:
             return calls[each[0]](*args, **options)
         made = {k: calls[k](*args, **options) for k in each}
@@ -122,7 +122,7 @@ def install(pipe: Pipeline, folder: str | Path) -> Any:
     return pipe
 
 
-def routes(path: Path) -> dict[str, Any]:
+def read_routes(path: Path) -> dict[str, Any]:
     """experts.json: "by" "timestep" with falling "bounds", or "class_labels" with the "classes" of each network."""
     facts = fields.read(path)
     bounds, classes, by = facts.get("bounds"), facts.get("classes"), facts.get("by")
@@ -140,7 +140,7 @@ def are_labels(value: Any) -> bool:
     )
 
 
-def chosen(facts: dict[str, Any], given: Tensor) -> Tensor:
+def select_network(facts: dict[str, Any], given: Tensor) -> Tensor:
     """The number of the network for each value that a pipeline tells: a timestep, or a label."""
     if facts["by"] == "timestep":
         bounds = torch.tensor(facts["bounds"], device=given.device)
@@ -152,14 +152,14 @@ def chosen(facts: dict[str, Any], given: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Students:
+class Arguments:
     """One pipeline of the students of all parts of the classes (--data.classes)."""
 
     students: Annotated[tuple[str, ...], tyro.conf.Positional]  # exported folders
     output_dir: str = ""  # the folder to write
 
 
-def gather(students: Sequence[str | Path], out: Path) -> None:
+def gather_students(students: Sequence[str | Path], out: Path) -> None:
     """Write the pipeline of all students to `out`, a new folder. ValueError where they are not parts of one whole."""
     folders = [Path(student) for student in students]
     if len(folders) < 2:
@@ -176,7 +176,7 @@ def gather(students: Sequence[str | Path], out: Path) -> None:
     if len(scheduled) > 1 or len({f"{fact.get('times')}" for fact in facts}) > 1:
         raise ValueError("the students have different times or schedulers; they must differ in their data alone")
     *others, last = folders
-    network = "unet" if "unet" in index(last) else "transformer"
+    network = "unet" if "unet" in read_index(last) else "transformer"
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -203,11 +203,11 @@ def _classes(folder: Path, facts: dict[str, Any]) -> list[int]:
     return found
 
 
-def main(given: Students | None = None) -> None:
-    given = given or tyro.cli(Students, use_underscores=True, description=__doc__, prog=program_name())
+def main(given: Arguments | None = None) -> None:
+    given = given or tyro.cli(Arguments, use_underscores=True, description=__doc__, prog=program_name())
     try:
         with folder_lock(given.output_dir, beside=True):
-            gather(given.students, Path(given.output_dir))
+            gather_students(given.students, Path(given.output_dir))
     except ValueError as error:
         fail(str(error))
     except OSError as error:

@@ -64,7 +64,7 @@ class NAG:
 
 
 @contextmanager
-def negative(teacher: Teacher, text: str, rule: Rule, net: nn.Module | None = None) -> Iterator[None]:
+def apply_negative_prompt(teacher: Teacher, text: str, rule: Rule, net: nn.Module | None = None) -> Iterator[None]:
     """Within, every cross-attention of `net` also turns away from `text`.
 
     net: of the teacher's family, a student's say; None: the teacher's own. ValueError where it has no cross-attention:
@@ -72,7 +72,7 @@ def negative(teacher: Teacher, text: str, rule: Rule, net: nn.Module | None = No
     """
     net = teacher.denoiser.net if net is None else net
     found = [*layers(net).values()]
-    words, before = said(teacher, text, net, found[0]), [layer.processor for layer in found]
+    words, before = layer_condition(teacher, text, net, found[0]), [layer.processor for layer in found]
     try:
         for layer, processor in zip(found, before, strict=True):
             layer.processor = RuleProcessor(processor, rule, words=words)
@@ -128,19 +128,19 @@ def install(pipe: Pipeline, file: str | Path) -> Any:
     return pipe
 
 
-class _Heard(Exception):
+class _LayerReached(Exception):
     """Raised where the text has reached the first cross-attention: the rest of the pass is not needed."""
 
 
 @torch.no_grad()
-def said(teacher: Teacher, text: str, net: nn.Module, layer: nn.Module) -> Tensor:
+def layer_condition(teacher: Teacher, text: str, net: nn.Module, layer: nn.Module) -> Tensor:
     """The words [1, L, D] of a text as the cross-attention is given them, projected by the network, without padding."""
     found: list[tuple[Tensor, Tensor | None]] = []
 
     def hook(module: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
         places = dict(zip(("hidden_states", "encoder_hidden_states", "attention_mask"), args, strict=False)) | options
         found.append((places["encoder_hidden_states"], places.get("attention_mask")))
-        raise _Heard
+        raise _LayerReached
 
     handle = layer.register_forward_pre_hook(hook, with_kwargs=True)
     weight = next(net.parameters())
@@ -151,7 +151,7 @@ def said(teacher: Teacher, text: str, net: nn.Module, layer: nn.Module) -> Tenso
     c = {key: value.to(weight.device) for key, value in (teacher.encode([text]) or {}).items()}
     try:
         teacher.denoiser.call(net, x.to(weight.dtype), teacher.denoiser.schedule.native(t).to(weight.dtype), c)
-    except _Heard:
+    except _LayerReached:
         pass
     finally:
         handle.remove()

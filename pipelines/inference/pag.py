@@ -26,20 +26,20 @@ ALONE = ("AttnProcessor", "AttnProcessor2_0", "XFormersAttnProcessor", "SanaLine
 JOINT = ("JointAttnProcessor2_0",)
 
 
-def guide(nets: Nets, s: float, layers: tuple[str, ...]) -> None:
+def attach_pag(nets: Nets, s: float, layers: tuple[str, ...]) -> None:
     """PAG of the teacher of a run, and of its past; s = 0: they stay as they are."""
     if s:
-        nets.teacher = away(nets.teacher, s, layers)
+        nets.teacher = with_pag(nets.teacher, s, layers)
         if nets.past is not None:
-            nets.past.denoiser = away(nets.past.denoiser, s, layers)
+            nets.past.denoiser = with_pag(nets.past.denoiser, s, layers)
 
 
-def away(denoiser: Denoiser, s: float, layers: tuple[str, ...]) -> WorseModelGuided:
+def with_pag(denoiser: Denoiser, s: float, layers: tuple[str, ...]) -> WorseModelGuided:
     """A denoiser with PAG; layers: modules of its network, all self-attention in which is perturbed."""
-    return WorseModelGuided(**vars(denoiser), worse=perturbed(denoiser.net, layers), s=s)
+    return WorseModelGuided(**vars(denoiser), worse=without_self_attention(denoiser.net, layers), s=s)
 
 
-def perturbed(net: nn.Module, layers: tuple[str, ...]) -> nn.Module:
+def without_self_attention(net: nn.Module, layers: tuple[str, ...]) -> nn.Module:
     """A network around the tensors of `net` whose self-attention in `layers` is the identity.
 
     ValueError where there is none in one of them, or where no such attention is known (rotary and video networks).

@@ -28,9 +28,9 @@ SKIPS = "res_hidden_states_tuple"  # what the blocks of diffusers' decoders call
 
 
 @contextmanager
-def tuned(net: nn.Module, bottom: float, top: float = 1.0) -> Iterator[None]:
+def scale_skips(net: nn.Module, bottom: float, top: float = 1.0) -> Iterator[None]:
     """Within, the skips of `net` are scaled from `bottom`, the deepest one's, to `top`; after it they are as before."""
-    handles = tune(net, line(net, bottom, top))
+    handles = install_factors(net, skip_factors(net, bottom, top))
     try:
         yield
     finally:
@@ -38,13 +38,13 @@ def tuned(net: nn.Module, bottom: float, top: float = 1.0) -> Iterator[None]:
             handle.remove()
 
 
-def line(net: nn.Module, bottom: float, top: float = 1.0) -> list[float]:
+def skip_factors(net: nn.Module, bottom: float, top: float = 1.0) -> list[float]:
     """rho of every skip, the deepest first."""
     k = sum(len(block.resnets) for block in decoder(net)) - 1
     return [bottom + (top - bottom) * i / max(k, 1) for i in range(k + 1)]
 
 
-def tune(net: nn.Module, rho: list[float]) -> list[RemovableHandle]:
+def install_factors(net: nn.Module, rho: list[float]) -> list[RemovableHandle]:
     """Hooks that scale the i-th skip from below by rho[i]. ValueError where there is another number of them."""
     blocks, handles, i = decoder(net), [], 0
     if len(rho) != (n := sum(len(block.resnets) for block in blocks)):

@@ -28,7 +28,7 @@ from distill.diffusion.schedule import EDM, VP
 from distill.diffusion.solver import STEPS, Call, Name, join_calls, run_calls
 from distill.diffusion.student import Student
 from distill.random import Draw
-from pipelines.components import Parts, Pipeline, Scheduler, located
+from pipelines.components import Parts, Pipeline, Scheduler, locate_pipeline
 from pipelines.teacher import Teacher, teacher_of
 
 FRESH = ("LCMScheduler", "CMStochasticIterativeScheduler", "SCMScheduler")  # they noise x0 anew between two calls
@@ -36,7 +36,7 @@ ODE = ("DDIMScheduler", "EulerDiscreteScheduler", "FlowMatchEulerDiscreteSchedul
 
 
 @dataclass(frozen=True, eq=False)
-class Turn:
+class SamplingStage:
     """What a pipeline does of an image: the calls of its scheduler, or of a solver, but for the first `skip`."""
 
     pipe: Pipeline  # a diffusers pipeline, or a Teacher
@@ -51,7 +51,7 @@ class Turn:
             raise ValueError(f"{teacher.parts.folder} has two networks, and a turn calls one: use it as it is")
         scheduler = teacher.parts.scheduler()
         kind = type(scheduler).__name__
-        times = levels(teacher, scheduler, self.steps, self.solver)
+        times = stage_times(teacher, scheduler, self.steps, self.solver)
         anew = kind in FRESH or bool(scheduler.config.get("stochastic_sampling"))
         if self.solver is None and (kind not in FRESH + ODE or scheduler.config.get("clip_sample")):
             raise ValueError(f"what {kind} does between two calls is none of our steps: give solver, {sorted(STEPS)}")
@@ -69,7 +69,7 @@ class Turn:
         return [Call(denoiser, t, STEPS[self.solver or "ddim"], scale) for t in times]
 
 
-def levels(teacher: Teacher, scheduler: Scheduler, steps: int, solver: Name | None = None) -> tuple[float, ...]:
+def stage_times(teacher: Teacher, scheduler: Scheduler, steps: int, solver: Name | None = None) -> tuple[float, ...]:
     """The times of a pipeline's calls, falling: its scheduler's, but for an EDM teacher under a solver, EDM's grid."""
     schedule = teacher.denoiser.schedule
     times = teacher.family.call_times(scheduler, steps)
@@ -85,15 +85,15 @@ def levels(teacher: Teacher, scheduler: Scheduler, steps: int, solver: Name | No
     return tuple(sorted({*t.tolist()}, reverse=True))  # PNDM's and Heun's ask twice at one level
 
 
-def around(pipe: Pipeline, resolution: int | None = None) -> Teacher:
+def teacher_from_pipeline(pipe: Pipeline, resolution: int | None = None) -> Teacher:
     """The teacher whose components are those of a pipeline that is loaded already, from a folder or the Hub."""
-    parts = Parts(located(str(pipe.config._name_or_path)))
+    parts = Parts(locate_pipeline(str(pipe.config._name_or_path)))
     parts.given = {name: value for name, value in pipe.components.items() if value is not None}
     parts.device = pipe.device
     return teacher_of(parts, resolution)
 
 
-class Own(Draw):
+class GeneratorsDraw(Draw):
     """The noise of every image from its own generator, on the CPU."""
 
     def __init__(self, generators: Sequence[torch.Generator]) -> None:
@@ -105,14 +105,14 @@ class Own(Draw):
 
 
 @torch.no_grad()
-def stitch(turns: Sequence[Turn], prompts: Sequence[Any], generators: Sequence[torch.Generator]) -> Tensor:
+def stitch(turns: Sequence[SamplingStage], prompts: Sequence[Any], generators: Sequence[torch.Generator]) -> Tensor:
     """Images [B, C, (T,) H, W] in [-1, 1] of B prompts (or labels), the noise of each from its own generator.
 
     Prompts are encoded, and samples decoded, by the last pipeline: all are of the same texts and latents. ValueError
     where the turns do not follow one another.
     """
-    teachers = [turn.pipe if isinstance(turn.pipe, Teacher) else around(turn.pipe) for turn in turns]
-    last, draw, calls = teachers[-1], Own(generators), list[Call]()
+    teachers = [turn.pipe if isinstance(turn.pipe, Teacher) else teacher_from_pipeline(turn.pipe) for turn in turns]
+    last, draw, calls = teachers[-1], GeneratorsDraw(generators), list[Call]()
     for turn, teacher in zip(turns, teachers, strict=True):
         own = turn.calls(teacher, draw)
         joined = join_calls(calls, own, turn.skip)

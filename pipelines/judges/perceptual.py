@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 Distance = Callable[[Tensor, Tensor], Tensor]
 
 
-def check() -> None:
+def check_lpips() -> None:
     """ValueError if the package is missing; nothing is imported."""
     if importlib.util.find_spec("lpips") is None:
         raise ValueError(
@@ -25,15 +25,15 @@ def check() -> None:
         )
 
 
-def asked(config: Config[Any, Any], teacher: Teacher) -> Distance:
+def build_perceptual_distance(config: Config[Any, Any], teacher: Teacher) -> Distance:
     """The distance of a run. A smoke run fetches nothing: random features of what the teacher's own decoder gives."""
     each = config.train.gradient_checkpointing
     if config.smoke:
-        return perceptual(teacher, None, each, random())
-    return perceptual(teacher, config.method.decoder, each)
+        return sample_distance(teacher, None, each, random_distance())
+    return sample_distance(teacher, config.method.decoder, each)
 
 
-def perceptual(
+def sample_distance(
     teacher: Teacher, decoder: str | None = None, each: bool = False, features: Distance | None = None
 ) -> Distance:
     """d(x, y) -> [B]: how far x looks from y, both samples [B, *teacher.shape]; of a video, the mean over its frames.
@@ -43,7 +43,7 @@ def perceptual(
     each: one sample after another, recomputed in the backward pass: the memory of a single image.
     features: of images [B, 3, H, W] in [-1, 1], not clamped; None: LPIPS on VGG16, which takes [0, 1] as [-1, 1].
     """
-    images, net = pictures(teacher, decoder), features or lpips()
+    images, net = picture_decoder(teacher, decoder), features or load_lpips()
 
     def distance(x: Tensor, y: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
@@ -60,12 +60,12 @@ def perceptual(
     return one_by_one if each else distance
 
 
-def pictures(teacher: Teacher, decoder: str | None = None) -> Callable[[Tensor], Tensor]:
+def picture_decoder(teacher: Teacher, decoder: str | None = None) -> Callable[[Tensor], Tensor]:
     """Samples [B, *teacher.shape] -> images [B, 3, H, W] in [-1, 1], of a video frames [B T, 3, H, W], with gradient.
 
     decoder: folder or Hub name of an AutoencoderTiny; None: the teacher's own.
     """
-    decode = teacher.decode if decoder is None else tiny(teacher, decoder)
+    decode = teacher.decode if decoder is None else tiny_decoder(teacher, decoder)
 
     def images(x: Tensor) -> Tensor:
         found = decode(x.float())
@@ -74,9 +74,9 @@ def pictures(teacher: Teacher, decoder: str | None = None) -> Callable[[Tensor],
     return images
 
 
-def lpips(**options: Any) -> Distance:
+def load_lpips(**options: Any) -> Distance:
     """The network of the package, frozen; its VGG16 is fetched by torchvision where it is not yet on disk."""
-    check()
+    check_lpips()
     from lpips import LPIPS
 
     try:
@@ -86,7 +86,7 @@ def lpips(**options: Any) -> Distance:
     return lambda x, y: net.to(x.device)(x, y)
 
 
-def random() -> Distance:
+def random_distance() -> Distance:
     """The squared difference of random features, always the same ones."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -94,7 +94,7 @@ def random() -> Distance:
     return lambda x, y: (net.to(x.device)(x) - net(y)).square().mean((1, 2, 3), keepdim=True)
 
 
-def tiny(teacher: Teacher, decoder: str) -> Callable[[Tensor], Tensor]:
+def tiny_decoder(teacher: Teacher, decoder: str) -> Callable[[Tensor], Tensor]:
     """decode of an AutoencoderTiny, frozen."""
     from diffusers import AutoencoderTiny
 

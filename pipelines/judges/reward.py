@@ -22,18 +22,18 @@ MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.2757
 BATCHES, SIZE = 32, 64  # of real samples that a classifier of labels is fitted to
 
 
-def asked(config: Config[Any, Any], teacher: Teacher, data: Any) -> Reward:
+def build_reward(config: Config[Any, Any], teacher: Teacher, data: Any) -> Reward:
     """The reward of a run. A smoke run fetches nothing: its CLIP is a random function of the decoded pictures."""
     method = config.method
     if method.reward == "labels":
-        return labels(data)
-    pictures = perceptual.pictures(teacher, None if config.smoke else method.reward_decoder)
+        return label_reward(data)
+    pictures = perceptual.picture_decoder(teacher, None if config.smoke else method.reward_decoder)
     if config.smoke:
-        return random(pictures)
-    return clip(method.reward, data.texts, pictures, config.train.gradient_checkpointing)
+        return random_reward(pictures)
+    return clip_reward(method.reward, data.texts, pictures, config.train.gradient_checkpointing)
 
 
-def clip(weights: str, texts: Sequence[str], pictures: Callable[[Tensor], Tensor], each: bool = False) -> Reward:
+def clip_reward(weights: str, texts: Sequence[str], pictures: Callable[[Tensor], Tensor], each: bool = False) -> Reward:
     """R(x, c) -> [B]: the cosine, in [-1, 1], of CLIP's embeddings of the decoded x and of its prompt.
 
     weights: folder or Hub name of a CLIPModel of transformers, safetensors. c has "prompt" [B], rows of `texts`.
@@ -74,7 +74,7 @@ def clip(weights: str, texts: Sequence[str], pictures: Callable[[Tensor], Tensor
     return asked
 
 
-def labels(data: Callable[[Draw], dict[str, Any]]) -> Reward:
+def label_reward(data: Callable[[Draw], dict[str, Any]]) -> Reward:
     """R(x, c) -> [B]: log p(class | x), at most 0, for Gaussian classes of one covariance (linear discriminant).
 
     They are fitted to the real samples that the data gives, whose labels c["class_labels"] [B] the reward reads.
@@ -102,7 +102,7 @@ def labels(data: Callable[[Draw], dict[str, Any]]) -> Reward:
     return reward
 
 
-def random(pictures: Callable[[Tensor], Tensor]) -> Reward:
+def random_reward(pictures: Callable[[Tensor], Tensor]) -> Reward:
     """Random features of the pictures, always the same ones."""
     with torch.random.fork_rng():
         torch.manual_seed(0)

@@ -132,12 +132,12 @@ class Run:
         student = replace(student, times=times, sigma=None, timestep=None)
         with torch.device("meta"):
             if Requirement.CONTROL_PICTURE in self.config.method.requirements:
-                controlnet.install(teacher)
+                controlnet.install_adapter(teacher)
             nets = build(self.config.method, teacher.denoiser, teacher.shape, c, student, self.config.fake)
-        if told := controlnet.example(teacher.denoiser, teacher):
+        if told := controlnet.example_picture(teacher.denoiser, teacher):
             nets.control = lambda x: told["control"].to("meta").expand(len(x), -1, -1, -1)
-            nets.teacher = teacher.denoiser = controlnet.bare(teacher.denoiser)
-        pag.guide(nets, self.config.pag_scale, self.config.pag_layers)
+            nets.teacher = teacher.denoiser = controlnet.without_controlnet(teacher.denoiser)
+        pag.attach_pag(nets, self.config.pag_scale, self.config.pag_layers)
         if self.half:
             for p in teacher.denoiser.net.parameters():  # adapters share these
                 p.data = p.data.to(torch.bfloat16)

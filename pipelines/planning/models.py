@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines import fields
-from pipelines.components import Parts, index
+from pipelines.components import Parts, read_index
 from pipelines.families.base import Family, Model
 from pipelines.families.registry import families, find_family
 
@@ -32,7 +32,7 @@ class Meta(Parts):
     @classmethod
     def of(cls, folder: Path) -> Meta:
         """Of a local pipeline folder: its configs are read, its weights are not."""
-        names = index(folder)
+        names = read_index(folder)
         find_family(names["_class_name"], folder)
         read = lambda part: _plain(fields.read(folder / part))
         component = "unet" if "unet" in names else "transformer"

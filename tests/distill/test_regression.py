@@ -22,7 +22,7 @@ from distill.training.loop import train
 from pipelines import run
 from pipelines.families import latents
 from pipelines.families import tiny as tiny_parts
-from pipelines.judges.perceptual import lpips, perceptual, random
+from pipelines.judges.perceptual import load_lpips, random_distance, sample_distance
 
 N = 64
 FORMS = {  # derivative of the distance, per element, to delta
@@ -157,7 +157,7 @@ def teacher():
 @pytest.fixture(scope="module")
 def features():
     """In place of LPIPS's network: images [B, 3, H, W], twice -> [B, 1, 1, 1]."""
-    return random()
+    return random_distance()
 
 
 def gradient(distance, x, y):
@@ -173,7 +173,7 @@ def test_images_are_compared_not_latents(teacher, features):
     want = gradient(by_hand, x, y)
     for each in (False, True):
         y.requires_grad_()
-        got = gradient(perceptual(teacher, each=each, features=features), x, y)
+        got = gradient(sample_distance(teacher, each=each, features=features), x, y)
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-7)
         assert got[1].abs().max() > 1e-3 and y.grad is None
     assert all(not p.requires_grad and p.grad is None for p in teacher.vae.parameters())
@@ -181,7 +181,7 @@ def test_images_are_compared_not_latents(teacher, features):
 
 def test_half_precision_around_it_changes_nothing(teacher, features):
     x, y = torch.randn(2, 3, *teacher.shape)
-    distance = perceptual(teacher, features=features)
+    distance = sample_distance(teacher, features=features)
     want = distance(x, y)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(distance(x, y), want)
@@ -190,7 +190,7 @@ def test_half_precision_around_it_changes_nothing(teacher, features):
 
 def test_a_video_is_its_frames(features):
     x, y = torch.rand(2, 2, 3, 5, 8, 8)
-    found = perceptual(SimpleNamespace(decode=lambda x: x), features=features)(x, y)
+    found = sample_distance(SimpleNamespace(decode=lambda x: x), features=features)(x, y)
     want = torch.stack([features(x[:, :, i], y[:, :, i]).flatten() for i in range(5)]).mean(0)
     torch.testing.assert_close(found, want)
 
@@ -202,20 +202,20 @@ def test_a_small_autoencoder_decodes(teacher, features, tmp_path):
     vae = AutoencoderTiny(**sizes, num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1)).eval()
     vae.save_pretrained(tmp_path / "tiny")
     x, y = torch.randn(2, 3, *teacher.shape)
-    found = perceptual(teacher, f"{tmp_path / 'tiny'}", features=features)(x, y)
+    found = sample_distance(teacher, f"{tmp_path / 'tiny'}", features=features)(x, y)
     torch.testing.assert_close(found, features(vae.decode(x).sample, vae.decode(y).sample).flatten().detach())
     with pytest.raises(ValueError, match="no AutoencoderTiny at .*nowhere"):
-        perceptual(teacher, f"{tmp_path / 'nowhere'}", features=features)
+        sample_distance(teacher, f"{tmp_path / 'nowhere'}", features=features)
     with pytest.raises(ValueError, match="decodes 4 channels, the teacher's samples have 16"):
-        perceptual(SimpleNamespace(shape=(16, 4, 4)), f"{tmp_path / 'tiny'}", features=features)
+        sample_distance(SimpleNamespace(shape=(16, 4, 4)), f"{tmp_path / 'tiny'}", features=features)
 
 
 def test_without_the_package_it_says_what_to_install(monkeypatch, teacher, tmp_path):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"distill-one-step\[lpips\].*--method.distance huber"):
-        perceptual(teacher)
+        sample_distance(teacher)
     with pytest.raises(ValueError, match=r"distill-one-step\[lpips\]"):
-        lpips(pnet_rand=True)
+        load_lpips(pnet_rand=True)
     with pytest.raises(ValueError, match=r"distill-one-step\[lpips\]"):  # a recipe says so before it loads a teacher
         run.validate_run(Config(Regression(), LabelPairs(), family="sdxl", teacher="a/b"), tmp_path)
     run.validate_run(Config(Regression("huber"), LabelPairs(), family="sdxl", teacher="a/b"), tmp_path)

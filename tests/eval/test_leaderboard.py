@@ -14,8 +14,8 @@ from eval.leaderboard.commands import write_card, write_page
 from eval.leaderboard.jobs import Job, JobFailure, run_jobs
 from eval.leaderboard.tables import average_seeds
 from eval.sampling.cost import measure_cost, parameters
-from pipelines.export.card import Result, evaluated, snippet
-from pipelines.export.card import card as model_card
+from pipelines.export.card import Result, add_results, python_block
+from pipelines.export.card import render_card as model_card
 from pipelines.export.license import License
 
 
@@ -262,17 +262,17 @@ def test_figures_go_into_a_models_card(tmp_path):
         ("FID", 10.4, "p [aa11], n = 2,000, extractor net e1, 1 step"),
         ("precision", pytest.approx(0.796), "p [aa11], n = 2,000, extractor net e1, 1 step"),
     ]
-    assert found.model_name == "dmd2" and found.license == "mit" and snippet(first).endswith("pipe = 1")
+    assert found.model_name == "dmd2" and found.license == "mit" and python_block(first).endswith("pipe = 1")
     assert first.count("## Evaluation") == 1 and first.index("## Evaluation") < first.index("## What does not work")
     assert "| FID | 10.4 | p [aa11]" in first and "## Training" in first
-    evaluated(folder, [Result("p [aa11], n = 2,000, extractor net e1, 1 step", "FID", 9.0), Result("q", "KID", 0.5)])
+    add_results(folder, [Result("p [aa11], n = 2,000, extractor net e1, 1 step", "FID", 9.0), Result("q", "KID", 0.5)])
     second = (folder / "README.md").read_text()
     assert [r.metric_value for r in ModelCard(second).data.eval_results] == [9.0, pytest.approx(0.796), 0.5]
     assert second.count("## Evaluation") == 1 and "10.4" not in second
-    evaluated(folder, [])
+    add_results(folder, [])
     assert (folder / "README.md").read_text() == second, "nothing new changes nothing"
     hostile = "a|b</td><script>[x](javascript:y)\n# z"
-    evaluated(folder, [Result(hostile, hostile, 1.0)])
+    add_results(folder, [Result(hostile, hostile, 1.0)])
     table = (folder / "README.md").read_text().split("## Evaluation")[1].split("## What")[0]
     assert r"| a\|b&lt;/td&gt;&lt;script&gt;[x\](javascript:y) # z | 1 |" in table
     last = ModelCard.load(folder / "README.md").data.eval_results[-1]
@@ -280,4 +280,4 @@ def test_figures_go_into_a_models_card(tmp_path):
     with pytest.raises(ValueError, match="no row is of 'lcm'; there are \\['dmd2', 'sid'\\]"):
         write_card((tmp_path / "board" / "rows.json",), "lcm", folder)
     with pytest.raises(ValueError, match="no README.md"):
-        evaluated(tmp_path, [])
+        add_results(tmp_path, [])

@@ -326,7 +326,7 @@ def test_duplicates_cost_vendi_and_diversity(halves):
         assert not intervals_overlap(vendi(look(few)), vendi(look(other)))
         wide, narrow = diversity(look(other), labels), diversity(look(few), few_labels)
         assert narrow.value < 0.75 * wide.value and not intervals_overlap(wide, narrow)
-    from pipelines.judges.perceptual import random as distance
+    from pipelines.judges.perceptual import random_distance as distance
 
     sets = (other[:100], labels[:100]), (few[:100], few_labels[:100])
     lpips = [pair_diversity(lambda i, x=x: gray(x[i : i + 1]) / 127.5 - 1, y, distance()).value for x, y in sets]

@@ -10,8 +10,8 @@ import torch
 import yaml
 from hub_server import Hub, Repo, environment
 
-from pipelines.export.card import NEGATIVE, Result, card, code, snippet
-from pipelines.export.license import BASES, UNKNOWN, License, hub_name, license_of
+from pipelines.export.card import NEGATIVE, Result, python_block, render_card, render_program
+from pipelines.export.license import BASES, UNKNOWN, License, find_license, hub_name
 
 SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
 CONFIG = "method:\n  guidance: 7.0\nmax_train_steps: 2\n"
@@ -19,7 +19,7 @@ CONFIG = "method:\n  guidance: 7.0\nmax_train_steps: 2\n"
 
 def made(**changes):
     facts = {"name": "student", "base": SDXL, "family": "sdxl", "method": "dmd2", "steps": 4, "config": CONFIG}
-    return card(**facts | {"license": license_of(SDXL), "code": "pipe = ..."} | changes)
+    return render_card(**facts | {"license": find_license(SDXL), "code": "pipe = ..."} | changes)
 
 
 def metadata(text):
@@ -49,9 +49,9 @@ def test_an_adapter_one_step_and_an_unknown_base():
     found = metadata(made(code="", lora="pipe = 1", steps=1, task="text-to-video"))
     assert found["base_model_relation"] == "adapter" and found["pipeline_tag"] == "text-to-video"
     assert found["tags"] == ["text-to-video", "diffusers", "one-step", "dmd2", "sdxl", "lora"]
-    assert snippet(made(code="", lora="pipe = 1")) == "pipe = 1"
+    assert python_block(made(code="", lora="pipe = 1")) == "pipe = 1"
     both = made(lora="pipe = 1")
-    assert (snippet(both), snippet(both, 1)) == ("pipe = ...", "pipe = 1")
+    assert (python_block(both), python_block(both, 1)) == ("pipe = ...", "pipe = 1")
     text = made(base="runs/digits/teacher", license=License("mit"), limits=())
     assert not {"base_model", "base_model_relation"} & metadata(text).keys(), "the Hub refuses a path"
     assert "student of teacher with" in text and NEGATIVE not in text
@@ -63,7 +63,7 @@ def test_nothing_inside_ends_a_block_or_becomes_markup():
     code, name = 'pipe = """\n```\n"""', "<img src=x onerror=y> [a](b)"
     facts = {"config": config, "code": code, "name": name, "base": f"runs/{name.replace('/', '')}"}
     text = made(**facts, license=License("other", name, "javascript:y"))
-    assert snippet(text) == code and f"````yaml\n{config.strip()}\n````" in text
+    assert python_block(text) == code and f"````yaml\n{config.strip()}\n````" in text
     body = text.split("---\n", 2)[2]
     assert (
         body.startswith("\n# &lt;img src=x onerror=y&gt; [a\\](b)\n")
@@ -105,7 +105,7 @@ def test_the_licence_is_the_teachers(tmp_path):
     flux = License("other", "flux-1-dev-non-commercial-license", link)
     cached = "/home/ada/.cache/huggingface/hub/models--black-forest-labs--FLUX.1-dev/snapshots/0a1b"
     for base in ("black-forest-labs/FLUX.1-dev", "/models/FLUX.1-dev", cached):
-        assert hub_name(base) == "black-forest-labs/FLUX.1-dev" and license_of(base) == flux
+        assert hub_name(base) == "black-forest-labs/FLUX.1-dev" and find_license(base) == flux
     text = made(base="/models/FLUX.1-dev", license=flux)
     assert metadata(text) | dict(zip(("license", "license_name", "license_link"), flux)) == metadata(text)
     assert f"[flux-1-dev-non-commercial-license]({link})" in text
@@ -113,17 +113,17 @@ def test_the_licence_is_the_teachers(tmp_path):
     (tmp_path / "Qwen-Image").mkdir()
     readme = tmp_path / "Qwen-Image" / "README.md"
     readme.write_text("---\ntags: [x]\n---\n# no licence in it\n")
-    assert license_of(readme.parent) == License("apache-2.0"), "by its name, where the page says nothing"
+    assert find_license(readme.parent) == License("apache-2.0"), "by its name, where the page says nothing"
     readme.write_text("---\nlicense: other\nlicense_name: own\nlicense_link: TERMS.md\n---\n")
     own = "https://huggingface.co/Qwen/Qwen-Image/blob/main/TERMS.md"
-    assert license_of(readme.parent) == License("other", "own", own), "what the folder says goes first"
-    assert license_of(readme.parent, "mit") == License("mit")
-    assert license_of(tmp_path, "my terms,https://x.org/t") == License("other", "my terms", "https://x.org/t")
+    assert find_license(readme.parent) == License("other", "own", own), "what the folder says goes first"
+    assert find_license(readme.parent, "mit") == License("mit")
+    assert find_license(tmp_path, "my terms,https://x.org/t") == License("other", "my terms", "https://x.org/t")
     for unknown in (tmp_path, "someone/some-finetune", "runs/teacher"):
         with pytest.raises(ValueError, match="--license") as error:
-            license_of(unknown)
+            find_license(unknown)
         assert repr(str(unknown)) in str(error.value)
-    assert all(license_of(base).link is None or "://" in license_of(base).link for base in BASES)
+    assert all(find_license(base).link is None or "://" in find_license(base).link for base in BASES)
 
 
 def seeded(program):
@@ -168,21 +168,21 @@ def exported(tmp_path_factory):
 def test_its_programs_run(exported):
     root, call, images = exported
     student, base = str(root / "student"), str(root / "base")
-    lora = code(call, student, base, "s_lora.safetensors", "LCMScheduler")
-    text = made(code=code(call, student), lora=lora, steps=2)
+    lora = render_program(call, student, base, "s_lora.safetensors", "LCMScheduler")
+    text = made(code=render_program(call, student), lora=lora, steps=2)
     for n, expected in enumerate(images):
-        assert (run(snippet(text, n)) == expected).all()
+        assert (run(python_block(text, n)) == expected).all()
 
 
 def test_its_program_runs_from_the_hub(exported, tmp_path):
     """Run the card's program of a repository elsewhere, as a user would: test_hub.py pushes one."""
     root, call, (expected, _) = exported
     folder = shutil.copytree(root / "student", tmp_path / "student")
-    (folder / "README.md").write_text(made(code=code(call, "ada/student"), steps=2))
+    (folder / "README.md").write_text(made(code=render_program(call, "ada/student"), steps=2))
     with Hub() as hub:
         files = {f"{p.relative_to(folder)}": p.read_bytes() for p in folder.rglob("*") if p.is_file()}
         hub.repos["ada/student"] = Repo(files=files)
-        program = seeded(snippet(files["README.md"].decode())) + "; image.save('image.png')"
+        program = seeded(python_block(files["README.md"].decode())) + "; image.save('image.png')"
         command, env = [sys.executable, "-c", program], environment(hub.url, tmp_path, PYTHONPATH="")
         done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

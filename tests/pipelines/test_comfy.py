@@ -108,7 +108,7 @@ def test_lora_merges_as_peft(role, tmp_path):
     """Read as ComfyUI reads it (flattened, alpha / rank), the file gives PEFT's merged weights within 1e-6."""
     base, net = role
     sdxl = base.config.addition_embed_type is not None
-    tensors = load_file(kohya.lora_file(net, tmp_path / "a.safetensors", {}, torch.float32))
+    tensors = load_file(kohya.write_lora_file(net, tmp_path / "a.safetensors", {}, torch.float32))
     where = {("lora_unet_" + (a if sdxl else b)).replace(".", "_"): b for a, b in DESCRIBED_NARROW[sdxl].items()}
     assert {key.split(".")[0] for key in tensors} == where.keys()  # the LoRA is on every matrix and kernel
     weights, expected = dict(base.state_dict()), merged(net).state_dict()
@@ -131,7 +131,7 @@ DESCRIBED_NARROW = {
 
 def test_lora_file_of_half_precision_keeps_alpha(role, tmp_path):
     base, net = role
-    path = kohya.lora_file(net, tmp_path / "a.safetensors", {"modelspec.title": "Fox"})
+    path = kohya.write_lora_file(net, tmp_path / "a.safetensors", {"modelspec.title": "Fox"})
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
     sdxl = {"ss_base_model_version": "sdxl_base_v1-0"} if base.config.addition_embed_type else {}
@@ -140,7 +140,7 @@ def test_lora_file_of_half_precision_keeps_alpha(role, tmp_path):
     assert {t.dtype for k, t in tensors.items() if k.endswith("alpha")} == {torch.float32}
     assert {t.dtype for k, t in tensors.items() if not k.endswith("alpha")} == {torch.float16}
     with pytest.raises(ValueError, match="no LoRA layers"):
-        kohya.lora_file(base, tmp_path / "b.safetensors", {})
+        kohya.write_lora_file(base, tmp_path / "b.safetensors", {})
 
 
 def test_a_module_that_comfyui_has_not():
@@ -148,9 +148,9 @@ def test_a_module_that_comfyui_has_not():
 
     guided = UNet2DConditionModel(**unets.SD15 | unets.NARROW, block_out_channels=(4, 4, 8, 8), time_cond_proj_dim=4)
     with pytest.raises(ValueError, match="time_embedding.cond_proj"):
-        kohya.lora_file(unets.adapted(guided, ("cond_proj",)), Path("a"), {})
+        kohya.write_lora_file(unets.adapted(guided, ("cond_proj",)), Path("a"), {})
     with pytest.raises(ValueError, match="guidance embedding"):
-        comfyui.levels(Student(Denoiser(guided, VP.scaled_linear(), "eps"), (1.0,)))
+        comfyui.sampler_levels(Student(Denoiser(guided, VP.scaled_linear(), "eps"), (1.0,)))
 
 
 class Net(torch.nn.Module):
@@ -221,7 +221,9 @@ def test_workflow_samples_what_the_student_samples(case):
     z = torch.randn(2, 4, 3, 3, dtype=torch.float64)
     draw = Draw(0, 0, "test", torch.arange(2))
     noises = [z, *(draw.normal(f"renoise{i}", tuple(z.shape)).to(z) for i in range(len(s.times) - 1))]
-    graph = json.loads(json.dumps(comfyui.workflow(s, "sd_xl_base_1.0.safetensors", lora="fox_4step_lora.safetensors")))
+    graph = json.loads(
+        json.dumps(comfyui.build_workflow(s, "sd_xl_base_1.0.safetensors", lora="fox_4step_lora.safetensors"))
+    )
     expected = s.generate(z, None, draw)
     ours, s.denoiser.net.called = [round(n) for n in s.denoiser.net.called], []
     got = nodes_run(graph, s.denoiser.net, noises)
@@ -234,8 +236,12 @@ def test_workflow_samples_what_the_student_samples(case):
 
 def test_usual_students_need_no_extra_node():
     for case in ("dmd2", "sid at 625"):
-        assert "noised" not in comfyui.workflow(student(*CASES[case]), "base.safetensors", unet="fox_unet.safetensors")
-    graph = comfyui.workflow(student((999,)), "b", unet="fox_1step_unet.safetensors", size=(512, 768), prompt="a fox")
+        assert "noised" not in comfyui.build_workflow(
+            student(*CASES[case]), "base.safetensors", unet="fox_unet.safetensors"
+        )
+    graph = comfyui.build_workflow(
+        student((999,)), "b", unet="fox_1step_unet.safetensors", size=(512, 768), prompt="a fox"
+    )
     assert graph["model"] == {
         "class_type": "UNETLoader",
         "inputs": {"unet_name": "fox_1step_unet.safetensors", "weight_dtype": "default"},
@@ -247,13 +253,13 @@ def test_usual_students_need_no_extra_node():
 def test_what_comfyui_cannot_express():
     s = student((999, 749))
     with pytest.raises(ValueError, match="whole indices, not at .*499.5"):
-        comfyui.levels(replace(s, times=(1.0, 0.5)))
+        comfyui.sampler_levels(replace(s, times=(1.0, 0.5)))
     with pytest.raises(ValueError, match="noise table, not this Flow"):
-        comfyui.levels(replace(s, denoiser=replace(s.denoiser, schedule=Flow(), kind="flow")))
+        comfyui.sampler_levels(replace(s, denoiser=replace(s.denoiser, schedule=Flow(), kind="flow")))
     linear = VP(tuple(torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000).double(), 0).tolist()))  # PixArt's
     with pytest.raises(ValueError, match="noise table, not this VP"):
-        comfyui.levels(replace(s, denoiser=replace(s.denoiser, schedule=linear)))
+        comfyui.sampler_levels(replace(s, denoiser=replace(s.denoiser, schedule=linear)))
     with pytest.raises(ValueError, match="predicts 'flow'"):
-        comfyui.levels(replace(s, denoiser=replace(s.denoiser, kind="flow")))
+        comfyui.sampler_levels(replace(s, denoiser=replace(s.denoiser, kind="flow")))
     with pytest.raises(ValueError, match="either as unet or as lora"):
-        comfyui.workflow(s, "base.safetensors")
+        comfyui.build_workflow(s, "base.safetensors")

@@ -25,7 +25,7 @@ from distill.training.config import StudentConfig
 from distill.training.loop import train
 from pipelines import load, run
 from pipelines.export import control_error, export, verify
-from pipelines.export.schedule import finished, scheduler
+from pipelines.export.schedule import find_student_scheduler, student_config_of_export
 from pipelines.families import tiny
 from pipelines.inference import controlnet
 from pipelines.planning.memory_plan import Plan, Run, configured
@@ -98,10 +98,10 @@ def test_zero_is_the_base(family, teachers):
     """A new adapter changes no bit; one that has learned does, and only where it is shown a picture."""
     teacher, base = again(teachers[family]), teachers[family].denoiser
     torch.manual_seed(0)
-    controlnet.install(teacher)
+    controlnet.install_adapter(teacher)
     c = teacher.encode([0, 1] if family == "edm" else ["a cat", "a dog"])
     x, t = torch.randn(2, *teacher.shape), torch.full((2,), 0.6, dtype=F64)
-    told = c | controlnet.example(teacher.denoiser, teacher)
+    told = c | controlnet.example_picture(teacher.denoiser, teacher)
     want = base(x, t, c).out
     assert torch.equal(teacher.denoiser(x, t, told).out, want) and torch.equal(teacher.denoiser(x, t, c).out, want)
     for p in teacher.denoiser.net.control.parameters():
@@ -110,8 +110,11 @@ def test_zero_is_the_base(family, teachers):
     assert (one - want).norm() > 0.01 * want.norm() and torch.equal(teacher.denoiser(x, t, c).out, want)
     other = teacher.denoiser(x, t, told | {"control": 1 - told["control"]}).out
     assert (other - one).norm() > 1e-3 * want.norm()
-    assert torch.equal(controlnet.bare(teacher.denoiser)(x, t, c).out, want)
-    assert not hasattr(controlnet.bare(teacher.denoiser).net, "control") and controlnet.bare(base) is base
+    assert torch.equal(controlnet.without_controlnet(teacher.denoiser)(x, t, c).out, want)
+    assert (
+        not hasattr(controlnet.without_controlnet(teacher.denoiser).net, "control")
+        and controlnet.without_controlnet(base) is base
+    )
 
 
 @pytest.mark.parametrize("family", ("sd", "sdxl"))
@@ -119,7 +122,7 @@ def test_zero_is_the_base(family, teachers):
 def test_features_go_where_diffusers_puts_them(family, teachers):
     """To the bit as a UNet2DConditionModel adds what it is given as additional residuals."""
     net = copy.deepcopy(teachers[family].denoiser.net)
-    adapter = controlnet.controlnet(net, 3, 2)
+    adapter = controlnet.build_adapter(net, 3, 2)
     for p in adapter.parameters():
         p.add_(0.1 * torch.randn_like(p))
     x, t, text = torch.randn(2, 4, 8, 8), torch.tensor(7), torch.randn(2, 5, net.config.cross_attention_dim)
@@ -128,14 +131,14 @@ def test_features_go_where_diffusers_puts_them(family, teachers):
     skips, middle = adapter(x, t, text, picture.expand(2, -1, -1, -1), return_dict=False, **given)
     told = {"down_block_additional_residuals": skips, "mid_block_additional_residual": middle}
     want, before = (net(x, t, text, **given, **more).sample for more in (told, {}))
-    with controlnet.shown(net, adapter, picture):
+    with controlnet.show_picture(net, adapter, picture):
         assert torch.equal(net(x, t, encoder_hidden_states=text, **given).sample, want)
     assert torch.equal(net(x, t, text, **given).sample, before) and (want - before).norm() > 0.01 * before.norm()
 
 
 def test_other_networks_are_refused(teachers):
     with pytest.raises(ValueError, match="UNets of SD, SDXL and EDM; this network is a Sana"):
-        controlnet.install(again(teachers["sana"]))
+        controlnet.install_adapter(again(teachers["sana"]))
 
 
 # ---- finished students ----
@@ -157,17 +160,19 @@ def test_other_networks_are_refused(teachers):
 def test_a_finished_student_is_called_as_it_was(family, config, teachers, tmp_path):
     """Read back from its exported folder it samples what it sampled."""
     teacher = teachers[family]
-    made, times = scheduler(teacher, config)
-    export.write(teacher, teacher.denoiser.net, made, tmp_path / "s")
+    made, times = find_student_scheduler(teacher, config)
+    export.write_pipeline(teacher, teacher.denoiser.net, made, tmp_path / "s")
     (tmp_path / "s" / "distill.json").write_text(json.dumps({"student": True, "steps": config.steps}))
     c = teacher.encode([1] if family == "edm" else ["a cat"])
     z, draw = torch.randn(1, *teacher.shape), Draw(0, 0, "student", torch.arange(1))
     want = Student(teacher.denoiser, times, config.scale, config.renoise).generate(z, c, draw)
     other = load(tmp_path / "s")
-    found = finished(other, StudentConfig(steps=3, sigma=1.0))
-    got = Student(other.denoiser, scheduler(other, found)[1], found.scale, found.renoise).generate(z, c, draw)
+    found = student_config_of_export(other, StudentConfig(steps=3, sigma=1.0))
+    got = Student(other.denoiser, find_student_scheduler(other, found)[1], found.scale, found.renoise).generate(
+        z, c, draw
+    )
     torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
-    assert finished(teacher, config) is config  # no student's folder
+    assert student_config_of_export(teacher, config) is config  # no student's folder
 
 
 # ---- a run ----
@@ -189,7 +194,7 @@ def state_of(name, folder, step):
     argv = [*FAST.split(), "--output_dir", f"{folder}"]
     config = run.smoke_config(parse(RECIPES[name][0], argv))
     teacher = load_teacher(config.teacher)
-    controlnet.install(teacher)
+    controlnet.install_adapter(teacher)
     data = config.data.open(teacher, config.method.requirements)
     _, student = run.resolve_student_schedule(teacher, run.with_method_times(config.method, teacher, config.student))
     c = {key: value[:1] for key, value in data.fixed(1)[1].items()}
@@ -236,7 +241,7 @@ def test_plain_diffusers_shows_it_pictures(runs, tmp_path):
     folder = runs["nct_sd15"]
     teacher, state = state_of("nct_sd15", folder, 2)
     student = state.nets.student.using(state.ema.net)
-    z, picture = torch.randn(1, *teacher.shape), controlnet.example(student.denoiser, teacher)["control"]
+    z, picture = torch.randn(1, *teacher.shape), controlnet.example_picture(student.denoiser, teacher)["control"]
     torch.save([z, picture], tmp_path / "given")
     command = [sys.executable, "-c", PLAIN, *map(str, (folder / "pipeline", tmp_path / "given", tmp_path / "made"))]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
@@ -254,12 +259,12 @@ def test_plain_diffusers_shows_it_pictures(runs, tmp_path):
 def test_a_wrong_adapter_is_caught(name, runs, tmp_path, monkeypatch):
     """The command exports again what the run exported; an adapter that was not trained is refused."""
     folder, file = runs[name], "controlnet/diffusion_pytorch_model.safetensors"
-    export.main(export.Again(run=f"{folder}", output_dir=f"{tmp_path / 'again'}"))
+    export.main(export.ExportArguments(run=f"{folder}", output_dir=f"{tmp_path / 'again'}"))
     assert (tmp_path / "again" / file).read_bytes() == (folder / "pipeline" / file).read_bytes()
     weights = next((folder / "teacher" / "unet").glob("*.safetensors"))
     ours = load_file(tmp_path / "again" / "unet" / weights.name)
     assert all(torch.equal(value, ours[key]) for key, value in load_file(weights).items()) and len(ours)
-    right = controlnet.stored
+    right = controlnet.load_adapter
 
     def wrong(path):
         found = right(path)
@@ -267,9 +272,9 @@ def test_a_wrong_adapter_is_caught(name, runs, tmp_path, monkeypatch):
             p.data.add_(1.0)
         return found
 
-    monkeypatch.setattr(controlnet, "stored", wrong)
+    monkeypatch.setattr(controlnet, "load_adapter", wrong)
     with pytest.raises(SystemExit):
-        export.main(export.Again(run=f"{folder}", output_dir=f"{tmp_path / 'wrong'}"))
+        export.main(export.ExportArguments(run=f"{folder}", output_dir=f"{tmp_path / 'wrong'}"))
     assert not (tmp_path / "wrong").exists()
 
 
@@ -278,7 +283,7 @@ def test_plan(teachers):
     folder = teachers["sd"].parts.folder
     plan = Run(*configured(Plan(Path("recipes/nct_sd15.py")), ["--teacher", f"{folder}", "--train_batch_size", "2"]))
     teacher = again(teachers["sd"])
-    base, _ = (sum(p.numel() for p in teacher.denoiser.net.parameters()), controlnet.install(teacher))
+    base, _ = (sum(p.numel() for p in teacher.denoiser.net.parameters()), controlnet.install_adapter(teacher))
     adapter = sum(p.numel() for p in teacher.denoiser.net.control.parameters())
     assert plan.parameters == {"teacher": (base, 0), "student": (base + adapter, adapter)}
     assert plan.whole.average == 4 * (adapter + 1) and plan.cost.flops > 0  # and lambda
@@ -289,7 +294,7 @@ def test_consistency_command(runs, tmp_path, capsys):
     folder = shutil.copytree(runs["nct"] / "pipeline", tmp_path / "p")
     found = control_error.measure_control_error(control_error.Arguments(f"{folder}", n=2))
     assert found["told"] != found["untold"] and 0 < found["told"] < 1
-    adapter = controlnet.controlnet(load(runs["nct"] / "teacher").denoiser.net, 1, 1)
+    adapter = controlnet.build_adapter(load(runs["nct"] / "teacher").denoiser.net, 1, 1)
     adapter.save_pretrained(folder / "controlnet")
     control_error.main(control_error.Arguments(f"{folder}", n=2))
     found = json.loads(capsys.readouterr().out)

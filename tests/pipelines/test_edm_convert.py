@@ -20,8 +20,8 @@ from distill.training.build import build
 from distill.training.config import StudentConfig, TrainConfig
 from distill.training.loop import train
 from pipelines.export import edm_convert
-from pipelines.export.export import compare, reference, write
-from pipelines.export.schedule import scheduler
+from pipelines.export.export import compare, reference, write_pipeline
+from pipelines.export.schedule import find_student_scheduler
 from pipelines.families import edm
 
 NETS = {
@@ -74,7 +74,7 @@ def test_same_numbers(converted):
 def test_export(converted, tmp_path, steps, sigma):
     """ConsistencyModelPipeline samples what the student samples, whatever its network was told for sigma."""
     teacher = pipelines.load(converted[1])
-    plan, times = scheduler(teacher, StudentConfig(steps=steps, sigma=sigma))
+    plan, times = find_student_scheduler(teacher, StudentConfig(steps=steps, sigma=sigma))
     student = Student(teacher.denoiser, times, sigma)
     net = teacher.denoiser.copy().net
     with torch.no_grad():
@@ -83,7 +83,7 @@ def test_export(converted, tmp_path, steps, sigma):
     expected = reference(student, teacher, net)
 
     def gap(written, name):
-        write(teacher, written, plan, tmp_path / name)
+        write_pipeline(teacher, written, plan, tmp_path / name)
         pipe = DiffusionPipeline.from_pretrained(tmp_path / name, local_files_only=True)
         return compare(pipe, teacher, expected, steps).largest
 

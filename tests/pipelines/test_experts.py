@@ -96,7 +96,7 @@ def students(tmp_path_factory):
 
 def test_students_of_parts(students, tmp_path):
     """Every image is the one of its label's student, bit for bit, in one call."""
-    experts.gather(students, tmp_path / "all")
+    experts.gather_students(students, tmp_path / "all")
     made = generate(tmp_path / "all", tmp_path / "images", 10, rows=10)
     assert made["nfe"] == 1
     level = lambda name, i: images.read_levels(tmp_path / name / images.file_name(i))
@@ -128,9 +128,9 @@ def test_mistakes(students, digits, tmp_path):
         ((students[0], students[0].parent / "teacher"), "no exported student"),
     ):
         with pytest.raises(ValueError, match=said):
-            experts.gather(given, tmp_path / "out")
+            experts.gather_students(given, tmp_path / "out")
     with pytest.raises(ValueError, match="does not exist yet"):
-        experts.gather(students, tmp_path)
+        experts.gather_students(students, tmp_path)
     with pytest.raises(SystemExit):
         trained(TABLE["sid"].config, tmp_path / "run", "--data.classes", "10")
     assert not list(tmp_path.iterdir())

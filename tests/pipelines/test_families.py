@@ -13,7 +13,7 @@ from distill.diffusion.schedule import Trig
 from distill.diffusion.student import Student
 from distill.training.config import StudentConfig
 from pipelines import load
-from pipelines.export.schedule import scheduler as student_scheduler
+from pipelines.export.schedule import find_student_scheduler as student_scheduler
 from pipelines.families import flux, tiny
 from pipelines.families.registry import families, find_family, known_pipelines
 

@@ -34,10 +34,10 @@ def pipeline(unet):
 def test_lora_loads_on_the_base(role, tmp_path, dtype, loaded, weights):
     """Every layer comes back with its alpha: difference 0.0 in fp32. Fused, the weights are those of `merged`."""
     base, net = role
-    path = single_files.lora_file(net, tmp_path / single_files.file_name("fox", 4, "lora"), {}, dtype)
+    path = single_files.write_lora_file(net, tmp_path / single_files.file_name("fox", 4, "lora"), {}, dtype)
     pipe = pipeline(copy.deepcopy(base))
     pipe.load_lora_weights(str(path))
-    assert len(single_files.adapters(pipe.unet)) == len(single_files.adapters(net)) > 60
+    assert len(single_files.lora_adapters(pipe.unet)) == len(single_files.lora_adapters(net)) > 60
     expected = output(net)
     assert (expected - output(base)).abs().max() > 0.1
     assert (output(pipe.unet) - expected).abs().max() <= loaded
@@ -54,7 +54,7 @@ def test_lora_without_metadata_would_lose_alpha(role, tmp_path):
     from safetensors.torch import load_file, save_file
 
     base, net = role
-    path = single_files.lora_file(net, tmp_path / "a.safetensors", {}, torch.float32)
+    path = single_files.write_lora_file(net, tmp_path / "a.safetensors", {}, torch.float32)
     save_file(load_file(path), tmp_path / "b.safetensors")
     pipe = pipeline(copy.deepcopy(base))
     pipe.load_lora_weights(str(tmp_path / "b.safetensors"))
@@ -65,7 +65,9 @@ def test_unet_file_is_the_merged_network(role, tmp_path):
     base, net = role
     from safetensors.torch import load_file
 
-    path = single_files.unet_file(net, tmp_path / single_files.file_name("fox", 1, single_files.part(net)), {})
+    path = single_files.write_network_file(
+        net, tmp_path / single_files.file_name("fox", 1, single_files.network_name(net)), {}
+    )
     assert path.name == "fox_1step_unet.safetensors" and list(tmp_path.iterdir()) == [path]
     tensors = load_file(path)
     assert {t.dtype for t in tensors.values()} == {torch.float16}
@@ -82,7 +84,7 @@ def test_metadata(role, tmp_path):
     sdxl = net.config.addition_embed_type is not None
     name = "stable-diffusion-xl-v1-base" if sdxl else "stable-diffusion-v1"
     spec = single_files.modelspec(net, "eps", "Fox", (1024, 768), lora=True, author="us", license=None)
-    path = single_files.lora_file(net, tmp_path / "a.safetensors", spec)
+    path = single_files.write_lora_file(net, tmp_path / "a.safetensors", spec)
     with safe_open(path, "pt") as file:
         found = file.metadata()
     assert {k.removeprefix("modelspec."): v for k, v in found.items() if k.startswith("modelspec.")} == {
@@ -115,7 +117,7 @@ def test_architectures():
         "stable-diffusion-xl-v1-base",
     ]
     assert [single_files.architecture(net, "flow") for net in (flux, sana)] == ["flux-1", "SanaTransformer2DModel"]
-    assert single_files.file_name("fox", 4, single_files.part(flux)) == "fox_4step_transformer.safetensors"
+    assert single_files.file_name("fox", 4, single_files.network_name(flux)) == "fox_4step_transformer.safetensors"
 
 
 def test_lora_of_a_transformer(tmp_path):
@@ -132,7 +134,7 @@ def test_lora_of_a_transformer(tmp_path):
     }
     base = SD3Transformer2DModel(**sizes, in_channels=4).requires_grad_(False).eval()
     net = unets.adapted(base, ("to_q", "add_k_proj", "to_out.0", "ff.net.2", "norm1.linear", "proj_out", "proj"))
-    path = single_files.lora_file(net, tmp_path / "a.safetensors", {}, torch.float32)
+    path = single_files.write_lora_file(net, tmp_path / "a.safetensors", {}, torch.float32)
     pipe = StableDiffusion3Pipeline(
         copy.deepcopy(base), FlowMatchEulerDiscreteScheduler(), None, None, None, None, None, None, None, None
     )
@@ -146,12 +148,12 @@ def test_lora_of_a_transformer(tmp_path):
 def test_mistakes(role, tmp_path, monkeypatch):
     base, net = role
     with pytest.raises(ValueError, match="no LoRA layers"):
-        single_files.lora_file(base, tmp_path / "a.safetensors", {})
+        single_files.write_lora_file(base, tmp_path / "a.safetensors", {})
     with pytest.raises(ValueError, match="letters, digits"):
         single_files.file_name("a/b", 1, "unet")
     with pytest.raises(ValueError, match="w does not fit into torch.float16"):
-        single_files.write({"w": torch.tensor([1e6])}, tmp_path / "a.safetensors", {}, torch.float16)
+        single_files.write_tensors({"w": torch.tensor([1e6])}, tmp_path / "a.safetensors", {}, torch.float16)
     monkeypatch.setattr(single_files.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10}))
     with pytest.raises(ValueError, match="free some space"):
-        single_files.unet_file(net, tmp_path / "a.safetensors", {})
+        single_files.write_network_file(net, tmp_path / "a.safetensors", {})
     assert not list(tmp_path.iterdir())

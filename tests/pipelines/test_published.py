@@ -67,16 +67,17 @@ def test_loras(nets, tmp_path, layout):
     """Tensors and alphas of each layout, installed on the base, give what the role gives."""
     base, _, role = nets
     found = {
-        n: single_files.Adapter(a.down.half(), a.up.half(), a.alpha) for n, a in single_files.adapters(role).items()
+        n: single_files.Adapter(a.down.half(), a.up.half(), a.alpha)
+        for n, a in single_files.lora_adapters(role).items()
     }
     save_file(LORAS[layout](found), tmp_path / "x.safetensors")
-    got = published.read(tmp_path / "x.safetensors", base).weights
+    got = published.read_published(tmp_path / "x.safetensors", base).weights
     assert got.keys() == found.keys()
     told = layout in ("DMD2 and LCM", "Lightning")  # elsewhere nothing tells alpha: it is the rank
     for name, a in found.items():
         assert torch.equal(got[name].down, a.down) and torch.equal(got[name].up, a.up)
         assert got[name].alpha == (a.alpha if told else 3)
-    installed = published.install(base, got)
+    installed = published.network_with_weights(base, got)
     gap = (unets.output(installed) - unets.output(role)).abs().max()
     assert gap < 2e-3 if told else gap > 1e-2
 
@@ -84,14 +85,18 @@ def test_loras(nets, tmp_path, layout):
 def test_our_own_files_come_back(nets, tmp_path):
     """With rank and alpha; also where ranks and alphas differ between modules."""
     base, _, role = nets
-    ours = single_files.adapters(role)
+    ours = single_files.lora_adapters(role)
     names = list(ours)
     mixed = {n: single_files.Adapter(a.down[:2], a.up[:, :2], 7.0 if n == names[3] else 4.0) for n, a in ours.items()}
     mixed[names[5]] = ours[names[5]]
-    uneven = published.install(base, mixed)
-    for net, write in ((role, single_files.lora_file), (uneven, single_files.lora_file), (uneven, kohya.lora_file)):
+    uneven = published.network_with_weights(base, mixed)
+    for net, write in (
+        (role, single_files.write_lora_file),
+        (uneven, single_files.write_lora_file),
+        (uneven, kohya.write_lora_file),
+    ):
         write(net, tmp_path / "x.safetensors", {}, torch.float32)
-        again = published.install(base, published.read(tmp_path / "x.safetensors", base).weights)
+        again = published.network_with_weights(base, published.read_published(tmp_path / "x.safetensors", base).weights)
         assert torch.equal(unets.output(again), unets.output(net))
     assert (unets.output(uneven) - unets.output(role)).abs().max() > 1e-2
 
@@ -112,9 +117,9 @@ def test_networks(nets, tmp_path):
     paths = list(tmp_path.iterdir())
     assert len(paths) == 4
     for path in paths:
-        got = published.read(path, base).weights
+        got = published.read_published(path, base).weights
         assert got.keys() == state.keys() and all(torch.equal(got[k], state[k]) for k in state)
-    net = published.install(base, got)
+    net = published.network_with_weights(base, got)
     assert (unets.output(net) - unets.output(other)).abs().max() < 5e-3
     assert (unets.output(net) - unets.output(base)).abs().max() > 0.1
     assert not (net.state_dict()["conv_in.weight"] == base.state_dict()["conv_in.weight"]).all()
@@ -146,7 +151,7 @@ def test_alpha_of_peft(nets, tmp_path, place):
     """adapter_config.json beside the file and diffusers' metadata inside it; the weights are those that PEFT merges."""
     base, _, role = nets
     names = ("conv_in", "down_blocks.1.attentions.0.proj_in")
-    found = {n: single_files.adapters(role)[n] for n in names}
+    found = {n: single_files.lora_adapters(role)[n] for n in names}
     tensors, path = LORAS["PEFT"](found), tmp_path / "adapter_model.safetensors"
 
     def saved(config):
@@ -158,7 +163,7 @@ def test_alpha_of_peft(nets, tmp_path, place):
             packed = {f"unet.{k}": v for k, v in config.items()} if isinstance(config, dict) else config
             metadata = {"lora_adapter_metadata": json.dumps(packed)}
         save_file(tensors, path, metadata)
-        return published.read(path, base)
+        return published.read_published(path, base)
 
     for config, alphas in PEFT.values():
         got = saved(config)
@@ -179,13 +184,13 @@ def test_alpha_of_peft(nets, tmp_path, place):
 
 def test_alpha_in_metadata_of_kohya(nets, tmp_path):
     base, _, role = nets
-    found = {"conv_in": single_files.adapters(role)["conv_in"]}
+    found = {"conv_in": single_files.lora_adapters(role)["conv_in"]}
     tensors = kohya_keys(found, lambda name: name, alpha=False)
     save_file(tensors, tmp_path / "x.safetensors", {"ss_network_alpha": "1.5"})
-    assert published.read(tmp_path / "x.safetensors", base).weights["conv_in"].alpha == 1.5
+    assert published.read_published(tmp_path / "x.safetensors", base).weights["conv_in"].alpha == 1.5
     save_file(tensors | {"lora_unet_conv_in.hada_w1_a": torch.ones(1)}, tmp_path / "x.safetensors")
     with pytest.raises(ValueError, match="LoHa, which is not read"):
-        published.read(tmp_path / "x.safetensors", base)
+        published.read_published(tmp_path / "x.safetensors", base)
 
 
 def test_the_rest_of_an_all_in_one_checkpoint(nets, tmp_path):
@@ -200,7 +205,7 @@ def test_the_rest_of_an_all_in_one_checkpoint(nets, tmp_path):
 
     def read(more, metadata=None):
         save_file(inside | more, tmp_path / "x.safetensors", metadata)
-        return published.read(tmp_path / "x.safetensors", base)
+        return published.read_published(tmp_path / "x.safetensors", base)
 
     got = read(rest)
     assert got.notes == (
@@ -208,7 +213,7 @@ def test_the_rest_of_an_all_in_one_checkpoint(nets, tmp_path):
         "(conditioner.*). The text encoders and the VAE are the base's.",
     )
     assert got.weights.keys() == state.keys() and (got.kind, got.zero) == (None, False)
-    got, four = read(marked), published.Known((999, 749, 499, 249), 1.0, "fresh")
+    got, four = read(marked), published.Layout((999, 749, 499, 249), 1.0, "fresh")
     assert (got.kind, got.zero, got.notes) == ("v", True, ())
     base_of = lambda kind: Denoiser(base, table, kind)
     assert published.check_agreement(got, four, base_of("v"), True).kind == "v"
@@ -233,7 +238,7 @@ def test_the_base_may_be_on_meta(nets, tmp_path):
     save_file(half(other.state_dict()), tmp_path / "x.safetensors")
     with torch.device("meta"):
         base = type(other).from_config(other.config)
-    assert published.read(tmp_path / "x.safetensors", base).weights.keys() == other.state_dict().keys()
+    assert published.read_published(tmp_path / "x.safetensors", base).weights.keys() == other.state_dict().keys()
 
 
 class Evil:
@@ -248,14 +253,14 @@ def test_mistakes(nets, tmp_path, capsys):
     def refused(tensors, message, name="x.safetensors", save=save_file):
         save(tensors, tmp_path / name)
         with pytest.raises(ValueError, match=message):
-            published.read(tmp_path / name, base)
+            published.read_published(tmp_path / name, base)
 
     refused({k: v for k, v in state.items() if k != "conv_in.bias"}, r"1 tensors lack \['conv_in.bias'\]")
     refused(
         state | {"time_embedding.cond_proj.weight": torch.zeros(2, 2)}, "not of the base .*cond_proj"
     )  # LCM's UNets
     refused(state | {"conv_in.bias": torch.zeros(7)}, r"another shape \['conv_in.bias'\]")
-    lora = kohya_keys(single_files.adapters(role), lambda name: name)
+    lora = kohya_keys(single_files.lora_adapters(role), lambda name: name)
     refused(lora | {"lora_te_text_model_encoder.alpha": torch.ones(())}, "lora_te_text.* is not a LoRA of a module")
     refused(lora | {"lora_unet_conv_in.dora_scale": torch.ones(3)}, "dora_scale' is DoRA, which is not read")
     refused({k: v for k, v in lora.items() if k != "lora_unet_conv_in.lora_up.weight"}, "LoRA of conv_in does not fit")
@@ -270,18 +275,18 @@ def test_mistakes(nets, tmp_path, capsys):
     assert "executed" not in capsys.readouterr().out
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="holds 0 files"):
-        published.read(tmp_path / "empty", base)
+        published.read_published(tmp_path / "empty", base)
 
 
 def test_known_students(tmp_path):
-    known = lambda name, *rest: published.known(tmp_path / name, *rest)
-    four = published.Known((999, 749, 499, 249), 1.0, "fresh")
+    known = lambda name, *rest: published.identify_layout(tmp_path / name, *rest)
+    four = published.Layout((999, 749, 499, 249), 1.0, "fresh")
     assert known("dmd2_sdxl_4step_unet_fp16.bin") == known("dmd2_sdxl_4step_lora_fp16.safetensors") == four
-    assert known("dmd2_sdxl_1step_unet_fp16.bin") == published.Known((399,), 1.0, "fresh")
+    assert known("dmd2_sdxl_1step_unet_fp16.bin") == published.Layout((399,), 1.0, "fresh")
     eight = (999, 874, 749, 624, 499, 374, 249, 124)
-    assert known("sdxl_lightning_8step_lora.safetensors") == published.Known(eight, None, "ddim")
-    assert known("sdxl_lightning_1step_unet_x0.safetensors") == published.Known((999,), None, "ddim", "x0")
-    lcm = published.Known((999, 759, 499, 259), 1.0, "fresh")
+    assert known("sdxl_lightning_8step_lora.safetensors") == published.Layout(eight, None, "ddim")
+    assert known("sdxl_lightning_1step_unet_x0.safetensors") == published.Layout((999,), None, "ddim", "x0")
+    lcm = published.Layout((999, 759, 499, 259), 1.0, "fresh")
     assert known("lcm-lora-sdxl/pytorch_lora_weights.safetensors") == known("x.safetensors", "lcm") == lcm
     with pytest.raises(ValueError, match=r"one of \['dmd2', 'lcm', 'lightning'\]"):
         known("pytorch_lora_weights.safetensors")
@@ -294,7 +299,10 @@ def test_times_are_the_schedulers(steps):
     from diffusers import EulerDiscreteScheduler, LCMScheduler
 
     euler = EulerDiscreteScheduler(timestep_spacing="trailing")
-    for scheduler, indices in ((euler, published.trailing(steps)), (LCMScheduler(), published.lcm(steps))):
+    for scheduler, indices in (
+        (euler, published.trailing_indices(steps)),
+        (LCMScheduler(), published.lcm_indices(steps)),
+    ):
         scheduler.set_timesteps(steps)
         assert tuple(scheduler.timesteps.tolist()) == indices
     assert LCMScheduler().init_noise_sigma == 1.0  # scale 1

@@ -293,13 +293,13 @@ def test_an_export_into_a_link(folder, tmp_path):
     link = tmp_path / "pipeline"
     link.symlink_to(tmp_path / "big disk" / "mine")
     for _ in range(2):
-        export.replaceable(link)
+        export.check_replaceable(link)
         exported(teacher, student, scheduler, link)
         assert link.is_symlink() and (tmp_path / "big disk/mine/model_index.json").is_file()
     assert [f.name for f in (tmp_path / "big disk").iterdir()] == ["mine"]
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     with pytest.raises(ValueError, match="choose another --output_dir"):
-        export.replaceable(tmp_path / "loop")
+        export.check_replaceable(tmp_path / "loop")
 
 
 def test_single_files_that_fail_are_left_out(folder, tmp_path, monkeypatch):
@@ -321,7 +321,7 @@ def test_single_files_that_fail_are_left_out(folder, tmp_path, monkeypatch):
     found = exported(teacher, student.using(net), scheduler, tmp_path / "out")
     assert "does not fit into torch.float16: its largest entry is 1e+06" in found.left[name]
     assert found.gaps.keys() == {"pipeline"}
-    monkeypatch.setattr(export, "loaded", lambda *_: {}["key"])
+    monkeypatch.setattr(export, "load_single_file", lambda *_: {}["key"])
     found = exported(teacher, student, scheduler, tmp_path / "out")
     assert found.left == {name: "diffusers does not load it (KeyError: 'key')"}
     text = (tmp_path / "out/README.md").read_text()

@@ -16,7 +16,7 @@ from pipelines import load
 from pipelines.components import ExportError
 from pipelines.export import export, sana_convert, verify
 from pipelines.export.model_card import collect_card_info
-from pipelines.export.schedule import scheduler
+from pipelines.export.schedule import find_student_scheduler
 from pipelines.families import sana, tiny
 
 PROMPTS = ["a red fox in the snow"]
@@ -67,7 +67,7 @@ def test_the_embedding_moves_nothing_at_first(folder, teacher, heard):
 @pytest.mark.parametrize("steps", (1, 2, 3, 4))
 def test_sana_sprints_pipeline_gives_what_the_student_gives(teacher, heard, steps):
     """SanaSprintPipeline under SCMScheduler, with its own times, at its own guidance and at another."""
-    found, times = scheduler(teacher, StudentConfig(steps=steps))
+    found, times = find_student_scheduler(teacher, StudentConfig(steps=steps))
     assert type(found).__name__ == "SCMScheduler" and len(times) == steps and times[0] == 1.0
     student, z = Student(teacher.denoiser, times).using(heard), torch.randn(1, *teacher.shape)
     pipe = teacher.parts.pipe(scheduler=found, transformer=heard)
@@ -76,7 +76,7 @@ def test_sana_sprints_pipeline_gives_what_the_student_gives(teacher, heard, step
     for told in (sana.UNCONDITIONAL, 8.0):
         c = teacher.encode(PROMPTS) | ({} if told == sana.UNCONDITIONAL else {"guidance": torch.tensor([told])})
         torch.manual_seed(1)
-        want = teacher.decode(student.generate(z, c, verify.Generated(teacher))).clamp(-1, 1) / 2 + 0.5
+        want = teacher.decode(student.generate(z, c, verify.GlobalGeneratorDraw(teacher))).clamp(-1, 1) / 2 + 0.5
         torch.manual_seed(1)
         images.append(sana.sample(pipe, PROMPTS, z, steps, told))
         assert (images[-1] - want).abs().max() < 1e-4
@@ -94,7 +94,7 @@ def test_times():
 
 
 def test_the_export_is_compared_at_one_two_and_four_steps(teacher, heard, tmp_path, monkeypatch):
-    found, times = scheduler(teacher, StudentConfig(steps=2))
+    found, times = find_student_scheduler(teacher, StudentConfig(steps=2))
     student = Student(teacher.denoiser, times)
     card = collect_card_info("student", teacher, "base", "sprint", "", None, None)
     gaps = export.export(student, teacher, heard, found, tmp_path / "right", card).gaps
@@ -121,7 +121,7 @@ def test_what_is_refused(folder, teacher, tmp_path):
         ({"steps": 2, "times": (1.0, 0.5)}, "nearest possible times are"),
     ):
         with pytest.raises(ValueError, match=said):
-            scheduler(teacher, StudentConfig(**wrong))
+            find_student_scheduler(teacher, StudentConfig(**wrong))
     tiny.save("flux", tmp_path / "schnell", guidance=False)
     with pytest.raises(ValueError, match="needs a guidance embedding"):
         load(tmp_path / "schnell", guidance_embedded=True)
@@ -164,4 +164,4 @@ def test_who_tells(method, told):
 
     assert (Requirement.GUIDANCE_EMBEDDING in method.requirements) == told
     text = dump(Config(method, None))
-    assert export.tells(type(method).__name__.lower(), yaml.safe_load(text)["method"]) == told
+    assert export.embeds_guidance(type(method).__name__.lower(), yaml.safe_load(text)["method"]) == told

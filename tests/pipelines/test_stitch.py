@@ -18,7 +18,7 @@ from eval.sampling.generate import generate
 from eval.sampling.sampler import image_generator
 from pipelines import load
 from pipelines.families import edm, tiny
-from pipelines.inference.stitch import Turn, around, levels, stitch
+from pipelines.inference.stitch import SamplingStage, stage_times, stitch, teacher_from_pipeline
 
 PROMPTS = ["a red fox in the snow", "seven cats under the stars"]
 
@@ -54,7 +54,7 @@ def generators():
 
 
 def noise(pipe):
-    return torch.cat([torch.randn(1, *around(pipe).shape, generator=g) for g in generators()])
+    return torch.cat([torch.randn(1, *teacher_from_pipeline(pipe).shape, generator=g) for g in generators()])
 
 
 @torch.no_grad()
@@ -71,21 +71,21 @@ def test_one_turn_is_the_pipeline(home, scheduler):
     """Euler's and DDIM's start and steps; two turns of the same calls are one."""
     base = pipe(home / "sdxl", scheduler, clip_sample=False)
     want = told(base, noise(base), 6, 4.0)
-    turn = Turn(base, 6, 4.0)
+    turn = SamplingStage(base, 6, 4.0)
     got = stitch([turn], PROMPTS, generators())
     assert (got - want).abs().max() < 1e-3 and want.std() > 0.01
-    assert stitch([turn, Turn(base, 6, 4.0, skip=2)], PROMPTS, generators()).equal(got)
+    assert stitch([turn, SamplingStage(base, 6, 4.0, skip=2)], PROMPTS, generators()).equal(got)
 
 
 def test_a_student_is_its_pipeline(home):
     """LCM's fresh noise, from each image's own generator."""
     student = pipe(home / "student")
     z, sources = noise(student), generators()
-    [torch.randn(1, *around(student).shape, generator=g) for g in sources]
+    [torch.randn(1, *teacher_from_pipeline(student).shape, generator=g) for g in sources]
     step = student.scheduler.step
     student.scheduler.step = lambda *args, **options: step(*args, **options | {"generator": sources})
     want = told(student, z, 4, 0.0)
-    got = stitch([Turn(pipe(home / "student"), 4)], PROMPTS, generators())
+    got = stitch([SamplingStage(pipe(home / "student"), 4)], PROMPTS, generators())
     assert (got - want).abs().max() < 1e-3
 
 
@@ -95,22 +95,24 @@ def test_the_hybrid_is_that_of_plain_diffusers(home, scheduler):
     """The base pipeline is stopped on its way, and the student is given its latents; Euler's are x / alpha."""
     base = pipe(home / "sdxl", scheduler, timestep_spacing="trailing", clip_sample=False)
     student = pipe(home / "student")
-    at = levels(around(base), base.scheduler, 8).index(pytest.approx(levels(around(student), student.scheduler, 2)[1]))
+    at = stage_times(teacher_from_pipeline(base), base.scheduler, 8).index(
+        pytest.approx(stage_times(teacher_from_pipeline(student), student.scheduler, 2)[1])
+    )
 
     def stop(pipe, i, t, found):
         pipe._interrupt = i + 1 == at
         return found
 
     x = told(base, noise(base), 8, 4.0, latent=True, callback_on_step_end=stop)
-    n, c = base.scheduler.timesteps[at], around(student).encode(PROMPTS)
+    n, c = base.scheduler.timesteps[at], teacher_from_pipeline(student).encode(PROMPTS)
     added = {"text_embeds": c["pooled"], "time_ids": c["time_ids"]}
     x, alpha = base.scheduler.scale_model_input(x, n), base.scheduler.alphas_cumprod[int(n)]
     eps = student.unet(x, n, c["prompt_embeds"], added_cond_kwargs=added, return_dict=False)[0]
     x0 = (x - (1 - alpha).sqrt() * eps) / alpha.sqrt()
     want = student.vae.decode(x0 / student.vae.config.scaling_factor, return_dict=False)[0].clamp(-1, 1)
-    got = stitch([Turn(base, 8, 4.0), Turn(student, 2, skip=1)], PROMPTS, generators())
+    got = stitch([SamplingStage(base, 8, 4.0), SamplingStage(student, 2, skip=1)], PROMPTS, generators())
     assert (got - want).abs().max() < 1e-3
-    assert (got - stitch([Turn(student, 2)], PROMPTS, generators())).abs().max() > 0.05
+    assert (got - stitch([SamplingStage(student, 2)], PROMPTS, generators())).abs().max() > 0.05
 
 
 @torch.no_grad()
@@ -120,7 +122,7 @@ def test_flows_and_their_shift(tmp_path):
     teacher = load(tmp_path / "flux")
     z = torch.cat([torch.randn(1, *teacher.shape, generator=g) for g in generators()])
     want = teacher.decode(teacher.sample(z, teacher.encode(PROMPTS), 3, 2.0)).clamp(-1, 1)
-    assert (stitch([Turn(teacher, 3, 2.0)], PROMPTS, generators()) - want).abs().max() < 1e-4
+    assert (stitch([SamplingStage(teacher, 3, 2.0)], PROMPTS, generators()) - want).abs().max() < 1e-4
 
 
 @torch.no_grad()
@@ -135,41 +137,43 @@ def test_pixels(tmp_path):
     step = student.scheduler.step
     student.scheduler.step = lambda *args, **options: step(*args, **options | {"generator": sources})
     want = edm.sample(student, labels, z, 2, 0.0) * 2 - 1
-    assert (stitch([Turn(pipe(tmp_path / "student"), 2)], labels, generators()) - want).abs().max() < 1e-4
-    first = Turn(teacher, 6, 2.0, solver="heun")
-    got = stitch([first, Turn(around(student), 2, skip=1)], labels, generators())
+    assert (stitch([SamplingStage(pipe(tmp_path / "student"), 2)], labels, generators()) - want).abs().max() < 1e-4
+    first = SamplingStage(teacher, 6, 2.0, solver="heun")
+    got = stitch([first, SamplingStage(teacher_from_pipeline(student), 2, skip=1)], labels, generators())
     calls = [
         call for call in first.calls(teacher, None) if call.t > (level := float(EDM().time(torch.tensor(80 / 2**7))))
     ]
-    x = run_calls([*calls, Call(around(student).denoiser, level)], z, teacher.encode(labels)).clamp(-1, 1)
+    x = run_calls([*calls, Call(teacher_from_pipeline(student).denoiser, level)], z, teacher.encode(labels)).clamp(
+        -1, 1
+    )
     assert len(calls) == 4 and (got - x).abs().max() < 1e-5
 
 
 def test_the_handover_meets_the_students_level(home):
     """Whose grid has another level there: the last step of the base goes to it."""
-    base, student = around(pipe(home / "sdxl")), around(pipe(home / "student"))
+    base, student = teacher_from_pipeline(pipe(home / "sdxl")), teacher_from_pipeline(pipe(home / "student"))
     heard = []
     for role in (base, student):
         role.denoiser.net.register_forward_pre_hook(
             lambda net, args, r=role: heard.append((r is student, float(args[1].reshape(-1)[0])))
         )
-    stitch([Turn(base, 7), Turn(student, 4, skip=1)], PROMPTS, generators())
+    stitch([SamplingStage(base, 7), SamplingStage(student, 4, skip=1)], PROMPTS, generators())
     assert [who for who, _ in heard] == sorted(who for who, _ in heard)
     first = next(n for who, n in heard if who)
-    assert first == float(levels(student, student.parts.scheduler(), 4)[1] * 999) < heard[0][1]
+    assert first == float(stage_times(student, student.parts.scheduler(), 4)[1] * 999) < heard[0][1]
     assert sum(who for who, _ in heard) == 3
 
 
 def test_mistakes(home):
     student = pipe(home / "student")
     with pytest.raises(ValueError, match="no call above the level"):
-        stitch([Turn(student, 4, skip=1)], PROMPTS, generators())
+        stitch([SamplingStage(student, 4, skip=1)], PROMPTS, generators())
     with pytest.raises(ValueError, match="skip is 0, .* before would do nothing"):  # this student starts at the top
-        stitch([Turn(pipe(home / "sdxl"), 8), Turn(student, 4)], PROMPTS, generators())
+        stitch([SamplingStage(pipe(home / "sdxl"), 8), SamplingStage(student, 4)], PROMPTS, generators())
     base = pipe(home / "sdxl", DPMSolverMultistepScheduler)
     with pytest.raises(ValueError, match="DPMSolverMultistepScheduler does between two calls is none of our steps"):
-        stitch([Turn(base, 4)], PROMPTS, generators())
-    assert stitch([Turn(base, 4, solver="ddim")], PROMPTS, generators()).isfinite().all()
+        stitch([SamplingStage(base, 4)], PROMPTS, generators())
+    assert stitch([SamplingStage(base, 4, solver="ddim")], PROMPTS, generators()).isfinite().all()
 
 
 def test_from_the_command_line(home, tmp_path):

@@ -24,13 +24,13 @@ def test_noise_is_drawn_on_the_device_of_the_pipeline(family):
     """The numbers of a GPU's generator are not those of the CPU's."""
     teacher = SimpleNamespace(family=family)
     for device in ("cpu", "meta"):
-        assert verify.Generated(teacher, device).normal("renoise0", (1, 4, 2, 2)).device.type == device
+        assert verify.GlobalGeneratorDraw(teacher, device).normal("renoise0", (1, 4, 2, 2)).device.type == device
 
 
 def test_products_are_float32_and_all_is_as_before():
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     state, before = torch.get_rng_state(), (matmul.allow_tf32, cudnn.allow_tf32)
-    with pytest.raises(KeyError), verify.exact(3, torch.device("cpu")):
+    with pytest.raises(KeyError), verify.exact_arithmetic(3, torch.device("cpu")):
         assert not matmul.allow_tf32 and not cudnn.allow_tf32
         drawn = torch.randn(2)
         raise KeyError
@@ -48,7 +48,7 @@ def test_text_encoders_network_and_decoder_take_turns(monkeypatch):
     decode = lambda x: events.append("decode") or x
     encode = lambda prompts: events.append("encode")
     teacher = SimpleNamespace(family=sd.FAMILY, parts=parts, shape=(1, 2, 2), encode=encode, decode=decode)
-    verify.reference(Student(denoiser), teacher, net)
+    verify.sample_reference(Student(denoiser), teacher, net)
     assert events == ["drop", "encode", "encode", "drop", "network", "network", "decode", "decode"]
 
 

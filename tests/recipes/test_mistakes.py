@@ -64,7 +64,7 @@ def said(capsys, home, monkeypatch):
         argv = flags.replace("HOME", f"{home}").split()
         with pytest.raises(SystemExit) as end:
             if command == "export":
-                export.main(tyro.cli(export.Again, args=argv, use_underscores=True))
+                export.main(tyro.cli(export.ExportArguments, args=argv, use_underscores=True))
             elif command in (encodings, edm_convert, pairs):
                 command.main(argv)
             else:
@@ -286,7 +286,7 @@ def test_a_full_disk(said, home):
         text = said("dmd2_sdxl", f"{flags} --resume_from_checkpoint latest")
     assert "checkpoint-2 is at --max_train_steps already: nothing to train" in text
 
-    export.main(export.Again("disk", output_dir="a student"))
+    export.main(export.ExportArguments("disk", output_dir="a student"))
     made = home / "a student"
     assert (made / "a-student_4step_unet.safetensors").is_file(), "its name went into the files' as it was"
     assert len({p.stat().st_mode for p in listing(made)}) == 1, "some of it can be read by its owner alone"

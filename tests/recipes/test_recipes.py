@@ -31,7 +31,7 @@ from distill.configuration import parse
 from distill.training import checkpoint
 from pipelines import load, run
 from pipelines.export import export, verify
-from pipelines.export.card import snippet
+from pipelines.export.card import python_block
 
 # ---- what a run leaves ----
 
@@ -138,7 +138,7 @@ def plainly(out, tmp_path_factory):
         torch.save(pipe.called, where / f"{name}.pt")
         lora = [p.name for p in pipeline.glob("*_lora.safetensors")]
         card = (pipeline / "README.md").read_text()
-        programs = [snippet(card, i) for i in range(card.count("```python"))]
+        programs = [python_block(card, i) for i in range(card.count("```python"))]
         job = (
             f"{pipeline}",
             f"{folder / 'teacher'}",
@@ -210,5 +210,5 @@ def test_times(out):
         scheduler = DiffusionPipeline.from_pretrained(out(name) / "pipeline", local_files_only=True).scheduler
         scheduler.set_timesteps(len(wanted))
         assert scheduler.timesteps.tolist() == wanted
-    again = export.trained(export.Again(run=f"{out('lcm_lora_sdxl')}"))[0]
+    again = export.load_student_of_run(export.ExportArguments(run=f"{out('lcm_lora_sdxl')}"))[0]
     assert [round(999 * t) for t in again.times] == grid  # its config.yaml names no times

@@ -88,7 +88,7 @@ def narrow_sdxl():
         for k, v in base.state_dict().items()
     }
     with tempfile.TemporaryDirectory() as folder:
-        file = load_file(kohya.lora_file(role, Path(folder, "a.safetensors"), {}, torch.float32))
+        file = load_file(kohya.write_lora_file(role, Path(folder, "a.safetensors"), {}, torch.float32))
     patches = comfy.lora.load_lora(file, comfy.lora.model_lora_keys_unet(model, {}))
     same("narrow SDXL, patched weights", len(patches), len(file) // 3)
     generator = torch.Generator().manual_seed(1)
@@ -167,7 +167,7 @@ class Wrap:
 def samplers(title, case):
     """The latents of a workflow's sampler with ComfyUI's noise scaling are the student's."""
     student = test_comfy.student(*case)
-    graph = ours.workflow(student, "base.safetensors", lora="a.safetensors")
+    graph = ours.build_workflow(student, "base.safetensors", lora="a.safetensors")
     read = lambda name: torch.tensor([float(s) for s in graph[name]["inputs"]["sigmas"].split(",")])
     model = Wrap(student.denoiser.net, graph["kind"]["inputs"]["sampling"])
     z = torch.randn(2, 4, 3, 3).double()

@@ -28,7 +28,7 @@ from distill.methods import BOOT, CT, LCD, PCM, SCM, TCD, TCM
 from distill.roles import Nets
 from distill.training.build import build
 from distill.training.config import StudentConfig
-from pipelines.export.schedule import pipeline_times, scheduler
+from pipelines.export.schedule import find_student_scheduler, pipeline_times
 from pipelines.families import schedulers
 from pipelines.families.registry import find_family
 from pipelines.run import with_method_times
@@ -78,7 +78,7 @@ def carried(name, config, method=None):
     """(teacher, scheduler, the student's configuration with its times) as a run makes them."""
     teacher = family(name)
     config = config if method is None else with_method_times(method, teacher, config)
-    made, times = scheduler(teacher, config)
+    made, times = find_student_scheduler(teacher, config)
     return teacher, made, replace(config, steps=len(times), times=times)
 
 

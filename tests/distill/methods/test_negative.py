@@ -14,7 +14,7 @@ from distill.random import Draw
 from distill.roles import Nets
 from pipelines import load
 from pipelines.families import tiny
-from pipelines.inference.negative_prompt import NAG, negative
+from pipelines.inference.negative_prompt import NAG, apply_negative_prompt
 
 FAMILIES = ("sd", "pixart", "sana", "wan")
 near = lambda got, want, tol=1e-5: torch.testing.assert_close(got, want, rtol=tol, atol=tol)
@@ -48,12 +48,12 @@ def test_off_and_on(teacher):
     """alpha = 0 and blend = 0 are the network to the bit, also after a block that was left; others are not."""
     plain = output(teacher)
     for rule in (NASA(0.0), NAG(blend=0.0)):
-        with negative(teacher, "blurry", rule):
+        with apply_negative_prompt(teacher, "blurry", rule):
             assert torch.equal(output(teacher), plain)
     for rule in (NASA(0.3), NAG()):
-        with negative(teacher, "blurry", rule):
+        with apply_negative_prompt(teacher, "blurry", rule):
             moved = output(teacher)
-        with negative(teacher, "a tree", rule):
+        with apply_negative_prompt(teacher, "a tree", rule):
             other = output(teacher)
         assert (moved - plain).abs().max() > 1e-5 and (moved - other).abs().max() > 1e-6
         assert torch.equal(output(teacher), plain)
@@ -62,16 +62,16 @@ def test_off_and_on(teacher):
 def test_is_the_negative_prompts_attention(teacher):
     """In the first layer Z- is the Z+ that the negative text has as a prompt; with Z = Z- it is that prompt."""
     plain = output(teacher, "blurry")
-    with negative(teacher, "blurry", a := Shown()):
+    with apply_negative_prompt(teacher, "blurry", a := Shown()):
         output(teacher)
-    with negative(teacher, "a red fox", b := Shown()):
+    with apply_negative_prompt(teacher, "a red fox", b := Shown()):
         output(teacher, "blurry")
     near(a.seen[0][1], b.seen[0][0])
     near(b.seen[0][1], a.seen[0][0])
-    with negative(teacher, "a red fox", c := Shown()):
+    with apply_negative_prompt(teacher, "a red fox", c := Shown()):
         output(teacher)
     near(c.seen[0][1], c.seen[0][0])  # NASA: (1 - alpha) Z
-    with negative(teacher, "blurry", Shown(1)):  # the words reach the network through these layers alone
+    with apply_negative_prompt(teacher, "blurry", Shown(1)):  # the words reach the network through these layers alone
         near(output(teacher), plain)
 
 
@@ -95,7 +95,10 @@ def test_rules():
 
 def test_no_cross_attention(tmp_path):
     tiny.save("flux", tmp_path / "flux")
-    with pytest.raises(ValueError, match="has no cross-attention"), negative(load(tmp_path / "flux"), "x", NASA()):
+    with (
+        pytest.raises(ValueError, match="has no cross-attention"),
+        apply_negative_prompt(load(tmp_path / "flux"), "x", NASA()),
+    ):
         pass
 
 

@@ -94,7 +94,7 @@ def test_is_diffusers_pag(family):
     theirs = kind(**parts, pag_applied_layers=f.theirs)
     theirs.set_progress_bar_config(disable=True)
     before = dict(f.teacher.denoiser.net.attn_processors)
-    guided = replace(f.teacher, denoiser=pag.away(f.teacher.denoiser, S, f.layers))
+    guided = replace(f.teacher, denoiser=pag.with_pag(f.teacher.denoiser, S, f.layers))
     for w in (1.0, W):
         told = f.teacher.family.no_guidance if w == 1 else w
         expected = f.teacher.family.sample(theirs, PROMPTS, f.x, 3, told)  # pag_scale is 3 by default
@@ -109,7 +109,7 @@ def test_formula(family):
     """null + w (cond - null) + s (cond - cond^), on any schedule; of one branch alone, that of this branch."""
     f = family
     denoiser, t, c = f.teacher.denoiser, f.t, f.c
-    guided = pag.away(denoiser, S, f.layers)
+    guided = pag.with_pag(denoiser, S, f.layers)
     null = null_of(f.teacher.null(), c)
     guided.null = denoiser.null
     worse = replace(denoiser, net=guided.worse)
@@ -136,7 +136,7 @@ def _on(denoiser, worse, f, w):
 def test_features_and_gradient_are_the_networks_own(family):
     """A tap is never of the worse network, and the loss's gradient to x is through both, with recomputation too."""
     f = family
-    guided, taps = pag.away(f.teacher.denoiser, S, f.layers), taps_of(f.teacher)
+    guided, taps = pag.with_pag(f.teacher.denoiser, S, f.layers), taps_of(f.teacher)
     (want,) = f.teacher.denoiser.features(f.x, f.t, f.c, taps)
     assert torch.equal(guided.features(f.x, f.t, f.c, taps)[0], want)
     assert torch.equal(guided.tapping(f.x, f.t, f.c, taps)[1][0], want)
@@ -157,7 +157,7 @@ def test_features_and_gradient_are_the_networks_own(family):
 @torch.no_grad()
 def test_nothing_to_perturb(sd):
     """Where attention is the identity already, of a single token, PAG is the network itself; of four it is not."""
-    guided, t, c = pag.away(sd.denoiser, S, ("mid_block",)), torch.full((2,), 0.6, dtype=F64), sd.encode(PROMPTS)
+    guided, t, c = pag.with_pag(sd.denoiser, S, ("mid_block",)), torch.full((2,), 0.6, dtype=F64), sd.encode(PROMPTS)
     for size, off in ((2, False), (4, True)):  # of the middle: 1 and 2
         x = torch.randn(2, 4, size, size)
         gap = (guided(x, t, c).out - sd.denoiser(x, t, c).out).abs().max()
@@ -173,9 +173,9 @@ def test_no_other_role_is_perturbed(sd, rank):
     nets = build(SiD(), sd.denoiser, sd.shape, c, StudentConfig(lora=lora), FakeConfig(lora))
     said = lambda: [d(x, t, c).out for d in (nets.student.denoiser, nets.fake, sd.denoiser)]
     before, teacher = said(), nets.teacher
-    pag.guide(nets, 0.0, ("nowhere",))
+    pag.attach_pag(nets, 0.0, ("nowhere",))
     assert nets.teacher is teacher and "worse" not in nets.frozen()
-    pag.guide(nets, S, ("mid_block",))
+    pag.attach_pag(nets, S, ("mid_block",))
     assert all(map(torch.equal, before, said()))
     assert (nets.teacher(x, t, c).out - before[2]).abs().max() > 1e-3
     assert not any(isinstance(d, WorseModelGuided) for d in (nets.student.denoiser, nets.fake))
@@ -214,13 +214,13 @@ def test_generate(tmp_path, sd):
 
 def test_refusals(tmp_path, sd):
     with pytest.raises(ValueError, match=r"no self-attention in 'mid'; it is in .*mid_block"):
-        pag.away(sd.denoiser, S, ("mid_block", "mid"))
+        pag.with_pag(sd.denoiser, S, ("mid_block", "mid"))
     with pytest.raises(ValueError, match="no self-attention in ''"):
-        pag.away(sd.denoiser, S, ())
+        pag.with_pag(sd.denoiser, S, ())
     for name in ("edm", "flux"):
         tiny.save(name, tmp_path / name)
         with pytest.raises(ValueError, match="PAG perturbs self-attention, and .* has none of a kind"):
-            pag.away(load(tmp_path / name).denoiser, S, ("mid_block",))
+            pag.with_pag(load(tmp_path / name).denoiser, S, ("mid_block",))
 
 
 def guided(strong, weak, path, s, kind="v"):

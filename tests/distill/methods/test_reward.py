@@ -209,7 +209,7 @@ def test_nested():
 class TestLabels:
     @pytest.fixture
     def judge(self):
-        return reward.labels(Digits())
+        return reward.label_reward(Digits())
 
     def test_knows_the_digits(self, judge):
         """Of held-out scans it prefers the right one of ten labels for more than nine of ten."""
@@ -226,7 +226,7 @@ class TestLabels:
 
     def test_needs_labels(self):
         with pytest.raises(ValueError, match="real samples with class labels"):
-            reward.labels(lambda draw: {"c": {}})
+            reward.label_reward(lambda draw: {"c": {}})
 
 
 WORDS = ["a red cat", "a blue house", "a tree", ""]
@@ -267,12 +267,12 @@ class TestClip:
         with torch.no_grad():
             out = net(**tokens, **pixels([*(x / 2 + 0.5)], return_tensors="pt"))
         want = (out.image_embeds * out.text_embeds).sum(1)
-        near(reward.clip(weights, WORDS, lambda x: x)(x, self.rows), want, 1e-5)
+        near(reward.clip_reward(weights, WORDS, lambda x: x)(x, self.rows), want, 1e-5)
 
     @pytest.mark.parametrize("each", (False, True))
     def test_has_a_gradient(self, weights, each):
         """Of every sample, to the sample alone, also beyond [-1, 1]; larger pictures are shrunk with it."""
-        judge = reward.clip(weights, WORDS, lambda x: torch.nn.functional.interpolate(x, scale_factor=4), each)
+        judge = reward.clip_reward(weights, WORDS, lambda x: torch.nn.functional.interpolate(x, scale_factor=4), each)
         x = (3 * self.x).requires_grad_()
         r = judge(x, self.rows)
         (g,) = torch.autograd.grad(r.sum(), x)
@@ -285,17 +285,17 @@ class TestClip:
     def test_of_a_video(self, weights):
         """The mean over its frames."""
         frames = lambda x: x.transpose(1, 2).flatten(0, 1)
-        one, video = (reward.clip(weights, WORDS, f) for f in (lambda x: x, frames))
+        one, video = (reward.clip_reward(weights, WORDS, f) for f in (lambda x: x, frames))
         x = torch.stack([self.x, self.x.flip(3)], 2)
         near(video(x, self.rows), (one(x[:, :, 0], self.rows) + one(x[:, :, 1], self.rows)) / 2, 1e-5)
 
     def test_mistakes(self, weights, tmp_path):
         with pytest.raises(ValueError, match="needs the prompts"):
-            reward.clip(weights, [], None)
+            reward.clip_reward(weights, [], None)
         with pytest.raises(ValueError, match='condition "prompt"'):
-            reward.clip(weights, WORDS, None)(self.x, {})
+            reward.clip_reward(weights, WORDS, None)(self.x, {})
         with pytest.raises(ValueError, match="no CLIPModel with safetensors at"):
-            reward.clip(f"{tmp_path}", WORDS, None)
+            reward.clip_reward(f"{tmp_path}", WORDS, None)
 
 
 def encoder():
@@ -324,6 +324,6 @@ def test_of_a_run(weights):
     teacher = SimpleNamespace(decode=lambda x: x)
     data = SimpleNamespace(texts=WORDS)
     x, c = TestClip.x, TestClip.rows
-    near(reward.asked(config, teacher, data)(x, c), reward.clip(weights, WORDS, lambda x: x)(x, c))
-    smoke = reward.asked(replace(config, smoke=True), teacher, None)
+    near(reward.build_reward(config, teacher, data)(x, c), reward.clip_reward(weights, WORDS, lambda x: x)(x, c))
+    smoke = reward.build_reward(replace(config, smoke=True), teacher, None)
     assert smoke(x, None).shape == (3,) and torch.equal(smoke(x, None), smoke(x, {}))

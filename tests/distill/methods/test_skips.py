@@ -39,9 +39,9 @@ def read(net):
 def test_off(net):
     """Factors of one are the network to the bit; so is it after a block that was left, by an error too."""
     _, plain = read(net)
-    with skip_tuning.tuned(net, 1.0):
+    with skip_tuning.scale_skips(net, 1.0):
         assert torch.equal(output(net), plain)
-    with pytest.raises(RuntimeError), skip_tuning.tuned(net, 0.7):
+    with pytest.raises(RuntimeError), skip_tuning.scale_skips(net, 0.7):
         assert (output(net) - plain).abs().max() > 1e-4
         raise RuntimeError
     assert torch.equal(output(net), plain)
@@ -55,7 +55,7 @@ def test_every_skip_has_its_own_factor(net):
     widths = [down.shape[1] for down in encoder(net)]  # of the skips
     factors = [0.3 + 0.1 * i for i in range(n)]
     for rho in (factors, [0.5] + [1.0] * (n - 1)):
-        handles = skip_tuning.tune(net, rho)
+        handles = skip_tuning.install_factors(net, rho)
         tuned, _ = read(net)
         for handle in handles:
             handle.remove()
@@ -79,10 +79,10 @@ def encoder(net):
 
 def test_line(net):
     """From the bottom to the top, both reached; the number of factors has to be right."""
-    assert skip_tuning.line(net, 0.5) == pytest.approx([0.5, 0.6, 0.7, 0.8, 0.9, 1.0])
-    assert skip_tuning.line(net, 0.8, 0.3) == pytest.approx([0.8, 0.7, 0.6, 0.5, 0.4, 0.3])
+    assert skip_tuning.skip_factors(net, 0.5) == pytest.approx([0.5, 0.6, 0.7, 0.8, 0.9, 1.0])
+    assert skip_tuning.skip_factors(net, 0.8, 0.3) == pytest.approx([0.8, 0.7, 0.6, 0.5, 0.4, 0.3])
     with pytest.raises(ValueError, match="5 factors of skips, and this UNet2D.*Model has 6"):
-        skip_tuning.tune(net, [1.0] * 5)
+        skip_tuning.install_factors(net, [1.0] * 5)
 
 
 def test_generate(tmp_path):
@@ -104,6 +104,6 @@ def test_refused(tmp_path):
     tiny.save("pixart", tmp_path)
     with (
         pytest.raises(ValueError, match="a PixArtTransformer2DModel has no decoder with skips"),
-        skip_tuning.tuned(load(tmp_path).denoiser.net, 0.8),
+        skip_tuning.scale_skips(load(tmp_path).denoiser.net, 0.8),
     ):
         pass

@@ -38,7 +38,7 @@ from distill.training.config import StudentConfig, TrainConfig
 from distill.training.loop import train
 from pipelines import load, run
 from pipelines.export import export, verify
-from pipelines.export.schedule import scheduler
+from pipelines.export.schedule import find_student_scheduler
 from pipelines.families import tiny
 from pipelines.inference.negative_prompt import FILE, install, write
 from recipes import sun_sd15
@@ -432,7 +432,7 @@ def test_recomputed_blocks_hear_the_same(tmp_path):
 
 def pipeline(teacher, net, steps=2):
     config = StudentConfig(steps=steps, renoise="ddim")
-    carried, times = scheduler(teacher, config)
+    carried, times = find_student_scheduler(teacher, config)
     parts = teacher.parts
     pipe = parts.pipe(**{parts.network: copy.deepcopy(net), "scheduler": carried})
     return pipe, Student(replace(teacher.denoiser, net=net), times, renoise="ddim")
@@ -450,7 +450,7 @@ def test_in_a_plain_pipeline(teacher, tmp_path):
         pipe, student = pipeline(teacher, louder(adapted(net, n)) if net is base else carried(net, base, n))
         strip(pipe.unet if hasattr(pipe, "unet") else pipe.transformer)
         install(pipe, tmp_path / "a.safetensors")
-        expected = verify.reference(student, teacher, student.denoiser.net)
+        expected = verify.sample_reference(student, teacher, student.denoiser.net)
         assert expected.negative and verify.compare(pipe, teacher, expected, 2).largest < 1e-4
         other = replace(expected, negative="a red fox")
         assert verify.compare(pipe, teacher, other, 2).largest > 10 * verify.TOLERANCE  # and another one is heard
@@ -499,7 +499,7 @@ def test_the_recipe(tmp_path):
 
     flags = ["--smoke", "--learning_rate", "1e-2", "--output_dir", f"{tmp_path / 'run'}"]
     run.main(sun_sd15.CONFIG, flags)
-    export.main(export.Again(f"{tmp_path / 'run'}", output_dir=f"{tmp_path / 'again'}"))
+    export.main(export.ExportArguments(f"{tmp_path / 'run'}", output_dir=f"{tmp_path / 'again'}"))
     folder, base = tmp_path / "run" / "pipeline", load(tmp_path / "run" / "teacher")
     unet, found, again = (
         load_file(f) for f in (*(folder / "unet").glob("*.safetensors"), folder / FILE, tmp_path / "again" / FILE)

@@ -253,7 +253,7 @@ def test_a_second_writer_of_a_folder_is_refused(holder, teacher, tmp_path, capsy
         (encodings, ["--pretrained_model_name_or_path", f"{teacher}", "--output_dir", f"{out}"], inside),
         (pairs, ["--pretrained_model_name_or_path", f"{teacher}", "--output_dir", f"{out}"], inside),
         (edm_convert, ["file.pkl", f"{out}"], beside),
-        (export, export.Again(run=f"{tmp_path / 'run'}", output_dir=f"{out}"), beside),
+        (export, export.ExportArguments(run=f"{tmp_path / 'run'}", output_dir=f"{out}"), beside),
     ):
         with pytest.raises(SystemExit) as end:
             module.main(argv)
