@@ -5,14 +5,19 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from yaml import YAMLError
 
 from distill.files import read_text, write_atomically
 from pipelines.export.license import UNKNOWN, License, hub_name
+from pipelines.families.base import Task
 from pipelines.markdown import escape_markdown, fenced, link, unescape
+
+if TYPE_CHECKING:
+    from huggingface_hub import ModelCardData
 
 NEGATIVE = "Negative prompts do nothing: guidance is built in, and the call switches the pipeline's own off."
 OTHER = "Other numbers of steps and guidance scales than the call's were neither trained nor verified."
@@ -85,81 +90,107 @@ def render_program(
     )
 
 
-def render_card(
-    name: str,
-    base: str | Path,
-    license: License,
-    family: str,
-    method: str,
-    steps: int,
-    config: str,
-    code: str = "",
-    lora: str = "",
-    task: Literal["text-to-image", "text-to-video", "unconditional-image-generation"] = "text-to-image",
-    samples: str = "",
-    prompt: str = " ",
-    limits: Sequence[str] = (NEGATIVE,),
-    results: Sequence[Result] = (),
-    datasets: Sequence[str] = (),
-    files: Sequence[str] = (),
-    checked: str = "",
-) -> str:
+@dataclass(frozen=True)
+class Card:
     """README.md of an exported folder.
 
-    base: the teacher, a name on the Hub or a folder. code, lora: the programs (see `render_program`) that run the folder and its
-    LoRA file; without the first the folder is an adapter. config: YAML. samples: a picture in the folder, of `prompt`.
-    limits: what does not work. results: for the Hub's model-index. datasets: names on the Hub. files: beside the
-    pipeline, to be told of. checked: what was verified, and against what.
+    base: the teacher, a name on the Hub or a folder. code, lora: the programs (see `render_program`) that run the
+    folder and its LoRA file; without the first the folder is an adapter. config: YAML. samples: a picture in the
+    folder, of `prompt`. limits: what does not work. results: for the Hub's model-index. datasets: names on the Hub.
+    files: beside the pipeline; the card explains those that FILES knows. checked: what was verified, against what.
     """
-    from huggingface_hub import ModelCardData
 
-    hub, calls = hub_name(base), "one-step" if steps == 1 else "few-step"
-    facts: dict[str, Any] = {
-        "base_model_relation": hub and ("finetune" if code else "adapter"),
-        "widget": [{"text": prompt, "output": {"url": samples}}] if samples else None,
-    }
-    if results:
-        facts["model_name"] = name
-        facts["eval_results"] = _index(results, task)
-    data = ModelCardData(
-        license=license.id,
-        license_name=license.name,
-        license_link=license.link,
-        base_model=hub,
-        library_name="diffusers",
-        pipeline_tag=task,
-        tags=[task, "diffusers", calls, *([method] if method else []), family, *(["lora"] if lora else [])],
-        datasets=list(datasets) or None,
-        **facts,
-    )
-    rest = f"\n![samples]({samples})\n" if samples else ""
-    if lora and code:
-        rest += f"\nThe LoRA on its base:\n\n{fenced(lora, 'python')}\n"
-    told = [(file, what) for file in files for end, what in FILES.items() if file.endswith(end)]
-    if told:
-        rest += "\n## Files beside the pipeline\n\n" + "".join(f"- `{file}`: {what}\n" for file, what in told)
-    if checked:
-        rest += f"\n## What was verified\n\n{checked}\n"
-    if results:
-        rest += f"\n{_table(results)}"
-    title = license.name or license.id
-    body = BODY.format(
-        name=escape_markdown(name),
-        kind=f"{calls} {'student' if code else 'LoRA'}",
-        base=f"[{hub}](https://huggingface.co/{hub})" if hub else escape_markdown(Path(base).name),
-        calls="one network call" if steps == 1 else f"{steps} network calls",
-        method=f", distilled with {METHODS.get(method, method)}" if method else "",
-        code=fenced(code or lora, "python"),
-        rest=rest,
-        limits="\n".join(f"- {limit}" for limit in (*limits, OTHER)),
-        license=", which was not found: name it with `--license` before you share this"
-        if license == UNKNOWN
-        else f", {link(title, license.link)}"
-        if license.link
-        else f", {escape_markdown(title)}",
-        config=fenced(config.strip(), "yaml"),
-    )
-    return f"---\n{data.to_yaml()}\n---\n\n{body}"
+    name: str
+    base: str | Path
+    license: License
+    family: str
+    method: str
+    steps: int
+    config: str
+    code: str = ""
+    lora: str = ""
+    task: Task = "text-to-image"
+    samples: str = ""
+    prompt: str = " "
+    limits: Sequence[str] = (NEGATIVE,)
+    results: Sequence[Result] = ()
+    datasets: Sequence[str] = ()
+    files: Sequence[str] = ()
+    checked: str = ""
+
+    @property
+    def calls(self) -> str:
+        return "one-step" if self.steps == 1 else "few-step"
+
+    @property
+    def hub(self) -> str | None:
+        """The teacher's name on the Hub; None for a folder that has none."""
+        return hub_name(self.base)
+
+    def render(self) -> str:
+        """The text, with the metadata that the Hub reads before it."""
+        body = BODY.format(
+            name=escape_markdown(self.name),
+            kind=f"{self.calls} {'student' if self.code else 'LoRA'}",
+            base=f"[{self.hub}](https://huggingface.co/{self.hub})" if self.hub else self._folder,
+            calls="one network call" if self.steps == 1 else f"{self.steps} network calls",
+            method=f", distilled with {METHODS.get(self.method, self.method)}" if self.method else "",
+            code=fenced(self.code or self.lora, "python"),
+            rest=self._sections(),
+            limits="\n".join(f"- {limit}" for limit in (*self.limits, OTHER)),
+            license=self._license(),
+            config=fenced(self.config.strip(), "yaml"),
+        )
+        return f"---\n{self._metadata().to_yaml()}\n---\n\n{body}"
+
+    def _metadata(self) -> ModelCardData:
+        from huggingface_hub import ModelCardData
+
+        facts: dict[str, Any] = {}
+        if self.results:
+            facts = {"model_name": self.name, "eval_results": _index(self.results, self.task)}
+        if self.hub:
+            facts["base_model_relation"] = "finetune" if self.code else "adapter"
+        if self.samples:
+            facts["widget"] = [{"text": self.prompt, "output": {"url": self.samples}}]
+        tags = [self.task, "diffusers", self.calls, self.method, self.family, "lora" if self.lora else ""]
+        return ModelCardData(
+            license=self.license.id,
+            license_name=self.license.name,
+            license_link=self.license.link,
+            base_model=self.hub,
+            library_name="diffusers",
+            pipeline_tag=self.task,
+            tags=[tag for tag in tags if tag],
+            datasets=list(self.datasets) or None,
+            **facts,
+        )
+
+    def _sections(self) -> str:
+        """What stands between the first program and the limits."""
+        text = f"\n![samples]({self.samples})\n" if self.samples else ""
+        if self.lora and self.code:
+            text += f"\nThe LoRA on its base:\n\n{fenced(self.lora, 'python')}\n"
+        explained = [(file, what) for file in self.files for end, what in FILES.items() if file.endswith(end)]
+        if explained:
+            lines = "".join(f"- `{file}`: {what}\n" for file, what in explained)
+            text += f"\n## Files beside the pipeline\n\n{lines}"
+        if self.checked:
+            text += f"\n## What was verified\n\n{self.checked}\n"
+        if self.results:
+            text += f"\n{_table(self.results)}"
+        return text
+
+    def _license(self) -> str:
+        """The end of the sentence about the licence."""
+        if self.license == UNKNOWN:
+            return ", which was not found: name it with `--license` before you share this"
+        title = self.license.name or self.license.id
+        return f", {link(title, self.license.link) if self.license.link else escape_markdown(title)}"
+
+    @property
+    def _folder(self) -> str:
+        return escape_markdown(Path(self.base).name)
 
 
 def _index(results: Sequence[Result], task: str) -> list[Any]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from distill.diffusion.student import Student
 from pipelines.components import Scheduler
-from pipelines.export.card import Result, render_card, render_program
+from pipelines.export.card import Card, Result, render_program
 from pipelines.export.license import UNKNOWN, License, find_license
 from pipelines.export.verify import Gap
 from pipelines.families.latents import factor
@@ -78,9 +78,12 @@ def render_model_card(
     checked: str = "",
 ) -> str:
     """The model card. checked: what was verified."""
-    family, steps = teacher.family, len(student.times)
+    family = teacher.family
+    steps = len(student.times)
+    absent = absent_components(teacher)
     program = render_call(teacher, steps, prompt)
-    return render_card(
+    with_lora = render_program(program, where, info.base, lora, type(scheduler).__name__, absent) if lora else ""
+    card = Card(
         info.name,
         info.base,
         info.license,
@@ -88,10 +91,8 @@ def render_model_card(
         info.method,
         steps,
         info.config,
-        code=render_program(program, where, absent=absent_components(teacher)),
-        lora=render_program(program, where, info.base, lora, type(scheduler).__name__, absent_components(teacher))
-        if lora
-        else "",
+        code=render_program(program, where, absent=absent),
+        lora=with_lora,
         task=family.task,
         samples="samples.png",
         prompt=str(prompt),
@@ -100,6 +101,7 @@ def render_model_card(
         files=beside,
         checked=checked,
     )
+    return card.render()
 
 
 def render_call(teacher: Teacher, steps: int, prompt: Any) -> str:

@@ -14,8 +14,7 @@ from eval.leaderboard.commands import write_card, write_page
 from eval.leaderboard.jobs import Job, JobFailure, run_jobs
 from eval.leaderboard.tables import average_seeds
 from eval.sampling.cost import measure_cost, parameters
-from pipelines.export.card import Result, add_results, python_block
-from pipelines.export.card import render_card as model_card
+from pipelines.export.card import Card, Result, add_results, python_block
 from pipelines.export.license import License
 
 
@@ -252,7 +251,7 @@ def test_figures_go_into_a_models_card(tmp_path):
     folder = tmp_path / "pipeline"
     folder.mkdir()
     facts = {"name": "dmd2", "base": "runs/teacher", "license": License("mit"), "family": "edm", "method": "dmd2"}
-    made = model_card(**facts, steps=1, config="a: 1", code="pipe = 1", task="unconditional-image-generation")
+    made = Card(**facts, steps=1, config="a: 1", code="pipe = 1", task="unconditional-image-generation").render()
     (folder / "README.md").write_text(made)
     write_page(tmp_path / "board", [row("dmd2", 10.4), row("sid", 13.0)])
     write_card((tmp_path / "board" / "rows.json",), "dmd2", folder)

@@ -11,7 +11,7 @@ from eval.images import images as folders
 from eval.leaderboard import select_checkpoint as module
 from eval.leaderboard.select_checkpoint import SEED, best_row, make_splits, select_checkpoint
 from eval.protocols import Measure, Protocol, find_protocol
-from pipelines.export.card import render_card
+from pipelines.export.card import Card
 from pipelines.export.license import License
 
 STAGE = """
@@ -43,7 +43,7 @@ def run(tmp_path, monkeypatch):
     (folder / "config.yaml").write_text("# DMD2\n")
     (tmp_path / "stage.py").write_text(STAGE)
     facts = {"name": "run", "base": "teacher", "license": License("mit"), "family": "edm", "method": "dmd2"}
-    text = render_card(**facts, steps=1, config="a: 1", code="pipe = 1", task="unconditional-image-generation")
+    text = Card(**facts, steps=1, config="a: 1", code="pipe = 1", task="unconditional-image-generation").render()
     for key, value in (("CALLS", f"{tmp_path / 'calls'}"), ("CARD", text), ("ROW", json.dumps(row("x", 1.0)))):
         monkeypatch.setenv(key, value)
     real = module.Job

@@ -10,7 +10,7 @@ import torch
 import yaml
 from hub_server import Hub, Repo, environment
 
-from pipelines.export.card import NEGATIVE, Result, python_block, render_card, render_program
+from pipelines.export.card import NEGATIVE, Card, Result, python_block, render_program
 from pipelines.export.license import BASES, UNKNOWN, License, find_license, hub_name
 
 SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
@@ -19,7 +19,7 @@ CONFIG = "method:\n  guidance: 7.0\nmax_train_steps: 2\n"
 
 def made(**changes):
     facts = {"name": "student", "base": SDXL, "family": "sdxl", "method": "dmd2", "steps": 4, "config": CONFIG}
-    return render_card(**facts | {"license": find_license(SDXL), "code": "pipe = ..."} | changes)
+    return Card(**facts | {"license": find_license(SDXL), "code": "pipe = ..."} | changes).render()
 
 
 def metadata(text):
