@@ -28,7 +28,7 @@ def export(tmp_path_factory):
 
 
 def test_create_says_what_is_wrong_before_any_work(tmp_path):
-    create = lambda token="hf_writer", **args: ("create", args, token)
+    create = lambda token="hf_writer", **args: ("create_repository", args, token)
     wrong = {
         "--push_to_hub needs a login, and there is none: run `hf auth login`": create(None, repo_id="student"),
         "--hub_model_id 'not a name' is not a repository name": create(repo_id="not a name"),
@@ -52,7 +52,7 @@ def test_create_says_what_is_wrong_before_any_work(tmp_path):
 
 
 def test_offline_and_out_of_reach(tmp_path):
-    args = [("create", {"repo_id": "student"}, "hf_writer")]
+    args = [("create_repository", {"repo_id": "student"}, "hf_writer")]
     ((kind, message),) = client("http://127.0.0.1:9", args, tmp_path, HF_HUB_OFFLINE="1")
     assert kind == "ValueError" and "HF_HUB_OFFLINE=1" in message and "\n" not in message
     ((kind, message),) = client("http://127.0.0.1:9", args, tmp_path)
@@ -62,9 +62,9 @@ def test_offline_and_out_of_reach(tmp_path):
 def test_what_is_pushed_comes_back_byte_for_byte(export, tmp_path):
     folder, wanted = export
     with Hub() as hub:
-        push = ("push", {"folder": str(folder), "repo_id": "ada/student", "message": "Two steps"}, "hf_writer")
+        push = ("push_folder", {"folder": str(folder), "repo_id": "ada/student", "message": "Two steps"}, "hf_writer")
         down = ("download", {"repo_id": "ada/student", "local_dir": str(tmp_path / "down")}, "hf_writer")
-        calls = [("create", {"repo_id": "ada/student", "private": True}, "hf_writer"), push, down, push]
+        calls = [("create_repository", {"repo_id": "ada/student", "private": True}, "hf_writer"), push, down, push]
         said = client(hub.url, calls, tmp_path)
         assert [kind for kind, _ in said] == ["", "", "", ""], said
         assert said[1][1] == said[3][1] == f"{hub.url}/ada/student"
@@ -75,7 +75,7 @@ def test_what_is_pushed_comes_back_byte_for_byte(export, tmp_path):
 
         hub.repos["ada/plain"] = type(hub.repos["ada/student"])()
         hub.lfs_from = 1 << 30
-        push = ("push", push[1] | {"repo_id": "ada/plain"}, "hf_writer")
+        push = ("push_folder", push[1] | {"repo_id": "ada/plain"}, "hf_writer")
         ((kind, message),) = client(hub.url, [push], tmp_path, HF_HUB_DISABLE_XET="0")
         assert kind == "" and hub.repos["ada/plain"].files == wanted, "huggingface_hub's other way to send a folder"
 
@@ -95,8 +95,8 @@ def test_a_push_that_fails_is_one_message_and_the_export_stays(export, tmp_path,
         hub.fail = {request: (status, "out of order") for request, status in failing.items()}
         calls = []
         for name in "abc"[: len(failing)]:
-            calls.append(("create", {"repo_id": name}, "hf_writer"))
-            calls.append(("push", {"folder": str(folder), "repo_id": f"ada/{name}"}, "hf_writer"))
+            calls.append(("create_repository", {"repo_id": name}, "hf_writer"))
+            calls.append(("push_folder", {"folder": str(folder), "repo_id": f"ada/{name}"}, "hf_writer"))
         said = client(hub.url, calls, tmp_path)
         for (_, name), (kind, message), status in zip(said[::2], said[1::2], failing.values(), strict=True):
             assert kind == "HubError" and f"{name} failed: {hub.url} answered {status}, out of order;" in message
