@@ -1,15 +1,16 @@
 """Pipelines that take turns on one image: a base model before its student, a small model before a large one.
 
     from diffusers import DiffusionPipeline
-    from pipelines.inference.stitch import Turn, stitch
+    from pipelines.inference.stitch import SamplingStage, stitch
 
     base, student = (DiffusionPipeline.from_pretrained(folder) for folder in ("sdxl", "sdxl-dmd2"))
-    images = stitch([Turn(base, 20, guidance=7, solver="ddim"), Turn(student, 4, skip=1)], ["a red fox"], [generator])
+    stages = [SamplingStage(base, 20, guidance=7, solver="ddim"), SamplingStage(student, 4, skip=1)]
+    images = stitch(stages, ["a red fox"], [generator])
 
 That has the diversity of the base model, for the student's first call decides what an image is of: of its 20 calls the
 base makes those at higher levels of noise than the student's second (Gandikota & Bau 2025, arXiv 2503.10637). T-Stitch
-(Pan et al. 2024, 2402.14167) is [Turn(small, 50, w, solver="ddim"), Turn(large, 50, w, skip=20, solver="ddim")], of two
-models of the same latents; there may be three. The mathematics are solver.py's; eval.generate has --first.
+(Pan et al. 2024, 2402.14167) has the stages (small, 50, w, solver="ddim") and (large, 50, w, skip=20, solver="ddim"),
+two models of the same latents; there may be three. The mathematics are solver.py's; eval.generate has --first.
 
 The base's steps must be fine enough. On the digits, one seed, a CD student of two calls has recall .851 and FD 14.2;
 after six of ten of its teacher's Heun steps (25 passes for 2) .894 and 13.0, after two of four .901 and 297.

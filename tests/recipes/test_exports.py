@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from distill.diffusion.schedule import EDM
 from distill.diffusion.student import Student
 from pipelines import load, run
-from pipelines.components import ExportError, index
+from pipelines.components import ExportError, read_index
 from pipelines.export import export, verify
 from pipelines.export.model_card import collect_card_info
 from pipelines.families import edm
@@ -45,10 +45,10 @@ def test_wrong_weights_are_caught(which, one, out, tmp_path, monkeypatch):
     if which == "stale":
         wrong["stale"] = state.nets.student.denoiser.copy().net
         wrong["stale"].load_state_dict(stale)
-    folder, right = tmp_path / "pipeline", export.write
+    folder, right = tmp_path / "pipeline", export.write_pipeline
     assert export.export(student, teacher, net, scheduler, folder, card).gaps["pipeline"].largest < 1e-5
     before = {p: p.stat().st_mtime_ns for p in folder.rglob("*")}
-    monkeypatch.setattr(export, "write", lambda teacher, net, *rest: right(teacher, wrong[which], *rest))
+    monkeypatch.setattr(export, "write_pipeline", lambda teacher, net, *rest: right(teacher, wrong[which], *rest))
     with pytest.raises(ExportError, match="differs from the student: pipeline by"):
         export.export(student, teacher, net, scheduler, folder, card)
     assert {p: p.stat().st_mtime_ns for p in folder.rglob("*")} == before
@@ -75,7 +75,7 @@ def test_every_input_counts(one):
     @torch.no_grad()
     def image(c, student=student):
         torch.manual_seed(SEED)
-        x = student.using(state.ema.net).generate(z, c, verify.Generated(teacher))
+        x = student.using(state.ema.net).generate(z, c, verify.GlobalGeneratorDraw(teacher))
         return (teacher.decode(x) / 2 + 0.5).clamp(0, 1)
 
     one = image(c)
@@ -113,12 +113,12 @@ def test_two_steps_are_exported(tmp_path):
 
 
 def test_a_recipe_fails_with_its_export(tmp_path, monkeypatch, capsys):
-    right = export.write
+    right = export.write_pipeline
 
     def wrong(teacher, net, *rest):
         right(teacher, teacher.denoiser.net, *rest)
 
-    monkeypatch.setattr(export, "write", wrong)
+    monkeypatch.setattr(export, "write_pipeline", wrong)
     with pytest.raises(SystemExit) as error:
         run.main(config_of("sid"), argv("sid", tmp_path))
     assert error.value.code == 2
@@ -132,24 +132,24 @@ def test_a_recipe_fails_with_its_export(tmp_path, monkeypatch, capsys):
 def test_export_again(out, tmp_path):
     """The command makes from a checkpoint what the run made at its end; an earlier checkpoint gives another student."""
     folder = out("dmd2_sdxl_lora")
-    export.main(export.Again(run=f"{folder}", output_dir=f"{tmp_path / 'again'}"))
+    export.main(export.ExportArguments(run=f"{folder}", output_dir=f"{tmp_path / 'again'}"))
     unet = "unet/diffusion_pytorch_model.safetensors"
     assert (tmp_path / "again" / unet).read_bytes() == (folder / "pipeline" / unet).read_bytes()
-    export.main(export.Again(run=f"{folder}", checkpoint="checkpoint-1", output_dir=f"{tmp_path / 'first'}"))
+    export.main(export.ExportArguments(run=f"{folder}", checkpoint="checkpoint-1", output_dir=f"{tmp_path / 'first'}"))
     assert (tmp_path / "first" / unet).read_bytes() != (folder / "pipeline" / unet).read_bytes()
 
 
 def test_export_the_mean_of_two(out, tmp_path, capsys):
     """SwiftBrush v2: the weights are those of both students' averages, by their shares; other calls are refused."""
     a, b, two = out("sid"), out("reward"), out("two steps")
-    export.main(export.Again(f"{a}", other=f"{b}", share=0.75, output_dir=f"{tmp_path / 'mean'}"))
+    export.main(export.ExportArguments(f"{a}", other=f"{b}", share=0.75, output_dir=f"{tmp_path / 'mean'}"))
     name = "unet/diffusion_pytorch_model.safetensors"
     mean, first, second = (load_file(f / name) for f in (tmp_path / "mean", a / "pipeline", b / "pipeline"))
     for key in mean:
         torch.testing.assert_close(mean[key], 0.75 * first[key] + 0.25 * second[key])
     assert any(not torch.equal(first[key], second[key]) for key in mean)
     with pytest.raises(SystemExit):
-        export.main(export.Again(f"{a}", other=f"{two}", output_dir=f"{tmp_path / 'no'}"))
+        export.main(export.ExportArguments(f"{a}", other=f"{two}", output_dir=f"{tmp_path / 'no'}"))
     assert "not mixed" in capsys.readouterr().err
 
 
@@ -166,7 +166,7 @@ def test_export_the_mean_of_two(out, tmp_path, capsys):
 def test_export_from_others(run_, file, layout, steps, out, tmp_path):
     """A published file becomes the same verified folder, with its card."""
     given = {"published": f"{out(run_) / 'pipeline' / file}", "layout": layout, "steps": steps}
-    export.main(export.Again(**given, teacher=f"{out(run_) / 'teacher'}", output_dir=f"{tmp_path / 'out'}"))
+    export.main(export.ExportArguments(**given, teacher=f"{out(run_) / 'teacher'}", output_dir=f"{tmp_path / 'out'}"))
     facts = json.loads((tmp_path / "out" / "distill.json").read_text())
     assert facts["steps"] == steps and yaml.safe_load(facts["config"])["from"] == file
     assert layout in (tmp_path / "out" / "README.md").read_text()
@@ -203,11 +203,11 @@ sys.path.insert(0, {root!r})
 from pipelines.export import export
 from pipelines import run
 from recipes.digits import TABLE
-right = export.write
+right = export.write_pipeline
 def wrong(teacher, net, *rest):
     right(teacher, teacher.denoiser.net, *rest)
 for broken, argv in ((True, {broken!r}), (False, {sent!r})):
-    export.write = wrong if broken else right
+    export.write_pipeline = wrong if broken else right
     try:
         run.main(TABLE["sid"].config, argv)
         assert not broken
@@ -276,7 +276,7 @@ def test_a_teacher_and_its_student(tmp_path):
     digits_teacher.main(config)
     with pytest.raises(SystemExit):
         digits_teacher.main(config)
-    assert index(tmp_path / "t")["_class_name"] == "ConsistencyModelPipeline"
+    assert read_index(tmp_path / "t")["_class_name"] == "ConsistencyModelPipeline"
     teacher = load(tmp_path / "t")
     assert (teacher.denoiser.sigma_d, teacher.shape) == (0.75, (1, 8, 8))
     assert teacher.denoiser.null["class_labels"].tolist() == [10]
