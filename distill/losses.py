@@ -1,4 +1,4 @@
-"""The pieces that losses are made of. A reduction is "mean" over all elements, or "sum" over elements / batch."""
+"""Parts of losses. A reduction is "mean" over all elements, or "sum": the sum of all elements divided by B."""
 
 from __future__ import annotations
 
@@ -17,35 +17,35 @@ Reduction = Literal["mean", "sum"]
 
 
 def reduce(elements: Tensor, reduction: Reduction) -> Tensor:
-    """[B, ...] -> scalar: the mean, or the sum over everything divided by B."""
+    """[B, ...] -> scalar: the mean over all elements, or their sum divided by B."""
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction is {reduction!r}; it must be 'mean' or 'sum' (sum over elements / batch)")
     return elements.mean() if reduction == "mean" else elements.sum() / len(elements)
 
 
 def sum_over_processes(numbers: Tensor) -> Tensor:
-    """The sum over all processes, without gradient; every process must call it."""
+    """The sum over all processes, without gradient. Collective: every process must call it."""
     from accelerate.utils import reduce as over_processes
 
     return numbers if numbers.is_meta else over_processes(numbers.detach(), "sum")
 
 
 def per_sample(elements: Tensor) -> Tensor:
-    """Mean over everything but the batch, kept broadcastable: [B, ...] -> [B, 1, ...]."""
+    """[B, ...] -> [B, 1, ...]: the mean over all dimensions but the batch, in a shape that broadcasts."""
     return elements.flatten(1).mean(1).reshape(-1, *[1] * (elements.ndim - 1))
 
 
 def gradient_surrogate(x: Tensor, g: Tensor) -> Tensor:
-    """Elements [B, ...] whose sum has the gradient g to x, exactly; their value is g^2 / 2.
+    """Elements [B, ...] whose sum has exactly the gradient g with respect to x. Their value is g^2 / 2.
 
-    The surrogate |x - sg(x - g)|^2 / 2 of score distillation without its rounding.
+    Equivalent to |x - sg(x - g)|^2 / 2 of score distillation, but without its rounding error.
     """
     g = g.detach()
     return g * (x - x.detach()) + g**2 / 2
 
 
 def normaliser(x: Tensor, real: Tensor, low: float = 1e-5) -> Tensor:
-    """mean |x - real| of every sample [B, 1, ...], without gradient: the weight of DMD (eq. 8) and SiD is 1 over it."""
+    """mean |x - real| of each sample [B, 1, ...], without gradient. DMD (eq. 8) and SiD weight by 1 over it."""
     return per_sample((x - real).abs()).clamp(min=low).detach()
 
 
@@ -59,57 +59,58 @@ def denoising(
 ) -> Tensor:
     """Squared error in the network's own space: eps-, v-, flow-matching, or EDM's weighted denoising loss.
 
-    space "x0": of the clean sample instead, whatever the network predicts. weight: of each element.
+    space "x0": squared error of the clean sample, whatever the network predicts. weight: factor of each element.
     """
     error = pred.out - pred.target(x0, eps) if space == "network" else pred.x0 - x0
     return reduce(weight * pred.weight * error**2, reduction)
 
 
 def huber(delta: Tensor, c: float = 1e-3) -> Tensor:
-    """Pseudo-Huber elements sqrt(delta^2 + c^2) - c (LCM); c = 0 is |delta|."""
+    """Pseudo-Huber loss of each element, sqrt(delta^2 + c^2) - c (LCM); c = 0 gives |delta|."""
     return (delta**2 + c**2).sqrt() - c if c else delta.abs()  # the root has no derivative at 0
 
 
 def adaptive(size: Tensor, p: float, floor: float) -> Tensor:
-    """size / sg(size + floor)^p of the squared size [B] of every sample's error: 1 weighs all gradients alike, 0 none.
+    """size / sg(size + floor)^p for the squared error size [B] of each sample.
 
-    MeanFlow: the sum of squares, p = 1, floor = .01. Barron's loss of alpha = 1 and c (TwinFlow): their mean, p = .5,
-    floor = c^2. The value says little: log the size.
+    p = 1 gives gradients of all samples the same weight; p = 0 leaves them as they are.
+    MeanFlow: size is the sum of squares, p = 1, floor = .01. Barron's loss of alpha = 1 and c (TwinFlow): size is their
+    mean, p = .5, floor = c^2. The value carries little information: log the size.
     """
     return size / (size.detach() + floor) ** p
 
 
 def huber_norm(delta: Tensor, c: float = 0.0) -> Tensor:
-    """Pseudo-Huber distance sqrt(|delta|^2 + c^2) - c of every sample's whole vector [B] (iCT); c = 0 is the norm.
+    """Pseudo-Huber distance sqrt(|delta|^2 + c^2) - c [B] of each sample's whole vector (iCT); c = 0 gives the norm.
 
-    Not the elements' `huber`: c grows with the root of the number of elements, 0.00054 of it in iCT.
+    `huber` works on elements instead. Here c grows with the root of the number of elements; iCT: 0.00054 of that root.
     """
-    size = torch.linalg.vector_norm(delta.flatten(1), dim=1)  # its derivative at 0 is 0
+    size = torch.linalg.vector_norm(delta.flatten(1), dim=1)  # PyTorch defines its derivative at 0 as 0
     return (size**2 + c**2).sqrt() - c if c else size
 
 
 def cauchy_norm(delta: Tensor, c: float) -> Tensor:
-    """log(1 + |delta|^2 / (2 c^2)) of every sample's whole vector [B] (sLCT, arXiv 2502.01441); c > 0."""
+    """log(1 + |delta|^2 / (2 c^2)) [B] of each sample's whole vector (sLCT, arXiv 2502.01441); c > 0."""
     return torch.log1p(delta.flatten(1).square().sum(1) / (2 * c**2))
 
 
 def gan_generator(fake: Tensor) -> Tensor:
-    """Non-saturating loss softplus(-logit), mean."""
+    """Non-saturating generator loss: the mean of softplus(-logit)."""
     return F.softplus(-fake).mean()
 
 
 def gan_discriminator(fake: Tensor, real: Tensor) -> Tensor:
-    """softplus(logit) on fakes + softplus(-logit) on reals, means."""
+    """The mean of softplus(logit) on fakes + the mean of softplus(-logit) on reals."""
     return F.softplus(fake).mean() + F.softplus(-real).mean()
 
 
 def hinge_generator(fake: Tensor) -> Tensor:
-    """-logit, mean: the student's side of the hinge loss."""
+    """Generator side of the hinge loss: the mean of -logit."""
     return -fake.mean()
 
 
 def hinge_discriminator(fake: Tensor, real: Tensor) -> Tensor:
-    """relu(1 + logit) on fakes + relu(1 - logit) on reals, means (Lim & Ye 2017)."""
+    """The mean of relu(1 + logit) on fakes + the mean of relu(1 - logit) on reals (Lim & Ye 2017)."""
     return F.relu(1 + fake).mean() + F.relu(1 - real).mean()
 
 
@@ -117,20 +118,21 @@ def hinge_discriminator(fake: Tensor, real: Tensor) -> Tensor:
 def score_gap_logs(x: Tensor, real: Tensor, fake: Tensor, own: bool = True) -> dict[str, Tensor]:
     """Logs of two scores: score_gap = mean (real - fake)^2 and lag = mean (x - fake) (real - fake).
 
-    x, real, fake [B, ...]: samples and both scores' x0 at x_t, or noise and both scores' eps. A fake score that has
-    caught up with the student is E[x | x_t], and then the lag is 0 in expectation: x - E[x | x_t] has no correlation
-    with a function of x_t (the identity of SiD, arXiv 2404.04057). lag / score_gap is the share of the way from fake to
-    real that the student is ahead. own: the fake is guided here as in its own loss; without that there is no lag.
+    x, real, fake [B, ...]: samples and both scores' x0 at x_t, or noise and both scores' eps.
+    A fake score that fits the student perfectly is E[x | x_t]. Then lag is 0 in expectation: x - E[x | x_t] has no
+    correlation with a function of x_t (the identity of SiD, arXiv 2404.04057). lag / score_gap is the student's lead
+    over the fake score, as a fraction of the distance from fake to real.
+    own: the fake score has the same guidance here as in its own loss; without it lag is not logged.
     """
     gap = real - fake
     return {"score_gap": gap.square().mean()} | ({"lag": ((x - fake) * gap).mean()} if own else {})
 
 
 class _Forward(TorchFunctionMode):
-    """What forward-mode differentiation asks of layers, in this thread alone.
+    """Replaces layers during forward-mode differentiation, in this thread only.
 
-    Linear layers and convolutions act on a tangent as on a value, less the bias: two products, torch makes three.
-    Attention runs on the math kernel: flash and memory-efficient attention have no forward-mode rule.
+    A linear layer or convolution acts on a tangent as on a value, without the bias: two products, torch makes three.
+    Attention runs on the math kernel, because flash and memory-efficient attention have no forward-mode rule.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -156,9 +158,9 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """The math kernel of scaled_dot_product_attention, whose choice by `sdpa_kernel` would be that of all threads."""
+    """scaled_dot_product_attention on the math kernel. `sdpa_kernel` would select that kernel for all threads."""
     device = query.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):  # as with the function itself
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):  # as in the original
         dtype = torch.get_autocast_dtype(device)
         query, key, value = (x.to(dtype) for x in (query, key, value))
     if attn_mask is not None and attn_mask.dtype == torch.bool:
@@ -171,9 +173,10 @@ def _attention(
 def jvp(
     f: Callable[..., Tensor], primals: tuple[Tensor, ...], tangents: tuple[Tensor, ...], graph: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """(f(primals), directional derivative along tangents) by forward-mode differentiation; weights have no tangents.
+    """(f(primals), directional derivative along tangents) by forward-mode differentiation. Weights have no tangents.
 
-    graph: the value, not the derivative, can be differentiated backward; gradient checkpointing cannot be inside.
+    graph: keep the graph of the value for a backward pass; the derivative has none. f must not use gradient
+    checkpointing.
     """
     with torch.set_grad_enabled(graph), forward_ad.dual_level(), _Forward():
         out = f(*(forward_ad.make_dual(x, dx.to(x)) for x, dx in zip(primals, tangents, strict=True)))

@@ -1,4 +1,4 @@
-"""What a method is: the updates of its players, their losses, and the samples that they see."""
+"""The base class of methods: the updates of the players, their losses, and the samples that the losses use."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ Loss = Callable[[Tensor, Nets, Batch, Draw], tuple[Tensor, Logs]]
 
 
 class Requirement(Enum):
-    """What a method requires beside a teacher and its conditions. The value stands in the README's table.
+    """What a method requires beside a teacher and its conditions. The README's table shows the value.
 
-    `check` of the data's configuration looks at REAL, PAIRS and FORGOTTEN_PROMPTS, training/requirements.py at what
-    concerns the networks; the recipe attaches the others to the networks (pipelines/run.py).
+    `check` of the data's configuration checks REAL, PAIRS and FORGOTTEN_PROMPTS. training/requirements.py checks what
+    concerns the networks. The recipe attaches the rest to the networks (pipelines/run.py).
     """
 
-    REAL = "images"  # a batch has "real" [B, *shape] and their condition "real_c"
-    PAIRS = "pairs of the teacher (`python -m pipelines.pairs`)"  # a batch has noise "z" and the teacher's sample "y"
-    FORGOTTEN_PROMPTS = "prompts to forget"  # a batch has "forget_c"
-    END_TIME = "a second time of the student (added)"  # see diffusion/end_time.py
-    NULL_CONDITION = "a null condition"  # of the teacher
+    REAL = "images"  # a batch has images "real" [B, *shape] and their condition "real_c"
+    PAIRS = "pairs of the teacher (`python -m pipelines.pairs`)"  # a batch has noise "z", the teacher's sample "y"
+    FORGOTTEN_PROMPTS = "prompts to forget"  # a batch has the condition "forget_c"
+    END_TIME = "a second time of the student (added)"  # the student takes one, see diffusion/end_time.py
+    NULL_CONDITION = "a null condition"  # the teacher has one
     GUIDANCE_EMBEDDING = "a network that is told its guidance"
     CROSS_ATTENTION = "cross-attention"
-    NEGATIVE_ADAPTER = "cross-attention (adapters are added)"  # student.negative, see networks/negative_attention.py
-    SEVERAL_CALLS = "several calls with fresh noise"  # of the student
+    NEGATIVE_ADAPTER = "cross-attention (adapters are added)"  # student.negative, networks/negative_attention.py
+    SEVERAL_CALLS = "several calls with fresh noise"  # the student makes them
     EXPORTED_TEACHER = "a finished student as its teacher"  # the student is called at the teacher's own times
-    PERCEPTUAL_DISTANCE = "LPIPS"  # nets.perceptual
-    REWARD = "a reward"  # nets.reward
-    CONTROL_PICTURE = "a picture of its samples (`pipelines/inference/controlnet.py`)"  # nets.control
+    PERCEPTUAL_DISTANCE = "LPIPS"  # the recipe sets nets.perceptual
+    REWARD = "a reward"  # the recipe sets nets.reward
+    CONTROL_PICTURE = "a picture of its samples (`pipelines/inference/controlnet.py`)"  # the recipe sets nets.control
 
     @classmethod
     def select(cls, **conditions: object) -> tuple[Requirement, ...]:
@@ -51,20 +51,22 @@ class Requirement(Enum):
 def guidance_requirements(
     w: float | tuple[float, float], solver: str = "ddim", embed: bool = True
 ) -> tuple[Requirement, ...]:
-    """Requirements of guidance w: a null condition if w is not 1, and for a range with `embed` a guidance embedding."""
+    """Requirements of guidance w: a null condition if w is not 1; a guidance embedding for a range with `embed`."""
     guided = w != 1 or solver == "cfg++"
     return Requirement.select(NULL_CONDITION=guided, GUIDANCE_EMBEDDING=guided and embed and isinstance(w, tuple))
 
 
 @dataclass(frozen=True)
 class Update:
-    """`player` ("student", with a learned weight; "fake": fake score, discriminator, proxy, or several of them) moves
-    under `loss` every `every` steps from `start` on.
+    """One optimizer step of `player` under `loss`, every `every` iterations from iteration `start` on.
 
-    reuse: on the detached samples of an earlier update of the same step, where there was one, instead of fresh ones.
-    walk: fresh samples of successive steps are those after 1, 2, ... calls of one generation, until the student moves
-    or has no more calls: Draw.late is how many steps ago it began, and a step costs one call.
-    alone: before this step it moves at each one, the others having not begun.
+    player: "student" trains the student and a learned weight; "fake" trains those of fake score, discriminator and
+    proxy that exist.
+    reuse: the loss takes the detached samples of an earlier update of the same iteration, if there was one.
+    walk: reuse one multi-step generation across iterations. Iteration k uses its sample after k calls, so that each
+    iteration costs one student call. It restarts when the student is updated or all calls are made. Draw.late counts
+    the iterations since the restart.
+    alone: until this iteration, the update is made at every iteration; the other updates start later.
     """
 
     player: Literal["student", "fake"]
@@ -78,10 +80,10 @@ class Update:
 
 @dataclass(frozen=True)
 class FeatureTaps:
-    """What the heads of a role read, and which heads they are.
+    """The features that the heads of a role take, and the type of the heads.
 
-    modules: of the fake score or the teacher, a head each. places: a head keeps a logit for every place of its map or
-    every token; else it gives their mean. pixels: the heads are PCM's.
+    modules: submodules of the fake score or of the teacher, one head for each. places: a head gives a logit for every
+    position of its feature map or every token; else it gives their mean. pixels: use the heads of PCM.
     """
 
     modules: Taps
@@ -90,59 +92,59 @@ class FeatureTaps:
 
 
 class Method(ABC):
-    """An algorithm. A subclass is a frozen dataclass of its hyper-parameters."""
+    """A distillation method. A subclass is a frozen dataclass of the method's hyper-parameters."""
 
     @property
     def roles(self) -> tuple[str, ...]:
-        """The roles of Nets that it trains or averages, beside teacher and student."""
+        """The roles of Nets that the method trains or averages, beside teacher and student."""
         return ()
 
     @property
     def requirements(self) -> tuple[Requirement, ...]:
-        """What it requires beside a teacher and its conditions."""
+        """What the method requires beside a teacher and its conditions."""
         return ()
 
     @property
     def feature_taps(self) -> dict[str, FeatureTaps]:
-        """What the heads read, by role: "disc", "proxy"."""
+        """The features that the heads take, by role ("disc", "proxy")."""
         return {}
 
     @property
     def noises(self) -> tuple[Renoise, ...] | None:
-        """The values of student.renoise with which its student can make several calls; None: all."""
+        """The values of student.renoise with which the student can make several calls; None: all."""
         return None
 
     @property
     def jumps(self) -> bool:
-        """Whether the student's end time is the time to which x goes (Student.jumps)."""
+        """Whether the student's end time is the time of its next call (Student.jumps)."""
         return False
 
     @property
     def degradation_run(self) -> Path | None:
-        """The folder of the run whose checkpoints are the role "past"."""
+        """The folder of the run whose checkpoints are the role "past"; None: the method has no such role."""
         return None
 
     @abstractmethod
     def updates(self) -> list[Update]:
-        """The updates of an iteration, in order."""
+        """The updates of one iteration, in order."""
 
     @abstractmethod
     def sample(self, nets: Nets, batch: Batch, draw: Draw) -> Tensor:
-        """The samples x [B, *shape] that the loss of draw.player looks at, with gradient for the student."""
+        """The samples x [B, *shape] that the loss of draw.player takes, with gradient to the student."""
 
     def call_times(self, steps: int, first: float, schedule: Schedule) -> tuple[float, ...] | None:
-        """The times of a student of `steps` calls from the time `first` on; None: those of the exported scheduler."""
+        """Times of a student of `steps` calls, the first at `first`; None: the times of the exported scheduler."""
         return None
 
     def on_build(self, nets: Nets) -> None:  # noqa: B027
-        """Called once all networks are built: checks the student's calls, or adds buffers to a network."""
+        """Called once after all networks are built, to check the student's calls or to add buffers to a network."""
 
     def after_student_step(self, nets: Nets) -> None:  # noqa: B027
         """Called after every optimizer step of the student."""
 
 
 class ToData(Method):
-    """A method whose student leads from every level to data: several calls need fresh noise between them."""
+    """A method whose student maps every noise level to data, so that several calls need new noise between them."""
 
     @property
     def noises(self) -> tuple[Renoise, ...] | None:

@@ -1,4 +1,4 @@
-"""Copies of networks: which tensors they share, which they own, which of them train."""
+"""Copies of networks that share some of their tensors and train others."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ def shallow_module_copy(net: nn.Module) -> nn.Module:
 
 
 def copy_trainable(net: nn.Module) -> nn.Module:
-    """A copy of `net` with trainable parameters of its own; frozen ones, an adapter's backbone say, stay shared."""
+    """A copy of `net` with its own trainable parameters. Frozen ones (an adapter's backbone) stay shared."""
     return copy.deepcopy(net, {id(p): p for p in net.parameters() if not p.requires_grad})
 
 
 def freeze_all_but(net: nn.Module, child: str) -> nn.Module:
-    """A copy of `net` whose child module `child` is its own and trains; the rest is frozen and shared."""
+    """A copy of `net` in which only the child module `child` is copied and trains. The rest is frozen and shared."""
     found = shallow_module_copy(net).requires_grad_(False)
     setattr(found, child, promote_trainable_to_float32(copy.deepcopy(getattr(net, child)).requires_grad_(True)))
     return found
 
 
 def meta_copy(net: nn.Module) -> nn.Module:
-    """A copy on the meta device: shapes without numbers."""
+    """A copy on the meta device, which has shapes but no values."""
     tensors = {id(t): t.detach().to("meta") for t in net.buffers()}
     parameters = {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in net.parameters()}
     return copy.deepcopy(net, tensors | parameters)
 
 
 def promote_trainable_to_float32(net: nn.Module) -> nn.Module:
-    """`net`, its trainable parameters at least float32: half precision rounds small steps away. Frozen ones stay."""
+    """Cast trainable parameters of `net` to at least float32: half precision rounds small steps away."""
     for p in net.parameters():
         if p.requires_grad and p.dtype.itemsize < 4:
             p.data = p.data.float()

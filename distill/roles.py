@@ -1,4 +1,4 @@
-"""The roles of a distillation: teacher, student, fake score, discriminator, target."""
+"""The networks of a distillation by role: teacher, student, fake score, discriminator, target."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from distill.random import Draw
 T = TypeVar("T")
 Batch = dict[str, Any]
 HEAD_ROLES = ("disc", "proxy")  # roles that are heads over features (Method.feature_taps)
-SMALL = {"disc": "fake", "proxy": "fake", "weight": "student"}  # roles that are no denoisers, and the players of each
+SMALL = {"disc": "fake", "proxy": "fake", "weight": "student"}  # roles other than denoisers, and their players
 
 
 @dataclass(eq=False)
 class CheckpointedDenoiser:
-    """A denoiser as it was at each of several checkpoints of the role "fake": one network, with the last asked for.
+    """One network that can load any of several checkpoints of the role "fake". It holds the one requested last.
 
-    backbone: the network whose tensors it may share, which are never written. fill: checkpoint.load_initial_weights.
+    backbone: a network whose tensors it may share and never writes to. fill: checkpoint.load_initial_weights.
     """
 
     denoiser: Denoiser
@@ -42,14 +42,17 @@ class CheckpointedDenoiser:
 
 @dataclass(eq=False)
 class Nets:
-    """The roles. A role that a method does not use is None. shape: of one sample, (C, H, W) say.
+    """The networks of a run by role. A role that a method does not use is None.
 
-    disc, proxy: heads over features of the fake score or the teacher, a discriminator and a reward; "fake" moves them.
-    weight: the learned weight of the student's loss (adaptive_weight.py); "student" moves it.
-    past: the teacher on its recorded way to the student (DisBack).
-    perceptual: how far decoded samples [B, *shape] look from others, [B], with gradient; for methods that need it.
-    reward: how good samples [B, *shape] are under a condition, [B], with gradient to the samples; likewise.
-    control: the picture [B, C, H, W] of samples [B, *shape] that a student is told as c["control"]; likewise.
+    shape: shape of one sample, for example (C, H, W).
+    disc: heads of the discriminator, over features of the fake score or the teacher; the player "fake" trains them.
+    proxy: heads of the reward's proxy, over the same kind of features; the player "fake" trains them.
+    weight: learned weight of the student's loss (adaptive_weight.py); the player "student" trains it.
+    past: checkpoints of the teacher's degradation towards the student (DisBack).
+    perceptual: distance [B] of decoded samples [B, *shape] from others, with gradient.
+    reward: reward [B] of samples [B, *shape] under a condition, with gradient to the samples.
+    control: control image [B, C, H, W] of samples [B, *shape], which a student receives as c["control"].
+    perceptual, reward and control are set only for methods that require them.
     """
 
     teacher: Denoiser
@@ -81,7 +84,7 @@ class Nets:
         return _require(self.proxy, "proxy")
 
     def modules(self) -> dict[str, nn.Module]:
-        """Every trained or averaged network by role; the teacher is frozen and not among them."""
+        """Every trained or averaged network by role. The frozen teacher is not among them."""
         roles = {
             "student": self.student.denoiser.net,
             "fake": self.fake.net if self.fake is not None else None,
@@ -91,8 +94,8 @@ class Nets:
         return {name: net for name, net in roles.items() if net is not None}
 
     def frozen(self) -> dict[str, nn.Module]:
-        """The teacher, the worse network that it is guided away from, its past, and the experts of a student's earlier
-        phases: networks that no player moves."""
+        """Networks that no player trains: the teacher, the worse network of its guidance, its past checkpoints, and the
+        experts of the student's earlier phases."""
         experts = {f"expert {i}": expert.net for i, expert in enumerate(self.student.experts)}
         past = {} if self.past is None else {"past": self.past.denoiser.net}
         worse = {"worse": self.teacher.worse} if isinstance(self.teacher, WorseModelGuided) else {}
@@ -100,16 +103,16 @@ class Nets:
 
     @property
     def finished(self) -> Student:
-        """The teacher, called as the student is: what a finished student was before it is tuned."""
+        """The teacher wrapped as a Student: the reference policy when an exported student is fine-tuned."""
         return replace(self.student, denoiser=self.teacher)
 
     def generate(self, batch: Batch, draw: Draw, steps: int | None = None, to: float | None = None) -> Tensor:
-        """A sample of the student for every index of `draw`, from its noise "z" and the batch's condition."""
+        """One sample of the student for every index of `draw`, from the noise "z" and the condition of the batch."""
         z = draw.normal("z", (len(draw.samples), *self.shape))
         return self.student.generate(z, batch.get("c"), draw, steps, to)
 
     def walk(self, batch: Batch, draw: Draw) -> list[Tensor]:
-        """Every x on the way to that sample, and the sample (Student.walk)."""
+        """Every x of the generation of that sample, then the sample (Student.walk)."""
         return self.student.walk(draw.normal("z", (len(draw.samples), *self.shape)), batch.get("c"), draw)
 
 

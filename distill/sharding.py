@@ -1,7 +1,8 @@
-"""Sharded networks: every process holds a part of each tensor, and gathers a block's tensors while it runs (FSDP2).
+"""Sharded networks (FSDP2): every process holds a part of each tensor and gathers a block's tensors while it runs.
 
-Each role is wrapped on its own: the blocks that its family names, then what is left. Gradients come back as parts too,
-averaged over processes; optimizers, averages and checkpoints work on parts. Zhao et al. 2023, arXiv 2304.11277.
+Each role is sharded on its own: first the blocks that its family names, then the rest. Gradients are sharded too, and
+averaged over processes. Optimizers, averages and checkpoints work on the local parts.
+Zhao et al. 2023, arXiv 2304.11277.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def is_fsdp_launch(accelerator: Accelerator) -> bool:
-    """Whether the launcher's configuration asks for sharding; ValueError if it is of a kind that cannot be had."""
+    """Whether the launcher's configuration asks for FSDP. ValueError for a kind of FSDP that is not supported."""
     from accelerate.utils import DistributedType
 
     if accelerator.distributed_type != DistributedType.FSDP:
@@ -40,7 +41,7 @@ def is_fsdp_launch(accelerator: Accelerator) -> bool:
 
 
 def mesh(accelerator: Accelerator) -> DeviceMesh:
-    """All processes in a row; in a hybrid, (replicas, parts)."""
+    """The device mesh: all processes in one dimension; for hybrid sharding two, (replicas, shards)."""
     from torch.distributed.device_mesh import init_device_mesh
 
     parallel, n = accelerator.parallelism_config, accelerator.num_processes
@@ -53,23 +54,24 @@ def mesh(accelerator: Accelerator) -> DeviceMesh:
 
 
 def shard(net: nn.Module, blocks: Iterable[str], mesh: DeviceMesh, half: bool) -> None:
-    """Split the parameters of `net` over `mesh`, a unit for every submodule whose class is named, one for the rest.
+    """Shard the parameters of `net` over `mesh`: one unit for every submodule of a class in `blocks`, one for the rest.
 
-    half: blocks are gathered in bfloat16, the parts and the sum of gradients stay as they are. Buffers are whole.
+    half: gather blocks in bfloat16. The local parts and the sum of gradients keep their precision.
+    Buffers are not sharded.
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     dtype = torch.bfloat16 if half else None
     precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     options: dict[str, Any] = {"mesh": mesh, "mp_policy": precision, "reshard_after_forward": True}
-    warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)  # of views: no output is changed in place
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)  # views: no output is changed in place
     units = [module for module in net.modules() if type(module).__name__ in {*blocks} and module is not net]
-    for module in (*reversed(units), net):  # from the inside out
+    for module in (*reversed(units), net):  # inner modules first
         fully_shard(module, **options)
 
 
 def close_fsdp_forward(net: nn.Module, features: list[Tensor]) -> None:
-    """A forward pass of `net` was left early, with `features` as its outputs: close the blocks that it was in."""
+    """Close the FSDP blocks of a forward pass of `net` that was left early with the outputs `features`."""
     for module in reversed([*net.modules()] if sharded(net) else []):
         state = module._get_fsdp_state() if sharded(module) else None  # type: ignore[operator]
         if state is not None and state._training_state.name == "FORWARD":
@@ -77,27 +79,27 @@ def close_fsdp_forward(net: nn.Module, features: list[Tensor]) -> None:
 
 
 def sharded(net: nn.Module) -> bool:
-    """Whether `net` is a unit of a sharded network."""
+    """Whether `net` is an FSDP unit."""
     return hasattr(net, "set_requires_gradient_sync")
 
 
 def is_sharded_tensor(tensor: Tensor) -> bool:
-    """Whether this process holds but a part of the tensor."""
+    """Whether this process holds only a part of the tensor."""
     return hasattr(tensor, "to_local")
 
 
 def part(tensor: Tensor) -> Tensor:
-    """What this process holds of a tensor: memory of the tensor itself."""
+    """The local part of a tensor; it shares memory with the tensor."""
     return tensor.to_local() if is_sharded_tensor(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def gather_full_tensor(tensor: Tensor) -> Tensor:
-    """The tensor on every process, which all must ask for; of one that is not split, itself."""
+    """Gather the full tensor. Collective: all processes must call it. Returns an unsharded tensor unchanged."""
     return tensor.full_tensor() if is_sharded_tensor(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def local_slices(tensor: Tensor) -> tuple[slice, ...]:
-    """Where in the whole tensor the part of this process lies."""
+    """The position of this process's part in the full tensor."""
     if not is_sharded_tensor(tensor):
         return tuple(slice(0, n) for n in tensor.shape)
     (chunk,) = tensor.__create_chunk_list__()  # type: ignore[attr-defined]
