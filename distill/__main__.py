@@ -1,4 +1,4 @@
-"""The command `distill`: one name for the commands of all modules, each of which is imported when it is called."""
+"""The command `distill`: a subcommand for the command of each module. A module is imported when it is called."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import NoReturn
 from distill import __version__
 from distill.layout import RECIPES, find_recipe, module_name, recipe_names
 
-COMMANDS = {  # title: {command: (module with a function main, what it does)}
+COMMANDS = {  # title: {subcommand: (module with a function main, description)}
     "Before training": {
         "plan": ("pipelines.plan", "GPU memory, time and cost of a recipe, before it runs"),
         "scaling": ("pipelines.scaling", "time, communication and memory of a recipe on 1 to 64 GPUs"),
@@ -50,7 +50,7 @@ USAGE = "usage: distill COMMAND ...          distill COMMAND --help shows the fl
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command that the first word names, with the words after it."""
+    """Run the subcommand named by the first word with the remaining words as arguments."""
     command, *words = (sys.argv[1:] if argv is None else argv) or ["--help"]
     if command in ("-h", "--help"):
         print(format_help(), end="")
@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def format_help() -> str:
-    """The text of `distill --help`: a line for each command."""
+    """The text of `distill --help`, with a line for each subcommand."""
     text = f"{USAGE}\nOne-step diffusion distillation {__version__}\n"
     for title, group in COMMANDS.items():
         text += f"\n{title}\n" + "".join(f"  {name:14} {line}\n" for name, (_, line) in group.items())
@@ -74,7 +74,7 @@ def format_help() -> str:
 
 
 def fail_unknown(kind: str, name: str, known: Iterable[str], listing: str) -> NoReturn:
-    """End with a message that names the nearest of the known names, exit status 2."""
+    """Exit with status 2 and a message that names the closest of the known names."""
     from distill.configuration import fail
 
     nearest = difflib.get_close_matches(name, known, 1, 0.4)
@@ -101,7 +101,7 @@ def title_of(script: Path) -> str:
 
 
 def run_recipe(words: list[str]) -> None:
-    """Run a recipe as `python recipes/NAME.py` does, with the program name `distill run NAME`."""
+    """Run a recipe like `python recipes/NAME.py`, with the program name `distill run NAME`."""
     if not words or words[0] in ("-h", "--help"):
         sys.stdout.write(
             "usage: distill run RECIPE ...          a name that `distill recipes` lists, or a file of your own\n\n"
@@ -117,15 +117,15 @@ def run_recipe(words: list[str]) -> None:
 
 
 def run_script(script: Path) -> None:
-    """Execute a file as the main module. Unlike runpy.run_path this keeps sys.argv[0], the program name."""
+    """Execute a file as the main module. Unlike runpy.run_path, keep sys.argv[0], the program name."""
     main_module = ModuleType("__main__")
-    main_module.__file__ = f"{script}"  # where processes that are spawned find the main module
+    main_module.__file__ = f"{script}"  # spawned processes find the main module by it
     sys.modules["__main__"] = main_module
     sys.path.insert(0, f"{script.resolve().parent}")
     exec(compile(script.read_text(), f"{script}", "exec"), vars(main_module))
 
 
-HERE = {"run": run_recipe, "recipes": list_recipes}  # commands of this file
+HERE = {"run": run_recipe, "recipes": list_recipes}  # subcommands of this file
 
 if __name__ == "__main__":
     main()

@@ -1,4 +1,5 @@
-"""Configuration: a recipe's dataclass is its command line. Nothing heavy is imported before the arguments are right."""
+"""The command line of a recipe, from its configuration dataclass. Heavy libraries load after the arguments are
+valid."""
 
 from __future__ import annotations
 
@@ -29,50 +30,50 @@ REMOVED = {  # fields of methods in earlier versions -> what holds now
     "phases": "the phases of PCM are the student's calls, --student.steps or --student.times",
     "places": "the heads of PCM have a logit for each place",
 }
-WRITTEN = ("teacher", "method", "student", "output_dir", "seed")  # a run's config.yaml begins and ends with these
+WRITTEN = ("teacher", "method", "student", "output_dir", "seed")  # first and last fields of a run's config.yaml
 
 
 @dataclass(frozen=True)
 class Config(Generic[M, D]):
-    """One experiment: the teacher, the student, the method and how to train."""
+    """One experiment: the teacher, the student, the method and the training options."""
 
-    method: M  # the algorithm and its hyper-parameters
-    data: D  # conditions and, where the method needs them, real images
+    method: M  # the method and its hyper-parameters
+    data: D  # conditions and, if the method needs them, real images
     teacher: Annotated[str, TEACHER] = ""  # folder or Hub name of the teacher's diffusers pipeline
-    revision: str | None = None  # the teacher's revision on the Hub
-    variant: str | None = None  # the teacher's weight files, for example fp16
+    revision: str | None = None  # revision of the teacher on the Hub
+    variant: str | None = None  # variant of the teacher's weight files, for example fp16
     resolution: Side | None = None  # pixels per side; None: the teacher's training resolution
-    frames: Calls | None = None  # frames of a video; None: the teacher's training length
-    pag_scale: Weight = 0.0  # perturbed-attention guidance of the teacher, beside the method's guidance; 0: none
+    frames: Calls | None = None  # number of frames of a video; None: the teacher's training length
+    pag_scale: Weight = 0.0  # scale of the teacher's perturbed-attention guidance, beside the method's guidance; 0: off
     pag_layers: tuple[str, ...] = ("mid_block",)  # modules with perturbed self-attention (SANA: transformer_blocks.0)
     student: StudentConfig = field(default_factory=StudentConfig)
     fake: FakeConfig = field(default_factory=FakeConfig)
     train: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
-    validation_images: Calls = 8  # images per sample grid, from the data's first prompts
+    validation_images: Calls = 8  # number of images per sample grid, from the data's first prompts
     push_to_hub: bool = False  # upload the verified export
-    hub_model_id: str | None = None  # user/name; None: the name of output_dir
-    hub_private: bool = False  # a new repository on the Hub is private
-    license: str | None = None  # of the student if the teacher's is unknown: apache-2.0, for example, or NAME,URL
+    hub_model_id: str | None = None  # user/name of the repository; None: the name of output_dir
+    hub_private: bool = False  # create the repository on the Hub as a private one
+    license: str | None = None  # license of the student if the teacher's is unknown: apache-2.0 or NAME,URL
     family: str = "edm"  # family of the tiny random teacher of --smoke
-    replay: str | None = None  # replay-STEP-PLAYER of a run: repeat that update; exit status 1: again not finite
+    replay: str | None = None  # folder replay-STEP-PLAYER of a run: repeat that update; exit status 1: not finite again
     smoke: bool = False  # run two steps on a tiny random teacher, as a test
 
 
 def fail(message: str) -> NoReturn:
-    """End with one message for the user on stderr and exit status 2."""
+    """Print one message for the user to stderr and exit with status 2."""
     sys.stderr.write(f"error: {escape_for_terminal(message)}\n")
     raise SystemExit(2)
 
 
 def escape_for_terminal(text: str) -> str:
-    """Text for a terminal, which characters from files must not steer: of what controls it, line breaks are left."""
+    """Escape control characters except newlines, so that file contents cannot control the terminal."""
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
 def parse(default: Config[M, D], argv: list[str] | None = None, doc: str | None = None) -> Config[M, D]:
-    """The recipe's configuration, overridden by `--config file.yaml`, overridden by flags.
+    """The recipe's configuration, overridden by `--config file.yaml`, then by flags.
 
-    An unknown flag, a wrong type or an impossible value ends with one message that names it, exit status 2.
+    For an unknown flag, a wrong type or an impossible value: one message that names it, and exit status 2.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     ours = ("--config=", "--replay=")
@@ -98,15 +99,15 @@ def parse(default: Config[M, D], argv: list[str] | None = None, doc: str | None 
             fail(f"{flag} takes no {unknown[0]!r}: see --help")
         if unknown:
             _removed(unknown[0].removeprefix("--").partition("=")[0], "the flag")
-            cli()  # it says what may have been meant
+            cli()  # its error message names similar flags
         validate_ranges(config, "--")
-    except ValueError as error:  # a value that a dataclass refuses
+    except ValueError as error:  # raised by a dataclass
         fail(str(error).removeprefix("--train."))
     return config
 
 
 def _file(path: list[str], default: Config[Any, Any]) -> list[str]:
-    """A YAML file as flags."""
+    """Convert a YAML file to flags."""
     if not path or not os.path.isfile(path[0]):
         fail(f"--config needs the path of a YAML file (as a run writes it to its config.yaml); got {path or 'nothing'}")
     try:
@@ -119,12 +120,12 @@ def _file(path: list[str], default: Config[Any, Any]) -> list[str]:
     empty = {name for name, (_, value) in fields.items() if value is None}
     try:
         return _flags(tree, {name: hint for name, (hint, _) in fields.items()}, empty)
-    except ValueError as error:  # an integer of more digits than Python prints
+    except ValueError as error:  # an integer with more digits than Python prints
         fail(f"--config {path[0]}: {error}")
 
 
 def read_run_config(run: Path) -> tuple[str, str, dict[str, Any]]:
-    """(text, class of the method, values) of a run's config.yaml; ValueError if it is absent or damaged."""
+    """(text, class of the method, values) of a run's config.yaml. ValueError if it is absent or damaged."""
     path = run / "config.yaml"
     tree = read_yaml(path)
     text = read_text(path)
@@ -137,14 +138,14 @@ def read_run_config(run: Path) -> tuple[str, str, dict[str, Any]]:
 
 
 def dump(config: Config[Any, Any]) -> str:
-    """The resolved configuration as YAML that `--config` reads back."""
+    """The complete configuration as YAML, which `--config` reads."""
     tree = dataclasses.asdict(config)
     tree |= tree.pop("train")
     return f"# {type(config.method).__name__}\n{yaml.safe_dump(_plain(tree), sort_keys=False)}"
 
 
 def from_tree(kind: type[T], tree: dict[str, Any]) -> T:
-    """A dataclass from the part of a run's config.yaml that holds it."""
+    """A dataclass from its part of a run's config.yaml."""
     made: dict[str, Any] = {f.name: f.default_factory for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
     nested = {k: from_tree(made[k], v) if isinstance(v, dict) else v for k, v in tree.items() if k in made}
     return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in nested.items()})
@@ -157,7 +158,7 @@ def _plain(value: Any) -> Any:
 
 
 def _check_name(name: str, known: list[str], table: bool) -> None:
-    """Refuse a name that is not a field, including "help" and other flags of the command line."""
+    """Refuse a name that is not a field, for example "help" and other flags of the command line."""
     if name in known or (table and any(one.startswith(f"{name}.") for one in known)):
         return
     _removed(name, "its line")
@@ -173,9 +174,10 @@ def _removed(name: str, what: str) -> None:
 
 
 def _flags(tree: dict[str, Any], known: dict[str, Any], empty: set[str], prefix: str = "") -> list[str]:
-    """known: the type of every field by its name. Values that a flag cannot express are refused.
+    """Convert a tree of values to flags. Values that a flag cannot express are refused.
 
-    empty: the fields that are None in the recipe. A null for them says nothing, and some have no flag (a law or None).
+    known: the type of every field by its name. empty: the fields that are None in the recipe. A null for these is
+    ignored, because some have no flag (a law or None).
     """
     flags: list[str] = []
     for key, value in tree.items():

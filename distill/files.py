@@ -17,11 +17,11 @@ from typing import IO, Any
 import yaml
 
 LOCK = ".lock"
-LIMIT = 1 << 24  # bytes of a small file
-YAML = 1 << 18  # bytes of a YAML file: its parser reads about 100 kB a second
-UNFOLDED = 1 << 20  # characters of a YAML file whose aliases are written out
+LIMIT = 1 << 24  # maximum bytes of a small file
+YAML = 1 << 18  # maximum bytes of a YAML file: its parser reads about 100 kB a second
+UNFOLDED = 1 << 20  # maximum characters of a YAML file after its aliases are expanded
 RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")  # set by torchrun and by mpirun
-TRIES = 100  # to take a lock whose file other processes make and remove
+TRIES = 100  # attempts to take a lock while other processes create and delete its file
 BUSY = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
 
 
@@ -52,7 +52,8 @@ def read_json(path: str | Path) -> Any:
 
 
 def read_yaml(path: str | Path) -> Any:
-    """The value of a YAML file of plain data; ValueError for other files, and for aliases that expand too far."""
+    """The value of a YAML file of plain data. ValueError for other files, and for aliases that expand to too much
+    text."""
     text = read_text(path, YAML)
     try:
         loader = yaml.SafeLoader(text)
@@ -67,7 +68,7 @@ def read_yaml(path: str | Path) -> Any:
 
 
 def _unfolded_length(node: Any, sizes: dict[int, int], above: set[int]) -> int:
-    """Characters of a node with its aliases expanded; ValueError if it contains itself."""
+    """Number of characters of a node with its aliases expanded. ValueError if it contains itself."""
     key = id(node)
     if key in above:
         raise ValueError(f"an alias holds itself, line {node.start_mark.line + 1}")
@@ -83,10 +84,10 @@ def _unfolded_length(node: Any, sizes: dict[int, int], above: set[int]) -> int:
 
 @contextmanager
 def atomic_file(path: Path, sync: bool = True) -> Iterator[Path]:
-    """A hidden file beside `path` to write to. It replaces `path` at the end; an error removes it.
+    """A hidden file beside `path` to write to. It replaces `path` at the end. An error removes it.
 
     Several processes may write one file: each has its own hidden file, .NAME.PROCESS.partial. sync: wait until the
-    content is on the disk, so that after a crash of the machine `path` has the old or the new content.
+    content is on the disk, so that `path` has the old or the new content after a crash of the machine.
     """
     partial = _partial_path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -104,7 +105,7 @@ def atomic_file(path: Path, sync: bool = True) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """A hidden folder beside `path` to write to. It replaces `path` at the end; an error removes it."""
+    """A hidden folder beside `path` to write to. It replaces `path` at the end. An error removes it."""
     partial = _partial_path(path)
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -123,7 +124,7 @@ def _partial_path(path: Path) -> Path:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a text file. After a crash it has the old or the new content."""
+    """Write a text file. After a crash the file has either the old or the new content."""
     with atomic_file(path) as partial:
         partial.write_text(text, encoding="utf-8")
 
@@ -135,10 +136,11 @@ def rank() -> int:
 
 @contextmanager
 def folder_lock(folder: str | Path, flag: str = "--output_dir", beside: bool = False) -> Iterator[None]:
-    """Lock a folder while this process writes to it; ValueError if another process holds the lock.
+    """Lock a folder while this process writes to it. ValueError if another process holds the lock.
 
-    The first process of a launch takes the lock for all. The operating system releases it when that process ends,
-    however it ends. beside: the lock lies beside the folder, which is going to be replaced. flag: names the folder.
+    The first process of a launch takes the lock for all. The operating system releases the lock when that process ends
+    for any reason. beside: put the lock file beside the folder, because the folder will be replaced. flag: flag of the
+    folder, for messages.
     """
     if rank():
         yield
@@ -154,7 +156,7 @@ def folder_lock(folder: str | Path, flag: str = "--output_dir", beside: bool = F
         if held is not None:
             file.unlink(missing_ok=True)
             held.close()
-        with suppress(OSError):  # a command that failed at once leaves no folder
+        with suppress(OSError):  # remove the folder if a command failed at once
             for parent in new:
                 parent.rmdir()
 
@@ -167,7 +169,7 @@ def _acquire_lock(file: Path, folder: Path, flag: str) -> IO[str] | None:
             held = file.open("a+")
         except FileNotFoundError:  # another process has just removed the folder
             continue
-        except OSError:  # writing there will fail, too, with a message
+        except OSError:  # the later write fails with a message
             return None
         if not _lock(held, folder, flag):
             held.close()
@@ -180,12 +182,12 @@ def _acquire_lock(file: Path, folder: Path, flag: str) -> IO[str] | None:
                     held.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%F %T')}")
                     held.flush()
                 return held
-        held.close()  # its holder removed it before it was ours
+        held.close()  # the previous holder removed the file first
     return None
 
 
 def _lock(held: IO[str], folder: Path, flag: str) -> bool:
-    """Lock an open file; False, with a warning, where that is impossible. ValueError if another process holds it."""
+    """Lock an open file. False, with a warning, if that is impossible. ValueError if another process holds the lock."""
     try:
         import fcntl
 

@@ -1,7 +1,8 @@
-"""What a run was configured to do since it began: config.yaml holds the current values, history.jsonl every change.
+"""The record of a run's configurations: config.yaml holds the current values, history.jsonl every change.
 
-A line of history.jsonl is a JSON object: "step" from which it holds, "time", "from" (the checkpoint that was resumed),
-"method", "config", "teacher" (its name and a digest of each component) and "times" of the student's calls.
+A line of history.jsonl is a JSON object. "step" is the first iteration of the configuration, "time" the time of day.
+"from" is the checkpoint that was resumed. "method" and "config" are the configuration. "teacher" holds the teacher's
+name and a digest of each component. "times" are the times of the student's calls.
 A resumed run with another method, teacher, seed, batch or other times is refused unless --resume_allow names it.
 """
 
@@ -38,7 +39,7 @@ def name(method: Any) -> str:
 
 
 def entry(config: Config[Any, Any]) -> dict[str, Any]:
-    """A configuration as the history holds it."""
+    """The entry of a configuration in the history."""
     return {"method": name(config.method), "config": yaml.safe_load(dump(config))}
 
 
@@ -70,11 +71,11 @@ def check_same_run(
     }
     then, this = before["method"], now["method"]
     recorded = "time" in before
-    if not recorded:  # a config.yaml names the outer class alone
+    if not recorded:  # config.yaml names only the outer class
         this = this.partition("(")[0]
     if then != this:
         said["method"] = [f"method {then}, not {this}"]
-    if Requirement.EXPORTED_TEACHER in requirements and not recorded:  # its config.yaml holds the times of the teacher
+    if Requirement.EXPORTED_TEACHER in requirements and not recorded:  # config.yaml holds the teacher's times
         said.pop("times")
     check_allowed(checkpoint, said, allowed)
 

@@ -1,7 +1,7 @@
-"""Where the modules and recipes of this project are: in a checkout, or in the wheel.
+"""The places of modules and recipes of this project, in a checkout or in the wheel.
 
-The wheel holds the folders pipelines/, eval/ and recipes/ of a checkout as distill.pipelines, distill.eval and
-distill.recipes (setup.py). Its modules thus have other names, and so have the commands that it starts.
+The wheel contains the folders pipelines/, eval/ and recipes/ of a checkout as distill.pipelines, distill.eval and
+distill.recipes (setup.py). Modules and the commands that start them therefore have other names in the wheel.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ RECIPES = (PACKAGE if IS_WHEEL else PACKAGE.parent) / "recipes"
 
 
 def module_name(name: str) -> str:
-    """The name under which a module of a checkout is imported: "eval.score" is "distill.eval.score" in the wheel."""
+    """The import name of a module of a checkout: "eval.score" is "distill.eval.score" in the wheel."""
     return f"distill.{name}" if IS_WHEEL else name
 
 
 def recipe_names() -> list[str]:
-    """The names of all recipes: those of the modules with a configuration or a main."""
+    """The names of all recipes: modules with a configuration or a main."""
     texts = {path.stem: path.read_text() for path in RECIPES.glob("*.py")}
     return sorted(name for name, text in texts.items() if "\nCONFIG = Config(" in text or "\ndef main(" in text)
 

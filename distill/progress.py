@@ -1,4 +1,4 @@
-"""Progress on stderr: a bar on a terminal; else (for example in a job's log file) a line from time to time."""
+"""Progress on stderr: a bar on a terminal; elsewhere, for example in a job's log file, a line from time to time."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 
 T = TypeVar("T")
-LEAST = 10.0  # seconds between two lines; a tenth of the elapsed time, if that is more
-MOST = 600.0  # seconds between two lines
+LEAST = 10.0  # minimum seconds between two lines; or a tenth of the elapsed time, if that is more
+MOST = 600.0  # maximum seconds between two lines
 
 
 class LineStream:
@@ -27,7 +27,7 @@ class LineStream:
 
 
 class LineProgress(tqdm):
-    """A progress bar as lines: at the start, after the first unit, more and more rarely, and at the end."""
+    """A progress bar as lines: at the start, after the first unit, then at growing intervals, and at the end."""
 
     def __init__(self, **options: Any) -> None:
         self.has_moved = False
@@ -51,7 +51,8 @@ class LineProgress(tqdm):
 
 
 def bar(total: int, unit: str, title: str = "", shown: bool = True, first: int = 0, leave: bool = False) -> tqdm:
-    """A progress bar of `total` units, `first` of them done. leave: it stays on the terminal when it ends."""
+    """A progress bar of `total` units, the first `first` of which are done. leave: keep it on the terminal at the
+    end."""
     options = {"total": total, "unit": unit, "initial": first, "desc": f"{title}: " * bool(title), "leave": leave}
     if not shown:
         return tqdm(**options, disable=True)
@@ -76,7 +77,7 @@ def stage(title: str) -> Iterator[None]:
 
 
 def format_seconds(seconds: float) -> str:
-    """Seconds as people read them: 42 s, 3:05 min, 2:10 h."""
+    """Seconds in a readable form: 42 s, 3:05 min, 2:10 h."""
     rounded = round(seconds)
     if rounded < 60:
         return f"{rounded} s"

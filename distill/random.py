@@ -1,7 +1,7 @@
-"""Every random number of a loss, by name.
+"""Random numbers of losses, each with a name.
 
-A number depends on (seed, step, player, name, index of the sample in the global batch) and on nothing else: not on the
-number of processes, of micro-batches or of restarts. There is no generator state to save.
+A number depends only on (seed, step, player, name, index of the sample in the global batch). It does not depend on the
+number of processes, micro-batches or restarts. There is no generator state to save.
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ def _hash(*key: object) -> tuple[int, int]:
 
 
 class Draw:
-    """The random numbers of one player's turn.
+    """The random numbers of one update of a player.
 
-    seed, step, player: the key. samples [B]: indices of this micro-batch in the global batch of the step.
-    late, before: where samples go on from those of earlier steps (Update.walk), how many steps ago they began, and x0
-    of the last call where it is at hand.
+    seed, step, player: the key. samples [B]: indices of this micro-batch in the global batch of the step. late, before:
+    for a generation that continues from earlier steps (Update.walk), the number of steps since it began and x0 of its
+    previous call, if available.
     """
 
     late: int | None = None
@@ -70,7 +70,7 @@ class Draw:
         key = _hash(self.seed, self.step, self.player, name)
         if self.device.type != "cpu":
             a, b = threefry(key, sample, element)
-        else:  # the calls of NumPy take a fourth of the time
+        else:  # NumPy takes a quarter of the time
             a, b = map(torch.from_numpy, threefry(key, sample.numpy(), element.numpy()))
         return a.reshape(shape), b.reshape(shape)
 
@@ -92,11 +92,12 @@ class Draw:
         return (self.uniform(name, (len(self.samples),)).double() * n).long().clamp(max=n - 1)
 
     def apart(self, name: str) -> Draw:
-        """A source for a second batch of the same turn: what it gives has nothing to do with what this one gives."""
+        """An independent source for a second batch of the same update."""
         other = copy.copy(self)
         other.seed, other.late, other.before = _hash(self.seed, name)[0], None, None
         return other
 
     def index(self, name: str, n: int) -> int:
-        """One choice of control flow, 0 .. n - 1: the same for both players, all samples and all processes."""
+        """One integer in 0 .. n - 1 for a choice of control flow: equal for both players, all samples and all
+        processes."""
         return _hash(self.seed, self.step, name)[0] % n

@@ -1,4 +1,4 @@
-"""Ranges of a configuration's values, in the types of its fields: --help shows them, `validate_ranges` checks them."""
+"""Ranges of configuration values, in the types of the fields: --help shows them, `validate_ranges` checks them."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Annotated, Any, get_args, get_type_hints
 
 from tyro.constructors import PrimitiveConstructorSpec
 
-MOST = 2**31 - 1  # of what is counted: the numbers of samples are words of 32 bits (random.py)
-NAME = 255  # bytes of a file's name
-PATH = 4000  # bytes of a path
+MOST = 2**31 - 1  # largest count: sample indices are words of 32 bits (random.py)
+NAME = 255  # maximum bytes of a file name
+PATH = 4000  # maximum bytes of a path
 
 
 class Range(PrimitiveConstructorSpec[Any]):
-    """The metadata of a field's type: finite numbers of a kind from `low` to `high`. ends: as in [0, 1), "[)"."""
+    """Metadata of a field's type: finite numbers of a kind from `low` to `high`. ends: "[)" means the range [0, 1)."""
 
     def __init__(self, kind: type, low: float = -math.inf, high: float = math.inf, ends: str = "[]") -> None:
         self.kind = kind
@@ -45,22 +45,22 @@ class Range(PrimitiveConstructorSpec[Any]):
             return "finite" if self.low == -math.inf else f"{lower} {self.low} and finite"
         return f"{upper} {self.high}" if self.low == -math.inf else f"{lower} {self.low} and {upper} {self.high}"
 
-    __repr__ = __str__  # where tyro names the members of a union
+    __repr__ = __str__  # tyro prints it for members of a union
 
 
 Count = Annotated[int, Range(int, 1, MOST)]
-Calls = Annotated[int, Range(int, 1, 1000)]  # of a network, one after another
-Points = Annotated[int, Range(int, 1, 100_000)]  # points of a discretisation: as many numbers are held
-Side = Annotated[int, Range(int, 1, 1 << 14)]  # pixels
-Words = Annotated[int, Range(int, 0, 10_000)]  # words of a prompt; a network learns a vector for each
+Calls = Annotated[int, Range(int, 1, 1000)]  # successive calls of a network
+Points = Annotated[int, Range(int, 1, 100_000)]  # points of a discretisation; memory holds as many numbers
+Side = Annotated[int, Range(int, 1, 1 << 14)]  # pixels per side
+Words = Annotated[int, Range(int, 0, 10_000)]  # tokens of a prompt; a network learns a vector for each
 Natural = Annotated[int, Range(int, 0, MOST)]
-Seed = Annotated[int, Range(int, 0, 2**32 - 1)]  # numpy's
+Seed = Annotated[int, Range(int, 0, 2**32 - 1)]  # range of NumPy's seeds
 Finite = Annotated[float, Range(float)]
 Positive = Annotated[float, Range(float, 0, ends="(]")]
 Weight = Annotated[float, Range(float, 0)]
 UnitInterval = Annotated[float, Range(float, 0, 1)]
 Decay = Annotated[float, Range(float, 0, 1, "[)")]
-Width = Annotated[float, Range(float, 0, 0.28, "(]")]  # of an average's weights: that of equal weights is .289
+Width = Annotated[float, Range(float, 0, 0.28, "(]")]  # relative width of an average's weights; equal weights have .289
 
 
 def iterate_fields(config: Any, path: str = "") -> Iterator[tuple[str, Any, Field[Any], Any]]:
@@ -76,10 +76,10 @@ def iterate_fields(config: Any, path: str = "") -> Iterator[tuple[str, Any, Fiel
 
 
 def validate_ranges(config: Any, path: str = "") -> None:
-    """ValueError that names the first invalid field of a dataclass or of the dataclasses in it.
+    """ValueError that names the first invalid field of a dataclass or of a nested dataclass.
 
     A number must be in the Range of its type. A string or a tuple may be empty only if its default is empty. A string
-    must be printable, and short enough for the name of a file.
+    must be printable, and short enough for a file name.
     """
     for name, hint, field, value in iterate_fields(config, path):
         if value is None and type(None) in get_args(hint):
@@ -105,7 +105,7 @@ def _could_be_path(text: str) -> bool:
 
 
 def _find_range(hint: Any) -> Range | None:
-    """The Range in a type: of the number itself, or of the members of its tuple or union. None without one."""
+    """The Range in a type: of the number itself, or of the members of its tuple or union. None if there is none."""
     if isinstance(hint, Range):
         return hint
     inner = (*get_args(hint), *getattr(hint, "__metadata__", ()))

@@ -1,4 +1,4 @@
-"""How far apart the two levels of consistency training are: they draw together as training goes on."""
+"""The distance between the two noise levels of consistency training. It shrinks during training."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from distill.ranges import Count, Finite, Positive, Weight, validate_ranges
 
 
 class Curriculum(ABC):
-    """Pairs of times of a schedule, told by their levels s = sigma / alpha."""
+    """Pairs of times of a schedule, defined by their levels s = sigma / alpha."""
 
     @abstractmethod
     def __call__(self, draw: Draw, B: int, schedule: Schedule) -> tuple[Tensor, Tensor, Tensor]:
-        """(t, r, s_t - s_r), float64 [B], at step `draw.step`, from the random numbers called "t".
+        """(t, r, s_t - s_r), float64 [B], at step `draw.step`, from the random numbers with the name "t".
 
-        r < t; where r is 0, a sample is clean.
+        r < t. The sample at r = 0 is clean.
         """
 
 
@@ -30,14 +30,14 @@ class Curriculum(ABC):
 class Closing(Curriculum):
     """s_r = s_t max(0, 1 - n(s_t) / q^(stage + 1)), n(s) = 1 + k sigmoid(-b s) (ECT, section 3.2 and code).
 
-    In the first stages s_r is 0, and training is denoising.
+    In the first stages s_r is 0, so that training is denoising.
     """
 
-    times: Law = LogNormal(-1.1, 2.0)  # of t (CIFAR-10; ImageNet-64 -0.8, 1.6)
+    times: Law = LogNormal(-1.1, 2.0)  # distribution of t (CIFAR-10; ImageNet-64 -0.8, 1.6)
     q: Positive = 2.0  # above 1; 256: short runs of one stage; 4 ImageNet-64
     k: Weight = 8.0
     b: Weight = 1.0
-    every: Count = 25_000  # steps of a stage (code: 3.2 M images in batches of 128)
+    every: Count = 25_000  # number of steps of a stage (code: 3.2 M images in batches of 128)
 
     def __post_init__(self) -> None:
         validate_ranges(self)
@@ -48,7 +48,7 @@ class Closing(Curriculum):
         return self.below(self.times(draw, "t", B, schedule), draw.step, schedule)
 
     def below(self, t: Tensor, step: int, schedule: Schedule) -> tuple[Tensor, Tensor, Tensor]:
-        """The pairs at `step` whose upper times are t [B]."""
+        """The pairs at `step` with the upper times t [B]."""
         s = schedule.ratio(t)
         s_r = s * self.share(s, step)
         return t, schedule.time(s_r), s - s_r
@@ -61,19 +61,19 @@ class Closing(Curriculum):
 
 @dataclass(frozen=True)
 class Doubling(Curriculum):
-    """Neighbours of EDM's rho-grid of N + 1 levels; N = n_0, 2 n_0, 4 n_0, ... n_1, each for equally many of `steps`.
+    """Neighbours of EDM's rho-grid of N + 1 levels. N = n_0, 2 n_0, 4 n_0, ... n_1, each for the same part of `steps`.
 
-    The upper one is of a log-normal law, rounded to the grid: its probability is Phi of it less Phi of the lower one
+    The upper level follows a log-normal law rounded to the grid. Its probability is Phi(upper level) - Phi(lower level)
     (iCT, table 1).
     """
 
     n_0: Count = 10
     n_1: Count = 1280
-    steps: Count = 400_000  # of the run: 400k CIFAR-10, 800k ImageNet-64
+    steps: Count = 400_000  # number of steps of the run: 400k CIFAR-10, 800k ImageNet-64
     low: Positive = 0.002
     high: Positive = 80.0
     rho: Positive = 7.0
-    mean: Finite = -1.1  # of ln s
+    mean: Finite = -1.1  # mean of ln s
     std: Positive = 2.0
 
     def __post_init__(self) -> None:
@@ -98,7 +98,7 @@ class Doubling(Curriculum):
         return schedule.time(s[i]), r, s[i] - s[i - 1]
 
     def grid(self, step: int, schedule: Schedule) -> tuple[Tensor, Tensor]:
-        """The N + 1 levels at `step`, those of the range that the schedule has, and the share of pairs up to each."""
+        """The N + 1 levels at `step` within the schedule's range, and the probability of pairs up to each."""
         first, last = (float(end) for end in schedule.ratio(torch.tensor([0.0, 1.0]).double()))
         grid = EDM(max(self.low, first), min(self.high, last), self.rho)
         s = grid.ratio(torch.linspace(0, 1, self.intervals(step) + 1, dtype=torch.float64))

@@ -1,4 +1,4 @@
-"""A denoiser: a bare network, the schedule and prediction kind it was trained with, and how it is called."""
+"""A denoiser: a network, the schedule and prediction kind of its training, and the way to call it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Call = Callable[[nn.Module, Tensor, Tensor, Condition], Tensor]
 
 
 def plain(net: nn.Module, x: Tensor, t: Tensor, c: Condition) -> Tensor:
-    """net(x, native t, **c), the default way to call a network."""
+    """net(x, native t, **c): the default way to call a network."""
     return net(x, t, **(c or {}))
 
 
@@ -29,13 +29,13 @@ def plain(net: nn.Module, x: Tensor, t: Tensor, c: Condition) -> Tensor:
 class Denoiser:
     """net + schedule + kind: (x [B, ...], t [B] in [0, 1], c) -> Prediction.
 
-    call    call(net, x, native_t, c) -> out; adapts a network's own signature. Its attribute feature(output), if it has
-            one, picks the feature from a tuple that a tapped module returns; else it is the first.
-    null    the condition of "no condition": the same keys as c, leading dimension 1.
+    call    call(net, x, native_t, c) -> out; adapts a network's own signature. An optional attribute feature(output)
+            picks the feature from a tuple that a tapped module returns; the default is the first element.
+    null    the null condition ("no condition"): the same keys as c, leading dimension 1.
     sigma_d standard deviation of the data in EDM's preconditioning (kind "edm" only).
-    frame   the schedule that callers speak; None is the network's own. See `on`.
-    blocks  class names of the submodules that are gathered one by one where the network is sharded (sharding.py).
-    taps    submodules whose outputs a discriminator reads, where a method names none: those of the teacher's family.
+    frame   the schedule of the inputs x and t; None: the network's own schedule. See `on`.
+    blocks  class names of the submodules that are gathered one by one if the network is sharded (sharding.py).
+    taps    default features of discriminators: submodules that the teacher's family names.
     """
 
     net: nn.Module
@@ -78,15 +78,15 @@ class Denoiser:
         return scale * x, t, scale
 
     def on(self, schedule: Schedule) -> Denoiser:
-        """The same denoiser, spoken to on another schedule: x and t are of `schedule`, x0 and eps are unchanged.
+        """The same denoiser with another schedule for its callers: x and t are of `schedule`, x0 and eps are unchanged.
 
-        On an Interval of its own schedule they are x_s and the noise since s.
+        On an Interval of its own schedule, x0 and eps are x_s and the noise since s.
         """
         return replace(self, frame=None if schedule == self.schedule else schedule)
 
     @property
     def path(self) -> Schedule:
-        """The schedule of the x and t that this denoiser takes."""
+        """The schedule of this denoiser's inputs x and t."""
         return self.frame or self.schedule
 
     @property
@@ -95,18 +95,18 @@ class Denoiser:
         return not (getattr(self.net, "is_gradient_checkpointing", False) or sharding.sharded(self.net))
 
     def resolve_taps(self, taps: Taps) -> tuple[str, ...]:
-        """`taps`, or this denoiser's own where they are None."""
+        """`taps`, or this denoiser's own taps if `taps` is None."""
         return self.taps if taps is None else taps
 
     def tapping(self, x: Tensor, t: Tensor, c: Condition, taps: Taps) -> tuple[Prediction, list[Tensor]]:
-        """The prediction and, of the same pass, the outputs of the named submodules."""
+        """The prediction, and the outputs of the named submodules in the same forward pass."""
         taps = self.resolve_taps(taps)
         with tapped(self.net, taps, False, getattr(self.call, "feature", first)) as found:
             pred = self(x, t, c)
         return pred, [found[name] for name in taps]
 
     def features(self, x: Tensor, t: Tensor, c: Condition, taps: Taps) -> list[Tensor]:
-        """Outputs of the named submodules, with gradient; the forward pass ends at the last one that is reached."""
+        """Outputs of the named submodules, with gradient. The forward pass ends after the last one that it reaches."""
         taps = self.resolve_taps(taps)
         with tapped(self.net, taps, True, getattr(self.call, "feature", first)) as found:
             try:
@@ -116,13 +116,13 @@ class Denoiser:
         return [found[name] for name in taps]
 
     def copy(self) -> Denoiser:
-        """A deep copy of the network; everything else is shared."""
+        """A copy with a deep copy of the network. Everything else is shared."""
         return replace(self, net=copy.deepcopy(self.net))
 
 
 @dataclass(frozen=True)
 class Reframed(Prediction):
-    """A prediction read on another schedule: x0 and eps are the same numbers, v and score those of the frame."""
+    """A prediction on another schedule: x0 and eps are the same numbers, v and score are those of the frame."""
 
     scale: Tensor | float = 1.0  # native x = scale * the frame's x
 
@@ -136,11 +136,11 @@ class Reframed(Prediction):
 
 
 class _Reached(Exception):
-    """Raised by the last tap: the rest of the forward pass is not needed."""
+    """Raised at the last tap to stop the forward pass."""
 
 
 def first(output: tuple[Any, ...]) -> Tensor:
-    """Of several things that a module says, the first."""
+    """The first element of a module's output tuple."""
     return output[0]
 
 
@@ -148,9 +148,9 @@ def first(output: tuple[Any, ...]) -> Tensor:
 def tapped(
     net: nn.Module, taps: tuple[str, ...], stop: bool = False, feature: Callable[[Any], Tensor] = first
 ) -> Iterator[dict[str, Tensor]]:
-    """Collect the outputs of submodules `taps` of one forward pass; with `stop`, end it once all are there.
+    """Collect the outputs of the submodules `taps` in one forward pass; with `stop`, end it after the last one.
 
-    The hooks live only inside this context, so a copied network never reports the features of its original.
+    The hooks exist only inside this context, so a copied network never reports the features of its original.
     """
     found: dict[str, Tensor] = {}
     try:

@@ -1,12 +1,12 @@
-"""Networks of two times: the average velocity F(x_t, t, r) of rectified flow from t down to r.
+"""Networks with two time inputs: the average velocity F(x_t, t, r) of rectified flow from t down to r.
 
     x_t = (1 - t) x + t eps,    x_r = x_t - (t - r) F(x_t, t, r),    F(x_t, t, t) = dx_t/dt,  the plain velocity
 
-The second time is a condition, "end" [B], as "guidance" is one; 0 is where data are, and where a network that is not
-told goes. So a student's plain call is F(., t, 0): it samples, is exported and loads in plain diffusers as any other.
-A student of several calls without new noise between them tells each the time of the next (student.renoise "ddim"); its
-export has these ends in the embedding of its times (`embedded`).
-A negative end is TwinFlow's sign: F(., t, -t) is the velocity of the student's own samples.
+The second time is the condition "end" [B], like "guidance". It is 0 at the data, and 0 if the condition lacks it. A
+student's plain call is therefore F(., t, 0), which plain diffusers can sample, export and load.
+A student of several calls without new noise between them passes the time of its next call (student.renoise "ddim").
+Its export contains these end times in its time embedding (`fold_end_times`).
+A negative end time is TwinFlow's sign: F(., t, -t) is the velocity of the student's own samples.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from distill.diffusion.guidance import Guided, repeated
 from distill.diffusion.schedule import Flow, expand
 from distill.modules import shallow_module_copy
 
-SECOND = "end."  # the names of what a network is told its second time with
-PATH = Flow()  # F is a velocity of this path; a denoiser of any schedule is spoken to on it
+SECOND = "end."  # prefix of the parameters that embed the second time
+PATH = Flow()  # F is a velocity of this path; a denoiser of any schedule can be evaluated on it
 
 
 def ending(c: Condition, r: Tensor) -> Condition:
@@ -34,17 +34,17 @@ def ending(c: Condition, r: Tensor) -> Condition:
 
 
 def average(denoiser: Denoiser | Guided, x: Tensor, t: Tensor, r: Tensor | None, c: Condition) -> Tensor:
-    """F(x_t, t, r) [B, ...] of a denoiser on `PATH`; r None: the velocity of a network of one time."""
+    """F(x_t, t, r) [B, ...] of a denoiser on `PATH`. r None: the velocity of a network with one time input."""
     return denoiser(x, t, c if r is None else ending(c, r)).flow
 
 
 def guided(
     v: Tensor, omega: float, kappa: float, net: Denoiser, x: Tensor, t: Tensor, c: Condition, inside: Tensor
 ) -> Tensor:
-    """omega v + (1 - omega - kappa) F(null) + kappa F(c) at (t, t), of F itself: guidance omega / (1 - kappa) built in.
+    """omega v + (1 - omega - kappa) F(null) + kappa F(c) at (t, t): guidance omega / (1 - kappa) from F itself.
 
-    MeanFlow's omega and kappa; TwinFlow's enhancement has omega = 1 and kappa = its ratio. inside [B]: which samples;
-    the others keep v. Call it without grad.
+    omega and kappa are MeanFlow's. TwinFlow's enhancement has omega = 1 and kappa = its ratio. inside [B]: samples to
+    which it applies; the others keep v. Call it without grad.
     """
     if omega == 1 and kappa == 0:
         return v
@@ -55,7 +55,7 @@ def guided(
 
 
 class EndTimeEmbedding(nn.Module):
-    """r [B] -> [B, dim], what a network's embedding of time gains: 0 at r = 0, and for all r at the start."""
+    """r [B] -> [B, dim], added to a network's time embedding: 0 at r = 0, and 0 for all r before training."""
 
     def __init__(self, dim: int, waves: int = 16) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ class EndTimeEmbedding(nn.Module):
 
 @dataclass(frozen=True)
 class EndTimeCall:
-    """`call`, of a network whose child `end` adds to the output of its submodule `where` if c has "end"."""
+    """`call` for a network whose child `end` is added to the output of its submodule `where` if c has "end"."""
 
     call: Call
     where: str
@@ -96,7 +96,7 @@ class EndTimeCall:
 
 @dataclass(frozen=True)
 class FixedEndCall:
-    """`call` with the same end time r every time."""
+    """`call` with a fixed end time r."""
 
     call: Call
     r: float
@@ -133,9 +133,9 @@ def time_embedding(net: nn.Module) -> str:
 
 
 def timed(denoiser: Denoiser) -> Denoiser:
-    """A denoiser whose network, which gains the trainable child `end`, is told "end"; nothing changes at the start.
+    """The denoiser with the input "end": its network gains a trainable child `end`, which is 0 before training.
 
-    It works on every network with a TimestepEmbedding of diffusers: its first one embeds the time.
+    It requires a TimestepEmbedding of diffusers in the network. The first one embeds the time.
     """
     net, where = denoiser.net, time_embedding(denoiser.net)
     layer = last_linear(net.get_submodule(where))
@@ -145,7 +145,7 @@ def timed(denoiser: Denoiser) -> Denoiser:
 
 
 def untimed(denoiser: Denoiser) -> Denoiser:
-    """The denoiser without its second time: what it says where it is told none. Weights are shared."""
+    """The denoiser without its second time: the output for calls without "end". Weights are shared."""
     if not isinstance(denoiser.call, EndTimeCall):
         return denoiser
     net = shallow_module_copy(denoiser.net)
@@ -157,8 +157,8 @@ def untimed(denoiser: Denoiser) -> Denoiser:
 def fold_end_times(denoiser: Denoiser, legs: Sequence[tuple[float, float]], x: Tensor, c: Condition) -> Denoiser:
     """An equivalent denoiser without the end time, for the pairs (t, end) in `legs` only.
 
-    The last layer of the time embedding changes as little as possible, so that at each of these t it gives the
-    embedding of t and its end. Do not call it at another time. x [1, ...] and c are an example input.
+    The smallest change of the time embedding's last layer that gives the embedding of t and its end at each of these t.
+    Do not call it at another time. x [1, ...] and c are an example input.
     """
     assert isinstance(denoiser.call, EndTimeCall)
     plain, where = untimed(denoiser), denoiser.call.where

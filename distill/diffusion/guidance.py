@@ -1,7 +1,7 @@
-"""Guidance is itself a denoiser.
+"""Guidance as a denoiser.
 
-classifier-free, w = 1 is none          out = null + w (cond - null)
-away from a worse network, s = 0 is none     out = out + s (out - worse), under both w too: s (cond - worse cond)
+classifier-free; w = 1: none                 out = null + w (cond - null)
+away from a worse network; s = 0: none       out = out + s (out - worse), for any w: s (cond - worse cond)
 """
 
 from __future__ import annotations
@@ -17,26 +17,26 @@ from distill.diffusion.denoiser import Condition, Denoiser, Taps, first, tapped
 from distill.diffusion.schedule import Prediction, Schedule, expand
 from distill.random import Draw
 
-OVERRIDE = "override."  # of the keys that say what a teacher is told in place of the others (SFD)
+OVERRIDE = "override."  # prefix of the keys that replace others for the teacher (SFD)
 
 
 def merge(a: Condition, b: Condition) -> Condition:
-    """Concatenate two conditions along the batch."""
+    """Concatenate two conditions along the batch dimension."""
     return None if a is None or b is None else {key: torch.cat([a[key], b[key].to(a[key].dtype)]) for key in a}
 
 
 def repeated(c: Condition, n: int) -> Condition:
-    """The condition of n batches one after another, each under c."""
+    """The condition c repeated n times along the batch dimension."""
     return None if c is None else {key: torch.cat([value] * n) for key, value in c.items()}
 
 
 def overriding(c: dict[str, Tensor], told: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The condition c with `told` beside it, which a teacher is told in its place."""
+    """The condition c with the keys `told` added, which replace those of c for a teacher."""
     return c | {OVERRIDE + key: value for key, value in told.items()}
 
 
 def null_of(null: Condition, c: Condition) -> Condition:
-    """The null condition with the batch size of c; keys that it lacks (a guidance embedding, say) are kept from c."""
+    """The null condition with the batch size of c. Keys that it lacks (a guidance embedding) are taken from c."""
     if null is None or c is None:
         raise ValueError(
             "guidance other than 1 needs a null condition, and so does CFG++, but this denoiser is unconditional or "
@@ -62,11 +62,11 @@ def relabel(c: dict[str, Tensor], classes: tuple[int, ...], draw: Draw, only: tu
 
 @dataclass(eq=False)
 class WorseModelGuided(Denoiser):
-    """A denoiser that goes on, by a share s, from where a worse network says: a further call on B samples.
+    """Extrapolates away from a weaker network: out + s (out - worse). It costs one more call on B samples.
 
-    PAG (Ahn et al. 2024, arXiv 2403.17377): `worse` is the same weights without self-attention (inference/pag.py);
-    its repository counts s + 1. Autoguidance (Karras et al. 2024, arXiv 2406.02507) has another worse network.
-    Features are the network's own.
+    PAG (Ahn et al. 2024, arXiv 2403.17377): `worse` has the same weights without self-attention (inference/pag.py). The
+    scale of its repository is s + 1. Autoguidance (Karras et al. 2024, arXiv 2406.02507) uses another, worse network.
+    Features are those of the better network.
     """
 
     worse: nn.Module = field(kw_only=True)
@@ -77,20 +77,20 @@ class WorseModelGuided(Denoiser):
         return replace(pred, out=pred.out + self.term(pred.out, x, t, c))
 
     def alone(self, x: Tensor, t: Tensor, c: Condition = None) -> Prediction:
-        """What the network says by itself."""
+        """The output of the better network."""
         return super().__call__(x, t, c)
 
     def term(self, out: Tensor, x: Tensor, t: Tensor, c: Condition) -> Tensor:
-        """s (out - what the worse network says)."""
+        """s (out - worse)."""
         return self.s * (out - replace(self, net=self.worse).alone(x, t, c).out)
 
 
 @dataclass(eq=False)
 class Guided:
-    """base with guidance w: a float, or one number per sample [B]. Gradients flow through both branches.
+    """A denoiser with guidance scale w: a float, or one number per sample [B]. Gradients flow through both branches.
 
-    w = 1 calls the conditional branch alone, w = 0 the null branch alone; any other w makes one call of 2B samples,
-    and where base is `WorseModelGuided`, one of B under c to that: w does not multiply its s.
+    w = 1 calls only the conditional branch, w = 0 only the null branch. Any other w makes one call of 2B samples. If
+    base is `WorseModelGuided`, its worse network gets one call of B samples under c: w does not multiply s.
     """
 
     base: Denoiser
@@ -104,7 +104,7 @@ class Guided:
         return self.both(x, t, c)[0]
 
     def both(self, x: Tensor, t: Tensor, c: Condition) -> tuple[Prediction, Prediction]:
-        """The guided prediction and that of the null condition, of one call of 2B samples."""
+        """The guided prediction and the null prediction, from one call of 2B samples."""
         away = self.base if isinstance(self.base, WorseModelGuided) else None
         ask = away.alone if away else self.base
         pred = ask(torch.cat([x, x]), torch.cat([t, t]), merge(c, null_of(self.base.null, c)))
@@ -116,9 +116,9 @@ class Guided:
         return replace(pred, **half | {"out": out}), replace(pred, **half | {"out": empty})
 
     def tapping(self, x: Tensor, t: Tensor, c: Condition, taps: Taps) -> tuple[Prediction, list[Tensor]]:
-        """The prediction and the outputs [B, ...] of the named submodules under c itself, whatever w is.
+        """The prediction, and the outputs [B, ...] of the named submodules under c itself for any w.
 
-        They are of the same pass, but for w = 0, which makes none under c: there a second one ends at the last of them.
+        Both are of the same forward pass. Only w = 0 needs a second pass under c, which ends at the last one.
         """
         taps = self.base.resolve_taps(taps)
         if not taps:
@@ -140,21 +140,21 @@ class Guided:
 
 
 def scale_of(w: float | tuple[float, float], draw: Draw, B: int) -> float | Tensor:
-    """A fixed guidance as it is, or one drawn uniformly from the range (low, high) for every sample [B]."""
+    """A fixed guidance scale unchanged, or one drawn uniformly from the range (low, high) for every sample [B]."""
     if not isinstance(w, tuple):
         return w
     return w[0] + (w[1] - w[0]) * draw.uniform("guidance", (B,))
 
 
 def with_guidance_key(c: Condition, w: float | Tensor) -> Condition:
-    """The condition of a network that is told its guidance, as the key "guidance" [B]; a fixed w is not told."""
+    """The condition with a drawn guidance scale as the key "guidance" [B]; with a fixed w it is unchanged."""
     return (c or {}) | {"guidance": w} if isinstance(w, Tensor) else c
 
 
 def embedding(w: Tensor, dim: int | None = 256) -> Tensor:
-    """LCM's embedding [B, dim] of a guidance w [B]: sines then cosines of 1000 w at geometric frequencies.
+    """LCM's embedding [B, dim] of a guidance scale w [B]: sines, then cosines of 1000 w at geometric frequencies.
 
-    dim: time_cond_proj_dim of a network; None is one that is told no guidance, a ValueError.
+    dim: the network's time_cond_proj_dim. None means that the network takes no guidance scale: ValueError.
     """
     if dim is None:
         raise ValueError(

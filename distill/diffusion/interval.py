@@ -1,7 +1,7 @@
-"""The levels of a path above one of them, s: a path of its own whose data is x_s (Phased DMD, arXiv 2510.27684).
+"""The levels of a path above level s, as a path whose data is x_s (Phased DMD, arXiv 2510.27684).
 
-x_t = alpha_{t|s} x_s + sigma_{t|s} eps, and with the posterior mean of x_s both the score and the loss that learns it
-need no x_0: a method that matches x_0 on a path matches x_s on the part above s, unchanged.
+x_t = alpha_{t|s} x_s + sigma_{t|s} eps. With the posterior mean of x_s, neither the score nor the loss that learns it
+needs x_0. So a method that matches x_0 on a path matches x_s on the part above s without changes.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from distill.ranges import Decay
 
 @dataclass(frozen=True)
 class Interval(Schedule):
-    """Levels s .. 1 of `base`. Its time u in [0, 1] is t = s + (1 - s) u; there is no noise at u = 0.
+    """Levels s .. 1 of `base`. Its time u in [0, 1] is t = s + (1 - s) u; u = 0 has no noise.
 
-    clamp: of the weight of a squared error, see Inside.weight.
+    clamp: limit of the weight of the squared error, see Inside.weight.
     """
 
     base: Schedule
@@ -29,7 +29,7 @@ class Interval(Schedule):
     clamp: float = 10.0
 
     def outer(self, u: Tensor) -> Tensor:
-        """u -> t of the whole path."""
+        """u -> the time t of the whole path."""
         return self.s + (1 - self.s) * u.double()
 
     def inner(self, t: Tensor) -> Tensor:
@@ -54,16 +54,16 @@ class Interval(Schedule):
         return self.base.native(self.outer(u))
 
     def inside(self, pred: Prediction, u: Tensor) -> Inside:
-        """A prediction on the whole path at outer(u), read here."""
+        """A prediction of the whole path at outer(u), as a prediction of the interval."""
         a, b = (expand(one, pred.x) for one in self.coefficients(u))
         return Inside(**vars(pred), a=a, b=b, anchor=self.anchor(), clamp=self.clamp)
 
 
 @dataclass(frozen=True)
 class Inside(Prediction):
-    """A prediction read on an interval: x0 is the posterior mean of x_s, eps that of the noise since s.
+    """A prediction on an interval: x0 is the posterior mean of x_s, eps that of the noise since s.
 
-    a, b: alpha_{t|s}, sigma_{t|s} [B, 1, ...]; alpha, sigma, x and out are those of the whole path.
+    a, b: alpha_{t|s}, sigma_{t|s} [B, 1, ...]. alpha, sigma, x and out belong to the whole path.
     """
 
     a: Tensor | float = 1.0
@@ -91,25 +91,25 @@ class Inside(Prediction):
         return -super().eps / self.sigma
 
     def target(self, x0: Tensor, eps: Tensor) -> Tensor:
-        """The target of `out` for x = a x_s + b eps: in place of (x_0, eps_0), unknown, what has their mean given x.
+        """The target of `out` for x = a x_s + b eps. Estimates with the same mean replace the unknown (x_0, eps_0).
 
-        That is (sigma_t / b) eps for the noise, with x_s / alpha_s - alpha_t sigma_s^2 eps / (alpha_s^2 b) for x_0.
+        They are (sigma_t / b) eps for the noise, and x_s / alpha_s - alpha_t sigma_s^2 eps / (alpha_s^2 b) for x_0.
         """
         a_s, s_s = self.anchor
-        b = torch.as_tensor(self.b).clamp(min=1e-6)  # at s itself the weight is 0
+        b = torch.as_tensor(self.b).clamp(min=1e-6)  # the weight at s itself is 0
         return super().target(x0 / a_s - self.alpha * s_s**2 / (a_s**2 * b) * eps, self.sigma / b * eps)
 
     @property
     def weight(self) -> Tensor:
-        """Of the squared error, min(1, clamp b^2): the variance of the target grows as 1 / b^2 towards s."""
+        """Weight of the squared error, min(1, clamp b^2): the variance of the target grows as 1 / b^2 towards s."""
         return (self.clamp * torch.as_tensor(self.b) ** 2).clamp(max=1)
 
 
 @dataclass(frozen=True)
 class Tail(Law):
-    """A law of the whole path, given t > s: its times on the Interval above s, which it is called with.
+    """A law of the whole path restricted to t > s, as times of the Interval above s that it is called with.
 
-    Its density is that of the law over the law's share above s, of which the part next to s, `margin`, is left out.
+    Its density is that of the law divided by its probability above s. `margin` is the fraction left out next to s.
     """
 
     law: Law

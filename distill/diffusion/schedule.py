@@ -1,7 +1,7 @@
-"""Noise schedules x_t = alpha_t x_0 + sigma_t eps, and one network output read as every prediction.
+"""Noise schedules x_t = alpha_t x_0 + sigma_t eps, and conversions of a network output to every kind of prediction.
 
-Time t is in [0, 1]; 1 is noise. Coefficients are float64; the same level of noise has the same ratio sigma / alpha on
-every schedule, so `time(ratio)` carries a time from one schedule to another.
+Time t is in [0, 1]; t = 1 is noise. Coefficients are float64. One noise level has the same ratio sigma / alpha on every
+schedule, so `time(ratio)` converts a time from one schedule to another.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ def expand(a: Tensor, x: Tensor) -> Tensor:
 
 
 def ends(t: Tensor) -> Tensor:
-    """t clamped to [0, 1], with its derivative kept at the ends: a tangent there must not depend on rounding."""
+    """t clamped to [0, 1] with derivative 1 at the ends, so that a tangent there does not depend on rounding."""
     held = t.clamp(0, 1)
     return torch.where((t - held).abs() < 1e-9, t + (held - t).detach(), held)
 
 
 class Schedule(ABC):
-    """A path from data (t = 0) to noise (t = 1). All methods take and give float64 tensors [B]."""
+    """A path from data (t = 0) to noise (t = 1). All methods take and return float64 tensors [B]."""
 
     @abstractmethod
     def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -40,14 +40,14 @@ class Schedule(ABC):
 
     @abstractmethod
     def time(self, ratio: Tensor) -> Tensor:
-        """sigma / alpha in [0, inf] -> t, the inverse of `ratio`; beyond the schedule's range the nearest end."""
+        """sigma / alpha in [0, inf] -> t, the inverse of `ratio`. Ratios outside the range give the nearest end."""
 
     @abstractmethod
     def native(self, t: Tensor) -> Tensor:
-        """What networks trained on this schedule are told for t: an index, a sigma, an angle ..."""
+        """t -> the time input of networks trained on this schedule: an index, a sigma, an angle, ..."""
 
     def ratio(self, t: Tensor) -> Tensor:
-        """t -> sigma / alpha, the noise-to-signal ratio that names a level on every schedule."""
+        """t -> sigma / alpha, the noise-to-signal ratio, which names a level on every schedule."""
         alpha, sigma = self.coefficients(t)
         return sigma / alpha
 
@@ -57,7 +57,7 @@ class Schedule(ABC):
         return expand(alpha, x) * x + expand(sigma, x) * eps
 
     def transition(self, x: Tensor, s: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        """Noise x_s further to level t >= s: x_t = (alpha_t / alpha_s) x_s + sigma_{t|s} eps."""
+        """Add noise to x_s up to level t >= s: x_t = (alpha_t / alpha_s) x_s + sigma_{t|s} eps."""
         (a_s, s_s), (a_t, s_t) = self.coefficients(s), self.coefficients(t)
         a = a_t / a_s
         return expand(a, x) * x + expand((s_t**2 - (a * s_s) ** 2).clamp(min=0).sqrt(), x) * eps
@@ -65,9 +65,9 @@ class Schedule(ABC):
 
 @dataclass(frozen=True)
 class VP(Schedule):
-    """A table of N discrete variance-preserving levels (DDPM, Ho et al. 2020); t = n / (N - 1), native time n.
+    """A table of N discrete variance-preserving levels (DDPM, Ho et al. 2020). t = n / (N - 1), native time n.
 
-    Between two levels log(sigma / alpha) is linear in t, so fractional times are well defined.
+    log(sigma / alpha) is linear in t between two levels, so fractional times are well defined.
     """
 
     alphas_cumprod: tuple[float, ...]  # abar_n, decreasing, in (0, 1)
@@ -87,7 +87,7 @@ class VP(Schedule):
         return cls(tuple(np.cumprod(1 - beta)))
 
     def _table(self, device: torch.device) -> Tensor:
-        """log(sigma / alpha) of all levels, copied to a device once: a copy from the host waits for the device."""
+        """log(sigma / alpha) of all levels. Copied to a device once: the copy from the host waits for the device."""
         if device not in self._copies:
             self._copies[device] = self._log_ratio.to(device)
         return self._copies[device]
@@ -109,7 +109,7 @@ class VP(Schedule):
     def native(self, t: Tensor) -> Tensor:
         n = t.double() * (len(self.alphas_cumprod) - 1)
         whole = n.round()
-        return torch.where((n - whole).abs() < 1e-4, whole + (n - n.detach()), n)  # n / (N - 1) is n, exactly
+        return torch.where((n - whole).abs() < 1e-4, whole + (n - n.detach()), n)  # exactly n at t = n / (N - 1)
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ class EDM(Schedule):
 
 @dataclass(frozen=True)
 class Flow(Schedule):
-    """Rectified flow: alpha = 1 - t, sigma = t, native time `scale` * t. A model's shift belongs to times.Shifted."""
+    """Rectified flow: alpha = 1 - t, sigma = t, native time `scale` * t. A model's shift is in times.Shifted."""
 
     scale: float = 1000.0
 
@@ -168,7 +168,7 @@ class Trig(Schedule):
 
 @dataclass(frozen=True)
 class Prediction:
-    """One network output `out` at x = alpha x0 + sigma eps, readable as any prediction (all float, shape of x).
+    """A network output `out` at x = alpha x0 + sigma eps, readable as any prediction (all float, shape of x).
 
     kind    out is
     x0      the clean sample                      eps     the noise
@@ -176,7 +176,7 @@ class Prediction:
     edm     F in x0 = c_skip x / alpha + c_out F, with c_skip = sigma_d^2 / (r^2 + sigma_d^2) and c_out = r sigma_d /
             sqrt(r^2 + sigma_d^2) at the ratio r = sigma / alpha (Karras et al. 2022, table 1)
 
-    x0 and eps are each an explicit combination of x and out, so neither divides by a vanishing sigma or alpha
+    x0 and eps are explicit combinations of x and out, so neither divides by a vanishing sigma or alpha
     unless the kind itself does (eps at alpha = 0, x0 at sigma = 0).
     """
 
@@ -189,11 +189,11 @@ class Prediction:
 
     @property
     def weight(self) -> Tensor | float:
-        """Of the squared error between `out` and its target."""
+        """Weight of the squared error between `out` and its target."""
         return 1.0
 
     def _norm(self) -> Tensor:
-        """sqrt(sigma^2 + alpha^2 sigma_d^2), the standard deviation of x: with it, nothing is divided by alpha."""
+        """sqrt(sigma^2 + alpha^2 sigma_d^2), the standard deviation of x. It avoids a division by alpha."""
         return (self.sigma**2 + (self.alpha * self.sigma_d) ** 2).sqrt()
 
     @property
@@ -248,7 +248,7 @@ class Prediction:
         return -self.eps / self.sigma
 
     def target(self, x0: Tensor, eps: Tensor) -> Tensor:
-        """What `out` should have been for x = alpha x0 + sigma eps: the target in the network's own space."""
+        """The target of `out` for x = alpha x0 + sigma eps, in the network's own space."""
         match self.kind:
             case "x0":
                 return x0
@@ -258,6 +258,6 @@ class Prediction:
                 return self.alpha * eps - self.sigma * x0
             case "flow":
                 return eps - x0
-            case "edm":  # (x0 - c_skip x / alpha) / c_out without the cancellation
+            case "edm":  # (x0 - c_skip x / alpha) / c_out without cancellation
                 return (self.sigma * x0 - self.alpha * self.sigma_d**2 * eps) / (self.sigma_d * self._norm())
         raise ValueError(f"kind is {self.kind!r}; it must be one of {KINDS}")

@@ -1,7 +1,7 @@
-"""Solvers of the teacher's probability-flow ODE: one step, a whole trajectory, and networks that take turns on it.
+"""Solvers of the teacher's probability-flow ODE: one step, a whole trajectory, and several networks in turn.
 
-A sampler is a list of calls: which network, under which guidance, is asked at which level of noise, and how x goes on
-to the level of the next call. So a map from levels to networks is a list of calls of several (`join_calls`):
+A sampler is a list of calls. A call names a network with its guidance, a noise level, and the step from x to the
+level of the next call. A sampler that uses several networks is a list of calls of several networks (`join_calls`):
 
     T-Stitch   a small network at the high levels, a large one below           Pan et al. 2024, arXiv 2402.14167
     hybrid     a base model's own steps, guided, then the last calls of its student     Gandikota & Bau 2025, 2503.10637
@@ -34,7 +34,7 @@ def ddim(denoiser: Denoiser | Guided, x: Tensor, t: Tensor, s: Tensor, c: Condit
 def heun(denoiser: Denoiser | Guided, x: Tensor, t: Tensor, s: Tensor, c: Condition = None) -> Tensor:
     """x_t -> x_s by Heun's method in sigma / alpha (Karras et al. 2022, algorithm 1).
 
-    Euler's where alpha_t = 0, and, as there, where sigma_s = 0: a network has no noise to predict at x_0.
+    Euler's method where alpha_t = 0 and, as in the paper, where sigma_s = 0: there is no noise to predict at x_0.
     """
     first = denoiser(x, t, c)
     euler = denoiser.path.diffuse(first.x0, first.eps, s)
@@ -46,10 +46,11 @@ def heun(denoiser: Denoiser | Guided, x: Tensor, t: Tensor, s: Tensor, c: Condit
 
 
 def cfgpp(denoiser: Denoiser | Guided, x: Tensor, t: Tensor, s: Tensor, c: Condition = None) -> Tensor:
-    """x_t -> x_s by x_s = alpha_s x0 + sigma_s eps, where x0 is guided and eps is that of the null condition (CFG++).
+    """x_t -> x_s by x_s = alpha_s x0 + sigma_s eps with the guided x0 and the eps of the null condition (CFG++).
 
-    The scale, lambda in [0, 1], is the guidance of the denoiser, 1 without one. It equals `ddim` under the guidance
-    lambda / (1 - e^-h), h = log of the ratio sigma / alpha at t over that at s. Chung et al. 2024, arXiv 2406.08070.
+    The scale lambda in [0, 1] is the guidance scale of the denoiser, 1 without guidance. The step equals `ddim` with
+    guidance scale lambda / (1 - e^-h), where h = log of the ratio sigma / alpha at t over that at s.
+    Chung et al. 2024, arXiv 2406.08070.
     """
     guided = denoiser if isinstance(denoiser, Guided) else Guided(denoiser, 1.0)
     pred, empty = guided.both(x, t, c)
@@ -57,7 +58,7 @@ def cfgpp(denoiser: Denoiser | Guided, x: Tensor, t: Tensor, s: Tensor, c: Condi
 
 
 def fresh(noise: Callable[[Tensor], Tensor]) -> Step:
-    """The step of students and consistency models: x_s = alpha_s x0 + sigma_s noise(x_t)."""
+    """The step of students and consistency models, with new noise: x_s = alpha_s x0 + sigma_s noise(x_t)."""
 
     def step(denoiser: Denoiser | Guided, x: Tensor, t: Tensor, s: Tensor, c: Condition = None) -> Tensor:
         return denoiser.path.diffuse(denoiser(x, t, c).x0, noise(x), s)
@@ -66,7 +67,7 @@ def fresh(noise: Callable[[Tensor], Tensor]) -> Step:
 
 
 def ddim_from_prediction(pred: Prediction, path: Schedule, e: Tensor | None) -> Tensor:
-    """x_e = alpha_e x0 + sigma_e eps of one prediction, at e [B]; x0 where e is 0, and for None."""
+    """x_e = alpha_e x0 + sigma_e eps from one prediction, at e [B]. x0 where e is 0, and for None."""
     if e is None:
         return pred.x0
     return torch.where(expand(e, pred.x) > 0, path.diffuse(pred.x0, pred.eps, e), pred.x0)
@@ -77,16 +78,16 @@ STEPS: dict[str, Step] = {"ddim": ddim, "heun": heun, "cfg++": cfgpp}
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """The denoiser is asked at the time t of its own path; `step` brings x to the level of the next call."""
+    """One call of the denoiser at time t of its own path. `step` takes x to the level of the next call."""
 
     denoiser: Denoiser | Guided
     t: float
     step: Step = ddim
-    scale: float | None = None  # of the unit noise where this call is the first; None: sigma
+    scale: float | None = None  # scale of the unit noise if this is the first call; None: sigma
 
     @property
     def level(self) -> float:
-        """sigma / alpha, the same on every path."""
+        """sigma / alpha, which is the same on every path."""
         return float(self.denoiser.path.ratio(torch.tensor([self.t], dtype=torch.float64)))
 
     def on(self, path: Schedule) -> Call:
@@ -98,9 +99,9 @@ class Call:
 
 
 def join_calls(first: Sequence[Call], then: Sequence[Call], skip: int) -> list[Call]:
-    """`then` without its first `skip` calls, after those of `first` that are at higher levels of noise.
+    """The calls of `first` above the levels of `then[skip:]`, followed by `then[skip:]`.
 
-    skip = len(then) is `first` alone. ValueError where `first` has no call to be made instead of those.
+    skip = len(then) returns `first` alone. ValueError if `first` has no call that replaces the skipped ones.
     """
     if not 0 <= skip <= len(then):
         raise ValueError(f"skip is {skip}, and there are {len(then)} calls: it must be 0 to {len(then)}")
@@ -116,9 +117,9 @@ def join_calls(first: Sequence[Call], then: Sequence[Call], skip: int) -> list[C
 
 
 def run_calls(turns: Sequence[Call], z: Tensor, c: Condition = None) -> Tensor:
-    """x0 [B, ...] of the last call, all of them made in turn from unit noise z.
+    """Run all calls in turn from unit noise z, and return x0 [B, ...] of the last one.
 
-    x is that of the first call's path throughout: networks of other schedules are spoken to on it.
+    x belongs to the first call's path throughout. Networks of other schedules are evaluated on it.
     """
     path = turns[0].denoiser.path
     turns = [call.on(path) for call in turns]
@@ -130,7 +131,7 @@ def run_calls(turns: Sequence[Call], z: Tensor, c: Condition = None) -> Tensor:
 
 
 def calls(solver: Name, steps: int) -> int:
-    """Network evaluations of `sample` without guidance: N for DDIM, 2 N - 1 for Heun, and for CFG++, which has two."""
+    """Network calls of `sample` without guidance: N for DDIM, 2 N - 1 for Heun. CFG++ makes two per step."""
     return steps if solver == "ddim" else 2 * steps - 1
 
 

@@ -1,4 +1,4 @@
-"""The student: a denoiser called at few times, from noise to a sample."""
+"""The student: a denoiser that is called at a few times, from noise to a sample."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from distill.random import Draw
 
 @dataclass(eq=False)
 class Student:
-    """G(z, c): x <- scale z; at each time x0 = denoiser(x, t, c).x0, then x is brought to the next time.
+    """G(z, c): x <- scale z; at each time x0 = denoiser(x, t, c).x0, then x moves to the next time.
 
     times    from noisy to clean, in (0, 1]; one time is a one-step student.
     scale    of the unit noise z at the first call; None is sigma(times[0]) (DMD2's latents: 1).
     renoise  the name of the transition between calls (transition.py).
-    jumps    of a network of two times (end_time.py): without fresh noise every call is told the time to which x goes.
-    phases   into which the calls are divided equally; `denoiser` makes those after the phases of `experts`.
+    jumps    for a network with two times (end_time.py): without new noise, each call gets the time of the next call.
+    phases   number of equal phases of the calls; `denoiser` makes those after the phases of `experts`.
     experts  frozen denoisers, one for each of the first phases (Phased DMD).
     """
 
@@ -50,12 +50,12 @@ class Student:
         return find_transition(self.renoise)
 
     def using(self, net: nn.Module) -> Student:
-        """The same student with other weights: its average, say."""
+        """The same student with other weights, for example its moving average."""
         return replace(self, denoiser=replace(self.denoiser, net=net))
 
     @property
     def level(self) -> float | None:
-        """sigma / alpha at the first call; None: at the end of the schedule."""
+        """sigma / alpha at the first call. None: the first call is at the end of the schedule."""
         t = torch.tensor([self.times[0]], dtype=torch.float64)
         return None if self.times[0] == 1 else float(self.denoiser.path.ratio(t))
 
@@ -67,13 +67,13 @@ class Student:
 
     @property
     def phase(self) -> tuple[int, int]:
-        """The calls of the phase after those of `experts`: the first, and that after the last."""
+        """(first call, call after the last) of the phase after those of `experts`."""
         n = len(self.times) // self.phases
         return n * len(self.experts), n * (len(self.experts) + 1)
 
     @property
     def end(self) -> float | None:
-        """The time of the first call after that phase; None: it ends at x0."""
+        """The time of the first call after that phase. None: the phase ends at x0."""
         last = self.phase[1]
         return self.times[last] if last < len(self.times) else None
 
@@ -84,7 +84,7 @@ class Student:
         return [(t, s if told else 0.0) for t, s in zip(self.times, (*self.times[1:], 0.0), strict=True)]
 
     def at(self, i: int, to: float = 0.0) -> Denoiser:
-        """The denoiser of call i, with the end time `to` if it takes one."""
+        """The denoiser of call i. It gets the end time `to` if it takes one."""
         first, last = self.phase
         denoiser = self.experts[i // (last - first)] if i < first else self.denoiser
         return with_end_time(denoiser, to) if to and self.jumps and self.transition.takes_end_time else denoiser
@@ -92,9 +92,9 @@ class Student:
     def generate(
         self, z: Tensor, c: Condition, draw: Draw | None = None, steps: int | None = None, to: float | None = None
     ) -> Tensor:
-        """x0 [B, ...] after `steps` calls (default: all) from unit noise z; gradient flows through the last call only.
+        """x0 [B, ...] after `steps` calls (default: all) from unit noise z. Gradient flows only through the last call.
 
-        Noise between calls is draw.normal("renoise0"), "renoise1", ... to: a time, whose x_t is returned instead.
+        Noise between calls is draw.normal("renoise0"), "renoise1", ... to: return x at this time instead of x0.
         """
         steps = len(self.times) if steps is None else steps
         if not 1 <= steps <= len(self.times):
@@ -109,9 +109,9 @@ class Student:
         return mean if to is None else self._drawn(mean, std, steps - 1, draw)
 
     def calls(self, draw: Draw | None = None) -> list[Call]:
-        """The calls one by one, so that several networks can share them; `run_calls` runs them as `generate` does.
+        """The calls as a list, so that several networks can share them. `run_calls` runs them as `generate` does.
 
-        ValueError for a transition that does not end at x0, as `run_calls` does.
+        ValueError for a transition that does not end at x0.
         """
         if not self.transition.ends_at_data:
             raise ValueError("a student with 'tcd' noise ends at the level of t = 0, and turns of networks end at x0")
@@ -120,16 +120,17 @@ class Student:
         return [Call(self.at(i, to), t, step(i), self.scale) for i, (t, to) in enumerate(self.legs)]
 
     def walk(self, z: Tensor, c: Condition, draw: Draw | None = None) -> list[Tensor]:
-        """The x [B, ...] of every call on the way from unit noise z, and the sample x0; numbers as in `generate`."""
+        """The x [B, ...] of every call from unit noise z, then the sample x0. Random numbers as in `generate`."""
         walk, last = [self.input_scale * z], len(self.times) - 1
         for i in range(last):
             walk.append(self._drawn(*self.step(walk[i], i, c), i, draw))
         return [*walk, self.step(walk[last], last, c)[0]]
 
     def step(self, x: Tensor, i: int, c: Condition, to: float | None = None) -> tuple[Tensor, Tensor]:
-        """Mean [B, ...] and standard deviation [B, 1, ...] of what call i makes of its x, normally distributed.
+        """Mean [B, ...] and standard deviation [B, 1, ...] of the normal distribution of x after call i.
 
-        to: its time, 0 for x0; None: that of the next call, after the last 0. Without fresh noise the deviation is 0.
+        to: time of that x, 0 for x0. None: the time of the next call, 0 after the last call. The standard deviation is
+        0 without new noise.
         """
         to = (*self.times, 0.0)[i + 1] if to is None else to
         pred = self.at(i, to)(x, self._time(self.times[i], x), c)
@@ -147,7 +148,7 @@ class Student:
         return expand(alpha, x0) * x0, expand(sigma, x0)
 
     def _drawn(self, mean: Tensor, std: Tensor, i: int, draw: Draw | None) -> Tensor:
-        """What call i makes, with noise of its own."""
+        """x after call i, with that call's own noise."""
         return mean + std * self._noise(i, mean, draw) if self.transition.adds_noise else mean
 
     def _noise(self, i: int, x: Tensor, draw: Draw | None) -> Tensor:
@@ -170,7 +171,7 @@ def check_phases(student: Student, N: int) -> None:
 
 
 def validate_times(times: tuple[float, ...]) -> None:
-    """ValueError unless the student's times, one at least, fall strictly within (0, 1]."""
+    """ValueError unless the student's times are at least one, strictly decreasing and in (0, 1]."""
     if not times or not all(a > b for a, b in zip((1.1, *times), (*times, 0.0), strict=True)) or times[0] > 1:
         raise ValueError(f"student times are {times}; they must fall strictly within (0, 1], at least one")
 

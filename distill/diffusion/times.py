@@ -1,7 +1,7 @@
-"""Distributions of the time t at which a loss looks: fields of a method, never a property of a schedule.
+"""Distributions of the time t of a loss. They are fields of a method, not properties of a schedule.
 
-A law maps a named random draw to t [B] in [0, 1] of the denoiser's schedule. Laws written in sigma are carried over by
-the noise-to-signal ratio, so one law means the same levels of noise on every schedule.
+A law maps a named random draw to t [B] in [0, 1] of the denoiser's schedule. A law in sigma is converted by the
+noise-to-signal ratio, so that it means the same noise levels on every schedule.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from distill.diffusion.schedule import VP, Schedule
 from distill.random import Draw
 from distill.ranges import Count, Finite, Natural, Points, Positive, UnitInterval, Weight, validate_ranges
 
-TASKS = 1000  # equally likely times of a law, that clusters are made of
+TASKS = 1000  # number of equally likely times of a law, from which clusters are formed
 
 
 class Law(ABC):
-    """A distribution of t. `__call__(draw, name, B, schedule) -> t [B]`, float64, rising with the random number."""
+    """A distribution of t. `__call__(draw, name, B, schedule) -> t [B]`, float64, increasing with the random number."""
 
     @abstractmethod
     def __call__(self, draw: Draw, name: str, B: int, schedule: Schedule) -> Tensor:
-        """t of B samples, from the random numbers called `name`."""
+        """t of B samples, from the random numbers with the name `name`."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,8 @@ class LogNormal(Law):
 class StudentT(Law):
     """sigma / alpha = exp(mean + std T) between `low` and `high`, T of Student's t with `df` degrees of freedom (TCM).
 
-    A small df makes it fall as 1 / |log(sigma / alpha) - mean|: most of it is near `mean`, and all levels have some.
+    With a small df its density falls as 1 / |log(sigma / alpha) - mean|: most of the probability is near `mean`, and
+    all levels have some.
     """
 
     mean: Finite = 0.0
@@ -95,7 +96,7 @@ class StudentT(Law):
         from scipy.special import stdtr, stdtrit
 
         u = draw.uniform(name, (B,)).double()
-        if u.is_meta:  # shapes alone, as where a step's cost is counted
+        if u.is_meta:  # shapes only, for counting the cost of a step
             return u
         first, last = (stdtr(self.df, (math.log(s) - self.mean) / self.std) for s in (self.low, self.high))
         T = torch.as_tensor(stdtrit(self.df, (first + (last - first) * u).cpu().numpy()), device=u.device)
@@ -142,7 +143,7 @@ class Shifted(Law):
 
 @dataclass(frozen=True)
 class Clip(Law):
-    """t of another law, those below `low` or above `high` at these (Self-Forcing, LightX2V: t after the shift)."""
+    """t of another law, clamped to [low, high] (Self-Forcing, LightX2V: t after the shift)."""
 
     law: Law
     low: UnitInterval = 0.02
@@ -168,16 +169,18 @@ class Fixed(Law):
 
 @dataclass(frozen=True)
 class Staged(Law):
-    """Another law from its noisiest times on, for low levels are the harder tasks (Kim et al. 2024, arXiv 2403.10348).
+    """Another law, starting with its noisiest times: low levels are the harder tasks (Kim et al. 2024, arXiv
+    2403.10348).
 
-    Stage n draws from the noisiest n of N clusters, the last stage from all: it is the law itself, and so is N = 1.
-    Clusters are intervals of the law in which the logarithm of sigma / alpha is as near as can be to its median. The
-    paper's stages end where the loss no longer falls; these last `every` steps each, so that a step says its stage.
+    Stage n draws from the noisiest n of N clusters. The last stage draws from all clusters: it is the law itself. N = 1
+    is the law itself, too. Clusters are intervals of the law that minimise the distance of log(sigma / alpha) from its
+    median in the cluster. The paper ends a stage when the loss no longer falls. Here a stage lasts `every` steps, so
+    that the step determines it.
     """
 
     law: Law
-    N: Points = 20  # at most 1000
-    every: Count = 1000  # steps of a stage
+    N: Points = 20  # number of clusters, at most 1000
+    every: Count = 1000  # number of steps of a stage
 
     def __post_init__(self) -> None:
         validate_ranges(self)
@@ -193,7 +196,7 @@ class Staged(Law):
 
 
 class RemappedDraw(Draw):
-    """A draw whose uniform numbers u become f(u); its normal ones are moved by their shares below."""
+    """A draw with uniform numbers f(u) in place of u. Normal numbers change by their cumulative probability."""
 
     def __init__(self, draw: Draw, f: Callable[[Tensor], Tensor]) -> None:
         super().__init__(draw.seed, draw.step, draw.player, draw.samples)
@@ -208,9 +211,9 @@ class RemappedDraw(Draw):
 
 @lru_cache
 def share(law: Law, t: float, schedule: Schedule) -> float:
-    """The share of a law at times of at most t, by bisection: above it every time is later than t.
+    """The probability of a law at times up to t, by bisection. Every larger u gives a time above t.
 
-    The law is the same in every step (Staged is not).
+    The law must be the same in every step (Staged is not).
     """
     low, high = 0.0, 1.0
     for _ in range(32):  # random numbers have 24 bits
@@ -220,26 +223,26 @@ def share(law: Law, t: float, schedule: Schedule) -> float:
 
 
 def quantile(law: Law, u: float, schedule: Schedule) -> float:
-    """The time below which a law has the share u."""
+    """The time below which a law has probability u."""
     draw = RemappedDraw(Draw(0, 0, "", torch.arange(1)), lambda old: torch.full_like(old, u))
     return float(law(draw, "", 1, schedule))
 
 
 @lru_cache
 def clusters(law: Law, N: int, schedule: Schedule) -> tuple[float, ...]:
-    """Shares 0 = q_0 < ... < q_N = 1 of a law between its N clusters, from clean to noisy.
+    """Cumulative probabilities 0 = q_0 < ... < q_N = 1 of a law at the borders of its N clusters, from clean to noisy.
 
-    They make the sum over TASKS equally likely t of |y - the median y of its cluster| least, y = log(sigma / alpha),
-    by dynamic programming (SNR-based interval clustering: Go et al. 2023, arXiv 2306.00354).
+    They minimise the sum over TASKS equally likely t of |y - the median y of its cluster|, y = log(sigma / alpha), by
+    dynamic programming (SNR-based interval clustering: Go et al. 2023, arXiv 2306.00354).
     """
     u = (torch.arange(TASKS).double() + 0.5) / TASKS
     t = law(RemappedDraw(Draw(0, 0, "", torch.arange(TASKS)), lambda _: u), "", TASKS, schedule)
     y = schedule.ratio(t).clamp(1e-6, 1e6).log()
     total = torch.cat([y.new_zeros(1), y.cumsum(0)])
     j, i = torch.arange(TASKS + 1)[:, None], torch.arange(TASKS + 1)
-    cost = total[i] + total[j] - total[(i + j) // 2] - total[(i + j + 1) // 2]  # of the tasks i .. j - 1
+    cost = total[i] + total[j] - total[(i + j) // 2] - total[(i + j + 1) // 2]  # of tasks i .. j - 1 as one cluster
     cost, ends = cost.where(i < j, torch.inf), []
-    least = cost[:, 0]  # of the first 0 .. TASKS tasks in one cluster, in two, ...
+    least = cost[:, 0]  # cost of the first 0 .. TASKS tasks in one cluster, in two, ...
     for _ in range(N - 1):
         least, start = (least + cost).min(1)
         ends.append(start)
@@ -259,8 +262,8 @@ def _ordered(law: Uniform | Grid | Karras | StudentT, most: float) -> None:
 def point(i: Tensor, N: int, path: Schedule) -> Tensor:
     """The time of point i = 0 .. N of a solver's grid of N steps: i / N.
 
-    On a table of L levels the timesteps are whole. They are i L / N - 1, and 0 for i = 0, as LCM's and PCM's authors
-    count them (L = 1000, N = 50: 0, 19, 39, ... 999), unless N divides L - 1.
+    A table of L levels has integer timesteps: i L / N - 1, and 0 for i = 0, as in the code of LCM and PCM (L = 1000,
+    N = 50: 0, 19, 39, ... 999). If N divides L - 1 they are i / N.
     """
     last = len(path.alphas_cumprod) - 1 if isinstance(path, VP) else N
     if last % N == 0:
@@ -275,13 +278,13 @@ def phase(i: Tensor, N: int, phases: int) -> tuple[Tensor, Tensor]:
 
 
 def pieces(i: Tensor, N: int, times: tuple[float, ...], path: Schedule) -> Tensor:
-    """The time of point i = 0 .. N of a grid that falls evenly from one of `times` to the next, and to `point` 0.
+    """The time of point i = 0 .. N of a grid that falls evenly from one of `times` to the next, and last to `point` 0.
 
-    Each of them is the upper end of a `phase`. On a table they are whole timesteps.
+    Each of `times` is the upper end of a `phase`. On a table all points are integer timesteps.
     """
     low, high = phase(i, N, len(times))
     last = len(path.alphas_cumprod) - 1 if isinstance(path, VP) else None
-    base = -1 / last if last and last % N else 0.0  # as `point` counts
+    base = -1 / last if last and last % N else 0.0  # same convention as `point`
     edges = _edges((base, *reversed(times)), i.device)
     m = (low * len(times) / N).ceil().long()
     t = torch.lerp(edges[m], edges[m + 1], (i - low) / (high - low))
@@ -290,12 +293,12 @@ def pieces(i: Tensor, N: int, times: tuple[float, ...], path: Schedule) -> Tenso
 
 @lru_cache
 def _edges(times: tuple[float, ...], device: torch.device) -> Tensor:
-    """Copied to a device once: a copy from the host waits for the device."""
+    """It is copied to a device once, because the copy from the host waits for the device."""
     return torch.tensor(times, dtype=torch.float64, device=device)
 
 
 def spread(steps: int, N: int, path: Schedule) -> tuple[float, ...]:
-    """Times of `steps` points of that grid, falling from its end as evenly as LCMScheduler takes them."""
+    """Times of `steps` points of that grid, spread evenly from its end as by LCMScheduler."""
     return tuple(point(torch.tensor([N - k * N // steps for k in range(steps)]), N, path).tolist())
 
 

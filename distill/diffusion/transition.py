@@ -1,4 +1,4 @@
-"""How x goes from one call of a student to the next: with new noise, or with the noise that the call predicts."""
+"""The transition of x from one call of a student to the next: with new noise, or with the predicted noise."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ Renoise = Literal["fresh", "ddim", "tcd"]  # the values of --student.renoise
 
 @dataclass(frozen=True)
 class Transition:
-    """x_s = alpha_s x0 + sigma_s eps from a call at t to the time s of the next one."""
+    """x_s = alpha_s x0 + sigma_s eps, from a call at t to the time s of the next call."""
 
     name: Renoise
-    adds_noise: bool  # eps is new noise (DMD2, consistency); else what the call predicts
+    adds_noise: bool  # eps is new noise (DMD2, consistency); else the predicted noise
     ends_at_data: bool  # the last call gives x0; else x at the level of t = 0 (PCM, TCD)
-    takes_end_time: bool  # a network with a second time (end_time.py) is given s
+    takes_end_time: bool  # a network with a second time input (end_time.py) gets s
 
 
 FRESH = Transition("fresh", adds_noise=True, ends_at_data=True, takes_end_time=False)
@@ -25,7 +25,7 @@ TRANSITIONS = {transition.name: transition for transition in (FRESH, DDIM, TCD)}
 
 
 def find_transition(name: str) -> Transition:
-    """The transition of a value of --student.renoise. ValueError for another value."""
+    """The transition for a value of --student.renoise. ValueError for another value."""
     for transition in TRANSITIONS.values():
         if transition.name == name:
             return transition
