@@ -1,1 +1,1 @@
-"""Parts that are added to a network or follow it: adapters, averages, heads, learned weights."""
+"""Parts that are added to a network or take its output: adapters, moving averages, heads, learned weights."""

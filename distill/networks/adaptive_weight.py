@@ -1,6 +1,7 @@
-"""A learned weight of a loss: the log-variance l(s) of its error at a level s, as of a normal distribution.
+"""A learned weight of a loss: the log-variance l(s) of its error at level s, as in a normal distribution.
 
-E [ e^-l(s) m(s) + l(s) ]  is least where  l(s) = log E m(s);  there it is 1 + E log E m(s), for every s alike
+E [ e^-l(s) m(s) + l(s) ]  is least for  l(s) = log E m(s).  The minimum is  1 + E log E m(s).
+The weighted error  e^-l(s) E m(s)  is then 1 for every s.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from distill.losses import Reduction, reduce
 
 
 class LogVariance(nn.Module):
-    """l [B] of levels s = sigma / alpha [B], a sum of cosines in log s from e^-8 to e^8; 0 at the start."""
+    """l [B] of levels s = sigma / alpha [B]: a sum of cosines in log s from e^-8 to e^8, 0 before training."""
 
     def __init__(self, waves: int = 64) -> None:
         super().__init__()
@@ -32,7 +33,8 @@ class LogVariance(nn.Module):
 def weigh(
     m: Tensor, s: Tensor, prior: bool, net: nn.Module | None, reduction: Reduction
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """v e^-l m + l of squared errors m [B, ...] at levels s [B], and its log. v = 1 / s or 1; l of `net`, or 0."""
+    """v e^-l m + l of squared errors m [B, ...] at levels s [B], and its log. v = 1 / s with `prior`, else 1. l =
+    net(s), or 0."""
     m = m / expand(s, m) if prior else m
     if net is None:
         return reduce(m, reduction), {}

@@ -1,9 +1,9 @@
-"""Discriminator heads over features that a denoiser was tapped for: image maps, tokens, video, vectors.
+"""Discriminator heads over features of a denoiser: image maps, tokens, video or vectors.
 
-A head has the width of its features, and its logit is a mean over places where more than one is left: a map whose side
-is not 4, 8, 16, ... is halved until its smaller side is below 8 and judged by its 4x4 patches; of tokens and of the
-frames of a video each is judged alone, for attention has already told it of the others. With `places` every place keeps
-a logit of its own, [B, places]: a loss that is not linear then sees each (LADD's hinge).
+A head has the width of its features. Its logit is a mean over positions if more than one is left. A map whose side is
+not 4, 8, 16, ... is halved until its smaller side is below 8; each 4x4 patch then gives a logit. Each token, and each
+frame of a video, gives its own logit: attention has already mixed in the others. With `places` every position keeps
+its logit, [B, places], so that a loss that is not linear sees each of them (LADD's hinge).
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from distill.random import Draw
 
 
 class Float(nn.Sequential):
-    """Layers that take features of any precision and work in that of their weights."""
+    """Layers that take features of any precision and compute in the precision of their weights."""
 
     def forward(self, features: Tensor) -> Tensor:
         return super().forward(features.to(next(self.parameters()).dtype))
 
 
 class Head(Float):
-    """DMD2's classifier: halve `strided` times, collapse 4x4 to 1x1, a logit. [B, C, (T,) H, W] -> [B, 1, 1, 1].
+    """DMD2's classifier: halve `strided` times, reduce 4x4 to 1x1, then a logit. [B, C, (T,) H, W] -> [B, 1, 1, 1].
 
-    H = W = 4 * 2**strided is DMD2's. Every convolution is followed by group normalisation and SiLU (Yin et al. 2024,
-    appendix). kernel: of the collapsing one; less than 4 where a side is.
+    H = W = 4 * 2**strided is DMD2's. Group normalisation and SiLU follow every convolution (Yin et al. 2024, appendix).
+    kernel: kernel size of the last reduction; below 4 if a side is smaller.
     """
 
     def __init__(
@@ -50,14 +50,14 @@ class Head(Float):
 
     def forward(self, features: Tensor) -> Tensor:
         B = len(features)
-        if features.ndim == 5:  # frames are images
+        if features.ndim == 5:  # frames are treated as images
             features = features.transpose(1, 2).flatten(0, 1)
         logits = super().forward(features).reshape(B, -1)
         return logits if self.places else logits.mean(1).reshape(B, 1, 1, 1)
 
 
 class Tokens(Float):
-    """A two-layer perceptron on each normalised token, and the mean of their logits. [B, N, C] -> [B, 1]."""
+    """A two-layer perceptron on each normalised token, then the mean of the logits. [B, N, C] -> [B, 1]."""
 
     def __init__(self, channels: int, places: bool = False) -> None:
         super().__init__(nn.LayerNorm(channels), nn.Linear(channels, channels), nn.SiLU(), nn.Linear(channels, 1))
@@ -69,9 +69,9 @@ class Tokens(Float):
 
 
 class Pixels(nn.Module):
-    """PCM's head: two 1x1 convolutions, the second with a way around it, and a logit of each place. -> [B, places].
+    """PCM's head: two 1x1 convolutions, the second with a skip connection, then a logit per position. -> [B, places].
 
-    Each is followed by group normalisation and leaky ReLU. Features are maps, video, tokens [B, N, C] or [B, C].
+    Group normalisation and leaky ReLU follow each. Features are maps, video, tokens [B, N, C] or vectors [B, C].
     """
 
     def __init__(self, channels: int, groups: int = 32) -> None:
@@ -92,16 +92,16 @@ def pixels(feature: Tensor) -> Pixels:
     """PCM's head for features shaped like `feature`."""
     channels, places = feature.shape[2 if feature.ndim == 3 else 1], count(feature)
     groups = 32 if places > 1 and channels % 32 == 0 else math.gcd(32, max(channels // 8, 1))
-    return Pixels(channels, groups)  # a group of one number is zero
+    return Pixels(channels, groups)  # a group of one number would give zero
 
 
 def count(feature: Tensor) -> int:
-    """Places of a feature: pixels, frames of pixels or tokens."""
+    """Number of positions of a feature: pixels, pixels of all frames, or tokens."""
     return feature.shape[1] if feature.ndim == 3 else math.prod(feature.shape[2:])
 
 
 def head_logits(disc: nn.Module, features: Sequence[Tensor]) -> Sequence[Tensor]:
-    """The logits [B, places] of each of several heads of `pixels`."""
+    """The logits [B, places] of each of several heads from `pixels`."""
     return disc(*features).split([count(feature) for feature in features], dim=1)
 
 
@@ -116,7 +116,7 @@ def head(feature: Tensor, places: bool = False) -> nn.Module:
         case 4 | 5:
             channels, (height, width) = feature.shape[1], feature.shape[-2:]
             strided = max(0, int(math.log2(min(height, width) / 4)))
-            groups = math.gcd(32, max(channels // 8, 1))  # of 8 channels or more: on a 1x1 map, of one it is zero
+            groups = math.gcd(32, max(channels // 8, 1))  # at least 8 channels: a group of one on 1x1 gives 0
             return Head(channels, strided, groups, (min(4, height), min(4, width)), places)
     raise ValueError(
         f"the tapped feature has shape {tuple(feature.shape)}; a head needs [B, C], tokens [B, N, C], "
@@ -125,14 +125,14 @@ def head(feature: Tensor, places: bool = False) -> nn.Module:
 
 
 class Heads(nn.ModuleList):
-    """A head for each of several tapped modules; their logits side by side, [B, all heads and places]."""
+    """A head for each of several tapped modules. Their logits are concatenated, [B, all heads and positions]."""
 
     def forward(self, *features: Tensor) -> Tensor:
         return torch.cat([head(f).flatten(1) for head, f in zip(self, features, strict=True)], dim=1)
 
 
 def build_heads(features: Sequence[Tensor], places: bool = False, of_pixels: bool = False) -> nn.Module:
-    """What reads these features, called disc(*features): the head itself where there is one, else Heads."""
+    """A module for these features, called as disc(*features): the head itself if there is only one, else Heads."""
     made = [pixels(feature) if of_pixels else head(feature, places) for feature in features]
     return made[0] if len(made) == 1 else Heads(made)
 
@@ -140,9 +140,11 @@ def build_heads(features: Sequence[Tensor], places: bool = False, of_pixels: boo
 def noised_features(
     denoiser: Denoiser, taps: Taps, times: Law, x: Tensor, c: Condition, draw: Draw, *names: str
 ) -> list[Tensor]:
-    """What a discriminator sees of samples x: features of alpha_u x + sigma_u eps, whose u and eps are x's own.
+    """Features of noised samples alpha_u x + sigma_u eps, the input of a discriminator. Every sample has its own u and
+    eps.
 
-    x [B len(names), ...]: one pass for groups of B samples; u and eps of a group are the draws "NAME_t", "NAME_eps".
+    x [B len(names), ...]: groups of B samples in one pass. The draws of a group are "NAME_t" for u and "NAME_eps" for
+    eps.
     """
     path, B, shape = denoiser.path, len(x) // len(names), x[: len(x) // len(names)].shape
     u = torch.cat([times(draw, f"{name}_t", B, path) for name in names])
@@ -152,5 +154,5 @@ def noised_features(
 
 @torch.no_grad()
 def accuracy(fake: Tensor, real: Tensor) -> Tensor:
-    """The share of logits with the right sign, below 0 for fakes and above for real ones, in [0, 1]."""
+    """The fraction in [0, 1] of logits with the right sign: negative for fakes, positive for reals."""
     return ((fake < 0).float().mean() + (real > 0).float().mean()) / 2

@@ -1,8 +1,8 @@
 """Low-rank adapters on a shared frozen backbone: three roles, one copy of the weights.
 
-Each role is a module tree of its own whose frozen parameters are the *same tensors*; adapters belong to one tree. So a
-role is chosen by the object that is called, never by a global switch, and gradient checkpointing recomputes the role
-that ran.
+Each role has its own module tree. Its frozen parameters are the *same tensors*; its adapters belong to it alone. So a
+role is chosen by the object that is called, never by a global switch. Gradient checkpointing recomputes the role that
+ran.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from distill.ranges import Count, Positive, validate_ranges
 
 @dataclass(frozen=True)
 class LoRA:
-    """Adapters of rank r and scale alpha / r on the modules whose names end in one of `targets` (Hu et al. 2021)."""
+    """Adapters of rank r and scale alpha / r on modules whose names end in one of `targets` (Hu et al. 2021)."""
 
-    rank: Count | None = None  # None: no adapters, a full copy is trained; SwiftBrush's fake 64
-    alpha: Positive = 108.0  # SwiftBrush's fake
-    targets: tuple[str, ...] = ("to_q", "to_v")  # SwiftBrush's fake
+    rank: Count | None = None  # rank of the adapters (SwiftBrush's fake score: 64); None: train a full copy
+    alpha: Positive = 108.0  # the adapters' scale is alpha / rank (SwiftBrush's fake score: 108)
+    targets: tuple[str, ...] = ("to_q", "to_v")  # name endings of the modules with adapters (as in SwiftBrush)
 
     def __call__(self, net: nn.Module) -> nn.Module:
-        """A role that starts as the backbone `net`: a trainable copy, or zero-initialised trainable adapters on it.
+        """A role that starts as the backbone `net`: a trainable copy, or trainable adapters on it that start at zero.
 
-        An adapter's role shares the frozen weights of `net`, in their precision; what trains is float32.
+        A role with adapters shares the frozen weights of `net` in their precision. Trainable weights are float32.
         """
         validate_ranges(self, "lora.")
         if self.rank is None:
@@ -44,7 +44,7 @@ class LoRA:
 
 
 def merged(net: nn.Module) -> nn.Module:
-    """`net` without adapters: a copy whose weights contain them, with the module names of the backbone."""
+    """`net` without adapters: a copy whose weights include them, with the module names of the backbone."""
     from peft.tuners.lora import LoraLayer
 
     if not any(isinstance(module, LoraLayer) for module in net.modules()):

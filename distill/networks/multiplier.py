@@ -1,17 +1,17 @@
-"""The multiplier of a constraint E L <= xi: ascent on the dual, lambda <- max(0, lambda + eta (E L - xi))."""
+"""The Lagrange multiplier of a constraint E L <= xi, by dual ascent: lambda <- max(0, lambda + eta (E L - xi))."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
-DUAL = "multiplier."  # the name of one in a network
+DUAL = "multiplier."  # prefix of its tensors in a network
 
 
 class Multiplier(nn.Module):
-    """lambda >= 0, a buffer: on the device, in checkpoints with the network that it is a child of, and in no export.
+    """lambda >= 0, a buffer of the network that it is a child of. Checkpoints contain it, exports do not.
 
-    A loss is `seen` on every micro-batch; `step` then moves lambda by their mean, over all processes.
+    Call `seen` with the loss of every micro-batch; `step` then updates lambda with their mean over all processes.
     """
 
     value: Tensor
@@ -23,7 +23,7 @@ class Multiplier(nn.Module):
         self.at: int | None = None
 
     def seen(self, loss: Tensor, step: int) -> None:
-        """L of a micro-batch of a step; what is left of an update that was skipped is forgotten."""
+        """Record the loss of a micro-batch of a step. Losses of an update that was skipped are discarded."""
         if step != self.at:
             self.at, self.losses = step, []
         self.losses.append(loss.detach().float())
@@ -38,7 +38,7 @@ class Multiplier(nn.Module):
 
 
 def multiplier(net: nn.Module) -> Multiplier:
-    """That of a network."""
+    """The multiplier of a network."""
     found = net.get_submodule("multiplier")
     assert isinstance(found, Multiplier)
     return found

@@ -1,16 +1,16 @@
-"""Negative prompts in the cross-attention: a network that hears a second text, without guidance and its second pass.
+"""Negative prompts in the cross-attention: they act without guidance and its second forward pass.
 
-A prompt has a fixed number of words (tokens). Those that stand after them are the negative prompt's, so a condition
-holds both (`with_negative_prompt`), through projections, masks and recomputed blocks; without them the network is what
-it was, bit for bit. They are heard by a processor of attention around the network's own, in every layer of text:
+A prompt has a fixed number of tokens. The tokens of the negative prompt follow them in the condition
+(`with_negative_prompt`), through projections, masks and recomputed blocks. Without them the network's output is
+unchanged bit for bit. In every cross-attention, a processor around the network's own computes:
 
-    z  = softmax(Q K^T) V of the prompt,   z- of the negative one, with the same Q, before the output projection
+    z  = softmax(Q K^T) V of the prompt,   z- of the negative prompt, with the same Q, before the output projection
     NASA:  z - alpha z-                                                  Nguyen et al. 2024 (SNOOPI), arXiv 2412.02687
     SUN:   z - alpha- |z| z- / |z-| - beta- + alpha+ |z| z+ / |z+| + beta+            Chai et al. 2023, 2312.08887
 
-SUN's z- and z+ have keys and values of their own (`Offset`): an adapter, the only thing that is trained. alpha and beta
-are numbers of each channel, |.| the 2-norm over all tokens and channels of one sample. The public code takes it over
-the whole batch: of one sample that is the same, of several an image would depend on its neighbours.
+SUN's z- and z+ have their own keys and values (`Offset`): an adapter, which is all that is trained. alpha and beta are
+one number per channel. |.| is the 2-norm over all tokens and channels of one sample. The public code takes the norm
+over the whole batch: for one sample it is the same, for several an image would depend on the others in its batch.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from distill.diffusion.denoiser import Condition
 from distill.modules import promote_trainable_to_float32, shallow_module_copy
 from distill.random import Draw
 
-TEXT = ("prompt_embeds", "mask")  # keys of a condition whose second axis are words
-KEPT = nn.Identity(), nn.Identity()  # an output projection and its dropout that do nothing
+TEXT = ("prompt_embeds", "mask")  # keys of a condition whose second axis is tokens
+KEPT = nn.Identity(), nn.Identity()  # an output projection and a dropout that do nothing
 Rule = Callable[[Tensor, Tensor], Tensor]
-Text = tuple[Tensor, Tensor | None]  # words [B, L, D] and their mask, as an attention is given them
+Text = tuple[Tensor, Tensor | None]  # tokens [B, L, D] and their mask, the inputs of a cross-attention
 Hear = Callable[..., Tensor]  # (text, to_k=, to_v=) -> the attention's z [B, N, D]
 
 
 @dataclass(frozen=True)
 class NASA:
-    """Z+ - alpha Z-; alpha = 0 is no negative prompt."""
+    """Z+ - alpha Z-. alpha = 0 ignores the negative prompt."""
 
     alpha: float = 0.2  # .1 SD 1.5, .2 SD 2.1, .5 PixArt-alpha (paper)
 
@@ -47,14 +47,14 @@ class NASA:
 
 
 def with_negative_prompt(c: Condition, other: Condition) -> Condition:
-    """The condition c with the words of `other`, of batch B or 1, as its negative prompt."""
+    """The condition c with the tokens of `other` (batch B or 1) as its negative prompt."""
     assert c is not None and other is not None
     joined = {k: torch.cat([c[k], other[k].to(c[k]).expand_as(c[k])], dim=1) for k in TEXT if k in c}
     return c | joined
 
 
 def shuffled_conditions(c: Condition, draw: Draw) -> dict[str, Tensor]:
-    """The condition of another sample for each, uniformly; ValueError for a micro-batch of one."""
+    """For each sample the condition of another one, uniformly. ValueError for a micro-batch of one sample."""
     assert c is not None
     B = len(draw.samples)
     if B < 2:
@@ -64,9 +64,11 @@ def shuffled_conditions(c: Condition, draw: Draw) -> dict[str, Tensor]:
 
 
 class NegativePromptProcessor(ABC):
-    """A processor of attention that runs another one, and joins what is heard of the negative prompt.
+    """An attention processor that calls another processor and combines its results for the prompt and the negative
+    prompt.
 
-    length: words of the prompt, after which those of the negative one stand; or words [1, L, D], always the same.
+    length: number of tokens of the prompt; the negative prompt's tokens follow. words [1, L, D]: a fixed negative
+    prompt instead.
     """
 
     def __init__(self, processor: Any, length: int = 0, words: Tensor | None = None) -> None:
@@ -89,7 +91,7 @@ class NegativePromptProcessor(ABC):
             return run(attn, text)
 
     def apart(self, text: Any, like: Tensor) -> tuple[Any, Text | None]:
-        """The prompt, and the negative one if there is one."""
+        """(prompt, negative prompt); None if there is no negative prompt."""
         if self.words is not None:
             return text, (self.words.to(like).expand(len(like), -1, -1), None)
         (words, mask), n = text, self.length
@@ -100,11 +102,11 @@ class NegativePromptProcessor(ABC):
 
     @abstractmethod
     def join(self, attn: Any, z: Tensor, text: Any, other: Text, hear: Hear) -> Tensor:
-        """What goes into the output projection; z is heard of the prompt."""
+        """The input of the output projection. z is the attention's result for the prompt."""
 
 
 class RuleProcessor(NegativePromptProcessor):
-    """By a rule, with the layer's own keys and values."""
+    """Combines by a rule, with the layer's own keys and values."""
 
     def __init__(self, processor: Any, rule: Rule, length: int = 0, words: Tensor | None = None) -> None:
         super().__init__(processor, length, words)
@@ -115,14 +117,14 @@ class RuleProcessor(NegativePromptProcessor):
 
 
 class AdapterProcessor(NegativePromptProcessor):
-    """By the layer's child "negative", an `Offset`."""
+    """Combines by the layer's child "negative", an `Offset`."""
 
     def join(self, attn: Any, z: Tensor, text: Any, other: Text, hear: Hear) -> Tensor:
         return z - attn.negative.minus(z, other, hear) + attn.negative.plus(z, text, hear)
 
 
 class AttentionView:
-    """An attention with other parts than its own."""
+    """An attention in which some submodules are replaced."""
 
     def __init__(self, attn: Any, **parts: Any) -> None:
         self.__dict__ |= {"attn": attn, **parts}
@@ -133,7 +135,7 @@ class AttentionView:
 
 @contextmanager
 def before(layer: nn.Module, see: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
-    """`see` is shown what the layer is given, and may give it something else."""
+    """Call `see` with the input of the layer. If it returns a tensor, that replaces the input."""
 
     def hook(module: nn.Module, args: tuple[Any, ...]) -> Any:
         other = see(args[0])
@@ -147,9 +149,9 @@ def before(layer: nn.Module, see: Callable[[Tensor], Tensor | None]) -> Iterator
 
 
 class Branch(nn.Module):
-    """alpha |z| u / |u| + beta of an attention's u [B, N, D], heard with its own keys and values; 0 at the start.
+    """alpha |z| u / |u| + beta of an attention's u [B, N, D], computed with its own keys and values; 0 before training.
 
-    The public code starts at alpha = 1, where u takes z's place; at 0 the network starts as it is, as a LoRA does.
+    The public code starts at alpha = 1, where u replaces z. At 0 the network starts unchanged, as with a LoRA.
     """
 
     def __init__(self, attn: Any) -> None:
@@ -165,12 +167,12 @@ class Branch(nn.Module):
 
 
 def size(z: Tensor) -> Tensor:
-    """The norm of each sample [B, 1, 1], whatever the others of its batch are."""
+    """The norm of each sample [B, 1, 1], independent of the rest of the batch."""
     return torch.linalg.vector_norm(z, dim=(1, 2), keepdim=True)
 
 
 class Offset(nn.Module):
-    """SUN's adapter of one layer."""
+    """The adapter of SUN in one layer."""
 
     def __init__(self, attn: Any) -> None:
         super().__init__()
@@ -178,21 +180,23 @@ class Offset(nn.Module):
 
 
 def layers(net: nn.Module) -> dict[str, Any]:
-    """The cross-attentions of a network by name; ValueError where it has none.
+    """The cross-attentions of a network by name. ValueError if it has none.
 
-    Such are those of SD, SDXL, PixArt, SANA and Wan. SD 3, FLUX and Qwen-Image have text and image in one sequence.
+    SD, SDXL, PixArt, SANA and Wan have them. SD 3, FLUX and Qwen-Image have text and image in one sequence.
     """
     found = {name: m for name, m in net.named_modules() if name.endswith("attn2") and hasattr(m, "to_out")}
-    found = {name: m for name, m in found.items() if getattr(m, "is_cross_attention", True)}  # SD 3.5 has two of itself
+    found = {
+        name: m for name, m in found.items() if getattr(m, "is_cross_attention", True)
+    }  # SD 3.5 has self-attentions
     if not found:
         raise ValueError(f"{type(net).__name__} has no cross-attention that could hear a negative prompt")
     return found
 
 
 def install_negative_rule(net: nn.Module, rule: Rule, length: int) -> None:
-    """From now on the network's cross-attentions join a negative prompt by the rule, in place; no new weights.
+    """Make the network's cross-attentions apply the rule to a negative prompt, in place and without new weights.
 
-    The rule stays for blocks that are recomputed in the backward pass.
+    The rule stays installed, because blocks are recomputed in the backward pass.
     """
     for layer in layers(net).values():
         if not isinstance(layer.processor, RuleProcessor):
@@ -201,9 +205,9 @@ def install_negative_rule(net: nn.Module, rule: Rule, length: int) -> None:
 
 
 def adapt(net: Any, length: int) -> Any:
-    """Give every cross-attention of the network SUN's adapter, in place; it does as before.
+    """Give every cross-attention of the network SUN's adapter, in place. The output does not change yet.
 
-    length: words of a prompt, after which the negative one's stand.
+    length: number of tokens of a prompt; the negative prompt's tokens follow.
     """
     for layer in layers(net).values():
         layer.negative = Offset(layer)
@@ -212,7 +216,7 @@ def adapt(net: Any, length: int) -> Any:
 
 
 def strip(net: Any) -> Any:
-    """Take the adapters away, in place, where there are any."""
+    """Remove the adapters, if there are any, in place."""
     for layer in layers(net).values() if adapters(net) else ():
         del layer.negative
         layer.processor = layer.processor.processor
@@ -220,7 +224,7 @@ def strip(net: Any) -> Any:
 
 
 def adapted(backbone: nn.Module, length: int) -> nn.Module:
-    """A role: the backbone, shared and frozen, and trainable adapters on it (`adapt`)."""
+    """A role: the shared frozen backbone with trainable adapters on it (`adapt`)."""
     net = adapt(shallow_module_copy(backbone.requires_grad_(False)), length)
     for layer in layers(net).values():
         layer.negative.requires_grad_(True)
@@ -228,5 +232,5 @@ def adapted(backbone: nn.Module, length: int) -> nn.Module:
 
 
 def adapters(net: nn.Module) -> dict[str, Tensor]:
-    """The tensors of the adapters by name; none of a network without."""
+    """The tensors of the adapters by name; empty for a network without adapters."""
     return {name: p.detach() for name, p in net.named_parameters() if ".negative." in f".{name}"}

@@ -1,4 +1,5 @@
-"""Networks of all roles from their configurations: copies of the teacher, adapters on it, or weights from the disk."""
+"""Build the networks of all roles from their configurations: copies of the teacher, adapters on it, or stored
+weights."""
 
 from __future__ import annotations
 
@@ -32,9 +33,9 @@ def build(
     student: StudentConfig | None = None,
     fake: FakeConfig | None = None,
 ) -> Nets:
-    """All roles of `method`, each starting as a copy of the teacher, as an adapter on it, or from weights on disk.
+    """All roles of `method`. Each starts as a copy of the teacher, as an adapter on it, or from weights on disk.
 
-    shape: of one sample; c: an example condition of batch 1, to find the size of the discriminator's features.
+    shape: shape of one sample. c: an example condition of batch 1, to find the size of the discriminator's features.
     """
     student, fake = student or StudentConfig(), fake or FakeConfig()
     for name, part in (("method", method), ("student", student), ("fake", fake)):
@@ -57,7 +58,7 @@ def build(
         )
     if "weight" in method.roles:
         nets.weight = LogVariance()
-    for role in HEAD_ROLES:  # in this order, for heads start at random
+    for role in HEAD_ROLES:  # keep this order: the heads' initial weights are random
         if role in method.roles:
             setattr(nets, role, head_network(method.feature_taps[role], teacher, shape, c))
     method.on_build(nets)
@@ -65,7 +66,7 @@ def build(
 
 
 def build_student(method: Method, teacher: Denoiser, config: StudentConfig) -> Student:
-    """The student with its weights, its times and its experts. ValueError for calls that the method does not train."""
+    """The student with its weights, times and experts. ValueError for calls that the method does not train."""
     student = Student(
         replace(teacher, net=student_network(config, teacher.net)),
         config.times or grid_times(config.steps, config.first(teacher.schedule)),
@@ -96,7 +97,7 @@ def check_transition(method: Method, student: Student) -> None:
 
 
 def freeze(net: nn.Module, modules: tuple[str, ...]) -> None:
-    """Freeze the named submodules. ValueError for a name that is none."""
+    """Freeze the named submodules. ValueError for an unknown name."""
     for name in modules:
         try:
             net.get_submodule(name).requires_grad_(False)
@@ -106,8 +107,8 @@ def freeze(net: nn.Module, modules: tuple[str, ...]) -> None:
 
 
 def head_network(taps: FeatureTaps, teacher: Denoiser, shape: tuple[int, ...], c: Condition) -> nn.Module:
-    """The heads of a role, of the sizes of the teacher's features."""
-    with torch.device("meta"), torch.no_grad():  # shapes are enough, and the network may not fit the device yet
+    """The heads of a role, in the sizes of the teacher's features."""
+    with torch.device("meta"), torch.no_grad():  # only shapes are needed; the network may not fit the device yet
         x, t = torch.zeros(1, *shape), torch.full((1,), 0.5, dtype=torch.float64)
         example = None if c is None else {key: torch.empty_like(value, device="meta") for key, value in c.items()}
         features = replace(teacher, net=meta_copy(teacher.net)).features(x, t, example, taps.modules)
@@ -123,9 +124,11 @@ def degradation_checkpoints(run: Path) -> tuple[Path, ...]:
 
 
 def student_network(config: StudentConfig, backbone: nn.Module) -> nn.Module:
-    """What is trained: a copy of the backbone, an adapter on it, or another network of its class, at random.
+    """The student's network: a copy of the backbone, an adapter on it, or another network of its class with random
+    weights.
 
-    Of a backbone with a child `control`, an adapter to pictures (pipelines/inference/controlnet.py), that child.
+    If the backbone has a child `control` (a ControlNet adapter, pipelines/inference/controlnet.py), only that child
+    trains.
     """
     if hasattr(backbone, "control"):
         return freeze_all_but(backbone, "control")
@@ -139,7 +142,7 @@ def student_network(config: StudentConfig, backbone: nn.Module) -> nn.Module:
 
 
 def earlier_experts(config: StudentConfig, teacher: Denoiser) -> tuple[Denoiser, ...]:
-    """The experts of the earlier phases, frozen: copies of the teacher, or adapters on it, from their weights."""
+    """The frozen experts of the earlier phases, from their weights: copies of the teacher, or adapters on it."""
     nets = [student_network(config, teacher.net) for _ in config.experts]
     for net, path in zip(nets, config.experts, strict=True):
         checkpoint.load_initial_weights(net, path, "student", teacher.net)

@@ -1,6 +1,6 @@
-"""What is not finite in an update: its micro-batches are computed again, and every tensor on the way is looked at.
+"""Find the source of a non-finite update: compute its micro-batches again and check every tensor.
 
-A micro-batch is a function of the weights, the batch and (seed, step, player, sample) alone.
+A micro-batch depends only on the weights, the batch and (seed, step, player, sample).
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ if TYPE_CHECKING:
 
 @dataclass
 class Finding:
-    """What a micro-batch gave when it was computed again."""
+    """The result of computing one micro-batch again."""
 
-    samples: list[int]  # in the global batch
+    samples: list[int]  # indices in the global batch
     loss: str
-    bad: str | None  # the first tensor that is not finite
-    alone: bool = True  # not a mean over processes, as a sharded network's gradient is
+    bad: str | None  # name of the first tensor that is not finite
+    alone: bool = True  # the value is not a mean over processes, as a sharded network's gradient is
 
     def __bool__(self) -> bool:
         return self.bad is not None
@@ -45,9 +45,9 @@ class Finding:
 def examine(
     state: State, method: Method, update: Update, batches: list[MicroBatch], accelerator: Accelerator
 ) -> list[Finding]:
-    """Compute the loss of every micro-batch and its gradient again, without averaging, looking at every tensor.
+    """Compute the loss of every micro-batch and its gradient again, without averaging, and check every tensor.
 
-    Sharded networks average what they compute: all processes call this together.
+    Collective: all processes must call it, because sharded networks average their gradients.
     """
     parameters = [p for optimizer in state.optimizers.values() for p in optimizer.param_groups[0]["params"]]
     findings = []
@@ -67,7 +67,7 @@ def examine(
 def _recompute(
     nets: Nets, method: Method, update: Update, batch: MicroBatch, rounds: int, accelerator: Accelerator
 ) -> tuple[Tensor, list[str]]:
-    """(loss, names of what is not finite, in order) of a micro-batch, one of `rounds`; gradients are computed."""
+    """(loss, names of non-finite tensors in order) of one micro-batch of `rounds`. It also computes gradients."""
     inputs: dict[str, Any] = {"batch": batch.batch}
     if batch.source is None:
         inputs["samples of an earlier update"] = batch.x
@@ -88,7 +88,7 @@ def _recompute(
 
 
 def _bad_gradients(nets: Nets) -> list[str]:
-    """Names of the gradients that are not finite, about as the backward pass comes to them."""
+    """Names of the non-finite gradients, approximately in the order of the backward pass."""
     named = [(f"{role}.{name}", p.grad) for role, net in nets.modules().items() for name, p in net.named_parameters()]
     grads = [(name, grad) for name, grad in reversed(named) if grad is not None]
     bad = [f"gradient of the weight {name}" for name, grad in grads if not is_finite(grad)]
@@ -98,7 +98,8 @@ def _bad_gradients(nets: Nets) -> list[str]:
 
 @contextmanager
 def _watching(nets: Nets) -> Iterator[list[str]]:
-    """A list that fills with what is not finite, as it comes: inputs of networks, outputs of modules, gradients."""
+    """A list that collects the names of non-finite tensors in order: inputs of networks, outputs of modules,
+    gradients."""
     seen: list[str] = []
 
     def look(what: str, value: Any) -> None:
@@ -126,7 +127,7 @@ def _watching(nets: Nets) -> Iterator[list[str]]:
 
 
 def named_tensors(tree: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
-    """The tensors of nested dicts, lists and tuples, as "c/label"."""
+    """The tensors of nested dicts, lists and tuples, with names like "c/label"."""
     if isinstance(tree, Tensor):
         yield name, tree
     elif isinstance(tree, dict | list | tuple):

@@ -1,4 +1,5 @@
-"""Logs of a run: kept on the device, fetched every few steps; a progress bar, log.jsonl, trackers and sample grids."""
+"""Logs of a run: values stay on the device and are fetched every few steps. Progress bar, log.jsonl, trackers,
+grids."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ from distill.files import read_text, write_atomically
 from distill.training.config import TrainConfig
 from distill.training.state import State
 
-LONGEST = 1 << 30  # bytes of a log
+LONGEST = 1 << 30  # maximum bytes of a log
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -28,10 +29,10 @@ if TYPE_CHECKING:
 
 
 class Log:
-    """Called on every process with the state after every step; the main one writes means since the last line.
+    """Call it on every process with the state after every step. The main process writes means since the last line.
 
-    A mean is over steps and processes, fetched from the device once a line.
-    log.jsonl: one JSON object a line with "step", "seconds" and every logged value.
+    A mean is over steps and processes. It is fetched from the device once per line.
+    log.jsonl: one JSON object per line with "step", "seconds" and every logged value.
     """
 
     def __init__(self, cfg: TrainConfig, accelerator: Accelerator, step: int = 0) -> None:
@@ -46,7 +47,7 @@ class Log:
         self.bar = progress.bar(cfg.max_train_steps, "step", shown=main, first=step, leave=True)
 
     def _lines(self) -> list[dict[str, float]]:
-        """What an earlier process wrote, without a last line that it was killed in."""
+        """The lines of earlier processes, without a last line that is incomplete."""
         texts = read_text(self.path, LONGEST).splitlines() if self.path.exists() else []
         lines = [_entry(text) for text in texts]
         if lines and lines[-1] is None:
@@ -56,7 +57,7 @@ class Log:
         return [line for line in lines if line is not None]
 
     def __call__(self, state: State) -> None:
-        if not state.logs:  # a finished run, resumed
+        if not state.logs:  # a finished run that is resumed
             return
         for name, value in state.logs.items():
             self.sums[name] = self.sums.get(name, 0.0) + value.detach()
@@ -75,7 +76,7 @@ class Log:
         self._track(lambda tracker: tracker.log(values, step=state.step))
 
     def images(self, x: Tensor, step: int, columns: int = 10) -> None:
-        """A grid of images [B, C, H, W] or videos in [-1, 1] as samples/step-N.png and to every tracker."""
+        """Write a grid of images [B, C, H, W] or videos in [-1, 1] to samples/step-N.png and to every tracker."""
         if not self.accelerator.is_main_process:
             return
         picture = grid(x, columns)
@@ -100,7 +101,7 @@ class Log:
         self.accelerator.end_training()
 
     def _track(self, tell: Callable[[GeneralTracker], None]) -> None:
-        """Tell every tracker; one that fails is told no more, and the run goes on: log.jsonl has every line."""
+        """Send to every tracker. One that fails is not used again, and the run continues: log.jsonl has every line."""
         for tracker in [*self.accelerator.trackers]:
             try:
                 tell(tracker)
@@ -110,9 +111,9 @@ class Log:
 
 
 def grid(x: Tensor, columns: int = 10, side: int = 32) -> Image:
-    """Images [B, C, H, W] in [-1, 1], C = 1 or 3, as one picture; small ones are enlarged to about `side` pixels.
+    """Images [B, C, H, W] in [-1, 1], C = 1 or 3, as one picture. Small ones are enlarged to about `side` pixels.
 
-    Of videos [B, C, T, H, W] the first, the middle and the last picture, side by side.
+    A video [B, C, T, H, W] is shown by its first, middle and last frame, side by side.
     """
     from PIL import Image
 
@@ -131,7 +132,7 @@ def grid(x: Tensor, columns: int = 10, side: int = 32) -> Image:
 
 
 def _entry(text: str) -> dict[str, float] | None:
-    """A line of a log; None for what is none."""
+    """The values of a log's line; None if the line is invalid."""
     try:
         line = json.loads(text)
         numbers = float(line["step"]), float(line["seconds"])

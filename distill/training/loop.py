@@ -1,8 +1,8 @@
-"""The co-training loop: whose parameters move, under which loss, how often. It yields after every step.
+"""The co-training loop. An update defines which parameters move, under which loss and how often.
 
-Gradients are averaged over processes by one bucketed all-reduce when a player's micro-batches are done. A player may
-call its networks any number of times, tap features, stop early or differentiate forward: nothing depends on hooks of
-a wrapper, and accumulation needs no special case.
+Gradients are averaged over processes by one bucketed all-reduce after a player's micro-batches. Nothing depends on
+hooks of a wrapper: a player may call its networks any number of times, tap features, stop early or differentiate
+forward, and accumulation needs no special case.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ def train(
     resume: Path | None = None,
     draw: Callable[..., Draw] = Draw,
 ) -> Iterator[State]:
-    """Co-train the players of `method`, yielding the state after every step until `cfg.max_train_steps`.
+    """Co-train the players of `method`. Yields the state after every step until `cfg.max_train_steps`.
 
-    A finished run, resumed, yields its state once.
-    data(draw) -> batch with "c" and what the method needs. resume: a checkpoint folder to continue, bit for bit.
-    draw: the source of random numbers, called (seed, step, player, samples [B]); replaced in tests.
+    A finished run that is resumed yields its state once. data(draw) -> batch with "c" and what the method requires.
+    resume: a checkpoint folder to continue from, bit for bit. draw: source of random numbers, called as draw(seed,
+    step, player, samples [B]); tests replace it.
     """
     state = prepare_state(nets, data, cfg, accelerator, resume, draw)
     trainer = Trainer(method, state, cfg, accelerator, SampleSource(method, nets, data, draw, cfg.seed))
@@ -54,7 +54,7 @@ def train(
 
 
 class Trainer:
-    """The updates of this process: `step` makes one iteration, which changes `state` in place."""
+    """The updates of this process: `step` makes one iteration and changes `state` in place."""
 
     def __init__(
         self, method: Method, state: State, cfg: TrainConfig, accelerator: Accelerator, source: SampleSource
@@ -64,11 +64,11 @@ class Trainer:
         micro, rounds = cfg.micro_batch(accelerator.num_processes), cfg.gradient_accumulation_steps
         first = accelerator.process_index * micro * rounds
         samples = torch.arange(first, first + micro * rounds, device=accelerator.device)
-        self.indices = samples.split(micro)  # in the global batch, a tensor for every micro-batch
-        self.continued: list[MicroBatch] = []  # of the last update that continues a generation
+        self.indices = samples.split(micro)  # indices in the global batch, one tensor per micro-batch
+        self.continued: list[MicroBatch] = []  # micro-batches of the last update that continues a generation
 
     def step(self) -> None:
-        """All updates that are due at this iteration."""
+        """Make all updates that are due at this iteration."""
         self.state.logs = {}
         earlier: list[MicroBatch] = []
         for update in self.method.updates():
@@ -78,7 +78,8 @@ class Trainer:
         self.state.step += 1
 
     def update(self, update: Update, earlier: list[MicroBatch]) -> list[MicroBatch]:
-        """One update of a player on all micro-batches, which are returned. earlier: those of the update before it."""
+        """Make one update of a player and return its micro-batches. earlier: the micro-batches of the previous
+        update."""
         player, state = update.player, self.state
         set_trainable(self.players, player)
         batches = []
@@ -86,7 +87,7 @@ class Trainer:
             with precision.autocast(self.accelerator):
                 batch = self.micro_batch(update, i, indices, earlier)
                 loss, logs = update.loss(batch.x, state.nets, batch.batch, batch.numbers)
-            one = 1 + 0 * loss.detach()  # a loss that is not finite makes all gradients so, on every process
+            one = 1 + 0 * loss.detach()  # a non-finite loss makes all gradients non-finite, on every process
             (loss / len(self.indices)).backward(one)
             batches.append(batch.detach())
             samples = describe_samples(batch.x) if batch.x.requires_grad else {}
@@ -98,12 +99,12 @@ class Trainer:
         state.logs[f"{player}/grad_norm"] = norm
         if torch.isfinite(norm):
             self.apply(player, norm)
-        else:  # raises, unless the update may be left out
+        else:  # raises unless the update may be skipped
             handle_nonfinite_update(state, self.method, update, batches, self.cfg, self.accelerator)
         return batches
 
     def micro_batch(self, update: Update, i: int, indices: Tensor, earlier: list[MicroBatch]) -> MicroBatch:
-        """The samples of micro-batch i: those of an earlier update, of a generation that goes on, or new ones."""
+        """The samples of micro-batch i: new ones, those of an earlier update, or those of a continued generation."""
         step, player = self.state.step, update.player
         numbers = self.source.draw(self.cfg.seed, step, player, indices)
         if update.reuse and earlier:
@@ -120,7 +121,7 @@ class Trainer:
             self.state.logs[key] = self.state.logs.get(key, 0.0) + share
 
     def apply(self, player: str, norm: Tensor) -> None:
-        """The optimizer's step on gradients of this norm, and what follows it."""
+        """Take the optimizer's step with gradients of this norm, then update the moving average and counters."""
         cfg, state, optimizer = self.cfg, self.state, self.state.optimizers[player]
         limit = cfg.max_grad_value if player == "student" else cfg.fake_max_grad_value
         if limit is not None:

@@ -1,7 +1,7 @@
-"""An update whose gradient is not finite: it is named on every rank, a replay is written, and the run ends or goes on.
+"""Handling of a non-finite gradient: name it on every rank, write a replay, then stop the run or skip the update.
 
-The gradient is averaged before it is looked at, so a NaN of one process stops all of them at the same update. Then, and
-only then, each examines its own micro-batches (findings.py).
+The check follows the averaging of gradients, so a NaN on one process stops all processes at the same update. Only then
+does each process examine its own micro-batches (findings.py).
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ def handle_nonfinite_update(
 ) -> None:
     """Name what made an update non-finite, write a replay, and raise FloatingPointError.
 
-    Up to `cfg.skip_nonfinite` such updates of a player in a row are skipped instead, with a warning on stderr and in
-    the log. A replay is written for the first of a player and for the fatal one. All processes call this together and
-    decide the same.
+    Up to `cfg.skip_nonfinite` consecutive updates of a player are skipped instead, with a warning on stderr and in the
+    log. A replay is written for the first one of a player and for the fatal one. Collective: all processes must call
+    it, and they decide the same.
     """
     from accelerate.utils import gather_object
 
@@ -54,7 +54,7 @@ def handle_nonfinite_update(
         facts["mixed_precision"] = accelerator.mixed_precision
         facts["ranks"] = {rank: [asdict(one) for one in findings[rank]] for rank in ranks}
         error = write_replay(folder, state, batches, facts, accelerator)
-        errors = [f"{error}" for error in gather_object([error]) if error]  # all wait until it is written
+        errors = [f"{error}" for error in gather_object([error]) if error]  # waits until all have written
         message += f"; no replay could be written ({errors[0]})" if errors else f"; see it again: --replay {folder}"
     if fatal:
         raise FloatingPointError(f"{message}. {ADVICE}")
@@ -66,7 +66,7 @@ def handle_nonfinite_update(
 
 
 def first_bad(findings: tuple[list[Finding], ...]) -> dict[int, Finding]:
-    """The worst finding of each rank that has one; only those of the rank alone, where there are such."""
+    """The worst finding of each rank that has one. If there are findings of single ranks, only those."""
     bad = {
         rank: min(filter(bool, ones), key=lambda one: not one.alone) for rank, ones in enumerate(findings) if any(ones)
     }
@@ -74,7 +74,7 @@ def first_bad(findings: tuple[list[Finding], ...]) -> dict[int, Finding]:
 
 
 def describe(bad: dict[int, Finding], step: int, player: str) -> str:
-    """What is not finite, where, and on which ranks."""
+    """A description of what is not finite, where, and on which ranks."""
     ranks = f"rank{'s' * (len(bad) > 1)} {', '.join(map(str, bad))}" if bad else "no rank"
     what = next(iter(bad.values()), "computed again it is finite: a fault of a kernel or of the memory?")
     kind = "loss" if any("n" in one.loss for one in bad.values()) else "gradient"  # nan or inf

@@ -1,6 +1,6 @@
-"""What the loop asks of bare networks to save memory or time, by the names that diffusers gave it.
+"""Options of the networks that save memory or time: precision, recomputation, attention kernels.
 
-A role is a module tree of its own (lora.py), and a recomputed block is a module of that tree: it recomputes its role.
+Each role has its own module tree (lora.py). A recomputed block is a module of that tree, so it recomputes its role.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ from distill.roles import SMALL, Nets
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-TOLERANCE = 0.1  # relative difference of two attention kernels, in half precision
+TOLERANCE = 0.1  # largest relative difference of two attention kernels, in half precision
 
 
 def autocast(accelerator: Accelerator) -> AbstractContextManager[Any]:
-    """The precision of a run, cast anew each time: a weight cast under no_grad keeps no graph (torch before 2.10)."""
+    """The precision of a run, without a cache of casts: a weight cast under no_grad keeps no graph (torch before
+    2.10)."""
     from accelerate.utils import AutocastKwargs
 
     if accelerator.mixed_precision == "no":
@@ -34,7 +35,7 @@ def autocast(accelerator: Accelerator) -> AbstractContextManager[Any]:
 def recompute(nets: Nets) -> None:
     """Gradient checkpointing in the student, the fake score and the teacher (SiD differentiates through all three).
 
-    ValueError for a network that has no enable_gradient_checkpointing(), as those of diffusers have.
+    ValueError for a network without enable_gradient_checkpointing(), which networks of diffusers have.
     """
     for role, net in {**_denoisers(nets), **nets.frozen()}.items():
         if not hasattr(net, "enable_gradient_checkpointing"):
@@ -46,25 +47,27 @@ def recompute(nets: Nets) -> None:
 
 
 def deterministic() -> None:
-    """The same bits from the same run, on a GPU too: torch raises where it has no such kernel. Before any CUDA call."""
+    """Same bits on every run, on a GPU too. torch raises an error if it has no such kernel. Call it before any CUDA
+    call."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False
 
 
 def attend(nets: Nets, backend: str, c: Condition = None) -> None:
-    """Attention of all roles on `backend`, a name of diffusers' set_attention_backend: native, flash, xformers, ...
+    """Set the attention kernel of all roles. `backend` is a name of diffusers' set_attention_backend: native, flash,
+    ...
 
-    c: an example condition of batch 1. A broken build is silent until it is called, and one for inference until its
-    gradient is missed: the student is tried before and after on a sample. ValueError if the kernel is not to be had,
-    fails, or does not give the output and the gradient that it should.
+    c: an example condition of batch 1. A broken kernel fails only when it is called, and an inference-only kernel only
+    gives no gradient. So the student is run on a sample before and after. ValueError if the kernel is not available,
+    fails, or gives a wrong output or gradient.
     """
     before = _attention(nets.student.denoiser, nets.shape, c)
     for net in _denoisers(nets).values():
         _set(net, backend)
     try:
         after = _attention(nets.student.denoiser, nets.shape, c)
-    except Exception as error:  # a kernel may raise anything
+    except Exception as error:  # a kernel may raise any error
         raise ValueError(f"attention {backend!r} was set but fails: {error}; choose another, or None") from error
     for what, old, new in zip(("output", "gradient"), before, after, strict=True):
         gap = float((new - old).norm() / old.norm().clamp(min=1e-20))
@@ -73,12 +76,13 @@ def attend(nets: Nets, backend: str, c: Condition = None) -> None:
 
 
 def _denoisers(nets: Nets) -> dict[str, Any]:
-    """The networks by role, without heads and a learned weight, which are ours."""
+    """The denoisers by role, without heads and learned weights."""
     return {role: net for role, net in {"teacher": nets.teacher.net, **nets.modules()}.items() if role not in SMALL}
 
 
 def _set(net: Any, backend: str) -> None:
-    """Some families run all attention through one dispatcher; the others, UNets say, know torch's and xformers'."""
+    """Some families run all attention through one dispatcher. Others, for example UNets, support only torch's and
+    xformers'."""
     processors = [getattr(module, "processor", None) for module in net.modules()]
     if backend == "xformers" and any(isinstance(processor, NegativePromptProcessor) for processor in processors):
         raise ValueError(
@@ -92,21 +96,22 @@ def _set(net: Any, backend: str) -> None:
             net.enable_xformers_memory_efficient_attention()
         elif backend != "native":
             raise ValueError(f"a {type(net).__name__} has native and, in diffusers, xformers")
-    except Exception as error:  # a missing package, an old one, a name that is none
+    except Exception as error:  # a missing or old package, or an unknown name
         raise ValueError(f"attention {backend!r} is not to be had: {error}") from error
 
 
 def unset(net: Any) -> None:
-    """Torch's own attention again, which takes every precision on every device."""
+    """Set torch's own attention again, which supports every precision on every device."""
     processors = [getattr(module, "processor", None) for module in net.modules()]
     if any(getattr(processor, "_attention_backend", None) is not None for processor in processors):
-        net.set_attention_backend("native")  # of the process too: of networks that are read later
+        net.set_attention_backend("native")  # it is also the default for networks that the process loads later
     if any("XFormers" in type(processor).__name__ for processor in processors):
         net.disable_xformers_memory_efficient_attention()
 
 
 def _attention(denoiser: Denoiser, shape: tuple[int, ...], c: Condition) -> tuple[Tensor, Tensor]:
-    """Output on a sample in the middle of the schedule, and the gradient of its square to a weight of the attention."""
+    """The output for a sample in the middle of the schedule, and the gradient of its square for a weight of the
+    attention."""
     net = denoiser.net
     layers: list[nn.Module] = [module for module in net.modules() if hasattr(module, "processor")] or [net]
     weight = next(layers[0].parameters())
@@ -120,7 +125,7 @@ def _attention(denoiser: Denoiser, shape: tuple[int, ...], c: Condition) -> tupl
 
 
 def adam8bit() -> Any:
-    """The class AdamW8bit of bitsandbytes, or a ValueError that says how to get it."""
+    """The class AdamW8bit of bitsandbytes. ValueError, with the command to install it, if it is missing."""
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError as error:

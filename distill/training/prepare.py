@@ -1,4 +1,4 @@
-"""Networks on the device, ready to train, with optimizers and average."""
+"""Prepare the networks of a run: device, sharding, optimizers, moving average, checkpoint."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def prepare_state(
     resume: Path | None = None,
     draw: Callable[..., Draw] = Draw,
 ) -> State:
-    """The networks on the device, ready to train, with optimizers and average; all from a checkpoint, if there is one.
+    """The networks on the device with optimizers and moving average, or from a checkpoint if one is given.
 
     The arguments are those of `train`.
     """
@@ -52,7 +52,7 @@ def prepare_state(
 
 
 def supported(cfg: TrainConfig, accelerator: Accelerator) -> None:
-    """Refuse what cannot train several players here. It takes no networks: call it before any is loaded."""
+    """Refuse options that cannot train several players. It needs no networks: call it before they are loaded."""
     from accelerate.utils import DistributedType
 
     if accelerator.mixed_precision not in ("no", "bf16"):
@@ -72,7 +72,8 @@ def supported(cfg: TrainConfig, accelerator: Accelerator) -> None:
 
 
 def start(nets: Nets, accelerator: Accelerator) -> None:
-    """Networks that are equal on all processes, on the device; those to be sharded stay where they are."""
+    """Make the networks equal on all processes and move them to the device. Those that will be sharded stay where they
+    are."""
     from accelerate.utils import broadcast
 
     for denoiser in (nets.teacher, nets.student.denoiser, nets.fake, nets.target):
@@ -91,7 +92,7 @@ def start(nets: Nets, accelerator: Accelerator) -> None:
 
 
 def shard_roles(nets: Nets, ema: EMA, accelerator: Accelerator, replicate_teacher: bool) -> None:
-    """Shard every role, the average too; a teacher that is to be whole goes to the device."""
+    """Shard every role and the moving average. A replicated teacher moves to the device instead."""
     mesh, half, blocks = sharding.mesh(accelerator), accelerator.mixed_precision == "bf16", nets.teacher.blocks
     modules = {id(net): net for net in (*nets.frozen().values(), ema.net, *nets.modules().values())}
     if replicate_teacher:
@@ -102,7 +103,7 @@ def shard_roles(nets: Nets, ema: EMA, accelerator: Accelerator, replicate_teache
 
 
 def owners(nets: Nets) -> dict[str, list[nn.Parameter]]:
-    """The parameters that each player moves: those that require gradients now."""
+    """The parameters of each player: those that require gradients now."""
     players: dict[str, list[nn.Parameter]] = {}
     for role, net in nets.modules().items():
         if role != "target":

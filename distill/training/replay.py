@@ -1,4 +1,4 @@
-"""A replay: the folder from which an update that was not finite can be computed again, on any machine."""
+"""A replay: a folder with which any machine can compute a non-finite update again."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from distill.training.step import set_trainable
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-FACTS = ("message", "step", "player", "seed", "processes", "mixed_precision", "ranks")  # of a replay folder
+FACTS = ("message", "step", "player", "seed", "processes", "mixed_precision", "ranks")  # facts in a replay folder
 
 
 def replay_update(
@@ -41,7 +41,8 @@ def replay_update(
     cfg: TrainConfig,
     accelerator: Accelerator,
 ) -> dict[int, list[Finding]]:
-    """Compute the micro-batches of a replay folder again, on its weights: the findings by the rank that met them."""
+    """Compute the micro-batches of a replay folder again with its weights. Returns the findings by the rank that had
+    them."""
     facts = read_facts(folder)
     step, player = facts["step"], facts["player"]
     state = prepare_state(nets, data, cfg, accelerator, folder / f"checkpoint-{step}")
@@ -57,7 +58,7 @@ def replay_update(
 
 
 def _restored(tensors: dict[str, Any], indices: Tensor, facts: dict[str, Any]) -> MicroBatch:
-    """A micro-batch from what `_stored` kept of it."""
+    """A micro-batch from the tensors of `_stored`."""
     seed, step, player = facts["seed"], facts["step"], facts["player"]
     numbers = Draw(seed, step, player, indices)
     if "x" in tensors:
@@ -69,7 +70,7 @@ def _restored(tensors: dict[str, Any], indices: Tensor, facts: dict[str, Any]) -
 
 
 def read_facts(folder: Path) -> dict[str, Any]:
-    """What a replay folder says of itself: message, step, player, seed, processes, mixed_precision, ranks."""
+    """The facts of a replay folder: message, step, player, seed, processes, mixed_precision, ranks."""
     try:
         facts = read_json(folder / "replay.json")
         if absent := [name for name in FACTS if not isinstance(facts, dict) or name not in facts]:
@@ -84,12 +85,10 @@ def read_facts(folder: Path) -> dict[str, Any]:
 def write_replay(
     folder: Path, state: State, batches: list[MicroBatch], facts: dict[str, Any], accelerator: Accelerator
 ) -> Exception | None:
-    """This process's part of a replay: its micro-batches, if it is among facts["ranks"]; the main one's also the facts
-    and the weights, without Adam's moments."""
+    """Write this process's part of a replay: its micro-batches, if it is in facts["ranks"]. The main process also
+    writes the facts and the weights, without Adam's moments."""
     try:
-        if accelerator.is_main_process or sharding.is_fsdp_launch(
-            accelerator
-        ):  # sharded weights are saved by all together
+        if accelerator.is_main_process or sharding.is_fsdp_launch(accelerator):  # saving sharded weights is collective
             players = {name: optimizer.param_groups[0]["params"] for name, optimizer in state.optimizers.items()}
             weights: dict[str, torch.optim.Optimizer] = {name: torch.optim.SGD(ps, 0.0) for name, ps in players.items()}
             checkpoint.save(replace(state, optimizers=weights), folder)
@@ -104,13 +103,13 @@ def write_replay(
                 {name: t.contiguous() for name, t in tensors.items()},
                 folder / f"rank{accelerator.process_index}.safetensors",
             )
-    except (OSError, SafetensorError) as error:  # a full disk must not hide what went wrong
+    except (OSError, SafetensorError) as error:  # a full disk must not hide the original error
         return error
     return None
 
 
 def _stored(batch: MicroBatch) -> dict[str, Any]:
-    """What a micro-batch cannot be made again from the seed."""
+    """The tensors of a micro-batch that cannot be computed again from the seed."""
     if batch.source is None:
         return {"batch": batch.batch, "x": batch.x}
     if batch.source.late is None:
@@ -119,7 +118,7 @@ def _stored(batch: MicroBatch) -> dict[str, Any]:
 
 
 def _nested(tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """Dicts of dicts from `named_tensors`."""
+    """Nested dicts from the names of `named_tensors`."""
     tree: dict[str, Any] = {}
     for name, tensor in tensors.items():
         *path, last = name.split("/")

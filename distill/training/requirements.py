@@ -1,4 +1,4 @@
-"""What a method requires of the networks, one check for each requirement."""
+"""What a method requires of the networks, with one check for each requirement."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from distill.networks.negative_attention import TEXT, layers
 from distill.training.config import StudentConfig
 
 Check = Callable[[Method, Denoiser, Condition, StudentConfig], object]
-FROM_DATA = {Requirement.REAL, Requirement.PAIRS, Requirement.FORGOTTEN_PROMPTS}  # data.check(requirements)
-FROM_RECIPE = {  # pipelines/run.py loads the teacher accordingly, or attaches it to the networks
+FROM_DATA = {Requirement.REAL, Requirement.PAIRS, Requirement.FORGOTTEN_PROMPTS}  # checked by data.check(requirements)
+FROM_RECIPE = {  # pipelines/run.py loads the teacher accordingly, or attaches them to the networks
     Requirement.GUIDANCE_EMBEDDING,
     Requirement.EXPORTED_TEACHER,
     Requirement.PERCEPTUAL_DISTANCE,
@@ -22,7 +22,8 @@ FROM_RECIPE = {  # pipelines/run.py loads the teacher accordingly, or attaches i
 
 
 def check_requirements(method: Method, teacher: Denoiser, c: Condition, student: StudentConfig) -> None:
-    """ValueError if the teacher, its example condition c or the student's calls lack what the method requires."""
+    """ValueError if the teacher, its example condition c or the student's calls lack something that the method
+    requires."""
     for requirement in method.requirements:
         if requirement in CHECKS:
             CHECKS[requirement](method, teacher, c, student)

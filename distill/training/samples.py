@@ -1,4 +1,4 @@
-"""Where the samples of an update come from: new ones, those of an earlier update, or a generation that goes on."""
+"""Sources of an update's samples: new samples, those of an earlier update, or a continued generation."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from distill.training.step import steps_into_generation
 
 
 class MicroBatch(NamedTuple):
-    """All that the loss of a micro-batch depends on beside the weights.
+    """Everything that the loss of a micro-batch depends on, except the weights.
 
-    x: the samples [B, *shape]. source: the numbers that they were made of; None: x is of an earlier update.
+    x: the samples [B, *shape]. source: the random numbers of x; None: x is of an earlier update.
     """
 
     x: Tensor
@@ -34,7 +34,7 @@ class MicroBatch(NamedTuple):
 class SampleSource:
     """Makes the micro-batches of a method.
 
-    data(draw) -> batch. draw: the source of random numbers, called (seed, step, player, samples [B]).
+    data(draw) -> batch. draw: source of random numbers, called as draw(seed, step, player, samples [B]).
     """
 
     method: Method
@@ -44,7 +44,7 @@ class SampleSource:
     seed: int
 
     def new(self, player: str, numbers: Draw) -> MicroBatch:
-        """Samples made anew."""
+        """Generate new samples."""
         batch = self.data(numbers)
         return MicroBatch(self._sample(player, batch, numbers), batch, numbers, numbers)
 
@@ -54,10 +54,10 @@ class SampleSource:
         return MicroBatch(earlier.x, earlier.batch, numbers, None)
 
     def continued(self, player: str, numbers: Draw, step: int, indices: Tensor, last: MicroBatch | None) -> MicroBatch:
-        """Samples after one more call of the generation of the previous step (Update.walk).
+        """Samples after one more call in the generation of the previous step (Update.walk).
 
-        indices [B]: of the samples in the global batch. last: the micro-batch of the previous step; None: of a resumed
-        run, where the generation is made again from its beginning.
+        indices [B]: indices of the samples in the global batch. last: the micro-batch of the previous step. None: the
+        run was resumed, and the generation is repeated from its beginning.
         """
         batch = self.data(numbers)
         late = steps_into_generation(self.method, self.nets, step)
@@ -76,10 +76,10 @@ class SampleSource:
 
 @torch.no_grad()
 def describe_samples(x: Tensor) -> dict[str, Tensor]:
-    """Logs of a student's samples [B, ...]: the mean of their rms, and of the rms distance of two over sqrt(2).
+    """Logs of a student's samples [B, ...]: mean rms, and mean rms distance of two samples over sqrt(2).
 
-    Both are sizes per element; the second is 0 where all samples are one. It compares neighbours, so that micro-batches
-    of even size say what the whole batch says; of one sample alone there is none.
+    Both are per element. The second is 0 if all samples are equal. It compares neighbours, so that micro-batches of
+    even size give the value of the whole batch. A single sample has none.
     """
     x = x.float().flatten(1)
     pairs = x[: len(x) // 2 * 2].unflatten(0, (-1, 2))

@@ -13,11 +13,11 @@ from distill.roles import Nets
 
 @dataclass(eq=False)
 class State:
-    """What a run is: everything that a checkpoint holds, and the logs of the last step (on the device)."""
+    """The state of a run: everything in a checkpoint, and the logs of the last step (on the device)."""
 
     nets: Nets
     ema: EMA
     optimizers: dict[str, torch.optim.Optimizer]
-    step: int = 0  # iterations done
-    skipped: dict[str, int] = field(default_factory=dict)  # by player: updates left out since the last one that was not
+    step: int = 0  # number of finished iterations
+    skipped: dict[str, int] = field(default_factory=dict)  # by player: consecutive skipped updates up to now
     logs: Logs = field(default_factory=dict)

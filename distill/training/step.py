@@ -1,4 +1,4 @@
-"""One update: whose parameters move, the mean of their gradients over processes, the norm, the count."""
+"""Parts of an update: trainable parameters, gradients averaged over processes, the gradient norm, counts of updates."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from distill.roles import Nets
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-BUCKET = 1 << 25  # elements of one all-reduce: 128 MiB of float32
+BUCKET = 1 << 25  # elements per all-reduce: 128 MiB of float32
 
 
 def set_trainable(players: dict[str, list[nn.Parameter]], *active: str) -> None:
-    """Exactly the parameters of the `active` players require gradients; gradients still flow *through* the others."""
+    """Only the parameters of the `active` players require gradients. Gradients still flow *through* the others."""
     for name, params in players.items():
         for p in params:
             p.requires_grad_(name in active)
 
 
 def average(params: list[nn.Parameter], accelerator: Accelerator) -> None:
-    """Mean of the gradients over processes, in buckets; those of sharded networks are means already."""
+    """Average the gradients over processes, in buckets. Those of sharded networks are averaged already."""
     grads = [p.grad for p in params if p.grad is not None and not sharding.is_sharded_tensor(p)]
     if accelerator.num_processes == 1:
         return
@@ -41,7 +41,7 @@ def average(params: list[nn.Parameter], accelerator: Accelerator) -> None:
 
 
 def clip(params: list[nn.Parameter], max_norm: float | None) -> Tensor:
-    """The total gradient norm; with `max_norm`, gradients are scaled down to it."""
+    """The total gradient norm. With `max_norm`, the gradients are scaled down to it."""
     if max_norm is None:
         return sharding.gather_full_tensor(
             torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
@@ -50,12 +50,12 @@ def clip(params: list[nn.Parameter], max_norm: float | None) -> Tensor:
 
 
 def is_due(update: Update, step: int) -> bool:
-    """Whether an update is made at iteration `step`."""
+    """Whether an update is due at iteration `step`."""
     return step >= update.start and (step % update.every == 0 or step < update.alone)
 
 
 def steps_into_generation(method: Method, nets: Nets, step: int) -> int:
-    """How many steps ago the generation began that this step's samples continue (Update.walk)."""
+    """Number of steps since the generation began that this step continues (Update.walk)."""
     cycle = max(update.every for update in method.updates())
     return (step % cycle - 1) % len(nets.student.times) if step % cycle else 0
 

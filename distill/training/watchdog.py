@@ -1,4 +1,4 @@
-"""A step that hangs is reported; the processes of a run agree on when to stop."""
+"""Report a step that hangs, and make the processes of a run agree when to stop."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 
 
 class Watchdog:
-    """Reports a step that hangs: `with Watchdog(...) as watch`, and `watch(step)` whenever a step begins.
+    """Reports a step that hangs. Use `with Watchdog(...) as watch`, and call `watch(step)` when a step begins.
 
-    One that takes longer than `seconds` (0: none is too long) is reported once, on stderr and in `out`/hang-rankN.txt,
-    with its number and the stacks of all threads. The run goes on: a report ends nothing, and a step costs two
-    assignments. faulthandler's own timer would also see native code that keeps Python's lock, which stops this thread
-    too; but it reads the stacks without that lock, and a run that was only slow could die of it.
+    A step longer than `seconds` (0: no limit) is reported once, on stderr and in `out`/hang-rankN.txt, with its number
+    and the stacks of all threads. The run continues. A step costs two assignments. faulthandler's timer would also work
+    while native code holds Python's lock, which stops this thread. But it reads the stacks without that lock, which can
+    crash a run that is only slow.
     """
 
     def __init__(self, seconds: float, out: Path, rank: int, step: int = 0) -> None:
@@ -68,10 +68,11 @@ class Watchdog:
 
 
 class Agreement:
-    """The signal on which all processes stop. Each calls it after every step; all get the largest number, 0 for none.
+    """The signal on which all processes stop. Each process calls it after every step. All get the largest number; 0:
+    none.
 
-    On CUDA the answer is that of the step before, which has arrived: the host waits for nothing. Alone, a process
-    agrees with itself.
+    On CUDA the answer is that of the previous step, which has arrived, so that the host never waits. A single process
+    gets its own number.
     """
 
     def __init__(self, accelerator: Accelerator) -> None:
@@ -81,7 +82,7 @@ class Agreement:
     def __call__(self, number: int) -> int:
         if self.alone:
             return number
-        greatest = torch.full((), number, device=self.device)  # filled there: a copy of a number would wait
+        greatest = torch.full((), number, device=self.device)  # filled on the device: a copy from the host would wait
         torch.distributed.all_reduce(greatest, torch.distributed.ReduceOp.MAX)
         if self.device.type != "cuda":
             return int(greatest)
