@@ -6,8 +6,8 @@
 
     from distill.networks.negative_attention import NASA
 
-    teacher = opened("runs/swiftbrush/pipeline")
-    with negative(teacher, "blurry", NASA(0.2), pipe.unet):
+    teacher = pipelines.load("runs/swiftbrush/pipeline")
+    with apply_negative_prompt(teacher, "blurry", NASA(0.2), pipe.unet):
         pipe("a red fox", num_inference_steps=1, guidance_scale=0)
 
 It costs a second attention over the text. NASA shrinks what it does not turn, by about 1 - alpha: images grow grey.
