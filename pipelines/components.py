@@ -14,29 +14,30 @@ import torch
 
 from pipelines import fields
 
-NEEDED = ("unet", "transformer", "vae", "scheduler")  # components that may not be null where they are named
+NEEDED = ("unet", "transformer", "vae", "scheduler")  # components that may not be null if the index names them
 EDM_NETS = ("pipelines.edm_nets", "distill.pipelines.edm_nets")  # names of that module in a checkout and in the wheel
-LIBRARIES = ("diffusers", "transformers", *EDM_NETS)  # whose classes components may be
+LIBRARIES = ("diffusers", "transformers", *EDM_NETS)  # libraries whose classes are allowed as components
 
 
-# Objects of diffusers, whose classes are many and untyped.
-Network = Any  # a UNet or transformer: nn.Module with a `config`
+# Objects of diffusers. They have many classes without type annotations.
+Network = Any  # a UNet or transformer: an nn.Module with a `config`
 Pipeline = Any  # a DiffusionPipeline
 Scheduler = Any  # with a `config`, `timesteps` and `step`
 
 
 class ExportError(Exception):
-    """An exported pipeline does not sample what the student samples."""
+    """An exported pipeline gives other samples than the student."""
 
 
 class Parts:
-    """The components of a local pipeline folder, each loaded when it is first used.
+    """The components of a local pipeline folder. Each is loaded at its first use.
 
-    A run whose prompts and images are cached never holds a text encoder, nor a VAE where it draws no samples.
-    variant: of the weight files ("fp16"). dtype: of the network; that of text encoders and VAE is `precision`.
+    A run with cached prompts and images never loads a text encoder, and loads a VAE only for sample grids.
+    variant: variant of the weight files ("fp16"). dtype: precision of the network. precision: that of text encoders and
+    VAE.
     """
 
-    adapt_network: Callable[[Any], Any] | None = None  # applied to the network once it is read
+    adapt_network: Callable[[Any], Any] | None = None  # applied to the network after loading
 
     def __init__(self, folder: str | Path, variant: str | None = None, dtype: torch.dtype = torch.float32) -> None:
         self.folder, self.variant, self.dtype = Path(folder), variant, dtype
@@ -44,13 +45,13 @@ class Parts:
         if variant and not any(has_variant(part, variant) for part in self.folder.iterdir()):
             raise ValueError(f"no component of {folder} has weights of the variant {variant!r}: leave --variant out")
         self.precision = torch.float32
-        self.device = torch.device("cpu")  # where encoders and VAE work; the network is moved by the trainer
-        self.given: dict[str, Any] = {}  # components that are not read from the folder
-        self.asked: dict[str, int] = {}  # a size that is not the teacher's own: "resolution", "frames"
+        self.device = torch.device("cpu")  # device of encoders and VAE; the trainer moves the network
+        self.given: dict[str, Any] = {}  # components that replace those of the folder
+        self.asked: dict[str, int] = {}  # a requested size that is not the teacher's own: "resolution", "frames"
 
     @property
     def network(self) -> str:
-        """The component that denoises: "unet" or "transformer"."""
+        """The name of the denoising component: "unet" or "transformer"."""
         return "unet" if "unet" in self.index else "transformer"
 
     def component(self, name: str, dtype: torch.dtype | None = None) -> Any:
@@ -66,7 +67,7 @@ class Parts:
         cls: Any = getattr(importlib.import_module(library), kind, None) if library in LIBRARIES else None
         try:
             loads, weights = (hasattr(cls, method) for method in ("from_pretrained", "parameters"))
-        except ImportError as error:  # of a class whose own library is not installed
+        except ImportError as error:  # the class needs a library that is not installed
             raise ValueError(f"{self.folder}: its {name} is a {kind}: {' '.join(str(error).split())}") from None
         if not loads:
             raise ValueError(f"{self.folder}: its {name} is a {kind} of {library}, which has no such class")
@@ -75,18 +76,18 @@ class Parts:
         options = options if weights else {}  # a scheduler or a tokenizer has no weights
         try:
             found = cls.from_pretrained(self.folder, subfolder=name, local_files_only=True, **options)
-        except Exception as error:  # classes raise all kinds of errors for a bad config
+        except Exception as error:  # classes raise many kinds of errors for a bad config
             raise ValueError(f"{self.folder}: its {name} ({kind}) cannot be read: {error}") from error
         if self.adapt_network is not None and name == self.network:
             found = self.adapt_network(found)
         return found.requires_grad_(False).eval() if options else found
 
     def config(self, name: str) -> dict[str, Any]:
-        """The config of a component that is not loaded."""
+        """The config of a component, without loading it."""
         return fields.read(self.folder / name / "config.json")
 
     def check(self, name: str) -> None:
-        """ValueError for a component whose class cannot use its config, or whose weights are pickles only."""
+        """ValueError for a component whose class cannot use its config, or whose weights exist only as pickles."""
         suffixes = {file.suffix for file in (self.folder / name).glob("*")}
         if ".bin" in suffixes and ".safetensors" not in suffixes:
             raise ValueError(
@@ -107,7 +108,7 @@ class Parts:
 
     @cached_property
     def text(self) -> Any:
-        """The pipeline with its text encoders and tokenizers only: for encode_prompt."""
+        """A pipeline with only the text encoders and tokenizers, for encode_prompt."""
         for name, entry in self.index.items():  # SD3's third encoder may be null
             if name.startswith(("text_encoder", "tokenizer")) and entry[:1] == [None] and not name.endswith("_3"):
                 raise ValueError(
@@ -116,19 +117,19 @@ class Parts:
         return self.pipeline({self.network: None, "vae": None}).to(self.device)
 
     def drop_text(self) -> None:
-        """Free the text encoders."""
+        """Free the memory of the text encoders."""
         self.__dict__.pop("text", None)
 
     def scheduler(self) -> Any:
-        """The pipeline's own scheduler, a new object."""
+        """A new object of the pipeline's own scheduler."""
         return self.component("scheduler")
 
     def pipe(self, **given: Any) -> Any:
-        """The whole pipeline around the teacher's network; `given` replaces components."""
+        """The complete pipeline with the teacher's network. `given` replaces components."""
         return self.pipeline({self.network: self.net, "vae": self.vae} | given)
 
     def pipeline(self, given: dict[str, Any]) -> Any:
-        """The pipeline of the folder; `given` replaces components, by None where one is not to be loaded."""
+        """The pipeline of the folder. `given` replaces components; None means that a component is not loaded."""
         import diffusers
 
         cls = getattr(diffusers, self.index["_class_name"])
@@ -140,26 +141,26 @@ class Parts:
             self.check(name)
         try:
             pipe = cls.from_pretrained(self.folder, use_safetensors=True, **options, **self.given | given)
-        except Exception as error:  # of any kind, as above
+        except Exception as error:  # many kinds of errors, as above
             raise ValueError(f"{self.folder}: its {cls.__name__} cannot be read: {error}") from error
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
 
 def has_variant(component: Path, variant: str | None) -> bool:
-    """Whether a component's folder has safetensors of a variant; if not, the plain ones are loaded."""
+    """Whether a component's folder has safetensors of a variant. If not, the plain files are loaded."""
     if not variant or not component.is_dir():
         return False
     return any(f.suffix in (".safetensors", ".json") and is_variant(f, variant) for f in component.iterdir())
 
 
 def is_variant(file: Path, variant: str) -> bool:
-    """Whether a file name is that of a variant's weights, for example model.fp16-00001-of-00002.safetensors."""
+    """Whether a file name belongs to weights of a variant, for example model.fp16-00001-of-00002.safetensors."""
     return ".safetensors" in file.name and re.search(rf"\.{re.escape(variant)}[.-]", file.name) is not None
 
 
 def locate_pipeline(name: str, revision: str | None = None, variant: str | None = None) -> Path:
-    """The folder of a pipeline; one of a name on the Hub is downloaded."""
+    """The folder of a pipeline. A name on the Hub is downloaded."""
     folder = Path(name)
     if not folder.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         from diffusers import DiffusionPipeline
@@ -178,7 +179,7 @@ def locate_pipeline(name: str, revision: str | None = None, variant: str | None 
 
 
 def read_index(folder: str | Path) -> dict[str, Any]:
-    """model_index.json of a pipeline folder, or a ValueError that says what is missing."""
+    """The content of model_index.json in a pipeline folder. The ValueError says what is missing."""
     path = Path(folder) / "model_index.json"
     if not str(folder):
         raise ValueError(
@@ -199,15 +200,15 @@ def read_index(folder: str | Path) -> dict[str, Any]:
 
 
 def _known(path: Path, part: str, entry: list[Any]) -> None:
-    """ValueError for a component whose folder lies elsewhere or whose class is not a library's: its code is not run."""
+    """ValueError for a component in another folder, or of another library's class: its code is not run."""
     named = len(entry) == 2 and all(isinstance(word, str) for word in entry) and entry[1].isidentifier()
     if not (named and re.fullmatch(r"[A-Za-z]\w*", part)):
         raise ValueError(f"{path} is damaged: its component {part!r} is {entry}; it is [library, class] of a folder")
     library = entry[0]
     spec = importlib.util.find_spec("diffusers")
     assert spec is not None and spec.origin is not None, "diffusers is a requirement of this package"
-    pipelines = Path(spec.origin).parent / "pipelines"  # "stable_diffusion", for one
+    pipelines = Path(spec.origin).parent / "pipelines"  # for example "stable_diffusion"
     if library not in LIBRARIES and not (library.isidentifier() and (pipelines / library).is_dir()):
         raise ValueError(f"{path.parent}: component {part} is of {library!r}, code that is not run from here")
     if library in EDM_NETS:
-        importlib.import_module(f"{__package__}.edm_nets")  # which diffusers then finds under both names
+        importlib.import_module(f"{__package__}.edm_nets")  # diffusers then finds it under both names

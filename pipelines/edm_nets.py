@@ -1,13 +1,13 @@
 """The DDPM++ network that Karras et al. 2022 trained for CIFAR-10, FFHQ and AFHQv2 (arXiv 2206.00364, appendix F).
 
-The architecture is of Song et al. 2021 (arXiv 2011.13456), after Ho et al. 2020. No UNet2DModel can be it: its blocks
-that change the resolution have a learned 1x1 shortcut, where those of UNet2DModel have none (or come with NCSN++'s
-filter 1 3 3 1), and a label joins the noise level ahead of the embedding's first layer. So it is a diffusers model of
-this project: a ConsistencyModelPipeline loads it wherever this project is installed. ADM, the network of ImageNet-64,
-is a UNet2DModel and needs nothing from here.
+The architecture is that of Song et al. 2021 (arXiv 2011.13456), after Ho et al. 2020. UNet2DModel cannot represent it:
+blocks that change the resolution have a learned 1x1 shortcut here, and none in UNet2DModel (or one with NCSN++'s filter
+1 3 3 1), and a label is added to the noise level before the first layer of the embedding. So it is a diffusers model of
+this project, and a ConsistencyModelPipeline loads it wherever this project is installed. ADM, the network of
+ImageNet-64, is a UNet2DModel and needs nothing from here.
 
-An export of a checkout names the module pipelines.edm_nets, one of the wheel distill.pipelines.edm_nets. The module
-registers itself under both names: either export loads where this module is imported first, as `pipelines.load` does.
+An export names the module pipelines.edm_nets in a checkout and distill.pipelines.edm_nets in the wheel. The module
+registers itself under both names, so that either export loads after this module is imported, as `pipelines.load` does.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ sys.modules.update(dict.fromkeys(EDM_NETS, sys.modules[__name__]))
 
 
 def groups(channels: int) -> int:
-    """At most 32 groups of at least four channels."""
+    """At most 32 groups with at least four channels each."""
     return min(32, channels // 4)
 
 
 class Block(nn.Module):
-    """A residual block, and self-attention with one head where asked; each sum is divided by sqrt(2)."""
+    """A residual block, optionally with single-head self-attention. Each sum is divided by sqrt(2)."""
 
     def __init__(
         self, channels: tuple[int, int], embedding: int, dropout: float, attention: bool = False, **resample: bool
@@ -77,11 +77,11 @@ class Block(nn.Module):
 
 
 class SongUNet(ModelMixin, ConfigMixin):
-    """DDPM++: F(c_in x, 250 ln sigma, label), called as a UNet2DModel is; the defaults are those of CIFAR-10.
+    """DDPM++: F(c_in x, 250 ln sigma, label), called like a UNet2DModel. The defaults are those of CIFAR-10.
 
-    widths      channels at each resolution, from sample_size down by halves; stem: of the first convolution.
+    widths      channels at each resolution, from sample_size down by halves; stem: channels of the first convolution.
     attention   resolutions with self-attention: all encoder blocks, the last decoder block.
-    labels      in [0, num_class_embeds); augment_dim: of what tells the network how its input was augmented.
+    labels      in [0, num_class_embeds); augment_dim: size of the vector that describes the input's augmentation.
     """
 
     _supports_gradient_checkpointing = True
@@ -101,7 +101,7 @@ class SongUNet(ModelMixin, ConfigMixin):
     ) -> None:
         super().__init__()
         self.gradient_checkpointing = False
-        # told 250 ln sigma, as ConsistencyModelPipeline does: EDM's c_noise is ln(sigma) / 4
+        # its input is 250 ln sigma, as in ConsistencyModelPipeline: EDM's c_noise is ln(sigma) / 4
         self.time_proj = Timesteps(stem, flip_sin_to_cos=False, downscale_freq_shift=1, scale=1e-3)
         self.time_embedding = TimestepEmbedding(stem, 4 * stem)
         self.class_embedding = nn.Embedding(num_class_embeds, stem) if num_class_embeds else None
@@ -142,7 +142,7 @@ class SongUNet(ModelMixin, ConfigMixin):
         augment_labels: Tensor | None = None,
         return_dict: bool = True,
     ) -> UNet2DOutput | tuple[Tensor]:
-        """sample [B, C, H, W]; timestep a number or [B]; class_labels [B]; augment_labels [B, augment_dim], None: 0."""
+        """sample [B, C, H, W]; timestep number or [B]; class_labels [B]; augment_labels [B, augment_dim], None: 0."""
         told = self.time_proj(torch.as_tensor(timestep, device=sample.device).expand(len(sample))).to(sample.dtype)
         if (class_labels is None) != (self.class_embedding is None):
             raise ValueError(f"num_class_embeds is {self.config.num_class_embeds} and class_labels is {class_labels}")

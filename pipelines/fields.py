@@ -1,6 +1,7 @@
-"""Configs of a teacher's components, with the values that would stop the classes that read them refused by name.
+"""Checks of component configs. Values that would crash the classes that read them are refused by name.
 
-A message names the file, the field, its value and what it may be. Values that no table below knows are the class's own.
+A message names the file, the field, its value and the allowed values. Fields outside the tables below are left to the
+classes.
 """
 
 from __future__ import annotations
@@ -12,13 +13,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-BYTES = 2**24  # of a config
-DEPTH = 1000  # layers of a network
-LONGEST = 100_000  # steps of a schedule
-SIDE = 2**16  # of a sample
-SHOWN = 60  # characters of a value in a message
+BYTES = 2**24  # maximum size of a config
+DEPTH = 1000  # maximum number of layers of a network
+LONGEST = 100_000  # maximum number of steps of a schedule
+SIDE = 2**16  # maximum side of a sample
+SHOWN = 60  # maximum characters of a value in a message
 
-LAYERS = re.compile("layers|depth|num_.*blocks|_channels$|_types$")  # "block_out_channels" has one for each level
+LAYERS = re.compile("layers|depth|num_.*blocks|_channels$|_types$")  # "block_out_channels" has one entry per level
 RATIOS = ("beta_start", "beta_end")
 POSITIVE = ("shift", "flow_shift", "sigma_max", "sigma_data", "rho", "scaling_factor")
 STEPS = ("num_train_timesteps", "original_inference_steps")
@@ -39,7 +40,7 @@ NEEDED = {  # class -> fields that may not be null
 }
 
 
-FACTS: dict[str, tuple[Callable[[Any], bool], str]] = {  # of distill.json: (check of a value, what it must be)
+FACTS: dict[str, tuple[Callable[[Any], bool], str]] = {  # fields of distill.json: (check of a value, allowed values)
     "student": (lambda value: isinstance(value, bool), "true or false"),
     "null_class": (lambda value: is_whole_number(value, 0, LONGEST), "a label, a whole number from 0"),
     "c_noise": (lambda value: is_number(value) and value > 0, "a number above 0"),
@@ -52,7 +53,7 @@ FACTS: dict[str, tuple[Callable[[Any], bool], str]] = {  # of distill.json: (che
 
 
 def facts(folder: Path) -> dict[str, Any]:
-    """distill.json of a pipeline's folder, {} where there is none; of its fields, null says nothing."""
+    """distill.json of a pipeline's folder; {} if there is none. A field that is null counts as absent."""
     path = folder / "distill.json"
     if not path.exists():
         return {}
@@ -69,14 +70,14 @@ def facts(folder: Path) -> dict[str, Any]:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A config with usable values."""
+    """A config whose values are usable."""
     if not path.is_file():
         raise ValueError(f"there is no {path}: download or copy the whole pipeline")
     if path.stat().st_size > BYTES:
         raise ValueError(f"{path} has {path.stat().st_size:,} bytes, too many for a config")
     try:
         found = json.loads(path.read_text("utf-8-sig"))
-    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, too deep
+    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or nested too deeply
         raise ValueError(f"{path} is damaged: {error}") from None
     if not isinstance(found, dict):
         raise ValueError(f"{path} is damaged: it holds no object of fields")
@@ -87,7 +88,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def allowed_if_wrong(key: str, value: Any, config: dict[str, Any]) -> str | None:
-    """What a field may be, if its value is something else."""
+    """A description of a field's allowed values if its value is not one of them; else None."""
     kind = str(config.get("_class_name"))
     if key == "sample_size" and kind in SQUARE:
         return None if is_whole_number(value, 1, SIDE) else f"a whole number from 1 to {SIDE:,}"

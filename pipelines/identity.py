@@ -1,8 +1,9 @@
 """Identity of a teacher's weights without reading all of them: a digest per component.
 
-A digest covers the names and sizes of the files that are loaded, small files whole, of safetensors the header (names,
-types and shapes) and 256 bytes in the middle of every tensor. A tensor that was trained further differs there; one
-that differs elsewhere alone is not seen. 780 tensors of 24 GB take 0.06 s where they are in the memory of the disk.
+A digest covers the names and sizes of the files that are loaded. It covers small files completely. Of safetensors it
+covers the header (names, types and shapes) and 256 bytes in the middle of every tensor. Further training changes these
+bytes; a change only elsewhere in a tensor is not detected. 780 tensors of 24 GB take 0.06 s if the operating system has
+cached them.
 """
 
 from __future__ import annotations
@@ -16,14 +17,14 @@ from typing import Any
 from pipelines.components import read_index
 
 SMALL = 1 << 20  # bytes; smaller files are read completely
-PIECE = 256  # bytes of a tensor
-HEADER = 100_000_000  # bytes of a header at most, as in the format's own readers
-UNUSED = ("safety_checker", "feature_extractor")  # of Stable Diffusion 1: no training reads them
+PIECE = 256  # bytes covered per tensor
+HEADER = 100_000_000  # maximum bytes of a header, as in the format's own readers
+UNUSED = ("safety_checker", "feature_extractor")  # components of Stable Diffusion 1 that training does not use
 TEXTS = (".json", ".txt", ".model")  # configurations and tokenizers
 
 
 def identity(folder: Path, name: str, variant: str | None) -> dict[str, Any]:
-    """{"name", "revision" on the Hub or None, "digests" of each component} of a pipeline's folder."""
+    """{"name", "revision" on the Hub or None, "digests" of each component} for a pipeline's folder."""
     parts = [part for part, entry in read_index(folder).items() if isinstance(entry, list) and entry[0] is not None]
     digests = {part: digest(folder / part, variant) for part in parts if part not in UNUSED}
     hub = folder.resolve().parent
@@ -32,7 +33,7 @@ def identity(folder: Path, name: str, variant: str | None) -> dict[str, Any]:
 
 
 def digest(component: Path, variant: str | None) -> str:
-    """32 hex digits of the files of a component that are loaded."""
+    """A digest of 32 hex digits of the files of a component that are loaded."""
     seen = hashlib.blake2b(digest_size=16)
     for path in _loaded_files(component, variant):
         size = path.stat().st_size
@@ -43,7 +44,7 @@ def digest(component: Path, variant: str | None) -> str:
 
 
 def _loaded_files(component: Path, variant: str | None) -> list[Path]:
-    """Its configuration and, of several sets of weights, the one that is read."""
+    """The component's configuration and the set of weights that is loaded."""
     files = sorted(file for file in component.rglob("*") if file.is_file() and not file.name.startswith("."))
     weights = [file for file in files if ".safetensors" in file.name]
     tagged = [file for file in weights if variant and f".{variant}." in file.name]
@@ -63,7 +64,7 @@ def _covered_bytes(path: Path, size: int) -> Iterator[bytes]:
 
 
 def _covered_ranges(path: Path, start: bytes, size: int) -> list[tuple[int, int]]:
-    """(offset, bytes) of a large file: of its header and each tensor, or 64 at equal distances."""
+    """(offset, bytes) pairs in a large file: its header and part of each tensor, or 64 pieces at equal distances."""
     even = [(i * (size // 64), PIECE) for i in range(64)]
     header = int.from_bytes(start, "little")
     if path.suffix != ".safetensors" or 8 + header > min(size, HEADER):
@@ -73,6 +74,6 @@ def _covered_ranges(path: Path, start: bytes, size: int) -> list[tuple[int, int]
     try:
         table = {name: entry["data_offsets"] for name, entry in json.loads(text).items() if name != "__metadata__"}
         middles = sorted((first + last) // 2 for first, last in table.values())
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):  # loading the weights will report it
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):  # loading the weights reports it
         return even
     return [(0, 8 + header), *((8 + header + middle, PIECE) for middle in middles)]

@@ -1,4 +1,4 @@
-"""The processes of a command: their start, the signals that end them, and what libraries print."""
+"""The processes of a command: their start, signals that end them, and output of libraries."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def start_accelerator(days: int = 1, **options: Any) -> Accelerator:
     """Join the processes of a command. They wait `days` for a process that downloads, encodes or saves.
 
-    Several processes without an accelerator share the work on the CPU. Without this each would do all of the work.
+    Several processes without an accelerator share the work on the CPU. Otherwise each would do all of the work.
     """
     import torch
     from accelerate import Accelerator
@@ -32,9 +32,9 @@ def start_accelerator(days: int = 1, **options: Any) -> Accelerator:
 
 
 def warn_single_process() -> None:
-    """Warn if `accelerate launch` was to start several processes but started only this one.
+    """Warn if `accelerate launch` was asked for several processes but started only this one.
 
-    It does so where it sees fewer than two GPUs: --num_processes 2, with or without --cpu, sets their address only.
+    This happens with fewer than two GPUs: --num_processes 2, with or without --cpu, only sets their address.
     """
     known = os.environ.keys()
     if {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= known and not known & {"LOCAL_RANK", *RANKS}:
@@ -45,7 +45,7 @@ def warn_single_process() -> None:
 
 
 def silence_libraries() -> None:
-    """Switch off what diffusers and transformers print at loading and saving: it is not about the run."""
+    """Switch off messages of diffusers and transformers about loading and saving, which do not concern the run."""
     import diffusers
     import transformers
 
@@ -55,15 +55,15 @@ def silence_libraries() -> None:
 
 
 def launcher_process() -> int | None:
-    """The process of `accelerate launch` or torchrun above this one; None: a shell, which may end before its jobs."""
+    """The process of `accelerate launch` or torchrun above this one. None: a shell, which may end before its jobs."""
     return os.getppid() if os.environ.keys() & {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} else None
 
 
 @contextmanager
 def catch_signals() -> Iterator[list[int]]:
-    """A list that the first Ctrl-C, SIGTERM or SIGUSR1 fills, so that a run can end between two steps.
+    """A list that the first Ctrl-C, SIGTERM or SIGUSR1 is appended to, so that a run can stop between two steps.
 
-    The second one interrupts. The status of a process that ended so is 128 + the signal: 130, 143, 138.
+    The second signal interrupts. The exit status is then 128 + the signal: 130, 143, 138.
     """
     caught: list[int] = []
 

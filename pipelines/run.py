@@ -1,4 +1,4 @@
-"""A recipe's main: configuration -> teacher -> co-training -> a verified pipeline folder."""
+"""The main function of a recipe: configuration -> teacher -> co-training -> a verified pipeline folder."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from distill.training.state import State
     from pipelines.export.model_card import CardInfo
 
-RunConfig = Config[Any, Any]  # of any method and data
+RunConfig = Config[Any, Any]  # with any method and data
 
 
 EDM_HINT = (
@@ -49,7 +49,7 @@ EDM_HINT = (
 
 
 def main(default: RunConfig, argv: list[str] | None = None, doc: str | None = None) -> None:
-    """Parse the command line and run; every mistake of the user ends in one message before any work."""
+    """Parse the command line and run. Every mistake of the user ends in one message before any work."""
     config = parse(default, argv, doc)
     out = Path(config.train.output_dir)
     try:
@@ -70,20 +70,20 @@ def main(default: RunConfig, argv: list[str] | None = None, doc: str | None = No
 
 
 def smoke_config(config: RunConfig) -> RunConfig:
-    """Two steps of the same experiment on a tiny random teacher of its family."""
+    """Two steps of the same experiment on a tiny random teacher of its family, as a configuration."""
     out = Path(config.train.output_dir)
     data = config.data.smoke(out / "data") if hasattr(config.data, "smoke") else config.data
     return dataclasses.replace(shorten_run(config), data=data, teacher=f"{out / 'teacher'}", resolution=None)
 
 
 def shorten_run(config: RunConfig) -> RunConfig:
-    """The same experiment for two steps of a small batch."""
+    """The same experiment with two steps of a small batch, as a configuration."""
     short: dict[str, Any] = {"max_train_steps": 2, "train_batch_size": 8, "logging_steps": 1, "validation_steps": 1}
     return dataclasses.replace(config, train=dataclasses.replace(config.train, **short))
 
 
 def validate_run(config: RunConfig, out: Path) -> Path | None:
-    """ValueError for what can be seen before anything is loaded; the checkpoint to resume from, if there is one."""
+    """The checkpoint to resume from; None for a new run. ValueError for mistakes that are visible before loading."""
     from pipelines.export.export import check_replaceable
 
     if config.family not in families():
@@ -158,7 +158,7 @@ def find_checkpoint(config: RunConfig, out: Path) -> Path | None:
 
 
 def intact_checkpoint(folder: Path, out: Path) -> Path:
-    """`folder` if it is an intact checkpoint; else a ValueError that lists those of the run in `out`."""
+    """`folder` if it is an intact checkpoint. Else a ValueError that lists those of the run in `out`."""
     problem = checkpoint.find_corruption(folder)
     if problem is None:
         return folder
@@ -168,7 +168,7 @@ def intact_checkpoint(folder: Path, out: Path) -> Path:
 
 
 def check_resume(config: RunConfig, resume: Path) -> Path:
-    """The checkpoint to resume from; ValueError if its run had another method, seed, batch or other calls."""
+    """The checkpoint to resume from. ValueError if its run had another method, seed, batch or other call times."""
     before = history.last_entry(resume.absolute().parent)
     if before is None:
         if rank() == 0:
@@ -180,7 +180,7 @@ def check_resume(config: RunConfig, resume: Path) -> Path:
 
 
 def with_method_times(method: Any, teacher: Teacher, student: StudentConfig) -> StudentConfig:
-    """The student with its method's own times, if the method has some and no flag gives others."""
+    """The student with the times of its method, if the method has some and no flag gives others."""
     if student.times is not None:
         return student
     schedule = teacher.denoiser.schedule
@@ -188,7 +188,7 @@ def with_method_times(method: Any, teacher: Teacher, student: StudentConfig) -> 
 
 
 def resolve_student_schedule(teacher: Teacher, student: StudentConfig) -> tuple[Scheduler, StudentConfig]:
-    """(scheduler, student): what the exported student will run under, and the student with the times it visits."""
+    """(scheduler, student): the scheduler of the exported student, and the student with the times of that scheduler."""
     from pipelines.export.schedule import find_student_scheduler
 
     found, times = find_student_scheduler(teacher, student)
@@ -197,9 +197,9 @@ def resolve_student_schedule(teacher: Teacher, student: StudentConfig) -> tuple[
 
 @dataclasses.dataclass(eq=False)
 class Resumption:
-    """What history.jsonl records of a run, and what it recorded of the run that this one resumes.
+    """The history entry of this run, and the one of the run that it resumes.
 
-    before: None where nothing is resumed, and in all processes but the main one, which alone compares.
+    before: None for a new run, and on all processes but the main one, which alone compares.
     allowed: the differences that --resume_allow names.
     """
 
@@ -209,12 +209,12 @@ class Resumption:
     allowed: Sequence[str]
 
     def check_teacher(self) -> None:
-        """ValueError if the teacher that `entry` records is not that of the resumed run."""
+        """ValueError if the teacher in `entry` differs from that of the resumed run."""
         if self.checkpoint is not None and self.before is not None:
             history.check_same_teacher(self.checkpoint, self.before, self.entry["teacher"], self.allowed)
 
     def check_times(self) -> None:
-        """ValueError if the student's times that `entry` records are not those of the resumed run."""
+        """ValueError if the student's times in `entry` differ from those of the resumed run."""
         if self.checkpoint is not None and self.before is not None:
             history.check_same_times(self.checkpoint, self.before, self.entry["times"], self.allowed)
 
@@ -223,7 +223,7 @@ class Resumption:
         return checkpoint.read_step(self.checkpoint) if self.checkpoint is not None else 0
 
     def record(self, out: Path, config: RunConfig) -> None:
-        """Write the history and config.yaml, and print what has changed since the resumed run."""
+        """Write the history and config.yaml, and print the changes since the resumed run."""
         changes = history.describe_changes(self.before, self.entry) if self.before is not None else ""
         if changes:
             sys.stderr.write(
@@ -245,11 +245,11 @@ class Run:
     teacher: Teacher
     nets: Nets
     data: Any
-    scheduler: Scheduler  # of the exported student
+    scheduler: Scheduler  # scheduler of the exported student
     card: CardInfo
-    prompts: Sequence[Any]  # of the sample grids
-    c: dict[str, Tensor]  # their condition
-    repository: str | None  # on the Hub, where the export is pushed; main process alone
+    prompts: Sequence[Any]  # prompts of the sample grids
+    c: dict[str, Tensor]  # condition of the prompts
+    repository: str | None  # Hub repository to which the export is pushed; set on the main process only
 
     @property
     def sharded(self) -> bool:
@@ -257,7 +257,7 @@ class Run:
 
 
 def run(config: RunConfig, out: Path, resume: Path | None) -> None:
-    """Train, with checkpoints, logs and sample grids on the way, and export the averaged student to `out`/pipeline."""
+    """Train with checkpoints, logs and sample grids, then export the averaged student to `out`/pipeline."""
     from pipelines.export.rehearsal import rehearse
 
     prepared = prepare(config, out, resume)
@@ -273,7 +273,7 @@ def run(config: RunConfig, out: Path, resume: Path | None) -> None:
 
 
 def prepare(config: RunConfig, out: Path, resume: Path | None) -> Run:
-    """Load and build everything that a run needs. A ValueError says what cannot be trained or exported."""
+    """Load and build everything for a run. ValueError for a run that cannot be trained or exported."""
     from distill.networks.negative_attention import with_negative_prompt
     from distill.training.build import build
     from pipelines.export import hub
@@ -310,12 +310,12 @@ def prepare(config: RunConfig, out: Path, resume: Path | None) -> Run:
     card = collect_card_info(name, teacher, config.teacher, method, dump(config), config.license, repository)
     example = {key: value[:1] for key, value in c.items()}
     nets = build(config.method, teacher.denoiser, teacher.shape, example, student, config.fake)
-    if config.student.negative:  # grids are of what is made against the empty prompt
+    if config.student.negative:  # grids show samples with the empty negative prompt
         c = with_negative_prompt(c, teacher.null())
     attach_judges(nets, config, teacher, data)
     pag.attach_pag(nets, config.pag_scale, config.pag_layers)
     if accelerator.mixed_precision == "bf16":
-        cast_to_bfloat16(teacher.denoiser.net)  # what is trained are float32 copies, or adapters on it
+        cast_to_bfloat16(teacher.denoiser.net)  # trainable weights are float32 copies, or adapters on it
     return Run(
         config=config,
         out=out,
@@ -333,7 +333,7 @@ def prepare(config: RunConfig, out: Path, resume: Path | None) -> Run:
 
 
 def prepare_processes(cfg: TrainConfig, out: Path) -> Accelerator:
-    """Start the processes of a run and seed them. A ValueError says what of `cfg` cannot run here."""
+    """Start the processes of a run and seed them. ValueError for options of `cfg` that cannot run here."""
     from accelerate.utils import set_seed
 
     from distill.training.prepare import supported
@@ -361,14 +361,14 @@ def load_run_teacher(config: RunConfig, accelerator: Accelerator, resumption: Re
         folder = locate_pipeline(config.teacher, config.revision, config.variant)
         if accelerator.is_main_process:
             resumption.entry["teacher"] = identity(folder, config.teacher, config.variant)
-        if not config.smoke:  # whose teacher is made anew
+        if not config.smoke:  # a smoke run creates a new teacher
             resumption.check_teacher()
         guidance_embedded = Requirement.GUIDANCE_EMBEDDING in config.method.requirements
         return load(folder, config.resolution, config.frames, config.variant, dtype, guidance_embedded)
 
 
 def start_trackers(run: Run) -> None:
-    """Start what --report_to names; a ValueError says how to go on without it."""
+    """Start the trackers of --report_to. If one fails, the ValueError says how to continue without it."""
     try:
         run.accelerator.init_trackers("distill", init_kwargs={"wandb": {"dir": f"{run.out}"}})
     except Exception as error:
@@ -379,7 +379,7 @@ def start_trackers(run: Run) -> None:
 
 
 def train_and_save(run: Run) -> State:
-    """Train to the last step, or to a signal, which exits with 128 plus its number; the last state."""
+    """Train to the last step and return the last state. A signal stops the run with exit status 128 plus its number."""
     from distill.training.log import Log
     from distill.training.loop import train
 
@@ -395,7 +395,7 @@ def train_and_save(run: Run) -> State:
         for state in train(run.config.method, run.nets, run.data, cfg, accelerator, run.resumption.checkpoint):
             watch(state.step)
             log(state)
-            if not caught and launcher_process() != parent:  # it was killed alone; nobody would end this process
+            if not caught and launcher_process() != parent:  # the launcher died; nothing else would end this process
                 caught.append(signal.SIGTERM)
             stop = agree(caught[0] if caught else 0)
             if accelerator.is_main_process or run.sharded:
@@ -411,7 +411,7 @@ def train_and_save(run: Run) -> State:
 
 
 def save_and_preview(run: Run, state: State, saver: checkpoint.Saver, log: Log, stop: bool) -> None:
-    """The sample grid and the checkpoint of a step, where they are due. stop: the run ends after this step."""
+    """Write the sample grid and the checkpoint of a step if they are due. stop: the run ends after this step."""
     cfg = run.config.train
     saver.raise_pending_error()
     if cfg.validation_steps and state.step % cfg.validation_steps == 0:
@@ -421,7 +421,7 @@ def save_and_preview(run: Run, state: State, saver: checkpoint.Saver, log: Log, 
 
 
 def must_save(run: Run, step: int) -> bool:
-    """Whether a checkpoint is due: every --checkpointing_steps, and at the last step unless one is there already."""
+    """Whether a checkpoint is due: every --checkpointing_steps, and at the last step unless it exists already."""
     cfg = run.config.train
     if cfg.checkpointing_steps and step % cfg.checkpointing_steps == 0:
         return True
@@ -431,7 +431,7 @@ def must_save(run: Run, step: int) -> bool:
 
 
 def preview(run: Run, state: State, log: Log) -> None:
-    """Log a grid of the averaged student's samples, from the same noise every time."""
+    """Log a grid of the averaged student's samples, always from the same noise."""
     import torch
 
     from distill.random import Draw
@@ -446,8 +446,8 @@ def preview(run: Run, state: State, log: Log) -> None:
             draw = Draw(cfg.seed, -1, "validation", i)
             z = draw.normal("z", (len(i), *run.teacher.shape))
             c = {key: value[i] for key, value in run.c.items()}
-            with accelerator.autocast():  # kernels of attention may know half precision alone
-                if nets.control is not None:  # the picture of the sample before it
+            with accelerator.autocast():  # attention kernels may support only half precision
+                if nets.control is not None:  # the control image of the previous sample
                     base = dataclasses.replace(nets.student, denoiser=nets.teacher)
                     c["control"] = nets.control(base.generate(z, c, draw)).roll(1, 0)
                 x = nets.student.using(state.ema.net).generate(z, c, draw)
@@ -458,7 +458,7 @@ def preview(run: Run, state: State, log: Log) -> None:
 
 
 def export_student(run: Run, state: State) -> None:
-    """Write the averaged student as a verified pipeline folder, and push it where --push_to_hub says so."""
+    """Write the averaged student as a verified pipeline folder, and push it to the Hub with --push_to_hub."""
     from pipelines.export import hub
     from pipelines.export.export import ExportArguments, export, load_student_of_run, report_export
 
@@ -467,7 +467,7 @@ def export_student(run: Run, state: State) -> None:
     student = run.nets.student
     teacher = run.teacher
     net = state.ema.net
-    if run.sharded:  # its parts are put together from the disk
+    if run.sharded:  # its shards are combined from the disk
         again = ExportArguments(f"{run.out}", f"checkpoint-{state.step}", teacher=run.config.teacher)
         student, teacher, *_ = load_student_of_run(again)
         net = student.denoiser.net
@@ -480,7 +480,7 @@ def export_student(run: Run, state: State) -> None:
 
 
 def attach_judges(nets: Nets, config: RunConfig, teacher: Teacher, data: Any) -> None:
-    """Give the networks what judges or pictures their samples, where the method needs it."""
+    """Attach perceptual distance, reward or control images to the networks, if the method requires them."""
     if Requirement.PERCEPTUAL_DISTANCE in config.method.requirements:
         nets.perceptual = perceptual.build_perceptual_distance(config, teacher)
     if Requirement.REWARD in config.method.requirements:
@@ -489,11 +489,11 @@ def attach_judges(nets: Nets, config: RunConfig, teacher: Teacher, data: Any) ->
         nets.control = controlnet.build_control_extractor(config, teacher)
         nets.teacher = teacher.denoiser = controlnet.without_controlnet(
             teacher.denoiser
-        )  # the adapter is the student's alone
+        )  # only the student has the adapter
 
 
 def replay(run: Run) -> int:
-    """Compute an update that was not finite again and print what it gives; 1 if it still is not finite, else 0."""
+    """Compute a non-finite update again and print the results. Returns 1 if it is still non-finite, else 0."""
     accelerator = run.accelerator
     assert run.config.replay is not None
     folder = Path(run.config.replay)
@@ -511,7 +511,7 @@ def replay(run: Run) -> int:
 
 
 def teacher_dtype(config: RunConfig, accelerator: Accelerator) -> torch.dtype:
-    """Of the teacher's network as it is read: half where nothing but adapters is trained on it."""
+    """Precision in which the teacher's network is loaded: half precision if only adapters are trained on it."""
     import torch
 
     frozen = config.student.negative or config.student.lora.rank is not None
@@ -521,7 +521,7 @@ def teacher_dtype(config: RunConfig, accelerator: Accelerator) -> torch.dtype:
 
 
 def cast_to_bfloat16(net: Network) -> None:
-    """The network in bfloat16, but for what its class keeps in float32: the rotations of Wan's positions, say."""
+    """Cast to bfloat16 except modules in `_keep_in_fp32_modules` (for example Wan's rotary embeddings)."""
     import torch
 
     kept = set(getattr(net, "_keep_in_fp32_modules", None) or ())
@@ -531,7 +531,7 @@ def cast_to_bfloat16(net: Network) -> None:
 
 
 def restore_full_precision(nets: Nets, state: State, teacher: Teacher) -> None:
-    """Off the device, and the backbone in its stored precision again: an export must not keep what training rounded."""
+    """Move all networks to the CPU and reload the backbone in its original precision, before the export."""
     import torch
 
     roles = (*nets.frozen().values(), state.ema.net, *nets.modules().values())

@@ -21,10 +21,10 @@ def load(
     dtype: torch.dtype = torch.float32,
     guidance_embedded: bool = False,
 ) -> Teacher:
-    """The teacher of a local diffusers pipeline folder; its family is found from model_index.json.
+    """The teacher of a local diffusers pipeline folder. Its family is found from model_index.json.
 
-    resolution, frames: of its samples, in pixels and pictures; None: what the network was trained for. dtype: of the
-    network. guidance_embedded: the network reads its guidance through an embedding; ValueError if it cannot have one.
+    resolution: pixels per side of its samples. frames: number of frames. None: the training size. dtype: precision of
+    the network. guidance_embedded: the network takes its guidance scale as an input; ValueError if it cannot.
     """
     return teacher_of(Parts(folder, variant, dtype), resolution, frames, guidance_embedded)
 
@@ -32,7 +32,7 @@ def load(
 def teacher_of(
     parts: Parts, resolution: int | None = None, frames: int | None = None, guidance_embedded: bool = False
 ) -> Teacher:
-    """The teacher of a pipeline's components; arguments as in `load`."""
+    """The teacher of a pipeline's components. Arguments as in `load`."""
     family = find_family(parts.index["_class_name"], parts.folder)
     if guidance_embedded:
         parts.index = parts.index | family.embedded_index
@@ -58,5 +58,5 @@ def load_teacher(
     dtype: torch.dtype = torch.float32,
     guidance_embedded: bool = False,
 ) -> Teacher:
-    """The teacher of a folder, or of a name on the Hub, which is downloaded; other arguments as in `load`."""
+    """The teacher of a folder, or of a name on the Hub, which is downloaded. Other arguments as in `load`."""
     return load(locate_pipeline(name, revision, variant), resolution, frames, variant, dtype, guidance_embedded)

@@ -185,9 +185,7 @@ def layers(net: nn.Module) -> dict[str, Any]:
     SD, SDXL, PixArt, SANA and Wan have them. SD 3, FLUX and Qwen-Image have text and image in one sequence.
     """
     found = {name: m for name, m in net.named_modules() if name.endswith("attn2") and hasattr(m, "to_out")}
-    found = {
-        name: m for name, m in found.items() if getattr(m, "is_cross_attention", True)
-    }  # SD 3.5 has self-attentions
+    found = {name: m for name, m in found.items() if getattr(m, "is_cross_attention", True)}  # SD 3.5: some are not
     if not found:
         raise ValueError(f"{type(net).__name__} has no cross-attention that could hear a negative prompt")
     return found

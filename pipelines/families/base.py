@@ -1,4 +1,4 @@
-"""A family of teachers: all that this project must know of a kind of diffusers pipeline, and a teacher of that kind."""
+"""A family of teachers: everything that this project needs to know about a kind of diffusers pipeline."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pipelines.components import Network, Parts, Scheduler
 
 Task = Literal["text-to-image", "text-to-video", "unconditional-image-generation"]
 EXAMPLES = ("a photo of a red fox in the snow", "an old man reading a newspaper under a lamp")
-KL = {"block_out_channels": (128, 256, 512, 512)}  # the autoencoders of SD, SDXL, SD3, FLUX and PixArt: factor 8
+KL = {"block_out_channels": (128, 256, 512, 512)}  # autoencoders of SD, SDXL, SD3, FLUX and PixArt: factor 8
 FLOW: tuple[str, dict[str, Any]] = ("FlowMatchEulerDiscreteScheduler", {})
 
 
@@ -28,9 +28,9 @@ class Teacher:
     encode   prompts (or class labels), a list of B -> c with B rows; loads the text encoders at its first call.
     decode   x [B, *shape] -> images [B, C, H, W], videos [B, C, T, H, W], in [-1, 1].
     latent   images in [-1, 1] and eps [B, *shape] -> x, a sample of the VAE's posterior; pixel models: the images.
-    shape    of one sample, (C, H, W), video (C, T, H, W).
-    parts    the folder it comes from.
-    encode_negative   the same as `encode` for negative prompts, where the pipeline encodes these differently.
+    shape    shape of one sample, (C, H, W), or (C, T, H, W) for video.
+    parts    components of the pipeline folder.
+    encode_negative   `encode` for negative prompts, if the pipeline encodes them differently.
     """
 
     denoiser: Denoiser
@@ -51,14 +51,14 @@ class Teacher:
         return (self.encode_negative or self.encode)(prompts)
 
     def null(self) -> Condition:
-        """The condition of "no prompt", kept in denoiser.null: that of the empty prompt where none is given yet."""
+        """The condition of "no prompt", stored in denoiser.null: if none is set yet, that of the empty prompt."""
         if self.denoiser.null is None:
             self.denoiser.null = self.negative([""])
         return self.denoiser.null
 
     @torch.no_grad()
     def sample(self, z: Tensor, c: Condition, steps: int, guidance: float = 1.0, null: Condition = None) -> Tensor:
-        """x [B, *shape] of the teacher under its own scheduler, from unit noise z; null: of a negative prompt."""
+        """x [B, *shape] of the teacher with its own scheduler, from unit noise z. null: a negative condition."""
         base = replace(self.denoiser, null=null or (self.null() if guidance != 1 else None))
         guided = self.family.guided(base, guidance)
         scheduler = self.parts.scheduler()
@@ -72,7 +72,7 @@ class Teacher:
         return x
 
     def set_timesteps(self, scheduler: Scheduler, steps: int) -> None:
-        """Set the timesteps of `steps` calls as the family's pipeline sets them."""
+        """Set the timesteps of `steps` calls as the family's pipeline does."""
         if self.family.set_timesteps is None:
             scheduler.set_timesteps(steps)
         else:
@@ -83,10 +83,10 @@ class Teacher:
 class Model:
     """A denoising network of a published pipeline, as configs: enough to build it without weights and files.
 
-    config: the fields of the repository's config.json (unet/ or transformer/) that differ from the class's defaults.
+    config: fields of the repository's config.json (unet/ or transformer/) that differ from the class's defaults.
     """
 
-    hub: str  # the repository whose configs these are, and whose weights they describe
+    hub: str  # repository of these configs and of the weights
     pipeline: str  # _class_name of its model_index.json
     network: str  # class of its unet/ or transformer/
     config: dict[str, Any] = field(default_factory=dict)
@@ -95,7 +95,7 @@ class Model:
 
 
 def refuse_guidance_embedding(net: Network, parts: Parts) -> Any:
-    """`net` if it has a guidance embedding, as FLUX.1-dev and LCMs have; else a ValueError."""
+    """`net` if it has a guidance embedding, like FLUX.1-dev and LCMs; else a ValueError."""
     if net.config.get("guidance_embeds") or net.config.get("time_cond_proj_dim"):
         return net
     raise ValueError(
@@ -106,42 +106,42 @@ def refuse_guidance_embedding(net: Network, parts: Parts) -> Any:
 
 @dataclass(frozen=True, eq=False)
 class Family:
-    """A kind of pipeline. Every module of pipelines/families/ that assigns one to FAMILY is found by the registry.
+    """A kind of pipeline. The registry finds every module of pipelines/families/ that assigns one to FAMILY.
 
     c is a condition: a dict of tensors of fixed shape, batch first. z is unit noise [B, *shape].
     """
 
-    name: str  # of its module
-    title: str  # in the README's table
-    pipelines: tuple[str, ...]  # classes of diffusers: _class_name of model_index.json
+    name: str  # name of its module
+    title: str  # title in the README's table
+    pipelines: tuple[str, ...]  # pipeline classes of diffusers: _class_name of model_index.json
 
     # ---- the teacher ----
     load: Callable[[Parts, int | None, int | None], Teacher]  # (parts, resolution, frames)
-    sample: Callable[..., Tensor]  # (pipe, prompts, z, steps, guidance, negative=None) -> images of the pipeline itself
-    tiny: Callable[..., Any]  # a tiny random pipeline, built without files
-    condition: Callable[[Any], dict[str, tuple[int, ...]]]  # config of the network -> the shapes of c for one sample
+    sample: Callable[..., Tensor]  # (pipe, prompts, z, steps, guidance, negative=None) -> the pipeline's images
+    tiny: Callable[..., Any]  # creates a tiny random pipeline without files
+    condition: Callable[[Any], dict[str, tuple[int, ...]]]  # config of the network -> shapes of c for one sample
     blocks: tuple[str, ...]  # classes of the modules that are sharded one by one
-    taps: tuple[str, ...]  # modules whose outputs are a discriminator's features, where a method names none
-    student_schedulers: Callable[[Teacher, StudentConfig], Iterable[Any]]  # candidates whose configs carry the student
-    no_guidance: float  # `guidance` of `sample` with which the pipeline makes one call a step
-    lora_targets: tuple[str, ...] = ()  # modules of a LoRA; (): exports of this family have no single files
+    taps: tuple[str, ...]  # modules whose outputs are the default features of a discriminator
+    student_schedulers: Callable[[Teacher, StudentConfig], Iterable[Any]]  # candidates; the config carries the student
+    no_guidance: float  # value of `guidance` in `sample` with which the pipeline makes one call per step
+    lora_targets: tuple[str, ...] = ()  # modules with LoRA adapters; (): no single-file exports for this family
     task: Task = "text-to-image"
     cross_attention: bool = True  # the network reads prompts by cross-attention (NASA-T and SUN need it)
-    pads_to_longest: bool = False  # prompts, to the longest of a call: rows depend on their neighbours
-    guided: type[Guided] = Guided  # classifier-free guidance as the pipeline does it
+    pads_to_longest: bool = False  # prompts are padded to the longest of a call, so that rows depend on each other
+    guided: type[Guided] = Guided  # classifier-free guidance as in the pipeline
     set_timesteps: Callable[[Any, int, Teacher], None] | None = None  # None: scheduler.set_timesteps(steps)
-    draw_noise: Callable[[Sequence[int]], Tensor] = torch.randn  # as the pipeline's scheduler draws it
-    with_guidance_embedding: Callable[[Any, Parts], Any] = refuse_guidance_embedding  # of the network
-    embedded_index: dict[str, Any] = field(default_factory=dict)  # what it changes in model_index.json
+    draw_noise: Callable[[Sequence[int]], Tensor] = torch.randn  # noise as the pipeline's scheduler draws it
+    with_guidance_embedding: Callable[[Any, Parts], Any] = refuse_guidance_embedding  # (network, parts) -> network
+    embedded_index: dict[str, Any] = field(default_factory=dict)  # changes of model_index.json with that embedding
     tiny_facts: dict[str, Any] = field(default_factory=dict)  # distill.json of the tiny pipeline
     models: dict[str, Model] = field(default_factory=dict)  # published networks, for pipelines.plan
 
     # ---- the export ----
     call_times: Callable[[Any, int], tuple[float, ...] | None] = lambda scheduler, steps: None  # None: the scheduler's
-    call_options: Callable[[Parts, int], dict[str, Any]] = lambda parts, steps: {}  # of the call that a card shows
-    render_call: Callable[[int, Any], str] | None = None  # (steps, example) -> that call, where it is none of a prompt
+    call_options: Callable[[Parts, int], dict[str, Any]] = lambda parts, steps: {}  # arguments of the model card's call
+    render_call: Callable[[int, Any], str] | None = None  # (steps, example) -> a call without prompt
     examples: Callable[[Teacher], tuple[Any, ...]] = lambda teacher: EXAMPLES  # prompts or labels of the verification
-    verified_steps: Callable[[Parts], tuple[int, ...]] = lambda parts: ()  # numbers of calls beside the student's own
-    export_network: Callable[[Any, Student], Any] = lambda net, student: net  # as the pipeline calls it
-    export_call: Callable[[Any], Any] = lambda call: call  # of a denoiser: equal to the pipeline's
-    limits: Callable[[Any], tuple[str, ...]] = lambda net: ()  # of a network: what a card says does not work
+    verified_steps: Callable[[Parts], tuple[int, ...]] = lambda parts: ()  # further numbers of calls to verify
+    export_network: Callable[[Any, Student], Any] = lambda net, student: net  # the network as the pipeline calls it
+    export_call: Callable[[Any], Any] = lambda call: call  # a denoiser's call, equal to the pipeline's
+    limits: Callable[[Any], tuple[str, ...]] = lambda net: ()  # network -> limits for the model card

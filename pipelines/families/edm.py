@@ -2,7 +2,7 @@
 
 The scheduler's config carries sigma_data and the range of sigma. With sigma_min = 0 its step is exactly EDM's
 preconditioning D = c_skip x + c_out F(c_in x, 250 ln sigma); the network is trained with that c_noise. Networks that
-were trained with another (pipelines/export/edm_convert.py) stay with theirs: see `export_network`.
+were trained with another c_noise (pipelines/export/edm_convert.py) keep it: see `export_network`.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ if TYPE_CHECKING:
     from distill.diffusion.student import Student
 
 RHO = 7.0
-C_NOISE = 250.0  # a ConsistencyModelPipeline tells its network 250 ln sigma
+C_NOISE = 250.0  # a ConsistencyModelPipeline passes 250 ln sigma to its network
 
 
 def examples(teacher: Teacher) -> tuple[int, ...]:
-    """The labels that an export is verified on: the first eight classes, fewer where there are fewer."""
+    """The labels of an export's verification: the first eight classes, or all if there are fewer."""
     net: Any = teacher.denoiser.net
     null = teacher.denoiser.null
     count = net.config.get("num_class_embeds") if getattr(net, "class_embedding", None) is not None else None
@@ -44,7 +44,7 @@ def examples(teacher: Teacher) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Call:
-    """How a UNet2DModel, or a SongUNet (pipelines/edm_nets.py), is called: c_in x, c_noise ln sigma, class labels."""
+    """Calls a UNet2DModel or a SongUNet (pipelines/edm_nets.py): c_in x, c_noise ln sigma, class labels."""
 
     sigma_d: float
     c_noise: float = C_NOISE
@@ -58,9 +58,9 @@ class Call:
 def teacher(
     unet: UNet2DModel, sigma_d: float, null_class: int | None, parts: Any = None, c_noise: float = C_NOISE
 ) -> Teacher:
-    """An EDM teacher around a network that is told c_noise * ln sigma.
+    """An EDM teacher with a network whose noise input is c_noise * ln sigma.
 
-    null_class: the label that stands for "no label", None if it has none.
+    null_class: the label for "no label"; None if there is none.
     """
     null = None if null_class is None else {"class_labels": torch.tensor([null_class])}
     schedule = EDM()
@@ -75,9 +75,9 @@ def teacher(
 
 @torch.no_grad()
 def smooth(unet: UNet2DModel, max_frequency: float) -> None:
-    """Cut the network off from the components of its time embedding that turn faster than `max_frequency`.
+    """Remove components of the time embedding with frequencies above `max_frequency` from the network's input.
 
-    In radians per unit of ln sigma; the embedding of 250 ln sigma turns by up to 250.
+    Frequencies are in radians per unit of ln sigma. The embedding of 250 ln sigma has frequencies up to 250.
     """
     half = unet.time_embedding.linear_1.in_features // 2
     fast = 250 * 10000 ** -(torch.arange(half) / half) > max_frequency
@@ -85,7 +85,7 @@ def smooth(unet: UNet2DModel, max_frequency: float) -> None:
 
 
 def load(parts: Parts, resolution: int | None, frames: int | None) -> Teacher:
-    """distill.json beside model_index.json says which label is "no label", and c_noise where it is not 250."""
+    """distill.json beside model_index.json holds the label for "no label", and c_noise if it is not 250."""
     facts = fields.facts(parts.folder)
     scheduler, c_noise = parts.scheduler(), facts.get("c_noise", C_NOISE)
     schedulers.check_class(scheduler, schedulers.EDM, "EDM's levels")
@@ -103,10 +103,10 @@ def export_call(call: Any) -> Call:
 
 @torch.no_grad()
 def export_network(net: UNet2DModel, student: Student) -> UNet2DModel:
-    """The student's network, such that ConsistencyModelPipeline may call it, which tells it 250 ln sigma.
+    """The student's network for ConsistencyModelPipeline, whose noise input is 250 ln sigma.
 
-    Of a network that is told something else, the first layer W e + b changes by the least that maps the pipeline's
-    embeddings e of the student's levels as their own, and maps its own embedding of every sigma as before.
+    If the network has another noise input, its first layer W e + b gets the smallest change that maps the pipeline's
+    embeddings e of the student's levels like their own, and still maps its own embedding of every sigma as before.
     """
     call, schedule = student.denoiser.call, student.denoiser.schedule
     assert isinstance(call, Call) and isinstance(schedule, EDM)
@@ -126,21 +126,21 @@ def export_network(net: UNet2DModel, student: Student) -> UNet2DModel:
 def sample(
     pipe: Pipeline, labels: Sequence[int], z: Tensor, steps: int, guidance: float, negative: str | None = None
 ) -> Tensor:
-    """Images [B, C, H, W] in [0, 1] of the pipeline itself from unit noise z; guidance is built in."""
+    """Images [B, C, H, W] in [0, 1] of the pipeline itself from unit noise z. Guidance is built in."""
     pipe.prepare_latents = lambda *args, **kwargs: (
         z * pipe.scheduler.init_noise_sigma
-    )  # `latents=` insists on three channels
+    )  # `latents=` requires three channels
     images = pipe(len(z), class_labels=list(labels), num_inference_steps=steps, output_type="np").images
     return torch.from_numpy(images).permute(0, 3, 1, 2)
 
 
 def render_call(steps: int, label: int) -> str:
-    """The call that a model card shows; it leaves `image`."""
+    """The call in a model card; it assigns `image`."""
     return f"image = pipe(class_labels=[{label}], num_inference_steps={steps}).images[0]"
 
 
 def limits(net: nn.Module) -> tuple[str, ...]:
-    """What a model card says does not work."""
+    """The limits in a model card."""
     home = type(net).__module__
     if home.startswith("diffusers."):
         return ()
@@ -151,9 +151,9 @@ def limits(net: nn.Module) -> tuple[str, ...]:
 
 
 def scheduler(sigma_d: float, sigma: float, points: int, rho: float = RHO) -> Any:
-    """A scheduler that visits the levels sigma (1 - v i)^rho, i = 0 .. N - 1, in N inference steps.
+    """A scheduler with the levels sigma (1 - v i)^rho, i = 0 .. N - 1, in N inference steps.
 
-    v = floor(points / N) / (points - 1): 1 / N where there are N + 1 points.
+    v = floor(points / N) / (points - 1), which is 1 / N for N + 1 points.
     """
     from diffusers import CMStochasticIterativeScheduler
 
@@ -163,7 +163,7 @@ def scheduler(sigma_d: float, sigma: float, points: int, rho: float = RHO) -> An
 
 
 def schedulers_of_student(teacher: Teacher, student: StudentConfig) -> Iterator[Any]:
-    """Levels sigma (1 - v i)^rho, i = 0, 1, ...: v is a fraction near 1 / steps, and that by default."""
+    """Candidates with the levels sigma (1 - v i)^rho, i = 0, 1, ...; v is near 1 / steps, by default equal."""
     schedule = teacher.denoiser.schedule
     assert isinstance(schedule, EDM)
     steps, times = student.steps, student.times
@@ -180,7 +180,7 @@ def schedulers_of_student(teacher: Teacher, student: StudentConfig) -> Iterator[
     make = lambda points, rho=RHO: scheduler(teacher.denoiser.sigma_d, sigma, points, rho)
     points = steps + 1
     if sigma / steps**RHO < schedule.sigma_min:  # the last call would be below the schedule
-        even = float(schedule.ratio(torch.tensor([start / steps]).double()))  # of times that fall uniformly
+        even = float(schedule.ratio(torch.tensor([start / steps]).double()))  # levels of uniformly spaced times
         last = lambda points: RHO * math.log(1 - (steps - 1) / (points - 1))
         points = min(range(steps + 1, 2 * steps), key=lambda points: abs(last(points) - math.log(even / sigma)))
     yield make(points)
@@ -188,19 +188,19 @@ def schedulers_of_student(teacher: Teacher, student: StudentConfig) -> Iterator[
         for points in range(r * steps, (r + 1) * steps):
             rest = 1 - (steps - 1) * r / (points - 1)
             rho = math.log(ratios[-1] / sigma) / math.log(rest) if rest > 1e-9 else 0.0
-            if abs(math.log(sigma)) < 600 * rho:  # the scheduler takes the root of rho
+            if abs(math.log(sigma)) < 600 * rho:  # the scheduler computes sigma^(1 / rho)
                 yield make(points, rho)
 
 
 def pipeline(unet: UNet2DModel, sigma_d: float, sigma: float, steps: int) -> ConsistencyModelPipeline:
-    """The network with that scheduler."""
+    """A pipeline of the network and that scheduler."""
     from diffusers import ConsistencyModelPipeline
 
     return ConsistencyModelPipeline(unet, scheduler(sigma_d, sigma, steps + 1))
 
 
 def tiny() -> ConsistencyModelPipeline:
-    """A tiny random teacher of ten classes and a null class."""
+    """A tiny random teacher with ten classes and a null class."""
     return pipeline(unet((8, 16)), 0.5, 80.0, 1)
 
 
@@ -240,7 +240,7 @@ FAMILY = Family(
     tiny_facts={"null_class": 10},
     condition=condition,
     student_schedulers=schedulers_of_student,
-    no_guidance=0.0,  # unused by the pipeline: guidance is built in
+    no_guidance=0.0,  # the pipeline does not use it: guidance is built in
     render_call=render_call,
     examples=examples,
     export_network=export_network,
@@ -248,5 +248,5 @@ FAMILY = Family(
     limits=limits,
     cross_attention=False,
     taps=("mid_block",),
-    blocks=("ResnetBlock2D", "Attention", "Block"),  # Block: SongUNet's
+    blocks=("ResnetBlock2D", "Attention", "Block"),  # Block is a class of SongUNet
 )

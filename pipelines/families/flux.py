@@ -1,7 +1,7 @@
 """FLUX.1 dev and schnell: a flow transformer on 2x2 packed latents; T5 tokens and a pooled CLIP text.
 
-dev is told a guidance by an embedding: 3.5 unless c has "guidance". The guidance of Teacher.sample and of distill is
-classifier-free guidance on top of it, `true_cfg_scale` in the pipeline, with the empty prompt as the null.
+dev takes a guidance scale as an input: 3.5 unless c has "guidance". The guidance of Teacher.sample and of distill is
+classifier-free guidance in addition, `true_cfg_scale` in the pipeline, with the empty prompt as the null condition.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pipelines.families.base import Family, Model, Teacher
 
 @dataclass(frozen=True)
 class Call:
-    """c: "prompt_embeds" [B, 512, D], "pooled" [B, P]; "guidance" [B] in place of the field's, where it is embedded."""
+    """c: "prompt_embeds" [B, 512, D], "pooled" [B, P]; "guidance" [B] replaces the field's if the network takes it."""
 
     guidance: float = 3.5
 
@@ -42,7 +42,7 @@ class Call:
         return unpack(out, x.shape)
 
     def feature(self, output: tuple[Tensor, Tensor]) -> Tensor:
-        """Of a block's two streams, (text, image), the image's tokens [B, N, D]."""
+        """The image tokens [B, N, D] of a block's two streams (text, image)."""
         return output[1]
 
 
@@ -59,7 +59,7 @@ def unpack(tokens: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def unpacked(shape: Sequence[int]) -> Tensor:
-    """Noise [B, C, H, W] as the pipeline's scheduler draws it: over packed tokens, from torch's own generator."""
+    """Noise [B, C, H, W] as the pipeline's scheduler draws it: over packed tokens, from torch's generator."""
     B, C, H, W = shape
     return unpack(torch.randn(B, H * W // 4, 4 * C), shape)
 
@@ -75,14 +75,14 @@ def load(parts: Parts, resolution: int | None, frames: int | None) -> Teacher:
 
 
 def shape(parts: Parts, resolution: int | None) -> tuple[int, int, int]:
-    """(C, H, W) of an unpacked latent: 1024 pixels where nothing else is said."""
+    """(C, H, W) of an unpacked latent; 1024 pixels by default."""
     facts = fields.facts(parts.folder)
     channels, height, width = latents.shape(parts, resolution or facts.get("resolution", 1024), patch=2)
     return channels // 4, height, width
 
 
 def set_timesteps(scheduler: Scheduler, steps: int, teacher: Teacher) -> None:
-    """The pipeline's own levels, 1 to 1 / steps; under dynamic shifting mu is linear in the number of tokens."""
+    """Levels of the pipeline, from 1 to 1 / steps. With dynamic shifting, mu is linear in the number of tokens."""
     config, tokens = scheduler.config, teacher.shape[-1] * teacher.shape[-2] / 4
     few, many = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
     low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
@@ -101,7 +101,7 @@ def sample(
 
 
 def tiny(guidance: bool = True) -> Any:
-    """FLUX.1-dev's kind, or schnell's: no guidance embedding."""
+    """A tiny FLUX.1-dev, or schnell without a guidance embedding."""
     from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 
     from pipelines.families import tiny
@@ -138,7 +138,7 @@ FAMILY = Family(
     load=load,
     sample=sample,
     tiny=tiny,
-    tiny_facts={"resolution": 16},  # no component of the pipeline holds its size
+    tiny_facts={"resolution": 16},  # no component of the pipeline stores its size
     condition=condition,
     set_timesteps=set_timesteps,
     draw_noise=unpacked,

@@ -1,4 +1,4 @@
-"""What latent families share: the autoencoder's scale, the size of a sample, the schedule of a scheduler's config."""
+"""Functions that latent families share: scale of the autoencoder, size of a sample, schedule of a config."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pipelines.families import schedulers
 
 
 def flow(scheduler: Scheduler, scale: float | None = None) -> tuple[Schedule, Kind]:
-    """The schedule and prediction kind of a flow-matching scheduler; its shift belongs to the times."""
+    """The schedule and prediction kind of a flow-matching scheduler. Its shift belongs to the times."""
     return Flow(float(scale or schedulers.flow(scheduler))), "flow"
 
 
@@ -23,7 +23,7 @@ def kl(
 ) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]:
     """(decode, latent) of an AutoencoderKL: x = (posterior sample - shift) * scale.
 
-    ends(config, x) -> (scale, shift), as the family's pipeline reads them of the autoencoder's config.
+    ends(config, x) -> (scale, shift), as the family's pipeline reads them from the autoencoder's config.
     """
 
     def decode(x: Tensor) -> Tensor:
@@ -39,14 +39,14 @@ def kl(
         if hasattr(encoded, "latent_dist"):
             found = encoded.latent_dist.mean + encoded.latent_dist.std * eps.to(encoded.latent_dist.mean)
         else:
-            found = encoded.latents  # of an AutoencoderTiny, which has no posterior
+            found = encoded.latents  # an AutoencoderTiny has no posterior
         return (found - shift).to(images.dtype) * scale
 
     return decode, latent
 
 
 def scale_only(config: Any, x: Tensor) -> tuple[float, float]:
-    """(scale, shift) in the pipelines of SD and PixArt, which read scaling_factor alone."""
+    """(scale, shift) in the pipelines of SD and PixArt, which read only scaling_factor."""
     return config.scaling_factor, 0.0
 
 
@@ -60,7 +60,7 @@ def scale_and_shift(config: Any, x: Tensor) -> tuple[float, float]:
 
 
 def channel_scale_and_shift(config: Any, x: Tensor) -> tuple[Tensor | float, Tensor | float]:
-    """(scale, shift) in the pipeline of SDXL, which also reads latents_mean and latents_std, of each channel."""
+    """(scale, shift) in the pipeline of SDXL, which also reads latents_mean and latents_std for each channel."""
     mean, std = config.get("latents_mean"), config.get("latents_std")
     if mean is None or std is None:
         return config.scaling_factor, 0.0
@@ -69,7 +69,7 @@ def channel_scale_and_shift(config: Any, x: Tensor) -> tuple[Tensor | float, Ten
 
 
 def kl3d(parts: Parts) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]:
-    """(decode, latent) of a causal video autoencoder: x = (posterior sample - mean) / std, each of a channel."""
+    """(decode, latent) of a causal video autoencoder: x = (posterior sample - mean) / std, for each channel."""
 
     def ends(x: Tensor) -> list[Tensor]:
         config = parts.vae.config
@@ -93,7 +93,7 @@ def kl3d(parts: Parts) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Te
 
 
 def dc(parts: Parts) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]:
-    """(decode, latent) of an AutoencoderDC, which has no posterior: x = latent * scale, whatever eps."""
+    """(decode, latent) of an AutoencoderDC: x = latent * scale. It has no posterior and ignores eps."""
 
     def decode(x: Tensor) -> Tensor:
         vae = parts.vae.to(x.device)
@@ -108,7 +108,7 @@ def dc(parts: Parts) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tens
 
 
 def factor(parts: Parts) -> int:
-    """Pixels along a side of a picture for one of its latent."""
+    """Pixels per side of an image for one pixel of its latent."""
     config = parts.config("vae")
     names = ("encoder_block_out_channels", "block_out_channels", "down_block_out_channels", "dim_mult")
     levels = next((config[name] for name in names if config.get(name)), None)
@@ -118,7 +118,7 @@ def factor(parts: Parts) -> int:
 
 
 def shape(parts: Parts, resolution: int | None, patch: int = 1) -> tuple[int, int, int]:
-    """(C, H, W) of what the network sees: its own size, or the one of `resolution` pixels, in whole patches."""
+    """(C, H, W) of the network's input: its own size, or the one for `resolution` pixels, in complete patches."""
     config = parts.net.config
     channels = parts.config("vae").get("latent_channels", config.in_channels)
     if config.in_channels not in (channels, 4 * channels):  # FLUX packs 2 x 2 of them

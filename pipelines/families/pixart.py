@@ -17,10 +17,11 @@ LENGTH = {"PixArtAlphaPipeline": 120, "PixArtSigmaPipeline": 300}  # tokens of a
 
 
 def call(net: nn.Module, x: Tensor, n: Tensor, c: Condition) -> Tensor:
-    """c: "prompt_embeds" [B, L, D] and their "mask" [B, L]; PixArt-alpha at 1024 pixels reads two keys more:
-    "resolution" [B, 2], height and width in pixels, and "aspect_ratio" [B, 1], height / width.
+    """c: "prompt_embeds" [B, L, D] and their "mask" [B, L].
 
-    Of the 2C channels that come out, the last C are a learned variance; no sampler of the pipelines uses it.
+    PixArt-alpha at 1024 pixels reads two more keys: "resolution" [B, 2], height and width in pixels, and "aspect_ratio"
+    [B, 1], height / width. The last C of the 2C output channels are a learned variance, which no sampler of the
+    pipelines uses.
     """
     assert c is not None
     added = {key: c[key].to(x.dtype) if key in c else None for key in ("resolution", "aspect_ratio")}
@@ -57,7 +58,7 @@ def sample(
 
 
 def tiny(kind: str = "PixArtSigmaPipeline", **config: Any) -> Any:
-    """Of either pipeline; PixArt-alpha with sample_size 128 has its added conditions."""
+    """A tiny pipeline of either kind. PixArt-alpha with sample_size 128 has its added conditions."""
     import diffusers
 
     from pipelines.families import tiny

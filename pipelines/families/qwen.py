@@ -1,7 +1,7 @@
 """Qwen-Image: a flow transformer on 2x2 packed latents of a video autoencoder; Qwen2.5-VL text in a template.
 
-Its pipeline rescales a guided prediction to the norm of the conditional one, token by token. Teacher.sample does too
-(`Rescaled`); the guidance inside of methods does not.
+Its pipeline rescales a guided prediction to the norm of the conditional one, token by token. Teacher.sample does the
+same (`Rescaled`). The guidance inside methods does not.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ LENGTH = 512  # tokens of a prompt in its template
 
 @dataclass(frozen=True)
 class Call:
-    """c: "prompt_embeds" [B, 512, D] and their "mask" [B, 512], 1 where a token is."""
+    """c: "prompt_embeds" [B, 512, D] and their "mask" [B, 512], 1 for a token."""
 
     def __call__(self, net: nn.Module, x: Tensor, n: Tensor, c: Condition) -> Tensor:
         assert c is not None
@@ -36,12 +36,12 @@ class Call:
         return unpack(net(pack(x), text, c["mask"], n / 1000, places, return_dict=False)[0], x.shape)
 
     def feature(self, output: tuple[Tensor, Tensor]) -> Tensor:
-        """Of a block's two streams, (text, image), the image's tokens [B, N, D]."""
+        """The image tokens [B, N, D] of a block's two streams (text, image)."""
         return output[1]
 
 
 class Rescaled(Guided):
-    """Guidance whose prediction has, in each token, the norm of the conditional one."""
+    """Guidance that rescales the prediction in each token to the norm of the conditional prediction."""
 
     def __call__(self, x: Tensor, t: Tensor, c: Condition = None) -> Prediction:
         pred = super().__call__(x, t, c)
@@ -118,7 +118,7 @@ FAMILY = Family(
     load=load,
     sample=sample,
     tiny=tiny,
-    tiny_facts={"resolution": 16},  # no component of the pipeline holds its size
+    tiny_facts={"resolution": 16},  # no component of the pipeline stores its size
     condition=condition,
     guided=Rescaled,
     set_timesteps=set_timesteps,

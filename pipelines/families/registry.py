@@ -1,4 +1,4 @@
-"""Which family reads which pipeline class of diffusers: every module of this package that assigns FAMILY is one."""
+"""The families by pipeline class of diffusers: every module of this package that assigns FAMILY defines one."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def known_pipelines() -> dict[str, Family]:
 
 
 def find_family(pipeline: str, source: object) -> Family:
-    """The family that reads the class `pipeline`; a ValueError that names `source` if there is none."""
+    """The family that reads the class `pipeline`. If there is none, a ValueError that names `source`."""
     known = known_pipelines()
     if pipeline not in known:
         raise ValueError(f"{source} is a {pipeline}; supported pipelines are {sorted(known)}")

@@ -1,9 +1,9 @@
-"""SANA: a linear-attention flow transformer on deep-compression latents, Gemma text; and SANA-Sprint's form of it.
+"""SANA: a linear-attention flow transformer on deep-compression latents, Gemma text. Also SANA-Sprint's variant.
 
 SANA-Sprint (Chen et al. 2025, arXiv 2503.09641) normalises the queries and keys of its teacher, gives it t in [0, 1],
-and fine-tunes it before it distils (pipelines/export/sana_convert.py makes such a copy). sCM differentiates the network
-in time: given 1000 t its derivative is a thousand times as large. A student of it is told its guidance, too: by
-an embedding that is zero at first, 4.5 unless c has "guidance". It is a SanaSprintPipeline under the SCMScheduler.
+and fine-tunes it before the distillation (pipelines/export/sana_convert.py makes such a copy). sCM differentiates the
+network in time: with input 1000 t the derivative is a thousand times as large. The student also takes a guidance scale,
+by an embedding that is zero at first; 4.5 unless c has "guidance". It is a SanaSprintPipeline with the SCMScheduler.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from pipelines.components import Network, Parts, Pipeline, Scheduler
 from pipelines.families import latents, student_schedulers
 from pipelines.families.base import Family, Model, Teacher
 
-UNCONDITIONAL = 1.0  # guidance_scale of the pipeline that makes one call a step
-GUIDANCE = 4.5  # that it is told where nothing is said: SanaSprintPipeline's
+UNCONDITIONAL = 1.0  # guidance_scale with which the pipeline makes one call per step
+GUIDANCE = 4.5  # default guidance scale, as in SanaSprintPipeline
 SPRINT_PIPELINE = "SanaSprintPipeline"
-SPRINT = {"qk_norm": "rms_norm_across_heads", "timestep_scale": 1e-3}  # SANA-Sprint's config, but for its guidance
+SPRINT = {"qk_norm": "rms_norm_across_heads", "timestep_scale": 1e-3}  # SANA-Sprint's config, except its guidance
 
 
 def call(net: Network, x: Tensor, n: Tensor, c: Condition) -> Tensor:
-    """c: "prompt_embeds" [B, 300, D] and their "mask" [B, 300]; "guidance" [B] where it is embedded."""
+    """c: "prompt_embeds" [B, 300, D] and their "mask" [B, 300]; "guidance" [B] if the network takes it."""
     assert c is not None
     text, w = c["prompt_embeds"].to(x.dtype), None
     if net.config.guidance_embeds:
@@ -40,7 +40,7 @@ def call(net: Network, x: Tensor, n: Tensor, c: Condition) -> Tensor:
 
 
 def with_guidance_embedding(net: Network, parts: Parts) -> Any:
-    """The network with an embedding of its guidance, whose last layer is zero, so that it moves nothing yet."""
+    """The network with a guidance embedding. Its last layer is zero, so that the output does not change yet."""
     if net.config.guidance_embeds:
         return net
     if abs(net.config.timestep_scale / SPRINT["timestep_scale"] - 1) > 1e-6:
@@ -55,7 +55,7 @@ def with_guidance_embedding(net: Network, parts: Parts) -> Any:
 
 
 def with_config(net: Network, **config: Any) -> Any:
-    """The network with another config and the same weights; norms that it did not have start as ones."""
+    """The network with another config and the same weights. New norms start as ones."""
     like, own = next(net.parameters()), {key: v for key, v in net.config.items() if not key.startswith("_")}
     with torch.random.fork_rng(), torch.device(like.device):
         torch.manual_seed(0)  # the same new weights on every process
@@ -72,20 +72,21 @@ def is_sprint(parts: Parts) -> bool:
 
 
 def verified_steps(parts: Parts) -> tuple[int, ...]:
-    """Numbers of calls with which an export is compared, beside the student's own: SANA-Sprint's is for all of them."""
+    """Numbers of calls to verify beside the student's own: SANA-Sprint's student works with all of them."""
     return (1, 2, 4) if is_sprint(parts) else ()
 
 
 def angles(steps: int) -> tuple[float, ...]:
-    """TrigFlow's angles of the calls that SanaSprintPipeline makes: two at pi / 2 and 1.3, others evenly from pi / 2.
+    """TrigFlow's angles of SanaSprintPipeline's calls: pi / 2 and 1.3 for two calls, else evenly spaced from pi / 2.
 
-    It takes no others: its `timesteps` are an error with diffusers' SCMScheduler, so the paper's four are out of reach.
+    It supports no others: its `timesteps` raise an error with diffusers' SCMScheduler, so the paper's four are not
+    available.
     """
     return (math.pi / 2, 1.3) if steps == 2 else tuple(math.pi / 2 * (1 - i / steps) for i in range(steps))
 
 
 def call_times(scheduler: Scheduler, steps: int) -> tuple[float, ...] | None:
-    """The times of the calls under SANA-Sprint's scheduler, which has none of its own; None: another scheduler."""
+    """The times of the calls under SANA-Sprint's scheduler, which does not store them. None for another scheduler."""
     if type(scheduler).__name__ != "SCMScheduler":
         return None
     angle = torch.tensor(angles(steps), dtype=torch.float64)
@@ -93,7 +94,7 @@ def call_times(scheduler: Scheduler, steps: int) -> tuple[float, ...] | None:
 
 
 def schedulers_of_student(teacher: Teacher, student: StudentConfig) -> Iterator[Any]:
-    """SANA-Sprint's scheduler where the pipeline is SANA-Sprint's, else those of flows."""
+    """The scheduler of SANA-Sprint for its pipeline; else the schedulers of flows."""
     if not is_sprint(teacher.parts):
         yield from student_schedulers.of_flow(teacher, student)
         return
@@ -128,7 +129,7 @@ def load(parts: Parts, resolution: int | None, frames: int | None) -> Teacher:
         return embed(prompts, defaults["complex_human_instruction"].default)
 
     def negative(prompts: Sequence[str]) -> Condition:
-        return embed(prompts, None)  # the pipeline puts its instruction before prompts only
+        return embed(prompts, None)  # the pipeline adds its instruction to prompts only
 
     decode, latent = latents.dc(parts)
     denoiser = Denoiser(parts.net, *latents.flow(parts.scheduler()), call=call)
@@ -144,7 +145,7 @@ def sample(
     options: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": guidance}
     options |= {"height": height, "width": width}
     options |= {"use_resolution_binning": False, "output_type": "pt"}
-    if hasattr(pipe.scheduler.config, "sigma_data"):  # SANA-Sprint's: one call a step, whatever its guidance
+    if hasattr(pipe.scheduler.config, "sigma_data"):  # SANA-Sprint's: one call per step with any guidance
         options["guidance_scale"] = GUIDANCE if guidance == UNCONDITIONAL else guidance
         if steps != 2:
             options["intermediate_timesteps"] = None
@@ -196,7 +197,7 @@ def condition(config: Any) -> dict[str, tuple[int, ...]]:
     return {"prompt_embeds": (300, config.caption_channels), "mask": (300,)}
 
 
-DC = {"encoder_block_out_channels": (128, 256, 512, 512, 1024, 1024)}  # its autoencoder: factor 32
+DC = {"encoder_block_out_channels": (128, 256, 512, 512, 1024, 1024)}  # SANA's autoencoder: factor 32
 FAMILY = Family(
     name="sana",
     title="SANA",

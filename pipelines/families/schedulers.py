@@ -1,13 +1,13 @@
-"""Which schedulers of diffusers a teacher may have, and how its table of betas is written for a student.
+"""The schedulers of diffusers that a teacher may have, and a student's scheduler with the teacher's betas.
 
     read as a table (SD, SDXL, PixArt)        TABLES, with prediction_type epsilon, v_prediction or sample
     read as a flow (SD3, FLUX, SANA, ...)     FLOWS; a solver of both kinds by its use_flow_sigmas
     read as EDM (ConsistencyModelPipeline)    CMStochasticIterativeScheduler
     refused                                   every other class: EDM's on an SDXL folder, inverse ones, other families'
 
-A student's scheduler repeats the teacher's betas by their formula, with rescale_betas_zero_snr where the teacher has
-it. A table without a formula, or one that is cut before its end, is written out as trained_betas. How the teacher's own
-scheduler spaces, thresholds or clips its steps concerns `Teacher.sample` alone, not the student.
+A student's scheduler repeats the formula of the teacher's betas, with rescale_betas_zero_snr if the teacher has it. A
+table without a formula, or one that is cut before its end, is written out as trained_betas. Spacing, thresholding and
+clipping of the teacher's own scheduler matter only to `Teacher.sample`, not to the student.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from distill.diffusion.schedule import VP, Kind
 from pipelines.components import Scheduler
 
 KINDS: dict[str, Kind] = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}  # prediction_type -> kind
-SOLVERS = (  # schedulers that sample from a table, or from a flow where use_flow_sigmas is true
+SOLVERS = (  # schedulers that sample from a table, or from a flow if use_flow_sigmas is true
     *("DEISMultistepScheduler", "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler"),
     *("SASolverScheduler", "UniPCMultistepScheduler"),
 )
@@ -41,7 +41,7 @@ FORMULAS = ("linear", "scaled_linear")  # beta_schedules whose first n betas fol
 
 
 def table(scheduler: Scheduler) -> tuple[VP, Kind]:
-    """The noise table and the prediction kind of a teacher's scheduler; a ValueError names the class and the key."""
+    """The noise table and the prediction kind of a teacher's scheduler. A ValueError names the class and the key."""
     check_class(scheduler, TABLES, "a table of betas")
     name, config = type(scheduler).__name__, scheduler.config
     if config.get("use_flow_sigmas"):
@@ -74,13 +74,13 @@ def table(scheduler: Scheduler) -> tuple[VP, Kind]:
 
 
 def zero_terminal(scheduler: Scheduler) -> bool:
-    """Whether the last level of a scheduler's table is noise alone."""
+    """Whether the last level of a scheduler's table is pure noise."""
     levels = getattr(scheduler, "alphas_cumprod", None)
     return levels is not None and (bool(scheduler.config.get("rescale_betas_zero_snr")) or float(levels[-1]) == 0)
 
 
 def flow(scheduler: Scheduler) -> float:
-    """num_train_timesteps of a teacher's flow scheduler; a ValueError names the class and the key."""
+    """num_train_timesteps of a teacher's flow scheduler. A ValueError names the class and the key."""
     check_class(scheduler, FLOWS, "a flow")
     name, config = type(scheduler).__name__, scheduler.config
     if name in SOLVERS and not config.get("use_flow_sigmas"):
@@ -101,7 +101,7 @@ def check_class(scheduler: Scheduler, classes: tuple[str, ...], what: str) -> No
 
 
 def betas(scheduler: Scheduler, schedule: VP, n: int) -> dict[str, Any]:
-    """The keys of a student's scheduler that give it the first n + 1 levels of the teacher's table."""
+    """The config keys with which a student's scheduler has the first n + 1 levels of the teacher's table."""
     config, last = scheduler.config, len(schedule.alphas_cumprod) - 1
     formula = config.get("beta_schedule", "linear")
     plain = config.get("trained_betas") is None

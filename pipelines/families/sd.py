@@ -13,7 +13,7 @@ from pipelines.components import Network, Parts, Pipeline
 from pipelines.families import latents, schedulers, student_schedulers
 from pipelines.families.base import Family, Model, Teacher
 
-UNCONDITIONAL = 0.0  # guidance_scale of the pipeline that makes one call a step
+UNCONDITIONAL = 0.0  # guidance_scale with which the pipeline makes one call per step
 TABLE = ("DDIMScheduler", {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"})
 SD21 = {"cross_attention_dim": 1024, "attention_head_dim": (5, 10, 20, 20), "use_linear_projection": True}
 GUIDANCE = 7.5  # default input of a guidance embedding, as in the pipeline
@@ -27,7 +27,7 @@ def call(net: Network, x: Tensor, n: Tensor, c: Condition) -> Tensor:
 
 
 def guidance(net: Network, x: Tensor, c: dict[str, Tensor], default: float) -> Tensor | None:
-    """Embedding [B, D] of w - 1 (LCM's omega) if the network has one; w = `default` if c has no guidance."""
+    """Embedding [B, D] of w - 1 (LCM's omega), if the network has one. w = `default` if c has no guidance."""
     if "guidance" not in c and not has_guidance_embedding(net):
         return None
     w = c["guidance"] if "guidance" in c else x.new_full((len(x),), default)
@@ -35,7 +35,7 @@ def guidance(net: Network, x: Tensor, c: dict[str, Tensor], default: float) -> T
 
 
 def has_guidance_embedding(net: Network) -> bool:
-    """Whether a UNet has a guidance embedding; its pipeline then never makes a second call for guidance."""
+    """Whether a UNet has a guidance embedding. Its pipeline then never makes a second call for guidance."""
     return getattr(net.config, "time_cond_proj_dim", None) is not None
 
 
@@ -85,7 +85,7 @@ def tiny(**config: Any) -> Any:
 
 
 def unet(**config: Any) -> Any:
-    """A UNet2DConditionModel of SD's kind with two levels."""
+    """A UNet2DConditionModel like SD's with two levels."""
     from diffusers import UNet2DConditionModel
 
     from pipelines.families import tiny

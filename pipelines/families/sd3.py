@@ -1,4 +1,4 @@
-"""Stable Diffusion 3 and 3.5: a flow transformer on two streams; CLIP twice, and T5 where the folder has it."""
+"""Stable Diffusion 3 and 3.5: a flow transformer with two streams; two CLIP texts, and T5 if the folder has it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Call:
         return net(x, c["prompt_embeds"].to(x.dtype), c["pooled"].to(x.dtype), n, return_dict=False)[0]
 
     def feature(self, output: tuple[Tensor, Tensor]) -> Tensor:
-        """Of a block's two streams, (text, image), the image's tokens [B, N, D]."""
+        """The image tokens [B, N, D] of a block's two streams (text, image)."""
         return output[1]
 
 
@@ -31,7 +31,7 @@ def load(parts: Parts, resolution: int | None, frames: int | None) -> Teacher:
     def encode(prompts: Sequence[str]) -> Condition:
         text = parts.text
         if text.text_encoder_3 is None:
-            text.transformer = parts.net  # T5's part is zeros, of the width that the network reads
+            text.transformer = parts.net  # T5's part is zeros of the width that the network expects
         embeds, _, pooled, _ = text.encode_prompt(list(prompts), None, None, parts.device, 1, False)
         return {"prompt_embeds": embeds, "pooled": pooled}
 

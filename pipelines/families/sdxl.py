@@ -1,4 +1,4 @@
-"""Stable Diffusion XL: SD's UNet told two texts, a pooled embedding and the sizes of the image; no prompt is zeros."""
+"""Stable Diffusion XL: SD's UNet with two texts, a pooled embedding and image sizes. The null prompt is zeros."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pipelines.components import Network, Parts, Pipeline
 from pipelines.families import latents, schedulers, sd, student_schedulers
 from pipelines.families.base import Family, Model, Teacher
 
-UNCONDITIONAL = 0.0  # guidance_scale of the pipeline that makes one call a step
+UNCONDITIONAL = 0.0  # guidance_scale with which the pipeline makes one call per step
 GUIDANCE = 5.0  # default input of a guidance embedding, as in the pipeline
 LENGTH = 77  # tokens of a prompt
 
@@ -46,7 +46,7 @@ def load(parts: Parts, resolution: int | None, frames: int | None) -> Teacher:
 
     decode, latent = latents.kl(parts, latents.channel_scale_and_shift)
     denoiser = Denoiser(parts.net, *schedulers.table(parts.scheduler()), call=call)
-    if parts.index.get("force_zeros_for_empty_prompt", True):  # without the sizes: they stay those of the image
+    if parts.index.get("force_zeros_for_empty_prompt", True):  # except the sizes: they stay those of the image
         config = parts.net.config
         width = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
         text = torch.zeros(1, LENGTH, config.cross_attention_dim)

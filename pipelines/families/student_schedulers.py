@@ -1,4 +1,4 @@
-"""Schedulers of diffusers whose config carries a student: of tables of betas and of flows, which families share."""
+"""Schedulers of diffusers whose config carries a student, for tables of betas and for flows. Families share them."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from pipelines.components import Scheduler
 from pipelines.families import schedulers
 from pipelines.families.base import Teacher
 
-LCM = 50  # steps of the teacher that LCM's grid of times is made of
+LCM = 50  # steps of the teacher in LCM's grid of times
 Times = tuple[float, ...]
 
 
 def pipeline_times(teacher: Teacher, scheduler: Scheduler, steps: int) -> Times:
-    """The times of the teacher's schedule at which its pipeline calls the network under `scheduler`."""
+    """The times of the teacher's schedule at which its pipeline calls the network with `scheduler`."""
     schedule = teacher.denoiser.schedule
     times = teacher.family.call_times(scheduler, steps)
     if times is not None:
@@ -46,11 +46,11 @@ def of_table(teacher: Teacher, student: StudentConfig) -> Iterator[Any]:
     first = student.times[0] if student.times else student.first(schedule)
     n, steps = round(first * last), student.steps
     sigma = float(schedule.coefficients(torch.tensor([first]).double())[1])
-    unit = abs((student.scale or sigma) - 1) < 1e-4  # PixArt's table ends at .99998: as good as noise alone
+    unit = abs((student.scale or sigma) - 1) < 1e-4  # PixArt's table ends at .99998, which is almost pure noise
     scaled = student.scale is None or abs(student.scale / sigma - 1) < 1e-4
     exact = (
         steps > 1 or n < last or not schedulers.zero_terminal(teacher.parts.scheduler())
-    )  # LCM's end is 0, Euler's 2^-24
+    )  # LCM's last alpha_bar is 0, Euler's 2^-24
     transition = student.transition
     if not transition.ends_at_data and unit:
         yield from _grids(teacher, TCDScheduler, n, last, student)
@@ -59,14 +59,14 @@ def of_table(teacher: Teacher, student: StudentConfig) -> Iterator[Any]:
     elif transition.ends_at_data and (unit or scaled) and (not transition.adds_noise or steps == 1):
         if scaled:
             yield EulerDiscreteScheduler(**_table(teacher, n), timestep_spacing="trailing")
-        elif (n + 1) % steps == 0:  # its step goes down by as much each time
+        elif (n + 1) % steps == 0:  # its step is the same each time
             yield DDIMScheduler(**_table(teacher, n), timestep_spacing="trailing", clip_sample=False)
         if not student.times:
             return
         ratios = schedule.ratio(torch.tensor([student.times[-1], first]).double()).tolist()
         ends = dict(zip(("sigma_min", "sigma_max"), ratios, strict=True))
         for kind in ("karras", "exponential", "beta") if steps > 1 else ():
-            spacing = "trailing" if scaled else "leading"  # it decides the scale of the first input
+            spacing = "trailing" if scaled else "leading"  # it determines the scale of the first input
             options = {f"use_{kind}_sigmas": True, "timestep_spacing": spacing, **ends}
             yield EulerDiscreteScheduler(**_table(teacher, last), **options)
     else:
@@ -78,18 +78,18 @@ def of_table(teacher: Teacher, student: StudentConfig) -> Iterator[Any]:
 
 
 def _table(teacher: Teacher, n: int) -> dict[str, Any]:
-    """Options of a scheduler of the teacher's table, cut after its timestep n."""
+    """Options of a scheduler with the teacher's table, cut after its timestep n."""
     schedule: Any = teacher.denoiser.schedule
     return {
         "num_train_timesteps": n + 1,
         **schedulers.betas(teacher.parts.scheduler(), schedule, n),
-        "steps_offset": 1,  # unused; SD's pipeline warns of another
+        "steps_offset": 1,  # unused; SD's pipeline warns about other values
         "prediction_type": {kind: name for name, kind in schedulers.KINDS.items()}[teacher.denoiser.kind],
     }
 
 
 def _grids(teacher: Teacher, kind: Any, n: int, last: int, student: StudentConfig) -> Iterator[Any]:
-    """LCM's or TCD's schedulers that start at n: they take `steps` points of a grid of K, each n + 1 over K apart."""
+    """LCM's or TCD's schedulers that start at n. They take `steps` points from a grid of K with spacing (n + 1) / K."""
     steps, options = student.steps, _table(teacher, n) | {"clip_sample": False}
     whole = [K for K in range(steps, n + 2) if (n + 1) % K == 0]
     if n == last:
@@ -99,7 +99,7 @@ def _grids(teacher: Teacher, kind: Any, n: int, last: int, student: StudentConfi
 
 
 def of_flow(teacher: Teacher, student: StudentConfig) -> Iterator[Any]:
-    """Flows' schedulers: the teacher's own shift first, then those that come nearest to the times that are given."""
+    """Schedulers of flows: first the teacher's own shift, then those closest to the given times."""
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     if student.scale is not None and abs(student.scale - 1) > 1e-6:
@@ -114,8 +114,8 @@ def of_flow(teacher: Teacher, student: StudentConfig) -> Iterator[Any]:
     def make(shift: float, end: float | None, **more: bool) -> Any:
         return FlowMatchEulerDiscreteScheduler(**options, shift=shift, shift_terminal=end, **more)
 
-    end = shift / (steps + shift - 1)  # the level that the shift gives to 1 / steps
-    own = teacher.family.set_timesteps is not None  # others ask for levels down to the last one of training
+    end = shift / (steps + shift - 1)  # the level to which the shift maps 1 / steps
+    own = teacher.family.set_timesteps is not None  # others ask for levels down to the last training level
     yield make(shift, None if own or steps == 1 else end)
     if not times or steps == 1:
         return
@@ -129,5 +129,5 @@ def of_flow(teacher: Teacher, student: StudentConfig) -> Iterator[Any]:
 
 
 def times_gap(a: Times, b: Times) -> float:
-    """The largest difference of two students' times; infinite where they are not equally many."""
+    """The largest difference between two students' times; infinite if their numbers differ."""
     return max(abs(x - y) for x, y in zip(a, b, strict=True)) if len(a) == len(b) else math.inf

@@ -1,4 +1,4 @@
-"""Tiny random parts of pipelines, built without any file or network: for smoke runs and tests."""
+"""Tiny random parts of pipelines for smoke runs and tests, built without files and network access."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LETTERS = string.ascii_letters + string.digits + ".,:;!?-'\" "
 
 
 def save(name: str, folder: Any, **config: Any) -> None:
-    """The tiny pipeline of a family, as a folder; config: what differs in it."""
+    """Save the tiny pipeline of a family to a folder. config: values that differ from its defaults."""
     family = importlib.import_module(f"{__package__}.{name}").FAMILY
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -27,14 +27,14 @@ def save(name: str, folder: Any, **config: Any) -> None:
 
 
 def byte_symbols() -> list[str]:
-    """The 256 letters by which byte-level tokenizers write bytes."""
+    """The 256 letters with which byte-level tokenizers write bytes."""
     kept = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [256 + i for i in range(256 - len(kept))]  # stand-ins of the bytes that do not print
+    others = [256 + i for i in range(256 - len(kept))]  # substitutes for bytes that do not print
     return [chr(c) for c in kept + others]
 
 
 def louder(module: Any, gain: float, *names: str) -> Any:
-    """The module with the parameters whose names hold one of `names` multiplied: every input is to move the output."""
+    """Multiply parameters whose names contain one of `names`, so that every input changes the output."""
     with torch.no_grad():
         for name, p in module.named_parameters():
             if any(part in name for part in names):
@@ -43,7 +43,7 @@ def louder(module: Any, gain: float, *names: str) -> Any:
 
 
 def clip_tokenizer() -> Any:
-    """CLIP's byte-level tokenizer without merges: every letter is a token; 514 tokens."""
+    """CLIP's byte-level tokenizer without merges: every letter is a token, 514 tokens in all."""
     from transformers import CLIPTokenizer
 
     symbols = byte_symbols()
@@ -52,7 +52,7 @@ def clip_tokenizer() -> Any:
 
 
 def clip(width: int = 32, projection: int | None = None) -> Any:
-    """A CLIP text encoder; with `projection` one that also gives a pooled embedding of that width."""
+    """A CLIP text encoder. With `projection` it also returns a pooled embedding of that width."""
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     config = CLIPTextConfig(
@@ -70,7 +70,7 @@ def clip(width: int = 32, projection: int | None = None) -> Any:
 
 
 def t5_tokenizer(length: int = 77) -> Any:
-    """A T5 tokenizer of single letters, padded to `length`."""
+    """A T5 tokenizer with single letters, padded to `length`."""
     from transformers import T5Tokenizer
 
     vocab = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -9.0), ("\u2581", -1.0), *((s, -2.0) for s in LETTERS[:-1])]
@@ -88,7 +88,7 @@ def t5(width: int = 32, kind: str = "T5") -> Any:
 
 
 def gemma_tokenizer() -> Any:
-    """Gemma's tokenizer without merges: every letter, else every byte, is a token."""
+    """Gemma's tokenizer without merges: every letter is a token, or else every byte."""
     from transformers import GemmaTokenizer
 
     special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]
@@ -97,7 +97,7 @@ def gemma_tokenizer() -> Any:
 
 
 def gemma(width: int = 32) -> Any:
-    """A Gemma 2 model without its head."""
+    """A Gemma 2 model without its output head."""
     from transformers import Gemma2Config, Gemma2Model
 
     config = Gemma2Config(
@@ -113,7 +113,7 @@ def gemma(width: int = 32) -> Any:
 
 
 def qwen_tokenizer() -> Any:
-    """Qwen2's byte-level tokenizer without merges; the marks of a chat's turns are tokens."""
+    """Qwen2's byte-level tokenizer without merges. The marks of a chat's turns are tokens."""
     from transformers import Qwen2Tokenizer
 
     tokens = [*byte_symbols(), "<|endoftext|>"]

@@ -1,6 +1,6 @@
 """Wan 2.1 and 2.2 text-to-video: a flow transformer on latents (C, T, H, W) of a causal 3-D autoencoder, UMT5 text.
 
-The pipeline takes neither timesteps nor sigmas from its caller: a student's times are those of its scheduler's config.
+The pipeline takes neither timesteps nor sigmas as arguments, so a student's times are those of its scheduler's config.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SIZES = {480: (480, 832), 704: (704, 1280), 720: (720, 1280)}  # resolution -> h
 
 
 def call(net: nn.Module, x: Tensor, n: Tensor, c: Condition) -> Tensor:
-    """x [B, C, T, H, W]; c: "prompt_embeds" [B, 512, D], zero beyond the prompt."""
+    """x [B, C, T, H, W]; c: "prompt_embeds" [B, 512, D], zero after the prompt."""
     assert c is not None
     return net(x, n, c["prompt_embeds"].to(x.dtype), return_dict=False)[0]
 
@@ -46,14 +46,14 @@ def load(parts: Parts, resolution: int | None, frames: int | None) -> Teacher:
 
 
 def shape(parts: Parts, resolution: int | None, frames: int | None) -> tuple[int, int, int, int]:
-    """(C, T, H, W) of a latent: 81 pictures of 480p, Wan 2.2 TI2V-5B 121 of 704p, where nothing else is said."""
+    """(C, T, H, W) of a latent. Default: 81 frames of 480p; Wan 2.2 TI2V-5B: 121 frames of 704p."""
     config, vae = parts.net.config, parts.config("vae")
     space, time = vae.get("scale_factor_spatial", 8), vae.get("scale_factor_temporal", 4)
     facts = {"resolution": 704, "frames": 121} if space == 16 else {"resolution": 480, "frames": 81}
     facts |= fields.facts(parts.folder)
     resolution = facts["resolution"] if resolution is None else resolution
     frames = facts["frames"] if frames is None else frames
-    parts.asked = {"resolution": resolution, "frames": frames}  # no component of the pipeline says it
+    parts.asked = {"resolution": resolution, "frames": frames}  # no component of the pipeline stores it
     height, width = SIZES.get(resolution, (resolution, resolution))
     pixels = space * config.patch_size[1]
     if height % pixels or width % pixels:
@@ -109,7 +109,7 @@ FAMILY = Family(
     load=load,
     sample=sample,
     tiny=tiny,
-    tiny_facts={"resolution": 32, "frames": 5},  # no component of a Wan pipeline holds its size
+    tiny_facts={"resolution": 32, "frames": 5},  # no component of a Wan pipeline stores its size
     condition=condition,
     student_schedulers=student_schedulers.of_flow,
     no_guidance=1.0,
