@@ -2,8 +2,8 @@
 
 python -m pipelines.cache --pretrained_model_name_or_path FOLDER --prompts prompts.txt --output_dir cache
 
-It is written shard by shard, each one whole or not at all: a command that was interrupted goes on when it is given
-again, and under `accelerate launch` the processes share the shards. Without --prompts the images' captions are the
+The cache is written shard by shard. Each shard is complete or absent, so the same command continues after an
+interruption. With `accelerate launch` the processes share the shards. Without --prompts the images' captions are the
 prompts.
 """
 
@@ -41,12 +41,12 @@ if TYPE_CHECKING:
     from pipelines.teacher import Teacher
 
 TEACHER = tyro.conf.arg(name="pretrained_model_name_or_path")
-SAMPLE = 8  # texts that are encoded to see how many bytes one takes
+SAMPLE = 8  # texts to encode for an estimate of the bytes per text
 
 
 @dataclass(frozen=True)
 class Cache:
-    """What to encode, and where to."""
+    """The data to encode, and the folder of the cache."""
 
     teacher: Annotated[str, TEACHER] = ""  # folder or Hub name of the diffusers pipeline
     prompts: str = ""  # a table (.txt, .csv, .jsonl ...) or a dataset; "": the captions of the images
@@ -57,14 +57,14 @@ class Cache:
     image_column: str = "image"  # column of the images in a dataset
     crops: Natural = 0  # random crops of each image, with SDXL's size conditions; 0: its centre square
     squeeze: bool = False  # resize the full image to the square, as DMD2 does
-    max_samples: Count | None = None  # use only the first N prompts and images
+    max_samples: Count | None = None  # encode only the first N prompts and images
     resolution: Count | None = None  # pixels per side; None: the teacher's training resolution
-    revision: str | None = None  # the teacher's revision on the Hub
-    variant: str | None = None  # the teacher's weight files, for example fp16
+    revision: str | None = None  # revision of the teacher on the Hub
+    variant: str | None = None  # variant of the teacher's weight files, for example fp16
     batch_size: Count = 16  # prompts or images per encoder call
-    precision: Literal["float32", "bfloat16", "float16"] = "float32"  # of the text encoders while they run
-    dtype: Literal["float16", "bfloat16", "float32"] = "float16"  # of the stored tensors
-    shard_bytes: Count = 10**9  # approximate size of a file
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"  # precision of the text encoders
+    dtype: Literal["float16", "bfloat16", "float32"] = "float16"  # precision of the stored tensors
+    shard_bytes: Count = 10**9  # approximate size of a file in bytes
     skip_broken: bool = False  # skip unreadable images, and list them
 
     def __post_init__(self) -> None:
@@ -78,7 +78,7 @@ class Cache:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Parse the command line and run; every mistake of the user ends in one message."""
+    """Parse the command line and run. Every mistake of the user ends in one message."""
     try:
         config = tyro.cli(Cache, args=argv, description=__doc__, use_underscores=True, prog=program_name())
         run(config)
@@ -94,13 +94,13 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def run(config: Cache) -> Path:
-    """Make or go on with the cache of `config`; its folder."""
+    """Create or continue the cache of `config`, and return its folder."""
     with folder_lock(config.output_dir):
         return make_cache(config)
 
 
 def make_cache(config: Cache) -> Path:
-    """The folder of the cache, which no other process writes."""
+    """Write the cache into its folder, which no other process writes, and return the folder."""
     check(config)
     from pipelines.launch import silence_libraries, start_accelerator
 
@@ -112,7 +112,7 @@ def make_cache(config: Cache) -> Path:
     tables: dict[str, Table] = {"text": text}
     if pictures:
         tables["image"] = Images(teacher, pictures, text.captions, config.crops, config.squeeze)
-    with state.main_process_first():  # the others find its index
+    with state.main_process_first():  # it writes the index for the others
         index = begun(folder, config, teacher, tables)
     for name, table in tables.items():
         fill(folder, name, table, index["tables"][name], config, state)
@@ -124,7 +124,7 @@ def make_cache(config: Cache) -> Path:
 
 
 def check(config: Cache) -> None:
-    """What can be seen before anything heavy is imported."""
+    """Check everything that is visible before heavy imports."""
     if Path(config.teacher).is_dir() or not config.teacher:
         from pipelines.components import read_index
 
@@ -136,7 +136,7 @@ def check(config: Cache) -> None:
 
 
 def encoders(config: Cache, device: torch.device) -> Teacher:
-    """The teacher without the weights of its network; the autoencoder works in float32."""
+    """The teacher without the weights of its network. The autoencoder works in float32."""
     import importlib
 
     from pipelines.components import Parts, locate_pipeline
@@ -153,7 +153,7 @@ def encoders(config: Cache, device: torch.device) -> Teacher:
     try:
         with torch.device("meta"):
             net = getattr(importlib.import_module(library), kind).from_config(config_of_net)
-    except Exception as error:  # classes raise all kinds of errors for a bad config
+    except Exception as error:  # classes raise many kinds of errors for a bad config
         raise ValueError(f"{parts.folder}: its {parts.network} ({kind}) cannot be made: {error}") from error
     parts.given[parts.network] = net
     if config.images:
@@ -162,7 +162,7 @@ def encoders(config: Cache, device: torch.device) -> Teacher:
 
 
 def begun(folder: Path, config: Cache, teacher: Teacher, tables: dict[str, Table]) -> dict[str, Any]:
-    """The index of the cache: the one in the folder, if it is of the same work, or a new one."""
+    """The index of the cache: the one in the folder if it has the same configuration, or a new one."""
     text, images = tables["text"], tables.get("image")
     assert isinstance(text, Texts)
     work = hashlib.blake2b(json.dumps(text.texts).encode(), digest_size=16)
@@ -190,7 +190,7 @@ def begun(folder: Path, config: Cache, teacher: Teacher, tables: dict[str, Table
 
 
 def resume(folder: Path, index: dict[str, Any]) -> dict[str, Any] | None:
-    """The index in the folder, None if there is none; ValueError if it is of other work than `index`."""
+    """The index in the folder; None if there is none. ValueError if its configuration differs from that of `index`."""
     if (folder / INDEX).is_file():
         old = read_unfinished_index(folder)
         changed = [key for key in index if old.get(key) != index[key]]
@@ -200,7 +200,7 @@ def resume(folder: Path, index: dict[str, Any]) -> dict[str, Any] | None:
             )
         announce(folder, old)
         return old
-    # of a command that was killed while it wrote these, and of this one
+    # files of a command that was killed while it wrote them, and of this command
     ours = {TEXTS, LOCK, *(path.name for name in (TEXTS, INDEX) for path in folder.glob(f".{name}.*partial"))}
     if folder.exists() and {path.name for path in folder.iterdir()} - ours:
         raise ValueError(f"{folder} is not empty and holds no cache: choose another --output_dir")
@@ -208,7 +208,7 @@ def resume(folder: Path, index: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def begin(folder: Path, index: dict[str, Any], texts: Sequence[str]) -> dict[str, Any]:
-    """Write what a cache begins with; the index, with the versions that made it."""
+    """Write the first files of a cache, and return the index with the versions of the libraries."""
     libraries = ("distill-one-step", "torch", "diffusers", "transformers")
     index = index | {"versions": {name: version(name) for name in libraries}}
     announce(folder, index)
@@ -219,12 +219,12 @@ def begin(folder: Path, index: dict[str, Any], texts: Sequence[str]) -> dict[str
 
 
 def spread(n: int, k: int) -> list[int]:
-    """Up to k of n rows, evenly."""
+    """Up to k of n rows, evenly spaced."""
     return sorted({i * n // k for i in range(k)})
 
 
 def layout(config: Cache, total: int, rows: Rows) -> dict[str, Any]:
-    """How a table of `total` rows lies in shards, if they take as many bytes each as these do on average."""
+    """The shards of a table with `total` rows that have the average size of `rows`."""
     stored = pack(narrow(rows, getattr(torch, config.dtype)))
     each = sum(t.nbytes for t in stored.values()) / len(next(iter(rows.values())))
     shapes = {key: list(value.shape[1:]) for key, value in rows.items()}
@@ -237,7 +237,7 @@ def layout(config: Cache, total: int, rows: Rows) -> dict[str, Any]:
 
 
 def announce(folder: Path, index: dict[str, Any]) -> None:
-    """Say how many bytes the cache takes; ValueError if the disk has not as many."""
+    """Print the number of bytes of the cache. ValueError if the disk has less space."""
     fewer = "fewer --max_samples or --crops, or encode while training (--data.text online)"
     fewer = "a smaller --n" if "ode" in index else fewer
     need, lines = 0.0, []
@@ -261,14 +261,14 @@ def announce(folder: Path, index: dict[str, Any]) -> None:
 
 
 def human(n: float) -> str:
-    """Bytes as people read them: 159 GB."""
+    """Bytes in a readable form: 159 GB."""
     power = min(4, int(math.log10(max(n, 1))) // 3)
     n /= 1000**power
     return f"{n:.{1 if n < 100 and power else 0}f} {('bytes', 'kB', 'MB', 'GB', 'TB')[power]}"
 
 
 def fill(folder: Path, name: str, table: Table, entry: dict[str, Any], config: Cache, state: Accelerator) -> None:
-    """Write the shards that are missing, every so many by this process."""
+    """Write the missing shards; each process writes its part of them."""
     from distill.progress import bar
 
     total, per_shard = entry["total"], entry["per_shard"]
@@ -299,7 +299,7 @@ def fill(folder: Path, name: str, table: Table, entry: dict[str, Any], config: C
 
 
 def whole(table: Table, rows: Sequence[int], broken: list[str] | None) -> list[Rows]:
-    """The rows that can be read; `broken` takes the messages of the others, None: the first one is an error."""
+    """The readable rows. `broken` receives the messages of the others; None: the first unreadable row is an error."""
     try:
         return [table.read(rows)]
     except UnreadableImage as error:
@@ -313,7 +313,7 @@ def whole(table: Table, rows: Sequence[int], broken: list[str] | None) -> list[R
 
 
 def finish(folder: Path, index: dict[str, Any]) -> None:
-    """Enter the rows of every shard into the index, which makes the cache one that training reads."""
+    """Add the rows of every shard to the index, which completes the cache."""
     for name, entry in index["tables"].items():
         shards = range(-(-entry["total"] // entry["per_shard"]))
         notes = [note(folder / file(name, i)) for i in shards]
@@ -323,7 +323,7 @@ def finish(folder: Path, index: dict[str, Any]) -> None:
             sys.stderr.write(f"{len(broken)} left out:\n" + "".join(f"  {message}\n" for message in sorted(broken)))
         if not sum(entry["rows"]):
             raise ValueError(f"no {name} could be read: the cache is not finished")
-    for partial in folder.glob(".*"):  # of a command that was killed
+    for partial in folder.glob(".*"):  # left by a command that was killed
         if partial.name != LOCK:
             partial.unlink()
     write_atomically(folder / INDEX, json.dumps(index, indent=1))

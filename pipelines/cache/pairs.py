@@ -1,9 +1,9 @@
 """Sample pairs of the teacher's ODE: python -m pipelines.pairs --pretrained_model_name_or_path FOLDER --prompts FILE
 
-Noise, and where the teacher takes it under a prompt, for recipes/ode_sdxl.py. The result is a cache whose images are
-the teacher's own samples, so a method that needs images can be trained on it too. It is made shard by shard as other
-caches are: the same command goes on with what was interrupted; `accelerate launch` shares the shards among processes.
-Noise is a function of (seed, row), and is not stored.
+Noise, and the teacher's sample from it under a prompt, for recipes/ode_sdxl.py. The result is a cache whose images are
+the teacher's own samples, so that a method that needs images can be trained on it, too. It is written shard by shard
+like other caches: the same command continues after an interruption, and `accelerate launch` shares the shards among
+processes. Noise is a function of (seed, row), and is not stored.
 """
 
 from __future__ import annotations
@@ -36,30 +36,30 @@ from pipelines.cache.encodings import SAMPLE, TEACHER, Cache, begin, fill, finis
 if TYPE_CHECKING:
     from pipelines.teacher import Teacher
 
-SHARD = 64  # pairs of one file: what an interrupted command does again at most
+SHARD = 64  # pairs per file; an interrupted command repeats at most this number
 CACHE = tyro.conf.arg(aliases=["--data.cache"])
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """What to sample, and where to."""
+    """The pairs to sample, and the folder for them."""
 
     teacher: Annotated[str, TEACHER] = ""  # folder or Hub name of the diffusers pipeline
-    cache: Annotated[str, CACHE] = ""  # its prompts, encoded by `python -m pipelines.cache`
+    cache: Annotated[str, CACHE] = ""  # cache of prompts from `python -m pipelines.cache`
     prompts: str = ""  # or prompts to encode now: a table (.txt, .csv, .jsonl ...) or a dataset
-    prompt_column: str | None = None  # of a table of prompts; None: text, caption or prompt
+    prompt_column: str | None = None  # column of the prompts; None: text, caption or prompt
     output_dir: str = "pairs"
-    n: Count = 10_000  # pairs (DMD2); prompts are used over again where there are fewer
-    steps: Calls = 50  # of the teacher
-    guidance: Finite = 8.0  # of the teacher (DMD2)
+    n: Count = 10_000  # number of pairs (DMD2); prompts are repeated if there are fewer
+    steps: Calls = 50  # number of steps of the teacher
+    guidance: Finite = 8.0  # guidance scale of the teacher (DMD2)
     scheduler: Literal["own", "euler"] = "own"  # the pipeline's own, or Euler's steps that end at trailing times (DMD2)
-    seed: Seed = 0  # of the noise
+    seed: Seed = 0  # seed of the noise
     resolution: Count | None = None  # pixels per side; None: the teacher's training resolution
-    revision: str | None = None  # of the teacher on the Hub
-    variant: str | None = None  # of the teacher's weight files: fp16
-    batch_size: Count = 8  # pairs that are sampled at once
-    precision: Literal["float32", "bfloat16", "float16"] = "float32"  # of the teacher at work; the ODE is float32
-    dtype: Literal["float16", "bfloat16", "float32"] = "float16"  # of what is stored
+    revision: str | None = None  # revision of the teacher on the Hub
+    variant: str | None = None  # variant of the teacher's weight files, for example fp16
+    batch_size: Count = 8  # number of pairs per batch
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"  # precision of the teacher; the ODE is float32
+    dtype: Literal["float16", "bfloat16", "float32"] = "float16"  # precision of the stored tensors
 
     def __post_init__(self) -> None:
         ranges.validate_ranges(self)
@@ -72,7 +72,7 @@ class Sampling:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Parse the command line and run; every mistake of the user ends in one message."""
+    """Parse the command line and run. Every mistake of the user ends in one message."""
     try:
         run(tyro.cli(Sampling, args=argv, description=__doc__, use_underscores=True, prog=program_name()))
     except (ValueError, OSError) as error:
@@ -87,13 +87,13 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def run(config: Sampling) -> Path:
-    """Make or go on with the pairs of `config`; their folder."""
+    """Create or continue the pairs of `config`, and return their folder."""
     with folder_lock(config.output_dir):
         return make_pairs(config)
 
 
 def make_pairs(config: Sampling) -> Path:
-    """The folder of the pairs, which no other process writes."""
+    """Write the pairs into their folder, which no other process writes, and return the folder."""
     check(config)
     from pipelines.launch import silence_libraries, start_accelerator
 
@@ -102,7 +102,7 @@ def make_pairs(config: Sampling) -> Path:
     teacher = opened(config, state.device)
     texts, text = prompts(config, teacher)
     how = Cache(config.teacher, output_dir=config.output_dir, batch_size=config.batch_size, dtype=config.dtype)
-    with state.main_process_first():  # the others find its index
+    with state.main_process_first():  # it writes the index for the others
         index = begun(folder, config, how, teacher, texts, text)
     fill(folder, "text", text, index["tables"]["text"], how, state)
     state.wait_for_everyone()
@@ -120,7 +120,7 @@ def make_pairs(config: Sampling) -> Path:
 
 
 def check(config: Sampling) -> None:
-    """What can be seen before anything heavy is imported."""
+    """Check everything that is visible before heavy imports."""
     if Path(config.teacher).is_dir() or not config.teacher:
         from pipelines.components import read_index
 
@@ -133,7 +133,7 @@ def check(config: Sampling) -> None:
 
 
 def opened(config: Sampling, device: torch.device) -> Teacher:
-    """The teacher on its device, under the scheduler that was asked for."""
+    """The teacher on its device, with the scheduler of the configuration."""
     from pipelines import load
     from pipelines.components import locate_pipeline
 
@@ -156,7 +156,7 @@ def opened(config: Sampling, device: torch.device) -> Teacher:
 
 
 class First:
-    """The first n rows of a table of texts, and the empty text, its last one."""
+    """The first n rows of a table of texts, and its last row, the empty text."""
 
     def __init__(self, text: Table, n: int) -> None:
         self.text, self.n = text, n
@@ -169,7 +169,7 @@ class First:
 
 
 def prompts(config: Sampling, teacher: Teacher) -> tuple[list[str], Table]:
-    """The prompts that are used, as texts and as a table of their conditions that ends with the empty one's."""
+    """The prompts as texts, and a table of their conditions that ends with that of the empty prompt."""
     data = config.text()
     feed = data.open(teacher, ())
     if isinstance(feed.text, Texts):
@@ -182,7 +182,7 @@ def prompts(config: Sampling, teacher: Teacher) -> tuple[list[str], Table]:
 def begun(
     folder: Path, config: Sampling, how: Cache, teacher: Teacher, texts: list[str], text: Table
 ) -> dict[str, Any]:
-    """The index of the pairs: the one in the folder, if it is of the same work, or a new one."""
+    """The index of the pairs: the one in the folder if it has the same configuration, or a new one."""
     asked = {name: getattr(config, name) for name in ("seed", "steps", "guidance", "scheduler", "n", "precision")}
     index = {
         "teacher": fingerprint(teacher.parts.folder),

@@ -1,1 +1,1 @@
-"""A student as a verified diffusers folder, with its single files and its card."""
+"""Export of a student as a verified diffusers folder, with single files and a model card."""

@@ -1,4 +1,4 @@
-"""How strongly a published LoRA acts: alpha and rank of PEFT's adapter_config.json, or of a file's own metadata.
+"""The scale of a published LoRA: alpha and rank from PEFT's adapter_config.json, or from a file's own metadata.
 
 A LoRA adds scale up down to a weight. PEFT: scale = alpha / r, with use_rslora alpha / sqrt(r). kohya: alpha / r.
 """
@@ -14,9 +14,9 @@ from typing import Any
 
 from distill.files import read_text
 
-FILE = "adapter_config.json"  # beside the weights, where PEFT saved them
-ALTERED = ("pissa", "olora", "loftq", "corda")  # init_lora_weights that change the base's weights, too
-REFUSED = {  # option of LoraConfig: why a LoRA that has it is not read
+FILE = "adapter_config.json"  # beside the weights, written by PEFT
+ALTERED = ("pissa", "olora", "loftq", "corda")  # values of init_lora_weights that also change the base's weights
+REFUSED = {  # option of LoraConfig: the reason why a LoRA with it is refused
     "use_dora": "a DoRA scales every row of a weight",
     "use_qalora": "a QALoRA pools its input",
     "fan_in_fan_out": "its weights are transposed",
@@ -59,7 +59,7 @@ class Settings:
 def read_settings(path: Path, metadata: dict[str, str], prefix: str) -> Settings | None:
     """The source of alpha for `path`: its metadata (diffusers, kohya), else adapter_config.json beside it.
 
-    prefix: of the network's keys in diffusers' metadata. A ValueError names an option that is not read.
+    prefix: prefix of the network's keys in diffusers' metadata. A ValueError names an option that is not supported.
     """
     if "lora_adapter_metadata" in metadata:
         source = f"lora_adapter_metadata of {path.name}"
@@ -131,7 +131,7 @@ def _number(value: Any, key: str, source: Any) -> float:
 
 
 def _is_simple(pattern: str) -> bool:
-    """Whether a pattern is a regular expression that no name of a module keeps busy."""
+    """Whether a pattern is a regular expression that takes little time on any module name."""
     try:
         re.compile(pattern)
     except re.error:

@@ -1,4 +1,4 @@
-"""The model card of an exported student: metadata that the Hub reads, the exact call, what fails, how it was made."""
+"""The model card of an exported student: metadata for the Hub, the exact call, limits, and the training run."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ The resolved configuration:
 
 METHODS = {"dmd2": "DMD2", "sid": "SiD", "vsd": "VSD", "lcd": "consistency distillation", "lcm": "LCM", "scm": "sCM"}
 METHODS |= {"phaseddmd": "Phased DMD", "disback": "DisBack", "tsm": "teacher score matching", "sun": "SpeedUpNet"}
-FILES = {  # end of a file's name: what it is
+FILES = {  # end of a file name: description of the file
     "_unet.safetensors": "the network alone, in half precision",
     "_transformer.safetensors": "the network alone, in half precision",
     "_lora.safetensors": "the LoRA, for `pipe.load_lora_weights`",
@@ -57,7 +57,7 @@ FILES = {  # end of a file's name: what it is
 
 
 class Result(NamedTuple):
-    """One figure of an evaluation. protocol: in words, what was compared with what, and over how many images."""
+    """One figure of an evaluation. protocol: a sentence that names what was compared and the number of images."""
 
     protocol: str
     metric: str
@@ -72,12 +72,12 @@ def render_program(
     scheduler: str = "",
     absent: Sequence[str] = (),
 ) -> str:
-    """The complete program: load `model`, a folder or a name on the Hub, as `pipe`, and then the family's `call`.
+    """A complete program that loads `model`, a folder or a name on the Hub, as `pipe` and makes the family's `call`.
 
-    absent: components that the folder lacks, which from_pretrained must be told (SD3 without T5).
-    lora: load `base` instead, with the file `lora` of `model` on it and the model's scheduler, which is of that class.
+    absent: components that the folder lacks; from_pretrained needs their names (SD3 without T5).
+    lora: load `base` instead, with the file `lora` of `model` and the model's scheduler, of class `scheduler`.
     """
-    where = json.dumps(str(model))  # a literal of Python too, whatever the path holds
+    where = json.dumps(str(model))  # also a valid Python literal for any path
     given = "torch_dtype=torch.float32" + "".join(f", {name}=None" for name in absent)
     head = "import torch\nfrom diffusers import DiffusionPipeline"
     if not lora:
@@ -94,10 +94,10 @@ def render_program(
 class Card:
     """README.md of an exported folder.
 
-    base: the teacher, a name on the Hub or a folder. code, lora: the programs (see `render_program`) that run the
-    folder and its LoRA file; without the first the folder is an adapter. config: YAML. samples: a picture in the
-    folder, of `prompt`. limits: what does not work. results: for the Hub's model-index. datasets: names on the Hub.
-    files: beside the pipeline; the card explains those that FILES knows. checked: what was verified, against what.
+    base: the teacher, a name on the Hub or a folder. code, lora: programs (see `render_program`) that run the folder
+    and its LoRA file; without `code` the folder is an adapter. config: YAML. samples: an image in the folder, of
+    `prompt`. limits: what does not work. results: figures for the Hub's model-index. datasets: names on the Hub. files:
+    files beside the pipeline; the card explains those in FILES. checked: what was verified, and against what.
     """
 
     name: str
@@ -124,11 +124,11 @@ class Card:
 
     @property
     def hub(self) -> str | None:
-        """The teacher's name on the Hub; None for a folder that has none."""
+        """The teacher's name on the Hub; None for a folder without one."""
         return hub_name(self.base)
 
     def render(self) -> str:
-        """The text, with the metadata that the Hub reads before it."""
+        """The text of the card, after the metadata for the Hub."""
         body = BODY.format(
             name=escape_markdown(self.name),
             kind=f"{self.calls} {'student' if self.code else 'LoRA'}",
@@ -167,7 +167,7 @@ class Card:
         )
 
     def _sections(self) -> str:
-        """What stands between the first program and the limits."""
+        """The sections between the first program and the limits."""
         text = f"\n![samples]({self.samples})\n" if self.samples else ""
         if self.lora and self.code:
             text += f"\nThe LoRA on its base:\n\n{fenced(self.lora, 'python')}\n"
@@ -182,7 +182,7 @@ class Card:
         return text
 
     def _license(self) -> str:
-        """The end of the sentence about the licence."""
+        """The end of the sentence about the license."""
         if self.license == UNKNOWN:
             return ", which was not found: name it with `--license` before you share this"
         title = self.license.name or self.license.id
@@ -194,7 +194,7 @@ class Card:
 
 
 def _index(results: Sequence[Result], task: str) -> list[Any]:
-    """Figures as the Hub's model-index has them."""
+    """Figures in the format of the Hub's model-index."""
     from huggingface_hub import EvalResult
 
     slug = lambda text: re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
@@ -209,7 +209,7 @@ def _table(results: Sequence[Result]) -> str:
 def add_results(folder: str | Path, results: Sequence[Result]) -> None:
     """Write figures into the card of an exported folder: its model-index and its table.
 
-    Those of the same protocol and metric are replaced, others stay. ValueError where the folder has no card.
+    They replace figures of the same protocol and metric. ValueError if the folder has no card.
     """
     from huggingface_hub import ModelCard, ModelCardData
 

@@ -1,11 +1,12 @@
 """A student of SD 1.5, SD 2.1 or SDXL as a ComfyUI workflow. Facts read in ComfyUI's source, nothing copied.
 
-UNETLoader takes diffusers' keys as they are for SD 1.5, SD 2.1 and SDXL (of the public sizes), SD3/3.5, FLUX.1, PixArt
-and Qwen-Image; not for Wan, of which it knows the original keys only, nor for SANA, which it does not know.
+UNETLoader reads diffusers' keys for SD 1.5, SD 2.1 and SDXL (of the public sizes), SD3/3.5, FLUX.1, PixArt and
+Qwen-Image. It does not read them for Wan, of which it knows only the original keys, nor for SANA, which it does not
+know.
 
-With x = x0 + sigma eps it feeds the network x / sqrt(1 + sigma^2), the x_t of VP, and the nearest index of SD's table.
-The first x is sigma z, or sqrt(1 + sigma^2) z where sigma is the table's last; AddNoise makes it any multiple of z.
-Sampler "lcm" goes on with x0 + sigma' (fresh noise), "euler" with DDIM.
+With x = x0 + sigma eps the network's input is x / sqrt(1 + sigma^2), the x_t of VP, and the nearest index of SD's
+table. The first x is sigma z, or sqrt(1 + sigma^2) z if sigma is the table's last. AddNoise makes it any multiple of z.
+Sampler "lcm" continues with x0 + sigma' (fresh noise), "euler" with DDIM.
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ SAMPLING = {"eps": "eps", "v": "v_prediction", "x0": "x0"}  # kind -> ModelSampl
 
 
 def _is_table(schedule: VP) -> bool:
-    """Whether these are Stable Diffusion's 1000 levels."""
+    """Whether the levels are Stable Diffusion's 1000 levels."""
     a, b = (torch.tensor(s.alphas_cumprod, dtype=torch.float64) for s in (schedule, VP.scaled_linear()))
     return a.shape == b.shape and torch.allclose(a, b, rtol=1e-4)
 
 
 def sampler_levels(student: Student) -> tuple[list[float], float]:
-    """ComfyUI's sigmas of the student's calls, and the factor of the unit noise at the first; else a ValueError."""
+    """ComfyUI's sigmas of the student's calls, and the factor of the unit noise at the first; or a ValueError."""
     denoiser, path, schedule = student.denoiser, student.denoiser.path, student.denoiser.schedule
     if not isinstance(schedule, VP) or not _is_table(schedule):
         raise ValueError(
@@ -46,7 +47,7 @@ def sampler_levels(student: Student) -> tuple[list[float], float]:
         rounded = [round(n, 3) for n in indices.tolist()]
         raise ValueError(f"ComfyUI calls the network at whole indices, not at {rounded}: choose whole times")
     alpha, sigma = schedule.coefficients(native)
-    scale = torch.hypot(alpha, sigma) / torch.hypot(*path.coefficients(times)) / alpha  # from the path's x to ComfyUI's
+    scale = torch.hypot(alpha, sigma) / torch.hypot(*path.coefficients(times)) / alpha  # path's x to ComfyUI's
     return (sigma / alpha).tolist(), student.input_scale * float(scale[0])
 
 
@@ -58,10 +59,10 @@ def build_workflow(
     size: tuple[int, int] = (1024, 1024),
     prompt: str = "a photograph of an astronaut riding a horse",
 ) -> dict[str, Any]:
-    """A workflow in ComfyUI's API format that samples what the student samples (the noise is ComfyUI's).
+    """A workflow in ComfyUI's API format that samples like the student, with ComfyUI's noise.
 
-    checkpoint: the base's single file, for text encoders and VAE; unet or lora: the student's file name in
-    models/diffusion_models or models/loras. size: (width, height). A ValueError names what ComfyUI cannot express.
+    checkpoint: the base's single file, for text encoders and VAE. unet or lora: the student's file name in
+    models/diffusion_models or models/loras. size: (width, height). A ValueError names what ComfyUI does not support.
     """
     if (unet is None) == (lora is None):
         raise ValueError(f"give the student's file either as unet or as lora; got unet={unet!r}, lora={lora!r}")
@@ -105,7 +106,7 @@ def build_workflow(
         "save": ("SaveImage", {"images": ["decode", 0], "filename_prefix": Path(unet or lora or "").stem}),
     }
     if add:
-        nodes["noise"] = ("RandomNoise", {"noise_seed": 1})  # not SamplerCustom's: its seed makes the fresh noise
+        nodes["noise"] = ("RandomNoise", {"noise_seed": 1})  # SamplerCustom's seed is used for the fresh noise
         nodes["first"] = ("ManualSigmas", {"sigmas": numbers([first, 0.0])})
         wires = {"model": ["kind", 0], "noise": ["noise", 0], "sigmas": ["first", 0], "latent_image": ["latent", 0]}
         nodes["noised"] = ("AddNoise", wires)

@@ -1,4 +1,4 @@
-"""How well an exported student with a ControlNet follows a picture.
+"""Measure how well an exported student with a ControlNet follows a control image.
 
 python -m pipelines.control FOLDER
 """
@@ -30,18 +30,18 @@ from pipelines.teacher import load_teacher
 
 @dataclass(frozen=True)
 class Arguments:
-    """How well an exported folder follows pictures of its own samples, which are of other noise."""
+    """Measure how well an exported student follows control images, made from its own samples of other noise."""
 
-    folder: Annotated[str, tyro.conf.Positional]  # of the exported pipeline
-    n: Count = 64  # batches of noise, each with every example of the family as its prompts
-    seed: Seed = 0  # of the noise
+    folder: Annotated[str, tyro.conf.Positional]  # folder of the exported pipeline
+    n: Count = 64  # number of noise batches, each with every example prompt of the family
+    seed: Seed = 0  # seed of the noise
 
 
 @torch.no_grad()
 def measure_control_error(arguments: Arguments) -> dict[str, float]:
-    """Mean |c(x) - y| for y = c(f(z)): x = f'(z', y) under "told", x = f(z') without the picture under "untold".
+    """Mean |c(x) - y| for y = c(f(z)): x = f'(z', y) under the key "told", x = f(z') without the image under "untold".
 
-    ValueError if the folder holds no adapter or no configuration of a control.
+    ValueError if the folder has no adapter or no configuration of a control.
     """
     folder = Path(arguments.folder)
     if not (folder / controlnet.FOLDER).is_dir():

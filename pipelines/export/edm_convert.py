@@ -1,20 +1,20 @@
-"""A checkpoint of Karras et al. 2022 (EDM, arXiv 2206.00364) as a pipeline folder that `pipelines.load` opens.
+"""Convert a checkpoint of Karras et al. 2022 (EDM, arXiv 2206.00364) to a pipeline folder that `pipelines.load` reads.
 
 python -m pipelines.edm_convert edm-cifar10-32x32-cond-vp.pkl OUT_FOLDER
 
-Such a file is a pickle of whole objects, with their source code inside. Only its tensors and plain values are read:
-every class that it names becomes an inert stand-in, and no code of the file runs. Facts it relies on, from the public
-repository (NVlabs/edm, CC BY-NC-SA 4.0: the licence of the weights too), read for names and shapes and not copied:
+The file is a pickle of whole objects with their source code. Only its tensors and plain values are read: every class
+that it names becomes an inert stand-in, and no code of the file runs. Facts about the format, from the public
+repository (NVlabs/edm, CC BY-NC-SA 4.0, also the license of the weights), read for names and shapes and not copied:
 
-- the file is a dict, "ema" an EDMPrecond around "model", a SongUNet (DDPM++) or a DhariwalUNet (ADM); an object of
+- the file is a dict, "ema" an EDMPrecond around "model", a SongUNet (DDPM++) or a DhariwalUNet (ADM). An object of
   theirs is stored as a call of torch_utils.persistence._reconstruct_persistent_obj on a dict of its class_name and
-  state, its __dict__; a tensor as torch.Tensor stores itself, its memory as one torch.save within the pickle.
+  state, its __dict__. A tensor is stored as by torch.Tensor, its memory as one torch.save within the pickle.
 - D(x, sigma, y) = c_skip x + c_out F(c_in x, ln(sigma) / 4, y), sigma_data .5; a missing label is the zero vector.
-- DDPM++ tells its network sqrt(classes) one-hot(y) through a linear layer, ADM one-hot(y). Channels of "qkv" run over
-  (head, channel, q k v); one head in DDPM++, 64 channels a head in ADM.
+- The label input of DDPM++ is sqrt(classes) one-hot(y) through a linear layer, of ADM one-hot(y). Channels of "qkv" run
+  over (head, channel, q k v); one head in DDPM++, 64 channels per head in ADM.
 
-DDPM++ becomes pipelines.edm_nets.SongUNet, ADM a UNet2DModel of diffusers. No published file was at hand: the tests
-build files of this layout around networks written from the same facts.
+DDPM++ becomes pipelines.edm_nets.SongUNet, ADM a UNet2DModel of diffusers. No published file was available: the tests
+create files of this layout around networks written from the same facts.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-C_NOISE = 0.25  # ADM is told ln(sigma) / 4; our SongUNet is told 250 ln(sigma) and divides
+C_NOISE = 0.25  # ADM's input is ln(sigma) / 4; that of our SongUNet is 250 ln(sigma), which it divides
 SIGMA_MAX = 80.0
-ENDS = {  # layers outside the blocks, without the resolution
+ENDS = {  # layers outside the blocks, whose names have no resolution
     "map_layer0": "time_embedding.linear_1",
     "map_layer1": "time_embedding.linear_2",
     "map_augment": "augment_embedding",
@@ -56,7 +56,7 @@ RESNET = {
 
 
 class Inert(dict[Any, Any]):
-    """Stands for an object of the file: keeps what it was made from and its state."""
+    """A substitute for an object of the file. It keeps the arguments of the object and its state."""
 
     path = ""
     args: tuple[Any, ...] = ()
@@ -87,7 +87,7 @@ REBUILD: dict[str, Callable[..., Any]] = {
 
 
 class Reader(pickle.Unpickler):
-    """Tensors and plain values of a pickle; everything else that it names is an Inert."""
+    """Reads tensors and plain values of a pickle. Everything else becomes an Inert."""
 
     def find_class(self, module: str, name: str) -> Any:
         path = f"{module}.{name}"
@@ -95,7 +95,7 @@ class Reader(pickle.Unpickler):
 
 
 def read(file: Path) -> tuple[dict[str, Any], str, dict[str, Tensor]]:
-    """(values of the objects, class of the network, its tensors by name); a ValueError for any other file."""
+    """(values of the objects, class of the network, its tensors by name). ValueError for any other file."""
     try:
         with file.open("rb") as f:
             ema = Reader(f).load()["ema"]
@@ -105,7 +105,7 @@ def read(file: Path) -> tuple[dict[str, Any], str, dict[str, Tensor]]:
         values = {name: outer[name] for name in ("sigma_data", "img_resolution", "img_channels")}
         values["label_dropout"], values["dropout"] = _object(model)["label_dropout"], _first_block(model)["dropout"]
         tensors = dict(_tensors(model))
-    except Exception as error:  # whatever a foreign file makes the unpickler say
+    except Exception as error:  # the unpickler may raise anything for an unknown file
         raise ValueError(f"{file} is not a checkpoint of EDM: {type(error).__name__}: {error}") from None
     if kind != "EDMPrecond" or inner not in ("SongUNet", "DhariwalUNet"):
         raise ValueError(f"{file} holds a {inner} under {kind}; a SongUNet or a DhariwalUNet under EDMPrecond is read")
@@ -113,7 +113,7 @@ def read(file: Path) -> tuple[dict[str, Any], str, dict[str, Tensor]]:
 
 
 def _object(thing: Any) -> dict[str, Any]:
-    """The __dict__ of an object of theirs, or of a module of torch."""
+    """The __dict__ of an EDM object, or of a module of torch."""
     found = thing.args[0]["state"] if thing.path.endswith("_reconstruct_persistent_obj") else thing.state
     return dict(found)
 
@@ -124,7 +124,7 @@ def _first_block(model: Any) -> dict[str, Any]:
 
 
 def _tensors(thing: Any, prefix: str = "", seen: set[int] | None = None) -> Any:
-    """(name, tensor) of a module and those in it; ValueError for what no network has, and would never end."""
+    """(name, tensor) of a module and its children. ValueError for structures that no network has, such as a cycle."""
     parts, seen = _object(thing), set() if seen is None else seen
     if id(thing) in seen:
         raise ValueError(f"its module {prefix or 'model'} is there twice")
@@ -140,7 +140,7 @@ def _tensors(thing: Any, prefix: str = "", seen: set[int] | None = None) -> Any:
 
 
 def network(values: dict[str, Any], kind: str, tensors: dict[str, Tensor]) -> Any:
-    """The network in diffusers' names; a ValueError for a variant that it is not (NCSN++)."""
+    """The network with diffusers' names. ValueError for an unsupported variant (NCSN++)."""
     size = values["img_resolution"]
     sizes = [s for s in (size >> i for i in range(16)) if f"enc.{s}x{s}_block0.conv0.weight" in tensors]
     layers = sum(re.fullmatch(rf"enc\.{size}x{size}_block\d+\.conv0\.weight", key) is not None for key in tensors)
@@ -159,7 +159,7 @@ def network(values: dict[str, Any], kind: str, tensors: dict[str, Tensor]) -> An
     else:
         net = _adm(common, stem, widths, layers, [s in attention for s in sizes])
         renamed = _renamed(tensors, lambda part: _place(part, sizes), lambda channels: channels // 64)
-        renamed.pop("augment_embedding.weight", None)  # without augmentation it adds nothing
+        renamed.pop("augment_embedding.weight", None)  # zero without augmentation
     if labels is not None:
         renamed["class_embedding.weight"] = labels
     net.load_state_dict(renamed)
@@ -187,7 +187,7 @@ def _adm(common: dict[str, Any], stem: int, widths: tuple[int, ...], layers: int
 
 
 def _labels(tensors: dict[str, Tensor], kind: str, dropped: float) -> Tensor | None:
-    """A row for each label [classes, C], and one for "no label" if the network was trained without labels at times."""
+    """A row per label [classes, C], and one for "no label" if training dropped labels."""
     if "map_label.weight" not in tensors:
         return None
     rows = tensors.pop("map_label.weight").T.float()
@@ -248,7 +248,7 @@ def _renamed(
 
 
 def convert(file: Path, folder: Path) -> Any:
-    """Write the pipeline folder; the network in it. A ValueError says what cannot be read, or that `folder` exists."""
+    """Write the pipeline folder and return its network. ValueError for an unreadable file, or if `folder` exists."""
     from pipelines.families import edm
 
     if not file.is_file():
@@ -258,11 +258,11 @@ def convert(file: Path, folder: Path) -> Any:
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        partial.mkdir(parents=True)  # a full or read-only disk fails here, before the file is read
+        partial.mkdir(parents=True)  # fail early on a full or read-only disk
         values, kind, tensors = read(file)
         try:
             net = network(values, kind, tensors)
-        except (KeyError, RuntimeError) as error:  # a layer that is not there, or of another shape
+        except (KeyError, RuntimeError) as error:  # a layer is missing or has another shape
             raise ValueError(f"the {kind} of {file} is a variant that is not read: {error}") from None
         edm.pipeline(net, values["sigma_data"], SIGMA_MAX, 1).save_pretrained(partial, safe_serialization=True)
         null = net.config.num_class_embeds - 1 if values["label_dropout"] and net.config.num_class_embeds else None

@@ -1,7 +1,7 @@
 """Write a student as a pipeline folder for plain diffusers, then reload it and compare its images.
 
-python -m pipelines.export runs/dmd2_sdxl                       again, from the newest checkpoint of a run
-python -m pipelines.export runs/a --other runs/b                the mean of two students' weights (SwiftBrush v2)
+python -m pipelines.export runs/dmd2_sdxl                       export the newest checkpoint of a run
+python -m pipelines.export runs/a --other runs/b                average the weights of two students (SwiftBrush v2)
 python -m pipelines.export --from FILE --pretrained_model_name_or_path BASE --output_dir OUT      a published student
 """
 
@@ -68,7 +68,7 @@ from pipelines.families.schedulers import zero_terminal
 from pipelines.inference import controlnet, experts, negative_prompt
 from pipelines.teacher import Teacher, load_teacher
 
-LEGS = (  # of the model card
+LEGS = (  # sentences of the model card
     "The end time of each call is part of the time embedding. So the student works only with its own number of steps, "
     "and it has no LoRA file."
 )
@@ -76,7 +76,7 @@ LEGS = (  # of the model card
 
 @dataclass(frozen=True)
 class Verification:
-    """Result of a verification. gaps: of the pipeline and of each single file; left: {skipped file: reason}."""
+    """Result of a verification. gaps: by pipeline and single file; left: {skipped file: reason}."""
 
     gaps: dict[str, Gap]
     left: dict[str, str]
@@ -85,12 +85,12 @@ class Verification:
 def export(
     student: Student, teacher: Teacher, net: nn.Module, scheduler: Scheduler, folder: Path, card: CardInfo
 ) -> Verification:
-    """Write `net` (the student's averaged weights) as a pipeline folder. Of a link, the folder that it names.
+    """Write `net` (the student's averaged weights) as a pipeline folder. A link is followed to its folder.
 
-    Text encoders, tokenizers and VAE are the teacher's files, byte for byte; ours are the network and `scheduler`
-    (pipelines/export/schedule.py). Latent families also get single files: the network in half precision, and a LoRA's.
-    Everything is read back by plain diffusers and compared with the student's own samples: an ExportError, and no
-    folder, if the pipeline differs; a single file that does is left out.
+    Text encoders, tokenizers and VAE are byte-for-byte copies of the teacher's files. New are the network and
+    `scheduler` (pipelines/export/schedule.py). Latent families also get single files: the network in half precision,
+    and a LoRA. Plain diffusers then loads everything, and the images are compared with the student's own samples. If
+    the pipeline differs: ExportError, and no folder is written. A single file that differs is left out.
     """
     check_replaceable(folder)
     folder = folder.resolve()
@@ -132,13 +132,13 @@ def export(
             student, teacher, scheduler, card, where, expected.prompts[0], lora, limits, beside, checked
         )
         (partial / "README.md").write_text(text)
-    except (OSError, SafetensorError, MemoryError, RuntimeError):  # a full disk, say: what was written keeps it full
+    except (OSError, SafetensorError, MemoryError, RuntimeError):  # a full disk: partial files would keep it full
         shutil.rmtree(partial, ignore_errors=True)
         raise
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
     for file in folder.rglob("*.safetensors"):
-        file.chmod((folder / "README.md").stat().st_mode)  # the library writes them for their owner alone
+        file.chmod((folder / "README.md").stat().st_mode)  # the library gives only the owner access
     return Verification(gaps, left)
 
 
@@ -153,7 +153,7 @@ def remove_left_out(folder: Path, left: dict[str, str]) -> list[str]:
 
 
 def fold_end_times_of(student: Student, teacher: Teacher) -> Student:
-    """The student without end times: they are folded into the time embedding at the times of its calls."""
+    """The student without end times: they are added to the time embedding at the times of its calls."""
     denoiser = student.denoiser
     if not any(to for _, to in student.legs):
         return replace(student, denoiser=untimed(denoiser), jumps=False)
@@ -163,13 +163,13 @@ def fold_end_times_of(student: Student, teacher: Teacher) -> Student:
     teacher.parts.drop_text()
     x = torch.zeros(1, *teacher.shape, device=device)
     alone = merged(denoiser.net)
-    vars(alone).pop("peft_config", None)  # a LoRA's file has no embedding
+    vars(alone).pop("peft_config", None)  # a LoRA file has no embedding
     found = fold_end_times(replace(denoiser, net=alone), student.legs, x, c)
     return replace(student, denoiser=found, jumps=False)
 
 
 def check_replaceable(folder: Path) -> None:
-    """ValueError if `folder` holds anything but an earlier export, for an export replaces the whole folder."""
+    """ValueError if `folder` holds anything but an earlier export, because an export replaces the whole folder."""
     try:
         folder = folder.resolve()
     except (OSError, RuntimeError) as error:
@@ -178,7 +178,7 @@ def check_replaceable(folder: Path) -> None:
         raise ValueError(f"{folder} is where a disk is mounted and cannot be replaced: choose a folder inside it")
     try:
         ours = fields.facts(folder).get("student") is True
-    except ValueError:  # damaged: no export of ours
+    except ValueError:  # damaged: not an export
         ours = False
     if folder.exists() and not (ours or folder.is_dir() and not any(folder.iterdir())):
         raise ValueError(f"{folder} exists and is not an earlier export: choose another --output_dir")
@@ -196,21 +196,21 @@ def verify_folder(
     others: dict[int, Reference],
     left: dict[str, str],
 ) -> dict[str, Gap]:
-    """How far the images of the folder and of each single file are from the student's.
+    """Differences between the student's images and those of the folder and of each single file.
 
-    others: of the folder with other numbers of steps. An ExportError where the folder is too far; a single file that
-    is, or does not load, goes to `left` with the reason.
+    others: references of the folder with other numbers of steps. ExportError if the folder differs too much. A single
+    file that differs too much, or does not load, is added to `left` with the reason.
     """
     from diffusers import DiffusionPipeline
 
     absent = dict.fromkeys(absent_components(teacher))
-    options = {"dtype": torch.float32, "local_files_only": True}  # its text encoders and VAE may be stored in half
+    options = {"dtype": torch.float32, "local_files_only": True}  # text encoders and VAE may be stored in half
     pipe = experts.install(DiffusionPipeline.from_pretrained(folder, **options, **absent), folder)
     if expected.negative is not None:
         pipe = negative_prompt.install(pipe, folder / negative_prompt.FILE)
     pipe = controlnet.load_with_controlnet(pipe, folder, **options, **absent)
     pipe = place_pipeline(pipe, verification_device(teacher.parts.net))
-    pipe.safety_checker = None  # SD 1.x's: it blackens what it takes for harmful, which is not the student's doing
+    pipe.safety_checker = None  # SD 1.x's: it blackens images that it considers harmful
     gaps = {"pipeline": compare(pipe, teacher, expected, steps)}
     gaps |= {f"pipeline, {n} step{'s' * (n > 1)}": compare(pipe, teacher, other, n) for n, other in others.items()}
     if wrong := {name: gap for name, gap in gaps.items() if not gap.largest <= TOLERANCE}:
@@ -219,7 +219,7 @@ def verify_folder(
     for file in made:
         try:
             gap = compare(load_single_file(pipe, teacher, file), teacher, expected, steps)
-        except Exception as error:  # LoRA loaders raise all kinds of errors
+        except Exception as error:  # LoRA loaders raise many kinds of errors
             left[file.name] = f"diffusers does not load it ({type(error).__name__}: {error})"
             continue
         if gap.largest <= LARGEST and gap.psnr >= PSNR:
@@ -294,12 +294,12 @@ def try_write(file: Path, write: Callable[[Path], Any], left: dict[str, str]) ->
 
 
 def load_single_file(pipe: Pipeline, teacher: Teacher, file: Path) -> Any:
-    """The pipeline with the weights of one single file, as diffusers loads it on the teacher's network."""
+    """The pipeline with the weights of one single file, loaded by diffusers on the teacher's network."""
     from safetensors.torch import load_file
 
     parts = teacher.parts
     pipe.remove_all_hooks()
-    pipe.register_modules(**{parts.network: None})  # frees the last one before the next is read
+    pipe.register_modules(**{parts.network: None})  # free the previous network before loading the next
     net = parts.component(parts.network, torch.float32)
     pipe.register_modules(**{parts.network: net})
     if file.stem.endswith(parts.network):
@@ -310,7 +310,7 @@ def load_single_file(pipe: Pipeline, teacher: Teacher, file: Path) -> Any:
 
 
 def write_pipeline(teacher: Teacher, net: Network, scheduler: Scheduler, folder: Path) -> None:
-    """The pipeline folder of the teacher with another network and scheduler."""
+    """Write the pipeline folder of the teacher with another network and scheduler."""
     parts = teacher.parts
     index = dict(parts.index)
     for name, entry in parts.index.items():
@@ -332,9 +332,10 @@ WEIGHTS = re.compile(r".+\.(safetensors|bin|msgpack|onnx|onnx_data|h5|ckpt|pt|pt
 
 
 def copy_component(source: Path, target: Path, variant: str | None) -> bool:
-    """A component's files as they are: of several sets of weights the one that was loaded, under its plain name.
+    """Copy the files of a component. Of several variants of the weights, copy the loaded one under its plain name.
 
-    False where the weights are pickles alone, which are not copied: a safety checker's, say, which nothing loads.
+    False if the weights exist only as pickles. These are not copied: an example is a safety checker, which nothing
+    loads.
     """
     files = [f for f in sorted(source.rglob("*")) if f.is_file()]
     tag = f".{variant}"
@@ -346,7 +347,7 @@ def copy_component(source: Path, target: Path, variant: str | None) -> bool:
         to.parent.mkdir(parents=True, exist_ok=True)
         if file not in tagged:
             shutil.copy(file, to)
-        elif file.suffix == ".json":  # the index of the shards names them
+        elif file.suffix == ".json":  # the index names the shards
             to.with_name(file.name.replace(tag, "")).write_text(file.read_text().replace(tag, ""))
         else:
             shutil.copy(file, to.with_name(file.name.replace(tag, "")))
@@ -358,23 +359,23 @@ def copy_component(source: Path, target: Path, variant: str | None) -> bool:
 class ExportArguments:
     """Export a run's newest checkpoint, or a published student, as a verified pipeline folder."""
 
-    run: Annotated[str, tyro.conf.Positional] = ""  # a run's folder, with its config.yaml
-    checkpoint: str = "latest"  # latest, or checkpoint-N of the run
+    run: Annotated[str, tyro.conf.Positional] = ""  # folder of a run, with its config.yaml
+    checkpoint: str = "latest"  # "latest", or checkpoint-N of the run
     other: str = ""  # another run with the same teacher and student; the export averages both weights
     share: UnitInterval = 0.5  # weight of `run` in that average; the other run has 1 - share (SwiftBrush v2: .5)
     published: Annotated[str, tyro.conf.arg(name="from")] = (
-        ""  # instead of a run: a student published by others, a file or its folder
+        ""  # instead of a run: a student published by others, as a file or its folder
     )
     layout: Literal["dmd2", "lightning", "lcm"] | None = None  # method of that student; None: from the file's name
-    steps: int | None = None  # network calls of that student; None: from the file's name
+    steps: int | None = None  # number of network calls of that student; None: from the file's name
     teacher: Annotated[str, TEACHER] = ""  # folder or Hub name of that student's base; for a run: the moved teacher
-    variant: str | None = None  # the base's weight files, for example fp16
+    variant: str | None = None  # variant of the base's weight files, for example fp16
     resolution: int | None = None  # pixels per side; None: the base's training resolution
     output_dir: str = ""  # output folder; replaces an earlier export; "": `pipeline` in the run's folder
     push_to_hub: bool = False  # upload the verified export
     hub_model_id: str | None = None  # user/name; None: the name of the run or of output_dir
-    hub_private: bool = False  # a new repository on the Hub is private
-    license: str | None = None  # of the student if the teacher's is unknown: apache-2.0, for example, or NAME,URL
+    hub_private: bool = False  # create the repository on the Hub as a private one
+    license: str | None = None  # license of the student if the teacher's is unknown: apache-2.0 or NAME,URL
 
 
 def load_student_of_run(again: ExportArguments) -> tuple[Student, Teacher, Any, str, str, str]:
@@ -417,9 +418,10 @@ def load_student_of_run(again: ExportArguments) -> tuple[Student, Teacher, Any, 
 
 
 def average_students(a: Student, b: Student, share: float) -> Student:
-    """The student with the weights share A + (1 - share) B, adapters merged; both take their calls at the same levels.
+    """The student with weights share A + (1 - share) B and merged adapters. Both students must have the same call
+    levels.
 
-    ValueError if they do not: a mean of weights is a student only where both began at the same ones.
+    ValueError if they do not: averaging makes sense only if both started from the same weights.
     """
     ours, theirs = ((s.times, s.input_scale, s.renoise) for s in (a, b))
     if ours != theirs:
@@ -432,7 +434,7 @@ def average_students(a: Student, b: Student, share: float) -> Student:
 
 
 def embeds_guidance(method: str, fields: dict[str, Any]) -> bool:
-    """Whether a method of this name with these values tells its student the guidance."""
+    """Whether a method of this name with these values gives its student a guidance input."""
     known, w = {name.lower(): getattr(methods, name) for name in methods.__all__}, fields.get("guidance")
     if not isinstance(w, list) or method not in known:
         return False
@@ -441,7 +443,7 @@ def embeds_guidance(method: str, fields: dict[str, Any]) -> bool:
 
 
 def load_published_student(again: ExportArguments) -> tuple[Student, Teacher, Any, str, str, str, tuple[str, ...]]:
-    """A third-party student on its base; the last value is notes about the parts of the file that were used."""
+    """A third-party student on its base. The last value is notes about the parts of the file that were used."""
     path = Path(again.published)
     if not path.exists():
         raise ValueError(f"no file or folder at {again.published!r}")

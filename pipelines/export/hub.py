@@ -1,7 +1,8 @@
-"""A pipeline folder on the Hugging Face Hub: the repository is made before the work, the files are sent after it.
+"""Push a pipeline folder to the Hugging Face Hub. The repository is created before the work, files are uploaded after
+it.
 
-There is no option for a token: huggingface_hub finds it where `hf auth login` left it or in HF_TOKEN, so that it can
-stand in no configuration, log or command line. Retries of transfers are huggingface_hub's.
+There is no option for a token, so that no configuration, log or command line contains one. huggingface_hub finds it
+where `hf auth login` stored it, or in HF_TOKEN. huggingface_hub also repeats failed transfers.
 """
 
 from __future__ import annotations
@@ -17,15 +18,15 @@ IGNORE = ("checkpoint-*", "*.partial", "*.partial/*", "*.tmp", "*.incomplete", "
 
 
 class HubError(ExportError):
-    """A push did not arrive on the Hub; the local folder is as it was."""
+    """A push to the Hub failed. The local folder is unchanged."""
 
 
 def create_repository(repo_id: str, private: bool = False) -> str:
-    """Make the model repository, or find it, and see that it can be written to; its full name, "owner/name".
+    """Create or find the model repository, check write access, and return its full name "owner/name".
 
-    repo_id: "owner/name", or "name" for one's own. private: without it a new repository is what its owner's settings
-    say. To be called before any work: a ValueError, one message, if nobody is logged in, the name is not possible, the
-    owner or the token does not allow it, a repository that should be private is public, or the Hub is out of reach.
+    repo_id: "owner/name", or "name" for the user's own. private: create it as private; without it the owner's settings
+    decide. Call it before any work. A ValueError says if nobody is logged in, the name is invalid, the owner or the
+    token does not allow it, a repository that should be private is public, or the Hub is not reachable.
     """
     from huggingface_hub import HfApi, get_token
     from huggingface_hub.utils import HFValidationError, validate_repo_id
@@ -55,10 +56,10 @@ def create_repository(repo_id: str, private: bool = False) -> str:
 
 
 def push_folder(folder: str | Path, repo_id: str, message: str = "Upload the student") -> str:
-    """Send a folder to a repository that `create` returned; the address of the repository.
+    """Upload a folder to a repository from `create_repository`, and return the repository's address.
 
-    Checkpoints and half-written files (IGNORE) stay here. HubError, one message, if the Hub does not take it; the
-    folder is only read, so that the same can be tried again later.
+    Checkpoints and incomplete files (IGNORE) are not uploaded. HubError if the Hub refuses the upload. The folder is
+    only read, so that the upload can be repeated later.
     """
     from huggingface_hub import HfApi
 
@@ -75,7 +76,7 @@ def push_folder(folder: str | Path, repo_id: str, message: str = "Upload the stu
 
 @contextmanager
 def _report_as(what: str, kind: type[Exception], then: str) -> Iterator[None]:
-    """Whatever goes wrong inside, files or network or server, as one message: what, why, and what to do."""
+    """Turn any error inside, of files, network or server, into one message: what failed, why, and what to do."""
     try:
         yield
     except Exception as error:
@@ -83,7 +84,7 @@ def _report_as(what: str, kind: type[Exception], then: str) -> Iterator[None]:
 
 
 def _reason(error: BaseException) -> str:
-    """One line: what the server answered, or the first line of the innermost error."""
+    """One line: the server's answer, or the first line of the innermost error."""
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
     chain = [error]

@@ -1,7 +1,8 @@
-"""The names that Stable Diffusion's original code gives to the modules of diffusers' UNets, and kohya's LoRA file.
+"""Names of UNet modules in Stable Diffusion's original code, and kohya's LoRA file.
 
-ComfyUI and stable-diffusion-webui add alpha / r up down to the module whose name, "_" for ".", follows lora_unet_:
-.lora_down.weight [r, in, ...kernel], .lora_up.weight [out, r, ...ones], .alpha; for SD 1.5, SD 2.1 and SDXL.
+ComfyUI and stable-diffusion-webui add alpha / r up down to a module. The key is lora_unet_ and the module's name with
+"_" for ".", then .lora_down.weight [r, in, ...kernel], .lora_up.weight [out, r, ...ones] or .alpha. This holds for
+SD 1.5, SD 2.1 and SDXL.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ OUTER = {
 
 
 def original_names(unet: UNet2DConditionModel) -> dict[str, str]:
-    """Every module that has weights: diffusers' name -> the original code's."""
+    """{diffusers' name: name in the original code} of every module with weights."""
     prefix = {"mid_block.resnets.0": "middle_block.0", "mid_block.attentions.0": "middle_block.1"}
     prefix["mid_block.resnets.1"] = "middle_block.2"
     n = 1
@@ -73,10 +74,10 @@ def original_names(unet: UNet2DConditionModel) -> dict[str, str]:
 def write_lora_file(
     net: UNet2DConditionModel, path: Path, metadata: dict[str, str], dtype: torch.dtype = torch.float16
 ) -> Path:
-    """The adapters of a UNet role in kohya's keys with the true alpha.
+    """Write the adapters of a UNet in kohya's keys with the true alpha.
 
     Names are those of kohya's trainer: the original code's for SDXL, diffusers' for SD 1.5 and 2.1. The ss_ entries
-    tell stable-diffusion-webui which base it is.
+    name the base for stable-diffusion-webui.
     """
     names, sdxl = original_names(net), net.config.addition_embed_type == "text_time"
     metadata = dict(metadata)

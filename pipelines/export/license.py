@@ -1,4 +1,4 @@
-"""The licence that a student inherits from its teacher, and the teacher's name on the Hub."""
+"""The license that a student inherits from its teacher, and the teacher's name on the Hub."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 
 class License(NamedTuple):
-    """As the Hub's metadata has it: an identifier of its list, or "other" with a name and where the text is."""
+    """A license in the Hub's metadata: an identifier of its list, or "other" with a name and an address."""
 
     id: str
     name: str | None = None
@@ -16,7 +16,7 @@ class License(NamedTuple):
 
 
 UNKNOWN = License("other", "that-of-the-teacher")  # for students that are not published
-_DECLARED = {  # licence: the teachers whose pages on the Hub declare it
+_DECLARED = {  # license: teachers whose pages on the Hub declare it
     License("creativeml-openrail-m"): "stable-diffusion-v1-5/stable-diffusion-v1-5",
     License("openrail++"): """
         stabilityai/stable-diffusion-2-1 stabilityai/stable-diffusion-2-1-base
@@ -40,7 +40,7 @@ BASES = {name: found for found, names in _DECLARED.items() for name in names.spl
 
 
 def hub_name(base: str | Path) -> str | None:
-    """The teacher's name on the Hub: of a folder in the Hub's cache, a known folder name, "owner/name"; else None."""
+    """The teacher's name on the Hub, for a folder in its cache, a known folder name or "owner/name"; else None."""
     if cached := re.search(r"models--([^/]+?)--([^/]+)/snapshots/", str(base)):
         return f"{cached[1]}/{cached[2]}"
     for known in BASES:
@@ -50,9 +50,9 @@ def hub_name(base: str | Path) -> str | None:
 
 
 def find_license(base: str | Path, given: str | None = None) -> License:
-    """The licence of the students of `base`: `given`, or what the folder's README.md says, or a known teacher's.
+    """The license of the students of `base`: `given`, else the one in the folder's README.md, else a known teacher's.
 
-    given: an identifier of the Hub's list, or "NAME,URL" for any other. ValueError where nothing is known.
+    given: an identifier of the Hub's list, or "NAME,URL" for any other. ValueError if no license is known.
     """
     from huggingface_hub import metadata_load
 

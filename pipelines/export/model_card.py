@@ -1,4 +1,4 @@
-"""What a model card says of a student: the facts of its run, its call, what was verified."""
+"""The facts of a student's model card: its run, its call, its verification."""
 
 from __future__ import annotations
 
@@ -20,30 +20,30 @@ from pipelines.teacher import Teacher
 
 @dataclass(frozen=True)
 class CardInfo:
-    """What a model card says of a student beyond its weights. config: the resolved configuration, YAML."""
+    """Facts of a model card beyond the student's weights. config: the resolved configuration, YAML."""
 
-    name: str  # of the student, in titles and file names
+    name: str  # name of the student, in titles and file names
     base: str | Path  # the teacher: a name on the Hub or a folder
     license: License
     method: str
     config: str = ""
-    model: str | None = None  # its name on the Hub, where the card loads it from; None: the folder itself
+    model: str | None = None  # the student's name on the Hub, from which the card loads it; None: the folder itself
     results: Sequence[Result] = ()
     source: str = "the student's weights"  # reference of the verification
-    notes: Sequence[str] = ()  # about that source
+    notes: Sequence[str] = ()  # notes about that source
 
 
 def collect_card_info(
     name: str, teacher: Teacher, base: str, method: str, config: str, license: str | None, model: str | None
 ) -> CardInfo:
-    """The facts of a card. license: the value of --license. A student that is published (model) needs a known one."""
+    """The facts of a card. license: the value of --license. A published student (model) needs a known license."""
     try:
         known = find_license(teacher.parts.folder if Path(base).exists() else base, license)
     except ValueError:
         if model:
             raise
         known = UNKNOWN
-    return CardInfo(re.sub(r"[^\w.-]+", "-", name), base, known, method, config, model)  # it goes into file names
+    return CardInfo(re.sub(r"[^\w.-]+", "-", name), base, known, method, config, model)  # part of file names
 
 
 def describe_verification(info: CardInfo, gap: Gap, n: int) -> str:
@@ -58,7 +58,7 @@ def describe_verification(info: CardInfo, gap: Gap, n: int) -> str:
 
 
 def absent_components(teacher: Teacher) -> list[str]:
-    """Components that from_pretrained asks for and the teacher's folder does not have: SD3 without T5."""
+    """Components that from_pretrained expects and the teacher's folder lacks (SD3 without T5)."""
     import diffusers
 
     optional = getattr(diffusers, teacher.parts.index["_class_name"])._optional_components
@@ -105,7 +105,7 @@ def render_model_card(
 
 
 def render_call(teacher: Teacher, steps: int, prompt: Any) -> str:
-    """The call that a card shows, with the size of the samples, which some pipelines do not know."""
+    """The call in a card, with the size of the samples, which some pipelines do not store."""
     family = teacher.family
     if family.render_call is not None:
         return family.render_call(steps, prompt)

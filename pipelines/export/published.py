@@ -1,13 +1,13 @@
-"""Few-step students that others published as loose files, read for `export --from`.
+"""Read few-step students that others published as single files, for `export --from`.
 
 layout     files                                                      keys
 DMD2       dmd2_sdxl_{4,1}step_unet_fp16.bin, ..._lora_fp16           diffusers' UNet; kohya's with diffusers' names
 Lightning  sdxl_lightning_{N}step_unet, _lora, all-in-one             diffusers' UNet; kohya's; original code's
 LCM        pytorch_lora_weights (lcm-lora-sdxl, -sdv1-5)              kohya's with diffusers' names
 
-All but DMD2's UNets are safetensors. A .bin is a pickle: it is read as plain tensors (weights_only) or refused.
-Of an all-in-one checkpoint the network is read, and the marks of what it predicts; its text encoders and VAE are not
-used, which `Published.notes` says.
+All except DMD2's UNets are safetensors. A .bin is a pickle: it is read as plain tensors (weights_only) or refused.
+From an all-in-one checkpoint only the network and the entries about its prediction type are read. Its text encoders and
+VAE are not used; `PublishedWeights.notes` states this.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ OTHERS = {"dora_scale": "DoRA", "lora_magnitude_vector": "DoRA", "hada_w": "LoHa
 
 
 MARKS = ("v_pred", "ztsnr")  # keys of an all-in-one checkpoint that state the prediction type (ComfyUI)
-EDM = ("edm_mean", "edm_std", "edm_vpred.sigma_max", "edm_vpred.sigma_min")  # of Playground v2.5 and CosXL
+EDM = ("edm_mean", "edm_std", "edm_vpred.sigma_max", "edm_vpred.sigma_min")  # entries of Playground v2.5 and CosXL
 GROUPS = {  # first word of a key in an all-in-one checkpoint: the component
     "conditioner": "text encoders",
     "cond_stage_model": "text encoder",
@@ -55,8 +55,8 @@ GROUPS = {  # first word of a key in an all-in-one checkpoint: the component
 class PublishedWeights:
     """Content of a published file. weights: a state dict, or a LoRA's adapters by module.
 
-    kind, zero: what the file says that its network predicts, and of a zero terminal SNR; None, False: it says nothing.
-    levels: its table of sigma / alpha. notes: what of it was not used, and what was assumed, in sentences.
+    kind, zero: prediction type and zero terminal SNR according to the file; None, False: the file has no such entry.
+    levels: its table of sigma / alpha. notes: sentences about unused parts and assumptions.
     """
 
     weights: dict[str, Tensor] | dict[str, Adapter]
@@ -72,21 +72,21 @@ class PublishedWeights:
 
 @dataclass(frozen=True)
 class Layout:
-    """How a published student samples: indices of its calls in SD's table of 1000, and as in Student."""
+    """The sampling of a published student: indices of its calls in SD's table of 1000, other values as in Student."""
 
     indices: tuple[int, ...]
-    scale: float | None  # of the unit noise; None: sigma at the first call
+    scale: float | None  # scale of the unit noise; None: sigma at the first call
     renoise: Renoise
-    kind: Literal["eps", "x0"] = "eps"  # what the network predicts
+    kind: Literal["eps", "x0"] = "eps"  # prediction type of the network
 
 
 def trailing_indices(steps: int) -> tuple[int, ...]:
-    """EulerDiscreteScheduler(timestep_spacing="trailing")'s indices."""
+    """The indices of EulerDiscreteScheduler(timestep_spacing="trailing")."""
     return tuple(round(1000 - i * 1000 / steps) - 1 for i in range(steps))
 
 
 def lcm_indices(steps: int) -> tuple[int, ...]:
-    """LCMScheduler's indices with its default of 50 original steps: 999, 759, 499, 259 for 4."""
+    """The indices of LCMScheduler with its default of 50 original steps: 999, 759, 499, 259 for 4 steps."""
     return tuple(999 - 20 * (i * 50 // steps) for i in range(steps))
 
 
@@ -104,7 +104,7 @@ STUDENTS: dict[str, tuple[tuple[int, ...], Callable[[int], Layout]]] = {  # layo
 
 
 def identify_layout(path: Path, layout: str | None = None, steps: int | None = None) -> Layout:
-    """The student of a file: by layout ("dmd2", "lightning", "lcm") and steps, else as its name and folder say."""
+    """The student of a file, by layout ("dmd2", "lightning", "lcm") and steps, else by file and folder name."""
     name = f"{path.parent.name}/{path.name}".lower()
     layout = layout or next((key for key in STUDENTS if key in name), None)
     if layout not in STUDENTS:
@@ -118,9 +118,9 @@ def identify_layout(path: Path, layout: str | None = None, steps: int | None = N
 
 
 def read_published(path: Path, net: nn.Module) -> PublishedWeights:
-    """A published file, or a folder that holds one, in the names of `net`, the base's network (meta tensors do).
+    """Read a published file, or a folder with one, into the names of `net`, the base's network (meta tensors suffice).
 
-    A whole network comes as its state dict, a LoRA as its adapters by module. A ValueError names what does not fit.
+    A complete network is returned as a state dict, a LoRA as adapters by module. A ValueError names what does not fit.
     """
     if path.is_dir():
         files = [f for kind in ("*.safetensors", "*.bin") for f in sorted(path.glob(kind))]
@@ -148,9 +148,9 @@ def read_published(path: Path, net: nn.Module) -> PublishedWeights:
 
 
 def check_agreement(found: PublishedWeights, known: Layout, base: Any, zero: bool) -> Layout:
-    """`known` with the prediction type of file and base; ValueError if these contradict each other.
+    """`known` with the prediction type of file and base. ValueError if these contradict each other.
 
-    base: the base's denoiser; zero: its terminal SNR is zero.
+    base: the base's denoiser. zero: whether its terminal SNR is zero.
     """
     kind, named = base.kind, {"eps": "epsilon", "v": "v"}
     if found.kind and found.kind != kind:
@@ -178,7 +178,7 @@ def check_agreement(found: PublishedWeights, known: Layout, base: Any, zero: boo
 
 
 def _levels(rest: dict[str, Tensor]) -> Tensor | None:
-    """sigma / alpha of 1000 levels, where a checkpoint of the original code holds its table."""
+    """sigma / alpha of 1000 levels, if a checkpoint of the original code contains its table."""
     if (abar := rest.get("alphas_cumprod")) is not None and len(abar) == 1000:
         return ((1 - abar.double()) / abar.double()).sqrt()
     if (sigmas := rest.get("denoiser.sigmas")) is not None and len(sigmas) == 1000:
@@ -200,7 +200,7 @@ def _unused(rest: dict[str, Tensor], path: Path) -> tuple[str, ...]:
 
 
 def network_with_weights(net: nn.Module, weights: dict[str, Tensor] | dict[str, Adapter]) -> nn.Module:
-    """What `read` gave as a role on the base `net`: a copy of it, or adapters on a tree that shares its weights."""
+    """The weights of `read_published` on the base `net`: a copy of it, or adapters that share its weights."""
     found = {n: a for n, a in weights.items() if isinstance(a, Adapter)}
     if not found:
         net = copy.deepcopy(net)
@@ -234,7 +234,7 @@ def _load(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise ValueError(f"{path} is not a file of weights: give a .safetensors, or a .bin of plain tensors")
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # what a pickle may raise is open-ended
+    except Exception as error:  # a pickle may raise anything
         raise ValueError(f"{path} holds more than plain tensors, or is damaged, and is not read") from error
     if not isinstance(tensors, dict) or not all(isinstance(v, Tensor) for v in tensors.values()):
         raise ValueError(f"{path} is not a dictionary of plain tensors")
@@ -242,7 +242,7 @@ def _load(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _weights(tensors: dict[str, Tensor], net: nn.Module, path: Path) -> dict[str, Tensor]:
-    """A complete network, in diffusers' keys or the original code's."""
+    """A complete network in diffusers' keys or the original code's keys."""
     if "input_blocks.0.0.weight" in tensors:
         names = {original: name for name, original in original_names(net).items()}
         split = {key: key.rpartition(".") for key in tensors}
@@ -261,9 +261,10 @@ def _weights(tensors: dict[str, Tensor], net: nn.Module, path: Path) -> dict[str
 def _adapters(
     tensors: dict[str, Tensor], metadata: dict[str, str], net: nn.Module, path: Path
 ) -> tuple[dict[str, Adapter], tuple[str, ...]]:
-    """A LoRA: kohya's keys (names of diffusers or of the original code), diffusers' older ones, PEFT's.
+    """(adapters, notes) of a LoRA in kohya's keys (names of diffusers or of the original code), diffusers' older ones
+    or PEFT's.
 
-    With it a sentence that says where its alpha is from.
+    The note names the source of alpha.
     """
     prefix, state = network_name(net), net.state_dict()
     told = read_settings(path, metadata, prefix)
@@ -277,7 +278,7 @@ def _adapters(
     for key, tensor in tensors.items():
         match = KEY.fullmatch(key)
         stem = match["module"].replace(".", "_").replace("processor_", "") if match else ""
-        name = modules.get(stem) or modules.get(f"{stem}_0")  # diffusers' older keys say to_out for to_out.0
+        name = modules.get(stem) or modules.get(f"{stem}_0")  # diffusers' older keys use to_out for to_out.0
         if not match or not name:
             raise ValueError(f"{path}: {key!r} is not a LoRA of a module of the base's {prefix}")
         found.setdefault(name, {})[ROLES[match["role"]]] = tensor

@@ -1,10 +1,10 @@
-"""The export, rehearsed with the untrained student before the first step of a run.
+"""Rehearse the export with the untrained student before the first step of a run.
 
-All but the weights is what `pipelines.export` verifies at the end: the student's scheduler, written and read again, the
-pipeline's class and its call, the encoding of a condition, the sampler, the autoencoder, the model card. The network is
-a `StandIn`, whose output depends on each of its inputs as strongly: it takes no time at any size, needs no device and
-no half precision, and a network that is sharded later is rehearsed alike. So the cost is one prompt through the text
-encoders and two images through the decoder, on the CPU, and no call of the network.
+It covers everything that `pipelines.export` verifies at the end, except the weights: the student's scheduler, written
+and read again, the pipeline's class and call, the encoding of a condition, the sampler, the autoencoder, the model
+card. A `StandIn` replaces the network. Its output depends on each input. It takes no time at any size, needs no device
+and no half precision, and works for networks that are sharded later. The cost is one prompt through the text encoders
+and two images through the decoder, on the CPU.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ CPU = torch.device("cpu")
 SHARE = {
     "eps": 0.05,
     "flow": 0.7,
-}  # of the wave in the output; the rest is the input, so x0 has data's scale
+}  # fraction of the wave in the output; the rest is the input, so x0 has the scale of data
 
 
 class StandIn(nn.Module):
-    """A network with the config and the attributes of `net`, whose output is a wave in x, shifted by its other inputs.
+    """A network with the config and attributes of `net`. Its output is a wave in x, shifted by the other inputs.
 
-    Masks shift nothing, for pipelines may leave padding out. Its weights are none, its device is the CPU.
+    Masks cause no shift, because pipelines may omit padding. It has no weights, and its device is the CPU.
     """
 
     dtype = torch.float32
@@ -48,7 +48,7 @@ class StandIn(nn.Module):
 
     def __init__(self, net: Network, kind: Kind) -> None:
         super().__init__()
-        self.original = (net,)  # in a tuple, it is no submodule
+        self.original = (net,)  # a tuple, so that it is not a submodule
         self.kind = kind
 
     def __getattr__(self, name: str) -> Any:
@@ -83,16 +83,16 @@ def shift(name: str, value: Any) -> float:
         return float(10 * t.sign() * t.abs().log1p())
     flat = value.double().flatten()
     weights = (1.7 * torch.arange(len(flat), dtype=torch.float64)).cos()
-    return float((flat * weights).sum() / (1 + flat.count_nonzero()).sqrt())  # zeros at the end change nothing
+    return float((flat * weights).sum() / (1 + flat.count_nonzero()).sqrt())  # independent of zeros at the end
 
 
 @contextmanager
 def on_cpu(parts: Parts) -> Iterator[None]:
-    """Text encoders and autoencoder on the CPU; encoders that were loaded for this are freed at the end."""
+    """Move text encoders and autoencoder to the CPU. Encoders loaded for this are freed at the end."""
     device, threads = parts.device, torch.get_num_threads()
     before = {name: vars(parts)[name] for name in ("text", "vae") if name in vars(parts)}
     if "text" in before:
-        setattr(before["text"], parts.network, None)  # SD3's encoder borrows the network, which is not to move
+        setattr(before["text"], parts.network, None)  # SD3's text pipeline refers to the network, which must not move
     if device.type != "cpu":
         torch.set_num_threads(len(os.sched_getaffinity(0)))  # the other processes are waiting
     parts.device = CPU
@@ -113,7 +113,7 @@ def on_cpu(parts: Parts) -> Iterator[None]:
 def rehearse(student: Student, teacher: Teacher, scheduler: Scheduler, card: CardInfo) -> None:
     """Sample one image with the exported student's pipeline and with the student's sampler, and write the card.
 
-    An ExportError, in one line, where they differ or anything fails. No random number of the run is drawn.
+    ExportError, in one line, if they differ or anything fails. It draws none of the run's random numbers.
     """
     name = f"{teacher.parts.index['_class_name']} under {type(scheduler).__name__}"
     try:
@@ -121,7 +121,7 @@ def rehearse(student: Student, teacher: Teacher, scheduler: Scheduler, card: Car
             gaps = differences(student, teacher, scheduler, card)
     except (ValueError, ExportError):
         raise
-    except Exception as error:  # pipelines, encoders and autoencoders raise all kinds of errors
+    except Exception as error:  # pipelines, encoders and autoencoders raise many kinds of errors
         raise ExportError(
             f"the export cannot be made: rehearsed with the untrained student, {name} fails with "
             f"{type(error).__name__}: {error}. Nothing was trained. Compare the configs of the teacher's folder with "
@@ -138,7 +138,7 @@ def rehearse(student: Student, teacher: Teacher, scheduler: Scheduler, card: Car
 
 
 def differences(student: Student, teacher: Teacher, scheduler: Scheduler, card: CardInfo) -> dict[int, float]:
-    """{steps: largest difference of an image in [0, 1]} of the pipeline and the student's sampler."""
+    """{steps: largest difference of an image in [0, 1]} between the pipeline and the student's sampler."""
     from pipelines.export.schedule import find_student_scheduler as carrying
 
     parts, family = teacher.parts, teacher.family
@@ -153,7 +153,7 @@ def differences(student: Student, teacher: Teacher, scheduler: Scheduler, card: 
     students = {len(one.times): one}
     for n in family.verified_steps(parts):
         students.setdefault(n, replace(one, times=carrying(teacher, StudentConfig(steps=n))[1]))
-    shape = (teacher.shape[0], 1, *teacher.shape[2:]) if len(teacher.shape) == 4 else teacher.shape  # one picture
+    shape = (teacher.shape[0], 1, *teacher.shape[2:]) if len(teacher.shape) == 4 else teacher.shape  # one frame
     z, gaps = torch.randn(1, *shape), {}
     for n, each in students.items():
         with exact_arithmetic(n, CPU):

@@ -1,4 +1,4 @@
-"""A SANA teacher in SANA-Sprint's form: normalised queries and keys, and t in [0, 1]. Its other weights are unchanged.
+"""Convert a SANA teacher to SANA-Sprint's form: normalised queries and keys, t in [0, 1], other weights unchanged.
 
 python -m pipelines.sana TEACHER FOLDER
 """
@@ -20,11 +20,11 @@ from pipelines.teacher import load_teacher
 
 @dataclass(frozen=True)
 class Arguments:
-    """A SANA teacher with SANA-Sprint's norms and times, its other weights as they are: to be fine-tuned."""
+    """Convert a SANA teacher to SANA-Sprint's norms and times, with its other weights unchanged, for fine-tuning."""
 
     teacher: Annotated[str, tyro.conf.Positional]  # a folder, or a name on the Hub
-    output_dir: Annotated[str, tyro.conf.Positional]  # the folder to write
-    variant: str | None = None  # of the teacher's weight files: fp16
+    output_dir: Annotated[str, tyro.conf.Positional]  # folder to write
+    variant: str | None = None  # variant of the teacher's weight files, for example fp16
 
 
 def main(arguments: Arguments | None = None) -> None:

@@ -1,18 +1,18 @@
-"""The scheduler that an exported student runs under. It comes first: the student is trained on the times it returns.
+"""The scheduler of an exported student. It is found first: the student is trained on the times that it returns.
 
-A config carries the times, the scale of the input and what happens between two calls; nothing else does, so what no
-config can say is refused before training. Times that are given are looked for in every config that a family can use:
+A config carries the times, the scale of the input and the noise between calls, and nothing else. What no config can
+carry is refused before training. Given times are searched in every config that a family can use:
 
     table, fresh noise, unit input     LCMScheduler: every grid of original_inference_steps   DMD2, VSD, LCM
     table, "tcd", unit input           TCDScheduler without new noise, on the same grids      PCM, TCD
     table, "ddim", input times sigma   EulerDiscreteScheduler: trailing; two times of any kind by sigma_min, sigma_max
     table, "ddim", unit input          DDIMScheduler: trailing; Euler's two times             SUN
     flow                               FlowMatchEuler: shift and shift_terminal; stochastic_sampling for fresh noise
-    flow that is told its guidance     SCM, which reads it on TrigFlow                        SANA-Sprint
+    flow with a guidance input         SCM, which reads it on TrigFlow                        SANA-Sprint
     EDM                                CMStochasticIterative: rho and num_train_timesteps
 
-A table is cut after the first call where that is below its end (DMD2 at 399, SiD-LSG at 625). Two calls may be
-anywhere, three anywhere on a flow; of more, those that the parameters of a config reach.
+A table is cut after the first call if that is below its end (DMD2 at 399, SiD-LSG at 625). Two calls may have any
+times, three may on a flow. More calls may have the times that a config's parameters can express.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from pipelines.families.student_schedulers import Times, pipeline_times, times_g
 
 
 def find_student_scheduler(teacher: Teacher, student: StudentConfig) -> tuple[Any, Times]:
-    """(scheduler, times): a diffusers scheduler whose config carries the student, and the times it visits.
+    """(scheduler, times): a diffusers scheduler whose config carries the student, and its times.
 
-    A ValueError says what cannot be carried, and what can.
+    A ValueError says what a config cannot carry, and what it can.
     """
     schedule = teacher.denoiser.schedule
     if student.times and (student.sigma or student.timestep) and abs(student.first(schedule) - student.times[0]) > 1e-4:
@@ -81,7 +81,7 @@ def student_config_of_export(teacher: Teacher, given: StudentConfig) -> StudentC
 
 
 def transition_of(scheduler: Any) -> Transition:
-    """What a scheduler of an exported student does between two calls."""
+    """The transition between two calls of an exported student's scheduler."""
     match type(scheduler).__name__:
         case "TCDScheduler":
             return TCD

@@ -1,7 +1,7 @@
-"""Single files of a student: its network, and its LoRA, as plain diffusers loads them.
+"""Single files of a student: its network and its LoRA, in the format of plain diffusers.
 
-Names are unique (`<name>_<n>step_unet.safetensors`), for people keep files of many models in one folder. Metadata are
-Stability AI's ModelSpec 1.0.1 keys (github.com/Stability-AI/ModelSpec), and for a LoRA diffusers'
+Names are unique (`<name>_<n>step_unet.safetensors`), because users keep files of many models in one folder. Metadata
+are Stability AI's ModelSpec 1.0.1 keys (github.com/Stability-AI/ModelSpec), and for a LoRA diffusers'
 `lora_adapter_metadata`: without it diffusers guesses the targets from the keys and takes alpha = rank.
 """
 
@@ -24,7 +24,7 @@ ARCHITECTURES = {
     "SD3Transformer2DModel": "stable-diffusion-3",
     "FluxTransformer2DModel": "flux-1",
 }  # kohya's sd-scripts
-PREDICTIONS = {"eps": "epsilon", "v": "v"}  # the spec's words; other kinds keep ours
+PREDICTIONS = {"eps": "epsilon", "v": "v"}  # words of the specification; other kinds keep ours
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def modelspec(
 
 
 def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str], dtype: torch.dtype) -> Path:
-    """A safetensors file with float arrays in `dtype`; a ValueError if they overflow it or the disk is too small."""
+    """Write a safetensors file with float arrays in `dtype`. ValueError if they overflow or the disk is too small."""
     out = {}
     for name, t in tensors.items():
         out[name] = t.detach().to("cpu", dtype if t.is_floating_point() and t.ndim else t.dtype).contiguous()
@@ -95,12 +95,12 @@ def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, st
 def write_network_file(
     net: nn.Module, path: Path, metadata: dict[str, str], dtype: torch.dtype = torch.float16
 ) -> Path:
-    """The network with its adapters merged, in diffusers' keys."""
+    """Write the network with merged adapters in diffusers' keys."""
     return write_tensors(merged(net).state_dict(), path, metadata, dtype)
 
 
 def lora_adapters(net: nn.Module) -> dict[str, Adapter]:
-    """The LoRA layers of a role by the backbone's module names; a ValueError if there are none."""
+    """The LoRA layers of a role by the backbone's module names. ValueError if there are none."""
     from peft.tuners.lora import LoraLayer
 
     found = {}
@@ -115,9 +115,9 @@ def lora_adapters(net: nn.Module) -> dict[str, Adapter]:
 
 
 def write_lora_file(net: Network, path: Path, metadata: dict[str, str], dtype: torch.dtype = torch.float16) -> Path:
-    """The adapters of a role for `pipe.load_lora_weights(path)`: PEFT's keys and its config, so nothing is guessed.
+    """Write adapters for `pipe.load_lora_weights(path)`: PEFT's keys and its config, so that nothing is guessed.
 
-    Of the config, what differs from PEFT's defaults: an older PEFT refuses keys that it does not know.
+    The config contains only values that differ from PEFT's defaults: an older PEFT refuses unknown keys.
     """
     from peft import LoraConfig
 

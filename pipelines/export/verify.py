@@ -1,4 +1,4 @@
-"""Verification: a pipeline, as plain diffusers loads it, against the trainer's own sampler on stored noise."""
+"""Verification: compare a pipeline loaded by plain diffusers with the trainer's own sampler on stored noise."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ from pipelines.inference import controlnet
 from pipelines.teacher import Teacher
 
 TOLERANCE = 1e-3  # largest difference of an image in [0, 1]
-LARGEST, PSNR = 0.25, 40.0  # of files whose weights are rounded to half precision: that difference, and decibels
-NEGATIVE = "blurry, grey"  # what a student that hears negative prompts is compared with
+LARGEST, PSNR = 0.25, 40.0  # limits for weights in half precision: that difference, and PSNR in decibels
+NEGATIVE = "blurry, grey"  # negative prompt of the comparison for a student that takes one
 
 
 @dataclass(frozen=True)
 class Reference:
-    """What the trainer's own sampler makes of stored noise: z [n, *shape], images [n, C, (T,) H, W] in [0, 1].
+    """Results of the trainer's own sampler on stored noise: z [n, *shape], images [n, C, (T,) H, W] in [0, 1].
 
-    picture: what a student with an adapter was shown, [1, C, H, W] (controlnet.py).
+    picture: control image [1, C, H, W] of a student with an adapter (controlnet.py).
     """
 
     prompts: tuple[Any, ...]
     z: Tensor
     images: Tensor
-    negative: str | None = None  # prompt of all of them
+    negative: str | None = None  # negative prompt of all images
     picture: Tensor | None = None
 
 
 class Gap(NamedTuple):
-    """How far images in [0, 1] are from those of the student: the largest difference, and the PSNR in decibels."""
+    """Difference of images in [0, 1] from the student's: the largest difference, and the PSNR in decibels."""
 
     largest: float
     psnr: float
@@ -47,20 +47,20 @@ class Gap(NamedTuple):
 
 
 class GlobalGeneratorDraw(Draw):
-    """Noise in the order in which a diffusers pipeline takes it from the device's global generator."""
+    """Noise in the order in which a diffusers pipeline draws it from the device's global generator."""
 
     def __init__(self, teacher: Teacher, device: torch.device | str = "cpu") -> None:
         super().__init__(0, 0, "export", torch.zeros(0, device=device))
         self.draw_noise = teacher.family.draw_noise
 
     def normal(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        with self.device:  # where schedulers draw: a GPU's numbers are others
+        with self.device:  # schedulers draw on it: a GPU gives other numbers
             return self.draw_noise(shape)
 
 
 @contextmanager
 def exact_arithmetic(seed: int, device: torch.device) -> Iterator[None]:
-    """Random numbers from `seed`, and products in whole float32: TF32 alone moves an image by more than TOLERANCE."""
+    """Random numbers from `seed`, and products in full float32: TF32 alone changes an image by more than TOLERANCE."""
     cuda = [device] if device.type == "cuda" else []
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     try:
@@ -73,15 +73,15 @@ def exact_arithmetic(seed: int, device: torch.device) -> Iterator[None]:
 
 
 def verification_device(net: nn.Module) -> torch.device:
-    """A GPU that holds the network in float32 and the pass of one sample, else the CPU."""
+    """A GPU that can hold the network in float32 and the pass of one sample, else the CPU."""
     size = sum(p.numel() * 4 for p in net.parameters())
-    torch.cuda.empty_cache()  # what training has freed is free for the driver only now
+    torch.cuda.empty_cache()  # release memory that training has freed
     fits = torch.cuda.is_available() and torch.cuda.mem_get_info()[0] > 1.5 * size
     return torch.device("cuda", torch.cuda.current_device()) if fits else torch.device("cpu")
 
 
 def place_pipeline(pipe: Pipeline, device: torch.device) -> Any:
-    """The pipeline on the device; on a GPU one component at a time."""
+    """Move the pipeline to the device. On a GPU one component at a time."""
     pipe.set_progress_bar_config(disable=True)
     if device.type == "cuda":
         pipe.enable_model_cpu_offload(device=device)
@@ -120,7 +120,7 @@ def sample_reference(student: Student, teacher: Teacher, net: nn.Module) -> Refe
 
 @torch.no_grad()
 def compare(pipe: Pipeline, teacher: Teacher, expected: Reference, steps: int) -> Gap:
-    """How far a pipeline's images are from the reference; nan where one is not finite."""
+    """Difference of a pipeline's images from the reference; nan if one is not finite."""
     family, gaps, device = teacher.family, [], pipe._execution_device
     if expected.picture is not None:
         pipe = controlnet.ControlledPipeline(pipe, expected.picture.to(device))

@@ -1,1 +1,1 @@
-"""What a finished student or a teacher can do at inference, beyond its own pipeline."""
+"""Inference options of a finished student or a teacher, beyond its own pipeline."""

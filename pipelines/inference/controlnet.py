@@ -1,15 +1,15 @@
-"""Control: a finished student is shown pictures, by a ControlNet. Zhang et al. 2023, arXiv 2302.05543.
+"""Control of a finished student by images, with a ControlNet. Zhang et al. 2023, arXiv 2302.05543.
 
-The adapter is a ControlNetModel of diffusers: a copy of the network's encoder that sees the picture, too, and adds to
-what the decoder is given by the encoder, through convolutions that are zero at the start. It is the child `control` of
-a network; a picture [B, C, H, W] in [0, 1] is the key "control" of its condition. Without one nothing changes.
+The adapter is a ControlNetModel of diffusers: a copy of the network's encoder that also reads the control image. It
+adds to the encoder's outputs for the decoder, through convolutions that are zero at first. It is the child `control` of
+a network. The image [B, C, H, W] in [0, 1] is the key "control" of the condition. Without it the output is unchanged.
 
     adapter = ControlNetModel.from_pretrained(folder, subfolder="controlnet")
-    with shown(pipe.unet, adapter, picture):
+    with show_picture(pipe.unet, adapter, picture):
         pipe(class_labels=[3], num_inference_steps=1)
 
 `python -m pipelines.control FOLDER` (pipelines/export/control_error.py) measures how well an exported folder follows
-pictures of its own samples.
+control images of its own samples.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ from pipelines.teacher import Teacher
 if TYPE_CHECKING:
     from distill.configuration import Config
 
-FOLDER = "controlnet"  # of an exported pipeline
-NAMES = ("sample", "timestep", "encoder_hidden_states")  # what a UNet is given first
-WIDTHS = (16, 32, 96, 256)  # of the adapter's layers before its encoder, each but the first at half the size
+FOLDER = "controlnet"  # subfolder of an exported pipeline
+NAMES = ("sample", "timestep", "encoder_hidden_states")  # positional arguments of a UNet
+WIDTHS = (16, 32, 96, 256)  # widths of the adapter's layers before its encoder; each but the first halves the size
 LIMIT = (
     "It is the student that it was made of, until it is shown a picture in [0, 1]: its adapter is in controlnet/, a "
     "`ControlNetModel`; pass it as `controlnet=` to `from_pretrained` of the ControlNet pipeline of this family, where "
@@ -45,11 +45,11 @@ LIMIT = (
 )
 
 
-# ---- pictures of samples ----
+# ---- control images of samples ----
 
 
 def build_control_extractor(config: Config[Any, Any], teacher: Teacher) -> Callable[[Tensor], Tensor]:
-    """c of a run's method: samples [B, *shape] -> pictures [B, C, H, W] in [0, 1], without gradient."""
+    """c of a run's method: samples [B, *shape] -> control images [B, C, H, W] in [0, 1], without gradient."""
     method = config.method
     return picture_extractor(teacher, method.control, method.factor, None if config.smoke else method.control_decoder)
 
@@ -57,7 +57,7 @@ def build_control_extractor(config: Config[Any, Any], teacher: Teacher) -> Calla
 def picture_extractor(
     teacher: Teacher, name: str, factor: int, decoder: str | None = None
 ) -> Callable[[Tensor], Tensor]:
-    """The picture of the decoded samples; name and factor as in `PICTURES`."""
+    """The control image of decoded samples. name and factor as in `PICTURES`."""
     images = perceptual.picture_decoder(teacher, decoder)
 
     @torch.no_grad()
@@ -76,17 +76,17 @@ def gray(images: Tensor, factor: int = 1) -> Tensor:
 
 
 def downsample(images: Tensor, factor: int) -> Tensor:
-    """Means of squares of `factor` pixels, at the size of the images."""
+    """Mean of each square of `factor` pixels, at the size of the images."""
     if any(side % factor for side in images.shape[-2:]):
         raise ValueError(f"factor is {factor}; it must divide the sides of the images, {tuple(images.shape[-2:])}")
     return F.interpolate(F.avg_pool2d(images, factor), scale_factor=factor)
 
 
 def canny(images: Tensor, factor: int = 1, low: float = 100 / 255, high: float = 200 / 255, rounds: int = 32) -> Tensor:
-    """[B, C, H, W] in [0, 1] -> edges [B, 1, H, W] of 0 and 1. Canny 1986, without a blur.
+    """[B, C, H, W] in [0, 1] -> edges [B, 1, H, W] with values 0 and 1. Canny 1986, without blur.
 
-    Ridges of |g_x| + |g_y| of Sobel's filter, above `high`, and above `low` where at most `rounds` pixels of such a
-    ridge lead from one above `high`. The thresholds are ControlNet's, of 255.
+    An edge is a ridge of |g_x| + |g_y| of Sobel's filter above `high`, or a ridge above `low` that is connected to one
+    above `high` by at most `rounds` pixels. The thresholds are ControlNet's, of 255.
     """
     x = F.pad(gray(images), (1, 1, 1, 1), mode="replicate")
     across = x.new_tensor([[-1.0, 0.0, 1.0], [-2.0, 0.0, 2.0], [-1.0, 0.0, 1.0]])
@@ -112,7 +112,7 @@ PICTURES: dict[str, Callable[[Tensor, int], Tensor]] = {"canny": canny, "downsam
 
 
 def install_adapter(teacher: Teacher) -> None:
-    """Give the teacher's network the adapter, and let its denoiser hear "control". ValueError where it is no UNet."""
+    """Add the adapter to the teacher's network, and pass "control" to it. ValueError if the network is not a UNet."""
     pixels = "vae" not in teacher.parts.index
     net, channels, factor = teacher.denoiser.net, teacher.shape[0] if pixels else 3, 1
     net.control = build_adapter(net, channels, factor if pixels else latents.factor(teacher.parts))
@@ -120,7 +120,7 @@ def install_adapter(teacher: Teacher) -> None:
 
 
 def build_adapter(net: Network, channels: int, factor: int) -> Any:
-    """An adapter to pictures [B, channels, factor H, factor W] for a UNet of samples [B, ., H, W]."""
+    """An adapter for control images [B, channels, factor H, factor W] of a UNet with samples [B, ., H, W]."""
     from diffusers import ControlNetModel, UNet2DConditionModel, UNet2DModel
 
     widths = WIDTHS[: factor.bit_length()]
@@ -131,7 +131,7 @@ def build_adapter(net: Network, channels: int, factor: int) -> Any:
         raise ValueError(f"a control is for the UNets of SD, SDXL and EDM; this network is a {type(net).__name__}")
     known = set(inspect.signature(ControlNetModel.__init__).parameters) - {"mid_block_type"}
     config = {key: value for key, value in net.config.items() if key in known}
-    found = ControlNetModel(**config | options, mid_block_type="UNetMidBlock2D")  # of one block
+    found = ControlNetModel(**config | options, mid_block_type="UNetMidBlock2D")  # mid block of one block
     for name in ("conv_in", "time_embedding", "class_embedding", "down_blocks", "mid_block.resnets.0"):
         if net.class_embedding is not None or name != "class_embedding":
             found.get_submodule(name).load_state_dict(net.get_submodule(name).state_dict())
@@ -140,7 +140,7 @@ def build_adapter(net: Network, channels: int, factor: int) -> Any:
 
 @contextmanager
 def show_picture(net: nn.Module, adapter: nn.Module, picture: Tensor) -> Iterator[None]:
-    """Within, a UNet of diffusers is shown a picture [B or 1, C, H, W] at every call."""
+    """In this context, every call of a UNet of diffusers gets a control image [B or 1, C, H, W]."""
     found: list[Tensor] = []
 
     def see(module: nn.Module, args: Any, options: Any) -> None:
@@ -174,7 +174,7 @@ def show_picture(net: nn.Module, adapter: nn.Module, picture: Tensor) -> Iterato
 
 @dataclass(frozen=True)
 class ControlledCall:
-    """`call`, of a network whose child `control` is shown the picture if c has "control"."""
+    """`call` for a network whose child `control` gets the control image if c has "control"."""
 
     call: Call
 
@@ -202,7 +202,7 @@ def without_controlnet(denoiser: Denoiser) -> Denoiser:
 
 
 def example_picture(denoiser: Denoiser, teacher: Teacher) -> dict[str, Tensor]:
-    """A picture that an export is verified on, as a condition [1, ...]; of a denoiser without an adapter nothing."""
+    """The control image for verifying an export, as a condition [1, ...]; empty for a denoiser without an adapter."""
     if not isinstance(denoiser.call, ControlledCall):
         return {}
     adapter: Any = denoiser.net.control
@@ -216,7 +216,7 @@ def example_picture(denoiser: Denoiser, teacher: Teacher) -> dict[str, Tensor]:
 
 
 class ControlledPipeline:
-    """A pipeline that is shown a picture at every call; in all else the pipeline itself."""
+    """A pipeline whose network gets a control image at every call. Otherwise it equals the pipeline."""
 
     def __init__(self, pipe: Pipeline, picture: Tensor) -> None:
         self.__dict__.update(pipe=pipe, picture=picture)
@@ -243,9 +243,9 @@ def load_adapter(folder: Path) -> Any:
 
 
 def load_with_controlnet(pipe: Pipeline, folder: Path, **options: Any) -> Any:
-    """The pipeline that was loaded from `folder` with the adapter there: diffusers' own of ControlNets, if it has one.
+    """A pipeline, loaded from `folder`, with the folder's adapter: diffusers' ControlNet pipeline, if there is one.
 
-    A folder without an adapter leaves it as it is. options: of from_pretrained.
+    Without an adapter in the folder the pipeline is returned unchanged. options: options of from_pretrained.
     """
     if not (folder / FOLDER).is_dir():
         return pipe

@@ -1,11 +1,11 @@
-"""Several networks in one pipeline: experts of levels of noise (Phased DMD), students of parts of the classes (MSD).
+"""Several networks in one pipeline: experts for noise levels (Phased DMD), students for groups of classes (MSD).
 
 python -m pipelines.experts runs/part0/pipeline runs/part1/pipeline --output_dir runs/msd/pipeline     students of parts
 
-Where diffusers knows such a pipeline, it is that one: two experts of Wan are `transformer` and `transformer_2` with
-`boundary_ratio`. Elsewhere the folder has its pipeline's own network, the last, and the others in experts/0, experts/1,
-..., each a network's folder that diffusers loads; experts.json says who is called for what. Plain diffusers loads such
-a folder, and calls the last network alone: `install` makes the pipeline call all. eval.generate does.
+If diffusers has such a pipeline, that one is used: two experts of Wan are `transformer` and `transformer_2` with
+`boundary_ratio`. Otherwise the folder has the last network as the pipeline's own, and the others in experts/0,
+experts/1, ..., each a network folder of diffusers. experts.json says which network is called when. Plain diffusers
+loads the folder and calls only the last network. `install` makes the pipeline call all of them; eval.generate uses it.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ LIMIT = (
 
 @contextmanager
 def record_timesteps(student: Student) -> Iterator[list[float]]:
-    """The timesteps that the networks of a student with experts are told, call by call, within the context."""
+    """Within the context, record the timesteps of the calls of a student with experts."""
     seen: list[float] = []
     handles = []
     nets = [student.denoiser.net, *(expert.net for expert in student.experts)] if student.experts else []
@@ -63,9 +63,9 @@ def record_timesteps(student: Student) -> Iterator[list[float]]:
 
 
 def write(student: Student, net: nn.Module, steps: Sequence[float], network: str, folder: Path) -> bool:
-    """Add a student's experts to the exported folder of its own network `net`; whether plain diffusers calls them all.
+    """Add a student's experts to the exported folder of its own network `net`. True if plain diffusers calls them all.
 
-    steps: the timestep that each call's network is told, falling.
+    steps: decreasing timesteps of the calls.
     """
     first, last = student.phase
     n = last - first
@@ -85,10 +85,10 @@ def write(student: Student, net: nn.Module, steps: Sequence[float], network: str
 
 
 def install(pipe: Pipeline, folder: str | Path) -> Any:
-    """`pipe`, which was loaded from `folder`, calling for each row of a batch the network that its experts.json names.
+    """Make `pipe`, loaded from `folder`, call the network that experts.json names for each row of a batch.
 
-    A folder without one is left as it is. A batch of rows of several networks is seen whole by each of these, so that
-    an image does not depend on its neighbours.
+    Without experts.json it stays unchanged. If a batch needs several experts, each runs on the full batch, so that
+    results do not depend on the composition of the batch.
     """
     path = Path(folder) / INDEX
     if not path.is_file():
@@ -102,9 +102,9 @@ def install(pipe: Pipeline, folder: str | Path) -> Any:
         options = {"torch_dtype": net.dtype, "use_safetensors": True, "local_files_only": True}
         try:
             others.append(type(net).from_pretrained(part, **options))
-        except Exception as error:  # what a class raises at weights or a config that it cannot use is open-ended
+        except Exception as error:  # a class may raise anything for unusable weights or configs
             raise ValueError(f"{part} cannot be read: {error}: export or copy the folder again") from None
-    net.add_module("experts", nn.ModuleList(others).eval())  # they go where it goes
+    net.add_module("experts", nn.ModuleList(others).eval())  # so that they move with it
     signature, calls = inspect.signature(net.forward), [*others, net.forward]
 
     def forward(*args: Any, **options: Any) -> Any:
@@ -123,7 +123,7 @@ def install(pipe: Pipeline, folder: str | Path) -> Any:
 
 
 def read_routes(path: Path) -> dict[str, Any]:
-    """experts.json: "by" "timestep" with falling "bounds", or "class_labels" with the "classes" of each network."""
+    """experts.json: "by" "timestep" with decreasing "bounds", or "class_labels" with the "classes" of each network."""
     facts = fields.read(path)
     bounds, classes, by = facts.get("bounds"), facts.get("classes"), facts.get("by")
     falling = isinstance(bounds, list) and all(map(fields.is_number, bounds)) and sorted(bounds, reverse=True) == bounds
@@ -141,7 +141,7 @@ def are_labels(value: Any) -> bool:
 
 
 def select_network(facts: dict[str, Any], given: Tensor) -> Tensor:
-    """The number of the network for each value that a pipeline tells: a timestep, or a label."""
+    """The index of the network for each timestep or label."""
     if facts["by"] == "timestep":
         bounds = torch.tensor(facts["bounds"], device=given.device)
         return (given[:, None] < bounds).sum(1)
@@ -153,14 +153,14 @@ def select_network(facts: dict[str, Any], given: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Arguments:
-    """One pipeline of the students of all parts of the classes (--data.classes)."""
+    """Combine the students of all groups of classes (--data.classes) in one pipeline."""
 
-    students: Annotated[tuple[str, ...], tyro.conf.Positional]  # exported folders
-    output_dir: str = ""  # the folder to write
+    students: Annotated[tuple[str, ...], tyro.conf.Positional]  # exported folders of the students
+    output_dir: str = ""  # folder to write
 
 
 def gather_students(students: Sequence[str | Path], out: Path) -> None:
-    """Write the pipeline of all students to `out`, a new folder. ValueError where they are not parts of one whole."""
+    """Write the pipeline of all students to the new folder `out`. ValueError if their classes are not a partition."""
     folders = [Path(student) for student in students]
     if len(folders) < 2:
         raise ValueError(f"{len(folders)} student(s) are given; a pipeline of several is made of two or more folders")
@@ -185,13 +185,13 @@ def gather_students(students: Sequence[str | Path], out: Path) -> None:
             shutil.copytree(folder / network, partial / "experts" / f"{i}")
         (partial / INDEX).write_text(json.dumps({"by": "class_labels", "classes": classes}))
         partial.rename(out)
-    except BaseException:  # a full disk, say
+    except BaseException:  # for example a full disk
         shutil.rmtree(partial, ignore_errors=True)
         raise
 
 
 def _classes(folder: Path, facts: dict[str, Any]) -> list[int]:
-    """The labels of a student's part, of the configuration in its distill.json; none where it has no part."""
+    """The labels of a student's group, from the configuration in its distill.json; empty if it has no group."""
     path = folder / "distill.json"
     try:
         data = yaml.safe_load(facts.get("config", "")).get("data")

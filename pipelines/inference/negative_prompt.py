@@ -1,4 +1,4 @@
-"""Negative prompts without guidance, in the cross-attention: NASA and NAG of any student, SUN's trained adapter.
+"""Negative prompts without guidance, in the cross-attention: NASA and NAG for any student, SUN's trained adapter.
 
     Z+ = softmax(Q K+^T) V+ of the prompt, Z- of the negative one, with the same Q, before the output projection
     NASA: Z = Z+ - alpha Z-                     Nguyen et al. 2024 (SNOOPI), arXiv 2412.02687
@@ -10,8 +10,8 @@
     with apply_negative_prompt(teacher, "blurry", NASA(0.2), pipe.unet):
         pipe("a red fox", num_inference_steps=1, guidance_scale=0)
 
-It costs a second attention over the text. NASA shrinks what it does not turn, by about 1 - alpha: images grow grey.
-SUN's adapter (distill/methods/sun.py) is a file that `install` adds to a plain pipeline of diffusers.
+It costs a second attention over the text. NASA shrinks what it does not turn by about 1 - alpha, which makes images
+grey. SUN's adapter (distill/methods/sun.py) is a file that `install` adds to a plain pipeline of diffusers.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from pipelines.teacher import Teacher
 
 
-FILE = "negative.safetensors"  # of an exported student: SUN's adapter
+FILE = "negative.safetensors"  # SUN's adapter of an exported student
 LIMIT = (
     "Plain diffusers runs the base alone, without guidance. `pipelines.inference.negative_prompt.install(pipe, file)` "
     f"of distill-one-step adds {FILE}, and the call's negative prompt is heard; none is the empty one."
@@ -45,10 +45,10 @@ LIMIT = (
 
 @dataclass(frozen=True)
 class NAG:
-    """Extrapolation, normalised token by token and blended; blend = 0 is no negative prompt."""
+    """Extrapolation, normalised per token and blended; blend = 0 ignores the negative prompt."""
 
     scale: float = 5.0  # phi
-    tau: float = 2.5  # greatest norm of Z~ in norms of Z+ (paper)
+    tau: float = 2.5  # limit of the norm of Z~, in norms of Z+ (paper)
     blend: float = 0.25  # a (paper)
     norm: Literal[1, 2] = 1  # 1: paper, authors' processors of SDXL, SD 3.5 and Wan; 2: their processor of FLUX
 
@@ -65,10 +65,10 @@ class NAG:
 
 @contextmanager
 def apply_negative_prompt(teacher: Teacher, text: str, rule: Rule, net: nn.Module | None = None) -> Iterator[None]:
-    """Within, every cross-attention of `net` also turns away from `text`.
+    """In this context, every cross-attention of `net` also moves away from `text`.
 
-    net: of the teacher's family, a student's say; None: the teacher's own. ValueError where it has no cross-attention:
-    networks whose text and image tokens are in one sequence (SD 3, FLUX, Qwen-Image).
+    net: a network of the teacher's family, for example a student's; None: the teacher's own. ValueError if it has no
+    cross-attention, because text and image tokens are in one sequence (SD 3, FLUX, Qwen-Image).
     """
     net = teacher.denoiser.net if net is None else net
     found = [*layers(net).values()]
@@ -83,20 +83,20 @@ def apply_negative_prompt(teacher: Teacher, text: str, rule: Rule, net: nn.Modul
 
 
 def write(net: nn.Module, file: Path) -> None:
-    """SUN's adapters of a network, in float32, and how many words a prompt has."""
+    """Write SUN's adapters of a network in float32, with the number of tokens of a prompt."""
     (length,) = {layer.processor.length for layer in layers(net).values()}
     save_file({name: t.float().contiguous() for name, t in adapters(net).items()}, file, {"length": f"{length}"})
 
 
 @torch.no_grad()
 def install(pipe: Pipeline, file: str | Path) -> Any:
-    """The pipeline, its network with the adapters of `file`: it hears its negative prompt, guidance switched off.
+    """Add the adapters of `file` to the pipeline's network, so that it uses the negative prompt without guidance.
 
         install(pipe, "runs/sun/pipeline/negative.safetensors")
         pipe("a red fox", negative_prompt="blurry", guidance_scale=0, num_inference_steps=4)
 
-    Any of diffusers whose network has the base's class and sizes: a fine-tuned one, say. Without a negative prompt that
-    is the empty one; under guidance the pipeline is what it was. ValueError where the file does not fit.
+    pipe: any pipeline of diffusers whose network has the base's class and sizes, for example a fine-tuned one. The
+    default negative prompt is empty. With guidance the pipeline behaves as before. ValueError if the file does not fit.
     """
     net, plain = pipe.unet if hasattr(pipe, "unet") else pipe.transformer, type(pipe).encode_prompt
     signature = inspect.signature(plain)
@@ -119,9 +119,9 @@ def install(pipe: Pipeline, file: str | Path) -> Any:
         if guided:
             return made
         first, second, *rest = made
-        if second.ndim == 3:  # words of both; SDXL's pooled embeddings
+        if second.ndim == 3:  # tokens of both prompts; ndim 2: SDXL's pooled embeddings
             return torch.cat([first, second], dim=1), None, *rest
-        words, mask = rest  # words and masks of both: PixArt, SANA
+        words, mask = rest  # tokens and masks of both prompts: PixArt, SANA
         return torch.cat([first, words], dim=1), torch.cat([second, mask], dim=1), None, None
 
     pipe.encode_prompt = encode_prompt
@@ -129,12 +129,12 @@ def install(pipe: Pipeline, file: str | Path) -> Any:
 
 
 class _LayerReached(Exception):
-    """Raised where the text has reached the first cross-attention: the rest of the pass is not needed."""
+    """Raised at the first cross-attention to stop the forward pass."""
 
 
 @torch.no_grad()
 def layer_condition(teacher: Teacher, text: str, net: nn.Module, layer: nn.Module) -> Tensor:
-    """The words [1, L, D] of a text as the cross-attention is given them, projected by the network, without padding."""
+    """The tokens [1, L, D] of a text at the input of the cross-attention: projected by the network, without padding."""
     found: list[tuple[Tensor, Tensor | None]] = []
 
     def hook(module: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:

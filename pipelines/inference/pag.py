@@ -1,12 +1,12 @@
-"""PAG: guidance away from the same network without self-attention. Ahn et al. 2024, arXiv 2403.17377.
+"""PAG: guidance away from the network without self-attention. Ahn et al. 2024, arXiv 2403.17377.
 
     eps~ = eps + s (eps - eps^),   eps^: chosen self-attention maps are the identity, softmax(Q K^T) V -> V
     with guidance w              null + w (cond - null) + s (cond - cond^)
 
-The teacher of any recipe by --pag_scale 3 --pag_layers mid_block (SD, SDXL; transformer_blocks.0 of SANA): it needs no
-null condition, so a teacher without one can be guided too. As diffusers' PAG pipelines have it: where text and image
-are one sequence (SD 3), an image's token sees itself and the text. eps^ is a network of its own around the same
-tensors: no switch that a recomputed block, a student or a thread could find in the wrong place.
+For the teacher of any recipe: --pag_scale 3 --pag_layers mid_block (SD, SDXL; transformer_blocks.0 for SANA). It needs
+no null condition, so it also works for a teacher without one. As in diffusers' PAG pipelines, if text and image are one
+sequence (SD 3), an image token attends to itself and to the text. eps^ is a separate network around the same tensors,
+so that no switch can have the wrong value in a recomputed block, a student or a thread.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ JOINT = ("JointAttnProcessor2_0",)
 
 
 def attach_pag(nets: Nets, s: float, layers: tuple[str, ...]) -> None:
-    """PAG of the teacher of a run, and of its past; s = 0: they stay as they are."""
+    """Add PAG to the teacher of a run, and to its past checkpoints. s = 0 changes nothing."""
     if s:
         nets.teacher = with_pag(nets.teacher, s, layers)
         if nets.past is not None:
@@ -35,14 +35,14 @@ def attach_pag(nets: Nets, s: float, layers: tuple[str, ...]) -> None:
 
 
 def with_pag(denoiser: Denoiser, s: float, layers: tuple[str, ...]) -> WorseModelGuided:
-    """A denoiser with PAG; layers: modules of its network, all self-attention in which is perturbed."""
+    """A denoiser with PAG. layers: modules of its network in which all self-attention is perturbed."""
     return WorseModelGuided(**vars(denoiser), worse=without_self_attention(denoiser.net, layers), s=s)
 
 
 def without_self_attention(net: nn.Module, layers: tuple[str, ...]) -> nn.Module:
     """A network around the tensors of `net` whose self-attention in `layers` is the identity.
 
-    ValueError where there is none in one of them, or where no such attention is known (rotary and video networks).
+    ValueError if one of them has no self-attention, or an unsupported kind (rotary and video networks).
     """
     made = shallow_module_copy(net)
     attentions = {name: module for name, module in made.named_modules() if _perturbable(module)}
@@ -63,13 +63,13 @@ def without_self_attention(net: nn.Module, layers: tuple[str, ...]) -> nn.Module
 
 
 def _perturbable(module: nn.Module) -> bool:
-    """Whether it is self-attention of an image's tokens, which pairs of them with text may join."""
+    """Whether a module is self-attention of image tokens, possibly jointly with text."""
     name = type(getattr(module, "processor", None)).__name__
     return name in (*ALONE, *JOINT) and not getattr(module, "is_cross_attention", True)
 
 
 class Identity:
-    """A processor of diffusers' Attention: every token sees itself alone, [B, N, C] or [B, C, H, W]."""
+    """A processor of diffusers' Attention in which every token attends only to itself, [B, N, C] or [B, C, H, W]."""
 
     def __call__(self, attn: Any, hidden_states: Tensor, *args: Any, **options: Any) -> Tensor:
         x = hidden_states.flatten(2).transpose(1, 2) if hidden_states.ndim == 4 else hidden_states
@@ -80,7 +80,7 @@ class Identity:
 
 
 class Joint:
-    """A processor of a sequence of image and text: a token of the image sees itself and the text, the text sees all."""
+    """A processor of image and text in one sequence: image tokens attend to themselves and text, text to all."""
 
     def __init__(self, processor: Any) -> None:
         self.processor = processor
@@ -91,7 +91,7 @@ class Joint:
 
 
 class Masked(TorchFunctionMode):
-    """Within, of the first n tokens none attends to another of them. Modes are of a thread."""
+    """In this context, none of the first n tokens attends to another of them. Modes apply to one thread."""
 
     def __init__(self, n: int) -> None:
         super().__init__()

@@ -3,14 +3,14 @@
     the decoder's i-th layer, of 0 .. k from the deepest up, reads [h, rho_i skip]
     rho_i = bottom + (top - bottom) i / k
 
-    with tuned(pipe.unet, 0.8):
+    with scale_skips(pipe.unet, 0.8):
         pipe("a red fox", num_inference_steps=1, guidance_scale=0)
 
-Nothing is trained, and a call costs what it did. Which bottom is best, if one below 1 is, depends on the network: try
-a few by python -m eval.generate --skip_tuning 0.8, then eval.score. On the digits (--protocol digits --n 1000, one
-seed) the FD to training images is at a bottom of 1, .95, .9, .8, .6: 10.84 10.56 10.32 9.91 9.63 of DMD2's student
-(95 % interval of the first 6.6 to 15.1), 7.22 7.21 7.22 7.34 7.91 of LCD's, 87.8 88.5 89.2 90.9 95.0 of the teacher
-by Heun in five steps. No gain is shown: every interval holds the figure at 1.
+Nothing is trained, and a call costs the same. The best bottom, if it is below 1, depends on the network: try several
+with python -m eval.generate --skip_tuning 0.8, then eval.score. On the digits (--protocol digits --n 1000, one seed)
+the FD to training images with bottom 1, .95, .9, .8, .6 is: 10.84 10.56 10.32 9.91 9.63 for DMD2's student (95 %
+confidence interval of the first: 6.6 to 15.1), 7.22 7.21 7.22 7.34 7.91 for LCD's, 87.8 88.5 89.2 90.9 95.0 for the
+teacher with Heun in five steps. This shows no gain: every interval contains the figure at 1.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from typing import Any
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-SKIPS = "res_hidden_states_tuple"  # what the blocks of diffusers' decoders call them; the last is read first
+SKIPS = "res_hidden_states_tuple"  # argument of the blocks in diffusers' decoders; the last one is read first
 
 
 @contextmanager
 def scale_skips(net: nn.Module, bottom: float, top: float = 1.0) -> Iterator[None]:
-    """Within, the skips of `net` are scaled from `bottom`, the deepest one's, to `top`; after it they are as before."""
+    """In this context, the skips of `net` are scaled, from `bottom` for the deepest one to `top`."""
     handles = install_factors(net, skip_factors(net, bottom, top))
     try:
         yield
@@ -45,7 +45,7 @@ def skip_factors(net: nn.Module, bottom: float, top: float = 1.0) -> list[float]
 
 
 def install_factors(net: nn.Module, rho: list[float]) -> list[RemovableHandle]:
-    """Hooks that scale the i-th skip from below by rho[i]. ValueError where there is another number of them."""
+    """Hooks that scale the i-th skip from the deepest by rho[i]. ValueError if their number differs."""
     blocks, handles, i = decoder(net), [], 0
     if len(rho) != (n := sum(len(block.resnets) for block in blocks)):
         raise ValueError(f"there are {len(rho)} factors of skips, and this {type(net).__name__} has {n}")
@@ -57,7 +57,7 @@ def install_factors(net: nn.Module, rho: list[float]) -> list[RemovableHandle]:
 
 
 def decoder(net: nn.Module) -> list[Any]:
-    """The blocks that read skips, the deepest first. ValueError where there is none."""
+    """The blocks that read skips, the deepest first. ValueError if there are none."""
     blocks: list[Any] = [*getattr(net, "up_blocks", ())]
     if not blocks or not all(SKIPS in inspect.signature(block.forward).parameters for block in blocks):
         raise ValueError(f"Skip-Tuning is for UNets of diffusers; a {type(net).__name__} has no decoder with skips")

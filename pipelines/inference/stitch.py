@@ -1,4 +1,4 @@
-"""Pipelines that take turns on one image: a base model before its student, a small model before a large one.
+"""Pipelines in turn on one image: a base model before its student, a small model before a large one.
 
     from diffusers import DiffusionPipeline
     from pipelines.inference.stitch import SamplingStage, stitch
@@ -7,13 +7,14 @@
     stages = [SamplingStage(base, 20, guidance=7, solver="ddim"), SamplingStage(student, 4, skip=1)]
     images = stitch(stages, ["a red fox"], [generator])
 
-That has the diversity of the base model, for the student's first call decides what an image is of: of its 20 calls the
-base makes those at higher levels of noise than the student's second (Gandikota & Bau 2025, arXiv 2503.10637). T-Stitch
-(Pan et al. 2024, 2402.14167) has the stages (small, 50, w, solver="ddim") and (large, 50, w, skip=20, solver="ddim"),
-two models of the same latents; there may be three. The mathematics are solver.py's; eval.generate has --first.
+This has the diversity of the base model, because the student's first call determines the content of an image. Of its 20
+calls the base makes those at higher noise levels than the student's second call (Gandikota & Bau 2025, arXiv
+2503.10637). T-Stitch (Pan et al. 2024, 2402.14167) has the stages (small, 50, w, solver="ddim") and (large, 50, w,
+skip=20, solver="ddim"), two models of the same latents. Three stages work, too. The equations are in solver.py;
+eval.generate has --first.
 
-The base's steps must be fine enough. On the digits, one seed, a CD student of two calls has recall .851 and FD 14.2;
-after six of ten of its teacher's Heun steps (25 passes for 2) .894 and 13.0, after two of four .901 and 297.
+The base needs enough steps. On the digits, one seed, a CD student of two calls has recall .851 and FD 14.2; after six
+of ten of its teacher's Heun steps (25 passes for 2) .894 and 13.0, after two of four .901 and 297.
 """
 
 from __future__ import annotations
@@ -32,22 +33,22 @@ from distill.random import Draw
 from pipelines.components import Parts, Pipeline, Scheduler, locate_pipeline
 from pipelines.teacher import Teacher, teacher_of
 
-FRESH = ("LCMScheduler", "CMStochasticIterativeScheduler", "SCMScheduler")  # they noise x0 anew between two calls
+FRESH = ("LCMScheduler", "CMStochasticIterativeScheduler", "SCMScheduler")  # they add new noise to x0 between calls
 ODE = ("DDIMScheduler", "EulerDiscreteScheduler", "FlowMatchEulerDiscreteScheduler")  # they keep the predicted noise
 
 
 @dataclass(frozen=True, eq=False)
 class SamplingStage:
-    """What a pipeline does of an image: the calls of its scheduler, or of a solver, but for the first `skip`."""
+    """One stage of a stitched sampler: the calls of a pipeline's scheduler or a solver, without the first `skip`."""
 
     pipe: Pipeline  # a diffusers pipeline, or a Teacher
-    steps: int  # of the whole way from noise to image
-    guidance: float = 1.0  # lambda where the solver is cfg++; of students none
-    skip: int = 0  # of its calls, which the turns before it make instead
-    solver: Name | None = None  # between two calls; None: what the scheduler does (LCM, Euler, DDIM, flows' Euler ...)
+    steps: int  # number of steps of the complete sampler
+    guidance: float = 1.0  # lambda with the solver cfg++; students have none
+    skip: int = 0  # number of its first calls that the stages before it replace
+    solver: Name | None = None  # step between calls; None: the scheduler's (LCM, Euler, DDIM, flows' Euler ...)
 
     def calls(self, teacher: Teacher, draw: Draw) -> list[Call]:
-        """All of its calls; noise between them from `draw`. ValueError for a scheduler that no solver stands for."""
+        """All calls of the stage; noise between them comes from `draw`. ValueError for a scheduler without a solver."""
         if teacher.parts.index.get("boundary_ratio") is not None:
             raise ValueError(f"{teacher.parts.folder} has two networks, and a turn calls one: use it as it is")
         scheduler = teacher.parts.scheduler()
@@ -61,7 +62,7 @@ class SamplingStage:
             if not isinstance(denoiser.schedule, EDM):
                 teacher.null()
             denoiser = teacher.family.guided(denoiser, self.guidance)
-        scale = None  # of the first noise: as the pipeline's, whose Euler scheduler keeps x / alpha
+        scale = None  # scale of the first noise, as in the pipeline; its Euler scheduler keeps x / alpha
         if isinstance(denoiser.path, VP):
             start = torch.tensor(float(scheduler.init_noise_sigma))
             scale = float(scheduler.scale_model_input(start, scheduler.timesteps[0]))
@@ -71,7 +72,7 @@ class SamplingStage:
 
 
 def stage_times(teacher: Teacher, scheduler: Scheduler, steps: int, solver: Name | None = None) -> tuple[float, ...]:
-    """The times of a pipeline's calls, falling: its scheduler's, but for an EDM teacher under a solver, EDM's grid."""
+    """The decreasing times of a pipeline's calls: its scheduler's; for an EDM teacher with a solver, EDM's grid."""
     schedule = teacher.denoiser.schedule
     times = teacher.family.call_times(scheduler, steps)
     if isinstance(schedule, EDM) and solver is not None:
@@ -83,11 +84,11 @@ def stage_times(teacher: Teacher, scheduler: Scheduler, steps: int, solver: Name
         told = scheduler.timesteps.double().cpu()
         ratios = scheduler.sigmas[: len(told)].double().cpu() if isinstance(schedule, EDM) else None
         t = told / schedule.native(torch.ones(1)) if ratios is None else schedule.time(ratios)
-    return tuple(sorted({*t.tolist()}, reverse=True))  # PNDM's and Heun's ask twice at one level
+    return tuple(sorted({*t.tolist()}, reverse=True))  # PNDM's and Heun's call twice at one level
 
 
 def teacher_from_pipeline(pipe: Pipeline, resolution: int | None = None) -> Teacher:
-    """The teacher whose components are those of a pipeline that is loaded already, from a folder or the Hub."""
+    """The teacher with the components of a loaded pipeline, from a folder or the Hub."""
     parts = Parts(locate_pipeline(str(pipe.config._name_or_path)))
     parts.given = {name: value for name, value in pipe.components.items() if value is not None}
     parts.device = pipe.device
@@ -95,7 +96,7 @@ def teacher_from_pipeline(pipe: Pipeline, resolution: int | None = None) -> Teac
 
 
 class GeneratorsDraw(Draw):
-    """The noise of every image from its own generator, on the CPU."""
+    """Noise of every image from its own generator, on the CPU."""
 
     def __init__(self, generators: Sequence[torch.Generator]) -> None:
         super().__init__(0, 0, "stitch", torch.zeros(0))
@@ -107,10 +108,10 @@ class GeneratorsDraw(Draw):
 
 @torch.no_grad()
 def stitch(turns: Sequence[SamplingStage], prompts: Sequence[Any], generators: Sequence[torch.Generator]) -> Tensor:
-    """Images [B, C, (T,) H, W] in [-1, 1] of B prompts (or labels), the noise of each from its own generator.
+    """Images [B, C, (T,) H, W] in [-1, 1] for B prompts (or labels), each with noise from its own generator.
 
-    Prompts are encoded, and samples decoded, by the last pipeline: all are of the same texts and latents. ValueError
-    where the turns do not follow one another.
+    The last pipeline encodes prompts and decodes samples: all stages use the same texts and latents. ValueError if the
+    stages' noise levels do not follow one another.
     """
     teachers = [turn.pipe if isinstance(turn.pipe, Teacher) else teacher_from_pipeline(turn.pipe) for turn in turns]
     last, draw, calls = teachers[-1], GeneratorsDraw(generators), list[Call]()

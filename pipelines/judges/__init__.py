@@ -1,1 +1,1 @@
-"""Networks that judge samples: perceptual distances and rewards."""
+"""Networks that evaluate samples: perceptual distances and rewards."""

@@ -1,4 +1,4 @@
-"""How different two samples look: LPIPS of their decoded images. Zhang et al. 2018, arXiv 1801.03924."""
+"""Perceptual distance of two samples: LPIPS of their decoded images. Zhang et al. 2018, arXiv 1801.03924."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Distance = Callable[[Tensor, Tensor], Tensor]
 
 
 def check_lpips() -> None:
-    """ValueError if the package is missing; nothing is imported."""
+    """ValueError if the package is missing. It imports nothing."""
     if importlib.util.find_spec("lpips") is None:
         raise ValueError(
             "distance 'lpips' needs the package lpips: pip install 'distill-one-step[lpips]', "
@@ -26,7 +26,7 @@ def check_lpips() -> None:
 
 
 def build_perceptual_distance(config: Config[Any, Any], teacher: Teacher) -> Distance:
-    """The distance of a run. A smoke run fetches nothing: random features of what the teacher's own decoder gives."""
+    """The distance of a run. A smoke run downloads nothing: it compares random features of decoded samples."""
     each = config.train.gradient_checkpointing
     if config.smoke:
         return sample_distance(teacher, None, each, random_distance())
@@ -36,12 +36,12 @@ def build_perceptual_distance(config: Config[Any, Any], teacher: Teacher) -> Dis
 def sample_distance(
     teacher: Teacher, decoder: str | None = None, each: bool = False, features: Distance | None = None
 ) -> Distance:
-    """d(x, y) -> [B]: how far x looks from y, both samples [B, *teacher.shape]; of a video, the mean over its frames.
+    """d(x, y) -> [B]: distance of samples x from samples y, both [B, *teacher.shape]; for video the mean over frames.
 
-    The gradient flows through the frozen decoder to x alone. All is float32, whatever the autocast around it.
-    decoder: folder or Hub name of an AutoencoderTiny (SDXL: madebyollin/taesdxl); None: the teacher's own.
-    each: one sample after another, recomputed in the backward pass: the memory of a single image.
-    features: of images [B, 3, H, W] in [-1, 1], not clamped; None: LPIPS on VGG16, which takes [0, 1] as [-1, 1].
+    The gradient flows through the frozen decoder to x only. All computations are float32, also within autocast.
+    decoder: folder or Hub name of an AutoencoderTiny (SDXL: madebyollin/taesdxl); None: the teacher's own. each:
+    process samples one by one and recompute them in the backward pass, with the memory of a single image. features:
+    features of images [B, 3, H, W] in [-1, 1], not clamped; None: LPIPS on VGG16, whose [0, 1] is our [-1, 1].
     """
     images, net = picture_decoder(teacher, decoder), features or load_lpips()
 
@@ -61,7 +61,7 @@ def sample_distance(
 
 
 def picture_decoder(teacher: Teacher, decoder: str | None = None) -> Callable[[Tensor], Tensor]:
-    """Samples [B, *teacher.shape] -> images [B, 3, H, W] in [-1, 1], of a video frames [B T, 3, H, W], with gradient.
+    """Samples [B, *teacher.shape] -> images [B, 3, H, W] in [-1, 1], for video frames [B T, 3, H, W], with gradient.
 
     decoder: folder or Hub name of an AutoencoderTiny; None: the teacher's own.
     """
@@ -75,7 +75,7 @@ def picture_decoder(teacher: Teacher, decoder: str | None = None) -> Callable[[T
 
 
 def load_lpips(**options: Any) -> Distance:
-    """The network of the package, frozen; its VGG16 is fetched by torchvision where it is not yet on disk."""
+    """The frozen network of the package. torchvision downloads its VGG16 if it is not on disk."""
     check_lpips()
     from lpips import LPIPS
 
@@ -87,7 +87,7 @@ def load_lpips(**options: Any) -> Distance:
 
 
 def random_distance() -> Distance:
-    """The squared difference of random features, always the same ones."""
+    """The squared difference of fixed random features."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.SiLU(), nn.Conv2d(8, 8, 3)).requires_grad_(False)
@@ -95,7 +95,7 @@ def random_distance() -> Distance:
 
 
 def tiny_decoder(teacher: Teacher, decoder: str) -> Callable[[Tensor], Tensor]:
-    """decode of an AutoencoderTiny, frozen."""
+    """The decoder of a frozen AutoencoderTiny."""
     from diffusers import AutoencoderTiny
 
     try:

@@ -1,4 +1,4 @@
-"""Rewards of samples, with gradient: how well a picture fits its prompt (CLIP), or its class label."""
+"""Rewards of samples, with gradient: agreement of an image with its prompt (CLIP), or with its class label."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 Reward = Callable[[Tensor, Condition], Tensor]
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of CLIP's pixels
-BATCHES, SIZE = 32, 64  # of real samples that a classifier of labels is fitted to
+BATCHES, SIZE = 32, 64  # real samples to which a classifier of labels is fitted
 
 
 def build_reward(config: Config[Any, Any], teacher: Teacher, data: Any) -> Reward:
-    """The reward of a run. A smoke run fetches nothing: its CLIP is a random function of the decoded pictures."""
+    """The reward of a run. A smoke run downloads nothing: its CLIP is a random function of the decoded images."""
     method = config.method
     if method.reward == "labels":
         return label_reward(data)
@@ -34,11 +34,12 @@ def build_reward(config: Config[Any, Any], teacher: Teacher, data: Any) -> Rewar
 
 
 def clip_reward(weights: str, texts: Sequence[str], pictures: Callable[[Tensor], Tensor], each: bool = False) -> Reward:
-    """R(x, c) -> [B]: the cosine, in [-1, 1], of CLIP's embeddings of the decoded x and of its prompt.
+    """R(x, c) -> [B]: cosine in [-1, 1] of CLIP's embeddings of the decoded x and of its prompt.
 
     weights: folder or Hub name of a CLIPModel of transformers, safetensors. c has "prompt" [B], rows of `texts`.
-    pictures: samples [B, *shape] -> [B T, 3, H, W] in [-1, 1]; of a video's frames the mean. They are not clamped, for
-    that would take their gradient. each: one sample after another, recomputed in the backward pass.
+    pictures: samples [B, *shape] -> [B T, 3, H, W] in [-1, 1]; the reward of a video is the mean over frames. They are
+    not clamped, because that would remove their gradient. each: process samples one by one, recomputed in the backward
+    pass.
     """
     from transformers import AutoTokenizer, CLIPModel
 
@@ -75,9 +76,9 @@ def clip_reward(weights: str, texts: Sequence[str], pictures: Callable[[Tensor],
 
 
 def label_reward(data: Callable[[Draw], dict[str, Any]]) -> Reward:
-    """R(x, c) -> [B]: log p(class | x), at most 0, for Gaussian classes of one covariance (linear discriminant).
+    """R(x, c) -> [B]: log p(class | x), at most 0, for Gaussian classes with one covariance (linear discriminant).
 
-    They are fitted to the real samples that the data gives, whose labels c["class_labels"] [B] the reward reads.
+    It is fitted to real samples of the data. It reads their labels c["class_labels"] [B].
     """
     batches = [data(Draw(0, i, "reward", torch.arange(SIZE))) for i in range(BATCHES)]
     if any("class_labels" not in batch.get("real_c", ()) for batch in batches):
@@ -103,7 +104,7 @@ def label_reward(data: Callable[[Draw], dict[str, Any]]) -> Reward:
 
 
 def random_reward(pictures: Callable[[Tensor], Tensor]) -> Reward:
-    """Random features of the pictures, always the same ones."""
+    """Fixed random features of the images."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.SiLU(), nn.Conv2d(8, 1, 1), nn.Tanh()).requires_grad_(False)

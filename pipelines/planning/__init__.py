@@ -1,1 +1,1 @@
-"""Memory, FLOPs and time of a run, counted from configurations."""
+"""Memory, FLOPs and time of a run, computed from configurations."""

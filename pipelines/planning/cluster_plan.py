@@ -3,8 +3,8 @@
     python -m pipelines.scaling                                                  the tables of docs/scaling.md
     python -m pipelines.scaling recipes/dmd2_sdxl.py --gpus 16 --machine.share 0.3 [-- flags of the recipe]
 
-FLOPs, parameters gathered and gradients reduced are counted by running the method's losses on the meta device. Time is
-those numbers over what a machine does in a second: data sheets, and three assumptions that are flags.
+FLOPs, gathered parameters and reduced gradients are counted by running the method's losses on the meta device. Time is
+these numbers divided by a machine's rates: from data sheets, and three assumptions that are flags.
 """
 
 from __future__ import annotations
@@ -40,18 +40,18 @@ from pipelines.planning.memory_plan import (
 
 @dataclass(frozen=True)
 class Machine:
-    """GPUs and the wires between them: of a DGX H100."""
+    """GPUs and their network, with the values of a DGX H100."""
 
-    peak: float = CHIPS["H100 SXM"][0]  # TFLOP/s, dense bfloat16 (NVIDIA H100 data sheet, half of that with sparsity)
-    memory: float = 80.0  # GiB (data sheet: 80 GB)
-    hbm: float = 3350.0  # GB/s of its memory (data sheet)
-    nvlink: float = 450.0  # GB/s a direction (data sheet: 900 both ways)
-    network: float = 50.0  # GB/s a direction and GPU: one 400 Gb/s InfiniBand port for each (DGX H100 data sheet)
-    node: int = 8  # GPUs of a node (DGX H100 data sheet)
-    reserve: float = 1.0  # GiB that the driver, libraries and the allocator's gaps take: assumed, as in plan
-    share: float = 0.4  # of the peak that is reached: assumed
-    wire: float = 0.8  # of the wires' bandwidth that is reached: assumed
-    hop: float = 3e-6  # seconds that one hop of a ring takes beside the bytes: assumed
+    peak: float = CHIPS["H100 SXM"][0]  # TFLOP/s, dense bfloat16 (NVIDIA H100 data sheet: half of the sparse value)
+    memory: float = 80.0  # GiB of memory per GPU (data sheet: 80 GB)
+    hbm: float = 3350.0  # memory bandwidth in GB/s (data sheet)
+    nvlink: float = 450.0  # NVLink bandwidth in GB/s per direction (data sheet: 900 in both)
+    network: float = 50.0  # GB/s per direction and GPU: one 400 Gb/s InfiniBand port each (DGX H100 data sheet)
+    node: int = 8  # GPUs per node (DGX H100 data sheet)
+    reserve: float = 1.0  # GiB for driver, libraries and allocator gaps: assumed, as in plan
+    share: float = 0.4  # fraction of the peak that a run reaches: assumed
+    wire: float = 0.8  # fraction of the network bandwidth that a run reaches: assumed
+    hop: float = 3e-6  # latency of one hop of a ring in seconds: assumed
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -59,15 +59,15 @@ class Machine:
                 raise ValueError(f"machine.{name} is {value}; it must be above 0")
 
     def speed(self, gpus: int) -> float:
-        """Bytes a second of a ring through `gpus` GPUs; across nodes, eight rings leave through eight ports."""
+        """Bytes per second of a ring through `gpus` GPUs. Across nodes, eight rings use eight ports."""
         return 1e9 * self.wire * (self.nvlink if gpus <= self.node else min(self.nvlink, self.node * self.network))
 
 
 @dataclass(frozen=True)
 class Scaling:
-    """What to tabulate, and for which machine."""
+    """The recipe, the numbers of GPUs and the machine of the tables."""
 
-    recipe: Annotated[Path | None, tyro.conf.Positional] = None  # its name or file; none: the cases of the document
+    recipe: Annotated[Path | None, tyro.conf.Positional] = None  # a recipe's name or file; None: docs/scaling.md
     gpus: tuple[int, ...] = (8, 64, 512)
     machine: Machine = field(default_factory=Machine)
 
@@ -78,21 +78,21 @@ class Scaling:
 
 @dataclass(frozen=True)
 class Layout:
-    """A run on GPUs that hold `shards` parts of the state: 1 is DDP, more is FSDP2, replicated gpus / shards times.
+    """A run on GPUs that each hold 1 / `shards` of the state: 1 is DDP, more is FSDP2, replicated gpus / shards times.
 
-    one: the run with a batch of one sample on one GPU; what is counted is proportional to the batch.
+    one: the run with a batch of one sample on one GPU. All counts are proportional to the batch.
     """
 
     one: Run
     machine: Machine
-    batch: int  # of the recipe
+    batch: int  # batch size of the recipe
     gpus: int
     shards: int = 1
     micro: int = 1
 
     @property
     def whole(self) -> int:
-        """The global batch: the recipe's, or the smallest that gives each GPU a sample."""
+        """The global batch size: the recipe's, or the smallest one with a sample for each GPU."""
         return max(self.batch, self.gpus)
 
     @property
@@ -110,12 +110,12 @@ class Layout:
 
     @property
     def flops(self) -> float:
-        """Of a step, on each GPU."""
+        """FLOPs of a step on each GPU."""
         return self.one.cost.flops * self.rounds * self.micro
 
     @cached_property
     def moved(self) -> list[tuple[float, float, float]]:
-        """Of a step: (bytes that each GPU sends, bytes a second, seconds of latency) of each kind of transfer."""
+        """(bytes that each GPU sends, bytes per second, seconds of latency) in a step, for each kind of transfer."""
         m, s, copies = self.machine, self.shards, self.gpus // self.shards
         if s == 1:  # one all-reduce of each player's gradients after its micro-batches
             turns = [(n, every) for _, n, every in trained(self.one)]
@@ -133,7 +133,7 @@ class Layout:
 
     @property
     def compute(self) -> float:
-        """Seconds of the FLOPs, and of AdamW, which reads four float32 numbers a weight and writes three."""
+        """Seconds for the FLOPs, and for AdamW, which reads four and writes three float32 numbers per weight."""
         m = self.machine
         updated = sum(7 * 4 * n / every for _, n, every in trained(self.one)) / self.shards
         return self.flops / (m.peak * TFLOP * m.share) + updated / (1e9 * m.hbm)
@@ -144,7 +144,7 @@ class Layout:
 
     @property
     def hidden(self) -> float:
-        """Seconds of communication behind computation: all that can be with FSDP2, at best; none of our all-reduce."""
+        """Seconds of communication during computation: at best all of FSDP2's, none of our all-reduce."""
         return min(self.communication, self.compute) if self.shards > 1 else 0.0
 
     @property
@@ -167,7 +167,7 @@ class Layout:
 
 
 def trained(run: Run) -> list[tuple[str, int, int]]:
-    """(player, parameters that it trains, every how many steps) of each update."""
+    """(player, number of its trained parameters, steps between its updates) of each update."""
     from pipelines.planning.flop_counter import players
 
     owners = players(run.built[2])
@@ -176,7 +176,7 @@ def trained(run: Run) -> list[tuple[str, int, int]]:
 
 
 def layouts(one: Run, batch: int, gpus: int, machine: Machine) -> Iterator[Layout]:
-    """DDP, and the FSDP2 with the fewest parts, a node's at least, that fits; each with the largest micro-batch."""
+    """DDP, and the FSDP2 with the fewest shards (at least one node's) that fits, each with the largest micro-batch."""
     parts = [p for p in (machine.node * 2**i for i in range(20)) if p <= gpus and gpus % p == 0] or [gpus]
     for group in ([1], parts):
         found = Layout(one, machine, batch, gpus, group[-1])
@@ -191,7 +191,7 @@ def layouts(one: Run, batch: int, gpus: int, machine: Machine) -> Iterator[Layou
 
 
 def cases(scaling: Scaling, flags: list[str]) -> Iterator[tuple[str, Config[Any, Any], Any]]:
-    """(name, configuration, its teacher's configs): the recipe's, or SDXL, FLUX and Qwen-Image."""
+    """(name, configuration, configs of the teacher): the recipe, or SDXL, FLUX and Qwen-Image."""
     if scaling.recipe is not None:
         yield scaling.recipe.stem, *configured(Plan(scaling.recipe), flags)
         return
@@ -202,7 +202,7 @@ def cases(scaling: Scaling, flags: list[str]) -> Iterator[tuple[str, Config[Any,
     flux, parts = recipe("dmd2_flux")
     train = replace(flux.train, output_dir="runs/dmd2_qwen")
     qwen, others = configured(Plan(family="qwen", method="dmd2-prompts"), [])
-    qwen = replace(adapted(qwen, others, RANK, True), train=train)  # there is no recipe: FLUX's batch and steps
+    qwen = replace(adapted(qwen, others, RANK, True), train=train)  # there is no recipe: batch and steps of FLUX
     for name, config, of in (("FLUX", flux, parts), ("Qwen-Image", qwen, others)):
         full = replace(config, student=replace(config.student, lora=LoRA()), fake=FakeConfig())
         yield f"{name} DMD2", full, of
@@ -211,7 +211,7 @@ def cases(scaling: Scaling, flags: list[str]) -> Iterator[tuple[str, Config[Any,
 
 
 def tables(scaling: Scaling, flags: list[str]) -> str:
-    """Memory of each GPU in every layout, and what a step takes in those that fit."""
+    """Tables of the memory per GPU in every layout, and of the time per step in those that fit."""
     names = list(Bytes.__dataclass_fields__)
     memory = [["GiB on each GPU", "GPUs", "mode", "micro", *names, "total", "fits"]]
     time = [["a step", "GPUs", "mode", "batch", "TFLOP", "GB sent", "compute s", "sent s", "hidden s", "step s"]]

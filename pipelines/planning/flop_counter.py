@@ -1,5 +1,5 @@
-"""FLOPs and bytes of a method's turns, counted without a number computed: the real loss, forward and backward, on the
-meta device. Only what a GPU does beyond shapes is imitated: autocast's precisions and fused attention.
+"""FLOPs and bytes of a method's updates. The real loss runs forward and backward on the meta device, without numbers.
+Only what a GPU does beyond shapes is imitated: the precisions of autocast and fused attention.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from distill.training.step import set_trainable, steps_into_generation
 if TYPE_CHECKING:
     from distill.method import Method, Update
 
-CYCLE = 500  # steps that are counted one by one
+CYCLE = 500  # number of steps that are counted one by one
 HALF: tuple[Any, ...] = (
     F.linear,
     F.conv1d,
@@ -50,7 +50,7 @@ FULL = (F.layer_norm, F.group_norm, F.rms_norm, F.softmax, torch.softmax, torch.
 
 
 class GPU(TorchFunctionMode):
-    """CUDA's autocast to bfloat16 (`half`), and fused attention, for tensors on the meta device."""
+    """Imitates CUDA's autocast to bfloat16 (`half`) and fused attention for tensors on the meta device."""
 
     def __init__(self, half: bool) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ def _cast(dtype: torch.dtype, value: Any) -> Any:
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **options: Any) -> Tensor:
-    """The flash kernel; with a mask, the memory-efficient one."""
+    """The flash kernel; with a mask, the memory-efficient kernel."""
     scale = options.get("scale")
     if attn_mask is None:
         return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, scale=scale)[0]
@@ -80,27 +80,26 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | No
 
 
 def gradients(grad: Any, x: Any, weight: Any, *rest: Any, **out: Any) -> int:
-    """FLOPs of a convolution's gradients, of shapes: to input and weight each as many as it has forward.
+    """FLOPs of a convolution's gradients, from shapes: those to input and weight each cost as much as the forward pass.
 
-    torch's own formula forgets the groups: for the weight of a depthwise convolution it counts every pair of channels.
+    torch's own formula ignores groups: for the weight of a depthwise convolution it counts every pair of channels.
     """
     *_, transposed, _, _, mask = rest
     return sum(mask[:2]) * conv_flop_count(x, weight, grad, transposed)
 
 
-FLOPS: dict[Any, Any] = {torch.ops.aten.convolution_backward: gradients}  # in place of torch's
+FLOPS: dict[Any, Any] = {torch.ops.aten.convolution_backward: gradients}  # replaces torch's formula
 
 
 class Meter(TorchDispatchMode):
-    """`flops` done inside, by torch's own formulas but for FLOPS; bytes of the tensors that were made inside and are
-    alive: `now`, and the most that were, `peak`. (FlopCounterMode follows modules with hooks that keep recomputed
-    blocks alive.)
-    """
+    """Counts `flops` by torch's own formulas, except those in FLOPS, and bytes of tensors that are created inside and
+    alive: `now`, and the maximum, `peak`. (FlopCounterMode follows modules with hooks, which keep recomputed blocks
+    alive.)"""
 
     def __init__(self, *nets: nn.Module) -> None:
         super().__init__()
         self.flops = self.now = self.peak = 0
-        self.weights = {id(s): s for s in (t.untyped_storage() for t in distinct(*nets))}  # a view of one is no news
+        self.weights = {id(s): s for s in (t.untyped_storage() for t in distinct(*nets))}  # views need no memory
         self.seen: dict[int, weakref.finalize] = {}
         self.formulas = {**flop_registry, **{op: shape_wrapper(formula) for op, formula in FLOPS.items()}}
 
@@ -125,7 +124,7 @@ class Meter(TorchDispatchMode):
         del self.seen[key]
 
     def forget(self, tensor: Tensor) -> None:
-        """Not counted any more: it is a gradient."""
+        """Stop counting a tensor, because it is a gradient."""
         storage = tensor.untyped_storage()
         if (end := self.seen.pop(id(storage), None)) is not None:
             end.detach()
@@ -133,7 +132,7 @@ class Meter(TorchDispatchMode):
 
 
 class Traffic(NamedTuple):
-    """What networks in shards send: parameters gathered, gradients reduced (elements), and in how many collectives."""
+    """Traffic of sharded networks: gathered parameters, reduced gradients (elements), and the number of collectives."""
 
     gathered: float = 0
     reduced: float = 0
@@ -144,10 +143,10 @@ class Traffic(NamedTuple):
 
 
 class Shards:
-    """Counts the traffic of networks whose units are sharded and let go after every pass (FSDP2).
+    """Counts the traffic of networks whose units are sharded and freed after every pass (FSDP2).
 
-    A unit is gathered for its forward pass and again where a gradient comes back, which is then reduced; recomputation
-    happens while it is gathered. What no unit holds is one more, the network's own.
+    A unit is gathered for its forward pass, and again for its backward pass; then its gradient is reduced.
+    Recomputation happens while it is gathered. Parameters outside units form one more unit, the network's own.
     """
 
     def __init__(self, *nets: nn.Module) -> None:
@@ -163,7 +162,7 @@ class Shards:
         self.returned: dict[nn.Module, Any] = {}
 
     def entered(self, rest: list[nn.Parameter], net: nn.Module, args: Any) -> None:
-        """A pass begins."""
+        """Called at the start of a pass."""
         self.gather(rest)
         self.returned[net] = self.once(lambda: self.back(rest))
 
@@ -199,7 +198,7 @@ class Shards:
 
 
 def units(net: nn.Module) -> list[nn.Module]:
-    """What is gathered at a time: the transformer and ResNet blocks of a network."""
+    """The modules that are gathered one by one: transformer and ResNet blocks of a network."""
     return [m for m in net.modules() if re.search(r"(Transformer|Resnet)Block(2D)?$", type(m).__name__)]
 
 
@@ -208,22 +207,22 @@ class Turn:
     """One update of one player on a micro-batch: FLOPs, and bytes of the tensors that live during it."""
 
     player: str
-    generation: int  # FLOPs of making the samples, with a single call of the student where the method has the choice
-    loss: int  # FLOPs of the loss, and of the backward pass
-    activations: int  # bytes: the largest total of all tensors but weights and gradients
+    generation: int  # FLOPs of the samples, with one student call if the number of calls is random
+    loss: int  # FLOPs of the loss and of the backward pass
+    activations: int  # bytes: the maximum of all tensors except weights and gradients
     gradients: int  # bytes
-    traffic: tuple[Traffic, Traffic] = (Traffic(), Traffic())  # of generation and loss, if networks were sharded
+    traffic: tuple[Traffic, Traffic] = (Traffic(), Traffic())  # traffic of generation and loss, if networks are sharded
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a method costs on micro-batches of `micro` samples, averaged over its random numbers of calls."""
+    """Cost of a method on micro-batches of `micro` samples, averaged over its random numbers of calls."""
 
-    turns: tuple[Turn, ...]  # one of each update
-    flops: float  # of a step and micro-batch, averaged over a cycle and over the random numbers of calls
-    cycle: int  # steps until the pattern of the updates repeats
+    turns: tuple[Turn, ...]  # one for each update
+    flops: float  # per step and micro-batch, averaged over a cycle and over random numbers of calls
+    cycle: int  # number of steps until the pattern of updates repeats
     micro: int
-    traffic: Traffic  # of a step and micro-batch, averaged likewise, if networks were sharded
+    traffic: Traffic  # per step and micro-batch, averaged in the same way, if networks are sharded
 
     @property
     def activations(self) -> int:
@@ -235,14 +234,14 @@ class Cost:
 
 
 def players(nets: Nets) -> dict[str, list[nn.Parameter]]:
-    """As the trainer starts them, on whatever device the networks are."""
+    """The parameters of each player as the trainer starts them, on the networks' device."""
     device = next(nets.teacher.net.parameters()).device
     start(nets, SimpleNamespace(device=device, mixed_precision="no", distributed_type=None))
     return owners(nets)
 
 
 class Choice(Draw):
-    """A draw whose choices of control flow are all `k`, or the largest there is."""
+    """A draw whose choices of control flow are all `k`, or the largest possible choice."""
 
     def __init__(self, step: int, player: str, micro: int, k: int) -> None:
         super().__init__(0, step, player, torch.zeros(micro, dtype=torch.long, device="meta"))
@@ -252,7 +251,7 @@ class Choice(Draw):
         return min(self.k, n - 1)
 
     def _words(self, name: str, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        word = torch.empty(shape, dtype=torch.int32, device="meta")  # nobody reads it
+        word = torch.empty(shape, dtype=torch.int32, device="meta")  # its values are never read
         return word, word
 
 
@@ -265,11 +264,11 @@ def cost(
     checkpointing: bool = False,
     fused: bool = True,
 ) -> Cost:
-    """The cost of `method` on networks that lie on the meta device; LPIPS and a reward that they lack cost nothing.
+    """The cost of `method` on networks on the meta device. Missing LPIPS and reward networks cost nothing.
 
     c: a condition [1, ...] on the meta device. half: bfloat16 autocast. checkpointing: recompute blocks. fused:
-    attention that never holds its matrix; False counts attention's products alone, as papers do. Counted is a cycle
-    when every player has started.
+    attention that never stores its matrix; False counts only the products of attention, as papers do. One cycle is
+    counted, after every player has started.
     """
     free = lambda x, *_: x.flatten(1).mean(1)
     nets = replace(nets, perceptual=nets.perceptual or free, reward=nets.reward or free)
@@ -328,7 +327,7 @@ def _turn(
     micro: int,
     mode: TorchFunctionMode | None,
 ) -> Turn:
-    """Run one update as the trainer does."""
+    """Run one update like the trainer."""
     draw = Choice(step, update.player, micro, 0)
     networks = [*nets.frozen().values(), *nets.modules().values()]
     meter, shards = Meter(*networks), Shards(*networks)
@@ -354,7 +353,7 @@ def _turn(
 def _calls(
     method: Method, nets: Nets, update: Update, step: int, batch: Any, micro: int, choices: int | None = None
 ) -> float:
-    """The student's calls in making samples at this step, averaged over the first `choices` of the method, or all."""
+    """The student's calls for the samples of this step, averaged over the first `choices` of the method, or all."""
     asked = 0
 
     def call(net: nn.Module, x: Tensor, t: Tensor, c: Any) -> Tensor:
@@ -381,7 +380,7 @@ def _with_null(nets: Nets, null: dict[str, Tensor]) -> Nets:
 
 
 def distinct(*nets: nn.Module) -> Iterator[Tensor]:
-    """The parameters and buffers of networks, each tensor once: a shared backbone counts as one."""
+    """The parameters and buffers of networks, each tensor once: a shared backbone counts once."""
     seen: set[int] = set()
     for tensor in itertools.chain.from_iterable((*net.parameters(), *net.buffers()) for net in nets):
         if id(tensor) not in seen:
@@ -398,10 +397,10 @@ def forward(denoiser: Denoiser, shape: tuple[int, ...], c: dict[str, Tensor]) ->
 
 
 def passes(method: Method, nets: Nets, c: dict[str, Tensor]) -> float:
-    """Forward passes of one network that an iteration costs, for each of its samples, averaged over a cycle.
+    """Forward passes of one network per iteration and sample, averaged over a cycle.
 
-    A forward pass is 1, a backward pass 2, one to the input alone 1, an encoder its share of the network. Arguments as
-    in `cost`.
+    A forward pass counts 1, a backward pass 2, a backward pass to the input only 1, an encoder its fraction of the
+    network. Arguments as in `cost`.
     """
-    pair = cost(method, nets, c, 2, half=False, fused=False)  # SUN takes one sample's condition for another
+    pair = cost(method, nets, c, 2, half=False, fused=False)  # SUN takes the condition of another sample
     return pair.flops / pair.micro / forward(nets.teacher, nets.shape, c)

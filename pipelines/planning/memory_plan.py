@@ -1,11 +1,11 @@
-"""Will it fit, how long will it take: parameters, bytes, disk and hours of a run, before anything is downloaded.
+"""Does a run fit, and how long does it take: parameters, bytes, disk space and hours, before any download.
 
     python -m pipelines.plan recipes/dmd2_sdxl.py --gpus 8 --memory 80 -- --method.guidance 7
     python -m pipelines.plan --family flux --method dmd2 --lora 64 --gpus 8
 
-Roles are built by the training's own code from public configs on the meta device, and the method's losses run there:
-weights, gradients and optimizer state are exact, FLOPs are counted, activations are an estimate. Exit status 1 if the
-run does not fit; then the nearest configuration that does is named.
+Roles are built by the training code from public configs on the meta device, and the method's losses run there. Weights,
+gradients and optimizer state are exact, FLOPs are counted, activations are estimated. If the run does not fit, the exit
+status is 1, and the nearest configuration that fits is named.
 """
 
 from __future__ import annotations
@@ -57,25 +57,25 @@ METHODS: dict[str, Any] = {
     "lcd": methods.LCD(guidance=7.5, target_ema=0.0),
     "scm": methods.SCM(guidance=4.5),
 }
-RANK = 64  # of the adapters that are suggested (DMD2's, LCM's and SwiftBrush's)
+RANK = 64  # rank of suggested adapters (DMD2's, LCM's and SwiftBrush's)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What to plan, and for which machine."""
+    """The run to plan, and the machine."""
 
-    recipe: Annotated[Path | None, tyro.conf.Positional] = None  # a recipe's name or file; its own flags go after --
-    family: str | None = None  # without a recipe: sd15, sdxl, sd3, flux, qwen, sana, wan, ...
-    method: Literal["dmd2", "dmd2-prompts", "sid", "vsd", "lcd", "scm"] = "dmd2"  # without a recipe
-    lora: int | None = None  # rank of student and fake; None: the recipe's, or full copies
+    recipe: Annotated[Path | None, tyro.conf.Positional] = None  # a recipe's name or file; its own flags follow --
+    family: str | None = None  # family of the teacher, without a recipe: sd15, sdxl, sd3, flux, qwen, sana, wan, ...
+    method: Literal["dmd2", "dmd2-prompts", "sid", "vsd", "lcd", "scm"] = "dmd2"  # method, without a recipe
+    lora: int | None = None  # rank of the adapters of student and fake score; None: the recipe's, or full copies
     gpus: int = 1
-    memory: float = 80.0  # GiB of each
-    reserve: float = 1.0  # GiB of it that the driver, libraries and the allocator's gaps take
-    share: float = 0.4  # of the matrix peak that the run reaches: an aim, not a measurement
+    memory: float = 80.0  # GiB per GPU
+    reserve: float = 1.0  # GiB of it for driver, libraries and allocator gaps
+    share: float = 0.4  # fraction of the matrix peak that the run reaches: an aim, not a measurement
     mixed_precision: Literal["bf16", "no"] = "bf16"
-    prompts: int = 500_000  # in the cache
-    images: int = 500_000  # in the cache, where the method needs real ones
-    preset: Literal["24gb"] | None = None  # one GPU of 24 GB: 22 GiB, adapters on a bfloat16 backbone, prompts alone
+    prompts: int = 500_000  # number of prompts in the cache
+    images: int = 500_000  # number of images in the cache, if the method needs real images
+    preset: Literal["24gb"] | None = None  # one GPU of 24 GB: 22 GiB, adapters on a bfloat16 backbone, prompts only
 
     def __post_init__(self) -> None:
         if (self.recipe is None) == (self.family is None):
@@ -87,11 +87,11 @@ class Plan:
 
 @dataclass(frozen=True)
 class Bytes:
-    """Memory of one GPU. All but the activations are exact where nothing is sharded."""
+    """Memory of one GPU. Without sharding everything but the activations is exact."""
 
     weights: int
-    average: int  # the student's
-    gradients: int  # of one player: each is cleared before the other moves
+    average: int  # of the student's moving average
+    gradients: int  # of one player: they are cleared before the next player's update
     optimizer: int
     buckets: int  # of the all-reduce, or of gathered units
     activations: int  # estimated
@@ -103,17 +103,17 @@ class Bytes:
 
 @dataclass(frozen=True)
 class Run:
-    """One configuration on a number of GPUs: everything that is counted about it."""
+    """One configuration on a number of GPUs, with everything that is counted about it."""
 
     config: Config[Any, Any]
     parts: Meta
     gpus: int = 1
     half: bool = True
-    shards: int = 1  # parts of weights, gradients and optimizer state (FSDP), each part on gpus / shards GPUs
+    shards: int = 1  # number of shards of weights, gradients and optimizer state (FSDP), each on gpus / shards GPUs
 
     @cached_property
     def built(self) -> tuple[Teacher, dict[str, Any], Nets]:
-        """Teacher, a condition of one sample and the roles, on the meta device."""
+        """Teacher, condition of one sample, and roles, on the meta device."""
         import torch
 
         from distill.training.build import build
@@ -149,7 +149,7 @@ class Run:
 
     @cached_property
     def parameters(self) -> dict[str, tuple[int, int]]:
-        """Role -> parameters, and how many of them are trained."""
+        """{role: (number of parameters, number of trained parameters)}."""
         _, _, nets = self.built
         roles, moved = nets.frozen() | nets.modules(), nets.modules().keys() - {"target"}
         trained = lambda role, p: p.requires_grad and role in moved
@@ -166,7 +166,7 @@ class Run:
 
     @cached_property
     def whole(self) -> Bytes:
-        """Where nothing is sharded: all but the activations."""
+        """Memory without sharding, except the activations."""
         from distill.networks.ema import EMA
         from pipelines.planning.flop_counter import distinct, players
 
@@ -185,7 +185,7 @@ class Run:
 
     @property
     def state(self) -> Bytes:
-        """All but the activations."""
+        """Memory except the activations."""
         whole = self.whole
         if self.shards == 1:
             return replace(whole, buckets=min(4 * BUCKET, whole.gradients) if self.gpus > 1 else 0)
@@ -193,7 +193,7 @@ class Run:
         largest, rest = gathered(teacher.denoiser.net)
         bytes_of = lambda net: sum(t.nbytes for t in (*net.parameters(), *net.buffers()))
         whole_nets = (*nets.frozen().values(), *nets.modules().values())
-        weights = sum(map(bytes_of, whole_nets))  # adapters' backbones: one each
+        weights = sum(map(bytes_of, whole_nets))  # backbones of adapters, each once
         average = bytes_of(nets.student.denoiser.net) if whole.average else 0
         parts = [size // self.shards for size in (weights, average, whole.gradients, whole.optimizer)]
         buckets = (2 if self.half else 4) * (2 * largest + rest) + 4 * largest
@@ -204,7 +204,7 @@ class Run:
         return replace(self.state, activations=self.cost.activations)
 
     def over(self, gpus: int, shards: int) -> Run:
-        """The same micro-batch on other GPUs; what was counted is kept."""
+        """The same micro-batch on other GPUs. Counts are kept."""
         run = replace(self, gpus=gpus, shards=shards)
         run.__dict__.update({name: getattr(self, name) for name in ("built", "whole", "cost")})
         return run
@@ -217,20 +217,20 @@ class Run:
 
     @property
     def flops(self) -> float:
-        """Of the whole run, all GPUs together."""
+        """FLOPs of the whole run on all GPUs together."""
         train = self.config.train
         return self.cost.flops / self.cost.micro * train.train_batch_size * train.max_train_steps
 
 
 def moments(numel: int, kind: str) -> int:
     """Bytes of the optimizer's state for one parameter."""
-    if kind == "adamw8bit" and numel >= 4096:  # bitsandbytes: two bytes, and two float32 scales a block of 256
+    if kind == "adamw8bit" and numel >= 4096:  # bitsandbytes: two bytes, and two float32 scales per block of 256
         return 2 * numel + 2 * 4 * -(-numel // 256)
-    return 8 * numel + (0 if kind == "adamw8bit" else 4)  # torch counts steps in a float32 of each parameter
+    return 8 * numel + (0 if kind == "adamw8bit" else 4)  # torch stores the step count in a float32 per parameter
 
 
 def gathered(net: Network) -> tuple[int, int]:
-    """Parameters of the largest unit of sharding, two of which are whole at a time, and of the rest, which stays so."""
+    """(parameters of the largest FSDP unit, parameters outside units). Two units and the rest are gathered."""
     from pipelines.planning.flop_counter import units
 
     sizes = [sum(p.numel() for p in unit.parameters()) for unit in units(net)]
@@ -273,7 +273,7 @@ def configured(plan: Plan, flags: list[str]) -> tuple[Config[Any, Any], Meta]:
 def of(recipe: Path, flags: list[str]) -> tuple[Config[Any, Any], list[str]]:
     """(CONFIG of a recipe, from its file or its name, the flags).
 
-    A file with a function `resolve`, as recipes/train.py, makes both of the flags.
+    If the file has a function `resolve`, like recipes/train.py, it makes both from the flags.
     """
     import runpy
 
@@ -293,7 +293,7 @@ def of(recipe: Path, flags: list[str]) -> tuple[Config[Any, Any], list[str]]:
 
 
 def adapted(config: Config[Any, Any], parts: Meta, rank: int, fake: bool) -> Config[Any, Any]:
-    """With a LoRA student, and a LoRA fake score too; what has adapters keeps its own, as does an EDM network."""
+    """The configuration with a LoRA student, and a LoRA fake score too if `fake`. Existing adapters and EDM stay."""
     if not parts.family.lora_targets:
         return config
     lora = LoRA(rank, float(rank), parts.family.lora_targets)
@@ -303,7 +303,7 @@ def adapted(config: Config[Any, Any], parts: Meta, rank: int, fake: bool) -> Con
 
 
 def small(config: Config[Any, Any], parts: Meta) -> Config[Any, Any]:
-    """The preset of a 24 GB card: batch 1 accumulated, recomputed blocks, no GAN."""
+    """The preset for a 24 GB card: accumulated batches of 1, recomputed blocks, no GAN."""
     backbone = sum(2 * p.numel() for p in parts.net.parameters())
     if backbone > 20 * GiB:
         raise ValueError(
@@ -321,7 +321,7 @@ def small(config: Config[Any, Any], parts: Meta) -> Config[Any, Any]:
 
 
 def nearer(run: Run) -> Iterator[tuple[str, Run]]:
-    """Configurations that need less, each a change on top of the last: what a single GPU can do, then more of them."""
+    """Configurations that need less memory, each with one more change: first for a single GPU, then for more GPUs."""
     changes: list[str] = []
 
     def then(change: str, run: Run) -> tuple[str, Run]:
@@ -366,7 +366,7 @@ def fits(run: Run, plan: Plan) -> bool:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of cells as lines of equal columns."""
+    """Rows of cells, printed as lines with aligned columns."""
 
     rows: list[list[str]] = field(default_factory=list)
 
@@ -379,7 +379,7 @@ class Table:
 
 
 def memories(run: Run, plan: Plan) -> Table:
-    """This configuration, and what full copies, adapters and sharded weights would take instead."""
+    """The memory of this configuration, and with full copies, adapters or sharded weights instead."""
     full = replace(run.config, student=replace(run.config.student, lora=LoRA()), fake=FakeConfig())
     lora = adapted(run.config, run.parts, RANK, True)
     runs = {"this run": run}
@@ -397,7 +397,7 @@ def memories(run: Run, plan: Plan) -> Table:
 
 
 def report(run: Run, plan: Plan) -> str:
-    """The whole plan as text."""
+    """The complete plan as text."""
     teacher, c, _ = run.built
     train, cost, config = run.config.train, run.cost, run.config
     lines = [

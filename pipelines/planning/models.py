@@ -1,6 +1,6 @@
-"""Public architectures as configs: what `plan` and the benchmarks build without weights and without the network.
+"""Public architectures as configs, which `plan` and the benchmarks build without weights and network access.
 
-The configs stand with the families. Tests compare the number of their parameters with the published sizes.
+The configs are in the families' files. Tests compare their numbers of parameters with the published sizes.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ MODELS = {name: model for family in families().values() for name, model in famil
 
 
 class Meta(Parts):
-    """A pipeline without files: its network is built from its config, on the meta device with shapes alone.
+    """A pipeline without files. Its network is built from its config, on the meta device without values.
 
-    On another device the weights are random. It has no text encoder and no autoencoder: asking for one is an error.
+    On another device its weights are random. It has no text encoder and no autoencoder: loading one is an error.
     """
 
     def __init__(self, model: Model, folder: Path | None = None, device: str = "meta") -> None:
@@ -31,7 +31,7 @@ class Meta(Parts):
 
     @classmethod
     def of(cls, folder: Path) -> Meta:
-        """Of a local pipeline folder: its configs are read, its weights are not."""
+        """The pipeline of a local folder. Its configs are read, its weights are not."""
         names = read_index(folder)
         find_family(names["_class_name"], folder)
         read = lambda part: _plain(fields.read(folder / part))
@@ -54,7 +54,7 @@ class Meta(Parts):
         try:
             with torch.device(self.place):
                 found = getattr(diffusers, self.model.network)(**self.model.config)
-        except Exception as error:  # classes raise all kinds of errors for a bad config
+        except Exception as error:  # classes raise many kinds of errors for a bad config
             raise ValueError(f"{self.folder}: its {self.model.network} cannot be made: {error}") from error
         if self.adapt_network is not None:
             found = self.adapt_network(found)
