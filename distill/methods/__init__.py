@@ -1,4 +1,4 @@
-"""The distillation algorithms, one file each beside its equations."""
+"""The distillation methods, one file each: the equations and their code."""
 
 from distill.methods.boot import BOOT
 from distill.methods.ct import CT

@@ -7,9 +7,9 @@
     L = | y(z, s) - sg(y_s') |^2 / w^2 + beta | y(z, T) - D^k(sigma_T z, T) |^2       the second is the boundary
     D^k = D(null) + k (D(c) - D(null));   means over all elements
 
-y(z, s) is the student's first call, at its time T, told s / T as its second time (end_time.py): it starts as
-the teacher, which is the boundary, and an untold call is y(z, 0). (The paper tells its network s in place of T.)
-Gradients flow through y(z, s) and y(z, T) alone.
+y(z, s) is the student's first call, at its time T, with second time s / T (end_time.py). The student starts as the
+teacher, which is the boundary. A call without a second time is y(z, 0). (The paper's network gets s in place of T.)
+Gradients flow only through y(z, s) and y(z, T).
 """
 
 from dataclasses import dataclass
@@ -31,13 +31,13 @@ from distill.ranges import Finite, Points, Weight
 class BOOT(Method):
     """Bootstrapping along the teacher's ODE from noise to sample: data-free, one step."""
 
-    N: Points = 25  # T / N is the step of s (paper: .04)
-    guidance: Finite = 1.0  # k of the teacher
-    solver: Name = "ddim"  # paper: both
-    boundary: Weight = 0.5  # beta
+    N: Points = 25  # number of steps of s; a step is T / N (paper: .04)
+    guidance: Finite = 1.0  # guidance scale k of the teacher
+    solver: Name = "ddim"  # ODE solver of the step (paper: both)
+    boundary: Weight = 0.5  # beta, weight of the boundary loss
     reduction: Reduction = "mean"
 
-    noises = ()  # it trains the first call alone
+    noises = ()  # it trains only the first call
 
     @property
     def requirements(self) -> tuple[Requirement, ...]:

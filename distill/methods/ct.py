@@ -5,9 +5,9 @@
     L    = d( f(x_t, t) - sg f(x_r, r) ) / (s_t - s_r),   d(y) = sqrt( |y|^2 + c^2 ) - c     of a sample's whole vector
     ECT  : s_t log-normal, s_r / s_t from 0 to 1 in stages;   iCT: neighbours of a grid whose steps halve in stages
 
-In place of the teacher's ODE step stands the noise that made x_t: it is right on average where s_r draws close to s_t,
-and with s_r = 0 the loss is that of denoising. The teacher is only where the student starts (ECT; iCT starts from
-nothing) and is never called. Gradients flow through f(x_t, t) alone. The loss is a mean over samples, not elements.
+The noise that made x_t replaces the teacher's ODE step: it is right on average as s_r approaches s_t. With s_r = 0 the
+loss is denoising. The teacher only initialises the student (ECT; iCT starts from nothing) and is never called.
+Gradients flow only through f(x_t, t). The loss is a mean over samples, not elements.
 """
 
 from dataclasses import dataclass
@@ -29,11 +29,11 @@ from distill.ranges import Weight
 class CT(ToData):
     """Consistency training on real images: no teacher's ODE, one network call with gradient and one without."""
 
-    curriculum: Curriculum = Closing()  # of the two levels: Closing (ECT), Doubling (iCT)
+    curriculum: Curriculum = Closing()  # curriculum of the two levels: Closing (ECT), Doubling (iCT)
     distance: Literal["huber", "square", "cauchy"] = "huber"  # d; square: |y|^2; cauchy: log(1 + |y|^2 / (2 c^2))
-    c: Weight = 0.0  # ECT CIFAR-10: 0; iCT: 0.00054 sqrt(elements): 0.03 CIFAR-10, 0.06 ImageNet-64
-    weighted: bool = True  # by 1 / (s_t - s_r)
-    c_out: bool = False  # by 1 / c_out(s_t)^2, the scale of EDM's output, in its place (TCM's authors, ImageNet-64)
+    c: Weight = 0.0  # c of d. ECT CIFAR-10: 0; iCT: 0.00054 sqrt(elements): 0.03 CIFAR-10, 0.06 ImageNet-64
+    weighted: bool = True  # weight the loss by 1 / (s_t - s_r)
+    c_out: bool = False  # weight it by 1 / c_out(s_t)^2 instead, the scale of EDM's output (TCM's authors, ImageNet-64)
 
     requirements = (Requirement.REAL,)
 

@@ -22,8 +22,8 @@ from distill.ranges import UnitInterval
 class Denoise(Method):
     """Train the "student" role as a denoiser on real images."""
 
-    p_drop: UnitInterval = 0.1  # share of null conditions
-    times: Law = LogNormal(-1.2, 1.2)  # EDM, table 1
+    p_drop: UnitInterval = 0.1  # probability of a null condition
+    times: Law = LogNormal(-1.2, 1.2)  # distribution of t: EDM, table 1
     reduction: Reduction = "mean"
 
     @property

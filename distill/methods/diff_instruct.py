@@ -6,9 +6,9 @@
     L_student = x . g
     L_fake    = | D_fake(x_t) - x |^2                  in the network's own space, x without gradient
 
-w_t = (sigma_t / alpha_t)^2 in the authors' code, so that g is the plain difference of the denoisers; w = 1 is the KL
-itself. No normaliser, no guidance, no data. The fake score moves first, each player on samples of its own; gradient
-flows through x alone.
+w_t = (sigma_t / alpha_t)^2 in the authors' code, so that g is the plain difference of the denoisers; w = 1 gives the KL
+itself. There is no normaliser, guidance or data. The fake score is updated first. Each player has its own samples.
+Gradients flow only through x.
 """
 
 from dataclasses import dataclass
@@ -30,10 +30,10 @@ class DiffInstruct(Method):
     """The integral KL between student and teacher over all levels of noise: data-free."""
 
     weight: Literal["ratio", "one"] = "ratio"  # w_t: (sigma_t / alpha_t)^2 (code), or 1
-    fake_steps: Calls = 1  # fake steps per student step (code: 1)
-    times: Law = LogNormal(-1.2, 1.2)  # of the student's loss (code: EDM's training law)
-    fake_times: Law = LogNormal(-1.2, 1.2)  # of the fake's loss (code)
-    reduction: Reduction = "sum"  # over elements, mean over the batch (code)
+    fake_steps: Calls = 1  # fake score steps per student step (code: 1)
+    times: Law = LogNormal(-1.2, 1.2)  # distribution of t in the student's loss (code: EDM's training law)
+    fake_times: Law = LogNormal(-1.2, 1.2)  # distribution of t in the fake score's loss (code)
+    reduction: Reduction = "sum"  # sum over elements, mean over the batch (code)
 
     roles = ("fake",)
 

@@ -15,13 +15,13 @@ from distill.random import Draw
 
 @dataclass(frozen=True, kw_only=True)
 class DiffusionGAN(Method):
-    """Discriminator settings: heads on features of a denoiser at noised samples."""
+    """Settings of a discriminator with heads on features of a denoiser at noised samples."""
 
-    taps: Taps = None  # features that heads read; None: those of the teacher's family, of a UNet the bottleneck
-    gan_times: Law = Grid(1000, 0, 999)  # of the classifier's input (code)
-    gan_features: Literal["fake", "teacher"] = "fake"  # whose features heads read (DMD2: fake; FastGen: frozen teacher)
-    gan_noise: Literal["own", "score"] = "own"  # u, eps' of samples: own (DMD2), or t, eps of the scores (FastGen)
-    share: bool = False  # l(x) of L_fake is read off D_fake(x_t), the real images' u drawn as its t (ours: less work)
+    taps: Taps = None  # modules whose features heads read; None: the family's default (UNet: bottleneck)
+    gan_times: Law = Grid(1000, 0, 999)  # distribution of u, the noise time of the heads' input (code)
+    gan_features: Literal["fake", "teacher"] = "fake"  # network of the features (DMD2: fake; FastGen: frozen teacher)
+    gan_noise: Literal["own", "score"] = "own"  # u, eps': the heads' own (DMD2), or t, eps of the scores (FastGen)
+    share: bool = False  # l(x) of L_fake comes from the pass D_fake(x_t); real images' u has t's law (ours: less work)
 
     def __post_init__(self) -> None:
         if self.gan_features not in ("fake", "teacher") or self.gan_noise not in ("own", "score"):
@@ -47,7 +47,7 @@ class DiffusionGAN(Method):
     def logits(
         self, x: Tensor, c: Condition, nets: Nets, draw: Draw, *names: str, at: tuple[Tensor, Tensor] | None = None
     ) -> Tensor:
-        """The heads' logits of samples x at noise of their own (see `noised_features`), or of `at`: x_t and t."""
+        """The heads' logits of samples x with their own noise (see `noised_features`), or at `at`: (x_t, t)."""
         net: Denoiser = getattr(nets, self.gan_features)
         if at is None:
             features = noised_features(net, self.taps, self.gan_times, x, c, draw, *names)
@@ -57,5 +57,5 @@ class DiffusionGAN(Method):
 
 
 def discriminator_loss(fake: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
-    """The loss of the heads on logits of samples and of real images, and the share of logits with the right sign."""
+    """(loss of the heads on logits of samples and of real images, fraction of logits with the right sign)."""
     return gan_discriminator(fake, real), accuracy(fake, real)

@@ -5,10 +5,10 @@
     Go back: DMD2 whose fake score starts as s'_N and whose teacher is s'_{N-1}, ..., s'_1, `interval` iterations each,
              and then s'_0, the teacher itself, for the rest
 
-Early on the teacher is asked where it has never been, far from its data; the recorded ones know the way. It helps where
-the initial student is far from the data and the teacher's score is wrong there. Where that score is right it is slower
-than DMD2, whose first goal is the last one: so it is off unless `record` is given. With N = 1 it is DMD2. Gradients
-flow as in DMD2.
+Early in training the teacher is called far from its data, where its score can be wrong. The recorded checkpoints are
+right there. This helps if the initial student is far from the data. Where the teacher's score is right, DisBack is
+slower than DMD2, whose first target is the last one: so it is off unless `record` is set. With N = 1 it is DMD2.
+Gradients flow as in DMD2.
 """
 
 from dataclasses import dataclass, replace
@@ -27,7 +27,7 @@ from distill.ranges import Count
 class Degradation(Method):
     """The first stage: a copy of the teacher learns the untrained student, and its checkpoints record the way."""
 
-    fake_times: Law = Grid(1000, 0, 999)  # of the denoising loss, mean over all elements
+    fake_times: Law = Grid(1000, 0, 999)  # distribution of t in the denoising loss, a mean over all elements
 
     roles = ("fake",)
 
@@ -45,7 +45,7 @@ class Degradation(Method):
 class DisBack(DMD2):
     """DMD2 towards the teacher along its recorded degradation, backwards."""
 
-    record: str | None = None  # folder of the run that recorded it (Degradation); None: DMD2
+    record: str | None = None  # folder of the run of Degradation; None: DMD2
     interval: Count = 1000  # iterations towards each recorded teacher (code)
 
     @property
@@ -63,5 +63,5 @@ class DisBack(DMD2):
         """The roles with the teacher of this iteration."""
         if nets.past is None:
             return nets
-        i = len(nets.past.folders) - 2 - step // self.interval  # of s'_{i + 1}
+        i = len(nets.past.folders) - 2 - step // self.interval  # index of s'_{i + 1}
         return replace(nets, teacher=nets.past(i)) if i >= 0 else nets

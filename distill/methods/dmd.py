@@ -5,9 +5,9 @@
     L_student = x . g + lambda d( G(z', c), y )        y: where the guided teacher's ODE takes z', stored in advance
     L_fake    = | D_fake(x_t) - x |^2                  in the network's own space, on the same x, without gradient
 
-g is that of DMD2 without a GAN, d that of the regression onto the teacher's ODE (distill/methods/regression.py), which
-keeps x from collapsing where the fake score lags. Pairs: python -m pipelines.pairs. Gradients flow through both x and
-G(z', c), and through the decoder of LPIPS; not through the scores.
+g is that of DMD2 without a GAN. d is that of the regression onto the teacher's ODE (distill/methods/regression.py),
+which prevents the collapse of x while the fake score lags. Pairs: python -m pipelines.pairs. Gradients flow through x
+and G(z', c), and through the decoder of LPIPS, but not through the scores.
 """
 
 from dataclasses import dataclass, replace
@@ -28,14 +28,14 @@ from distill.ranges import Finite, Positive, Weight
 class DMD(Method):
     """Distribution matching with a regression on stored pairs of the teacher: noise "z", sample "y", condition "c"."""
 
-    guidance: Finite = 1.0  # w of the teacher: 3 SD 1.5 (as quoted by SwiftBrush v2); EDM 1
-    regression: Weight = 0.25  # lambda (paper)
-    distance: Literal["lpips", "huber", "mse"] = "lpips"  # d (paper: LPIPS)
-    decoder: str | None = None  # of LPIPS: folder or Hub name of an AutoencoderTiny; None: the teacher's own decoder
-    huber_c: Positive = 1e-3  # of the pseudo-Huber distance
-    times: Law = Grid(1000, 20, 980)  # of g (paper: 0.02 T .. 0.98 T)
-    fake_times: Law = Grid(1000, 0, 999)  # of the fake's loss
-    reduction: Reduction = "mean"  # over all elements, of x . g as of d
+    guidance: Finite = 1.0  # guidance scale w of the teacher: 3 SD 1.5 (as quoted by SwiftBrush v2); EDM 1
+    regression: Weight = 0.25  # lambda, weight of the regression (paper)
+    distance: Literal["lpips", "huber", "mse"] = "lpips"  # distance d of the regression (paper: LPIPS)
+    decoder: str | None = None  # decoder for LPIPS: folder or Hub name of an AutoencoderTiny; None: the teacher's
+    huber_c: Positive = 1e-3  # constant of the pseudo-Huber distance
+    times: Law = Grid(1000, 20, 980)  # distribution of t in g (paper: 0.02 T .. 0.98 T)
+    fake_times: Law = Grid(1000, 0, 999)  # distribution of t in the fake score's loss
+    reduction: Reduction = "mean"  # mean over all elements, of x . g and of d
     normalise: bool = True  # divide g by mean|x - real| (paper, eq. 8)
 
     roles = ("fake",)

@@ -7,7 +7,7 @@
     L_fake    = | D_fake(x_t) - x |^2 + lambda_d ( softplus(l(x)) + softplus(-l(real image)) )
     l(x)      = heads(features of the fake score at alpha_u x + sigma_u eps', u)       diffusion GAN, own u and eps'
 
-The student moves first, every `every` steps; fake and heads at each, on the same x. Gradients flow through l, not g.
+The student is updated first, every `every` steps; fake and heads at each, on the same x. Gradients: through l, not g.
 """
 
 from dataclasses import dataclass, replace
@@ -28,16 +28,16 @@ from distill.random import Draw
 class DMD2(DiffusionGAN):
     """Distribution matching with a GAN on real images; prompts alone where both GAN weights are 0."""
 
-    guidance: Finite = 1.0  # w of the teacher: 8 SDXL, 1.75 SD 1.5 (scripts)
-    every: Count = 5  # fake steps per student step: 5; SD 1.5 10 (scripts)
-    gan: Weight = 5e-3  # lambda_g: 5e-3 SDXL, 1e-3 SD 1.5, 3e-3 ImageNet (scripts)
-    gan_fake: Weight = 1e-2  # lambda_d (scripts)
-    times: Law = Grid(1000, 20, 980)  # of the student's loss (code)
-    fake_times: Law = Grid(1000, 0, 999)  # of the fake's loss (code)
-    fake_space: Literal["network", "x0"] = "network"  # of the fake's error (code; FastGen's SD 1.5: x0)
-    reduction: Reduction = "mean"  # over all elements (code)
+    guidance: Finite = 1.0  # guidance scale w of the teacher: 8 SDXL, 1.75 SD 1.5 (scripts)
+    every: Count = 5  # fake score steps per student step: 5; SD 1.5 10 (scripts)
+    gan: Weight = 5e-3  # lambda_g, weight of the student's GAN loss: 5e-3 SDXL, 1e-3 SD 1.5, 3e-3 ImageNet (scripts)
+    gan_fake: Weight = 1e-2  # lambda_d, weight of the heads' GAN loss (scripts)
+    times: Law = Grid(1000, 20, 980)  # distribution of t in the student's loss (code)
+    fake_times: Law = Grid(1000, 0, 999)  # distribution of t in the fake score's loss (code)
+    fake_space: Literal["network", "x0"] = "network"  # space of the fake score's error (code; FastGen's SD 1.5: x0)
+    reduction: Reduction = "mean"  # mean over all elements (code)
     normalise: bool = True  # divide g by mean|x - real|
-    walk: bool = False  # the fake's own samples: k = 1, 2, ... of one generation, a call a step (ours: less work)
+    walk: bool = False  # fake score's samples: k = 1, 2, ... of one generation, one call per step (ours: less work)
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -70,7 +70,7 @@ class DMD2(DiffusionGAN):
 
     def predict(self, x_t: Tensor, t: Tensor, c, nets: Nets) -> tuple[Tensor, Tensor, Tensor | float, Logs]:
         real = Guided(nets.teacher, self.guidance)(x_t, t, c).x0
-        return real, nets.fake_score(x_t, t, c).x0, 1.0, {}  # both x0 and a weight of g per sample (not 1 in f-distill)
+        return real, nets.fake_score(x_t, t, c).x0, 1.0, {}  # both x0, weight of g per sample (f-distill: not 1)
 
     def fake_loss(self, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
         c, path = batch.get("c"), nets.fake_score.path

@@ -14,11 +14,11 @@
     jeffreys     f = (r - 1) log r                            h = (1 + r) / 2
     neyman       f = (1 - r)^2 / r                            h = 1 / r
 
-An h that grows with r looks where the student has too few samples: it covers modes. f''(1) makes h 1 where the student
-is the teacher; with `unit_mean` h is divided by its mean over the batch as well (the authors' second normalisation).
-Both means are over the micro-batches of all processes. A sample that is alone in its bin has r = 1: where few samples
-share a bin, this is DMD2. FastGen's ImageNet recipe also averages the bins over steps, which is left out. Where every
-r is at a bound, h says nothing: the logs have its range. It adds no network call.
+An h that grows with r has large weight where the student has too few samples: it covers modes. f''(1) makes h 1 where
+the student is the teacher. `unit_mean` also divides h by its mean over the batch (the authors' second normalisation).
+Both means are over the micro-batches of all processes. A single sample in its bin has r = 1: with few samples per bin
+this is DMD2. FastGen's ImageNet recipe also averages the bins over steps, which is left out. If every r is at a bound,
+h carries no information: the logs have its range. The method adds no network call.
 """
 
 from collections.abc import Callable
@@ -51,10 +51,10 @@ class FDistill(DMD2):
     """DMD2 under another divergence: its gradient is weighed by the density ratio that its discriminator tells."""
 
     divergence: Literal["reverse-kl", "forward-kl", "js", "softened-kl", "hellinger", "jeffreys", "neyman"] = "js"
-    gan_fake: Positive = 1e-2  # lambda_d (DMD2); the ratio is learnt with it
-    low: Positive = 0.1  # least r (FastGen)
-    high: Positive = 20.0  # greatest r (FastGen)
-    ratio_bins: Natural = 10  # bins of native t, of equal width, whose mean r is set to 1 (FastGen); 0: r as it is
+    gan_fake: Positive = 1e-2  # lambda_d, weight of the heads' loss (DMD2); it trains the ratio, too
+    low: Positive = 0.1  # lower bound of r (FastGen)
+    high: Positive = 20.0  # upper bound of r (FastGen)
+    ratio_bins: Natural = 10  # equal bins of native t in which the mean of r is set to 1 (FastGen); 0: r is unchanged
     unit_mean: bool = False  # divide h by its mean over the batch (FastGen); False: h(1) = 1
 
     def __post_init__(self) -> None:
@@ -72,7 +72,7 @@ class FDistill(DMD2):
         taps: dict[str, Taps] = {"fake": (), "teacher": ()} | {self.gan_features: self.taps}
         real, theirs = Guided(nets.teacher, self.guidance).tapping(x_t, t, c, taps["teacher"])
         fake, own = nets.fake_score.tapping(x_t, t, c, taps["fake"])
-        logit = nets.discriminator(*own, *theirs).flatten(1).mean(1).double()  # of several heads the mean
+        logit = nets.discriminator(*own, *theirs).flatten(1).mean(1).double()  # mean over several heads
         r = logit.exp().clamp(self.low, self.high)
         h = H[self.divergence](r / self.mean_ratio(r, t, nets.teacher.path) if self.ratio_bins else r)
         if self.unit_mean:

@@ -6,11 +6,11 @@
     L_heads   = mean relu(1 + l(x)) + mean relu(1 - l(y))           hinge, over all heads and their places
     loss "softplus": mean softplus(-l(x)), and mean softplus(l(x)) + mean softplus(-l(y)) of the heads
 
-No score matching and no fake score: the teacher's features at a level of noise u are the discriminator's, low u tells
-details apart, high u compositions. y: the guided teacher's own samples (paper), which python -m pipelines.pairs
-stores, or images. The heads are those of discriminator.py; the paper's are told u and c once more. student_loss and
-fake_loss take any x and can be a term of other methods. L_student's gradient flows through the frozen teacher up to
-its last tap, L_heads' reaches the heads alone.
+There is no score matching and no fake score: the discriminator uses the teacher's features at noise level u. A low u
+distinguishes details, a high u compositions. y: the guided teacher's own samples (paper), which python -m
+pipelines.pairs stores, or images. The heads are those of discriminator.py; the paper's also get u and c as inputs.
+student_loss and fake_loss take any x and can be a term of other methods. L_student's gradient flows through the frozen
+teacher up to its last tap, L_heads' gradient only to the heads.
 """
 
 from dataclasses import dataclass
@@ -34,11 +34,11 @@ class LADD(Method):
     """A GAN in the features of the teacher: needs its samples, or images, with their conditions."""
 
     taps: Taps = None  # blocks of the teacher with a head each (paper: every attention block)
-    shares: tuple[Positive, ...] = ()  # of the student's calls in training: .7 .1 .1 .1 of four (paper); none: equal
-    gan_times: Law = LogitNormal(1.0, 1.0)  # u (paper: pi(t; m = 1, s = 1) of a flow)
-    places: bool = True  # every token or patch has a logit of its own; False: a head has their mean
-    every: Count = 1  # steps of the heads per step of the student (FastGen: n counts both, so n - 1 here)
-    loss: Literal["hinge", "softplus"] = "hinge"  # paper, SANA-Sprint: hinge; FastGen: softplus
+    shares: tuple[Positive, ...] = ()  # probabilities of the calls in training: .7 .1 .1 .1 of four (paper); (): equal
+    gan_times: Law = LogitNormal(1.0, 1.0)  # distribution of u (paper: pi(t; m = 1, s = 1) of a flow)
+    places: bool = True  # every token or patch has its own logit; False: a head gives their mean
+    every: Count = 1  # head steps per student step (FastGen: n counts both, so n - 1 here)
+    loss: Literal["hinge", "softplus"] = "hinge"  # GAN loss; paper, SANA-Sprint: hinge; FastGen: softplus
 
     roles = ("disc",)
     requirements = (Requirement.REAL,)

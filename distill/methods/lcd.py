@@ -6,8 +6,8 @@
     f(x_t, t) = D_student(x_t, t) for t > 0,   f(x_0, 0) = x_0              the boundary
     L    = d( f(x_t, t) - f_target(x_s, s) )                                d: pseudo-Huber per element, or square
 
-The target is an average of the student (CD, LCM) or itself (iCT), without gradient. A guidance that is drawn per sample
-is told to the student as the condition "guidance" (LCM's embedding), if `embed`. On a table its calls are on the grid.
+The target is an average of the student (CD, LCM) or the student itself (iCT), without gradient. With `embed`, a drawn
+guidance scale is the student's input "guidance" (LCM's embedding). On a table the student's calls are on the grid.
 """
 
 from dataclasses import dataclass
@@ -31,12 +31,12 @@ from distill.ranges import Decay, Finite, Points, Positive
 class LCD(ToData):
     """Consistency distillation on a grid of the teacher's ODE: needs images (or samples of the teacher)."""
 
-    N: Points = 50  # ODE steps from t = 1 to 0: 50 (LCM); 18 CIFAR-10, 40 ImageNet-64 (CD)
-    guidance: Finite | tuple[Finite, Finite] = 1.0  # of the teacher, or a range of it (LCM: 6, 16). w = omega + 1
+    N: Points = 50  # number of ODE steps from t = 1 to 0: 50 (LCM); 18 CIFAR-10, 40 ImageNet-64 (CD)
+    guidance: Finite | tuple[Finite, Finite] = 1.0  # guidance scale w, or a range (LCM: 6, 16). w = omega + 1
     embed: bool = True  # w of a range is an input of the student (LCM); False: it is not (LCM-LoRA, PCM)
-    solver: Name = "ddim"  # LCM: ddim; CD: heun; under cfg++ guidance is its lambda
-    target_ema: Decay = 0.95  # mu of the target (CD, LCM); 0: the student itself
-    huber_c: Positive | None = 1e-3  # of the pseudo-Huber distance (LCM); None: squared error
+    solver: Name = "ddim"  # ODE solver. LCM: ddim; CD: heun; with cfg++ guidance is its lambda
+    target_ema: Decay = 0.95  # decay mu of the target's average (CD, LCM); 0: the target is the student itself
+    huber_c: Positive | None = 1e-3  # constant of the pseudo-Huber distance (LCM); None: squared error
     reduction: Reduction = "mean"
 
     @property
@@ -83,7 +83,7 @@ class LCD(ToData):
         return torch.where(expand(t < 0.5 / self.N, x).bool(), x, led)
 
     def end(self, i: Tensor, nets: Nets, draw: Draw) -> Tensor | None:
-        return None  # the point where f leads to: data (not in PCM and TCD)
+        return None  # the end time of f: None is data; PCM and TCD have others
 
     def after_student_step(self, nets: Nets) -> None:
         if nets.target is not None:

@@ -7,8 +7,8 @@
     L   = |F - sg(F - g)|^2 / sg(|g|^2 + floor)^p                sums over the elements of a sample, mean over the batch
     or    |F - sg(F - g / (|g| + floor)^p)|^2                    norm "vector"; "rms": of g / sqrt(its elements)
 
-dF/dt is a forward-mode pass of (x_t, t) with tangents (v, 1), r fixed, without gradient; the loss's F is of the same
-pass. Gradients flow through that F alone. With r = t it is flow matching. A student of several calls without new noise
+dF/dt is a forward-mode pass of (x_t, t) with tangents (v, 1) and fixed r, without gradient. The same pass gives the F
+of the loss, the only path of gradients. With r = t it is flow matching. A student of several calls without new noise
 (student.renoise "ddim") goes from each to the time of the next (paper); with new noise each goes to 0.
 """
 
@@ -32,20 +32,20 @@ from distill.ranges import Finite, Natural, UnitInterval, Weight
 class MeanFlow(Method):
     """Average velocities of data, or of a teacher: needs images (or samples of the teacher)."""
 
-    velocity: Literal["data", "teacher"] = "data"  # v: eps - x (paper), or the teacher's (FastGen)
-    guidance: Finite = 1.0  # of the teacher (FastGen, Wan: 3)
-    omega: Finite = 1.0  # guidance of F in itself, omega / (1 - kappa) (FastGen, XL/2: .2 and .92)
+    velocity: Literal["data", "teacher"] = "data"  # velocity v: eps - x (paper), or the teacher's (FastGen)
+    guidance: Finite = 1.0  # guidance scale of the teacher (FastGen, Wan: 3)
+    omega: Finite = 1.0  # omega; F has guidance scale omega / (1 - kappa) (FastGen, XL/2: .2 and .92)
     kappa: Finite = 0.0
-    interval: tuple[UnitInterval, UnitInterval] = (0.0, 1.0)  # of t, where these three act (FastGen, XL/2: 0, .75)
-    p_drop: UnitInterval = 0.1  # share of null conditions where F is guided (paper)
-    times: Law = LogitNormal(-0.4, 1.0)  # of t and r, the larger is t (paper, ImageNet-256)
-    end_times: Law | None = None  # of r in the place of `times` (FastGen, CIFAR-10: logit-normal, -4, 1.6)
-    equal: UnitInterval = 0.75  # share of r = t (paper; CIFAR-10 .25)
-    p: Weight = 1.0  # of the adaptive weight (paper; CIFAR-10 .75); 0: squared error
-    floor: Weight = 0.01  # of it (code)
+    interval: tuple[UnitInterval, UnitInterval] = (0.0, 1.0)  # t where these three scales act (FastGen, XL/2: 0, .75)
+    p_drop: UnitInterval = 0.1  # probability of a null condition if F has guidance (paper)
+    times: Law = LogitNormal(-0.4, 1.0)  # distribution of t and r; the larger is t (paper, ImageNet-256)
+    end_times: Law | None = None  # distribution of r, instead of `times` (FastGen, CIFAR-10: logit-normal, -4, 1.6)
+    equal: UnitInterval = 0.75  # fraction of samples with r = t (paper; CIFAR-10 .25)
+    p: Weight = 1.0  # exponent of the adaptive weight (paper; CIFAR-10 .75); 0: squared error
+    floor: Weight = 0.01  # floor of the adaptive weight (code)
     norm: Literal["square", "vector", "rms"] = "square"  # rms: per element, with p = 1 and floor 10 (FastGen, Wan)
-    warmup: Natural = 0  # steps until dF/dt counts in full (FastGen's distillation 2000)
-    one_pass: bool = True  # F of the loss is that of dF/dt; False: a pass of its own, as where blocks are recomputed
+    warmup: Natural = 0  # steps until dF/dt has its full weight (FastGen's distillation 2000)
+    one_pass: bool = True  # F of the loss comes from the pass of dF/dt; False: a second pass, as with recomputed blocks
 
     jumps = True
 

@@ -6,8 +6,8 @@
     L_bound = | f'(z, y) - x |^2
     L = L_con + lambda L_bound,      lambda <- max(0, lambda + eta (E L_bound - xi)) after every step
 
-f' is f with an adapter that is told y. What is right at z_0 is carried to noise that has nothing to do with y; without
-L_bound all samples become one. Gradients flow through f'(z_u, y) and f'(z, y) to the adapter alone.
+f' is f with an adapter that takes y. L_con carries what is right at z_0 over to noise that is independent of y. Without
+L_bound all samples become equal. Gradients flow only through f'(z_u, y) and f'(z, y) to the adapter.
 """
 
 from dataclasses import dataclass, replace
@@ -29,14 +29,14 @@ class NCT(Method):
     """A control adapter on a finished generator, which is the teacher: needs no images"""
 
     control: Literal["canny", "downsample", "gray"] = "canny"  # c (paper: Canny, HED, depth, 8x super-resolution)
-    factor: Points = 8  # of "downsample" (paper: 8)
-    levels: Points = 10  # K; it and the next three are ours, for the paper's values are not known to us
-    dual: Weight = 1.0  # lambda at the start, on the mean; with rate 0 it stays
-    rate: Weight = 1.0  # eta
-    bound: Weight = 1e-3  # xi, of L_bound as it is reduced
-    huber_c: Positive | None = None  # of the pseudo-Huber distance; None: squared error
-    reduction: Reduction = "mean"  # of both losses
-    control_decoder: str | None = None  # folder or Hub name of an AutoencoderTiny that c sees through; None: its own
+    factor: Points = 8  # factor of "downsample" (paper: 8)
+    levels: Points = 10  # number of levels K; K, dual, rate and bound are ours: we do not know the paper's values
+    dual: Weight = 1.0  # initial lambda, for the mean; with rate 0 it is constant
+    rate: Weight = 1.0  # eta, step size of lambda
+    bound: Weight = 1e-3  # xi, bound of L_bound after its reduction
+    huber_c: Positive | None = None  # constant of the pseudo-Huber distance; None: squared error
+    reduction: Reduction = "mean"  # reduction of both losses
+    control_decoder: str | None = None  # decoder for c: folder or Hub name of an AutoencoderTiny; None: the teacher's
 
     requirements = (Requirement.EXPORTED_TEACHER, Requirement.CONTROL_PICTURE)
 

@@ -6,11 +6,11 @@
     L_heads   = mean relu(1 + l(f(x_t, t))) + mean relu(1 - l(f_target(x_s, s)))             other t and eps
     l(x_e)    = heads(features of the frozen teacher at x_u, u)   x_e noised on to u, uniform in the phase above e
 
-The grid has N steps, evenly within each phase. t_0 is a table's timestep 0, which is a level of noise, and where the
-last call ends (student.renoise "tcd"); elsewhere it is data. The student need not find data from everywhere: its calls
-follow the teacher's ODE without new noise. With guidance 1 it keeps to the teacher unguided, and takes guidance and
-negative prompts when it is sampled. The adversarial loss compares laws where d compares points. Its means are over
-heads, of means over pixels. Gradients as in LCD, and through the teacher's features.
+The grid has N steps, evenly within each phase. t_0 is a table's timestep 0, which is a level of noise, and the end of
+the last call (student.renoise "tcd"); on other schedules it is data. The student need not reach data from every time:
+its calls follow the teacher's ODE without new noise. With guidance 1 it matches the unguided teacher, and takes
+guidance and negative prompts in sampling. The adversarial loss compares distributions where d compares points. Its
+means are over heads, of means over pixels. Gradients flow as in LCD, and through the teacher's features.
 """
 
 from collections.abc import Sequence
@@ -36,11 +36,11 @@ from distill.ranges import Decay, Finite, Weight
 class PCM(LCD):
     """Consistency distillation within phases of the teacher's ODE: needs images (or samples of the teacher)."""
 
-    guidance: Finite | tuple[Finite, Finite] = 5.5  # of the teacher, untold. w = omega + 1 (code: 5 to 6; SDXL 7 to 8)
-    target_ema: Decay = 0.0  # the student itself (code)
-    gan: Weight = 0.1  # lambda (code, SDXL; SD 1.5 of 4 phases: 0)
+    guidance: Finite | tuple[Finite, Finite] = 5.5  # guidance w, no input. w = omega + 1 (code: 5 to 6; SDXL 7 to 8)
+    target_ema: Decay = 0.0  # 0: the target is the student itself (code)
+    gan: Weight = 0.1  # lambda, weight of the GAN loss (code, SDXL; SD 1.5 of 4 phases: 0)
     taps: Taps = None  # blocks of the teacher with a head each (code: down and mid, 4 heads each)
-    embed: bool = False  # code
+    embed: bool = False  # False: w is not an input of the student (code)
     noises = ("ddim", "tcd")
 
     @property
@@ -49,13 +49,13 @@ class PCM(LCD):
 
     @property
     def feature_taps(self) -> dict[str, FeatureTaps]:
-        return {"disc": FeatureTaps(self.taps, pixels=True)}  # heads of 1x1 convolutions, a logit a pixel (code)
+        return {"disc": FeatureTaps(self.taps, pixels=True)}  # heads of 1x1 convolutions, one logit per pixel (code)
 
     def call_times(self, steps: int, first: float, schedule: object) -> None:
-        """The scheduler's own: the phases are theirs."""
+        """None: the times of the exported scheduler, which are the phases."""
 
     def on_build(self, nets: Nets) -> None:
-        check_phases(nets.student, self.N)  # or a ValueError
+        check_phases(nets.student, self.N)  # raises ValueError
 
     def updates(self) -> list[Update]:
         return super().updates() + ([Update("fake", self.fake_loss, reuse=True)] if self.gan else [])
@@ -83,7 +83,7 @@ class PCM(LCD):
         return torch.stack([hinge_discriminator(*pair) for pair in pairs]).mean(), {"gan_right": right}
 
     def logits(self, xs: list[Tensor], j: Tensor | None, c: Condition, nets: Nets, draw: Draw) -> Sequence[Tensor]:
-        assert j is not None and nets.disc is not None  # j: the points of the grid where xs are
+        assert j is not None and nets.disc is not None  # j: grid points of xs
         path, n, (start, end) = nets.teacher.path, len(xs), phase(j, self.N, len(nets.student.times))
         e, u = (self.time(i, nets) for i in (j, start + draw.uniform("gan_t", (len(j),)).to(j) * (end - start)))
         x_u = [path.transition(x, e, u, draw.normal(f"gan_eps{i}", x.shape).to(x)) for i, x in enumerate(xs)]

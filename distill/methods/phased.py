@@ -9,13 +9,14 @@
     L_fake    = min(1, clamp b^2) | out - target |^2                   in the fake network's own space
 
 The target is that of (x_0, eps) with x_0 = x_s / alpha_s - alpha_t sigma_s^2 eps / (alpha_s^2 b) and (sigma_t / b) eps:
-unbiased without knowing x_0. So phase k is DMD2 on the path above s, whose data is x_s (interval.py): its g is
-b^2 / a times the difference of scores, as DMD2's is sigma_t^2 / alpha_t times; the KL's own weight is a. The last
-phase has s = 0 and is DMD2. A run trains one phase, the experts before it frozen: --student.phases 2, and then with
---student.experts FIRST/checkpoint-N; the fake score starts as the teacher in each. Gradients flow as in DMD2.
+unbiased without x_0. So phase k is DMD2 on the path above s, whose data is x_s (interval.py). Its g is b^2 / a times
+the difference of scores, DMD2's is sigma_t^2 / alpha_t times; the KL's own weight is a. The last phase has s = 0 and is
+DMD2. A run trains one phase, with the earlier experts frozen: --student.phases 2, and then also --student.experts
+FIRST/checkpoint-N. The fake score starts as the teacher in each. Gradients flow as in DMD2.
 
-LightX2V's code pushes x_0 of the call by D_fake - D_real, over mean| x_0 - D_real |, though x_t is made of x_s. This
-moves each sample's call the same way as g, with another weight. g is kept: it descends the divergence of x_t.
+LightX2V's code updates x_0 of the call by D_fake - D_real, over mean| x_0 - D_real |, although x_t is made from x_s.
+This changes each sample's call in the same direction as g, with another weight. g is kept: it descends the divergence
+of x_t.
 """
 
 from dataclasses import dataclass, replace
@@ -35,14 +36,14 @@ from distill.ranges import Count, Decay, Finite, Positive, Weight
 class PhasedDMD(DMD2):
     """DMD2 one phase at a time, each matching the noisy samples that the next one starts from: prompts alone."""
 
-    guidance: Finite = 4.0  # w of the teacher (LightX2V: 4 to 5)
-    every: Count = 5  # fake steps per student step (paper)
-    gan: Weight = 0.0  # lambda_g (paper: none); above 0 real images are noised to s
-    gan_fake: Weight = 0.0  # lambda_d (paper: none)
-    times: Law = Grid(1000, 20, 980)  # of the student's loss on the whole path: its part above s (LightX2V)
-    fake_times: Law = Grid(1000, 20, 980)  # of the fake's loss, likewise (LightX2V)
-    margin: Decay = 0.04  # share of both laws above s that is left out, next to s (LightX2V: 20 of 480 steps)
-    clamp: Positive = 10.0  # of 1 / b^2 (paper, as a review restates it; LightX2V: no weight)
+    guidance: Finite = 4.0  # guidance scale w of the teacher (LightX2V: 4 to 5)
+    every: Count = 5  # fake score steps per student step (paper)
+    gan: Weight = 0.0  # lambda_g, weight of the student's GAN loss (paper: none); above 0 real images are noised to s
+    gan_fake: Weight = 0.0  # lambda_d, weight of the heads' GAN loss (paper: none)
+    times: Law = Grid(1000, 20, 980)  # distribution of t in the student's loss, restricted to times above s (LightX2V)
+    fake_times: Law = Grid(1000, 20, 980)  # distribution of t in the fake score's loss, also restricted (LightX2V)
+    margin: Decay = 0.04  # fraction of both laws above s that is left out, next to s (LightX2V: 20 of 480 steps)
+    clamp: Positive = 10.0  # limit of 1 / b^2 (paper, as a review restates it; LightX2V: no weight)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -64,7 +65,7 @@ class PhasedDMD(DMD2):
         return DMD2.fake_loss(self.phase_method(nets), x, self.above(nets), batch, draw)
 
     def phase_method(self, nets: Nets) -> "PhasedDMD":
-        """The method with its time distributions cut to times above the phase's end."""
+        """The method with its time distributions restricted to times above the phase's end."""
         if nets.student.end is None:
             return self
         times, fake_times = (Tail(law, self.margin) for law in (self.times, self.fake_times))

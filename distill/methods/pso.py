@@ -1,17 +1,16 @@
 """PSO: Pairwise Sample Optimization. Miao et al. 2024, arXiv 2410.03190.
 
-Online, on samples of its own; pso_offline.py is on data. The teacher is a finished student of N calls, and the student
-starts as it. Its walk, for i < N, is
+Online, on its own samples; pso_offline.py trains on data. The teacher is a finished student of N calls, and the student
+starts as its copy. Its walk, for i < N, is
 
     x_{i+1} ~ N( alpha_{i+1} D(x_i, t_i), sigma_{i+1}^2 ),     and then x = D(x_N, t_N) without noise
     h_i(x)  = mean over elements of  log p_student(x_{i+1} | x_i) - log p_teacher(x_{i+1} | x_i)
             = mean of (m - m_teacher) ( x_{i+1} - (m + m_teacher) / 2 ) / sigma_{i+1}^2,    m = alpha_{i+1} D(x_i, t_i)
-    r_i     = clip( exp h_i, 1 - eps, 1 + eps )                no gradient where it is clipped: logged is its share
+    r_i     = clip( exp h_i, 1 - eps, 1 + eps )                no gradient where it is clipped; its fraction is logged
     L       = - log sigmoid( beta sign( R(x) - R(y) ) ( log r_i(x) - log r_i(y) ) )
 
-of two walks x and y under one condition, each with all noise of its own; means over i < N and the batch. Gradients flow
-through m alone, a call at a time: the walks and the reward R have none, so R may be anything that tells better from
-worse.
+of two walks x and y under one condition, each with its own noise; means over i < N and the batch. Gradients flow only
+through m, one call at a time. The walks and the reward R have no gradient, so R may be any preference.
 """
 
 from dataclasses import dataclass
@@ -33,12 +32,12 @@ from distill.ranges import Decay, Positive
 class PSO(Method):
     """Preferences for a finished student of several calls, by a reward on pairs of its samples: prompts alone."""
 
-    beta: Positive = 50.0  # SDXL DMD2 (code); h is a mean over elements, so it is large
-    eps: Decay = 0.1  # of the clip (code)
+    beta: Positive = 50.0  # SDXL DMD2 (code); h is a mean over elements, so beta is large
+    eps: Decay = 0.1  # width of the clip (code)
     reward: str = (
         "openai/clip-vit-base-patch32"  # R: folder or Hub name of a CLIP; "labels": pipelines/judges/reward.py
     )
-    reward_decoder: str | None = None  # folder or Hub name of an AutoencoderTiny; None: the teacher's
+    reward_decoder: str | None = None  # decoder for R: folder or Hub name of an AutoencoderTiny; None: the teacher's
 
     requirements = (Requirement.EXPORTED_TEACHER, Requirement.SEVERAL_CALLS, Requirement.REWARD)
 

@@ -1,7 +1,7 @@
 """PSO offline: Pairwise Sample Optimization on data. Miao et al. 2024, arXiv 2410.03190.
 
-As in pso.py the teacher is a finished student, and the student starts as it. With an image x, a sample y of the teacher
-under the condition of x, and a time t of the student's own, uniform, at which eps is that of both:
+As in pso.py the teacher is a finished student, and the student starts as its copy. x is an image, y a sample of the
+teacher under the condition of x, t a uniform time of the student's calls. Both have the same eps:
 
     x_t  = alpha_t x + sigma_t eps,   y_t = alpha_t y + sigma_t eps
     l(x) = mean over elements of | D(x_t, t) - x |^2 / r_t^2,   r_t = sigma_t / alpha_t        the squared error of eps
@@ -9,9 +9,9 @@ under the condition of x, and a time t of the student's own, uniform, at which e
     L    = - log sigmoid( beta ( d_teacher - d ) )                                             "sigmoid"
     L    = relu( 1 + beta d ) + gamma l(y)                                                     "hinge", no reference
 
-Means over the batch. gamma keeps what the student made before: prior preservation. n = 1 is the paper's preference; a
-smaller n pushes less away from y. Gradients flow through the student's D, not through y. At pure noise, a flow's first
-call, r_t is infinite and nothing is learnt.
+Means over the batch. gamma preserves what the student made before (prior preservation). n = 1 is the paper's
+preference; a smaller n pushes less away from y. Gradients flow through the student's D, not through y. At pure noise, a
+flow's first call, r_t is infinite and nothing is learned.
 """
 
 from dataclasses import dataclass, replace
@@ -31,10 +31,10 @@ from distill.ranges import Positive, Weight
 class OfflinePSO(Method):
     """Images instead of what a finished student makes of their captions: a style, a subject, preferred pictures."""
 
-    beta: Positive = 5.0  # SDXL-Turbo, DreamBooth (code)
-    loss: Literal["sigmoid", "hinge"] = "hinge"  # DreamBooth: hinge (code)
-    gamma: Weight = 0.5  # of the hinge alone (code)
-    neg_defactor: Weight = 1.0  # n, of the error on y (paper: 1; default of the DreamBooth script: .1)
+    beta: Positive = 5.0  # temperature: SDXL-Turbo, DreamBooth (code)
+    loss: Literal["sigmoid", "hinge"] = "hinge"  # loss L; DreamBooth: hinge (code)
+    gamma: Weight = 0.5  # gamma, only in the hinge (code)
+    neg_defactor: Weight = 1.0  # n, weight of the error on y (paper: 1; default of the DreamBooth script: .1)
 
     requirements = (Requirement.EXPORTED_TEACHER, Requirement.REAL)
 

@@ -6,7 +6,7 @@
     g   = clamp( ((t - r) F - I) / d - v, +-1 )       0 where (t - r) F is the integral of v;  t - r <= d: F - v
     L   = w e / sg(e + c^2)^.5,   e = mean |F - sg(F - g)|^2 of a sample,   w = 1 + tan( (1 - (t - r)) pi / 2.5 )
 
-F' is the student's average. A third each: (1, 0); r in [.95 t, t]; r in [0, t]. Gradients flow through F alone.
+F' is the student's average. A third each: (t, r) = (1, 0); r in [.95 t, t]; r in [0, t]. Gradients flow only through F.
 """
 
 import math
@@ -32,16 +32,16 @@ from distill.ranges import Calls, Decay, Finite, Positive, UnitInterval
 class RCGM(Method):
     """Average velocities by bootstrapping: needs images (or samples of the teacher)."""
 
-    velocity: Literal["data", "teacher"] = "data"  # of v
-    guidance: Finite = 1.0  # of the teacher's v
-    kappa: Finite = 0.0  # guidance of F in itself, 1 / (1 - kappa) (code: .8)
-    interval: tuple[UnitInterval, UnitInterval] = (0.0, 1.0)  # open, of t: where kappa acts; not at t = 1 (code)
-    target_ema: Decay = 0.99  # of F' (code: .999 OpenUni, .99 SD3.5 and LoRA); 0: the student itself
-    times: Law = Uniform(0.0, 1.0)  # of t: Beta(1, 1) (code)
-    step: Positive = 0.01  # d (code); as d -> 0, g is MeanFlow's
-    N: Calls = 2  # jumps of I (code)
-    clamp: Positive = 1.0  # of g (code)
-    c: Positive | None = 1e-3  # of Barron's loss (code); None: L = e
+    velocity: Literal["data", "teacher"] = "data"  # velocity v: eps - x, or the teacher's
+    guidance: Finite = 1.0  # guidance scale of the teacher's v
+    kappa: Finite = 0.0  # guidance of F by itself, 1 / (1 - kappa) (code: .8)
+    interval: tuple[UnitInterval, UnitInterval] = (0.0, 1.0)  # open interval of t where kappa acts; not at t = 1 (code)
+    target_ema: Decay = 0.99  # decay of the average F' (code: .999 OpenUni, .99 SD3.5 and LoRA); 0: F' is the student
+    times: Law = Uniform(0.0, 1.0)  # distribution of t: Beta(1, 1) (code)
+    step: Positive = 0.01  # step d (code); as d -> 0, g is MeanFlow's
+    N: Calls = 2  # number of jumps of I (code)
+    clamp: Positive = 1.0  # limit of g (code)
+    c: Positive | None = 1e-3  # constant of Barron's loss (code); None: L = e
     jumps = True
 
     @property

@@ -6,10 +6,11 @@
     L_fake    = | D_fake(x_t) - x |^2 / sin^2(t)             of a student whose samples are made anew
     g         = -cos(t) sqrt( 1 - r^2 sin^2(t) ) ( F - dx_t/dt ) - cos(t) sin(t) ( r x_t + dF/dt )      sigma_d = 1
 
-sCM covers the modes and blurs, DMD sharpens and loses modes: lambda weighs them. Both are sums over elements (lambda =
-0.01 is of sums), and the 2 is that of the authors' | x - sg(x - g) |^2, which has no half. Until `warmup` the student
-has sCM alone, at each step, and the fake rests; in its g, sCM's where r is 1, dF/dt counts in full from the start. The
-intermediate times of x are the student's own, where the paper draws them. Gradients flow as in sCM and in DMD2.
+sCM covers the modes and blurs, DMD sharpens and loses modes; lambda balances them. Both are sums over elements (lambda
+= 0.01 is for sums). The 2 comes from the authors' | x - sg(x - g) |^2, which has no factor 1/2. Until `warmup` the
+student has only sCM, at each step, and the fake score is not trained. In g, where sCM has r = 1, dF/dt has its full
+weight from the start. The intermediate times of x are the student's own; the paper draws them. Gradients as in sCM and
+DMD2.
 """
 
 from dataclasses import dataclass
@@ -31,15 +32,15 @@ from distill.ranges import Count, Finite, Natural, Positive, Weight
 class RCM(SCM):
     """Continuous-time consistency with distribution matching: needs images (or samples of the teacher)."""
 
-    guidance: Finite = 5.0  # of the teacher, in both losses (code)
-    sigma_d: Positive = 1.0  # paper
-    times: Law = LogNormal(0.7, 1.6)  # p_G: (0.7, 1.6) 1.3B, (1.5, 1.6) 14B (paper)
-    warmup: Natural = 1000  # steps until r = 1, and until DMD begins: 1000 1.3B, 0 14B (paper)
-    norm: Literal["rms", "vector"] = "vector"  # code
-    reduction: Reduction = "sum"  # of both losses (code)
-    dmd: Weight = 0.01  # lambda (paper)
-    dmd_times: Law = Shifted(Uniform(0.0, 1.0), 5.0)  # p_D, of flows; also of the fake's loss (code)
-    every: Count = 4  # fake steps per student step: 4, 14B 9 (code: of 5 or 10 turns one is the student's)
+    guidance: Finite = 5.0  # guidance scale of the teacher, in both losses (code)
+    sigma_d: Positive = 1.0  # standard deviation of the data (paper)
+    times: Law = LogNormal(0.7, 1.6)  # distribution p_G: (0.7, 1.6) 1.3B, (1.5, 1.6) 14B (paper)
+    warmup: Natural = 1000  # steps until r = 1 and until DMD begins: 1000 1.3B, 0 14B (paper)
+    norm: Literal["rms", "vector"] = "vector"  # norm of g (code)
+    reduction: Reduction = "sum"  # sum over elements in both losses (code)
+    dmd: Weight = 0.01  # lambda, weight of DMD (paper)
+    dmd_times: Law = Shifted(Uniform(0.0, 1.0), 5.0)  # distribution p_D for flows, also in the fake score's loss (code)
+    every: Count = 4  # fake score steps per student step: 4, 14B 9 (code: one of 5 or 10 turns is the student's)
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -71,7 +72,7 @@ class RCM(SCM):
         return -cos * (cos**2 + (1 - r**2) * sin**2).sqrt() * lag - r * x - slope
 
     def fake_loss(self, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
-        """The error of x0 over sin(t) is that of the velocity, which divides by nothing."""
+        """The error of x0 over sin(t) is the error of the velocity, which needs no division."""
         path, schedule, eps = Trig(self.sigma_d), nets.fake_score.schedule, draw.normal("eps", x.shape).to(x)
         t = path.time(schedule.ratio(self.dmd_times(draw, "t", len(x), schedule)))
         pred = nets.fake_score.on(path)(path.diffuse(x, eps, t), t, batch.get("c"))

@@ -3,7 +3,7 @@
     y = the guided teacher's ODE sample from unit noise z under c, stored in advance      python -m pipelines.pairs
     L = d( G(z, c), y )       d: LPIPS of the decoded images, pseudo-Huber per element, or square
 
-The optimum is the ODE's own map z -> y, whose samples are the teacher's. Gradient flows through the last call of G
+The optimum is the ODE's own map z -> y, whose samples are the teacher's. The gradient flows through the last call of G
 and, for LPIPS, through the frozen decoder.
 """
 
@@ -22,10 +22,10 @@ from distill.ranges import Positive
 class Regression(Method):
     """Regression on stored pairs: the batch gives noise "z" and the teacher's sample "y" [B, *shape] under "c"."""
 
-    distance: Literal["lpips", "huber", "mse"] = "lpips"  # d (DMD, DMD2: LPIPS)
-    decoder: str | None = None  # of LPIPS: folder or Hub name of an AutoencoderTiny; None: the teacher's own decoder
-    huber_c: Positive = 1e-3  # of the pseudo-Huber distance
-    reduction: Reduction = "mean"  # of huber and mse, over all elements; LPIPS is a mean over the batch
+    distance: Literal["lpips", "huber", "mse"] = "lpips"  # distance d (DMD, DMD2: LPIPS)
+    decoder: str | None = None  # decoder for LPIPS: folder or Hub name of an AutoencoderTiny; None: the teacher's
+    huber_c: Positive = 1e-3  # constant of the pseudo-Huber distance
+    reduction: Reduction = "mean"  # huber and mse: over all elements; LPIPS is a mean over the batch
 
     @property
     def requirements(self) -> tuple[Requirement, ...]:

@@ -6,9 +6,9 @@
     L   = v e^-l m + l,   m = | F - sg( F + g / (|g| + c) ) |^2       r warms up from 0 to 1
     v   = 1 / ( sigma_d tan(t) ) or 1,   l(t) learned or 0: at its optimum it is log( v E m ), and v makes no difference
 
-dx_t/dt is the guided teacher's; dF/dt is the derivative along it, a forward-mode pass of (x_t, t) with tangents
-cos(t) sin(t) (dx_t/dt, 1), without gradient; the loss's F is of the same pass. The angle t is pi / 2 times that of the
-schedule.
+dx_t/dt is the guided teacher's. dF/dt is the derivative along it: a forward-mode pass of (x_t, t) with tangents
+cos(t) sin(t) (dx_t/dt, 1), without gradient. The same pass gives the F of the loss. The angle t is pi / 2 times the
+time of the schedule.
 """
 
 import math
@@ -32,17 +32,17 @@ from distill.ranges import Finite, Natural, Positive, Weight
 class SCM(ToData):
     """Continuous-time consistency distillation: needs images (or samples of the teacher)."""
 
-    guidance: Finite | tuple[Finite, Finite] = 1.0  # of the teacher; a range (SANA-Sprint: 4, 5) is embedded
+    guidance: Finite | tuple[Finite, Finite] = 1.0  # guidance scale; a range (SANA-Sprint: 4, 5) is embedded
     sigma_d: Positive = 0.5  # standard deviation of the data (EDM, sCM); 1 for latents (rCM)
-    times: Law = LogNormal(-1.0, 1.4)  # tau: (-1, 1.4) CIFAR-10, (-1, 1.6) ImageNet-64 (paper)
+    times: Law = LogNormal(-1.0, 1.4)  # distribution of tau: (-1, 1.4) CIFAR-10, (-1, 1.6) ImageNet-64 (paper)
     warmup: Natural = 10_000  # steps until r = 1 (paper)
-    normalise: bool = True  # the tangent
-    c: Weight = 0.1  # its floor (paper)
-    norm: Literal["rms", "vector"] = "rms"  # |g| per element (c keeps its meaning at any size), or of the whole vector
+    normalise: bool = True  # normalise the tangent g
+    c: Weight = 0.1  # floor c of the norm (paper)
+    norm: Literal["rms", "vector"] = "rms"  # |g| per element (then c does not depend on the size), or of the vector
     reduction: Reduction = "mean"  # m over the elements; their sum is close to 1, so with it l = log v is the optimum
-    adaptive: bool = False  # l is learned (paper, code); normalised tangents are of one size: there it changes little
-    prior: bool = False  # v is not 1 (paper, code)
-    one_pass: bool = True  # F of the loss is that of dF/dt; False: a pass of its own, as where blocks are recomputed
+    adaptive: bool = False  # learn l (paper, code); normalised tangents have one size, so it changes little
+    prior: bool = False  # v = 1 / (sigma_d tan(t)) (paper, code); False: v = 1
+    one_pass: bool = True  # F of the loss comes from the pass of dF/dt; False: a second pass, as with recomputed blocks
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -85,6 +85,6 @@ class SCM(ToData):
         return -(cos**2) * lag - r * (x + slope)
 
     def velocity(self, pred: Prediction, t: Tensor) -> Tensor:
-        """dx/dt = cos(t) sigma_d eps - sin(t) x0: never x0 divided by sin(t)."""
+        """dx/dt = cos(t) sigma_d eps - sin(t) x0, without a division of x0 by sin(t)."""
         theta = Trig(self.sigma_d).native(t)
         return expand(theta.cos() * self.sigma_d, pred.x) * pred.eps - expand(theta.sin(), pred.x) * pred.x0

@@ -29,16 +29,16 @@ from distill.ranges import Calls, Finite, Positive, UnitInterval
 class SiD(Method):
     """Score identity distillation: data-free."""
 
-    alpha: Finite = 1.2  # paper, table 1 (AFHQv2 and all guided or few-step models: 1)
-    kappa: tuple[Finite, Finite, Finite, Finite] = (1.0, 1.0, 1.0, 1.0)  # k1..k4; LSG: all 1.5, 2, 3 or 4.5
-    p_drop: UnitInterval = 0.1  # share of null conditions in the fake's step, where k1, k2 or k3 is not 1 (LSG code)
-    fake_steps: Calls = 1  # fake steps per student step (SiD: 1; for video, Self-Forcing's code: 5)
-    times: Law = Karras(0.002, 24.40834)  # of the student's loss: t_max = 800 of 1000 (SiD code)
-    fake_times: Law = LogNormal(-1.2, 1.2)  # of the fake's loss: EDM's training law (SiD code)
-    gain: Positive = 100.0  # on the student's loss (SiD code; LSG: 1)
-    reduction: Reduction = "sum"  # over elements, mean over the batch (SiD code)
+    alpha: Finite = 1.2  # alpha: paper, table 1 (AFHQv2 and all guided or few-step models: 1)
+    kappa: tuple[Finite, Finite, Finite, Finite] = (1.0, 1.0, 1.0, 1.0)  # guidances k1..k4; LSG: all 1.5, 2, 3 or 4.5
+    p_drop: UnitInterval = 0.1  # fraction of null conditions in the fake's step if k1, k2 or k3 is not 1 (LSG code)
+    fake_steps: Calls = 1  # fake score steps per student step (SiD: 1; for video, Self-Forcing's code: 5)
+    times: Law = Karras(0.002, 24.40834)  # distribution of t in the student's loss: t_max = 800 of 1000 (SiD code)
+    fake_times: Law = LogNormal(-1.2, 1.2)  # distribution of t in the fake score's loss: EDM's training law (SiD code)
+    gain: Positive = 100.0  # factor of the student's loss (SiD code; LSG: 1)
+    reduction: Reduction = "sum"  # sum over elements, mean over the batch (SiD code)
     weight: Literal["mean", "alpha"] = "mean"  # w as above, or alpha_t (SiD-DiT code: 1 - sigma)
-    normalise: bool = True  # False: w = 1
+    normalise: bool = True  # divide by mean| x - D_real |; False: w = 1
 
     roles = ("fake",)
 

@@ -7,9 +7,9 @@
     batch fusion: f is the mean over the micro-batch, v = sigma_d^-2 + (alpha_t / sigma_t)^2, EDM's weight
     per sample:   f is each sample's own mean, v = n
 
-l(x_t) is read off the passes that SiD makes anyway, under c itself where the score is guided; of y only the encoder is
-run. Gradients flow as in SiD, and from l through the encoder to x; the encoder learns both tasks. SiD2A is SiDA whose
-student starts from SiD's (--student.init). Diffusion-GAN of the few-step models: fusion "sample".
+l(x_t) comes from the passes that SiD makes anyway, under c itself if the score is guided. For y only the encoder runs.
+Gradients flow as in SiD, and from l through the encoder to x; the encoder learns both tasks. SiD2A is SiDA with a
+student that starts from SiD's (--student.init). Diffusion-GAN of the few-step models: fusion "sample".
 """
 
 from dataclasses import dataclass
@@ -32,16 +32,16 @@ from distill.ranges import Finite, Natural, Positive, Weight
 class SiDA(SiD):
     """Score identity distillation with a GAN on real images and their conditions, without new parameters."""
 
-    alpha: Finite = 1.0  # scripts (SiD2A: 1.0 or 1.2)
-    gan: Weight = 0.01  # lambda_g (scripts; SiD-DiT 1)
-    gan_fake: Weight = 1.0  # lambda_d (scripts; on EDM2's networks 100)
-    mix: Positive = 0.5  # m, on both losses together (code)
-    fusion: Literal["batch", "sample"] = "batch"  # f and v; SiD-DiT: sample
-    clamp: Positive = 10.0  # of |l| where the student reads it; with fusion "sample" for the fake, too (code)
-    taps: Taps = None  # the bottleneck; of transformers the last norm, norm_out (SiD-DiT)
-    pairs: bool = True  # the fake step's samples have the real images' conditions (SiDA code; SiD-DiT: their own)
-    start: Natural = 0  # the student moves from this step on (code: after 100k images; SiD-DiT 20k)
-    gan_start: Natural = 0  # it sees the GAN from this step on (code: after 200k images; SiD-DiT 40k)
+    alpha: Finite = 1.0  # alpha: scripts (SiD2A: 1.0 or 1.2)
+    gan: Weight = 0.01  # lambda_g, weight of the student's GAN loss (scripts; SiD-DiT 1)
+    gan_fake: Weight = 1.0  # lambda_d, weight of the fake score's GAN loss (scripts; on EDM2's networks 100)
+    mix: Positive = 0.5  # m, factor of both losses together (code)
+    fusion: Literal["batch", "sample"] = "batch"  # type of f and v; SiD-DiT: sample
+    clamp: Positive = 10.0  # limit of |l| in the student's loss; with fusion "sample" also in the fake score's (code)
+    taps: Taps = None  # None: the bottleneck; of transformers the last norm, norm_out (SiD-DiT)
+    pairs: bool = True  # samples of the fake score's step have real images' conditions (SiDA code; SiD-DiT: their own)
+    start: Natural = 0  # first step of the student (code: after 100k images; SiD-DiT 20k)
+    gan_start: Natural = 0  # first step of its GAN loss (code: after 200k images; SiD-DiT 40k)
 
     @property
     def requirements(self) -> tuple[Requirement, ...]:
@@ -57,7 +57,7 @@ class SiDA(SiD):
             batch["c"] = batch["real_c"]
         x = super().sample(nets, batch, draw)
         if paired:
-            batch["real_c"] = batch["c"]  # some of them dropped
+            batch["real_c"] = batch["c"]  # some of them are null conditions
         return x
 
     def student_loss(self, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:

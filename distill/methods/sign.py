@@ -8,8 +8,8 @@
     L_denoise = | f(u_t) - x |^2                        t in [0, t_max]: corrupted data are projected
     L         = L_dmd + their weighted sum;  means over all elements
 
-Six terms of an equation that we have not seen: they follow its description, and the weights are ours. Gradients flow
-through every f but the sg, and through f' to its input.
+We have not seen the equation with these six terms: they follow its description, and the weights are ours. Gradients
+flow through every f without sg, and through f' to its input.
 """
 
 from dataclasses import dataclass, replace
@@ -34,14 +34,14 @@ from distill.ranges import Points, UnitInterval, Weight
 class SIGN(DMD):
     """DMD of a generator that leaves data, and what it made, as they are: needs images."""
 
-    regression: Weight = 0.0  # lambda; above 0 it needs pairs
+    regression: Weight = 0.0  # lambda, weight of the regression; above 0 it needs pairs
     idem: Weight = 1.0
     rec: Weight = 1.0
     flow: Weight = 1.0
     denoise: Weight = 1.0
-    N: Points = 50  # ODE steps from t = 1 to 0 in L_flow
+    N: Points = 50  # number of ODE steps from t = 1 to 0 in L_flow
     solver: Name = "ddim"
-    t_max: UnitInterval = 0.3  # of L_denoise
+    t_max: UnitInterval = 0.3  # upper limit of t in L_denoise
 
     @property
     def roles(self) -> tuple[str, ...]:  # type: ignore[override]

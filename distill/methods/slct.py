@@ -2,11 +2,12 @@
 
     L    = d( f(x_t, t) - sg f(x_r, r) ) / (s_t - s_r)  +  lambda |f(x_t, t) - x|^2 at the low levels       rest as CT
     d(y) = log( 1 + |y|^2 / (2 c^2) ),   c = exp(-1.18 ln N - 0.72)          N intervals of the curriculum's grid
-    eps  : the normal noises of a micro-batch, those of a condition given to its images so that sum |x - eps|^2 is least
+    eps  : the normal noises of a micro-batch, assigned to the images of their condition so that sum |x - eps|^2 is
+    least
 
-Latents have outliers: d forgets them, and c sharpens as the levels draw together. Coupled noise lowers the variance of
-the targets; it depends on the other samples of the micro-batch. c, lambda and the share of low levels are second-hand;
-the paper's LayerNorm without scale is a matter of the network. Gradients as in CT.
+Latents have outliers: d limits them, and c decreases as the levels approach each other. Coupled noise lowers the
+variance of the targets; it depends on the other samples of the micro-batch. c, lambda and the fraction of low levels
+are second-hand. The paper's LayerNorm without scale belongs to the network. Gradients flow as in CT.
 """
 
 import math
@@ -31,11 +32,11 @@ class SLCT(CT):
 
     curriculum: Doubling = Doubling()
     distance: Literal["huber", "square", "cauchy"] = "cauchy"
-    c: Weight = 1.0  # times exp(-1.18 ln N - 0.72) where it is adaptive
+    c: Weight = 1.0  # c, times exp(-1.18 ln N - 0.72) if it is adaptive
     adaptive: bool = True
-    coupled: bool = True  # noise by optimal transport within the micro-batch: O(B^3), on the host
-    diffusion: Weight = 1.0  # lambda
-    early: UnitInterval = 0.25  # the share of the grid, from its low end, that lambda is on
+    coupled: bool = True  # assign noise by optimal transport within the micro-batch: O(B^3), on the CPU
+    diffusion: Weight = 1.0  # lambda, weight of the denoising loss
+    early: UnitInterval = 0.25  # fraction of the grid, from its low end, with that loss
 
     def noise(self, x: Tensor, c: Condition, draw: Draw) -> Tensor:
         eps = super().noise(x, c, draw)
@@ -56,14 +57,14 @@ class SLCT(CT):
 
 
 def coupled(x: Tensor, eps: Tensor, c: Condition = None) -> Tensor:
-    """eps [B, ...] in the order that makes the sum of |x - eps|^2 least: optimal transport between two batches.
+    """eps [B, ...] in the order of the least sum of |x - eps|^2: optimal transport between two batches.
 
-    Each condition of c keeps its own noises: coupled across them, noise would tell of the condition, and samples start
-    from noise that does not.
+    Each condition of c keeps its own noises. Otherwise noise would depend on the condition, but sampling starts from
+    noise that does not.
     """
     from scipy.optimize import linear_sum_assignment
 
-    if eps.is_meta:  # shapes alone, as where a step's cost is counted: no order is better
+    if eps.is_meta:  # shapes only, for counting the cost of a step: the order does not matter
         return eps
     cost = torch.cdist(x.flatten(1).double(), eps.flatten(1).double()) ** 2
     for value in (c or {}).values():

@@ -7,11 +7,11 @@
                 + | Phi_phi(x_t; s) - sg Phi_phi(Phi_phi(x_t; u); s) |^2     T takes k equal steps; u = (t + s) / 2
     L           = L_cfg + lambda L_msc;  means over all elements
 
-x is real, c its caption and c- another sample's of the micro-batch, never its own, or at times the null condition. Only
+x is real, c its caption. c- is the caption of another sample of the micro-batch, or sometimes the null condition. Only
 the adapter phi (negative_attention.py) is trained, --student.negative: without a negative prompt the student is the
-teacher. It is told the words of c-, not its pooled embedding (SDXL). The adapter is that of the authors' code but for
-its start; the losses follow their description; the weights, k and the null conditions are ours. Gradients flow through
-out_phi and Phi_phi on the left. Not for the digits, whose labels no cross-attention reads.
+teacher. It gets the tokens of c-, not its pooled embedding (SDXL). The adapter is that of the authors' code except for
+its initial values. The losses follow their description. The weights, k and the null conditions are ours. Gradients flow
+through out_phi and Phi_phi on the left. Not for the digits, whose labels no cross-attention reads.
 """
 
 from dataclasses import dataclass, replace
@@ -34,11 +34,11 @@ from distill.ranges import Calls, Finite, UnitInterval, Weight
 class SUN(Method):
     """Guidance with negative prompts in one pass, and few steps, by an adapter of the cross-attention: needs images."""
 
-    guidance: Finite = 7.5  # w (SD 1.5's)
-    msc: Weight = 1.0  # lambda (ours)
-    k: Calls = 6  # steps of the teacher in one of the student's (ours: 24 in four, as the paper's 25 of DPM-Solver++)
-    p_null: UnitInterval = 0.1  # share of null conditions as c- (ours: what pipelines take without a negative prompt)
-    times: Law = Grid(1000, 0, 999)  # of L_cfg
+    guidance: Finite = 7.5  # guidance scale w (SD 1.5's)
+    msc: Weight = 1.0  # lambda, weight of L_msc (ours)
+    k: Calls = 6  # teacher steps per student step (ours: 24 in four, as the paper's 25 of DPM-Solver++)
+    p_null: UnitInterval = 0.1  # fraction of null conditions as c- (ours: pipelines' default negative prompt)
+    times: Law = Grid(1000, 0, 999)  # distribution of t in L_cfg
     reduction: Reduction = "mean"
 
     requirements = (Requirement.REAL, Requirement.NULL_CONDITION, Requirement.NEGATIVE_ADAPTER)
@@ -80,7 +80,7 @@ class SUN(Method):
 
 
 def walk(net: Guided, x: Tensor, t: Tensor, s: Tensor, c: Condition, steps: int) -> Tensor:
-    """x_t -> x_s by `steps` equal steps of DDIM, of which the last may end at x0."""
+    """x_t -> x_s by `steps` equal steps of DDIM. The last one may end at x0."""
     for j in range(steps):
         x = ddim_from_prediction(net(x, t + (s - t) * j / steps, c), net.path, t + (s - t) * (j + 1) / steps)
     return x

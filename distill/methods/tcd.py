@@ -3,12 +3,12 @@
     f(x_t, t, e) = alpha_e x0 + sigma_e eps of D_student(x_t, t)      e <= t;  f(x_e, e, e) = x_e
     L            = d( f(x_t, t, e) - f_target(x_s, s, e) )            x_s and d as in LCD;  e uniform in t_0, t_1 .. s
 
-The student finds not data alone but every later point of the teacher's ODE, so that it may be called with any share
-gamma of new noise between its calls: none (student.renoise "tcd") to all ("fresh"), TCDScheduler's eta. f is the first
-order of the semi-linear solution, TCF(1): one prediction for all e, so the network is not told e, and no network makes
-all of them right unless the ODE is a line. Of a Gaussian of deviation .6 a perfect student's four samples on SD's table
-have 1.13 times the deviation without new noise, .80 times with it (test_sampling.py); PCM's have its own. t_0 is
-a level of noise, too (of a table .029), where "tcd" ends. Gradients flow as in LCD.
+The student learns every later point of the teacher's ODE, not only data. So its calls may have any fraction gamma of
+new noise between them: none (student.renoise "tcd") to all ("fresh"), TCDScheduler's eta. f is the first order of the
+semi-linear solution, TCF(1): one prediction for all e, so the network has no input e. No network is right for all e
+unless the ODE is a line. For a Gaussian of deviation .6, a perfect student's four samples on SD's table have 1.13 times
+the deviation without new noise, .80 times with it (test_sampling.py); PCM's have its own. t_0 is a level of noise, too
+(of a table .029), and the end of "tcd". Gradients flow as in LCD.
 """
 
 from dataclasses import dataclass
@@ -25,8 +25,8 @@ from distill.roles import Nets
 class TCD(LCD):
     """Consistency distillation to every point of the teacher's ODE: needs images (or samples of the teacher)."""
 
-    reach: UnitInterval = 1.0  # e is uniform up to this share of the points to s (paper: 1)
-    guidance: Finite | tuple[Finite, Finite] = (3.0, 15.0)  # of the teacher, embedded. w = omega + 1 (paper: 2, 14)
+    reach: UnitInterval = 1.0  # e is uniform up to this fraction of the points to s (paper: 1)
+    guidance: Finite | tuple[Finite, Finite] = (3.0, 15.0)  # guidance scale w, embedded. w = omega + 1 (paper: 2, 14)
     noises = ("fresh", "ddim", "tcd")
 
     def end(self, i: Tensor, nets: Nets, draw: Draw) -> Tensor:

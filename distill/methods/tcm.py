@@ -3,12 +3,12 @@
     f(x_t, t) = D_student(x_t, t) where s_t >= s',   D_frozen(x_t, t) below;     s = sigma / alpha
     L_C = mean of d( f(x_t, t) - sg f(x_r, r) ) / (s_t - s_r),  s_t of a law above s'         as CT
     L_B = the same at s_t = s'; all its targets are the frozen network's                      the boundary
-    L   = L_C + w_b L_B                                         a share rho of the samples is for L_B
+    L   = L_C + w_b L_B                                         a fraction rho of the samples is for L_B
 
-The second stage of CT: the first one's student knows every level, and its capacity goes into denoising, which nobody
-asks of a generator. Here one is frozen, says what it knows below s', and the student, its copy, forgets that and learns
-from s' on alone: call it at no level below. Start it from the first stage's (student.init) and with pairs as near as
-its last; where nothing is given both are the teacher. Gradients flow as in CT, the frozen network has none.
+The second stage of CT. The student of the first stage knows every level and spends its capacity on denoising, which a
+generator does not need. Here a frozen copy answers below s', and the student learns only from s' on: do not call it
+below. Start it from the first stage's student (student.init), with pairs as close as its last ones. By default both are
+the teacher. Gradients flow as in CT, none to the frozen network.
 """
 
 from dataclasses import dataclass
@@ -32,9 +32,9 @@ class TCM(CT):
 
     curriculum: Closing = Closing(StudentT(), q=1000.0, every=MOST)  # 1 - s_r / s_t = n(s_t) / 1000 (code)
     c: Weight = 1e-8  # CIFAR-10 (code); ImageNet-64 .06, with q = 256 and c_out
-    start: Positive = 1.0  # s'
-    boundary: Decay = 0.25  # rho: of the samples of a step, exactly
-    weight: Weight = 0.1  # w_b
+    start: Positive = 1.0  # s', the boundary level
+    boundary: Decay = 0.25  # rho: exact fraction of the samples of a step at the boundary
+    weight: Weight = 0.1  # w_b, weight of the boundary loss
 
     roles = ("target",)
 

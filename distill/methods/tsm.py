@@ -3,14 +3,14 @@
     x_t = alpha_t x + sigma_t eps of a real image x under its condition c
     L   = | F_student(x_t, t, c) - F_teacher^w(x_t, t, c) |^2        outputs of the networks, both of the teacher's kind
 
-It makes a smaller network, `--student.network`, a denoiser that a distillation can start from (--student.init). In
-expectation its gradient is that of the denoising loss where the teacher is the posterior mean, E[target | x_t], and it
-has less variance by that of target - E[target | x_t]. Gradient flows through the student alone.
+It trains a smaller network, `--student.network`, to a denoiser from which a distillation can start (--student.init). If
+the teacher is the posterior mean E[target | x_t], the expected gradient is that of the denoising loss. Its variance is
+lower by that of target - E[target | x_t]. The gradient flows only through the student.
 
-Multi-Student Distillation (MSD): a partition of the conditions into K parts, each with a student of its own, so that a
-sample still costs one call. Any method trains one, on conditions of its part alone: --data.classes, labels that are
-equally many in each part and alike. The pairs of a regression (DMD) are shared by all: filtered, modes collapse. Then
-python -m pipelines.experts makes one pipeline of all students (pipelines/inference/experts.py).
+Multi-Student Distillation (MSD): the conditions are divided into K groups with one student each, so that a sample still
+costs one call. Any method trains one student on the conditions of its group: --data.classes, labels of equal number and
+similar kind in each group. All students share the pairs of a regression (DMD): if these are filtered, modes collapse.
+python -m pipelines.experts then makes one pipeline of all students (pipelines/inference/experts.py).
 """
 
 from dataclasses import dataclass
@@ -30,9 +30,9 @@ from distill.ranges import Finite
 class TSM(Method):
     """A regression of the student onto the teacher's outputs at noisy real images, at every level."""
 
-    guidance: Finite = 1.0  # w of the teacher
-    times: Law = LogNormal(-1.2, 1.2)  # EDM's training law
-    reduction: Reduction = "mean"  # over all elements
+    guidance: Finite = 1.0  # guidance scale w of the teacher
+    times: Law = LogNormal(-1.2, 1.2)  # distribution of t: EDM's training law
+    reduction: Reduction = "mean"  # mean over all elements
 
     @property
     def requirements(self) -> tuple[Requirement, ...]:

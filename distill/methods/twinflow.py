@@ -7,7 +7,7 @@
     L      = L_base + lambda_twin L_twin + lambda_rect L_rect       d: Barron's loss of the base, mean over the batch
 
 F is one network: no teacher, no fake score, no discriminator. L_base is RCGM's (distill/methods/rcgm.py), its target an
-average. g = (D_data - D_samples)(x_t) / t, so L_rect descends as DMD does. The sign is told with the second time. The
+average. g = (D_data - D_samples)(x_t) / t, so L_rect descends as DMD does. The second time carries the sign. The
 authors split a batch in four, three parts for L_base and one for L_twin, and add the mean over the four and .5 L_rect:
 3/4 of this sum. Here each loss has the whole batch. Gradients flow through F and, in L_rect, through x.
 """

@@ -7,8 +7,8 @@
 
 SwiftBrush: one k for teacher and fake, and a LoRA fake score. PG-SB: k ~ U(low, high) per sample, the same in both.
 g is the gradient of KL(student || teacher) at level t, times sigma_t w_t / alpha_t. Entropic distillation (ESD): k of
-the teacher 1, k of the fake 1 - lambda, `fake_guidance`. SwiftBrush's code weighs L_fake by alpha_t^2, which is .005 at
-pure noise, though g is read up to t = 980; the optimum is the same, so the default weighs all levels alike.
+the teacher 1, k of the fake 1 - lambda, `fake_guidance`. SwiftBrush's code weights L_fake by alpha_t^2, which is .005
+at pure noise, although g uses times up to t = 980. The optimum is the same, so the default weights all levels equally.
 """
 
 from dataclasses import dataclass
@@ -32,15 +32,15 @@ class VSD(Method):
 
     guidance: Finite | tuple[Finite, Finite] = 4.5  # k (SwiftBrush), or (low, high) of a random k (PG-SB: .5, 4)
     fake_guidance: Finite | None = (
-        None  # k of the fake; None: the teacher's (SwiftBrush, PG-SB); 1: DMD; 1 - lambda: ESD
+        None  # k of the fake score; None: the teacher's (SwiftBrush, PG-SB); 1: DMD; 1 - lambda: ESD
     )
-    p_drop: UnitInterval = 0.1  # share of null conditions in the fake's step, if a guidance is not 1 (code: of batches)
-    fake_steps: Calls = 1  # fake steps per student step (SwiftBrush: 1)
-    times: Law = Grid(1000, 20, 980)  # of the student's loss (SwiftBrush code)
-    fake_times: Law = Grid(1000, 0, 999)  # of the fake's loss (SwiftBrush code)
-    reduction: Reduction = "mean"  # over all elements (SwiftBrush code)
-    weight: bool = True  # w_t; False: 1
-    fake_weight: Literal["one", "alpha"] = "one"  # of the fake's error at t: 1, or alpha_t^2 (SwiftBrush code)
+    p_drop: UnitInterval = 0.1  # fraction of null conditions in the fake's step, if k is not 1 (code: of batches)
+    fake_steps: Calls = 1  # fake score steps per student step (SwiftBrush: 1)
+    times: Law = Grid(1000, 20, 980)  # distribution of t in the student's loss (SwiftBrush code)
+    fake_times: Law = Grid(1000, 0, 999)  # distribution of t in the fake score's loss (SwiftBrush code)
+    reduction: Reduction = "mean"  # mean over all elements (SwiftBrush code)
+    weight: bool = True  # weight by w_t; False: 1
+    fake_weight: Literal["one", "alpha"] = "one"  # weight of the fake's error at t: 1, or alpha_t^2 (SwiftBrush code)
 
     roles = ("fake",)
 

@@ -3,9 +3,9 @@
     D_fake^k = D_fake(null) + k ( D_fake(c) - D_fake(null) ),   k = 1 - lambda       in the student's loss alone
     L_fake   = that of the base, with a share p_drop of null conditions
 
-lambda = 0 is the base. KL(student || teacher) of each condition rewards no spread over conditions; lambda times the
-entropy of all conditions' samples together does: its gradient is the fake's score without a condition. The guidance is
-linear in the network's own output, and the classifier of a GAN reads the features under c. SiD has its own k (kappa2 =
+lambda = 0 is the base. KL(student || teacher) of each condition does not reward spread over conditions. lambda times
+the entropy of all conditions' samples together does: its gradient is the fake score without a condition. The guidance
+is linear in the network's own output. The classifier of a GAN reads the features under c. SiD has its own k (kappa2 =
 kappa3), VSD `fake_guidance`: the same numbers.
 """
 
@@ -26,8 +26,8 @@ from distill.ranges import UnitInterval, Weight
 class Entropic(Wrapped):
     """A method with a guided fake score: samples of different conditions are kept apart."""
 
-    entropy: Weight = 0.5  # lambda (paper); above 1 it over-disperses
-    p_drop: UnitInterval = 0.1  # of the fake's conditions, where lambda is not 0
+    entropy: Weight = 0.5  # lambda, weight of the entropy (paper); above 1 the samples spread too far
+    p_drop: UnitInterval = 0.1  # probability of a null condition for the fake score if lambda is not 0
 
     @property
     def requirements(self) -> tuple[Requirement, ...]:
@@ -39,10 +39,10 @@ class Entropic(Wrapped):
         if nets.fake is None:
             raise ValueError(f"{type(self.base).__name__} has no fake score to guide: set entropy to 0")
         total, logs = loss(x, replace(nets, fake=Scaled(**vars(nets.fake), k=1 - self.entropy)), batch, draw)
-        return total, {name: value for name, value in logs.items() if name != "lag"}  # of a score guided as it learns
+        return total, {name: value for name, value in logs.items() if name != "lag"}  # the fake score is guided here
 
     def fake_term(self, loss: Loss, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
-        if self.entropy and nets.fake is not None:  # real images' too: none must not mean generated
+        if self.entropy and nets.fake is not None:  # real images, too: a null condition must not imply generated
             null, mask = nets.fake.null, draw.uniform("drop", (len(x),)) < self.p_drop
             batch = batch | {key: drop(batch[key], null, mask) for key in ("c", "real_c") if key in batch}
         return loss(x, nets, batch, draw)
@@ -50,7 +50,7 @@ class Entropic(Wrapped):
 
 @dataclass(eq=False)
 class Scaled(Denoiser):
-    """A denoiser that is guided with k wherever it is asked for a prediction; its features are those under c."""
+    """A denoiser whose predictions have guidance k. Its features are those under c."""
 
     k: float = 1.0
 

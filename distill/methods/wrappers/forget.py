@@ -2,11 +2,12 @@
 
     T'(x_t, c) = T(x_t, rule(c))         rule: a condition to forget -> the one in its place; every other one is itself
     L_student  = L_base( x(c), T' ) + b L_base( x(c_f), T' )       c_f: uniform over the conditions to forget
-    L_fake     = L_fake( x(c) )     + a L_fake( x(c_f) )           student and fake score are told c_f itself
+    L_fake     = L_fake( x(c) )     + a L_fake( x(c_f) )           student and fake score get c_f itself
 
-Classes and their rule are fields. Prompts c_f are those that hold certain words of the data's (Text.forget); rule(c)
-stands beside them in c. L_base is any score distillation's that needs no images: SiD (paper), DMD2 without GAN, VSD. A
-rule has one override for each: of several at random the student would learn the geometric mean, which lies between.
+Classes and their rule are fields. Prompts c_f are those with certain words of the data's (Text.forget); rule(c) is
+stored beside them in c. L_base is any score distillation that needs no images: SiD (paper), DMD2 without GAN, VSD. A
+rule has one override per condition: with several at random the student would learn the geometric mean, which lies
+between them.
 """
 
 from dataclasses import dataclass, replace
@@ -26,11 +27,11 @@ from distill.ranges import Natural, Weight
 class Forgetting(Wrapped):
     """Distillation of a teacher without some of its classes or words: what is asked for by these is another thing."""
 
-    forget: tuple[Natural, ...] = ()  # the classes c_f; none: the data's prompts
-    override: tuple[Natural, ...] = ()  # what each becomes
-    keep: tuple[Natural, ...] = ()  # replace c_f in the main batch, uniformly (CIFAR-10's code: all others)
-    weight: Weight = 0.01  # b, of the student's second batch (CIFAR-10's code: .01; SD 1: 1)
-    fake_weight: Weight = 0.01  # a, of the fake's (the same)
+    forget: tuple[Natural, ...] = ()  # classes c_f to forget; (): the prompts of the data
+    override: tuple[Natural, ...] = ()  # the class that replaces each of them
+    keep: tuple[Natural, ...] = ()  # classes that replace c_f in the main batch (CIFAR-10's code: all others)
+    weight: Weight = 0.01  # b, weight of the student's second batch (CIFAR-10's code: .01; SD 1: 1)
+    fake_weight: Weight = 0.01  # a, weight of the fake score's second batch (the same)
 
     def __post_init__(self) -> None:
         wrong = set(self.forget) & {*self.override, *self.keep} or self.keep and not self.forget
@@ -77,13 +78,13 @@ class Forgetting(Wrapped):
     student_term = fake_term = both
 
     def rule(self, c: Condition) -> Condition:
-        """The condition that the teacher is told: of its keys those named after labels are classes."""
+        """The condition for the teacher. Keys that are named after labels hold classes."""
         if c is None or not any("label" in key or OVERRIDE in key for key in c):
             raise ValueError(f"a teacher with the conditions {sorted(c or ()) or 'none'} has no class to forget")
         c = {key: self.overridden(value) if "label" in key else value for key, value in c.items()}
         return c | {key.removeprefix(OVERRIDE): value for key, value in c.items() if OVERRIDE in key}
 
     def overridden(self, label: Tensor) -> Tensor:
-        for old, new in zip(self.forget, self.override, strict=True):  # no override is itself forgotten
+        for old, new in zip(self.forget, self.override, strict=True):  # an override is not forgotten itself
             label = torch.where(label == old, new, label)
         return label

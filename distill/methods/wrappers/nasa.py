@@ -2,12 +2,12 @@
 
     x      = G(z, c, c-),  every cross-attention of G gives z - a z-,  a ~ U(0, alpha) per step           NASA
     real^k = real(x_t, c-) + k ( real(x_t, c) - real(x_t, c-) )         the teacher's guidance is away from c-
-    fake^k = fake(x_t, 0)  + k ( fake(x_t, c) - fake(x_t, 0) )          the fake score is not told of it
+    fake^k = fake(x_t, 0)  + k ( fake(x_t, c) - fake(x_t, 0) )          the fake score does not get c-
     L      = L_base of these
 
-c- is another sample's prompt of the micro-batch, never its own; the paper has a list of 10,000 negative prompts. The
-student has no new weights: it is exported as any other, and pipelines/inference has NASA for it. Gradients flow as in
-the base, and through both attentions.
+c- is the prompt of another sample of the micro-batch; the paper has a list of 10,000 negative prompts. The student has
+no new weights: it is exported as usual, and pipelines/inference has NASA for it. Gradients flow as in the base, and
+through both attentions.
 """
 
 from dataclasses import dataclass, replace
@@ -32,8 +32,8 @@ from distill.ranges import UnitInterval
 class NASAT(Wrapped):
     """A score distillation whose student learns to turn away from negative prompts."""
 
-    base: Method = VSD()  # the method: PG-SB (paper)
-    alpha: UnitInterval = 1.0  # the largest a (paper: 1); 0: the base
+    base: Method = VSD()  # the wrapped method: PG-SB (paper)
+    alpha: UnitInterval = 1.0  # upper limit of a (paper: 1); 0: the base
 
     @property
     def requirements(self) -> tuple[Requirement, ...]:

@@ -1,12 +1,12 @@
 """Rewarded: any method and a reward. SwiftBrush v2, Dao et al. 2024, arXiv 2408.14176; RG-LCD, 2403.11027.
 
     L_student = L_base + w_n mean_i d( R(x_i, c_i) )        d(r) = max(0, tau - r) per sample, or -r without tau
-    w_n       = w ( 1 - n / N )+                            falls to 0 over N steps, or is w
+    w_n       = w ( 1 - n / N )+                            falls to 0 over N steps, or stays w
     R(x, c)   = cos( CLIP of the decoded x, CLIP of the prompt )                      nets.reward, judges/reward.py
 
-x is the base's sample; where the base has samples of data (LCD, sCM), it is what the student predicted with gradient,
-under the condition of that call. A clamp keeps one sample's excess from hiding another's lack: it is per sample, not on
-the mean. The gradient flows through the frozen decoder and the reward to x; the fake score's loss is the base's.
+x is the base's sample. If the base has samples of data (LCD, sCM), x is the student's prediction with gradient under
+the condition of that call. The clamp is per sample, not on the mean, so that one sample's excess cannot hide another's
+deficit. The gradient flows through the frozen decoder and the reward to x. The fake score's loss is the base's.
 """
 
 from collections.abc import Callable
@@ -28,7 +28,7 @@ class Rewarded(Wrapped):
 
     weight: Weight = 0.1  # w, on the mean over the batch (SwiftBrush v2: .1; its base's loss is a mean over elements)
     clamp: Finite | None = 0.35  # tau (SwiftBrush v2: .35; SNOOPI: .37); None: -R (RG-LCD)
-    until: Count | None = None  # N (SwiftBrush v2: the whole run); None: w does not fall
+    until: Count | None = None  # N, steps until w is 0 (SwiftBrush v2: the whole run); None: w is constant
     reward: str = (
         "openai/clip-vit-base-patch32"  # R: folder or Hub name of a CLIP; "labels": pipelines/judges/reward.py
     )
@@ -57,7 +57,7 @@ class Rewarded(Wrapped):
 
 
 def judge(nets: Nets) -> Callable[[Tensor, Condition], Tensor]:
-    """The reward that the networks were given, or ValueError."""
+    """The reward of the networks. ValueError if there is none."""
     if nets.reward is None:
         raise ValueError(
             "no nets.reward (pipelines.judges.reward), which says how good samples are; or set its weight to 0"
@@ -67,7 +67,7 @@ def judge(nets: Nets) -> Callable[[Tensor, Condition], Tensor]:
 
 @dataclass(eq=False)
 class Heard(Denoiser):
-    """A denoiser that keeps every x0 that has a gradient, with its condition."""
+    """A denoiser that stores every x0 that has a gradient, with its condition."""
 
     said: list[tuple[Tensor, Condition]] = field(default_factory=list)
 

@@ -5,11 +5,11 @@
     P(a, b)   = sigmoid( (R(a, c) - R(b, c)) / tau ),   P_L the same of R_L   which of the two is preferred
     R_L(x, c) = mean over heads(features of the frozen teacher at alpha_u x + sigma_u eps, u, c)     the latent proxy
 
-The proxy learns whose decoded pictures R prefers, and the student asks the proxy alone: no gradient flows through the
-decoder or R, which may have none, and what would fool R at high frequencies is not found. Three are compared: what was
-rewarded, a sample of the student from other noise, and the real image where the condition is its own (paper: the EMA
-target's prediction for the second). The paper's proxy is a CLIP of latents; the teacher's features know the prompt and
-need no other network. It moves after the student or with the base's fake score. L_proxy's gradient reaches heads alone.
+The proxy learns which decoded images R prefers, and the student uses only the proxy. No gradient flows through the
+decoder or R, which may have none, so that the student cannot exploit R at high frequencies. Three images are compared:
+the rewarded one, a sample of the student from other noise, and the real image if it has the same condition (paper: the
+EMA target's prediction for the second). The paper's proxy is a CLIP of latents; the teacher's features know the prompt
+and need no other network. It is updated after the student or with the base's fake score. L_proxy trains only the heads.
 """
 
 from dataclasses import dataclass, replace
@@ -35,11 +35,11 @@ class Proxied(Rewarded):
     """A method with a reward that its student knows from a proxy in latent space, trained along."""
 
     base: Method = LCD()
-    weight: Weight = 1.0  # w (code)
-    clamp: Finite | None = None  # -R_L
-    tau: Positive = 0.01  # CLIP's temperature: rewards are cosines (code: its logit scale, 100)
+    weight: Weight = 1.0  # w, weight of the reward (code)
+    clamp: Finite | None = None  # None: -R_L
+    tau: Positive = 0.01  # temperature of CLIP: rewards are cosines (code: its logit scale, 100)
     proxy_taps: Taps = None  # blocks of the teacher with a head each (ours)
-    proxy_times: Law = Fixed(0.02)  # u: next to no noise (ours)
+    proxy_times: Law = Fixed(0.02)  # distribution of u: almost no noise (ours)
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -57,7 +57,7 @@ class Proxied(Rewarded):
         return [one for update in updates for one in (update, own(update))]
 
     def score(self, x: Tensor, c: Condition, nets: Nets, batch: Batch, draw: Draw) -> Tensor:
-        batch["rewarded"] = rivals(x.detach(), c, batch)  # for the proxy's turn
+        batch["rewarded"] = rivals(x.detach(), c, batch)  # for the proxy's update
         return self.proxy([x], c, nets, draw)[0]
 
     def fake_term(self, loss: Loss, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:

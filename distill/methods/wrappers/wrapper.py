@@ -1,4 +1,4 @@
-"""A method around another: it changes the networks or the losses that its base sees, and is the base in all else."""
+"""A method around another method. It changes the networks or losses of its base, and otherwise equals the base."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -18,12 +18,12 @@ Term = Callable[[Loss, Tensor, Nets, Batch, Draw], tuple[Tensor, Logs]]
 
 @dataclass(frozen=True)
 class Wrapped(Method):
-    """`base` with the loss of each player exchanged for `self.PLAYER_term(loss of the base, x, nets, batch, draw)`.
+    """`base` with each player's loss replaced by `self.PLAYER_term(loss of the base, x, nets, batch, draw)`.
 
-    Wrappers go around wrappers: Rewarded(Forgetting(SiD())). The fields of the base are --method.base.NAME.
+    Wrappers may be nested: Rewarded(Forgetting(SiD())). The fields of the base are --method.base.NAME.
     """
 
-    base: Method = SiD()  # the method: any
+    base: Method = SiD()  # the wrapped method: any
 
     def __getattr__(self, name: str) -> Any:  # fields of the base
         if name == "base" or name.startswith("__"):

@@ -1,10 +1,11 @@
-"""Checkpoints: everything a run is, as safetensors and JSON; written whole or not at all. The teacher is not in them.
+"""Checkpoints: the complete state of a run as safetensors and JSON, without the teacher. A checkpoint is complete or
+absent.
 
-`checkpoint-N/` holds one file a role (student, fake, disc, proxy, weight, target), the student's average `ema`, one an
-optimizer and `state.json`, with the size and BLAKE2b of each. What does not fit them is torn or corrupted: an older one
-is used.
-Of a sharded run each is a folder, where every process writes its parts (tensors.py); all processes save together.
-Random numbers need no state (random.py), so a resumed run equals the uninterrupted one bit for bit.
+`checkpoint-N/` holds one file per role (student, fake, disc, proxy, weight, target), the student's average `ema`, one
+per optimizer, and `state.json` with the size and BLAKE2b of each file. A file whose size or hash differs is treated as
+corrupt, and the previous checkpoint is used.
+In a sharded run each of these is a folder to which every process writes its shards (tensors.py). Saving is collective.
+Random numbers have no state (random.py), so a resumed run equals the uninterrupted one bit for bit.
 """
 
 from distill.training.checkpoint.integrity import find_corruption, list_intact_checkpoints, read_step

@@ -1,4 +1,4 @@
-"""What a checkpoint holds: the tensors of every file."""
+"""The tensors in the files of a checkpoint."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from distill.training.state import State
 
 
 def state_tensors(state: State, empty: bool = False) -> dict[str, dict[str, Tensor]]:
-    """File name -> tensors. Frozen parameters (the backbone of an adapter) are left out.
+    """{file name: tensors}. Frozen parameters, such as the backbone of an adapter, are left out.
 
     empty: without the moments of the optimizers.
     """
@@ -30,7 +30,7 @@ def state_tensors(state: State, empty: bool = False) -> dict[str, dict[str, Tens
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The moments of parameter i by the names "i.exp_avg" and so on."""
+    """The moments of parameter i, with names like "i.exp_avg"."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     tensors = {}
     for i, p in enumerate(parameters):
@@ -45,5 +45,5 @@ def network_tensors(net: nn.Module, owned: set[int] | None = None) -> dict[str, 
 
 
 def tensor_path(folder: Path, name: str) -> Path:
-    """The file of a checkpoint, or the folder of its parts."""
+    """The file of a checkpoint, or the folder of its shards."""
     return folder / name if (folder / name).is_dir() else folder / f"{name}.safetensors"

@@ -1,4 +1,4 @@
-"""Whether a checkpoint is whole: its state.json, and the size and BLAKE2b of every file."""
+"""The integrity of a checkpoint: its state.json, and the size and BLAKE2b of every file."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from distill.files import read_json
 from distill.ranges import MOST
 from distill.training.checkpoint.tensors import TensorReader
 
-FILE = re.compile(r"[A-Za-z]\w*(/[A-Za-z][\w-]*)?\.safetensors")  # of a checkpoint: student, student/shard-00001-of-2
+FILE = re.compile(r"[A-Za-z]\w*(/[A-Za-z][\w-]*)?\.safetensors")  # student, student/shard-00001-of-2
 
 
 def list_intact_checkpoints(output_dir: Path) -> list[Path]:
-    """The checkpoints of a run, oldest first, without those that are torn or corrupted: stderr names them, once each.
+    """The intact checkpoints of a run, oldest first. Corrupt ones are named on stderr, once each.
 
-    Of the last one every byte has been read; of those before it, the sizes of the files.
+    Every byte of the last checkpoint is read; of earlier ones only the sizes of files are checked.
     """
     whole: list[Path] = []
     for folder in reversed(checkpoint_folders(output_dir)):
@@ -34,9 +34,10 @@ def list_intact_checkpoints(output_dir: Path) -> list[Path]:
 
 
 def find_corruption(folder: Path, deep: bool = True) -> str | None:
-    """What is wrong with a checkpoint and in which file; None: nothing. deep: by its bytes, else by its sizes alone.
+    """A description of what is corrupt in a checkpoint, with the file; None if it is intact. deep: check the bytes, not
+    only sizes.
 
-    One from before there were checksums is whole if its files can be opened.
+    A checkpoint without checksums, of an earlier version, is intact if its files can be opened.
     """
     try:
         facts = read_state_file(folder)
@@ -53,12 +54,12 @@ def find_corruption(folder: Path, deep: bool = True) -> str | None:
         return _find_changed_file(written, deep)
     except OSError as error:
         return f"{error.filename or folder} cannot be read ({error.strerror})"
-    except ValueError as error:  # of TensorReader
+    except ValueError as error:  # raised by TensorReader
         return str(error)
 
 
 def _find_changed_file(written: dict[Path, tuple[int, str]], deep: bool) -> str | None:
-    """The first file that has not the size and, with `deep`, the digest that it was written with; None: none."""
+    """The first file whose size or, with `deep`, digest differs from the stored one; None if all agree."""
     for file, (size, _) in written.items():
         status = file.stat()
         if not stat.S_ISREG(status.st_mode):
@@ -77,7 +78,7 @@ def warn_skipped(folder: Path, why: str) -> None:
 
 
 def read_step(folder: Path) -> int:
-    """Iterations done when a checkpoint was saved; ValueError where its state.json is damaged."""
+    """Number of finished iterations in a checkpoint. ValueError if its state.json is damaged."""
     return read_state_file(folder)["step"]
 
 
@@ -95,7 +96,7 @@ def read_state_file(folder: Path) -> dict[str, Any]:
 
 
 def _state_error(facts: Any) -> str | None:
-    """The first entry of a state.json that no run writes; None if all are valid."""
+    """A description of the first invalid entry of a state.json; None if all are valid."""
     if not isinstance(facts, dict):
         return "it is not a JSON object"
     step, skipped, files = facts.get("step"), facts.get("skipped", {}), facts.get("files", {})
@@ -114,7 +115,7 @@ def _state_error(facts: Any) -> str | None:
 
 
 def checkpoint_folders(output_dir: Path) -> list[Path]:
-    """Folders with the name of a checkpoint, oldest first; links to folders count."""
+    """Folders with the name of a checkpoint, oldest first, including links to folders."""
     folders = [p for p in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
     return sorted((p for p in folders if p.is_dir() or p.is_symlink()), key=step_of_name)
 
@@ -124,7 +125,7 @@ def step_of_name(folder: Path) -> int:
 
 
 def digests(files: list[Path]) -> Iterator[tuple[Path, str]]:
-    """(file, BLAKE2b of its bytes), several at a time; a file that has not changed is read once in a process."""
+    """(file, BLAKE2b of its bytes), computed in parallel. An unchanged file is read once per process."""
     stats = [file.stat() for file in files]
     with ThreadPoolExecutor(4) as pool:
         digests = pool.map(digest, files, [(s.st_ino, s.st_size, s.st_mtime_ns) for s in stats])

@@ -1,4 +1,4 @@
-"""A state from a checkpoint, and the first weights of a network from a file."""
+"""Load a state from a checkpoint, and the initial weights of a network from a file."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from distill.training.checkpoint.integrity import find_corruption, read_state_fi
 from distill.training.checkpoint.tensors import TensorReader
 from distill.training.state import State
 
-OPTIONAL = (SECOND, DUAL)  # the names of what a network may have or not
+OPTIONAL = (SECOND, DUAL)  # prefixes of tensors that a network may lack
 
 
 def load(state: State, folder: Path) -> None:
-    """Restore `state` in place from a checkpoint of the same method and networks; a damaged one is a ValueError."""
+    """Restore `state` in place from a checkpoint of the same method and networks. ValueError for a damaged one."""
     if why := find_corruption(folder):
         raise ValueError(why)
     for name, tensors in state_tensors(state, empty=True).items():
@@ -40,10 +40,10 @@ def load(state: State, folder: Path) -> None:
 
 
 def weight_files(path: str | Path, role: str) -> list[Path]:
-    """The .safetensors files with weights of `role`, "student" or "fake", at `path`; a ValueError says what it may be.
+    """The .safetensors files with weights of `role`, "student" or "fake", at `path`. A ValueError lists what it may be:
 
-    A checkpoint-N folder of a run (the student's is its average, where the run kept one), the folder of a diffusers
-    network (in shards too) or of a pipeline, or a .safetensors file.
+    a checkpoint-N folder of a run (the student's average, if the run has one), the folder of a diffusers network (also
+    in shards) or of a pipeline, or a .safetensors file.
     """
     path = Path(path)
     name = "ema" if role == "student" and tensor_path(path, "ema").exists() else role
@@ -69,7 +69,7 @@ def weight_files(path: str | Path, role: str) -> list[Path]:
 
 
 def _shard_names(index: Path, role: str) -> list[str]:
-    """The files in an index of sharded weights. ValueError if it is not an index or names files elsewhere."""
+    """The files in an index of sharded weights. ValueError if it is not an index, or names files elsewhere."""
     tree = read_json(index)
     table = tree.get("weight_map") if isinstance(tree, dict) else None
     if not isinstance(table, dict) or not table:
@@ -82,11 +82,13 @@ def _shard_names(index: Path, role: str) -> list[str]:
 
 @torch.no_grad()
 def load_initial_weights(net: nn.Module, path: str | Path, role: str, backbone: nn.Module) -> None:
-    """Start `net` from the weights at `path` (see `weight_files`): all that it trains, and what else it does not share.
+    """Load initial weights of `net` from `path` (see `weight_files`): all trained tensors, and others that it does not
+    share.
 
-    backbone: the network whose tensors `net` may share; they are never written, and a file for an adapter holds none.
-    A ValueError names the first tensor that is missing, unknown or of another shape; then nothing was written. Only a
-    second time (end_time.py) and a multiplier (multiplier.py) may be there or not: the network is the same without.
+    backbone: the network whose tensors `net` may share. They are never written, and a file of an adapter has none of
+    them. A ValueError names the first tensor that is missing, unknown or of another shape; then nothing was written.
+    Only a second time (end_time.py) and a multiplier (multiplier.py) may be missing or extra: they do not change the
+    network.
     """
     shared = {id(t) for t in (*backbone.parameters(), *backbone.buffers())}
     own = {name: t for name, t in network_tensors(net).items() if id(t) not in shared}
@@ -100,7 +102,7 @@ def load_initial_weights(net: nn.Module, path: str | Path, role: str, backbone: 
 
 
 def _list_misfits(net: nn.Module, own: dict[str, Tensor], shapes: dict[str, tuple[int, ...]], role: str) -> list[str]:
-    """What keeps weights of these shapes out of a network that owns the tensors `own`."""
+    """Reasons why weights of these shapes do not fit a network with its own tensors `own`."""
     needed = [name for name, p in net.named_parameters() if p.requires_grad and not name.startswith(OPTIONAL)]
     known = {*own, *dict(net.named_buffers())}
     unknown = [name for name in shapes if name not in known and not name.startswith(OPTIONAL)]
@@ -114,7 +116,7 @@ def _list_misfits(net: nn.Module, own: dict[str, Tensor], shapes: dict[str, tupl
 
 
 def _load_optimizer(optimizer: torch.optim.Optimizer, stored: TensorReader) -> bool:
-    """False if the moments do not fit the parameters."""
+    """Load the moments of an optimizer. False if they do not fit its parameters."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
     numbers = {key: int(key.split(".", 1)[0]) for key in stored.shapes}
     entries: dict[int, dict[str, Any]] = {}

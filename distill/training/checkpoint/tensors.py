@@ -1,7 +1,7 @@
-"""Tensors on disk: a safetensors file, or a folder of them, where each process of a sharded run wrote its parts.
+"""Tensors on disk: a safetensors file, or for a sharded run a folder of them, one per process.
 
-Such a folder has the format of torch.distributed.checkpoint's HuggingFace storage, and is read by it: into parts of any
-number of processes, or into whole tensors.
+The folder has the format of torch.distributed.checkpoint's HuggingFace storage, which reads it into shards of any
+number of processes, or into full tensors.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from distill.sharding import is_sharded_tensor, local_slices, part
 
 @dataclass
 class RankShard:
-    """What a process writes of a checkpoint: process `rank` of `of`. metadata: of its files, where the parts lie."""
+    """The part of a checkpoint that process `rank` of `of` writes. metadata: the positions of shards in its files."""
 
     rank: int
     of: int
@@ -35,7 +35,7 @@ class RankShard:
         return f"{name}/shard-{self.rank + 1:05}-of-{self.of:05}.safetensors"
 
     def __call__(self, file: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Of the tensors of a file: the parts that this process holds; on the first, also what all hold whole."""
+        """The shards that this process holds of a file's tensors. On rank 0 also unsharded tensors."""
         held = {key: t for key, t in tensors.items() if self._holds(t)}
         info = {key: {"saved_offsets": [s.start for s in local_slices(t)]} for key, t in held.items()}
         self.metadata[file] = {"DCP_SHARDING_INFO": json.dumps(info), "DCP_VERSION": "1.0", "format": "pt"}
@@ -49,7 +49,7 @@ class RankShard:
         return not copy and part(t).numel() > 0
 
     def wait_for_all_ranks(self, partial: Path, sizes: dict[str, Any]) -> dict[str, Any]:
-        """Report the files of this rank to rank 0, which waits for all ranks and returns all files."""
+        """Report this rank's files to rank 0. Rank 0 waits for all ranks and returns the merged list."""
         self._report(partial, {"files": sizes})
         if self.rank:
             return sizes
@@ -77,7 +77,7 @@ class RankShard:
 
 
 def open_safetensors(file: Path) -> Any:
-    """A safetensors file, to read tensors from; a ValueError if it is damaged."""
+    """Open a safetensors file for reading. ValueError if it is damaged."""
     if file.exists() and not file.is_file():
         raise ValueError(f"{file} is not a regular file")
     try:
@@ -87,7 +87,7 @@ def open_safetensors(file: Path) -> Any:
 
 
 class TensorReader:
-    """What is at a path, and of which shapes; a ValueError if it is damaged."""
+    """Reads tensors at a path and knows their shapes. ValueError if the file is damaged."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -99,7 +99,7 @@ class TensorReader:
             self.reader = HuggingFaceStorageReader(f"{path}")
             try:
                 found = self.reader.read_metadata().state_dict_metadata
-            except Exception as error:  # the reader checks nothing: whatever a damaged header makes of it
+            except Exception as error:  # the reader does not check: a damaged header may raise anything
                 raise ValueError(f"{path} holds a damaged file ({error!r})") from None
             self.shapes = {key: tuple(meta.size) for key, meta in found.items()}  # type: ignore[union-attr]
             self.dtypes = {key: meta.properties.dtype for key, meta in found.items()}  # type: ignore[union-attr]
@@ -109,19 +109,19 @@ class TensorReader:
 
     @torch.no_grad()
     def into(self, tensors: Mapping[str, Tensor]) -> None:
-        """Read these, in place; of a tensor that is split, the part of this process."""
+        """Read into the given tensors, in place. A sharded tensor gets this process's shard."""
         if not self.path.is_dir():
             for key, t in tensors.items():
                 part(t).copy_(self.file.get_tensor(key)[local_slices(t)])
             return
         from torch.distributed.checkpoint import load
 
-        with warnings.catch_warnings():  # that it reads without the other processes is intended
+        with warnings.catch_warnings():  # it warns that it reads without the other processes, which is intended
             warnings.simplefilter("ignore", UserWarning)
             load({key: t.detach() for key, t in tensors.items()}, storage_reader=self.reader, no_dist=True)
 
     def like(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """All that is stored, new; split as the tensor of this name and shape is, else whole."""
+        """All stored tensors, as new tensors. Sharded like the given tensor of the same name and shape, else full."""
         if not self.path.is_dir():
             new = {key: self.file.get_tensor(key) for key in self.shapes}
         else:

@@ -1,4 +1,4 @@
-"""Checkpoints are written to a hidden folder, which then gets its name at once."""
+"""Write checkpoints to a hidden folder, which is then renamed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from distill.training.checkpoint.integrity import checkpoint_folders, digests, f
 from distill.training.checkpoint.tensors import RankShard
 from distill.training.state import State
 
-DISK_ERRORS = {  # (why, cure): numbers of the errors
+DISK_ERRORS = {  # error numbers: (reason, remedy)
     ("the disk is full", "free some space"): (errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
     ("the disk is read-only", "make it writable"): (errno.EROFS,),
     ("permission is denied", "grant it"): (errno.EACCES, errno.EPERM),
@@ -34,24 +34,25 @@ DISK_ERRORS = {  # (why, cure): numbers of the errors
 
 
 def save(state: State, output_dir: Path, limit: int | None = None) -> Path:
-    """Write `checkpoint-{state.step}` and keep `limit` up to it (None: all), itself before all others."""
+    """Write `checkpoint-{state.step}`, and keep the newest `limit` up to it, always including it (None: keep all)."""
     share, files = _share_of_state(state)
     partial = _prepare(output_dir, state.step, share)
     copied = ((file, {key: _cpu_copy(t) for key, t in tensors.items()}) for file, tensors in files.items())
     folder = publish_checkpoint(
         write_files(_facts(state), copied, partial, share), limit, share
-    )  # one file at a time is in memory
+    )  # only one file at a time is in memory
     if share:
         torch.distributed.barrier()
     return folder
 
 
 class Saver:
-    """Saves in the background, one checkpoint at a time: training waits while its tensors are copied, no longer.
+    """Saves in the background, one checkpoint at a time. Training waits only while its tensors are copied.
 
-    The next save and leaving `with` wait for the one that is being written; an exception, for it alone; a second
-    signal (KeyboardInterrupt), for nothing. What a write raised (a full disk) is raised by the next call.
-    The copies stay in memory, pinned where they come from CUDA; a state with no room for them is saved by `save`.
+    The next save and leaving `with` wait for the current write, and raise its error (a full disk). Leaving `with` by an
+    exception only waits. Leaving it by a second signal (KeyboardInterrupt) does not wait.
+    The copies stay in memory, pinned for CUDA tensors. If there is no memory for them, `save` writes the state
+    directly.
     """
 
     def __init__(self, output_dir: Path, limit: int | None = None) -> None:
@@ -70,7 +71,7 @@ class Saver:
             self.thread.join()
 
     def save(self, state: State) -> None:
-        """Begin to write `checkpoint-{state.step}`; the state may change from now on."""
+        """Start writing `checkpoint-{state.step}`. The state may change afterwards."""
         self.wait()
         facts = _facts(state)
         share, files = _share_of_state(state)
@@ -95,7 +96,7 @@ class Saver:
         self.thread.start()
 
     def _allocate(self, files: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]] | None:
-        """Memory for a copy of these tensors, that of the last save where it fits; None, with a warning: too little."""
+        """Memory for a copy of these tensors, reused if it fits. None, with a warning, if there is too little."""
         copies = {name: self.copies.get(name, {}) for name in files}
         new = [(name, key, t) for name, ts in files.items() for key, t in ts.items() if key not in copies[name]]
         needed = sum(t.nbytes for *_, t in new)
@@ -107,13 +108,13 @@ class Saver:
         return copies
 
     def wait(self) -> None:
-        """Until nothing is being written."""
+        """Wait until nothing is being written."""
         if self.thread:
             self.thread.join()
         self.raise_pending_error()
 
     def raise_pending_error(self) -> None:
-        """Raise what a write has raised."""
+        """Raise the error of a failed write."""
         if self.error:
             error, self.error = self.error, None
             raise error
@@ -121,7 +122,7 @@ class Saver:
 
 @torch.no_grad()
 def _copy_to_cpu(into: list[Tensor], tensors: list[Tensor]) -> torch.cuda.Event | None:
-    """To the CPU. From CUDA without waiting, in the order of its stream: the event tells when it is done."""
+    """Copy to the CPU. From CUDA without waiting, in stream order: the event signals the end of the copy."""
     cuda = any(t.is_cuda for t in tensors)
     if into:
         torch._foreach_copy_(into, tensors, non_blocking=cuda)
@@ -133,7 +134,7 @@ def _copy_to_cpu(into: list[Tensor], tensors: list[Tensor]) -> torch.cuda.Event 
 
 
 def _cpu_copy(t: Tensor) -> Tensor:
-    """On the CPU, in memory of its own."""
+    """A copy on the CPU with its own memory."""
     return t.detach().to("cpu", copy=True).contiguous()
 
 
@@ -144,7 +145,7 @@ def _facts(state: State) -> dict[str, Any]:
 def write_files(
     facts: dict[str, Any], files: Iterable[tuple[str, Mapping[str, Tensor]]], partial: Path, share: RankShard | None
 ) -> Path:
-    """All of a checkpoint, on the disk in a folder that no one looks for. The first process waits for the others."""
+    """Write all files of a checkpoint to a hidden folder, and sync them to the disk. Rank 0 waits for the others."""
     try:
         written = []
         for file, tensors in files:
@@ -160,7 +161,7 @@ def write_files(
             sync_to_disk(partial / "state.json")
             for folder in (*{file.parent for file in written} - {partial}, partial):
                 sync_to_disk(folder)
-    except BaseException as error:  # a full disk, say: what was written of it would keep it full
+    except BaseException as error:  # for example a full disk: partial files would keep it full
         if share:
             share.failed(partial, error)
         if share is None or share.rank == 0:
@@ -170,7 +171,7 @@ def write_files(
 
 
 def publish_checkpoint(partial: Path, limit: int | None = None, share: RankShard | None = None) -> Path:
-    """Give a written checkpoint its name, at once, and remove what is beyond `limit`."""
+    """Rename a written checkpoint to its final name, and delete checkpoints beyond `limit`."""
     output_dir, folder = partial.parent, partial.with_name(partial.stem[1:])
     if share and share.rank:
         return folder
@@ -189,10 +190,10 @@ def publish_checkpoint(partial: Path, limit: int | None = None, share: RankShard
 
 
 def _prepare(output_dir: Path, step: int, share: RankShard | None) -> Path:
-    """An empty folder to write to; what an earlier process left is removed."""
+    """An empty hidden folder to write to. Remains of an earlier process are deleted."""
     partial = output_dir / f".checkpoint-{step}.partial"
     if share is None or share.rank == 0:
-        for left in output_dir.glob(".checkpoint-*.partial"):  # by a kill
+        for left in output_dir.glob(".checkpoint-*.partial"):  # left by a killed process
             _delete(left)
         partial.mkdir(parents=True)
     if share:
@@ -201,17 +202,17 @@ def _prepare(output_dir: Path, step: int, share: RankShard | None) -> Path:
 
 
 def _share_of_state(state: State) -> tuple[RankShard | None, dict[str, dict[str, Tensor]]]:
-    """What this process writes: (its share, None of a run that is not sharded; file -> tensors)."""
+    """(shard of this process, None for a run without sharding; {file: tensors} that it writes)."""
     files = state_tensors(state)
     if not any(is_sharded_tensor(t) for tensors in files.values() for t in tensors.values()):
         return None, {f"{name}.safetensors": tensors for name, tensors in files.items()}
     share = RankShard(torch.distributed.get_rank(), torch.distributed.get_world_size())
     held = {share.file(name): share(share.file(name), tensors) for name, tensors in files.items()}
-    return share, {f: tensors for f, tensors in held.items() if tensors or not share.rank}  # other nodes' copies: none
+    return share, {f: tensors for f, tensors in held.items() if tensors or not share.rank}  # no other node's copies
 
 
 def _move_aside(folder: Path) -> Path:
-    """Moved to where no one looks for a checkpoint: a kill while it is deleted must not leave half of one."""
+    """Rename a checkpoint to a hidden name before deletion, so that a kill cannot leave half of a checkpoint."""
     hidden = folder.with_name(f".{folder.name}.old.partial")
     if os.path.lexists(hidden):
         _delete(hidden)
@@ -219,7 +220,7 @@ def _move_aside(folder: Path) -> Path:
 
 
 def _delete(path: Path) -> None:
-    """Remove a folder. If it is a link, remove the link only: its target was placed elsewhere on purpose."""
+    """Delete a folder. If it is a link, delete only the link: its target was placed elsewhere on purpose."""
     if path.is_symlink() or not path.is_dir():
         path.unlink()
     else:
@@ -227,7 +228,7 @@ def _delete(path: Path) -> None:
 
 
 def sync_to_disk(path: Path) -> None:
-    """What was written to a file, or renamed in a folder, is on the disk."""
+    """Sync a file's content, or a folder's renames, to the disk."""
     number = os.open(path, os.O_RDONLY)
     try:
         os.fsync(number)
@@ -236,9 +237,9 @@ def sync_to_disk(path: Path) -> None:
 
 
 def describe_disk_error(error: BaseException) -> str | None:
-    """What to tell the user where a disk has refused to be written, or memory is exhausted; None: it is another error.
+    """A user message for a disk error (full, read-only, ...) or exhausted memory. None for any other error.
 
-    safetensors has the number of the error in words only.
+    safetensors gives the error number only as text.
     """
     if _is_out_of_memory(error):
         first = str(error).split("\n")[0][:200] or "a MemoryError"
@@ -253,6 +254,6 @@ def describe_disk_error(error: BaseException) -> str | None:
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    """Of Python, of a GPU, or of torch on the CPU, whose RuntimeError has it in words only."""
+    """Whether memory is exhausted: in Python, on a GPU, or in torch on the CPU (RuntimeError with a text)."""
     words = "can't allocate memory" in str(error) or "out of memory" in str(error)
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or isinstance(error, RuntimeError) and words
