@@ -25,7 +25,7 @@ from distill.ranges import Count
 
 @dataclass(frozen=True)
 class Degradation(Method):
-    """The first stage: a copy of the teacher learns the untrained student, and its checkpoints record the way."""
+    """The first stage of DisBack: a copy of the teacher learns the samples of the untrained student."""
 
     fake_times: Law = Grid(1000, 0, 999)  # distribution of t in the denoising loss, a mean over all elements
 
@@ -43,7 +43,7 @@ class Degradation(Method):
 
 @dataclass(frozen=True)
 class DisBack(DMD2):
-    """DMD2 towards the teacher along its recorded degradation, backwards."""
+    """DMD2 towards the checkpoints of the teacher's degradation in reverse order, then towards the teacher."""
 
     record: str | None = None  # folder of the run of Degradation; None: DMD2
     interval: Count = 1000  # iterations towards each recorded teacher (code)

@@ -26,7 +26,7 @@ from distill.random import Draw
 
 @dataclass(frozen=True)
 class DMD2(DiffusionGAN):
-    """Distribution matching with a GAN on real images; prompts alone where both GAN weights are 0."""
+    """Distribution matching with a GAN on real images; with both GAN weights 0 it needs only prompts."""
 
     guidance: Finite = 1.0  # guidance scale w of the teacher: 8 SDXL, 1.75 SD 1.5 (scripts)
     every: Count = 5  # fake score steps per student step: 5; SD 1.5 10 (scripts)

@@ -48,7 +48,7 @@ H: dict[str, Callable[[Tensor], Tensor]] = {
 
 @dataclass(frozen=True)
 class FDistill(DMD2):
-    """DMD2 under another divergence: its gradient is weighed by the density ratio that its discriminator tells."""
+    """DMD2 with another divergence: the density ratio of its discriminator weights the gradient."""
 
     divergence: Literal["reverse-kl", "forward-kl", "js", "softened-kl", "hellinger", "jeffreys", "neyman"] = "js"
     gan_fake: Positive = 1e-2  # lambda_d, weight of the heads' loss (DMD2); it trains the ratio, too

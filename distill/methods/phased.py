@@ -34,7 +34,7 @@ from distill.ranges import Count, Decay, Finite, Positive, Weight
 
 @dataclass(frozen=True)
 class PhasedDMD(DMD2):
-    """DMD2 one phase at a time, each matching the noisy samples that the next one starts from: prompts alone."""
+    """DMD2 for one phase at a time, on the noisy samples from which the next phase starts: needs only prompts."""
 
     guidance: Finite = 4.0  # guidance scale w of the teacher (LightX2V: 4 to 5)
     every: Count = 5  # fake score steps per student step (paper)

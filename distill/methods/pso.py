@@ -30,7 +30,7 @@ from distill.ranges import Decay, Positive
 
 @dataclass(frozen=True)
 class PSO(Method):
-    """Preferences for a finished student of several calls, by a reward on pairs of its samples: prompts alone."""
+    """Preference training of a finished student of several calls, by a reward on its samples: needs only prompts."""
 
     beta: Positive = 50.0  # SDXL DMD2 (code); h is a mean over elements, so beta is large
     eps: Decay = 0.1  # width of the clip (code)

@@ -29,7 +29,7 @@ from distill.ranges import Positive, Weight
 
 @dataclass(frozen=True)
 class OfflinePSO(Method):
-    """Images instead of what a finished student makes of their captions: a style, a subject, preferred pictures."""
+    """Preference training of a finished student, with images (a style, a subject) against its own samples."""
 
     beta: Positive = 5.0  # temperature: SDXL-Turbo, DreamBooth (code)
     loss: Literal["sigmoid", "hinge"] = "hinge"  # loss L; DreamBooth: hinge (code)

@@ -32,7 +32,7 @@ from distill.ranges import Points, UnitInterval, Weight
 
 @dataclass(frozen=True)
 class SIGN(DMD):
-    """DMD of a generator that leaves data, and what it made, as they are: needs images."""
+    """DMD of a generator that maps data and its own samples to themselves: needs images."""
 
     regression: Weight = 0.0  # lambda, weight of the regression; above 0 it needs pairs
     idem: Weight = 1.0

@@ -28,7 +28,7 @@ from distill.roles import Nets
 
 @dataclass(frozen=True)
 class TCM(CT):
-    """Consistency training of high levels alone, on a frozen student of all: needs images and that student."""
+    """Consistency training of high levels only, with a frozen student of all levels: needs images and that student."""
 
     curriculum: Closing = Closing(StudentT(), q=1000.0, every=MOST)  # 1 - s_r / s_t = n(s_t) / 1000 (code)
     c: Weight = 1e-8  # CIFAR-10 (code); ImageNet-64 .06, with q = 256 and c_out

@@ -28,7 +28,7 @@ from distill.ranges import Calls, Finite, UnitInterval
 
 @dataclass(frozen=True)
 class VSD(Method):
-    """Score distillation with a fake score that follows the student: prompts alone."""
+    """Score distillation with a fake score that follows the student: needs only prompts."""
 
     guidance: Finite | tuple[Finite, Finite] = 4.5  # k (SwiftBrush), or (low, high) of a random k (PG-SB: .5, 4)
     fake_guidance: Finite | None = (

@@ -25,7 +25,7 @@ from distill.ranges import Natural, Weight
 
 @dataclass(frozen=True)
 class Forgetting(Wrapped):
-    """Distillation of a teacher without some of its classes or words: what is asked for by these is another thing."""
+    """Distillation that forgets classes or words of the teacher: the student maps each of them to another one."""
 
     forget: tuple[Natural, ...] = ()  # classes c_f to forget; (): the prompts of the data
     override: tuple[Natural, ...] = ()  # the class that replaces each of them

@@ -32,7 +32,7 @@ from distill.ranges import Finite, Positive, Weight
 
 @dataclass(frozen=True)
 class Proxied(Rewarded):
-    """A method with a reward that its student knows from a proxy in latent space, trained along."""
+    """A method with a reward through a proxy in latent space, which is trained together with the student."""
 
     base: Method = LCD()
     weight: Weight = 1.0  # w, weight of the reward (code)
