@@ -672,8 +672,13 @@ class TestDeclarations:
     def test_times_of_lcd(self):
         """On a table its calls are on the grid, as many as it has at most; elsewhere they are the scheduler's."""
         table, method = SCHEDULES["vp"], LCD(N=5)
-        assert method.calls(5, 1.0, table) == pytest.approx([(200 * i - 1) / 999 for i in (5, 4, 3, 2, 1)])
-        assert method.calls(6, 1.0, table) is method.calls(2, 0.9, table) is method.calls(2, 1.0, Flow()) is None
+        assert method.call_times(5, 1.0, table) == pytest.approx([(200 * i - 1) / 999 for i in (5, 4, 3, 2, 1)])
+        assert (
+            method.call_times(6, 1.0, table)
+            is method.call_times(2, 0.9, table)
+            is method.call_times(2, 1.0, Flow())
+            is None
+        )
 
     @pytest.mark.parametrize("name", METHODS)
     def test_logs_have_no_graph(self, name):

@@ -838,7 +838,7 @@ def test_verify_compares_and_says_what_it_left_out(pairs, monkeypatch, tmp_path)
         a, b, ("arithmetic", "clean-fid", "clip"), "random", "random", "clip:x", tmp_path / "verify.json"
     )
     assert [c.name for c in found["arithmetic"]] == ["fid", "kid", "precision", "recall", "inception_score"]
-    assert all(c.holds for c in found["arithmetic"]) and found.keys() == {"arithmetic"}
+    assert all(c.agrees for c in found["arithmetic"]) and found.keys() == {"arithmetic"}
     assert "inception-2015-12-05.pt" in missing["clean-fid"] and "not of open_clip" in missing["clip"]
     assert json.loads((tmp_path / "verify.json").read_text())["checks"]["arithmetic"][0]["holds"]
     monkeypatch.setattr(module, "kid", lambda *_, **__: Score(1.0, 1.0, 1.0, 1))

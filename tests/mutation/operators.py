@@ -21,7 +21,7 @@ from itertools import product
 
 NO_CHANGE = "torch.set_grad_enabled(torch.is_grad_enabled())"
 GUIDED = ("Guided",)  # (net, w)
-CONDITIONS = ("drop", "told")  # (c, ...) -> c, another condition
+CONDITIONS = ("drop", "with_guidance_key")  # (c, ...) -> c, another condition
 ROLES = (("teacher", "fake"), ("real", "fake"), ("teacher", "student"), ("student", "target"), ("student", "fake"))
 ROOTS = ("square", "sqrt", "abs")
 AXES = ("flatten", "sum", "mean", "squeeze", "unsqueeze", "chunk", "unbind", "cat", "stack", "transpose", "range")

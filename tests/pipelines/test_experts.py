@@ -62,6 +62,7 @@ def test_phases(digits, tmp_path):
     assert calls == [0, 1]
 
 
+@pytest.mark.slow
 def test_phases_of_wan_with_adapters(tmp_path):
     """DMD2 + Phased + LoRA: two adapters on one backbone, exported as diffusers' own WanPipeline of two."""
     from diffusers import DiffusionPipeline

@@ -46,6 +46,7 @@ def cycle():
     return measure
 
 
+@pytest.mark.slow
 def test_dmd2_on_sdxl(cycle):
     """Four steps, one of the student and five of the fake score; the authors' code takes 46.3."""
     assert cycle(DMD2(guidance=8.0, share=True, walk=True), 4) <= 34.7

@@ -41,7 +41,7 @@ CASES = {  # method, student, fake, batch
     "lcd": (LCD(guidance=7.5), StudentConfig(), FakeConfig(), 2),
     "scm": (SCM(), StudentConfig(freeze=("time_embedding",)), FakeConfig(), 1),
 }
-DEEP = ("dmd2", "dmd2-lora")  # the parts of their FLOPs are in those of the others
+DEEP = ("dmd2 shared", "dmd2", "dmd2-lora")  # the parts of their FLOPs are in those of the others
 PUBLISHED = {  # parameters of the denoising networks
     "sd15": 859_520_964,
     "sd21": 865_910_724,
@@ -280,7 +280,7 @@ def test_nothing_fits(digits, capsys):
         (["--family", "sdxk"], "family is 'sdxk'; it must be one of flux, flux-schnell, pixart"),
         (["recipes/none.py"], "no recipe at 'recipes/none.py'"),
         (["benchmarks/digits.py"], "has no Config named CONFIG"),
-        ([TRAIN, "--", "--method", "dmd3", "--teacher", "digits"], "there is no method 'dmd3'; dmd2 is the nearest"),
+        ([TRAIN, "--", "--method", "dmd3", "--teacher", "digits"], "there is no method 'dmd3'; dmd is the nearest"),
         (
             ["recipes/dmd2_sdxl.py", "--", "--teacher", "somebody/something"],
             "no configs of teacher 'somebody/something'",

@@ -38,6 +38,7 @@ def test_a_nan_is_no_agreement(monkeypatch):
     assert row.fault and row.figures["gradient, float32"] == "nan"
 
 
+@pytest.mark.slow
 def test_the_rehearsal(tmp_path, monkeypatch, capsys):
     """Waits and a resumed run; a row that breaks is named and the next ones run; the exit status tells of it."""
     one = [row for row in gpu.rows(TINY, "cpu") if row[:2] in {("waits", "SiD"), ("resume", "DMD2")}]
@@ -54,6 +55,7 @@ def test_the_rehearsal(tmp_path, monkeypatch, capsys):
     assert sdxl.hardware() in page and capsys.readouterr().out == page
 
 
+@pytest.mark.slow
 def test_a_resumed_run_that_differs_is_a_fault(monkeypatch):
     trained = gpu.train_until
 

@@ -219,10 +219,10 @@ for broken, argv in ((True, {broken!r}), (False, {sent!r})):
 def test_push_to_hub(tmp_path):
     """The repository is there before the training; what is verified is sent, and nothing else."""
     broken, sent = (
-        [*argv("sid", tmp_path / name), "--push_to_hub", "--hub_model_id", f"ada/{name}", "--hub_private"]
+        [*argv("sid", tmp_path / name), "--push_to_hub", "--hub_model_id", f"ada/{name}", "--hub_private", "--license"]
+        + ["cc-by-4.0"]
         for name in ("broken", "sent")
     )
-    sent += ["--license", "cc-by-4.0"]
     with Hub() as hub:
         program = PUSHING.format(root=f"{ROOT}", broken=broken, sent=sent)
         command, env = [sys.executable, "-c", program], environment(hub.url, tmp_path, HF_TOKEN="hf_writer")

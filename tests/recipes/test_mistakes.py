@@ -105,7 +105,7 @@ assert not heavy, heavy
     recipes = [p for p in sorted((ROOT / "recipes").glob("*.py")) if "\nCONFIG = Config(" in p.read_text()]
     assert len(recipes) > 15
     command = [sys.executable, "-c", script, *map(str, recipes)]
-    done = subprocess.run(command, cwd=ROOT / "tests", capture_output=True, text=True, timeout=10 * len(recipes))
+    done = subprocess.run(command, cwd=ROOT / "docs", capture_output=True, text=True, timeout=10 * len(recipes))
     assert done.returncode == 0, done.stderr[-2000:]
 
 
@@ -276,13 +276,13 @@ def test_a_full_disk(said, home):
     assert [p.name for p in checkpoint.list_intact_checkpoints(run)] == ["checkpoint-1"] and not list(run.glob(".*"))
 
     assert said("dmd2_sdxl", flags).startswith("error: disk already holds a run")
-    with full(export, "write"):
+    with full(export, "write_pipeline"):
         text = said("dmd2_sdxl", f"{flags} --resume_from_checkpoint latest")
     assert "the disk is full" in text and "go on with --resume_from_checkpoint latest" in text
     assert [p.name for p in checkpoint.list_intact_checkpoints(run)] == ["checkpoint-1", "checkpoint-2"]
     assert not (run / "pipeline").exists() and not list(run.glob(".*"))
 
-    with full(export, "write"):
+    with full(export, "write_pipeline"):
         text = said("dmd2_sdxl", f"{flags} --resume_from_checkpoint latest")
     assert "checkpoint-2 is at --max_train_steps already: nothing to train" in text
 
@@ -292,7 +292,7 @@ def test_a_full_disk(said, home):
     assert len({p.stat().st_mode for p in listing(made)}) == 1, "some of it can be read by its owner alone"
     made = made.rename(home / "student")
     before = listing(made)
-    with full(export, "write"):
+    with full(export, "write_pipeline"):
         text = said("export", "disk --checkpoint disk/checkpoint-1 --output_dir student")
     assert "the disk is full" in text and "give the same command again" in text
     assert listing(made) == before and not list(home.glob(".*"))

@@ -155,9 +155,7 @@ class TestTraining:
             found = method.towards(nets, step).teacher
             assert found.null is not None and found is nets.past.denoiser
             want = nets.fake.copy().net
-            checkpoint.load_initial_weights(
-                want, tmp_path / f"checkpoint-{number}", "fake", nets.teacher.net, checkpoint.load_initial_weights
-            )
+            checkpoint.load_initial_weights(want, tmp_path / f"checkpoint-{number}", "fake", nets.teacher.net)
             assert all(torch.equal(a, b) for a, b in zip(found.net.parameters(), want.parameters()))
         assert method.towards(nets, 4).teacher is nets.teacher
         assert all(torch.equal(before[k], v) for k, v in nets.teacher.net.state_dict().items())

@@ -103,16 +103,16 @@ def test_where_the_student_may_be_called():
     """Two calls are at the first time and at s'; a time below s' is refused, with a tolerance of .1 per cent of s'."""
     method, path = TCM(start=2.0), SCHEDULES["flow"]
     level_2 = float(path.time(torch.tensor([2.0], dtype=F64)))  # 2 / 3
-    assert method.calls(2, 0.9, path) == (0.9, pytest.approx(level_2))
-    assert [method.calls(*at, path) for at in ((1, 0.9), (3, 0.9), (2, 0.6), (2, level_2))] == [None] * 4
+    assert method.call_times(2, 0.9, path) == (0.9, pytest.approx(level_2))
+    assert [method.call_times(*at, path) for at in ((1, 0.9), (3, 0.9), (2, 0.6), (2, level_2))] == [None] * 4
     nets = nets_of("flow")
     for last, allowed in ((0.7, True), (level_2, True), (level_2 - 1e-4, True), (level_2 - 1e-3, False), (0.4, False)):
         nets.student = replace(nets.student, times=(0.9, last))
         if allowed:
-            method.before(nets)
+            method.on_build(nets)
         else:
             with pytest.raises(ValueError, match=r"= \[9.0, .*start = 2.0 on: .* none of them below 0.666667"):
-                method.before(nets)
+                method.on_build(nets)
 
 
 def test_the_student_itself_at_the_boundary():

@@ -515,6 +515,7 @@ def test_a_signal_to_one_of_two_processes_ends_both(rank, tmp_path):
 # ---- a campaign of faults ----
 
 
+@pytest.mark.slow
 def test_a_short_campaign():
     """In a process of its own, for it forks: three signals, on one process and on two, and damage."""
     command = [
