@@ -18,21 +18,21 @@ ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)
 
 
-LONGEST = (  # files that start first, so that all workers end together
+LONGEST = (  # files that start first, by measured seconds, so that all workers end together
     "recipes/test_recipes.py",
-    "recipes/test_exports.py",
-    "recipes/test_matrix.py",
-    "distill/training/test_processes.py",
     "pipelines/test_plan.py",
-    "eval/test_metrics.py",
-    "distill/test_configuration.py",
-    "distill/training/test_endurance.py",
     "pipelines/test_families.py",
-    "recipes/test_mistakes.py",
-    "distill/training/test_sharded.py",
+    "recipes/test_exports.py",
+    "distill/training/test_processes.py",
+    "test_readme.py",
     "eval/test_generate.py",
-    "pipelines/test_control.py",
     "test_methods.py",
+    "distill/training/test_sharded.py",
+    "eval/test_metrics.py",
+    "test_wheel.py",
+    "pipelines/test_scaling.py",
+    "recipes/test_cli.py",
+    "recipes/test_matrix.py",
 )
 
 
