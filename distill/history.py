@@ -1,6 +1,6 @@
 """The record of a run's configurations: config.yaml holds the current values, history.jsonl every change.
 
-A line of history.jsonl is a JSON object. "step" is the first iteration of the configuration, "time" the time of day.
+A line of history.jsonl is a JSON object. "step" is the first iteration of the configuration, "time" its date and time.
 "from" is the checkpoint that was resumed. "method" and "config" are the configuration. "teacher" holds the teacher's
 name and a digest of each component. "times" are the times of the student's calls.
 A resumed run with another method, teacher, seed, batch or other times is refused unless --resume_allow names it.

@@ -68,7 +68,7 @@ from pipelines.families.schedulers import zero_terminal
 from pipelines.inference import controlnet, experts, negative_prompt
 from pipelines.teacher import Teacher, load_teacher
 
-LEGS = (  # sentences of the model card
+LEGS = (  # a limit in the model card
     "The end time of each call is part of the time embedding. So the student works only with its own number of steps, "
     "and it has no LoRA file."
 )
