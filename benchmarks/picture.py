@@ -14,8 +14,10 @@ from typing import Any
 import tyro
 from PIL import Image, ImageDraw, ImageFont
 
-TILE = 24  # pixels of a digit, three times its 8
-ROWS, COLUMNS = 6, 12
+TILE = 32  # pixels of a digit, four times its 8
+GAP = 4  # pixels between digits
+ROWS = 5
+COLUMNS = 8
 PAD = 14
 TITLE = 26  # pixels of a line of text
 PLOT = (330, 190)  # size of the plot
@@ -31,19 +33,14 @@ class Picture:
     student: str = "dmd2"
 
 
-def read_row(rows: list[dict[str, Any]], model: str, steps: int | None) -> dict[str, Any]:
-    """The row of a model; steps: of the teacher's solver, None for a student."""
-    return next(row for row in rows if row["model"] == model and steps in (None, row["steps"]))
-
-
 def draw_samples(folder: Path) -> Image.Image:
     """The first ROWS x COLUMNS images of a folder as one grid of grey levels."""
-    grid = Image.new("L", (COLUMNS * TILE, ROWS * TILE))
+    grid = Image.new("L", (COLUMNS * (TILE + GAP) - GAP, ROWS * (TILE + GAP) - GAP), 255)
     for i in range(ROWS * COLUMNS):
         row, column = divmod(i, COLUMNS)
         with Image.open(folder / f"{i:06d}.png") as image:
             tile = image.convert("L").resize((TILE, TILE), Image.Resampling.NEAREST)
-        grid.paste(tile, (column * TILE, row * TILE))
+        grid.paste(tile, (column * (TILE + GAP), row * (TILE + GAP)))
     return grid
 
 
@@ -74,30 +71,30 @@ def draw_plot(canvas: Image.Image, left: int, top: int, rows: list[dict[str, Any
         draw.ellipse([x - 4, y - 4, x + 4, y + 4], fill=COLOURS.get(model, "#7c3aed"))
         if model != "teacher":
             draw.text((x + 8, y - 18 + 14 * (i % 2)), model, fill=COLOURS.get(model, "#7c3aed"), font=font)
-    draw.text(
-        (teacher[1][0] and place(*teacher[1])[0] + 8, place(*teacher[1])[1] - 16), "teacher", fill="#475569", font=font
-    )
+    x, y = place(*teacher[1])
+    draw.text((x + 8, y - 16), "teacher", fill=COLOURS["teacher"], font=font)
 
 
 def main(picture: Picture) -> None:
-    """Draw the picture and write it as a PNG of 32 colours."""
-    rows = [row for row in json.loads((picture.demo / "rows.json").read_text())]
+    """Draw the picture and write it as a PNG of 96 colours."""
+    rows = json.loads((picture.demo / "rows.json").read_text())
     real = next(row for row in rows if row["kind"] == "real")["metrics"]["fd_heldout"]["value"]
     models = [row for row in rows if row["kind"] != "real"]
     samples = [picture.demo / "samples" / "teacher-35", picture.demo / "samples" / f"{picture.student}-1"]
     titles = ["teacher: 35 network calls", f"student ({picture.student}): 1 network call"]
-    width, height = COLUMNS * TILE, ROWS * TILE
+    grids = [draw_samples(folder) for folder in samples]
+    width, height = grids[0].size
     canvas = Image.new("RGB", (4 * PAD + 2 * width + PLOT[0], 3 * PAD + TITLE + max(height, PLOT[1])), "white")
     draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(16)
-    for i, (folder, title) in enumerate(zip(samples, titles, strict=True)):
+    for i, (grid, title) in enumerate(zip(grids, titles, strict=True)):
         left = PAD + i * (width + PAD)
         draw.text((left, PAD), title, fill="#0f172a", font=font)
-        canvas.paste(draw_samples(folder), (left, PAD + TITLE))
+        canvas.paste(grid, (left, PAD + TITLE))
     left = 3 * PAD + 2 * width
-    draw.text((left, PAD), "distance to real digits / network calls", fill="#0f172a", font=font)
+    draw.text((left, PAD), "distance to real digits (y), network calls (x)", fill="#0f172a", font=font)
     draw_plot(canvas, left, PAD + TITLE, models, real)
     picture.out.parent.mkdir(parents=True, exist_ok=True)
-    canvas.quantize(32).save(picture.out, optimize=True)
+    canvas.quantize(96, Image.Quantize.FASTOCTREE).save(picture.out, optimize=True)
 
 
 if __name__ == "__main__":
