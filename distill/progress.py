@@ -16,11 +16,18 @@ MOST = 600.0  # maximum seconds between two lines
 
 
 class LineStream:
-    """stderr for tqdm that prints each update as a new line instead of overwriting the last one."""
+    """stderr for tqdm that prints each update as a new line instead of overwriting the last one.
+
+    An update that equals the last one is not printed again.
+    """
+
+    last = ""
 
     def write(self, text: str) -> None:
-        if text := text.strip():
+        text = text.strip()
+        if text not in ("", self.last):
             sys.stderr.write(f"{text}\n")
+            self.last = text
 
     def flush(self) -> None:
         sys.stderr.flush()
@@ -41,6 +48,9 @@ class LineProgress(tqdm):
             self.has_moved = True
             self.refresh()
         return shown
+
+    def moveto(self, n: int) -> None:
+        """Do nothing: the lines of nested bars follow each other, and no cursor moves."""
 
     def display(self, msg: str | None = None, pos: int | None = None) -> bool:
         self.mininterval = min(max(self.format_dict["elapsed"] / 10, LEAST), MOST)

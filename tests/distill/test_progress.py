@@ -35,6 +35,20 @@ def test_lines_without_a_terminal(clock, capsys):
     assert gaps[0] == 10 and 60 < gaps[-1] <= 100
 
 
+def test_nested_bars_are_lines_without_terminal_codes(clock, capsys):
+    """The inner bar's lines stand between those of the outer one, and no line is printed twice in a row."""
+    for _ in progress.track((1, 2), "folder", "score"):
+        for _ in progress.track((1, 2, 3), "image", "read"):
+            clock[0] += 1
+    text = capsys.readouterr().err
+    lines = text.splitlines()
+    assert "\x1b" not in text and "[A" not in text
+    assert all(a != b for a, b in zip(lines, lines[1:]))
+    names = [line.partition(":")[0] for line in lines]
+    assert names[:2] == ["score", "read"] and names[-1] == "score"
+    assert sum(line.startswith("read: 3/3 image") for line in lines) == 2
+
+
 def test_a_resumed_and_a_hidden_bar(clock, capsys):
     with progress.bar(10, "step", first=8) as bar:
         clock[0] += 2
