@@ -157,7 +157,8 @@ def test_what_an_index_shows(wheel, unpacked):
     assert data["Description-Content-Type"] == "text/markdown"
     links = re.findall(r"\]\(([^)]*)\)", data.get_payload())
     assert links and all(link.startswith(("https://", "#")) for link in links)
-    assert (ROOT / next(link for link in links if ADDRESS in link).removeprefix(f"{ADDRESS}/blob/main/")).exists()
+    files = [re.sub(rf"^{ADDRESS}/(blob|raw)/main/|#.*$", "", link) for link in links if ADDRESS in link]
+    assert files and all((ROOT / file).exists() for file in files)
 
 
 def test_docker_copies_what_the_wheel_is_made_of():

@@ -77,6 +77,7 @@ def shard(folder):
             assert real["c10d._reduce_scatter_base_"] == 1 + len(flop_counter.units(nets.teacher.net))
 
 
+@pytest.mark.slow
 def test_collectives_are_those_of_torch(folder):
     """Every all-gather and reduce-scatter of FSDP2, with and without recomputed blocks; every gradient arrives."""
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT}/tests/support"}

@@ -76,7 +76,15 @@ def calls_of(config):
 
 PUBLISHED = [name for name in RUNS if RUNS[name][0] not in TABLE or RUNS[name][1]]
 DIGITS = [name for name in RUNS if name not in PUBLISHED]
-LONG = ("twinflow_qwen", "half precision", "scm_sana", "sana_sprint_teacher", "meanflow_sana")  # 20 seconds or more
+LONG = (  # 20 seconds or more with all their tests
+    "twinflow_qwen",
+    "half precision",
+    "scm_sana",
+    "sana_sprint",
+    "sana_sprint_teacher",
+    "meanflow_sana",
+    "ladd_sd3",
+)
 SHORT = [name for name in PUBLISHED if name not in LONG]
 QUICK = first_of_each(SHORT, lambda config: {type(config.method), config.family})  # `make slow` runs the others
 CALLED = first_of_each([*QUICK, *DIGITS], lambda config: {(config.family, config.student.renoise)})
