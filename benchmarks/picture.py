@@ -52,26 +52,26 @@ def draw_plot(canvas: Image.Image, left: int, top: int, rows: list[dict[str, Any
     low, high = math.log(real) - 0.3, math.log(max(value for *_, value in points)) + 0.2
     last = math.log(max(calls for _, calls, _ in points)) + 0.3
 
-    def place(calls: float, value: float) -> tuple[float, float]:
+    def axes_position(calls: float, value: float) -> tuple[float, float]:
         x = left + 40 + (width - 60) * (math.log(calls) + 0.2) / (last + 0.2)
         return x, top + height - 24 - (height - 40) * (math.log(value) - low) / (high - low)
 
     draw.line([(left + 40, top), (left + 40, top + height - 24), (left + width, top + height - 24)], fill="#94a3b8")
     for calls in sorted({calls for _, calls, _ in points}):
-        draw.text((place(calls, real)[0] - 6, top + height - 20), f"{calls}", fill="#334155", font=font)
+        draw.text((axes_position(calls, real)[0] - 6, top + height - 20), f"{calls}", fill="#334155", font=font)
     for value in (10, 20, 50, 100):
         if low < math.log(value) < high:
-            draw.text((left + 8, place(1, value)[1] - 7), f"{value:>3}", fill="#334155", font=font)
-    draw.line([(left + 40, place(1, real)[1]), (left + width, place(1, real)[1])], fill="#a3a3a3")
-    draw.text((left + width - 82, place(1, real)[1] + 2), "real digits", fill="#737373", font=font)
+            draw.text((left + 8, axes_position(1, value)[1] - 7), f"{value:>3}", fill="#334155", font=font)
+    draw.line([(left + 40, axes_position(1, real)[1]), (left + width, axes_position(1, real)[1])], fill="#a3a3a3")
+    draw.text((left + width - 82, axes_position(1, real)[1] + 2), "real digits", fill="#737373", font=font)
     teacher = sorted((calls, value) for model, calls, value in points if model == "teacher")
-    draw.line([place(*point) for point in teacher], fill=COLOURS["teacher"], width=2)
+    draw.line([axes_position(*point) for point in teacher], fill=COLOURS["teacher"], width=2)
     for i, (model, calls, value) in enumerate(points):
-        x, y = place(calls, value)
+        x, y = axes_position(calls, value)
         draw.ellipse([x - 4, y - 4, x + 4, y + 4], fill=COLOURS.get(model, "#7c3aed"))
         if model != "teacher":
             draw.text((x + 8, y - 18 + 14 * (i % 2)), model, fill=COLOURS.get(model, "#7c3aed"), font=font)
-    x, y = place(*teacher[1])
+    x, y = axes_position(*teacher[1])
     draw.text((x + 8, y - 16), "teacher", fill=COLOURS["teacher"], font=font)
 
 
