@@ -105,7 +105,7 @@ def _watching(nets: Nets) -> Iterator[list[str]]:
     def look(what: str, value: Any) -> None:
         seen.extend(f"{what} {name}".strip() for name, tensor in named_tensors(value) if not is_finite(tensor))
 
-    def entered(role: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+    def examine_inputs(role: str, module: nn.Module, args: Any, kwargs: Any) -> None:
         look(f"input of {role}:", {**dict(enumerate(args)), **kwargs})
 
     def left(name: str, module: nn.Module, args: Any, output: Any) -> None:
@@ -116,7 +116,7 @@ def _watching(nets: Nets) -> Iterator[list[str]]:
 
     handles = []
     for role, net in {**nets.frozen(), **nets.modules()}.items():
-        handles.append(net.register_forward_pre_hook(partial(entered, role), with_kwargs=True))
+        handles.append(net.register_forward_pre_hook(partial(examine_inputs, role), with_kwargs=True))
         for name, module in net.named_modules():
             handles.append(module.register_forward_hook(partial(left, f"{role}.{name}".rstrip("."))))
     try:

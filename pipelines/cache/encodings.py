@@ -113,7 +113,7 @@ def make_cache(config: Cache) -> Path:
     if pictures:
         tables["image"] = Images(teacher, pictures, text.captions, config.crops, config.squeeze)
     with state.main_process_first():  # it writes the index for the others
-        index = begun(folder, config, teacher, tables)
+        index = open_or_create_index(folder, config, teacher, tables)
     for name, table in tables.items():
         fill(folder, name, table, index["tables"][name], config, state)
         state.wait_for_everyone()
@@ -161,7 +161,7 @@ def encoders(config: Cache, device: torch.device) -> Teacher:
     return teacher_of(parts, config.resolution)
 
 
-def begun(folder: Path, config: Cache, teacher: Teacher, tables: dict[str, Table]) -> dict[str, Any]:
+def open_or_create_index(folder: Path, config: Cache, teacher: Teacher, tables: dict[str, Table]) -> dict[str, Any]:
     """The index of the cache: the one in the folder if it has the same configuration, or a new one."""
     text, images = tables["text"], tables.get("image")
     assert isinstance(text, Texts)
@@ -282,7 +282,7 @@ def fill(folder: Path, name: str, table: Table, entry: dict[str, Any], config: C
             broken: list[str] | None = [] if config.skip_broken else None
             for i in range(0, len(rows[first]), config.batch_size):
                 batch = rows[first][i : i + config.batch_size]
-                shard += [narrow(part, getattr(torch, config.dtype)) for part in whole(table, batch, broken)]
+                shard += [narrow(part, getattr(torch, config.dtype)) for part in read_valid_rows(table, batch, broken)]
                 shown.update(len(batch))
             empty = {key: torch.zeros(0, *shape) for key, shape in entry["shapes"].items()}
             merged = {key: torch.cat([part[key] for part in shard] or [empty[key]]) for key in empty}
@@ -298,7 +298,7 @@ def fill(folder: Path, name: str, table: Table, entry: dict[str, Any], config: C
                 ) from None
 
 
-def whole(table: Table, rows: Sequence[int], broken: list[str] | None) -> list[Rows]:
+def read_valid_rows(table: Table, rows: Sequence[int], broken: list[str] | None) -> list[Rows]:
     """The readable rows. `broken` receives the messages of the others; None: the first unreadable row is an error."""
     try:
         return [table.read(rows)]
@@ -309,7 +309,7 @@ def whole(table: Table, rows: Sequence[int], broken: list[str] | None) -> list[R
             broken.append(str(error))
             return []
         half = len(rows) // 2
-        return whole(table, rows[:half], broken) + whole(table, rows[half:], broken)
+        return read_valid_rows(table, rows[:half], broken) + read_valid_rows(table, rows[half:], broken)
 
 
 def finish(folder: Path, index: dict[str, Any]) -> None:

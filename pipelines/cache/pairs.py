@@ -99,11 +99,11 @@ def make_pairs(config: Sampling) -> Path:
 
     state, folder = start_accelerator(), Path(config.output_dir)
     silence_libraries()
-    teacher = opened(config, state.device)
+    teacher = load_pairs_teacher(config, state.device)
     texts, text = prompts(config, teacher)
     how = Cache(config.teacher, output_dir=config.output_dir, batch_size=config.batch_size, dtype=config.dtype)
     with state.main_process_first():  # it writes the index for the others
-        index = begun(folder, config, how, teacher, texts, text)
+        index = open_or_create_index(folder, config, how, teacher, texts, text)
     fill(folder, "text", text, index["tables"]["text"], how, state)
     state.wait_for_everyone()
     teacher.parts.drop_text()
@@ -132,7 +132,7 @@ def check(config: Sampling) -> None:
     config.text().validate(())
 
 
-def opened(config: Sampling, device: torch.device) -> Teacher:
+def load_pairs_teacher(config: Sampling, device: torch.device) -> Teacher:
     """The teacher on its device, with the scheduler of the configuration."""
     from pipelines import load
     from pipelines.components import locate_pipeline
@@ -179,7 +179,7 @@ def prompts(config: Sampling, teacher: Teacher) -> tuple[list[str], Table]:
     return texts, First(feed.text, len(texts))
 
 
-def begun(
+def open_or_create_index(
     folder: Path, config: Sampling, how: Cache, teacher: Teacher, texts: list[str], text: Table
 ) -> dict[str, Any]:
     """The index of the pairs: the one in the folder if it has the same configuration, or a new one."""

@@ -91,13 +91,13 @@ class Layout:
     micro: int = 1
 
     @property
-    def whole(self) -> int:
+    def global_batch(self) -> int:
         """The global batch size: the recipe's, or the smallest one with a sample for each GPU."""
         return max(self.batch, self.gpus)
 
     @property
     def rounds(self) -> int:
-        return self.whole // self.gpus // self.micro
+        return self.global_batch // self.gpus // self.micro
 
     @cached_property
     def memory(self) -> Bytes:
@@ -232,7 +232,11 @@ def tables(scaling: Scaling, flags: list[str]) -> str:
                     sent = sum(size for size, _, _ in run.moved) / 1e9
                     spent = [run.compute, run.communication, run.hidden, run.seconds]
                     hours = run.seconds * gpus * train.max_train_steps / 3600
-                    row += [f"{run.whole}{'*' if run.whole > batch else ''}", f"{run.flops / TFLOP:.0f}", f"{sent:.1f}"]
+                    row += [
+                        f"{run.global_batch}{'*' if run.global_batch > batch else ''}",
+                        f"{run.flops / TFLOP:.0f}",
+                        f"{sent:.1f}",
+                    ]
                     time.append([*row, *(f"{s:.2f}" for s in spent), run.limit, f"{hours:,.0f}"])
     return f"{Table(memory)}\n{Table(time)}"
 

@@ -158,10 +158,10 @@ class Shards:
             for block in blocks:
                 params = list(block.parameters())
                 self.handles.append(block.register_forward_hook(partial(self.passed, net, params)))
-            self.handles.append(net.register_forward_pre_hook(partial(self.entered, rest)))
+            self.handles.append(net.register_forward_pre_hook(partial(self.on_forward_start, rest)))
         self.returned: dict[nn.Module, Any] = {}
 
-    def entered(self, rest: list[nn.Parameter], net: nn.Module, args: Any) -> None:
+    def on_forward_start(self, rest: list[nn.Parameter], net: nn.Module, args: Any) -> None:
         """Called at the start of a pass."""
         self.gather(rest)
         self.returned[net] = self.once(lambda: self.back(rest))

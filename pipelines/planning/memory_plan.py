@@ -165,7 +165,7 @@ class Run:
         return cost(self.config.method, nets, c, self.micro, self.half, recompute)
 
     @cached_property
-    def whole(self) -> Bytes:
+    def unsharded_memory(self) -> Bytes:
         """Memory without sharding, except the activations."""
         from distill.networks.ema import EMA
         from pipelines.planning.flop_counter import distinct, players
@@ -186,7 +186,7 @@ class Run:
     @property
     def state(self) -> Bytes:
         """Memory except the activations."""
-        whole = self.whole
+        whole = self.unsharded_memory
         if self.shards == 1:
             return replace(whole, buckets=min(4 * BUCKET, whole.gradients) if self.gpus > 1 else 0)
         teacher, _, nets = self.built
@@ -206,14 +206,14 @@ class Run:
     def over(self, gpus: int, shards: int) -> Run:
         """The same micro-batch on other GPUs. Counts are kept."""
         run = replace(self, gpus=gpus, shards=shards)
-        run.__dict__.update({name: getattr(self, name) for name in ("built", "whole", "cost")})
+        run.__dict__.update({name: getattr(self, name) for name in ("built", "unsharded_memory", "cost")})
         return run
 
     @property
     def checkpoint(self) -> int:
         """Bytes of a checkpoint: trained weights, their average, optimizer state."""
         trained = 4 * sum(n for _, n in self.parameters.values())
-        return trained + self.whole.average + self.whole.optimizer
+        return trained + self.unsharded_memory.average + self.unsharded_memory.optimizer
 
     @property
     def flops(self) -> float:
@@ -320,7 +320,7 @@ def small(config: Config[Any, Any], parts: Meta) -> Config[Any, Any]:
     return replace(config, train=replace(train, gradient_checkpointing=True))
 
 
-def nearer(run: Run) -> Iterator[tuple[str, Run]]:
+def cheaper_variants(run: Run) -> Iterator[tuple[str, Run]]:
     """Configurations that need less memory, each with one more change: first for a single GPU, then for more GPUs."""
     changes: list[str] = []
 
@@ -462,7 +462,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     over = run.memory.total / GiB
     sys.stdout.write(f"It does not fit: {over:.1f} GiB of {plan.memory:g} GiB less {plan.reserve:g}.\n")
-    for change, less in nearer(run):
+    for change, less in cheaper_variants(run):
         if fits(less, plan):
             sys.stdout.write(f"The nearest that does, {less.memory.total / GiB:.1f} GiB (estimated): {change}\n")
             break

@@ -286,7 +286,7 @@ def test_plan(teachers):
     base, _ = (sum(p.numel() for p in teacher.denoiser.net.parameters()), controlnet.install_adapter(teacher))
     adapter = sum(p.numel() for p in teacher.denoiser.net.control.parameters())
     assert plan.parameters == {"teacher": (base, 0), "student": (base + adapter, adapter)}
-    assert plan.whole.average == 4 * (adapter + 1) and plan.cost.flops > 0  # and lambda
+    assert plan.unsharded_memory.average == 4 * (adapter + 1) and plan.cost.flops > 0  # and lambda
 
 
 def test_consistency_command(runs, tmp_path, capsys):

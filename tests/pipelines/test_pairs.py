@@ -222,7 +222,7 @@ class TestMistakes:
     def test_euler_is_for_tables(self, tmp_path):
         tiny.save("sana", tmp_path / "sana")
         with pytest.raises(ValueError, match="--scheduler euler is for tables of betas"):
-            pairs.opened(pairs.Sampling(f"{tmp_path}/sana", scheduler="euler"), torch.device("cpu"))
+            pairs.load_pairs_teacher(pairs.Sampling(f"{tmp_path}/sana", scheduler="euler"), torch.device("cpu"))
 
 
 def test_a_smoke_samples_online(teacher, tmp_path, monkeypatch):

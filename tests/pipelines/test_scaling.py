@@ -117,7 +117,7 @@ def test_seconds_by_hand(run):
     P, _ = run.parameters["teacher"]
     m = Machine(peak=1.0, share=0.5, hbm=1.0, nvlink=4.0, network=0.25, wire=1.0, hop=0.0)
     ddp = Layout(run, m, 32, 16, micro=2)
-    assert ddp.whole == 32 and ddp.rounds == 1 and ddp.flops == 2 * run.cost.flops
+    assert ddp.global_batch == 32 and ddp.rounds == 1 and ddp.flops == 2 * run.cost.flops
     sent = 2 * 15 / 16 * 4 * 2 * P  # a ring's all-reduce of two players, float32
     assert ddp.communication == pytest.approx(sent / 2e9)  # eight ports of 0.25
     assert ddp.compute == pytest.approx(2 * run.cost.flops / 0.5e12 + 28 * 2 * P / 1e9)
@@ -131,12 +131,12 @@ def test_seconds_by_hand(run):
     assert parts.seconds == pytest.approx(max(parts.compute, parts.communication))
     slow = Layout(run, replace(m, hop=1.0), 32, 16, shards=8)
     assert slow.communication - parts.communication == pytest.approx(2 * run.cost.traffic.collectives * 7)
-    assert Layout(run, m, 4, 16).whole == 16  # one sample for each GPU at least
+    assert Layout(run, m, 4, 16).global_batch == 16  # one sample for each GPU at least
 
 
 def test_layouts_take_what_fits(run):
     """The largest micro-batch that fits, and no more parts than needed."""
-    whole = run.whole.total / 2**30
+    whole = run.unsharded_memory.total / 2**30
     machine = Machine(memory=0.45 * whole, reserve=0.0, node=2)
     ddp, parts = layouts(run, 16, 16, machine)
     assert not ddp.fits and parts.fits and 2 < parts.shards <= 16

@@ -64,11 +64,11 @@ class Wrapped(Method):
         self.base.after_student_step(nets)
 
     def updates(self) -> list[Update]:
-        def around(update: Update) -> Update:
+        def wrap_update(update: Update) -> Update:
             term: Term = getattr(self, f"{update.player}_term")
             return replace(update, loss=lambda *turn: term(update.loss, *turn))
 
-        return [around(update) for update in self.base.updates()]
+        return [wrap_update(update) for update in self.base.updates()]
 
     def sample(self, nets: Nets, batch: Batch, draw: Draw) -> Tensor:
         return self.base.sample(nets, batch, draw)
