@@ -69,7 +69,8 @@ def methods() -> dict[str, Any]:
 
 def alone(method: Any, player: str) -> Any:
     """The method with the turn of one player only."""
-    one, update = copy.copy(method), next(u for u in method.updates() if u.player == player)
+    one = copy.copy(method)
+    update = next(u for u in method.updates() if u.player == player)
     object.__setattr__(one, "updates", lambda: [update])
     return one
 
@@ -116,7 +117,8 @@ def whole(method: Any, cfg: Bench, folder: Path) -> Callable[[], None]:
     folder.mkdir()
     with redirect_stderr(StringIO()):  # where its progress bar goes
         log = Log(settings, Accelerator())
-    saver, states = Saver(folder, settings.checkpoints_total_limit), loop(method, settings, cfg)
+    saver = Saver(folder, settings.checkpoints_total_limit)
+    states = loop(method, settings, cfg)
 
     def run() -> None:
         for state in itertools.islice(states, 10):
@@ -167,9 +169,11 @@ def bare(kind: str, cfg: Bench) -> Callable[[], Any]:
     from pipelines.families import edm
 
     device = Accelerator().device
-    net, B = edm.unet(cfg.channels).to(device), cfg.batch * (2 if kind.startswith("2") else 1)
+    net = edm.unet(cfg.channels).to(device)
+    B = cfg.batch * (2 if kind.startswith("2") else 1)
     kind = kind.removeprefix("2")
-    x, t = torch.randn(B, 1, 8, 8, device=device), torch.randn(B, device=device)
+    x = torch.randn(B, 1, 8, 8, device=device)
+    t = torch.randn(B, device=device)
     labels = torch.arange(B, device=device) % 10
     net.requires_grad_(kind in ("f", "cf"))
 
@@ -240,7 +244,9 @@ def steps(
     method: Any, passes: list[str], kinds: dict[str, Callable[[], Any]], cfg: Bench, folder: Path
 ) -> tuple[float, float]:
     """Seconds of a step of a whole run: of its bare passes, and in all. Passes are timed between ten steps and ten."""
-    run, bare, together = whole(method, cfg, folder), [], []
+    run = whole(method, cfg, folder)
+    bare = []
+    together = []
     clock(run)  # the first is warm-up
     for _ in tqdm(range(5 * cfg.blocks), desc=folder.name, unit="ten steps"):
         together.append(clock(run))
@@ -273,7 +279,8 @@ def main(cfg: Bench) -> None:
         command = [sys.executable, __file__, "--memory_of", m, *flags]
         mib = float(subprocess.run(command, capture_output=True, check=True, text=True).stdout)
         for p, passes in PASSES[m].items():
-            need, took = sum(median[k] for k in passes.split()), median[m, p]
+            need = sum(median[k] for k in passes.split())
+            took = median[m, p]
             lines.append(
                 f"| {m} | {p} | {passes} | {need * 1e3:.1f} | {took * 1e3:.1f} | {took / need:.2f} | {mib:.0f} |"
             )
@@ -287,7 +294,8 @@ def main(cfg: Bench) -> None:
                 f"| {m} | {need * 1e3:.1f} | {took * 1e3:.1f} | {took / need:.2f} "
                 f"| {mib:.1f} | {sync * 1e3:.1f} | {async_ * 1e3:.1f} | {async_ / sync:.2f} |"
             )
-    by_turn, by_run = "\n".join(lines), "\n".join(rows)
+    by_turn = "\n".join(lines)
+    by_run = "\n".join(rows)
     text = f"""# What the loop costs
 
 `make bench`: digits UNet {cfg.channels}, batch {cfg.batch}, {device}, torch {torch.__version__}, medians of

@@ -131,7 +131,8 @@ def gradients(method: Any, place: str, mode: str) -> dict[str, tuple[Tensor, Ten
 
 def compare_gradients(name: str, place: str) -> Row:
     """The losses and gradients of a method in float32 and bfloat16 on the device, against float32 on the CPU."""
-    method, row = digits.methods()[name], Row("agreement", name)
+    method = digits.methods()[name]
+    row = Row("agreement", name)
     reference = gradients(method, "cpu", "no")
     faults = []
     for precision, limits in LIMITS.items():
@@ -317,7 +318,9 @@ def main(cfg: Bench) -> int:
     out = cfg.output or Path("runs/gpu" if cfg.tiny else "docs")
     out.mkdir(parents=True, exist_ok=True)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    started, done, todo = time.monotonic(), [], rows(cfg, place)
+    started = time.monotonic()
+    done = []
+    todo = rows(cfg, place)
     for i, (section, name, measure) in enumerate(todo):
         seconds = time.monotonic() - started
         if seconds > 60 * cfg.minutes:

@@ -25,7 +25,8 @@ import numpy as np
 import torch
 import tyro
 
-HEADING, ROUNDS = "## Speed\n", 3
+HEADING = "## Speed\n"
+ROUNDS = 3
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,8 @@ def folders_to_fid(n: int, where: Path) -> tuple[list[tuple[str, float, float]],
     from eval.score import digits_reference
 
     folders.write_folder(where / "images", digit_images(n))
-    net, real = load("digits"), digits_reference("heldout")
+    net = load("digits")
+    real = digits_reference("heldout")
     levels = folders.quantize(digit_images(n)).float()
     features(where / "images", net, first=64)  # imports, and the first pages of the disk's cache
     memory()
@@ -130,7 +132,8 @@ def frechet_step(width: int) -> list[tuple[str, float, float]]:
     draw = torch.Generator().manual_seed(0)
     scale = torch.arange(1, width + 1, dtype=torch.float64) ** -0.5
     sets = [torch.randn(2 * width, width, generator=draw, dtype=torch.float64) * scale * s for s in (1.0, 1.2)]
-    a, b = moments(sets[0]), moments(sets[1])
+    a = moments(sets[0])
+    b = moments(sets[1])
 
     def peer() -> float:
         root = sqrtm(a.cov.numpy() @ b.cov.numpy()).real

@@ -46,10 +46,12 @@ def draw_samples(folder: Path) -> Image.Image:
 
 def draw_plot(canvas: Image.Image, left: int, top: int, rows: list[dict[str, Any]], real: float) -> None:
     """Distance to held-out digits against network calls, on logarithmic axes; `real`: that of real digits."""
-    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(13)
+    draw = ImageDraw.Draw(canvas)
+    font = ImageFont.load_default(13)
     width, height = PLOT
     points = [(row["model"], row["cost"]["nfe"], row["metrics"]["fd_heldout"]["value"]) for row in rows]
-    low, high = math.log(real) - 0.3, math.log(max(value for *_, value in points)) + 0.2
+    low = math.log(real) - 0.3
+    high = math.log(max(value for *_, value in points)) + 0.2
     last = math.log(max(calls for _, calls, _ in points)) + 0.3
 
     def axes_position(calls: float, value: float) -> tuple[float, float]:
@@ -85,7 +87,8 @@ def main(picture: Picture) -> None:
     grids = [draw_samples(folder) for folder in samples]
     width, height = grids[0].size
     canvas = Image.new("RGB", (4 * PAD + 2 * width + PLOT[0], 3 * PAD + TITLE + max(height, PLOT[1])), "white")
-    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(16)
+    draw = ImageDraw.Draw(canvas)
+    font = ImageFont.load_default(16)
     for i, (grid, title) in enumerate(zip(grids, titles, strict=True)):
         left = PAD + i * (width + PAD)
         draw.text((left, PAD), title, fill="#0f172a", font=font)

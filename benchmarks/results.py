@@ -90,7 +90,9 @@ def passes(config: Config, steps: int) -> float:
     from pipelines.planning import flop_counter
     from recipes.digits_teacher import Teacher
 
-    made, student, method = Teacher(), config.student, config.method
+    made = Teacher()
+    student = config.student
+    method = config.method
     teacher = edm.teacher(edm.unet(made.channels, layers=made.layers), made.sigma_d, null_class=10)
     teacher.denoiser.net.to("meta")
     c = {key: value.to("meta") for key, value in teacher.encode([0]).items()}
@@ -99,7 +101,8 @@ def passes(config: Config, steps: int) -> float:
     nets = build(method, teacher.denoiser, teacher.shape, c, replace(student, init=None, experts=()), config.fake)
     nets.student = replace(nets.student, experts=(nets.teacher,) * len(student.experts))  # as do experts
     step = config.train.train_batch_size * flop_counter.passes(method, nets, c)
-    pairs, data = 0, config.data
+    pairs = 0
+    data = config.data
     if isinstance(data, LabelPairs):
         pairs = data.n * (2 * data.steps - 1) * (1 if data.guidance == 1 else 2)  # Heun's method
     return pairs + steps * step
@@ -107,7 +110,8 @@ def passes(config: Config, steps: int) -> float:
 
 def affordable(config: Config, budget: float) -> int:
     """The steps that so many forward passes of one image pay for."""
-    start, one = passes(config, 0), passes(config, 1)
+    start = passes(config, 0)
+    one = passes(config, 1)
     return round((budget - start) / (one - start))
 
 
@@ -136,11 +140,13 @@ def jobs(cfg: Results) -> dict[str, Job]:
     done = lambda folder: (folder / "pipeline" / "model_index.json").is_file()
     for seed in cfg.seeds:
         teacher = cfg.output_dir / f"teacher-{seed}"
-        script, flags = ROOT / "recipes" / "digits_teacher.py", ("--seed", f"{seed}")
+        script = ROOT / "recipes" / "digits_teacher.py"
+        flags = ("--seed", f"{seed}")
         if not (teacher / "model_index.json").is_file():
             todo[teacher.name] = recipe_job(script, f"teacher, seed {seed}", teacher, *flags)
         for m in cfg.methods:
-            student, folders = cfg.output_dir / f"{m}-{seed}", runs(cfg, m, seed)
+            student = cfg.output_dir / f"{m}-{seed}"
+            folders = runs(cfg, m, seed)
             if done(student):
                 continue
             planned = stages(m, cfg.passes)
@@ -223,7 +229,8 @@ def evaluate(
 
 def of(rows: list[dict[str, Any]], model: str) -> list[dict[str, Any]]:
     """The rows of one of the `models`."""
-    family, steps = model.split("-")[0], models()[model]
+    family = model.split("-")[0]
+    steps = models()[model]
     return [row for row in rows if (row["model"], row["steps"]) == (family, steps)]
 
 
@@ -244,7 +251,8 @@ def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for model in models():
         if not (found := of(rows, model)):
             continue
-        (row,), runs = average_seeds(found), {r["run"] for r in found}
+        row = average_seeds(found)
+        runs = {r["run"] for r in found}
         mine, reference = (
             nested([r for r in of(rows, m) if r["run"] in runs], "fd_heldout") for m in (model, REFERENCE)
         )
@@ -298,7 +306,8 @@ def markdown(table: list[dict[str, Any]], floor: float, cfg: Results) -> str:
     reference = next(row for row in table if row["model"] == "teacher" and row["steps"] == TEACHERS[REFERENCE])
     head = ("model", "calls", "seeds", "rank", "FD held-out", "/ teacher's", "goal", "verdict", "FD train")
     head += ("accuracy", "precision", "recall", "passes")
-    lines, ranks = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"], ranked(table)
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    ranks = ranked(table)
 
     def cell(figure: dict[str, float], digits: int) -> str:
         low, high = (figure.get(key) for key in ("low", "high"))
@@ -306,7 +315,8 @@ def markdown(table: list[dict[str, Any]], floor: float, cfg: Results) -> str:
         return f"{figure['value']:.{digits}f}{span}"
 
     for i, row in enumerate(table):
-        figures, spent = row["metrics"], row["cost"].get("train_passes")
+        figures = row["metrics"]
+        spent = row["cost"].get("train_passes")
         cells = [row["model"], f"{row['cost']['nfe']:g}", " ".join(map(str, row["runs"])), ranks.get(i, "")]
         cells += [cell(figures["fd_heldout"], 2), cell(row["ratio"], 3)]
         cells += ["" if row["goal"] is None else f"<= {row['goal']:.2f}", verdict(row, reference)]
@@ -354,7 +364,8 @@ def publish(rows: list[dict[str, Any]], floor: float, cfg: Results) -> Path:
     lines = lambda rows: ",\n".join(json.dumps(row | {"samples": None}) for row in rows)
     text = f'{{"floor": {floor},\n"rows": [\n{lines(table)}],\n"runs": [\n{lines(rows)}]}}\n'
     (cfg.docs / "digits.json").write_text(text)
-    seeds, noises = trained(cfg), len(cfg.noises)
+    seeds = trained(cfg)
+    noises = len(cfg.noises)
     several = [row for row in table if len(row["runs"]) > 1] or table
     shown = dict.fromkeys(row["model"] for row in several)
     logs = {m: runs(cfg, m, seeds[0])[-1] / "log.jsonl" for m in shown}

@@ -283,7 +283,9 @@ def main(cfg: Bench) -> None:
         total = torch.cuda.get_device_properties(0).total_memory / 2**30
         torch.cuda.set_per_process_memory_fraction(min(1.0, cfg.cap / total))
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    peak, results, failed = largest_product(cfg.tiny), [], {}
+    peak = largest_product(cfg.tiny)
+    results = []
+    failed = {}
     for name, case in tqdm(chosen.items(), desc="cases", unit="case"):
         try:
             results.append(measure(name, case, cfg, peak))

@@ -38,7 +38,8 @@ from distill.training.loop import train
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 EVALUATE = 5000  # samples on each side of every figure
-TRAIN_SEED, EVALUATION_SEED = 0, 1234
+TRAIN_SEED = 0
+EVALUATION_SEED = 1234
 
 
 # --- problems -------------------------------------------------------------------------------------------------------
@@ -151,10 +152,12 @@ class MLP(nn.Module):
         self.register_buffer("level", math.pi * torch.tensor([0.5, 1.0, 2.0]))
         sizes = [2 + 4 * len(self.place) + 2 * len(self.level), width, width, width]
         layers = [layer for i, o in zip(sizes, sizes[1:]) for layer in (nn.Linear(i, o), nn.SiLU())]
-        self.body, self.out = nn.Sequential(*layers), nn.Linear(width, 2)
+        self.body = nn.Sequential(*layers)
+        self.out = nn.Linear(width, 2)
 
     def forward(self, x: Tensor, level: Tensor) -> Tensor:
-        place, level = (x[:, :, None] * self.place).flatten(1), level[:, None] * self.level
+        place = (x[:, :, None] * self.place).flatten(1)
+        level = level[:, None] * self.level
         return self.out(self.body(torch.cat([x, place.sin(), place.cos(), level.sin(), level.cos()], 1)))
 
 
@@ -167,7 +170,9 @@ def exact(problem: str, schedule: str) -> Denoiser:
 def pretrained(problem: str, schedule: str, steps: int = 1500, batch: int = 256) -> Denoiser:
     """A network regressed on the exact denoiser, in its own prediction space; shared by all methods."""
     torch.manual_seed(TRAIN_SEED)
-    mixture, space, teacher = PROBLEMS[problem], SPACES[schedule], exact(problem, schedule)
+    mixture = PROBLEMS[problem]
+    space = SPACES[schedule]
+    teacher = exact(problem, schedule)
     net = MLP()
     denoiser = Denoiser(net, space.schedule, space.kind, space.call, sigma_d=1.0)
     optimizer = torch.optim.Adam(net.parameters(), 2e-3, fused=True)
@@ -175,7 +180,8 @@ def pretrained(problem: str, schedule: str, steps: int = 1500, batch: int = 256)
     for step, x in enumerate(data):
         t = space.schedule.time((-0.7 + 1.5 * torch.randn(batch, dtype=torch.float64)).exp())
         x_t = space.schedule.diffuse(x, torch.randn_like(x), t)
-        truth, pred = teacher(x_t, t), denoiser(x_t, t)
+        truth = teacher(x_t, t)
+        pred = denoiser(x_t, t)
         optimizer.param_groups[0]["lr"] = 2e-3 * min(1.0, 2 * (1 - step / steps))
         optimizer.zero_grad()
         functional.mse_loss(pred.out, pred.target(truth.x0, truth.eps)).backward()
@@ -207,7 +213,9 @@ class Setting:
 # LCD    20, 30 and 40 Heun steps did equally well; without the averaged target hq fell from .63 to .47.
 # SCM    r grows over 500 steps.
 # Students of score methods take half the fake's rate or less; consistency has no fake to wait for.
-LOOK, FAKE, WORK = Karras(0.05, 20.0), LogNormal(-0.7, 1.3), LogNormal(-0.4, 1.3)
+LOOK = Karras(0.05, 20.0)
+FAKE = LogNormal(-0.7, 1.3)
+WORK = LogNormal(-0.4, 1.3)
 GAN = dict(gan=0.5, gan_fake=0.2, gan_times=Karras(0.05, 2.0), taps=("body",))
 SETTINGS = {
     #                                                                        ring  grid   lr  fake_lr  modes
@@ -233,7 +241,9 @@ def run(
     steps: of the loop, None: the table's; warm: of the regression before it; tick: called after every step.
     """
     torch.set_num_threads(1)
-    mixture, setting, start = PROBLEMS[problem], SETTINGS[method], pretrained(problem, schedule, warm)
+    mixture = PROBLEMS[problem]
+    setting = SETTINGS[method]
+    start = pretrained(problem, schedule, warm)
     cfg = TrainConfig(
         max_train_steps=steps or getattr(setting, problem),
         train_batch_size=256,
@@ -253,7 +263,8 @@ def run(
     def samples(net: nn.Module) -> Tensor:
         return replace(nets.student, denoiser=replace(nets.student.denoiser, net=net)).generate(z, None)
 
-    before, clock = energy(samples(nets.student.denoiser.net), real), time.process_time()
+    before = energy(samples(nets.student.denoiser.net), real)
+    clock = time.process_time()
     for state in train(setting.method, nets, mixture.data, cfg, Accelerator(cpu=True)):  # noqa: B007
         tick()
     seconds = time.process_time() - clock

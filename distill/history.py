@@ -64,12 +64,14 @@ def check_same_run(
     allowed: Sequence[str],
 ) -> None:
     """ValueError if method, seed, batch or calls differ from the checkpoint's run, except for kinds in `allowed`."""
-    old, new = _flat(before["config"]), _flat(now["config"])
+    old = _flat(before["config"])
+    new = _flat(now["config"])
     changed = {kind: [f for f in names if f in old and old[f] != new.get(f)] for kind, names in FIELDS.items()}
     said = {
         kind: [f"{f} {_shorten(old[f])}, not {_shorten(new.get(f))}" for f in names] for kind, names in changed.items()
     }
-    then, this = before["method"], now["method"]
+    then = before["method"]
+    this = now["method"]
     recorded = "time" in before
     if not recorded:  # config.yaml names only the outer class
         this = this.partition("(")[0]
@@ -95,7 +97,8 @@ def check_same_teacher(
     checkpoint: Path, before: dict[str, Any], teacher: dict[str, Any], allowed: Sequence[str]
 ) -> None:
     """ValueError if the teacher's weights differ from the checkpoint's run; the folder may differ."""
-    old, new = before.get("teacher", {}).get("digests"), teacher["digests"]
+    old = before.get("teacher", {}).get("digests")
+    new = teacher["digests"]
     if old is None:
         sys.stderr.write(f"{checkpoint}: its teacher was not recorded, so the teachers' weights are not compared\n")
         return
@@ -114,7 +117,8 @@ def check_same_times(checkpoint: Path, before: dict[str, Any], times: Sequence[f
 
 def describe_changes(before: dict[str, Any], now: dict[str, Any]) -> str:
     """The differences of two entries, one per line; "" if they are equal."""
-    old, new = _flat(before["config"]), _flat(now["config"])
+    old = _flat(before["config"])
+    new = _flat(now["config"])
     lines = []
     if "time" in before and before["method"] != now["method"]:
         lines.append(f"  method: {before['method']} -> {now['method']}")
@@ -149,7 +153,8 @@ def _comparison_key(entry: dict[str, Any]) -> tuple[Any, ...]:
 
 def _entries(run: Path) -> list[dict[str, Any]]:
     """The history of a run, oldest first; ValueError names a damaged line."""
-    path, entries = run / FILE, []
+    path = run / FILE
+    entries = []
     if not path.is_file():
         return []
     for i, line in enumerate(read_text(path).splitlines(), 1):

@@ -22,7 +22,8 @@ _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 def threefry(key: tuple[int, int], a: Words, b: Words) -> tuple[Words, Words]:
     """The counter-based generator Threefry-2x32 with 20 rounds (Salmon et al. 2011): two int32 words per counter."""
     k = [_signed(key[0]), _signed(key[1]), _signed(key[0] ^ key[1] ^ 0x1BD11BDA)]
-    a, b = a + k[0], b + k[1]
+    a = a + k[0]
+    b = b + k[1]
     for i in range(5):
         for r in _ROTATIONS[i % 2]:
             a += b
@@ -58,7 +59,10 @@ class Draw:
     before: Tensor | None = None
 
     def __init__(self, seed: int, step: int, player: str, samples: Tensor) -> None:
-        self.seed, self.step, self.player, self.samples = seed, step, player, samples
+        self.seed = seed
+        self.step = step
+        self.player = player
+        self.samples = samples
         self.device = samples.device
 
     def _words(self, name: str, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
@@ -94,7 +98,9 @@ class Draw:
     def apart(self, name: str) -> Draw:
         """An independent source for a second batch of the same update."""
         other = copy.copy(self)
-        other.seed, other.late, other.before = _hash(self.seed, name)[0], None, None
+        other.seed = _hash(self.seed, name)[0]
+        other.late = None
+        other.before = None
         return other
 
     def index(self, name: str, n: int) -> int:

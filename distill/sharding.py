@@ -27,7 +27,8 @@ def is_fsdp_launch(accelerator: Accelerator) -> bool:
         return False
     from torch.distributed.fsdp import CPUOffloadPolicy
 
-    plugin, parallel = accelerator.state.fsdp_plugin, accelerator.parallelism_config
+    plugin = accelerator.state.fsdp_plugin
+    parallel = accelerator.parallelism_config
     if plugin.fsdp_version != 2:
         raise ValueError(
             f"fsdp_version is {plugin.fsdp_version}; it must be 2: version 1 flattens frozen and trained weights into "
@@ -44,7 +45,8 @@ def mesh(accelerator: Accelerator) -> DeviceMesh:
     """The device mesh: all processes in one dimension; for hybrid sharding two, (replicas, shards)."""
     from torch.distributed.device_mesh import init_device_mesh
 
-    parallel, n = accelerator.parallelism_config, accelerator.num_processes
+    parallel = accelerator.parallelism_config
+    n = accelerator.num_processes
     replicas = parallel.dp_replicate_size if parallel is not None else 1
     if replicas == 1:
         return init_device_mesh(accelerator.device.type, (n,))

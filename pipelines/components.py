@@ -40,7 +40,9 @@ class Parts:
     adapt_network: Callable[[Any], Any] | None = None  # applied to the network after loading
 
     def __init__(self, folder: str | Path, variant: str | None = None, dtype: torch.dtype = torch.float32) -> None:
-        self.folder, self.variant, self.dtype = Path(folder), variant, dtype
+        self.folder = Path(folder)
+        self.variant = variant
+        self.dtype = dtype
         self.index = read_index(folder)
         if variant and not any(has_variant(part, variant) for part in self.folder.iterdir()):
             raise ValueError(f"no component of {folder} has weights of the variant {variant!r}: leave --variant out")

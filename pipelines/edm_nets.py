@@ -108,8 +108,10 @@ class SongUNet(ModelMixin, ConfigMixin):
         self.augment_embedding = nn.Linear(augment_dim, stem, bias=False) if augment_dim else None
 
         self.conv_in = nn.Conv2d(in_channels, stem, 3, padding=1)
-        self.down, self.up = nn.ModuleDict(), nn.ModuleDict()
-        skips, width = [stem], stem
+        self.down = nn.ModuleDict()
+        self.up = nn.ModuleDict()
+        skips = [stem]
+        width = stem
 
         def add(side: nn.ModuleDict, name: str, out: int, skip: int = 0, **options: bool) -> None:
             nonlocal width

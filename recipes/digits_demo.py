@@ -104,7 +104,8 @@ def demonstrate(cfg: Demo, out: Path) -> None:
     with stage("write the page"):
         page = write_page(out, rows, "One-step distillation of handwritten digits", lead, logs)
     print_tables(page)
-    student, teacher = out / cfg.methods[0] / "pipeline", out / "teacher"
+    student = out / cfg.methods[0] / "pipeline"
+    teacher = out / "teacher"
     lines = [
         "It has the pictures, the curves and every number.",
         f"{student} is a plain diffusers pipeline. What to run next:",
@@ -129,7 +130,8 @@ def measured(cfg: Demo, out: Path) -> list[dict[str, Any]]:
     with stage(f"measure the quality of {len(names)} sets of images"):
         rows = score_folders(tuple(out / "samples" / name for name in names))
     for (name, model), row in zip(names.items(), rows):  # now that nothing runs beside
-        folder, cost = out / model, out / "samples" / f"{name}.json"
+        folder = out / model
+        cost = out / "samples" / f"{name}.json"
         source, steps = (folder, int(CALLS[name])) if name in CALLS else (folder / "pipeline", None)
         with stage(f"measure the time of an image of {name}"):
             generate(f"{source}", out / "samples" / name, cfg.n, steps, name=model, protocol="digits", cost=cost)

@@ -92,7 +92,8 @@ class Doubling(Curriculum):
     def __call__(self, draw: Draw, B: int, schedule: Schedule) -> tuple[Tensor, Tensor, Tensor]:
         u = draw.uniform("t", (B,)).double()
         s, share = self.grid(draw.step, schedule)
-        s, share = s.to(u.device), share.to(u.device)
+        s = s.to(u.device)
+        share = share.to(u.device)
         i = torch.searchsorted(share, u, right=True).clamp(1, len(s) - 1)
         r = torch.where(i == 1, 0.0, schedule.time(s[i - 1]))
         return schedule.time(s[i]), r, s[i] - s[i - 1]

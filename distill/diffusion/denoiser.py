@@ -54,7 +54,8 @@ class Denoiser:
 
     def __call__(self, x: Tensor, t: Tensor, c: Condition = None) -> Prediction:
         """Predict at x = alpha_t x0 + sigma_t eps, with alpha and sigma of the frame."""
-        u, (x, t, scale) = t, self._native(x, t)
+        u = t
+        x, t, scale = self._native(x, t)
         alpha, sigma = self.schedule.coefficients(t)
         like = next(self.net.parameters(), x)
         native = self.schedule.native(t).to(torch.promote_types(x.dtype, torch.float32))

@@ -85,7 +85,8 @@ class EndTimeCall:
     def __call__(self, net: nn.Module, x: Tensor, t: Tensor, c: Condition) -> Tensor:
         if c is None or "end" not in c:
             return self.call(net, x, t, c)
-        r, rest = c["end"], {k: v for k, v in c.items() if k != "end"}
+        r = c["end"]
+        rest = {k: v for k, v in c.items() if k != "end"}
         add = lambda module, args, out: out + net.end(r).to(out)  # type: ignore[operator]
         handle = net.get_submodule(self.where).register_forward_hook(add)
         try:
@@ -137,7 +138,8 @@ def timed(denoiser: Denoiser) -> Denoiser:
 
     It requires a TimestepEmbedding of diffusers in the network. The first one embeds the time.
     """
-    net, where = denoiser.net, time_embedding(denoiser.net)
+    net = denoiser.net
+    where = time_embedding(denoiser.net)
     layer = last_linear(net.get_submodule(where))
     like = layer.weight
     net.end = EndTimeEmbedding(layer.out_features).to(like.device, torch.promote_types(like.dtype, torch.float32))
@@ -161,10 +163,12 @@ def fold_end_times(denoiser: Denoiser, legs: Sequence[tuple[float, float]], x: T
     Do not call it at another time. x [1, ...] and c are an example input.
     """
     assert isinstance(denoiser.call, EndTimeCall)
-    plain, where = untimed(denoiser), denoiser.call.where
+    plain = untimed(denoiser)
+    where = denoiser.call.where
     t, ends = torch.tensor(legs, dtype=torch.float64, device=x.device).T
     r = torch.where(ends > 0, PATH.time(denoiser.path.ratio(ends)), 0.0)
-    layer, heard = last_linear(plain.net.get_submodule(where)), []
+    layer = last_linear(plain.net.get_submodule(where))
+    heard = []
     handle = layer.register_forward_pre_hook(lambda module, args: heard.append(args[0].double()))
     plain.features(x.expand(len(t), *x.shape[1:]), t, repeated(c, len(t)), (where,))
     handle.remove()

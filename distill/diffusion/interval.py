@@ -42,7 +42,8 @@ class Interval(Schedule):
         return float(alpha), float(sigma)
 
     def coefficients(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        (a_s, s_s), (a_t, s_t) = self.anchor(), self.base.coefficients(self.outer(u))
+        a_s, s_s = self.anchor()
+        a_t, s_t = self.base.coefficients(self.outer(u))
         a = a_t / a_s
         return a, (s_t**2 - (a * s_s) ** 2).clamp(min=0).sqrt()
 

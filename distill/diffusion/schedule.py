@@ -58,7 +58,8 @@ class Schedule(ABC):
 
     def transition(self, x: Tensor, s: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """Add noise to x_s up to level t >= s: x_t = (alpha_t / alpha_s) x_s + sigma_{t|s} eps."""
-        (a_s, s_s), (a_t, s_t) = self.coefficients(s), self.coefficients(t)
+        a_s, s_s = self.coefficients(s)
+        a_t, s_t = self.coefficients(t)
         a = a_t / a_s
         return expand(a, x) * x + expand((s_t**2 - (a * s_s) ** 2).clamp(min=0).sqrt(), x) * eps
 
@@ -121,12 +122,14 @@ class EDM(Schedule):
     rho: float = 7.0
 
     def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
+        low = self.sigma_min ** (1 / self.rho)
+        high = self.sigma_max ** (1 / self.rho)
         sigma = (low + t.double() * (high - low)) ** self.rho
         return torch.ones_like(sigma), sigma
 
     def time(self, ratio: Tensor) -> Tensor:
-        low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
+        low = self.sigma_min ** (1 / self.rho)
+        high = self.sigma_max ** (1 / self.rho)
         return ends((ratio.double() ** (1 / self.rho) - low) / (high - low))
 
     def native(self, t: Tensor) -> Tensor:
@@ -199,7 +202,10 @@ class Prediction:
     @property
     def x0(self) -> Tensor:
         """The clean sample."""
-        a, s, x, out = self.alpha, self.sigma, self.x, self.out
+        a = self.alpha
+        s = self.sigma
+        x = self.x
+        out = self.out
         match self.kind:
             case "x0":
                 return out
@@ -217,7 +223,10 @@ class Prediction:
     @property
     def eps(self) -> Tensor:
         """The noise."""
-        a, s, x, out = self.alpha, self.sigma, self.x, self.out
+        a = self.alpha
+        s = self.sigma
+        x = self.x
+        out = self.out
         match self.kind:
             case "x0":
                 return (x - a * out) / s

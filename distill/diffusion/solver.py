@@ -39,7 +39,8 @@ def heun(denoiser: Denoiser | Guided, x: Tensor, t: Tensor, s: Tensor, c: Condit
     first = denoiser(x, t, c)
     euler = denoiser.path.diffuse(first.x0, first.eps, s)
     eps = (first.eps + denoiser(euler, s, c).eps) / 2
-    (a_t, s_t), (a_s, s_s) = denoiser.path.coefficients(t), denoiser.path.coefficients(s)
+    a_t, s_t = denoiser.path.coefficients(t)
+    a_s, s_s = denoiser.path.coefficients(s)
     twice = (a_t > 1e-6) & (s_s > 1e-12)
     gain = expand(a_s / torch.where(twice, a_t, 1.0), x)
     return torch.where(expand(twice, x).bool(), gain * (x - expand(s_t, x) * eps) + expand(s_s, x) * eps, euler)

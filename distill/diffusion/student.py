@@ -121,7 +121,8 @@ class Student:
 
     def walk(self, z: Tensor, c: Condition, draw: Draw | None = None) -> list[Tensor]:
         """The x [B, ...] of every call from unit noise z, then the sample x0. Random numbers as in `generate`."""
-        walk, last = [self.input_scale * z], len(self.times) - 1
+        walk = [self.input_scale * z]
+        last = len(self.times) - 1
         for i in range(last):
             walk.append(self._drawn(*self.step(walk[i], i, c), i, draw))
         return [*walk, self.step(walk[last], last, c)[0]]
@@ -159,7 +160,8 @@ class Student:
 
 def check_phases(student: Student, N: int) -> None:
     """ValueError unless a student of phases on a grid of N steps (PCM) is called as in training."""
-    many, table = len(student.times), isinstance(student.denoiser.schedule, VP)
+    many = len(student.times)
+    table = isinstance(student.denoiser.schedule, VP)
     if many > N:
         raise ValueError(f"N is {N}; it must be at least the student's {many} calls, which are its phases")
     transition = student.transition

@@ -115,7 +115,8 @@ class Karras(Law):
         _ordered(self, float("inf"))
 
     def __call__(self, draw: Draw, name: str, B: int, schedule: Schedule) -> Tensor:
-        low, high = self.low ** (1 / self.rho), self.high ** (1 / self.rho)
+        low = self.low ** (1 / self.rho)
+        high = self.high ** (1 / self.rho)
         return schedule.time((low + draw.uniform(name, (B,)).double() * (high - low)) ** self.rho)
 
 
@@ -200,7 +201,8 @@ class RemappedDraw(Draw):
 
     def __init__(self, draw: Draw, f: Callable[[Tensor], Tensor]) -> None:
         super().__init__(draw.seed, draw.step, draw.player, draw.samples)
-        self.draw, self.f = draw, f
+        self.draw = draw
+        self.f = f
 
     def uniform(self, name: str, shape: tuple[int, ...]) -> Tensor:
         return self.f(self.draw.uniform(name, shape).double())
@@ -215,7 +217,8 @@ def share(law: Law, t: float, schedule: Schedule) -> float:
 
     The law must be the same in every step (Staged is not).
     """
-    low, high = 0.0, 1.0
+    low = 0.0
+    high = 1.0
     for _ in range(32):  # random numbers have 24 bits
         middle = (low + high) / 2
         low, high = (middle, high) if quantile(law, middle, schedule) <= t else (low, middle)
@@ -239,9 +242,11 @@ def clusters(law: Law, N: int, schedule: Schedule) -> tuple[float, ...]:
     t = law(RemappedDraw(Draw(0, 0, "", torch.arange(TASKS)), lambda _: u), "", TASKS, schedule)
     y = schedule.ratio(t).clamp(1e-6, 1e6).log()
     total = torch.cat([y.new_zeros(1), y.cumsum(0)])
-    j, i = torch.arange(TASKS + 1)[:, None], torch.arange(TASKS + 1)
+    j = torch.arange(TASKS + 1)[:, None]
+    i = torch.arange(TASKS + 1)
     cost = total[i] + total[j] - total[(i + j) // 2] - total[(i + j + 1) // 2]  # of tasks i .. j - 1 as one cluster
-    cost, ends = cost.where(i < j, torch.inf), []
+    cost = cost.where(i < j, torch.inf)
+    ends = []
     least = cost[:, 0]  # cost of the first 0 .. TASKS tasks in one cluster, in two, ...
     for _ in range(N - 1):
         least, start = (least + cost).min(1)

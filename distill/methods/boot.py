@@ -55,7 +55,8 @@ class BOOT(Method):
 
     def signal(self, s: Tensor, T: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Tensor]:
         """y(z, s), z [B, ...]."""
-        z, student = draw.normal("z", (len(s), *nets.shape)), nets.student
+        z = draw.normal("z", (len(s), *nets.shape))
+        student = nets.student
         return student.denoiser(student.input_scale * z, T, ending(batch.get("c"), s / T)).x0, z
 
     def sample(self, nets: Nets, batch: Batch, draw: Draw) -> Tensor:
@@ -63,7 +64,9 @@ class BOOT(Method):
         return self.signal(s, T, nets, batch, draw)[0]
 
     def student_loss(self, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
-        (t, s, T), c, path = self.times(nets, draw), batch.get("c"), nets.teacher.path
+        t, s, T = self.times(nets, draw)
+        c = batch.get("c")
+        path = nets.teacher.path
         teacher = Guided(nets.teacher, self.guidance)
         solver = STEPS[self.solver] if isinstance(self.solver, str) else self.solver
         with torch.no_grad():
@@ -73,7 +76,8 @@ class BOOT(Method):
             target = (x_s - expand(sigma, z) * z) / expand(alpha, z)
             w = expand(1 - path.ratio(s) / path.ratio(t), z)
         delta = (x - target) / w
-        loss, logs = reduce(delta**2, self.reduction), {"delta": (delta * w).detach().square().mean()}
+        loss = reduce(delta**2, self.reduction)
+        logs = {"delta": (delta * w).detach().square().mean()}
         if self.boundary:
             y, z = self.signal(T, T, nets, batch, draw)
             with torch.no_grad():

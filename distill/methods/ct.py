@@ -48,15 +48,18 @@ class CT(ToData):
         return batch["real"]
 
     def student_loss(self, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
-        path, c = nets.student.denoiser.path, batch.get("real_c")
-        (t, r, gap), eps = self.pairs(draw, len(x), path), self.noise(x, c, draw)
+        path = nets.student.denoiser.path
+        c = batch.get("real_c")
+        t, r, gap = self.pairs(draw, len(x), path)
+        eps = self.noise(x, c, draw)
         with torch.no_grad():
             target = torch.where(expand(r, x) > 0, self.f(nets, path.diffuse(x, eps, r), r, c), x)
         out = nets.student.denoiser(path.diffuse(x, eps, t), t, c).x0
         delta = out - target
         divisor = gap.to(x) if self.weighted else 1.0
         if self.c_out:
-            s, sigma_d = path.ratio(t), nets.student.denoiser.sigma_d
+            s = path.ratio(t)
+            sigma_d = nets.student.denoiser.sigma_d
             divisor = ((s * sigma_d) ** 2 / (s**2 + sigma_d**2)).to(x)
         loss = self.far(delta, draw) / divisor + self.more(out - x, path.ratio(t))
         return loss.mean(), {"delta": delta.detach().square().mean(), "clean": (r == 0).float().mean()}

@@ -37,8 +37,10 @@ class Denoise(Method):
         return batch["real"]
 
     def student_loss(self, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
-        denoiser, c = nets.student.denoiser, batch.get("real_c")
+        denoiser = nets.student.denoiser
+        c = batch.get("real_c")
         if self.p_drop:
             c = drop(c, denoiser.null, draw.uniform("drop", (len(x),)) < self.p_drop)
-        t, eps = self.times(draw, "t", len(x), denoiser.path), draw.normal("eps", x.shape).to(x)
+        t = self.times(draw, "t", len(x), denoiser.path)
+        eps = draw.normal("eps", x.shape).to(x)
         return denoising(denoiser(denoiser.path.diffuse(x, eps, t), t, c), x, eps, self.reduction), {}

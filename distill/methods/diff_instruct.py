@@ -48,16 +48,21 @@ class DiffInstruct(Method):
         return nets.generate(batch, draw, 1 + draw.index("steps", len(nets.student.times)))
 
     def student_loss(self, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
-        c, path = batch.get("c"), nets.teacher.path
-        t, eps = self.times(draw, "t", len(x), path), draw.normal("eps", x.shape).to(x)
+        c = batch.get("c")
+        path = nets.teacher.path
+        t = self.times(draw, "t", len(x), path)
+        eps = draw.normal("eps", x.shape).to(x)
         with torch.no_grad():
             x_t = path.diffuse(x, eps, t)
-            real, fake = nets.teacher(x_t, t, c).x0, nets.fake_score(x_t, t, c).x0
+            real = nets.teacher(x_t, t, c).x0
+            fake = nets.fake_score(x_t, t, c).x0
             gap = fake - real
             g = gap if self.weight == "ratio" else gap / expand(path.ratio(t) ** 2, x)
         return reduce(gradient_surrogate(x, g), self.reduction), score_gap_logs(x, real, fake)
 
     def fake_loss(self, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
-        c, path = batch.get("c"), nets.fake_score.path
-        t, eps = self.fake_times(draw, "t", len(x), path), draw.normal("eps", x.shape).to(x)
+        c = batch.get("c")
+        path = nets.fake_score.path
+        t = self.fake_times(draw, "t", len(x), path)
+        eps = draw.normal("eps", x.shape).to(x)
         return denoising(nets.fake_score(path.diffuse(x, eps, t), t, c), x, eps, self.reduction), {}

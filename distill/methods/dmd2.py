@@ -55,13 +55,16 @@ class DMD2(DiffusionGAN):
         return nets.generate(batch, draw, 1 + k)
 
     def student_loss(self, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
-        c, path = batch.get("c"), nets.teacher.path
-        t, eps = self.times(draw, "t", len(x), path), draw.normal("eps", x.shape).to(x)
+        c = batch.get("c")
+        path = nets.teacher.path
+        t = self.times(draw, "t", len(x), path)
+        eps = draw.normal("eps", x.shape).to(x)
         x_t = path.diffuse(x, eps, t)
         with torch.no_grad():
             real, fake, h, logs = self.predict(x_t, t, c, nets)
             g = h * (fake - real) / (normaliser(x, real) if self.normalise else 1.0)
-        loss, logs = reduce(gradient_surrogate(x, g), self.reduction), score_gap_logs(x, real, fake) | logs
+        loss = reduce(gradient_surrogate(x, g), self.reduction)
+        logs = score_gap_logs(x, real, fake) | logs
         if self.gan:
             at = (x_t, t) if self.at_score_noise else None
             logs["gan"] = gan_generator(self.logits(x, c, nets, draw, "gan", at=at))
@@ -73,13 +76,18 @@ class DMD2(DiffusionGAN):
         return real, nets.fake_score(x_t, t, c).x0, 1.0, {}  # both x0, weight of g per sample (f-distill: not 1)
 
     def fake_loss(self, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
-        c, path = batch.get("c"), nets.fake_score.path
-        t, eps = self.fake_times(draw, "t", len(x), path), draw.normal("eps", x.shape).to(x)
+        c = batch.get("c")
+        path = nets.fake_score.path
+        t = self.fake_times(draw, "t", len(x), path)
+        eps = draw.normal("eps", x.shape).to(x)
         x_t = path.diffuse(x, eps, t)
         pred, features = nets.fake_score.tapping(x_t, t, c, self.shared_taps)
-        loss, logs = denoising(pred, x, eps, self.reduction, self.fake_space), Logs()
+        loss = denoising(pred, x, eps, self.reduction, self.fake_space)
+        logs = Logs()
         if self.gan_fake:
-            y, y_c, method = batch["real"].to(x), batch.get("real_c"), replace(self, gan_times=self.fake_times)
+            y = batch["real"].to(x)
+            y_c = batch.get("real_c")
+            method = replace(self, gan_times=self.fake_times)
             if self.share or self.at_score_noise:
                 fake = nets.discriminator(*features) if features else self.logits(x, c, nets, draw, at=(x_t, t))
                 real = method.logits(y, y_c, nets, draw, "gan_real")

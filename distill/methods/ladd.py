@@ -55,7 +55,8 @@ class LADD(Method):
         return [Update("student", self.student_loss, self.every), Update("fake", self.fake_loss, reuse=True)]
 
     def sample(self, nets: Nets, batch: Batch, draw: Draw) -> Tensor:
-        student, y = nets.student, batch["real"]
+        student = nets.student
+        y = batch["real"]
         if self.shares and len(self.shares) != len(student.times):
             raise ValueError(f"shares are {self.shares}, of {len(student.times)} calls: give one for each, or none")
         if "real_c" in batch:
@@ -63,7 +64,8 @@ class LADD(Method):
         ends = torch.tensor(self.shares or (1.0,) * len(student.times), dtype=torch.float64).cumsum(0)
         u = draw.uniform("call", (len(y),)).double() * ends[-1]
         call = torch.searchsorted(ends.to(u.device), u, right=True).clamp(max=len(ends) - 1)
-        s, z = torch.tensor(student.times, dtype=torch.float64, device=u.device)[call], draw.normal("z", y.shape)
+        s = torch.tensor(student.times, dtype=torch.float64, device=u.device)[call]
+        z = draw.normal("z", y.shape)
         y_s = student.denoiser.path.diffuse(y, z.to(y), s)
         start = expand(call == 0, y).bool()
         return student.denoiser(torch.where(start, student.input_scale * z.to(y), y_s), s, batch.get("c")).x0
@@ -74,7 +76,8 @@ class LADD(Method):
         return loss(nets.discriminator(*features)), {}
 
     def fake_loss(self, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
-        both, c = torch.cat([x, batch["real"].to(x)]), merge(batch.get("c"), batch.get("real_c"))
+        both = torch.cat([x, batch["real"].to(x)])
+        c = merge(batch.get("c"), batch.get("real_c"))
         with torch.no_grad():
             features = noised_features(nets.teacher, self.taps, self.gan_times, both, c, draw, "gan_fake", "gan_real")
         fake, real = nets.discriminator(*features).chunk(2)

@@ -60,10 +60,15 @@ class LCD(ToData):
         return self.distance(torch.sub(*self.solutions(x, nets, batch, draw)[:2]))
 
     def solutions(self, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Tensor, Tensor | None]:
-        student, c, w = nets.student.denoiser, batch.get("real_c"), scale_of(self.guidance, draw, len(x))
+        student = nets.student.denoiser
+        c = batch.get("real_c")
+        w = scale_of(self.guidance, draw, len(x))
         i = Grid(self.N, 0, self.N - 1).index(draw, "t", len(x))
-        t, s, j = self.time(i + 1, nets), self.time(i, nets), self.end(i, nets, draw)
-        e, also = None if j is None else self.time(j, nets), with_guidance_key(c, w) if self.embed else c
+        t = self.time(i + 1, nets)
+        s = self.time(i, nets)
+        j = self.end(i, nets, draw)
+        e = None if j is None else self.time(j, nets)
+        also = with_guidance_key(c, w) if self.embed else c
         x_t = nets.teacher.path.diffuse(x, draw.normal("eps", x.shape).to(x), t)
         with torch.no_grad():
             x_s = STEPS.get(self.solver, self.solver)(Guided(nets.teacher, w), x_t, t, s, c)  # type: ignore[operator]

@@ -61,14 +61,19 @@ class MeanFlow(Method):
         return batch["real"]
 
     def student_loss(self, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
-        net, c, eps = nets.student.denoiser.on(PATH), batch.get("real_c"), draw.normal("eps", x.shape).to(x)
-        a, b = self.times(draw, "t", len(x), PATH), (self.end_times or self.times)(draw, "r", len(x), PATH)
-        t, r = torch.maximum(a, b), torch.minimum(a, b)
+        net = nets.student.denoiser.on(PATH)
+        c = batch.get("real_c")
+        eps = draw.normal("eps", x.shape).to(x)
+        a = self.times(draw, "t", len(x), PATH)
+        b = (self.end_times or self.times)(draw, "r", len(x), PATH)
+        t = torch.maximum(a, b)
+        r = torch.minimum(a, b)
         r = torch.where(draw.uniform("equal", (len(x),)) < self.equal, t, r)
         dropped = draw.uniform("drop", (len(x),)) < self.p_drop
         if (self.omega, self.kappa) != (1, 0):
             c = drop(c, net.null, dropped)
-        x_t, inside = PATH.diffuse(x, eps, t), (t >= self.interval[0]) & (t <= self.interval[1])
+        x_t = PATH.diffuse(x, eps, t)
+        inside = (t >= self.interval[0]) & (t <= self.interval[1])
         with torch.no_grad():
             w = self.guidance if self.interval == (0, 1) else 1 + (self.guidance - 1) * inside.double()
             teacher = Guided(nets.teacher.on(PATH), w)

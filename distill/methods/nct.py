@@ -55,7 +55,9 @@ class NCT(Method):
             raise ValueError("NCT needs nets.control, which makes the picture of a sample (pipelines.control)")
         dual = multiplier(nets.student.denoiser.net)
         c = (batch.get("c") or {}) | {"control": nets.control(x)}
-        z, eps, k = draw.normal("z", x.shape), draw.normal("eps", x.shape), draw.integers("k", self.levels)
+        z = draw.normal("z", x.shape)
+        eps = draw.normal("eps", x.shape)
+        k = draw.integers("k", self.levels)
 
         def f(k: Tensor) -> Tensor:
             s = expand(k / self.levels, z)

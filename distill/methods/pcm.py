@@ -84,7 +84,9 @@ class PCM(LCD):
 
     def logits(self, xs: list[Tensor], j: Tensor | None, c: Condition, nets: Nets, draw: Draw) -> Sequence[Tensor]:
         assert j is not None and nets.disc is not None  # j: grid points of xs
-        path, n, (start, end) = nets.teacher.path, len(xs), phase(j, self.N, len(nets.student.times))
+        path = nets.teacher.path
+        n = len(xs)
+        start, end = phase(j, self.N, len(nets.student.times))
         e, u = (self.time(i, nets) for i in (j, start + draw.uniform("gan_t", (len(j),)).to(j) * (end - start)))
         x_u = [path.transition(x, e, u, draw.normal(f"gan_eps{i}", x.shape).to(x)) for i, x in enumerate(xs)]
         return head_logits(nets.disc, nets.teacher.features(torch.cat(x_u), u.repeat(n), repeated(c, n), self.taps))

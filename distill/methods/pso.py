@@ -50,7 +50,8 @@ class PSO(Method):
         return torch.stack([torch.stack(walk, 1) for walk in pair], 1)
 
     def student_loss(self, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
-        c, walks = repeated(batch.get("c"), 2), x.transpose(0, 1).flatten(0, 1)  # [2 B, N + 1, ...]: all x, then all y
+        c = repeated(batch.get("c"), 2)
+        walks = x.transpose(0, 1).flatten(0, 1)  # [2 B, N + 1, ...]: all x, then all y
         with torch.no_grad():
             reward = torch.cat([judge(nets)(walk, batch.get("c")) for walk in walks[:, -1].chunk(2)])
         h = torch.stack([self.h(walks, i, c, nets) for i in range(x.shape[2] - 2)])
@@ -61,7 +62,8 @@ class PSO(Method):
         return F.softplus(-self.beta * margin).mean(), logs
 
     def h(self, walk: Tensor, i: int, c: Condition, nets: Nets) -> Tensor:  # [B, N + 1, ...] -> [B]
-        x, y = walk[:, i], walk[:, i + 1]
+        x = walk[:, i]
+        y = walk[:, i + 1]
         m, sigma = nets.student.step(x, i, c)
         with torch.no_grad():
             base, _ = nets.finished.step(x, i, c)

@@ -56,7 +56,8 @@ class OfflinePSO(Method):
 
     def student_loss(self, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
         times = torch.tensor(nets.student.times, dtype=torch.float64, device=x.device)
-        t, eps = times[draw.integers("t", len(times))], draw.normal("eps", x[:, 0].shape).to(x)
+        t = times[draw.integers("t", len(times))]
+        eps = draw.normal("eps", x[:, 0].shape).to(x)
 
         def errors(denoiser: Denoiser) -> Tensor:  # l(x) and l(y): [2, B]
             alpha, sigma = denoiser.path.coefficients(t)

@@ -59,11 +59,17 @@ class RCGM(Method):
         return batch["real"]
 
     def student_loss(self, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
-        net, c, eps = nets.student.denoiser.on(PATH), batch.get("real_c"), draw.normal("eps", x.shape).to(x)
-        t, share = self.times(draw, "t", len(x), PATH), draw.uniform("r", (len(x),)).double()
-        whole, short = draw.samples % 3 == 0, draw.samples % 3 == 1
-        t, r = torch.where(whole, 1.0, t), torch.where(whole, 0.0, t * torch.where(short, 1 - 0.05 * share, share))
-        x_t, w = PATH.diffuse(x, eps, t), 1 + torch.tan((1 - (t - r)) * math.pi / 2.5)
+        net = nets.student.denoiser.on(PATH)
+        c = batch.get("real_c")
+        eps = draw.normal("eps", x.shape).to(x)
+        t = self.times(draw, "t", len(x), PATH)
+        share = draw.uniform("r", (len(x),)).double()
+        whole = draw.samples % 3 == 0
+        short = draw.samples % 3 == 1
+        r = torch.where(whole, 0.0, t * torch.where(short, 1 - 0.05 * share, share))
+        t = torch.where(whole, 1.0, t)
+        x_t = PATH.diffuse(x, eps, t)
+        w = 1 + torch.tan((1 - (t - r)) * math.pi / 2.5)
         F = average(net, x_t, t, r, c)
         with torch.no_grad():
             target = (nets.target or nets.student.denoiser).on(PATH)
@@ -74,11 +80,16 @@ class RCGM(Method):
         return (w.to(F) * self.distance(F, g.clamp(-self.clamp, self.clamp))).mean(), {"delta": g.square().mean()}
 
     def residual(self, F: Tensor, x: Tensor, t: Tensor, r: Tensor, v: Tensor, net: Denoiser, c: Condition) -> Tensor:
-        near, x, a, I = t - r <= self.step, x - self.step * v, t - self.step, torch.zeros_like(x)
+        near = t - r <= self.step
+        x = x - self.step * v
+        a = t - self.step
+        I = torch.zeros_like(x)
         for i in range(self.N):
             b = r + (t - self.step - r) * (1 - (i + 1) / self.N)
             jump = expand(a - b, x) * average(net, x, a.clamp(min=0), b.clamp(min=0), c)
-            x, a, I = x - jump, b, I + jump
+            x = x - jump
+            a = b
+            I = I + jump
         return torch.where(expand(near, x).bool(), F - v, (expand(t - r, x) * F - I) / self.step - v)
 
     def distance(self, x: Tensor, g: Tensor) -> Tensor:  # d(x, sg(x - g)) [B]

@@ -65,7 +65,8 @@ class RCM(SCM):
         loss, logs = super().student_loss(batch["real"].to(x), nets, batch, draw)
         if self.dmd and draw.step >= self.warmup:
             dmd, found = self.matching.student_loss(x, nets, batch, draw)
-            loss, logs = loss + 2 * self.dmd * dmd, logs | found | {"dmd": dmd}
+            loss = loss + 2 * self.dmd * dmd
+            logs = logs | found | {"dmd": dmd}
         return loss, logs
 
     def tangent(self, lag: Tensor, x: Tensor, slope: Tensor, cos: Tensor, sin: Tensor, r: float) -> Tensor:
@@ -73,7 +74,9 @@ class RCM(SCM):
 
     def fake_loss(self, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
         """The error of x0 over sin(t) is the error of the velocity, which needs no division."""
-        path, schedule, eps = Trig(self.sigma_d), nets.fake_score.schedule, draw.normal("eps", x.shape).to(x)
+        path = Trig(self.sigma_d)
+        schedule = nets.fake_score.schedule
+        eps = draw.normal("eps", x.shape).to(x)
         t = path.time(schedule.ratio(self.dmd_times(draw, "t", len(x), schedule)))
         pred = nets.fake_score.on(path)(path.diffuse(x, eps, t), t, batch.get("c"))
         cos, sin = (expand(a, x) for a in path.coefficients(t))

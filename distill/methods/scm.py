@@ -59,8 +59,10 @@ class SCM(ToData):
         return batch["real"]
 
     def student_loss(self, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
-        path, c = Trig(self.sigma_d), batch.get("real_c")
-        teacher, student = nets.teacher.on(path), nets.student.denoiser.on(path)
+        path = Trig(self.sigma_d)
+        c = batch.get("real_c")
+        teacher = nets.teacher.on(path)
+        student = nets.student.denoiser.on(path)
         t = path.time(nets.teacher.schedule.ratio(self.times(draw, "t", len(x), nets.teacher.schedule)))
         w = scale_of(self.guidance, draw, len(x))
         x_t = path.diffuse(x, draw.normal("eps", x.shape).to(x), t)

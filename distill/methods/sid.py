@@ -57,8 +57,10 @@ class SiD(Method):
         return nets.generate(batch, draw, 1 + draw.index("steps", len(nets.student.times)))
 
     def fake_loss(self, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
-        c, fake = batch.get("c"), nets.fake_score
-        t, eps = self.fake_times(draw, "t", len(x), fake.path), draw.normal("eps", x.shape).to(x)
+        c = batch.get("c")
+        fake = nets.fake_score
+        t = self.fake_times(draw, "t", len(x), fake.path)
+        eps = draw.normal("eps", x.shape).to(x)
         pred = Guided(fake, self.kappa[0])(fake.path.diffuse(x, eps, t), t, c)
         return denoising(pred, x, eps, self.reduction), {}
 
@@ -68,8 +70,11 @@ class SiD(Method):
     def identity(
         self, x: Tensor, nets: Nets, batch: Batch, draw: Draw, taps: Taps = ()
     ) -> tuple[Tensor, Logs, Tensor | float, list[Tensor]]:  # loss, logs, w and the fake score's features of its pass
-        c, path, (_, k2, k3, k4) = batch.get("c"), nets.teacher.path, self.kappa
-        t, eps = self.times(draw, "t", len(x), path), draw.normal("eps", x.shape).to(x)
+        c = batch.get("c")
+        path = nets.teacher.path
+        _, k2, k3, k4 = self.kappa
+        t = self.times(draw, "t", len(x), path)
+        eps = draw.normal("eps", x.shape).to(x)
         x_t = path.diffuse(x, eps, t)
         real = Guided(nets.teacher, k4)(x_t, t, c).x0
         pred, features = Guided(nets.fake_score, k2).tapping(x_t, t, c, taps)

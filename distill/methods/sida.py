@@ -71,8 +71,11 @@ class SiDA(SiD):
     def fake_loss(self, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
         if not self.gan_fake:
             return super().fake_loss(x, nets, batch, draw)
-        c, y, fake = batch.get("c"), batch["real"].to(x), nets.fake_score
-        t, eps = self.fake_times(draw, "t", len(x), fake.path), draw.normal("eps", x.shape).to(x)
+        c = batch.get("c")
+        y = batch["real"].to(x)
+        fake = nets.fake_score
+        t = self.fake_times(draw, "t", len(x), fake.path)
+        eps = draw.normal("eps", x.shape).to(x)
         pred, of_x = Guided(fake, self.kappa[0]).tapping(fake.path.diffuse(x, eps, t), t, c, self.taps)
         of_y = fake.features(fake.path.diffuse(y, eps, t), t, batch.get("real_c", c), self.taps)
         low, high = (self.logits(h, x, self.fusion == "sample") for h in (of_x, of_y))

@@ -57,7 +57,8 @@ class SIGN(DMD):
         if self.idem:
             assert nets.target is not None
             gaps["idem"] = replace(nets.student, denoiser=nets.target).generate(x, batch.get("c"), steps=1) - x
-        y, c = batch.get("real", x), batch.get("real_c")
+        y = batch.get("real", x)
+        c = batch.get("real_c")
         if self.rec:
             gaps["rec"] = nets.student.generate(y, c, steps=1) - y
         if self.flow:
@@ -74,7 +75,8 @@ class SIGN(DMD):
     def along(self, y: Tensor, nets: Nets, c: Condition, draw: Draw) -> Tensor:
         path = nets.teacher.path
         t = Grid(self.N + 1, 1, self.N)(draw, "t_flow", len(y), path)
-        x_t, s = path.diffuse(y, draw.normal("eps_flow", y.shape).to(y), t), t - 1 / self.N
+        x_t = path.diffuse(y, draw.normal("eps_flow", y.shape).to(y), t)
+        s = t - 1 / self.N
         with torch.no_grad():
             x_s = STEPS[self.solver](Guided(nets.teacher, self.guidance), x_t, t, s, c)
             target = self.projected(x_s, s, nets, c)

@@ -66,10 +66,15 @@ class Sprint(SCM):
     def sample(self, nets: Nets, batch: Batch, draw: Draw) -> Tensor:
         if not self.gan:
             return super().sample(nets, batch, draw)
-        student, y, B = nets.student, batch["real"], len(batch["real"])
-        batch["c"], w = batch.get("real_c"), scale_of(self.guidance, draw, B)
-        path, z = student.denoiser.path, draw.normal("z", y.shape).to(y)
-        s, last = self.times(draw, "s", B, path), draw.uniform("last", (B,)) < self.last
+        student = nets.student
+        y = batch["real"]
+        B = len(batch["real"])
+        batch["c"] = batch.get("real_c")
+        w = scale_of(self.guidance, draw, B)
+        path = student.denoiser.path
+        z = draw.normal("z", y.shape).to(y)
+        s = self.times(draw, "s", B, path)
+        last = draw.uniform("last", (B,)) < self.last
         s = torch.where(last, student.times[0], s)
         y_s = torch.where(expand(last, y).bool(), student.input_scale * z, path.diffuse(y, z, s))
         return student.denoiser(y_s, s, with_guidance_key(batch["c"], w)).x0

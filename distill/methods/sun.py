@@ -50,11 +50,14 @@ class SUN(Method):
         return batch["real"]
 
     def student_loss(self, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
-        c, path = batch["real_c"], nets.teacher.path
+        c = batch["real_c"]
+        path = nets.teacher.path
         other = drop(shuffled_conditions(c, draw), nets.teacher.null, draw.uniform("null", (len(x),)) < self.p_null)
         teacher = Guided(replace(nets.teacher, null={k: other[k] for k in nets.teacher.null or {}}), self.guidance)
-        t, eps = self.times(draw, "t", len(x), path), draw.normal("eps", x.shape).to(x)
-        x_t, told = path.diffuse(x, eps, t), with_negative_prompt(c, other)
+        t = self.times(draw, "t", len(x), path)
+        eps = draw.normal("eps", x.shape).to(x)
+        x_t = path.diffuse(x, eps, t)
+        told = with_negative_prompt(c, other)
         with torch.no_grad():
             target = teacher(x_t, t, c).out
         loss = reduce((nets.student.denoiser(x_t, t, told).out - target) ** 2, self.reduction)
@@ -69,9 +72,13 @@ class SUN(Method):
     ) -> tuple[Tensor, Tensor]:
         times = torch.tensor([*nets.student.times, 0.0], dtype=torch.float64, device=x.device)
         i = draw.integers("step", len(times) - 1)
-        t, s, student, path = times[i], times[i + 1], nets.student.denoiser, nets.teacher.path
+        t = times[i]
+        s = times[i + 1]
+        student = nets.student.denoiser
+        path = nets.teacher.path
         x_t = path.diffuse(x, draw.normal("eps_msc", x.shape).to(x), t)
-        u, pred = (t + s) / 2, student(x_t, t, told)
+        u = (t + s) / 2
+        pred = student(x_t, t, told)
         with torch.no_grad():
             many = walk(teacher, x_t, t, s, c, self.k)
             two = ddim_from_prediction(student(ddim_from_prediction(pred, path, u), u, told), path, s)

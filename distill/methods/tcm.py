@@ -44,7 +44,8 @@ class TCM(CT):
 
     def on_build(self, nets: Nets) -> None:
         times = torch.tensor(nets.student.times, dtype=torch.float64)
-        levels, path = nets.student.denoiser.path.ratio(times), nets.student.denoiser.path
+        levels = nets.student.denoiser.path.ratio(times)
+        path = nets.student.denoiser.path
         if levels.min() < self.start * (1 - 1e-3):
             start = float(path.time(torch.tensor([self.start], dtype=torch.float64)))
             raise ValueError(
@@ -67,6 +68,7 @@ class TCM(CT):
         return torch.where(expand(low, x).bool(), nets.target(x, t, c).x0, super().f(nets, x, t, c))
 
     def far(self, delta: Tensor, draw: Draw) -> Tensor:
-        rho, bound = self.boundary, self.bound(draw).to(delta)
+        rho = self.boundary
+        bound = self.bound(draw).to(delta)
         share = bound * self.weight / (rho or 1.0) + (1 - bound) / (1 - rho)
         return super().far(delta, draw) * share

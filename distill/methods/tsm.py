@@ -45,8 +45,10 @@ class TSM(Method):
         return batch["real"]
 
     def student_loss(self, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
-        c, path = batch.get("real_c"), nets.teacher.path
-        t, eps = self.times(draw, "t", len(x), path), draw.normal("eps", x.shape).to(x)
+        c = batch.get("real_c")
+        path = nets.teacher.path
+        t = self.times(draw, "t", len(x), path)
+        eps = draw.normal("eps", x.shape).to(x)
         x_t = path.diffuse(x, eps, t)
         with torch.no_grad():
             target = Guided(nets.teacher, self.guidance)(x_t, t, c).out

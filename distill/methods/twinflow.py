@@ -42,7 +42,9 @@ class TwinFlow(RCGM):
         loss, logs = super().student_loss(batch["real"], nets, batch, draw)
         if self.alone:
             return loss, logs
-        logs["base"], net, c = loss, nets.student.denoiser.on(PATH), batch.get("c")
+        logs["base"] = loss
+        net = nets.student.denoiser.on(PATH)
+        c = batch.get("c")
         if self.twin:
             x_t, t, eps = self.noised(x.detach(), draw, "twin")
             F = average(net, x_t, t, -t, c)
@@ -52,10 +54,12 @@ class TwinFlow(RCGM):
             with torch.no_grad():
                 x_u, u, _ = self.noised(x, draw, "rectify")
                 g = average(net, x_u, u, -u, c) - average(net, x_u, u, u, c)
-            logs["gap"], logs["rectify"] = g.square().mean(), self.distance(x, -g.clamp(-self.clamp, self.clamp)).mean()
+            logs["gap"] = g.square().mean()
+            logs["rectify"] = self.distance(x, -g.clamp(-self.clamp, self.clamp)).mean()
             loss = loss + self.rectify * logs["rectify"]
         return loss, logs
 
     def noised(self, x: Tensor, draw: Draw, name: str) -> tuple[Tensor, Tensor, Tensor]:
-        t, eps = self.times(draw, f"t_{name}", len(x), PATH), draw.normal(f"eps_{name}", x.shape).to(x)
+        t = self.times(draw, f"t_{name}", len(x), PATH)
+        eps = draw.normal(f"eps_{name}", x.shape).to(x)
         return PATH.diffuse(x, eps, t), t, eps

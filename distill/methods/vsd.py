@@ -59,22 +59,27 @@ class VSD(Method):
         return nets.generate(batch, draw, 1 + draw.index("steps", len(nets.student.times)))
 
     def student_loss(self, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
-        c, path = batch.get("c"), nets.teacher.path
-        t, eps = self.times(draw, "t", len(x), path), draw.normal("eps", x.shape).to(x)
+        c = batch.get("c")
+        path = nets.teacher.path
+        t = self.times(draw, "t", len(x), path)
+        eps = draw.normal("eps", x.shape).to(x)
         k = scale_of(self.guidance, draw, len(x))
         k_fake = k if self.fake_guidance is None else self.fake_guidance
         with torch.no_grad():
             x_t = path.diffuse(x, eps, t)
-            real, fake = Guided(nets.teacher, k)(x_t, t, c).eps, Guided(nets.fake_score, k_fake)(x_t, t, c).eps
+            real = Guided(nets.teacher, k)(x_t, t, c).eps
+            fake = Guided(nets.fake_score, k_fake)(x_t, t, c).eps
             alpha, sigma = path.coefficients(t)
             w = expand(sigma**2 / (alpha**2 + sigma**2), x) if self.weight else 1.0
         own = not isinstance(k_fake, Tensor) and k_fake == 1
         return reduce(gradient_surrogate(x, w * (real - fake)), self.reduction), score_gap_logs(eps, real, fake, own)
 
     def fake_loss(self, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
-        c, path = batch.get("c"), nets.fake_score.path
+        c = batch.get("c")
+        path = nets.fake_score.path
         if self.requirements:
             c = drop(c, nets.fake_score.null, draw.uniform("drop", (len(x),)) < self.p_drop)
-        t, eps = self.fake_times(draw, "t", len(x), path), draw.normal("eps", x.shape).to(x)
+        t = self.fake_times(draw, "t", len(x), path)
+        eps = draw.normal("eps", x.shape).to(x)
         weight = expand(path.coefficients(t)[0] ** 2, x) if self.fake_weight == "alpha" else 1.0
         return denoising(nets.fake_score(path.diffuse(x, eps, t), t, c), x, eps, self.reduction, weight=weight), {}

@@ -80,7 +80,9 @@ class Pixels(nn.Module):
         def layer() -> nn.Module:
             return nn.Sequential(nn.Conv2d(channels, channels, 1), nn.GroupNorm(groups, channels), nn.LeakyReLU())
 
-        self.conv1, self.conv2, self.conv_out = layer(), layer(), nn.Conv2d(channels, 1, 1)
+        self.conv1 = layer()
+        self.conv2 = layer()
+        self.conv_out = nn.Conv2d(channels, 1, 1)
 
     def forward(self, features: Tensor) -> Tensor:
         x = features.transpose(1, 2) if features.ndim == 3 else features
@@ -90,7 +92,8 @@ class Pixels(nn.Module):
 
 def pixels(feature: Tensor) -> Pixels:
     """PCM's head for features shaped like `feature`."""
-    channels, places = feature.shape[2 if feature.ndim == 3 else 1], count(feature)
+    channels = feature.shape[2 if feature.ndim == 3 else 1]
+    places = count(feature)
     groups = 32 if places > 1 and channels % 32 == 0 else math.gcd(32, max(channels // 8, 1))
     return Pixels(channels, groups)  # a group of one number would give zero
 
@@ -114,7 +117,8 @@ def head(feature: Tensor, places: bool = False) -> nn.Module:
         case 3:
             return Tokens(feature.shape[2], places)
         case 4 | 5:
-            channels, (height, width) = feature.shape[1], feature.shape[-2:]
+            channels = feature.shape[1]
+            height, width = feature.shape[-2:]
             strided = max(0, int(math.log2(min(height, width) / 4)))
             groups = math.gcd(32, max(channels // 8, 1))  # at least 8 channels: a group of one on 1x1 gives 0
             return Head(channels, strided, groups, (min(4, height), min(4, width)), places)
@@ -146,7 +150,9 @@ def noised_features(
     x [B len(names), ...]: groups of B samples in one pass. The draws of a group are "NAME_t" for u and "NAME_eps" for
     eps.
     """
-    path, B, shape = denoiser.path, len(x) // len(names), x[: len(x) // len(names)].shape
+    path = denoiser.path
+    B = len(x) // len(names)
+    shape = x[: len(x) // len(names)].shape
     u = torch.cat([times(draw, f"{name}_t", B, path) for name in names])
     eps = torch.cat([draw.normal(f"{name}_eps", shape) for name in names]).to(x)
     return denoiser.features(path.diffuse(x, eps, u), u, c, taps)

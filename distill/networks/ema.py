@@ -22,7 +22,8 @@ class EMA:
     def __init__(self, net: nn.Module, half_life: float, ramp: float | None = None, width: float | None = None) -> None:
         if half_life < 0:
             raise ValueError(f"ema half_life is {half_life} images; it must be 0 (off) or more")
-        self.half_life, self.ramp = half_life, ramp
+        self.half_life = half_life
+        self.ramp = ramp
         self.gamma = None if width is None else exponent(width)
         self.follows: nn.Module | None = None
         self.net = net if half_life == 0 and width is None else copy_trainable(net).requires_grad_(False).eval()

@@ -25,7 +25,8 @@ class Multiplier(nn.Module):
     def seen(self, loss: Tensor, step: int) -> None:
         """Record the loss of a micro-batch of a step. Losses of an update that was skipped are discarded."""
         if step != self.at:
-            self.at, self.losses = step, []
+            self.at = step
+            self.losses = []
         self.losses.append(loss.detach().float())
 
     @torch.no_grad()

@@ -72,7 +72,9 @@ class NegativePromptProcessor(ABC):
     """
 
     def __init__(self, processor: Any, length: int = 0, words: Tensor | None = None) -> None:
-        self.processor, self.length, self.words = processor, length, words
+        self.processor = processor
+        self.length = length
+        self.words = words
 
     def __call__(
         self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Any = None, attention_mask: Any = None, *a: Any,
@@ -94,7 +96,8 @@ class NegativePromptProcessor(ABC):
         """(prompt, negative prompt); None if there is no negative prompt."""
         if self.words is not None:
             return text, (self.words.to(like).expand(len(like), -1, -1), None)
-        (words, mask), n = text, self.length
+        words, mask = text
+        n = self.length
         if words.shape[1] <= n:
             return text, None
         first, second = (None, None) if mask is None else (mask[..., :n], mask[..., n:])
@@ -156,7 +159,8 @@ class Branch(nn.Module):
 
     def __init__(self, attn: Any) -> None:
         super().__init__()
-        self.to_k, self.to_v = copy.deepcopy(attn.to_k), copy.deepcopy(attn.to_v)
+        self.to_k = copy.deepcopy(attn.to_k)
+        self.to_v = copy.deepcopy(attn.to_v)
         like = attn.to_out[0].weight
         self.alpha, self.beta = (nn.Parameter(like.new_zeros(like.shape[1])) for _ in range(2))
 
@@ -176,7 +180,8 @@ class Offset(nn.Module):
 
     def __init__(self, attn: Any) -> None:
         super().__init__()
-        self.minus, self.plus = Branch(attn), Branch(attn)
+        self.minus = Branch(attn)
+        self.plus = Branch(attn)
 
 
 def layers(net: nn.Module) -> dict[str, Any]:

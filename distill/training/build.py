@@ -37,7 +37,8 @@ def build(
 
     shape: shape of one sample. c: an example condition of batch 1, to find the size of the discriminator's features.
     """
-    student, fake = student or StudentConfig(), fake or FakeConfig()
+    student = student or StudentConfig()
+    fake = fake or FakeConfig()
     for name, part in (("method", method), ("student", student), ("fake", fake)):
         validate_ranges(part, f"{name}.")
     check_requirements(method, teacher, c, student)
@@ -109,7 +110,8 @@ def freeze(net: nn.Module, modules: tuple[str, ...]) -> None:
 def head_network(taps: FeatureTaps, teacher: Denoiser, shape: tuple[int, ...], c: Condition) -> nn.Module:
     """The heads of a role, in the sizes of the teacher's features."""
     with torch.device("meta"), torch.no_grad():  # only shapes are needed; the network may not fit the device yet
-        x, t = torch.zeros(1, *shape), torch.full((1,), 0.5, dtype=torch.float64)
+        x = torch.zeros(1, *shape)
+        t = torch.full((1,), 0.5, dtype=torch.float64)
         example = None if c is None else {key: torch.empty_like(value, device="meta") for key, value in c.items()}
         features = replace(teacher, net=meta_copy(teacher.net)).features(x, t, example, taps.modules)
     return build_heads(features, taps.places, taps.pixels)

@@ -36,7 +36,9 @@ class Log:
     """
 
     def __init__(self, cfg: TrainConfig, accelerator: Accelerator, step: int = 0) -> None:
-        self.cfg, self.accelerator, self.path = cfg, accelerator, Path(cfg.output_dir) / "log.jsonl"
+        self.cfg = cfg
+        self.accelerator = accelerator
+        self.path = Path(cfg.output_dir) / "log.jsonl"
         self.sums: dict[str, Tensor] = {}
         self.counts: dict[str, int] = {}
         main = accelerator.is_main_process
@@ -67,7 +69,8 @@ class Log:
             return
         means = torch.stack([(total / self.counts[name]).float() for name, total in self.sums.items()])
         values = dict(zip(self.sums, self.accelerator.reduce(means, "mean").tolist(), strict=True))
-        self.sums, self.counts = {}, {}
+        self.sums = {}
+        self.counts = {}
         if self.accelerator.is_main_process:
             line = {"step": state.step, "seconds": round(time.perf_counter() - self.start, 3), **values}
             with self.path.open("a") as file:

@@ -59,9 +59,14 @@ class Trainer:
     def __init__(
         self, method: Method, state: State, cfg: TrainConfig, accelerator: Accelerator, source: SampleSource
     ) -> None:
-        self.method, self.state, self.cfg, self.accelerator, self.source = method, state, cfg, accelerator, source
+        self.method = method
+        self.state = state
+        self.cfg = cfg
+        self.accelerator = accelerator
+        self.source = source
         self.players = {name: optimizer.param_groups[0]["params"] for name, optimizer in state.optimizers.items()}
-        micro, rounds = cfg.micro_batch(accelerator.num_processes), cfg.gradient_accumulation_steps
+        micro = cfg.micro_batch(accelerator.num_processes)
+        rounds = cfg.gradient_accumulation_steps
         first = accelerator.process_index * micro * rounds
         samples = torch.arange(first, first + micro * rounds, device=accelerator.device)
         self.indices = samples.split(micro)  # indices in the global batch, one tensor per micro-batch
@@ -80,7 +85,8 @@ class Trainer:
     def update(self, update: Update, earlier: list[MicroBatch]) -> list[MicroBatch]:
         """Make one update of a player and return its micro-batches. earlier: the micro-batches of the previous
         update."""
-        player, state = update.player, self.state
+        player = update.player
+        state = self.state
         set_trainable(self.players, player)
         batches = []
         for i, indices in enumerate(self.indices):
@@ -105,7 +111,8 @@ class Trainer:
 
     def micro_batch(self, update: Update, i: int, indices: Tensor, earlier: list[MicroBatch]) -> MicroBatch:
         """The samples of micro-batch i: new ones, those of an earlier update, or those of a continued generation."""
-        step, player = self.state.step, update.player
+        step = self.state.step
+        player = update.player
         numbers = self.source.draw(self.cfg.seed, step, player, indices)
         if update.reuse and earlier:
             return self.source.reused(earlier[i], numbers)
@@ -117,12 +124,15 @@ class Trainer:
     def log(self, player: str, logs: Logs) -> None:
         """Add the logs of a micro-batch to those of the step, which are means over micro-batches."""
         for name, value in logs.items():
-            key, share = f"{player}/{name}", value.detach() / len(self.indices)
+            key = f"{player}/{name}"
+            share = value.detach() / len(self.indices)
             self.state.logs[key] = self.state.logs.get(key, 0.0) + share
 
     def apply(self, player: str, norm: Tensor) -> None:
         """Take the optimizer's step with gradients of this norm, then update the moving average and counters."""
-        cfg, state, optimizer = self.cfg, self.state, self.state.optimizers[player]
+        cfg = self.cfg
+        state = self.state
+        optimizer = self.state.optimizers[player]
         limit = cfg.max_grad_value if player == "student" else cfg.fake_max_grad_value
         if limit is not None:
             torch.nn.utils.clip_grad_value_(self.players[player], limit)
@@ -134,6 +144,7 @@ class Trainer:
         if cfg.skip_nonfinite:
             state.logs[f"{player}/skipped"] = torch.zeros_like(norm)
         if player == "student":
-            seen, updates = state.step * cfg.train_batch_size, count_updates(self.method, "student", state.step)
+            seen = state.step * cfg.train_batch_size
+            updates = count_updates(self.method, "student", state.step)
             state.ema.update(state.nets.student.denoiser.net, cfg.train_batch_size, seen, updates)
             self.method.after_student_step(state.nets)

@@ -37,7 +37,9 @@ def handle_nonfinite_update(
     """
     from accelerate.utils import gather_object
 
-    step, player, out = state.step, update.player, Path(cfg.output_dir)
+    step = state.step
+    player = update.player
+    out = Path(cfg.output_dir)
     row = state.skipped.get(player, 0) + 1
     state.skipped[player] = row
     fatal = row > cfg.skip_nonfinite

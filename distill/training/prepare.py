@@ -93,7 +93,9 @@ def start(nets: Nets, accelerator: Accelerator) -> None:
 
 def shard_roles(nets: Nets, ema: EMA, accelerator: Accelerator, replicate_teacher: bool) -> None:
     """Shard every role and the moving average. A replicated teacher moves to the device instead."""
-    mesh, half, blocks = sharding.mesh(accelerator), accelerator.mixed_precision == "bf16", nets.teacher.blocks
+    mesh = sharding.mesh(accelerator)
+    half = accelerator.mixed_precision == "bf16"
+    blocks = nets.teacher.blocks
     modules = {id(net): net for net in (*nets.frozen().values(), ema.net, *nets.modules().values())}
     if replicate_teacher:
         for role in nets.frozen().keys() & {"teacher", "worse"}:

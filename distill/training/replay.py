@@ -44,7 +44,8 @@ def replay_update(
     """Compute the micro-batches of a replay folder again with its weights. Returns the findings by the rank that had
     them."""
     facts = read_facts(folder)
-    step, player = facts["step"], facts["player"]
+    step = facts["step"]
+    player = facts["player"]
     state = prepare_state(nets, data, cfg, accelerator, folder / f"checkpoint-{step}")
     set_trainable({name: optimizer.param_groups[0]["params"] for name, optimizer in state.optimizers.items()}, player)
     update = next(update for update in method.updates() if update.player == player)
@@ -59,13 +60,16 @@ def replay_update(
 
 def _restored(tensors: dict[str, Any], indices: Tensor, facts: dict[str, Any]) -> MicroBatch:
     """A micro-batch from the tensors of `_stored`."""
-    seed, step, player = facts["seed"], facts["step"], facts["player"]
+    seed = facts["seed"]
+    step = facts["step"]
+    player = facts["player"]
     numbers = Draw(seed, step, player, indices)
     if "x" in tensors:
         return MicroBatch(tensors["x"], tensors["batch"], numbers, None)
     late = int(tensors["late"]) if "late" in tensors else None
     source = Draw(seed, step - (late or 0), player, indices)
-    source.late, source.before = late, tensors.get("before")
+    source.late = late
+    source.before = tensors.get("before")
     return MicroBatch(indices, tensors["batch"], numbers, source)
 
 

@@ -26,8 +26,11 @@ class Watchdog:
     """
 
     def __init__(self, seconds: float, out: Path, rank: int, step: int = 0) -> None:
-        self.seconds, self.out, self.rank = seconds, out, rank
-        self._now, self._over = (step, time.monotonic()), threading.Event()
+        self.seconds = seconds
+        self.out = out
+        self.rank = rank
+        self._now = (step, time.monotonic())
+        self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def __call__(self, step: int) -> None:
@@ -76,7 +79,8 @@ class Agreement:
     """
 
     def __init__(self, accelerator: Accelerator) -> None:
-        self.device, self.alone = accelerator.device, accelerator.num_processes == 1
+        self.device = accelerator.device
+        self.alone = accelerator.num_processes == 1
         self.answer: tuple[Tensor, torch.cuda.Event] | None = None
 
     def __call__(self, number: int) -> int:
@@ -86,7 +90,8 @@ class Agreement:
         torch.distributed.all_reduce(greatest, torch.distributed.ReduceOp.MAX)
         if self.device.type != "cuda":
             return int(greatest)
-        before, event = self.answer, torch.cuda.Event()
+        before = self.answer
+        event = torch.cuda.Event()
         host = torch.empty((), dtype=greatest.dtype, pin_memory=True).copy_(greatest, non_blocking=True)
         event.record()
         self.answer = host, event

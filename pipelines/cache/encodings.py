@@ -104,7 +104,8 @@ def make_cache(config: Cache) -> Path:
     check(config)
     from pipelines.launch import silence_libraries, start_accelerator
 
-    state, folder = start_accelerator(), Path(config.output_dir)
+    state = start_accelerator()
+    folder = Path(config.output_dir)
     silence_libraries()
     prompts, pictures = config.sources().sources()
     teacher = encoders(config, state.device)
@@ -143,7 +144,8 @@ def encoders(config: Cache, device: torch.device) -> Teacher:
     from pipelines.teacher import teacher_of
 
     parts = Parts(locate_pipeline(config.teacher, config.revision, config.variant), config.variant)
-    parts.precision, parts.device = getattr(torch, config.precision), device
+    parts.precision = getattr(torch, config.precision)
+    parts.device = device
     if not any(name.startswith("text_encoder") for name in parts.index):
         raise ValueError(
             f"{parts.folder} is a {parts.index['_class_name']}: it has no text encoder, and needs no cache"
@@ -163,7 +165,8 @@ def encoders(config: Cache, device: torch.device) -> Teacher:
 
 def open_or_create_index(folder: Path, config: Cache, teacher: Teacher, tables: dict[str, Table]) -> dict[str, Any]:
     """The index of the cache: the one in the folder if it has the same configuration, or a new one."""
-    text, images = tables["text"], tables.get("image")
+    text = tables["text"]
+    images = tables.get("image")
     assert isinstance(text, Texts)
     work = hashlib.blake2b(json.dumps(text.texts).encode(), digest_size=16)
     if isinstance(images, Images):
@@ -240,7 +243,8 @@ def announce(folder: Path, index: dict[str, Any]) -> None:
     """Print the number of bytes of the cache. ValueError if the disk has less space."""
     fewer = "fewer --max_samples or --crops, or encode while training (--data.text online)"
     fewer = "a smaller --n" if "ode" in index else fewer
-    need, lines = 0.0, []
+    need = 0.0
+    lines = []
     for name, entry in index["tables"].items():
         shards = -(-entry["total"] // entry["per_shard"])
         whole = sum(is_readable(folder / file(name, i)) for i in range(shards))
@@ -271,11 +275,13 @@ def fill(folder: Path, name: str, table: Table, entry: dict[str, Any], config: C
     """Write the missing shards; each process writes its part of them."""
     from distill.progress import bar
 
-    total, per_shard = entry["total"], entry["per_shard"]
+    total = entry["total"]
+    per_shard = entry["per_shard"]
     mine = range(total)[::per_shard][state.process_index :: state.num_processes]
     todo = [first for first in mine if not is_readable(folder / file(name, first // per_shard))]
     rows = {first: range(first, min(first + per_shard, total)) for first in todo}
-    here, done = sum(map(len, rows.values())), sum(min(per_shard, total - first) for first in mine if first not in rows)
+    here = sum(map(len, rows.values()))
+    done = sum(min(per_shard, total - first) for first in mine if first not in rows)
     with bar(here + done, "row", name, state.is_main_process, done) as shown:
         for first in todo:
             shard: list[Rows] = []

@@ -97,7 +97,8 @@ def make_pairs(config: Sampling) -> Path:
     check(config)
     from pipelines.launch import silence_libraries, start_accelerator
 
-    state, folder = start_accelerator(), Path(config.output_dir)
+    state = start_accelerator()
+    folder = Path(config.output_dir)
     silence_libraries()
     teacher = load_pairs_teacher(config, state.device)
     texts, text = prompts(config, teacher)
@@ -159,7 +160,8 @@ class First:
     """The first n rows of a table of texts, and its last row, the empty text."""
 
     def __init__(self, text: Table, n: int) -> None:
-        self.text, self.n = text, n
+        self.text = text
+        self.n = n
 
     def __len__(self) -> int:
         return self.n + 1

@@ -63,7 +63,8 @@ def read_settings(path: Path, metadata: dict[str, str], prefix: str) -> Settings
     """
     if "lora_adapter_metadata" in metadata:
         source = f"lora_adapter_metadata of {path.name}"
-        found, dot = _object(metadata["lora_adapter_metadata"], source), f"{prefix}."
+        found = _object(metadata["lora_adapter_metadata"], source)
+        dot = f"{prefix}."
         if own := {key.removeprefix(dot): value for key, value in found.items() if key.startswith(dot)}:
             return Settings(source, _options(own, source))
     beside = path.parent / FILE

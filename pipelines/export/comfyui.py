@@ -31,7 +31,9 @@ def _is_table(schedule: VP) -> bool:
 
 def sampler_levels(student: Student) -> tuple[list[float], float]:
     """ComfyUI's sigmas of the student's calls, and the factor of the unit noise at the first; or a ValueError."""
-    denoiser, path, schedule = student.denoiser, student.denoiser.path, student.denoiser.schedule
+    denoiser = student.denoiser
+    path = student.denoiser.path
+    schedule = student.denoiser.schedule
     if not isinstance(schedule, VP) or not _is_table(schedule):
         raise ValueError(
             f"ComfyUI's samplers for UNets use Stable Diffusion's noise table, not this {type(schedule).__name__}"

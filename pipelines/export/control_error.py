@@ -60,7 +60,9 @@ def measure_control_error(arguments: Arguments) -> dict[str, float]:
     config = student_config_of_export(teacher, StudentConfig())
     student = Student(teacher.denoiser, find_student_scheduler(teacher, config)[1], config.scale, config.renoise)
     prompts = teacher.family.examples(teacher)
-    c, draw, gaps = teacher.encode(prompts) or {}, GlobalGeneratorDraw(teacher), []
+    c = teacher.encode(prompts) or {}
+    draw = GlobalGeneratorDraw(teacher)
+    gaps = []
     generator = torch.Generator().manual_seed(arguments.seed)
     for _ in range(arguments.n):
         z, other = torch.randn(2, len(prompts), *teacher.shape, generator=generator)

@@ -99,11 +99,13 @@ def read(file: Path) -> tuple[dict[str, Any], str, dict[str, Tensor]]:
     try:
         with file.open("rb") as f:
             ema = Reader(f).load()["ema"]
-        outer, kind = _object(ema), ema.args[0]["class_name"]
+        outer = _object(ema)
+        kind = ema.args[0]["class_name"]
         model = outer["_modules"]["model"]
         inner = model.args[0]["class_name"]
         values = {name: outer[name] for name in ("sigma_data", "img_resolution", "img_channels")}
-        values["label_dropout"], values["dropout"] = _object(model)["label_dropout"], _first_block(model)["dropout"]
+        values["label_dropout"] = _object(model)["label_dropout"]
+        values["dropout"] = _first_block(model)["dropout"]
         tensors = dict(_tensors(model))
     except Exception as error:  # the unpickler may raise anything for an unknown file
         raise ValueError(f"{file} is not a checkpoint of EDM: {type(error).__name__}: {error}") from None
@@ -125,7 +127,8 @@ def _first_block(model: Any) -> dict[str, Any]:
 
 def _tensors(thing: Any, prefix: str = "", seen: set[int] | None = None) -> Any:
     """(name, tensor) of a module and its children. ValueError for structures that no network has, such as a cycle."""
-    parts, seen = _object(thing), set() if seen is None else seen
+    parts = _object(thing)
+    seen = set() if seen is None else seen
     if id(thing) in seen:
         raise ValueError(f"its module {prefix or 'model'} is there twice")
     seen.add(id(thing))

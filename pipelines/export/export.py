@@ -99,7 +99,8 @@ def export(
         expected = sample_reference(student, teacher, net)
     limits = [LEGS] if any(to for _, to in student.legs) else []
     student = fold_end_times_of(student, teacher)
-    one, net = student.denoiser, student.denoiser.net
+    one = student.denoiser
+    net = student.denoiser.net
     others = {
         n: sample_reference(replace(student, times=carrying(teacher, StudentConfig(steps=n))[1]), teacher, net)
         for n in teacher.family.verified_steps(teacher.parts)
@@ -254,11 +255,15 @@ def write_single_files(student: Student, teacher: Teacher, net: nn.Module, folde
             ],
             {},
         )
-    steps, kind, limits, left = len(student.times), student.denoiser.kind, [NEGATIVE], {}  # type: ignore[var-annotated]
+    steps = len(student.times)
+    kind = student.denoiser.kind
+    limits = [NEGATIVE]
+    left: dict[str, str] = {}
     size = teacher.shape[-1] * factor(teacher.parts), teacher.shape[-2] * factor(teacher.parts)
     spec = lambda lora: single_files.modelspec(net, kind, card.name, size, lora, license=card.license.id)
     name = lambda what: single_files.file_name(card.name, steps, what)
-    part, adapted = single_files.network_name(net), hasattr(net, "peft_config")
+    part = single_files.network_name(net)
+    adapted = hasattr(net, "peft_config")
     write = lambda what, to: try_write(folder / name(what), lambda file: to(net, file, spec(what != part)), left)
     made = write(part, single_files.write_network_file)
     loads_lora = hasattr(getattr(diffusers, teacher.parts.index["_class_name"]), "load_lora_weights")
@@ -426,7 +431,8 @@ def average_students(a: Student, b: Student, share: float) -> Student:
     ours, theirs = ((s.times, s.input_scale, s.renoise) for s in (a, b))
     if ours != theirs:
         raise ValueError(f"the other student's calls are (times, scale, noise) {theirs}, this one's {ours}: not mixed")
-    net, other = merged(a.denoiser.net), merged(b.denoiser.net).state_dict()
+    net = merged(a.denoiser.net)
+    other = merged(b.denoiser.net).state_dict()
     for name, tensor in net.state_dict().items():
         if tensor.is_floating_point():
             tensor.lerp_(other[name].to(tensor), 1 - share)
@@ -435,7 +441,8 @@ def average_students(a: Student, b: Student, share: float) -> Student:
 
 def embeds_guidance(method: str, fields: dict[str, Any]) -> bool:
     """Whether a method of this name with these values gives its student a guidance input."""
-    known, w = {name.lower(): getattr(methods, name) for name in methods.__all__}, fields.get("guidance")
+    known = {name.lower(): getattr(methods, name) for name in methods.__all__}
+    w = fields.get("guidance")
     if not isinstance(w, list) or method not in known:
         return False
     options = {"embed": fields["embed"]} if "embed" in fields else {}

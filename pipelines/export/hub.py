@@ -94,7 +94,8 @@ def _reason(error: BaseException) -> str:
         if isinstance(link, OfflineModeIsEnabled):
             return "HF_HUB_OFFLINE=1 is set, so nothing may be sent"
         if isinstance(link, HfHubHTTPError):
-            status, said = link.response.status_code, link.server_message or link.response.reason_phrase
+            status = link.response.status_code
+            said = link.server_message or link.response.reason_phrase
             return f"{os.environ.get('HF_ENDPOINT', 'the Hub')} answered {status}, {said}"
     lines = str(chain[-1]).strip().splitlines()
     return lines[0].rstrip(".") if lines else type(chain[-1]).__name__

@@ -79,7 +79,8 @@ def write_lora_file(
     Names are those of kohya's trainer: the original code's for SDXL, diffusers' for SD 1.5 and 2.1. The ss_ entries
     name the base for stable-diffusion-webui.
     """
-    names, sdxl = original_names(net), net.config.addition_embed_type == "text_time"
+    names = original_names(net)
+    sdxl = net.config.addition_embed_type == "text_time"
     metadata = dict(metadata)
     if sdxl:
         metadata["ss_base_model_version"] = "sdxl_base_v1-0"
@@ -90,6 +91,7 @@ def write_lora_file(
         if name not in names:
             raise ValueError(f"ComfyUI has no module for {name!r}: leave it out of the LoRA's targets")
         key = "lora_unet_" + (names[name] if sdxl else name).replace(".", "_")
-        tensors[f"{key}.lora_down.weight"], tensors[f"{key}.lora_up.weight"] = adapter.down, adapter.up
+        tensors[f"{key}.lora_down.weight"] = adapter.down
+        tensors[f"{key}.lora_up.weight"] = adapter.up
         tensors[f"{key}.alpha"] = torch.tensor(adapter.alpha)
     return write_tensors(tensors, path, metadata, dtype)

@@ -59,7 +59,8 @@ def find_license(base: str | Path, given: str | None = None) -> License:
     if given:
         title, _, link = given.partition(",")
         return License("other", title, link) if link else License(title)
-    name, readme = hub_name(base), Path(base) / "README.md"
+    name = hub_name(base)
+    readme = Path(base) / "README.md"
     said = (metadata_load(readme) if readme.is_file() else None) or {}
     found = License(said["license"], said.get("license_name"), said.get("license_link")) if "license" in said else None
     found = found or BASES.get(name or "")

@@ -152,7 +152,8 @@ def check_agreement(found: PublishedWeights, known: Layout, base: Any, zero: boo
 
     base: the base's denoiser. zero: whether its terminal SNR is zero.
     """
-    kind, named = base.kind, {"eps": "epsilon", "v": "v"}
+    kind = base.kind
+    named = {"eps": "epsilon", "v": "v"}
     if found.kind and found.kind != kind:
         raise ValueError(
             f"the file says that its network predicts {named[found.kind]}, and the base predicts "
@@ -208,8 +209,10 @@ def network_with_weights(net: nn.Module, weights: dict[str, Tensor] | dict[str, 
         return net
     from peft import LoraConfig, inject_adapter_in_model
 
-    ranks, alphas = {n: len(a.down) for n, a in found.items()}, {n: a.alpha for n, a in found.items()}
-    r, alpha = max(ranks.values()), max(alphas.values())
+    ranks = {n: len(a.down) for n, a in found.items()}
+    alphas = {n: a.alpha for n, a in found.items()}
+    r = max(ranks.values())
+    alpha = max(alphas.values())
     config = LoraConfig(
         r=r,
         lora_alpha=alpha,
@@ -248,7 +251,8 @@ def _weights(tensors: dict[str, Tensor], net: nn.Module, path: Path) -> dict[str
         split = {key: key.rpartition(".") for key in tensors}
         tensors = {".".join((names.get(split[k][0], split[k][0]), split[k][2])): v for k, v in tensors.items()}
     base = net.state_dict()
-    missing, foreign = sorted(base.keys() - tensors.keys()), sorted(tensors.keys() - base.keys())
+    missing = sorted(base.keys() - tensors.keys())
+    foreign = sorted(tensors.keys() - base.keys())
     wrong = [k for k in base.keys() & tensors.keys() if base[k].shape != tensors[k].shape]
     if missing or foreign or wrong:
         raise ValueError(
@@ -266,7 +270,8 @@ def _adapters(
 
     The note names the source of alpha.
     """
-    prefix, state = network_name(net), net.state_dict()
+    prefix = network_name(net)
+    state = net.state_dict()
     told = read_settings(path, metadata, prefix)
     for key in tensors:
         if other := re.search(r"dora_scale|lora_magnitude_vector|hada_w|lokr_w", key):
@@ -282,16 +287,19 @@ def _adapters(
         if not match or not name:
             raise ValueError(f"{path}: {key!r} is not a LoRA of a module of the base's {prefix}")
         found.setdefault(name, {})[ROLES[match["role"]]] = tensor
-    out, sources = {}, set()
+    out = {}
+    sources = set()
     for name, pair in found.items():
         down = pair.get("down")
-        (rows, *rest), r = shapes[name], len(down) if down is not None and down.ndim else 0
+        rows, *rest = shapes[name]
+        r = len(down) if down is not None and down.ndim else 0
         sizes = [pair[role].numel() for role in ("down", "up") if role in pair]
         if sizes != [r * math.prod(rest), rows * r]:
             raise ValueError(f"{path}: the LoRA of {name} does not fit the base's weight {tuple(shapes[name])}")
         if not r:
             raise ValueError(f"{path}: the LoRA of {name} has rank 0")
-        down, up = pair["down"].reshape(r, *rest), pair["up"].reshape(rows, r, *[1] * (len(rest) - 1))
+        down = pair["down"].reshape(r, *rest)
+        up = pair["up"].reshape(rows, r, *[1] * (len(rest) - 1))
         alpha, source = _alpha(pair, told.alpha(name, r) if told else None, f"{told}", name, r)
         sources.add(source)
         out[name] = Adapter(down, up, alpha)

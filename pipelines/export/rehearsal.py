@@ -89,7 +89,8 @@ def shift(name: str, value: Any) -> float:
 @contextmanager
 def on_cpu(parts: Parts) -> Iterator[None]:
     """Move text encoders and autoencoder to the CPU. Encoders loaded for this are freed at the end."""
-    device, threads = parts.device, torch.get_num_threads()
+    device = parts.device
+    threads = torch.get_num_threads()
     before = {name: vars(parts)[name] for name in ("text", "vae") if name in vars(parts)}
     if "text" in before:
         setattr(before["text"], parts.network, None)  # SD3's text pipeline refers to the network, which must not move
@@ -141,7 +142,8 @@ def differences(student: Student, teacher: Teacher, scheduler: Scheduler, card: 
     """{steps: largest difference of an image in [0, 1]} between the pipeline and the student's sampler."""
     from pipelines.export.schedule import find_student_scheduler as carrying
 
-    parts, family = teacher.parts, teacher.family
+    parts = teacher.parts
+    family = teacher.family
     base = controlnet.without_controlnet(untimed(student.denoiser))
     call = family.export_call(base.call)
     denoiser = replace(base, net=StandIn(base.net, base.kind), call=call)
@@ -154,7 +156,8 @@ def differences(student: Student, teacher: Teacher, scheduler: Scheduler, card: 
     for n in family.verified_steps(parts):
         students.setdefault(n, replace(one, times=carrying(teacher, StudentConfig(steps=n))[1]))
     shape = (teacher.shape[0], 1, *teacher.shape[2:]) if len(teacher.shape) == 4 else teacher.shape  # one frame
-    z, gaps = torch.randn(1, *shape), {}
+    z = torch.randn(1, *shape)
+    gaps = {}
     for n, each in students.items():
         with exact_arithmetic(n, CPU):
             x = each.generate(z, c, GlobalGeneratorDraw(teacher))

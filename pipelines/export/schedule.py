@@ -68,7 +68,8 @@ def student_config_of_export(teacher: Teacher, given: StudentConfig) -> StudentC
     facts = fields.facts(teacher.parts.folder)
     if facts.get("student") is not True:
         return given
-    found, steps = teacher.parts.scheduler(), facts["steps"]
+    found = teacher.parts.scheduler()
+    steps = facts["steps"]
     calls: dict[str, Any] = dict.fromkeys(("sigma", "timestep", "scale")) | {"steps": steps}
     calls["renoise"] = transition_of(found).name
     calls["times"] = pipeline_times(teacher, found, steps)

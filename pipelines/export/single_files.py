@@ -82,7 +82,8 @@ def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, st
         out[name] = t.detach().to("cpu", dtype if t.is_floating_point() and t.ndim else t.dtype).contiguous()
         if t.is_floating_point() and not torch.isfinite(out[name]).all():
             raise ValueError(f"{name} does not fit into {dtype}: its largest entry is {t.abs().max():.3g}")
-    size, free = sum(t.nbytes for t in out.values()), shutil.disk_usage(path.parent).free
+    size = sum(t.nbytes for t in out.values())
+    free = shutil.disk_usage(path.parent).free
     if size > free:
         raise ValueError(f"{path} needs {size / 1e9:.2f} GB and the disk has {free / 1e9:.2f}: free some space")
     from safetensors.torch import save_file
@@ -107,7 +108,8 @@ def lora_adapters(net: nn.Module) -> dict[str, Adapter]:
     for name, m in net.named_modules():
         if isinstance(m, LoraLayer):
             (key,) = m.lora_A
-            down, up = m.lora_A[key].weight, m.lora_B[key].weight
+            down = m.lora_A[key].weight
+            up = m.lora_B[key].weight
             found[name] = Adapter(down, up, m.scaling[key] * len(down))
     if not found:
         raise ValueError("this student has no LoRA layers: it was trained in full, export its network instead")
@@ -121,10 +123,13 @@ def write_lora_file(net: Network, path: Path, metadata: dict[str, str], dtype: t
     """
     from peft import LoraConfig
 
-    prefix, tensors = network_name(net), {}
+    prefix = network_name(net)
+    tensors = {}
     for name, adapter in lora_adapters(net).items():
-        tensors[f"{prefix}.{name}.lora_A.weight"], tensors[f"{prefix}.{name}.lora_B.weight"] = adapter.down, adapter.up
-    (config,), default = net.peft_config.values(), LoraConfig().to_dict()
+        tensors[f"{prefix}.{name}.lora_A.weight"] = adapter.down
+        tensors[f"{prefix}.{name}.lora_B.weight"] = adapter.up
+    config = net.peft_config.values()
+    default = LoraConfig().to_dict()
     config = {k: v for k, v in config.to_dict().items() if k in ("r", "lora_alpha") or v != default[k]}
     packed = {f"{prefix}.{k}": sorted(v) if isinstance(v, set) else v for k, v in config.items()}
     return write_tensors(

@@ -18,7 +18,8 @@ from pipelines.inference import controlnet
 from pipelines.teacher import Teacher
 
 TOLERANCE = 1e-3  # largest difference of an image in [0, 1]
-LARGEST, PSNR = 0.25, 40.0  # limits for weights in half precision: that difference, and PSNR in decibels
+LARGEST = 0.25  # limit of the difference for weights in half precision
+PSNR = 40.0  # decibels, for weights in half precision
 NEGATIVE = "blurry, grey"  # negative prompt of the comparison for a student that takes one
 
 
@@ -91,7 +92,8 @@ def place_pipeline(pipe: Pipeline, device: torch.device) -> Any:
 @torch.no_grad()
 def sample_reference(student: Student, teacher: Teacher, net: nn.Module) -> Reference:
     """Samples of the student with the weights `net`, one by one, from noise of fixed seeds."""
-    prompts, device = teacher.family.examples(teacher), verification_device(net)
+    prompts = teacher.family.examples(teacher)
+    device = verification_device(net)
     z = torch.randn(len(prompts), *teacher.shape, generator=torch.Generator().manual_seed(0))
     teacher.parts.drop_text()  # it may be on another device
     teacher.parts.device = device
@@ -100,7 +102,9 @@ def sample_reference(student: Student, teacher: Teacher, net: nn.Module) -> Refe
         if negative := NEGATIVE if adapters(net) else None:
             encoded = [with_negative_prompt(c, teacher.negative([negative])) for c in encoded]
     teacher.parts.drop_text()
-    before, found, told = next(net.parameters()).device, [], controlnet.example_picture(student.denoiser, teacher)
+    before = next(net.parameters()).device
+    found = []
+    told = controlnet.example_picture(student.denoiser, teacher)
     roles = net, *(expert.net for expert in student.experts)
     for role in roles:
         role.to(device)
@@ -121,7 +125,9 @@ def sample_reference(student: Student, teacher: Teacher, net: nn.Module) -> Refe
 @torch.no_grad()
 def compare(pipe: Pipeline, teacher: Teacher, expected: Reference, steps: int) -> Gap:
     """Difference of a pipeline's images from the reference; nan if one is not finite."""
-    family, gaps, device = teacher.family, [], pipe._execution_device
+    family = teacher.family
+    gaps = []
+    device = pipe._execution_device
     if expected.picture is not None:
         pipe = controlnet.ControlledPipeline(pipe, expected.picture.to(device))
     for i, prompt in enumerate(expected.prompts):

@@ -87,9 +87,11 @@ def smooth(unet: UNet2DModel, max_frequency: float) -> None:
 def load(parts: Parts, resolution: int | None, frames: int | None) -> Teacher:
     """distill.json beside model_index.json holds the label for "no label", and c_noise if it is not 250."""
     facts = fields.facts(parts.folder)
-    scheduler, c_noise = parts.scheduler(), facts.get("c_noise", C_NOISE)
+    scheduler = parts.scheduler()
+    c_noise = facts.get("c_noise", C_NOISE)
     schedulers.check_class(scheduler, schedulers.EDM, "EDM's levels")
-    known, null = parts.net.config.get("num_class_embeds"), facts.get("null_class")
+    known = parts.net.config.get("num_class_embeds")
+    null = facts.get("null_class")
     if known is not None and null is not None and null >= known:
         path = parts.folder / "distill.json"
         raise ValueError(f"{path}: null_class is {null}, and the network knows the labels 0 .. {known - 1}: correct it")
@@ -108,7 +110,8 @@ def export_network(net: UNet2DModel, student: Student) -> UNet2DModel:
     If the network has another noise input, its first layer W e + b gets the smallest change that maps the pipeline's
     embeddings e of the student's levels like their own, and still maps its own embedding of every sigma as before.
     """
-    call, schedule = student.denoiser.call, student.denoiser.schedule
+    call = student.denoiser.call
+    schedule = student.denoiser.schedule
     assert isinstance(call, Call) and isinstance(schedule, EDM)
     if call.c_noise == C_NOISE:
         return net
@@ -117,7 +120,9 @@ def export_network(net: UNet2DModel, student: Student) -> UNet2DModel:
     embed = lambda scale, log: net.time_proj((scale * log).to(weight.device)).double()
     few = schedule.ratio(torch.tensor(student.times, dtype=torch.float64)).log()
     every = torch.linspace(math.log(schedule.sigma_min), math.log(schedule.sigma_max), 64, dtype=torch.float64)
-    own, told, kept = embed(call.c_noise, few), embed(C_NOISE, few), embed(call.c_noise, every)
+    own = embed(call.c_noise, few)
+    told = embed(C_NOISE, few)
+    kept = embed(call.c_noise, every)
     change = torch.cat([own - told, torch.zeros_like(kept)]) @ weight.T.double()
     weight += (torch.linalg.pinv(torch.cat([told, kept]), rtol=1e-6) @ change).T
     return net
@@ -166,7 +171,8 @@ def schedulers_of_student(teacher: Teacher, student: StudentConfig) -> Iterator[
     """Candidates with the levels sigma (1 - v i)^rho, i = 0, 1, ...; v is near 1 / steps, by default equal."""
     schedule = teacher.denoiser.schedule
     assert isinstance(schedule, EDM)
-    steps, times = student.steps, student.times
+    steps = student.steps
+    times = student.times
     if not student.transition.ends_at_data or (steps > 1 and not student.transition.adds_noise):
         raise ValueError(
             "this family's scheduler renoises with fresh noise: train with --student.renoise fresh, or, where a method "

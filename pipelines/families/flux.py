@@ -83,9 +83,12 @@ def shape(parts: Parts, resolution: int | None) -> tuple[int, int, int]:
 
 def set_timesteps(scheduler: Scheduler, steps: int, teacher: Teacher) -> None:
     """Levels of the pipeline, from 1 to 1 / steps. With dynamic shifting, mu is linear in the number of tokens."""
-    config, tokens = scheduler.config, teacher.shape[-1] * teacher.shape[-2] / 4
-    few, many = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
-    low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+    config = scheduler.config
+    tokens = teacher.shape[-1] * teacher.shape[-2] / 4
+    few = config.get("base_image_seq_len", 256)
+    many = config.get("max_image_seq_len", 4096)
+    low = config.get("base_shift", 0.5)
+    high = config.get("max_shift", 1.15)
     mu = low + (high - low) * (tokens - few) / (many - few)
     scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)
 

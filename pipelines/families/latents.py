@@ -61,7 +61,8 @@ def scale_and_shift(config: Any, x: Tensor) -> tuple[float, float]:
 
 def channel_scale_and_shift(config: Any, x: Tensor) -> tuple[Tensor | float, Tensor | float]:
     """(scale, shift) in the pipeline of SDXL, which also reads latents_mean and latents_std for each channel."""
-    mean, std = config.get("latents_mean"), config.get("latents_std")
+    mean = config.get("latents_mean")
+    std = config.get("latents_std")
     if mean is None or std is None:
         return config.scaling_factor, 0.0
     of = lambda values: torch.tensor(values).to(x).reshape(-1, 1, 1)

@@ -31,7 +31,8 @@ def call(net: nn.Module, x: Tensor, n: Tensor, c: Condition) -> Tensor:
 
 def load(parts: Parts, resolution: int | None, frames: int | None) -> Teacher:
     shape = latents.shape(parts, resolution, parts.net.config.patch_size)
-    side, length = float(shape[-1] * latents.factor(parts)), LENGTH[parts.index["_class_name"]]
+    side = float(shape[-1] * latents.factor(parts))
+    length = LENGTH[parts.index["_class_name"]]
 
     def encode(prompts: Sequence[str]) -> Condition:
         options = {"clean_caption": False, "max_sequence_length": length, "device": parts.device}

@@ -47,7 +47,8 @@ class Rescaled(Guided):
         pred = super().__call__(x, t, c)
         if isinstance(self.w, int | float) and self.w == 1:
             return pred
-        out, cond = pack(pred.out), pack(self.base(x, t, c).out)
+        out = pack(pred.out)
+        cond = pack(self.base(x, t, c).out)
         length = cond.norm(dim=-1, keepdim=True) / out.norm(dim=-1, keepdim=True)
         return replace(pred, out=unpack(out * length, x.shape))
 

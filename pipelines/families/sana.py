@@ -31,7 +31,8 @@ SPRINT = {"qk_norm": "rms_norm_across_heads", "timestep_scale": 1e-3}  # SANA-Sp
 def call(net: Network, x: Tensor, n: Tensor, c: Condition) -> Tensor:
     """c: "prompt_embeds" [B, 300, D] and their "mask" [B, 300]; "guidance" [B] if the network takes it."""
     assert c is not None
-    text, w = c["prompt_embeds"].to(x.dtype), None
+    text = c["prompt_embeds"].to(x.dtype)
+    w = None
     if net.config.guidance_embeds:
         w = c["guidance"].to(n) if "guidance" in c else torch.full_like(n, GUIDANCE)
         w = w * net.config.guidance_embeds_scale
@@ -56,7 +57,8 @@ def with_guidance_embedding(net: Network, parts: Parts) -> Any:
 
 def with_config(net: Network, **config: Any) -> Any:
     """The network with another config and the same weights. New norms start as ones."""
-    like, own = next(net.parameters()), {key: v for key, v in net.config.items() if not key.startswith("_")}
+    like = next(net.parameters())
+    own = {key: v for key, v in net.config.items() if not key.startswith("_")}
     with torch.random.fork_rng(), torch.device(like.device):
         torch.manual_seed(0)  # the same new weights on every process
         made = type(net)(**own | config).to(like.dtype)

@@ -43,7 +43,8 @@ FORMULAS = ("linear", "scaled_linear")  # beta_schedules whose first n betas fol
 def table(scheduler: Scheduler) -> tuple[VP, Kind]:
     """The noise table and the prediction kind of a teacher's scheduler. A ValueError names the class and the key."""
     check_class(scheduler, TABLES, "a table of betas")
-    name, config = type(scheduler).__name__, scheduler.config
+    name = type(scheduler).__name__
+    config = scheduler.config
     if config.get("use_flow_sigmas"):
         raise ValueError(f"the teacher's {name} has use_flow_sigmas true, but its pipeline's network predicts no flow")
     if config.get("timestep_type", "discrete") != "discrete":
@@ -82,7 +83,8 @@ def zero_terminal(scheduler: Scheduler) -> bool:
 def flow(scheduler: Scheduler) -> float:
     """num_train_timesteps of a teacher's flow scheduler. A ValueError names the class and the key."""
     check_class(scheduler, FLOWS, "a flow")
-    name, config = type(scheduler).__name__, scheduler.config
+    name = type(scheduler).__name__
+    config = scheduler.config
     if name in SOLVERS and not config.get("use_flow_sigmas"):
         raise ValueError(f"the teacher's {name} has use_flow_sigmas false, but its pipeline's network predicts a flow")
     if config.get("invert_sigmas"):
@@ -102,7 +104,8 @@ def check_class(scheduler: Scheduler, classes: tuple[str, ...], what: str) -> No
 
 def betas(scheduler: Scheduler, schedule: VP, n: int) -> dict[str, Any]:
     """The config keys with which a student's scheduler has the first n + 1 levels of the teacher's table."""
-    config, last = scheduler.config, len(schedule.alphas_cumprod) - 1
+    config = scheduler.config
+    last = len(schedule.alphas_cumprod) - 1
     formula = config.get("beta_schedule", "linear")
     plain = config.get("trained_betas") is None
     if plain and n == last and zero_terminal(scheduler) and config.get("rescale_betas_zero_snr"):
@@ -110,7 +113,8 @@ def betas(scheduler: Scheduler, schedule: VP, n: int) -> dict[str, Any]:
         return ends | {"beta_schedule": formula, "rescale_betas_zero_snr": True}
     if plain and not zero_terminal(scheduler) and formula in FORMULAS:
         power = 1.0 if formula == "linear" else 0.5
-        low, high = config.beta_start**power, config.beta_end**power
+        low = config.beta_start**power
+        high = config.beta_end**power
         end = (low + (high - low) * n / last) ** (1 / power)
         return {"beta_start": config.beta_start, "beta_end": end, "beta_schedule": formula}
     levels = torch.tensor([1.0, *schedule.alphas_cumprod[: n + 1]], dtype=torch.float64)

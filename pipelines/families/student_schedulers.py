@@ -44,7 +44,8 @@ def of_table(teacher: Teacher, student: StudentConfig) -> Iterator[Any]:
     assert isinstance(schedule, VP)
     last = len(schedule.alphas_cumprod) - 1
     first = student.times[0] if student.times else student.first(schedule)
-    n, steps = round(first * last), student.steps
+    n = round(first * last)
+    steps = student.steps
     sigma = float(schedule.coefficients(torch.tensor([first]).double())[1])
     unit = abs((student.scale or sigma) - 1) < 1e-4  # PixArt's table ends at .99998, which is almost pure noise
     scaled = student.scale is None or abs(student.scale / sigma - 1) < 1e-4
@@ -90,7 +91,8 @@ def _table(teacher: Teacher, n: int) -> dict[str, Any]:
 
 def _grids(teacher: Teacher, kind: Any, n: int, last: int, student: StudentConfig) -> Iterator[Any]:
     """LCM's or TCD's schedulers that start at n. They take `steps` points from a grid of K with spacing (n + 1) / K."""
-    steps, options = student.steps, _table(teacher, n) | {"clip_sample": False}
+    steps = student.steps
+    options = _table(teacher, n) | {"clip_sample": False}
     whole = [K for K in range(steps, n + 2) if (n + 1) % K == 0]
     if n == last:
         whole = [steps, *(K for K in (LCM,) if K > steps), *whole]
@@ -104,7 +106,9 @@ def of_flow(teacher: Teacher, student: StudentConfig) -> Iterator[Any]:
 
     if student.scale is not None and abs(student.scale - 1) > 1e-6:
         raise ValueError(f"a flow's scheduler feeds unit noise, not noise scaled by {student.scale}")
-    config, steps, times = teacher.parts.scheduler().config, student.steps, student.times
+    config = teacher.parts.scheduler().config
+    steps = student.steps
+    times = student.times
     if (start := times[0] if times else student.first(teacher.denoiser.schedule)) < 1:
         raise ValueError(f"a flow's pipeline starts at noise alone; this student starts at t = {start:.4g}")
     shift = float(config.get("shift") or config.get("flow_shift") or 1.0)

@@ -47,8 +47,10 @@ def load(parts: Parts, resolution: int | None, frames: int | None) -> Teacher:
 
 def shape(parts: Parts, resolution: int | None, frames: int | None) -> tuple[int, int, int, int]:
     """(C, T, H, W) of a latent. Default: 81 frames of 480p; Wan 2.2 TI2V-5B: 121 frames of 704p."""
-    config, vae = parts.net.config, parts.config("vae")
-    space, time = vae.get("scale_factor_spatial", 8), vae.get("scale_factor_temporal", 4)
+    config = parts.net.config
+    vae = parts.config("vae")
+    space = vae.get("scale_factor_spatial", 8)
+    time = vae.get("scale_factor_temporal", 4)
     facts = {"resolution": 704, "frames": 121} if space == 16 else {"resolution": 480, "frames": 81}
     facts |= fields.facts(parts.folder)
     resolution = facts["resolution"] if resolution is None else resolution

@@ -99,7 +99,8 @@ def canny(images: Tensor, factor: int = 1, low: float = 100 / 255, high: float =
     steps = ((0, 1), (1, 1), (1, 0), (1, -1))
     ahead, behind = (torch.cat([at(sign * i, sign * j) for i, j in steps], 1).gather(1, way) for sign in (1, -1))
     ridge = (size > behind) & (size >= ahead)
-    edges, weak = (ridge & (size > high)).to(x.dtype), (ridge & (size > low)).to(x.dtype)
+    edges = (ridge & (size > high)).to(x.dtype)
+    weak = (ridge & (size > low)).to(x.dtype)
     for _ in range(rounds):
         edges = weak * F.max_pool2d(edges, 3, 1, 1)
     return edges
@@ -114,7 +115,9 @@ PICTURES: dict[str, Callable[[Tensor, int], Tensor]] = {"canny": canny, "downsam
 def install_adapter(teacher: Teacher) -> None:
     """Add the adapter to the teacher's network, and pass "control" to it. ValueError if the network is not a UNet."""
     pixels = "vae" not in teacher.parts.index
-    net, channels, factor = teacher.denoiser.net, teacher.shape[0] if pixels else 3, 1
+    net = teacher.denoiser.net
+    channels = teacher.shape[0] if pixels else 3
+    factor = 1
     net.control = build_adapter(net, channels, factor if pixels else latents.factor(teacher.parts))
     teacher.denoiser = replace(teacher.denoiser, call=ControlledCall(teacher.denoiser.call))
 

@@ -105,7 +105,8 @@ def install(pipe: Pipeline, folder: str | Path) -> Any:
         except Exception as error:  # a class may raise anything for unusable weights or configs
             raise ValueError(f"{part} cannot be read: {error}: export or copy the folder again") from None
     net.add_module("experts", nn.ModuleList(others).eval())  # so that they move with it
-    signature, calls = inspect.signature(net.forward), [*others, net.forward]
+    signature = inspect.signature(net.forward)
+    calls = [*others, net.forward]
 
     def forward(*args: Any, **options: Any) -> Any:
         given = torch.as_tensor(signature.bind(*args, **options).arguments[facts["by"]]).reshape(-1)
@@ -125,7 +126,9 @@ def install(pipe: Pipeline, folder: str | Path) -> Any:
 def read_routes(path: Path) -> dict[str, Any]:
     """experts.json: "by" "timestep" with decreasing "bounds", or "class_labels" with the "classes" of each network."""
     facts = fields.read(path)
-    bounds, classes, by = facts.get("bounds"), facts.get("classes"), facts.get("by")
+    bounds = facts.get("bounds")
+    classes = facts.get("classes")
+    by = facts.get("by")
     falling = isinstance(bounds, list) and all(map(fields.is_number, bounds)) and sorted(bounds, reverse=True) == bounds
     parts = isinstance(classes, list) and len(classes) > 1 and all(map(are_labels, classes))
     if not (by == "timestep" and falling or by == "class_labels" and parts):

@@ -72,7 +72,8 @@ def apply_negative_prompt(teacher: Teacher, text: str, rule: Rule, net: nn.Modul
     """
     net = teacher.denoiser.net if net is None else net
     found = [*layers(net).values()]
-    words, before = layer_condition(teacher, text, net, found[0]), [layer.processor for layer in found]
+    words = layer_condition(teacher, text, net, found[0])
+    before = [layer.processor for layer in found]
     try:
         for layer, processor in zip(found, before, strict=True):
             layer.processor = RuleProcessor(processor, rule, words=words)
@@ -98,7 +99,8 @@ def install(pipe: Pipeline, file: str | Path) -> Any:
     pipe: any pipeline of diffusers whose network has the base's class and sizes, for example a fine-tuned one. The
     default negative prompt is empty. With guidance the pipeline behaves as before. ValueError if the file does not fit.
     """
-    net, plain = pipe.unet if hasattr(pipe, "unet") else pipe.transformer, type(pipe).encode_prompt
+    net = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
+    plain = type(pipe).encode_prompt
     signature = inspect.signature(plain)
     with safe_open(file, "pt") as stored:
         length = int((stored.metadata() or {}).get("length", 0))
@@ -114,7 +116,8 @@ def install(pipe: Pipeline, file: str | Path) -> Any:
     def encode_prompt(*args: Any, **options: Any) -> Any:
         given = signature.bind(pipe, *args, **options)
         given.apply_defaults()
-        guided, given.arguments["do_classifier_free_guidance"] = given.arguments["do_classifier_free_guidance"], True
+        guided = given.arguments["do_classifier_free_guidance"]
+        given.arguments["do_classifier_free_guidance"] = True
         made = plain(*given.args, **given.kwargs)
         if guided:
             return made
@@ -144,10 +147,8 @@ def layer_condition(teacher: Teacher, text: str, net: nn.Module, layer: nn.Modul
 
     handle = layer.register_forward_pre_hook(hook, with_kwargs=True)
     weight = next(net.parameters())
-    x, t = (
-        torch.zeros(1, *teacher.shape, device=weight.device),
-        torch.ones(1, dtype=torch.float64, device=weight.device),
-    )
+    x = torch.zeros(1, *teacher.shape, device=weight.device)
+    t = torch.ones(1, dtype=torch.float64, device=weight.device)
     c = {key: value.to(weight.device) for key, value in (teacher.encode([text]) or {}).items()}
     try:
         teacher.denoiser.call(net, x.to(weight.dtype), teacher.denoiser.schedule.native(t).to(weight.dtype), c)

@@ -46,7 +46,9 @@ def skip_factors(net: nn.Module, bottom: float, top: float = 1.0) -> list[float]
 
 def install_factors(net: nn.Module, rho: list[float]) -> list[RemovableHandle]:
     """Hooks that scale the i-th skip from the deepest by rho[i]. ValueError if their number differs."""
-    blocks, handles, i = decoder(net), [], 0
+    blocks = decoder(net)
+    handles = []
+    i = 0
     if len(rho) != (n := sum(len(block.resnets) for block in blocks)):
         raise ValueError(f"there are {len(rho)} factors of skips, and this {type(net).__name__} has {n}")
     for block in blocks:

@@ -114,7 +114,9 @@ def stitch(turns: Sequence[SamplingStage], prompts: Sequence[Any], generators: S
     stages' noise levels do not follow one another.
     """
     teachers = [turn.pipe if isinstance(turn.pipe, Teacher) else teacher_from_pipeline(turn.pipe) for turn in turns]
-    last, draw, calls = teachers[-1], GeneratorsDraw(generators), list[Call]()
+    last = teachers[-1]
+    draw = GeneratorsDraw(generators)
+    calls = list[Call]()
     for turn, teacher in zip(turns, teachers, strict=True):
         own = turn.calls(teacher, draw)
         joined = join_calls(calls, own, turn.skip)

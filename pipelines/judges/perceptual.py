@@ -43,7 +43,8 @@ def sample_distance(
     process samples one by one and recompute them in the backward pass, with the memory of a single image. features:
     features of images [B, 3, H, W] in [-1, 1], not clamped; None: LPIPS on VGG16, whose [0, 1] is our [-1, 1].
     """
-    images, net = picture_decoder(teacher, decoder), features or load_lpips()
+    images = picture_decoder(teacher, decoder)
+    net = features or load_lpips()
 
     def distance(x: Tensor, y: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):

@@ -18,8 +18,10 @@ if TYPE_CHECKING:
     from pipelines.teacher import Teacher
 
 Reward = Callable[[Tensor, Condition], Tensor]
-MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of CLIP's pixels
-BATCHES, SIZE = 32, 64  # real samples to which a classifier of labels is fitted
+MEAN = (0.48145466, 0.4578275, 0.40821073)  # of CLIP's pixels
+STD = (0.26862954, 0.26130258, 0.27577711)  # of CLIP's pixels
+BATCHES = 32  # of real samples, to which a classifier of labels is fitted
+SIZE = 64  # of a batch
 
 
 def build_reward(config: Config[Any, Any], teacher: Teacher, data: Any) -> Reward:
@@ -50,7 +52,8 @@ def clip_reward(weights: str, texts: Sequence[str], pictures: Callable[[Tensor],
         tokenizer = AutoTokenizer.from_pretrained(weights)
     except (OSError, ValueError) as error:
         raise ValueError(f"no CLIPModel with safetensors at {weights!r}, as a folder or on the Hub: {error}") from None
-    size, length = net.config.vision_config.image_size, net.config.text_config.max_position_embeddings
+    size = net.config.vision_config.image_size
+    length = net.config.text_config.max_position_embeddings
 
     def reward(x: Tensor, prompt: Tensor) -> Tensor:
         words = [texts[i] for i in prompt.tolist()]
@@ -88,7 +91,8 @@ def label_reward(data: Callable[[Draw], dict[str, Any]]) -> Reward:
     one = F.one_hot(y).double()
     if not (one.sum(0) > 1).all():
         raise ValueError(f"a reward of labels is fitted to {len(x)} real samples, and some classes have none of them")
-    mean, share = one.T @ x / one.sum(0)[:, None], one.mean(0)
+    mean = one.T @ x / one.sum(0)[:, None]
+    share = one.mean(0)
     spread = x - mean[y]
     cov = spread.T @ spread / len(x)
     cov = 0.9 * cov + 0.1 * cov.diagonal().mean() * torch.eye(len(cov), dtype=cov.dtype)  # some pixels are constant

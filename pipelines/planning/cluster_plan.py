@@ -116,14 +116,17 @@ class Layout:
     @cached_property
     def moved(self) -> list[tuple[float, float, float]]:
         """(bytes that each GPU sends, bytes per second, seconds of latency) in a step, for each kind of transfer."""
-        m, s, copies = self.machine, self.shards, self.gpus // self.shards
+        m = self.machine
+        s = self.shards
+        copies = self.gpus // self.shards
         if s == 1:  # one all-reduce of each player's gradients after its micro-batches
             turns = [(n, every) for _, n, every in trained(self.one)]
             around = 2 * (self.gpus - 1)
             buckets = sum(-(-n // BUCKET) / every for n, every in turns)
             size = sum(4 * n / every for n, every in turns)
             return [(around / self.gpus * size, m.speed(self.gpus), buckets * around * m.hop)]
-        traffic, part = self.one.cost.traffic, (s - 1) / s
+        traffic = self.one.cost.traffic
+        part = (s - 1) / s
         size = part * self.rounds * (2 * traffic.gathered + 4 * traffic.reduced)
         found = [(size, m.speed(s), self.rounds * traffic.collectives * (s - 1) * m.hop)]
         if copies > 1:  # each GPU's part of the gradients, with its copies on other nodes, through its own port

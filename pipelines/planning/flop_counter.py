@@ -113,7 +113,8 @@ class Meter(TorchDispatchMode):
         return out
 
     def add(self, storage: Any) -> None:
-        key, size = id(storage), storage.nbytes()
+        key = id(storage)
+        size = storage.nbytes()
         if key not in self.seen and key not in self.weights:
             self.now += size
             self.peak = max(self.peak, self.now)
@@ -150,7 +151,9 @@ class Shards:
     """
 
     def __init__(self, *nets: nn.Module) -> None:
-        self.traffic, self.backward, self.handles = Traffic(), False, []
+        self.traffic = Traffic()
+        self.backward = False
+        self.handles = []
         for net in nets:
             blocks = units(net) or [net]
             inside = {id(p) for block in blocks for p in block.parameters()}
@@ -287,7 +290,8 @@ def cost(
     told = overriding(many, many) if Requirement.FORGOTTEN_PROMPTS in method.requirements else many
     also = {"forget_c": told} if told is not many else {}
     batch = lambda: {"c": dict(told), "real": real, "real_c": dict(many), "z": real, "y": real, **also}
-    updates, turns = method.updates(), []
+    updates = method.updates()
+    turns = []
     cycle = max(update.every for update in updates)
     if cycle > CYCLE:
         raise ValueError(f"a player moves every {cycle:,} steps only; counted are at most {CYCLE}: give a lower number")
@@ -300,19 +304,22 @@ def cost(
                 stack.enter_context(torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH))
             turns.append(_turn(method, nets, owners, update, first, batch(), micro, mode))
     set_trainable(owners, *owners)
-    total, traffic = 0.0, Traffic()
+    total = 0.0
+    traffic = Traffic()
     for step in range(first, first + cycle):
         made = False
         for update, turn in zip(updates, turns, strict=True):
             if step % update.every:
                 continue
             making, losing = turn.traffic
-            total, traffic = total + turn.loss, traffic.plus(losing)
+            total = total + turn.loss
+            traffic = traffic.plus(losing)
             if not (update.reuse and made):
                 calls = max(1.0, _calls(method, nets, update, step, batch, micro))
                 turned = _calls(method, nets, replace(update, walk=False), first, batch, micro, 1)  # in the turn above
                 calls /= max(1.0, turned)
-                total, traffic = total + calls * turn.generation, traffic.plus(making, calls)
+                total = total + calls * turn.generation
+                traffic = traffic.plus(making, calls)
             made = True
     return Cost(tuple(turns), total / cycle, cycle, micro, Traffic().plus(traffic, 1 / cycle))
 
@@ -330,13 +337,15 @@ def _turn(
     """Run one update like the trainer."""
     draw = Choice(step, update.player, micro, 0)
     networks = [*nets.frozen().values(), *nets.modules().values()]
-    meter, shards = Meter(*networks), Shards(*networks)
+    meter = Meter(*networks)
+    shards = Shards(*networks)
     hooks = [p.register_post_accumulate_grad_hook(lambda p: meter.forget(p.grad)) for p in owners[update.player]]
     try:
         with meter, mode or nullcontext():
             with torch.set_grad_enabled(update.player == "student"):
                 x = method.sample(nets, batch, draw)
-            generation, making = meter.flops, shards.traffic
+            generation = meter.flops
+            making = shards.traffic
             loss, _ = update.loss(x, nets, batch, draw)
             shards.backward = True
             loss.backward()
@@ -390,7 +399,8 @@ def distinct(*nets: nn.Module) -> Iterator[Tensor]:
 
 def forward(denoiser: Denoiser, shape: tuple[int, ...], c: dict[str, Tensor]) -> int:
     """FLOPs of one forward pass of one sample."""
-    x, t = torch.empty(1, *shape, device="meta"), torch.full((1,), 0.5, dtype=torch.float64, device="meta")
+    x = torch.empty(1, *shape, device="meta")
+    t = torch.full((1,), 0.5, dtype=torch.float64, device="meta")
     with Meter() as meter, torch.no_grad():
         denoiser(x, t, c)
     return meter.flops

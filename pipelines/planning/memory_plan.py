@@ -37,7 +37,8 @@ if TYPE_CHECKING:
     from pipelines.planning.models import Meta
     from pipelines.teacher import Teacher
 
-GiB, TFLOP = 2**30, 1e12
+GiB = 2**30
+TFLOP = 1e12
 CHIPS = {  # dense bfloat16 matrix peak with float32 sums, TFLOP/s; the vendors' data sheets
     "A100": (312.0, "NVIDIA A100 data sheet"),
     "H100 SXM": (989.4, "NVIDIA H100 data sheet, half of the figure with sparsity"),
@@ -151,7 +152,8 @@ class Run:
     def parameters(self) -> dict[str, tuple[int, int]]:
         """{role: (number of parameters, number of trained parameters)}."""
         _, _, nets = self.built
-        roles, moved = nets.frozen() | nets.modules(), nets.modules().keys() - {"target"}
+        roles = nets.frozen() | nets.modules()
+        moved = nets.modules().keys() - {"target"}
         trained = lambda role, p: p.requires_grad and role in moved
         count = lambda role, net: sum(p.numel() for p in net.parameters() if trained(role, p))
         return {role: (sum(p.numel() for p in net.parameters()), count(role, net)) for role, net in roles.items()}
@@ -342,7 +344,8 @@ def cheaper_variants(run: Run) -> Iterator[tuple[str, Run]]:
     if train.optimizer != "adamw8bit":
         run = fresh(run, train=replace(run.config.train, optimizer="adamw8bit"))
         yield then("--optimizer adamw8bit", run)
-    before, whole = list(changes), run
+    before = list(changes)
+    whole = run
     for fake, change in ((False, f"--student.lora.rank {RANK}"), (True, f"--fake.lora.rank {RANK}")):
         less = adapted(run.config, run.parts, RANK, fake)
         if less != run.config and (not fake or "fake" in run.config.method.roles):
@@ -399,7 +402,9 @@ def memories(run: Run, plan: Plan) -> Table:
 def report(run: Run, plan: Plan) -> str:
     """The complete plan as text."""
     teacher, c, _ = run.built
-    train, cost, config = run.config.train, run.cost, run.config
+    train = run.config.train
+    cost = run.cost
+    config = run.config
     lines = [
         f"{type(config.method).__name__} on {run.parts.model.hub}: samples {teacher.shape}, {plan.gpus} GPU(s) of "
         f"{plan.memory:g} GiB, {run.micro} sample(s) in a micro-batch, {train.gradient_accumulation_steps} of them an "
@@ -453,7 +458,8 @@ def main(argv: list[str] | None = None) -> None:
             plan = replace(plan, gpus=1, memory=min(plan.memory, 22.0))
         config, parts = configured(plan, argv[split + 1 :])
         run = Run(config, parts, plan.gpus, plan.mixed_precision == "bf16")
-        text, good = report(run, plan), fits(run, plan)
+        text = report(run, plan)
+        good = fits(run, plan)
     except (ValueError, OSError) as error:
         fail(str(error))
     sys.stdout.write(text + "\n")

@@ -25,7 +25,9 @@ class Meta(Parts):
 
     def __init__(self, model: Model, folder: Path | None = None, device: str = "meta") -> None:
         component = "unet" if model.network.startswith("UNet") else "transformer"
-        self.model, self.folder, self.place = model, folder or Path(model.hub), device
+        self.model = model
+        self.folder = folder or Path(model.hub)
+        self.place = device
         self.index = {"_class_name": model.pipeline, component: ["diffusers", model.network]}
         self.given = {}
 

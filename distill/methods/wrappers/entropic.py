@@ -43,7 +43,8 @@ class Entropic(Wrapped):
 
     def fake_term(self, loss: Loss, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
         if self.entropy and nets.fake is not None:  # real images, too: a null condition must not imply generated
-            null, mask = nets.fake.null, draw.uniform("drop", (len(x),)) < self.p_drop
+            null = nets.fake.null
+            mask = draw.uniform("drop", (len(x),)) < self.p_drop
             batch = batch | {key: drop(batch[key], null, mask) for key in ("c", "real_c") if key in batch}
         return loss(x, nets, batch, draw)
 

@@ -41,7 +41,8 @@ class NASAT(Wrapped):
 
     def sample(self, nets: Nets, batch: Batch, draw: Draw) -> Tensor:
         if self.alpha:
-            c, a = batch["c"], self.alpha * draw.index("nasa", 1 << 20) / (1 << 20)
+            c = batch["c"]
+            a = self.alpha * draw.index("nasa", 1 << 20) / (1 << 20)
             install_negative_rule(nets.student.denoiser.net, NASA(a), c[TEXT[0]].shape[1])
             batch = batch | {"c": with_negative_prompt(c, shuffled_conditions(c, draw))}
         return self.base.sample(nets, batch, draw)

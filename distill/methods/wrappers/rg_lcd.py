@@ -66,7 +66,9 @@ class Proxied(Rewarded):
         return total + more, logs | own
 
     def proxy(self, xs: list[Tensor], c: Condition, nets: Nets, draw: Draw) -> list[Tensor]:  # R_L of each, [B]
-        n, taps, times = len(xs), self.proxy_taps, self.proxy_times
+        n = len(xs)
+        taps = self.proxy_taps
+        times = self.proxy_times
         features = noised_features(nets.teacher, taps, times, torch.cat(xs), repeated(c, n), draw, *["proxy"] * n)
         return [*nets.reward_proxy(*features).flatten(1).mean(1).chunk(n)]
 
@@ -77,9 +79,12 @@ class Proxied(Rewarded):
             other = nets.generate({"c": c}, draw.apart("proxy"))
             xs = [given["x"], other] + [given[key].to(other) for key in given if key == "real"]
             true = [judge(nets)(one, c) / self.tau for one in xs]
-        found, loss, right = self.proxy(xs, c, nets, draw), x.new_zeros(()), []
+        found = self.proxy(xs, c, nets, draw)
+        loss = x.new_zeros(())
+        right = []
         for a, b in combinations(range(len(xs)), 2):
-            d, want = (found[a] - found[b]) / self.tau, (true[a] - true[b]).to(found[a])
+            d = (found[a] - found[b]) / self.tau
+            want = (true[a] - true[b]).to(found[a])
             loss = loss + cross_entropy(d, want.sigmoid()) - cross_entropy(want, want.sigmoid())
             right.append(((d > 0) == (want > 0)).float().mean())
         return loss, {"proxy": loss.detach(), "proxy_right": torch.stack(right).mean()}

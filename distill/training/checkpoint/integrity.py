@@ -99,7 +99,9 @@ def _state_error(facts: Any) -> str | None:
     """A description of the first invalid entry of a state.json; None if all are valid."""
     if not isinstance(facts, dict):
         return "it is not a JSON object"
-    step, skipped, files = facts.get("step"), facts.get("skipped", {}), facts.get("files", {})
+    step = facts.get("step")
+    skipped = facts.get("skipped", {})
+    files = facts.get("files", {})
     if type(step) is not int or not 0 <= step <= MOST:
         return f"its step is {step!r}"
     counts = isinstance(skipped, dict) and all(type(n) is int and 0 <= n <= MOST for n in skipped.values())

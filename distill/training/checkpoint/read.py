@@ -36,7 +36,8 @@ def load(state: State, folder: Path) -> None:
             raise ValueError(f"{path} holds other tensors than this run's {name}: use the configuration of that run")
         stored.into(tensors)
     facts = read_state_file(folder)
-    state.step, state.skipped = facts["step"], facts.get("skipped", {})
+    state.step = facts["step"]
+    state.skipped = facts.get("skipped", {})
 
 
 def weight_files(path: str | Path, role: str) -> list[Path]:

@@ -56,7 +56,8 @@ class Saver:
     """
 
     def __init__(self, output_dir: Path, limit: int | None = None) -> None:
-        self.output_dir, self.limit = output_dir, limit
+        self.output_dir = output_dir
+        self.limit = limit
         self.copies: dict[str, dict[str, Tensor]] = {}
         self.thread: Thread | None = None
         self.error: BaseException | None = None
@@ -92,7 +93,8 @@ class Saver:
             except BaseException as error:
                 self.error = error
 
-        self.copies, self.thread = copies, Thread(target=work, name="checkpoint", daemon=True)
+        self.copies = copies
+        self.thread = Thread(target=work, name="checkpoint", daemon=True)
         self.thread.start()
 
     def _allocate(self, files: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]] | None:
@@ -116,7 +118,8 @@ class Saver:
     def raise_pending_error(self) -> None:
         """Raise the error of a failed write."""
         if self.error:
-            error, self.error = self.error, None
+            error = self.error
+            self.error = None
             raise error
 
 
@@ -172,7 +175,8 @@ def write_files(
 
 def publish_checkpoint(partial: Path, limit: int | None = None, share: RankShard | None = None) -> Path:
     """Rename a written checkpoint to its final name, and delete checkpoints beyond `limit`."""
-    output_dir, folder = partial.parent, partial.with_name(partial.stem[1:])
+    output_dir = partial.parent
+    folder = partial.with_name(partial.stem[1:])
     if share and share.rank:
         return folder
     replaced = _move_aside(folder) if os.path.lexists(folder) else None
