@@ -1,8 +1,8 @@
-"""The leaderboard of all methods on digits, over seeds: docs/digits.md, docs/digits.json and docs/digits.html.
+"""The leaderboard of all methods on digits, over seeds: docs/digits.md and docs/digits.json.
 
-For every training seed a teacher, and a student of it by every row of recipes/digits.py, each for the same number of
-forward passes; for every model `noises` sets of n images. Runs that are there are kept, so an interrupted command goes
-on where it was, and all that are finished are in the table:
+Each training seed has a teacher, and a student of it by every row of recipes/digits.py, each for the same number of
+forward passes. Each model makes `noises` sets of n images. The command keeps runs that exist, so it can be interrupted
+and started again. The table holds all finished runs:
 
 make results ARGS="--methods sida dmd --seeds 0"     train these with this seed, and write the table of all
 """
@@ -64,7 +64,7 @@ class Results:
     """How much to measure."""
 
     output_dir: Path = Path("runs/results")  # runs and samples
-    docs: Path = Path("docs")  # where the table and the page are written
+    docs: Path = Path("docs")  # where the table is written
     seeds: tuple[int, ...] = (0, 1, 2)  # of training
     noises: tuple[int, ...] = (100, 101, 102, 103, 104)  # of the samples
     n: int = 2000  # images of every evaluation
@@ -326,35 +326,35 @@ def markdown(table: list[dict[str, Any]], floor: float, cfg: Results) -> str:
     missing = [m for m in METHODS if m not in names]
     words = [f"- **{m}**: {TABLE[m].advice}" for m in METHODS]
     several = [f"{m} ({', then '.join(stage.recipe for stage in STAGES[m])})" for m in STAGES if m in names]
-    return f"""# Students of handwritten digits, by every method with values for them
+    return f"""# Students of handwritten digits, one row for each method
 
-`make results`: a training seed has a teacher and students of its own; every model makes {len(cfg.noises)} sets of
-{cfg.n} images. Values are means; intervals are 95 % of Student's t over the training seeds. A model of a single seed
-has no interval and no rank. Rank = 1 + the number of rows whose entire interval is better; = marks a tie (equal ranks).
-The ratio is paired: a student against the teacher that it was distilled from.
-[digits.html](digits.html) is the leaderboard of the models of several seeds: quality against cost, and pictures and
-curves of the first seeds.
+`make results` trains a teacher for each training seed, and a student of that teacher by each method. Each model then
+makes {len(cfg.noises)} sets of {cfg.n:,} images. A value is the mean. An interval is the 95 % confidence interval of
+Student's t over the training seeds. A model of one seed has no interval and no rank. The rank is one more than the
+number of rows whose whole interval is better; = marks a tie. The ratio compares a student with its own teacher, seed by
+seed. The command also writes a page with plots of quality against cost, samples and training curves:
+`{cfg.output_dir}/index.html`.
 
-Protocol {reference["protocol"]}, hash {reference["protocol_hash"]}. FD is the Frechet distance of 64 features of a
-classifier trained on the training split (`eval/features/digits.py`, extractor {reference["extractor_hash"]}), to 597
-held-out or 1,200 training scans; n is the same for every row. Real training against real held-out scans:
-**{floor:.2f}**, the floor of the held-out column.
+FD is the Frechet distance between the images and real scans, in 64 features of a classifier that was trained on the
+training split (`eval/features/digits.py`, extractor {reference["extractor_hash"]}). There are 597 held-out scans and
+1,200 training scans; every row has the same number of images. Real training scans are at a distance of **{floor:.2f}**
+from real held-out scans. The protocol is {reference["protocol"]}, hash {reference["protocol_hash"]}.
 
-Settings were chosen by the distance to the *training* split; the held-out scans were used for this table only. No
-checkpoint is chosen: every student is the average at its last step. A student counts only if the teacher has FD train
-<= 8.0 and accuracy >= .96; it has collapsed if its recall is below 0.8 of the teacher's.
+The settings were chosen by the distance to the *training* split. The held-out scans served for this table only. No
+checkpoint is selected: every student is the average of its weights at its last step. A student counts only if its
+teacher has FD train <= 8.0 and accuracy >= .96. A student has collapsed if its recall is below 0.8 of its teacher's.
 
-The budget of a training is {cfg.passes / 1e6:.2f} M forward passes of one image: a backward pass counts 2, one to the
-input alone 1, an encoder its share of the network, stored pairs the calls that made them. `benchmarks/results.py`
-counts what an iteration of each method costs and gives it the steps that this pays for. **passes** is what a row's
-training did cost: another figure than the budget is a run of the row's own steps. Several runs share the budget of
-{"; ".join(several) or "none"}.
+Each training may cost {cfg.passes / 1e6:.2f} M forward passes of one image. A backward pass counts as 2, a backward
+pass to the input alone as 1, an encoder as its share of the network, and stored pairs as the calls that made them.
+`benchmarks/results.py` counts the passes of one step and gives each method the steps that fit. **passes** is what the
+training of a row cost. It differs from the budget where the run took its own number of steps. These methods share the
+budget between several runs: {"; ".join(several) or "none"}.
 
 """ + "\n".join([*lines, "", f"Not run: {', '.join(missing) or 'none'}.", "", "## When to choose which", "", *words])
 
 
 def publish(rows: list[dict[str, Any]], floor: float, cfg: Results) -> Path:
-    """Write the three documents from the rows of all runs; the page's path."""
+    """Write the documents and the page from the rows of all runs; the page's path."""
     from eval.leaderboard import tables
     from eval.leaderboard.commands import write_page
 
@@ -374,9 +374,7 @@ def publish(rows: list[dict[str, Any]], floor: float, cfg: Results) -> Path:
         "dashed line is the distance of two sets of real digits. Pictures and curves are of the first seeds."
     )
     rows = [*several, tables.real_images_row(table[0], "real digits", fd_heldout=floor)]
-    page = write_page(cfg.output_dir, rows, "One-step students of handwritten digits", lead, logs)
-    (cfg.docs / "digits.html").write_text(page.read_text())
-    return page
+    return write_page(cfg.output_dir, rows, "One-step students of handwritten digits", lead, logs)
 
 
 def main(cfg: Results) -> None:
