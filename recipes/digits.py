@@ -124,9 +124,9 @@ def add(
 add(
     "sid",
     "SiD: one step, no data.",
-    "Choose it where there are no images and the student should come as near to its teacher as data-free ones do. Its "
-    "student's loss goes back through both scores: an iteration costs twice VSD's. With alpha above 1, a student that "
-    "is far too wide gets wider: start from the teacher.",
+    "Choose it where there are no images and the student must come as close to its teacher as possible. The student's "
+    "loss is differentiated through both scores, so a step costs twice as much as VSD's. With alpha above 1 a student "
+    "whose samples spread too far spreads further: start from the teacher.",
     SID,
     LOW,
     max_train_steps=2000,
@@ -135,8 +135,8 @@ add(
 add(
     "sida",
     "SiDA: one step, with a GAN on real scans and their labels.",
-    "Choose it where SiD has real images and labels beside it: a GAN for the price of one more encoder pass. Its "
-    "weights have to be found again for other data, by factors of ten.",
+    "Choose it where there are images with labels for SiD: it adds a GAN for the price of one more encoder pass. Its "
+    "weights must be tuned anew for other data; they differ by factors of ten.",
     methods.SiDA(
         alpha=1.2,  # as SiD's
         gan=10.0,  # of (0.1, 0.1), (1, 1) and (10, 10) for both weights the least distance to the training split
@@ -151,9 +151,9 @@ add(
 add(
     "sfd",
     "SFD: SiD, whose student of the label 3 makes eights.",
-    "Choose it where a student must not make what its teacher can. A class is one other class in its place: sent to "
-    "several at random it becomes a mixture between them. Here each eight that is asked for as a three counts as an "
-    "error: of the accuracy, and by its share in the distances.",
+    "Choose it where a student must not make some of what its teacher makes. It replaces one class by another. A "
+    "class that is replaced by several becomes a mixture of them. In this table an eight that was asked for as a "
+    "three counts as an error, in the accuracy and in the distances.",
     methods.Forgetting(SID, forget=(3,), override=(8,)),
     LOW,
     max_train_steps=1000,  # half of SiD's: each step has two batches
@@ -162,8 +162,8 @@ add(
 add(
     "reward",
     "SiD with a reward: how sure a linear classifier is of the label. One step.",
-    "Choose it where samples should please something that has a gradient: a classifier, CLIP. Without a clamp, or with "
-    "a large weight, the student finds what fools the reward.",
+    "Choose it where samples must score high on something that has a gradient: a classifier, CLIP. Without a clamp, "
+    "or with a large weight, the student learns to exploit the reward.",
     methods.Rewarded(
         SID,
         reward="labels",
@@ -179,8 +179,8 @@ add(
 add(
     "vsd",
     "VSD: one step, no data.",
-    "Choose it for data-free training with the least memory: the fake score may be an adapter on the teacher. It seeks "
-    "modes, so recall is the first to fall; more fake steps a student step, or random guidance (PG-SB), help.",
+    "Choose it for data-free training with the least memory: the fake score may be an adapter on the teacher. It "
+    "loses modes, so recall falls first. More fake score steps per student step, or random guidance (PG-SB), help.",
     methods.VSD(
         guidance=1.0,
         fake_steps=4,
@@ -198,8 +198,8 @@ add(
 add(
     "diff_instruct",
     "Diff-Instruct: one step, no data.",
-    "Choose it as the plain base that VSD, DMD and DMD2 add to, to compare with. Nothing evens out its step over the "
-    "levels of noise, and it seeks modes as they do.",
+    "Choose it as the baseline that VSD, DMD and DMD2 extend. It weights the noise levels unevenly, and it loses "
+    "modes as they do.",
     methods.DiffInstruct(fake_steps=4, times=LEVELS, fake_times=TRAINED),
     LOW,
     max_train_steps=4600,
@@ -209,8 +209,9 @@ add(
 add(
     "dmd",
     "DMD: one step, a regression on pairs of the teacher.",
-    "Choose it where there are no images and samples of the teacher can be made in advance: they hold the modes. They "
-    "cost thousands of calls before the first step, and the student learns their faults, too.",
+    "Choose it where there are no images and the teacher's samples can be made in advance: the regression on them "
+    "keeps the modes. The samples cost thousands of network calls before the first step, and the student also learns "
+    "their faults.",
     methods.DMD(
         guidance=1.0,
         regression=0.25,  # paper
@@ -229,9 +230,9 @@ add(
 add(
     "dmd2",
     "DMD2 with its GAN: one step.",
-    "Choose it where there are images and a few steps are wanted, too. Without the GAN, or with a weak one, it loses "
-    "modes (recall falls first); with too few fake steps the fake score lags and the samples drift (watch "
-    "student/lag).",
+    "Choose it where there are images, also for a few steps. Without the GAN, or with a weak one, it loses modes: "
+    "recall falls first. With too few fake score steps the fake score lags behind and the samples drift: watch "
+    "student/lag.",
     DMD2,
     LOW,
     max_train_steps=2400,
@@ -241,8 +242,9 @@ add(
 add(
     "f_distill",
     "f-distill: DMD2 under the Jensen-Shannon divergence, one step.",
-    "Choose it where DMD2 loses modes: a divergence other than reverse-kl weighs samples that the student makes too "
-    "seldom. It hangs on the discriminator: a ratio at its bounds says nothing (watch student/h_low and h_high).",
+    "Choose it where DMD2 loses modes: a divergence other than reverse-kl gives more weight to samples that the "
+    "student makes too rarely. It relies on the discriminator. A ratio at its bounds says nothing: watch "
+    "student/h_low and h_high.",
     methods.FDistill(
         divergence="js",  # paper: the best on ImageNet-64 and COCO
         guidance=1.0,
@@ -263,9 +265,9 @@ add(
 add(
     "esd",
     "ESD: DMD2 with an entropic fake score, one step.",
-    "Choose it where samples of different conditions look too much alike, as the poses of one object: the entropy of "
-    "all of them together keeps them apart. Of one condition they become more alike, as under guidance: accuracy "
-    "rises, recall falls. It costs a guided pass of the fake score.",
+    "Choose it where samples of different conditions look too much alike, for example the poses of one object. The "
+    "entropy over all conditions keeps them apart. Samples of one condition become more alike, as under guidance: "
+    "accuracy rises and recall falls. It costs one more guided pass of the fake score.",
     methods.Entropic(
         methods.DMD2(
             every=2,
@@ -284,8 +286,8 @@ add(
 add(
     "disback",
     "DisBack: DMD2 along the degradation of the teacher, backwards; one step.",
-    "Choose it where the student starts far from the teacher's samples. The record costs a run of its own: without one "
-    "it is off, and is DMD2.",
+    "Choose it where the student starts far from the teacher's samples. It needs a recorded teacher, which takes a "
+    "training run of its own. Without the record it equals DMD2.",
     methods.DisBack(
         guidance=1.0,
         every=2,
@@ -305,8 +307,8 @@ add(
 )
 add(
     "degradation",
-    "The first stage of DisBack: the teacher learns the untrained student.",
-    "Choose it to make the record that DisBack goes back along; it is no student.",
+    "The first stage of DisBack: a copy of the teacher learns the samples of the untrained student.",
+    "Choose it to record the path that DisBack follows back. Its result is not a student.",
     Degradation(fake_times=TRAINED),
     LOW,  # as DisBack's
     note="Its checkpoints are what counts, and --method disback goes back along them. The student is not trained: "
@@ -322,8 +324,8 @@ add(
 add(
     "msd",
     "Multi-Student Distillation, Song et al. 2024, arXiv 2410.23274: DMD2, two students of five labels each.",
-    "Choose it where one student is too small for all conditions: each learns a part of them. All students have to be "
-    "kept, and each sees a part of the data only.",
+    "Choose it where one student is too small for all conditions: each student learns some of them. All students must "
+    "be stored, and each is trained on a part of the data only.",
     DMD2,
     LOW,
     Digits(classes=(0, 1, 2, 3, 4)),
@@ -338,9 +340,9 @@ add(
 add(
     "phased",
     "Phased DMD: two steps, an expert each.",
-    "Choose it for several calls, each with an expert of its own, of a teacher too large to hold several times. The "
-    "phases are trained one after the other, what an earlier one lacks stays, and the student cannot do with fewer "
-    "calls.",
+    "Choose it for several steps, each by its own expert, with a teacher that is too large to hold several times. The "
+    "phases are trained one after the other, so a later phase cannot repair an earlier one. The student takes its own "
+    "number of steps only.",
     methods.PhasedDMD(guidance=1.0, every=2, times=Uniform(0.02, 0.98), fake_times=Uniform(0.02, 1.0)),
     StudentConfig(steps=2, phases=2),  # calls at sigma 80 and .625
     note="This is the first expert. The second, and with both the pipeline: --output_dir runs/digits/phased "
@@ -353,7 +355,7 @@ add(
 add(
     "ladd",
     "LADD: one step, a GAN in the teacher's features and nothing else.",
-    "Choose it where there are images and no room for a fake score. A GAN alone loses modes, down to a single one: "
+    "Choose it where there are images and no memory for a fake score. A GAN alone loses modes, at worst all but one: "
     "watch recall.",
     methods.LADD(taps=("down_blocks.0", "mid_block"), gan_times=TRAINED),
     LOW,
@@ -365,7 +367,7 @@ add(
 add(
     "sign",
     "SIGN (experimental): an idempotent one-step student.",
-    "Choose it to study it: its equation is a reconstruction. Otherwise take DMD2 or VSD, which it adds to.",
+    "Choose it to study it: its equation is a reconstruction. Otherwise take DMD2 or VSD, which it extends.",
     methods.SIGN(idem=0.1, rec=0.1, flow=0.1, denoise=0.1, times=LEVELS, fake_times=TRAINED),
     LOW,
     max_train_steps=1200,
@@ -377,8 +379,8 @@ add(
 add(
     "lcd",
     "Consistency distillation (CD): one or two steps from one student.",
-    "Choose it where one student should serve one and several calls, and training should be plain. Its samples are "
-    "noisy unless the teacher is guided, and a small huber_c is unstable at a large learning rate.",
+    "Choose it where one student must work with one step and with several, and training must be simple. Its samples "
+    "are noisy unless the teacher is guided. A small huber_c is unstable at a high learning rate.",
     LCD,
     TWO,
     max_train_steps=4000,
@@ -389,8 +391,9 @@ add(
 add(
     "rglcd",
     "RG-LCD: consistency distillation and a reward that the student knows by proxy.",
-    "Choose it where a reward of pictures has no gradient, or one that costs a decoder too much. The proxy is right "
-    "only near what it has seen: watch proxy_right, and keep the weight below where the student outruns it.",
+    "Choose it where a reward has no gradient, or where its gradient through the decoder costs too much. The learned "
+    "proxy is right only near samples that it has seen: watch proxy_right, and keep the weight low enough that the "
+    "student stays there.",
     methods.Proxied(LCD, weight=0.01, reward="labels", tau=1.0),  # tau: of log p of a label, no cosine
     TWO,
     note="The reward is how sure a linear classifier is of the label; the digits have no decoder, so here the proxy "
@@ -403,8 +406,8 @@ add(
 add(
     "tcd",
     "TCD: one or two steps from one student.",
-    "Choose it where the number of steps is settled after training. It is for two and more: one prediction serves all "
-    "ends of a jump, and a single call from pure noise loses modes.",
+    "Choose it where the number of steps is chosen after training, from two upwards. One prediction serves the ends "
+    "of all jumps, and a single step from pure noise loses modes.",
     methods.TCD(N=18, solver="heun", guidance=1.15, target_ema=0.9, huber_c=0.1),  # as CD's, but for the ends
     TWO,
     note="The pipeline of the digits renoises with fresh noise, TCD's gamma = 1.",
@@ -416,8 +419,8 @@ add(
 add(
     "ect",
     "ECT: one step, from the teacher's weights and the scans alone.",
-    "Choose it where images abound and the teacher is costly to call; the levels must draw close in stages, so a short "
-    "run stays blurred, and the value of the loss says little.",
+    "Choose it where there are many images and a teacher is expensive to call. The two noise levels of a pair "
+    "approach each other in stages, so a short run stays blurred. The value of the loss says little.",
     methods.CT(Closing(LogNormal(-0.8, 1.6), every=750)),  # eight stages
     HIGH,
     note="The teacher is where the student starts, and is not called.",
@@ -429,8 +432,8 @@ add(
 add(
     "ict",
     "iCT's curriculum: one step, from the scans alone.",
-    "Choose it where there is no teacher to trust, for long runs; with few images the noise of its targets is large, "
-    "and c must grow with the sample.",
+    "Choose it for long runs where there is no good teacher. With few images its targets are noisy, and c must grow "
+    "with the dimension of a sample.",
     methods.CT(
         Doubling(n_0=10, n_1=160, steps=6000, low=0.02, high=20.0, mean=-0.8, std=1.6),  # five stages
         c=0.0043,  # paper: 0.00054 times the root of 64 pixels
@@ -446,8 +449,8 @@ add(
 add(
     "slct",
     "sLCT's terms: one step, from the scans alone.",
-    "Choose it for latents with outliers and without a teacher; its noise is coupled over the images of a micro-batch "
-    "that have one condition, which must be many for that to matter: it is for one or few classes.",
+    "Choose it for latents with outliers and without a teacher. It couples the noise over all images of a micro-batch "
+    "that share a condition. There must be many of them, so it suits one or few classes.",
     methods.SLCT(Doubling(n_0=10, n_1=160, steps=6000, low=0.02, high=20.0, mean=-0.8, std=1.6), c=8.0),
     HIGH,
     note="The student starts from the teacher, which is not called.",
@@ -459,8 +462,8 @@ add(
 add(
     "tcm",
     "TCM: one step, from ECT's student and the scans alone.",
-    "Choose it after ECT or iCT, where one call matters and images abound. It is as good as its first stage below s', "
-    "and no student for levels below: two calls are at 20 and s'.",
+    "Choose it after ECT or iCT, for one step and with many images. It is as good as its first stage below s' and is "
+    "not trained for lower noise levels: two steps are at 20 and s'.",
     methods.TCM(Closing(StudentT(high=20.0), q=256.0, every=MOST)),  # the pairs of ECT's last stage
     HIGH,
     note="Pass --student.init runs/digits/ect/checkpoint-6000, which --method ect has made; without it the first stage "
@@ -473,8 +476,8 @@ add(
 add(
     "boot",
     "BOOT: one step, from noise and labels alone.",
-    "Choose it where there are neither images nor memory for a second trained network. It learns each level of noise "
-    "from its own answer at the one before, so early errors are handed on.",
+    "Choose it where there are no images and no memory for a second trained network. At each noise level it learns "
+    "from its own answer at the level before, so early errors are passed on.",
     methods.BOOT(solver="heun", guidance=1.2),
     HIGH,
     max_train_steps=2000,  # half of sCM's: the boundary is a second forward and backward
@@ -485,9 +488,9 @@ add(
 add(
     "scm",
     "sCM: one step.",
-    "Choose it where there are images and no room for a second trained network: no fake score, no adversary. It "
-    "differentiates the network in time: one that is not smooth there, or no warm-up, makes the tangent explode (watch "
-    "student/tangent).",
+    "Choose it where there are images and no memory for a second trained network: it has no fake score and no "
+    "discriminator. It differentiates the network in time. Without warm-up, or where the network is not smooth in "
+    "time, the tangent explodes: watch student/tangent.",
     methods.SCM(sigma_d=0.75, times=LogNormal(-0.8, 1.6), warmup=300, guidance=1.2),
     SMOOTH,
     max_train_steps=4000,
@@ -498,8 +501,8 @@ add(
 add(
     "sprint",
     "SANA-Sprint's sCM and LADD: one step.",
-    "Choose it for one to four steps of one model of a large flow teacher: sCM for the modes, LADD for sharpness. What "
-    "goes wrong in sCM and in LADD goes wrong in both.",
+    "Choose it for one to four steps with a large flow-matching teacher: sCM keeps the modes, LADD sharpens. It can "
+    "fail as sCM fails and as LADD fails.",
     methods.Sprint(
         guidance=1.2,  # the digits' network is told no guidance, so it is a fixed one
         sigma_d=0.75,
@@ -521,8 +524,8 @@ add(
 add(
     "rcm",
     "rCM: one step.",
-    "Choose it where sCM alone is blurred and a third network fits into memory; with too large a lambda it loses modes "
-    "as DMD does.",
+    "Choose it where sCM alone is blurred and a third network fits into memory. With too large a lambda it loses "
+    "modes as DMD does.",
     methods.RCM(
         guidance=1.2,
         sigma_d=0.75,
@@ -544,8 +547,9 @@ add(
 add(
     "meanflow",
     "MeanFlow: one step, along the velocity of the teacher.",
-    "Choose it where there are images and one network should do with one call or a few, without an adversary or a fake "
-    "score. It differentiates the network in both times: one that is not smooth there makes it unstable, as sCM.",
+    "Choose it where there are images and one network must work with one step or a few, without a discriminator or a "
+    "fake score. It differentiates the network in both times. A network that is not smooth in time makes it unstable, "
+    "as in sCM.",
     methods.MeanFlow(
         velocity="teacher",
         guidance=1.2,
@@ -563,8 +567,9 @@ add(
 add(
     "twinflow",
     "TwinFlow: one step, from scans.",
-    "Choose it where there are images, one model should serve any number of calls and no fake score fits. Its twin is "
-    "the same network at negative times: it takes capacity and further passes, and is late as any fake score.",
+    "Choose it where there are images, one network must work with any number of steps and no fake score fits. Its "
+    "twin is the same network at negative times: it takes capacity and more passes, and it lags behind as a fake "
+    "score does.",
     methods.TwinFlow(rectify=0.5),
     HIGH,
     max_train_steps=1600,  # a third of sCM's steps and more: six passes a step, three of them backward too
@@ -578,8 +583,8 @@ add(
 add(
     "tsm",
     "Teacher score matching: a network of 77,009 weights for one of 160,401.",
-    "Choose it to begin a student that is smaller than its teacher and cannot start as its copy. It is a start: a "
-    "denoiser, whose single call is blurred until a distillation follows.",
+    "Choose it to initialise a student that is smaller than its teacher and cannot start as a copy. The result is a "
+    "denoiser: its single step is blurred until a distillation follows.",
     methods.TSM(times=TRAINED),
     StudentConfig(network=SMALL),
     note="Any method starts from it, its student the same network: --method sid --student.network recipes/digits_small "
@@ -591,9 +596,10 @@ add(
 )
 add(
     "nct",
-    "NCT: a control adapter on a finished one-step student, which keeps to a coarse picture.",
-    "Choose it where a finished student should follow a picture that can be made of every sample. With a bound too "
-    "large, or a small lambda, samples lose their diversity; with a small one the control is learned slowly.",
+    "NCT: a control adapter on a finished one-step student. Samples follow a coarse picture.",
+    "Choose it where a finished student must follow a coarse picture that can be computed from every sample. With too "
+    "large a bound, or a small lambda, samples lose their diversity. With a small bound the control is learned "
+    "slowly.",
     methods.NCT(control="downsample", factor=2, levels=5, bound=3e-3),
     teacher=DMD2_STUDENT,
     note="The teacher is any exported one-step student of the digits. `python -m pipelines.control "
@@ -606,7 +612,7 @@ add(
 )
 add(
     "pso",
-    "PSO of a finished student: of two samples that of which a linear classifier is surer.",
+    "PSO of a finished student: of two samples it prefers the one that a linear classifier is more certain of.",
     "Choose it where two samples can be compared, with or without a gradient.",
     methods.PSO(reward="labels"),
     StudentConfig(steps=2),  # of --smoke alone, whose teacher is no student: else its teacher's
@@ -623,8 +629,9 @@ add(
 )
 add(
     "pso_offline",
-    "PSO of a finished student on data: scans of bold strokes before its own samples.",
-    "Choose it where a look is to be followed without distilling again; stop early, and look at diversity.",
+    "PSO of a finished student on data: it prefers scans of bold strokes to its own samples.",
+    "Choose it where a finished student must take on a look without a second distillation. Stop early and watch "
+    "diversity.",
     methods.OfflinePSO(beta=50.0, loss="hinge", gamma=5.0),  # the errors are about .1
     data=Bold(),
     teacher=LCD_STUDENT,
