@@ -128,7 +128,7 @@ def write_lora_file(net: Network, path: Path, metadata: dict[str, str], dtype: t
     for name, adapter in lora_adapters(net).items():
         tensors[f"{prefix}.{name}.lora_A.weight"] = adapter.down
         tensors[f"{prefix}.{name}.lora_B.weight"] = adapter.up
-    config = net.peft_config.values()
+    (config,) = net.peft_config.values()
     default = LoraConfig().to_dict()
     config = {k: v for k, v in config.to_dict().items() if k in ("r", "lora_alpha") or v != default[k]}
     packed = {f"{prefix}.{k}": sorted(v) if isinstance(v, set) else v for k, v in config.items()}
