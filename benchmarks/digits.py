@@ -274,7 +274,7 @@ def main(cfg: Bench) -> None:
 
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({platform.machine()}), one thread"
     flags = ["--channels", *map(str, cfg.channels), "--batch", str(cfg.batch)]
-    lines = ["| method | turn | passes | bare ms | turn ms | ratio | peak MiB |", "|---|---|---|---|---|---|---|"]
+    lines = ["| method | update | passes | bare ms | update ms | ratio | peak MiB |", "|---|---|---|---|---|---|---|"]
     for m in PASSES:
         command = [sys.executable, __file__, "--memory_of", m, *flags]
         mib = float(subprocess.run(command, capture_output=True, check=True, text=True).stdout)
@@ -298,22 +298,24 @@ def main(cfg: Bench) -> None:
     by_run = "\n".join(rows)
     text = f"""# What the loop costs
 
-`make bench`: digits UNet {cfg.channels}, batch {cfg.batch}, {device}, torch {torch.__version__}, medians of
-{cfg.rounds} interleaved rounds.
+`make bench` measured this with a digits UNet {cfg.channels}, batch {cfg.batch}, on {device}, torch
+{torch.__version__}. Times are medians of {cfg.rounds} interleaved rounds.
 
-## A turn
-Passes: n no-grad forward, f forward and full backward, i forward and backward to the input of a frozen network, c.. the
-same up to the discriminator's tap and through its head, j forward-mode derivative, 2.. on real and generated images
-together. A turn also draws its noise, steps Adam, averages the student and checks the gradient. Peak memory is of the
-whole process on a CPU (torch and diffusers themselves are most of it), of CUDA's allocator on a GPU.
+## One update
+An update also draws its noise, takes an Adam step, updates the average of the student's weights and checks the
+gradient. The ratio is its time over that of its bare network passes. Peak memory on a CPU is that of the whole process,
+most of it torch and diffusers themselves. On a GPU it is that of CUDA's allocator. The passes are:
+n, forward without gradient; f, forward and full backward; i, forward and backward to the input of a frozen network;
+c before one of these, only as far as the features of the discriminator and through its heads; j, a forward-mode
+derivative; 2, on real and generated images together.
 
 {by_turn}
 
 ## A run
-Steps of every player's turn, each of two micro-batches of {cfg.batch}, with a line of the log every 10 steps and a
-checkpoint, written in the background, every 50: the time of {cfg.blocks} x 50 steps over that of their passes; on a CPU
-the thread that writes counts too. The stall is how long (wall time) training stands still for a checkpoint: with
-`checkpoint.save`, which writes, and with `checkpoint.Saver`, which copies.
+A step updates every player once, each with two micro-batches of {cfg.batch}. The run logs every 10 steps and writes a
+checkpoint in the background every 50. The ratio is the time of {cfg.blocks} x 50 steps over that of their bare passes;
+on a CPU the thread that writes counts too. The stall is how long training waits for a checkpoint (wall time): with
+`checkpoint.save`, which writes it, and with `checkpoint.Saver`, which copies it.
 
 {by_run}
 """

@@ -183,7 +183,11 @@ def remove(folder: Path, chance: random.Random) -> None:
     chance.choice(sorted(folder.iterdir())).unlink()
 
 
-DAMAGE = {"a checkpoint's file truncated": truncate, "a bit of it flipped": flip, "a file of it removed": remove}
+DAMAGE = {
+    "a file of a checkpoint truncated": truncate,
+    "one bit of a checkpoint flipped": flip,
+    "a file of a checkpoint removed": remove,
+}
 
 
 @contextmanager
@@ -256,7 +260,7 @@ class Faults:
                 assert all(f"{one} is skipped: " in said for one in harmed) or BAR not in said, said
                 assert (" is skipped: " in said) <= bool(harmed) and later(folder) <= harmed, said
                 if hit is not None and status == 0:
-                    self.count(processes, hit.name, "too late: ends as it would have", in_save)
+                    self.count(processes, hit.name, "had already finished", in_save)
                 elif hit is not None:
                     came = self.came(hit, group)
                     self.count(processes, hit.name, came, in_save)
@@ -288,7 +292,7 @@ class Faults:
             if hit == signal.SIGSTOP:
                 time.sleep(chance.uniform(0.01, 0.3))
                 group.send(signal.SIGCONT, ranks)
-                self.count(processes, "SIGSTOP", "goes on with SIGCONT", in_save)
+                self.count(processes, "SIGSTOP", "continues after SIGCONT", in_save)
                 hit = None
         status = group.wait(600)
         assert status is not None, f"a run hangs: {group.said.read_text()}"
@@ -315,11 +319,11 @@ class Faults:
         """How a start ended, in words; only what is allowed has words."""
         if hit == signal.SIGKILL:
             assert -9 in group.status.values(), group.said.read_text()
-            return "dies; goes on from its last checkpoint"
+            return "dies; resumes from its last checkpoint"
         if group.status[0] == 143 and "interrupted; saved" in group.said.read_text():
-            return "ends its step, saved, status 143"
+            return "finishes its step, saves, ends with status 143"
         assert -15 in group.status.values() or 143 in group.status.values(), group.said.read_text()
-        return "before or after training: ends at once; goes on"
+        return "before or after training: ends at once; resumes"
 
     def harm(self, processes: int, folder: Path) -> None:
         """Damage the newest checkpoint, sometimes all of them."""
@@ -328,7 +332,13 @@ class Faults:
             for one in found if everything else found[-1:]:
                 DAMAGE[what](one, self.chance)
             alone = everything or len(found) == 1
-            self.count(processes, what, "named; starts afresh" if alone else "named; goes on from the one before")
+            self.count(
+                processes,
+                what,
+                "named in a message; the run starts from step 0"
+                if alone
+                else "named in a message; the run resumes from the checkpoint before",
+            )
 
     def disks(self, processes: int, number: int, mounted: bool) -> None:
         """Full and read-only disks: a message, the last checkpoint whole; with room it goes on."""
@@ -354,14 +364,18 @@ class Faults:
         status, why = group.wait(600), "the disk is read-only" if read_only else "the disk is full"
         said = group.said.read_text()
         if status == 0:  # it had ended before
-            self.count(processes, why, "too late: ends as it would have")
+            self.count(processes, why, "had already finished")
             return
         assert group.status[0] == 2 and f"error: {why}" in said, said
         assert "go on with --resume_from_checkpoint latest" in said, said
         if processes == 1:
             assert "Traceback" not in said, said
         assert logged(folder) - newest(folder) <= 3, said
-        self.count(processes, why, "says so, status 2, last checkpoint whole; goes on with room")
+        self.count(
+            processes,
+            why,
+            "stops with a message and status 2; the last checkpoint is intact; resumes once there is space",
+        )
 
     def again(self, processes: int, folder: Path) -> None:
         group = Group(self.home, folder, processes, 1)
@@ -400,28 +414,30 @@ def table(faults: Faults, campaign: Campaign, minutes: float) -> str:
         f"| {processes} | {what} | {came} | {often} | {in_save if what in names else ''} |"
         for (processes, what, came), (often, in_save) in sorted(faults.counts.items())
     ]
-    lost = ", ".join(f"{n} where every {k} is saved" for k, n in sorted(faults.lost.items()))
-    ways, ends = {-9: "SIGKILL", 143: "SIGTERM", -15: "SIGTERM", 0: "itself, after the same step"}, Counter()
+    lost = ", ".join(f"{n} with a checkpoint every {k}" for k, n in sorted(faults.lost.items()))
+    ways = {-9: "SIGKILL", 143: "SIGTERM", -15: "SIGTERM", 0: "by itself after the same step"}
+    ends: Counter[str] = Counter()
     for status, n in faults.others.items():
-        ends[ways.get(status, "itself, for its peer was gone")] += n
-    others = ", ".join(f"{n} times by {how}" for how, n in sorted(ends.items()))
-    small = "a mounted tmpfs" if faults.mounted else "a limit on the size of a file: nothing could be mounted"
+        ends[ways.get(status, "by itself because the other had gone")] += n
+    others = ", ".join(f"{how} ({n} times)" for how, n in sorted(ends.items()))
+    small = "a mounted tmpfs" if faults.mounted else "a limit on the size of a file, because nothing could be mounted"
     flags = f"--kills {campaign.kills} --disks {campaign.disks} --seed {campaign.seed}"
     table = "\n".join(rows)
     return f"""# Endurance
 
-`make faults` (`campaign.py {flags}`): {sum(faults.runs.values())} runs of {STEPS} steps (SiD, a tiny
-teacher, checkpoints every step or every third, on one and two processes), {sum(row[0] for row in kills)} of SIGKILL,
-SIGTERM and SIGSTOP with SIGCONT, {sum(row[1] for row in kills)} of them while a checkpoint was written; {minutes:.0f}
-minutes on a CPU ({platform.machine()}), torch {torch.__version__}.
+`make faults` (`python tests/support/campaign.py {flags}`) made {sum(faults.runs.values())} runs of {STEPS} steps: SiD
+with a tiny teacher, a checkpoint every step or every third step, on one process and on two. It sent
+{sum(row[0] for row in kills)} signals (SIGKILL, SIGTERM, and SIGSTOP followed by SIGCONT),
+{sum(row[1] for row in kills)} of them while a checkpoint was being written.
+It took {minutes:.0f} minutes on a CPU ({platform.machine()}), torch {torch.__version__}.
 
-All runs ended with the bytes of the undisturbed run of as many processes: last checkpoint, exported weights, steps of
-the log. Steps lost at most, by a kill: {lost}.
-A checkpoint is written while the next steps are made, so up to twice the interval is allowed; by SIGTERM nothing.
-The small disk is {small}. When one of two processes died, the other one was ended as by torchrun
-(SIGTERM, and SIGKILL after {GRACE} seconds): {others}.
+Every run ended with the same bytes as an undisturbed run on as many processes: last checkpoint, exported weights and
+steps of the log. A SIGKILL lost at most these numbers of steps: {lost}. A checkpoint is written
+while the next steps run, so up to twice the interval may be lost. A SIGTERM lost none. The small disk is
+{small}. When one of two processes died, the other one ended as under torchrun, which sends SIGTERM
+and, after {GRACE} seconds, SIGKILL: {others}.
 
-| processes | what | what the run does | times | in a save |
+| processes | fault | what the run does | times | during a save |
 |---|---|---|---|---|
 {table}
 """
