@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import combinations
 from typing import Any, Literal
 
 import torch
@@ -112,6 +113,23 @@ def hinge_generator(fake: Tensor) -> Tensor:
 def hinge_discriminator(fake: Tensor, real: Tensor) -> Tensor:
     """The mean of relu(1 + logit) on fakes + the mean of relu(1 - logit) on reals (Lim & Ye 2017)."""
     return F.relu(1 + fake).mean() + F.relu(1 - real).mean()
+
+
+def preference_kl(rewards: list[Tensor], proxies: list[Tensor], tau: float) -> tuple[Tensor, Tensor]:
+    """(KL( P || P_L ), fraction of preferences with the right sign) of rewards [B] and their proxies [B] of each image.
+
+    P = sigmoid((R_a - R_b) / tau) is the preference between two images, P_L that of the proxies. The KL is a sum over
+    the pairs of images and a mean over samples. The gradient flows to the proxies.
+    """
+    total = proxies[0].new_zeros(())
+    right = []
+    for a, b in combinations(range(len(proxies)), 2):
+        logit = (proxies[a] - proxies[b]) / tau
+        wanted = (rewards[a] / tau - rewards[b] / tau).to(logit)
+        total = total + F.binary_cross_entropy_with_logits(logit, wanted.sigmoid())
+        total = total - F.binary_cross_entropy_with_logits(wanted, wanted.sigmoid())
+        right.append(((logit > 0) == (wanted > 0)).float().mean())
+    return total, torch.stack(right).mean()
 
 
 @torch.no_grad()

@@ -143,7 +143,21 @@ class Method(ABC):
         """Called after every optimizer step of the student."""
 
 
-class ToData(Method):
+class ImageMethod(Method):
+    """A method with one loss, the student's, whose samples are the real images of the batch."""
+
+    def updates(self) -> list[Update]:
+        return [Update("student", self.student_loss)]
+
+    def sample(self, nets: Nets, batch: Batch, draw: Draw) -> Tensor:
+        return batch["real"]
+
+    @abstractmethod
+    def student_loss(self, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
+        """The loss of images x [B, *shape] and its logs."""
+
+
+class ConsistencyMethod(ImageMethod):
     """A method whose student maps every noise level to data, so that several calls need new noise between them."""
 
     @property

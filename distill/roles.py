@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from distill.diffusion.denoiser import Condition, Denoiser
 from distill.diffusion.guidance import WorseModelGuided
 from distill.diffusion.student import Student
+from distill.networks.ema import move_towards
 from distill.random import Draw
 
 T = TypeVar("T")
@@ -105,6 +106,11 @@ class Nets:
     def finished(self) -> Student:
         """The teacher wrapped as a Student: the reference policy when an exported student is fine-tuned."""
         return replace(self.student, denoiser=self.teacher)
+
+    def update_target(self, mu: float) -> None:
+        """target <- mu target + (1 - mu) student, if the method has a target."""
+        if self.target is not None:
+            move_towards(self.target.net, self.student.denoiser.net, mu)
 
     def generate(self, batch: Batch, draw: Draw, steps: int | None = None, to: float | None = None) -> Tensor:
         """One sample of the student for every index of `draw`, from the noise "z" and the condition of the batch."""

@@ -10,9 +10,8 @@ ROOT = Path(__file__).resolve().parent.parent
 HOUSE = House(ROOT)
 BOUNDS = {  # today's counts, by room; where none is given the bound is 0, which is the aim of all but `Any` (15)
     "functions over 60 lines": {"pipelines": 1},
-    "functions of complexity over 15": {"distill": 2, "pipelines": 15},
-    "packed assignments": {"distill": 147, "pipelines": 103, "recipes": 2},
-    "statements with two if-expressions": {"distill": 3, "pipelines": 8},
+    "functions of complexity over 15": {"distill": 2, "pipelines": 13},
+    "statements with two if-expressions": {"distill": 2, "pipelines": 6},
     "banned names": {"distill": 128, "pipelines": 83, "recipes": 1},
     "Any per 1,000 statements": {"distill": 24, "pipelines": 58, "eval": 15, "recipes": 15},
 }

@@ -38,6 +38,19 @@ def average(denoiser: Denoiser | Guided, x: Tensor, t: Tensor, r: Tensor | None,
     return denoiser(x, t, c if r is None else ending(c, r)).flow
 
 
+def integral(denoiser: Denoiser, x: Tensor, t: Tensor, r: Tensor, c: Condition, jumps: int) -> Tensor:
+    """x_t - x_r [B, ...] by `jumps` equal jumps of F from t down to r. Times below 0 are 0 in F."""
+    a = t
+    total = torch.zeros_like(x)
+    for i in range(jumps):
+        b = r + (t - r) * (1 - (i + 1) / jumps)
+        jump = expand(a - b, x) * average(denoiser, x, a.clamp(min=0), b.clamp(min=0), c)
+        x = x - jump
+        a = b
+        total = total + jump
+    return total
+
+
 def guided(
     v: Tensor, omega: float, kappa: float, net: Denoiser, x: Tensor, t: Tensor, c: Condition, inside: Tensor
 ) -> Tensor:

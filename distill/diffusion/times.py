@@ -29,6 +29,12 @@ class Law(ABC):
     def __call__(self, draw: Draw, name: str, B: int, schedule: Schedule) -> Tensor:
         """t of B samples, from the random numbers with the name `name`."""
 
+    def diffuse(self, x: Tensor, path: Schedule, draw: Draw, suffix: str = "") -> tuple[Tensor, Tensor, Tensor]:
+        """x_t = alpha_t x + sigma_t eps [B, ...], its t [B] and its eps, from the random numbers "t" and "eps"."""
+        t = self(draw, f"t{suffix}", len(x), path)
+        eps = draw.normal(f"eps{suffix}", x.shape).to(x)
+        return path.diffuse(x, eps, t), t, eps
+
 
 @dataclass(frozen=True)
 class Uniform(Law):

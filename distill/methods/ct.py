@@ -20,13 +20,13 @@ from distill.diffusion.curriculum import Closing, Curriculum
 from distill.diffusion.denoiser import Condition
 from distill.diffusion.schedule import Schedule, expand
 from distill.losses import cauchy_norm, huber_norm
-from distill.method import Batch, Logs, Nets, Requirement, ToData, Update
+from distill.method import Batch, ConsistencyMethod, Logs, Nets, Requirement
 from distill.random import Draw
 from distill.ranges import Weight
 
 
 @dataclass(frozen=True)
-class CT(ToData):
+class CT(ConsistencyMethod):
     """Consistency training on real images: no teacher's ODE, one network call with gradient and one without."""
 
     curriculum: Curriculum = Closing()  # curriculum of the two levels: Closing (ECT), Doubling (iCT)
@@ -40,12 +40,6 @@ class CT(ToData):
     def __post_init__(self) -> None:
         if self.distance == "cauchy" and not self.c:
             raise ValueError(f"c is {self.c}; the Cauchy distance needs a c above 0")
-
-    def updates(self) -> list[Update]:
-        return [Update("student", self.student_loss)]
-
-    def sample(self, nets: Nets, batch: Batch, draw: Draw) -> Tensor:
-        return batch["real"]
 
     def student_loss(self, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
         path = nets.student.denoiser.path

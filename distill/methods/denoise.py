@@ -13,13 +13,13 @@ from torch import Tensor
 from distill.diffusion.guidance import drop
 from distill.diffusion.times import Law, LogNormal
 from distill.losses import Reduction, denoising
-from distill.method import Batch, Logs, Method, Nets, Requirement, Update
+from distill.method import Batch, ImageMethod, Logs, Nets, Requirement
 from distill.random import Draw
 from distill.ranges import UnitInterval
 
 
 @dataclass(frozen=True)
-class Denoise(Method):
+class Denoise(ImageMethod):
     """Train the "student" role as a denoiser on real images."""
 
     p_drop: UnitInterval = 0.1  # probability of a null condition
@@ -30,17 +30,10 @@ class Denoise(Method):
     def requirements(self) -> tuple[Requirement, ...]:
         return Requirement.select(REAL=True, NULL_CONDITION=self.p_drop)
 
-    def updates(self) -> list[Update]:
-        return [Update("student", self.student_loss)]
-
-    def sample(self, nets: Nets, batch: Batch, draw: Draw) -> Tensor:
-        return batch["real"]
-
     def student_loss(self, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
         denoiser = nets.student.denoiser
         c = batch.get("real_c")
         if self.p_drop:
             c = drop(c, denoiser.null, draw.uniform("drop", (len(x),)) < self.p_drop)
-        t = self.times(draw, "t", len(x), denoiser.path)
-        eps = draw.normal("eps", x.shape).to(x)
-        return denoising(denoiser(denoiser.path.diffuse(x, eps, t), t, c), x, eps, self.reduction), {}
+        x_t, t, eps = self.times.diffuse(x, denoiser.path, draw)
+        return denoising(denoiser(x_t, t, c), x, eps, self.reduction), {}

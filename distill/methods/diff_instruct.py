@@ -50,10 +50,8 @@ class DiffInstruct(Method):
     def student_loss(self, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
         c = batch.get("c")
         path = nets.teacher.path
-        t = self.times(draw, "t", len(x), path)
-        eps = draw.normal("eps", x.shape).to(x)
         with torch.no_grad():
-            x_t = path.diffuse(x, eps, t)
+            x_t, t, _ = self.times.diffuse(x, path, draw)
             real = nets.teacher(x_t, t, c).x0
             fake = nets.fake_score(x_t, t, c).x0
             gap = fake - real
@@ -61,8 +59,5 @@ class DiffInstruct(Method):
         return reduce(gradient_surrogate(x, g), self.reduction), score_gap_logs(x, real, fake)
 
     def fake_loss(self, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
-        c = batch.get("c")
-        path = nets.fake_score.path
-        t = self.fake_times(draw, "t", len(x), path)
-        eps = draw.normal("eps", x.shape).to(x)
-        return denoising(nets.fake_score(path.diffuse(x, eps, t), t, c), x, eps, self.reduction), {}
+        x_t, t, eps = self.fake_times.diffuse(x, nets.fake_score.path, draw)
+        return denoising(nets.fake_score(x_t, t, batch.get("c")), x, eps, self.reduction), {}

@@ -56,20 +56,16 @@ class DMD2(DiffusionGAN):
 
     def student_loss(self, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
         c = batch.get("c")
-        path = nets.teacher.path
-        t = self.times(draw, "t", len(x), path)
-        eps = draw.normal("eps", x.shape).to(x)
-        x_t = path.diffuse(x, eps, t)
+        x_t, t, _ = self.times.diffuse(x, nets.teacher.path, draw)
         with torch.no_grad():
             real, fake, h, logs = self.predict(x_t, t, c, nets)
             g = h * (fake - real) / (normaliser(x, real) if self.normalise else 1.0)
         loss = reduce(gradient_surrogate(x, g), self.reduction)
-        logs = score_gap_logs(x, real, fake) | logs
         if self.gan:
-            at = (x_t, t) if self.at_score_noise else None
-            logs["gan"] = gan_generator(self.logits(x, c, nets, draw, "gan", at=at))
+            logits = self.logits(x, c, nets, draw, "gan", at=(x_t, t) if self.at_score_noise else None)
+            logs["gan"] = gan_generator(logits)
             loss = loss + self.gan * logs["gan"]
-        return loss, logs
+        return loss, score_gap_logs(x, real, fake) | logs
 
     def predict(self, x_t: Tensor, t: Tensor, c, nets: Nets) -> tuple[Tensor, Tensor, Tensor | float, Logs]:
         real = Guided(nets.teacher, self.guidance)(x_t, t, c).x0
@@ -77,20 +73,16 @@ class DMD2(DiffusionGAN):
 
     def fake_loss(self, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
         c = batch.get("c")
-        path = nets.fake_score.path
-        t = self.fake_times(draw, "t", len(x), path)
-        eps = draw.normal("eps", x.shape).to(x)
-        x_t = path.diffuse(x, eps, t)
+        x_t, t, eps = self.fake_times.diffuse(x, nets.fake_score.path, draw)
         pred, features = nets.fake_score.tapping(x_t, t, c, self.shared_taps)
         loss = denoising(pred, x, eps, self.reduction, self.fake_space)
-        logs = Logs()
+        logs: Logs = {}
         if self.gan_fake:
             y = batch["real"].to(x)
             y_c = batch.get("real_c")
-            method = replace(self, gan_times=self.fake_times)
             if self.share or self.at_score_noise:
                 fake = nets.discriminator(*features) if features else self.logits(x, c, nets, draw, at=(x_t, t))
-                real = method.logits(y, y_c, nets, draw, "gan_real")
+                real = replace(self, gan_times=self.fake_times).logits(y, y_c, nets, draw, "gan_real")
             else:
                 fake, real = self.logits(torch.cat([x, y]), merge(c, y_c), nets, draw, "gan_fake", "gan_real").chunk(2)
             logs["gan"], logs["gan_right"] = discriminator_loss(fake, real)

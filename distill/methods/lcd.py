@@ -21,14 +21,13 @@ from distill.diffusion.schedule import VP, Schedule, expand
 from distill.diffusion.solver import STEPS, Name
 from distill.diffusion.times import Grid, point, spread
 from distill.losses import Reduction, huber, reduce
-from distill.method import Batch, Logs, Nets, Requirement, ToData, Update, guidance_requirements
-from distill.networks.ema import follow
+from distill.method import Batch, ConsistencyMethod, Logs, Nets, Requirement, guidance_requirements
 from distill.random import Draw
 from distill.ranges import Decay, Finite, Points, Positive
 
 
 @dataclass(frozen=True)
-class LCD(ToData):
+class LCD(ConsistencyMethod):
     """Consistency distillation on a grid of the teacher's ODE: needs images (or samples of the teacher)."""
 
     N: Points = 50  # number of ODE steps from t = 1 to 0: 50 (LCM); 18 CIFAR-10, 40 ImageNet-64 (CD)
@@ -49,12 +48,6 @@ class LCD(ToData):
 
     def call_times(self, steps: int, first: float, schedule: Schedule) -> tuple[float, ...] | None:
         return spread(steps, self.N, schedule) if isinstance(schedule, VP) and first == 1 and steps <= self.N else None
-
-    def updates(self) -> list[Update]:
-        return [Update("student", self.student_loss)]
-
-    def sample(self, nets: Nets, batch: Batch, draw: Draw) -> Tensor:
-        return batch["real"]
 
     def student_loss(self, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
         return self.distance(torch.sub(*self.solutions(x, nets, batch, draw)[:2]))
@@ -91,5 +84,4 @@ class LCD(ToData):
         return None  # the end time of f: None is data; PCM and TCD have others
 
     def after_student_step(self, nets: Nets) -> None:
-        if nets.target is not None:
-            follow(nets.target.net, nets.student.denoiser.net, self.target_ema)
+        nets.update_target(self.target_ema)

@@ -23,13 +23,13 @@ from distill.diffusion.guidance import Guided, drop
 from distill.diffusion.schedule import expand
 from distill.diffusion.times import Law, LogitNormal
 from distill.losses import adaptive, jvp
-from distill.method import Batch, Logs, Method, Nets, Requirement, Update
+from distill.method import Batch, ImageMethod, Logs, Nets, Requirement
 from distill.random import Draw
 from distill.ranges import Finite, Natural, UnitInterval, Weight
 
 
 @dataclass(frozen=True)
-class MeanFlow(Method):
+class MeanFlow(ImageMethod):
     """Average velocities of data, or of a teacher: needs images (or samples of the teacher)."""
 
     velocity: Literal["data", "teacher"] = "data"  # velocity v: eps - x (paper), or the teacher's (FastGen)
@@ -53,12 +53,6 @@ class MeanFlow(Method):
     def requirements(self) -> tuple[Requirement, ...]:
         guided = (self.guidance, self.omega, self.kappa) != (1, 1, 0)
         return Requirement.select(REAL=True, END_TIME=True, NULL_CONDITION=guided)
-
-    def updates(self) -> list[Update]:
-        return [Update("student", self.student_loss)]
-
-    def sample(self, nets: Nets, batch: Batch, draw: Draw) -> Tensor:
-        return batch["real"]
 
     def student_loss(self, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
         net = nets.student.denoiser.on(PATH)

@@ -13,11 +13,9 @@ guidance and negative prompts in sampling. The adversarial loss compares distrib
 means are over heads, of means over pixels. Gradients flow as in LCD, and through the teacher's features.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from distill.diffusion.denoiser import Condition
@@ -71,7 +69,7 @@ class PCM(LCD):
         loss, logs = self.distance(out - target)
         if self.gan:
             logits = self.logits([out], j, batch.get("real_c"), nets, draw)
-            logs["gan"] = torch.stack([F.relu(1 - one).mean() for one in logits]).mean()
+            logs["gan"] = torch.stack([torch.relu(1 - one).mean() for one in logits]).mean()
             loss = loss + self.gan * logs["gan"]
         return loss, logs
 
@@ -82,11 +80,11 @@ class PCM(LCD):
         right = accuracy(*(torch.cat(side, 1) for side in zip(*pairs, strict=True)))
         return torch.stack([hinge_discriminator(*pair) for pair in pairs]).mean(), {"gan_right": right}
 
-    def logits(self, xs: list[Tensor], j: Tensor | None, c: Condition, nets: Nets, draw: Draw) -> Sequence[Tensor]:
+    def logits(self, xs: list[Tensor], j: Tensor | None, c: Condition, nets: Nets, draw: Draw) -> list[Tensor]:
         assert j is not None and nets.disc is not None  # j: grid points of xs
-        path = nets.teacher.path
-        n = len(xs)
+        teacher = nets.teacher
         start, end = phase(j, self.N, len(nets.student.times))
         e, u = (self.time(i, nets) for i in (j, start + draw.uniform("gan_t", (len(j),)).to(j) * (end - start)))
-        x_u = [path.transition(x, e, u, draw.normal(f"gan_eps{i}", x.shape).to(x)) for i, x in enumerate(xs)]
-        return head_logits(nets.disc, nets.teacher.features(torch.cat(x_u), u.repeat(n), repeated(c, n), self.taps))
+        x_u = [teacher.path.transition(x, e, u, draw.normal(f"gan_eps{i}", x.shape).to(x)) for i, x in enumerate(xs)]
+        c = repeated(c, len(xs))
+        return head_logits(nets.disc, teacher.features(torch.cat(x_u), u.repeat(len(xs)), c, self.taps))

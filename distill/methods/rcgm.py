@@ -17,19 +17,18 @@ import torch
 from torch import Tensor
 
 from distill.diffusion.denoiser import Condition, Denoiser
-from distill.diffusion.end_time import PATH, average, guided
+from distill.diffusion.end_time import PATH, average, guided, integral
 from distill.diffusion.guidance import Guided
 from distill.diffusion.schedule import expand
 from distill.diffusion.times import Law, Uniform
 from distill.losses import adaptive
-from distill.method import Batch, Logs, Method, Nets, Requirement, Update
-from distill.networks.ema import follow
+from distill.method import Batch, ImageMethod, Logs, Nets, Requirement
 from distill.random import Draw
 from distill.ranges import Calls, Decay, Finite, Positive, UnitInterval
 
 
 @dataclass(frozen=True)
-class RCGM(Method):
+class RCGM(ImageMethod):
     """Average velocities by bootstrapping: needs images (or samples of the teacher)."""
 
     velocity: Literal["data", "teacher"] = "data"  # velocity v: eps - x, or the teacher's
@@ -51,12 +50,6 @@ class RCGM(Method):
     @property
     def requirements(self) -> tuple[Requirement, ...]:
         return Requirement.select(REAL=True, END_TIME=True, NULL_CONDITION=(self.guidance, self.kappa) != (1, 0))
-
-    def updates(self) -> list[Update]:
-        return [Update("student", self.student_loss)]
-
-    def sample(self, nets: Nets, batch: Batch, draw: Draw) -> Tensor:
-        return batch["real"]
 
     def student_loss(self, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
         net = nets.student.denoiser.on(PATH)
@@ -81,15 +74,7 @@ class RCGM(Method):
 
     def residual(self, F: Tensor, x: Tensor, t: Tensor, r: Tensor, v: Tensor, net: Denoiser, c: Condition) -> Tensor:
         near = t - r <= self.step
-        x = x - self.step * v
-        a = t - self.step
-        I = torch.zeros_like(x)
-        for i in range(self.N):
-            b = r + (t - self.step - r) * (1 - (i + 1) / self.N)
-            jump = expand(a - b, x) * average(net, x, a.clamp(min=0), b.clamp(min=0), c)
-            x = x - jump
-            a = b
-            I = I + jump
+        I = integral(net, x - self.step * v, t - self.step, r, c, self.N)
         return torch.where(expand(near, x).bool(), F - v, (expand(t - r, x) * F - I) / self.step - v)
 
     def distance(self, x: Tensor, g: Tensor) -> Tensor:  # d(x, sg(x - g)) [B]
@@ -97,5 +82,4 @@ class RCGM(Method):
         return e if self.c is None else adaptive(e, 0.5, self.c**2)
 
     def after_student_step(self, nets: Nets) -> None:
-        if nets.target is not None:
-            follow(nets.target.net, nets.student.denoiser.net, self.target_ema)
+        nets.update_target(self.target_ema)

@@ -22,14 +22,14 @@ from distill.diffusion.guidance import Guided, scale_of, with_guidance_key
 from distill.diffusion.schedule import Prediction, Trig, expand
 from distill.diffusion.times import Law, LogNormal
 from distill.losses import Reduction, jvp, per_sample
-from distill.method import Batch, Logs, Nets, Requirement, ToData, Update, guidance_requirements
+from distill.method import Batch, ConsistencyMethod, Logs, Nets, Requirement, guidance_requirements
 from distill.networks.adaptive_weight import weigh
 from distill.random import Draw
 from distill.ranges import Finite, Natural, Positive, Weight
 
 
 @dataclass(frozen=True)
-class SCM(ToData):
+class SCM(ConsistencyMethod):
     """Continuous-time consistency distillation: needs images (or samples of the teacher)."""
 
     guidance: Finite | tuple[Finite, Finite] = 1.0  # guidance scale; a range (SANA-Sprint: 4, 5) is embedded
@@ -51,12 +51,6 @@ class SCM(ToData):
     @property
     def requirements(self) -> tuple[Requirement, ...]:
         return (Requirement.REAL, *guidance_requirements(self.guidance))
-
-    def updates(self) -> list[Update]:
-        return [Update("student", self.student_loss)]
-
-    def sample(self, nets: Nets, batch: Batch, draw: Draw) -> Tensor:
-        return batch["real"]
 
     def student_loss(self, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
         path = Trig(self.sigma_d)

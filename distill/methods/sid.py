@@ -57,11 +57,8 @@ class SiD(Method):
         return nets.generate(batch, draw, 1 + draw.index("steps", len(nets.student.times)))
 
     def fake_loss(self, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
-        c = batch.get("c")
-        fake = nets.fake_score
-        t = self.fake_times(draw, "t", len(x), fake.path)
-        eps = draw.normal("eps", x.shape).to(x)
-        pred = Guided(fake, self.kappa[0])(fake.path.diffuse(x, eps, t), t, c)
+        x_t, t, eps = self.fake_times.diffuse(x, nets.fake_score.path, draw)
+        pred = Guided(nets.fake_score, self.kappa[0])(x_t, t, batch.get("c"))
         return denoising(pred, x, eps, self.reduction), {}
 
     def student_loss(self, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
@@ -73,9 +70,7 @@ class SiD(Method):
         c = batch.get("c")
         path = nets.teacher.path
         _, k2, k3, k4 = self.kappa
-        t = self.times(draw, "t", len(x), path)
-        eps = draw.normal("eps", x.shape).to(x)
-        x_t = path.diffuse(x, eps, t)
+        x_t, t, _ = self.times.diffuse(x, path, draw)
         real = Guided(nets.teacher, k4)(x_t, t, c).x0
         pred, features = Guided(nets.fake_score, k2).tapping(x_t, t, c, taps)
         fake = pred.x0

@@ -64,7 +64,7 @@ class SiDA(SiD):
         if not self.gan or draw.step < self.gan_start:
             return super().student_loss(x, nets, batch, draw)
         loss, logs, w, features = self.identity(x, nets, batch, draw, self.taps)
-        f = self.fused(F.softplus(-self.logits(features, x, True)), x)
+        f = self.fused(F.softplus(-self.logits(features, x, self.clamp)), x)
         gan = reduce((w * f).expand_as(x), self.reduction)
         return self.mix * (loss + self.gan * gan), logs | {"gan": f.mean()}
 
@@ -72,22 +72,19 @@ class SiDA(SiD):
         if not self.gan_fake:
             return super().fake_loss(x, nets, batch, draw)
         c = batch.get("c")
-        y = batch["real"].to(x)
         fake = nets.fake_score
-        t = self.fake_times(draw, "t", len(x), fake.path)
-        eps = draw.normal("eps", x.shape).to(x)
-        pred, of_x = Guided(fake, self.kappa[0]).tapping(fake.path.diffuse(x, eps, t), t, c, self.taps)
-        of_y = fake.features(fake.path.diffuse(y, eps, t), t, batch.get("real_c", c), self.taps)
-        low, high = (self.logits(h, x, self.fusion == "sample") for h in (of_x, of_y))
+        x_t, t, eps = self.fake_times.diffuse(x, fake.path, draw)
+        pred, of_x = Guided(fake, self.kappa[0]).tapping(x_t, t, c, self.taps)
+        of_y = fake.features(fake.path.diffuse(batch["real"].to(x), eps, t), t, batch.get("real_c", c), self.taps)
+        low, high = (self.logits(h, x, self.clamp if self.fusion == "sample" else float("inf")) for h in (of_x, of_y))
         f = (self.fused(F.softplus(low), x) + self.fused(F.softplus(-high), x)) / 2
         v = expand(fake.sigma_d**-2 + fake.path.ratio(t) ** -2, x) if self.fusion == "batch" else 1.0
         gan = reduce(v * f if self.fusion == "batch" else f.expand_as(x), self.reduction)
         logs = {"gan": f.mean(), "gan_right": accuracy(low, high), "logit_gap": (high.mean() - low.mean()).detach()}
         return denoising(pred, x, eps, self.reduction) + self.gan_fake * gan, logs
 
-    def logits(self, features: list[Tensor], x: Tensor, clamp: bool) -> Tensor:
-        most = self.clamp if clamp else float("inf")
-        return features[0].to(x).mean(1).clamp(-most, most)
+    def logits(self, features: list[Tensor], x: Tensor, limit: float) -> Tensor:
+        return features[0].to(x).mean(1).clamp(-limit, limit)
 
     def fused(self, elements: Tensor, x: Tensor) -> Tensor:  # a scalar, or [B, 1, ...]
         return elements.mean() if self.fusion == "batch" else expand(elements.reshape(len(x), -1).mean(1), x)

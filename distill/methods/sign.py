@@ -25,7 +25,6 @@ from distill.diffusion.times import Grid, Uniform
 from distill.losses import reduce
 from distill.method import Batch, Logs, Nets, Requirement
 from distill.methods.dmd import DMD
-from distill.networks.ema import follow
 from distill.random import Draw
 from distill.ranges import Points, UnitInterval, Weight
 
@@ -64,8 +63,7 @@ class SIGN(DMD):
         if self.flow:
             gaps["flow"] = self.along(y, nets, c, draw)
         if self.denoise:
-            t = Uniform(0.0, self.t_max)(draw, "t_denoise", len(y), nets.teacher.path)
-            x_t = nets.teacher.path.diffuse(y, draw.normal("eps_denoise", y.shape).to(y), t)
+            x_t, t, _ = Uniform(0.0, self.t_max).diffuse(y, nets.teacher.path, draw, "_denoise")
             gaps["denoise"] = self.projected(x_t, t, nets, c) - y
         for name, gap in gaps.items():
             logs[name] = reduce(gap**2, self.reduction)
@@ -73,9 +71,7 @@ class SIGN(DMD):
         return loss, logs
 
     def along(self, y: Tensor, nets: Nets, c: Condition, draw: Draw) -> Tensor:
-        path = nets.teacher.path
-        t = Grid(self.N + 1, 1, self.N)(draw, "t_flow", len(y), path)
-        x_t = path.diffuse(y, draw.normal("eps_flow", y.shape).to(y), t)
+        x_t, t, _ = Grid(self.N + 1, 1, self.N).diffuse(y, nets.teacher.path, draw, "_flow")
         s = t - 1 / self.N
         with torch.no_grad():
             x_s = STEPS[self.solver](Guided(nets.teacher, self.guidance), x_t, t, s, c)
@@ -87,5 +83,4 @@ class SIGN(DMD):
         return nets.student.generate(x_t / expand(torch.hypot(alpha, sigma), x_t), c, steps=1)
 
     def after_student_step(self, nets: Nets) -> None:
-        if nets.target is not None:
-            follow(nets.target.net, nets.student.denoiser.net, 0.0)
+        nets.update_target(0.0)

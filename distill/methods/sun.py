@@ -24,14 +24,14 @@ from distill.diffusion.guidance import Guided, drop
 from distill.diffusion.solver import ddim_from_prediction
 from distill.diffusion.times import Grid, Law
 from distill.losses import Reduction, reduce
-from distill.method import Batch, Logs, Method, Nets, Requirement, Update
+from distill.method import Batch, ImageMethod, Logs, Nets, Requirement
 from distill.networks.negative_attention import shuffled_conditions, with_negative_prompt
 from distill.random import Draw
 from distill.ranges import Calls, Finite, UnitInterval, Weight
 
 
 @dataclass(frozen=True)
-class SUN(Method):
+class SUN(ImageMethod):
     """Guidance with negative prompts in one pass, and few steps, by an adapter of the cross-attention: needs images."""
 
     guidance: Finite = 7.5  # guidance scale w (SD 1.5's)
@@ -43,20 +43,11 @@ class SUN(Method):
 
     requirements = (Requirement.REAL, Requirement.NULL_CONDITION, Requirement.NEGATIVE_ADAPTER)
 
-    def updates(self) -> list[Update]:
-        return [Update("student", self.student_loss)]
-
-    def sample(self, nets: Nets, batch: Batch, draw: Draw) -> Tensor:
-        return batch["real"]
-
     def student_loss(self, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
         c = batch["real_c"]
-        path = nets.teacher.path
         other = drop(shuffled_conditions(c, draw), nets.teacher.null, draw.uniform("null", (len(x),)) < self.p_null)
         teacher = Guided(replace(nets.teacher, null={k: other[k] for k in nets.teacher.null or {}}), self.guidance)
-        t = self.times(draw, "t", len(x), path)
-        eps = draw.normal("eps", x.shape).to(x)
-        x_t = path.diffuse(x, eps, t)
+        x_t, t, _ = self.times.diffuse(x, nets.teacher.path, draw)
         told = with_negative_prompt(c, other)
         with torch.no_grad():
             target = teacher(x_t, t, c).out

@@ -21,13 +21,13 @@ from torch import Tensor
 from distill.diffusion.guidance import Guided
 from distill.diffusion.times import Law, LogNormal
 from distill.losses import Reduction, reduce
-from distill.method import Batch, Logs, Method, Nets, Requirement, Update
+from distill.method import Batch, ImageMethod, Logs, Nets, Requirement
 from distill.random import Draw
 from distill.ranges import Finite
 
 
 @dataclass(frozen=True)
-class TSM(Method):
+class TSM(ImageMethod):
     """A regression of the student onto the teacher's outputs at noisy real images, at every level."""
 
     guidance: Finite = 1.0  # guidance scale w of the teacher
@@ -38,18 +38,9 @@ class TSM(Method):
     def requirements(self) -> tuple[Requirement, ...]:
         return Requirement.select(REAL=True, NULL_CONDITION=self.guidance != 1)
 
-    def updates(self) -> list[Update]:
-        return [Update("student", self.student_loss)]
-
-    def sample(self, nets: Nets, batch: Batch, draw: Draw) -> Tensor:
-        return batch["real"]
-
     def student_loss(self, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
         c = batch.get("real_c")
-        path = nets.teacher.path
-        t = self.times(draw, "t", len(x), path)
-        eps = draw.normal("eps", x.shape).to(x)
-        x_t = path.diffuse(x, eps, t)
+        x_t, t, _ = self.times.diffuse(x, nets.teacher.path, draw)
         with torch.no_grad():
             target = Guided(nets.teacher, self.guidance)(x_t, t, c).out
         return reduce((nets.student.denoiser(x_t, t, c).out - target) ** 2, self.reduction), {}

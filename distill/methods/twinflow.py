@@ -46,20 +46,15 @@ class TwinFlow(RCGM):
         net = nets.student.denoiser.on(PATH)
         c = batch.get("c")
         if self.twin:
-            x_t, t, eps = self.noised(x.detach(), draw, "twin")
+            x_t, t, eps = self.times.diffuse(x.detach(), PATH, draw, "_twin")
             F = average(net, x_t, t, -t, c)
             logs["twin"] = self.distance(F, F - (eps - x)).mean()
             loss = loss + self.twin * logs["twin"]
         if self.rectify:
             with torch.no_grad():
-                x_u, u, _ = self.noised(x, draw, "rectify")
+                x_u, u, _ = self.times.diffuse(x, PATH, draw, "_rectify")
                 g = average(net, x_u, u, -u, c) - average(net, x_u, u, u, c)
             logs["gap"] = g.square().mean()
             logs["rectify"] = self.distance(x, -g.clamp(-self.clamp, self.clamp)).mean()
             loss = loss + self.rectify * logs["rectify"]
         return loss, logs
-
-    def noised(self, x: Tensor, draw: Draw, name: str) -> tuple[Tensor, Tensor, Tensor]:
-        t = self.times(draw, f"t_{name}", len(x), PATH)
-        eps = draw.normal(f"eps_{name}", x.shape).to(x)
-        return PATH.diffuse(x, eps, t), t, eps

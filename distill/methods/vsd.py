@@ -61,12 +61,10 @@ class VSD(Method):
     def student_loss(self, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
         c = batch.get("c")
         path = nets.teacher.path
-        t = self.times(draw, "t", len(x), path)
-        eps = draw.normal("eps", x.shape).to(x)
         k = scale_of(self.guidance, draw, len(x))
         k_fake = k if self.fake_guidance is None else self.fake_guidance
         with torch.no_grad():
-            x_t = path.diffuse(x, eps, t)
+            x_t, t, eps = self.times.diffuse(x, path, draw)
             real = Guided(nets.teacher, k)(x_t, t, c).eps
             fake = Guided(nets.fake_score, k_fake)(x_t, t, c).eps
             alpha, sigma = path.coefficients(t)
@@ -79,7 +77,6 @@ class VSD(Method):
         path = nets.fake_score.path
         if self.requirements:
             c = drop(c, nets.fake_score.null, draw.uniform("drop", (len(x),)) < self.p_drop)
-        t = self.fake_times(draw, "t", len(x), path)
-        eps = draw.normal("eps", x.shape).to(x)
+        x_t, t, eps = self.fake_times.diffuse(x, path, draw)
         weight = expand(path.coefficients(t)[0] ** 2, x) if self.fake_weight == "alpha" else 1.0
-        return denoising(nets.fake_score(path.diffuse(x, eps, t), t, c), x, eps, self.reduction, weight=weight), {}
+        return denoising(nets.fake_score(x_t, t, c), x, eps, self.reduction, weight=weight), {}

@@ -103,9 +103,9 @@ def count(feature: Tensor) -> int:
     return feature.shape[1] if feature.ndim == 3 else math.prod(feature.shape[2:])
 
 
-def head_logits(disc: nn.Module, features: Sequence[Tensor]) -> Sequence[Tensor]:
+def head_logits(disc: nn.Module, features: Sequence[Tensor]) -> list[Tensor]:
     """The logits [B, places] of each of several heads from `pixels`."""
-    return disc(*features).split([count(feature) for feature in features], dim=1)
+    return list(disc(*features).split([count(feature) for feature in features], dim=1))
 
 
 def head(feature: Tensor, places: bool = False) -> nn.Module:

@@ -67,6 +67,6 @@ def unshared_parameters(net: nn.Module, other: nn.Module) -> tuple[list[Tensor],
 
 
 @torch.no_grad()
-def follow(target: nn.Module, net: nn.Module, mu: float) -> None:
+def move_towards(target: nn.Module, net: nn.Module, mu: float) -> None:
     """target <- mu target + (1 - mu) net: the averaged target network of a consistency loss."""
     torch._foreach_lerp_(*unshared_parameters(target, net), 1 - mu)

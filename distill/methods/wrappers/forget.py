@@ -72,8 +72,7 @@ class Forgetting(Wrapped):
             with torch.set_grad_enabled(draw.player == "student"):
                 x_f = self.base.sample(nets, second, draw)
             forgetting, _ = loss(x_f, nets, second, draw)
-            total = total + weight * forgetting
-            logs = logs | {"forgetting": forgetting}
+            return total + weight * forgetting, logs | {"forgetting": forgetting}
         return total, logs
 
     student_term = fake_term = both

@@ -13,15 +13,14 @@ and need no other network. It is updated after the student or with the base's fa
 """
 
 from dataclasses import dataclass, replace
-from itertools import combinations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import binary_cross_entropy_with_logits as cross_entropy
 
 from distill.diffusion.denoiser import Condition
 from distill.diffusion.guidance import repeated
 from distill.diffusion.times import Fixed, Law
+from distill.losses import preference_kl
 from distill.method import Batch, FeatureTaps, Logs, Loss, Method, Nets, Taps, Update
 from distill.methods.lcd import LCD
 from distill.methods.wrappers.reward import Rewarded, judge
@@ -78,16 +77,9 @@ class Proxied(Rewarded):
         with torch.no_grad():
             other = nets.generate({"c": c}, draw.apart("proxy"))
             xs = [given["x"], other] + [given[key].to(other) for key in given if key == "real"]
-            true = [judge(nets)(one, c) / self.tau for one in xs]
-        found = self.proxy(xs, c, nets, draw)
-        loss = x.new_zeros(())
-        right = []
-        for a, b in combinations(range(len(xs)), 2):
-            d = (found[a] - found[b]) / self.tau
-            want = (true[a] - true[b]).to(found[a])
-            loss = loss + cross_entropy(d, want.sigmoid()) - cross_entropy(want, want.sigmoid())
-            right.append(((d > 0) == (want > 0)).float().mean())
-        return loss, {"proxy": loss.detach(), "proxy_right": torch.stack(right).mean()}
+            rewards = [judge(nets)(one, c) for one in xs]
+        loss, right = preference_kl(rewards, self.proxy(xs, c, nets, draw), self.tau)
+        return loss, {"proxy": loss.detach(), "proxy_right": right}
 
 
 def rivals(x: Tensor, c: Condition, batch: Batch) -> Batch:  # x, and real images where c is their condition
