@@ -210,7 +210,7 @@ def evaluate(
     cfg: Results, name: str, steps: int, seed: int, noise: int, model: Path, spent: float | None
 ) -> dict[str, Any]:
     """The row of one model and noise seed; spent: forward passes of its training."""
-    from eval.sampling.generate import generate
+    from eval.sampling.image_set import generate
     from eval.score import score_folder
 
     family = name.split("-")[0]

@@ -294,7 +294,7 @@ def _check_needs(images: Folder, m: Measure, p: Protocol, spec: str, other: Path
     """ValueError if an input of a metric is missing, before a network runs."""
     entry = find_metric(m.metric)
     if lacks := [need for need in entry.needs if not images.has(need)]:
-        raise ValueError(f"{images.path} has no {' and '.join(map(_NEEDS.get, lacks))}, which {m.metric} needs")
+        raise ValueError(f"{images.path} has no {' and '.join(_NEEDS[need] for need in lacks)}, which {m.metric} needs")
     width = None if entry.extractor == "lpips" else load(spec).width
     least = entry.least or (width or 0) + 1
     if len(images.files) < least:

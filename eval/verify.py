@@ -155,15 +155,15 @@ def verify(
     missing: dict[str, str] = {}
     for peer in peers:
         try:
-            if peer != "clip" and reference is None:
+            if peer == "clip":
+                comparisons[peer] = list(clip(folder, clip_model))
+            elif reference is None:
                 raise ValueError("it compares with real images: name their folder by --reference")
-            calls = {
-                "arithmetic": lambda: arithmetic(folder, reference, extractor, logits),
-                "clean-fid": lambda: clean_fid(folder, reference),
-                "torch-fidelity": lambda: torch_fidelity(folder, reference),
-                "clip": lambda: clip(folder, clip_model),
-            }
-            comparisons[peer] = list(calls[peer]())
+            elif peer == "arithmetic":
+                comparisons[peer] = list(arithmetic(folder, reference, extractor, logits))
+            else:
+                compare = {"clean-fid": clean_fid, "torch-fidelity": torch_fidelity}[peer]
+                comparisons[peer] = list(compare(folder, reference))
         except (ImportError, OSError, RuntimeError, ValueError) as error:
             missing[peer] = (str(error) or type(error).__name__).splitlines()[0]
     if out is not None:

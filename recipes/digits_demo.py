@@ -122,7 +122,7 @@ def measured(cfg: Demo, out: Path) -> list[dict[str, Any]]:
     from distill.data import digits
     from eval.images import images
     from eval.leaderboard import tables
-    from eval.sampling.generate import generate
+    from eval.sampling.image_set import generate
     from eval.score import score_folder, score_folders
 
     torch.set_num_threads(1)

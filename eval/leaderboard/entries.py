@@ -33,7 +33,7 @@ from eval.files import read_json, shorten, write_json
 from eval.images.images import is_count, is_finite
 from eval.leaderboard.jobs import Job, run_jobs
 from eval.leaderboard.tables import Row, average_seeds, validate_rows
-from eval.sampling.generate import model_hash, model_name
+from eval.sampling.models import model_hash, model_name
 
 LISTS = ("steps", "guidance", "protocols", "seeds")
 MOST = 10_000  # entries of a board

@@ -157,7 +157,7 @@ class BarDisplay:
     def __init__(self, todo: dict[str, Job], bars: Progress) -> None:
         self.todo = todo
         self.bars = bars
-        self.tasks = {name: bars.add_task(job.title, None, None, visible=False) for name, job in todo.items()}
+        self.tasks = {name: bars.add_task(job.title, False, None, visible=False) for name, job in todo.items()}
 
     def start_job(self, name: str) -> None:
         self.bars.update(self.tasks[name], visible=True)

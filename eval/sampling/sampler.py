@@ -275,7 +275,7 @@ def _scheduler(pipe: DiffusionPipeline, name: str | None, config: Mapping[str, A
 
     from pipelines import fields
 
-    cls = type(pipe.scheduler)
+    cls: type[Any] | None = type(pipe.scheduler)
     base = pipe.scheduler.config
     if name is not None:
         folder = next(

@@ -18,7 +18,8 @@ from processes import TWO, python
 
 from eval.images import images as folders
 from eval.sampling.conditions import SampleConditions, read_prompts
-from eval.sampling.generate import ProcessGroup, generate, generate_missing_images, model_name
+from eval.sampling.image_set import ProcessGroup, generate, generate_missing_images
+from eval.sampling.models import model_name
 from eval.sampling.sampler import Sampler, image_generator, load_pipeline, pipeline_sampler, teacher_sampler
 from eval.score import Folder, score_folder
 from pipelines.families import tiny
@@ -385,7 +386,7 @@ def test_a_protocol_replaces_components(home, tmp_path, monkeypatch):
     from dataclasses import replace
 
     from eval.protocols import PROTOCOLS
-    from eval.sampling import generate as module
+    from eval.sampling import request as module
 
     monkeypatch.setenv("DISTILL_DATA", f"{tmp_path / 'data'}")
     plan = replace(PROTOCOLS["coco10k-dmd2-tokenizer1"], n=2, size=16)

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+from types import SimpleNamespace
 
 import pytest
 from rows import row
@@ -13,6 +14,7 @@ from eval.leaderboard import entries, jobs
 from eval.leaderboard.commands import write_card, write_page
 from eval.leaderboard.jobs import Job, JobFailure, run_jobs
 from eval.leaderboard.tables import average_seeds
+from eval.sampling import cost
 from eval.sampling.cost import measure_cost, parameters
 from pipelines.export.card import Card, Result, add_results, python_block
 from pipelines.export.license import License
@@ -227,8 +229,8 @@ def test_the_mean_of_seeds():
     assert figure["value"] == 10.5 and figure["n"] == 2, "of those that have it"
 
 
-def test_cost():
-    import torch
+def test_cost(monkeypatch):
+    """On a clock that only the calls move: a first call of a kind and the fifth are 100 times as slow."""
     from torch import nn
 
     class Pipe:
@@ -236,11 +238,19 @@ def test_cost():
 
     assert parameters(Pipe()) == 16 and parameters(type("P", (), {"components": {"net": nn.Linear(2, 2)}})()) == 6
     seen = []
-    net = nn.Linear(256, 256)
-    found = measure_cost(lambda k: (seen.append(k), net(torch.zeros(k * 500, 256))), batch=8, seconds=0.02)
-    assert seen.count(1) >= 4 and seen.count(8) >= 4 and set(seen) == {1, 8}
-    assert 0 < found["latency"] < 1 and found["images_per_second"] > 1 / found["latency"] / 8
-    assert found["peak_memory"] > 50 * 2**20 and "thread" in found["hardware"] and found["batch"] == 8
+    clock = [0.0]
+    monkeypatch.setattr(cost, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+
+    def make(k):
+        seen.append(k)
+        clock[0] += {1: 0.25, 8: 0.5}[k] * (100 if seen.count(k) % 4 == 1 else 1)
+
+    found = measure_cost(make, batch=8, seconds=20.0)
+    assert seen == [1] * 5 + [8] * 5, "a first call is not counted; the slow fifth ends the 20 seconds"
+    assert found["latency"] == 0.25 and found["images_per_second"] == 8 / 0.5 and found["batch"] == 8
+    seen.clear()
+    assert measure_cost(make, batch=1, seconds=0.0)["images_per_second"] == 4 and seen == [1] * 4
+    assert found["peak_memory"] > 50 * 2**20 and "thread" in found["hardware"]
     with pytest.raises(ValueError, match="batch is 0"):
         measure_cost(lambda k: None, 0)
 

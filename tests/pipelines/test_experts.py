@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from eval.images import images
-from eval.sampling.generate import generate
+from eval.sampling.image_set import generate
 from pipelines import run
 from pipelines.inference import experts
 from recipes import phased_wan

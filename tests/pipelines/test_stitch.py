@@ -14,7 +14,7 @@ from diffusers import (
 
 from distill.diffusion.schedule import EDM
 from distill.diffusion.solver import Call, run_calls
-from eval.sampling.generate import generate
+from eval.sampling.image_set import generate
 from eval.sampling.sampler import image_generator
 from pipelines import load
 from pipelines.families import edm, tiny

@@ -33,7 +33,7 @@ from distill.networks.lora import LoRA
 from distill.training import precision
 from distill.training.build import build
 from distill.training.config import FakeConfig, StudentConfig
-from eval.sampling.generate import generate
+from eval.sampling.image_set import generate
 from pipelines import load, run
 from pipelines.families import tiny
 from pipelines.inference import pag

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from eval.sampling.generate import generate
+from eval.sampling.image_set import generate
 from pipelines import load
 from pipelines.families import edm, sd, tiny
 from pipelines.inference import skip_tuning

@@ -19,7 +19,7 @@ from eval.features.extraction import extract
 from eval.features.extractors import load
 from eval.images import images as folders
 from eval.leaderboard.commands import build_page
-from eval.sampling import generate as generating
+from eval.sampling import image_set as generating
 from eval.score import score_folders
 from pipelines import run as training
 from pipelines.cache import encodings
@@ -69,7 +69,7 @@ def command(tmp_path, monkeypatch, capsys):
 
 
 def sampling(given: generating.Sampling) -> None:
-    given.run()
+    generating.generate_images(given)
 
 
 def is_message(code, told):

@@ -239,7 +239,7 @@ def test_a_second_writer_of_a_folder_is_refused(holder, teacher, tmp_path, capsy
     """Images, an export, a cache, pairs, a converted teacher, jobs: each by a message that names the folder."""
     from eval.leaderboard.jobs import Job
     from eval.leaderboard.jobs import run_jobs as start
-    from eval.sampling.generate import generate
+    from eval.sampling.image_set import generate
     from pipelines.cache import encodings, pairs
     from pipelines.export import edm_convert, export
 

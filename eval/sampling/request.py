@@ -1,47 +1,26 @@
-"""A pipeline -> a folder of images. The noise of image i depends on (seed, i) alone.
-
-python -m eval.generate --model runs/dmd2/pipeline --prompts prompts.txt --out runs/samples/dmd2
-python -m eval.generate --model stabilityai/sdxl-turbo --protocol coco10k-dmd2 --steps 1 --guidance 0 --out ...
-python -m eval.generate --model sdxl-dmd2 --first sdxl --prompts prompts.txt --out ...     pipelines/inference/stitch.py
-python -m eval.generate --model my_4step_lora.safetensors --base FOLDER --steps 4 --guidance 0 --prompts ... --out ...
-accelerate launch -m eval.generate ...          processes share the images; a killed command continues
-
-An image is bitwise the same for any number of processes, any --batch and any images that a restart finds missing. Sums
-of floats depend on the number of rows in a network's call, which selects the kernels: 4e-7 to 3e-6 of an image in
-[0, 1] between 1 and 8 rows of the tiny pipelines, float32 on the CPU. They do not depend on the other rows (0). So
-every call has `rows` rows: a call with fewer images repeats the last one. The manifest holds `rows`.
-"""
+"""`Sampling`: what eval.generate is asked for. It checks its flags, and loads the sampler that they describe."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-import os
-import re
-import shutil
-import time
-from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
 import tyro
-from torch import Tensor, nn
+from torch import nn
 
-from distill.files import folder_lock
-from eval.files import check_output, read_json, shorten, write_json
-from eval.images import images as folders
+from eval.files import check_output, shorten
 from eval.images.images import Manifest
 from eval.protocols import Protocol, find_protocol
 from eval.sampling.conditions import IMAGES, SampleConditions, label_conditions, prompt_conditions, protocol_conditions
-from eval.sampling.cost import git_commit, hardware, measure_cost
+from eval.sampling.models import Tree, model_hash, model_name, read_distill_json
 from eval.sampling.sampler import (
     Sampler,
     family_of,
-    image_generator,
     load_pipeline,
     pipeline_sampler,
     staged_sampler,
@@ -51,13 +30,11 @@ from eval.sampling.sampler import (
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-Tree = dict[str, Any]  # of a JSON file
 Solver = Literal["pipeline", "heun", "ddim", "cfg++"]
 FIRST = ("first", "first_steps", "first_guidance", "first_solver", "skip")
 MOST = {"n": IMAGES, "steps": 10_000, "per_prompt": IMAGES, "classes": IMAGES, "rows": 10_000, "batch": 10_000,
         "first_steps": 10_000, "resolution": 1 << 14}  # fmt: skip
 EDM = "ConsistencyModelPipeline"
-EXPORTS = ("pipeline", "watch", "lora", "pytorch_lora_weights", "adapter_model", "diffusion_pytorch_model")
 
 
 @dataclass(frozen=True)
@@ -181,7 +158,7 @@ class Sampling:
 
         if self.lora is None and self.base is not None:
             raise ValueError(f"base is {self.base}, but {self.model} is no LoRA's .safetensors file; leave out --base")
-        return locate_pipeline(self.base if self.lora else self.model, self.revision, self.variant)
+        return locate_pipeline(self.base or self.model, self.revision, self.variant)
 
     @cached_property
     def first_folder(self) -> Path | None:
@@ -229,8 +206,11 @@ class Sampling:
             raise ValueError(f"scheduler_config is {shorten(self.scheduler_config)}, not JSON: {error}") from None
         if not isinstance(changed, dict):
             raise ValueError(f"scheduler_config is {shorten(self.scheduler_config)}; it must be a JSON object")
-        beside = self.lora is not None and (self.lora.parent / "scheduler" / "scheduler_config.json").is_file()
-        return self.scheduler or (f"{self.lora.parent}" if beside else None), changed
+        if not self.scheduler and self.lora is not None:
+            beside = self.lora.parent
+            if (beside / "scheduler" / "scheduler_config.json").is_file():
+                return f"{beside}", changed
+        return self.scheduler or None, changed
 
     @cached_property
     def conditions(self) -> SampleConditions:
@@ -348,6 +328,8 @@ class Sampling:
         from pipelines import load as teacher_of
 
         teacher = teacher_of(self.folder, self.resolution, None, self.variant, precision)
+        steps = self.calls
+        assert steps is not None, "our solvers have a default"
         teacher.parts.device = device
         teacher.denoiser.net.to(device, precision)
         if self.guidance not in (None, 1) and self.pipeline_class != EDM:
@@ -357,22 +339,18 @@ class Sampling:
             from pipelines.inference.pag import with_pag
 
             teacher.denoiser = with_pag(teacher.denoiser, self.pag_scale, self.pag_layers)
-        return teacher_sampler(teacher, self.calls, self.method, 1.0 if self.guidance is None else self.guidance)
+        return teacher_sampler(teacher, steps, self.method, 1.0 if self.guidance is None else self.guidance)
 
     def build_staged_sampler(self, pipe: DiffusionPipeline) -> Sampler:
         """The sampler of `first` and then the loaded model, or of a student under CFG++."""
         from pipelines.inference.stitch import SamplingStage, teacher_from_pipeline
 
-        solver = None if self.method == "pipeline" else self.method
         guidance = self.guidance or 1.0
-        then = SamplingStage(
-            teacher_from_pipeline(pipe, self.resolution),
-            self.calls or 1,
-            guidance,
-            self.skip if self.first else 0,
-            solver,
-        )
-        facts = {"steps": self.calls, "guidance": guidance, "scheduler": solver or type(pipe.scheduler).__name__}
+        skip = self.skip if self.first else 0
+        then = SamplingStage(teacher_from_pipeline(pipe, self.resolution), self.calls or 1, guidance, skip)
+        if self.method != "pipeline":
+            then = replace(then, solver=self.method)
+        facts = {"steps": self.calls, "guidance": guidance, "scheduler": then.solver or type(pipe.scheduler).__name__}
         if self.first_folder is None:
             return staged_sampler([then], facts)
         other = load_pipeline(self.first_folder, None, None, {}, self.variant, pipe.dtype).to(pipe.device)
@@ -388,301 +366,3 @@ class Sampling:
         if self.skip_tuning is not None:
             for one in (net, *getattr(net, "experts", ())):
                 install_factors(one, skip_factors(one, self.skip_tuning))
-
-    def run(self) -> Manifest:
-        """Generate the missing images and return the manifest. ValueError if another command writes to the folder."""
-        self.validate()
-        with folder_lock(self.out, "--out", beside=True):
-            return self.generate_missing()
-
-    def generate_missing(self) -> Manifest:
-        """The manifest of a folder that no other process writes."""
-        conditions = self.conditions
-        ranks = ProcessGroup()
-        if ranks.index == 0:
-            prepare_output_folder(self.out, self.request(), conditions, self.overwrite)
-        ranks.wait()
-        manifest = folders.read_manifest(self.out, unfinished=True)
-        if manifest["complete"] and self.cost is None:
-            return manifest
-        from pipelines.launch import silence_libraries
-
-        silence_libraries()
-        device = ranks.device(self.device)
-        try:
-            sampler = self.sampler(device)
-            share = None if manifest["complete"] else generate_missing_images(self, sampler, ranks)
-        except Exception:
-            if ranks.index == 0:
-                remove_empty_output(self.out)
-            raise
-        if share is not None:
-            shares = ranks.gather(share)
-            if ranks.index == 0:
-                _finish(self.out, manifest, self.facts(sampler, shares, device), shares)
-        if ranks.index == 0 and self.cost is not None:
-            self.measure(sampler, device)
-        ranks.wait()
-        return folders.read_manifest(self.out)
-
-    def facts(self, sampler: Sampler, shares: list[RankResult], device: torch.device) -> Manifest:
-        """What the manifest holds beside the request."""
-        seconds = max(share.seconds for share in shares)
-        kind = "pipeline" if self.method == "pipeline" else "teacher"
-        return {
-            "kind": self.kind or ("lora" if self.lora else kind),
-            "student": self.student or self.lora is not None,
-            **sampler.facts,
-            "nfe": as_int_if_integral(max(share.nfe for share in shares)),
-            "protocol": self.protocol,
-            "commit": git_commit(),
-            "hardware": hardware(device),
-            "processes": len(shares),
-            "seconds": round(seconds, 3),
-            "images_per_second": round(sum(share.image_count for share in shares) / max(seconds, 1e-9), 3),
-        }
-
-    def measure(self, sampler: Sampler, device: torch.device) -> None:
-        """Measure the cost of an image and write it to the file `cost`."""
-        conditions = self.conditions.values
-
-        def make(k: int) -> Tensor:
-            return sampler.make(
-                [image_generator(self.seed, i) for i in range(k)], [conditions[i % len(conditions)] for i in range(k)]
-            )
-
-        with torch.no_grad():
-            measured = measure_cost(make, self.batch or self.rows_per_call, device=device)
-        facts = {"nfe": as_int_if_integral(sampler.nfe()), "parameters": sampler.facts["parameters"]}
-        write_json(self.cost, measured | facts)
-
-
-def generate(
-    model: str | Path, out: str | Path, n: int | None = None, steps: int | None = None, **others: Any
-) -> Manifest:
-    """`Sampling(...).run()`: the manifest of a folder of images."""
-    return Sampling(str(model), Path(out), n, steps, **others).run()
-
-
-class ProcessGroup:
-    """The processes of `accelerate launch` or torchrun, or this one alone."""
-
-    def __init__(self) -> None:
-        from pipelines.launch import start_accelerator, warn_single_process
-
-        self.accelerator = None
-        self.index = 0
-        self.count = 1
-        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-            warn_single_process()
-        else:
-            self.accelerator = start_accelerator(days=7)  # for one that has more left to make
-            self.index = self.accelerator.process_index
-            self.count = self.accelerator.num_processes
-
-    def device(self, name: str | None) -> torch.device:
-        if name is not None or self.accelerator is None:
-            return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        return self.accelerator.device
-
-    def wait(self) -> None:
-        if self.accelerator is not None:
-            self.accelerator.wait_for_everyone()
-
-    def gather(self, value: RankResult) -> list[RankResult]:
-        """The values of all processes."""
-        if self.accelerator is None:
-            return [value]
-        values: list[RankResult] = [None] * self.count
-        torch.distributed.all_gather_object(values, value)
-        return values
-
-
-@dataclass
-class RankResult:
-    """The images of one process."""
-
-    digests: dict[int, str]  # of images that are there, by their numbers
-    image_count: int = 0
-    seconds: float = 0.0  # of sampling
-    nfe: float = 0.0
-
-
-def generate_missing_images(work: Sampling, sampler: Sampler, ranks: ProcessGroup) -> RankResult:
-    """Generate this rank's missing images and hash its existing ones."""
-    from distill.progress import bar
-
-    conditions = work.conditions.values
-    existing = {file.name for file in work.out.glob("*.png")}
-    done = [i for i in range(len(conditions)) if folders.file_name(i) in existing]
-    missing = sorted(set(range(len(conditions))) - set(done))
-    ranks.wait()  # all have looked before anyone writes: the parts are disjoint
-    part = slice(ranks.index, None, ranks.count)
-    read = lambda i: folders.read_levels(work.out / folders.file_name(i))
-    result = RankResult({i: folders.image_digest(read(i)) for i in done[part]})
-    mine = missing[part]
-    batch = work.batch or work.rows_per_call
-    with bar(len(mine), "image", work.out.name, ranks.index == 0) as progress, torch.no_grad():
-        if not missing and ranks.index == 0:  # killed before its manifest was written: a call counts its evaluations
-            rows = work.rows_per_call
-            sampler.make([image_generator(work.seed, 0)] * rows, list(conditions[:1]) * rows)
-        for unit in (mine[k : k + batch] for k in range(0, len(mine), batch)):
-            start = time.perf_counter()
-            levels = _sample_images(work, sampler, unit)
-            result.seconds += time.perf_counter() - start
-            for i, image in zip(unit, levels, strict=True):
-                folders.save_image(work.out, i, image)
-                result.digests[i] = folders.image_digest(image)
-            progress.update(len(unit))
-    result.image_count = len(mine)
-    result.nfe = sampler.nfe()
-    return result
-
-
-def _sample_images(work: Sampling, sampler: Sampler, numbers: list[int]) -> list[Tensor]:
-    """The images of these numbers, uint8 [C, H, W] each. A call with fewer images repeats the last one."""
-    conditions = work.conditions.values
-    rows = work.rows_per_call
-    size = work.plan.size if work.plan else None
-    levels: list[Tensor] = []
-    for pick in (numbers[k : k + rows] for k in range(0, len(numbers), rows)):
-        padded = pick + [pick[-1]] * (rows - len(pick))
-        images = sampler.make([image_generator(work.seed, i) for i in padded], [conditions[i] for i in padded])
-        levels += _levels(images[: len(pick)], pick, size, work.frame)
-    return levels
-
-
-def _levels(images: Tensor, numbers: list[int], size: int | None, frame: int | None) -> list[Tensor]:
-    """Images in [-1, 1] as uint8 [C, H, W] each; of a video, frame `frame`. ValueError for NaN and for another size."""
-    if images.ndim == 5:
-        if frame is None or not 0 <= frame < images.shape[2]:
-            raise ValueError(
-                f"this pipeline makes videos of {images.shape[2]} pictures, and frame is {frame}: "
-                f"choose the one to keep, --frame 0 to {images.shape[2] - 1}"
-            )
-        images = images[:, :, frame]
-    if size is not None and images.shape[-2:] != (size, size):
-        pixels = " x ".join(map(str, images.shape[:-3:-1]))
-        raise ValueError(f"the protocol is of {size} x {size} pixels, and these images are {pixels}: try --resolution")
-    finite = torch.isfinite(images.flatten(1)).all(1)
-    if not finite.all():
-        bad = numbers[int((~finite).nonzero()[0])]
-        raise ValueError(f"image {bad} holds NaN or infinite values; it was not written. Try another --dtype")
-    return list(folders.quantize(images.cpu()))
-
-
-def prepare_output_folder(out: Path, request: Manifest, conditions: SampleConditions, overwrite: bool) -> None:
-    """Write the manifest and the prompts of a request to `out`. A folder of this request keeps its images."""
-    old = folders.read_manifest(out, unfinished=True) if out.is_dir() else {}
-    if old.get("request") is not None and {**old["request"], "model": request["model"]} == request:
-        for leftover in out.glob(".*.partial"):
-            leftover.unlink()
-        if old.get("model") != request["model"]:  # the same images under another name
-            folders.write_manifest(out, {**old, "model": request["model"], "request": request})
-        return
-    if old.get("request") is not None and not overwrite:
-        was = old["request"]
-        asks = {**dict.fromkeys(old["request"]), **request}
-        differ = [f"{k} {was.get(k)!r}, not {v!r}" for k, v in asks.items() if was.get(k) != v]
-        raise ValueError(
-            f"{out} is not empty: it holds images of another run ({'; '.join(differ)}); choose another folder, or "
-            "pass --overwrite"
-        )
-    folders.check_free(out, overwrite)
-    shutil.rmtree(out, ignore_errors=True)
-    out.mkdir(parents=True)
-    try:
-        if conditions.prompts:
-            lines = ({"file_name": folders.file_name(i), "text": text} for i, text in enumerate(conditions.values))
-            (out / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        labels = None if conditions.prompts else conditions.values
-        folders.write_manifest(out, {"complete": False, **request, "labels": labels, "request": request})
-    except OSError:
-        remove_empty_output(out)
-        raise
-
-
-def remove_empty_output(out: Path) -> None:
-    """Delete the manifest and the prompts if no image was written, so a failed request leaves no folder behind."""
-    if not any(out.glob("*.png")):
-        for name in (folders.MANIFEST, "metadata.jsonl"):
-            (out / name).unlink(missing_ok=True)
-        with suppress(OSError):  # something else lies in it
-            out.rmdir()
-
-
-def _finish(out: Path, manifest: Manifest, facts: Manifest, shares: list[RankResult]) -> None:
-    """Write the manifest of the complete folder. ValueError if other images lie in it."""
-    digests = {i: digest for share in shares for i, digest in share.digests.items()}
-    assert len(digests) == sum(len(share.digests) for share in shares) == manifest["n"], "an image is missing, or twice"
-    names = sorted(file.name for file in out.glob("*.png"))
-    if names != [folders.file_name(i) for i in range(manifest["n"])]:
-        raise ValueError(f"{out} holds images that are not of this run; remove them, or choose another folder")
-    shape = list(folders.read_levels(out / names[0]).shape)
-    image_facts = {
-        "shape": shape,
-        "size": shape[-1],
-        "hash": folders.combine_digests(digests[i] for i in range(manifest["n"])),
-    }
-    folders.write_manifest(out, {**manifest, **facts, **image_facts, "complete": True})
-
-
-def read_distill_json(model: Path) -> Tree:
-    """The distill.json of an exported folder; {} for others. ValueError where there is no model."""
-    if not model.is_dir():
-        raise ValueError(f"there is no model folder {model}; train or export one first")
-    path = model / "distill.json"
-    facts = read_json(path, "export the model again") if path.exists() else {}
-    if not isinstance(facts, dict) or not (facts.get("steps") is None or folders.is_count(facts["steps"])):
-        raise ValueError(f"{path} is not a JSON object, or has no number of steps; export the model again")
-    return facts
-
-
-def model_name(model: Path) -> str:
-    """The name of a folder or a file in tables: the name of its run, if its own name is that of every export.
-
-    runs/dmd2/pipeline is dmd2, runs/dmd2/watch/checkpoint-500/pipeline is dmd2-checkpoint-500.
-    """
-    parts = list(Path(os.path.normpath(model.absolute())).parts)
-    if model.suffix == ".safetensors":
-        parts[-1] = model.stem
-    while len(parts) > 2 and parts[-1] in EXPORTS:
-        parts.pop()
-    name = parts.pop()
-    if re.fullmatch(r"checkpoint-\d+", name):
-        while len(parts) > 2 and parts[-1] in EXPORTS:
-            parts.pop()
-        return f"{parts[-1]}-{name}" if len(parts) > 1 else name
-    return name
-
-
-def model_hash(*models: Path) -> str:
-    """The first 16 hex digits of the SHA-256 of the weights and configuration of folders, or of files."""
-    total = hashlib.sha256()
-    for model in models:
-        listed = [f for f in model.rglob("*") if f.suffix in (".safetensors", ".json")] if model.is_dir() else [model]
-        for file in sorted(listed):
-            with file.open("rb") as stream:
-                name = file.relative_to(model) if model.is_dir() else file.name
-                total.update(f"{name}".encode() + hashlib.file_digest(stream, "sha256").digest())
-    return total.hexdigest()[:16]
-
-
-def as_int_if_integral(value: float) -> int | float:
-    return int(value) if value == int(value) else round(value, 3)
-
-
-def main() -> None:
-    """Command line of `Sampling`."""
-    from eval.cli import run
-
-    def stage(sampling: Sampling) -> Manifest:
-        return sampling.run()
-
-    stage.__doc__ = Sampling.__doc__
-    manifest = run(stage)
-    if int(os.environ.get("RANK", "0")) == 0:
-        print(
-            f"{manifest['n']} images of {manifest['model']}, {manifest['nfe']} network evaluation(s) each, "
-            f"{manifest['images_per_second']} images/s"
-        )
