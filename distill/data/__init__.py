@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -14,15 +14,17 @@ from torch import Tensor
 from distill.data import sources
 from distill.data.forget_words import Words
 from distill.data.index import command, read_index, texts, validate_teacher
-from distill.data.labels import NOTHING_TO_FORGET, refuse_pairs, select_labels
+from distill.data.labels import NOTHING_TO_FORGET, count_labels, refuse_pairs, select_labels
 from distill.data.online import SIZES, Images, Texts
 from distill.data.prefetch import FIXED, PrefetchingBatches
 from distill.data.shards import Shards, Table
 from distill.data.sources import Pictures
+from distill.data.teacher import Teacher
 from distill.diffusion.guidance import overriding
 from distill.method import Requirement
 from distill.random import Draw
 from distill.ranges import Count, Natural, UnitInterval, validate_ranges
+from distill.roles import Batch
 
 ONLINE = ("prompts", "images", "prompt_column", "caption_column", "image_column", "crops", "max_samples")
 CACHE = "python -m pipelines.cache"
@@ -61,8 +63,8 @@ class Digits:
         if Requirement.FORGOTTEN_PROMPTS in requirements:
             raise ValueError(NOTHING_TO_FORGET)
 
-    def open(self, teacher: Any, requirements: tuple[Requirement, ...]) -> Digits:
-        known = getattr(getattr(teacher.denoiser.net, "config", None), "num_class_embeds", None)
+    def open(self, teacher: Teacher, requirements: tuple[Requirement, ...]) -> Digits:
+        known = count_labels(teacher)
         if known is not None and known <= int(select_labels(self.classes, 10).max()):
             raise ValueError(
                 f"the teacher knows the labels 0 .. {known - 1}, and the digits have ten: give --data.classes, labels "
@@ -76,7 +78,7 @@ class Digits:
         labels = part[torch.arange(n) % len(part)]
         return labels.tolist(), {"class_labels": labels}
 
-    def __call__(self, draw: Draw) -> dict[str, Any]:
+    def __call__(self, draw: Draw) -> Batch:
         images, labels = digits("train")
         part = select_labels(self.classes, 10)
         candidates = torch.isin(labels, part).nonzero()[:, 0]
@@ -157,7 +159,7 @@ class Text:
         for source in filter(None, (self.prompts, self.images)):
             sources.validate_source(source)
 
-    def open(self, teacher: Any, requirements: tuple[Requirement, ...]) -> PrefetchingBatches:
+    def open(self, teacher: Teacher, requirements: tuple[Requirement, ...]) -> PrefetchingBatches:
         """The data for `teacher`. A teacher without a null condition gets the empty prompt as its `null`.
 
         ValueError if the cache was made for another teacher.
@@ -174,7 +176,7 @@ class Text:
             teacher.denoiser.null = overriding(teacher.denoiser.null, teacher.denoiser.null)
         return feed
 
-    def _cached(self, teacher: Any, real: bool) -> tuple[Table, Table | None, int, list[str]]:
+    def _cached(self, teacher: Teacher, real: bool) -> tuple[Table, Table | None, int, list[str]]:
         folder = Path(self.cache)
         index = read_index(folder, real)
         validate_teacher(folder, index, teacher, real)
@@ -184,7 +186,7 @@ class Text:
         names = texts(folder, min(index["prompts"], FIXED))
         return table("text"), table("image") if real else None, index["prompts"], names
 
-    def _online(self, teacher: Any, real: bool) -> tuple[Table, Table | None, int, list[str]]:
+    def _online(self, teacher: Teacher, real: bool) -> tuple[Table, Table | None, int, list[str]]:
         prompts, pictures = self.sources()
         captions = pictures.captions if pictures else []
         prompt_texts = prompts or [*dict.fromkeys(captions)]

@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from distill.data import images, tables
 
@@ -14,7 +13,7 @@ METADATA = tuple(f"metadata{suffix}" for suffix in tables.TABLES if suffix != ".
 BESIDE = (".txt", ".caption")  # the first one counts
 NAMED = 3  # files that a note names
 
-Row = tuple[str, str | None, Callable[[], Any]]  # name, caption, how to read the image
+Row = tuple[str, str | None, Callable[[], object]]  # name, caption, how to read the image
 
 
 def rows(folder: Path, files: list[Path], column: str | None, notes: list[str]) -> Iterator[Row]:
@@ -41,13 +40,14 @@ def captions(files: list[Path], column: str | None) -> tuple[dict[str, str | Non
     metadata = [path for path in files if path.name.lower() in METADATA]
     all_captions: dict[str, str | None] = {}
     for path in sorted(metadata, key=lambda path: len(path.parts)):
-        of_file: dict[str, list[Any]] = {}
+        of_file: dict[str, list[str | None]] = {}
         for where, row in tables.rows(path, ("file_name", *([column] if column else tables.COLUMNS))):
-            if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
+            name = row.get("file_name") if isinstance(row, dict) else None
+            if not isinstance(row, dict) or not isinstance(name, str):
                 names = sorted(map(str, row)) if isinstance(row, dict) else "a string"
                 raise ValueError(f"{where} has no file_name, the path of an image; it has {names}")
             text = tables.caption(row[tables.column(row, column, where)], where)
-            of_file.setdefault(_resolve_path(path.parent, row["file_name"]), []).append(text)
+            of_file.setdefault(_resolve_path(path.parent, name), []).append(text)
         all_captions |= {name: tables.caption(several, name) for name, several in of_file.items()}
     return all_captions, metadata
 

@@ -13,7 +13,6 @@ from collections.abc import Iterable, Sequence
 from functools import cache
 from io import BytesIO
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -83,7 +82,7 @@ def describe_unread(paths: Iterable[Path]) -> str:
     return f"{format_file_count(others)} skipped, of types that are not read: {summary(others)}" if others else ""
 
 
-def format_file_count(files: Sequence[Any]) -> str:
+def format_file_count(files: Sequence[object]) -> str:
     """The number of files in words: "1 file", "2 files"."""
     return f"{len(files):,} file{'s' * (len(files) != 1)}"
 
@@ -94,7 +93,7 @@ def summary(unread: Iterable[str | Path]) -> str:
     return ", ".join(f"{suffix} ({n:,})" for suffix, n in counts.most_common(9))
 
 
-def read(source: str | Path | bytes | Image, name: str | None = None) -> Image:
+def read(source: object, name: str | None = None) -> Image:
     """A Pillow image in mode "L" or "RGB", from a file, its bytes or an image of Pillow's.
 
     Raises UnreadableImage with `name`, by default the path, and the reason.
@@ -105,6 +104,8 @@ def read(source: str | Path | bytes | Image, name: str | None = None) -> Image:
             return _picture(source)
         if isinstance(source, str | Path) and not os.path.isfile(source):
             raise UnreadableImage("there is no such file" if not os.path.exists(source) else "it is not a regular file")
+        if not isinstance(source, str | Path | bytes):
+            raise UnreadableImage(f"it is of type {type(source).__name__}")
         with PIL.Image.open(BytesIO(source) if isinstance(source, bytes) else source, formats=formats()) as image:
             return _picture(image)
     except UnidentifiedImageError:

@@ -13,11 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from distill.data.online import SIZES
+from distill.data.shards import Entry
+from distill.data.teacher import Teacher
 from distill.files import read_json
 
 INDEX = "index.json"
 TEXTS = "texts.jsonl"
 BLOCK = 4096  # bytes; 64 of them stand for a file of weights
+Index = dict[str, Any]  # parsed JSON
+
 PARTS = {"class": "class", "text": "text encoder", "vae": "autoencoder"}  # of a fingerprint
 
 
@@ -29,7 +33,7 @@ def command(images: bool = False, teacher: str = "FOLDER", output_dir: str = "ca
     )
 
 
-def read_index(folder: Path, images: bool = False) -> dict[str, Any]:
+def read_index(folder: Path, images: bool = False) -> Index:
     """The index of a finished cache. ValueError, with the remedy, if the cache is absent, damaged or not finished."""
     if not (folder / INDEX).is_file():
         raise ValueError(f"no cache at {str(folder)!r}; make one with\n  {command(images, output_dir=str(folder))}")
@@ -39,7 +43,7 @@ def read_index(folder: Path, images: bool = False) -> dict[str, Any]:
     return index
 
 
-def read_unfinished_index(folder: Path) -> dict[str, Any]:
+def read_unfinished_index(folder: Path) -> Index:
     """The index of a cache that may not be finished. ValueError if it is damaged."""
     try:
         index = read_json(folder / INDEX)
@@ -55,7 +59,7 @@ def read_unfinished_index(folder: Path) -> dict[str, Any]:
     return index
 
 
-def _index_error(index: dict[str, Any]) -> str | None:
+def _index_error(index: Index) -> str | None:
     """The fault of an index; None if it is valid."""
     teacher = {key: index["teacher"][key] for key in ("name", *PARTS)}
     if not all(isinstance(value, str) for value in teacher.values()):
@@ -73,7 +77,7 @@ def _index_error(index: dict[str, Any]) -> str | None:
     return None
 
 
-def _table_error(name: str, entry: dict[str, Any]) -> str | None:
+def _table_error(name: str, entry: Entry) -> str | None:
     """The fault of a table's entry in an index; None if it is valid."""
     numbers = [entry["total"], *entry.get("rows", ())]
     shapes = entry["shapes"]
@@ -87,7 +91,7 @@ def _table_error(name: str, entry: dict[str, Any]) -> str | None:
     return None
 
 
-def _is_natural(value: Any) -> bool:
+def _is_natural(value: object) -> bool:
     """Whether a value of JSON is a whole number from 0."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
@@ -111,7 +115,7 @@ def texts(folder: Path, n: int | None = None) -> list[str]:
     return lines_read
 
 
-def validate_teacher(folder: Path, index: dict[str, Any], teacher: Any, images: bool) -> None:
+def validate_teacher(folder: Path, index: Index, teacher: Teacher, images: bool) -> None:
     """ValueError if a cache was made for another teacher."""
     source = index["teacher"]
     target = fingerprint(teacher.parts.folder)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,11 +13,13 @@ from torch import Tensor
 from distill.data import images
 from distill.data.pairs import noise
 from distill.data.sources import notice
+from distill.data.teacher import Teacher
 from distill.diffusion.guidance import Guided
 from distill.diffusion.solver import sample
 from distill.method import Requirement
 from distill.random import Draw
 from distill.ranges import Calls, Count, Finite, Natural, Seed
+from distill.roles import Batch
 
 NOTHING_TO_FORGET = "nothing to forget: pass --method.forget 0 --method.override 2, say: a class and its replacement"
 
@@ -41,6 +42,11 @@ def select_labels(classes: tuple[int, ...], n: int) -> Tensor:
     return torch.tensor(classes or range(n))
 
 
+def count_labels(teacher: Teacher) -> int | None:
+    """The number of the network's labels, the null class included; None for a network without labels."""
+    return getattr(getattr(teacher.denoiser.net, "config", None), "num_class_embeds", None)
+
+
 @dataclass(frozen=True)
 class Labels:
     """Uniform class labels of the teacher. Real images, where the method needs them, have labels of their own."""
@@ -57,7 +63,7 @@ class Labels:
         if self.images and not Path(self.images).is_dir():
             raise ValueError(f"no folder of images at {self.images!r}")
 
-    def open(self, teacher: Any, requirements: tuple[Requirement, ...]) -> Classes:
+    def open(self, teacher: Teacher, requirements: tuple[Requirement, ...]) -> Classes:
         data = Classes(self.images, teacher, Requirement.REAL in requirements, self.classes)
         select_labels(self.classes, data.classes)
         if Requirement.REAL in requirements and (unread := images.describe_unread(images.files(self.images))):
@@ -83,7 +89,7 @@ class Classes:
     """data(draw) -> batch with "c" and, where needed, "real" [B, *shape] in [-1, 1] with "real_c"."""
 
     images: str
-    teacher: Any
+    teacher: Teacher
     real: bool
     only: tuple[int, ...]  # labels; none: all
 
@@ -95,8 +101,7 @@ class Classes:
     @cached_property
     def classes(self) -> int:
         """The number of the teacher's classes, without the null class. An unconditional teacher has one class."""
-        known = self.teacher.denoiser.net.config.num_class_embeds
-        return (known or 1) - (self.teacher.denoiser.null is not None)
+        return (count_labels(self.teacher) or 1) - (self.teacher.denoiser.null is not None)
 
     @cached_property
     def files(self) -> list[tuple[Path, int]]:
@@ -111,8 +116,8 @@ class Classes:
             if images.is_image(file)
         ]
 
-    def __call__(self, draw: Draw) -> dict[str, Any]:
-        batch: dict[str, Any] = {"c": self._c(self.part.to(draw.device)[draw.integers("label", len(self.part))])}
+    def __call__(self, draw: Draw) -> Batch:
+        batch: Batch = {"c": self._c(self.part.to(draw.device)[draw.integers("label", len(self.part))])}
         if self.real:
             picked = [self.files[i] for i in draw.integers("real", len(self.files)).tolist()]
             labels = torch.tensor([label for _, label in picked], device=draw.device)
@@ -159,7 +164,7 @@ class LabelPairs:
         if Requirement.REAL in requirements:
             raise ValueError("this method needs real images, and --data has pairs of the teacher alone")
 
-    def open(self, teacher: Any, requirements: tuple[Requirement, ...]) -> ClassPairs:
+    def open(self, teacher: Teacher, requirements: tuple[Requirement, ...]) -> ClassPairs:
         return ClassPairs("", teacher, False, (), self)
 
     def smoke(self, folder: Path) -> LabelPairs:
@@ -184,7 +189,7 @@ class ClassPairs(Classes):
         blocks = zip(self.z.to(device).split(BLOCK), self.labels.to(device).split(BLOCK), strict=True)
         self.y = torch.cat([sample(guided, z, self._c(labels), self.pairs.steps).cpu() for z, labels in blocks])
 
-    def __call__(self, draw: Draw) -> dict[str, Any]:
+    def __call__(self, draw: Draw) -> Batch:
         pick = draw.integers("pair", self.pairs.n).cpu()
         z, y, labels = (found[pick].to(draw.device) for found in (self.z, self.y, self.labels))
         return {"z": z, "y": y, "c": self._c(labels)}

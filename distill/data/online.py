@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from distill.data.shards import Rows
 from distill.data.sources import Pictures
+from distill.data.teacher import Teacher
 from distill.random import Draw
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ PROBE = 64  # pixels of the image that shows by how much an autoencoder shrinks
 class Texts:
     """Conditions of texts: first the prompts, then the captions that are no prompts, last the empty text."""
 
-    def __init__(self, teacher: Any, prompts: Sequence[str], captions: Sequence[str] = ()) -> None:
+    def __init__(self, teacher: Teacher, prompts: Sequence[str], captions: Sequence[str] = ()) -> None:
         """Without prompts, the captions are the prompts."""
         self.teacher = teacher
         self.texts = list(prompts)
@@ -43,7 +44,9 @@ class Texts:
 
     @torch.no_grad()
     def read(self, rows: Sequence[int]) -> Rows:
-        return self.teacher.encode([self.texts[i] for i in rows])
+        c = self.teacher.encode([self.texts[i] for i in rows])
+        assert c is not None, "a teacher without text encoders"
+        return c
 
 
 class Images:
@@ -56,7 +59,7 @@ class Images:
     """
 
     def __init__(
-        self, teacher: Any, pictures: Pictures, captions: Sequence[int], crops: int = 0, squeeze: bool = False
+        self, teacher: Teacher, pictures: Pictures, captions: Sequence[int], crops: int = 0, squeeze: bool = False
     ) -> None:
         if len(teacher.shape) != 3:
             raise ValueError(f"a teacher of videos {tuple(teacher.shape)} cannot use images: leave --images out")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -13,11 +13,13 @@ from torch import Tensor
 from distill.data import sources
 from distill.data.index import INDEX, digest, read_index, texts, validate_teacher
 from distill.data.online import SIZES, Texts
-from distill.data.prefetch import FIXED, Batch, PrefetchingBatches
+from distill.data.prefetch import FIXED, PrefetchingBatches
 from distill.data.shards import Rows, Shards, Table
+from distill.data.teacher import Teacher
 from distill.method import Requirement
 from distill.random import Draw
 from distill.ranges import Calls, Finite
+from distill.roles import Batch
 
 COMMAND = "python -m pipelines.pairs --pretrained_model_name_or_path FOLDER --prompts prompts.txt --output_dir pairs"
 
@@ -35,7 +37,7 @@ class Trajectories:
     """
 
     def __init__(
-        self, teacher: Any, text: Table, prompts: int, n: int, steps: int, guidance: float, seed: int = 0
+        self, teacher: Teacher, text: Table, prompts: int, n: int, steps: int, guidance: float, seed: int = 0
     ) -> None:
         self.teacher = teacher
         self.text = text
@@ -108,14 +110,14 @@ class Pairs:
                 f"the images of the cache {self.cache} are not the teacher's: make pairs with\n  {COMMAND}"
             )
 
-    def open(self, teacher: Any, requirements: tuple[Requirement, ...]) -> PrefetchingPairs:
+    def open(self, teacher: Teacher, requirements: tuple[Requirement, ...]) -> PrefetchingPairs:
         """ValueError if the pairs were made with another teacher or another of its networks."""
         feed = self._cached(teacher) if self.pairs == "cached" else self._online(teacher)
         if teacher.denoiser.null is None:  # sizes stay those of the image
             teacher.denoiser.null = {key: v for key, v in feed.empty().items() if key != SIZES}
         return feed
 
-    def _cached(self, teacher: Any) -> PrefetchingPairs:
+    def _cached(self, teacher: Teacher) -> PrefetchingPairs:
         folder = Path(self.cache)
         index = read_index(folder)
         validate_teacher(folder, index, teacher, False)
@@ -128,7 +130,7 @@ class Pairs:
         names = texts(folder, min(index["prompts"], FIXED))
         return PrefetchingPairs(text, pairs, index["prompts"], names, index["ode"]["seed"])
 
-    def _online(self, teacher: Any) -> PrefetchingPairs:
+    def _online(self, teacher: Teacher) -> PrefetchingPairs:
         text = Texts(teacher, sources.prompts(self.prompts))
         pairs = Trajectories(teacher, text, text.prompts, text.prompts, self.steps, self.guidance)
         return PrefetchingPairs(text, pairs, text.prompts, text.texts[: min(text.prompts, FIXED)], 0, early=False)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,8 +12,8 @@ from distill.data.online import SIZES
 from distill.data.shards import Table
 from distill.diffusion.guidance import overriding
 from distill.random import Draw
+from distill.roles import Batch
 
-Batch = dict[str, Any]
 Samples = tuple[int, ...]
 Ask = tuple[int, int, str, Samples]  # seed, step, player and samples of a micro-batch
 FIXED = 1000  # prompts whose text is kept for grids of samples
@@ -137,5 +136,5 @@ def _float(x: Tensor) -> Tensor:
     return x.float() if x.is_floating_point() else x
 
 
-def _map_tensors(batch: dict[str, Any], f: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+def _map_tensors(batch: Batch, f: Callable[[Tensor], Tensor]) -> Batch:
     return {key: _map_tensors(value, f) if isinstance(value, dict) else f(value) for key, value in batch.items()}

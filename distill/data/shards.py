@@ -23,6 +23,8 @@ EXACT = 16  # numbers a row that are kept as they are: sizes in pixels do not fi
 ENDS = ".ends"
 
 Rows = dict[str, Tensor]
+Entry = dict[str, Any]  # of a table in the index, parsed JSON
+Note = dict[str, Any]  # of a shard, parsed JSON
 
 
 class Table(Protocol):
@@ -38,7 +40,7 @@ class Table(Protocol):
 class Shards:
     """A table of a cache. Only the rows that are requested are read."""
 
-    def __init__(self, folder: Path, name: str, entry: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, name: str, entry: Entry) -> None:
         """entry: of the index, with the "rows" of each shard and the "shapes" of a row."""
         self.files = [folder / file(name, i) for i in range(len(entry["rows"]))]
         if missing := [path.name for path in self.files if not path.is_file()]:
@@ -47,7 +49,7 @@ class Shards:
         for path, n in zip(self.files, entry["rows"], strict=True):
             _validate_shard(path, n, self.shapes)
         self.ends = list(accumulate(entry["rows"]))
-        self.opened: dict[int, Any] = {}
+        self.opened: dict[int, safe_open] = {}
 
     def __len__(self) -> int:
         return self.ends[-1]
@@ -67,7 +69,7 @@ class Shards:
         return {key: _get(stored, key, i, shape) for key, shape in self.shapes.items()}
 
 
-def _open_shard(path: Path) -> Any:
+def _open_shard(path: Path) -> safe_open:
     """An open shard. ValueError if it is truncated."""
     try:
         return safe_open(path, "pt")
@@ -105,7 +107,7 @@ def is_readable(path: Path) -> bool:
         return False
 
 
-def _get(stored: Any, key: str, i: int, shape: tuple[int, ...]) -> Tensor:
+def _get(stored: safe_open, key: str, i: int, shape: tuple[int, ...]) -> Tensor:
     if key + ENDS not in stored.keys():
         return stored.get_slice(key)[i : i + 1][0]
     first, last = ([0] if i == 0 else []) + stored.get_slice(key + ENDS)[max(i - 1, 0) : i + 1].tolist()
@@ -147,12 +149,12 @@ def file(name: str, shard: int) -> str:
     return f"{name}-{shard:05d}.safetensors"
 
 
-def note(path: Path) -> dict[str, Any]:
+def note(path: Path) -> Note:
     """The note that `save` stored in a shard."""
     return json.loads(_open_shard(path).metadata()["note"])
 
 
-def save(rows: Rows, path: Path, about: dict[str, Any]) -> None:
+def save(rows: Rows, path: Path, about: Note) -> None:
     """Write one shard with a note, atomically."""
     try:
         with atomic_file(path) as partial:

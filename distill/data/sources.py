@@ -28,7 +28,7 @@ class Pictures:
 
     names: list[str]  # what an error calls them
     captions: list[str]
-    read: Callable[[int], Any]  # -> a file's path, its bytes, a PIL image or {"bytes", "path"}
+    read: Callable[[int], object]  # -> a file's path, its bytes, a PIL image or {"bytes", "path"}
     notes: tuple[str, ...] = ()  # skipped files
 
     def __len__(self) -> int:

@@ -9,7 +9,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from io import StringIO
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 TABLES = (".txt", ".csv", ".tsv", ".json", ".jsonl", ".parquet")
 COLUMNS = ("text", "caption", "prompt")  # looked for, in this order, where no column is named
@@ -17,7 +16,7 @@ LARGEST = 1 << 32  # bytes of a table that is read whole
 LONGEST = 20_000  # characters of a text: encoders read a few hundred tokens, and a tokenizer takes a minute for 10^6
 SHOWN = 60  # characters of a wrong value in a message
 
-Row = tuple[str, Any]  # where it is, and its value
+Row = tuple[str, str | dict[str, object]]  # where it is; a text or its cells
 
 
 def text_of(path: Path) -> str:
@@ -41,7 +40,7 @@ def column(names: Iterable[str], wanted: str | None, where: str) -> str:
     raise ValueError(f"{where} has no column {looked}; it has {sorted(map(str, names))}: name its column of text")
 
 
-def caption(value: Any, where: str) -> str | None:
+def caption(value: object, where: str) -> str | None:
     """The text of a cell; None for an empty one. Of a list of texts, a hash of the list selects one."""
     if value is None:
         return None
@@ -77,7 +76,7 @@ def rows(path: Path, wanted: Sequence[str]) -> Iterator[Row]:
     return _check_rows(_json(path) if suffix == ".json" else _jsonl(path))
 
 
-def loads(content: str, where: str) -> Any:
+def loads(content: str, where: str) -> object:
     """JSON from a string."""
     try:
         return json.loads(content)
@@ -85,12 +84,12 @@ def loads(content: str, where: str) -> Any:
         raise ValueError(f"{where}, is not JSON: {error}") from None
 
 
-def _shorten(value: Any) -> str:
+def _shorten(value: object) -> str:
     text = repr(value)
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
 
 
-def _check_rows(rows: Iterator[Row]) -> Iterator[Row]:
+def _check_rows(rows: Iterator[tuple[str, object]]) -> Iterator[Row]:
     """The same rows. ValueError for a row that is neither a string nor an object."""
     for where, row in rows:
         if not isinstance(row, str | dict):
@@ -98,13 +97,13 @@ def _check_rows(rows: Iterator[Row]) -> Iterator[Row]:
         yield where, row
 
 
-def _jsonl(path: Path) -> Iterator[Row]:
+def _jsonl(path: Path) -> Iterator[tuple[str, object]]:
     for i, line in enumerate(text_of(path).split("\n"), 1):
         if line.strip():
             yield f"{path}, line {i}", loads(line, f"{path}, line {i}")
 
 
-def _json(path: Path) -> Iterator[Row]:
+def _json(path: Path) -> Iterator[tuple[str, object]]:
     """The rows of a .json file: a list of rows, an object of columns, or one row on each line."""
     content = text_of(path)
     try:

@@ -15,7 +15,7 @@ SHARDS = 100_000  # of one pattern
 LISTED = 3  # members that a note names
 LONGEST = 2**20  # bytes of a caption's file
 
-Row = tuple[str, str | None, Callable[[], Any]]  # name, caption, how to read the image
+Row = tuple[str, str | None, Callable[[], object]]  # name, caption, how to read the image
 
 
 def expand(pattern: str) -> list[Path]:
