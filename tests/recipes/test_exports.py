@@ -1,14 +1,17 @@
 """Exports of recipes: wrong ones are caught, others are read, the Hub and trackers get them."""
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from diffusers import ConsistencyModelPipeline
 from hub_server import Hub, environment
 from PIL import Image
 from recipe_runs import ROOT, SEED, argv, config_of, noise, trained
@@ -21,7 +24,11 @@ from pipelines.components import ExportError, read_index
 from pipelines.export import export, verify
 from pipelines.export.model_card import collect_card_info
 from pipelines.families import edm
+from recipes import train
 from recipes.digits import TABLE, TEACHER
+
+UNET = "pipeline/unet/diffusion_pytorch_model.safetensors"
+STUDENT = "checkpoint-2/student.safetensors"
 
 # ---- an export that is wrong is caught ----
 
@@ -170,6 +177,33 @@ def test_export_from_others(run_, file, layout, steps, out, tmp_path):
     facts = json.loads((tmp_path / "out" / "distill.json").read_text())
     assert facts["steps"] == steps and yaml.safe_load(facts["config"])["from"] == file
     assert layout in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.fixture
+def stored_run(tmp_path, monkeypatch):
+    """A copy of a run of commit 5d4b015, of DMD2 on a tiny teacher.
+
+    It was stopped after two of its four steps, and holds what the uninterrupted run exported.
+    """
+    shutil.copytree(ROOT / "tests" / "support" / "stored_run", tmp_path / "stored")
+    monkeypatch.chdir(tmp_path / "stored")
+    return Path("run")
+
+
+def test_a_run_of_older_code(stored_run):
+    """Its checkpoint resumes to the weights that the older code exported; the older export loads."""
+    before = load_file(stored_run / UNET)
+    pipe = ConsistencyModelPipeline.from_pretrained("run/pipeline")
+    pipe.set_progress_bar_config(disable=True)
+    images = pipe(class_labels=[3], num_inference_steps=1, generator=torch.manual_seed(0), output_type="np").images
+    assert images.shape == (1, 8, 8, 1) and np.isfinite(images).all()
+    train.main(["--config", "run/config.yaml", "--resume_from_checkpoint", "latest"])
+    after = load_file(stored_run / UNET)
+    assert before.keys() == after.keys()
+    for key in before:
+        torch.testing.assert_close(after[key], before[key], rtol=1e-5, atol=1e-6)
+    changed = [not torch.equal(value, after[key]) for key, value in load_file(stored_run / STUDENT).items()]
+    assert any(changed), "two more steps change the weights"
 
 
 @pytest.mark.parametrize("kind", ("AutoPipelineForImage2Image", "AutoPipelineForInpainting"))
