@@ -251,7 +251,7 @@ def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for model in models():
         if not (found := of(rows, model)):
             continue
-        row = average_seeds(found)
+        (row,) = average_seeds(found)
         runs = {r["run"] for r in found}
         mine, reference = (
             nested([r for r in of(rows, m) if r["run"] in runs], "fd_heldout") for m in (model, REFERENCE)
