@@ -1,6 +1,6 @@
-"""`python -m pipelines.plan`: the command of pipelines/planning/memory_plan.py."""
+"""`python -m pipelines.plan`: the command of pipelines/planning/command.py."""
 
-from pipelines.planning.memory_plan import main
+from pipelines.planning.command import main
 
 if __name__ == "__main__":
     main()

@@ -99,7 +99,7 @@ def demonstrate(cfg: Demo, out: Path) -> None:
     from eval.leaderboard.commands import print_tables, write_page
 
     logs = {name: out / name / "log.jsonl" for name in ("teacher", *cfg.methods)}
-    rows = measured(cfg, out)
+    rows = measure_models(cfg, out)
     lead = LEAD.format((time.perf_counter() - began) / 60)
     with stage("write the page"):
         page = write_page(out, rows, "One-step distillation of handwritten digits", lead, logs)
@@ -115,7 +115,7 @@ def demonstrate(cfg: Demo, out: Path) -> None:
     sys.stderr.write("\n".join(lines) + "\n")
 
 
-def measured(cfg: Demo, out: Path) -> list[dict[str, Any]]:
+def measure_models(cfg: Demo, out: Path) -> list[dict[str, Any]]:
     """The rows of all sample folders with their costs, and that of the real digits."""
     import torch
 

@@ -14,28 +14,23 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from distill.configuration import Config, fail
+from distill.configuration import fail
 from distill.layout import program_name
 from distill.networks.lora import LoRA
 from distill.training.config import FakeConfig
 from distill.training.step import BUCKET
-from pipelines.planning.memory_plan import (
-    CHIPS,
-    METHODS,
-    RANK,
-    TFLOP,
-    Bytes,
-    GiB,
-    Plan,
-    Run,
-    Table,
-    adapted,
-    configured,
-)
+from pipelines.planning.command import METHODS, Plan, resolve_config
+from pipelines.planning.hours import CHIPS, TFLOP
+from pipelines.planning.memory_plan import Bytes, GiB, Run, RunConfig
+from pipelines.planning.table import Table
+from pipelines.planning.variants import RANK, with_lora
+
+if TYPE_CHECKING:
+    from pipelines.planning.models import Meta
 
 
 @dataclass(frozen=True)
@@ -58,7 +53,7 @@ class Machine:
             if value < 0 or (name not in ("reserve", "hop") and not value):
                 raise ValueError(f"machine.{name} is {value}; it must be above 0")
 
-    def speed(self, gpus: int) -> float:
+    def ring_speed(self, gpus: int) -> float:
         """Bytes per second of a ring through `gpus` GPUs. Across nodes, eight rings use eight ports."""
         return 1e9 * self.wire * (self.nvlink if gpus <= self.node else min(self.nvlink, self.node * self.network))
 
@@ -101,7 +96,7 @@ class Layout:
 
     @cached_property
     def memory(self) -> Bytes:
-        run = self.one.over(self.gpus, self.shards)
+        run = self.one.on_gpus(self.gpus, self.shards)
         return replace(run.state, activations=self.micro * run.cost.activations)
 
     @property
@@ -114,21 +109,21 @@ class Layout:
         return self.one.cost.flops * self.rounds * self.micro
 
     @cached_property
-    def moved(self) -> list[tuple[float, float, float]]:
+    def transfers(self) -> list[tuple[float, float, float]]:
         """(bytes that each GPU sends, bytes per second, seconds of latency) in a step, for each kind of transfer."""
         m = self.machine
         s = self.shards
         copies = self.gpus // self.shards
         if s == 1:  # one all-reduce of each player's gradients after its micro-batches
-            turns = [(n, every) for _, n, every in trained(self.one)]
+            turns = [(n, every) for _, n, every in list_updates(self.one)]
             around = 2 * (self.gpus - 1)
             buckets = sum(-(-n // BUCKET) / every for n, every in turns)
             size = sum(4 * n / every for n, every in turns)
-            return [(around / self.gpus * size, m.speed(self.gpus), buckets * around * m.hop)]
+            return [(around / self.gpus * size, m.ring_speed(self.gpus), buckets * around * m.hop)]
         traffic = self.one.cost.traffic
         part = (s - 1) / s
         size = part * self.rounds * (2 * traffic.gathered + 4 * traffic.reduced)
-        found = [(size, m.speed(s), self.rounds * traffic.collectives * (s - 1) * m.hop)]
+        found = [(size, m.ring_speed(s), self.rounds * traffic.collectives * (s - 1) * m.hop)]
         if copies > 1:  # each GPU's part of the gradients, with its copies on other nodes, through its own port
             size = 2 * (copies - 1) / copies * self.rounds * 4 * traffic.reduced / s
             found.append((size, 1e9 * m.wire * m.network, 0.0))
@@ -138,27 +133,27 @@ class Layout:
     def compute(self) -> float:
         """Seconds for the FLOPs, and for AdamW, which reads four and writes three float32 numbers per weight."""
         m = self.machine
-        updated = sum(7 * 4 * n / every for _, n, every in trained(self.one)) / self.shards
+        updated = sum(7 * 4 * n / every for _, n, every in list_updates(self.one)) / self.shards
         return self.flops / (m.peak * TFLOP * m.share) + updated / (1e9 * m.hbm)
 
     @property
     def communication(self) -> float:
-        return sum(size / speed + late for size, speed, late in self.moved)
+        return sum(size / speed + late for size, speed, late in self.transfers)
 
     @property
-    def hidden(self) -> float:
+    def overlap(self) -> float:
         """Seconds of communication during computation: at best all of FSDP2's, none of our all-reduce."""
         return min(self.communication, self.compute) if self.shards > 1 else 0.0
 
     @property
     def seconds(self) -> float:
-        return self.compute + self.communication - self.hidden
+        return self.compute + self.communication - self.overlap
 
     @property
     def limit(self) -> str:
         if self.communication <= self.compute:
             return "compute"
-        ring, *across = (size / speed + late for size, speed, late in self.moved)
+        ring, *across = (size / speed + late for size, speed, late in self.transfers)
         inside = (self.gpus if self.shards == 1 else self.shards) <= self.machine.node
         return "NVLink" if inside and ring >= sum(across) else "network"
 
@@ -169,11 +164,11 @@ class Layout:
         return f"FSDP2 {self.shards}" + (f" x {self.gpus // self.shards}" if self.gpus > self.shards else "")
 
 
-def trained(run: Run) -> list[tuple[str, int, int]]:
+def list_updates(run: Run) -> list[tuple[str, int, int]]:
     """(player, number of its trained parameters, steps between its updates) of each update."""
     from pipelines.planning.flop_counter import players
 
-    owners = players(run.built[2])
+    owners = players(run.networks[2])
     updates = run.config.method.updates()
     return [(u.player, sum(p.numel() for p in owners[u.player]), u.every) for u in updates]
 
@@ -193,24 +188,24 @@ def layouts(one: Run, batch: int, gpus: int, machine: Machine) -> Iterator[Layou
         yield found
 
 
-def cases(scaling: Scaling, flags: list[str]) -> Iterator[tuple[str, Config[Any, Any], Any]]:
+def cases(scaling: Scaling, flags: list[str]) -> Iterator[tuple[str, RunConfig, Meta]]:
     """(name, configuration, configs of the teacher): the recipe, or SDXL, FLUX and Qwen-Image."""
     if scaling.recipe is not None:
-        yield scaling.recipe.stem, *configured(Plan(scaling.recipe), flags)
+        yield scaling.recipe.stem, *resolve_config(Plan(scaling.recipe), flags)
         return
-    recipe = lambda name: configured(Plan(Path(name)), flags)
+    recipe = lambda name: resolve_config(Plan(Path(name)), flags)
     yield "SDXL DMD2", *recipe("dmd2_sdxl")
     yield "SDXL DMD2, LoRA student", *recipe("dmd2_sdxl_lora")
     yield "SDXL SiD", *recipe("sid_sdxl")
     flux, parts = recipe("dmd2_flux")
     train = replace(flux.train, output_dir="runs/dmd2_qwen")
-    qwen, others = configured(Plan(family="qwen", method="dmd2-prompts"), [])
-    qwen = replace(adapted(qwen, others, RANK, True), train=train)  # there is no recipe: batch and steps of FLUX
-    for name, config, of in (("FLUX", flux, parts), ("Qwen-Image", qwen, others)):
+    qwen, others = resolve_config(Plan(family="qwen", method="dmd2-prompts"), [])
+    qwen = replace(with_lora(qwen, others, RANK, True), train=train)  # there is no recipe: batch and steps of FLUX
+    for name, config, meta in (("FLUX", flux, parts), ("Qwen-Image", qwen, others)):
         full = replace(config, student=replace(config.student, lora=LoRA()), fake=FakeConfig())
-        yield f"{name} DMD2", full, of
-        yield f"{name} DMD2, LoRA", config, of
-        yield f"{name} SiD, LoRA", replace(config, method=METHODS["sid"]), of
+        yield f"{name} DMD2", full, meta
+        yield f"{name} DMD2, LoRA", config, meta
+        yield f"{name} SiD, LoRA", replace(config, method=METHODS["sid"]), meta
 
 
 def tables(scaling: Scaling, flags: list[str]) -> str:
@@ -232,8 +227,8 @@ def tables(scaling: Scaling, flags: list[str]) -> str:
                 cells = [f"{size / GiB:.1f}" for size in (*sizes, run.memory.total)]
                 memory.append([*row, f"{run.micro}", *cells, "yes" if run.fits else "no"])
                 if run.fits:
-                    sent = sum(size for size, _, _ in run.moved) / 1e9
-                    spent = [run.compute, run.communication, run.hidden, run.seconds]
+                    sent = sum(size for size, _, _ in run.transfers) / 1e9
+                    spent = [run.compute, run.communication, run.overlap, run.seconds]
                     hours = run.seconds * gpus * train.max_train_steps / 3600
                     row += [
                         f"{run.global_batch}{'*' if run.global_batch > batch else ''}",

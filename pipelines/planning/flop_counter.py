@@ -7,8 +7,8 @@ from __future__ import annotations
 import itertools
 import re
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from types import SimpleNamespace
@@ -17,25 +17,31 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._ops import OpOverload, OpOverloadPacket
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import conv_flop_count, flop_registry, shape_wrapper
+from torch.utils.hooks import RemovableHandle
 
-from distill.diffusion.denoiser import Denoiser
+from distill.diffusion.denoiser import Condition, Denoiser
 from distill.diffusion.guidance import overriding
 from distill.method import Requirement
 from distill.random import Draw
-from distill.roles import Nets
+from distill.roles import Batch, Nets
 from distill.training.prepare import owners, start
 from distill.training.step import set_trainable, steps_into_generation
+from pipelines.components import Network
 
 if TYPE_CHECKING:
     from distill.method import Method, Update
 
+Arguments = tuple[Any, ...]  # positional arguments of an operator of torch
+Options = dict[str, Any]  # its keyword arguments
 CYCLE = 500  # number of steps that are counted one by one
-HALF: tuple[Any, ...] = (
+HALF: tuple[Callable[..., Tensor], ...] = (
     F.linear,
     F.conv1d,
     F.conv2d,
@@ -56,7 +62,9 @@ class GPU(TorchFunctionMode):
         super().__init__()
         self.half = half
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self, func: Callable[..., object], types: object, args: Arguments = (), kwargs: Options | None = None
+    ) -> object:
         kwargs = kwargs or {}
         if self.half and (func in HALF or func in FULL):
             dtype = torch.bfloat16 if func in HALF else torch.float32
@@ -66,11 +74,11 @@ class GPU(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _cast(dtype: torch.dtype, value: Any) -> Any:
+def _cast(dtype: torch.dtype, value: object) -> object:
     return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
-def _attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **options: Any) -> Tensor:
+def _attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **options: object) -> Tensor:
     """The flash kernel; with a mask, the memory-efficient kernel."""
     scale = options.get("scale")
     if attn_mask is None:
@@ -79,7 +87,7 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | No
     return torch.ops.aten._scaled_dot_product_efficient_attention(query, key, value, bias, True, scale=scale)[0]
 
 
-def gradients(grad: Any, x: Any, weight: Any, *rest: Any, **out: Any) -> int:
+def gradients(grad: list[int], x: list[int], weight: list[int], *rest: Any, **out: object) -> int:
     """FLOPs of a convolution's gradients, from shapes: those to input and weight each cost as much as the forward pass.
 
     torch's own formula ignores groups: for the weight of a depthwise convolution it counts every pair of channels.
@@ -88,7 +96,8 @@ def gradients(grad: Any, x: Any, weight: Any, *rest: Any, **out: Any) -> int:
     return sum(mask[:2]) * conv_flop_count(x, weight, grad, transposed)
 
 
-FLOPS: dict[Any, Any] = {torch.ops.aten.convolution_backward: gradients}  # replaces torch's formula
+# formulas that replace torch's
+FLOPS: dict[OpOverloadPacket, Callable[..., int]] = {torch.ops.aten.convolution_backward: gradients}
 
 
 class Meter(TorchDispatchMode):
@@ -100,10 +109,12 @@ class Meter(TorchDispatchMode):
         super().__init__()
         self.flops = self.now = self.peak = 0
         self.weights = {id(s): s for s in (t.untyped_storage() for t in distinct(*nets))}  # views need no memory
-        self.seen: dict[int, weakref.finalize] = {}
+        self.alive: dict[int, weakref.finalize] = {}
         self.formulas = {**flop_registry, **{op: shape_wrapper(formula) for op, formula in FLOPS.items()}}
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, func: OpOverload, types: object, args: Arguments = (), kwargs: Options | None = None
+    ) -> object:
         out = func(*args, **(kwargs or {}))
         if func.overloadpacket in self.formulas:
             self.flops += self.formulas[func.overloadpacket](*args, **(kwargs or {}), out_val=out)
@@ -112,22 +123,22 @@ class Meter(TorchDispatchMode):
                 self.add(tensor.untyped_storage())
         return out
 
-    def add(self, storage: Any) -> None:
+    def add(self, storage: torch.UntypedStorage) -> None:
         key = id(storage)
         size = storage.nbytes()
-        if key not in self.seen and key not in self.weights:
+        if key not in self.alive and key not in self.weights:
             self.now += size
             self.peak = max(self.peak, self.now)
-            self.seen[key] = weakref.finalize(storage, self.free, key, size)
+            self.alive[key] = weakref.finalize(storage, self.free, key, size)
 
     def free(self, key: int, size: int) -> None:
         self.now -= size
-        del self.seen[key]
+        del self.alive[key]
 
     def forget(self, tensor: Tensor) -> None:
         """Stop counting a tensor, because it is a gradient."""
         storage = tensor.untyped_storage()
-        if (end := self.seen.pop(id(storage), None)) is not None:
+        if (end := self.alive.pop(id(storage), None)) is not None:
             end.detach()
             self.now -= storage.nbytes()
 
@@ -153,51 +164,53 @@ class Shards:
     def __init__(self, *nets: nn.Module) -> None:
         self.traffic = Traffic()
         self.backward = False
-        self.handles = []
+        self.handles: list[RemovableHandle] = []
+        self.on_return: dict[nn.Module, Callable[[], None]] = {}  # the network's own backward pass
         for net in nets:
             blocks = units(net) or [net]
             inside = {id(p) for block in blocks for p in block.parameters()}
             rest = [p for p in net.parameters() if id(p) not in inside]
             for block in blocks:
                 params = list(block.parameters())
-                self.handles.append(block.register_forward_hook(partial(self.passed, net, params)))
+                self.handles.append(block.register_forward_hook(partial(self.on_block_forward, net, params)))
             self.handles.append(net.register_forward_pre_hook(partial(self.on_forward_start, rest)))
-        self.returned: dict[nn.Module, Any] = {}
 
-    def on_forward_start(self, rest: list[nn.Parameter], net: nn.Module, args: Any) -> None:
-        """Called at the start of a pass."""
+    def on_forward_start(self, rest: list[nn.Parameter], net: nn.Module, args: object) -> None:
+        """Count a pass of `net` before its first block. rest: its parameters outside blocks."""
         self.gather(rest)
-        self.returned[net] = self.once(lambda: self.back(rest))
+        self.on_return[net] = call_once(lambda: self.on_backward(rest))
 
-    def passed(self, net: nn.Module, params: list[nn.Parameter], block: nn.Module, args: Any, out: Any) -> None:
+    def on_block_forward(
+        self, net: nn.Module, params: list[nn.Parameter], block: nn.Module, args: object, out: object
+    ) -> None:
+        """Count a block's forward pass, and its backward pass where a gradient reaches its output."""
         if self.backward:
             return
         self.gather(params)
-        ended = self.returned[net]
-
-        came = self.once(lambda: self.back(params), ended)
+        on_gradient = call_once(lambda: self.on_backward(params), self.on_return[net])
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor) and tensor.requires_grad:
-                tensor.register_hook(lambda gradient: came())
-
-    @staticmethod
-    def once(*acts: Callable[[], None]) -> Callable[[], None]:
-        left = list(acts)
-
-        def act() -> None:
-            while left:
-                left.pop()()
-
-        return act
+                tensor.register_hook(lambda gradient: on_gradient())
 
     def gather(self, params: list[nn.Parameter]) -> None:
-        if whole := sum(p.numel() for p in params):
-            self.traffic = self.traffic.plus(Traffic(whole, 0, 1))
+        if size := sum(p.numel() for p in params):
+            self.traffic = self.traffic.plus(Traffic(size, 0, 1))
 
-    def back(self, params: list[nn.Parameter]) -> None:
+    def on_backward(self, params: list[nn.Parameter]) -> None:
         self.gather(params)
-        if trained := sum(p.numel() for p in params if p.requires_grad):
-            self.traffic = self.traffic.plus(Traffic(0, trained, 1))
+        if size := sum(p.numel() for p in params if p.requires_grad):
+            self.traffic = self.traffic.plus(Traffic(0, size, 1))
+
+
+def call_once(*functions: Callable[[], None]) -> Callable[[], None]:
+    """A function whose first call calls all `functions`, the last one first. Later calls do nothing."""
+    left = list(functions)
+
+    def call() -> None:
+        while left:
+            left.pop()()
+
+    return call
 
 
 def units(net: nn.Module) -> list[nn.Module]:
@@ -206,7 +219,7 @@ def units(net: nn.Module) -> list[nn.Module]:
 
 
 @dataclass(frozen=True)
-class Turn:
+class UpdateCost:
     """One update of one player on a micro-batch: FLOPs, and bytes of the tensors that live during it."""
 
     player: str
@@ -221,7 +234,7 @@ class Turn:
 class Cost:
     """Cost of a method on micro-batches of `micro` samples, averaged over its random numbers of calls."""
 
-    turns: tuple[Turn, ...]  # one for each update
+    updates: tuple[UpdateCost, ...]  # in the order of the method's updates
     flops: float  # per step and micro-batch, averaged over a cycle and over random numbers of calls
     cycle: int  # number of steps until the pattern of updates repeats
     micro: int
@@ -229,11 +242,11 @@ class Cost:
 
     @property
     def activations(self) -> int:
-        return max(turn.activations for turn in self.turns)
+        return max(update.activations for update in self.updates)
 
     @property
     def gradients(self) -> int:
-        return max(turn.gradients for turn in self.turns)
+        return max(update.gradients for update in self.updates)
 
 
 def players(nets: Nets) -> dict[str, list[nn.Parameter]]:
@@ -243,7 +256,7 @@ def players(nets: Nets) -> dict[str, list[nn.Parameter]]:
     return owners(nets)
 
 
-class Choice(Draw):
+class FixedBranchDraw(Draw):
     """A draw whose choices of control flow are all `k`, or the largest possible choice."""
 
     def __init__(self, step: int, player: str, micro: int, k: int) -> None:
@@ -273,117 +286,151 @@ def cost(
     attention that never stores its matrix; False counts only the products of attention, as papers do. One cycle is
     counted, after every player has started.
     """
-    free = lambda x, *_: x.flatten(1).mean(1)
-    nets = replace(nets, perceptual=nets.perceptual or free, reward=nets.reward or free)
-    nets.control = nets.control or (lambda x: x)
     mode = GPU(half) if fused or half else None
-    again = partial(checkpoint, use_reentrant=False, context_fn=lambda: (nullcontext(), mode or nullcontext()))
-    roles: dict[str, Any] = nets.frozen() | nets.modules()
-    for role, net in roles.items():
-        if role not in ("disc", "target") and hasattr(net, "enable_gradient_checkpointing"):
-            net.enable_gradient_checkpointing(again) if checkpointing else net.disable_gradient_checkpointing()
+    nets = _with_judges(nets)
+    set_recompute(nets, mode, checkpointing)
     owners = players(nets)
-    if nets.teacher.null is not None:
-        nets = _with_null(nets, {key: value.to("meta") for key, value in nets.teacher.null.items()})
-    many = {key: value.expand(micro, *value.shape[1:]) for key, value in c.items()}
-    real = torch.empty(micro, *nets.shape, device="meta")
-    told = overriding(many, many) if Requirement.FORGOTTEN_PROMPTS in method.requirements else many
-    also = {"forget_c": told} if told is not many else {}
-    batch = lambda: {"c": dict(told), "real": real, "real_c": dict(many), "z": real, "y": real, **also}
+    nets = _with_meta_null(nets)
+    counter = UpdateCounter(method, nets, owners, c, micro, mode)
     updates = method.updates()
-    turns = []
     cycle = max(update.every for update in updates)
     if cycle > CYCLE:
         raise ValueError(f"a player moves every {cycle:,} steps only; counted are at most {CYCLE}: give a lower number")
-    begun = max(max(update.start, update.alone) for update in updates)
-    first = -(-begun // cycle) * cycle
-    for update in updates:
-        set_trainable(owners, update.player)
-        with ExitStack() as stack:
-            if not fused:
-                stack.enter_context(torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH))
-            turns.append(_turn(method, nets, owners, update, first, batch(), micro, mode))
+    begin = max(max(update.start, update.alone) for update in updates)
+    first = -(-begin // cycle) * cycle
+    kernel: AbstractContextManager[None] = nullcontext() if fused else sdpa_kernel(SDPBackend.MATH)
+    with kernel:
+        costs = tuple(counter.count_update(update, first) for update in updates)
     set_trainable(owners, *owners)
-    total = 0.0
-    traffic = Traffic()
-    for step in range(first, first + cycle):
-        made = False
-        for update, turn in zip(updates, turns, strict=True):
-            if step % update.every:
-                continue
-            making, losing = turn.traffic
-            total = total + turn.loss
-            traffic = traffic.plus(losing)
-            if not (update.reuse and made):
-                calls = max(1.0, _calls(method, nets, update, step, batch, micro))
-                turned = _calls(method, nets, replace(update, walk=False), first, batch, micro, 1)  # in the turn above
-                calls /= max(1.0, turned)
-                total = total + calls * turn.generation
-                traffic = traffic.plus(making, calls)
-            made = True
-    return Cost(tuple(turns), total / cycle, cycle, micro, Traffic().plus(traffic, 1 / cycle))
+    flops, traffic = counter.count_cycle(costs, first, cycle)
+    return Cost(costs, flops / cycle, cycle, micro, Traffic().plus(traffic, 1 / cycle))
 
 
-def _turn(
-    method: Method,
-    nets: Nets,
-    owners: dict[str, list[nn.Parameter]],
-    update: Update,
-    step: int,
-    batch: dict[str, Any],
-    micro: int,
-    mode: TorchFunctionMode | None,
-) -> Turn:
-    """Run one update like the trainer."""
-    draw = Choice(step, update.player, micro, 0)
-    networks = [*nets.frozen().values(), *nets.modules().values()]
-    meter = Meter(*networks)
-    shards = Shards(*networks)
-    hooks = [p.register_post_accumulate_grad_hook(lambda p: meter.forget(p.grad)) for p in owners[update.player]]
-    try:
-        with meter, mode or nullcontext():
-            with torch.set_grad_enabled(update.player == "student"):
-                x = method.sample(nets, batch, draw)
-            generation = meter.flops
-            making = shards.traffic
-            loss, _ = update.loss(x, nets, batch, draw)
-            shards.backward = True
-            loss.backward()
-        gradients = sum(p.grad.nbytes for p in owners[update.player] if p.grad is not None)
-    finally:
-        for hook in (*hooks, *shards.handles):
-            hook.remove()
-        for p in owners[update.player]:
-            p.grad = None
-    losing = shards.traffic.plus(making, -1)
-    return Turn(update.player, generation, meter.flops - generation, meter.peak, gradients, (making, losing))
+def set_recompute(nets: Nets, mode: TorchFunctionMode | None, on: bool) -> None:
+    """Switch recomputation of blocks on or off for every network that has it. mode: active while they recompute."""
+    recompute = partial(checkpoint, use_reentrant=False, context_fn=lambda: (nullcontext(), mode or nullcontext()))
+    roles: dict[str, Network] = nets.frozen() | nets.modules()
+    for role, net in roles.items():
+        if role in ("disc", "target") or not hasattr(net, "enable_gradient_checkpointing"):
+            continue
+        if on:
+            net.enable_gradient_checkpointing(recompute)
+        else:
+            net.disable_gradient_checkpointing()
 
 
-def _calls(
-    method: Method, nets: Nets, update: Update, step: int, batch: Any, micro: int, choices: int | None = None
-) -> float:
-    """The student's calls for the samples of this step, averaged over the first `choices` of the method, or all."""
-    asked = 0
+@dataclass(eq=False)
+class UpdateCounter:
+    """Counts updates of a method on networks on the meta device.
 
-    def call(net: nn.Module, x: Tensor, t: Tensor, c: Any) -> Tensor:
-        nonlocal asked
-        asked += 1
-        return torch.empty_like(x)
+    owners: trained parameters by player. c: a condition [1, ...]. mode: active during a pass, or None.
+    """
 
-    student = replace(nets.student, denoiser=replace(nets.student.denoiser, call=call))
-    choices = choices or len(nets.student.times)
-    with torch.no_grad():
-        for k in range(choices):
-            draw = Choice(step, update.player, micro, k)
-            if update.walk:
-                draw.late = steps_into_generation(method, nets, step)
-                draw.before = torch.empty(micro, *nets.shape, device="meta") if draw.late else None
-            method.sample(replace(nets, student=student), batch(), draw)
-    return asked / choices
+    method: Method
+    nets: Nets
+    owners: dict[str, list[nn.Parameter]]
+    c: dict[str, Tensor]
+    micro: int
+    mode: TorchFunctionMode | None
+
+    def batch(self) -> Batch:
+        """A micro-batch with every key that a method may read."""
+        c = {key: value.expand(self.micro, *value.shape[1:]) for key, value in self.c.items()}
+        x = torch.empty(self.micro, *self.nets.shape, device="meta")
+        if Requirement.FORGOTTEN_PROMPTS not in self.method.requirements:
+            return {"c": c, "real": x, "real_c": dict(c), "z": x, "y": x}
+        override = overriding(c, c)
+        return {"c": dict(override), "real": x, "real_c": c, "z": x, "y": x, "forget_c": override}
+
+    def count_update(self, update: Update, step: int) -> UpdateCost:
+        """Run one update like the trainer."""
+        set_trainable(self.owners, update.player)
+        params = self.owners[update.player]
+        batch = self.batch()
+        draw = FixedBranchDraw(step, update.player, self.micro, 0)
+        networks = [*self.nets.frozen().values(), *self.nets.modules().values()]
+        meter = Meter(*networks)
+        shards = Shards(*networks)
+        hooks = [p.register_post_accumulate_grad_hook(lambda p: meter.forget(p.grad)) for p in params]
+        try:
+            with meter, self.mode or nullcontext():
+                with torch.set_grad_enabled(update.player == "student"):
+                    x = self.method.sample(self.nets, batch, draw)
+                generation = meter.flops
+                generation_traffic = shards.traffic
+                loss, _ = update.loss(x, self.nets, batch, draw)
+                shards.backward = True
+                loss.backward()
+            gradients = sum(p.grad.nbytes for p in params if p.grad is not None)
+        finally:
+            for hook in (*hooks, *shards.handles):
+                hook.remove()
+            for p in params:
+                p.grad = None
+        loss_flops = meter.flops - generation
+        traffic = (generation_traffic, shards.traffic.plus(generation_traffic, -1))
+        return UpdateCost(update.player, generation, loss_flops, meter.peak, gradients, traffic)
+
+    def count_cycle(self, costs: Sequence[UpdateCost], first: int, cycle: int) -> tuple[float, Traffic]:
+        """(FLOPs, traffic) of `cycle` steps from step `first` on. costs: those of the method's updates."""
+        flops = 0.0
+        traffic = Traffic()
+        for step in range(first, first + cycle):
+            has_samples = False
+            for update, cost in zip(self.method.updates(), costs, strict=True):
+                if step % update.every:
+                    continue
+                generation, loss = cost.traffic
+                flops = flops + cost.loss
+                traffic = traffic.plus(loss)
+                if not (update.reuse and has_samples):
+                    calls = max(1.0, self.count_calls(update, step))
+                    # of these, the generation of `cost` has those of the first branch
+                    calls /= max(1.0, self.count_calls(replace(update, walk=False), first, 1))
+                    flops = flops + calls * cost.generation
+                    traffic = traffic.plus(generation, calls)
+                has_samples = True
+        return flops, traffic
+
+    def count_calls(self, update: Update, step: int, branches: int | None = None) -> float:
+        """The student's calls for the samples of a step, averaged over the first `branches` of the method, or all."""
+        calls = 0
+
+        def call(net: nn.Module, x: Tensor, t: Tensor, c: Condition) -> Tensor:
+            nonlocal calls
+            calls += 1
+            return torch.empty_like(x)
+
+        student = replace(self.nets.student, denoiser=replace(self.nets.student.denoiser, call=call))
+        nets = replace(self.nets, student=student)
+        branches = branches or len(student.times)
+        with torch.no_grad():
+            for k in range(branches):
+                draw = FixedBranchDraw(step, update.player, self.micro, k)
+                if update.walk:
+                    draw.late = steps_into_generation(self.method, self.nets, step)
+                    draw.before = torch.empty(self.micro, *self.nets.shape, device="meta") if draw.late else None
+                self.method.sample(nets, self.batch(), draw)
+        return calls / branches
 
 
-def _with_null(nets: Nets, null: dict[str, Tensor]) -> Nets:
-    on: Any = lambda d: d if d is None else replace(d, null=null)
+def _with_judges(nets: Nets) -> Nets:
+    """`nets` with judges that cost nothing where some are missing."""
+    free = lambda x, *_: x.flatten(1).mean(1)
+    return replace(
+        nets,
+        perceptual=nets.perceptual or free,
+        reward=nets.reward or free,
+        control=nets.control or (lambda x: x),
+    )
+
+
+def _with_meta_null(nets: Nets) -> Nets:
+    """`nets` whose denoisers have the teacher's null condition on the meta device, if it has one."""
+    if nets.teacher.null is None:
+        return nets
+    null = {key: value.to("meta") for key, value in nets.teacher.null.items()}
+    on = lambda denoiser: denoiser if denoiser is None else replace(denoiser, null=null)
     student = replace(nets.student, denoiser=on(nets.student.denoiser))
     return replace(nets, teacher=on(nets.teacher), student=student, fake=on(nets.fake), target=on(nets.target))
 

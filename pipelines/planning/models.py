@@ -7,12 +7,15 @@ from __future__ import annotations
 
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from pipelines import fields
-from pipelines.components import Parts, read_index
+from pipelines.components import Network, Parts, Scheduler, read_index
 from pipelines.families.base import Family, Model
 from pipelines.families.registry import families, find_family
+
+if TYPE_CHECKING:
+    import torch
 
 MODELS = {name: model for family in families().values() for name, model in family.models.items()}
 
@@ -32,7 +35,7 @@ class Meta(Parts):
         self.given = {}
 
     @classmethod
-    def of(cls, folder: Path) -> Meta:
+    def from_folder(cls, folder: Path) -> Meta:
         """The pipeline of a local folder. Its configs are read, its weights are not."""
         names = read_index(folder)
         find_family(names["_class_name"], folder)
@@ -49,7 +52,7 @@ class Meta(Parts):
         return found
 
     @cached_property
-    def net(self) -> Any:
+    def net(self) -> Network:
         import diffusers
         import torch
 
@@ -66,10 +69,10 @@ class Meta(Parts):
     def family(self) -> Family:
         return find_family(self.index["_class_name"], self.folder)
 
-    def component(self, name: str, dtype: Any = None) -> Any:
+    def component(self, name: str, dtype: torch.dtype | None = None) -> NoReturn:
         raise ValueError(f"of {self.folder} only the network is built, from its config: there is no {name}")
 
-    def scheduler(self) -> Any:
+    def scheduler(self) -> Scheduler:
         import diffusers
 
         name, config = self.model.scheduler

@@ -28,7 +28,8 @@ from pipelines.export import control_error, export, verify
 from pipelines.export.schedule import find_student_scheduler, student_config_of_export
 from pipelines.families import tiny
 from pipelines.inference import controlnet
-from pipelines.planning.memory_plan import Plan, Run, configured
+from pipelines.planning.command import Plan, resolve_config
+from pipelines.planning.memory_plan import Run
 from pipelines.teacher import load_teacher
 from recipes import nct_sd15
 from recipes.digits import TABLE
@@ -281,7 +282,9 @@ def test_a_wrong_adapter_is_caught(name, runs, tmp_path, monkeypatch):
 def test_plan(teachers):
     """The base is counted once, of the student the adapter alone is trained and averaged."""
     folder = teachers["sd"].parts.folder
-    plan = Run(*configured(Plan(Path("recipes/nct_sd15.py")), ["--teacher", f"{folder}", "--train_batch_size", "2"]))
+    plan = Run(
+        *resolve_config(Plan(Path("recipes/nct_sd15.py")), ["--teacher", f"{folder}", "--train_batch_size", "2"])
+    )
     teacher = again(teachers["sd"])
     base, _ = (sum(p.numel() for p in teacher.denoiser.net.parameters()), controlnet.install_adapter(teacher))
     adapter = sum(p.numel() for p in teacher.denoiser.net.control.parameters())

@@ -51,7 +51,7 @@ def test_a_hostile_config(what, plain, tmp_path):
         load(folder)
     if not name.startswith("unet") or what == "a tower":  # what needs a resolution is seen when the network is there
         with pytest.raises(ValueError, match=message):
-            Meta.of(folder)
+            Meta.from_folder(folder)
 
 
 def test_sizes_and_encoders(plain, tmp_path):

@@ -23,7 +23,8 @@ from distill.training.loop import train
 from pipelines import load
 from pipelines.families import edm, tiny
 from pipelines.planning import flop_counter
-from pipelines.planning.memory_plan import Plan, Run, configured, main, moments
+from pipelines.planning.command import Plan, main, resolve_config
+from pipelines.planning.memory_plan import Run, moments
 from pipelines.planning.models import MODELS, Meta
 
 ADAPTER = LoRA(4, 4.0, ("to_q", "to_v", "conv1"))
@@ -71,7 +72,9 @@ BYTES = [slow_where((i + half) % 2, case, half) for i, case in enumerate(CASES) 
 def planned(folder, case, half=False, **options):
     method, student, fake, batch = CASES[case]
     settings = TrainConfig(train_batch_size=batch, **options)
-    return Run(Config(method, Digits(), student=student, fake=fake, train=settings), Meta.of(folder), half=half)
+    return Run(
+        Config(method, Digits(), student=student, fake=fake, train=settings), Meta.from_folder(folder), half=half
+    )
 
 
 def real(folder, run, steps, k=None):
@@ -131,7 +134,7 @@ def test_bytes_are_those_of_a_real_run(folder, case, half):
 def test_flops_are_those_of_a_real_run(folder, case):
     """Counted over one cycle of the loop, averaged over the number of calls that a step draws."""
     run = planned(folder, case)
-    _, c, nets = run.built
+    _, c, nets = run.networks
     cost = flop_counter.cost(run.config.method, nets, c, run.micro, half=False, fused=False)
     found = [real(folder, run, cost.cycle, k)[2] for k in range(run.config.student.steps)]
     assert cost.flops * cost.cycle == pytest.approx(sum(found) / len(found), rel=1e-12)
@@ -145,18 +148,18 @@ def test_every_family_is_counted(family, depth, tmp_path):
     """From configs alone, the FLOPs of a real step."""
     tiny.save(family, tmp_path, **depth)
     method = DMD2(guidance=1.0, gan=0, gan_fake=0)
-    run = Run(Config(method, Digits(), train=TrainConfig(train_batch_size=1)), Meta.of(tmp_path), half=False)
-    _, c, nets = run.built
+    run = Run(Config(method, Digits(), train=TrainConfig(train_batch_size=1)), Meta.from_folder(tmp_path), half=False)
+    _, c, nets = run.networks
     cost = flop_counter.cost(method, nets, c, half=False, fused=False)
-    turn = cost.turns[0]
-    assert turn.generation + turn.loss + cost.turns[1].loss == real(tmp_path, run, 1)[2]
+    turn = cost.updates[0]
+    assert turn.generation + turn.loss + cost.updates[1].loss == real(tmp_path, run, 1)[2]
     assert run.memory.total > run.memory.weights > 0 and Run(run.config, run.parts, half=True).memory.total > 0
 
 
 def test_activations_are_near_those_of_a_real_run(folder):
     """What autograd keeps of the student's turn, with numbers, is the plan's peak within a quarter."""
     run = planned(folder, "dmd2")
-    method, (_, c, nets) = run.config.method, run.built
+    method, (_, c, nets) = run.config.method, run.networks
     cost = flop_counter.cost(method, nets, c, run.micro, half=False, fused=False)
     teacher = load(folder)
     c = teacher.encode(["a fox"])
@@ -177,7 +180,7 @@ def test_activations_are_near_those_of_a_real_run(folder):
         x = nets.generate({"c": c}, draw, 1)
         loss, _ = method.student_loss(x, nets, {"c": c}, draw)
     size = sum(storage.nbytes() for storage in kept.values())
-    assert loss.requires_grad and 0.8 < size / cost.turns[0].activations < 1.25
+    assert loss.requires_grad and 0.8 < size / cost.updates[0].activations < 1.25
 
 
 def test_recomputed_blocks_cost_time_and_save_memory(folder):
@@ -255,7 +258,7 @@ def test_what_fits(digits, capsys):
 
 def test_what_does_not_fit_names_what_does(digits, capsys):
     """Exit 1. The nearest configuration, given as flags, fits the same GPU."""
-    whole = Run(*configured(Plan(Path(TRAIN)), digits)).memory.total / 2**30
+    whole = Run(*resolve_config(Plan(Path(TRAIN)), digits)).memory.total / 2**30
     machine = [TRAIN, "--memory", str(0.5 * whole), "--reserve", "0", "--"]
     with pytest.raises(SystemExit) as end:
         main([*machine, *digits])

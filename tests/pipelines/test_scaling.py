@@ -95,7 +95,7 @@ def folder(tmp_path_factory):
 
 def one(folder, method=METHODS[0], **student):
     train = TrainConfig(train_batch_size=1, ema_half_life=0)
-    return Run(Config(method, Digits(), student=StudentConfig(**student), train=train), Meta.of(folder))
+    return Run(Config(method, Digits(), student=StudentConfig(**student), train=train), Meta.from_folder(folder))
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +121,7 @@ def test_seconds_by_hand(run):
     sent = 2 * 15 / 16 * 4 * 2 * P  # a ring's all-reduce of two players, float32
     assert ddp.communication == pytest.approx(sent / 2e9)  # eight ports of 0.25
     assert ddp.compute == pytest.approx(2 * run.cost.flops / 0.5e12 + 28 * 2 * P / 1e9)
-    assert ddp.hidden == 0 and ddp.seconds == pytest.approx(ddp.compute + ddp.communication)
+    assert ddp.overlap == 0 and ddp.seconds == pytest.approx(ddp.compute + ddp.communication)
 
     parts = Layout(run, m, 32, 16, shards=8)
     assert parts.rounds == 2 and parts.mode == "FSDP2 8 x 2"

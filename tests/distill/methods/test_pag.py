@@ -190,10 +190,11 @@ def test_costs_one_pass_more(sd):
     """Planned for a turn of the student: the perturbed network's own forward pass, under c alone, and no weights."""
     method = VSD(guidance=W, fake_steps=1)
     runs = [
-        memory_plan.Run(Config(method, Digits(), pag_scale=s), Meta.of(sd.parts.folder), half=False) for s in (0.0, S)
+        memory_plan.Run(Config(method, Digits(), pag_scale=s), Meta.from_folder(sd.parts.folder), half=False)
+        for s in (0.0, S)
     ]
-    without, costs = (next(t.loss for t in r.cost.turns if t.player == "student") for r in runs)
-    teacher, c, nets = runs[1].built
+    without, costs = (next(t.loss for t in r.cost.updates if t.player == "student") for r in runs)
+    teacher, c, nets = runs[1].networks
     flops = lambda net: flop_counter.forward(replace(teacher.denoiser, net=net), teacher.shape, c)
     assert costs - without == flops(nets.teacher.worse) * runs[1].micro
     assert runs[0].unsharded_memory == runs[1].unsharded_memory
