@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from io import BytesIO
 from pathlib import Path
@@ -21,6 +22,8 @@ from PIL.Image import Image, Transpose
 
 # EPS runs Ghostscript. WMF needs Windows. The others are no pictures, or Pillow knows their names but not their pixels.
 REFUSED = ("EPS", "WMF", "FITS", "BUFR", "GRIB", "HDF5", "MPEG", "IPTC")
+NAMED = 3  # files that a message names
+HEADERS = 100_000  # images whose header is read before training; it takes some seconds
 BITS = 258  # a TIFF tag
 PHOTOMETRIC = 262  # a TIFF tag; 0 means inverted values
 TEXTS = (".txt", ".caption", ".json", ".jsonl", ".csv", ".tsv", ".parquet", ".yaml", ".md")  # beside images
@@ -49,7 +52,11 @@ def suffixes() -> frozenset[str]:
 
 def is_image(path: str | Path) -> bool:
     """Whether a file has the suffix of an image."""
-    return os.path.splitext(path)[1].lower() in suffixes()
+    return _suffix(path) in suffixes()
+
+
+def _suffix(path: str | Path) -> str:
+    return os.path.splitext(path)[1].lower()
 
 
 def is_hidden(name: str) -> bool:
@@ -59,26 +66,68 @@ def is_hidden(name: str) -> bool:
 
 def files(folder: str | Path) -> list[Path]:
     """The visible files below a folder, sorted. Links to folders are followed; each folder is read once."""
-    paths: list[Path] = []
-    visited: set[tuple[int, int]] = set()
-    for where, folders, names in os.walk(folder, onerror=_raise_unreadable_folder, followlinks=True):
-        status = os.stat(where)
-        if (status.st_dev, status.st_ino) in visited:
+    return [Path(path) for path in paths(folder)]
+
+
+def paths(folder: str | Path) -> list[str]:
+    """The paths of `files`, as strings. A link to a folder that holds `folder` is left out."""
+    found: list[str] = []
+    visited = {_identity(parent) for parent in Path(folder).resolve().parents}
+    for where, folders, names in os.walk(Path(folder), onerror=_raise_unreadable_folder, followlinks=True):
+        identity = _identity(where)
+        if identity in visited:
             folders.clear()
             continue
-        visited.add((status.st_dev, status.st_ino))
+        visited.add(identity)
         folders[:] = sorted(name for name in folders if not is_hidden(name))
-        paths += [Path(where, name) for name in names if not is_hidden(name)]
-    return sorted(paths)
+        prefix = os.path.join(where, "").removeprefix(os.path.join(".", ""))
+        found += [prefix + name for name in names if not is_hidden(name)]
+    return sorted(found, key=lambda path: path.split(os.sep))  # the order of Path
+
+
+def _identity(folder: str | Path) -> tuple[int, int]:
+    status = os.stat(folder)
+    return status.st_dev, status.st_ino
 
 
 def _raise_unreadable_folder(error: OSError) -> None:
     raise ValueError(f"the folder {error.filename} cannot be read: {error.strerror}") from None
 
 
-def describe_unread(paths: Iterable[Path]) -> str:
+def validate_headers(paths: Sequence[str | Path], remedy: str = "replace or remove them") -> None:
+    """ValueError that names the first images whose header cannot be read. Pixels are not decoded.
+
+    Of more than HEADERS images, as many at equal distances are opened.
+    """
+    some = paths[:: max(1, -(-len(paths) // HEADERS))]
+    blocks = [some[i : i + 256] for i in range(0, len(some), 256)]
+    with ThreadPoolExecutor(8) as threads:
+        faults = [fault for faults in threads.map(_header_faults, blocks) for fault in faults]
+    if faults:
+        more = f" (and {len(faults) - NAMED:,} more)" if len(faults) > NAMED else ""
+        raise ValueError("; ".join(faults[:NAMED]) + f"{more}: {remedy}")
+
+
+def _header_faults(paths: Sequence[str | Path]) -> list[str]:
+    """A message for each image whose header cannot be read."""
+    faults = []
+    for path in paths:
+        try:
+            _validate_file(path)
+            PIL.Image.open(path, formats=formats()).close()
+        except Exception as error:  # Pillow raises nearly every kind for hostile files
+            faults.append(_describe_fault(str(path), error))
+    return faults
+
+
+def _validate_file(path: str | Path) -> None:
+    if not os.path.isfile(path):
+        raise UnreadableImage("there is no such file" if not os.path.exists(path) else "it is not a regular file")
+
+
+def describe_unread(paths: Iterable[str | Path]) -> str:
     """A line with the number of files that are neither images nor text, by suffix; "" if there are none."""
-    others = [path for path in paths if not is_image(path) and path.suffix.lower() not in TEXTS]
+    others = [path for path in paths if not is_image(path) and _suffix(path) not in TEXTS]
     return f"{format_file_count(others)} skipped, of types that are not read: {summary(others)}" if others else ""
 
 
@@ -102,19 +151,21 @@ def read(source: object, name: str | None = None) -> Image:
     try:
         if isinstance(source, Image):
             return _picture(source)
-        if isinstance(source, str | Path) and not os.path.isfile(source):
-            raise UnreadableImage("there is no such file" if not os.path.exists(source) else "it is not a regular file")
+        if isinstance(source, str | Path):
+            _validate_file(source)
         if not isinstance(source, str | Path | bytes):
             raise UnreadableImage(f"it is of type {type(source).__name__}")
         with PIL.Image.open(BytesIO(source) if isinstance(source, bytes) else source, formats=formats()) as image:
             return _picture(image)
-    except UnidentifiedImageError:
-        raise UnreadableImage(
-            f"image {name} cannot be read: it is not an image, or its format is not supported"
-        ) from None
     except Exception as error:  # Pillow raises nearly every kind for hostile files
-        reason = str(error) or type(error).__name__
-        raise UnreadableImage(f"image {name} cannot be read: {reason}") from None
+        raise UnreadableImage(_describe_fault(name, error)) from None
+
+
+def _describe_fault(name: str, error: Exception) -> str:
+    reason = str(error) or type(error).__name__
+    if isinstance(error, UnidentifiedImageError):
+        reason = "it is not an image, or its format is not supported"
+    return f"image {name} cannot be read: {reason}"
 
 
 def _picture(image: Image) -> Image:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections import Counter
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,6 +18,7 @@ from distill.data.sources import notice
 from distill.data.teacher import Teacher
 from distill.diffusion.guidance import Guided
 from distill.diffusion.solver import sample
+from distill.files import read_json
 from distill.method import Requirement
 from distill.random import Draw
 from distill.ranges import Calls, Count, Finite, Natural, Seed
@@ -24,6 +27,7 @@ from distill.roles import Batch
 NOTHING_TO_FORGET = "nothing to forget: pass --method.forget 0 --method.override 2, say: a class and its replacement"
 
 BLOCK = 64  # pairs that are sampled at once
+CLASS_NAMES = "class_names"  # in the distill.json of a teacher of own images: the names of its labels 0, 1, ...
 
 
 def refuse_pairs(requirements: tuple[Requirement, ...]) -> None:
@@ -47,11 +51,74 @@ def count_labels(teacher: Teacher) -> int | None:
     return getattr(getattr(teacher.denoiser.net, "config", None), "num_class_embeds", None)
 
 
+class ClassImages(NamedTuple):
+    """Images in one subfolder a class. Label i is the class names[i]."""
+
+    names: tuple[str, ...]  # of the subfolders, sorted
+    files: list[Path]
+    labels: list[int]  # of the files
+    notes: tuple[str, ...]  # files that are not read, and classes without images
+
+    @property
+    def counts(self) -> list[int]:
+        """The number of images of each class."""
+        counts = Counter(self.labels)
+        return [counts[label] for label in range(len(self.names))]
+
+
+def read_class_images(folder: str | Path) -> ClassImages:
+    """The images of a folder by class: sorted by the names of its subfolders, then by path.
+
+    Hidden files and folders are left out, links are followed. ValueError if there is no image in a subfolder.
+    """
+    if not Path(folder).is_dir():
+        raise ValueError(f"no folder of images at {str(folder)!r}")
+    entries = sorted(path for path in Path(folder).iterdir() if not images.is_hidden(path.name))
+    folders = [path for path in entries if path.is_dir()]
+    files = [images.files(path) for path in folders]
+    pictures = [[file for file in part if images.is_image(file)] for part in files]
+    outside = [path for path in entries if path not in folders and images.is_image(path)]
+    if not any(pictures):
+        where = f"; it has {images.format_file_count(outside)} outside of subfolders" if outside else ""
+        raise ValueError(f"{folder} has no images in one subfolder a class{where}: move the images of a class into one")
+    notes = [f"{folder}: {images.format_file_count(outside)} outside of the classes skipped"] if outside else []
+    if unread := images.describe_unread(file for part in files for file in part):
+        notes.append(f"{folder}: {unread}")
+    if empty := [path.name for path, part in zip(folders, pictures, strict=True) if not part]:
+        notes.append(f"{folder}: classes without an image, which keep their label: {', '.join(empty)}")
+    labels = [label for label, part in enumerate(pictures) for _ in part]
+    return ClassImages(
+        tuple(path.name for path in folders), [file for part in pictures for file in part], labels, tuple(notes)
+    )
+
+
+def read_class_names(teacher: Teacher) -> tuple[str, ...]:
+    """The names of a teacher's labels, from its distill.json; () if it stores none."""
+    file = teacher.parts.folder / "distill.json"
+    return tuple(read_json(file).get(CLASS_NAMES, ())) if file.is_file() else ()
+
+
+def match_labels(names: tuple[str, ...], teacher: Teacher, classes: int, folder: str) -> list[int]:
+    """The teacher's label of each class folder: by name if the teacher stores names, else in their order.
+
+    ValueError for more classes than the teacher has, and for names that it does not store.
+    """
+    stored = read_class_names(teacher)
+    if unknown := [name for name in names if stored and name not in stored]:
+        raise ValueError(
+            f"{folder} has the classes {', '.join(unknown[:9])}, which the teacher {teacher.parts.folder} does not "
+            f"know; it knows {', '.join(stored[:9])}{', ...' * (len(stored) > 9)}: rename or remove these folders"
+        )
+    if len(names) > classes:
+        raise ValueError(f"{folder} has {len(names)} classes, the teacher {classes}")
+    return [stored.index(name) for name in names] if stored else [*range(len(names))]
+
+
 @dataclass(frozen=True)
 class Labels:
     """Uniform class labels of the teacher. Real images, where the method needs them, have labels of their own."""
 
-    images: str = ""  # folder with one subfolder a class, which is numbered in the order of their names
+    images: str = ""  # folder with one subfolder a class; labels are numbered in the order of their names
     classes: tuple[Natural, ...] = ()  # labels of this student's part (Multi-Student); none given: all of the teacher's
 
     def validate(self, requirements: tuple[Requirement, ...]) -> None:
@@ -62,14 +129,27 @@ class Labels:
             raise ValueError("this method needs real images: pass --data.images, a folder with one subfolder a class")
         if self.images and not Path(self.images).is_dir():
             raise ValueError(f"no folder of images at {self.images!r}")
+        if Requirement.REAL in requirements:
+            images.validate_headers(self.class_images.files)
+
+    @cached_property
+    def class_images(self) -> ClassImages:
+        return read_class_images(self.images)
 
     def open(self, teacher: Teacher, requirements: tuple[Requirement, ...]) -> Classes:
-        data = Classes(self.images, teacher, Requirement.REAL in requirements, self.classes)
+        data = Classes(teacher, self.classes)
         select_labels(self.classes, data.classes)
-        if Requirement.REAL in requirements and (unread := images.describe_unread(images.files(self.images))):
-            notice([f"{self.images}: {unread}"])
-        if Requirement.REAL in requirements and not data.files:
-            raise ValueError(f"{self.images} has no images in one subfolder a class")
+        if Requirement.REAL in requirements:
+            names, files, labels, notes = self.class_images
+            number = match_labels(names, teacher, data.classes, self.images)
+            part = {*data.part.tolist()}
+            data.files = [(file, number[i]) for file, i in zip(files, labels, strict=True) if number[i] in part]
+            if len(names) < data.classes:
+                few = f"{len(names)} classes, the teacher {data.classes}: {names[0]} has label {number[0]}"
+                notes = (*notes, f"{self.images} has {few}, {names[-1]} {number[-1]}")
+            notice(notes)
+            if not data.files:
+                raise ValueError(f"{self.images} has no images of --data.classes {' '.join(map(str, self.classes))}")
         return data
 
     def smoke(self, folder: Path) -> Labels:
@@ -88,10 +168,9 @@ class Labels:
 class Classes:
     """data(draw) -> batch with "c" and, where needed, "real" [B, *shape] in [-1, 1] with "real_c"."""
 
-    images: str
     teacher: Teacher
-    real: bool
     only: tuple[int, ...]  # labels; none: all
+    files: list[tuple[Path, int]] = field(default_factory=list)  # real images and their labels; none: not needed
 
     @cached_property
     def part(self) -> Tensor:
@@ -103,22 +182,9 @@ class Classes:
         """The number of the teacher's classes, without the null class. An unconditional teacher has one class."""
         return (count_labels(self.teacher) or 1) - (self.teacher.denoiser.null is not None)
 
-    @cached_property
-    def files(self) -> list[tuple[Path, int]]:
-        entries = sorted(Path(self.images).iterdir()) if self.real else []
-        folders = [path for path in entries if path.is_dir() and not images.is_hidden(path.name)]
-        if len(folders) > self.classes:
-            raise ValueError(f"{self.images} has {len(folders)} classes, the teacher {self.classes}")
-        return [
-            (file, label)
-            for label, folder in enumerate(folders)
-            for file in (images.files(folder) if label in self.part else ())
-            if images.is_image(file)
-        ]
-
     def __call__(self, draw: Draw) -> Batch:
         batch: Batch = {"c": self._c(self.part.to(draw.device)[draw.integers("label", len(self.part))])}
-        if self.real:
+        if self.files:
             picked = [self.files[i] for i in draw.integers("real", len(self.files)).tolist()]
             labels = torch.tensor([label for _, label in picked], device=draw.device)
             real = torch.stack([self._image(file) for file, _ in picked]).to(draw.device)
@@ -165,7 +231,7 @@ class LabelPairs:
             raise ValueError("this method needs real images, and --data has pairs of the teacher alone")
 
     def open(self, teacher: Teacher, requirements: tuple[Requirement, ...]) -> ClassPairs:
-        return ClassPairs("", teacher, False, (), self)
+        return ClassPairs(teacher, (), pairs=self)
 
     def smoke(self, folder: Path) -> LabelPairs:
         """Sixteen pairs of two steps."""
@@ -176,7 +242,7 @@ class LabelPairs:
 class ClassPairs(Classes):
     """data(draw) -> batch with noise "z", samples "y" [B, *shape] and their condition "c"."""
 
-    pairs: LabelPairs
+    pairs: LabelPairs = LabelPairs()
 
     @torch.no_grad()
     def __post_init__(self) -> None:
