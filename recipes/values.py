@@ -31,11 +31,6 @@ from pipelines.components import read_index
 from pipelines.families.registry import families, find_family
 from recipes.digits import TABLE
 
-KINDS = {"edm": "EDM", **dict.fromkeys(("sd", "sdxl", "pixart"), "table")}  # of schedules; any other family's is a flow
-SHIFTS = {"wan": 5.0}  # of the times of a flow (LightX2V); of every other 3 (SD3, section 5.3.2)
-UNETS = ("sd", "sdxl", "edm")  # families whose network may have a ControlNet
-TOKENS = {"sd": 77, "sdxl": 77, "pixart": 300, "sana": 300, "wan": 512}  # of a prompt, which a cross-attention reads
-GUIDANCE_EMBEDDING = ("sana", "flux")  # families whose network has, or can be given, an embedding of its guidance
 STEMS = {"vsd": "swiftbrush"}  # how the recipe's file begins where several fit and none begins with the method's name
 
 
@@ -234,21 +229,17 @@ def resolve_layers(name: str, teacher: TeacherSource) -> list[Layer]:
 def check_family(name: str, method: Method, family: str) -> None:
     """ValueError for a method that the family's network cannot serve."""
     attention = {Requirement.CROSS_ATTENTION, Requirement.NEGATIVE_ADAPTER} & {*method.requirements}
-    readers = [other for other, one in families().items() if one.cross_attention]
+    readers = [other for other, one in families().items() if one.cross_attention_tokens]
+    unets = [other for other, one in families().items() if one.unet]
     if attention and family not in readers:
         raise ValueError(
             f"{name} changes what the cross-attention reads, and the network of {family} has no cross-attention with "
             f"text: give a teacher of {', '.join(readers)}"
         )
-    if Requirement.CONTROL_PICTURE in method.requirements and family not in UNETS:
+    if Requirement.CONTROL_PICTURE in method.requirements and family not in unets:
         raise ValueError(
-            f"{name} adds a ControlNet, which needs a UNet, and {family} has none: give a teacher of {', '.join(UNETS)}"
+            f"{name} adds a ControlNet, which needs a UNet, and {family} has none: give a teacher of {', '.join(unets)}"
         )
-
-
-def schedule_kind(family: str) -> str:
-    """The kind of the family's schedule: a recipe on one family has values for others of its kind."""
-    return KINDS.get(family, "flow")
 
 
 def data_for(method: Method, family: str) -> object:
@@ -260,17 +251,18 @@ def data_for(method: Method, family: str) -> object:
 
 def fit_family(config: Config, name: str, family: str) -> Config:
     """With what a family needs: its taps, LoRA targets and times and, of a latent family, rates that it survives."""
-    targets = families()[family].lora_targets
-    method = replace_taps(config.method, families()[family].taps)
+    facts = families()[family]
+    targets = facts.lora_targets
+    method = replace_taps(config.method, facts.taps)
     student = config.student
     fake = config.fake
     train = replace(config.train, output_dir=f"runs/{name}_{family}")
     if targets:
         student = replace(student, lora=replace(student.lora, targets=targets))
         fake = replace(fake, lora=replace(fake.lora, targets=targets))
-    if schedule_kind(family) == "flow":
-        method = replace_grids(method, SHIFTS.get(family, 3.0))
-    if schedule_kind(family) == "table":
+    if facts.schedule == "flow":
+        method = replace_grids(method, facts.flow_shift)
+    if facts.schedule == "table":
         student = replace(student, scale=1.0)  # the first input is the noise itself
     if family != "edm":
         train = replace(train, learning_rate=1e-6, max_grad_norm=1.0, gradient_checkpointing=True)
@@ -315,7 +307,7 @@ def find_recipe(name: str, family: str) -> tuple[str, Config] | None:
     """
     wanted = structure(list_methods()[name])
     same_method = [(stem, config) for stem, config in list_recipes() if structure(config.method) == wanted]
-    kind = [other for other in families() if schedule_kind(other) == schedule_kind(family)]
+    kind = [other for other, one in families().items() if one.schedule == families()[family].schedule]
     for names in ((family,), kind):
         fits = [(stem, config) for stem, config in same_method if config.family in names]
         by_name = [(stem, config) for stem, config in fits if stem.startswith((f"{name}_", STEMS.get(name, "?")))]
@@ -357,8 +349,8 @@ def fit_method(config: Config) -> Config:
     if Requirement.SEVERAL_CALLS in requirements and student.steps == 1:
         student = replace(student, steps=2)
     if Requirement.NEGATIVE_ADAPTER in requirements:
-        student = replace(student, negative=TOKENS.get(config.family, 0))
-    if Requirement.GUIDANCE_EMBEDDING in requirements and config.family not in GUIDANCE_EMBEDDING:
+        student = replace(student, negative=families()[config.family].cross_attention_tokens)
+    if Requirement.GUIDANCE_EMBEDDING in requirements and not families()[config.family].guidance_embedding:
         untold = {"embed": False} if hasattr(method, "embed") else {"guidance": fmean(method.guidance)}
         method = replace(method, **untold)
     return replace(config, method=method, student=student)

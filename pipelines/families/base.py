@@ -126,7 +126,11 @@ class Family:
     no_guidance: float  # value of `guidance` in `sample` with which the pipeline makes one call per step
     lora_targets: tuple[str, ...] = ()  # modules with LoRA adapters; (): no single-file exports for this family
     task: Task = "text-to-image"
-    cross_attention: bool = True  # the network reads prompts by cross-attention (NASA-T and SUN need it)
+    schedule: Literal["flow", "table", "edm"] = "flow"  # kind of the network's schedule; a kind shares its recipes
+    flow_shift: float = 3.0  # shift of a flow's times for methods that are written for a table (SD3, section 5.3.2)
+    cross_attention_tokens: int = 0  # of a prompt; 0: prompts are read by other layers (NASA-T and SUN are refused)
+    unet: bool = False  # the network is a UNet, so that it may have a ControlNet (NCT needs one)
+    guidance_embedding: bool = False  # the network has, or can be given, an embedding of its guidance
     pads_to_longest: bool = False  # prompts are padded to the longest of a call, so that rows depend on each other
     guided: type[Guided] = Guided  # classifier-free guidance as in the pipeline
     set_timesteps: Callable[[Any, int, Teacher], None] | None = None  # None: scheduler.set_timesteps(steps)

@@ -252,7 +252,8 @@ FAMILY = Family(
     export_network=export_network,
     export_call=export_call,
     limits=limits,
-    cross_attention=False,
+    schedule="edm",
+    unet=True,
     taps=("mid_block",),
     blocks=("ResnetBlock2D", "Attention", "Block"),  # Block is a class of SongUNet
 )

@@ -93,7 +93,6 @@ FAMILY = Family(
     student_schedulers=student_schedulers.of_flow,
     no_guidance=1.0,
     call_options=lambda parts, steps: {"guidance_scale": 1},
-    cross_attention=False,
     lora_targets=(  # attention and feed-forward of both streams
         *("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
         *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),

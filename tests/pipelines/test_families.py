@@ -174,6 +174,10 @@ def test_conditions_have_one_shape_and_do_not_depend_on_the_batch(family):
     for key, value in f.c.items():
         assert len(value) == 2 and value.shape[1:] == short[key].shape[1:] == long[key].shape[1:]
         torch.testing.assert_close(value[1:], long[key], rtol=1e-4, atol=1e-5)
+    if f.teacher.parts.index["_class_name"] != "PixArtAlphaPipeline":  # 120 tokens, Sigma 300: no config says so
+        shapes = {key: value.shape[1:] for key, value in f.c.items()}
+        assert shapes == f.family.condition(f.teacher.denoiser.net.config)
+        assert f.family.cross_attention_tokens in (0, len(f.c["prompt_embeds"][0]))
 
 
 @torch.no_grad()
@@ -267,6 +271,13 @@ def test_checkpointing_keeps_outputs_and_gradients(family):
         net.disable_gradient_checkpointing()
         net.zero_grad()
         net.requires_grad_(False).eval()
+
+
+def test_auraflow_ends_with_its_positions(tmp_path):
+    tiny.save("auraflow", tmp_path)
+    assert load(tmp_path, 32).shape == (4, 16, 16)
+    with pytest.raises(ValueError, match="resolution is 36; the positions of this teacher end at 32"):
+        load(tmp_path, 36)
 
 
 def test_wan_says_what_it_cannot_carry(tmp_path):

@@ -2,7 +2,7 @@
 
 Half of it runs at once, the other half with `make slow`: each family and each method both in full and as LoRA.
 
-DISTILL_WRITE=1 python -m pytest tests/recipes/test_matrix.py    writes that table
+DISTILL_WRITE=1 python -m pytest tests/recipes/test_matrix.py -k page    writes its two tables
 """
 
 import os
@@ -45,7 +45,7 @@ REFUSED = {
     (name, family.name): "no cross-attention"
     for name in ("NASAT", "SUN")
     for family in families().values()
-    if not family.cross_attention
+    if not family.cross_attention_tokens
 }
 REFUSED["SUN", "edm"] = "needs a teacher with text conditions"
 
@@ -162,20 +162,41 @@ def test_what_does_not_fit_is_refused(name, family, teachers):
         two_steps(example(name), family, teachers(family), False)
 
 
-def test_the_page_says_what_runs():
+def family_rows():
+    """The table of families."""
+    yield "| `--teacher` | `_class_name` in `model_index.json` | for example | methods that are refused |"
+    yield "|---|---|---|---|"
+    for name, family in families().items():
+        example = next((model.hub for model in family.models.values()), "")
+        refused = ["NASA-T", "SUN"] if not family.cross_attention_tokens else []
+        refused += ["NCT"] if not family.unet else []
+        yield f"| `{name}` | {', '.join(family.pipelines)} | {example} | {', '.join(refused)} |"
+
+
+def matrix_rows():
+    """The table of the cases of `pairs`."""
     runs = {}
     for case in pairs():
         family, method, adapted = case.values
         runs.setdefault((family, method), []).append("LoRA" if adapted else "full")
-    rows = ["| teacher | " + " | ".join(METHODS) + " |", "|---" * (len(METHODS) + 1) + "|"]
+    yield "| teacher | " + " | ".join(METHODS) + " |\n" + "|---" * (len(METHODS) + 1) + "|"
     for family, title in NAMES.items():
         cells = (", ".join(runs[family, method]) for method in METHODS)
-        rows.append(f"| {title} ([{family}.py](../pipelines/families/{family}.py)) | " + " | ".join(cells) + " |")
-    first, last = "<!-- what tests/recipes/test_matrix.py ran -->\n", "<!-- end -->"
-    text = PAGE.read_text()
-    head, _, rest = text.partition(first)
-    table, _, tail = rest.partition(last)
+        yield f"| {title} ([{family}.py](../pipelines/families/{family}.py)) | " + " | ".join(cells) + " |"
+
+
+@pytest.mark.parametrize(
+    "first, rows",
+    (
+        ("<!-- the families of pipelines/families/registry.py -->\n", family_rows),
+        ("<!-- what tests/recipes/test_matrix.py ran -->\n", matrix_rows),
+    ),
+)
+def test_the_page_says_what_runs(first, rows):
+    head, _, rest = PAGE.read_text().partition(first)
+    table, _, tail = rest.partition("<!-- end -->")
+    written = "\n".join(rows()) + "\n"
     if os.environ.get("DISTILL_WRITE"):
-        PAGE.write_text(head + first + "\n".join(rows) + "\n" + last + tail)
+        PAGE.write_text(head + first + written + "<!-- end -->" + tail)
     else:
-        assert table == "\n".join(rows) + "\n"
+        assert table == written

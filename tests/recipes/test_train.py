@@ -28,8 +28,10 @@ PAIRS = [  # every method on two families, every family with several methods
     for i, name in enumerate(sorted(values.list_methods()))
     for shift in (0, 4)
 ]
-NO_ATTENTION = [(name, family) for name in ("nasa", "sun") for family in ("edm", "sd3", "flux", "qwen")]
-NO_UNET = [("nct", family) for family in ("pixart", "sd3", "flux", "sana", "qwen", "wan")]
+NO_ATTENTION = [
+    (name, family) for name in ("nasa", "sun") for family in FAMILIES if not families()[family].cross_attention_tokens
+]
+NO_UNET = [("nct", family) for family in FAMILIES if not families()[family].unet]
 
 
 def last(name, family):
@@ -278,7 +280,7 @@ def test_mistakes(flags, message, refused):
 def test_the_families_with_a_unet(family):
     networks = {model.network for model in families()[family].models.values()}
     assert networks or family == "edm"  # whose networks are converted
-    assert (family in values.UNETS) == all("UNet" in network for network in networks)
+    assert families()[family].unet == all("UNet" in network for network in networks)
 
 
 # ---- a run ----

@@ -17,9 +17,9 @@ from distill.methods import LCD, MeanFlow, TwinFlow
 from distill.networks.lora import LoRA, merged
 from distill.training.build import build
 from distill.training.config import StudentConfig
+from pipelines.families.registry import families
 
 N, CLASSES = 8, 3
-FAMILIES = ("edm", "sd", "sdxl", "sd3", "flux", "pixart", "sana", "qwen", "wan")
 
 
 def told(denoiser, seed=3):
@@ -184,7 +184,7 @@ def test_export_of_several_calls():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", families())
 def test_every_family(family, tmp_path):
     """Each family's network is told by its own embedding of time, and unchanged where it is not told."""
     from pipelines import load
