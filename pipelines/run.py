@@ -84,7 +84,7 @@ def shorten_run(config: RunConfig) -> RunConfig:
 
 def validate_run(config: RunConfig, out: Path) -> Path | None:
     """The checkpoint to resume from; None for a new run. ValueError for mistakes that are visible before loading."""
-    from pipelines.export.export import check_replaceable
+    from pipelines.export.folder import check_replaceable
 
     if config.family not in families():
         raise ValueError(f"--family is {config.family!r}; it must be one of {sorted(families())}")

@@ -22,7 +22,7 @@ from eval.leaderboard.page import build_html_page
 from pipelines import load
 from pipelines.components import locate_pipeline
 from pipelines.export import hub
-from pipelines.export.export import check_replaceable
+from pipelines.export.folder import check_replaceable
 from pipelines.export.single_files import file_name
 from pipelines.families import tiny
 from pipelines.inference.experts import gather_students, read_routes

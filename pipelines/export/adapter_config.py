@@ -8,9 +8,10 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from distill.files import read_text
 
@@ -27,11 +28,22 @@ REFUSED = {  # option of LoraConfig: the reason why a LoRA with it is refused
 
 
 @dataclass(frozen=True)
+class Options:
+    """The options of PEFT's LoraConfig that decide the scale. Patterns: regular expression of module names -> value."""
+
+    r: float | None
+    lora_alpha: float | None
+    rank_pattern: dict[str, float]
+    alpha_pattern: dict[str, float]
+    use_rslora: bool
+
+
+@dataclass(frozen=True)
 class Settings:
     """The source of alpha. source: its file; lora: PEFT's options; kohya: ss_network_alpha."""
 
     source: str
-    lora: dict[str, Any] | None = None
+    lora: Options | None = None
     kohya: float | None = None
 
     def alpha(self, module: str, r: int) -> float | None:
@@ -40,20 +52,20 @@ class Settings:
             return self.kohya
         from peft.utils.other import get_pattern_key
 
-        key = lambda pattern: get_pattern_key(self.lora[pattern], module)
-        rank = self.lora["rank_pattern"].get(key("rank_pattern"), self.lora["r"])
+        value = lambda pattern, default: pattern.get(get_pattern_key(pattern, module), default)
+        rank = value(self.lora.rank_pattern, self.lora.r)
         if rank is not None and rank != r:
             raise ValueError(f"{self.source} says that the LoRA of {module} has rank {rank}; its tensors have {r}")
-        alpha = self.lora["alpha_pattern"].get(key("alpha_pattern"), self.lora["lora_alpha"])
+        alpha = value(self.lora.alpha_pattern, self.lora.lora_alpha)
         if alpha is None:
             raise ValueError(f"{self.source} has no lora_alpha for {module}; add it: the scale is lora_alpha / r")
-        return float(alpha) * math.sqrt(r) if self.lora["use_rslora"] else float(alpha)
+        return float(alpha) * math.sqrt(r) if self.lora.use_rslora else float(alpha)
 
     def __str__(self) -> str:
         if self.lora is None:
             return f"ss_network_alpha {self.kohya:g} in {self.source}"
-        rs = " with use_rslora" if self.lora["use_rslora"] else ""
-        return f"lora_alpha {self.lora['lora_alpha']:g}{rs} in {self.source}"
+        rs = " with use_rslora" if self.lora.use_rslora else ""
+        return f"lora_alpha {self.lora.lora_alpha:g}{rs} in {self.source}"
 
 
 def read_settings(path: Path, metadata: dict[str, str], prefix: str) -> Settings | None:
@@ -77,7 +89,7 @@ def read_settings(path: Path, metadata: dict[str, str], prefix: str) -> Settings
     return None
 
 
-def _object(text: str, source: str) -> dict[str, Any]:
+def _object(text: str, source: str) -> dict[str, object]:
     try:
         found = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -87,8 +99,20 @@ def _object(text: str, source: str) -> dict[str, Any]:
     return found
 
 
-def _options(given: dict[str, Any], source: str) -> dict[str, Any]:
-    """The checked options; ValueError names an unsupported one."""
+def _options(given: Mapping[str, object], source: str) -> Options:
+    """The options; ValueError names an unsupported one, or a value that is not allowed."""
+    _refuse_other_adapters(given, source)
+    rslora = given.get("use_rslora")
+    if not isinstance(rslora, bool | None):
+        raise ValueError(f"{source} has use_rslora {rslora!r}; it must be true or false")
+    number = lambda key: None if given.get(key) is None else _number(given[key], key, source)
+    ranks = _pattern(given, "rank_pattern", source)
+    alphas = _pattern(given, "alpha_pattern", source)
+    return Options(number("r"), number("lora_alpha"), ranks, alphas, bool(rslora))
+
+
+def _refuse_other_adapters(given: Mapping[str, object], source: str) -> None:
+    """ValueError for options of an adapter that is no plain LoRA on its base."""
     kind = given.get("peft_type", "LORA")
     if kind != "LORA":
         raise ValueError(f"{source} has peft_type {kind!r}; only LORA is read")
@@ -106,26 +130,23 @@ def _options(given: dict[str, Any], source: str) -> dict[str, Any]:
             f"{source} has init_lora_weights {start!r}: its base's weights were changed, too. Convert it to a plain "
             "LoRA with PEFT (path_initial_model_for_weight_conversion)"
         )
-    if not isinstance(given.get("use_rslora"), bool | None):
-        raise ValueError(f"{source} has use_rslora {given['use_rslora']!r}; it must be true or false")
-    out: dict[str, Any] = {"use_rslora": bool(given.get("use_rslora"))}
-    for key in ("r", "lora_alpha"):
-        out[key] = None if given.get(key) is None else _number(given[key], key, source)
-    for key in ("rank_pattern", "alpha_pattern"):
-        pattern = given.get(key) or {}
-        if not isinstance(pattern, dict):
-            raise ValueError(f"{source} has {key} {pattern!r}; it must be an object of numbers by module")
-        if odd := [name for name in pattern if not _is_simple(name)]:
-            raise ValueError(f"{source} has a {key} for {odd[0]!r}; name modules, or two .* at most among their names")
-        out[key] = {name: _number(value, f"{key} of {name}", source) for name, value in pattern.items()}
-    return out
 
 
-def _number(value: Any, key: str, source: Any) -> float:
-    try:
-        found = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
-        found = math.nan
+def _pattern(given: Mapping[str, object], key: str, source: str) -> dict[str, float]:
+    """The numbers of an option by module; ValueError for anything else."""
+    pattern = given.get(key) or {}
+    if not isinstance(pattern, dict):
+        raise ValueError(f"{source} has {key} {pattern!r}; it must be an object of numbers by module")
+    if odd := [name for name in pattern if not _is_simple(name)]:
+        raise ValueError(f"{source} has a {key} for {odd[0]!r}; name modules, or two .* at most among their names")
+    return {name: _number(value, f"{key} of {name}", source) for name, value in pattern.items()}
+
+
+def _number(value: object, key: str, source: str | Path) -> float:
+    found = math.nan
+    if isinstance(value, int | float | str) and not isinstance(value, bool):
+        with suppress(ValueError, OverflowError):
+            found = float(value)
     if not math.isfinite(found):
         raise ValueError(f"{source} has {key} {value!r}; it must be a number")
     return found

@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from yaml import YAMLError
 
@@ -17,7 +17,7 @@ from pipelines.families.base import Task
 from pipelines.markdown import escape_markdown, fenced, link, unescape
 
 if TYPE_CHECKING:
-    from huggingface_hub import ModelCardData
+    from huggingface_hub import EvalResult, ModelCardData
 
 NEGATIVE = "Negative prompts do nothing: guidance is built in, and the call switches the pipeline's own off."
 OTHER = "Other numbers of steps and guidance scales than the call's were neither trained nor verified."
@@ -129,12 +129,15 @@ class Card:
 
     def render(self) -> str:
         """The text of the card, after the metadata for the Hub."""
+        base = f"[{self.hub}](https://huggingface.co/{self.hub})" if self.hub else self._folder
+        calls = "one network call" if self.steps == 1 else f"{self.steps} network calls"
+        method = f", distilled with {METHODS.get(self.method, self.method)}" if self.method else ""
         body = BODY.format(
             name=escape_markdown(self.name),
             kind=f"{self.calls} {'student' if self.code else 'LoRA'}",
-            base=f"[{self.hub}](https://huggingface.co/{self.hub})" if self.hub else self._folder,
-            calls="one network call" if self.steps == 1 else f"{self.steps} network calls",
-            method=f", distilled with {METHODS.get(self.method, self.method)}" if self.method else "",
+            base=base,
+            calls=calls,
+            method=method,
             code=fenced(self.code or self.lora, "python"),
             rest=self._sections(),
             limits="\n".join(f"- {limit}" for limit in (*self.limits, OTHER)),
@@ -146,13 +149,9 @@ class Card:
     def _metadata(self) -> ModelCardData:
         from huggingface_hub import ModelCardData
 
-        facts: dict[str, Any] = {}
-        if self.results:
-            facts = {"model_name": self.name, "eval_results": _index(self.results, self.task)}
-        if self.hub:
-            facts["base_model_relation"] = "finetune" if self.code else "adapter"
-        if self.samples:
-            facts["widget"] = [{"text": self.prompt, "output": {"url": self.samples}}]
+        relation = "finetune" if self.code else "adapter"
+        widget = [{"text": self.prompt, "output": {"url": self.samples}}]
+        results = _index(self.results, self.task)
         tags = [self.task, "diffusers", self.calls, self.method, self.family, "lora" if self.lora else ""]
         return ModelCardData(
             license=self.license.id,
@@ -163,7 +162,10 @@ class Card:
             pipeline_tag=self.task,
             tags=[tag for tag in tags if tag],
             datasets=list(self.datasets) or None,
-            **facts,
+            model_name=(results and self.name) or None,
+            eval_results=results or None,
+            base_model_relation=(self.hub and relation) or None,
+            widget=(self.samples and widget) or None,
         )
 
     def _sections(self) -> str:
@@ -193,7 +195,7 @@ class Card:
         return escape_markdown(Path(self.base).name)
 
 
-def _index(results: Sequence[Result], task: str) -> list[Any]:
+def _index(results: Sequence[Result], task: str) -> list[EvalResult]:
     """Figures in the format of the Hub's model-index."""
     from huggingface_hub import EvalResult
 

@@ -13,12 +13,22 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import torch
 
 from distill.diffusion.schedule import VP
 from distill.diffusion.student import Student
+
+Inputs = dict[str, object]  # of a node: values, and [name of a node, number of its output]
+
+
+class Node(TypedDict):
+    """A node of a workflow."""
+
+    class_type: str
+    inputs: Inputs
+
 
 SAMPLING = {"eps": "eps", "v": "v_prediction", "x0": "x0"}  # kind -> ModelSamplingDiscrete
 
@@ -60,7 +70,7 @@ def build_workflow(
     lora: str | None = None,
     size: tuple[int, int] = (1024, 1024),
     prompt: str = "a photograph of an astronaut riding a horse",
-) -> dict[str, Any]:
+) -> dict[str, Node]:
     """A workflow in ComfyUI's API format that samples like the student, with ComfyUI's noise.
 
     checkpoint: the base's single file, for text encoders and VAE. unet or lora: the student's file name in
@@ -74,13 +84,24 @@ def build_workflow(
     last = float(VP.scaled_linear().ratio(torch.ones(1)))
     own = math.sqrt(1 + sigmas[0] ** 2) if sigmas[0] > last * (1 - 1e-5) else sigmas[0]  # ComfyUI's first factor
     add = abs(first / own - 1) > 1e-4
-    numbers = lambda values: ", ".join(f"{v:.8f}" for v in values)  # the node reads no exponents
     sampler = "lcm" if student.transition.adds_noise else "euler"
-    nodes: dict[str, tuple[str, dict[str, Any]]] = {
+    model: tuple[str, Inputs] = ("UNETLoader", {"unet_name": unet, "weight_dtype": "default"})
+    if lora:
+        model = ("LoraLoaderModelOnly", {"model": ["base", 0], "lora_name": lora, "strength_model": 1.0})
+    sample: Inputs = {
+        "model": ["kind", 0],
+        "add_noise": not add,
+        "noise_seed": 0,
+        "cfg": 1.0,
+        "positive": ["prompt", 0],
+        "negative": ["nothing", 0],
+        "sampler": ["sampler", 0],
+        "sigmas": ["sigmas", 0],
+        "latent_image": ["noised" if add else "latent", 0],
+    }
+    nodes: dict[str, tuple[str, Inputs]] = {
         "base": ("CheckpointLoaderSimple", {"ckpt_name": checkpoint}),
-        "model": ("UNETLoader", {"unet_name": unet, "weight_dtype": "default"})
-        if unet
-        else ("LoraLoaderModelOnly", {"model": ["base", 0], "lora_name": lora, "strength_model": 1.0}),
+        "model": model,
         "kind": (
             "ModelSamplingDiscrete",
             {"model": ["model", 0], "sampling": SAMPLING[student.denoiser.kind], "zsnr": False},
@@ -88,28 +109,27 @@ def build_workflow(
         "prompt": ("CLIPTextEncode", {"clip": ["base", 1], "text": prompt}),
         "nothing": ("CLIPTextEncode", {"clip": ["base", 1], "text": ""}),
         "latent": ("EmptyLatentImage", {"width": size[0], "height": size[1], "batch_size": 1}),
-        "sigmas": ("ManualSigmas", {"sigmas": numbers([*sigmas, 0.0])}),
+        "sigmas": ("ManualSigmas", {"sigmas": _list([*sigmas, 0.0])}),
         "sampler": ("KSamplerSelect", {"sampler_name": sampler}),
-        "sample": (
-            "SamplerCustom",
-            {
-                "model": ["kind", 0],
-                "add_noise": not add,
-                "noise_seed": 0,
-                "cfg": 1.0,
-                "positive": ["prompt", 0],
-                "negative": ["nothing", 0],
-                "sampler": ["sampler", 0],
-                "sigmas": ["sigmas", 0],
-                "latent_image": ["noised" if add else "latent", 0],
-            },
-        ),
+        "sample": ("SamplerCustom", sample),
         "decode": ("VAEDecode", {"samples": ["sample", 0], "vae": ["base", 2]}),
         "save": ("SaveImage", {"images": ["decode", 0], "filename_prefix": Path(unet or lora or "").stem}),
     }
     if add:
-        nodes["noise"] = ("RandomNoise", {"noise_seed": 1})  # SamplerCustom's seed is used for the fresh noise
-        nodes["first"] = ("ManualSigmas", {"sigmas": numbers([first, 0.0])})
-        wires = {"model": ["kind", 0], "noise": ["noise", 0], "sigmas": ["first", 0], "latent_image": ["latent", 0]}
-        nodes["noised"] = ("AddNoise", wires)
+        nodes |= _first_noise(first)
     return {name: {"class_type": kind, "inputs": inputs} for name, (kind, inputs) in nodes.items()}
+
+
+def _first_noise(scale: float) -> dict[str, tuple[str, Inputs]]:
+    """Nodes whose last makes the first input: unit noise times `scale`. SamplerCustom's seed is that of fresh noise."""
+    wires: Inputs = {"model": ["kind", 0], "noise": ["noise", 0], "sigmas": ["first", 0], "latent_image": ["latent", 0]}
+    return {
+        "noise": ("RandomNoise", {"noise_seed": 1}),
+        "first": ("ManualSigmas", {"sigmas": _list([scale, 0.0])}),
+        "noised": ("AddNoise", wires),
+    }
+
+
+def _list(values: list[float]) -> str:
+    """Numbers as text. The node reads no exponents."""
+    return ", ".join(f"{value:.8f}" for value in values)

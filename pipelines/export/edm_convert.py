@@ -3,7 +3,7 @@
 python -m pipelines.edm_convert edm-cifar10-32x32-cond-vp.pkl OUT_FOLDER
 
 The file is a pickle of whole objects with their source code. Only its tensors and plain values are read: every class
-that it names becomes an inert stand-in, and no code of the file runs. Facts about the format, from the public
+that it names becomes a Substitute, and no code of the file runs. Facts about the format, from the public
 repository (NVlabs/edm, CC BY-NC-SA 4.0, also the license of the weights), read for names and shapes and not copied:
 
 - the file is a dict, "ema" an EDMPrecond around "model", a SongUNet (DDPM++) or a DhariwalUNet (ADM). An object of
@@ -26,12 +26,17 @@ import pickle
 import re
 import shutil
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from torch import Tensor
+
+from pipelines.components import Network
+
+if TYPE_CHECKING:
+    from diffusers import UNet2DModel
 
 C_NOISE = 0.25  # ADM's input is ln(sigma) / 4; that of our SongUNet is 250 ln(sigma), which it divides
 SIGMA_MAX = 80.0
@@ -55,30 +60,40 @@ RESNET = {
 }
 
 
-class Inert(dict[Any, Any]):
-    """A substitute for an object of the file. It keeps the arguments of the object and its state."""
+class Values(TypedDict):
+    """The plain values of a checkpoint."""
+
+    sigma_data: float
+    img_resolution: int
+    img_channels: int
+    label_dropout: float
+    dropout: float
+
+
+class Substitute(dict[object, object]):
+    """Stands for an object of the file. It keeps the arguments of the object and its state."""
 
     path = ""
     args: tuple[Any, ...] = ()
     state: Any = None
 
-    def __new__(cls, *args: Any, **_: Any) -> Inert:
+    def __new__(cls, *args: object, **_: object) -> Substitute:
         self = super().__new__(cls)
         self.args = args
         return self
 
-    def __init__(self, *_: Any, **__: Any) -> None:
+    def __init__(self, *_: object, **__: object) -> None:
         super().__init__()
 
-    def __setstate__(self, state: Any) -> None:
+    def __setstate__(self, state: object) -> None:
         self.state = state
 
 
-def _storage(blob: bytes) -> Any:
+def _storage(blob: bytes) -> torch.storage.TypedStorage:
     return torch.load(io.BytesIO(blob), map_location="cpu", weights_only=True)
 
 
-REBUILD: dict[str, Callable[..., Any]] = {
+REBUILD: dict[str, Callable[..., object]] = {
     "collections.OrderedDict": OrderedDict,
     "torch._utils._rebuild_tensor_v2": torch._utils._rebuild_tensor_v2,
     "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
@@ -87,14 +102,14 @@ REBUILD: dict[str, Callable[..., Any]] = {
 
 
 class Reader(pickle.Unpickler):
-    """Reads tensors and plain values of a pickle. Everything else becomes an Inert."""
+    """Reads tensors and plain values of a pickle. Everything else becomes a Substitute."""
 
-    def find_class(self, module: str, name: str) -> Any:
+    def find_class(self, module: str, name: str) -> Callable[..., object]:
         path = f"{module}.{name}"
-        return REBUILD.get(path) or type(name, (Inert,), {"path": path})
+        return REBUILD.get(path) or type(name, (Substitute,), {"path": path})
 
 
-def read(file: Path) -> tuple[dict[str, Any], str, dict[str, Tensor]]:
+def read(file: Path) -> tuple[Values, str, dict[str, Tensor]]:
     """(values of the objects, class of the network, its tensors by name). ValueError for any other file."""
     try:
         with file.open("rb") as f:
@@ -103,9 +118,13 @@ def read(file: Path) -> tuple[dict[str, Any], str, dict[str, Tensor]]:
         kind = ema.args[0]["class_name"]
         model = outer["_modules"]["model"]
         inner = model.args[0]["class_name"]
-        values = {name: outer[name] for name in ("sigma_data", "img_resolution", "img_channels")}
-        values["label_dropout"] = _object(model)["label_dropout"]
-        values["dropout"] = _first_block(model)["dropout"]
+        values = Values(
+            sigma_data=outer["sigma_data"],
+            img_resolution=outer["img_resolution"],
+            img_channels=outer["img_channels"],
+            label_dropout=_object(model)["label_dropout"],
+            dropout=_first_block(model)["dropout"],
+        )
         tensors = dict(_tensors(model))
     except Exception as error:  # the unpickler may raise anything for an unknown file
         raise ValueError(f"{file} is not a checkpoint of EDM: {type(error).__name__}: {error}") from None
@@ -114,18 +133,18 @@ def read(file: Path) -> tuple[dict[str, Any], str, dict[str, Tensor]]:
     return values, inner, tensors
 
 
-def _object(thing: Any) -> dict[str, Any]:
+def _object(thing: Substitute) -> dict[str, Any]:
     """The __dict__ of an EDM object, or of a module of torch."""
     found = thing.args[0]["state"] if thing.path.endswith("_reconstruct_persistent_obj") else thing.state
     return dict(found)
 
 
-def _first_block(model: Any) -> dict[str, Any]:
+def _first_block(model: Substitute) -> dict[str, Any]:
     blocks = _object(_object(model)["_modules"]["enc"])["_modules"]
     return _object(next(block for name, block in blocks.items() if name.endswith("_block0")))
 
 
-def _tensors(thing: Any, prefix: str = "", seen: set[int] | None = None) -> Any:
+def _tensors(thing: Substitute, prefix: str = "", seen: set[int] | None = None) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) of a module and its children. ValueError for structures that no network has, such as a cycle."""
     parts = _object(thing)
     seen = set() if seen is None else seen
@@ -142,7 +161,16 @@ def _tensors(thing: Any, prefix: str = "", seen: set[int] | None = None) -> Any:
             yield from _tensors(module, f"{prefix}{name}.", seen)
 
 
-def network(values: dict[str, Any], kind: str, tensors: dict[str, Tensor]) -> Any:
+class NetworkOptions(TypedDict):
+    """Arguments of both networks."""
+
+    sample_size: int
+    in_channels: int
+    dropout: float
+    num_class_embeds: int | None
+
+
+def network(values: Values, kind: str, tensors: dict[str, Tensor]) -> Network:
     """The network with diffusers' names. ValueError for an unsupported variant (NCSN++)."""
     size = values["img_resolution"]
     sizes = [s for s in (size >> i for i in range(16)) if f"enc.{s}x{s}_block0.conv0.weight" in tensors]
@@ -151,17 +179,21 @@ def network(values: dict[str, Any], kind: str, tensors: dict[str, Tensor]) -> An
     stem = len(tensors[f"enc.{size}x{size}_conv.weight"])
     attention = tuple(s for s in sizes if f"enc.{s}x{s}_block0.qkv.weight" in tensors)
     labels = _labels(tensors, kind, values["label_dropout"])
-    common = {"sample_size": size, "in_channels": values["img_channels"], "dropout": float(values["dropout"])}
-    common["num_class_embeds"] = None if labels is None else len(labels)
+    common = NetworkOptions(
+        sample_size=size,
+        in_channels=values["img_channels"],
+        dropout=float(values["dropout"]),
+        num_class_embeds=None if labels is None else len(labels),
+    )
     if kind == "SongUNet":
         from pipelines.edm_nets import SongUNet
 
         augment = tensors["map_augment.weight"].shape[1] if "map_augment.weight" in tensors else 0
         net = SongUNet(**common, stem=stem, widths=widths, layers=layers, attention=attention, augment_dim=augment)
-        renamed = _renamed(tensors, _song, lambda channels: 1)
+        renamed = _rename(tensors, _song_names, lambda channels: 1)
     else:
         net = _adm(common, stem, widths, layers, [s in attention for s in sizes])
-        renamed = _renamed(tensors, lambda part: _place(part, sizes), lambda channels: channels // 64)
+        renamed = _rename(tensors, lambda part: _adm_names(part, sizes), lambda channels: channels // 64)
         renamed.pop("augment_embedding.weight", None)  # zero without augmentation
     if labels is not None:
         renamed["class_embedding.weight"] = labels
@@ -169,18 +201,20 @@ def network(values: dict[str, Any], kind: str, tensors: dict[str, Tensor]) -> An
     return net.eval()
 
 
-def _adm(common: dict[str, Any], stem: int, widths: tuple[int, ...], layers: int, attention: list[bool]) -> Any:
+def _adm(common: NetworkOptions, stem: int, widths: tuple[int, ...], layers: int, attention: list[bool]) -> UNet2DModel:
     from diffusers import UNet2DModel
 
     if stem != widths[0] or min(widths) < 128:
         raise ValueError(f"a UNet2DModel has 32 groups and starts with its first width; this has {stem} and {widths}")
+    down = {True: "AttnDownBlock2D", False: "ResnetDownsampleBlock2D"}
+    up = {True: "AttnUpBlock2D", False: "ResnetUpsampleBlock2D"}
     return UNet2DModel(
         **common,
         out_channels=common["in_channels"],
         block_out_channels=widths,
         layers_per_block=layers,
-        down_block_types=tuple("AttnDownBlock2D" if a else "ResnetDownsampleBlock2D" for a in attention),
-        up_block_types=tuple("AttnUpBlock2D" if a else "ResnetUpsampleBlock2D" for a in reversed(attention)),
+        down_block_types=tuple(down[here] for here in attention),
+        up_block_types=tuple(up[here] for here in reversed(attention)),
         downsample_type="resnet",
         upsample_type="resnet",
         resnet_time_scale_shift="scale_shift",
@@ -200,13 +234,13 @@ def _labels(tensors: dict[str, Tensor], kind: str, dropped: float) -> Tensor | N
     return rows + tensors.pop("map_label.bias", torch.zeros(()))
 
 
-def _song(part: str) -> tuple[str, str]:
+def _song_names(part: str) -> tuple[str, str]:
     """ "enc.8x8_in0" -> its residual block and its attention."""
     part = part.replace("enc.", "down.").replace("dec.", "up.")
     return f"{part}.resnet", f"{part}.attention"
 
 
-def _place(part: str, sizes: list[int]) -> tuple[str, str]:
+def _adm_names(part: str, sizes: list[int]) -> tuple[str, str]:
     """ "dec.16x16_block0" -> its residual block and its attention in a UNet2DModel."""
     match = re.fullmatch(r"(enc|dec)\.(\d+)x\d+_(in|block|up|down)(\d*)", part)
     assert match is not None, part
@@ -222,9 +256,10 @@ def _place(part: str, sizes: list[int]) -> tuple[str, str]:
     return f"{block}.resnets.{i}", f"{block}.attentions.{i}"
 
 
-def _renamed(
-    tensors: dict[str, Tensor], place: Callable[[str], tuple[str, str]], heads: Callable[[int], int]
+def _rename(
+    tensors: dict[str, Tensor], names: Callable[[str], tuple[str, str]], heads: Callable[[int], int]
 ) -> dict[str, Tensor]:
+    """The tensors by diffusers' names. names: part -> (residual block, attention). heads: channels -> heads."""
     out = {}
     for key, tensor in tensors.items():
         *path, layer, leaf = key.split(".")
@@ -237,9 +272,9 @@ def _renamed(
         elif len(path) != 2 or layer not in (*RESNET, "norm2", "qkv", "proj"):
             raise ValueError(f"{key} is no part of DDPM++ or ADM: NCSN++ (files named -ve) is not read")
         elif layer in RESNET:
-            out[f"{place('.'.join(path))[0]}.{RESNET[layer]}.{leaf}"] = tensor.float()
+            out[f"{names('.'.join(path))[0]}.{RESNET[layer]}.{leaf}"] = tensor.float()
         else:
-            attention = place(".".join(path))[1]
+            attention = names(".".join(path))[1]
             flat = tensor.float().flatten(1) if tensor.ndim > 1 else tensor.float()
             if layer == "qkv":
                 split = flat.unflatten(0, (heads(len(flat) // 3), -1, 3))
@@ -250,7 +285,7 @@ def _renamed(
     return out
 
 
-def convert(file: Path, folder: Path) -> Any:
+def convert(file: Path, folder: Path) -> Network:
     """Write the pipeline folder and return its network. ValueError for an unreadable file, or if `folder` exists."""
     from pipelines.families import edm
 

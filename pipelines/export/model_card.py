@@ -7,7 +7,6 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from distill.diffusion.student import Student
 from pipelines.components import Scheduler
@@ -71,7 +70,7 @@ def render_model_card(
     scheduler: Scheduler,
     info: CardInfo,
     where: str | Path,
-    prompt: Any,
+    prompt: str | int,
     lora: str,
     limits: Sequence[str],
     beside: Sequence[str] = (),
@@ -104,7 +103,7 @@ def render_model_card(
     return card.render()
 
 
-def render_call(teacher: Teacher, steps: int, prompt: Any) -> str:
+def render_call(teacher: Teacher, steps: int, prompt: str | int) -> str:
     """The call in a card, with the size of the samples, which some pipelines do not store."""
     family = teacher.family
     if family.render_call is not None:

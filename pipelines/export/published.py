@@ -18,11 +18,13 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
 
+from distill.diffusion.denoiser import Denoiser
+from distill.diffusion.schedule import Kind
 from distill.diffusion.transition import Renoise
 from distill.modules import shallow_module_copy
 from distill.training.checkpoint import open_safetensors
@@ -39,6 +41,8 @@ ROLES |= {"lora_A.weight": "down", "lora_B.weight": "up", "alpha": "alpha"}
 OTHERS = {"dora_scale": "DoRA", "lora_magnitude_vector": "DoRA", "hada_w": "LoHa", "lokr_w": "LoKr"}
 
 
+PredictionType = Literal["eps", "v"]
+NAMES: dict[str, PredictionType] = {"epsilon": "eps", "v": "v"}  # values of ModelSpec's prediction type
 MARKS = ("v_pred", "ztsnr")  # keys of an all-in-one checkpoint that state the prediction type (ComfyUI)
 EDM = ("edm_mean", "edm_std", "edm_vpred.sigma_max", "edm_vpred.sigma_min")  # entries of Playground v2.5 and CosXL
 GROUPS = {  # first word of a key in an all-in-one checkpoint: the component
@@ -60,7 +64,7 @@ class PublishedWeights:
     """
 
     weights: dict[str, Tensor] | dict[str, Adapter]
-    kind: Literal["eps", "v"] | None = None
+    kind: PredictionType | None = None
     zero: bool = False
     levels: Tensor | None = None
     notes: tuple[str, ...] = ()
@@ -77,7 +81,7 @@ class Layout:
     indices: tuple[int, ...]
     scale: float | None  # scale of the unit noise; None: sigma at the first call
     renoise: Renoise
-    kind: Literal["eps", "x0"] = "eps"  # prediction type of the network
+    kind: Kind = "eps"  # prediction type of the network
 
 
 def trailing_indices(steps: int) -> tuple[int, ...]:
@@ -90,16 +94,25 @@ def lcm_indices(steps: int) -> tuple[int, ...]:
     return tuple(999 - 20 * (i * 50 // steps) for i in range(steps))
 
 
+def dmd2_layout(steps: int) -> Layout:
+    """README of tianweiy/DMD2: LCMScheduler, timesteps [999, 749, 499, 249], and [399] for one step; guidance 0."""
+    return Layout((999, 749, 499, 249) if steps == 4 else (399,), 1.0, "fresh")
+
+
+def lightning_layout(steps: int) -> Layout:
+    """Card of ByteDance/SDXL-Lightning: Euler, trailing, guidance 0; the one-step UNet predicts "sample"."""
+    return Layout(trailing_indices(steps), None, "ddim", "x0" if steps == 1 else "eps")
+
+
+def lcm_layout(steps: int) -> Layout:
+    """Card of latent-consistency/lcm-lora-sdxl: LCMScheduler, 2 to 8 steps."""
+    return Layout(lcm_indices(steps), 1.0, "fresh")
+
+
 STUDENTS: dict[str, tuple[tuple[int, ...], Callable[[int], Layout]]] = {  # layout -> (published steps, facts)
-    # README of tianweiy/DMD2: LCMScheduler, timesteps [999, 749, 499, 249], and [399] for one step; guidance 0
-    "dmd2": ((4, 1), lambda steps: Layout((999, 749, 499, 249) if steps == 4 else (399,), 1.0, "fresh")),
-    # card of ByteDance/SDXL-Lightning: Euler, trailing, guidance 0; the one-step UNet predicts "sample"
-    "lightning": (
-        (4, 1, 2, 8),
-        lambda steps: Layout(trailing_indices(steps), None, "ddim", "x0" if steps == 1 else "eps"),
-    ),
-    # card of latent-consistency/lcm-lora-sdxl: LCMScheduler, 2 to 8 steps
-    "lcm": ((4, 1, 2, 3, 5, 6, 7, 8), lambda steps: Layout(lcm_indices(steps), 1.0, "fresh")),
+    "dmd2": ((4, 1), dmd2_layout),
+    "lightning": ((4, 1, 2, 8), lightning_layout),
+    "lcm": ((4, 1, 2, 3, 5, 6, 7, 8), lcm_layout),
 }
 
 
@@ -122,21 +135,12 @@ def read_published(path: Path, net: nn.Module) -> PublishedWeights:
 
     A complete network is returned as a state dict, a LoRA as adapters by module. A ValueError names what does not fit.
     """
-    if path.is_dir():
-        files = [f for kind in ("*.safetensors", "*.bin") for f in sorted(path.glob(kind))]
-        if len(files) != 1:
-            raise ValueError(f"{path} holds {len(files)} files of weights {[f.name for f in files]}: name one of them")
-        (path,) = files
+    path = _one_file(path)
     tensors, metadata = _load(path)
-    for key, tensor in tensors.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
-            raise ValueError(f"{path}: its tensor {key} holds NaN or infinite numbers: download it again")
-    if edm := sorted(tensors.keys() & {*EDM}):
-        raise ValueError(f"{path} holds {edm}, marks of an EDM network (Playground v2.5, CosXL), which is not read")
+    _refuse_unusable(tensors, path)
     marks = {key for key in MARKS if tensors.pop(key, None) is not None}
-    said = metadata.get("modelspec.predict_key") or metadata.get("modelspec.prediction_type")
-    told: Literal["eps", "v"] | None = "v" if said == "v" else "eps" if said == "epsilon" else None
-    kind: Literal["eps", "v"] | None = "v" if "v_pred" in marks else told
+    said = metadata.get("modelspec.predict_key") or metadata.get("modelspec.prediction_type") or ""
+    kind = "v" if "v_pred" in marks else NAMES.get(said)
     if any(re.search(r"[._]lora[._]|[._]hada_|[._]lokr_|dora_scale", key) for key in tensors):
         adapters, notes = _adapters(tensors, metadata, net, path)
         return PublishedWeights(adapters, kind, "ztsnr" in marks, notes=notes)
@@ -147,7 +151,26 @@ def read_published(path: Path, net: nn.Module) -> PublishedWeights:
     return PublishedWeights(weights, kind, "ztsnr" in marks, _levels(rest), _unused(rest, path))
 
 
-def check_agreement(found: PublishedWeights, known: Layout, base: Any, zero: bool) -> Layout:
+def _one_file(path: Path) -> Path:
+    """The file, or the only file of weights in a folder."""
+    if not path.is_dir():
+        return path
+    files = [f for kind in ("*.safetensors", "*.bin") for f in sorted(path.glob(kind))]
+    if len(files) != 1:
+        raise ValueError(f"{path} holds {len(files)} files of weights {[f.name for f in files]}: name one of them")
+    return files[0]
+
+
+def _refuse_unusable(tensors: dict[str, Tensor], path: Path) -> None:
+    """ValueError for numbers that are not finite, and for an EDM network."""
+    for key, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
+            raise ValueError(f"{path}: its tensor {key} holds NaN or infinite numbers: download it again")
+    if edm := sorted(tensors.keys() & {*EDM}):
+        raise ValueError(f"{path} holds {edm}, marks of an EDM network (Playground v2.5, CosXL), which is not read")
+
+
+def check_agreement(found: PublishedWeights, known: Layout, base: Denoiser, zero: bool) -> Layout:
     """`known` with the prediction type of file and base. ValueError if these contradict each other.
 
     base: the base's denoiser. zero: whether its terminal SNR is zero.
@@ -205,9 +228,10 @@ def network_with_weights(net: nn.Module, weights: dict[str, Tensor] | dict[str, 
     found = {n: a for n, a in weights.items() if isinstance(a, Adapter)}
     if not found:
         net = copy.deepcopy(net)
-        net.load_state_dict(weights)
+        net.load_state_dict(cast(dict[str, Tensor], weights))
         return net
     from peft import LoraConfig, inject_adapter_in_model
+    from peft.tuners.lora import LoraLayer
 
     ranks = {n: len(a.down) for n, a in found.items()}
     alphas = {n: a.alpha for n, a in found.items()}
@@ -222,7 +246,7 @@ def network_with_weights(net: nn.Module, weights: dict[str, Tensor] | dict[str, 
     )
     net = inject_adapter_in_model(config, shallow_module_copy(net.requires_grad_(False)))
     for name, adapter in found.items():
-        layer: Any = net.get_submodule(name)
+        layer = cast(LoraLayer, net.get_submodule(name))
         layer.lora_A["default"].weight.data.copy_(adapter.down)
         layer.lora_B["default"].weight.data.copy_(adapter.up)
     return net
@@ -270,13 +294,28 @@ def _adapters(
 
     The note names the source of alpha.
     """
-    prefix = network_name(net)
-    state = net.state_dict()
-    told = read_settings(path, metadata, prefix)
+    settings = read_settings(path, metadata, network_name(net))
     for key in tensors:
         if other := re.search(r"dora_scale|lora_magnitude_vector|hada_w|lokr_w", key):
             raise ValueError(f"{path}: {key!r} is {OTHERS[other[0]]}, which is not read; merge it into its base")
+    state = net.state_dict()
     shapes = {k.removesuffix(".weight"): v.shape for k, v in state.items() if k.endswith(".weight") and v.ndim > 1}
+    out = {}
+    sources = set()
+    for name, pair in _lora_pairs(tensors, net, shapes, path).items():
+        down, up = _lora_matrices(pair, name, shapes[name], path)
+        r = len(down)
+        alpha, source = _alpha(pair, settings.alpha(name, r) if settings else None, f"{settings}", name, r)
+        sources.add(source)
+        out[name] = Adapter(down, up, alpha)
+    return out, (f"The LoRA's alpha is {', '.join(sorted(sources))}.",)
+
+
+def _lora_pairs(
+    tensors: dict[str, Tensor], net: nn.Module, shapes: dict[str, torch.Size], path: Path
+) -> dict[str, dict[str, Tensor]]:
+    """{module: its tensors "down", "up" and "alpha"}. shapes: of the weights that a LoRA can change."""
+    prefix = network_name(net)
     original = original_names(net) if prefix == "unet" else {}
     modules = {other.replace(".", "_"): name for name in shapes for other in (name, original.get(name, name))}
     found: dict[str, dict[str, Tensor]] = {}
@@ -287,23 +326,20 @@ def _adapters(
         if not match or not name:
             raise ValueError(f"{path}: {key!r} is not a LoRA of a module of the base's {prefix}")
         found.setdefault(name, {})[ROLES[match["role"]]] = tensor
-    out = {}
-    sources = set()
-    for name, pair in found.items():
-        down = pair.get("down")
-        rows, *rest = shapes[name]
-        r = len(down) if down is not None and down.ndim else 0
-        sizes = [pair[role].numel() for role in ("down", "up") if role in pair]
-        if sizes != [r * math.prod(rest), rows * r]:
-            raise ValueError(f"{path}: the LoRA of {name} does not fit the base's weight {tuple(shapes[name])}")
-        if not r:
-            raise ValueError(f"{path}: the LoRA of {name} has rank 0")
-        down = pair["down"].reshape(r, *rest)
-        up = pair["up"].reshape(rows, r, *[1] * (len(rest) - 1))
-        alpha, source = _alpha(pair, told.alpha(name, r) if told else None, f"{told}", name, r)
-        sources.add(source)
-        out[name] = Adapter(down, up, alpha)
-    return out, (f"The LoRA's alpha is {', '.join(sorted(sources))}.",)
+    return found
+
+
+def _lora_matrices(pair: dict[str, Tensor], name: str, shape: torch.Size, path: Path) -> tuple[Tensor, Tensor]:
+    """(down, up) in the shapes of `Adapter`. ValueError if they do not fit the base's weight of this shape."""
+    down = pair.get("down")
+    rows, *rest = shape
+    r = len(down) if down is not None and down.ndim else 0
+    sizes = [pair[role].numel() for role in ("down", "up") if role in pair]
+    if sizes != [r * math.prod(rest), rows * r]:
+        raise ValueError(f"{path}: the LoRA of {name} does not fit the base's weight {tuple(shape)}")
+    if not r:
+        raise ValueError(f"{path}: the LoRA of {name} has rank 0")
+    return pair["down"].reshape(r, *rest), pair["up"].reshape(rows, r, *[1] * (len(rest) - 1))
 
 
 def _alpha(pair: dict[str, Tensor], told: float | None, source: str, name: str, r: int) -> tuple[float, str]:

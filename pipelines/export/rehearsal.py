@@ -13,7 +13,7 @@ import inspect
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -24,7 +24,7 @@ from distill.diffusion.end_time import untimed
 from distill.diffusion.schedule import Kind
 from distill.diffusion.student import Student
 from distill.training.config import StudentConfig
-from pipelines.components import ExportError, Network, Parts, Scheduler
+from pipelines.components import ExportError, Network, Parts, Pipeline, Scheduler
 from pipelines.export.model_card import CardInfo, render_model_card
 from pipelines.export.verify import TOLERANCE, GlobalGeneratorDraw, exact_arithmetic
 from pipelines.inference import controlnet
@@ -57,11 +57,11 @@ class StandIn(nn.Module):
         except AttributeError:
             return getattr(self.__dict__["original"][0], name)
 
-    def cache_context(self, *args: Any, **options: Any) -> Any:
+    def cache_context(self, *args: object, **options: object) -> AbstractContextManager[None]:
         """A context that pipelines enter around a call."""
         return nullcontext()
 
-    def forward(self, *args: Any, **options: Any) -> tuple[Tensor]:
+    def forward(self, *args: object, **options: object) -> tuple[Tensor]:
         given = inspect.signature(type(self.original[0]).forward).bind(self, *args, **options).arguments
         _, (_, x), *others = given.items()
         phase = sum(shift(name, value) for name, value in others)
@@ -72,7 +72,7 @@ class StandIn(nn.Module):
         return (out.float(),)
 
 
-def shift(name: str, value: Any) -> float:
+def shift(name: str, value: object) -> float:
     """Shift of the wave by an input; only tensors shift it."""
     if isinstance(value, dict):
         return sum(shift(key, inner) for key, inner in sorted(value.items()))
@@ -169,7 +169,7 @@ def differences(student: Student, teacher: Teacher, scheduler: Scheduler, card: 
     return gaps
 
 
-def pipeline_without_network(parts: Parts, scheduler: Scheduler) -> Any:
+def pipeline_without_network(parts: Parts, scheduler: Scheduler) -> Pipeline:
     """The pipeline without its network: the loaded components, and the scheduler written and read back."""
     with tempfile.TemporaryDirectory() as folder:
         scheduler.save_pretrained(folder)

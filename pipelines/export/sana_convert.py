@@ -13,7 +13,7 @@ import tyro
 
 from distill.configuration import fail
 from distill.layout import program_name
-from pipelines.export.export import write_pipeline
+from pipelines.export.folder import write_pipeline
 from pipelines.families.sana import SPRINT, with_config
 from pipelines.teacher import load_teacher
 

@@ -18,18 +18,18 @@ times, three may on a flow. More calls may have the times that a config's parame
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import torch
 
 from distill.diffusion.transition import DDIM, FRESH, TCD, Transition
 from distill.training.config import StudentConfig
 from pipelines import fields
+from pipelines.components import Scheduler
 from pipelines.families.base import Teacher
 from pipelines.families.student_schedulers import Times, pipeline_times, times_gap
 
 
-def find_student_scheduler(teacher: Teacher, student: StudentConfig) -> tuple[Any, Times]:
+def find_student_scheduler(teacher: Teacher, student: StudentConfig) -> tuple[Scheduler, Times]:
     """(scheduler, times): a diffusers scheduler whose config carries the student, and its times.
 
     A ValueError says what a config cannot carry, and what it can.
@@ -70,18 +70,21 @@ def student_config_of_export(teacher: Teacher, given: StudentConfig) -> StudentC
         return given
     found = teacher.parts.scheduler()
     steps = facts["steps"]
-    calls: dict[str, Any] = dict.fromkeys(("sigma", "timestep", "scale")) | {"steps": steps}
-    calls["renoise"] = transition_of(found).name
-    calls["times"] = pipeline_times(teacher, found, steps)
-    match type(found).__name__:
-        case "LCMScheduler" | "DDIMScheduler" | "TCDScheduler":
-            calls["scale"] = 1.0
-        case "EulerDiscreteScheduler" if found.config.timestep_spacing == "leading":
-            calls["scale"] = 1.0
-    return dataclasses.replace(given, **calls)
+    unit = type(found).__name__ in ("LCMScheduler", "DDIMScheduler", "TCDScheduler")
+    if type(found).__name__ == "EulerDiscreteScheduler":
+        unit = found.config.timestep_spacing == "leading"
+    return dataclasses.replace(
+        given,
+        steps=steps,
+        sigma=None,
+        timestep=None,
+        scale=1.0 if unit else None,
+        renoise=transition_of(found).name,
+        times=pipeline_times(teacher, found, steps),
+    )
 
 
-def transition_of(scheduler: Any) -> Transition:
+def transition_of(scheduler: Scheduler) -> Transition:
     """The transition between two calls of an exported student's scheduler."""
     match type(scheduler).__name__:
         case "TCDScheduler":

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from distill.diffusion.denoiser import Condition
 from distill.diffusion.student import Student
 from distill.networks.negative_attention import adapters, with_negative_prompt
 from distill.random import Draw
 from pipelines.components import Pipeline
-from pipelines.inference import controlnet
 from pipelines.teacher import Teacher
 
 TOLERANCE = 1e-3  # largest difference of an image in [0, 1]
@@ -27,14 +27,14 @@ NEGATIVE = "blurry, grey"  # negative prompt of the comparison for a student tha
 class Reference:
     """Results of the trainer's own sampler on stored noise: z [n, *shape], images [n, C, (T,) H, W] in [0, 1].
 
-    picture: control image [1, C, H, W] of a student with an adapter (controlnet.py).
+    extra: a condition [1, ...] beside the prompts, for example a control image; the pipeline must be given it too.
     """
 
-    prompts: tuple[Any, ...]
+    prompts: tuple[str | int, ...]
     z: Tensor
     images: Tensor
     negative: str | None = None  # negative prompt of all images
-    picture: Tensor | None = None
+    extra: Condition = None
 
 
 class Gap(NamedTuple):
@@ -81,7 +81,7 @@ def verification_device(net: nn.Module) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if fits else torch.device("cpu")
 
 
-def place_pipeline(pipe: Pipeline, device: torch.device) -> Any:
+def place_pipeline(pipe: Pipeline, device: torch.device) -> Pipeline:
     """Move the pipeline to the device. On a GPU one component at a time."""
     pipe.set_progress_bar_config(disable=True)
     if device.type == "cuda":
@@ -90,46 +90,54 @@ def place_pipeline(pipe: Pipeline, device: torch.device) -> Any:
 
 
 @torch.no_grad()
-def sample_reference(student: Student, teacher: Teacher, net: nn.Module) -> Reference:
-    """Samples of the student with the weights `net`, one by one, from noise of fixed seeds."""
-    prompts = teacher.family.examples(teacher)
+def sample_reference(student: Student, teacher: Teacher, net: nn.Module, extra: Condition = None) -> Reference:
+    """Samples of the student with the weights `net`, one by one, from noise of fixed seeds. extra: see `Reference`."""
+    prompts = tuple(teacher.family.examples(teacher))
     device = verification_device(net)
     z = torch.randn(len(prompts), *teacher.shape, generator=torch.Generator().manual_seed(0))
-    teacher.parts.drop_text()  # it may be on another device
-    teacher.parts.device = device
-    with exact_arithmetic(0, device):
-        encoded = [teacher.encode([prompt]) for prompt in prompts]
-        if negative := NEGATIVE if adapters(net) else None:
-            encoded = [with_negative_prompt(c, teacher.negative([negative])) for c in encoded]
-    teacher.parts.drop_text()
+    negative = NEGATIVE if adapters(net) else None
+    conditions = encode_separately(teacher, prompts, negative, device)
     before = next(net.parameters()).device
-    found = []
-    told = controlnet.example_picture(student.denoiser, teacher)
+    samples = []
     roles = net, *(expert.net for expert in student.experts)
     for role in roles:
         role.to(device)
-    for i, given in enumerate(encoded):
-        c = {key: value.to(device) for key, value in ((given or {}) | told).items()}
+    for i, condition in enumerate(conditions):
+        c = {key: value.to(device) for key, value in ((condition or {}) | (extra or {})).items()}
         with exact_arithmetic(i, device):
-            found.append(
-                student.using(net).generate(z[i : i + 1].to(device), c or None, GlobalGeneratorDraw(teacher, device))
-            )
+            draw = GlobalGeneratorDraw(teacher, device)
+            samples.append(student.using(net).generate(z[i : i + 1].to(device), c or None, draw))
     for role in roles:
         role.to(before)
     with exact_arithmetic(0, device):  # network and decoder are never on the device together
-        images = torch.cat([teacher.decode(x).cpu() for x in found])
+        images = torch.cat([teacher.decode(x).cpu() for x in samples])
     images = (images.float() / 2 + 0.5).clamp(0, 1)
-    return Reference(tuple(prompts), z, images, negative, told.get("control"))
+    return Reference(prompts, z, images, negative, extra)
+
+
+def encode_separately(
+    teacher: Teacher, prompts: Sequence[str | int], negative: str | None, device: torch.device
+) -> list[Condition]:
+    """The condition of each prompt, with the negative prompt if there is one. The encoders are freed at the end."""
+    teacher.parts.drop_text()  # it may be on another device
+    teacher.parts.device = device
+    with exact_arithmetic(0, device):
+        conditions = [teacher.encode([prompt]) for prompt in prompts]
+        if negative:
+            conditions = [with_negative_prompt(c, teacher.negative([negative])) for c in conditions]
+    teacher.parts.drop_text()
+    return conditions
 
 
 @torch.no_grad()
 def compare(pipe: Pipeline, teacher: Teacher, expected: Reference, steps: int) -> Gap:
-    """Difference of a pipeline's images from the reference; nan if one is not finite."""
+    """Difference of a pipeline's images from the reference; nan if one is not finite.
+
+    pipe: a pipeline that gives its network the reference's extra condition by itself (controlnet.ControlledPipeline).
+    """
     family = teacher.family
     gaps = []
     device = pipe._execution_device
-    if expected.picture is not None:
-        pipe = controlnet.ControlledPipeline(pipe, expected.picture.to(device))
     for i, prompt in enumerate(expected.prompts):
         with exact_arithmetic(i, device):
             z = expected.z[i : i + 1].to(device)

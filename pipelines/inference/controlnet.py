@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -29,10 +29,13 @@ from distill.diffusion.denoiser import Call, Condition, Denoiser, first
 from distill.modules import shallow_module_copy
 from pipelines.components import Network, Pipeline
 from pipelines.families import latents
+from pipelines.inference.skip_tuning import SKIPS
 from pipelines.judges import perceptual
 from pipelines.teacher import Teacher
 
 if TYPE_CHECKING:
+    from diffusers import ControlNetModel
+
     from distill.configuration import Config
 
 FOLDER = "controlnet"  # subfolder of an exported pipeline
@@ -48,7 +51,15 @@ LIMIT = (
 # ---- control images of samples ----
 
 
-def build_control_extractor(config: Config[Any, Any], teacher: Teacher) -> Callable[[Tensor], Tensor]:
+class ControlMethod(Protocol):
+    """A method whose student follows control images. Fields as in `picture_extractor`."""
+
+    control: str
+    factor: int
+    control_decoder: str | None
+
+
+def build_control_extractor(config: Config[ControlMethod, object], teacher: Teacher) -> Callable[[Tensor], Tensor]:
     """c of a run's method: samples [B, *shape] -> control images [B, C, H, W] in [0, 1], without gradient."""
     method = config.method
     return picture_extractor(teacher, method.control, method.factor, None if config.smoke else method.control_decoder)
@@ -122,7 +133,7 @@ def install_adapter(teacher: Teacher) -> None:
     teacher.denoiser = replace(teacher.denoiser, call=ControlledCall(teacher.denoiser.call))
 
 
-def build_adapter(net: Network, channels: int, factor: int) -> Any:
+def build_adapter(net: Network, channels: int, factor: int) -> ControlNetModel:
     """An adapter for control images [B, channels, factor H, factor W] of a UNet with samples [B, ., H, W]."""
     from diffusers import ControlNetModel, UNet2DConditionModel, UNet2DModel
 
@@ -146,27 +157,30 @@ def show_picture(net: nn.Module, adapter: nn.Module, picture: Tensor) -> Iterato
     """In this context, every call of a UNet of diffusers gets a control image [B or 1, C, H, W]."""
     found: list[Tensor] = []
 
-    def see(module: nn.Module, args: Any, options: Any) -> None:
-        given = {"encoder_hidden_states": None} | dict(zip(NAMES, args, strict=False)) | options
-        x = given["sample"]
-        given |= {"controlnet_cond": picture.to(x).expand(len(x), -1, -1, -1), "return_dict": False}
-        skips, middle = adapter(**given)
+    def call_adapter(module: nn.Module, args: tuple[Tensor, ...], options: dict[str, Tensor]) -> None:
+        inputs = {"encoder_hidden_states": None} | dict(zip(NAMES, args, strict=False)) | options
+        x = inputs["sample"]
+        assert x is not None
+        picture_of_rows = picture.to(x).expand(len(x), -1, -1, -1)
+        skips, middle = adapter(**inputs | {"controlnet_cond": picture_of_rows, "return_dict": False})
         found[:] = *skips, middle
 
-    def middle(module: nn.Module, args: Any, out: Tensor) -> Tensor:
+    def add_to_middle(module: nn.Module, args: tuple[object, ...], out: Tensor) -> Tensor:
         return out + found.pop()
 
-    def skip(up: Any, args: Any, options: Any) -> Any:
-        given = inspect.signature(up.forward).bind(*args, **options).arguments
-        skips = given["res_hidden_states_tuple"]
+    def add_to_skips(
+        up: nn.Module, args: tuple[object, ...], options: dict[str, object]
+    ) -> tuple[tuple[()], dict[str, object]]:
+        inputs = inspect.signature(up.forward).bind(*args, **options).arguments
+        skips = inputs[SKIPS]
         ours = [found.pop() for _ in skips][::-1]
-        given["res_hidden_states_tuple"] = tuple(a + b for a, b in zip(skips, ours, strict=True))
-        return (), given
+        inputs[SKIPS] = tuple(a + b for a, b in zip(skips, ours, strict=True))
+        return (), inputs
 
-    handles = [net.register_forward_pre_hook(see, with_kwargs=True)]
-    handles += [net.get_submodule("mid_block").register_forward_hook(middle)]
+    handles = [net.register_forward_pre_hook(call_adapter, with_kwargs=True)]
+    handles += [net.get_submodule("mid_block").register_forward_hook(add_to_middle)]
     handles += [
-        up.register_forward_pre_hook(skip, with_kwargs=True) for up in net.get_submodule("up_blocks").children()
+        up.register_forward_pre_hook(add_to_skips, with_kwargs=True) for up in net.get_submodule("up_blocks").children()
     ]
     try:
         yield
@@ -182,7 +196,7 @@ class ControlledCall:
     call: Call
 
     @property
-    def feature(self) -> Any:
+    def feature(self) -> Callable[[tuple[Tensor, ...]], Tensor]:
         return getattr(self.call, "feature", first)
 
     def __call__(self, net: nn.Module, x: Tensor, t: Tensor, c: Condition) -> Tensor:
@@ -208,14 +222,10 @@ def example_picture(denoiser: Denoiser, teacher: Teacher) -> dict[str, Tensor]:
     """The control image for verifying an export, as a condition [1, ...]; empty for a denoiser without an adapter."""
     if not isinstance(denoiser.call, ControlledCall):
         return {}
-    adapter: Any = denoiser.net.control
+    channels = cast(Network, denoiser.net.control).config.conditioning_channels
     side = latents.factor(teacher.parts) if "vae" in teacher.parts.index else 1
     size = [side * n for n in teacher.shape[-2:]]
-    return {
-        "control": torch.rand(
-            1, adapter.config.conditioning_channels, *size, generator=torch.Generator().manual_seed(0)
-        )
-    }
+    return {"control": torch.rand(1, channels, *size, generator=torch.Generator().manual_seed(0))}
 
 
 class ControlledPipeline:
@@ -224,20 +234,26 @@ class ControlledPipeline:
     def __init__(self, pipe: Pipeline, picture: Tensor) -> None:
         self.__dict__.update(pipe=pipe, picture=picture)
 
-    def __call__(self, *args: Any, **options: Any) -> Any:
+    def __call__(self, *args: object, **options: object) -> object:
+        picture = self.picture.to(self.pipe._execution_device)
         if hasattr(self.pipe, "controlnet"):
-            return self.pipe(*args, image=self.picture, **options)
-        with show_picture(self.pipe.unet, self.pipe.unet.control, self.picture):
+            return self.pipe(*args, image=picture, **options)
+        with show_picture(self.pipe.unet, self.pipe.unet.control, picture):
             return self.pipe(*args, **options)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.pipe, name)
 
-    def __setattr__(self, name: str, value: Any) -> None:
+    def __setattr__(self, name: str, value: object) -> None:
         setattr(self.pipe, name, value)
 
 
-def load_adapter(folder: Path) -> Any:
+def with_picture(pipe: Pipeline, extra: Condition) -> Pipeline:
+    """The pipeline with the control image of a condition, if it has one."""
+    return ControlledPipeline(pipe, extra["control"]) if extra and "control" in extra else pipe
+
+
+def load_adapter(folder: Path) -> ControlNetModel:
     """The adapter of an exported folder."""
     from diffusers import ControlNetModel
 
@@ -245,7 +261,7 @@ def load_adapter(folder: Path) -> Any:
     return found.requires_grad_(False).eval()
 
 
-def load_with_controlnet(pipe: Pipeline, folder: Path, **options: Any) -> Any:
+def load_with_controlnet(pipe: Pipeline, folder: Path, **options: object) -> Pipeline:
     """A pipeline, loaded from `folder`, with the folder's adapter: diffusers' ControlNet pipeline, if there is one.
 
     Without an adapter in the folder the pipeline is returned unchanged. options: options of from_pretrained.

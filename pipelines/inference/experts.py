@@ -14,11 +14,11 @@ import inspect
 import json
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypedDict, TypeGuard, cast
 
 import torch
 import tyro
@@ -32,7 +32,7 @@ from distill.layout import program_name
 from distill.networks.lora import merged
 from distill.training.checkpoint import describe_disk_error
 from pipelines import fields
-from pipelines.components import Pipeline, read_index
+from pipelines.components import Network, Pipeline, read_index
 
 INDEX = "experts.json"
 LIMIT = (
@@ -41,20 +41,27 @@ LIMIT = (
 )
 
 
+class Routes(TypedDict, total=False):
+    """Content of experts.json. by: "timestep" with `bounds`, or "class_labels" with `classes`."""
+
+    by: str
+    bounds: list[float]  # decreasing timesteps between the networks
+    classes: list[list[int]]  # the labels of each network
+
+
 @contextmanager
 def record_timesteps(student: Student) -> Iterator[list[float]]:
     """Within the context, record the timesteps of the calls of a student with experts."""
     seen: list[float] = []
     handles = []
+
+    def record(net: nn.Module, args: tuple[object, ...], options: dict[str, object]) -> None:
+        value = inspect.signature(type(net).forward).bind(net, *args, **options).arguments["timestep"]
+        seen.append(float(torch.as_tensor(value).flatten()[0]))
+
     nets = [student.denoiser.net, *(expert.net for expert in student.experts)] if student.experts else []
     for net in nets:
-        signature = inspect.signature(type(net).forward)
-
-        def keep(net: nn.Module, args: Any, options: Any, signature: inspect.Signature = signature) -> None:
-            value = signature.bind(net, *args, **options).arguments["timestep"]
-            seen.append(float(torch.as_tensor(value).flatten()[0]))
-
-        handles.append(net.register_forward_pre_hook(keep, with_kwargs=True))
+        handles.append(net.register_forward_pre_hook(record, with_kwargs=True))
     try:
         yield seen
     finally:
@@ -73,18 +80,18 @@ def write(student: Student, net: nn.Module, steps: Sequence[float], network: str
     entries = read_index(folder)
     if len(student.experts) == 1 and f"{network}_2" in entries:
         shutil.move(folder / network, folder / f"{network}_2")
-        merged(student.experts[0].net).save_pretrained(folder / network)  # type: ignore[operator]
+        cast(Network, merged(student.experts[0].net)).save_pretrained(folder / network)
         ratio = (student.times[first - 1] + student.times[first]) / 2
         entries |= {f"{network}_2": entries[network], "boundary_ratio": ratio}
         (folder / "model_index.json").write_text(json.dumps(entries, indent=2) + "\n")
         return True
     for i, expert in enumerate(student.experts):
-        merged(expert.net).save_pretrained(folder / "experts" / f"{i}")  # type: ignore[operator]
+        cast(Network, merged(expert.net)).save_pretrained(folder / "experts" / f"{i}")
     (folder / INDEX).write_text(json.dumps({"by": "timestep", "bounds": bounds}))
     return False
 
 
-def install(pipe: Pipeline, folder: str | Path) -> Any:
+def install(pipe: Pipeline, folder: str | Path) -> Pipeline:
     """Make `pipe`, loaded from `folder`, call the network that experts.json names for each row of a batch.
 
     Without experts.json it stays unchanged. If a batch needs several experts, each runs on the full batch, so that
@@ -96,19 +103,12 @@ def install(pipe: Pipeline, folder: str | Path) -> Any:
     facts = read_routes(path)
     net = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
     count = len(facts["bounds"]) if facts["by"] == "timestep" else len(facts["classes"]) - 1
-    others = []
-    for i in range(count):
-        part = path.parent / "experts" / f"{i}"
-        options = {"torch_dtype": net.dtype, "use_safetensors": True, "local_files_only": True}
-        try:
-            others.append(type(net).from_pretrained(part, **options))
-        except Exception as error:  # a class may raise anything for unusable weights or configs
-            raise ValueError(f"{part} cannot be read: {error}: export or copy the folder again") from None
+    others = [_load_expert(net, path.parent / "experts" / f"{i}") for i in range(count)]
     net.add_module("experts", nn.ModuleList(others).eval())  # so that they move with it
     signature = inspect.signature(net.forward)
     calls = [*others, net.forward]
 
-    def forward(*args: Any, **options: Any) -> Any:
+    def forward(*args: object, **options: object) -> object:
         given = torch.as_tensor(signature.bind(*args, **options).arguments[facts["by"]]).reshape(-1)
         which = select_network(facts, given)
         if len(each := which.unique().tolist()) == 1:
@@ -123,7 +123,15 @@ def install(pipe: Pipeline, folder: str | Path) -> Any:
     return pipe
 
 
-def read_routes(path: Path) -> dict[str, Any]:
+def _load_expert(net: Network, folder: Path) -> Network:
+    """A network of the class of `net` in its precision."""
+    try:
+        return type(net).from_pretrained(folder, torch_dtype=net.dtype, use_safetensors=True, local_files_only=True)
+    except Exception as error:  # a class may raise anything for unusable weights or configs
+        raise ValueError(f"{folder} cannot be read: {error}: export or copy the folder again") from None
+
+
+def read_routes(path: Path) -> Routes:
     """experts.json: "by" "timestep" with decreasing "bounds", or "class_labels" with the "classes" of each network."""
     facts = fields.read(path)
     bounds = facts.get("bounds")
@@ -133,17 +141,17 @@ def read_routes(path: Path) -> dict[str, Any]:
     parts = isinstance(classes, list) and len(classes) > 1 and all(map(are_labels, classes))
     if not (by == "timestep" and falling or by == "class_labels" and parts):
         raise ValueError(f"{path} is damaged: it says no bounds of timesteps, nor classes: export or copy it again")
-    return facts
+    return cast(Routes, facts)
 
 
-def are_labels(value: Any) -> bool:
+def are_labels(value: object) -> TypeGuard[list[int]]:
     """Whether a value is a list of labels."""
     return (
         isinstance(value, list) and bool(value) and all(fields.is_whole_number(one, 0, fields.LONGEST) for one in value)
     )
 
 
-def select_network(facts: dict[str, Any], given: Tensor) -> Tensor:
+def select_network(facts: Routes, given: Tensor) -> Tensor:
     """The index of the network for each timestep or label."""
     if facts["by"] == "timestep":
         bounds = torch.tensor(facts["bounds"], device=given.device)
@@ -169,15 +177,7 @@ def gather_students(students: Sequence[str | Path], out: Path) -> None:
         raise ValueError(f"{len(folders)} student(s) are given; a pipeline of several is made of two or more folders")
     if not str(out).strip(".") or out.exists():
         raise ValueError(f"output_dir is {str(out)!r}; it must name a folder that does not exist yet")
-    facts = [fields.facts(folder) for folder in folders]
-    if bare := [f"{f}" for f, fact in zip(folders, facts, strict=True) if not fact.get("student")]:
-        raise ValueError(f"{bare[0]} is no exported student: it has no distill.json of one")
-    classes = [_classes(folder, fact) for folder, fact in zip(folders, facts, strict=True)]
-    if not all(classes) or len({c for part in classes for c in part}) < sum(map(len, classes)):
-        raise ValueError(f"the students' classes are {classes}; each needs its own, --data.classes, and none has two")
-    scheduled = {json.dumps(fields.read(f / "scheduler" / "scheduler_config.json"), sort_keys=True) for f in folders}
-    if len(scheduled) > 1 or len({f"{fact.get('times')}" for fact in facts}) > 1:
-        raise ValueError("the students have different times or schedulers; they must differ in their data alone")
+    classes = _partition(folders)
     *others, last = folders
     network = "unet" if "unet" in read_index(last) else "transformer"
     partial = out.with_name(f".{out.name}.partial")
@@ -193,7 +193,21 @@ def gather_students(students: Sequence[str | Path], out: Path) -> None:
         raise
 
 
-def _classes(folder: Path, facts: dict[str, Any]) -> list[int]:
+def _partition(folders: Sequence[Path]) -> list[list[int]]:
+    """The classes of each student. ValueError if they overlap, or if the students' calls differ."""
+    facts = [fields.facts(folder) for folder in folders]
+    if bare := [f"{f}" for f, fact in zip(folders, facts, strict=True) if not fact.get("student")]:
+        raise ValueError(f"{bare[0]} is no exported student: it has no distill.json of one")
+    classes = [_classes(folder, fact) for folder, fact in zip(folders, facts, strict=True)]
+    if not all(classes) or len({c for part in classes for c in part}) < sum(map(len, classes)):
+        raise ValueError(f"the students' classes are {classes}; each needs its own, --data.classes, and none has two")
+    scheduled = {json.dumps(fields.read(f / "scheduler" / "scheduler_config.json"), sort_keys=True) for f in folders}
+    if len(scheduled) > 1 or len({f"{fact.get('times')}" for fact in facts}) > 1:
+        raise ValueError("the students have different times or schedulers; they must differ in their data alone")
+    return classes
+
+
+def _classes(folder: Path, facts: Mapping[str, Any]) -> list[int]:
     """The labels of a student's group, from the configuration in its distill.json; empty if it has no group."""
     path = folder / "distill.json"
     try:

@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from safetensors import safe_open
@@ -90,7 +90,7 @@ def write(net: nn.Module, file: Path) -> None:
 
 
 @torch.no_grad()
-def install(pipe: Pipeline, file: str | Path) -> Any:
+def install(pipe: Pipeline, file: str | Path) -> Pipeline:
     """Add the adapters of `file` to the pipeline's network, so that it uses the negative prompt without guidance.
 
         install(pipe, "runs/sun/pipeline/negative.safetensors")
@@ -113,7 +113,7 @@ def install(pipe: Pipeline, file: str | Path) -> Any:
     for name, p in adapters(adapt(strip(net), length)).items():
         p.copy_(tensors[name])
 
-    def encode_prompt(*args: Any, **options: Any) -> Any:
+    def encode_prompt(*args: object, **options: object) -> tuple[Tensor | None, ...]:
         given = signature.bind(pipe, *args, **options)
         given.apply_defaults()
         guided = given.arguments["do_classifier_free_guidance"]
@@ -140,7 +140,7 @@ def layer_condition(teacher: Teacher, text: str, net: nn.Module, layer: nn.Modul
     """The tokens [1, L, D] of a text at the input of the cross-attention: projected by the network, without padding."""
     found: list[tuple[Tensor, Tensor | None]] = []
 
-    def hook(module: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+    def hook(module: nn.Module, args: tuple[Tensor, ...], options: dict[str, Tensor]) -> None:
         places = dict(zip(("hidden_states", "encoder_hidden_states", "attention_mask"), args, strict=False)) | options
         found.append((places["encoder_hidden_states"], places.get("attention_mask")))
         raise _LayerReached

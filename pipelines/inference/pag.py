@@ -11,7 +11,8 @@ so that no switch can have the wrong value in a recomputed block, a student or a
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -21,6 +22,9 @@ from distill.diffusion.denoiser import Denoiser
 from distill.diffusion.guidance import WorseModelGuided
 from distill.modules import shallow_module_copy
 from distill.roles import Nets
+
+if TYPE_CHECKING:
+    from diffusers.models.attention_processor import Attention, AttnProcessor
 
 ALONE = ("AttnProcessor", "AttnProcessor2_0", "XFormersAttnProcessor", "SanaLinearAttnProcessor2_0")
 JOINT = ("JointAttnProcessor2_0",)
@@ -71,7 +75,7 @@ def _perturbable(module: nn.Module) -> bool:
 class Identity:
     """A processor of diffusers' Attention in which every token attends only to itself, [B, N, C] or [B, C, H, W]."""
 
-    def __call__(self, attn: Any, hidden_states: Tensor, *args: Any, **options: Any) -> Tensor:
+    def __call__(self, attn: Attention, hidden_states: Tensor, *args: object, **options: object) -> Tensor:
         x = hidden_states.flatten(2).transpose(1, 2) if hidden_states.ndim == 4 else hidden_states
         x = x if attn.group_norm is None else attn.group_norm(x.transpose(1, 2)).transpose(1, 2)
         x = attn.to_out[1](attn.to_out[0](attn.to_v(x)))
@@ -82,26 +86,34 @@ class Identity:
 class Joint:
     """A processor of image and text in one sequence: image tokens attend to themselves and text, text to all."""
 
-    def __init__(self, processor: Any) -> None:
+    def __init__(self, processor: AttnProcessor) -> None:
         self.processor = processor
 
-    def __call__(self, attn: Any, hidden_states: Tensor, *args: Any, **options: Any) -> Any:
-        with Masked(hidden_states.shape[1]):
+    def __call__(
+        self, attn: Attention, hidden_states: Tensor, *args: object, **options: object
+    ) -> tuple[Tensor, Tensor]:
+        with SelfAttentionMask(hidden_states.shape[1]):
             return self.processor(attn, hidden_states, *args, **options)
 
 
-class Masked(TorchFunctionMode):
+class SelfAttentionMask(TorchFunctionMode):
     """In this context, none of the first n tokens attends to another of them. Modes apply to one thread."""
 
     def __init__(self, n: int) -> None:
         super().__init__()
         self.n = n
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self,
+        func: Callable[..., object],
+        types: Sequence[type],
+        args: tuple[Tensor, ...] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
             query, key = args[:2]
             mask = query.new_zeros(query.shape[-2], key.shape[-2])
             mask[: self.n, : self.n] = float("-inf")
-            kwargs = kwargs | {"attn_mask": mask.fill_diagonal_(0)}
+            kwargs = {**kwargs, "attn_mask": mask.fill_diagonal_(0)}
         return func(*args, **kwargs)

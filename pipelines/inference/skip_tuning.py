@@ -19,10 +19,13 @@ import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING
 
 from torch import nn
 from torch.utils.hooks import RemovableHandle
+
+if TYPE_CHECKING:
+    from diffusers.models.unets.unet_2d_blocks import UpBlock2D
 
 SKIPS = "res_hidden_states_tuple"  # argument of the blocks in diffusers' decoders; the last one is read first
 
@@ -53,20 +56,22 @@ def install_factors(net: nn.Module, rho: list[float]) -> list[RemovableHandle]:
         raise ValueError(f"there are {len(rho)} factors of skips, and this {type(net).__name__} has {n}")
     for block in blocks:
         shares = rho[i : i + len(block.resnets)]
-        handles.append(block.register_forward_pre_hook(partial(_scaled, shares), with_kwargs=True))
+        handles.append(block.register_forward_pre_hook(partial(_scale_skips, shares), with_kwargs=True))
         i += len(shares)
     return handles
 
 
-def decoder(net: nn.Module) -> list[Any]:
+def decoder(net: nn.Module) -> list[UpBlock2D]:
     """The blocks that read skips, the deepest first. ValueError if there are none."""
-    blocks: list[Any] = [*getattr(net, "up_blocks", ())]
+    blocks = [*getattr(net, "up_blocks", ())]
     if not blocks or not all(SKIPS in inspect.signature(block.forward).parameters for block in blocks):
         raise ValueError(f"Skip-Tuning is for UNets of diffusers; a {type(net).__name__} has no decoder with skips")
     return blocks
 
 
-def _scaled(rho: list[float], block: nn.Module, args: Any, options: Any) -> Any:
+def _scale_skips(
+    rho: list[float], block: nn.Module, args: tuple[object, ...], options: dict[str, object]
+) -> tuple[tuple[object, ...], dict[str, object]]:
     bound = inspect.signature(block.forward).bind(*args, **options)
     skips = bound.arguments[SKIPS]
     bound.arguments[SKIPS] = tuple(share * skip for share, skip in zip(reversed(rho), skips, strict=True))

@@ -57,7 +57,7 @@ class SamplingStage:
         anew = kind in FRESH or bool(scheduler.config.get("stochastic_sampling"))
         if self.solver is None and (kind not in FRESH + ODE or scheduler.config.get("clip_sample")):
             raise ValueError(f"what {kind} does between two calls is none of our steps: give solver, {sorted(STEPS)}")
-        denoiser: Any = teacher.denoiser
+        denoiser: Any = teacher.denoiser  # or a Guided, which is called as one
         if self.guidance != 1 or self.solver == "cfg++":
             if not isinstance(denoiser.schedule, EDM):
                 teacher.null()
@@ -107,7 +107,9 @@ class GeneratorsDraw(Draw):
 
 
 @torch.no_grad()
-def stitch(turns: Sequence[SamplingStage], prompts: Sequence[Any], generators: Sequence[torch.Generator]) -> Tensor:
+def stitch(
+    turns: Sequence[SamplingStage], prompts: Sequence[str | int], generators: Sequence[torch.Generator]
+) -> Tensor:
     """Images [B, C, (T,) H, W] in [-1, 1] for B prompts (or labels), each with noise from its own generator.
 
     The last pipeline encodes prompts and decodes samples: all stages use the same texts and latents. ValueError if the

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,13 @@ def check_lpips() -> None:
         )
 
 
-def build_perceptual_distance(config: Config[Any, Any], teacher: Teacher) -> Distance:
+class PerceptualMethod(Protocol):
+    """A method with a perceptual distance. decoder: as in `sample_distance`."""
+
+    decoder: str | None
+
+
+def build_perceptual_distance(config: Config[PerceptualMethod, object], teacher: Teacher) -> Distance:
     """The distance of a run. A smoke run downloads nothing: it compares random features of decoded samples."""
     each = config.train.gradient_checkpointing
     if config.smoke:
@@ -75,7 +81,7 @@ def picture_decoder(teacher: Teacher, decoder: str | None = None) -> Callable[[T
     return images
 
 
-def load_lpips(**options: Any) -> Distance:
+def load_lpips(**options: bool) -> Distance:
     """The frozen network of the package. torchvision downloads its VGG16 if it is not on disk."""
     check_lpips()
     from lpips import LPIPS

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from distill.diffusion.denoiser import Condition
 from distill.random import Draw
+from distill.roles import Batch
 from pipelines.judges import perceptual
 
 if TYPE_CHECKING:
@@ -24,7 +25,23 @@ BATCHES = 32  # of real samples, to which a classifier of labels is fitted
 SIZE = 64  # of a batch
 
 
-def build_reward(config: Config[Any, Any], teacher: Teacher, data: Any) -> Reward:
+class RewardMethod(Protocol):
+    """A method with a reward. reward: "labels", or a CLIPModel. reward_decoder: as in `picture_decoder`."""
+
+    reward: str
+    reward_decoder: str | None
+
+
+class Batches(Protocol):
+    """The data of a run. texts: its prompts; () for data of class labels."""
+
+    @property
+    def texts(self) -> Sequence[str]: ...
+
+    def __call__(self, draw: Draw) -> Batch: ...
+
+
+def build_reward(config: Config[RewardMethod, object], teacher: Teacher, data: Batches) -> Reward:
     """The reward of a run. A smoke run downloads nothing: its CLIP is a random function of the decoded images."""
     method = config.method
     if method.reward == "labels":
@@ -65,7 +82,7 @@ def clip_reward(weights: str, texts: Sequence[str], pictures: Callable[[Tensor],
         image = out.image_embeds.reshape(len(x), -1, out.text_embeds.shape[1])
         return (image * out.text_embeds[:, None]).sum(2).mean(1)
 
-    def asked(x: Tensor, c: Condition) -> Tensor:
+    def reward_of_batch(x: Tensor, c: Condition) -> Tensor:
         from torch.utils.checkpoint import checkpoint
 
         if c is None or "prompt" not in c:
@@ -75,10 +92,10 @@ def clip_reward(weights: str, texts: Sequence[str], pictures: Callable[[Tensor],
         pairs = zip(x.split(1), c["prompt"].split(1), strict=True)
         return torch.cat([checkpoint(reward, *pair, use_reentrant=False) for pair in pairs])
 
-    return asked
+    return reward_of_batch
 
 
-def label_reward(data: Callable[[Draw], dict[str, Any]]) -> Reward:
+def label_reward(data: Callable[[Draw], Batch]) -> Reward:
     """R(x, c) -> [B]: log p(class | x), at most 0, for Gaussian classes with one covariance (linear discriminant).
 
     It is fitted to real samples of the data. It reads their labels c["class_labels"] [B].

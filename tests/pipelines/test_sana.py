@@ -14,7 +14,7 @@ from distill.methods import LCD, SCM, VSD, Sprint
 from distill.training.config import StudentConfig
 from pipelines import load
 from pipelines.components import ExportError
-from pipelines.export import export, sana_convert, verify
+from pipelines.export import export, sana_convert, source, verify
 from pipelines.export.model_card import collect_card_info
 from pipelines.export.schedule import find_student_scheduler
 from pipelines.families import sana, tiny
@@ -164,4 +164,4 @@ def test_who_tells(method, told):
 
     assert (Requirement.GUIDANCE_EMBEDDING in method.requirements) == told
     text = dump(Config(method, None))
-    assert export.embeds_guidance(type(method).__name__.lower(), yaml.safe_load(text)["method"]) == told
+    assert source.embeds_guidance(type(method).__name__.lower(), yaml.safe_load(text)["method"]) == told
