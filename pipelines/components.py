@@ -13,16 +13,11 @@ from typing import Any
 import torch
 
 from pipelines import fields
+from pipelines.protocols import Network, Pipeline, Scheduler
 
 NEEDED = ("unet", "transformer", "vae", "scheduler")  # components that may not be null if the index names them
 EDM_NETS = ("pipelines.edm_nets", "distill.pipelines.edm_nets")  # names of that module in a checkout and in the wheel
 LIBRARIES = ("diffusers", "transformers", *EDM_NETS)  # libraries whose classes are allowed as components
-
-
-# Objects of diffusers. They have many classes without type annotations.
-Network = Any  # a UNet or transformer: an nn.Module with a `config`
-Pipeline = Any  # a DiffusionPipeline
-Scheduler = Any  # with a `config`, `timesteps` and `step`
 
 
 class ExportError(Exception):
@@ -37,7 +32,7 @@ class Parts:
     VAE.
     """
 
-    adapt_network: Callable[[Any], Any] | None = None  # applied to the network after loading
+    adapt_network: Callable[[Network], Network] | None = None  # applied to the network after loading
 
     def __init__(self, folder: str | Path, variant: str | None = None, dtype: torch.dtype = torch.float32) -> None:
         self.folder = Path(folder)
@@ -48,7 +43,7 @@ class Parts:
             raise ValueError(f"no component of {folder} has weights of the variant {variant!r}: leave --variant out")
         self.precision = torch.float32
         self.device = torch.device("cpu")  # device of encoders and VAE; the trainer moves the network
-        self.given: dict[str, Any] = {}  # components that replace those of the folder
+        self.given: dict[str, object] = {}  # components that replace those of the folder
         self.asked: dict[str, int] = {}  # a requested size that is not the teacher's own: "resolution", "frames"
 
     @property
@@ -65,7 +60,7 @@ class Parts:
         library, kind = self.index[name]
         if library is None:
             raise ValueError(f"{self.folder}: its model_index.json has no {name} (null), which is needed here")
-        self.check(name)
+        self.validate_component(name)
         cls: Any = getattr(importlib.import_module(library), kind, None) if library in LIBRARIES else None
         try:
             loads, weights = (hasattr(cls, method) for method in ("from_pretrained", "parameters"))
@@ -88,7 +83,7 @@ class Parts:
         """The config of a component, without loading it."""
         return fields.read(self.folder / name / "config.json")
 
-    def check(self, name: str) -> None:
+    def validate_component(self, name: str) -> None:
         """ValueError for a component whose class cannot use its config, or whose weights exist only as pickles."""
         suffixes = {file.suffix for file in (self.folder / name).glob("*")}
         if ".bin" in suffixes and ".safetensors" not in suffixes:
@@ -101,7 +96,7 @@ class Parts:
                 fields.read(self.folder / name / file)
 
     @cached_property
-    def net(self) -> Any:
+    def net(self) -> Network:
         return self.component(self.network, self.dtype)
 
     @cached_property
@@ -109,7 +104,7 @@ class Parts:
         return self.component("vae").to(self.device)
 
     @cached_property
-    def text(self) -> Any:
+    def text(self) -> Pipeline:
         """A pipeline with only the text encoders and tokenizers, for encode_prompt."""
         for name, entry in self.index.items():  # SD3's third encoder may be null
             if name.startswith(("text_encoder", "tokenizer")) and entry[:1] == [None] and not name.endswith("_3"):
@@ -122,15 +117,15 @@ class Parts:
         """Free the memory of the text encoders."""
         self.__dict__.pop("text", None)
 
-    def scheduler(self) -> Any:
+    def scheduler(self) -> Scheduler:
         """A new object of the pipeline's own scheduler."""
         return self.component("scheduler")
 
-    def pipe(self, **given: Any) -> Any:
+    def pipe(self, **given: object) -> Pipeline:
         """The complete pipeline with the teacher's network. `given` replaces components."""
         return self.pipeline({self.network: self.net, "vae": self.vae} | given)
 
-    def pipeline(self, given: dict[str, Any]) -> Any:
+    def pipeline(self, given: dict[str, object]) -> Pipeline:
         """The pipeline of the folder. `given` replaces components; None means that a component is not loaded."""
         import diffusers
 
@@ -140,7 +135,7 @@ class Parts:
         given = dict.fromkeys(absent) | given
         options = {"variant": self.variant, "dtype": self.precision, "local_files_only": True}
         for name in {name for name, entry in self.index.items() if isinstance(entry, list)} - given.keys():
-            self.check(name)
+            self.validate_component(name)
         try:
             pipe = cls.from_pretrained(self.folder, use_safetensors=True, **options, **self.given | given)
         except Exception as error:  # many kinds of errors, as above
@@ -197,16 +192,17 @@ def read_index(folder: str | Path) -> dict[str, Any]:
         if part in NEEDED and entry in (None, [None, None]):
             raise ValueError(f"{path}: its {part} is null, and a teacher needs one: name the library and class of one")
         if isinstance(entry, list) and entry != [None, None]:
-            _known(path, part, entry)
+            _validate_entry(path, part, entry)
     return found
 
 
-def _known(path: Path, part: str, entry: list[Any]) -> None:
+def _validate_entry(path: Path, part: str, entry: list[object]) -> None:
     """ValueError for a component in another folder, or of another library's class: its code is not run."""
-    named = len(entry) == 2 and all(isinstance(word, str) for word in entry) and entry[1].isidentifier()
+    words = [word for word in entry if isinstance(word, str)]
+    named = len(entry) == len(words) == 2 and words[1].isidentifier()
     if not (named and re.fullmatch(r"[A-Za-z]\w*", part)):
         raise ValueError(f"{path} is damaged: its component {part!r} is {entry}; it is [library, class] of a folder")
-    library = entry[0]
+    library = words[0]
     spec = importlib.util.find_spec("diffusers")
     assert spec is not None and spec.origin is not None, "diffusers is a requirement of this package"
     pipelines = Path(spec.origin).parent / "pipelines"  # for example "stable_diffusion"

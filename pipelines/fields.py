@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeGuard
 
 BYTES = 2**24  # maximum size of a config
 DEPTH = 1000  # maximum number of layers of a network
@@ -40,15 +40,77 @@ NEEDED = {  # class -> fields that may not be null
 }
 
 
-FACTS: dict[str, tuple[Callable[[Any], bool], str]] = {  # fields of distill.json: (check of a value, allowed values)
-    "student": (lambda value: isinstance(value, bool), "true or false"),
-    "null_class": (lambda value: is_whole_number(value, 0, LONGEST), "a label, a whole number from 0"),
-    "c_noise": (lambda value: is_number(value) and value > 0, "a number above 0"),
-    "steps": (lambda value: is_whole_number(value, 1, LONGEST), "a whole number from 1"),
-    "times": (lambda value: isinstance(value, list) and all(map(is_number, value)), "a list of numbers"),
-    "config": (lambda value: isinstance(value, str | dict), "text or an object"),
-    "resolution": (lambda value: is_whole_number(value, 1, SIDE), f"a whole number from 1 to {SIDE:,}"),
-    "frames": (lambda value: is_whole_number(value, 1, SIDE), f"a whole number from 1 to {SIDE:,}"),
+class Constraint(NamedTuple):
+    """What a field may hold: a check of its value, and the allowed values in words."""
+
+    check: Callable[[object], bool]
+    allowed: str
+
+
+def is_whole_number(value: object, low: int, high: int) -> bool:
+    """Whether a value is an integer from `low` to `high`."""
+    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether a value is a finite number."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_positive(value: object) -> bool:
+    return is_number(value) and value > 0
+
+
+def _is_side(value: object) -> bool:
+    return is_whole_number(value, 1, SIDE)
+
+
+def _is_count(value: object) -> bool:
+    return is_whole_number(value, 1, LONGEST)
+
+
+def _is_size(value: object) -> bool:
+    sides = value if isinstance(value, list) else [value]
+    return len(sides) in (1, 2, 3) and all(map(_is_side, sides))
+
+
+def _are_numbers(value: object) -> bool:
+    return isinstance(value, list) and all(map(is_number, value))
+
+
+def _is_shallow(value: object) -> bool:
+    if isinstance(value, list):
+        return len(value) <= DEPTH and all(map(_is_shallow, value))
+    return not isinstance(value, int) or value <= DEPTH
+
+
+LENGTH = Constraint(_is_side, f"a whole number from 1 to {SIDE:,}")
+ABOVE_0 = Constraint(_is_positive, "a number above 0")
+SHALLOW = Constraint(_is_shallow, f"at most {DEPTH:,} layers")
+CONSTRAINTS: dict[str, Constraint] = {  # fields of a component's config that are not null
+    **dict.fromkeys(COUNTS, LENGTH),
+    **dict.fromkeys(STEPS, Constraint(_is_count, f"a whole number from 1 to {LONGEST:,}")),
+    **dict.fromkeys(
+        RATIOS, Constraint(lambda value: is_number(value) and 0 < value < 1, "a number above 0 and below 1")
+    ),
+    **dict.fromkeys(POSITIVE, ABOVE_0),
+    **dict.fromkeys(NAMES, Constraint(lambda value: isinstance(value, str), "a name")),
+    "sigma_min": Constraint(lambda value: is_number(value) and value >= 0, "a number of at least 0"),
+    "trained_betas": Constraint(
+        lambda value: isinstance(value, list) and 0 < len(value) <= LONGEST and _are_numbers(value),
+        f"null, or a list of up to {LONGEST:,} numbers",
+    ),
+    "sample_size": Constraint(_is_size, f"null, or a whole number from 1 to {SIDE:,}"),
+}
+FACTS: dict[str, Constraint] = {  # fields of distill.json
+    "student": Constraint(lambda value: isinstance(value, bool), "true or false"),
+    "null_class": Constraint(lambda value: is_whole_number(value, 0, LONGEST), "a label, a whole number from 0"),
+    "c_noise": ABOVE_0,
+    "steps": Constraint(_is_count, "a whole number from 1"),
+    "times": Constraint(_are_numbers, "a list of numbers"),
+    "config": Constraint(lambda value: isinstance(value, str | dict), "text or an object"),
+    "resolution": LENGTH,
+    "frames": LENGTH,
 }
 
 
@@ -59,11 +121,10 @@ def facts(folder: Path) -> dict[str, Any]:
         return {}
     found = {key: value for key, value in read(path).items() if value is not None}
     for key, value in found.items():
-        check, kind = FACTS.get(key, (lambda value: True, ""))
-        if not check(value):
-            raise ValueError(
-                f"{path}: {key} is {_shorten(value)}; it must be {kind}: export or download the model again"
-            )
+        constraint = FACTS.get(key)
+        if constraint is not None and not constraint.check(value):
+            fault = f"{key} is {_shorten(value)}; it must be {constraint.allowed}"
+            raise ValueError(f"{path}: {fault}: export or download the model again")
     if found.get("student") and "steps" not in found:
         raise ValueError(f"{path} says no steps of its student: export or download the model again")
     return found
@@ -87,62 +148,30 @@ def read(path: Path) -> dict[str, Any]:
     return found
 
 
-def allowed_if_wrong(key: str, value: Any, config: dict[str, Any]) -> str | None:
+def allowed_if_wrong(key: str, value: object, config: dict[str, Any]) -> str | None:
     """A description of a field's allowed values if its value is not one of them; else None."""
     kind = str(config.get("_class_name"))
-    if key == "sample_size" and kind in SQUARE:
-        return None if is_whole_number(value, 1, SIDE) else f"a whole number from 1 to {SIDE:,}"
-    if value is None:
-        return "given" if key in NEEDED.get(kind, ()) else None
-    if key in COUNTS:
-        return None if is_whole_number(value, 1, SIDE) else f"a whole number from 1 to {SIDE:,}"
-    if key in STEPS:
-        return None if is_whole_number(value, 1, LONGEST) else f"a whole number from 1 to {LONGEST:,}"
-    if key in RATIOS:
-        return None if is_number(value) and 0 < value < 1 else "a number above 0 and below 1"
-    if key in POSITIVE:
-        return None if is_number(value) and value > 0 else "a number above 0"
-    if key == "sigma_min":
-        return None if is_number(value) and value >= 0 else "a number of at least 0"
-    if key == "trained_betas":
-        betas = isinstance(value, list) and 0 < len(value) <= LONGEST and all(map(is_number, value))
-        return None if betas else f"null, or a list of up to {LONGEST:,} numbers"
-    if key in NAMES:
-        return None if isinstance(value, str) else "a name"
+    constraint = CONSTRAINTS.get(key)
+    if constraint is None and LAYERS.search(key):
+        constraint = SHALLOW
     if key in MOMENTS:
-        return None if _of_channels(value, config, key == "latents_std") else f"{MOMENTS[key]} for each channel"
-    if key == "sample_size":
-        sides = value if isinstance(value, list) else [value]
-        sized = len(sides) in (1, 2, 3) and all(is_whole_number(side, 1, SIDE) for side in sides)
-        return None if sized else f"null, or a whole number from 1 to {SIDE:,}"
-    if LAYERS.search(key):
-        return None if _is_shallow(value) else f"at most {DEPTH:,} layers"
-    return None
+        constraint = Constraint(
+            lambda value: _of_channels(value, config, key == "latents_std"), f"{MOMENTS[key]} for each channel"
+        )
+    if key == "sample_size" and kind in SQUARE:
+        constraint = LENGTH
+    elif value is None:
+        return "given" if key in NEEDED.get(kind, ()) else None
+    return None if constraint is None or constraint.check(value) else constraint.allowed
 
 
-def is_whole_number(value: Any, low: int, high: int) -> bool:
-    """Whether a value is an integer from `low` to `high`."""
-    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
-
-
-def is_number(value: Any) -> bool:
-    """Whether a value is a finite number."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _of_channels(values: Any, config: dict[str, Any], positive: bool) -> bool:
+def _of_channels(values: object, config: dict[str, Any], positive: bool) -> bool:
     if not isinstance(values, list) or not all(map(is_number, values)):
         return False
     channels = config.get("latent_channels") or config.get("z_dim") or len(values)
     return len(values) == channels and (not positive or all(value > 0 for value in values))
 
 
-def _is_shallow(value: Any) -> bool:
-    if isinstance(value, list):
-        return len(value) <= DEPTH and all(map(_is_shallow, value))
-    return not isinstance(value, int) or value <= DEPTH
-
-
-def _shorten(value: Any) -> str:
+def _shorten(value: object) -> str:
     text = json.dumps(value)
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."

@@ -12,7 +12,6 @@ import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from pipelines.components import read_index
 
@@ -23,7 +22,7 @@ UNUSED = ("safety_checker", "feature_extractor")  # components of Stable Diffusi
 TEXTS = (".json", ".txt", ".model")  # configurations and tokenizers
 
 
-def identity(folder: Path, name: str, variant: str | None) -> dict[str, Any]:
+def identity(folder: Path, name: str, variant: str | None) -> dict[str, object]:
     """{"name", "revision" on the Hub or None, "digests" of each component} for a pipeline's folder."""
     parts = [part for part, entry in read_index(folder).items() if isinstance(entry, list) and entry[0] is not None]
     digests = {part: digest(folder / part, variant) for part in parts if part not in UNUSED}
@@ -47,9 +46,15 @@ def _loaded_files(component: Path, variant: str | None) -> list[Path]:
     """The component's configuration and the set of weights that is loaded."""
     files = sorted(file for file in component.rglob("*") if file.is_file() and not file.name.startswith("."))
     weights = [file for file in files if ".safetensors" in file.name]
-    tagged = [file for file in weights if variant and f".{variant}." in file.name]
+    texts = [file for file in files if file.suffix in TEXTS and file not in weights]
+    return _loaded_weights(weights, variant) + texts
+
+
+def _loaded_weights(weights: list[Path], variant: str | None) -> list[Path]:
+    """The files of the variant; if there are none, the plain ones; if there are none, all."""
     plain = [file for file in weights if file.name.partition(".")[2] in ("safetensors", "safetensors.index.json")]
-    return (tagged or plain or weights) + [file for file in files if file.suffix in TEXTS and file not in weights]
+    tagged = [file for file in weights if f".{variant}." in file.name] if variant else []
+    return tagged or plain or weights
 
 
 def _covered_bytes(path: Path, size: int) -> Iterator[bytes]:

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from distill.files import RANKS
 from distill.layout import RECIPES
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
-def start_accelerator(days: int = 1, **options: Any) -> Accelerator:
+def start_accelerator(days: int = 1, **options: object) -> Accelerator:
     """Join the processes of a command. They wait `days` for a process that downloads, encodes or saves.
 
     Several processes without an accelerator share the work on the CPU. Otherwise each would do all of the work.

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import html
 import re
-from typing import Any
 from urllib.parse import quote
 
 
-def escape_markdown(value: Any) -> str:
+def escape_markdown(value: object) -> str:
     """Escape text for a paragraph, heading or table cell, so that it forms no HTML, link, code, emphasis or line."""
     line = " ".join(str(value).split())
     marked = re.sub(r"([\\`*|~])|(\](?=[(\[:]|$))|(?<![^\W_])(_)|(_)(?![^\W_])", r"\\\1\2\3\4", line)
@@ -20,7 +19,7 @@ def unescape(text: str) -> str:
     return re.sub(r"\\([\\`*|~\]_])", r"\1", html.unescape(text))
 
 
-def link(title: Any, target: str) -> str:
+def link(title: object, target: str) -> str:
     """A link to a web address or to a file in the same folder. For another scheme only the title."""
     if re.match(r"(?!https?:)[\w.+-]+:", target.strip()):
         return escape_markdown(title)

@@ -16,12 +16,12 @@ from safetensors import SafetensorError
 from distill import history, sharding
 from distill.configuration import Config, dump, fail, parse
 from distill.files import folder_lock, rank
-from distill.method import Requirement
+from distill.method import Method, Requirement
 from distill.training import checkpoint, precision
 from distill.training.replay import read_facts, replay_update
 from distill.training.watchdog import Agreement, Watchdog
 from pipelines import fields
-from pipelines.components import ExportError, Network, Scheduler, locate_pipeline, read_index
+from pipelines.components import ExportError, Scheduler, locate_pipeline, read_index
 from pipelines.families.registry import families
 from pipelines.inference import controlnet
 from pipelines.judges import perceptual, reward
@@ -31,7 +31,7 @@ from pipelines.teacher import Teacher, load
 if TYPE_CHECKING:
     import torch
     from accelerate import Accelerator
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from distill.roles import Nets
     from distill.training.config import StudentConfig, TrainConfig
@@ -179,7 +179,7 @@ def check_resume(config: RunConfig, resume: Path) -> Path:
     return resume
 
 
-def with_method_times(method: Any, teacher: Teacher, student: StudentConfig) -> StudentConfig:
+def with_method_times(method: Method, teacher: Teacher, student: StudentConfig) -> StudentConfig:
     """The student with the times of its method, if the method has some and no flag gives others."""
     if student.times is not None:
         return student
@@ -247,7 +247,7 @@ class Run:
     data: Any
     scheduler: Scheduler  # scheduler of the exported student
     card: CardInfo
-    prompts: Sequence[Any]  # prompts of the sample grids
+    prompts: Sequence[str] | Sequence[int]  # prompts of the sample grids
     c: dict[str, Tensor]  # condition of the prompts
     repository: str | None  # Hub repository to which the export is pushed; set on the main process only
 
@@ -520,7 +520,7 @@ def teacher_dtype(config: RunConfig, accelerator: Accelerator) -> torch.dtype:
     return torch.bfloat16 if accelerator.mixed_precision == "bf16" and frozen else torch.float32
 
 
-def cast_to_bfloat16(net: Network) -> None:
+def cast_to_bfloat16(net: nn.Module) -> None:
     """Cast to bfloat16 except modules in `_keep_in_fp32_modules` (for example Wan's rotary embeddings)."""
     import torch
 

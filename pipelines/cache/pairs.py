@@ -10,17 +10,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
 import tyro
 
 from distill import ranges
-from distill.configuration import fail
 from distill.data import Text
 from distill.data.index import digest, fingerprint
 from distill.data.index import texts as stored_texts
@@ -28,10 +26,23 @@ from distill.data.online import Texts
 from distill.data.pairs import Trajectories
 from distill.data.shards import Rows, Shards, Table
 from distill.files import folder_lock
-from distill.layout import program_name
 from distill.ranges import Calls, Count, Finite, Seed
-from distill.training.checkpoint import describe_disk_error
-from pipelines.cache.encodings import SAMPLE, TEACHER, Cache, begin, fill, finish, layout, resume, spread
+from pipelines.cache.encodings import TEACHER
+from pipelines.cache.writer import (
+    SAMPLE,
+    Index,
+    Precision,
+    Writing,
+    finish,
+    image_entry,
+    resume,
+    run_command,
+    split_rows,
+    spread,
+    start_cache,
+    table_entry,
+    write_table,
+)
 
 if TYPE_CHECKING:
     from pipelines.teacher import Teacher
@@ -59,31 +70,26 @@ class Sampling:
     variant: str | None = None  # variant of the teacher's weight files, for example fp16
     batch_size: Count = 8  # number of pairs per batch
     precision: Literal["float32", "bfloat16", "float16"] = "float32"  # precision of the teacher; the ODE is float32
-    dtype: Literal["float16", "bfloat16", "float32"] = "float16"  # precision of the stored tensors
+    dtype: Precision = "float16"  # precision of the stored tensors
 
     def __post_init__(self) -> None:
         ranges.validate_ranges(self)
         if self.cache and self.prompts:
             raise ValueError("a cache has its own prompts: leave out --prompts or --cache")
 
+    @property
+    def writing(self) -> Writing:
+        return Writing(self.batch_size, self.dtype)
+
     def text(self) -> Text:
-        options: dict[str, Any] = {"prompts": self.prompts, "prompt_column": self.prompt_column}
-        return Text("online", **options) if self.prompts else Text(cache=self.cache)
+        if not self.prompts:
+            return Text(cache=self.cache)
+        return Text("online", prompts=self.prompts, prompt_column=self.prompt_column)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Parse the command line and run. Every mistake of the user ends in one message."""
-    try:
-        run(tyro.cli(Sampling, args=argv, description=__doc__, use_underscores=True, prog=program_name()))
-    except (ValueError, OSError) as error:
-        fail(str(error))
-    except (MemoryError, RuntimeError) as error:
-        if not (why := describe_disk_error(error)):
-            raise
-        fail(f"{why}, and give the same command again: it goes on")
-    except KeyboardInterrupt:
-        sys.stderr.write("\ninterrupted: the shards that are written stay; the same command goes on\n")
-        raise SystemExit(130) from None
+    run_command(Sampling, run, __doc__, argv)
 
 
 def run(config: Sampling) -> Path:
@@ -94,7 +100,7 @@ def run(config: Sampling) -> Path:
 
 def make_pairs(config: Sampling) -> Path:
     """Write the pairs into their folder, which no other process writes, and return the folder."""
-    check(config)
+    validate_sampling(config)
     from pipelines.launch import silence_libraries, start_accelerator
 
     state = start_accelerator()
@@ -102,25 +108,24 @@ def make_pairs(config: Sampling) -> Path:
     silence_libraries()
     teacher = load_pairs_teacher(config, state.device)
     texts, text = prompts(config, teacher)
-    how = Cache(config.teacher, output_dir=config.output_dir, batch_size=config.batch_size, dtype=config.dtype)
     with state.main_process_first():  # it writes the index for the others
-        index = open_or_create_index(folder, config, how, teacher, texts, text)
-    fill(folder, "text", text, index["tables"]["text"], how, state)
+        index = open_or_create_index(folder, config, teacher, texts, text)
+    write_table(folder, "text", text, index["tables"]["text"], config.writing, state)
     state.wait_for_everyone()
     teacher.parts.drop_text()
     entry = index["tables"]["text"]
-    sizes = [min(entry["per_shard"], entry["total"] - i) for i in range(0, entry["total"], entry["per_shard"])]
-    stored = Shards(folder, "text", entry | {"rows": sizes})
+    sizes = [len(rows) for rows in split_rows(range(entry["total"]), entry["per_shard"])]
+    stored = Shards(folder, "text", {**entry, "rows": sizes})
     deterministic(Trajectories(teacher, stored, len(texts), 1, 2, config.guidance, config.seed))
     pairs = Trajectories(teacher, stored, len(texts), config.n, config.steps, config.guidance, config.seed)
-    fill(folder, "image", pairs, index["tables"]["image"], how, state)
+    write_table(folder, "image", pairs, index["tables"]["image"], config.writing, state)
     state.wait_for_everyone()
     if state.is_main_process:
         finish(folder, index)
     return folder
 
 
-def check(config: Sampling) -> None:
+def validate_sampling(config: Sampling) -> None:
     """Check everything that is visible before heavy imports."""
     if Path(config.teacher).is_dir() or not config.teacher:
         from pipelines.components import read_index
@@ -156,7 +161,7 @@ def load_pairs_teacher(config: Sampling, device: torch.device) -> Teacher:
     return teacher
 
 
-class First:
+class PairTexts:
     """The first n rows of a table of texts, and its last row, the empty text."""
 
     def __init__(self, text: Table, n: int) -> None:
@@ -178,15 +183,13 @@ def prompts(config: Sampling, teacher: Teacher) -> tuple[list[str], Table]:
         texts = feed.text.texts[: min(config.n, feed.prompts)]
     else:
         texts = stored_texts(Path(config.cache), min(config.n, feed.prompts))
-    return texts, First(feed.text, len(texts))
+    return texts, PairTexts(feed.text, len(texts))
 
 
-def open_or_create_index(
-    folder: Path, config: Sampling, how: Cache, teacher: Teacher, texts: list[str], text: Table
-) -> dict[str, Any]:
+def open_or_create_index(folder: Path, config: Sampling, teacher: Teacher, texts: list[str], text: Table) -> Index:
     """The index of the pairs: the one in the folder if it has the same configuration, or a new one."""
     asked = {name: getattr(config, name) for name in ("seed", "steps", "guidance", "scheduler", "n", "precision")}
-    index = {
+    index: Index = {
         "teacher": fingerprint(teacher.parts.folder),
         "shape": list(teacher.shape),
         "dtype": config.dtype,
@@ -196,13 +199,13 @@ def open_or_create_index(
     }
     if (old := resume(folder, index)) is not None:
         return old
-    one: Rows = {"x": torch.ones(1, *teacher.shape), "caption": torch.zeros(1, dtype=torch.int64)}
-    pairs = layout(how, config.n, one)
+    pairs = image_entry(config.writing, config.n, teacher.shape)
+    pairs["per_shard"] = min(SHARD, config.n)
     index["tables"] = {
-        "text": layout(how, len(text), text.read(spread(len(text), SAMPLE))),
-        "image": pairs | {"per_shard": min(SHARD, config.n)},
+        "text": table_entry(config.writing, len(text), text.read(spread(len(text), SAMPLE))),
+        "image": pairs,
     }
-    return begin(folder, index, texts)
+    return start_cache(folder, index, texts)
 
 
 def deterministic(pairs: Trajectories) -> None:

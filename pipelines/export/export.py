@@ -143,7 +143,7 @@ def write_student(
     net = denoiser.net
     base = controlnet.without_controlnet(denoiser)
     plain = strip(shallow_module_copy(net)) if adapters(net) else base.net
-    exported = teacher.family.export_network(merged(plain), replace(student, denoiser=base))
+    exported = cast(Network, teacher.family.export_network(merged(plain), replace(student, denoiser=base)))
     write_pipeline(teacher, exported, scheduler, folder)
     if adapters(net):
         negative_prompt.write(net, folder / negative_prompt.FILE)

@@ -109,7 +109,7 @@ def render_call(teacher: Teacher, steps: int, prompt: str | int) -> str:
     if family.render_call is not None:
         return family.render_call(steps, prompt)
     height, width = (side * factor(teacher.parts) for side in teacher.shape[-2:])
-    options = {"height": height, "width": width, "num_inference_steps": steps}
+    options: dict[str, object] = {"height": height, "width": width, "num_inference_steps": steps}
     options |= family.call_options(teacher.parts, steps)
     if "frames" in teacher.parts.asked:
         options["num_frames"] = teacher.parts.asked["frames"]

@@ -24,7 +24,7 @@ from distill.diffusion.end_time import untimed
 from distill.diffusion.schedule import Kind
 from distill.diffusion.student import Student
 from distill.training.config import StudentConfig
-from pipelines.components import ExportError, Network, Parts, Pipeline, Scheduler
+from pipelines.components import ExportError, Parts, Pipeline, Scheduler
 from pipelines.export.model_card import CardInfo, render_model_card
 from pipelines.export.verify import TOLERANCE, GlobalGeneratorDraw, exact_arithmetic
 from pipelines.inference import controlnet
@@ -46,7 +46,7 @@ class StandIn(nn.Module):
     dtype = torch.float32
     device = CPU
 
-    def __init__(self, net: Network, kind: Kind) -> None:
+    def __init__(self, net: nn.Module, kind: Kind) -> None:
         super().__init__()
         self.original = (net,)  # a tuple, so that it is not a submodule
         self.kind = kind

@@ -12,13 +12,14 @@ import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from distill.files import atomic_file
 from distill.networks.lora import merged
-from pipelines.components import Network
+from pipelines.protocols import config_of
 
 ARCHITECTURES = {
     "SD3Transformer2DModel": "stable-diffusion-3",
@@ -48,13 +49,13 @@ def file_name(name: str, steps: int, what: str) -> str:
     return f"{name}_{steps}step_{what}.safetensors"
 
 
-def architecture(net: Network, kind: str) -> str:
+def architecture(net: nn.Module, kind: str) -> str:
     """modelspec.architecture: the spec's id for Stable Diffusion, sd-scripts' for SD3 and FLUX, else the class."""
     if (name := type(net).__name__) != "UNet2DConditionModel":
         return ARCHITECTURES.get(name, name)
-    if net.config.addition_embed_type == "text_time":
+    if config_of(net).addition_embed_type == "text_time":
         return "stable-diffusion-xl-v1-base"
-    if net.config.cross_attention_dim == 1024:
+    if config_of(net).cross_attention_dim == 1024:
         return "stable-diffusion-v2-768-v" if kind == "v" else "stable-diffusion-v2-512"
     return "stable-diffusion-v1"
 
@@ -116,7 +117,7 @@ def lora_adapters(net: nn.Module) -> dict[str, Adapter]:
     return found
 
 
-def write_lora_file(net: Network, path: Path, metadata: dict[str, str], dtype: torch.dtype = torch.float16) -> Path:
+def write_lora_file(net: nn.Module, path: Path, metadata: dict[str, str], dtype: torch.dtype = torch.float16) -> Path:
     """Write adapters for `pipe.load_lora_weights(path)`: PEFT's keys and its config, so that nothing is guessed.
 
     The config contains only values that differ from PEFT's defaults: an older PEFT refuses unknown keys.
@@ -128,7 +129,7 @@ def write_lora_file(net: Network, path: Path, metadata: dict[str, str], dtype: t
     for name, adapter in lora_adapters(net).items():
         tensors[f"{prefix}.{name}.lora_A.weight"] = adapter.down
         tensors[f"{prefix}.{name}.lora_B.weight"] = adapter.up
-    (config,) = net.peft_config.values()
+    (config,) = cast(dict[str, LoraConfig], net.peft_config).values()
     default = LoraConfig().to_dict()
     config = {k: v for k, v in config.to_dict().items() if k in ("r", "lora_alpha") or v != default[k]}
     packed = {f"{prefix}.{k}": sorted(v) if isinstance(v, set) else v for k, v in config.items()}

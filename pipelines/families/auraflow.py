@@ -8,30 +8,26 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor, nn
 
 from distill.diffusion.denoiser import Condition, Denoiser
 from pipelines import fields
-from pipelines.components import Parts, Pipeline
+from pipelines.components import Parts
 from pipelines.families import latents, student_schedulers
 from pipelines.families.base import Family, Model, Teacher
+from pipelines.protocols import Config, Pipeline
 
 LENGTH = 256  # tokens of a prompt
 
 
 @dataclass(frozen=True)
-class Call:
+class Call(latents.TwoStreams):
     """c: "prompt_embeds" [B, 256, D], zero after the prompt."""
 
     def __call__(self, net: nn.Module, x: Tensor, n: Tensor, c: Condition) -> Tensor:
         assert c is not None
         return net(x, c["prompt_embeds"].to(x.dtype), n / 1000, return_dict=False)[0]
-
-    def feature(self, output: tuple[Tensor, Tensor]) -> Tensor:
-        """The image tokens [B, N, D] of a block's two streams (text, image)."""
-        return output[1]
 
 
 def load(parts: Parts, resolution: int | None, frames: int | None) -> Teacher:
@@ -59,12 +55,10 @@ def sample(
     pipe: Pipeline, prompts: Sequence[str], z: Tensor, steps: int, guidance: float, negative: str | None = None
 ) -> Tensor:
     """Images [B, 3, H, W] in [0, 1] of the pipeline itself from unit noise z."""
-    height, width = (side * pipe.vae_scale_factor for side in z.shape[-2:])
-    options = {"num_inference_steps": steps, "guidance_scale": guidance, "height": height, "width": width}
-    return pipe(list(prompts), negative_prompt=negative, latents=z, output_type="pt", **options).images
+    return latents.call_pipeline(pipe, prompts, z, steps, guidance_scale=guidance, negative_prompt=negative)
 
 
-def tiny() -> Any:
+def tiny() -> Pipeline:
     from diffusers import AuraFlowPipeline, AuraFlowTransformer2DModel, FlowMatchEulerDiscreteScheduler
 
     from pipelines.families import tiny
@@ -79,13 +73,13 @@ def tiny() -> Any:
         caption_projection_dim=32,
         pos_embed_max_size=64,
     )
-    tiny.louder(net, 2.0, "norm1", "time_step_proj", "to_v", "to_out", "ff")
-    tiny.louder(net, 10.0, "context_embedder")
+    tiny.amplify(net, 2.0, "norm1", "time_step_proj", "to_v", "to_out", "ff")
+    tiny.amplify(net, 10.0, "context_embedder")
     texts = tiny.t5_tokenizer(LENGTH), tiny.t5(32, "UMT5")
     return AuraFlowPipeline(*texts, tiny.vae(scaling_factor=0.13025), net, FlowMatchEulerDiscreteScheduler(shift=1.73))
 
 
-def condition(config: Any) -> dict[str, tuple[int, ...]]:
+def condition(config: Config) -> dict[str, tuple[int, ...]]:
     """Shapes of the condition of one sample."""
     return {"prompt_embeds": (LENGTH, config.joint_attention_dim)}
 
@@ -103,7 +97,7 @@ FAMILY = Family(
     no_guidance=1.0,
     call_options=lambda parts, steps: {"guidance_scale": 1},
     lora_targets=(  # attention and feed-forward of both streams
-        *("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
+        *latents.TwoStreams.projections,
         *(f"{ff}.{part}" for ff in ("ff", "ff_context") for part in ("linear_1", "linear_2", "out_projection")),
     ),
     taps=("single_transformer_blocks.13",),  # the middle of 4 + 32; its tokens are those of the text, then the image's

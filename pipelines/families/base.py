@@ -4,21 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from distill.diffusion.denoiser import Condition, Denoiser
+from distill.diffusion.denoiser import Call, Condition, Denoiser
 from distill.diffusion.guidance import Guided
 from distill.diffusion.student import Student
 from distill.training.config import StudentConfig
-from pipelines.components import Network, Parts, Scheduler
+from pipelines.components import Parts
+from pipelines.protocols import Config, Network, Pipeline, Scheduler
 
 Task = Literal["text-to-image", "text-to-video", "unconditional-image-generation"]
 EXAMPLES = ("a photo of a red fox in the snow", "an old man reading a newspaper under a lamp")
-KL = {"block_out_channels": (128, 256, 512, 512)}  # autoencoders of SD, SDXL, SD3, FLUX and PixArt: factor 8
-FLOW: tuple[str, dict[str, Any]] = ("FlowMatchEulerDiscreteScheduler", {})
+# The autoencoders of SD, SDXL, SD3, FLUX and PixArt: factor 8.
+KL: dict[str, object] = {"block_out_channels": (128, 256, 512, 512)}
+FLOW: tuple[str, dict[str, object]] = ("FlowMatchEulerDiscreteScheduler", {})
 
 
 @dataclass(eq=False)
@@ -34,19 +36,19 @@ class Teacher:
     """
 
     denoiser: Denoiser
-    encode: Callable[[Sequence[Any]], Condition]
+    encode: Callable[..., Condition]
     decode: Callable[[Tensor], Tensor]
     latent: Callable[[Tensor, Tensor], Tensor]
     shape: tuple[int, ...]
     parts: Parts
     family: Family
-    encode_negative: Callable[[Sequence[Any]], Condition] | None = None
+    encode_negative: Callable[..., Condition] | None = None
 
     def __post_init__(self) -> None:
         self.encode = torch.no_grad()(self.encode)
 
     @torch.no_grad()
-    def negative(self, prompts: Sequence[Any]) -> Condition:
+    def negative(self, prompts: Sequence[str]) -> Condition:
         """The condition of negative prompts."""
         return (self.encode_negative or self.encode)(prompts)
 
@@ -89,12 +91,12 @@ class Model:
     hub: str  # repository of these configs and of the weights
     pipeline: str  # _class_name of its model_index.json
     network: str  # class of its unet/ or transformer/
-    config: dict[str, Any] = field(default_factory=dict)
-    scheduler: tuple[str, dict[str, Any]] = FLOW
-    vae: dict[str, Any] = field(default_factory=lambda: KL)
+    config: dict[str, object] = field(default_factory=dict)
+    scheduler: tuple[str, dict[str, object]] = FLOW
+    vae: dict[str, object] = field(default_factory=lambda: KL)
 
 
-def refuse_guidance_embedding(net: Network, parts: Parts) -> Any:
+def refuse_guidance_embedding(net: Network, parts: Parts) -> Network:
     """`net` if it has a guidance embedding, like FLUX.1-dev and LCMs; else a ValueError."""
     if net.config.get("guidance_embeds") or net.config.get("time_cond_proj_dim"):
         return net
@@ -118,11 +120,12 @@ class Family:
     # ---- the teacher ----
     load: Callable[[Parts, int | None, int | None], Teacher]  # (parts, resolution, frames)
     sample: Callable[..., Tensor]  # (pipe, prompts, z, steps, guidance, negative=None) -> the pipeline's images
-    tiny: Callable[..., Any]  # creates a tiny random pipeline without files
-    condition: Callable[[Any], dict[str, tuple[int, ...]]]  # config of the network -> shapes of c for one sample
+    tiny: Callable[..., Pipeline]  # creates a tiny random pipeline without files
+    condition: Callable[[Config], dict[str, tuple[int, ...]]]  # config of the network -> shapes of c for one sample
     blocks: tuple[str, ...]  # classes of the modules that are sharded one by one
     taps: tuple[str, ...]  # modules whose outputs are the default features of a discriminator
-    student_schedulers: Callable[[Teacher, StudentConfig], Iterable[Any]]  # candidates; the config carries the student
+    # Candidates for a student's scheduler, whose config carries it.
+    student_schedulers: Callable[[Teacher, StudentConfig], Iterable[Scheduler]]
     no_guidance: float  # value of `guidance` in `sample` with which the pipeline makes one call per step
     lora_targets: tuple[str, ...] = ()  # modules with LoRA adapters; (): no single-file exports for this family
     task: Task = "text-to-image"
@@ -133,19 +136,23 @@ class Family:
     guidance_embedding: bool = False  # the network has, or can be given, an embedding of its guidance
     pads_to_longest: bool = False  # prompts are padded to the longest of a call, so that rows depend on each other
     guided: type[Guided] = Guided  # classifier-free guidance as in the pipeline
-    set_timesteps: Callable[[Any, int, Teacher], None] | None = None  # None: scheduler.set_timesteps(steps)
+    set_timesteps: Callable[[Scheduler, int, Teacher], None] | None = None  # None: scheduler.set_timesteps(steps)
     draw_noise: Callable[[Sequence[int]], Tensor] = torch.randn  # noise as the pipeline's scheduler draws it
-    with_guidance_embedding: Callable[[Any, Parts], Any] = refuse_guidance_embedding  # (network, parts) -> network
-    embedded_index: dict[str, Any] = field(default_factory=dict)  # changes of model_index.json with that embedding
-    tiny_facts: dict[str, Any] = field(default_factory=dict)  # distill.json of the tiny pipeline
+    # (network, parts) -> the network
+    with_guidance_embedding: Callable[[Network, Parts], Network] = refuse_guidance_embedding
+    embedded_index: dict[str, object] = field(default_factory=dict)  # changes of model_index.json with that embedding
+    tiny_facts: dict[str, object] = field(default_factory=dict)  # distill.json of the tiny pipeline
     models: dict[str, Model] = field(default_factory=dict)  # published networks, for pipelines.plan
 
     # ---- the export ----
-    call_times: Callable[[Any, int], tuple[float, ...] | None] = lambda scheduler, steps: None  # None: the scheduler's
-    call_options: Callable[[Parts, int], dict[str, Any]] = lambda parts, steps: {}  # arguments of the model card's call
-    render_call: Callable[[int, Any], str] | None = None  # (steps, example) -> a call without prompt
-    examples: Callable[[Teacher], tuple[Any, ...]] = lambda teacher: EXAMPLES  # prompts or labels of the verification
+    # Times of the calls under a scheduler; None: its timesteps.
+    call_times: Callable[[Scheduler, int], tuple[float, ...] | None] = lambda scheduler, steps: None
+    # Arguments of the call in the model card.
+    call_options: Callable[[Parts, int], dict[str, object]] = lambda parts, steps: {}
+    render_call: Callable[[int, str | int], str] | None = None  # (steps, example) -> a call without prompt
+    # Prompts or labels of the verification.
+    examples: Callable[[Teacher], Sequence[str | int]] = lambda teacher: EXAMPLES
     verified_steps: Callable[[Parts], tuple[int, ...]] = lambda parts: ()  # further numbers of calls to verify
-    export_network: Callable[[Any, Student], Any] = lambda net, student: net  # the network as the pipeline calls it
-    export_call: Callable[[Any], Any] = lambda call: call  # a denoiser's call, equal to the pipeline's
-    limits: Callable[[Any], tuple[str, ...]] = lambda net: ()  # network -> limits for the model card
+    export_network: Callable[[nn.Module, Student], nn.Module] = lambda net, student: net  # as the pipeline calls it
+    export_call: Callable[[Call], Call] = lambda call: call  # a denoiser's call, equal to the pipeline's
+    limits: Callable[[nn.Module], tuple[str, ...]] = lambda net: ()  # network -> limits for the model card

@@ -16,13 +16,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from distill.diffusion.denoiser import Call as NetworkCall
 from distill.diffusion.denoiser import Condition, Denoiser
 from distill.diffusion.schedule import EDM, expand
 from distill.training.config import StudentConfig
 from pipelines import fields
-from pipelines.components import Parts, Pipeline
+from pipelines.components import Parts
 from pipelines.families import schedulers
 from pipelines.families.base import Family, Teacher
+from pipelines.protocols import Config, Network, Pipeline, Scheduler, config_of
 
 if TYPE_CHECKING:
     from diffusers import ConsistencyModelPipeline, UNet2DModel
@@ -35,9 +37,10 @@ C_NOISE = 250.0  # a ConsistencyModelPipeline passes 250 ln sigma to its network
 
 def examples(teacher: Teacher) -> tuple[int, ...]:
     """The labels of an export's verification: the first eight classes, or all if there are fewer."""
-    net: Any = teacher.denoiser.net
+    net = teacher.denoiser.net
     null = teacher.denoiser.null
-    count = net.config.get("num_class_embeds") if getattr(net, "class_embedding", None) is not None else None
+    labelled = getattr(net, "class_embedding", None) is not None
+    count = config_of(net).get("num_class_embeds") if labelled else None
     no_label = None if null is None else int(null["class_labels"])
     return tuple(label for label in range(8 if count is None else count) if label != no_label)[:8] or (0,)
 
@@ -56,16 +59,16 @@ class Call:
 
 
 def teacher(
-    unet: UNet2DModel, sigma_d: float, null_class: int | None, parts: Any = None, c_noise: float = C_NOISE
+    unet: Network, sigma_d: float, null_class: int | None, parts: Any = None, c_noise: float = C_NOISE
 ) -> Teacher:
     """An EDM teacher with a network whose noise input is c_noise * ln sigma.
 
-    null_class: the label for "no label"; None if there is none.
+    null_class: the label for "no label"; None if there is none. parts: None for a network without a folder.
     """
     null = None if null_class is None else {"class_labels": torch.tensor([null_class])}
     schedule = EDM()
 
-    def encode(labels: Any) -> Condition:
+    def encode(labels: Sequence[int]) -> Condition:
         return {"class_labels": torch.as_tensor(labels, device=unet.device).long()}
 
     shape = (unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
@@ -98,13 +101,14 @@ def load(parts: Parts, resolution: int | None, frames: int | None) -> Teacher:
     return teacher(parts.net, scheduler.config.sigma_data, facts.get("null_class"), parts, c_noise)
 
 
-def export_call(call: Any) -> Call:
+def export_call(call: NetworkCall) -> Call:
     """The call of an exported network, equal to the one in ConsistencyModelPipeline."""
+    assert isinstance(call, Call)
     return replace(call, c_noise=C_NOISE)
 
 
 @torch.no_grad()
-def export_network(net: UNet2DModel, student: Student) -> UNet2DModel:
+def export_network(net: nn.Module, student: Student) -> nn.Module:
     """The student's network for ConsistencyModelPipeline, whose noise input is 250 ln sigma.
 
     If the network has another noise input, its first layer W e + b gets the smallest change that maps the pipeline's
@@ -116,15 +120,16 @@ def export_network(net: UNet2DModel, student: Student) -> UNet2DModel:
     if call.c_noise == C_NOISE:
         return net
     net = copy.deepcopy(net)
-    weight = net.time_embedding.linear_1.weight
-    embed = lambda scale, log: net.time_proj((scale * log).to(weight.device)).double()
+    weight = net.get_parameter("time_embedding.linear_1.weight")
+    time_proj = net.get_submodule("time_proj")
+    embed = lambda scale, log: time_proj((scale * log).to(weight.device)).double()
     few = schedule.ratio(torch.tensor(student.times, dtype=torch.float64)).log()
     every = torch.linspace(math.log(schedule.sigma_min), math.log(schedule.sigma_max), 64, dtype=torch.float64)
     own = embed(call.c_noise, few)
     told = embed(C_NOISE, few)
     kept = embed(call.c_noise, every)
     change = torch.cat([own - told, torch.zeros_like(kept)]) @ weight.T.double()
-    weight += (torch.linalg.pinv(torch.cat([told, kept]), rtol=1e-6) @ change).T
+    weight.data += (torch.linalg.pinv(torch.cat([told, kept]), rtol=1e-6) @ change).T
     return net
 
 
@@ -139,7 +144,7 @@ def sample(
     return torch.from_numpy(images).permute(0, 3, 1, 2)
 
 
-def render_call(steps: int, label: int) -> str:
+def render_call(steps: int, label: str | int) -> str:
     """The call in a model card; it assigns `image`."""
     return f"image = pipe(class_labels=[{label}], num_inference_steps={steps}).images[0]"
 
@@ -155,7 +160,7 @@ def limits(net: nn.Module) -> tuple[str, ...]:
     )
 
 
-def scheduler(sigma_d: float, sigma: float, points: int, rho: float = RHO) -> Any:
+def scheduler(sigma_d: float, sigma: float, points: int, rho: float = RHO) -> Scheduler:
     """A scheduler with the levels sigma (1 - v i)^rho, i = 0 .. N - 1, in N inference steps.
 
     v = floor(points / N) / (points - 1), which is 1 / N for N + 1 points.
@@ -167,7 +172,7 @@ def scheduler(sigma_d: float, sigma: float, points: int, rho: float = RHO) -> An
     )
 
 
-def schedulers_of_student(teacher: Teacher, student: StudentConfig) -> Iterator[Any]:
+def schedulers_of_student(teacher: Teacher, student: StudentConfig) -> Iterator[Scheduler]:
     """Candidates with the levels sigma (1 - v i)^rho, i = 0, 1, ...; v is near 1 / steps, by default equal."""
     schedule = teacher.denoiser.schedule
     assert isinstance(schedule, EDM)
@@ -230,7 +235,7 @@ def unet(
     )
 
 
-def condition(config: Any) -> dict[str, tuple[int, ...]]:
+def condition(config: Config) -> dict[str, tuple[int, ...]]:
     """Shapes of the condition of one sample."""
     return {"class_labels": ()} if config.num_class_embeds else {}
 

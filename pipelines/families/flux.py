@@ -8,31 +8,31 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from distill.diffusion.denoiser import Condition, Denoiser
 from pipelines import fields
-from pipelines.components import Network, Parts, Pipeline, Scheduler
+from pipelines.components import Parts
 from pipelines.families import latents, student_schedulers
 from pipelines.families.base import Family, Model, Teacher
+from pipelines.protocols import Config, Pipeline, Scheduler, config_of
 
 
 @dataclass(frozen=True)
-class Call:
+class Call(latents.TwoStreams):
     """c: "prompt_embeds" [B, 512, D], "pooled" [B, P]; "guidance" [B] replaces the field's if the network takes it."""
 
     guidance: float = 3.5
 
-    def __call__(self, net: Network, x: Tensor, n: Tensor, c: Condition) -> Tensor:
+    def __call__(self, net: nn.Module, x: Tensor, n: Tensor, c: Condition) -> Tensor:
         assert c is not None
         B, _, H, W = x.shape
         text = c["prompt_embeds"].to(x.dtype)
         guidance = None
-        if net.config.guidance_embeds:
+        if config_of(net).guidance_embeds:
             guidance = c["guidance"].to(n) if "guidance" in c else torch.full_like(n, self.guidance)
         places = torch.cartesian_prod(
             *(torch.arange(n, device=x.device) for n in (1, H // 2, W // 2))
@@ -40,10 +40,6 @@ class Call:
         ids = {"img_ids": places, "txt_ids": places.new_zeros(text.shape[1], 3)}
         out = net(pack(x), text, c["pooled"].to(x.dtype), n / 1000, guidance=guidance, **ids, return_dict=False)[0]
         return unpack(out, x.shape)
-
-    def feature(self, output: tuple[Tensor, Tensor]) -> Tensor:
-        """The image tokens [B, N, D] of a block's two streams (text, image)."""
-        return output[1]
 
 
 def pack(x: Tensor) -> Tensor:
@@ -58,7 +54,7 @@ def unpack(tokens: Tensor, shape: Sequence[int]) -> Tensor:
     return tokens.reshape(B, H // 2, W // 2, C, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(B, C, H, W)
 
 
-def unpacked(shape: Sequence[int]) -> Tensor:
+def draw_noise(shape: Sequence[int]) -> Tensor:
     """Noise [B, C, H, W] as the pipeline's scheduler draws it: over packed tokens, from torch's generator."""
     B, C, H, W = shape
     return unpack(torch.randn(B, H * W // 4, 4 * C), shape)
@@ -75,7 +71,7 @@ def load(parts: Parts, resolution: int | None, frames: int | None) -> Teacher:
 
 
 def shape(parts: Parts, resolution: int | None) -> tuple[int, int, int]:
-    """(C, H, W) of an unpacked latent; 1024 pixels by default."""
+    """(C, H, W) of an draw_noise latent; 1024 pixels by default."""
     facts = fields.facts(parts.folder)
     channels, height, width = latents.shape(parts, resolution or facts.get("resolution", 1024), patch=2)
     return channels // 4, height, width
@@ -98,12 +94,11 @@ def sample(
 ) -> Tensor:
     """Images [B, 3, H, W] in [0, 1] of the pipeline itself from unit noise z, with true guidance of that scale."""
     many = [negative or ""] * len(prompts) if guidance > 1 else None
-    height, width = (side * pipe.vae_scale_factor for side in z.shape[-2:])
-    options = {"num_inference_steps": steps, "true_cfg_scale": guidance, "height": height, "width": width}
-    return pipe(list(prompts), negative_prompt=many, latents=pack(z), output_type="pt", **options).images
+    options = {"true_cfg_scale": guidance, "negative_prompt": many}
+    return latents.call_pipeline(pipe, prompts, z, steps, latents=pack(z), **options)
 
 
-def tiny(guidance: bool = True) -> Any:
+def tiny(guidance: bool = True) -> Pipeline:
     """A tiny FLUX.1-dev, or schnell without a guidance embedding."""
     from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 
@@ -120,7 +115,7 @@ def tiny(guidance: bool = True) -> Any:
         guidance_embeds=guidance,
         axes_dims_rope=(4, 6, 6),
     )
-    tiny.louder(tiny.louder(net, 4.0, "context_embedder", "proj_out"), 2.0, "time_text_embed")
+    tiny.amplify(tiny.amplify(net, 4.0, "context_embedder", "proj_out"), 2.0, "time_text_embed")
     vae = tiny.vae(scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False)
     flow = FlowMatchEulerDiscreteScheduler(
         shift=3.0 if guidance else 1.0, use_dynamic_shifting=guidance, max_shift=1.15
@@ -129,7 +124,7 @@ def tiny(guidance: bool = True) -> Any:
     return FluxPipeline(flow, vae, *texts, net)
 
 
-def condition(config: Any) -> dict[str, tuple[int, ...]]:
+def condition(config: Config) -> dict[str, tuple[int, ...]]:
     """Shapes of the condition of one sample."""
     return {"prompt_embeds": (512, config.joint_attention_dim), "pooled": (config.pooled_projection_dim,)}
 
@@ -144,12 +139,12 @@ FAMILY = Family(
     tiny_facts={"resolution": 16},  # no component of the pipeline stores its size
     condition=condition,
     set_timesteps=set_timesteps,
-    draw_noise=unpacked,
+    draw_noise=draw_noise,
     student_schedulers=student_schedulers.of_flow,
     no_guidance=1.0,
     guidance_embedding=True,
     lora_targets=(  # attention and feed-forward of both streams
-        *("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
+        *latents.TwoStreams.projections,
         *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2", "proj_mlp"),
     ),
     taps=("single_transformer_blocks.9",),  # the middle of 19 + 38

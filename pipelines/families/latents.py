@@ -2,15 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from distill.diffusion.schedule import Flow, Kind, Schedule
-from pipelines.components import Parts, Scheduler
+from pipelines.components import Parts
 from pipelines.families import schedulers
+from pipelines.protocols import Config, Pipeline, Scheduler
+
+Scale = Tensor | float  # one number, or one for each channel
+Coder = tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]  # decode(x), latent(images, eps)
+
+
+class TwoStreams:
+    """Part of the call of a transformer whose blocks have a stream of text and one of image tokens."""
+
+    projections = (  # of the attention of both streams
+        *("to_q", "to_k", "to_v", "to_out.0"),
+        *("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
+    )
+
+    def feature(self, output: tuple[Tensor, Tensor]) -> Tensor:
+        """The image tokens [B, N, D] of a block's two streams (text, image)."""
+        return output[1]
+
+
+def call_pipeline(pipe: Pipeline, prompts: Sequence[str], z: Tensor, steps: int, **options: object) -> Tensor:
+    """Images [B, 3, H, W] in [0, 1] of the pipeline itself from unit noise z. options: further ones of its call."""
+    height, width = (side * pipe.vae_scale_factor for side in z.shape[-2:])
+    base: dict[str, object] = {"num_inference_steps": steps, "height": height, "width": width, "latents": z}
+    return pipe(list(prompts), **base | options, output_type="pt").images
 
 
 def flow(scheduler: Scheduler, scale: float | None = None) -> tuple[Schedule, Kind]:
@@ -18,9 +41,7 @@ def flow(scheduler: Scheduler, scale: float | None = None) -> tuple[Schedule, Ki
     return Flow(float(scale or schedulers.flow(scheduler))), "flow"
 
 
-def kl(
-    parts: Parts, ends: Callable[[Any, Tensor], tuple[Any, Any]]
-) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]:
+def kl(parts: Parts, ends: Callable[[Config, Tensor], tuple[Scale, Scale]]) -> Coder:
     """(decode, latent) of an AutoencoderKL: x = (posterior sample - shift) * scale.
 
     ends(config, x) -> (scale, shift), as the family's pipeline reads them from the autoencoder's config.
@@ -45,12 +66,12 @@ def kl(
     return decode, latent
 
 
-def scale_only(config: Any, x: Tensor) -> tuple[float, float]:
+def scale_only(config: Config, x: Tensor) -> tuple[Scale, Scale]:
     """(scale, shift) in the pipelines of SD and PixArt, which read only scaling_factor."""
     return config.scaling_factor, 0.0
 
 
-def scale_and_shift(config: Any, x: Tensor) -> tuple[float, float]:
+def scale_and_shift(config: Config, x: Tensor) -> tuple[Scale, Scale]:
     """(scale, shift) in the pipelines of SD3 and FLUX, which need a shift_factor."""
     if (shift := config.get("shift_factor")) is None:
         raise ValueError(
@@ -59,7 +80,7 @@ def scale_and_shift(config: Any, x: Tensor) -> tuple[float, float]:
     return config.scaling_factor, shift
 
 
-def channel_scale_and_shift(config: Any, x: Tensor) -> tuple[Tensor | float, Tensor | float]:
+def channel_scale_and_shift(config: Config, x: Tensor) -> tuple[Scale, Scale]:
     """(scale, shift) in the pipeline of SDXL, which also reads latents_mean and latents_std for each channel."""
     mean = config.get("latents_mean")
     std = config.get("latents_std")
@@ -69,7 +90,7 @@ def channel_scale_and_shift(config: Any, x: Tensor) -> tuple[Tensor | float, Ten
     return config.scaling_factor / of(std), of(mean)
 
 
-def kl3d(parts: Parts) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]:
+def kl3d(parts: Parts) -> Coder:
     """(decode, latent) of a causal video autoencoder: x = (posterior sample - mean) / std, for each channel."""
 
     def ends(x: Tensor) -> list[Tensor]:
@@ -93,7 +114,7 @@ def kl3d(parts: Parts) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Te
     return decode, latent
 
 
-def dc(parts: Parts) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]:
+def dc(parts: Parts) -> Coder:
     """(decode, latent) of an AutoencoderDC: x = latent * scale. It has no posterior and ignores eps."""
 
     def decode(x: Tensor) -> Tensor:

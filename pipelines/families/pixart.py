@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from distill.diffusion.denoiser import Condition, Denoiser
-from pipelines.components import Parts, Pipeline
+from pipelines.components import Parts
 from pipelines.families import latents, schedulers, student_schedulers
 from pipelines.families.base import Family, Model, Teacher
+from pipelines.protocols import Config, Pipeline
 
 LENGTH = {"PixArtAlphaPipeline": 120, "PixArtSigmaPipeline": 300}  # tokens of a prompt
 
@@ -52,19 +52,17 @@ def sample(
     pipe: Pipeline, prompts: Sequence[str], z: Tensor, steps: int, guidance: float, negative: str | None = None
 ) -> Tensor:
     """Images [B, 3, H, W] in [0, 1] of the pipeline itself from unit noise z."""
-    height, width = (side * pipe.vae_scale_factor for side in z.shape[-2:])
-    options = {"num_inference_steps": steps, "guidance_scale": guidance, "height": height, "width": width}
-    plain = {"clean_caption": False, "use_resolution_binning": False, "output_type": "pt"}
-    return pipe(list(prompts), negative or "", latents=z, **options, **plain).images
+    plain = {"clean_caption": False, "use_resolution_binning": False, "negative_prompt": negative or ""}
+    return latents.call_pipeline(pipe, prompts, z, steps, guidance_scale=guidance, **plain)
 
 
-def tiny(kind: str = "PixArtSigmaPipeline", **config: Any) -> Any:
+def tiny(kind: str = "PixArtSigmaPipeline", **config: object) -> Pipeline:
     """A tiny pipeline of either kind. PixArt-alpha with sample_size 128 has its added conditions."""
     import diffusers
 
     from pipelines.families import tiny
 
-    base: dict[str, Any] = {
+    base: dict[str, object] = {
         "sample_size": 8,
         "num_layers": 14,
         "num_attention_heads": 2,
@@ -72,14 +70,14 @@ def tiny(kind: str = "PixArtSigmaPipeline", **config: Any) -> Any:
         "cross_attention_dim": 24,
         "caption_channels": 32,
     }
-    net = tiny.louder(diffusers.PixArtTransformer2DModel(**base | config), 3.0, "attn2")
-    tiny.louder(tiny.louder(net, 1.5, "resolution_embedder"), 4.0, "aspect_ratio_embedder")
+    net = tiny.amplify(diffusers.PixArtTransformer2DModel(**base | config), 3.0, "attn2")
+    tiny.amplify(tiny.amplify(net, 1.5, "resolution_embedder"), 4.0, "aspect_ratio_embedder")
     scheduler = diffusers.DPMSolverMultistepScheduler(beta_start=0.0001, beta_end=0.02)
-    vae = tiny.louder(tiny.vae(), 2.0, "conv_out")
+    vae = tiny.amplify(tiny.vae(), 2.0, "conv_out")
     return getattr(diffusers, kind)(tiny.t5_tokenizer(), tiny.t5(), vae, net, scheduler)
 
 
-def condition(config: Any) -> dict[str, tuple[int, ...]]:
+def condition(config: Config) -> dict[str, tuple[int, ...]]:
     """Shapes of the condition of one sample."""
     return {"prompt_embeds": (300, config.caption_channels), "mask": (300,)}
 

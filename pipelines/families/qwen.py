@@ -1,14 +1,13 @@
 """Qwen-Image: a flow transformer on 2x2 packed latents of a video autoencoder; Qwen2.5-VL text in a template.
 
 Its pipeline rescales a guided prediction to the norm of the conditional one, token by token. Teacher.sample does the
-same (`Rescaled`). The guidance inside methods does not.
+same (`TokenNormGuidance`). The guidance inside methods does not.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,16 +16,17 @@ from torch.nn.functional import pad
 from distill.diffusion.denoiser import Condition, Denoiser
 from distill.diffusion.guidance import Guided
 from distill.diffusion.schedule import Prediction
-from pipelines.components import Parts, Pipeline
+from pipelines.components import Parts
 from pipelines.families import latents, student_schedulers
 from pipelines.families.base import Family, Model, Teacher
-from pipelines.families.flux import pack, set_timesteps, shape, unpack, unpacked
+from pipelines.families.flux import draw_noise, pack, sample, set_timesteps, shape, unpack
+from pipelines.protocols import Config, Pipeline
 
 LENGTH = 512  # tokens of a prompt in its template
 
 
 @dataclass(frozen=True)
-class Call:
+class Call(latents.TwoStreams):
     """c: "prompt_embeds" [B, 512, D] and their "mask" [B, 512], 1 for a token."""
 
     def __call__(self, net: nn.Module, x: Tensor, n: Tensor, c: Condition) -> Tensor:
@@ -35,12 +35,8 @@ class Call:
         text = c["prompt_embeds"].to(x.dtype)
         return unpack(net(pack(x), text, c["mask"], n / 1000, places, return_dict=False)[0], x.shape)
 
-    def feature(self, output: tuple[Tensor, Tensor]) -> Tensor:
-        """The image tokens [B, N, D] of a block's two streams (text, image)."""
-        return output[1]
 
-
-class Rescaled(Guided):
+class TokenNormGuidance(Guided):
     """Guidance that rescales the prediction in each token to the norm of the conditional prediction."""
 
     def __call__(self, x: Tensor, t: Tensor, c: Condition = None) -> Prediction:
@@ -73,17 +69,7 @@ def load(parts: Parts, resolution: int | None, frames: int | None) -> Teacher:
     )
 
 
-def sample(
-    pipe: Pipeline, prompts: Sequence[str], z: Tensor, steps: int, guidance: float, negative: str | None = None
-) -> Tensor:
-    """Images [B, 3, H, W] in [0, 1] of the pipeline itself from unit noise z."""
-    many = [negative or ""] * len(prompts) if guidance > 1 else None
-    height, width = (side * pipe.vae_scale_factor for side in z.shape[-2:])
-    options = {"num_inference_steps": steps, "true_cfg_scale": guidance, "height": height, "width": width}
-    return pipe(list(prompts), negative_prompt=many, latents=pack(z), output_type="pt", **options).images
-
-
-def tiny() -> Any:
+def tiny() -> Pipeline:
     import diffusers
 
     from pipelines.families import tiny
@@ -101,13 +87,13 @@ def tiny() -> Any:
         joint_attention_dim=32,
         axes_dims_rope=(4, 6, 6),
     )
-    tiny.louder(net, 3.0, "txt_in", "proj_out")
-    tiny.louder(vae, 3.0, "conv_out")
+    tiny.amplify(net, 3.0, "txt_in", "proj_out")
+    tiny.amplify(vae, 3.0, "conv_out")
     flow = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, max_shift=0.9, shift_terminal=0.02)
     return diffusers.QwenImagePipeline(flow, vae, tiny.qwen(), tiny.qwen_tokenizer(), net)
 
 
-def condition(config: Any) -> dict[str, tuple[int, ...]]:
+def condition(config: Config) -> dict[str, tuple[int, ...]]:
     """Shapes of the condition of one sample."""
     return {"prompt_embeds": (LENGTH, config.joint_attention_dim), "mask": (LENGTH,)}
 
@@ -121,15 +107,15 @@ FAMILY = Family(
     tiny=tiny,
     tiny_facts={"resolution": 16},  # no component of the pipeline stores its size
     condition=condition,
-    guided=Rescaled,
+    guided=TokenNormGuidance,
     set_timesteps=set_timesteps,
-    draw_noise=unpacked,
+    draw_noise=draw_noise,
     pads_to_longest=True,
     student_schedulers=student_schedulers.of_flow,
     no_guidance=1.0,
     call_options=lambda parts, steps: {"true_cfg_scale": 1},
     lora_targets=(  # attention and feed-forward of both streams
-        *("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
+        *latents.TwoStreams.projections,
         *("img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2"),
     ),
     taps=("transformer_blocks.29",),  # the middle of 60

@@ -11,16 +11,17 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from distill.diffusion.denoiser import Condition, Denoiser
 from distill.training.config import StudentConfig
-from pipelines.components import Network, Parts, Pipeline, Scheduler
+from pipelines.components import Parts
 from pipelines.families import latents, student_schedulers
 from pipelines.families.base import Family, Model, Teacher
+from pipelines.protocols import Config, Network, Pipeline, Scheduler, config_of
 
 UNCONDITIONAL = 1.0  # guidance_scale with which the pipeline makes one call per step
 GUIDANCE = 4.5  # default guidance scale, as in SanaSprintPipeline
@@ -28,19 +29,20 @@ SPRINT_PIPELINE = "SanaSprintPipeline"
 SPRINT = {"qk_norm": "rms_norm_across_heads", "timestep_scale": 1e-3}  # SANA-Sprint's config, except its guidance
 
 
-def call(net: Network, x: Tensor, n: Tensor, c: Condition) -> Tensor:
+def call(net: nn.Module, x: Tensor, n: Tensor, c: Condition) -> Tensor:
     """c: "prompt_embeds" [B, 300, D] and their "mask" [B, 300]; "guidance" [B] if the network takes it."""
     assert c is not None
     text = c["prompt_embeds"].to(x.dtype)
     w = None
-    if net.config.guidance_embeds:
+    config = config_of(net)
+    if config.guidance_embeds:
         w = c["guidance"].to(n) if "guidance" in c else torch.full_like(n, GUIDANCE)
-        w = w * net.config.guidance_embeds_scale
-    timesteps = n * net.config.timestep_scale
+        w = w * config.guidance_embeds_scale
+    timesteps = n * config.timestep_scale
     return net(x, text, timesteps, guidance=w, encoder_attention_mask=c["mask"], return_dict=False)[0]
 
 
-def with_guidance_embedding(net: Network, parts: Parts) -> Any:
+def with_guidance_embedding(net: Network, parts: Parts) -> Network:
     """The network with a guidance embedding. Its last layer is zero, so that the output does not change yet."""
     if net.config.guidance_embeds:
         return net
@@ -50,18 +52,18 @@ def with_guidance_embedding(net: Network, parts: Parts) -> Any:
             "python -m pipelines.sana TEACHER FOLDER, and fine-tune that with recipes/sana_sprint_teacher.py"
         )
     made = with_config(net, guidance_embeds=True)
-    for p in made.time_embed.guidance_embedder.linear_2.parameters():
+    for p in made.get_submodule("time_embed.guidance_embedder.linear_2").parameters():
         torch.nn.init.zeros_(p)
     return made
 
 
-def with_config(net: Network, **config: Any) -> Any:
+def with_config(net: nn.Module, **config: object) -> Network:
     """The network with another config and the same weights. New norms start as ones."""
     like = next(net.parameters())
-    own = {key: v for key, v in net.config.items() if not key.startswith("_")}
+    own = {key: v for key, v in config_of(net).items() if not key.startswith("_")}
     with torch.random.fork_rng(), torch.device(like.device):
         torch.manual_seed(0)  # the same new weights on every process
-        made = type(net)(**own | config).to(like.dtype)
+        made = cast(Network, type(net)(**own | config).to(like.dtype))
     plain = {name.replace("time_embed.emb.", "time_embed."): p for name, p in net.state_dict().items()}
     names = {name.replace("time_embed.emb.", "time_embed."): name for name in made.state_dict()}
     made.load_state_dict({names[name]: p for name, p in plain.items()}, strict=False, assign=like.is_meta)
@@ -95,7 +97,7 @@ def call_times(scheduler: Scheduler, steps: int) -> tuple[float, ...] | None:
     return tuple((angle.sin() / (angle.sin() + angle.cos())).tolist())
 
 
-def schedulers_of_student(teacher: Teacher, student: StudentConfig) -> Iterator[Any]:
+def schedulers_of_student(teacher: Teacher, student: StudentConfig) -> Iterator[Scheduler]:
     """The scheduler of SANA-Sprint for its pipeline; else the schedulers of flows."""
     if not is_sprint(teacher.parts):
         yield from student_schedulers.of_flow(teacher, student)
@@ -111,17 +113,17 @@ def schedulers_of_student(teacher: Teacher, student: StudentConfig) -> Iterator[
     yield SCMScheduler()
 
 
-def call_options(parts: Parts, steps: int) -> dict[str, Any]:
+def call_options(parts: Parts, steps: int) -> dict[str, object]:
     """Arguments of the call in the model card."""
     if not is_sprint(parts):
         return {"guidance_scale": 1, "use_resolution_binning": False}
-    options: dict[str, Any] = {"guidance_scale": GUIDANCE, "use_resolution_binning": False}
+    options: dict[str, object] = {"guidance_scale": GUIDANCE, "use_resolution_binning": False}
     return options if steps == 2 else options | {"intermediate_timesteps": None}
 
 
 def load(parts: Parts, resolution: int | None, frames: int | None) -> Teacher:
     def embed(prompts: Sequence[str], instruction: list[str] | None) -> Condition:
-        options: dict[str, Any] = {"device": parts.device, "complex_human_instruction": instruction}
+        options: dict[str, object] = {"device": parts.device, "complex_human_instruction": instruction}
         options |= {} if is_sprint(parts) else {"do_classifier_free_guidance": False}
         text, mask, *_ = parts.text.encode_prompt(list(prompts), **options)
         return {"prompt_embeds": text, "mask": mask}
@@ -143,19 +145,17 @@ def sample(
     pipe: Pipeline, prompts: Sequence[str], z: Tensor, steps: int, guidance: float, negative: str | None = None
 ) -> Tensor:
     """Images [B, 3, H, W] in [0, 1] of the pipeline itself from unit noise z."""
-    height, width = (side * pipe.vae_scale_factor for side in z.shape[-2:])
-    options: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": guidance}
-    options |= {"height": height, "width": width}
-    options |= {"use_resolution_binning": False, "output_type": "pt"}
+    options: dict[str, object] = {"guidance_scale": guidance, "use_resolution_binning": False}
     if hasattr(pipe.scheduler.config, "sigma_data"):  # SANA-Sprint's: one call per step with any guidance
         options["guidance_scale"] = GUIDANCE if guidance == UNCONDITIONAL else guidance
         if steps != 2:
             options["intermediate_timesteps"] = None
-        return pipe(list(prompts), latents=z, **options).images
-    return pipe(list(prompts), negative or "", latents=z, **options).images
+    else:
+        options["negative_prompt"] = negative or ""
+    return latents.call_pipeline(pipe, prompts, z, steps, **options)
 
 
-def tiny(**config: Any) -> Any:
+def tiny(**config: object) -> Pipeline:
     from diffusers import AutoencoderDC, DPMSolverMultistepScheduler, SanaPipeline, SanaTransformer2DModel
 
     from pipelines.families import tiny
@@ -189,17 +189,18 @@ def tiny(**config: Any) -> Any:
         caption_channels=16,
         **(SPRINT | config),
     )
-    tiny.louder(net, 3.0, "attn2", "timestep_embedder")
+    tiny.amplify(net, 3.0, "attn2", "timestep_embedder")
     flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
     return SanaPipeline(tiny.gemma_tokenizer(), tiny.gemma(16), vae, net, DPMSolverMultistepScheduler(**flow))
 
 
-def condition(config: Any) -> dict[str, tuple[int, ...]]:
+def condition(config: Config) -> dict[str, tuple[int, ...]]:
     """Shapes of the condition of one sample."""
     return {"prompt_embeds": (300, config.caption_channels), "mask": (300,)}
 
 
-DC = {"encoder_block_out_channels": (128, 256, 512, 512, 1024, 1024)}  # SANA's autoencoder: factor 32
+# SANA's autoencoder: factor 32.
+DC: dict[str, object] = {"encoder_block_out_channels": (128, 256, 512, 512, 1024, 1024)}
 FAMILY = Family(
     name="sana",
     title="SANA",

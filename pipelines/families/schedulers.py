@@ -12,12 +12,10 @@ clipping of the teacher's own scheduler matter only to `Teacher.sample`, not to 
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from distill.diffusion.schedule import VP, Kind
-from pipelines.components import Scheduler
+from pipelines.protocols import Scheduler
 
 KINDS: dict[str, Kind] = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}  # prediction_type -> kind
 SOLVERS = (  # schedulers that sample from a table, or from a flow if use_flow_sigmas is true
@@ -102,7 +100,7 @@ def check_class(scheduler: Scheduler, classes: tuple[str, ...], what: str) -> No
         )
 
 
-def betas(scheduler: Scheduler, schedule: VP, n: int) -> dict[str, Any]:
+def betas(scheduler: Scheduler, schedule: VP, n: int) -> dict[str, object]:
     """The config keys with which a student's scheduler has the first n + 1 levels of the teacher's table."""
     config = scheduler.config
     last = len(schedule.alphas_cumprod) - 1

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from distill.diffusion.denoiser import Condition, Denoiser
 from distill.diffusion.guidance import embedding
-from pipelines.components import Network, Parts, Pipeline
+from pipelines.components import Parts
 from pipelines.families import latents, schedulers, student_schedulers
 from pipelines.families.base import Family, Model, Teacher
+from pipelines.protocols import Config, Network, Pipeline, config_of
 
 UNCONDITIONAL = 0.0  # guidance_scale with which the pipeline makes one call per step
 TABLE = ("DDIMScheduler", {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"})
@@ -19,29 +19,29 @@ SD21 = {"cross_attention_dim": 1024, "attention_head_dim": (5, 10, 20, 20), "use
 GUIDANCE = 7.5  # default input of a guidance embedding, as in the pipeline
 
 
-def call(net: Network, x: Tensor, n: Tensor, c: Condition) -> Tensor:
+def call(net: nn.Module, x: Tensor, n: Tensor, c: Condition) -> Tensor:
     """c: "prompt_embeds" [B, L, D]; a network with a guidance embedding reads "guidance" w [B]."""
     assert c is not None
     embedded = guidance(net, x, c, GUIDANCE)
     return net(x, n, c["prompt_embeds"].to(x.dtype), timestep_cond=embedded, return_dict=False)[0]
 
 
-def guidance(net: Network, x: Tensor, c: dict[str, Tensor], default: float) -> Tensor | None:
+def guidance(net: nn.Module, x: Tensor, c: dict[str, Tensor], default: float) -> Tensor | None:
     """Embedding [B, D] of w - 1 (LCM's omega), if the network has one. w = `default` if c has no guidance."""
     if "guidance" not in c and not has_guidance_embedding(net):
         return None
     w = c["guidance"] if "guidance" in c else x.new_full((len(x),), default)
-    return embedding(w - 1, net.config.time_cond_proj_dim).to(x)
+    return embedding(w - 1, config_of(net).time_cond_proj_dim).to(x)
 
 
-def has_guidance_embedding(net: Network) -> bool:
+def has_guidance_embedding(net: nn.Module) -> bool:
     """Whether a UNet has a guidance embedding. Its pipeline then never makes a second call for guidance."""
-    return getattr(net.config, "time_cond_proj_dim", None) is not None
+    return getattr(config_of(net), "time_cond_proj_dim", None) is not None
 
 
-def call_options(parts: Parts, steps: int) -> dict[str, Any]:
+def call_options(parts: Parts, steps: int, embedded: float = GUIDANCE) -> dict[str, object]:
     """Arguments of the call in the model card."""
-    return {"guidance_scale": GUIDANCE} if has_guidance_embedding(parts.net) else {"guidance_scale": 0}
+    return {"guidance_scale": embedded} if has_guidance_embedding(parts.net) else {"guidance_scale": 0}
 
 
 def load(parts: Parts, resolution: int | None, frames: int | None) -> Teacher:
@@ -55,17 +55,24 @@ def load(parts: Parts, resolution: int | None, frames: int | None) -> Teacher:
 
 
 def sample(
-    pipe: Pipeline, prompts: Sequence[str], z: Tensor, steps: int, guidance: float, negative: str | None = None
+    pipe: Pipeline,
+    prompts: Sequence[str],
+    z: Tensor,
+    steps: int,
+    guidance: float,
+    negative: str | None = None,
+    embedded: float = GUIDANCE,
 ) -> Tensor:
-    """Images [B, 3, H, W] in [0, 1] of the pipeline itself from unit noise z."""
+    """Images [B, 3, H, W] in [0, 1] of the pipeline itself from unit noise z.
+
+    embedded: the input of a guidance embedding where `guidance` asks for none.
+    """
     many = None if negative is None else [negative] * len(prompts)
-    guidance = GUIDANCE if has_guidance_embedding(pipe.unet) and guidance == UNCONDITIONAL else guidance
-    height, width = (side * pipe.vae_scale_factor for side in z.shape[-2:])
-    options = {"num_inference_steps": steps, "guidance_scale": guidance, "height": height, "width": width}
-    return pipe(list(prompts), negative_prompt=many, latents=z, output_type="pt", **options).images
+    guidance = embedded if has_guidance_embedding(pipe.unet) and guidance == UNCONDITIONAL else guidance
+    return latents.call_pipeline(pipe, prompts, z, steps, guidance_scale=guidance, negative_prompt=many)
 
 
-def tiny(**config: Any) -> Any:
+def tiny(**config: object) -> Pipeline:
     from diffusers import DDIMScheduler, StableDiffusionPipeline
 
     from pipelines.families import tiny
@@ -84,13 +91,13 @@ def tiny(**config: Any) -> Any:
     )
 
 
-def unet(**config: Any) -> Any:
+def unet(**config: object) -> Network:
     """A UNet2DConditionModel like SD's with two levels."""
     from diffusers import UNet2DConditionModel
 
     from pipelines.families import tiny
 
-    base: dict[str, Any] = {
+    base: dict[str, object] = {
         "sample_size": 8,
         "block_out_channels": (16, 32),
         "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
@@ -100,10 +107,10 @@ def unet(**config: Any) -> Any:
         "attention_head_dim": 2,
         "norm_num_groups": 8,
     }
-    return tiny.louder(UNet2DConditionModel(**base | config), 3.0, "attn2")
+    return tiny.amplify(UNet2DConditionModel(**base | config), 3.0, "attn2")
 
 
-def condition(config: Any) -> dict[str, tuple[int, ...]]:
+def condition(config: Config) -> dict[str, tuple[int, ...]]:
     """Shapes of the condition of one sample."""
     return {"prompt_embeds": (77, config.cross_attention_dim)}
 

@@ -4,27 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor, nn
 
 from distill.diffusion.denoiser import Condition, Denoiser
-from pipelines.components import Parts, Pipeline
+from pipelines.components import Parts
 from pipelines.families import latents, student_schedulers
 from pipelines.families.base import Family, Model, Teacher
+from pipelines.protocols import Config, Pipeline
 
 
 @dataclass(frozen=True)
-class Call:
+class Call(latents.TwoStreams):
     """c: "prompt_embeds" [B, 77 + 256, D], "pooled" [B, P]."""
 
     def __call__(self, net: nn.Module, x: Tensor, n: Tensor, c: Condition) -> Tensor:
         assert c is not None
         return net(x, c["prompt_embeds"].to(x.dtype), c["pooled"].to(x.dtype), n, return_dict=False)[0]
-
-    def feature(self, output: tuple[Tensor, Tensor]) -> Tensor:
-        """The image tokens [B, N, D] of a block's two streams (text, image)."""
-        return output[1]
 
 
 def load(parts: Parts, resolution: int | None, frames: int | None) -> Teacher:
@@ -46,12 +42,10 @@ def sample(
 ) -> Tensor:
     """Images [B, 3, H, W] in [0, 1] of the pipeline itself from unit noise z."""
     many = None if negative is None else [negative] * len(prompts)
-    height, width = (side * pipe.vae_scale_factor for side in z.shape[-2:])
-    options = {"num_inference_steps": steps, "guidance_scale": guidance, "height": height, "width": width}
-    return pipe(list(prompts), negative_prompt=many, latents=z, output_type="pt", **options).images
+    return latents.call_pipeline(pipe, prompts, z, steps, guidance_scale=guidance, negative_prompt=many)
 
 
-def tiny(t5: bool = True) -> Any:
+def tiny(t5: bool = True) -> Pipeline:
     from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 
     from pipelines.families import tiny
@@ -70,14 +64,14 @@ def tiny(t5: bool = True) -> Any:
         dual_attention_layers=(0,),
         qk_norm="rms_norm",
     )
-    tiny.louder(net, 4.0, "time_text_embed.text_embedder", "context_embedder", "proj_out")
+    tiny.amplify(net, 4.0, "time_text_embed.text_embedder", "context_embedder", "proj_out")
     vae = tiny.vae(scaling_factor=1.5305, shift_factor=0.0609, use_quant_conv=False, use_post_quant_conv=False)
     clips = [(tiny.clip(projection=32), tiny.clip_tokenizer()) for _ in range(2)]
     last = (tiny.t5(64), tiny.t5_tokenizer(256)) if t5 else (None, None)
     return StableDiffusion3Pipeline(net, FlowMatchEulerDiscreteScheduler(shift=3.0), vae, *clips[0], *clips[1], *last)
 
 
-def condition(config: Any) -> dict[str, tuple[int, ...]]:
+def condition(config: Config) -> dict[str, tuple[int, ...]]:
     """Shapes of the condition of one sample."""
     return {"prompt_embeds": (333, config.joint_attention_dim), "pooled": (config.pooled_projection_dim,)}
 
@@ -94,7 +88,7 @@ FAMILY = Family(
     no_guidance=1.0,
     call_options=lambda parts, steps: {"guidance_scale": 1},
     lora_targets=(  # attention and feed-forward of both streams
-        *("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
+        *latents.TwoStreams.projections,
         *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
     ),
     taps=("transformer_blocks.12",),  # the middle of 24

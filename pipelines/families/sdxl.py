@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from distill.diffusion.denoiser import Condition, Denoiser
-from pipelines.components import Network, Parts, Pipeline
+from pipelines.components import Parts
 from pipelines.families import latents, schedulers, sd, student_schedulers
 from pipelines.families.base import Family, Model, Teacher
+from pipelines.protocols import Config, Pipeline
 
-UNCONDITIONAL = 0.0  # guidance_scale with which the pipeline makes one call per step
 GUIDANCE = 5.0  # default input of a guidance embedding, as in the pipeline
 LENGTH = 77  # tokens of a prompt
+sample = partial(sd.sample, embedded=GUIDANCE)
+call_options = partial(sd.call_options, embedded=GUIDANCE)
 
 
-def call(net: Network, x: Tensor, n: Tensor, c: Condition) -> Tensor:
+def call(net: nn.Module, x: Tensor, n: Tensor, c: Condition) -> Tensor:
     """c: "prompt_embeds" [B, 77, D], "pooled" [B, P], "time_ids" [B, 6]: original size, crop, target size, in pixels.
 
     A network with a guidance embedding also reads "guidance" w [B], as in SD.
@@ -28,11 +30,6 @@ def call(net: Network, x: Tensor, n: Tensor, c: Condition) -> Tensor:
     added = {"text_embeds": c["pooled"].to(x.dtype), "time_ids": c["time_ids"]}
     text = c["prompt_embeds"].to(x.dtype)
     return net(x, n, text, timestep_cond=embedded, added_cond_kwargs=added, return_dict=False)[0]
-
-
-def call_options(parts: Parts, steps: int) -> dict[str, Any]:
-    """Arguments of the call in the model card."""
-    return {"guidance_scale": GUIDANCE} if sd.has_guidance_embedding(parts.net) else {"guidance_scale": 0}
 
 
 def load(parts: Parts, resolution: int | None, frames: int | None) -> Teacher:
@@ -54,18 +51,7 @@ def load(parts: Parts, resolution: int | None, frames: int | None) -> Teacher:
     return Teacher(denoiser, encode, decode, latent, shape, parts, FAMILY)
 
 
-def sample(
-    pipe: Pipeline, prompts: Sequence[str], z: Tensor, steps: int, guidance: float, negative: str | None = None
-) -> Tensor:
-    """Images [B, 3, H, W] in [0, 1] of the pipeline itself from unit noise z."""
-    many = None if negative is None else [negative] * len(prompts)
-    guidance = GUIDANCE if sd.has_guidance_embedding(pipe.unet) and guidance == UNCONDITIONAL else guidance
-    height, width = (side * pipe.vae_scale_factor for side in z.shape[-2:])
-    options = {"num_inference_steps": steps, "guidance_scale": guidance, "height": height, "width": width}
-    return pipe(list(prompts), negative_prompt=many, latents=z, output_type="pt", **options).images
-
-
-def tiny() -> Any:
+def tiny() -> Pipeline:
     from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
 
     from pipelines.families import tiny
@@ -85,12 +71,12 @@ def tiny() -> Any:
         transformer_layers_per_block=(1, 2),
         projection_class_embeddings_input_dim=32 + 6 * 8,
     )
-    tiny.louder(tiny.louder(net, 4.0, "add_embedding"), 2.5, "conv_out")
+    tiny.amplify(tiny.amplify(net, 4.0, "add_embedding"), 2.5, "conv_out")
     encoders = tiny.clip(), tiny.clip(projection=32), tiny.clip_tokenizer(), tiny.clip_tokenizer()
     return StableDiffusionXLPipeline(tiny.vae(scaling_factor=0.13025), *encoders, net, scheduler, add_watermarker=False)
 
 
-def condition(config: Any) -> dict[str, tuple[int, ...]]:
+def condition(config: Config) -> dict[str, tuple[int, ...]]:
     """Shapes of the condition of one sample."""
     width = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
     return {"prompt_embeds": (LENGTH, config.cross_attention_dim), "pooled": (width,), "time_ids": (6,)}
@@ -108,7 +94,7 @@ FAMILY = Family(
     unet=True,
     cross_attention_tokens=77,
     student_schedulers=student_schedulers.of_table,
-    no_guidance=UNCONDITIONAL,
+    no_guidance=sd.UNCONDITIONAL,
     call_options=call_options,
     lora_targets=sd.FAMILY.lora_targets,
     taps=("mid_block",),

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 
 from distill.diffusion.schedule import EDM, VP
 from distill.training.config import StudentConfig
-from pipelines.components import Scheduler
 from pipelines.families import schedulers
 from pipelines.families.base import Teacher
+from pipelines.protocols import Scheduler
 
 LCM = 50  # steps of the teacher in LCM's grid of times
 Times = tuple[float, ...]
@@ -36,71 +36,105 @@ def pipeline_times(teacher: Teacher, scheduler: Scheduler, steps: int) -> Times:
     return tuple(t.tolist())
 
 
-def of_table(teacher: Teacher, student: StudentConfig) -> Iterator[Any]:
-    """Schedulers of a table, cut after the first call."""
-    from diffusers import DDIMScheduler, EulerDiscreteScheduler, LCMScheduler, TCDScheduler
+@dataclass(frozen=True)
+class Start:
+    """The first call of a student of a table.
 
-    schedule = teacher.denoiser.schedule
-    assert isinstance(schedule, VP)
+    t, n: its time and its timestep. last: the table's last timestep. sigma: the noise's standard deviation.
+    unit, scaled: whether the input is noise of deviation 1, and whether it is noise of deviation sigma.
+    """
+
+    t: float
+    n: int
+    last: int
+    sigma: float
+    unit: bool
+    scaled: bool
+
+
+def find_start(schedule: VP, student: StudentConfig) -> Start:
+    """Where the student's first call stands in the table."""
     last = len(schedule.alphas_cumprod) - 1
-    first = student.times[0] if student.times else student.first(schedule)
-    n = round(first * last)
-    steps = student.steps
-    sigma = float(schedule.coefficients(torch.tensor([first]).double())[1])
+    t = student.times[0] if student.times else student.first(schedule)
+    sigma = float(schedule.coefficients(torch.tensor([t]).double())[1])
     unit = abs((student.scale or sigma) - 1) < 1e-4  # PixArt's table ends at .99998, which is almost pure noise
     scaled = student.scale is None or abs(student.scale / sigma - 1) < 1e-4
-    exact = (
-        steps > 1 or n < last or not schedulers.zero_terminal(teacher.parts.scheduler())
-    )  # LCM's last alpha_bar is 0, Euler's 2^-24
+    return Start(t, round(t * last), last, sigma, unit, scaled)
+
+
+def of_table(teacher: Teacher, student: StudentConfig) -> Iterator[Scheduler]:
+    """Schedulers of a table, cut after the first call."""
+    from diffusers import LCMScheduler, TCDScheduler
+
+    start = find_start(table_of(teacher), student)
     transition = student.transition
-    if not transition.ends_at_data and unit:
-        yield from _grids(teacher, TCDScheduler, n, last, student)
-    elif transition.ends_at_data and unit and exact and (transition.adds_noise or steps == 1):
-        yield from _grids(teacher, LCMScheduler, n, last, student)
-    elif transition.ends_at_data and (unit or scaled) and (not transition.adds_noise or steps == 1):
-        if scaled:
-            yield EulerDiscreteScheduler(**_table(teacher, n), timestep_spacing="trailing")
-        elif (n + 1) % steps == 0:  # its step is the same each time
-            yield DDIMScheduler(**_table(teacher, n), timestep_spacing="trailing", clip_sample=False)
-        if not student.times:
-            return
-        ratios = schedule.ratio(torch.tensor([student.times[-1], first]).double()).tolist()
-        ends = dict(zip(("sigma_min", "sigma_max"), ratios, strict=True))
-        for kind in ("karras", "exponential", "beta") if steps > 1 else ():
-            spacing = "trailing" if scaled else "leading"  # it determines the scale of the first input
-            options = {f"use_{kind}_sigmas": True, "timestep_spacing": spacing, **ends}
-            yield EulerDiscreteScheduler(**_table(teacher, last), **options)
+    one = student.steps == 1
+    # LCM's last alpha_bar is 0, Euler's 2^-24
+    exact = not one or start.n < start.last or not schedulers.zero_terminal(teacher.parts.scheduler())
+    if start.unit and not transition.ends_at_data:
+        yield from _grids(teacher, TCDScheduler, start, student)
+    elif start.unit and exact and (one or transition.adds_noise):
+        yield from _grids(teacher, LCMScheduler, start, student)
+    elif (start.unit or start.scaled) and transition.ends_at_data and (one or not transition.adds_noise):
+        yield from _solvers(teacher, start, student)
     else:
         raise ValueError(
-            f"no scheduler supports an input scale of {student.scale or sigma:.4g} with {student.renoise!r} noise: use "
-            f"--student.scale 1 with --student.renoise fresh or tcd, or no scale ({sigma:.4g}) with --student.renoise "
-            "ddim"
+            f"no scheduler supports an input scale of {student.scale or start.sigma:.4g} with {student.renoise!r} "
+            "noise: use --student.scale 1 with --student.renoise fresh or tcd, or no scale "
+            f"({start.sigma:.4g}) with --student.renoise ddim"
         )
 
 
-def _table(teacher: Teacher, n: int) -> dict[str, Any]:
+def _solvers(teacher: Teacher, start: Start, student: StudentConfig) -> Iterator[Scheduler]:
+    """Euler's and DDIM's schedulers, which add no noise between the calls."""
+    from diffusers import DDIMScheduler, EulerDiscreteScheduler
+
+    if start.scaled:
+        yield EulerDiscreteScheduler(**_table(teacher, start.n), timestep_spacing="trailing")
+    elif (start.n + 1) % student.steps == 0:  # its step is the same each time
+        yield DDIMScheduler(**_table(teacher, start.n), timestep_spacing="trailing", clip_sample=False)
+    if not student.times or student.steps == 1:
+        return
+    ratios = table_of(teacher).ratio(torch.tensor([student.times[-1], start.t]).double()).tolist()
+    ends = dict(zip(("sigma_min", "sigma_max"), ratios, strict=True))
+    spacing = "trailing" if start.scaled else "leading"  # it determines the scale of the first input
+    for kind in ("karras", "exponential", "beta"):
+        options = {f"use_{kind}_sigmas": True, "timestep_spacing": spacing, **ends}
+        yield EulerDiscreteScheduler(**_table(teacher, start.last), **options)
+
+
+def table_of(teacher: Teacher) -> VP:
+    """The teacher's table of noise."""
+    schedule = teacher.denoiser.schedule
+    assert isinstance(schedule, VP)
+    return schedule
+
+
+def _table(teacher: Teacher, n: int) -> dict[str, object]:
     """Options of a scheduler with the teacher's table, cut after its timestep n."""
-    schedule: Any = teacher.denoiser.schedule
     return {
         "num_train_timesteps": n + 1,
-        **schedulers.betas(teacher.parts.scheduler(), schedule, n),
+        **schedulers.betas(teacher.parts.scheduler(), table_of(teacher), n),
         "steps_offset": 1,  # unused; SD's pipeline warns about other values
         "prediction_type": {kind: name for name, kind in schedulers.KINDS.items()}[teacher.denoiser.kind],
     }
 
 
-def _grids(teacher: Teacher, kind: Any, n: int, last: int, student: StudentConfig) -> Iterator[Any]:
+def _grids(
+    teacher: Teacher, kind: Callable[..., Scheduler], start: Start, student: StudentConfig
+) -> Iterator[Scheduler]:
     """LCM's or TCD's schedulers that start at n. They take `steps` points from a grid of K with spacing (n + 1) / K."""
     steps = student.steps
-    options = _table(teacher, n) | {"clip_sample": False}
-    whole = [K for K in range(steps, n + 2) if (n + 1) % K == 0]
-    if n == last:
+    levels = start.n + 1
+    options = _table(teacher, start.n) | {"clip_sample": False}
+    whole = [K for K in range(steps, levels + 1) if levels % K == 0]
+    if start.n == start.last:
         whole = [steps, *(K for K in (LCM,) if K > steps), *whole]
     for K in whole if student.times else whole[:1]:
         yield kind(**options, original_inference_steps=K)
 
 
-def of_flow(teacher: Teacher, student: StudentConfig) -> Iterator[Any]:
+def of_flow(teacher: Teacher, student: StudentConfig) -> Iterator[Scheduler]:
     """Schedulers of flows: first the teacher's own shift, then those closest to the given times."""
     from diffusers import FlowMatchEulerDiscreteScheduler
 
@@ -112,10 +146,10 @@ def of_flow(teacher: Teacher, student: StudentConfig) -> Iterator[Any]:
     if (start := times[0] if times else student.first(teacher.denoiser.schedule)) < 1:
         raise ValueError(f"a flow's pipeline starts at noise alone; this student starts at t = {start:.4g}")
     shift = float(config.get("shift") or config.get("flow_shift") or 1.0)
-    options: dict[str, Any] = {"num_train_timesteps": 1000, "use_dynamic_shifting": False}
+    options: dict[str, object] = {"num_train_timesteps": 1000, "use_dynamic_shifting": False}
     options["stochastic_sampling"] = student.transition.adds_noise and steps > 1
 
-    def make(shift: float, end: float | None, **more: bool) -> Any:
+    def make(shift: float, end: float | None, **more: bool) -> Scheduler:
         return FlowMatchEulerDiscreteScheduler(**options, shift=shift, shift_terminal=end, **more)
 
     end = shift / (steps + shift - 1)  # the level to which the shift maps 1 / steps

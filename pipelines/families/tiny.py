@@ -6,17 +6,31 @@ import importlib
 import json
 import string
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
+from torch import nn
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
+    from transformers import (
+        CLIPTextModel,
+        CLIPTextModelWithProjection,
+        CLIPTokenizer,
+        Gemma2Model,
+        GemmaTokenizer,
+        PreTrainedModel,
+        Qwen2_5_VLForConditionalGeneration,
+        Qwen2Tokenizer,
+        T5Tokenizer,
+    )
+
+M = TypeVar("M", bound=nn.Module)
 
 LETTERS = string.ascii_letters + string.digits + ".,:;!?-'\" "
 
 
-def save(name: str, folder: Any, **config: Any) -> None:
+def save(name: str, folder: str | Path, **config: object) -> None:
     """Save the tiny pipeline of a family to a folder. config: values that differ from its defaults."""
     family = importlib.import_module(f"{__package__}.{name}").FAMILY
     with torch.random.fork_rng():
@@ -33,7 +47,7 @@ def byte_symbols() -> list[str]:
     return [chr(c) for c in kept + others]
 
 
-def louder(module: Any, gain: float, *names: str) -> Any:
+def amplify(module: M, gain: float, *names: str) -> M:
     """Multiply parameters whose names contain one of `names`, so that every input changes the output."""
     with torch.no_grad():
         for name, p in module.named_parameters():
@@ -42,7 +56,7 @@ def louder(module: Any, gain: float, *names: str) -> Any:
     return module
 
 
-def clip_tokenizer() -> Any:
+def clip_tokenizer() -> CLIPTokenizer:
     """CLIP's byte-level tokenizer without merges: every letter is a token, 514 tokens in all."""
     from transformers import CLIPTokenizer
 
@@ -51,7 +65,7 @@ def clip_tokenizer() -> Any:
     return CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[], model_max_length=77)
 
 
-def clip(width: int = 32, projection: int | None = None) -> Any:
+def clip(width: int = 32, projection: int | None = None) -> CLIPTextModel | CLIPTextModelWithProjection:
     """A CLIP text encoder. With `projection` it also returns a pooled embedding of that width."""
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
@@ -69,7 +83,7 @@ def clip(width: int = 32, projection: int | None = None) -> Any:
     return (CLIPTextModelWithProjection if projection else CLIPTextModel)(config).eval()
 
 
-def t5_tokenizer(length: int = 77) -> Any:
+def t5_tokenizer(length: int = 77) -> T5Tokenizer:
     """A T5 tokenizer with single letters, padded to `length`."""
     from transformers import T5Tokenizer
 
@@ -77,7 +91,7 @@ def t5_tokenizer(length: int = 77) -> Any:
     return T5Tokenizer(vocab=vocab, extra_ids=0, model_max_length=length)
 
 
-def t5(width: int = 32, kind: str = "T5") -> Any:
+def t5(width: int = 32, kind: str = "T5") -> PreTrainedModel:
     """A T5 encoder ("T5" or "UMT5")."""
     import transformers
 
@@ -87,7 +101,7 @@ def t5(width: int = 32, kind: str = "T5") -> Any:
     return getattr(transformers, f"{kind}EncoderModel")(config).eval()
 
 
-def gemma_tokenizer() -> Any:
+def gemma_tokenizer() -> GemmaTokenizer:
     """Gemma's tokenizer without merges: every letter is a token, or else every byte."""
     from transformers import GemmaTokenizer
 
@@ -96,7 +110,7 @@ def gemma_tokenizer() -> Any:
     return GemmaTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[])
 
 
-def gemma(width: int = 32) -> Any:
+def gemma(width: int = 32) -> Gemma2Model:
     """A Gemma 2 model without its output head."""
     from transformers import Gemma2Config, Gemma2Model
 
@@ -112,7 +126,7 @@ def gemma(width: int = 32) -> Any:
     return Gemma2Model(config).eval()
 
 
-def qwen_tokenizer() -> Any:
+def qwen_tokenizer() -> Qwen2Tokenizer:
     """Qwen2's byte-level tokenizer without merges. The marks of a chat's turns are tokens."""
     from transformers import Qwen2Tokenizer
 
@@ -122,7 +136,7 @@ def qwen_tokenizer() -> Any:
     return tokenizer
 
 
-def qwen(width: int = 32) -> Any:
+def qwen(width: int = 32) -> Qwen2_5_VLForConditionalGeneration:
     """A Qwen2.5-VL model."""
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
@@ -135,7 +149,7 @@ def qwen(width: int = 32) -> Any:
     return Qwen2_5_VLForConditionalGeneration(config).eval()
 
 
-def vae(latent: int = 4, levels: int = 2, **config: Any) -> AutoencoderKL:
+def vae(latent: int = 4, levels: int = 2, **config: object) -> AutoencoderKL:
     """An AutoencoderKL that halves the image levels - 1 times."""
     from diffusers import AutoencoderKL
 

@@ -6,15 +6,15 @@ The pipeline takes neither timesteps nor sigmas as arguments, so a student's tim
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor, nn
 
 from distill.diffusion.denoiser import Condition, Denoiser
 from pipelines import fields
-from pipelines.components import Parts, Pipeline
+from pipelines.components import Parts
 from pipelines.families import latents, student_schedulers
 from pipelines.families.base import Family, Model, Teacher
+from pipelines.protocols import Config, Pipeline
 
 LENGTH = 512  # tokens of a prompt
 SIZES = {480: (480, 832), 704: (704, 1280), 720: (720, 1280)}  # resolution -> height, width; others are square
@@ -76,7 +76,7 @@ def sample(
     return pipe(list(prompts), many, height, width, latents=z, **options).frames.transpose(1, 2)
 
 
-def tiny(**config: Any) -> Any:
+def tiny(**config: object) -> Pipeline:
     from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
 
     from pipelines.families import tiny
@@ -92,13 +92,13 @@ def tiny(**config: Any) -> Any:
         rope_max_seq_len=32,
     )
     flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
-    tiny.louder(net, 3.0, "text_embedder", "attn2.norm_k", "attn2.to_v", "attn2.to_out")
-    tiny.louder(vae, 3.0, "conv_out")
+    tiny.amplify(net, 3.0, "text_embedder", "attn2.norm_k", "attn2.to_v", "attn2.to_out")
+    tiny.amplify(vae, 3.0, "conv_out")
     parts = tiny.t5_tokenizer(), tiny.t5(kind="UMT5"), vae, UniPCMultistepScheduler(**flow), net
     return WanPipeline(*parts, **config)
 
 
-def condition(config: Any) -> dict[str, tuple[int, ...]]:
+def condition(config: Config) -> dict[str, tuple[int, ...]]:
     """Shapes of the condition of one sample."""
     return {"prompt_embeds": (LENGTH, config.text_dim)}
 

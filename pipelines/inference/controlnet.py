@@ -133,7 +133,7 @@ def install_adapter(teacher: Teacher) -> None:
     teacher.denoiser = replace(teacher.denoiser, call=ControlledCall(teacher.denoiser.call))
 
 
-def build_adapter(net: Network, channels: int, factor: int) -> ControlNetModel:
+def build_adapter(net: nn.Module, channels: int, factor: int) -> ControlNetModel:
     """An adapter for control images [B, channels, factor H, factor W] of a UNet with samples [B, ., H, W]."""
     from diffusers import ControlNetModel, UNet2DConditionModel, UNet2DModel
 

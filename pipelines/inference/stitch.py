@@ -41,7 +41,7 @@ ODE = ("DDIMScheduler", "EulerDiscreteScheduler", "FlowMatchEulerDiscreteSchedul
 class SamplingStage:
     """One stage of a stitched sampler: the calls of a pipeline's scheduler or a solver, without the first `skip`."""
 
-    pipe: Pipeline  # a diffusers pipeline, or a Teacher
+    pipe: Pipeline | Teacher  # a diffusers pipeline, or a Teacher
     steps: int  # number of steps of the complete sampler
     guidance: float = 1.0  # lambda with the solver cfg++; students have none
     skip: int = 0  # number of its first calls that the stages before it replace

@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +33,7 @@ from distill.random import Draw
 from distill.roles import Batch, Nets
 from distill.training.prepare import owners, start
 from distill.training.step import set_trainable, steps_into_generation
-from pipelines.components import Network
+from pipelines.protocols import Network
 
 if TYPE_CHECKING:
     from distill.method import Method, Update
@@ -309,10 +309,10 @@ def cost(
 def set_recompute(nets: Nets, mode: TorchFunctionMode | None, on: bool) -> None:
     """Switch recomputation of blocks on or off for every network that has it. mode: active while they recompute."""
     recompute = partial(checkpoint, use_reentrant=False, context_fn=lambda: (nullcontext(), mode or nullcontext()))
-    roles: dict[str, Network] = nets.frozen() | nets.modules()
-    for role, net in roles.items():
-        if role in ("disc", "target") or not hasattr(net, "enable_gradient_checkpointing"):
+    for role, module in (nets.frozen() | nets.modules()).items():
+        if role in ("disc", "target") or not hasattr(module, "enable_gradient_checkpointing"):
             continue
+        net = cast(Network, module)
         if on:
             net.enable_gradient_checkpointing(recompute)
         else:
@@ -430,9 +430,14 @@ def _with_meta_null(nets: Nets) -> Nets:
     if nets.teacher.null is None:
         return nets
     null = {key: value.to("meta") for key, value in nets.teacher.null.items()}
-    on = lambda denoiser: denoiser if denoiser is None else replace(denoiser, null=null)
-    student = replace(nets.student, denoiser=on(nets.student.denoiser))
-    return replace(nets, teacher=on(nets.teacher), student=student, fake=on(nets.fake), target=on(nets.target))
+    on = lambda denoiser: replace(denoiser, null=null)
+    return replace(
+        nets,
+        teacher=on(nets.teacher),
+        student=replace(nets.student, denoiser=on(nets.student.denoiser)),
+        fake=nets.fake and on(nets.fake),
+        target=nets.target and on(nets.target),
+    )
 
 
 def distinct(*nets: nn.Module) -> Iterator[Tensor]:

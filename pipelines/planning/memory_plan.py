@@ -14,10 +14,9 @@ from distill.configuration import Config
 from distill.diffusion.student import grid_times
 from distill.method import Method, Requirement
 from distill.training.step import BUCKET
-from pipelines.components import Network
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from distill.roles import Nets
     from pipelines.planning.flop_counter import Cost
@@ -173,7 +172,7 @@ def moments(numel: int, kind: str) -> int:
     return 8 * numel + (0 if kind == "adamw8bit" else 4)  # torch stores the step count in a float32 per parameter
 
 
-def gathered_sizes(net: Network) -> tuple[int, int]:
+def gathered_sizes(net: nn.Module) -> tuple[int, int]:
     """(parameters of the largest FSDP unit, parameters outside units). Two units and the rest are gathered."""
     from pipelines.planning.flop_counter import units
 

@@ -21,7 +21,7 @@ from distill.data.online import Texts, crop
 from distill.method import Requirement
 from distill.random import Draw
 from pipelines import load
-from pipelines.cache import encodings
+from pipelines.cache import encodings, writer
 from pipelines.families import tiny
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -206,15 +206,15 @@ class TestBytes:
     )
     def test_of_a_teacher(self, shapes, told):
         rows = {key: torch.ones(1, *shape) for key, shape in shapes.items()}
-        entry = encodings.layout(encodings.Cache(), 500_000, rows)
-        assert encodings.human(entry["total"] * entry["bytes"]) == told
+        entry = writer.table_entry(encodings.Cache().writing, 500_000, rows)
+        assert writer.human(entry["total"] * entry["bytes"]) == told
         assert entry["per_shard"] * entry["bytes"] <= 10**9 < (entry["per_shard"] + 1) * entry["bytes"]
 
     @pytest.mark.parametrize(
         "n, told", ((0, "0 bytes"), (999, "999 bytes"), (1e3, "1.0 kB"), (2.098e12, "2.1 TB"), (3.7e15, "3700 TB"))
     )
     def test_human(self, n, told):
-        assert encodings.human(n) == told
+        assert writer.human(n) == told
 
     def test_told_is_written(self, home, made):
         index = json.loads((made / "index.json").read_text())
@@ -306,7 +306,7 @@ encodings.main(sys.argv[1:])
         (tmp_path / "c").mkdir()
         for rank, files in ((1, {1}), (0, {0, 1, 2})):
             state = SimpleNamespace(process_index=rank, num_processes=2, is_main_process=rank == 0)
-            encodings.fill(tmp_path / "c", "text", text, entry, options, state)
+            writer.write_table(tmp_path / "c", "text", text, entry, options.writing, state)
             assert {int(path.stem[-5:]) for path in (tmp_path / "c").iterdir()} == files
         assert content(tmp_path / "c").items() <= content(made).items()
 

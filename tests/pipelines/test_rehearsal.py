@@ -171,7 +171,7 @@ def test_a_network_that_is_told_its_guidance(copy):
     """An LCM's: 7.5 where nothing is said, the pipeline's own default; the card's call says it."""
     (copy / "unet").rename(copy / "other")
     torch.manual_seed(1)
-    tiny.louder(sd.unet(time_cond_proj_dim=16), 5.0, "cond_proj").save_pretrained(copy / "unet")
+    tiny.amplify(sd.unet(time_cond_proj_dim=16), 5.0, "cond_proj").save_pretrained(copy / "unet")
     teacher, student, scheduler = rehearsed(copy, steps=2, scale=1.0)
     found = exported(teacher, student, scheduler, copy.parent / "out")
     assert found.gaps["pipeline"].largest < 1e-3

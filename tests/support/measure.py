@@ -46,7 +46,7 @@ ORDER = {
         "__main__",
     ),
     "pipelines": (
-        "fields markdown launch",
+        "fields markdown launch protocols",
         "components",
         "edm_nets",
         "identity families",
