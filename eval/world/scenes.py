@@ -155,8 +155,8 @@ class World(ABC):
             if row is None:
                 words = "; ".join(f"{a.name}: {', '.join(a.values)}" for a in self.attributes)
                 raise ValueError(
-                    f"the world has no scene {caption!r}. A caption reads like {self.caption(self.scenes[0])!r}; objects "
-                    f"and background have different colours. The values are: {words}"
+                    f"the world has no scene {caption!r}. A caption reads like {self.caption(self.scenes[0])!r}; "
+                    f"objects and background have different colours. The values are: {words}"
                 )
             rows.append(row)
         return torch.tensor(rows).view(-1, len(self.attributes))
@@ -166,21 +166,29 @@ class World(ABC):
         """The words of all captions, sorted."""
         return tuple(sorted({word for scene in self.scenes for word in self.caption(scene).split()}))
 
-    def draw(self, scenes: Tensor, generator: torch.Generator) -> Tensor:
-        """Images [B, 3, side, side] in [-1, 1]. Position, radius and colours vary within a caption."""
+    @property
+    def variations(self) -> int:
+        """Numbers that vary an image within its caption: 3 of the background, 6 of each object."""
+        return 3 + 6 * len(self.objects)
 
-        def uniform(*shape: int) -> Tensor:
-            return torch.rand(len(scenes), *shape, generator=generator) * 2 - 1
-
-        colour = PALETTE[scenes[:, -1]] + TINT * uniform(3)
+    def render(self, scenes: Tensor, variation: Tensor) -> Tensor:
+        """Images [B, 3, side, side] in [-1, 1]. variation [B, variations] in [-1, 1]: tint, position and radius."""
+        parts = variation.float().split([3, *([2, 1, 3] * len(self.objects))], 1)
+        colour = PALETTE[scenes[:, -1]] + TINT * parts[0]
         images = colour[:, :, None, None].expand(-1, 3, self.side, self.side)
         for i, (colour_column, shape_column) in enumerate(self.objects):
-            centre = self.centres(scenes)[:, i] + self.jitter * uniform(2)
-            radius = self.radii(scenes)[:, i] * (1 + SWELL * uniform())
+            position, swell, tint = parts[1 + 3 * i : 4 + 3 * i]
+            centre = self.centres(scenes)[:, i] + self.jitter * position
+            radius = self.radii(scenes)[:, i] * (1 + SWELL * swell[:, 0])
             share = cover(scenes[:, shape_column], centre[:, 0], centre[:, 1], radius, self.side)[:, None]
-            colour = PALETTE[scenes[:, colour_column]] + TINT * uniform(3)
+            colour = PALETTE[scenes[:, colour_column]] + TINT * tint
             images = images * (1 - share) + colour[:, :, None, None] * share
         return images.clamp(0, 1) * 2 - 1
+
+    def draw(self, scenes: Tensor, seed: int) -> Tensor:
+        """Images [B, 3, side, side] in [-1, 1] of scenes, varied by a generator of this seed."""
+        generator = torch.Generator().manual_seed(seed)
+        return self.render(scenes, torch.rand(len(scenes), self.variations, generator=generator) * 2 - 1)
 
 
 class OneObject(World):
