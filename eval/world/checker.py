@@ -41,7 +41,7 @@ def load_templates(side: int) -> Templates:
     positions = torch.arange(2.5, UNITS - 2.5 + STEP / 2, STEP)
     shapes = torch.arange(len(SHAPES), dtype=torch.float32)
     geometry = torch.cartesian_prod(shapes, torch.tensor(RADII), positions, positions)[:, [0, 2, 3, 1]]
-    coverage = torch.cat([cover(*part.T, side) for part in geometry.split(500)]).flatten(1)
+    coverage = torch.cat([cover(part, side) for part in geometry.split(500)]).flatten(1)
     return Templates(geometry, coverage, coverage.square().sum(1))
 
 
@@ -78,7 +78,7 @@ def _inspect_batch(images: Tensor, objects: int) -> Inspection:
         product = rest @ templates.coverage.T  # [B, 3, T]
         best = (product.square().sum(1) / templates.energy).argmax(1)
         place = _refine(rest, templates.geometry[best], images.shape[-1])
-        share = cover(*place.T, images.shape[-1]).flatten(1)[:, None]  # [B, 1, P]
+        share = cover(place, images.shape[-1]).flatten(1)[:, None]  # [B, 1, P]
         contrast = (rest * share).sum(2) / share.square().sum(2)  # [B, 3]
         rest = rest - contrast[:, :, None] * share
         geometry.append(place)
@@ -101,7 +101,7 @@ def _refine(rest: Tensor, geometry: Tensor, side: int) -> Tensor:
         zero = torch.zeros(1)
         offsets = torch.cartesian_prod(*(fraction * steps[i] * AROUND if i in columns else zero for i in range(4)))
         near = geometry[:, None] + offsets  # [B, N, 4]
-        share = cover(*near.flatten(0, 1).T, side).view(len(rest), len(offsets), -1)  # [B, N, P]
+        share = cover(near.flatten(0, 1), side).view(len(rest), len(offsets), -1)  # [B, N, P]
         product = torch.einsum("bcp,bnp->bnc", rest, share)
         best = (product.square().sum(2) / share.square().sum(2)).argmax(1)
         geometry = near[torch.arange(len(rest)), best]
@@ -114,7 +114,7 @@ def _nearest_colour(values: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Check:
+class Agreement:
     """Images against their captions. The last three are of the first object and the background."""
 
     correct: Tensor  # [B, attributes]
@@ -145,7 +145,7 @@ class Check:
         }
 
 
-def check(world: World, images: Tensor, scenes: Tensor) -> Check:
+def compare_scenes(world: World, images: Tensor, scenes: Tensor) -> Agreement:
     """Whether images [B, 3, side, side] in [-1, 1] show scenes [B, attributes]."""
     if len(images) != len(scenes):
         raise ValueError(f"{len(images)} images, but {len(scenes)} scenes: give one scene for each image")
@@ -157,7 +157,7 @@ def check(world: World, images: Tensor, scenes: Tensor) -> Check:
     best = correct.float().sum(2).argmax(0)
     rows = torch.arange(len(scenes))
     geometry = torch.stack([order.geometry for order in orders])[best, rows]
-    return Check(
+    return Agreement(
         correct=correct[best, rows],
         clean=found.residual < CLEAN,
         position=geometry[:, 0, 1:3] - world.centres(scenes)[:, 0],

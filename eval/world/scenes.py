@@ -51,13 +51,15 @@ TINT = 0.05  # largest change of a colour's channel
 SUBSAMPLES = 4  # a pixel's coverage is counted on so many points a side
 
 
-def cover(shape: Tensor, row: Tensor, column: Tensor, radius: Tensor, side: int) -> Tensor:
-    """[B, side, side]: the share of each pixel inside an object. shape: index in SHAPES; all [B], lengths in units."""
+def cover(geometry: Tensor, side: int) -> Tensor:
+    """[B, side, side]: the share of each pixel inside an object.
+
+    geometry [B, 4]: the shape's index in SHAPES, row and column of the centre, and radius, in units.
+    """
     points = (torch.arange(side * SUBSAMPLES) + 0.5) * (UNITS / (side * SUBSAMPLES))
-    shape = shape[:, None, None]
-    radius = radius[:, None, None]
-    y = points[None, :, None] - row[:, None, None]
-    x = points[None, None, :] - column[:, None, None]
+    shape, row, column, radius = geometry[:, :, None, None].unbind(1)  # [B, 1, 1]
+    y = points[None, :, None] - row
+    x = points[None, None, :] - column
     half = 0.886 * radius  # a square of the circle's area
     circle = y * y + x * x <= radius * radius
     square = (y.abs() <= half) & (x.abs() <= half)
@@ -180,7 +182,8 @@ class World(ABC):
             position, swell, tint = parts[1 + 3 * i : 4 + 3 * i]
             centre = self.centres(scenes)[:, i] + self.jitter * position
             radius = self.radii(scenes)[:, i] * (1 + SWELL * swell[:, 0])
-            share = cover(scenes[:, shape_column], centre[:, 0], centre[:, 1], radius, self.side)[:, None]
+            geometry = torch.stack([scenes[:, shape_column], *centre.unbind(1), radius], 1)
+            share = cover(geometry, self.side)[:, None]
             colour = PALETTE[scenes[:, colour_column]] + TINT * tint
             images = images * (1 - share) + colour[:, :, None, None] * share
         return images.clamp(0, 1) * 2 - 1

@@ -58,7 +58,7 @@ ORDER = {
     ),
     "eval": (
         "cli files markup protocols",
-        "images",
+        "images world",
         "features",
         "metrics",
         "sampling",
