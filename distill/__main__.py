@@ -39,6 +39,7 @@ COMMANDS = {  # title: {subcommand: (module with a function main, description)}
         "score": ("eval.score", "figures of folders of images"),
         "verify": ("eval.verify", "the figures against those of other libraries"),
         "hallucination": ("eval.hallucination", "the share of images far from all real and teacher images"),
+        "world": ("eval.world.__main__", "the captioned world: data to train on, and what images show"),
         "layouts": ("eval.layouts", "images in the folders that GenEval and other benchmarks read"),
         "protocols": ("eval.protocols", "list the protocols, and what each lacks here"),
         "watch": ("eval.watch", "choose a checkpoint of a run"),

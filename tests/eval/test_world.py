@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from distill.diffusion.schedule import VP
 from distill.random import Draw
-from eval.world import WORLDS, load_world
+from eval.world import WORLDS, folder, load_world
 from eval.world.checker import compare_scenes, inspect
 from eval.world.scenes import COLOURS, NEW_PAIRS, SHAPES
 from recipes import world_model as model
@@ -125,6 +125,40 @@ def test_spread():
     assert spread["tint"] == pytest.approx(0.05 / 3**0.5, rel=0.05)
     still = compare_scenes(world, world.render(scenes, torch.zeros(len(scenes), world.variations)), scenes).spread()
     assert still["position"] < 0.02 and still["radius"] < 0.02 and still["tint"] < 1e-4
+
+
+# ---- folders ----
+
+
+def test_folders(tmp_path, capsys):
+    """Data have the training captions; real images score 1; wrong captions are seen, unknown ones refused."""
+    folder.write_data(tmp_path / "data", n=60)
+    world = load_world("world")
+    assert (tmp_path / "data" / "prompts.txt").read_text().splitlines() == world.captions()
+    figures = folder.score(tmp_path / "data" / "images")
+    assert (
+        figures["all"].value == 1
+        and figures["all"].low > 0.9
+        and figures["spread of position"] == pytest.approx(1, abs=0.3)
+    )
+    assert "spread of tint" in capsys.readouterr().out
+    folder.write_prompts(tmp_path / "new.txt", split="new", n=300)
+    lines = (tmp_path / "new.txt").read_text().splitlines()
+    assert len(lines) == 300 and set(lines) == set(world.captions("new"))
+    metadata = tmp_path / "data" / "images" / "metadata.jsonl"
+    text = metadata.read_text()
+    metadata.write_text(text.replace("red", "blue").replace(" on a blue", " on a white"))
+    assert folder.score(tmp_path / "data" / "images")["colour"].value < 1
+    for content, message in (
+        (text.replace("circle", "disc"), "the world has no scene"),
+        (text.split("\n")[0], "has 1 prompts for 60 images"),
+    ):
+        metadata.write_text(content)
+        with pytest.raises(ValueError, match=message):
+            folder.score(tmp_path / "data" / "images")
+    metadata.unlink()
+    with pytest.raises(ValueError, match="has no metadata.jsonl"):
+        folder.score(tmp_path / "data" / "images")
 
 
 # ---- the teacher's parts ----
