@@ -163,7 +163,7 @@ def bare(kind: str, cfg: Bench) -> Callable[[], Any]:
     import torch
     from accelerate import Accelerator
 
-    from distill.diffusion.denoiser import _Reached, tapped
+    from distill.diffusion.denoiser import _StopForward, capture_features
     from distill.losses import jvp
     from distill.networks.discriminator import head
     from pipelines.families import edm
@@ -178,10 +178,10 @@ def bare(kind: str, cfg: Bench) -> Callable[[], Any]:
     net.requires_grad_(kind in ("f", "cf"))
 
     def feature(x: Any) -> Any:
-        with tapped(net, ("mid_block",), stop=True) as found:
+        with capture_features(net, ("mid_block",), stop=True) as found:
             try:
                 net(x, t, class_labels=labels)
-            except _Reached:
+            except _StopForward:
                 return found["mid_block"]
 
     disc = head(feature(x)).to(device).requires_grad_(kind == "cf") if kind.startswith("c") else None

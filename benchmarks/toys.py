@@ -163,7 +163,7 @@ class MLP(nn.Module):
 
 def exact(problem: str, schedule: str) -> Denoiser:
     """The teacher: written once for alpha = 1, and spoken to on `schedule`."""
-    return Denoiser(Exact(PROBLEMS[problem]), EDM(), "x0").on(SPACES[schedule].schedule)
+    return Denoiser(Exact(PROBLEMS[problem]), EDM(), "x0").on_schedule(SPACES[schedule].schedule)
 
 
 @cache

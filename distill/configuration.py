@@ -30,6 +30,7 @@ REMOVED = {  # fields of methods in earlier versions -> what holds now
     "phases": "the phases of PCM are the student's calls, --student.steps or --student.times",
     "places": "the heads of PCM have a logit for each place",
 }
+FORMER_CLASSES = {"Forgetting": "SFD", "Rewarded": "RewardGuided", "Proxied": "RGLCD"}  # of methods, in stored runs
 WRITTEN = ("teacher", "method", "student", "output_dir", "seed")  # first and last fields of a run's config.yaml
 
 
@@ -98,7 +99,7 @@ def parse(default: Config[M, D], argv: list[str] | None = None, doc: str | None 
             flag = next((arg.partition("=")[0] for arg in argv[i::-1] if arg.startswith("--")), "the command line")
             fail(f"{flag} takes no {unknown[0]!r}: see --help")
         if unknown:
-            _removed(unknown[0].removeprefix("--").partition("=")[0], "the flag")
+            _refuse_removed_field(unknown[0].removeprefix("--").partition("=")[0], "the flag")
             cli()  # its error message names similar flags
         validate_ranges(config, "--")
     except ValueError as error:  # raised by a dataclass
@@ -134,7 +135,12 @@ def read_run_config(run: Path) -> tuple[str, str, dict[str, Any]]:
     if lacking or not nested or not (named := re.match(r"# (\w+)\n", text)):
         why = f"it has no {lacking[0]}" if lacking else "its first line, its method or its student is not that of a run"
         raise ValueError(f"{path} is truncated or damaged ({why}): restore it; exports and checkpoints have a copy")
-    return text, named[1], tree
+    return text, current_classes(named[1]), tree
+
+
+def current_classes(method: str) -> str:
+    """Classes of a stored run, "Rewarded(SiD)" for example, by their names of today."""
+    return re.sub(r"\w+", lambda word: FORMER_CLASSES.get(word[0], word[0]), method)
 
 
 def dump(config: Config[Any, Any]) -> str:
@@ -161,12 +167,12 @@ def _check_name(name: str, known: list[str], table: bool) -> None:
     """Refuse a name that is not a field, for example "help" and other flags of the command line."""
     if name in known or (table and any(one.startswith(f"{name}.") for one in known)):
         return
-    _removed(name, "its line")
+    _refuse_removed_field(name, "its line")
     near = difflib.get_close_matches(name, known, 1)
     fail(f"--config: there is no --{name[:200]}{f'; --{near[0]} is the nearest' if near else ''}; see --help")
 
 
-def _removed(name: str, what: str) -> None:
+def _refuse_removed_field(name: str, what: str) -> None:
     """Refuse a field that an earlier version had."""
     why = REMOVED.get(name.rpartition(".")[2]) if name.startswith("method.") else None
     if why:

@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from distill.configuration import Config, dump, escape_for_terminal, read_run_config
+from distill.configuration import Config, current_classes, dump, escape_for_terminal, read_run_config
 from distill.files import read_text, write_atomically
 from distill.method import Method, Requirement
 
@@ -32,7 +32,7 @@ OWN = ("output_dir", "resume_from_checkpoint", "resume_allow", "replay")  # fiel
 
 
 def name(method: Any) -> str:
-    """The class of a method and of the methods that it wraps: Rewarded(SiD)."""
+    """The class of a method and of the methods that it wraps: RewardGuided(SiD)."""
     inner = [getattr(method, field.name) for field in dataclasses.fields(method)]
     inner = [name(value) for value in inner if isinstance(value, Method)]
     return f"{type(method).__name__}({', '.join(inner)})" if inner else type(method).__name__
@@ -161,7 +161,8 @@ def _entries(run: Path) -> list[dict[str, Any]]:
         try:
             one = json.loads(line)
             _flat(one["config"])
-            whole = isinstance(one["method"], str) and isinstance(one.get("teacher", {}), dict)
+            one["method"] = current_classes(one["method"])
+            whole = isinstance(one.get("teacher", {}), dict)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             whole = False
         if not whole:

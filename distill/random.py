@@ -21,7 +21,7 @@ _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 
 def threefry(key: tuple[int, int], a: Words, b: Words) -> tuple[Words, Words]:
     """The counter-based generator Threefry-2x32 with 20 rounds (Salmon et al. 2011): two int32 words per counter."""
-    k = [_signed(key[0]), _signed(key[1]), _signed(key[0] ^ key[1] ^ 0x1BD11BDA)]
+    k = [_to_int32(key[0]), _to_int32(key[1]), _to_int32(key[0] ^ key[1] ^ 0x1BD11BDA)]
     a = a + k[0]
     b = b + k[1]
     for i in range(5):
@@ -33,11 +33,11 @@ def threefry(key: tuple[int, int], a: Words, b: Words) -> tuple[Words, Words]:
             b |= low
             b ^= a
         a += k[(i + 1) % 3]
-        b += _signed(k[(i + 2) % 3] + i + 1)
+        b += _to_int32(k[(i + 2) % 3] + i + 1)
     return a, b
 
 
-def _signed(n: int) -> int:
+def _to_int32(n: int) -> int:
     n &= 0xFFFFFFFF
     return n - (1 << 32) if n >> 31 else n
 
@@ -95,7 +95,7 @@ class Draw:
         """Uniform integers 0 .. n - 1, one per sample [B]."""
         return (self.uniform(name, (len(self.samples),)).double() * n).long().clamp(max=n - 1)
 
-    def apart(self, name: str) -> Draw:
+    def independent_stream(self, name: str) -> Draw:
         """An independent source for a second batch of the same update."""
         other = copy.copy(self)
         other.seed = _hash(self.seed, name)[0]

@@ -103,7 +103,7 @@ class Nets:
         return {"teacher": self.teacher.net, **worse, **past, **experts}
 
     @property
-    def finished(self) -> Student:
+    def reference_student(self) -> Student:
         """The teacher wrapped as a Student: the reference policy when an exported student is fine-tuned."""
         return replace(self.student, denoiser=self.teacher)
 
@@ -117,9 +117,9 @@ class Nets:
         z = draw.normal("z", (len(draw.samples), *self.shape))
         return self.student.generate(z, batch.get("c"), draw, steps, to)
 
-    def walk(self, batch: Batch, draw: Draw) -> list[Tensor]:
-        """Every x of the generation of that sample, then the sample (Student.walk)."""
-        return self.student.walk(draw.normal("z", (len(draw.samples), *self.shape)), batch.get("c"), draw)
+    def trajectory(self, batch: Batch, draw: Draw) -> list[Tensor]:
+        """Every x of the generation of that sample, then the sample (Student.trajectory)."""
+        return self.student.trajectory(draw.normal("z", (len(draw.samples), *self.shape)), batch.get("c"), draw)
 
 
 def _require(role: T | None, name: str) -> T:

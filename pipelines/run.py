@@ -184,7 +184,7 @@ def with_method_times(method: Method, teacher: Teacher, student: StudentConfig) 
     if student.times is not None:
         return student
     schedule = teacher.denoiser.schedule
-    return dataclasses.replace(student, times=method.call_times(student.steps, student.first(schedule), schedule))
+    return dataclasses.replace(student, times=method.call_times(student.steps, student.first_time(schedule), schedule))
 
 
 def resolve_student_schedule(teacher: Teacher, student: StudentConfig) -> tuple[Scheduler, StudentConfig]:
@@ -336,14 +336,14 @@ def prepare_processes(cfg: TrainConfig, out: Path) -> Accelerator:
     """Start the processes of a run and seed them. ValueError for options of `cfg` that cannot run here."""
     from accelerate.utils import set_seed
 
-    from distill.training.prepare import supported
+    from distill.training.prepare import validate_launch
 
     if cfg.deterministic:
         precision.deterministic()
     tracker = None if cfg.report_to == "none" else cfg.report_to
     accelerator = start_accelerator(log_with=tracker, project_dir=out)
     cfg.micro_batch(accelerator.num_processes)
-    supported(cfg, accelerator)
+    validate_launch(cfg, accelerator)
     silence_libraries()
     set_seed(cfg.seed)
     return accelerator
@@ -450,7 +450,7 @@ def preview(run: Run, state: State, log: Log) -> None:
                 if nets.control is not None:  # the control image of the previous sample
                     base = dataclasses.replace(nets.student, denoiser=nets.teacher)
                     c["control"] = nets.control(base.generate(z, c, draw)).roll(1, 0)
-                x = nets.student.using(state.ema.net).generate(z, c, draw)
+                x = nets.student.with_network(state.ema.net).generate(z, c, draw)
             if accelerator.is_main_process:
                 images += [run.teacher.decode(sample).cpu() for sample in x.split(1)]
         if images:
@@ -537,7 +537,7 @@ def restore_full_precision(nets: Nets, state: State, teacher: Teacher) -> None:
     roles = (*nets.frozen().values(), state.ema.net, *nets.modules().values())
     for module in roles:
         module.to("cpu")
-        precision.unset(module)
+        precision.reset_attention(module)
     net = teacher.denoiser.net
     if all(p.dtype == torch.float32 for p in net.parameters()):
         return

@@ -16,7 +16,7 @@ from distill import methods
 from distill.configuration import Config
 from distill.data import Digits, digits
 from distill.data.labels import LabelPairs
-from distill.diffusion.curriculum import Closing, Doubling
+from distill.diffusion.curriculum import ECTCurriculum, ICTCurriculum
 from distill.diffusion.times import Karras, LogitNormal, LogNormal, StudentT, Uniform
 from distill.method import Method
 from distill.methods.disback import Degradation
@@ -154,7 +154,7 @@ add(
     "Choose it where a student must not make some of what its teacher makes. It replaces one class by another. A "
     "class that is replaced by several becomes a mixture of them. In this table an eight that was asked for as a "
     "three counts as an error, in the accuracy and in the distances.",
-    methods.Forgetting(SID, forget=(3,), override=(8,)),
+    methods.SFD(SID, forget=(3,), override=(8,)),
     LOW,
     max_train_steps=1000,  # half of SiD's: each step has two batches
     learning_rate=3e-4,
@@ -164,7 +164,7 @@ add(
     "SiD with a reward: how sure a linear classifier is of the label. One step.",
     "Choose it where samples must score high on something that has a gradient: a classifier, CLIP. Without a clamp, "
     "or with a large weight, the student learns to exploit the reward.",
-    methods.Rewarded(
+    methods.RewardGuided(
         SID,
         reward="labels",
         weight=1.0,
@@ -394,7 +394,7 @@ add(
     "Choose it where a reward has no gradient, or where its gradient through the decoder costs too much. The learned "
     "proxy is right only near samples that it has seen: watch proxy_right, and keep the weight low enough that the "
     "student stays there.",
-    methods.Proxied(LCD, weight=0.01, reward="labels", tau=1.0),  # tau: of log p of a label, no cosine
+    methods.RGLCD(LCD, weight=0.01, reward="labels", tau=1.0),  # tau: of log p of a label, no cosine
     TWO,
     note="The reward is how sure a linear classifier is of the label; the digits have no decoder, so here the proxy "
     "only stands between. --method.weight 0 is CD itself.",
@@ -421,7 +421,7 @@ add(
     "ECT: one step, from the teacher's weights and the scans alone.",
     "Choose it where there are many images and a teacher is expensive to call. The two noise levels of a pair "
     "approach each other in stages, so a short run stays blurred. The value of the loss says little.",
-    methods.CT(Closing(LogNormal(-0.8, 1.6), every=750)),  # eight stages
+    methods.CT(ECTCurriculum(LogNormal(-0.8, 1.6), every=750)),  # eight stages
     HIGH,
     note="The teacher is where the student starts, and is not called.",
     max_train_steps=6000,  # CD's 4000 make as many network calls
@@ -435,7 +435,7 @@ add(
     "Choose it for long runs where there is no good teacher. With few images its targets are noisy, and c must grow "
     "with the dimension of a sample.",
     methods.CT(
-        Doubling(n_0=10, n_1=160, steps=6000, low=0.02, high=20.0, mean=-0.8, std=1.6),  # five stages
+        ICTCurriculum(n_0=10, n_1=160, steps=6000, low=0.02, high=20.0, mean=-0.8, std=1.6),  # five stages
         c=0.0043,  # paper: 0.00054 times the root of 64 pixels
     ),
     HIGH,
@@ -451,7 +451,7 @@ add(
     "sLCT's terms: one step, from the scans alone.",
     "Choose it for latents with outliers and without a teacher. It couples the noise over all images of a micro-batch "
     "that share a condition. There must be many of them, so it suits one or few classes.",
-    methods.SLCT(Doubling(n_0=10, n_1=160, steps=6000, low=0.02, high=20.0, mean=-0.8, std=1.6), c=8.0),
+    methods.SLCT(ICTCurriculum(n_0=10, n_1=160, steps=6000, low=0.02, high=20.0, mean=-0.8, std=1.6), c=8.0),
     HIGH,
     note="The student starts from the teacher, which is not called.",
     max_train_steps=6000,  # CD's 4000 make as many network calls
@@ -464,7 +464,7 @@ add(
     "TCM: one step, from ECT's student and the scans alone.",
     "Choose it after ECT or iCT, for one step and with many images. It is as good as its first stage below s' and is "
     "not trained for lower noise levels: two steps are at 20 and s'.",
-    methods.TCM(Closing(StudentT(high=20.0), q=256.0, every=MOST)),  # the pairs of ECT's last stage
+    methods.TCM(ECTCurriculum(StudentT(high=20.0), q=256.0, every=MOST)),  # the pairs of ECT's last stage
     HIGH,
     note="Pass --student.init runs/digits/ect/checkpoint-6000, which --method ect has made; without it the first stage "
     "is the teacher itself, which is no consistency function. The teacher is not called.",

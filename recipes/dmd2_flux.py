@@ -6,7 +6,7 @@ was published for this teacher: values ours, not run at full size. The teacher i
 
 from distill.configuration import Config
 from distill.data import Text
-from distill.diffusion.times import Shifted, Uniform
+from distill.diffusion.times import ShiftedTimes, Uniform
 from distill.methods import DMD2
 from distill.networks.lora import LoRA
 from distill.training.config import FakeConfig, StudentConfig, TrainConfig
@@ -17,8 +17,8 @@ CONFIG = Config(
         guidance=1.0,
         gan=0.0,
         gan_fake=0.0,
-        times=Shifted(Uniform(0.02, 0.98), 3.0),
-        fake_times=Shifted(Uniform(0.0, 0.999), 3.0),
+        times=ShiftedTimes(Uniform(0.02, 0.98), 3.0),
+        fake_times=ShiftedTimes(Uniform(0.0, 0.999), 3.0),
     ),
     data=Text(),
     teacher="black-forest-labs/FLUX.1-dev",

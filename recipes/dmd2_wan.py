@@ -7,7 +7,7 @@ teacher's way: here neither is done. Not run at full size by us.
 
 from distill.configuration import Config
 from distill.data import Text
-from distill.diffusion.times import Clip, Shifted, Uniform
+from distill.diffusion.times import Clip, ShiftedTimes, Uniform
 from distill.methods import DMD2
 from distill.training.config import StudentConfig, TrainConfig
 from pipelines.run import main
@@ -18,8 +18,8 @@ CONFIG = Config(
         every=5,
         gan=0.0,
         gan_fake=0.0,
-        times=Clip(Shifted(Uniform(0.0, 1.0), 5.0), 0.02, 0.98),
-        fake_times=Clip(Shifted(Uniform(0.0, 1.0), 5.0), 0.02, 0.98),
+        times=Clip(ShiftedTimes(Uniform(0.0, 1.0), 5.0), 0.02, 0.98),
+        fake_times=Clip(ShiftedTimes(Uniform(0.0, 1.0), 5.0), 0.02, 0.98),
     ),
     data=Text(),
     teacher="Wan-AI/Wan2.1-T2V-1.3B-Diffusers",

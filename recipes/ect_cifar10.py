@@ -9,13 +9,13 @@ step, 2.15 with two. Not run at full size by us.
 
 from distill.configuration import Config
 from distill.data.labels import Labels
-from distill.diffusion.curriculum import Closing
+from distill.diffusion.curriculum import ECTCurriculum
 from distill.methods import CT
 from distill.training.config import TrainConfig
 from pipelines.run import main
 
 CONFIG = Config(
-    method=CT(Closing()),
+    method=CT(ECTCurriculum()),
     data=Labels(),
     train=TrainConfig(
         output_dir="runs/ect_cifar10",

@@ -9,13 +9,13 @@ not verified. Published: FID 2.83 with one step, 2.46 with two. Not run at full 
 
 from distill.configuration import Config
 from distill.data.labels import Labels
-from distill.diffusion.curriculum import Doubling
+from distill.diffusion.curriculum import ICTCurriculum
 from distill.methods import CT
 from distill.training.config import TrainConfig
 from pipelines.run import main
 
 CONFIG = Config(
-    method=CT(Doubling(), c=0.03),
+    method=CT(ICTCurriculum(), c=0.03),
     data=Labels(),
     train=TrainConfig(
         output_dir="runs/ict_cifar10",

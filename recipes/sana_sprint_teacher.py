@@ -7,13 +7,13 @@ of times. Its pipeline is what recipes/sana_sprint.py takes as --teacher. Not ru
 
 from distill.configuration import Config
 from distill.data import Text
-from distill.diffusion.times import LogitNormal, Shifted
+from distill.diffusion.times import LogitNormal, ShiftedTimes
 from distill.methods import Denoise
 from distill.training.config import StudentConfig, TrainConfig
 from pipelines.run import main
 
 CONFIG = Config(
-    method=Denoise(p_drop=0.1, times=Shifted(LogitNormal(0.0, 1.0), 3.0)),  # SANA's code
+    method=Denoise(p_drop=0.1, times=ShiftedTimes(LogitNormal(0.0, 1.0), 3.0)),  # SANA's code
     data=Text(),
     teacher="runs/sana_sprint/base",
     family="sana",

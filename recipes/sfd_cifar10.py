@@ -10,12 +10,12 @@ and --fake.init runs/sid_cifar10/checkpoint-N, with --fake_learning_rate 3e-5. N
 from distill.configuration import Config
 from distill.data.labels import Labels
 from distill.diffusion.times import Karras
-from distill.methods import Forgetting, SiD
+from distill.methods import SFD, SiD
 from distill.training.config import StudentConfig, TrainConfig
 from pipelines.run import main
 
 CONFIG = Config(
-    method=Forgetting(
+    method=SFD(
         SiD(alpha=1.2, times=Karras(0.137, 13.01)),  # t = 38 .. 711
         forget=(0,),
         override=(1,),

@@ -10,12 +10,12 @@ us.
 from distill.configuration import Config
 from distill.data import Text
 from distill.diffusion.times import Grid
-from distill.methods import Forgetting, SiD
+from distill.methods import SFD, SiD
 from distill.training.config import StudentConfig, TrainConfig
 from pipelines.run import main
 
 CONFIG = Config(
-    method=Forgetting(
+    method=SFD(
         SiD(
             alpha=1.0,
             kappa=(4.5, 4.5, 4.5, 4.5),

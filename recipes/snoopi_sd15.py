@@ -7,13 +7,13 @@ inference, too, 27.02 without either (pgsb_sd15.py). Not run at full size by us.
 
 from distill.configuration import Config
 from distill.data import Text
-from distill.methods import NASAT, VSD, Rewarded
+from distill.methods import NASAT, VSD, RewardGuided
 from distill.networks.lora import LoRA
 from distill.training.config import FakeConfig, StudentConfig, TrainConfig
 from pipelines.run import main
 
 CONFIG = Config(
-    method=NASAT(Rewarded(VSD(guidance=(0.5, 4.0)), weight=0.1, clamp=0.37)),
+    method=NASAT(RewardGuided(VSD(guidance=(0.5, 4.0)), weight=0.1, clamp=0.37)),
     data=Text(),
     teacher="stable-diffusion-v1-5/stable-diffusion-v1-5",
     family="sd",

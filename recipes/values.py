@@ -17,12 +17,12 @@ from pathlib import Path
 from statistics import fmean
 
 from distill import methods
-from distill.configuration import Config
+from distill.configuration import FORMER_CLASSES, Config
 from distill.data import Text
 from distill.data.labels import LabelPairs, Labels
 from distill.data.pairs import Pairs
 from distill.diffusion.curriculum import Curriculum
-from distill.diffusion.times import Grid, Law, Shifted, Uniform
+from distill.diffusion.times import Grid, ShiftedTimes, TimeDistribution, Uniform
 from distill.layout import RECIPES, module_name
 from distill.method import Method, Requirement
 from distill.training.config import TrainConfig
@@ -104,7 +104,7 @@ def list_words() -> dict[str, str]:
     for name, method in by_variant:  # the name of a class stands for its defaults, where a method is these
         for word in class_words(type(method)):
             found.setdefault(simplify(word), name)
-    return found
+    return found | {simplify(old): found[simplify(new)] for old, new in FORMER_CLASSES.items()}
 
 
 def class_words(kind: type) -> list[str]:
@@ -287,7 +287,7 @@ def replace_grids(method: Method, shift: float) -> Method:
     for field in fields(method):
         value = getattr(method, field.name)
         if isinstance(value, Grid):
-            values[field.name] = Shifted(Uniform(value.low / value.N, (value.high + 1) / value.N), shift)
+            values[field.name] = ShiftedTimes(Uniform(value.low / value.N, (value.high + 1) / value.N), shift)
         if field.name == "base":
             values["base"] = replace_grids(value, shift)
     return replace(method, **values)
@@ -363,7 +363,7 @@ def list_values(config: object, path: str = "") -> Iterator[tuple[str, object]]:
     """(flag, value) of every field; a law of times or a curriculum is one value."""
     for field in fields(config):
         value = getattr(config, field.name)
-        if not is_dataclass(value) or isinstance(value, Law | Curriculum):
+        if not is_dataclass(value) or isinstance(value, TimeDistribution | Curriculum):
             yield f"{path}{field.name}", value
         elif f"{path}{field.name}" == "train":
             yield from list_values(value)

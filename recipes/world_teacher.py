@@ -17,7 +17,7 @@ from torch import Tensor
 
 from distill.configuration import fail
 from distill.diffusion.schedule import Schedule
-from distill.diffusion.times import Law
+from distill.diffusion.times import TimeDistribution
 from distill.files import folder_lock, write_atomically
 from distill.layout import program_name
 from distill.random import Draw
@@ -47,7 +47,7 @@ class Teacher:
 
 
 @dataclass(frozen=True)
-class HighNoise(Law):
+class HighNoise(TimeDistribution):
     """t uniform in [0, 1], or, with probability `share`, in [start, 1], where an image's layout is decided."""
 
     share: float

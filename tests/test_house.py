@@ -11,7 +11,7 @@ HOUSE = House(ROOT)
 BOUNDS = {  # today's counts, by room; where none is given the bound is 0, which is the aim of all but `Any` (15)
     "functions of complexity over 15": {"distill": 2, "pipelines": 4},
     "statements with two if-expressions": {"distill": 2},
-    "banned names": {"distill": 128, "pipelines": 10},
+    "banned names": {"pipelines": 10},
     "Any per 1,000 statements": {"distill": 24, "pipelines": 27, "eval": 15, "recipes": 15},
 }
 HEAVY = ("diffusers", "transformers", "peft")  # they take seconds: --help and errors must not wait for them

@@ -20,7 +20,7 @@ from distill.data.prefetch import FIXED, PrefetchingBatches
 from distill.data.shards import Shards, Table
 from distill.data.sources import Pictures
 from distill.data.teacher import Teacher
-from distill.diffusion.guidance import overriding
+from distill.diffusion.guidance import with_override
 from distill.method import Requirement
 from distill.random import Draw
 from distill.ranges import Count, Natural, UnitInterval, validate_ranges
@@ -173,7 +173,7 @@ class Text:
         if self.forget:
             where = f"the cache {self.cache}" if self.text == "cached" else self.prompts or self.images
             feed.override(self.words.override_rows(self._texts(feed.text), feed.prompts, where))
-            teacher.denoiser.null = overriding(teacher.denoiser.null, teacher.denoiser.null)
+            teacher.denoiser.null = with_override(teacher.denoiser.null, teacher.denoiser.null)
         return feed
 
     def _cached(self, teacher: Teacher, real: bool) -> tuple[Table, Table | None, int, list[str]]:

@@ -16,7 +16,7 @@ from distill.data import images
 from distill.data.pairs import noise
 from distill.data.sources import notice
 from distill.data.teacher import Teacher
-from distill.diffusion.guidance import Guided
+from distill.diffusion.guidance import CFG
 from distill.diffusion.solver import sample
 from distill.files import read_json
 from distill.method import Requirement
@@ -248,7 +248,7 @@ class ClassPairs(Classes):
     def __post_init__(self) -> None:
         denoiser = self.teacher.denoiser
         rows = torch.arange(self.pairs.n)
-        guided = Guided(denoiser, self.pairs.guidance)
+        guided = CFG(denoiser, self.pairs.guidance)
         device = next(denoiser.net.parameters()).device
         self.labels = rows % self.classes
         self.z = noise(self.pairs.seed, rows.tolist(), self.teacher.shape)

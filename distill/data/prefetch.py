@@ -10,7 +10,7 @@ from torch import Tensor
 
 from distill.data.online import SIZES
 from distill.data.shards import Table
-from distill.diffusion.guidance import overriding
+from distill.diffusion.guidance import with_override
 from distill.random import Draw
 from distill.roles import Batch
 
@@ -100,7 +100,7 @@ class PrefetchingBatches:
         both, place = torch.cat([rows, replaced]).unique(return_inverse=True)
         read = self.text.read(both.tolist())
         c, other = ({key: value[at] for key, value in read.items()} for at in place.chunk(2))
-        return overriding(c, other) | ({"prompt": replaced} if self.texts else {})  # a reward is of what is told
+        return with_override(c, other) | ({"prompt": replaced} if self.texts else {})  # a reward is of what is told
 
     def fixed(self, n: int) -> tuple[list[str], dict[str, Tensor]]:
         """(the first n prompts, repeated if there are fewer; their condition)."""

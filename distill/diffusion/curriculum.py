@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from distill.diffusion.schedule import EDM, Schedule
-from distill.diffusion.times import Law, LogNormal
+from distill.diffusion.times import LogNormal, TimeDistribution
 from distill.random import Draw
 from distill.ranges import Count, Finite, Positive, Weight, validate_ranges
 
@@ -27,13 +27,13 @@ class Curriculum(ABC):
 
 
 @dataclass(frozen=True)
-class Closing(Curriculum):
+class ECTCurriculum(Curriculum):
     """s_r = s_t max(0, 1 - n(s_t) / q^(stage + 1)), n(s) = 1 + k sigmoid(-b s) (ECT, section 3.2 and code).
 
     In the first stages s_r is 0, so that training is denoising.
     """
 
-    times: Law = LogNormal(-1.1, 2.0)  # distribution of t (CIFAR-10; ImageNet-64 -0.8, 1.6)
+    times: TimeDistribution = LogNormal(-1.1, 2.0)  # distribution of t (CIFAR-10; ImageNet-64 -0.8, 1.6)
     q: Positive = 2.0  # above 1; 256: short runs of one stage; 4 ImageNet-64
     k: Weight = 8.0
     b: Weight = 1.0
@@ -45,22 +45,22 @@ class Closing(Curriculum):
             raise ValueError(f"q is {self.q}; it must be above 1: the two levels draw together by q^-stage")
 
     def __call__(self, draw: Draw, B: int, schedule: Schedule) -> tuple[Tensor, Tensor, Tensor]:
-        return self.below(self.times(draw, "t", B, schedule), draw.step, schedule)
+        return self.pairs_below(self.times(draw, "t", B, schedule), draw.step, schedule)
 
-    def below(self, t: Tensor, step: int, schedule: Schedule) -> tuple[Tensor, Tensor, Tensor]:
+    def pairs_below(self, t: Tensor, step: int, schedule: Schedule) -> tuple[Tensor, Tensor, Tensor]:
         """The pairs at `step` with the upper times t [B]."""
         s = schedule.ratio(t)
-        s_r = s * self.share(s, step)
+        s_r = s * self.level_ratio(s, step)
         return t, schedule.time(s_r), s - s_r
 
-    def share(self, s: Tensor, step: int) -> Tensor:
+    def level_ratio(self, s: Tensor, step: int) -> Tensor:
         """s_r / s_t at levels s [B]."""
         n = 1 + self.k * torch.sigmoid(-self.b * s)
         return (1 - n / self.q ** (step // self.every + 1)).clamp(min=0)
 
 
 @dataclass(frozen=True)
-class Doubling(Curriculum):
+class ICTCurriculum(Curriculum):
     """Neighbours of EDM's rho-grid of N + 1 levels. N = n_0, 2 n_0, 4 n_0, ... n_1, each for the same part of `steps`.
 
     The upper level follows a log-normal law rounded to the grid. Its probability is Phi(upper level) - Phi(lower level)

@@ -62,8 +62,8 @@ class Denoiser:
         out = self.call(self.net, x.to(like.dtype), native, c).to(x.dtype)
         pred = Prediction(out, self.kind, x, expand(alpha, x), expand(sigma, x), self.sigma_d)
         if isinstance(self.frame, Interval):
-            return self.frame.inside(pred, u)
-        return pred if scale is None else Reframed(**vars(pred), scale=scale)
+            return self.frame.to_interval(pred, u)
+        return pred if scale is None else ConvertedPrediction(**vars(pred), scale=scale)
 
     def _native(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Carry (x, t) from the frame to the network's schedule: the same ratio, x rescaled to the same signal."""
@@ -78,7 +78,7 @@ class Denoiser:
         scale = expand(torch.hypot(a, s) / torch.hypot(a_f, s_f), x)
         return scale * x, t, scale
 
-    def on(self, schedule: Schedule) -> Denoiser:
+    def on_schedule(self, schedule: Schedule) -> Denoiser:
         """The same denoiser with another schedule for its callers: x and t are of `schedule`, x0 and eps are unchanged.
 
         On an Interval of its own schedule, x0 and eps are x_s and the noise since s.
@@ -99,20 +99,20 @@ class Denoiser:
         """`taps`, or this denoiser's own taps if `taps` is None."""
         return self.taps if taps is None else taps
 
-    def tapping(self, x: Tensor, t: Tensor, c: Condition, taps: Taps) -> tuple[Prediction, list[Tensor]]:
+    def predict_with_features(self, x: Tensor, t: Tensor, c: Condition, taps: Taps) -> tuple[Prediction, list[Tensor]]:
         """The prediction, and the outputs of the named submodules in the same forward pass."""
         taps = self.resolve_taps(taps)
-        with tapped(self.net, taps, False, getattr(self.call, "feature", first)) as found:
+        with capture_features(self.net, taps, False, getattr(self.call, "feature", first_output)) as found:
             pred = self(x, t, c)
         return pred, [found[name] for name in taps]
 
     def features(self, x: Tensor, t: Tensor, c: Condition, taps: Taps) -> list[Tensor]:
         """Outputs of the named submodules, with gradient. The forward pass ends after the last one that it reaches."""
         taps = self.resolve_taps(taps)
-        with tapped(self.net, taps, True, getattr(self.call, "feature", first)) as found:
+        with capture_features(self.net, taps, True, getattr(self.call, "feature", first_output)) as found:
             try:
                 self(x, t, c)
-            except _Reached:
+            except _StopForward:
                 sharding.close_fsdp_forward(self.net, [*found.values()])
         return [found[name] for name in taps]
 
@@ -122,7 +122,7 @@ class Denoiser:
 
 
 @dataclass(frozen=True)
-class Reframed(Prediction):
+class ConvertedPrediction(Prediction):
     """A prediction on another schedule: x0 and eps are the same numbers, v and score are those of the frame."""
 
     scale: Tensor | float = 1.0  # native x = scale * the frame's x
@@ -136,18 +136,18 @@ class Reframed(Prediction):
         return -self.eps / self.sigma * self.scale
 
 
-class _Reached(Exception):
+class _StopForward(Exception):
     """Raised at the last tap to stop the forward pass."""
 
 
-def first(output: tuple[Any, ...]) -> Tensor:
+def first_output(output: tuple[Any, ...]) -> Tensor:
     """The first element of a module's output tuple."""
     return output[0]
 
 
 @contextmanager
-def tapped(
-    net: nn.Module, taps: tuple[str, ...], stop: bool = False, feature: Callable[[Any], Tensor] = first
+def capture_features(
+    net: nn.Module, taps: tuple[str, ...], stop: bool = False, feature: Callable[[Any], Tensor] = first_output
 ) -> Iterator[dict[str, Tensor]]:
     """Collect the outputs of the submodules `taps` in one forward pass; with `stop`, end it after the last one.
 
@@ -164,7 +164,7 @@ def tapped(
         def keep(module: nn.Module, args: Any, output: Any) -> None:
             found[name] = feature(output) if isinstance(output, tuple) else output
             if stop and len(found) == len(taps):
-                raise _Reached
+                raise _StopForward
 
         return keep
 

@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 
-from distill.diffusion.denoiser import Call, Condition, Denoiser, first
-from distill.diffusion.guidance import Guided, repeated
+from distill.diffusion.denoiser import Call, Condition, Denoiser, first_output
+from distill.diffusion.guidance import CFG, repeat_condition
 from distill.diffusion.schedule import Flow, expand
 from distill.modules import shallow_module_copy
 
@@ -28,14 +28,14 @@ SECOND = "end."  # prefix of the parameters that embed the second time
 PATH = Flow()  # F is a velocity of this path; a denoiser of any schedule can be evaluated on it
 
 
-def ending(c: Condition, r: Tensor) -> Condition:
+def with_end_key(c: Condition, r: Tensor) -> Condition:
     """The condition with the second time r [B] in [-1, 1]."""
     return (c or {}) | {"end": r}
 
 
-def average(denoiser: Denoiser | Guided, x: Tensor, t: Tensor, r: Tensor | None, c: Condition) -> Tensor:
+def average(denoiser: Denoiser | CFG, x: Tensor, t: Tensor, r: Tensor | None, c: Condition) -> Tensor:
     """F(x_t, t, r) [B, ...] of a denoiser on `PATH`. r None: the velocity of a network with one time input."""
-    return denoiser(x, t, c if r is None else ending(c, r)).flow
+    return denoiser(x, t, c if r is None else with_end_key(c, r)).flow
 
 
 def integral(denoiser: Denoiser, x: Tensor, t: Tensor, r: Tensor, c: Condition, jumps: int) -> Tensor:
@@ -51,7 +51,7 @@ def integral(denoiser: Denoiser, x: Tensor, t: Tensor, r: Tensor, c: Condition, 
     return total
 
 
-def guided(
+def guide_velocity(
     v: Tensor, omega: float, kappa: float, net: Denoiser, x: Tensor, t: Tensor, c: Condition, inside: Tensor
 ) -> Tensor:
     """omega v + (1 - omega - kappa) F(null) + kappa F(c) at (t, t): guidance omega / (1 - kappa) from F itself.
@@ -61,7 +61,7 @@ def guided(
     """
     if omega == 1 and kappa == 0:
         return v
-    null = average(Guided(net, 0.0), x, t, t, c)
+    null = average(CFG(net, 0.0), x, t, t, c)
     cond = average(net, x, t, t, c) if kappa else v
     own = omega * v + (1 - omega - kappa) * null + kappa * cond
     return torch.where(expand(inside, x).bool(), own, v)
@@ -93,7 +93,7 @@ class EndTimeCall:
 
     @property
     def feature(self) -> Any:
-        return getattr(self.call, "feature", first)
+        return getattr(self.call, "feature", first_output)
 
     def __call__(self, net: nn.Module, x: Tensor, t: Tensor, c: Condition) -> Tensor:
         if c is None or "end" not in c:
@@ -117,10 +117,12 @@ class FixedEndCall:
 
     @property
     def feature(self) -> Any:
-        return getattr(self.call, "feature", first)
+        return getattr(self.call, "feature", first_output)
 
     def __call__(self, net: nn.Module, x: Tensor, t: Tensor, c: Condition) -> Tensor:
-        return self.call(net, x, t, ending(c, torch.full((len(x),), self.r, dtype=torch.float64, device=x.device)))
+        return self.call(
+            net, x, t, with_end_key(c, torch.full((len(x),), self.r, dtype=torch.float64, device=x.device))
+        )
 
 
 def with_end_time(denoiser: Denoiser, to: float) -> Denoiser:
@@ -146,7 +148,7 @@ def time_embedding(net: nn.Module) -> str:
     return name
 
 
-def timed(denoiser: Denoiser) -> Denoiser:
+def add_end_time(denoiser: Denoiser) -> Denoiser:
     """The denoiser with the input "end": its network gains a trainable child `end`, which is 0 before training.
 
     It requires a TimestepEmbedding of diffusers in the network. The first one embeds the time.
@@ -159,7 +161,7 @@ def timed(denoiser: Denoiser) -> Denoiser:
     return replace(denoiser, call=EndTimeCall(denoiser.call, where))
 
 
-def untimed(denoiser: Denoiser) -> Denoiser:
+def remove_end_time(denoiser: Denoiser) -> Denoiser:
     """The denoiser without its second time: the output for calls without "end". Weights are shared."""
     if not isinstance(denoiser.call, EndTimeCall):
         return denoiser
@@ -176,14 +178,14 @@ def fold_end_times(denoiser: Denoiser, legs: Sequence[tuple[float, float]], x: T
     Do not call it at another time. x [1, ...] and c are an example input.
     """
     assert isinstance(denoiser.call, EndTimeCall)
-    plain = untimed(denoiser)
+    plain = remove_end_time(denoiser)
     where = denoiser.call.where
     t, ends = torch.tensor(legs, dtype=torch.float64, device=x.device).T
     r = torch.where(ends > 0, PATH.time(denoiser.path.ratio(ends)), 0.0)
     layer = last_linear(plain.net.get_submodule(where))
     heard = []
     handle = layer.register_forward_pre_hook(lambda module, args: heard.append(args[0].double()))
-    plain.features(x.expand(len(t), *x.shape[1:]), t, repeated(c, len(t)), (where,))
+    plain.features(x.expand(len(t), *x.shape[1:]), t, repeat_condition(c, len(t)), (where,))
     handle.remove()
     before = torch.cat([heard[0], torch.ones_like(heard[0][:, :1])], dim=1)
     change = torch.linalg.pinv(before) @ denoiser.net.end(r).double()  # type: ignore[operator]

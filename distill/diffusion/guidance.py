@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distill.diffusion.denoiser import Condition, Denoiser, Taps, first, tapped
+from distill.diffusion.denoiser import Condition, Denoiser, Taps, capture_features, first_output
 from distill.diffusion.schedule import Prediction, Schedule, expand
 from distill.random import Draw
 
@@ -25,12 +25,12 @@ def merge(a: Condition, b: Condition) -> Condition:
     return None if a is None or b is None else {key: torch.cat([a[key], b[key].to(a[key].dtype)]) for key in a}
 
 
-def repeated(c: Condition, n: int) -> Condition:
+def repeat_condition(c: Condition, n: int) -> Condition:
     """The condition c repeated n times along the batch dimension."""
     return None if c is None else {key: torch.cat([value] * n) for key, value in c.items()}
 
 
-def overriding(c: dict[str, Tensor], told: dict[str, Tensor]) -> dict[str, Tensor]:
+def with_override(c: dict[str, Tensor], told: dict[str, Tensor]) -> dict[str, Tensor]:
     """The condition c with the keys `told` added, which replace those of c for a teacher."""
     return c | {OVERRIDE + key: value for key, value in told.items()}
 
@@ -73,20 +73,20 @@ class WorseModelGuided(Denoiser):
     s: float = field(kw_only=True)
 
     def __call__(self, x: Tensor, t: Tensor, c: Condition = None) -> Prediction:
-        pred = self.alone(x, t, c)
+        pred = self.predict_unguided(x, t, c)
         return replace(pred, out=pred.out + self.term(pred.out, x, t, c))
 
-    def alone(self, x: Tensor, t: Tensor, c: Condition = None) -> Prediction:
+    def predict_unguided(self, x: Tensor, t: Tensor, c: Condition = None) -> Prediction:
         """The output of the better network."""
         return super().__call__(x, t, c)
 
     def term(self, out: Tensor, x: Tensor, t: Tensor, c: Condition) -> Tensor:
         """s (out - worse)."""
-        return self.s * (out - replace(self, net=self.worse).alone(x, t, c).out)
+        return self.s * (out - replace(self, net=self.worse).predict_unguided(x, t, c).out)
 
 
 @dataclass(eq=False)
-class Guided:
+class CFG:
     """A denoiser with guidance scale w: a float, or one number per sample [B]. Gradients flow through both branches.
 
     w = 1 calls only the conditional branch, w = 0 only the null branch. Any other w makes one call of 2B samples. If
@@ -101,12 +101,12 @@ class Guided:
             return self.base(x, t, c)
         if isinstance(self.w, int | float) and self.w == 0:
             return self.base(x, t, null_of(self.base.null, c))
-        return self.both(x, t, c)[0]
+        return self.predict_with_null(x, t, c)[0]
 
-    def both(self, x: Tensor, t: Tensor, c: Condition) -> tuple[Prediction, Prediction]:
+    def predict_with_null(self, x: Tensor, t: Tensor, c: Condition) -> tuple[Prediction, Prediction]:
         """The guided prediction and the null prediction, from one call of 2B samples."""
         away = self.base if isinstance(self.base, WorseModelGuided) else None
-        ask = away.alone if away else self.base
+        ask = away.predict_unguided if away else self.base
         pred = ask(torch.cat([x, x]), torch.cat([t, t]), merge(c, null_of(self.base.null, c)))
         cond, empty = pred.out.chunk(2)
         w = expand(self.w, x) if isinstance(self.w, Tensor) else self.w
@@ -115,7 +115,7 @@ class Guided:
         half: dict[str, Any] = {k: v.chunk(2)[0] for k, v in vars(pred).items() if isinstance(v, Tensor)}
         return replace(pred, **half | {"out": out}), replace(pred, **half | {"out": empty})
 
-    def tapping(self, x: Tensor, t: Tensor, c: Condition, taps: Taps) -> tuple[Prediction, list[Tensor]]:
+    def predict_with_features(self, x: Tensor, t: Tensor, c: Condition, taps: Taps) -> tuple[Prediction, list[Tensor]]:
         """The prediction, and the outputs [B, ...] of the named submodules under c itself for any w.
 
         Both are of the same forward pass. Only w = 0 needs a second pass under c, which ends at the last one.
@@ -124,15 +124,15 @@ class Guided:
         if not taps:
             return self(x, t, c), []
         if isinstance(self.w, int | float) and self.w == 1:
-            return self.base.tapping(x, t, c, taps)
+            return self.base.predict_with_features(x, t, c, taps)
         if isinstance(self.w, int | float) and self.w == 0:
             return self(x, t, c), self.base.features(x, t, c, taps)
-        with tapped(self.base.net, taps, False, getattr(self.base.call, "feature", first)) as found:
+        with capture_features(self.base.net, taps, False, getattr(self.base.call, "feature", first_output)) as found:
             pred = self(x, t, c)
         return pred, [found[name][: len(x)] for name in taps]
 
-    def on(self, schedule: Schedule) -> Guided:
-        return replace(self, base=self.base.on(schedule))
+    def on_schedule(self, schedule: Schedule) -> CFG:
+        return replace(self, base=self.base.on_schedule(schedule))
 
     @property
     def path(self) -> Schedule:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from distill.diffusion.schedule import Prediction, Schedule, ends, expand
-from distill.diffusion.times import Law, RemappedDraw, Staged, share
+from distill.diffusion.times import RemappedDraw, StagedTimes, TimeDistribution, probability_below
 from distill.random import Draw
 from distill.ranges import Decay
 
@@ -21,7 +21,7 @@ from distill.ranges import Decay
 class Interval(Schedule):
     """Levels s .. 1 of `base`. Its time u in [0, 1] is t = s + (1 - s) u; u = 0 has no noise.
 
-    clamp: limit of the weight of the squared error, see Inside.weight.
+    clamp: limit of the weight of the squared error, see IntervalPrediction.weight.
     """
 
     base: Schedule
@@ -54,14 +54,14 @@ class Interval(Schedule):
     def native(self, u: Tensor) -> Tensor:
         return self.base.native(self.outer(u))
 
-    def inside(self, pred: Prediction, u: Tensor) -> Inside:
+    def to_interval(self, pred: Prediction, u: Tensor) -> IntervalPrediction:
         """A prediction of the whole path at outer(u), as a prediction of the interval."""
         a, b = (expand(one, pred.x) for one in self.coefficients(u))
-        return Inside(**vars(pred), a=a, b=b, anchor=self.anchor(), clamp=self.clamp)
+        return IntervalPrediction(**vars(pred), a=a, b=b, anchor=self.anchor(), clamp=self.clamp)
 
 
 @dataclass(frozen=True)
-class Inside(Prediction):
+class IntervalPrediction(Prediction):
     """A prediction on an interval: x0 is the posterior mean of x_s, eps that of the noise since s.
 
     a, b: alpha_{t|s}, sigma_{t|s} [B, 1, ...]. alpha, sigma, x and out belong to the whole path.
@@ -107,22 +107,22 @@ class Inside(Prediction):
 
 
 @dataclass(frozen=True)
-class Tail(Law):
+class Tail(TimeDistribution):
     """A law of the whole path restricted to t > s, as times of the Interval above s that it is called with.
 
     Its density is that of the law divided by its probability above s. `margin` is the fraction left out next to s.
     """
 
-    law: Law
+    law: TimeDistribution
     margin: Decay = 0.0
 
     def __post_init__(self) -> None:
-        if isinstance(self.law, Staged):
-            raise ValueError("a staged law changes from step to step, and a phase needs one law: leave Staged out")
+        if isinstance(self.law, StagedTimes):
+            raise ValueError("a staged law changes from step to step, and a phase needs one law: leave StagedTimes out")
 
     def __call__(self, draw: Draw, name: str, B: int, schedule: Schedule) -> Tensor:
         assert isinstance(schedule, Interval)
-        low = share(self.law, schedule.s, schedule.base)
+        low = probability_below(self.law, schedule.s, schedule.base)
         if low == 1:
             raise ValueError(f"{self.law} has no times above {schedule.s:.4g}, where the student's phase ends")
         low += self.margin * (1 - low)

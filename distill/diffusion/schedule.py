@@ -138,7 +138,7 @@ class EDM(Schedule):
 
 @dataclass(frozen=True)
 class Flow(Schedule):
-    """Rectified flow: alpha = 1 - t, sigma = t, native time `scale` * t. A model's shift is in times.Shifted."""
+    """Rectified flow: alpha = 1 - t, sigma = t, native time `scale` * t. A model's shift is in times.ShiftedTimes."""
 
     scale: float = 1000.0
 

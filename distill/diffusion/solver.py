@@ -18,20 +18,20 @@ import torch
 from torch import Tensor
 
 from distill.diffusion.denoiser import Condition, Denoiser
-from distill.diffusion.guidance import Guided
+from distill.diffusion.guidance import CFG
 from distill.diffusion.schedule import Prediction, Schedule, expand
 
-Step = Callable[[Denoiser | Guided, Tensor, Tensor, Tensor, Condition], Tensor]
+Step = Callable[[Denoiser | CFG, Tensor, Tensor, Tensor, Condition], Tensor]
 Name = Literal["ddim", "heun", "cfg++"]
 
 
-def ddim(denoiser: Denoiser | Guided, x: Tensor, t: Tensor, s: Tensor, c: Condition = None) -> Tensor:
+def ddim(denoiser: Denoiser | CFG, x: Tensor, t: Tensor, s: Tensor, c: Condition = None) -> Tensor:
     """x_t -> x_s by x_s = alpha_s x0 + sigma_s eps (Song et al. 2021): Euler's method in sigma / alpha."""
     pred = denoiser(x, t, c)
     return denoiser.path.diffuse(pred.x0, pred.eps, s)
 
 
-def heun(denoiser: Denoiser | Guided, x: Tensor, t: Tensor, s: Tensor, c: Condition = None) -> Tensor:
+def heun(denoiser: Denoiser | CFG, x: Tensor, t: Tensor, s: Tensor, c: Condition = None) -> Tensor:
     """x_t -> x_s by Heun's method in sigma / alpha (Karras et al. 2022, algorithm 1).
 
     Euler's method where alpha_t = 0 and, as in the paper, where sigma_s = 0: there is no noise to predict at x_0.
@@ -46,22 +46,22 @@ def heun(denoiser: Denoiser | Guided, x: Tensor, t: Tensor, s: Tensor, c: Condit
     return torch.where(expand(twice, x).bool(), gain * (x - expand(s_t, x) * eps) + expand(s_s, x) * eps, euler)
 
 
-def cfgpp(denoiser: Denoiser | Guided, x: Tensor, t: Tensor, s: Tensor, c: Condition = None) -> Tensor:
+def cfgpp(denoiser: Denoiser | CFG, x: Tensor, t: Tensor, s: Tensor, c: Condition = None) -> Tensor:
     """x_t -> x_s by x_s = alpha_s x0 + sigma_s eps with the guided x0 and the eps of the null condition (CFG++).
 
     The scale lambda in [0, 1] is the guidance scale of the denoiser, 1 without guidance. The step equals `ddim` with
     guidance scale lambda / (1 - e^-h), where h = log of the ratio sigma / alpha at t over that at s.
     Chung et al. 2024, arXiv 2406.08070.
     """
-    guided = denoiser if isinstance(denoiser, Guided) else Guided(denoiser, 1.0)
-    pred, empty = guided.both(x, t, c)
+    guided = denoiser if isinstance(denoiser, CFG) else CFG(denoiser, 1.0)
+    pred, empty = guided.predict_with_null(x, t, c)
     return guided.path.diffuse(pred.x0, empty.eps, s)
 
 
-def fresh(noise: Callable[[Tensor], Tensor]) -> Step:
+def renoising_step(noise: Callable[[Tensor], Tensor]) -> Step:
     """The step of students and consistency models, with new noise: x_s = alpha_s x0 + sigma_s noise(x_t)."""
 
-    def step(denoiser: Denoiser | Guided, x: Tensor, t: Tensor, s: Tensor, c: Condition = None) -> Tensor:
+    def step(denoiser: Denoiser | CFG, x: Tensor, t: Tensor, s: Tensor, c: Condition = None) -> Tensor:
         return denoiser.path.diffuse(denoiser(x, t, c).x0, noise(x), s)
 
     return step
@@ -81,22 +81,22 @@ STEPS: dict[str, Step] = {"ddim": ddim, "heun": heun, "cfg++": cfgpp}
 class Call:
     """One call of the denoiser at time t of its own path. `step` takes x to the level of the next call."""
 
-    denoiser: Denoiser | Guided
+    denoiser: Denoiser | CFG
     t: float
     step: Step = ddim
     scale: float | None = None  # scale of the unit noise if this is the first call; None: sigma
 
     @property
-    def level(self) -> float:
+    def noise_ratio(self) -> float:
         """sigma / alpha, which is the same on every path."""
         return float(self.denoiser.path.ratio(torch.tensor([self.t], dtype=torch.float64)))
 
-    def on(self, path: Schedule) -> Call:
+    def on_schedule(self, path: Schedule) -> Call:
         """The same call with x and t of another path."""
         if self.denoiser.path == path:
             return self
-        t = path.time(torch.tensor([self.level], dtype=torch.float64))
-        return replace(self, denoiser=self.denoiser.on(path), t=float(t))
+        t = path.time(torch.tensor([self.noise_ratio], dtype=torch.float64))
+        return replace(self, denoiser=self.denoiser.on_schedule(path), t=float(t))
 
 
 def join_calls(first: Sequence[Call], then: Sequence[Call], skip: int) -> list[Call]:
@@ -107,8 +107,8 @@ def join_calls(first: Sequence[Call], then: Sequence[Call], skip: int) -> list[C
     if not 0 <= skip <= len(then):
         raise ValueError(f"skip is {skip}, and there are {len(then)} calls: it must be 0 to {len(then)}")
     rest = then[skip:]
-    level = rest[0].level * (1 + 1e-6) if rest else -1.0
-    before = [call for call in first if call.level > level]
+    level = rest[0].noise_ratio * (1 + 1e-6) if rest else -1.0
+    before = [call for call in first if call.noise_ratio > level]
     if skip and not before:
         raise ValueError(
             f"skip is {skip}, and the first network has no call above the level that remains, sigma / alpha = "
@@ -123,7 +123,7 @@ def run_calls(turns: Sequence[Call], z: Tensor, c: Condition = None) -> Tensor:
     x belongs to the first call's path throughout. Networks of other schedules are evaluated on it.
     """
     path = turns[0].denoiser.path
-    turns = [call.on(path) for call in turns]
+    turns = [call.on_schedule(path) for call in turns]
     times = [torch.full((len(z),), call.t, dtype=torch.float64, device=z.device) for call in turns]
     x = z * (expand(path.coefficients(times[0])[1], z) if turns[0].scale is None else turns[0].scale)
     for call, t, s in zip(turns[:-1], times[:-1], times[1:], strict=True):
@@ -137,9 +137,7 @@ def calls(solver: Name, steps: int) -> int:
 
 
 @torch.no_grad()
-def sample(
-    denoiser: Denoiser | Guided, z: Tensor, c: Condition = None, steps: int = 18, solver: Name = "heun"
-) -> Tensor:
+def sample(denoiser: Denoiser | CFG, z: Tensor, c: Condition = None, steps: int = 18, solver: Name = "heun") -> Tensor:
     """Integrate from unit noise z [B, ...] at t = 1 down to t = 0 on a uniform grid of t, then x0 of the last step.
 
     steps >= 1; the last step is a plain x0 prediction. Costs `calls(solver, steps)` network evaluations.

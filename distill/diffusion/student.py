@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from distill.diffusion.denoiser import Condition, Denoiser
 from distill.diffusion.end_time import with_end_time
 from distill.diffusion.schedule import VP, expand
-from distill.diffusion.solver import Call, ddim, fresh
+from distill.diffusion.solver import Call, ddim, renoising_step
 from distill.diffusion.transition import Renoise, Transition, find_transition
 from distill.random import Draw
 
@@ -49,12 +49,12 @@ class Student:
     def transition(self) -> Transition:
         return find_transition(self.renoise)
 
-    def using(self, net: nn.Module) -> Student:
+    def with_network(self, net: nn.Module) -> Student:
         """The same student with other weights, for example its moving average."""
         return replace(self, denoiser=replace(self.denoiser, net=net))
 
     @property
-    def level(self) -> float | None:
+    def first_noise_ratio(self) -> float | None:
         """sigma / alpha at the first call. None: the first call is at the end of the schedule."""
         t = torch.tensor([self.times[0]], dtype=torch.float64)
         return None if self.times[0] == 1 else float(self.denoiser.path.ratio(t))
@@ -72,7 +72,7 @@ class Student:
         return n * len(self.experts), n * (len(self.experts) + 1)
 
     @property
-    def end(self) -> float | None:
+    def phase_end_time(self) -> float | None:
         """The time of the first call after that phase. None: the phase ends at x0."""
         last = self.phase[1]
         return self.times[last] if last < len(self.times) else None
@@ -83,7 +83,7 @@ class Student:
         told = self.jumps and self.transition.takes_end_time
         return [(t, s if told else 0.0) for t, s in zip(self.times, (*self.times[1:], 0.0), strict=True)]
 
-    def at(self, i: int, to: float = 0.0) -> Denoiser:
+    def denoiser_of_call(self, i: int, to: float = 0.0) -> Denoiser:
         """The denoiser of call i. It gets the end time `to` if it takes one."""
         first, last = self.phase
         denoiser = self.experts[i // (last - first)] if i < first else self.denoiser
@@ -103,10 +103,10 @@ class Student:
         known = draw.before if draw is not None and self.transition.adds_noise else None  # x0 of the last call but one
         for i in range(0 if known is None else max(0, steps - 2), steps - 1):
             with torch.no_grad():
-                moments = self.step(x, i, c) if known is None else self._level(known, self.times[i + 1])
-                x = self._drawn(*moments, i, draw)
+                moments = self.step(x, i, c) if known is None else self._moments(known, self.times[i + 1])
+                x = self._sample(*moments, i, draw)
         mean, std = self.step(x, steps - 1, c, to or 0.0)
-        return mean if to is None else self._drawn(mean, std, steps - 1, draw)
+        return mean if to is None else self._sample(mean, std, steps - 1, draw)
 
     def calls(self, draw: Draw | None = None) -> list[Call]:
         """The calls as a list, so that several networks can share them. `run_calls` runs them as `generate` does.
@@ -115,16 +115,16 @@ class Student:
         """
         if not self.transition.ends_at_data:
             raise ValueError("a student with 'tcd' noise ends at the level of t = 0, and turns of networks end at x0")
-        anew = lambda i: fresh(lambda x: self._noise(i, x, draw))
+        anew = lambda i: renoising_step(lambda x: self._noise(i, x, draw))
         step = lambda i: anew(i) if self.transition.adds_noise else ddim
-        return [Call(self.at(i, to), t, step(i), self.scale) for i, (t, to) in enumerate(self.legs)]
+        return [Call(self.denoiser_of_call(i, to), t, step(i), self.scale) for i, (t, to) in enumerate(self.legs)]
 
-    def walk(self, z: Tensor, c: Condition, draw: Draw | None = None) -> list[Tensor]:
+    def trajectory(self, z: Tensor, c: Condition, draw: Draw | None = None) -> list[Tensor]:
         """The x [B, ...] of every call from unit noise z, then the sample x0. Random numbers as in `generate`."""
         walk = [self.input_scale * z]
         last = len(self.times) - 1
         for i in range(last):
-            walk.append(self._drawn(*self.step(walk[i], i, c), i, draw))
+            walk.append(self._sample(*self.step(walk[i], i, c), i, draw))
         return [*walk, self.step(walk[last], last, c)[0]]
 
     def step(self, x: Tensor, i: int, c: Condition, to: float | None = None) -> tuple[Tensor, Tensor]:
@@ -134,21 +134,21 @@ class Student:
         0 without new noise.
         """
         to = (*self.times, 0.0)[i + 1] if to is None else to
-        pred = self.at(i, to)(x, self._time(self.times[i], x), c)
+        pred = self.denoiser_of_call(i, to)(x, self._time(self.times[i], x), c)
         if not to and self.transition.ends_at_data:
             return pred.x0, torch.zeros_like(pred.sigma)
-        mean, std = self._level(pred.x0, to)
+        mean, std = self._moments(pred.x0, to)
         return (mean, std) if self.transition.adds_noise else (mean + std * pred.eps, torch.zeros_like(std))
 
     def _time(self, t: float, x: Tensor) -> Tensor:
         return torch.full((len(x),), t, dtype=torch.float64, device=x.device)
 
-    def _level(self, x0: Tensor, t: float) -> tuple[Tensor, Tensor]:
+    def _moments(self, x0: Tensor, t: float) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of x_t given x0."""
         alpha, sigma = self.denoiser.path.coefficients(self._time(t, x0))
         return expand(alpha, x0) * x0, expand(sigma, x0)
 
-    def _drawn(self, mean: Tensor, std: Tensor, i: int, draw: Draw | None) -> Tensor:
+    def _sample(self, mean: Tensor, std: Tensor, i: int, draw: Draw | None) -> Tensor:
         """x after call i, with that call's own noise."""
         return mean + std * self._noise(i, mean, draw) if self.transition.adds_noise else mean
 

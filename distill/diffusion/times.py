@@ -22,7 +22,7 @@ from distill.ranges import Count, Finite, Natural, Points, Positive, UnitInterva
 TASKS = 1000  # number of equally likely times of a law, from which clusters are formed
 
 
-class Law(ABC):
+class TimeDistribution(ABC):
     """A distribution of t. `__call__(draw, name, B, schedule) -> t [B]`, float64, increasing with the random number."""
 
     @abstractmethod
@@ -37,21 +37,21 @@ class Law(ABC):
 
 
 @dataclass(frozen=True)
-class Uniform(Law):
+class Uniform(TimeDistribution):
     """t uniform in [low, high]."""
 
     low: UnitInterval = 0.02
     high: UnitInterval = 0.98
 
     def __post_init__(self) -> None:
-        _ordered(self, 1)
+        _validate_order(self, 1)
 
     def __call__(self, draw: Draw, name: str, B: int, schedule: Schedule) -> Tensor:
         return self.low + (self.high - self.low) * draw.uniform(name, (B,)).double()
 
 
 @dataclass(frozen=True)
-class Grid(Law):
+class Grid(TimeDistribution):
     """t = n / (N - 1) with n a uniform integer in low .. high, both included (DMD2: 20 .. 980 of 1000)."""
 
     N: Points = 1000
@@ -59,7 +59,7 @@ class Grid(Law):
     high: Natural = 999
 
     def __post_init__(self) -> None:
-        _ordered(self, self.N - 1)
+        _validate_order(self, self.N - 1)
 
     def __call__(self, draw: Draw, name: str, B: int, schedule: Schedule) -> Tensor:
         return self.index(draw, name, B) / (self.N - 1)
@@ -71,7 +71,7 @@ class Grid(Law):
 
 
 @dataclass(frozen=True)
-class LogNormal(Law):
+class LogNormal(TimeDistribution):
     """sigma / alpha = exp(mean + std n), n standard normal (EDM: -1.2, 1.2)."""
 
     mean: Finite = -1.2
@@ -82,7 +82,7 @@ class LogNormal(Law):
 
 
 @dataclass(frozen=True)
-class StudentT(Law):
+class StudentT(TimeDistribution):
     """sigma / alpha = exp(mean + std T) between `low` and `high`, T of Student's t with `df` degrees of freedom (TCM).
 
     With a small df its density falls as 1 / |log(sigma / alpha) - mean|: most of the probability is near `mean`, and
@@ -96,7 +96,7 @@ class StudentT(Law):
     high: Positive = 80.0
 
     def __post_init__(self) -> None:
-        _ordered(self, float("inf"))
+        _validate_order(self, float("inf"))
 
     def __call__(self, draw: Draw, name: str, B: int, schedule: Schedule) -> Tensor:
         from scipy.special import stdtr, stdtrit
@@ -110,7 +110,7 @@ class StudentT(Law):
 
 
 @dataclass(frozen=True)
-class Karras(Law):
+class Karras(TimeDistribution):
     """sigma / alpha on EDM's rho-grid, uniform in its index between the levels `low` and `high` (SiD: .002 .. 24.4)."""
 
     low: Weight = 0.002
@@ -118,7 +118,7 @@ class Karras(Law):
     rho: Positive = 7.0
 
     def __post_init__(self) -> None:
-        _ordered(self, float("inf"))
+        _validate_order(self, float("inf"))
 
     def __call__(self, draw: Draw, name: str, B: int, schedule: Schedule) -> Tensor:
         low = self.low ** (1 / self.rho)
@@ -127,7 +127,7 @@ class Karras(Law):
 
 
 @dataclass(frozen=True)
-class LogitNormal(Law):
+class LogitNormal(TimeDistribution):
     """t = sigmoid(mean + std n), n standard normal (SD3: 0, 1; SiD-DiT: log 2, 1.6)."""
 
     mean: Finite = 0.0
@@ -138,10 +138,10 @@ class LogitNormal(Law):
 
 
 @dataclass(frozen=True)
-class Shifted(Law):
+class ShiftedTimes(TimeDistribution):
     """t -> s t / (1 + (s - 1) t) of another law: the resolution shift of flow models (SD3, section 5.3.2)."""
 
-    law: Law
+    law: TimeDistribution
     s: Positive = 3.0
 
     def __call__(self, draw: Draw, name: str, B: int, schedule: Schedule) -> Tensor:
@@ -149,10 +149,10 @@ class Shifted(Law):
 
 
 @dataclass(frozen=True)
-class Clip(Law):
+class Clip(TimeDistribution):
     """t of another law, clamped to [low, high] (Self-Forcing, LightX2V: t after the shift)."""
 
-    law: Law
+    law: TimeDistribution
     low: UnitInterval = 0.02
     high: UnitInterval = 0.98
 
@@ -165,7 +165,7 @@ class Clip(Law):
 
 
 @dataclass(frozen=True)
-class Fixed(Law):
+class Fixed(TimeDistribution):
     """The same t for every sample: for closed forms and diagnostics."""
 
     t: UnitInterval = 0.5
@@ -175,7 +175,7 @@ class Fixed(Law):
 
 
 @dataclass(frozen=True)
-class Staged(Law):
+class StagedTimes(TimeDistribution):
     """Another law, starting with its noisiest times: low levels are the harder tasks (Kim et al. 2024, arXiv
     2403.10348).
 
@@ -185,7 +185,7 @@ class Staged(Law):
     that the step determines it.
     """
 
-    law: Law
+    law: TimeDistribution
     N: Points = 20  # number of clusters, at most 1000
     every: Count = 1000  # number of steps of a stage
 
@@ -218,10 +218,10 @@ class RemappedDraw(Draw):
 
 
 @lru_cache
-def share(law: Law, t: float, schedule: Schedule) -> float:
+def probability_below(law: TimeDistribution, t: float, schedule: Schedule) -> float:
     """The probability of a law at times up to t, by bisection. Every larger u gives a time above t.
 
-    The law must be the same in every step (Staged is not).
+    The law must be the same in every step (StagedTimes is not).
     """
     low = 0.0
     high = 1.0
@@ -231,14 +231,14 @@ def share(law: Law, t: float, schedule: Schedule) -> float:
     return high
 
 
-def quantile(law: Law, u: float, schedule: Schedule) -> float:
+def quantile(law: TimeDistribution, u: float, schedule: Schedule) -> float:
     """The time below which a law has probability u."""
     draw = RemappedDraw(Draw(0, 0, "", torch.arange(1)), lambda old: torch.full_like(old, u))
     return float(law(draw, "", 1, schedule))
 
 
 @lru_cache
-def clusters(law: Law, N: int, schedule: Schedule) -> tuple[float, ...]:
+def clusters(law: TimeDistribution, N: int, schedule: Schedule) -> tuple[float, ...]:
     """Cumulative probabilities 0 = q_0 < ... < q_N = 1 of a law at the borders of its N clusters, from clean to noisy.
 
     They minimise the sum over TASKS equally likely t of |y - the median y of its cluster|, y = log(sigma / alpha), by
@@ -263,7 +263,7 @@ def clusters(law: Law, N: int, schedule: Schedule) -> tuple[float, ...]:
     return tuple(edge / TASKS for edge in (0, *reversed(edges)))
 
 
-def _ordered(law: Uniform | Grid | Karras | StudentT, most: float) -> None:
+def _validate_order(law: Uniform | Grid | Karras | StudentT, most: float) -> None:
     """ValueError unless 0 <= low <= high <= most."""
     validate_ranges(law)
     if not law.low <= law.high <= most:

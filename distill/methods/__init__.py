@@ -32,10 +32,10 @@ from distill.methods.tsm import TSM
 from distill.methods.twinflow import TwinFlow
 from distill.methods.vsd import VSD
 from distill.methods.wrappers.entropic import Entropic
-from distill.methods.wrappers.forget import Forgetting
+from distill.methods.wrappers.forget import SFD
 from distill.methods.wrappers.nasa import NASAT
-from distill.methods.wrappers.reward import Rewarded
-from distill.methods.wrappers.rg_lcd import Proxied
+from distill.methods.wrappers.reward import RewardGuided
+from distill.methods.wrappers.rg_lcd import RGLCD
 
 __all__ = [
     "BOOT",
@@ -47,7 +47,6 @@ __all__ = [
     "DMD2",
     "Entropic",
     "FDistill",
-    "Forgetting",
     "LADD",
     "LCD",
     "MeanFlow",
@@ -56,13 +55,14 @@ __all__ = [
     "OfflinePSO",
     "PCM",
     "PhasedDMD",
-    "Proxied",
     "PSO",
     "RCGM",
     "RCM",
     "Regression",
-    "Rewarded",
+    "RewardGuided",
+    "RGLCD",
     "SCM",
+    "SFD",
     "SiD",
     "SiDA",
     "SIGN",

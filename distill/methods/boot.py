@@ -17,8 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from distill.diffusion.end_time import ending
-from distill.diffusion.guidance import Guided
+from distill.diffusion.end_time import with_end_key
+from distill.diffusion.guidance import CFG
 from distill.diffusion.schedule import expand
 from distill.diffusion.solver import STEPS, Name
 from distill.losses import Reduction, reduce
@@ -57,7 +57,7 @@ class BOOT(Method):
         """y(z, s), z [B, ...]."""
         z = draw.normal("z", (len(s), *nets.shape))
         student = nets.student
-        return student.denoiser(student.input_scale * z, T, ending(batch.get("c"), s / T)).x0, z
+        return student.denoiser(student.input_scale * z, T, with_end_key(batch.get("c"), s / T)).x0, z
 
     def sample(self, nets: Nets, batch: Batch, draw: Draw) -> Tensor:
         _, s, T = self.times(nets, draw)
@@ -67,7 +67,7 @@ class BOOT(Method):
         t, s, T = self.times(nets, draw)
         c = batch.get("c")
         path = nets.teacher.path
-        teacher = Guided(nets.teacher, self.guidance)
+        teacher = CFG(nets.teacher, self.guidance)
         solver = STEPS[self.solver] if isinstance(self.solver, str) else self.solver
         with torch.no_grad():
             y, z = self.signal(t, T, nets, batch, draw)

@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from distill.diffusion.curriculum import Closing, Curriculum
+from distill.diffusion.curriculum import Curriculum, ECTCurriculum
 from distill.diffusion.denoiser import Condition
 from distill.diffusion.schedule import Schedule, expand
 from distill.losses import cauchy_norm, huber_norm
@@ -29,7 +29,7 @@ from distill.ranges import Weight
 class CT(ConsistencyMethod):
     """Consistency training on real images: no teacher's ODE, one network call with gradient and one without."""
 
-    curriculum: Curriculum = Closing()  # curriculum of the two levels: Closing (ECT), Doubling (iCT)
+    curriculum: Curriculum = ECTCurriculum()  # curriculum of the two levels: ECTCurriculum or ICTCurriculum
     distance: Literal["huber", "square", "cauchy"] = "huber"  # d; square: |y|^2; cauchy: log(1 + |y|^2 / (2 c^2))
     c: Weight = 0.0  # c of d. ECT CIFAR-10: 0; iCT: 0.00054 sqrt(elements): 0.03 CIFAR-10, 0.06 ImageNet-64
     weighted: bool = True  # weight the loss by 1 / (s_t - s_r)
@@ -55,7 +55,7 @@ class CT(ConsistencyMethod):
             s = path.ratio(t)
             sigma_d = nets.student.denoiser.sigma_d
             divisor = ((s * sigma_d) ** 2 / (s**2 + sigma_d**2)).to(x)
-        loss = self.far(delta, draw) / divisor + self.more(out - x, path.ratio(t))
+        loss = self.sample_distance(delta, draw) / divisor + self.denoising_term(out - x, path.ratio(t))
         return loss.mean(), {"delta": delta.detach().square().mean(), "clean": (r == 0).float().mean()}
 
     def pairs(self, draw: Draw, B: int, path: Schedule) -> tuple[Tensor, Tensor, Tensor]:  # t, r, s_t - s_r [B]
@@ -67,10 +67,10 @@ class CT(ConsistencyMethod):
     def noise(self, x: Tensor, c: Condition, draw: Draw) -> Tensor:
         return draw.normal("eps", x.shape).to(x)
 
-    def more(self, error: Tensor, s: Tensor) -> Tensor | float:  # [B], of f(x_t, t) - x at the level s (sLCT)
+    def denoising_term(self, error: Tensor, s: Tensor) -> Tensor | float:  # [B], of f(x_t, t) - x at the level s (sLCT)
         return 0.0
 
-    def far(self, delta: Tensor, draw: Draw) -> Tensor:  # [B]
+    def sample_distance(self, delta: Tensor, draw: Draw) -> Tensor:  # [B]
         if self.distance == "square":
             return delta.flatten(1).square().sum(1)
         return (huber_norm if self.distance == "huber" else cauchy_norm)(delta, self.c)

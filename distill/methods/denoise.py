@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from distill.diffusion.guidance import drop
-from distill.diffusion.times import Law, LogNormal
+from distill.diffusion.times import LogNormal, TimeDistribution
 from distill.losses import Reduction, denoising
 from distill.method import Batch, ImageMethod, Logs, Nets, Requirement
 from distill.random import Draw
@@ -23,7 +23,7 @@ class Denoise(ImageMethod):
     """Train the "student" role as a denoiser on real images."""
 
     p_drop: UnitInterval = 0.1  # probability of a null condition
-    times: Law = LogNormal(-1.2, 1.2)  # distribution of t: EDM, table 1
+    times: TimeDistribution = LogNormal(-1.2, 1.2)  # distribution of t: EDM, table 1
     reduction: Reduction = "mean"
 
     @property

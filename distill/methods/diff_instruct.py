@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from distill.diffusion.schedule import expand
-from distill.diffusion.times import Law, LogNormal
+from distill.diffusion.times import LogNormal, TimeDistribution
 from distill.losses import Reduction, denoising, gradient_surrogate, reduce, score_gap_logs
 from distill.method import Batch, Logs, Method, Nets, Update
 from distill.random import Draw
@@ -31,8 +31,8 @@ class DiffInstruct(Method):
 
     weight: Literal["ratio", "one"] = "ratio"  # w_t: (sigma_t / alpha_t)^2 (code), or 1
     fake_steps: Calls = 1  # fake score steps per student step (code: 1)
-    times: Law = LogNormal(-1.2, 1.2)  # distribution of t in the student's loss (code: EDM's training law)
-    fake_times: Law = LogNormal(-1.2, 1.2)  # distribution of t in the fake score's loss (code)
+    times: TimeDistribution = LogNormal(-1.2, 1.2)  # distribution of t in the student's loss (code: EDM's training law)
+    fake_times: TimeDistribution = LogNormal(-1.2, 1.2)  # distribution of t in the fake score's loss (code)
     reduction: Reduction = "sum"  # sum over elements, mean over the batch (code)
 
     roles = ("fake",)

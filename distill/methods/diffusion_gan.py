@@ -6,7 +6,7 @@ from typing import Literal
 from torch import Tensor
 
 from distill.diffusion.denoiser import Condition, Denoiser
-from distill.diffusion.times import Grid, Law
+from distill.diffusion.times import Grid, TimeDistribution
 from distill.losses import gan_discriminator
 from distill.method import FeatureTaps, Method, Nets, Taps
 from distill.networks.discriminator import accuracy, noised_features
@@ -18,7 +18,7 @@ class DiffusionGAN(Method):
     """Settings of a discriminator with heads on features of a denoiser at noised samples."""
 
     taps: Taps = None  # modules whose features heads read; None: the family's default (UNet: bottleneck)
-    gan_times: Law = Grid(1000, 0, 999)  # distribution of u, the noise time of the heads' input (code)
+    gan_times: TimeDistribution = Grid(1000, 0, 999)  # distribution of u, the noise time of the heads' input (code)
     gan_features: Literal["fake", "teacher"] = "fake"  # network of the features (DMD2: fake; FastGen: frozen teacher)
     gan_noise: Literal["own", "score"] = "own"  # u, eps': the heads' own (DMD2), or t, eps of the scores (FastGen)
     share: bool = False  # l(x) of L_fake comes from the pass D_fake(x_t); real images' u has t's law (ours: less work)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from distill.diffusion.times import Grid, Law
+from distill.diffusion.times import Grid, TimeDistribution
 from distill.method import Batch, Logs, Method, Nets, Update
 from distill.methods.dmd2 import DMD2
 from distill.random import Draw
@@ -27,7 +27,7 @@ from distill.ranges import Count
 class Degradation(Method):
     """The first stage of DisBack: a copy of the teacher learns the samples of the untrained student."""
 
-    fake_times: Law = Grid(1000, 0, 999)  # distribution of t in the denoising loss, a mean over all elements
+    fake_times: TimeDistribution = Grid(1000, 0, 999)  # t in the denoising loss, a mean over all elements
 
     roles = ("fake",)
 
@@ -57,9 +57,9 @@ class DisBack(DMD2):
         return Path(self.record) if self.record else None  # its checkpoints are s'_1, ..., s'_N
 
     def student_loss(self, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
-        return super().student_loss(x, self.towards(nets, draw.step), batch, draw)
+        return super().student_loss(x, self.with_stage_teacher(nets, draw.step), batch, draw)
 
-    def towards(self, nets: Nets, step: int) -> Nets:
+    def with_stage_teacher(self, nets: Nets, step: int) -> Nets:
         """The roles with the teacher of this iteration."""
         if nets.past is None:
             return nets

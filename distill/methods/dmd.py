@@ -15,7 +15,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from distill.diffusion.times import Grid, Law
+from distill.diffusion.times import Grid, TimeDistribution
 from distill.losses import Reduction
 from distill.method import Batch, Logs, Method, Nets, Requirement, Update
 from distill.methods.dmd2 import DMD2
@@ -33,8 +33,8 @@ class DMD(Method):
     distance: Literal["lpips", "huber", "mse"] = "lpips"  # distance d of the regression (paper: LPIPS)
     decoder: str | None = None  # decoder for LPIPS: folder or Hub name of an AutoencoderTiny; None: the teacher's
     huber_c: Positive = 1e-3  # constant of the pseudo-Huber distance
-    times: Law = Grid(1000, 20, 980)  # distribution of t in g (paper: 0.02 T .. 0.98 T)
-    fake_times: Law = Grid(1000, 0, 999)  # distribution of t in the fake score's loss
+    times: TimeDistribution = Grid(1000, 20, 980)  # distribution of t in g (paper: 0.02 T .. 0.98 T)
+    fake_times: TimeDistribution = Grid(1000, 0, 999)  # distribution of t in the fake score's loss
     reduction: Reduction = "mean"  # mean over all elements, of x . g and of d
     normalise: bool = True  # divide g by mean|x - real| (paper, eq. 8)
 
@@ -42,7 +42,7 @@ class DMD(Method):
 
     @property
     def requirements(self) -> tuple[Requirement, ...]:
-        paired = self.paired.requirements if self.regression else ()
+        paired = self.ode_regression.requirements if self.regression else ()
         return Requirement.select(NULL_CONDITION=self.guidance != 1) + paired
 
     @property
@@ -51,7 +51,7 @@ class DMD(Method):
         return replace(base, times=self.times, fake_times=self.fake_times)
 
     @property
-    def paired(self) -> Regression:
+    def ode_regression(self) -> Regression:
         return Regression(self.distance, self.decoder, self.huber_c, self.reduction)
 
     def updates(self) -> list[Update]:
@@ -63,6 +63,8 @@ class DMD(Method):
     def student_loss(self, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
         loss, logs = self.matching.student_loss(x, nets, batch, draw)
         if self.regression:
-            logs["regression"], _ = self.paired.student_loss(self.paired.sample(nets, batch, draw), nets, batch, draw)
+            logs["regression"], _ = self.ode_regression.student_loss(
+                self.ode_regression.sample(nets, batch, draw), nets, batch, draw
+            )
             loss = loss + self.regression * logs["regression"]
         return loss, logs

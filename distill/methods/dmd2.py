@@ -16,8 +16,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from distill.diffusion.guidance import Guided, merge
-from distill.diffusion.times import Count, Finite, Grid, Law, Weight
+from distill.diffusion.guidance import CFG, merge
+from distill.diffusion.times import Count, Finite, Grid, TimeDistribution, Weight
 from distill.losses import Reduction, denoising, gan_generator, gradient_surrogate, normaliser, reduce, score_gap_logs
 from distill.method import Batch, Logs, Nets, Requirement, Update
 from distill.methods.diffusion_gan import DiffusionGAN, discriminator_loss
@@ -32,8 +32,8 @@ class DMD2(DiffusionGAN):
     every: Count = 5  # fake score steps per student step: 5; SD 1.5 10 (scripts)
     gan: Weight = 5e-3  # lambda_g, weight of the student's GAN loss: 5e-3 SDXL, 1e-3 SD 1.5, 3e-3 ImageNet (scripts)
     gan_fake: Weight = 1e-2  # lambda_d, weight of the heads' GAN loss (scripts)
-    times: Law = Grid(1000, 20, 980)  # distribution of t in the student's loss (code)
-    fake_times: Law = Grid(1000, 0, 999)  # distribution of t in the fake score's loss (code)
+    times: TimeDistribution = Grid(1000, 20, 980)  # distribution of t in the student's loss (code)
+    fake_times: TimeDistribution = Grid(1000, 0, 999)  # distribution of t in the fake score's loss (code)
     fake_space: Literal["network", "x0"] = "network"  # space of the fake score's error (code; FastGen's SD 1.5: x0)
     reduction: Reduction = "mean"  # mean over all elements (code)
     normalise: bool = True  # divide g by mean|x - real|
@@ -68,13 +68,13 @@ class DMD2(DiffusionGAN):
         return loss, score_gap_logs(x, real, fake) | logs
 
     def predict(self, x_t: Tensor, t: Tensor, c, nets: Nets) -> tuple[Tensor, Tensor, Tensor | float, Logs]:
-        real = Guided(nets.teacher, self.guidance)(x_t, t, c).x0
+        real = CFG(nets.teacher, self.guidance)(x_t, t, c).x0
         return real, nets.fake_score(x_t, t, c).x0, 1.0, {}  # both x0, weight of g per sample (f-distill: not 1)
 
     def fake_loss(self, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
         c = batch.get("c")
         x_t, t, eps = self.fake_times.diffuse(x, nets.fake_score.path, draw)
-        pred, features = nets.fake_score.tapping(x_t, t, c, self.shared_taps)
+        pred, features = nets.fake_score.predict_with_features(x_t, t, c, self.shared_taps)
         loss = denoising(pred, x, eps, self.reduction, self.fake_space)
         logs: Logs = {}
         if self.gan_fake:

@@ -28,7 +28,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from distill.diffusion.guidance import Guided
+from distill.diffusion.guidance import CFG
 from distill.diffusion.schedule import Schedule, expand
 from distill.losses import sum_over_processes
 from distill.method import Logs, Nets, Taps
@@ -70,8 +70,8 @@ class FDistill(DMD2):
 
     def predict(self, x_t: Tensor, t: Tensor, c, nets: Nets) -> tuple[Tensor, Tensor, Tensor | float, Logs]:
         taps: dict[str, Taps] = {"fake": (), "teacher": ()} | {self.gan_features: self.taps}
-        real, theirs = Guided(nets.teacher, self.guidance).tapping(x_t, t, c, taps["teacher"])
-        fake, own = nets.fake_score.tapping(x_t, t, c, taps["fake"])
+        real, theirs = CFG(nets.teacher, self.guidance).predict_with_features(x_t, t, c, taps["teacher"])
+        fake, own = nets.fake_score.predict_with_features(x_t, t, c, taps["fake"])
         logit = nets.discriminator(*own, *theirs).flatten(1).mean(1).double()  # mean over several heads
         r = logit.exp().clamp(self.low, self.high)
         h = H[self.divergence](r / self.mean_ratio(r, t, nets.teacher.path) if self.ratio_bins else r)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from distill.diffusion.guidance import merge
 from distill.diffusion.schedule import expand
-from distill.diffusion.times import Law, LogitNormal
+from distill.diffusion.times import LogitNormal, TimeDistribution
 from distill.losses import gan_discriminator, gan_generator, hinge_discriminator, hinge_generator
 from distill.method import Batch, FeatureTaps, Logs, Method, Nets, Requirement, Taps, Update
 from distill.networks.discriminator import accuracy, noised_features
@@ -35,7 +35,7 @@ class LADD(Method):
 
     taps: Taps = None  # blocks of the teacher with a head each (paper: every attention block)
     shares: tuple[Positive, ...] = ()  # probabilities of the calls in training: .7 .1 .1 .1 of four (paper); (): equal
-    gan_times: Law = LogitNormal(1.0, 1.0)  # distribution of u (paper: pi(t; m = 1, s = 1) of a flow)
+    gan_times: TimeDistribution = LogitNormal(1.0, 1.0)  # distribution of u (paper: pi(t; m = 1, s = 1) of a flow)
     places: bool = True  # every token or patch has its own logit; False: a head gives their mean
     every: Count = 1  # head steps per student step (FastGen: n counts both, so n - 1 here)
     loss: Literal["hinge", "softplus"] = "hinge"  # GAN loss; paper, SANA-Sprint: hinge; FastGen: softplus

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from distill.diffusion.denoiser import Condition, Denoiser
-from distill.diffusion.guidance import Guided, scale_of, with_guidance_key
+from distill.diffusion.guidance import CFG, scale_of, with_guidance_key
 from distill.diffusion.schedule import VP, Schedule, expand
 from distill.diffusion.solver import STEPS, Name
 from distill.diffusion.times import Grid, point, spread
@@ -59,12 +59,12 @@ class LCD(ConsistencyMethod):
         i = Grid(self.N, 0, self.N - 1).index(draw, "t", len(x))
         t = self.time(i + 1, nets)
         s = self.time(i, nets)
-        j = self.end(i, nets, draw)
+        j = self.end_index(i, nets, draw)
         e = None if j is None else self.time(j, nets)
         also = with_guidance_key(c, w) if self.embed else c
         x_t = nets.teacher.path.diffuse(x, draw.normal("eps", x.shape).to(x), t)
         with torch.no_grad():
-            x_s = STEPS.get(self.solver, self.solver)(Guided(nets.teacher, w), x_t, t, s, c)  # type: ignore[operator]
+            x_s = STEPS.get(self.solver, self.solver)(CFG(nets.teacher, w), x_t, t, s, c)  # type: ignore[operator]
             target = self.f(nets.target or student, x_s, s, e, also)
         return self.f(student, x_t, t, e, also), target, j  # both at point j of the grid
 
@@ -80,7 +80,7 @@ class LCD(ConsistencyMethod):
         led = pred.x0 if e is None else denoiser.path.diffuse(pred.x0, pred.eps, e)
         return torch.where(expand(t < 0.5 / self.N, x).bool(), x, led)
 
-    def end(self, i: Tensor, nets: Nets, draw: Draw) -> Tensor | None:
+    def end_index(self, i: Tensor, nets: Nets, draw: Draw) -> Tensor | None:
         return None  # the end time of f: None is data; PCM and TCD have others
 
     def after_student_step(self, nets: Nets) -> None:

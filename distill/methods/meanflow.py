@@ -18,10 +18,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from distill.diffusion.end_time import PATH, average, guided
-from distill.diffusion.guidance import Guided, drop
+from distill.diffusion.end_time import PATH, average, guide_velocity
+from distill.diffusion.guidance import CFG, drop
 from distill.diffusion.schedule import expand
-from distill.diffusion.times import Law, LogitNormal
+from distill.diffusion.times import LogitNormal, TimeDistribution
 from distill.losses import adaptive, jvp
 from distill.method import Batch, ImageMethod, Logs, Nets, Requirement
 from distill.random import Draw
@@ -38,8 +38,8 @@ class MeanFlow(ImageMethod):
     kappa: Finite = 0.0
     interval: tuple[UnitInterval, UnitInterval] = (0.0, 1.0)  # t where these three scales act (FastGen, XL/2: 0, .75)
     p_drop: UnitInterval = 0.1  # probability of a null condition if F has guidance (paper)
-    times: Law = LogitNormal(-0.4, 1.0)  # distribution of t and r; the larger is t (paper, ImageNet-256)
-    end_times: Law | None = None  # distribution of r, instead of `times` (FastGen, CIFAR-10: logit-normal, -4, 1.6)
+    times: TimeDistribution = LogitNormal(-0.4, 1.0)  # distribution of t and r; the larger is t (paper, ImageNet-256)
+    end_times: TimeDistribution | None = None  # distribution of r (FastGen, CIFAR-10: logit-normal, -4, 1.6)
     equal: UnitInterval = 0.75  # fraction of samples with r = t (paper; CIFAR-10 .25)
     p: Weight = 1.0  # exponent of the adaptive weight (paper; CIFAR-10 .75); 0: squared error
     floor: Weight = 0.01  # floor of the adaptive weight (code)
@@ -55,7 +55,7 @@ class MeanFlow(ImageMethod):
         return Requirement.select(REAL=True, END_TIME=True, NULL_CONDITION=guided)
 
     def student_loss(self, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
-        net = nets.student.denoiser.on(PATH)
+        net = nets.student.denoiser.on_schedule(PATH)
         c = batch.get("real_c")
         eps = draw.normal("eps", x.shape).to(x)
         a = self.times(draw, "t", len(x), PATH)
@@ -70,9 +70,9 @@ class MeanFlow(ImageMethod):
         inside = (t >= self.interval[0]) & (t <= self.interval[1])
         with torch.no_grad():
             w = self.guidance if self.interval == (0, 1) else 1 + (self.guidance - 1) * inside.double()
-            teacher = Guided(nets.teacher.on(PATH), w)
+            teacher = CFG(nets.teacher.on_schedule(PATH), w)
             v = eps - x if self.velocity == "data" else average(teacher, x_t, t, None, c)
-            v = guided(v, self.omega, self.kappa, net, x_t, t, c, inside & ~dropped)
+            v = guide_velocity(v, self.omega, self.kappa, net, x_t, t, c, inside & ~dropped)
         once = self.one_pass and net.dual
         F, dF = jvp(lambda x_t, t: average(net, x_t, t, r, c), (x_t, t), (v, torch.ones_like(t)), once)
         warm = min(1.0, draw.step / self.warmup) if self.warmup else 1.0

@@ -48,7 +48,7 @@ class NCT(Method):
 
     @torch.no_grad()
     def sample(self, nets: Nets, batch: Batch, draw: Draw) -> Tensor:
-        return replace(nets, student=nets.finished).generate(batch, draw)
+        return replace(nets, student=nets.reference_student).generate(batch, draw)
 
     def student_loss(self, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
         if nets.control is None:
@@ -67,7 +67,7 @@ class NCT(Method):
             target = f(k)
         consistency = self.distance(f(k + 1) - target)
         boundary = self.distance(f(0 * k) - x)
-        dual.seen(boundary, draw.step)
+        dual.record(boundary, draw.step)
         logs = {"consistency": consistency, "boundary": boundary, "lambda": dual.value.clone()}
         return consistency + dual.value * boundary, {name: value.detach() for name, value in logs.items()}
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from distill.diffusion.denoiser import Condition
-from distill.diffusion.guidance import repeated
+from distill.diffusion.guidance import repeat_condition
 from distill.diffusion.student import check_phases
 from distill.diffusion.times import phase, pieces
 from distill.losses import hinge_discriminator
@@ -61,7 +61,7 @@ class PCM(LCD):
     def time(self, i: Tensor, nets: Nets) -> Tensor:
         return pieces(i, self.N, nets.student.times, nets.teacher.path)
 
-    def end(self, i: Tensor, nets: Nets, draw: Draw) -> Tensor:
+    def end_index(self, i: Tensor, nets: Nets, draw: Draw) -> Tensor:
         return phase(i, self.N, len(nets.student.times))[0]
 
     def student_loss(self, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
@@ -86,5 +86,5 @@ class PCM(LCD):
         start, end = phase(j, self.N, len(nets.student.times))
         e, u = (self.time(i, nets) for i in (j, start + draw.uniform("gan_t", (len(j),)).to(j) * (end - start)))
         x_u = [teacher.path.transition(x, e, u, draw.normal(f"gan_eps{i}", x.shape).to(x)) for i, x in enumerate(xs)]
-        c = repeated(c, len(xs))
+        c = repeat_condition(c, len(xs))
         return head_logits(nets.disc, teacher.features(torch.cat(x_u), u.repeat(len(xs)), c, self.taps))

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from distill.diffusion.interval import Interval, Tail
-from distill.diffusion.times import Grid, Law
+from distill.diffusion.times import Grid, TimeDistribution
 from distill.method import Batch, Logs, Nets
 from distill.methods.dmd2 import DMD2
 from distill.random import Draw
@@ -40,8 +40,8 @@ class PhasedDMD(DMD2):
     every: Count = 5  # fake score steps per student step (paper)
     gan: Weight = 0.0  # lambda_g, weight of the student's GAN loss (paper: none); above 0 real images are noised to s
     gan_fake: Weight = 0.0  # lambda_d, weight of the heads' GAN loss (paper: none)
-    times: Law = Grid(1000, 20, 980)  # distribution of t in the student's loss, restricted to times above s (LightX2V)
-    fake_times: Law = Grid(1000, 20, 980)  # distribution of t in the fake score's loss, also restricted (LightX2V)
+    times: TimeDistribution = Grid(1000, 20, 980)  # t in the student's loss, restricted to times above s (LightX2V)
+    fake_times: TimeDistribution = Grid(1000, 20, 980)  # t in the fake score's loss, also restricted (LightX2V)
     margin: Decay = 0.04  # fraction of both laws above s that is left out, next to s (LightX2V: 20 of 480 steps)
     clamp: Positive = 10.0  # limit of 1 / b^2 (paper, as a review restates it; LightX2V: no weight)
 
@@ -52,28 +52,28 @@ class PhasedDMD(DMD2):
 
     def sample(self, nets: Nets, batch: Batch, draw: Draw) -> Tensor:
         first, last = nets.student.phase
-        return nets.generate(batch, draw, first + 1 + draw.index("steps", last - first), nets.student.end)
+        return nets.generate(batch, draw, first + 1 + draw.index("steps", last - first), nets.student.phase_end_time)
 
     def student_loss(self, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
-        return DMD2.student_loss(self.phase_method(nets), x, self.above(nets), batch, draw)
+        return DMD2.student_loss(self.phase_method(nets), x, self.on_phase_interval(nets), batch, draw)
 
     def fake_loss(self, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
-        if self.gan_fake and nets.student.end is not None:
+        if self.gan_fake and nets.student.phase_end_time is not None:
             y = batch["real"].to(x)
-            s = torch.full((len(y),), nets.student.end, dtype=torch.float64, device=y.device)
+            s = torch.full((len(y),), nets.student.phase_end_time, dtype=torch.float64, device=y.device)
             batch = batch | {"real": nets.fake_score.path.diffuse(y, draw.normal("end", tuple(y.shape)).to(y), s)}
-        return DMD2.fake_loss(self.phase_method(nets), x, self.above(nets), batch, draw)
+        return DMD2.fake_loss(self.phase_method(nets), x, self.on_phase_interval(nets), batch, draw)
 
     def phase_method(self, nets: Nets) -> "PhasedDMD":
         """The method with its time distributions restricted to times above the phase's end."""
-        if nets.student.end is None:
+        if nets.student.phase_end_time is None:
             return self
         times, fake_times = (Tail(law, self.margin) for law in (self.times, self.fake_times))
         return replace(self, times=times, fake_times=fake_times, gan_times=Tail(self.gan_times))
 
-    def above(self, nets: Nets) -> Nets:
+    def on_phase_interval(self, nets: Nets) -> Nets:
         """The roles on the levels above the phase's end."""
-        if nets.student.end is None:
+        if nets.student.phase_end_time is None:
             return nets
-        path = Interval(nets.teacher.path, nets.student.end, self.clamp)
-        return replace(nets, teacher=nets.teacher.on(path), fake=nets.fake_score.on(path))
+        path = Interval(nets.teacher.path, nets.student.phase_end_time, self.clamp)
+        return replace(nets, teacher=nets.teacher.on_schedule(path), fake=nets.fake_score.on_schedule(path))

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distill.diffusion.denoiser import Condition
-from distill.diffusion.guidance import repeated
+from distill.diffusion.guidance import repeat_condition
 from distill.method import Batch, Logs, Method, Nets, Requirement, Update
 from distill.methods.wrappers.reward import judge
 from distill.random import Draw
@@ -46,11 +46,11 @@ class PSO(Method):
 
     @torch.no_grad()
     def sample(self, nets: Nets, batch: Batch, draw: Draw) -> Tensor:  # [B, 2, N + 1, ...]
-        pair = [nets.walk(batch, numbers) for numbers in (draw, draw.apart("second"))]
+        pair = [nets.trajectory(batch, numbers) for numbers in (draw, draw.independent_stream("second"))]
         return torch.stack([torch.stack(walk, 1) for walk in pair], 1)
 
     def student_loss(self, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
-        c = repeated(batch.get("c"), 2)
+        c = repeat_condition(batch.get("c"), 2)
         walks = x.transpose(0, 1).flatten(0, 1)  # [2 B, N + 1, ...]: all x, then all y
         with torch.no_grad():
             reward = torch.cat([judge(nets)(walk, batch.get("c")) for walk in walks[:, -1].chunk(2)])
@@ -66,5 +66,5 @@ class PSO(Method):
         y = walk[:, i + 1]
         m, sigma = nets.student.step(x, i, c)
         with torch.no_grad():
-            base, _ = nets.finished.step(x, i, c)
+            base, _ = nets.reference_student.step(x, i, c)
         return ((m - base) * (y - (m + base) / 2) / sigma**2).flatten(1).mean(1)

@@ -51,7 +51,7 @@ class OfflinePSO(Method):
 
     @torch.no_grad()
     def sample(self, nets: Nets, batch: Batch, draw: Draw) -> Tensor:  # [B, 2, ...]
-        y = replace(nets, student=nets.finished).generate({"c": batch.get("real_c")}, draw)
+        y = replace(nets, student=nets.reference_student).generate({"c": batch.get("real_c")}, draw)
         return torch.stack([batch["real"].to(y), y], 1)
 
     def student_loss(self, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:

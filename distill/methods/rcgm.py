@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from distill.diffusion.denoiser import Condition, Denoiser
-from distill.diffusion.end_time import PATH, average, guided, integral
-from distill.diffusion.guidance import Guided
+from distill.diffusion.end_time import PATH, average, guide_velocity, integral
+from distill.diffusion.guidance import CFG
 from distill.diffusion.schedule import expand
-from distill.diffusion.times import Law, Uniform
+from distill.diffusion.times import TimeDistribution, Uniform
 from distill.losses import adaptive
 from distill.method import Batch, ImageMethod, Logs, Nets, Requirement
 from distill.random import Draw
@@ -36,7 +36,7 @@ class RCGM(ImageMethod):
     kappa: Finite = 0.0  # guidance of F by itself, 1 / (1 - kappa) (code: .8)
     interval: tuple[UnitInterval, UnitInterval] = (0.0, 1.0)  # open interval of t where kappa acts; not at t = 1 (code)
     target_ema: Decay = 0.99  # decay of the average F' (code: .999 OpenUni, .99 SD3.5 and LoRA); 0: F' is the student
-    times: Law = Uniform(0.0, 1.0)  # distribution of t: Beta(1, 1) (code)
+    times: TimeDistribution = Uniform(0.0, 1.0)  # distribution of t: Beta(1, 1) (code)
     step: Positive = 0.01  # step d (code); as d -> 0, g is MeanFlow's
     N: Calls = 2  # number of jumps of I (code)
     clamp: Positive = 1.0  # limit of g (code)
@@ -52,7 +52,7 @@ class RCGM(ImageMethod):
         return Requirement.select(REAL=True, END_TIME=True, NULL_CONDITION=(self.guidance, self.kappa) != (1, 0))
 
     def student_loss(self, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
-        net = nets.student.denoiser.on(PATH)
+        net = nets.student.denoiser.on_schedule(PATH)
         c = batch.get("real_c")
         eps = draw.normal("eps", x.shape).to(x)
         t = self.times(draw, "t", len(x), PATH)
@@ -65,10 +65,10 @@ class RCGM(ImageMethod):
         w = 1 + torch.tan((1 - (t - r)) * math.pi / 2.5)
         F = average(net, x_t, t, r, c)
         with torch.no_grad():
-            target = (nets.target or nets.student.denoiser).on(PATH)
-            teacher = Guided(nets.teacher.on(PATH), self.guidance)
+            target = (nets.target or nets.student.denoiser).on_schedule(PATH)
+            teacher = CFG(nets.teacher.on_schedule(PATH), self.guidance)
             v = eps - x if self.velocity == "data" else average(teacher, x_t, t, None, c)
-            v = guided(v, 1.0, self.kappa, target, x_t, t, c, (t > self.interval[0]) & (t < self.interval[1]))
+            v = guide_velocity(v, 1.0, self.kappa, target, x_t, t, c, (t > self.interval[0]) & (t < self.interval[1]))
             g = self.residual(F, x_t, t, r, v, target, c)
         return (w.to(F) * self.distance(F, g.clamp(-self.clamp, self.clamp))).mean(), {"delta": g.square().mean()}
 

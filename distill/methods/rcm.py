@@ -19,7 +19,7 @@ from typing import Literal
 from torch import Tensor
 
 from distill.diffusion.schedule import Trig, expand
-from distill.diffusion.times import Law, LogNormal, Shifted, Uniform
+from distill.diffusion.times import LogNormal, ShiftedTimes, TimeDistribution, Uniform
 from distill.losses import Reduction, reduce
 from distill.method import Batch, Logs, Nets, Update
 from distill.methods.dmd2 import DMD2
@@ -34,12 +34,12 @@ class RCM(SCM):
 
     guidance: Finite = 5.0  # guidance scale of the teacher, in both losses (code)
     sigma_d: Positive = 1.0  # standard deviation of the data (paper)
-    times: Law = LogNormal(0.7, 1.6)  # distribution p_G: (0.7, 1.6) 1.3B, (1.5, 1.6) 14B (paper)
+    times: TimeDistribution = LogNormal(0.7, 1.6)  # distribution p_G: (0.7, 1.6) 1.3B, (1.5, 1.6) 14B (paper)
     warmup: Natural = 1000  # steps until r = 1 and until DMD begins: 1000 1.3B, 0 14B (paper)
     norm: Literal["rms", "vector"] = "vector"  # norm of g (code)
     reduction: Reduction = "sum"  # sum over elements in both losses (code)
     dmd: Weight = 0.01  # lambda, weight of DMD (paper)
-    dmd_times: Law = Shifted(Uniform(0.0, 1.0), 5.0)  # distribution p_D for flows, also in the fake score's loss (code)
+    dmd_times: TimeDistribution = ShiftedTimes(Uniform(0.0, 1.0), 5.0)  # p_D for flows, also for the fake score (code)
     every: Count = 4  # fake score steps per student step: 4, 14B 9 (code: one of 5 or 10 turns is the student's)
 
     @property
@@ -78,7 +78,7 @@ class RCM(SCM):
         schedule = nets.fake_score.schedule
         eps = draw.normal("eps", x.shape).to(x)
         t = path.time(schedule.ratio(self.dmd_times(draw, "t", len(x), schedule)))
-        pred = nets.fake_score.on(path)(path.diffuse(x, eps, t), t, batch.get("c"))
+        pred = nets.fake_score.on_schedule(path)(path.diffuse(x, eps, t), t, batch.get("c"))
         cos, sin = (expand(a, x) for a in path.coefficients(t))
         error = self.velocity(pred, t) - (cos * self.sigma_d * eps - sin / self.sigma_d * x)
         return reduce(error**2, self.reduction), {}

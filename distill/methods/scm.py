@@ -18,9 +18,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from distill.diffusion.guidance import Guided, scale_of, with_guidance_key
+from distill.diffusion.guidance import CFG, scale_of, with_guidance_key
 from distill.diffusion.schedule import Prediction, Trig, expand
-from distill.diffusion.times import Law, LogNormal
+from distill.diffusion.times import LogNormal, TimeDistribution
 from distill.losses import Reduction, jvp, per_sample
 from distill.method import Batch, ConsistencyMethod, Logs, Nets, Requirement, guidance_requirements
 from distill.networks.adaptive_weight import weigh
@@ -34,7 +34,7 @@ class SCM(ConsistencyMethod):
 
     guidance: Finite | tuple[Finite, Finite] = 1.0  # guidance scale; a range (SANA-Sprint: 4, 5) is embedded
     sigma_d: Positive = 0.5  # standard deviation of the data (EDM, sCM); 1 for latents (rCM)
-    times: Law = LogNormal(-1.0, 1.4)  # distribution of tau: (-1, 1.4) CIFAR-10, (-1, 1.6) ImageNet-64 (paper)
+    times: TimeDistribution = LogNormal(-1.0, 1.4)  # law of tau: (-1, 1.4) CIFAR-10, (-1, 1.6) ImageNet-64 (paper)
     warmup: Natural = 10_000  # steps until r = 1 (paper)
     normalise: bool = True  # normalise the tangent g
     c: Weight = 0.1  # floor c of the norm (paper)
@@ -55,15 +55,15 @@ class SCM(ConsistencyMethod):
     def student_loss(self, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
         path = Trig(self.sigma_d)
         c = batch.get("real_c")
-        teacher = nets.teacher.on(path)
-        student = nets.student.denoiser.on(path)
+        teacher = nets.teacher.on_schedule(path)
+        student = nets.student.denoiser.on_schedule(path)
         t = path.time(nets.teacher.schedule.ratio(self.times(draw, "t", len(x), nets.teacher.schedule)))
         w = scale_of(self.guidance, draw, len(x))
         x_t = path.diffuse(x, draw.normal("eps", x.shape).to(x), t)
         cos, sin = (expand(f(path.native(t)), x) for f in (torch.cos, torch.sin))
         F = lambda x_t, t: self.velocity(student(x_t, t, with_guidance_key(c, w)), t) / self.sigma_d
         with torch.no_grad():
-            dx = self.velocity(Guided(teacher, w)(x_t, t, c), t)
+            dx = self.velocity(CFG(teacher, w)(x_t, t, c), t)
             along = (cos * sin * dx, (cos * sin).reshape(t.shape).to(t) * (2 / math.pi))
         once = self.one_pass and student.dual
         out, dF = jvp(F, (x_t, t), along, once)

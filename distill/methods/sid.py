@@ -16,9 +16,9 @@ from typing import Literal
 
 from torch import Tensor
 
-from distill.diffusion.guidance import Guided, drop
+from distill.diffusion.guidance import CFG, drop
 from distill.diffusion.schedule import expand
-from distill.diffusion.times import Karras, Law, LogNormal
+from distill.diffusion.times import Karras, LogNormal, TimeDistribution
 from distill.losses import Reduction, denoising, normaliser, reduce, score_gap_logs
 from distill.method import Batch, Logs, Method, Nets, Requirement, Taps, Update
 from distill.random import Draw
@@ -33,8 +33,8 @@ class SiD(Method):
     kappa: tuple[Finite, Finite, Finite, Finite] = (1.0, 1.0, 1.0, 1.0)  # guidances k1..k4; LSG: all 1.5, 2, 3 or 4.5
     p_drop: UnitInterval = 0.1  # fraction of null conditions in the fake's step if k1, k2 or k3 is not 1 (LSG code)
     fake_steps: Calls = 1  # fake score steps per student step (SiD: 1; for video, Self-Forcing's code: 5)
-    times: Law = Karras(0.002, 24.40834)  # distribution of t in the student's loss: t_max = 800 of 1000 (SiD code)
-    fake_times: Law = LogNormal(-1.2, 1.2)  # distribution of t in the fake score's loss: EDM's training law (SiD code)
+    times: TimeDistribution = Karras(0.002, 24.40834)  # t in the student's loss: t_max = 800 of 1000 (SiD code)
+    fake_times: TimeDistribution = LogNormal(-1.2, 1.2)  # t in the fake score's loss: EDM's training law (SiD code)
     gain: Positive = 100.0  # factor of the student's loss (SiD code; LSG: 1)
     reduction: Reduction = "sum"  # sum over elements, mean over the batch (SiD code)
     weight: Literal["mean", "alpha"] = "mean"  # w as above, or alpha_t (SiD-DiT code: 1 - sigma)
@@ -58,7 +58,7 @@ class SiD(Method):
 
     def fake_loss(self, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
         x_t, t, eps = self.fake_times.diffuse(x, nets.fake_score.path, draw)
-        pred = Guided(nets.fake_score, self.kappa[0])(x_t, t, batch.get("c"))
+        pred = CFG(nets.fake_score, self.kappa[0])(x_t, t, batch.get("c"))
         return denoising(pred, x, eps, self.reduction), {}
 
     def student_loss(self, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
@@ -71,10 +71,10 @@ class SiD(Method):
         path = nets.teacher.path
         _, k2, k3, k4 = self.kappa
         x_t, t, _ = self.times.diffuse(x, path, draw)
-        real = Guided(nets.teacher, k4)(x_t, t, c).x0
-        pred, features = Guided(nets.fake_score, k2).tapping(x_t, t, c, taps)
+        real = CFG(nets.teacher, k4)(x_t, t, c).x0
+        pred, features = CFG(nets.fake_score, k2).predict_with_features(x_t, t, c, taps)
         fake = pred.x0
-        fake3 = fake if k3 == k2 else Guided(nets.fake_score, k3)(x_t, t, c).x0
+        fake3 = fake if k3 == k2 else CFG(nets.fake_score, k3)(x_t, t, c).x0
         w: Tensor | float = 1.0
         if self.normalise:
             w = 1 / normaliser(x, real) if self.weight == "mean" else expand(path.coefficients(t)[0], x)

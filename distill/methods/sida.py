@@ -18,7 +18,7 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor
 
-from distill.diffusion.guidance import Guided
+from distill.diffusion.guidance import CFG
 from distill.diffusion.schedule import expand
 from distill.losses import denoising, reduce
 from distill.method import Batch, Logs, Nets, Requirement, Taps, Update
@@ -74,7 +74,7 @@ class SiDA(SiD):
         c = batch.get("c")
         fake = nets.fake_score
         x_t, t, eps = self.fake_times.diffuse(x, fake.path, draw)
-        pred, of_x = Guided(fake, self.kappa[0]).tapping(x_t, t, c, self.taps)
+        pred, of_x = CFG(fake, self.kappa[0]).predict_with_features(x_t, t, c, self.taps)
         of_y = fake.features(fake.path.diffuse(batch["real"].to(x), eps, t), t, batch.get("real_c", c), self.taps)
         low, high = (self.logits(h, x, self.clamp if self.fusion == "sample" else float("inf")) for h in (of_x, of_y))
         f = (self.fused(F.softplus(low), x) + self.fused(F.softplus(-high), x)) / 2

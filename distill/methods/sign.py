@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from distill.diffusion.denoiser import Condition
-from distill.diffusion.guidance import Guided
+from distill.diffusion.guidance import CFG
 from distill.diffusion.schedule import expand
 from distill.diffusion.solver import STEPS, Name
 from distill.diffusion.times import Grid, Uniform
@@ -61,24 +61,24 @@ class SIGN(DMD):
         if self.rec:
             gaps["rec"] = nets.student.generate(y, c, steps=1) - y
         if self.flow:
-            gaps["flow"] = self.along(y, nets, c, draw)
+            gaps["flow"] = self.flow_gap(y, nets, c, draw)
         if self.denoise:
             x_t, t, _ = Uniform(0.0, self.t_max).diffuse(y, nets.teacher.path, draw, "_denoise")
-            gaps["denoise"] = self.projected(x_t, t, nets, c) - y
+            gaps["denoise"] = self.project(x_t, t, nets, c) - y
         for name, gap in gaps.items():
             logs[name] = reduce(gap**2, self.reduction)
             loss = loss + getattr(self, name) * logs[name]
         return loss, logs
 
-    def along(self, y: Tensor, nets: Nets, c: Condition, draw: Draw) -> Tensor:
+    def flow_gap(self, y: Tensor, nets: Nets, c: Condition, draw: Draw) -> Tensor:
         x_t, t, _ = Grid(self.N + 1, 1, self.N).diffuse(y, nets.teacher.path, draw, "_flow")
         s = t - 1 / self.N
         with torch.no_grad():
-            x_s = STEPS[self.solver](Guided(nets.teacher, self.guidance), x_t, t, s, c)
-            target = self.projected(x_s, s, nets, c)
-        return self.projected(x_t, t, nets, c) - target
+            x_s = STEPS[self.solver](CFG(nets.teacher, self.guidance), x_t, t, s, c)
+            target = self.project(x_s, s, nets, c)
+        return self.project(x_t, t, nets, c) - target
 
-    def projected(self, x_t: Tensor, t: Tensor, nets: Nets, c: Condition) -> Tensor:
+    def project(self, x_t: Tensor, t: Tensor, nets: Nets, c: Condition) -> Tensor:
         alpha, sigma = nets.teacher.path.coefficients(t)
         return nets.student.generate(x_t / expand(torch.hypot(alpha, sigma), x_t), c, steps=1)
 

@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from distill.diffusion.curriculum import Doubling
+from distill.diffusion.curriculum import ICTCurriculum
 from distill.diffusion.denoiser import Condition
 from distill.diffusion.schedule import EDM
 from distill.losses import cauchy_norm
@@ -30,7 +30,7 @@ from distill.ranges import UnitInterval, Weight
 class SLCT(CT):
     """Consistency training of latents: robust to outliers, with coupled noise and a denoising loss at low levels."""
 
-    curriculum: Doubling = Doubling()
+    curriculum: ICTCurriculum = ICTCurriculum()
     distance: Literal["huber", "square", "cauchy"] = "cauchy"
     c: Weight = 1.0  # c, times exp(-1.18 ln N - 0.72) if it is adaptive
     adaptive: bool = True
@@ -40,15 +40,15 @@ class SLCT(CT):
 
     def noise(self, x: Tensor, c: Condition, draw: Draw) -> Tensor:
         eps = super().noise(x, c, draw)
-        return coupled(x, eps, c) if self.coupled else eps
+        return couple_noise(x, eps, c) if self.coupled else eps
 
-    def far(self, delta: Tensor, draw: Draw) -> Tensor:
+    def sample_distance(self, delta: Tensor, draw: Draw) -> Tensor:
         if not self.adaptive or self.distance != "cauchy":
-            return super().far(delta, draw)
+            return super().sample_distance(delta, draw)
         N = self.curriculum.intervals(draw.step)
         return cauchy_norm(delta, self.c * math.exp(-1.18 * math.log(N) - 0.72))
 
-    def more(self, error: Tensor, s: Tensor) -> Tensor | float:
+    def denoising_term(self, error: Tensor, s: Tensor) -> Tensor | float:
         if not self.diffusion:
             return 0.0
         grid = self.curriculum
@@ -56,7 +56,7 @@ class SLCT(CT):
         return self.diffusion * low.to(error) * error.flatten(1).square().sum(1)
 
 
-def coupled(x: Tensor, eps: Tensor, c: Condition = None) -> Tensor:
+def couple_noise(x: Tensor, eps: Tensor, c: Condition = None) -> Tensor:
     """eps [B, ...] in the order of the least sum of |x - eps|^2: optimal transport between two batches.
 
     Each condition of c keeps its own noises. Otherwise noise would depend on the condition, but sampling starts from

@@ -6,7 +6,7 @@
     L_heads   = L_heads of LADD on x and y    hinge, in features of the frozen teacher at u, eps of their own
 
 The teacher is a flow network with input t in [0, 1] and normalised queries and keys (python -m pipelines.sana). It is
-read exactly on TrigFlow (Denoiser.on). The authors first multiply latents by sigma_d = 1/2. Here sigma_d = 1, and
+read exactly on TrigFlow (on_schedule). The authors first multiply latents by sigma_d = 1/2. Here sigma_d = 1, and
 tau + ln 2 and c / sigma_d have the same meaning for unscaled latents. Their weight v e^-l is left out (`prior`,
 `adaptive`): at its optimum it is 1 / m, m the mean square, which is 1 / n for n elements per sample, because tangents
 have length 1. That is a sum. Their heads' loss is half of ours. Gradients flow as in sCM and in LADD.
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from distill.diffusion.guidance import scale_of, with_guidance_key
 from distill.diffusion.schedule import expand
-from distill.diffusion.times import Law, LogNormal
+from distill.diffusion.times import LogNormal, TimeDistribution
 from distill.losses import Reduction
 from distill.method import Batch, FeatureTaps, Logs, Nets, Taps, Update
 from distill.methods.ladd import LADD
@@ -36,13 +36,13 @@ class Sprint(SCM):
 
     guidance: Finite | tuple[Finite, Finite] = (4.0, 5.0)  # guidance scale, embedded (paper: one of 4, 4.5, 5)
     sigma_d: Positive = 1.0  # standard deviation of unscaled latents
-    times: Law = LogNormal(0.2 + math.log(2), 1.6)  # distribution P_G (code; paper: 0 + ln 2) of sCM and of s
+    times: TimeDistribution = LogNormal(0.2 + math.log(2), 1.6)  # P_G (code; paper: 0 + ln 2) of sCM and of s
     warmup: Natural = 2000  # student steps until r = 1 (code: 4000 turns, every other one is the heads')
     c: Weight = 0.2  # floor of the norm: 0.1 for halved latents
     norm: Literal["rms", "vector"] = "vector"  # norm of g (code)
     reduction: Reduction = "sum"
     gan: Weight = 0.5  # lambda, weight of L_LADD (paper)
-    gan_times: Law = LogNormal(-0.6 + math.log(2), 1.0)  # distribution P_D (paper) of u
+    gan_times: TimeDistribution = LogNormal(-0.6 + math.log(2), 1.0)  # distribution P_D (paper) of u
     taps: Taps = None  # modules whose features heads read; SANA: blocks 2, 8, 14 and 19 (code)
     places: bool = True  # every token has its own logit (code)
     last: UnitInterval = 0.5  # p, probability of the student's first time: max-time weighting (paper)

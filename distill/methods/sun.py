@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from distill.diffusion.denoiser import Condition
-from distill.diffusion.guidance import Guided, drop
+from distill.diffusion.guidance import CFG, drop
 from distill.diffusion.solver import ddim_from_prediction
-from distill.diffusion.times import Grid, Law
+from distill.diffusion.times import Grid, TimeDistribution
 from distill.losses import Reduction, reduce
 from distill.method import Batch, ImageMethod, Logs, Nets, Requirement
 from distill.networks.negative_attention import shuffled_conditions, with_negative_prompt
@@ -38,7 +38,7 @@ class SUN(ImageMethod):
     msc: Weight = 1.0  # lambda, weight of L_msc (ours)
     k: Calls = 6  # teacher steps per student step (ours: 24 in four, as the paper's 25 of DPM-Solver++)
     p_null: UnitInterval = 0.1  # fraction of null conditions as c- (ours: pipelines' default negative prompt)
-    times: Law = Grid(1000, 0, 999)  # distribution of t in L_cfg
+    times: TimeDistribution = Grid(1000, 0, 999)  # distribution of t in L_cfg
     reduction: Reduction = "mean"
 
     requirements = (Requirement.REAL, Requirement.NULL_CONDITION, Requirement.NEGATIVE_ADAPTER)
@@ -46,7 +46,7 @@ class SUN(ImageMethod):
     def student_loss(self, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
         c = batch["real_c"]
         other = drop(shuffled_conditions(c, draw), nets.teacher.null, draw.uniform("null", (len(x),)) < self.p_null)
-        teacher = Guided(replace(nets.teacher, null={k: other[k] for k in nets.teacher.null or {}}), self.guidance)
+        teacher = CFG(replace(nets.teacher, null={k: other[k] for k in nets.teacher.null or {}}), self.guidance)
         x_t, t, _ = self.times.diffuse(x, nets.teacher.path, draw)
         told = with_negative_prompt(c, other)
         with torch.no_grad():
@@ -59,7 +59,7 @@ class SUN(ImageMethod):
         return loss, logs
 
     def consistency(
-        self, x: Tensor, nets: Nets, teacher: Guided, c: Condition, told: Condition, draw: Draw
+        self, x: Tensor, nets: Nets, teacher: CFG, c: Condition, told: Condition, draw: Draw
     ) -> tuple[Tensor, Tensor]:
         times = torch.tensor([*nets.student.times, 0.0], dtype=torch.float64, device=x.device)
         i = draw.integers("step", len(times) - 1)
@@ -71,13 +71,13 @@ class SUN(ImageMethod):
         u = (t + s) / 2
         pred = student(x_t, t, told)
         with torch.no_grad():
-            many = walk(teacher, x_t, t, s, c, self.k)
+            many = ddim_steps(teacher, x_t, t, s, c, self.k)
             two = ddim_from_prediction(student(ddim_from_prediction(pred, path, u), u, told), path, s)
         one = ddim_from_prediction(pred, path, s)
         return reduce((one - many) ** 2, self.reduction), reduce((one - two) ** 2, self.reduction)
 
 
-def walk(net: Guided, x: Tensor, t: Tensor, s: Tensor, c: Condition, steps: int) -> Tensor:
+def ddim_steps(net: CFG, x: Tensor, t: Tensor, s: Tensor, c: Condition, steps: int) -> Tensor:
     """x_t -> x_s by `steps` equal steps of DDIM. The last one may end at x0."""
     for j in range(steps):
         x = ddim_from_prediction(net(x, t + (s - t) * j / steps, c), net.path, t + (s - t) * (j + 1) / steps)

@@ -29,6 +29,6 @@ class TCD(LCD):
     guidance: Finite | tuple[Finite, Finite] = (3.0, 15.0)  # guidance scale w, embedded. w = omega + 1 (paper: 2, 14)
     noises = ("fresh", "ddim", "tcd")
 
-    def end(self, i: Tensor, nets: Nets, draw: Draw) -> Tensor:
+    def end_index(self, i: Tensor, nets: Nets, draw: Draw) -> Tensor:
         steps = (self.reach * i).floor() + 1  # e = t_0 .. t_(reach i), uniform
         return (draw.uniform("end", (len(i),)).to(i) * steps).floor()

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from distill.diffusion.curriculum import Closing
+from distill.diffusion.curriculum import ECTCurriculum
 from distill.diffusion.denoiser import Condition
 from distill.diffusion.schedule import Schedule, expand
 from distill.diffusion.times import StudentT
@@ -30,7 +30,7 @@ from distill.roles import Nets
 class TCM(CT):
     """Consistency training of high levels only, with a frozen student of all levels: needs images and that student."""
 
-    curriculum: Closing = Closing(StudentT(), q=1000.0, every=MOST)  # 1 - s_r / s_t = n(s_t) / 1000 (code)
+    curriculum: ECTCurriculum = ECTCurriculum(StudentT(), q=1000.0, every=MOST)  # 1 - s_r / s_t = n(s_t) / 1000 (code)
     c: Weight = 1e-8  # CIFAR-10 (code); ImageNet-64 .06, with q = 256 and c_out
     start: Positive = 1.0  # s', the boundary level
     boundary: Decay = 0.25  # rho: exact fraction of the samples of a step at the boundary
@@ -56,7 +56,7 @@ class TCM(CT):
     def pairs(self, draw: Draw, B: int, path: Schedule) -> tuple[Tensor, Tensor, Tensor]:
         t = self.curriculum.times(draw, "t", B, path)
         start = path.time(torch.tensor([self.start], dtype=torch.float64, device=t.device))
-        return self.curriculum.below(torch.where(self.bound(draw), start, t.maximum(start)), draw.step, path)
+        return self.curriculum.pairs_below(torch.where(self.bound(draw), start, t.maximum(start)), draw.step, path)
 
     def bound(self, draw: Draw) -> Tensor:  # [B]: which samples are at the boundary, by their number in the batch
         i = draw.samples.double()
@@ -67,8 +67,8 @@ class TCM(CT):
         low = nets.target.path.ratio(t) < self.start
         return torch.where(expand(low, x).bool(), nets.target(x, t, c).x0, super().f(nets, x, t, c))
 
-    def far(self, delta: Tensor, draw: Draw) -> Tensor:
+    def sample_distance(self, delta: Tensor, draw: Draw) -> Tensor:
         rho = self.boundary
         bound = self.bound(draw).to(delta)
         share = bound * self.weight / (rho or 1.0) + (1 - bound) / (1 - rho)
-        return super().far(delta, draw) * share
+        return super().sample_distance(delta, draw) * share

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from distill.diffusion.guidance import Guided
-from distill.diffusion.times import Law, LogNormal
+from distill.diffusion.guidance import CFG
+from distill.diffusion.times import LogNormal, TimeDistribution
 from distill.losses import Reduction, reduce
 from distill.method import Batch, ImageMethod, Logs, Nets, Requirement
 from distill.random import Draw
@@ -31,7 +31,7 @@ class TSM(ImageMethod):
     """A regression of the student onto the teacher's outputs at noisy real images, at every level."""
 
     guidance: Finite = 1.0  # guidance scale w of the teacher
-    times: Law = LogNormal(-1.2, 1.2)  # distribution of t: EDM's training law
+    times: TimeDistribution = LogNormal(-1.2, 1.2)  # distribution of t: EDM's training law
     reduction: Reduction = "mean"  # mean over all elements
 
     @property
@@ -42,5 +42,5 @@ class TSM(ImageMethod):
         c = batch.get("real_c")
         x_t, t, _ = self.times.diffuse(x, nets.teacher.path, draw)
         with torch.no_grad():
-            target = Guided(nets.teacher, self.guidance)(x_t, t, c).out
+            target = CFG(nets.teacher, self.guidance)(x_t, t, c).out
         return reduce((nets.student.denoiser(x_t, t, c).out - target) ** 2, self.reduction), {}

@@ -32,18 +32,18 @@ class TwinFlow(RCGM):
     rectify: Weight = 2 / 3  # lambda_rect: 2/3 SD3.5, Qwen-Image; 1 OpenUni (code: .5 and .75 beside these)
 
     @property
-    def alone(self) -> bool:
+    def base_only(self) -> bool:
         return not (self.twin or self.rectify)
 
     def sample(self, nets: Nets, batch: Batch, draw: Draw) -> Tensor:
-        return batch["real"] if self.alone else nets.generate(batch, draw, 1)
+        return batch["real"] if self.base_only else nets.generate(batch, draw, 1)
 
     def student_loss(self, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
         loss, logs = super().student_loss(batch["real"], nets, batch, draw)
-        if self.alone:
+        if self.base_only:
             return loss, logs
         logs["base"] = loss
-        net = nets.student.denoiser.on(PATH)
+        net = nets.student.denoiser.on_schedule(PATH)
         c = batch.get("c")
         if self.twin:
             x_t, t, eps = self.times.diffuse(x.detach(), PATH, draw, "_twin")

@@ -17,9 +17,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from distill.diffusion.guidance import Guided, drop, scale_of
+from distill.diffusion.guidance import CFG, drop, scale_of
 from distill.diffusion.schedule import expand
-from distill.diffusion.times import Grid, Law
+from distill.diffusion.times import Grid, TimeDistribution
 from distill.losses import Reduction, denoising, gradient_surrogate, reduce, score_gap_logs
 from distill.method import Batch, Logs, Method, Nets, Requirement, Update
 from distill.random import Draw
@@ -36,8 +36,8 @@ class VSD(Method):
     )
     p_drop: UnitInterval = 0.1  # fraction of null conditions in the fake's step, if k is not 1 (code: of batches)
     fake_steps: Calls = 1  # fake score steps per student step (SwiftBrush: 1)
-    times: Law = Grid(1000, 20, 980)  # distribution of t in the student's loss (SwiftBrush code)
-    fake_times: Law = Grid(1000, 0, 999)  # distribution of t in the fake score's loss (SwiftBrush code)
+    times: TimeDistribution = Grid(1000, 20, 980)  # distribution of t in the student's loss (SwiftBrush code)
+    fake_times: TimeDistribution = Grid(1000, 0, 999)  # distribution of t in the fake score's loss (SwiftBrush code)
     reduction: Reduction = "mean"  # mean over all elements (SwiftBrush code)
     weight: bool = True  # weight by w_t; False: 1
     fake_weight: Literal["one", "alpha"] = "one"  # weight of the fake's error at t: 1, or alpha_t^2 (SwiftBrush code)
@@ -65,8 +65,8 @@ class VSD(Method):
         k_fake = k if self.fake_guidance is None else self.fake_guidance
         with torch.no_grad():
             x_t, t, eps = self.times.diffuse(x, path, draw)
-            real = Guided(nets.teacher, k)(x_t, t, c).eps
-            fake = Guided(nets.fake_score, k_fake)(x_t, t, c).eps
+            real = CFG(nets.teacher, k)(x_t, t, c).eps
+            fake = CFG(nets.fake_score, k_fake)(x_t, t, c).eps
             alpha, sigma = path.coefficients(t)
             w = expand(sigma**2 / (alpha**2 + sigma**2), x) if self.weight else 1.0
         own = not isinstance(k_fake, Tensor) and k_fake == 1

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from distill.diffusion.denoiser import Condition, Denoiser, Taps
-from distill.diffusion.times import Law
+from distill.diffusion.times import TimeDistribution
 from distill.random import Draw
 
 
@@ -128,7 +128,7 @@ def head(feature: Tensor, places: bool = False) -> nn.Module:
     )
 
 
-class Heads(nn.ModuleList):
+class HeadList(nn.ModuleList):
     """A head for each of several tapped modules. Their logits are concatenated, [B, all heads and positions]."""
 
     def forward(self, *features: Tensor) -> Tensor:
@@ -136,13 +136,13 @@ class Heads(nn.ModuleList):
 
 
 def build_heads(features: Sequence[Tensor], places: bool = False, of_pixels: bool = False) -> nn.Module:
-    """A module for these features, called as disc(*features): the head itself if there is only one, else Heads."""
+    """A module for these features, called as disc(*features): the head itself if there is only one, else HeadList."""
     made = [pixels(feature) if of_pixels else head(feature, places) for feature in features]
-    return made[0] if len(made) == 1 else Heads(made)
+    return made[0] if len(made) == 1 else HeadList(made)
 
 
 def noised_features(
-    denoiser: Denoiser, taps: Taps, times: Law, x: Tensor, c: Condition, draw: Draw, *names: str
+    denoiser: Denoiser, taps: Taps, times: TimeDistribution, x: Tensor, c: Condition, draw: Draw, *names: str
 ) -> list[Tensor]:
     """Features of noised samples alpha_u x + sigma_u eps, the input of a discriminator. Every sample has its own u and
     eps.

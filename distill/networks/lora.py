@@ -43,7 +43,7 @@ class LoRA:
         return promote_trainable_to_float32(inject_adapter_in_model(config, shallow_module_copy(net)))
 
 
-def merged(net: nn.Module) -> nn.Module:
+def merge_adapters(net: nn.Module) -> nn.Module:
     """`net` without adapters: a copy whose weights include them, with the module names of the backbone."""
     from peft.tuners.lora import LoraLayer
 

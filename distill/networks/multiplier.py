@@ -22,7 +22,7 @@ class Multiplier(nn.Module):
         self.losses: list[Tensor] = []
         self.at: int | None = None
 
-    def seen(self, loss: Tensor, step: int) -> None:
+    def record(self, loss: Tensor, step: int) -> None:
         """Record the loss of a micro-batch of a step. Losses of an update that was skipped are discarded."""
         if step != self.at:
             self.at = step

@@ -83,16 +83,16 @@ class NegativePromptProcessor(ABC):
         def run(attn: Any, text: Any) -> Any:
             return self.processor(attn, hidden_states, *text, *a, **options)
 
-        def hear(text: Text, **own: Any) -> Tensor:
+        def attend(text: Text, **own: Any) -> Tensor:
             return run(AttentionView(attn, to_out=KEPT, **own), text)
 
-        text, other = self.apart((encoder_hidden_states, attention_mask), hidden_states)
+        text, other = self.split_prompt((encoder_hidden_states, attention_mask), hidden_states)
         if other is None:
             return run(attn, text)
-        with before(attn.to_out[0], lambda z: self.join(attn, z, text, other, hear)):
+        with replace_input(attn.to_out[0], lambda z: self.join(attn, z, text, other, attend)):
             return run(attn, text)
 
-    def apart(self, text: Any, like: Tensor) -> tuple[Any, Text | None]:
+    def split_prompt(self, text: Any, like: Tensor) -> tuple[Any, Text | None]:
         """(prompt, negative prompt); None if there is no negative prompt."""
         if self.words is not None:
             return text, (self.words.to(like).expand(len(like), -1, -1), None)
@@ -137,7 +137,7 @@ class AttentionView:
 
 
 @contextmanager
-def before(layer: nn.Module, see: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
+def replace_input(layer: nn.Module, see: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
     """Call `see` with the input of the layer. If it returns a tensor, that replaces the input."""
 
     def hook(module: nn.Module, args: tuple[Any, ...]) -> Any:
@@ -226,7 +226,7 @@ def strip(net: Any) -> Any:
     return net
 
 
-def adapted(backbone: nn.Module, length: int) -> nn.Module:
+def build_adapter_role(backbone: nn.Module, length: int) -> nn.Module:
     """A role: the shared frozen backbone with trainable adapters on it (`adapt`)."""
     net = adapt(shallow_module_copy(backbone.requires_grad_(False)), length)
     for layer in layers(net).values():

@@ -11,13 +11,13 @@ import torch
 from torch import nn
 
 from distill.diffusion.denoiser import Condition, Denoiser
-from distill.diffusion.end_time import timed
+from distill.diffusion.end_time import add_end_time
 from distill.diffusion.student import Student, grid_times
 from distill.method import FeatureTaps, Method, Requirement
 from distill.modules import copy_trainable, freeze_all_but, meta_copy
 from distill.networks.adaptive_weight import LogVariance
 from distill.networks.discriminator import build_heads
-from distill.networks.negative_attention import adapted
+from distill.networks.negative_attention import build_adapter_role
 from distill.ranges import validate_ranges
 from distill.roles import HEAD_ROLES, CheckpointedDenoiser, Nets
 from distill.training import checkpoint
@@ -70,7 +70,7 @@ def build_student(method: Method, teacher: Denoiser, config: StudentConfig) -> S
     """The student with its weights, times and experts. ValueError for calls that the method does not train."""
     student = Student(
         replace(teacher, net=student_network(config, teacher.net)),
-        config.times or grid_times(config.steps, config.first(teacher.schedule)),
+        config.times or grid_times(config.steps, config.first_time(teacher.schedule)),
         config.scale,
         config.renoise,
         config.phases,
@@ -79,7 +79,7 @@ def build_student(method: Method, teacher: Denoiser, config: StudentConfig) -> S
     check_transition(method, student)
     freeze(student.denoiser.net, config.freeze)
     if Requirement.END_TIME in method.requirements:
-        student.denoiser = timed(student.denoiser)
+        student.denoiser = add_end_time(student.denoiser)
         student.jumps = method.jumps
     if config.init is not None:
         checkpoint.load_initial_weights(student.denoiser.net, config.init, "student", teacher.net)
@@ -135,7 +135,7 @@ def student_network(config: StudentConfig, backbone: nn.Module) -> nn.Module:
     if hasattr(backbone, "control"):
         return freeze_all_but(backbone, "control")
     if config.network is None:
-        return adapted(backbone, config.negative) if config.negative else config.lora(backbone)
+        return build_adapter_role(backbone, config.negative) if config.negative else config.lora(backbone)
     file = Path(config.network) / "config.json"
     if not file.is_file():
         raise ValueError(f"student.network is {config.network!r}; it must be a folder that holds a config.json")

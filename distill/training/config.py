@@ -142,7 +142,7 @@ class StudentConfig:
     def transition(self) -> Transition:
         return find_transition(self.renoise)
 
-    def first(self, schedule: Schedule) -> float:
+    def first_time(self, schedule: Schedule) -> float:
         """The time of the first call on `schedule`. ValueError if the schedule does not have the timestep."""
         if self.sigma is not None:
             return float(schedule.time(torch.tensor([self.sigma]).double()))

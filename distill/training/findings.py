@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Finding:
+class Recomputation:
     """The result of computing one micro-batch again."""
 
     samples: list[int]  # indices in the global batch
@@ -44,7 +44,7 @@ class Finding:
 
 def examine(
     state: State, method: Method, update: Update, batches: list[MicroBatch], accelerator: Accelerator
-) -> list[Finding]:
+) -> list[Recomputation]:
     """Compute the loss of every micro-batch and its gradient again, without averaging, and check every tensor.
 
     Collective: all processes must call it, because sharded networks average their gradients.
@@ -58,7 +58,7 @@ def examine(
         alone = bool(bad) or not sharding.is_fsdp_launch(accelerator)
         bad += _bad_gradients(state.nets)
         first = bad[0] if bad else None
-        findings.append(Finding(batch.numbers.samples.tolist(), f"{float(loss.detach()):.6g}", first, alone))
+        findings.append(Recomputation(batch.numbers.samples.tolist(), f"{float(loss.detach()):.6g}", first, alone))
     for p in parameters:
         p.grad = None
     return findings
@@ -72,7 +72,7 @@ def _recompute(
     if batch.source is None:
         inputs["samples of an earlier update"] = batch.x
     bad = [name for name, tensor in named_tensors(inputs) if not is_finite(tensor)]
-    with _watching(nets) as met:
+    with _collect_nonfinite(nets) as met:
         with precision.autocast(accelerator):
             x = batch.x
             if batch.source is not None:
@@ -97,7 +97,7 @@ def _bad_gradients(nets: Nets) -> list[str]:
 
 
 @contextmanager
-def _watching(nets: Nets) -> Iterator[list[str]]:
+def _collect_nonfinite(nets: Nets) -> Iterator[list[str]]:
     """A list that collects the names of non-finite tensors in order: inputs of networks, outputs of modules,
     gradients."""
     seen: list[str] = []
@@ -108,7 +108,7 @@ def _watching(nets: Nets) -> Iterator[list[str]]:
     def examine_inputs(role: str, module: nn.Module, args: Any, kwargs: Any) -> None:
         look(f"input of {role}:", {**dict(enumerate(args)), **kwargs})
 
-    def left(name: str, module: nn.Module, args: Any, output: Any) -> None:
+    def examine_outputs(name: str, module: nn.Module, args: Any, output: Any) -> None:
         look(f"output of {name}", output)
         for _, tensor in named_tensors(output):
             if tensor.requires_grad:
@@ -118,7 +118,7 @@ def _watching(nets: Nets) -> Iterator[list[str]]:
     for role, net in {**nets.frozen(), **nets.modules()}.items():
         handles.append(net.register_forward_pre_hook(partial(examine_inputs, role), with_kwargs=True))
         for name, module in net.named_modules():
-            handles.append(module.register_forward_hook(partial(left, f"{role}.{name}".rstrip("."))))
+            handles.append(module.register_forward_hook(partial(examine_outputs, f"{role}.{name}".rstrip("."))))
     try:
         yield seen
     finally:

@@ -15,7 +15,7 @@ import torch
 
 from distill.method import Method, Update
 from distill.training.config import TrainConfig
-from distill.training.findings import Finding, examine
+from distill.training.findings import Recomputation, examine
 from distill.training.replay import write_replay
 from distill.training.samples import MicroBatch
 from distill.training.state import State
@@ -67,7 +67,7 @@ def handle_nonfinite_update(
     state.logs[f"{player}/skipped"] = torch.ones((), device=device)
 
 
-def first_bad(findings: tuple[list[Finding], ...]) -> dict[int, Finding]:
+def first_bad(findings: tuple[list[Recomputation], ...]) -> dict[int, Recomputation]:
     """The worst finding of each rank that has one. If there are findings of single ranks, only those."""
     bad = {
         rank: min(filter(bool, ones), key=lambda one: not one.alone) for rank, ones in enumerate(findings) if any(ones)
@@ -75,7 +75,7 @@ def first_bad(findings: tuple[list[Finding], ...]) -> dict[int, Finding]:
     return {rank: one for rank, one in bad.items() if one.alone} or bad
 
 
-def describe(bad: dict[int, Finding], step: int, player: str) -> str:
+def describe(bad: dict[int, Recomputation], step: int, player: str) -> str:
     """A description of what is not finite, where, and on which ranks."""
     ranks = f"rank{'s' * (len(bad) > 1)} {', '.join(map(str, bad))}" if bad else "no rank"
     what = next(iter(bad.values()), "computed again it is finite: a fault of a kernel or of the memory?")

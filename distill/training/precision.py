@@ -100,7 +100,7 @@ def _set(net: Any, backend: str) -> None:
         raise ValueError(f"attention {backend!r} is not to be had: {error}") from error
 
 
-def unset(net: Any) -> None:
+def reset_attention(net: Any) -> None:
     """Set torch's own attention again, which supports every precision on every device."""
     processors = [getattr(module, "processor", None) for module in net.modules()]
     if any(getattr(processor, "_attention_backend", None) is not None for processor in processors):

@@ -33,7 +33,7 @@ def prepare_state(
 
     The arguments are those of `train`.
     """
-    supported(cfg, accelerator)
+    validate_launch(cfg, accelerator)
     cfg.micro_batch(accelerator.num_processes)
     start(nets, accelerator)
     if cfg.gradient_checkpointing:
@@ -51,7 +51,7 @@ def prepare_state(
     return state
 
 
-def supported(cfg: TrainConfig, accelerator: Accelerator) -> None:
+def validate_launch(cfg: TrainConfig, accelerator: Accelerator) -> None:
     """Refuse options that cannot train several players. It needs no networks: call it before they are loaded."""
     from accelerate.utils import DistributedType
 

@@ -21,7 +21,7 @@ from distill.random import Draw
 from distill.roles import Batch, Nets
 from distill.training import checkpoint
 from distill.training.config import TrainConfig
-from distill.training.findings import Finding, examine, named_tensors
+from distill.training.findings import Recomputation, examine, named_tensors
 from distill.training.prepare import prepare_state
 from distill.training.samples import MicroBatch
 from distill.training.state import State
@@ -40,7 +40,7 @@ def replay_update(
     data: Callable[[Draw], Batch],
     cfg: TrainConfig,
     accelerator: Accelerator,
-) -> dict[int, list[Finding]]:
+) -> dict[int, list[Recomputation]]:
     """Compute the micro-batches of a replay folder again with its weights. Returns the findings by the rank that had
     them."""
     facts = read_facts(folder)
@@ -51,7 +51,7 @@ def replay_update(
     update = next(update for update in method.updates() if update.player == player)
     findings = {}
     for rank, ones in facts["ranks"].items():
-        tensors = _nested(load_file(folder / f"rank{rank}.safetensors", device=f"{accelerator.device}"))
+        tensors = _unflatten(load_file(folder / f"rank{rank}.safetensors", device=f"{accelerator.device}"))
         indices = [torch.tensor(one["samples"], device=accelerator.device) for one in ones]
         batches = [_restored(tensors[f"{i}"], one, facts) for i, one in enumerate(indices)]
         findings[int(rank)] = examine(state, method, update, batches, accelerator)
@@ -59,7 +59,7 @@ def replay_update(
 
 
 def _restored(tensors: dict[str, Any], indices: Tensor, facts: dict[str, Any]) -> MicroBatch:
-    """A micro-batch from the tensors of `_stored`."""
+    """A micro-batch from the tensors of `_replay_tensors`."""
     seed = facts["seed"]
     step = facts["step"]
     player = facts["player"]
@@ -102,7 +102,8 @@ def write_replay(
                 shutil.copy(folder.parent / "config.yaml", folder)
         if accelerator.process_index in facts["ranks"]:
             folder.mkdir(parents=True, exist_ok=True)
-            tensors = {name: t.detach().cpu().clone() for name, t in named_tensors([_stored(turn) for turn in batches])}
+            stored = named_tensors([_replay_tensors(batch) for batch in batches])
+            tensors = {name: t.detach().cpu().clone() for name, t in stored}
             save_file(
                 {name: t.contiguous() for name, t in tensors.items()},
                 folder / f"rank{accelerator.process_index}.safetensors",
@@ -112,7 +113,7 @@ def write_replay(
     return None
 
 
-def _stored(batch: MicroBatch) -> dict[str, Any]:
+def _replay_tensors(batch: MicroBatch) -> dict[str, Any]:
     """The tensors of a micro-batch that cannot be computed again from the seed."""
     if batch.source is None:
         return {"batch": batch.batch, "x": batch.x}
@@ -121,7 +122,7 @@ def _stored(batch: MicroBatch) -> dict[str, Any]:
     return {"batch": batch.batch, "late": torch.tensor(batch.source.late), "before": batch.source.before}
 
 
-def _nested(tensors: dict[str, Tensor]) -> dict[str, Any]:
+def _unflatten(tensors: dict[str, Tensor]) -> dict[str, Any]:
     """Nested dicts from the names of `named_tensors`."""
     tree: dict[str, Any] = {}
     for name, tensor in tensors.items():

@@ -57,10 +57,10 @@ def teacher_sampler(teacher: Teacher, steps: int = 18, solver: Name = "heun", gu
     nfe: the solver's calls; twice as many under a guidance other than 0 and 1. CFG++ always calls both branches. A
     denoiser that is guided by a weaker network adds one evaluation for each call.
     """
-    from distill.diffusion.guidance import Guided, WorseModelGuided
+    from distill.diffusion.guidance import CFG, WorseModelGuided
     from distill.diffusion.solver import calls, sample
 
-    denoiser = teacher.denoiser if guidance == 1 else Guided(teacher.denoiser, guidance)
+    denoiser = teacher.denoiser if guidance == 1 else CFG(teacher.denoiser, guidance)
     branches = 1 if guidance in (0, 1) else 2
     n = steps if solver == "cfg++" else calls(solver, steps)
     nfe = 2 * (n - 1) + branches if solver == "cfg++" else n * branches

@@ -22,12 +22,12 @@ from torch import nn
 
 from distill.configuration import fail
 from distill.diffusion.denoiser import Condition
-from distill.diffusion.end_time import fold_end_times, untimed
+from distill.diffusion.end_time import fold_end_times, remove_end_time
 from distill.diffusion.student import Student
 from distill.files import folder_lock
 from distill.layout import program_name
 from distill.modules import shallow_module_copy
-from distill.networks.lora import merged
+from distill.networks.lora import merge_adapters
 from distill.networks.negative_attention import adapters, strip
 from distill.training import checkpoint
 from distill.training.config import StudentConfig
@@ -86,7 +86,7 @@ def export(
     """
     check_replaceable(folder)
     folder = folder.resolve()
-    student = student.using(net)
+    student = student.with_network(net)
     picture = controlnet.example_picture(student.denoiser, teacher)
     with experts.record_timesteps(student) as timesteps:
         expected = sample_reference(student, teacher, net, picture)
@@ -143,7 +143,7 @@ def write_student(
     net = denoiser.net
     base = controlnet.without_controlnet(denoiser)
     plain = strip(shallow_module_copy(net)) if adapters(net) else base.net
-    exported = cast(Network, teacher.family.export_network(merged(plain), replace(student, denoiser=base)))
+    exported = cast(Network, teacher.family.export_network(merge_adapters(plain), replace(student, denoiser=base)))
     write_pipeline(teacher, exported, scheduler, folder)
     if adapters(net):
         negative_prompt.write(net, folder / negative_prompt.FILE)
@@ -168,13 +168,13 @@ def fold_end_times_of(student: Student, teacher: Teacher) -> Student:
     """The student without end times: they are added to the time embedding at the times of its calls."""
     denoiser = student.denoiser
     if not any(to for _, to in student.legs):
-        return replace(student, denoiser=untimed(denoiser), jumps=False)
+        return replace(student, denoiser=remove_end_time(denoiser), jumps=False)
     prompt = teacher.family.examples(teacher)[0]
     device = next(denoiser.net.parameters()).device
     c = {key: value.to(device) for key, value in (teacher.encode([prompt]) or {}).items()} or None
     teacher.parts.drop_text()
     x = torch.zeros(1, *teacher.shape, device=device)
-    alone = merged(denoiser.net)
+    alone = merge_adapters(denoiser.net)
     vars(alone).pop("peft_config", None)  # a LoRA file has no embedding
     found = fold_end_times(replace(denoiser, net=alone), student.legs, x, c)
     return replace(student, denoiser=found, jumps=False)

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distill.diffusion.end_time import untimed
+from distill.diffusion.end_time import remove_end_time
 from distill.diffusion.schedule import Kind
 from distill.diffusion.student import Student
 from distill.training.config import StudentConfig
@@ -144,7 +144,7 @@ def differences(student: Student, teacher: Teacher, scheduler: Scheduler, card: 
 
     parts = teacher.parts
     family = teacher.family
-    base = controlnet.without_controlnet(untimed(student.denoiser))
+    base = controlnet.without_controlnet(remove_end_time(student.denoiser))
     call = family.export_call(base.call)
     denoiser = replace(base, net=StandIn(base.net, base.kind), call=call)
     one = replace(student, denoiser=denoiser, experts=(), phases=1, jumps=False)

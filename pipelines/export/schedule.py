@@ -35,10 +35,14 @@ def find_student_scheduler(teacher: Teacher, student: StudentConfig) -> tuple[Sc
     A ValueError says what a config cannot carry, and what it can.
     """
     schedule = teacher.denoiser.schedule
-    if student.times and (student.sigma or student.timestep) and abs(student.first(schedule) - student.times[0]) > 1e-4:
+    if (
+        student.times
+        and (student.sigma or student.timestep)
+        and abs(student.first_time(schedule) - student.times[0]) > 1e-4
+    ):
         raise ValueError(
             f"student.times begin at {student.times[0]:.6g}, and student.sigma or timestep puts the first call at "
-            f"{student.first(schedule):.6g}: pass --student.sigma None --student.timestep None"
+            f"{student.first_time(schedule):.6g}: pass --student.sigma None --student.timestep None"
         )
     found: list[Times] = []
     for candidate in teacher.family.student_schedulers(teacher, student):

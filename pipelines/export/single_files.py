@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from distill.files import atomic_file
-from distill.networks.lora import merged
+from distill.networks.lora import merge_adapters
 from pipelines.protocols import config_of
 
 ARCHITECTURES = {
@@ -98,7 +98,7 @@ def write_network_file(
     net: nn.Module, path: Path, metadata: dict[str, str], dtype: torch.dtype = torch.float16
 ) -> Path:
     """Write the network with merged adapters in diffusers' keys."""
-    return write_tensors(merged(net).state_dict(), path, metadata, dtype)
+    return write_tensors(merge_adapters(net).state_dict(), path, metadata, dtype)
 
 
 def lora_adapters(net: nn.Module) -> dict[str, Adapter]:

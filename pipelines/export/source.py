@@ -12,10 +12,10 @@ import yaml
 
 from distill import history, methods
 from distill.configuration import TEACHER, from_tree, read_run_config
-from distill.diffusion.end_time import SECOND, timed
+from distill.diffusion.end_time import SECOND, add_end_time
 from distill.diffusion.student import Student
 from distill.method import Requirement
-from distill.networks.lora import merged
+from distill.networks.lora import merge_adapters
 from distill.ranges import UnitInterval
 from distill.training import checkpoint
 from distill.training.build import earlier_experts, student_network
@@ -116,7 +116,7 @@ def load_student(teacher: Teacher, config: StudentConfig, times: tuple[float, ..
     denoiser = replace(teacher.denoiser, net=student_network(config, teacher.denoiser.net))
     files = [TensorReader(file) for file in checkpoint.weight_files(folder, "student")]
     jumps = any(key.startswith(SECOND) for file in files for key in file.shapes)
-    denoiser = timed(denoiser) if jumps else denoiser
+    denoiser = add_end_time(denoiser) if jumps else denoiser
     checkpoint.load_initial_weights(denoiser.net, folder, "student", teacher.denoiser.net)
     experts = earlier_experts(config, teacher.denoiser)
     return Student(denoiser, times, config.scale, config.renoise, config.phases, experts, jumps)
@@ -131,12 +131,12 @@ def average_students(a: Student, b: Student, share: float) -> Student:
     ours, theirs = ((s.times, s.input_scale, s.renoise) for s in (a, b))
     if ours != theirs:
         raise ValueError(f"the other student's calls are (times, scale, noise) {theirs}, this one's {ours}: not mixed")
-    net = merged(a.denoiser.net)
-    other = merged(b.denoiser.net).state_dict()
+    net = merge_adapters(a.denoiser.net)
+    other = merge_adapters(b.denoiser.net).state_dict()
     for name, tensor in net.state_dict().items():
         if tensor.is_floating_point():
             tensor.lerp_(other[name].to(tensor), 1 - share)
-    return a.using(net)
+    return a.with_network(net)
 
 
 def embeds_guidance(method: str, values: dict[str, object]) -> bool:

@@ -106,7 +106,7 @@ def sample_reference(student: Student, teacher: Teacher, net: nn.Module, extra: 
         c = {key: value.to(device) for key, value in ((condition or {}) | (extra or {})).items()}
         with exact_arithmetic(i, device):
             draw = GlobalGeneratorDraw(teacher, device)
-            samples.append(student.using(net).generate(z[i : i + 1].to(device), c or None, draw))
+            samples.append(student.with_network(net).generate(z[i : i + 1].to(device), c or None, draw))
     for role in roles:
         role.to(before)
     with exact_arithmetic(0, device):  # network and decoder are never on the device together

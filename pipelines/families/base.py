@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from distill.diffusion.denoiser import Call, Condition, Denoiser
-from distill.diffusion.guidance import Guided
+from distill.diffusion.guidance import CFG
 from distill.diffusion.student import Student
 from distill.training.config import StudentConfig
 from pipelines.components import Parts
@@ -135,7 +135,7 @@ class Family:
     unet: bool = False  # the network is a UNet, so that it may have a ControlNet (NCT needs one)
     guidance_embedding: bool = False  # the network has, or can be given, an embedding of its guidance
     pads_to_longest: bool = False  # prompts are padded to the longest of a call, so that rows depend on each other
-    guided: type[Guided] = Guided  # classifier-free guidance as in the pipeline
+    guided: type[CFG] = CFG  # classifier-free guidance as in the pipeline
     set_timesteps: Callable[[Scheduler, int, Teacher], None] | None = None  # None: scheduler.set_timesteps(steps)
     draw_noise: Callable[[Sequence[int]], Tensor] = torch.randn  # noise as the pipeline's scheduler draws it
     # (network, parts) -> the network

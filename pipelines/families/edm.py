@@ -183,7 +183,7 @@ def schedulers_of_student(teacher: Teacher, student: StudentConfig) -> Iterator[
             "this family's scheduler renoises with fresh noise: train with --student.renoise fresh, or, where a method "
             "needs another, a student of one call (--student.steps 1 --student.renoise fresh)"
         )
-    start = times[0] if times else student.first(schedule)
+    start = times[0] if times else student.first_time(schedule)
     ratios = schedule.ratio(torch.tensor(times or [start]).double()).tolist()
     sigma = ratios[0]
     if student.scale is not None and abs(student.scale / sigma - 1) > 1e-4:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from distill.diffusion.denoiser import Condition, Denoiser
-from distill.diffusion.guidance import Guided
+from distill.diffusion.guidance import CFG
 from distill.diffusion.schedule import Prediction
 from pipelines.components import Parts
 from pipelines.families import latents, student_schedulers
@@ -36,7 +36,7 @@ class Call(latents.TwoStreams):
         return unpack(net(pack(x), text, c["mask"], n / 1000, places, return_dict=False)[0], x.shape)
 
 
-class TokenNormGuidance(Guided):
+class TokenNormGuidance(CFG):
     """Guidance that rescales the prediction in each token to the norm of the conditional prediction."""
 
     def __call__(self, x: Tensor, t: Tensor, c: Condition = None) -> Prediction:

@@ -108,7 +108,7 @@ def schedulers_of_student(teacher: Teacher, student: StudentConfig) -> Iterator[
         raise ValueError(f"SANA-Sprint's pipeline feeds unit noise, not noise scaled by {student.scale}")
     if student.steps > 1 and not student.transition.adds_noise:
         raise ValueError("SANA-Sprint's pipeline renoises with fresh noise: train with --student.renoise fresh")
-    if student.first(teacher.denoiser.schedule) < 1:
+    if student.first_time(teacher.denoiser.schedule) < 1:
         raise ValueError("SANA-Sprint's pipeline starts at noise alone: leave --student.sigma and timestep out")
     yield SCMScheduler()
 

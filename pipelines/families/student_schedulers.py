@@ -55,7 +55,7 @@ class Start:
 def find_start(schedule: VP, student: StudentConfig) -> Start:
     """Where the student's first call stands in the table."""
     last = len(schedule.alphas_cumprod) - 1
-    t = student.times[0] if student.times else student.first(schedule)
+    t = student.times[0] if student.times else student.first_time(schedule)
     sigma = float(schedule.coefficients(torch.tensor([t]).double())[1])
     unit = abs((student.scale or sigma) - 1) < 1e-4  # PixArt's table ends at .99998, which is almost pure noise
     scaled = student.scale is None or abs(student.scale / sigma - 1) < 1e-4
@@ -143,7 +143,7 @@ def of_flow(teacher: Teacher, student: StudentConfig) -> Iterator[Scheduler]:
     config = teacher.parts.scheduler().config
     steps = student.steps
     times = student.times
-    if (start := times[0] if times else student.first(teacher.denoiser.schedule)) < 1:
+    if (start := times[0] if times else student.first_time(teacher.denoiser.schedule)) < 1:
         raise ValueError(f"a flow's pipeline starts at noise alone; this student starts at t = {start:.4g}")
     shift = float(config.get("shift") or config.get("flow_shift") or 1.0)
     options: dict[str, object] = {"num_train_timesteps": 1000, "use_dynamic_shifting": False}

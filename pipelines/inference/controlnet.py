@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distill.diffusion.denoiser import Call, Condition, Denoiser, first
+from distill.diffusion.denoiser import Call, Condition, Denoiser, first_output
 from distill.modules import shallow_module_copy
 from pipelines.components import Network, Pipeline
 from pipelines.families import latents
@@ -197,7 +197,7 @@ class ControlledCall:
 
     @property
     def feature(self) -> Callable[[tuple[Tensor, ...]], Tensor]:
-        return getattr(self.call, "feature", first)
+        return getattr(self.call, "feature", first_output)
 
     def __call__(self, net: nn.Module, x: Tensor, t: Tensor, c: Condition) -> Tensor:
         if c is None or "control" not in c:

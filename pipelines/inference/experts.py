@@ -29,7 +29,7 @@ from distill.configuration import fail
 from distill.diffusion.student import Student
 from distill.files import folder_lock
 from distill.layout import program_name
-from distill.networks.lora import merged
+from distill.networks.lora import merge_adapters
 from distill.training.checkpoint import describe_disk_error
 from pipelines import fields
 from pipelines.components import Network, Pipeline, read_index
@@ -80,13 +80,13 @@ def write(student: Student, net: nn.Module, steps: Sequence[float], network: str
     entries = read_index(folder)
     if len(student.experts) == 1 and f"{network}_2" in entries:
         shutil.move(folder / network, folder / f"{network}_2")
-        cast(Network, merged(student.experts[0].net)).save_pretrained(folder / network)
+        cast(Network, merge_adapters(student.experts[0].net)).save_pretrained(folder / network)
         ratio = (student.times[first - 1] + student.times[first]) / 2
         entries |= {f"{network}_2": entries[network], "boundary_ratio": ratio}
         (folder / "model_index.json").write_text(json.dumps(entries, indent=2) + "\n")
         return True
     for i, expert in enumerate(student.experts):
-        cast(Network, merged(expert.net)).save_pretrained(folder / "experts" / f"{i}")
+        cast(Network, merge_adapters(expert.net)).save_pretrained(folder / "experts" / f"{i}")
     (folder / INDEX).write_text(json.dumps({"by": "timestep", "bounds": bounds}))
     return False
 

@@ -27,7 +27,7 @@ from torch.utils.flop_counter import conv_flop_count, flop_registry, shape_wrapp
 from torch.utils.hooks import RemovableHandle
 
 from distill.diffusion.denoiser import Condition, Denoiser
-from distill.diffusion.guidance import overriding
+from distill.diffusion.guidance import with_override
 from distill.method import Requirement
 from distill.random import Draw
 from distill.roles import Batch, Nets
@@ -339,7 +339,7 @@ class UpdateCounter:
         x = torch.empty(self.micro, *self.nets.shape, device="meta")
         if Requirement.FORGOTTEN_PROMPTS not in self.method.requirements:
             return {"c": c, "real": x, "real_c": dict(c), "z": x, "y": x}
-        override = overriding(c, c)
+        override = with_override(c, c)
         return {"c": dict(override), "real": x, "real_c": c, "z": x, "y": x, "forget_c": override}
 
     def count_update(self, update: Update, step: int) -> UpdateCost:

@@ -70,7 +70,7 @@ class Run:
         if teacher.denoiser.null is None and Requirement.NULL_CONDITION in self.config.method.requirements:
             teacher.denoiser.null = c
         student = self.config.student
-        times = student.times or grid_times(student.steps, student.first(teacher.denoiser.schedule))
+        times = student.times or grid_times(student.steps, student.first_time(teacher.denoiser.schedule))
         student = replace(student, times=times, sigma=None, timestep=None)
         with torch.device("meta"):
             if Requirement.CONTROL_PICTURE in self.config.method.requirements:

@@ -34,7 +34,7 @@ from gaussian import (
 from distill.diffusion.denoiser import Denoiser
 from distill.diffusion.schedule import EDM, KINDS, Trig
 from distill.diffusion.student import Student
-from distill.diffusion.times import Fixed, Law
+from distill.diffusion.times import Fixed, TimeDistribution
 from distill.methods import DMD2, LCD, SCM, VSD, SiD, scm
 from distill.random import Draw
 from distill.roles import Nets
@@ -197,7 +197,7 @@ def test_fake_loss_is_least_at_the_posterior_mean(name, schedule):
 
 
 @dataclass(frozen=True)
-class Levels(Law):
+class Levels(TimeDistribution):
     """Every time of a list for an equal block of the batch."""
 
     t: tuple

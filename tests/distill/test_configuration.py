@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from distill.configuration import dump, parse
-from distill.diffusion.times import Law
+from distill.diffusion.times import TimeDistribution
 from distill.ranges import Range, iterate_fields
 from pipelines import run
 
@@ -28,7 +28,7 @@ SOURCES = [p for p in sorted((ROOT / "recipes").glob("*.py")) if "\nCONFIG = Con
 RECIPES = {p.stem: importlib.import_module(f"recipes.{p.stem}").CONFIG for p in SOURCES}
 LEAVES = [(r, *field) for r, config in RECIPES.items() for field in iterate_fields(config)]
 ALL = {(r, name.removeprefix("train.")): leaf for r, name, *leaf in LEAVES}
-ALL = {key: leaf for key, leaf in ALL.items() if Law not in get_args(leaf[0])}  # a law or None has no flag
+ALL = {key: leaf for key, leaf in ALL.items() if TimeDistribution not in get_args(leaf[0])}  # a law or None has no flag
 ONCE = {f"{r} {name}": (r, name) for (r, name), leaf in {id(leaf[1]): (k, leaf) for k, leaf in ALL.items()}.values()}
 TIED = (
     "low",

@@ -13,7 +13,7 @@ from gaussian import F64, SCHEDULES, exact, problem
 from tiny import tiny
 
 from distill.diffusion.denoiser import plain
-from distill.diffusion.guidance import Guided
+from distill.diffusion.guidance import CFG
 from distill.diffusion.schedule import EDM, Flow, Trig
 from distill.diffusion.solver import STEPS
 from distill.diffusion.student import Student
@@ -301,7 +301,7 @@ class TestByHand:
         x = method.sample(nets, batch, draw)
         t, eps = method.times(draw, "t", N, EDM()), draw.normal("eps", (N, 2))
         x_t = x.detach() + EDM().native(t)[:, None] * eps
-        real, fake = Guided(nets.teacher, 1.5)(x_t, t, batch["c"]).x0, nets.fake(x_t, t, batch["c"]).x0
+        real, fake = CFG(nets.teacher, 1.5)(x_t, t, batch["c"]).x0, nets.fake(x_t, t, batch["c"]).x0
         g = (fake - real) / (x - real).abs().mean(1, keepdim=True)
         want = torch.autograd.grad(x, weights(nets), g.detach() / x.numel(), retain_graph=True)
         for a, b in zip(gradients(student_turn(method, nets)[0], weights(nets)), want):
@@ -319,7 +319,7 @@ class TestByHand:
         t, eps = method.times(draw, "t", N, path), draw.normal("eps", (N, 2))
         x_t = path.diffuse(x.detach(), eps, t)
         k = 2.0 if guidance == 2.0 else 0.5 + 3.5 * draw.uniform("guidance", (N,))
-        gap = Guided(nets.teacher, k)(x_t, t, batch["c"]).eps - Guided(nets.fake, k)(x_t, t, batch["c"]).eps
+        gap = CFG(nets.teacher, k)(x_t, t, batch["c"]).eps - CFG(nets.fake, k)(x_t, t, batch["c"]).eps
         g = path.coefficients(t)[1][:, None] ** 2 * gap / (x.numel() if reduction == "mean" else N)
         want = torch.autograd.grad(x, weights(nets), g.detach(), retain_graph=True)
         for a, b in zip(gradients(student_turn(method, nets)[0], weights(nets)), want):
@@ -333,7 +333,7 @@ class TestByHand:
         batch = batch_of(draw)
         x = method.sample(nets, batch, draw)
         t, eps = method.times(draw, "t", N, EDM()), draw.normal("eps", (N, 2))
-        say = lambda who, k: Guided(who, k)(EDM().diffuse(x, eps, t), t, batch["c"]).x0
+        say = lambda who, k: CFG(who, k)(EDM().diffuse(x, eps, t), t, batch["c"]).x0
         fake2, fake3, real = say(nets.fake, 1.5), say(nets.fake, 2.0), say(nets.teacher, 2.5)
         w = 1 / (x - real).abs().mean(1, keepdim=True) if normalise else 1.0
         delta = real - fake2
@@ -356,7 +356,7 @@ class TestByHand:
         t = ((draw.uniform("t", (N,)).double() * 4).floor() + 1) / 4
         assert len(t.unique()) > 2
         x_t, s = EDM().diffuse(x, eps, t), t - 0.25
-        x_s = STEPS[solver](Guided(nets.teacher, 1.5), x_t, t, s, c)
+        x_s = STEPS[solver](CFG(nets.teacher, 1.5), x_t, t, s, c)
         target = torch.where((s > 0)[:, None], nets.target(x_s, s, c).x0, x_s)
         delta = nets.student.denoiser(x_t, t, c).x0 - target
         near(student_turn(method, nets)[0], ((delta**2 + 1e-6).sqrt() - 1e-3).mean(), 1e-10)
@@ -375,7 +375,7 @@ class TestByHand:
         assert "guidance" not in heard["teacher"]
         one, zero, batch = torch.ones(N, dtype=F64), torch.zeros(N, dtype=F64), batch_of(Plain())
         x_t = EDM().diffuse(batch["real"], draw.normal("eps", (N, 2)), one)
-        pred = Guided(nets.teacher, w)(x_t, one, batch["real_c"])
+        pred = CFG(nets.teacher, w)(x_t, one, batch["real_c"])
         x_0 = EDM().diffuse(pred.x0, pred.eps, zero)  # N = 1: one DDIM step from t = 1 to 0
         f = nets.student.denoiser(x_t, one, batch["real_c"] | {"guidance": w}).x0
         near(loss, ((f - x_0) ** 2).mean(), 1e-9)
@@ -414,7 +414,7 @@ class TestByHand:
             denoiser.net.register_forward_hook(
                 lambda m, args, kwargs, out, role=role: heard[role].append(kwargs.get("guidance")), with_kwargs=True
             )
-        guided = lambda net, x, t, c: Guided(nets.teacher, scale)(x, EDM().time(t), c).out
+        guided = lambda net, x, t, c: CFG(nets.teacher, scale)(x, EDM().time(t), c).out
         told = (lambda c: c) if isinstance(w, float) else (lambda c: c | {"guidance": scale})
         batch = batch_of(draw)
         got = method.student_loss(batch["real"], nets, batch, draw)[0]
@@ -440,7 +440,7 @@ class TestByHand:
         method, draw = SiD(kappa=(2.0, 1.0, 1.0, 1.0)), Plain("fake")
         nets, x = nets_of(method), draw.normal("x", (N, 2))
         c, t, eps = batch_of(draw)["c"], method.fake_times(draw, "t", N, EDM()), draw.normal("eps", (N, 2))
-        pred = Guided(nets.fake, 2.0)(EDM().diffuse(x, eps, t), t, c)
+        pred = CFG(nets.fake, 2.0)(EDM().diffuse(x, eps, t), t, c)
         want = ((pred.out - pred.target(x, eps)) ** 2).sum() / N
         near(method.fake_loss(x, nets, {"c": c}, draw)[0], want)
 
@@ -587,7 +587,7 @@ class TestFakeTurn:
         t, eps = method.fake_times(draw, "t", N, EDM()), draw.normal("eps", (N, 2))
         sigma = EDM().native(t)[:, None]
         weight = (sigma**2 + 0.25) / (0.5 * sigma) ** 2
-        elements = weight * (Guided(nets.fake, k)(x + sigma * eps, t, batch["c"]).x0 - x) ** 2
+        elements = weight * (CFG(nets.fake, k)(x + sigma * eps, t, batch["c"]).x0 - x) ** 2
         want = elements.mean() if reduction == "mean" else elements.sum() / N
         near(method.fake_loss(x, nets, batch, draw)[0], want, 1e-9)
 
@@ -712,7 +712,7 @@ class TestDeclarations:
             real_k = fake_k = 0.5 + 3.5 * draw.uniform("guidance", (N,))
         t, eps = method.times(draw, "t", N, EDM()), draw.normal("eps", (N, 2))
         x_t, c = EDM().diffuse(x, eps, t), batch["c"]
-        real, fake = Guided(nets.teacher, real_k)(x_t, t, c), Guided(nets.fake, fake_k)(x_t, t, c)
+        real, fake = CFG(nets.teacher, real_k)(x_t, t, c), CFG(nets.fake, fake_k)(x_t, t, c)
         sample, real, fake = (eps, real.eps, fake.eps) if isinstance(method, VSD) else (x, real.x0, fake.x0)
         near(logs["score_gap"], (real - fake).square().mean())
         if lag:

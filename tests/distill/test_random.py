@@ -8,7 +8,7 @@ import torch
 from gaussian import F64, SCHEDULES
 
 from distill.diffusion.schedule import EDM, VP, Flow
-from distill.diffusion.times import Fixed, Grid, Karras, LogitNormal, LogNormal, Shifted, Uniform, shift
+from distill.diffusion.times import Fixed, Grid, Karras, LogitNormal, LogNormal, ShiftedTimes, Uniform, shift
 from distill.random import Draw, threefry
 
 near = lambda got, want, tol=1e-12: torch.testing.assert_close(got, want, rtol=tol, atol=tol)
@@ -174,14 +174,14 @@ class TestTimes:
         t = torch.linspace(0.01, 0.99, 99, dtype=F64)
         near(Flow().ratio(shift(t, 3.0)), 3 * Flow().ratio(t))
         near(shift(t, 1.0), t)
-        near(self.sample(Shifted(Uniform(0, 1), 3.0)), shift(self.sample(Uniform(0, 1)), 3.0))
+        near(self.sample(ShiftedTimes(Uniform(0, 1), 3.0)), shift(self.sample(Uniform(0, 1)), 3.0))
         near(shift(torch.tensor((0.0, 1.0), dtype=F64), 3.0), torch.tensor((0.0, 1.0), dtype=F64))
 
     def test_fixed(self):
         assert (self.sample(Fixed(0.3)) == 0.3).all()
 
     @pytest.mark.parametrize(
-        "law", (Uniform(), Grid(), LogNormal(), Karras(), LogitNormal(), Shifted(Uniform(), 3.0)), ids=repr
+        "law", (Uniform(), Grid(), LogNormal(), Karras(), LogitNormal(), ShiftedTimes(Uniform(), 3.0)), ids=repr
     )
     def test_independent_of_the_split(self, law):
         parts = [law(Draw(0, 0, "student", s), "t", len(s), EDM()) for s in torch.arange(64).split(16)]

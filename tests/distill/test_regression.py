@@ -109,7 +109,7 @@ def test_one_call_at_the_students_time_with_its_scale():
     teacher = tiny(VP.scaled_linear(), "eps", classes=3)
     c, z = {"label": torch.tensor([0, 1])}, torch.randn(2, 2).double()
     config = StudentConfig(timestep=399, scale=1.0)
-    times = (config.first(teacher.schedule),)
+    times = (config.first_time(teacher.schedule),)
     nets = build(Regression(), teacher, (2,), c, StudentConfig(times=times, scale=1.0))
     x = Regression().sample(nets, {"z": z, "c": c}, None)
     alpha, sigma = teacher.schedule.coefficients(torch.tensor([399 / 999], dtype=F64))

@@ -450,7 +450,7 @@ def test_hallucinations_between_modes_are_seen_in_the_right_window():
     assert (
         0.5 * truth.double().mean() < found.value < 0.25 and clean.value < 0.02 and not intervals_overlap(found, clean)
     )
-    flow = hal(fake, near, teacher.on(Flow()))  # the same levels on another schedule
+    flow = hal(fake, near, teacher.on_schedule(Flow()))  # the same levels on another schedule
     assert flow.allclose(hal(fake, near), rtol=1e-3, atol=1e-9)
     batches = hallucination.predict_x0_at_levels(teacher, fake, None, near, batch=7)
     assert batches.allclose(hallucination.predict_x0_at_levels(teacher, fake, None, near), rtol=1e-12)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from replay import Replay, cases, filled, gradients, load, module, under
 
-from distill.diffusion.curriculum import Closing
+from distill.diffusion.curriculum import ECTCurriculum
 from distill.diffusion.denoiser import Denoiser
 from distill.diffusion.schedule import EDM, Flow
 from distill.diffusion.student import Student
@@ -77,7 +77,7 @@ def checked(close, loss, net, want, grad):
 def test_ect(case, close, name):
     stored, facts, Mini = case(f"ect/{name}")
     student = edm(Mini, inner(stored, "net"))
-    method = CT(Closing(q=facts.get("q", 2)))
+    method = CT(ECTCurriculum(q=facts.get("q", 2)))
     draw = Replay({"t": stored["draw/rnd_normal"], "eps": stored["draw/eps"]}, step=facts["stage"] * 25_000)
     x = stored["in/images"]
     loss, _ = method.student_loss(x, Nets(student, Student(student), x.shape[1:]), {}, draw)
@@ -93,7 +93,7 @@ def test_tcm(case, close, name):
     student, first = (edm(Mini, inner(stored, name)) for name in ("net", "frozen"))
     start, bound = facts["transition_t"], stored["draw/boundary"].bool()
     method = TCM(
-        Closing(StudentT(df=facts["df"], low=start), q=1 / (1 - facts["ratio"]), every=MOST),
+        ECTCurriculum(StudentT(df=facts["df"], low=start), q=1 / (1 - facts["ratio"]), every=MOST),
         c=facts["huber_const"],
         c_out=facts.get("weighting") == "c_out_sq",
         start=start + 1e-8,

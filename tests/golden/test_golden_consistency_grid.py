@@ -16,7 +16,7 @@ from distill.diffusion.solver import heun
 from distill.diffusion.student import Student
 from distill.diffusion.times import phase
 from distill.methods import LCD, PCM
-from distill.networks.discriminator import Heads, Pixels
+from distill.networks.discriminator import HeadList, Pixels
 from distill.roles import Nets
 
 LOSS, GRADIENT, DOUBLE = 1e-4, 1e-3, 1e-8
@@ -106,7 +106,7 @@ def heads(weights):
     for name, value in weights.items():
         number, _, rest = name.partition(".")
         made.setdefault(int(number), {})[rest.removeprefix("0.")] = value
-    return Heads(filled(Pixels(len(own["conv_out.weight"][0])), own) for _, own in sorted(made.items()))
+    return HeadList(filled(Pixels(len(own["conv_out.weight"][0])), own) for _, own in sorted(made.items()))
 
 
 def pcm(tensors, facts, Mini):
@@ -151,7 +151,7 @@ def test_pcm(case, close, name):
     assert torch.equal((method.time(i + 1, nets) * 999).round().long(), tensors["out/start_timesteps"])
     assert torch.equal((method.time(i, nets) * 999).round().long(), tensors["out/timesteps"])
     draw = drawn(tensors, facts, False)
-    e = method.time(method.end(i, nets, draw), nets)
+    e = method.time(method.end_index(i, nets, draw), nets)
     assert torch.equal((e * 999).round().long(), tensors["out/end_timesteps"])
     out, target, _ = method.solutions(x, nets, batch, drawn(tensors, facts, False))
     close("student at e", out, tensors["out/model_pred"], GRADIENT)

@@ -13,7 +13,7 @@ from replay import Replay, filled, gradients, load, module, preconditioned, spy,
 from torch import nn
 
 from distill.diffusion.denoiser import Denoiser
-from distill.diffusion.guidance import Guided
+from distill.diffusion.guidance import CFG
 from distill.diffusion.schedule import EDM, VP
 from distill.diffusion.student import Student
 from distill.methods import DMD2, dmd2
@@ -120,7 +120,7 @@ def test_schedules(golden, close):
 
 def test_distribution_matching(case, close, monkeypatch):
     stored, numbers, x = case.stored, case.numbers, case.batch["x"]
-    teacher, scores = spy(monkeypatch, Guided, "__call__"), spy(monkeypatch, Denoiser, "__call__")
+    teacher, scores = spy(monkeypatch, CFG, "__call__"), spy(monkeypatch, Denoiser, "__call__")
     pushes, draw = spy(monkeypatch, dmd2, "gradient_surrogate"), case.draw("dm.")
     loss, _ = case.method.student_loss(x, case.nets, case.batch, draw)
     loss.backward()

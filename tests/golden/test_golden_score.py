@@ -11,11 +11,11 @@ from replay import Replay, cases, filled, gradients, load, module, preconditione
 
 from distill import losses
 from distill.diffusion.denoiser import Denoiser
-from distill.diffusion.guidance import Guided
+from distill.diffusion.guidance import CFG
 from distill.diffusion.schedule import EDM, VP, Flow
 from distill.diffusion.student import Student
 from distill.diffusion.times import Grid, LogNormal, Uniform
-from distill.methods import DMD2, LADD, VSD, DiffInstruct, FDistill, Forgetting, OfflinePSO, PhasedDMD, SiD
+from distill.methods import DMD2, LADD, SFD, VSD, DiffInstruct, FDistill, OfflinePSO, PhasedDMD, SiD
 from distill.networks.discriminator import Head
 from distill.roles import Nets
 from pipelines.inference.negative_prompt import NAG
@@ -283,12 +283,12 @@ class Twice(Replay):
         super().__init__(*first, player=player, samples=torch.arange(4))
         self.second = Replay(*second, player=player, samples=torch.arange(4))
 
-    def apart(self, name):
+    def independent_stream(self, name):
         assert name == "forget"
         return self.second
 
 
-@pytest.mark.level(4, "Forgetting")
+@pytest.mark.level(4, "SFD")
 @pytest.mark.parametrize("case", ("g_a1.0", "g_a1.2", "psi"))
 def test_sfd(opened, case, close):
     everything, file = opened("sfd/functions.npz")
@@ -301,7 +301,7 @@ def test_sfd(opened, case, close):
     nets = Nets(teacher, Student(student, (float(everything["t_init"]) / 999,)), (3, 8, 8), fake)
     player, net = ("fake", fake.net) if case == "psi" else ("student", student.net)
     base = SiD(alpha=1.0 if case == "psi" else float(case[3:]), times=law, fake_times=law, gain=1.0)
-    method = Forgetting(base, forget=(0,), override=(2,), weight=0.01, fake_weight=0.01)
+    method = SFD(base, forget=(0,), override=(2,), weight=0.01, fake_weight=0.01)
     turn = lambda end: ({"z": stored[f"z{end}"], "eps": stored[f"eps{end}"]}, {"t": whole(law, stored[f"t{end}"])})
     second = turn("f")
     second[1]["class"] = torch.zeros(4)
@@ -366,14 +366,14 @@ def test_phased_call_and_fake_score(phased, close):
     stored, nets, batch = phased
     x0, _ = nets.student.step(stored["x"], 1, batch["c"], to=0.0)
     x_s, std = nets.student.step(stored["x"], 1, batch["c"])
-    assert nets.student.end == float(stored["s"][0]) and not std.any()
+    assert nets.student.phase_end_time == float(stored["s"][0]) and not std.any()
     close("x0 of the call", x0, stored["x0"], LOSS)
     close("x_s", x_s, stored["anchor"], LOSS)
     method = PhasedDMD(guidance=4.0, fake_times=Uniform(0.0, 1.0), margin=0.0, clamp=1e30)
-    path, u = method.above(nets).teacher.path, (stored["sigma_t"].double() - 0.5) / 0.5
+    path, u = method.on_phase_interval(nets).teacher.path, (stored["sigma_t"].double() - 0.5) / 0.5
     x_t = path.diffuse(stored["anchor"], stored["eps"], u)
     close("x_t", x_t, stored["x_t"], LOSS)
-    pred = method.above(nets).fake(x_t, u, batch["c"])
+    pred = method.on_phase_interval(nets).fake(x_t, u, batch["c"])
     close("target of the velocity", pred.target(stored["anchor"], stored["eps"]), stored["target"], LOSS)
     draw = Replay({"eps": stored["eps"]}, {"t": u}, player="fake")
     loss, _ = method.fake_loss(stored["anchor"], nets, batch, draw)
@@ -391,7 +391,7 @@ def test_phased_push(phased, close):
     """
     stored, nets, batch = phased
     s, sigma_t = 0.5, stored["sigma_t"].double()
-    real = Guided(nets.teacher, 4.0)(stored["x_t"], sigma_t, batch["c"]).x0.detach()
+    real = CFG(nets.teacher, 4.0)(stored["x_t"], sigma_t, batch["c"]).x0.detach()
     fake = nets.fake(stored["x_t"], sigma_t, batch["c"]).x0.detach()
     close("x0 of the teacher", real, stored["real_x0"], LOSS)
     close("x0 of the fake score", fake, stored["fake_x0"], LOSS)

@@ -12,7 +12,7 @@ from replay import Replay, filled, gradients, load, module, preconditioned, push
 
 from distill import losses
 from distill.diffusion.denoiser import Denoiser
-from distill.diffusion.guidance import Guided
+from distill.diffusion.guidance import CFG
 from distill.diffusion.schedule import EDM, VP
 from distill.diffusion.student import Student
 from distill.diffusion.times import Grid, Karras
@@ -59,7 +59,7 @@ def edm_student_draw(stored):
 def test_edm_student_loss(edm_functions, alpha, close, monkeypatch):
     everything, nets, batch = edm_functions
     stored = under(everything, f"g_alpha{alpha}")
-    scores = spy(monkeypatch, Guided, "__call__")
+    scores = spy(monkeypatch, CFG, "__call__")
     weights, elements = (spy(monkeypatch, sid, name) for name in ("normaliser", "reduce"))
     method, x, draw = SiD(alpha, times=EDM_TIMES), everything["images"].requires_grad_(), edm_student_draw(stored)
     loss, _ = method.student_loss(x, nets, batch, draw)
@@ -117,7 +117,7 @@ def test_a_nan_stops_and_is_named(edm_functions, player, tmp_path):
 def test_edm_fake_loss(edm_functions, close, monkeypatch):
     everything, nets, batch = edm_functions
     stored = under(everything, "psi")
-    scores, elements = spy(monkeypatch, Guided, "__call__"), spy(monkeypatch, losses, "reduce")
+    scores, elements = spy(monkeypatch, CFG, "__call__"), spy(monkeypatch, losses, "reduce")
     draw = Replay(normal={"eps": stored["eps"], "t": stored["rnd_normal"]})
     loss, _ = SiD().fake_loss(everything["images"], nets, batch, draw)
     loss.backward()
@@ -227,7 +227,7 @@ def lsg_draw(stored):
 def test_lsg_student_loss(lsg_functions, kappa, alpha, close, monkeypatch):
     everything, nets, batch = lsg_functions
     stored = under(everything, f"g_k{kappa}_a{alpha}")
-    scores = spy(monkeypatch, Guided, "__call__")
+    scores = spy(monkeypatch, CFG, "__call__")
     weights, elements = (spy(monkeypatch, sid, name) for name in ("normaliser", "reduce"))
     method, draw = sid_lsg(kappa, alpha), lsg_draw(everything)
     x = method.sample(nets, batch, draw)
@@ -252,7 +252,7 @@ def test_lsg_student_loss(lsg_functions, kappa, alpha, close, monkeypatch):
 def test_lsg_fake_loss(lsg_functions, kappa, close, monkeypatch):
     everything, nets, batch = lsg_functions
     stored = under(everything, f"psi_k{kappa}")
-    scores = spy(monkeypatch, Guided, "__call__")
+    scores = spy(monkeypatch, CFG, "__call__")
     method, draw = sid_lsg(kappa), lsg_draw(everything)
     x = method.sample(nets, batch, draw).detach()
     loss, _ = method.fake_loss(x, nets, batch, draw)
@@ -365,7 +365,7 @@ def test_lsg_dropped_prompts(golden, monkeypatch):
     stored = load(golden("sid/lsg_loop_k1.5.npz"))
     net = module(golden("score/tiny_nets.py")).TinyCond()
     fake = lsg(net, under(stored, "teacher"), stored, stored["uncond_ctx"])
-    nets, scores = Nets(fake, Student(fake), (4, 8, 8), fake), spy(monkeypatch, Guided, "__call__")
+    nets, scores = Nets(fake, Student(fake), (4, 8, 8), fake), spy(monkeypatch, CFG, "__call__")
     prompts = []
     for turn in (under(stored, f"it{i}/r{r}") for i in range(3) for r in range(2)):
         normal, uniform = lsg_turn(turn, "fake")

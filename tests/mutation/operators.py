@@ -3,7 +3,7 @@
     sign        a + b -> a - b, and back; -a -> a              factor      a * b -> a, -> b; a / b -> a
     power       a ** n -> a; a.square() -> a; a.sqrt() -> a    reduction   mean <-> sum
     detach      a.detach() -> a; no_grad() -> no change        roles       fake - real -> real - fake
-    guidance    Guided(net, w) -> Guided(net, 1.0)             condition   drop(c, ...) -> c; if a -> if not a
+    guidance    CFG(net, w) -> CFG(net, 1.0)                   condition   drop(c, ...) -> c; if a -> if not a
     check       if a: raise -> if False: raise                 arguments   f(a, b) -> f(b, a), both of one kind
     compare     < <-> <=, > <-> >=, == <-> !=, and <-> or      number      n -> n + 1, True <-> False
     effect      a call whose value nobody uses -> pass
@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from itertools import product
 
 NO_CHANGE = "torch.set_grad_enabled(torch.is_grad_enabled())"
-GUIDED = ("Guided",)  # (net, w)
+GUIDED = ("CFG",)  # (net, w)
 CONDITIONS = ("drop", "with_guidance_key")  # (c, ...) -> c, another condition
 ROLES = (("teacher", "fake"), ("real", "fake"), ("teacher", "student"), ("student", "target"), ("student", "fake"))
 ROOTS = ("square", "sqrt", "abs")

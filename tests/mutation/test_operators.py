@@ -29,7 +29,7 @@ CASES = {  # a statement: {operator: what it may become}
     "return x.detach()": {"detach": ["return x"]},
     "return fake - real": {"roles": ["return (real - fake)"]},
     "return nets.fake.f(nets.teacher)": {"roles": ["return nets.teacher.f(nets.fake)"]},
-    "return Guided(nets.teacher, w)(x, t, c)": {"guidance": ["return Guided(nets.teacher, 1.0)(x, t, c)"]},
+    "return CFG(nets.teacher, w)(x, t, c)": {"guidance": ["return CFG(nets.teacher, 1.0)(x, t, c)"]},
     "return drop(c, null, mask)": {"condition": ["return c"]},
     "return x if t else eps": {"condition": ["return x if (not t) else eps"]},
     "return x if t is None else eps": {"condition": [], "compare": ["return x if (t is not None) else eps"]},

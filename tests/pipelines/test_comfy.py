@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from distill.diffusion.denoiser import Denoiser
 from distill.diffusion.schedule import VP, Flow, Trig
 from distill.diffusion.student import Student
-from distill.networks.lora import merged
+from distill.networks.lora import merge_adapters
 from distill.random import Draw
 from pipelines.export import comfyui, kohya
 
@@ -111,7 +111,7 @@ def test_lora_merges_as_peft(role, tmp_path):
     tensors = load_file(kohya.write_lora_file(net, tmp_path / "a.safetensors", {}, torch.float32))
     where = {("lora_unet_" + (a if sdxl else b)).replace(".", "_"): b for a, b in DESCRIBED_NARROW[sdxl].items()}
     assert {key.split(".")[0] for key in tensors} == where.keys()  # the LoRA is on every matrix and kernel
-    weights, expected = dict(base.state_dict()), merged(net).state_dict()
+    weights, expected = dict(base.state_dict()), merge_adapters(net).state_dict()
     for key, module in where.items():
         down, up, alpha = (tensors[f"{key}.{end}"] for end in ("lora_down.weight", "lora_up.weight", "alpha"))
         assert alpha == 5.0 and len(down) == 3
@@ -170,7 +170,7 @@ def student(indices, scale=None, renoise="fresh", kind="eps", frame=None):
     denoiser = Denoiser(Net(), VP.scaled_linear(), kind)
     times = torch.tensor(indices).double() / 999
     if frame is not None:
-        times, denoiser = frame.time(denoiser.schedule.ratio(times)), denoiser.on(frame)
+        times, denoiser = frame.time(denoiser.schedule.ratio(times)), denoiser.on_schedule(frame)
     return Student(denoiser, tuple(times.tolist()), scale, renoise)
 
 

@@ -241,7 +241,7 @@ def test_plain_diffusers_shows_it_pictures(runs, tmp_path):
     """A ControlNet pipeline of diffusers alone gives the trainer's own samples, and without it the base student's."""
     folder = runs["nct_sd15"]
     teacher, state = state_of("nct_sd15", folder, 2)
-    student = state.nets.student.using(state.ema.net)
+    student = state.nets.student.with_network(state.ema.net)
     z, picture = torch.randn(1, *teacher.shape), controlnet.example_picture(student.denoiser, teacher)["control"]
     torch.save([z, picture], tmp_path / "given")
     command = [sys.executable, "-c", PLAIN, *map(str, (folder / "pipeline", tmp_path / "given", tmp_path / "made"))]

@@ -99,7 +99,7 @@ def test_export(converted, tmp_path, steps, sigma):
     t, c = torch.linspace(0, 1, 20), teacher.encode([3] * 20)
     x = torch.randn(20, 3, 8, 8)
     with torch.no_grad():
-        still, was = (student.using(n).denoiser(x, t, c).out for n in (made, net))
+        still, was = (student.with_network(n).denoiser(x, t, c).out for n in (made, net))
     assert (still - was).abs().max() < 1e-5 * was.abs().max(), "told as in training, it can be trained further"
 
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from distill.diffusion.guidance import Guided, null_of
+from distill.diffusion.guidance import CFG, null_of
 from distill.diffusion.schedule import Trig
 from distill.diffusion.student import Student
 from distill.training.config import StudentConfig
@@ -88,7 +88,7 @@ def test_the_denoiser_gives_what_the_pipelines_network_and_scheduler_give(family
         told = abs(sigma - t) * out.abs().max() if denoiser.kind == "flow" else 0  # solvers tell a flow whole times
         assert told < 1e-2
         torch.testing.assert_close(pred.x0, unpacked(f, x0), rtol=1e-4, atol=1e-4 + float(told))
-        on = denoiser.on(Trig())
+        on = denoiser.on_schedule(Trig())
         seen = on.path.time(denoiser.schedule.ratio(t.expand(2)))
         alpha, sine = on.path.coefficients(seen)
         a, s = denoiser.schedule.coefficients(t.expand(2))
@@ -117,7 +117,7 @@ def test_guidance_with_the_null_condition(family):
     assert all(len(v) == 1 for v in null.values())
     cond, empty = denoiser(f.x, t, f.c).out, denoiser(f.x, t, null_of(null, f.c)).out
     assert (cond - empty).abs().max() > 1e-3
-    torch.testing.assert_close(Guided(denoiser, w)(f.x, t, f.c).out, empty + w * (cond - empty), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(CFG(denoiser, w)(f.x, t, f.c).out, empty + w * (cond - empty), rtol=1e-3, atol=1e-4)
 
 
 def test_taps_give_features_with_gradient(family):

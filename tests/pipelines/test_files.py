@@ -9,7 +9,7 @@ import unets
 from safetensors import safe_open
 from unets import TARGETS, adapted, output, sd15, sdxl
 
-from distill.networks.lora import merged
+from distill.networks.lora import merge_adapters
 from pipelines.export import single_files
 
 
@@ -32,7 +32,7 @@ def pipeline(unet):
 
 @pytest.mark.parametrize("dtype,loaded,weights", [(torch.float32, 0.0, 1e-6), (torch.float16, 2e-3, 1e-3)])
 def test_lora_loads_on_the_base(role, tmp_path, dtype, loaded, weights):
-    """Every layer comes back with its alpha: difference 0.0 in fp32. Fused, the weights are those of `merged`."""
+    """Every layer comes back with its alpha: difference 0.0 in fp32. Fused weights are those of `merge_adapters`."""
     base, net = role
     path = single_files.write_lora_file(net, tmp_path / single_files.file_name("fox", 4, "lora"), {}, dtype)
     pipe = pipeline(copy.deepcopy(base))
@@ -43,7 +43,7 @@ def test_lora_loads_on_the_base(role, tmp_path, dtype, loaded, weights):
     assert (output(pipe.unet) - expected).abs().max() <= loaded
     pipe.fuse_lora()
     pipe.unload_lora_weights()
-    fused, ours = pipe.unet.state_dict(), merged(net).state_dict()
+    fused, ours = pipe.unet.state_dict(), merge_adapters(net).state_dict()
     assert fused.keys() == ours.keys()
     assert max((fused[name] - ours[name]).abs().max() for name in ours) <= weights
     assert (output(pipe.unet) - expected).abs().max() <= max(loaded, 1e-5)
@@ -75,7 +75,7 @@ def test_unet_file_is_the_merged_network(role, tmp_path):
     again.load_state_dict(tensors)
     assert (output(again) - output(net)).abs().max() < 5e-3
     assert (output(again) - output(base)).abs().max() > 0.1
-    for name, value in merged(net).state_dict().items():
+    for name, value in merge_adapters(net).state_dict().items():
         assert torch.equal(tensors[name], value.half())
 
 

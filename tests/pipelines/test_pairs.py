@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from distill.data import Text
 from distill.data.labels import LabelPairs
 from distill.data.pairs import Pairs, noise
-from distill.diffusion.guidance import Guided
+from distill.diffusion.guidance import CFG
 from distill.diffusion.solver import sample
 from distill.method import Requirement
 from distill.random import Draw
@@ -253,7 +253,7 @@ class TestLabels:
         feed = data.open(digits, (Requirement.PAIRS,))
         batch = feed(DRAW)
         assert batch.keys() == {"z", "y", "c"}
-        want = sample(Guided(digits.denoiser, 2.0), batch["z"], batch["c"], 3).detach()
+        want = sample(CFG(digits.denoiser, 2.0), batch["z"], batch["c"], 3).detach()
         torch.testing.assert_close(batch["y"], want, rtol=1e-4, atol=1e-4)
         plain = sample(digits.denoiser, batch["z"], batch["c"], 3)
         assert (batch["y"] - plain).abs().max() > 1e-2 and batch["y"].std() > 0.1

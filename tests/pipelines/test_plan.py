@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from distill.configuration import Config
 from distill.data import Digits
-from distill.methods import DMD2, LCD, RCM, SCM, VSD, Rewarded, SiD
+from distill.methods import DMD2, LCD, RCM, SCM, VSD, RewardGuided, SiD
 from distill.networks.lora import LoRA
 from distill.random import Draw
 from distill.training.build import build
@@ -216,7 +216,7 @@ def test_a_run_is_counted_where_all_its_terms_are_there():
     soon = RCM(guidance=1.0, warmup=0)
     assert count_of(replace(soon, warmup=1000)) == count_of(soon)
     vsd = VSD(guidance=1.0)
-    assert count_of(Rewarded(vsd)) == count_of(vsd)
+    assert count_of(RewardGuided(vsd)) == count_of(vsd)
 
 
 def test_moments_of_eight_bits():

@@ -318,7 +318,7 @@ def test_single_files_that_fail_are_left_out(folder, tmp_path, monkeypatch):
     net = teacher.denoiser.copy().net
     with torch.no_grad():
         net.time_embedding.linear_2.bias[0] = 1e6
-    found = exported(teacher, student.using(net), scheduler, tmp_path / "out")
+    found = exported(teacher, student.with_network(net), scheduler, tmp_path / "out")
     assert "does not fit into torch.float16: its largest entry is 1e+06" in found.left[name]
     assert found.gaps.keys() == {"pipeline"}
     monkeypatch.setattr(export, "load_single_file", lambda *_: {}["key"])

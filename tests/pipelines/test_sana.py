@@ -57,7 +57,7 @@ def test_the_embedding_moves_nothing_at_first(folder, teacher, heard):
     assert load(folder, guidance_embedded=True).denoiser.net.time_embed.guidance_embedder.linear_1.weight.equal(
         teacher.denoiser.net.time_embed.guidance_embedder.linear_1.weight
     )  # the same on every process
-    student = Student(teacher.denoiser).using(heard).denoiser
+    student = Student(teacher.denoiser).with_network(heard).denoiser
     told = lambda w: student(x, t, c | {"guidance": torch.full((2,), w)}).out
     assert torch.equal(student(x, t, c).out, told(sana.GUIDANCE))
     assert (told(4.0) - told(5.0)).abs().max() > 1e-2
@@ -69,7 +69,7 @@ def test_sana_sprints_pipeline_gives_what_the_student_gives(teacher, heard, step
     """SanaSprintPipeline under SCMScheduler, with its own times, at its own guidance and at another."""
     found, times = find_student_scheduler(teacher, StudentConfig(steps=steps))
     assert type(found).__name__ == "SCMScheduler" and len(times) == steps and times[0] == 1.0
-    student, z = Student(teacher.denoiser, times).using(heard), torch.randn(1, *teacher.shape)
+    student, z = Student(teacher.denoiser, times).with_network(heard), torch.randn(1, *teacher.shape)
     pipe = teacher.parts.pipe(scheduler=found, transformer=heard)
     assert type(pipe).__name__ == "SanaSprintPipeline"
     images = []

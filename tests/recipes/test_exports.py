@@ -82,7 +82,7 @@ def test_every_input_counts(one):
     @torch.no_grad()
     def image(c, student=student):
         torch.manual_seed(SEED)
-        x = student.using(state.ema.net).generate(z, c, verify.GlobalGeneratorDraw(teacher))
+        x = student.with_network(state.ema.net).generate(z, c, verify.GlobalGeneratorDraw(teacher))
         return (teacher.decode(x) / 2 + 0.5).clamp(0, 1)
 
     one = image(c)

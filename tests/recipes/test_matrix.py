@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from shallow import shorten, taps_of
 from zoo import CLASSES, example
 
-from distill.diffusion.guidance import overriding
+from distill.diffusion.guidance import with_override
 from distill.diffusion.schedule import VP
 from distill.method import Requirement
 from distill.methods import DMD2, LCD, PCM, SCM, TCM, VSD, SiD
@@ -80,7 +80,7 @@ def two_steps(algorithm, family, teacher, adapted, steps=1):
     )
     denoiser, also = replace(teacher.denoiser), {}
     if Requirement.FORGOTTEN_PROMPTS in algorithm.requirements:
-        c, denoiser.null = overriding(c, c), overriding(denoiser.null, denoiser.null)
+        c, denoiser.null = with_override(c, c), with_override(denoiser.null, denoiser.null)
         also["forget_c"] = c
     nets = build(
         algorithm,
@@ -145,7 +145,7 @@ def test_every_other_method_trains(name, family, adapted, teachers):
     method = example(name)  # heads read the family's own features
     if name == "TCD":
         method = replace(method, guidance=3.0)  # a range needs a network that is told it
-    if name == "Forgetting" and family != "edm":
+    if name == "SFD" and family != "edm":
         method = replace(method, forget=(), override=())  # prompts, of the data
     two_steps(
         method,

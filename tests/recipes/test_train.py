@@ -12,7 +12,7 @@ from distill.configuration import Config, parse
 from distill.data import Digits, Text
 from distill.data.labels import LabelPairs, Labels
 from distill.data.pairs import Pairs
-from distill.diffusion.times import Grid, Shifted
+from distill.diffusion.times import Grid, ShiftedTimes
 from distill.layout import RECIPES
 from distill.method import Requirement
 from distill.ranges import validate_ranges
@@ -110,7 +110,7 @@ def test_times_of_a_flow():
     """Timesteps of a table are uniform times of a flow, shifted to the noisier ones; Wan's by more."""
     method = last("f_distill", "sana").method
     assert not any(isinstance(getattr(method, field.name), Grid) for field in fields(method))
-    assert isinstance(method.times, Shifted) and (method.times.s, method.times.law.low) == (3.0, 0.02)
+    assert isinstance(method.times, ShiftedTimes) and (method.times.s, method.times.law.low) == (3.0, 0.02)
     assert last("f_distill", "wan").method.times.s == 5.0
     assert isinstance(last("dmd2", "sdxl").method.times, Grid)
 

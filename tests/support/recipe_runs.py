@@ -152,5 +152,5 @@ def sampled(teacher, student, net):
     """An image of the student with these weights, in [0, 1]."""
     prompt = teacher.family.examples(teacher)[1]
     c, z = teacher.encode([prompt]), noise(teacher)
-    x = student.using(net).generate(z, c, verify.GlobalGeneratorDraw(teacher))
+    x = student.with_network(net).generate(z, c, verify.GlobalGeneratorDraw(teacher))
     return (teacher.decode(x) / 2 + 0.5).clamp(0, 1).numpy()

@@ -41,7 +41,7 @@ def tiny(schedule, kind="v", seed=0, dtype=torch.float64, classes=0, **sizes):
 
 
 class TimestepEmbedding(nn.Linear):
-    """Named as diffusers' embedding of time, so that distill.diffusion.end_time.timed finds it."""
+    """Named as diffusers' embedding of time, so that distill.diffusion.end_time.add_end_time finds it."""
 
 
 class Clock(nn.Module):

@@ -8,7 +8,7 @@ from dataclasses import fields
 from distill import methods
 
 ARGUMENTS = {
-    "Forgetting": {"forget": (1,), "override": (0,)},
+    "SFD": {"forget": (1,), "override": (0,)},
     "RCM": {"warmup": 0},  # before its end the fake score rests
     "Sprint": {"guidance": 1.5},  # a range is told to the network
     "TSM": {"guidance": 2.0},  # without, a student that starts as its teacher stays there

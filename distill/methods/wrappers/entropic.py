@@ -14,16 +14,16 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from distill.diffusion.denoiser import Condition, Denoiser
-from distill.diffusion.guidance import Guided, drop
+from distill.diffusion.guidance import CFG, drop
 from distill.diffusion.schedule import Prediction
 from distill.method import Batch, Logs, Loss, Nets, Requirement, Taps
-from distill.methods.wrappers.wrapper import Wrapped
+from distill.methods.wrappers.wrapper import MethodWrapper
 from distill.random import Draw
 from distill.ranges import UnitInterval, Weight
 
 
 @dataclass(frozen=True)
-class Entropic(Wrapped):
+class Entropic(MethodWrapper):
     """A method with a guided fake score: samples of different conditions are kept apart."""
 
     entropy: Weight = 0.5  # lambda, weight of the entropy (paper); above 1 the samples spread too far
@@ -38,7 +38,7 @@ class Entropic(Wrapped):
             return loss(x, nets, batch, draw)
         if nets.fake is None:
             raise ValueError(f"{type(self.base).__name__} has no fake score to guide: set entropy to 0")
-        total, logs = loss(x, replace(nets, fake=Scaled(**vars(nets.fake), k=1 - self.entropy)), batch, draw)
+        total, logs = loss(x, replace(nets, fake=GuidedDenoiser(**vars(nets.fake), k=1 - self.entropy)), batch, draw)
         return total, {name: value for name, value in logs.items() if name != "lag"}  # the fake score is guided here
 
     def fake_term(self, loss: Loss, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
@@ -50,20 +50,20 @@ class Entropic(Wrapped):
 
 
 @dataclass(eq=False)
-class Scaled(Denoiser):
+class GuidedDenoiser(Denoiser):
     """A denoiser whose predictions have guidance k. Its features are those under c."""
 
     k: float = 1.0
 
     def __call__(self, x: Tensor, t: Tensor, c: Condition = None) -> Prediction:
-        return Guided(self.bare, self.k)(x, t, c)
+        return CFG(self.unguided, self.k)(x, t, c)
 
     @property
-    def bare(self) -> Denoiser:
+    def unguided(self) -> Denoiser:
         return Denoiser(**{key: value for key, value in vars(self).items() if key != "k"})
 
-    def tapping(self, x: Tensor, t: Tensor, c: Condition, taps: Taps) -> tuple[Prediction, list[Tensor]]:
-        return Guided(self.bare, self.k).tapping(x, t, c, taps)
+    def predict_with_features(self, x: Tensor, t: Tensor, c: Condition, taps: Taps) -> tuple[Prediction, list[Tensor]]:
+        return CFG(self.unguided, self.k).predict_with_features(x, t, c, taps)
 
     def features(self, x: Tensor, t: Tensor, c: Condition, taps: Taps) -> list[Tensor]:
-        return self.bare.features(x, t, c, taps)
+        return self.unguided.features(x, t, c, taps)

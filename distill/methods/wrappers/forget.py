@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from distill.diffusion.denoiser import Condition
 from distill.diffusion.guidance import OVERRIDE, relabel
 from distill.method import Batch, Logs, Loss, Nets, Requirement
-from distill.methods.wrappers.wrapper import Wrapped
+from distill.methods.wrappers.wrapper import MethodWrapper
 from distill.random import Draw
 from distill.ranges import Natural, Weight
 
 
 @dataclass(frozen=True)
-class Forgetting(Wrapped):
+class SFD(MethodWrapper):
     """Distillation that forgets classes or words of the teacher: the student maps each of them to another one."""
 
     forget: tuple[Natural, ...] = ()  # classes c_f to forget; (): the prompts of the data
@@ -55,19 +55,19 @@ class Forgetting(Wrapped):
             batch["c"] = relabel(batch["c"], self.keep, draw, self.forget)
         return self.base.sample(nets, batch, draw)
 
-    def both(self, loss: Loss, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
+    def add_forgetting(self, loss: Loss, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
         if not (self.forget or "forget_c" in batch):
             return loss(x, nets, batch, draw)
         call = nets.teacher.call
 
-        def ruled(net: nn.Module, x: Tensor, t: Tensor, c: Condition) -> Tensor:
-            return call(net, x, t, self.rule(c))
+        def call_with_override(net: nn.Module, x: Tensor, t: Tensor, c: Condition) -> Tensor:
+            return call(net, x, t, self.replace_condition(c))
 
-        ruled.__dict__.update(vars(call))  # feature
-        nets = replace(nets, teacher=replace(nets.teacher, call=ruled))
+        call_with_override.__dict__.update(vars(call))  # feature
+        nets = replace(nets, teacher=replace(nets.teacher, call=call_with_override))
         total, logs = loss(x, nets, batch, draw)
         if weight := self.weight if draw.player == "student" else self.fake_weight:
-            draw = draw.apart("forget")
+            draw = draw.independent_stream("forget")
             second: Batch = batch | {"c": batch.get("forget_c") or relabel(batch["c"], self.forget, draw)}
             with torch.set_grad_enabled(draw.player == "student"):
                 x_f = self.base.sample(nets, second, draw)
@@ -75,16 +75,16 @@ class Forgetting(Wrapped):
             return total + weight * forgetting, logs | {"forgetting": forgetting}
         return total, logs
 
-    student_term = fake_term = both
+    student_term = fake_term = add_forgetting
 
-    def rule(self, c: Condition) -> Condition:
+    def replace_condition(self, c: Condition) -> Condition:
         """The condition for the teacher. Keys that are named after labels hold classes."""
         if c is None or not any("label" in key or OVERRIDE in key for key in c):
             raise ValueError(f"a teacher with the conditions {sorted(c or ()) or 'none'} has no class to forget")
-        c = {key: self.overridden(value) if "label" in key else value for key, value in c.items()}
+        c = {key: self.replace_label(value) if "label" in key else value for key, value in c.items()}
         return c | {key.removeprefix(OVERRIDE): value for key, value in c.items() if OVERRIDE in key}
 
-    def overridden(self, label: Tensor) -> Tensor:
+    def replace_label(self, label: Tensor) -> Tensor:
         for old, new in zip(self.forget, self.override, strict=True):  # an override is not forgotten itself
             label = torch.where(label == old, new, label)
         return label

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from distill.method import Batch, Logs, Loss, Method, Nets, Requirement
 from distill.methods.vsd import VSD
-from distill.methods.wrappers.wrapper import Wrapped
+from distill.methods.wrappers.wrapper import MethodWrapper
 from distill.networks.negative_attention import (
     NASA,
     TEXT,
@@ -29,7 +29,7 @@ from distill.ranges import UnitInterval
 
 
 @dataclass(frozen=True)
-class NASAT(Wrapped):
+class NASAT(MethodWrapper):
     """A score distillation whose student learns to turn away from negative prompts."""
 
     base: Method = VSD()  # the wrapped method: PG-SB (paper)

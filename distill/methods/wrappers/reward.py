@@ -1,4 +1,4 @@
-"""Rewarded: any method and a reward. SwiftBrush v2, Dao et al. 2024, arXiv 2408.14176; RG-LCD, 2403.11027.
+"""RewardGuided: any method and a reward. SwiftBrush v2, Dao et al. 2024, arXiv 2408.14176; RG-LCD, 2403.11027.
 
     L_student = L_base + w_n mean_i d( R(x_i, c_i) )        d(r) = max(0, tau - r) per sample, or -r without tau
     w_n       = w ( 1 - n / N )+                            falls to 0 over N steps, or stays w
@@ -17,13 +17,13 @@ from torch import Tensor
 from distill.diffusion.denoiser import Condition, Denoiser
 from distill.diffusion.schedule import Prediction
 from distill.method import Batch, Logs, Loss, Nets, Requirement
-from distill.methods.wrappers.wrapper import Wrapped
+from distill.methods.wrappers.wrapper import MethodWrapper
 from distill.random import Draw
 from distill.ranges import Count, Finite, Weight
 
 
 @dataclass(frozen=True)
-class Rewarded(Wrapped):
+class RewardGuided(MethodWrapper):
     """A method with a reward on its student's samples."""
 
     weight: Weight = 0.1  # w, on the mean over the batch (SwiftBrush v2: .1; its base's loss is a mean over elements)
@@ -46,7 +46,7 @@ class Rewarded(Wrapped):
         if said:
             total, logs = loss(x, nets, batch, draw)
         else:
-            heard = Heard(**vars(nets.student.denoiser), said=said)
+            heard = RecordingDenoiser(**vars(nets.student.denoiser), said=said)
             total, logs = loss(x, replace(nets, student=replace(nets.student, denoiser=heard)), batch, draw)
         r = self.score(*said[-1], nets, batch, draw)
         d = -r if self.clamp is None else (self.clamp - r).relu()
@@ -66,7 +66,7 @@ def judge(nets: Nets) -> Callable[[Tensor, Condition], Tensor]:
 
 
 @dataclass(eq=False)
-class Heard(Denoiser):
+class RecordingDenoiser(Denoiser):
     """A denoiser that stores every x0 that has a gradient, with its condition."""
 
     said: list[tuple[Tensor, Condition]] = field(default_factory=list)

@@ -1,6 +1,6 @@
 """RG-LCD: reward guided latent consistency distillation. Li et al. 2024, arXiv 2403.11027.
 
-    L_student = L_base + w_n mean_i d( R_L(x_i, c_i) )                        w_n and d as in Rewarded, R_L for R
+    L_student = L_base + w_n mean_i d( R_L(x_i, c_i) )                        w_n and d as in RewardGuided, R_L for R
     L_proxy   = sum over pairs a, b of KL( P(a, b) || P_L(a, b) )             mean over samples; a, b of one condition
     P(a, b)   = sigmoid( (R(a, c) - R(b, c)) / tau ),   P_L the same of R_L   which of the two is preferred
     R_L(x, c) = mean over heads(features of the frozen teacher at alpha_u x + sigma_u eps, u, c)     the latent proxy
@@ -18,19 +18,19 @@ import torch
 from torch import Tensor
 
 from distill.diffusion.denoiser import Condition
-from distill.diffusion.guidance import repeated
-from distill.diffusion.times import Fixed, Law
+from distill.diffusion.guidance import repeat_condition
+from distill.diffusion.times import Fixed, TimeDistribution
 from distill.losses import preference_kl
 from distill.method import Batch, FeatureTaps, Logs, Loss, Method, Nets, Taps, Update
 from distill.methods.lcd import LCD
-from distill.methods.wrappers.reward import Rewarded, judge
+from distill.methods.wrappers.reward import RewardGuided, judge
 from distill.networks.discriminator import noised_features
 from distill.random import Draw
 from distill.ranges import Finite, Positive, Weight
 
 
 @dataclass(frozen=True)
-class Proxied(Rewarded):
+class RGLCD(RewardGuided):
     """A method with a reward through a proxy in latent space, which is trained together with the student."""
 
     base: Method = LCD()
@@ -38,7 +38,7 @@ class Proxied(Rewarded):
     clamp: Finite | None = None  # None: -R_L
     tau: Positive = 0.01  # temperature of CLIP: rewards are cosines (code: its logit scale, 100)
     proxy_taps: Taps = None  # blocks of the teacher with a head each (ours)
-    proxy_times: Law = Fixed(0.02)  # distribution of u: almost no noise (ours)
+    proxy_times: TimeDistribution = Fixed(0.02)  # distribution of u: almost no noise (ours)
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -56,7 +56,7 @@ class Proxied(Rewarded):
         return [one for update in updates for one in (update, own(update))]
 
     def score(self, x: Tensor, c: Condition, nets: Nets, batch: Batch, draw: Draw) -> Tensor:
-        batch["rewarded"] = rivals(x.detach(), c, batch)  # for the proxy's update
+        batch["rewarded"] = comparison_samples(x.detach(), c, batch)  # for the proxy's update
         return self.proxy([x], c, nets, draw)[0]
 
     def fake_term(self, loss: Loss, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
@@ -68,20 +68,22 @@ class Proxied(Rewarded):
         n = len(xs)
         taps = self.proxy_taps
         times = self.proxy_times
-        features = noised_features(nets.teacher, taps, times, torch.cat(xs), repeated(c, n), draw, *["proxy"] * n)
+        features = noised_features(
+            nets.teacher, taps, times, torch.cat(xs), repeat_condition(c, n), draw, *["proxy"] * n
+        )
         return [*nets.reward_proxy(*features).flatten(1).mean(1).chunk(n)]
 
     def proxy_loss(self, x: Tensor, nets: Nets, batch: Batch, draw: Draw) -> tuple[Tensor, Logs]:
-        given = batch.get("rewarded") or rivals(x, batch.get("c"), batch)
+        given = batch.get("rewarded") or comparison_samples(x, batch.get("c"), batch)
         c = given.get("c")
         with torch.no_grad():
-            other = nets.generate({"c": c}, draw.apart("proxy"))
+            other = nets.generate({"c": c}, draw.independent_stream("proxy"))
             xs = [given["x"], other] + [given[key].to(other) for key in given if key == "real"]
             rewards = [judge(nets)(one, c) for one in xs]
         loss, right = preference_kl(rewards, self.proxy(xs, c, nets, draw), self.tau)
         return loss, {"proxy": loss.detach(), "proxy_right": right}
 
 
-def rivals(x: Tensor, c: Condition, batch: Batch) -> Batch:  # x, and real images where c is their condition
+def comparison_samples(x: Tensor, c: Condition, batch: Batch) -> Batch:  # x, and real images where c is their condition
     real = batch.keys() & {"real"} if all((c or {}).get(k) is v for k, v in batch.get("real_c", {}).items()) else ()
     return {"x": x} | ({} if c is None else {"c": c}) | {key: batch[key] for key in real}

@@ -17,10 +17,10 @@ Term = Callable[[Loss, Tensor, Nets, Batch, Draw], tuple[Tensor, Logs]]
 
 
 @dataclass(frozen=True)
-class Wrapped(Method):
+class MethodWrapper(Method):
     """`base` with each player's loss replaced by `self.PLAYER_term(loss of the base, x, nets, batch, draw)`.
 
-    Wrappers may be nested: Rewarded(Forgetting(SiD())). The fields of the base are --method.base.NAME.
+    Wrappers may be nested: RewardGuided(SFD(SiD())). The fields of the base are --method.base.NAME.
     """
 
     base: Method = SiD()  # the wrapped method: any

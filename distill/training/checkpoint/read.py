@@ -34,7 +34,7 @@ def load(state: State, folder: Path) -> None:
             continue
         if stored.shapes != {key: tuple(t.shape) for key, t in tensors.items()}:
             raise ValueError(f"{path} holds other tensors than this run's {name}: use the configuration of that run")
-        stored.into(tensors)
+        stored.read_into(tensors)
     facts = read_state_file(folder)
     state.step = facts["step"]
     state.skipped = facts.get("skipped", {})
@@ -99,7 +99,7 @@ def load_initial_weights(net: nn.Module, path: str | Path, role: str, backbone: 
     if wrong:
         raise ValueError(f"{role}.init {str(path)!r} does not fit: {wrong[0]} ({len(wrong)} such); see {role}.lora too")
     for reader in readers:
-        reader.into({name: t for name, t in own.items() if name in reader.shapes})
+        reader.read_into({name: t for name, t in own.items() if name in reader.shapes})
 
 
 def _list_misfits(net: nn.Module, own: dict[str, Tensor], shapes: dict[str, tuple[int, ...]], role: str) -> list[str]:
@@ -121,7 +121,7 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, stored: TensorReader) -> b
     params = [p for group in optimizer.param_groups for p in group["params"]]
     numbers = {key: int(key.split(".", 1)[0]) for key in stored.shapes}
     entries: dict[int, dict[str, Any]] = {}
-    for key, tensor in stored.like({key: params[i] for key, i in numbers.items() if i < len(params)}).items():
+    for key, tensor in stored.read_like({key: params[i] for key, i in numbers.items() if i < len(params)}).items():
         i, name = key.split(".", 1)
         whole = tensor.ndim == 0 and not tensor.is_floating_point()  # the 8-bit optimizer counts its steps in Python
         entries.setdefault(int(i), {})[name] = int(tensor) if whole else tensor

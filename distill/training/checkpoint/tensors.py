@@ -36,12 +36,12 @@ class RankShard:
 
     def __call__(self, file: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The shards that this process holds of a file's tensors. On rank 0 also unsharded tensors."""
-        held = {key: t for key, t in tensors.items() if self._holds(t)}
+        held = {key: t for key, t in tensors.items() if self._is_writer(t)}
         info = {key: {"saved_offsets": [s.start for s in local_slices(t)]} for key, t in held.items()}
         self.metadata[file] = {"DCP_SHARDING_INFO": json.dumps(info), "DCP_VERSION": "1.0", "format": "pt"}
         return {key: part(t.detach()) for key, t in held.items()}
 
-    def _holds(self, t: Tensor) -> bool:
+    def _is_writer(self, t: Tensor) -> bool:
         if not is_sharded_tensor(t):
             return self.rank == 0
         mesh = t.device_mesh  # type: ignore[attr-defined]
@@ -63,7 +63,7 @@ class RankShard:
             file.unlink()
         return {name: facts for one in said for name, facts in one["files"].items()}
 
-    def failed(self, partial: Path, error: BaseException) -> None:
+    def report_error(self, partial: Path, error: BaseException) -> None:
         """Report an error to rank 0."""
         with suppress(OSError):
             self._report(
@@ -108,7 +108,7 @@ class TensorReader:
             self.shapes = {key: tuple(self.file.get_slice(key).get_shape()) for key in self.file.keys()}  # noqa: SIM118
 
     @torch.no_grad()
-    def into(self, tensors: Mapping[str, Tensor]) -> None:
+    def read_into(self, tensors: Mapping[str, Tensor]) -> None:
         """Read into the given tensors, in place. A sharded tensor gets this process's shard."""
         if not self.path.is_dir():
             for key, t in tensors.items():
@@ -120,7 +120,7 @@ class TensorReader:
             warnings.simplefilter("ignore", UserWarning)
             load({key: t.detach() for key, t in tensors.items()}, storage_reader=self.reader, no_dist=True)
 
-    def like(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def read_like(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """All stored tensors, as new tensors. Sharded like the given tensor of the same name and shape, else full."""
         if not self.path.is_dir():
             new = {key: self.file.get_tensor(key) for key in self.shapes}
@@ -129,5 +129,5 @@ class TensorReader:
         for key, t in tensors.items():
             if is_sharded_tensor(t) and key in new and new[key].shape == t.shape:
                 new[key] = torch.empty_like(t, dtype=new[key].dtype)
-        self.into(new if self.path.is_dir() else {key: t for key, t in new.items() if is_sharded_tensor(t)})
+        self.read_into(new if self.path.is_dir() else {key: t for key, t in new.items() if is_sharded_tensor(t)})
         return new

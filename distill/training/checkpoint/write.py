@@ -166,7 +166,7 @@ def write_files(
                 sync_to_disk(folder)
     except BaseException as error:  # for example a full disk: partial files would keep it full
         if share:
-            share.failed(partial, error)
+            share.report_error(partial, error)
         if share is None or share.rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
         raise

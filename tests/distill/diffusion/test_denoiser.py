@@ -10,8 +10,8 @@ from gaussian import F64, SCHEDULES, Gaussian, exact, problem
 from tiny import tiny
 from torch import nn
 
-from distill.diffusion.denoiser import Denoiser, tapped
-from distill.diffusion.guidance import Guided, drop, embedding, merge, null_of, scale_of, with_guidance_key
+from distill.diffusion.denoiser import Denoiser, capture_features
+from distill.diffusion.guidance import CFG, drop, embedding, merge, null_of, scale_of, with_guidance_key
 from distill.diffusion.schedule import EDM, KINDS, VP, Flow, Trig
 from distill.random import Draw
 
@@ -92,16 +92,16 @@ class TestOn:
             there, overlap = across(schedule, other, t)
             (a, s), (a1, s1) = schedule.coefficients(t), other.coefficients(there)
             scale = (torch.hypot(a1, s1) / torch.hypot(a, s))[:, None]
-            ours, theirs = denoiser(x, t), denoiser.on(other)(x * scale, there)
+            ours, theirs = denoiser(x, t), denoiser.on_schedule(other)(x * scale, there)
             near(theirs.x0[overlap], ours.x0[overlap], 1e-8)
             near(theirs.eps[overlap], ours.eps[overlap], 1e-8)
-            assert denoiser.on(other).path == other
+            assert denoiser.on_schedule(other).path == other
 
     def test_velocity_and_score_are_of_the_frame(self, schedule, kind):
         law, _ = problem(2)
         x, t = batch()
         for other in SCHEDULES.values():
-            here, frame = exact(law, other, "x0"), exact(law, schedule, kind).on(other)
+            here, frame = exact(law, other, "x0"), exact(law, schedule, kind).on_schedule(other)
             overlap = across(other, schedule, t)[1]
             want, got = here(x, t), frame(x, t)
             for name in ("x0", "eps", "v", "flow", "score"):
@@ -110,19 +110,19 @@ class TestOn:
     def test_back_again(self, schedule, kind):
         denoiser, (x, t) = tiny(schedule, kind), batch()
         for other in SCHEDULES.values():
-            back = denoiser.on(other).on(schedule)
+            back = denoiser.on_schedule(other).on_schedule(schedule)
             assert back.frame is None and back.net is denoiser.net
             near(back(x, t).out, denoiser(x, t).out, 0)
 
     def test_only_the_last_frame_counts(self):
         denoiser, (x, t) = tiny(VP.scaled_linear()), batch()
-        near(denoiser.on(Trig()).on(Flow())(x, t).x0, denoiser.on(Flow())(x, t).x0, 0)
+        near(denoiser.on_schedule(Trig()).on_schedule(Flow())(x, t).x0, denoiser.on_schedule(Flow())(x, t).x0, 0)
 
     def test_target_is_in_the_networks_own_space(self, kind):
         """Whatever schedule the caller speaks, target(x0, eps) is what the network should have said."""
         path, (x0, t), eps = Trig(0.5), batch(), torch.randn(64, 2, dtype=F64)
         law = Gaussian(torch.zeros(2, dtype=F64), torch.eye(2, dtype=F64))
-        pred = exact(law, Flow(), kind).on(path)(path.diffuse(x0, eps, t), t)
+        pred = exact(law, Flow(), kind).on_schedule(path)(path.diffuse(x0, eps, t), t)
         near(pred.target(pred.x0, pred.eps), pred.out, 1e-10)
         near(pred.alpha * x0 + pred.sigma * eps, pred.x, 1e-10)
 
@@ -134,14 +134,14 @@ class TestOn:
         x_flow = x / (theta.sin() + theta.cos())
         v = denoiser.net(x_flow, 1000 * s[:, 0])
         want = ((1 - 2 * s) * x_flow + (1 - 2 * s + 2 * s**2) * v) / (s**2 + (1 - s) ** 2).sqrt()
-        near(denoiser.on(Trig())(x, t).v, want, 1e-11)
+        near(denoiser.on_schedule(Trig())(x, t).v, want, 1e-11)
 
     def test_pure_noise(self):
         """t = 1 of a flow or Trig frame is beyond every table: the noisiest level that the network knows."""
         x, one = torch.randn(3, 2, dtype=F64), torch.ones(3, dtype=F64)
         for frame in (Flow(), Trig(0.5)):
             for schedule in SCHEDULES.values():
-                pred = tiny(schedule, "v").on(frame)(x, one)
+                pred = tiny(schedule, "v").on_schedule(frame)(x, one)
                 assert pred.x0.isfinite().all() and pred.eps.isfinite().all() and pred.v.isfinite().all()
 
 
@@ -172,13 +172,13 @@ class TestCopies:
 
 class TestFeatures:
     def full(self, denoiser, x, t, taps):
-        with tapped(denoiser.net, taps) as found:
+        with capture_features(denoiser.net, taps) as found:
             denoiser(x, t)
         return [found[name] for name in taps]
 
     @pytest.mark.parametrize("taps", (("mid",), ("first",), ("mid", "first"), ("last",), ("",)))
     def test_stopping_early_changes_neither_values_nor_gradients(self, taps):
-        denoiser, (x, t) = tiny(EDM()).on(Flow()), batch()
+        denoiser, (x, t) = tiny(EDM()).on_schedule(Flow()), batch()
         x.requires_grad_()
         gradients = []
         for read in (denoiser.features, lambda x, t, c, taps: self.full(denoiser, x, t, taps)):
@@ -200,7 +200,7 @@ class TestFeatures:
     def test_no_hook_stays(self):
         denoiser, (x, t) = tiny(EDM()), batch()
         denoiser.features(x, t, None, ("mid",))
-        with pytest.raises(RuntimeError, match="an error of the network"), tapped(denoiser.net, ("mid",)):
+        with pytest.raises(RuntimeError, match="an error of the network"), capture_features(denoiser.net, ("mid",)):
             raise RuntimeError("an error of the network")
         assert not any(m._forward_hooks for m in denoiser.net.modules())
 
@@ -235,9 +235,9 @@ class TestFeatures:
         (own,) = denoiser.features(x, t, None, None)
         near(own, denoiser.features(x, t, None, ("mid",))[0], 0)
         for w in (0.0, 1.0, 2.0):
-            c, guided = {}, Guided(replace(denoiser, null={}), w)
-            near(guided.tapping(x, t, c, None)[1][0], own, 0)
-            assert guided.tapping(x, t, c, ())[1] == []
+            c, guided = {}, CFG(replace(denoiser, null={}), w)
+            near(guided.predict_with_features(x, t, c, None)[1][0], own, 0)
+            assert guided.predict_with_features(x, t, c, ())[1] == []
 
     def test_unknown_module(self):
         denoiser, (x, t) = tiny(EDM()), batch()
@@ -262,16 +262,16 @@ class TestGuided:
     @pytest.mark.parametrize("w", (-1.0, 0.0, 0.5, 1.0, 1.5, 7.5, 0, 1))
     def test_combination(self, w):
         cond, empty = self.outs()
-        near(Guided(self.base, w)(self.x, self.t, self.c).out, empty + w * (cond - empty))
+        near(CFG(self.base, w)(self.x, self.t, self.c).out, empty + w * (cond - empty))
 
     def test_one_scale_per_sample(self):
         cond, empty = self.outs()
         w = torch.linspace(-1, 2, self.N)
-        near(Guided(self.base, w)(self.x, self.t, self.c).out, empty + w.double()[:, None] * (cond - empty))
+        near(CFG(self.base, w)(self.x, self.t, self.c).out, empty + w.double()[:, None] * (cond - empty))
 
     def test_as_x0_and_as_eps(self):
         """At a fixed point guidance is linear, so it may be read in any space; everything else is the point's own."""
-        pred = Guided(self.base, 3.0)(self.x, self.t, self.c)
+        pred = CFG(self.base, 3.0)(self.x, self.t, self.c)
         cond, empty = self.base(self.x, self.t, self.c), self.base(self.x, self.t, self.null)
         for name in ("x0", "eps", "v", "flow"):
             near(getattr(pred, name), getattr(empty, name) + 3 * (getattr(cond, name) - getattr(empty, name)), 1e-9)
@@ -279,8 +279,8 @@ class TestGuided:
         assert pred.alpha.shape == pred.sigma.shape == (self.N, 1)
 
     def test_on_another_schedule(self):
-        frame, w = Guided(self.base, torch.full((self.N,), 2.0)).on(Trig(0.5)), 2.0
-        cond, empty = (self.base.on(Trig(0.5))(self.x, self.t, c) for c in (self.c, self.null))
+        frame, w = CFG(self.base, torch.full((self.N,), 2.0)).on_schedule(Trig(0.5)), 2.0
+        cond, empty = (self.base.on_schedule(Trig(0.5))(self.x, self.t, c) for c in (self.c, self.null))
         near(frame(self.x, self.t, self.c).v, empty.v + w * (cond.v - empty.v))
         near(frame(self.x, self.t, self.c).score, empty.score + w * (cond.score - empty.score))
         assert frame.path == Trig(0.5)
@@ -289,24 +289,24 @@ class TestGuided:
     def test_cost(self, w, samples):
         sizes = []
         self.base.net.register_forward_hook(lambda m, args, out: sizes.append(len(args[0])))
-        Guided(self.base, w)(self.x, self.t, self.c)
+        CFG(self.base, w)(self.x, self.t, self.c)
         assert sizes == samples
 
     def test_gradient_through_both_branches(self):
         grads = []
         for w in (0.0, 1.0, 3.0):
             x = self.x.clone().requires_grad_()
-            grads.append(torch.autograd.grad(Guided(self.base, w)(x, self.t, self.c).x0.sum(), x)[0])
+            grads.append(torch.autograd.grad(CFG(self.base, w)(x, self.t, self.c).x0.sum(), x)[0])
         near(grads[2], grads[0] + 3 * (grads[1] - grads[0]), 1e-10)
 
     @pytest.mark.parametrize("w", (0.0, 2.0, torch.ones(6)))
     def test_no_null_condition(self, w):
         with pytest.raises(ValueError, match="guidance other than 1 needs a null condition.*set the guidance to 1"):
-            Guided(tiny(EDM()), w)(self.x, self.t)
+            CFG(tiny(EDM()), w)(self.x, self.t)
         self.base.null = None
         with pytest.raises(ValueError, match="needs a null condition"):
-            Guided(self.base, w)(self.x, self.t, self.c)
-        Guided(self.base, 1.0)(self.x, self.t, self.c)  # none needed
+            CFG(self.base, w)(self.x, self.t, self.c)
+        CFG(self.base, 1.0)(self.x, self.t, self.c)  # none needed
 
     def test_null_keeps_what_it_does_not_name(self):
         """A guidance embedding, say, is the same in both branches."""
@@ -359,7 +359,7 @@ class TestBatchesOfImages:
         x, t = torch.randn(5, 3, 8, 8, dtype=F64), torch.rand(5, dtype=F64)
         pred = denoiser(x, t)
         near(pred.x0, x - t.reshape(5, 1, 1, 1) * net(x))
-        assert denoiser.on(Trig())(x, t).v.shape == x.shape
+        assert denoiser.on_schedule(Trig())(x, t).v.shape == x.shape
 
 
 def test_a_network_without_parameters():

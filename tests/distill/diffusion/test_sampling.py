@@ -169,7 +169,7 @@ def test_phased(name):
         nets = Nets(teacher.denoiser, student(teacher.denoiser, found), ())
         method, i = PCM(N=50), torch.arange(50, dtype=F64)
         method.on_build(nets)
-        edges = {*method.time(method.end(i, nets, None), nets).tolist()}
+        edges = {*method.time(method.end_index(i, nets, None), nets).tolist()}
         assert len(edges) == n and max(edges | {1e-9}) < found.times[0]
         ours = student(phased(schedule, kind, edges), found)
         assert right(ours), (n, law(ours))
@@ -206,7 +206,7 @@ def test_experts(name, renoise):
         std = (alpha**2 * S**2 + sigma**2) ** 0.5
         perfect = consistent(LAW, schedule, "flow")
         first, whole = (student(perfect, found, phases=2, experts=e) for e in ((), (perfect,)))
-        assert first.end == s and first.phase == (0, n // 2) and whole.phase == (n // 2, n)
+        assert first.phase_end_time == s and first.phase == (0, n // 2) and whole.phase == (n // 2, n)
         if renoise == "fresh":
             assert right(whole)
         last = Student(perfect, found.times[n // 2 :], std, "fresh")  # from x_s that has the law, as it is trained to

@@ -313,6 +313,6 @@ class TestErrors:
 
 
 def test_schedules_are_values():
-    """Two of the same numbers are equal and hash alike: Denoiser.on compares them."""
+    """Two of the same numbers are equal and hash alike: Denoiser.on_schedule compares them."""
     assert VP.scaled_linear() == SD and hash(VP.scaled_linear()) == hash(SD)
     assert EDM() != EDM(rho=3.0) and Trig(0.5) != Trig() and Flow() != Flow(1.0)

@@ -56,7 +56,7 @@ class TestOneStep:
         assert Student(tiny(VP.scaled_linear())).input_scale == pytest.approx(0.997667, abs=1e-6)
         assert Student(tiny(Flow()), (0.7,)).input_scale == pytest.approx(0.7)
         assert Student(tiny(Trig(0.5))).input_scale == pytest.approx(0.5)
-        assert Student(tiny(EDM()).on(Flow()), (0.7,)).input_scale == pytest.approx(0.7)
+        assert Student(tiny(EDM()).on_schedule(Flow()), (0.7,)).input_scale == pytest.approx(0.7)
 
     def test_condition(self, z):
         student = Student(tiny(EDM(), classes=3))
@@ -209,7 +209,7 @@ class TestSolvers:
     def test_a_frame_changes_nothing(self, solver, z):
         """A step on another schedule is the same step: both are Euler's or Heun's in sigma / alpha."""
         law, _ = problem(2)
-        edm, trig = exact(law, EDM()), exact(law, EDM()).on(Trig(0.5))
+        edm, trig = exact(law, EDM()), exact(law, EDM()).on_schedule(Trig(0.5))
         t, s = times(0.7), times(0.5)
         t1, s1 = (Trig(0.5).time(EDM().ratio(u)) for u in (t, s))
         a, a1 = (Trig(0.5).coefficients(u)[0][:, None] for u in (t1, s1))

@@ -17,11 +17,11 @@ from distill.diffusion.times import (
     Karras,
     LogitNormal,
     LogNormal,
-    Shifted,
-    Staged,
+    ShiftedTimes,
+    StagedTimes,
     Uniform,
     clusters,
-    share,
+    probability_below,
 )
 from distill.methods import Denoise, SiD
 from distill.random import Draw
@@ -32,7 +32,7 @@ LAWS = (
     LogNormal(-0.4, 0.8),
     Karras(0.1, 10.0),
     LogitNormal(),
-    Shifted(Uniform(), 3.0),
+    ShiftedTimes(Uniform(), 3.0),
 )
 B = 4000
 
@@ -76,7 +76,7 @@ def test_clusters(law, schedule, monkeypatch):
 @pytest.mark.parametrize("law", LAWS, ids=repr)
 def test_stages(law, schedule):
     """Stage n: nothing below its cluster's edge, above it as the law is; from the last stage on the law to the bit."""
-    path, staged = SCHEDULES[schedule], Staged(law, N=4, every=10)
+    path, staged = SCHEDULES[schedule], StagedTimes(law, N=4, every=10)
     edges, base = clusters(law, 4, path), law(turn(), "t", B, path)
     assert 0 == edges[0] < edges[1] < edges[2] < edges[3] < edges[4] == 1
     for n in (1, 2, 3):
@@ -98,20 +98,20 @@ def test_stages(law, schedule):
 def test_one_stage_is_the_law(schedule):
     path = SCHEDULES[schedule]
     for law in (*LAWS, Fixed(0.3)):
-        assert torch.equal(Staged(law, N=1)(turn(), "t", B, path), law(turn(), "t", B, path))
-    assert torch.equal(Staged(Fixed(0.3))(turn(), "t", B, path), Fixed(0.3)(turn(), "t", B, path))
+        assert torch.equal(StagedTimes(law, N=1)(turn(), "t", B, path), law(turn(), "t", B, path))
+    assert torch.equal(StagedTimes(Fixed(0.3))(turn(), "t", B, path), Fixed(0.3)(turn(), "t", B, path))
 
 
 def test_of_a_recipe():
     """As any field of times, alone or within another law; its own fields and the law's are flags."""
-    config = Config(Denoise(times=Staged(LogNormal())), Digits())
+    config = Config(Denoise(times=StagedTimes(LogNormal())), Digits())
     flags = "--method.times.N 5 --method.times.every 7 --method.times.law.mean -1".split()
-    assert parse(config, flags).method.times == Staged(LogNormal(-1.0), 5, 7)
-    method = SiD(fake_times=Shifted(Staged(Uniform(), 2, 10)))
+    assert parse(config, flags).method.times == StagedTimes(LogNormal(-1.0), 5, 7)
+    method = SiD(fake_times=ShiftedTimes(StagedTimes(Uniform(), 2, 10)))
     t = method.fake_times(turn(), "t", B, SCHEDULES["flow"])
     assert float(t.min()) > float(method.fake_times(turn(10), "t", B, SCHEDULES["flow"]).median()) * 0.9
     with pytest.raises(ValueError, match="N is 1001; a law has at most 100 clusters"):
-        Staged(Uniform(), 1001)
+        StagedTimes(Uniform(), 1001)
 
 
 @pytest.mark.parametrize("schedule", ("vp", "flow"))
@@ -121,7 +121,7 @@ def test_share(law, schedule):
     path = SCHEDULES[schedule]
     drawn = law(turn(), "t", B, path)
     for t in (float(drawn.quantile(0.3)), 0.0, 1.0):
-        found = share(law, t, path)
+        found = probability_below(law, t, path)
         assert abs(found - float((drawn <= t).double().mean())) < 4 * 0.5 / B**0.5
         if found < 1:
             assert times.quantile(law, found, path) > t
@@ -129,7 +129,7 @@ def test_share(law, schedule):
 
 def test_clip():
     """Self-Forcing: 5 u / (1 + 4 u) kept in [.02, .98]: the last .093 of u are at .98, the first .004 at .02."""
-    t = Clip(Shifted(Uniform(0.0, 1.0), 5.0), 0.02, 0.98)(turn(n=50_000), "t", 50_000, SCHEDULES["flow"])
+    t = Clip(ShiftedTimes(Uniform(0.0, 1.0), 5.0), 0.02, 0.98)(turn(n=50_000), "t", 50_000, SCHEDULES["flow"])
     assert t.min() == 0.02 and t.max() == 0.98
     assert float((t == 0.98).double().mean()) == pytest.approx(1 - 0.98 / (5 - 4 * 0.98), abs=5e-3)
     assert float((t <= 0.5).double().mean()) == pytest.approx(0.5 / (5 - 4 * 0.5), abs=5e-3)

@@ -7,9 +7,9 @@ from test_student import near, problem
 from tiny import tiny
 
 from distill.diffusion.denoiser import Denoiser
-from distill.diffusion.guidance import Guided
+from distill.diffusion.guidance import CFG
 from distill.diffusion.schedule import EDM, VP, Flow, Trig
-from distill.diffusion.solver import Call, cfgpp, ddim, fresh, join_calls, run_calls, sample
+from distill.diffusion.solver import Call, cfgpp, ddim, join_calls, renoising_step, run_calls, sample
 from distill.diffusion.student import Student
 from distill.method import Requirement
 from distill.methods import BOOT, LCD
@@ -47,10 +47,12 @@ class TestCalls:
         """With solvers that make no error all stay on one trajectory, whoever is asked, on whatever schedule."""
         (law, _), a, b = problem(2), SCHEDULES[here], SCHEDULES[there]
         base = along(exact(law, a), (1.0, 0.8, 0.55, 0.3, 0.1), law.step)
-        student = along(consistent(law, b), (1.0, 0.5), fresh(lambda x: 1 / 0))
+        student = along(consistent(law, b), (1.0, 0.5), renoising_step(lambda x: 1 / 0))
         calls = join_calls(base, student, 1)
-        assert 1 < len(calls) < 6 and all(x.level > y.level for x, y in zip(calls[:-1], calls[1:], strict=True))
-        assert student[1].on(a).level == pytest.approx(student[1].level, rel=1e-9)
+        assert 1 < len(calls) < 6 and all(
+            x.noise_ratio > y.noise_ratio for x, y in zip(calls[:-1], calls[1:], strict=True)
+        )
+        assert student[1].on_schedule(a).noise_ratio == pytest.approx(student[1].noise_ratio, rel=1e-9)
         start, end = (
             tuple(v[:, None] for v in s.coefficients(torch.full((N,), t, dtype=F64))) for s, t in ((a, 1.0), (b, 0.0))
         )
@@ -67,7 +69,7 @@ class TestCalls:
         assert who(join_calls(small[::3], large, 4)) == "ssllllll"  # a coarser way there
 
     def test_a_network_relieves_itself_unseen(self):
-        denoiser, times = Guided(tiny(VP.scaled_linear(), classes=2), 3.0), [1 - k / 12 for k in range(12)]
+        denoiser, times = CFG(tiny(VP.scaled_linear(), classes=2), 3.0), [1 - k / 12 for k in range(12)]
         c = {"label": torch.arange(N) % 2}
         whole = run_calls(along(denoiser, times), noise(), c)
         for skip in (0, 1, 7, 12):
@@ -95,23 +97,23 @@ class TestCFGpp:
         h = (schedule.ratio(t) / schedule.ratio(s)).log()
         for scale in (0.6, 1.0):
             w = scale / (1 - (-h).exp())
-            near(cfgpp(Guided(denoiser, scale), noise(), t, s, c), ddim(Guided(denoiser, w), noise(), t, s, c), 1e-10)
-        assert cfgpp(denoiser, noise(), t, s, c).equal(cfgpp(Guided(denoiser, 1.0), noise(), t, s, c))
+            near(cfgpp(CFG(denoiser, scale), noise(), t, s, c), ddim(CFG(denoiser, w), noise(), t, s, c), 1e-10)
+        assert cfgpp(denoiser, noise(), t, s, c).equal(cfgpp(CFG(denoiser, 1.0), noise(), t, s, c))
 
     def test_zero_is_unconditional(self, name):
         schedule, t, s = self.ends(name)
         denoiser, c = tiny(schedule, classes=3), {"label": torch.arange(N) % 3}
         none = {"label": torch.full((N,), 3)}
-        near(cfgpp(Guided(denoiser, 0.0), noise(), t, s, c), ddim(denoiser, noise(), t, s, none), 1e-12)
-        near(sample(Guided(denoiser, 0.0), noise(), c, 5, "cfg++"), sample(denoiser, noise(), none, 5, "ddim"), 1e-11)
+        near(cfgpp(CFG(denoiser, 0.0), noise(), t, s, c), ddim(denoiser, noise(), t, s, none), 1e-12)
+        near(sample(CFG(denoiser, 0.0), noise(), c, 5, "cfg++"), sample(denoiser, noise(), none, 5, "ddim"), 1e-11)
 
     def test_the_last_call_is_guided_by_lambda(self, name):
         schedule, t, s = self.ends(name)
         denoiser, c = tiny(schedule, classes=3), {"label": torch.arange(N) % 3}
-        x0 = run_calls(along(Guided(denoiser, 0.4), (0.7, 0.3), cfgpp), noise(), c)
+        x0 = run_calls(along(CFG(denoiser, 0.4), (0.7, 0.3), cfgpp), noise(), c)
         first = torch.full((N,), 0.7, dtype=F64)
-        x = cfgpp(Guided(denoiser, 0.4), schedule.coefficients(first)[1][:, None] * noise(), first, first - 0.4, c)
-        near(x0, Guided(denoiser, 0.4)(x, first - 0.4, c).x0, 1e-12)
+        x = cfgpp(CFG(denoiser, 0.4), schedule.coefficients(first)[1][:, None] * noise(), first, first - 0.4, c)
+        near(x0, CFG(denoiser, 0.4)(x, first - 0.4, c).x0, 1e-12)
 
 
 def test_methods_know_that_it_needs_a_null_condition():
@@ -143,7 +145,7 @@ def posterior(x, sigma):
 
 def ring(predict=posterior, schedule=Trig()):
     """The exact denoiser of the ring, or another, spoken to on a schedule that is not its own."""
-    return Denoiser(Plain(predict), EDM(), "x0").on(schedule)
+    return Denoiser(Plain(predict), EDM(), "x0").on_schedule(schedule)
 
 
 def inside(x):

@@ -9,12 +9,20 @@ import torch
 from gaussian import F64, SCHEDULES
 from tiny import clock, filled, tiny
 
-from distill.diffusion.end_time import EndTimeEmbedding, average, ending, fold_end_times, guided, timed, untimed
+from distill.diffusion.end_time import (
+    EndTimeEmbedding,
+    add_end_time,
+    average,
+    fold_end_times,
+    guide_velocity,
+    remove_end_time,
+    with_end_key,
+)
 from distill.diffusion.schedule import Flow
 from distill.diffusion.solver import run_calls
 from distill.diffusion.student import Student
 from distill.methods import LCD, MeanFlow, TwinFlow
-from distill.networks.lora import LoRA, merged
+from distill.networks.lora import LoRA, merge_adapters
 from distill.training.build import build
 from distill.training.config import StudentConfig
 from pipelines.families.registry import families
@@ -23,8 +31,8 @@ N, CLASSES = 8, 3
 
 
 def told(denoiser, seed=3):
-    """`timed`, and its last layer is not zero."""
-    found = timed(denoiser)
+    """`add_end_time`, and its last layer is not zero."""
+    found = add_end_time(denoiser)
     found.net.end = filled(found.net.end, seed, next(denoiser.net.parameters()).dtype)
     return found
 
@@ -48,24 +56,24 @@ def test_told_and_untold():
     x, t = point()
     plain, two = clock(Flow()), told(clock(Flow()))
     assert torch.equal(two(x, t).out, plain(x, t).out)
-    assert torch.equal(two(x, t, ending(None, 0 * t)).out, plain(x, t).out)
-    assert (two(x, t, ending(None, t / 2)).out - plain(x, t).out).norm() > 0.1
+    assert torch.equal(two(x, t, with_end_key(None, 0 * t)).out, plain(x, t).out)
+    assert (two(x, t, with_end_key(None, t / 2)).out - plain(x, t).out).norm() > 0.1
     assert torch.equal(two(x, t).out, plain(x, t).out)  # nothing of an earlier call is left
-    fresh = timed(clock(Flow()))
-    assert torch.equal(fresh(x, t, ending(None, t / 2)).out, plain(x, t).out)
-    one = untimed(two)
+    fresh = add_end_time(clock(Flow()))
+    assert torch.equal(fresh(x, t, with_end_key(None, t / 2)).out, plain(x, t).out)
+    one = remove_end_time(two)
     assert torch.equal(one(x, t).out, plain(x, t).out) and not hasattr(one.net, "end") and one.call is plain.call
-    assert hasattr(two.net, "end") and untimed(plain) is plain
+    assert hasattr(two.net, "end") and remove_end_time(plain) is plain
 
 
 def test_a_copy_tells_its_own():
     x, t = point()
     two = told(clock(Flow()))
-    other, before = two.copy(), two(x, t, ending(None, t)).out
+    other, before = two.copy(), two(x, t, with_end_key(None, t)).out
     with torch.no_grad():
         other.net.end.linear_2.weight.mul_(2)
-    assert (other(x, t, ending(None, t)).out - before).norm() > 0.1
-    assert torch.equal(two(x, t, ending(None, t)).out, before)
+    assert (other(x, t, with_end_key(None, t)).out - before).norm() > 0.1
+    assert torch.equal(two(x, t, with_end_key(None, t)).out, before)
 
 
 def test_guidance_in_itself():
@@ -73,11 +81,11 @@ def test_guidance_in_itself():
     net, (x, t) = told(clock(Flow(), "flow", classes=CLASSES)), point()
     c, v = {"label": torch.arange(N) % CLASSES}, torch.ones(N, 2, dtype=F64)
     none = {"label": torch.full((N,), CLASSES)}
-    want = 0.3 * v + (1 - 0.3 - 0.6) * net(x, t, ending(none, t)).out + 0.6 * net(x, t, ending(c, t)).out
+    want = 0.3 * v + (1 - 0.3 - 0.6) * net(x, t, with_end_key(none, t)).out + 0.6 * net(x, t, with_end_key(c, t)).out
     some = torch.arange(N) < 3
     want = torch.where(some[:, None], want, v)
-    torch.testing.assert_close(guided(v, 0.3, 0.6, net, x, t, c, some), want, rtol=1e-12, atol=1e-12)
-    assert guided(v, 1.0, 0.0, net, x, t, c, some) is v
+    torch.testing.assert_close(guide_velocity(v, 0.3, 0.6, net, x, t, c, some), want, rtol=1e-12, atol=1e-12)
+    assert guide_velocity(v, 1.0, 0.0, net, x, t, c, some) is v
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -85,8 +93,8 @@ def test_average_is_of_the_flow(schedule):
     """x0 = x_t - t F and eps = x_t + (1 - t) F, of a network on any schedule."""
     path = SCHEDULES[schedule]
     net, (x, t) = told(clock(path, "edm" if schedule == "edm" else "v")), point()
-    pred = net.on(Flow())(x, t, ending(None, t / 3))
-    F = average(net.on(Flow()), x, t, t / 3, None)
+    pred = net.on_schedule(Flow())(x, t, with_end_key(None, t / 3))
+    F = average(net.on_schedule(Flow()), x, t, t / 3, None)
     torch.testing.assert_close(x - t[:, None] * F, pred.x0, rtol=1e-9, atol=1e-9)
 
 
@@ -103,7 +111,7 @@ def test_calls_go_where_they_are_told(schedule):
         x = sigma[0] * z / (alpha[0] + sigma[0])
         for t, end in zip(r, ends):
             t, end = t.expand(N), torch.as_tensor(end, dtype=F64).expand(N)
-            x = x - (t - end)[:, None] * average(net.on(Flow()), x, t, end, None)
+            x = x - (t - end)[:, None] * average(net.on_schedule(Flow()), x, t, end, None)
         return x
 
     want = by_hand(r[1], r[2], 0.0)
@@ -111,7 +119,7 @@ def test_calls_go_where_they_are_told(schedule):
     torch.testing.assert_close(run_calls(student.calls(), z), want, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(student.generate(z, None, steps=2), by_hand(r[1], 0.0), rtol=1e-9, atol=1e-9)
     for other in (replace(student, jumps=False), replace(student, renoise="fresh")):
-        assert not any(to for _, to in other.legs) and other.at(1, 0.3) is net
+        assert not any(to for _, to in other.legs) and other.denoiser_of_call(1, 0.3) is net
     assert (replace(student, jumps=False).generate(z, None) - want).abs().max() > 0.1
 
 
@@ -141,7 +149,7 @@ def test_build():
     assert {n for n, _ in nets.teacher.net.named_parameters()} == names
     assert all(p.requires_grad for p in nets.student.denoiser.net.parameters())
     x, t = point()
-    c = ending({"label": torch.zeros(N, dtype=torch.long)}, t / 2)
+    c = with_end_key({"label": torch.zeros(N, dtype=torch.long)}, t / 2)
     nets.target.net.end = filled(nets.target.net.end, 1, F64)
     assert not torch.equal(nets.target(x, t, c).out, nets.student.denoiser(x, t, c).out)
     with pytest.raises(ValueError, match="TimestepEmbedding; Tiny has none"):
@@ -156,7 +164,7 @@ def test_adapters():
     trained = {n for n, p in net.named_parameters() if p.requires_grad}
     assert {"end.linear_1.weight", "end.linear_2.weight"} < trained and len(trained) == 6
     net.end = filled(net.end, 1, F64)
-    plain = merged(untimed(nets.student.denoiser).net)
+    plain = merge_adapters(remove_end_time(nets.student.denoiser).net)
     assert plain.state_dict().keys() == teacher.net.state_dict().keys()
     x, t = point()
     torch.testing.assert_close(plain(x, 1000 * t), nets.student.denoiser(x, t).out)
@@ -199,8 +207,8 @@ def test_every_family(family, tmp_path):
         before = two(x, t, c).out
         two = told(two)
         assert torch.equal(two(x, t, c).out, before)
-        torch.testing.assert_close(two(x, t, ending(c, 0 * t)).out, before)
-        assert (two(x, t, ending(c, t)).out - before).norm() > 1e-3 * before.norm()
+        torch.testing.assert_close(two(x, t, with_end_key(c, 0 * t)).out, before)
+        assert (two(x, t, with_end_key(c, t)).out - before).norm() > 1e-3 * before.norm()
 
 
 @pytest.mark.parametrize("first, second", (("two", "one"), ("one", "two"), ("two", "two")))
@@ -217,5 +225,5 @@ def test_a_second_stage(first, second, tmp_path):
     x = x.float()
     assert torch.equal(found(x, t).out, student(x, t).out)
     if second == "two":
-        got, want = (d(x, t, ending(None, t)).out for d in (found, student if first == "two" else found))
+        got, want = (d(x, t, with_end_key(None, t)).out for d in (found, student if first == "two" else found))
         assert torch.equal(got, want)

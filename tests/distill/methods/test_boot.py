@@ -9,7 +9,7 @@ from tiny import clock, filled
 from torch import nn
 
 from distill.diffusion.denoiser import Denoiser
-from distill.diffusion.end_time import timed
+from distill.diffusion.end_time import add_end_time
 from distill.diffusion.schedule import KINDS, Flow
 from distill.diffusion.student import Student
 from distill.method import Requirement
@@ -78,7 +78,7 @@ class TestSignal:
 
 def trained(schedule="flow", classes=0, T=0.9):
     path, kind = SCHEDULES[schedule], "edm" if schedule == "edm" else "v"
-    net = timed(clock(path, kind, 1, classes=classes))
+    net = add_end_time(clock(path, kind, 1, classes=classes))
     net.net.end = filled(net.net.end, 5, F64)
     return Nets(clock(path, kind, 0, classes=classes), Student(net, (T,)), (2,))
 
@@ -135,5 +135,5 @@ def test_by_hand(schedule, reduction):
 def test_starts_at_the_boundary():
     """A student that is the teacher, with a second time of zero weights, is right at T."""
     teacher = clock(Flow(), "flow")
-    nets = Nets(teacher, Student(timed(teacher.copy()), (0.9,)), (2,))
+    nets = Nets(teacher, Student(add_end_time(teacher.copy()), (0.9,)), (2,))
     assert float(turn(BOOT(), nets, {})[1]["boundary"].detach()) == 0

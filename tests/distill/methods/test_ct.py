@@ -9,7 +9,7 @@ from gaussian import F64, SCHEDULES, Oracle, Whitened, exact, problem
 from tiny import tiny
 from torch import nn
 
-from distill.diffusion.curriculum import Closing, Doubling
+from distill.diffusion.curriculum import ECTCurriculum, ICTCurriculum
 from distill.diffusion.denoiser import Denoiser
 from distill.diffusion.schedule import EDM
 from distill.diffusion.student import Student
@@ -35,21 +35,21 @@ def nets_of(schedule="edm", d=2):
 class TestCurricula:
     def test_ict(self):
         """Levels, shares, weights and doublings as tabled from the paper's formulas."""
-        levels, share = Doubling().grid(0, EDM())
+        levels, share = ICTCurriculum().grid(0, EDM())
         want = (0.002, 0.0167, 0.0851, 0.3183, 0.9654, 2.5152, 5.8389, 12.3816, 24.4083, 45.3137, 80)
         assert levels.tolist() == pytest.approx(want, abs=6e-5)
         want = (0.0626, 0.1817, 0.2455, 0.2135, 0.1424, 0.0806, 0.0411, 0.0196, 0.0089, 0.0040)
         assert share.diff().tolist() == pytest.approx(want, abs=6e-5)
         want = (67.9, 14.6, 4.29, 1.545, 0.645, 0.301, 0.153, 0.083, 0.048, 0.029)
         assert (1 / levels.diff()).tolist() == pytest.approx(want, rel=0.02)
-        n = [Doubling().intervals(k) for k in (0, 49_999, 50_000, 100_000, 349_999, 350_000, 399_999, 10**6)]
+        n = [ICTCurriculum().intervals(k) for k in (0, 49_999, 50_000, 100_000, 349_999, 350_000, 399_999, 10**6)]
         assert n == [10, 10, 20, 40, 640, 1280, 1280, 1280]
-        assert [Doubling(n_0=10, n_1=50, steps=30).intervals(k) for k in (0, 10, 20, 30)] == [10, 20, 40, 50]
+        assert [ICTCurriculum(n_0=10, n_1=50, steps=30).intervals(k) for k in (0, 10, 20, 30)] == [10, 20, 40, 50]
 
     @pytest.mark.parametrize("schedule", SCHEDULES)
     def test_ict_pairs(self, schedule):
         """Neighbours of the grid as often as their share; the lowest level is clean; all in the schedule's range."""
-        path, curriculum = SCHEDULES[schedule], Doubling()
+        path, curriculum = SCHEDULES[schedule], ICTCurriculum()
         t, r, gap = curriculum(turn(20_000), 20_000, path)
         levels, share = curriculum.grid(0, path)
         i = (path.ratio(t)[:, None] - levels).abs().argmin(1)
@@ -64,26 +64,28 @@ class TestCurricula:
         """s_r / s_t as in the authors' code: by the stage, and by q at once."""
         s = torch.tensor([0.5, 80.0], dtype=F64)
         for q, step, want in ((2, 0, (0, 0.5)), (2, 7 * 25_000, (0.984, 0.996)), (256, 0, (0.984, 0.996))):
-            assert Closing(q=q).share(s, step).tolist() == pytest.approx(want, abs=5e-4)
+            assert ECTCurriculum(q=q).level_ratio(s, step).tolist() == pytest.approx(want, abs=5e-4)
 
     @pytest.mark.parametrize("schedule", SCHEDULES)
     def test_ect_pairs(self, schedule):
-        path, curriculum = SCHEDULES[schedule], Closing(every=10)
+        path, curriculum = SCHEDULES[schedule], ECTCurriculum(every=10)
         for step in (0, 75):
             t, r, gap = curriculum(turn(500, step), 500, path)
             s = path.ratio(t)
             assert torch.equal(t, LogNormal(-1.1, 2.0)(turn(500, step), "t", 500, path))
             assert (gap > 0).all() and (r <= t).all() and 0 < (r > 0).sum()
             some = r > 0
-            torch.testing.assert_close((path.ratio(r) / s)[some], curriculum.share(s, step)[some], rtol=1e-7, atol=0)
-            torch.testing.assert_close(gap, s * (1 - curriculum.share(s, step)))
+            torch.testing.assert_close(
+                (path.ratio(r) / s)[some], curriculum.level_ratio(s, step)[some], rtol=1e-7, atol=0
+            )
+            torch.testing.assert_close(gap, s * (1 - curriculum.level_ratio(s, step)))
 
     @pytest.mark.parametrize(
         "make, says",
         (
-            (lambda: Closing(q=1.0), "q is 1.0; it must be above 1"),
-            (lambda: Doubling(n_0=20, n_1=10), "from n_0 = 20 to n_1 = 10; each must rise"),
-            (lambda: Doubling(low=1.0, high=0.5), "from low = 1.0 to high = 0.5"),
+            (lambda: ECTCurriculum(q=1.0), "q is 1.0; it must be above 1"),
+            (lambda: ICTCurriculum(n_0=20, n_1=10), "from n_0 = 20 to n_1 = 10; each must rise"),
+            (lambda: ICTCurriculum(low=1.0, high=0.5), "from low = 1.0 to high = 0.5"),
             (lambda: CT(distance="cauchy"), "c is 0.0; the Cauchy distance needs a c above 0"),
         ),
     )
@@ -105,7 +107,7 @@ class TestDistances:
     @pytest.mark.parametrize("distance, c", (("huber", 0.0), ("huber", 0.3), ("cauchy", 0.3), ("square", 0.0)))
     def test_of_the_whole_vector_by_hand(self, distance, c):
         """The mean over samples of d / (s_t - s_r); the teacher is not called; no gradient by way of the target."""
-        curriculum = Closing(every=1)
+        curriculum = ECTCurriculum(every=1)
         method, nets, draw = CT(curriculum, distance, c), nets_of(), turn(step=1)
         nets.teacher.net.register_forward_hook(lambda *a: pytest.fail("the teacher was called"))
         x, path, net = draw.normal("real", (N, 2)).double(), EDM(), nets.student.denoiser
@@ -136,10 +138,10 @@ def test_of_clean_targets_it_is_denoising(schedule):
     x, law = draw.normal("real", (N, 1)).double(), LogNormal(-1.1, 1.0)
     net, base = nets.student.denoiser.net, Denoise(0.0, law)
     both = lambda loss: (loss, *torch.autograd.grad(loss, [*net.parameters()]))
-    off = CT(Closing(law, q=1 + 1e-9), "square", weighted=False)
+    off = CT(ECTCurriculum(law, q=1 + 1e-9), "square", weighted=False)
     want = both(base.student_loss(x, nets, {}, draw)[0])
     assert all(torch.equal(a, b) for a, b in zip(both(off.student_loss(x, nets, {}, draw)[0]), want))
-    on = both(replace(off, curriculum=Closing(law, q=256)).student_loss(x, nets, {}, draw)[0])
+    on = both(replace(off, curriculum=ECTCurriculum(law, q=256)).student_loss(x, nets, {}, draw)[0])
     assert not any(torch.equal(a, b) for a, b in zip(on, want))
 
 
@@ -182,7 +184,7 @@ class TestGaussian:
 
     def slope(self, schedule, kind, predict, n, pair=None):
         """Size of the expected gradient at neighbours of a grid of n intervals."""
-        law, path, curriculum = problem(2)[0], SCHEDULES[schedule], Doubling(n_0=n, n_1=n, **self.LEVELS)
+        law, path, curriculum = problem(2)[0], SCHEDULES[schedule], ICTCurriculum(n_0=n, n_1=n, **self.LEVELS)
         levels, share = curriculum.grid(0, path)
 
         net = Gain(predict(law, levels), law, path, kind)

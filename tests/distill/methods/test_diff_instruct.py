@@ -8,14 +8,14 @@ from gaussian import F64, RATIOS, SCHEDULES, Whitened, exact, kl, kl_gradient, n
 from tiny import tiny
 
 from distill.diffusion.schedule import KINDS
-from distill.diffusion.times import Fixed, Law
+from distill.diffusion.times import Fixed, TimeDistribution
 from distill.methods import DMD2, VSD, DiffInstruct
 from distill.random import Draw
 from distill.training.build import build
 
 
 @dataclass(frozen=True)
-class Levels(Law):
+class Levels(TimeDistribution):
     """Every time of a list for an equal block of the batch."""
 
     t: tuple

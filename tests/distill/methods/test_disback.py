@@ -152,12 +152,12 @@ class TestTraining:
             id(p) for p in nets.fake.net.parameters() if p.requires_grad
         }
         for step, number in ((0, 2), (1, 2), (2, 1), (3, 1)):
-            found = method.towards(nets, step).teacher
+            found = method.with_stage_teacher(nets, step).teacher
             assert found.null is not None and found is nets.past.denoiser
             want = nets.fake.copy().net
             checkpoint.load_initial_weights(want, tmp_path / f"checkpoint-{number}", "fake", nets.teacher.net)
             assert all(torch.equal(a, b) for a, b in zip(found.net.parameters(), want.parameters()))
-        assert method.towards(nets, 4).teacher is nets.teacher
+        assert method.with_stage_teacher(nets, 4).teacher is nets.teacher
         assert all(torch.equal(before[k], v) for k, v in nets.teacher.net.state_dict().items())
         assert all(not p.requires_grad for p in nets.past.denoiser.net.parameters())
 

@@ -17,7 +17,7 @@ from distill.diffusion.guidance import relabel
 from distill.diffusion.schedule import Flow
 from distill.diffusion.student import Student
 from distill.diffusion.times import Fixed, Karras
-from distill.methods import DMD2, LCD, VSD, Forgetting, Rewarded, SiD
+from distill.methods import DMD2, LCD, SFD, VSD, RewardGuided, SiD
 from distill.random import Draw
 from distill.roles import Nets
 from distill.training.build import build
@@ -77,18 +77,18 @@ def same(a, b):
 def test_off_is_the_base(name):
     """Without a rule; and with one and no second batch, where its classes are not drawn. With both it is another."""
     base, some = BASES[name], lambda draw: labelled(draw, (0, 1))
-    assert same(after(Forgetting(base))[0], after(base)[0])
+    assert same(after(SFD(base))[0], after(base)[0])
     want = after(base, some)[0]
     rule = {"forget": (2,), "override": (0,)}
-    assert same(after(Forgetting(base, **rule, weight=0, fake_weight=0), some)[0], want)
-    found, logs = after(Forgetting(base, **rule), some)
+    assert same(after(SFD(base, **rule, weight=0, fake_weight=0), some)[0], want)
+    found, logs = after(SFD(base, **rule), some)
     assert {"student/forgetting", "fake/forgetting"} <= logs.keys() and not same(found, want)
-    assert same(after(Forgetting(base, **rule, weight=0, fake_weight=0))[0], after(base)[0]) is False  # 2 is drawn
+    assert same(after(SFD(base, **rule, weight=0, fake_weight=0))[0], after(base)[0]) is False  # 2 is drawn
 
 
 def test_the_main_batch_has_the_classes_that_are_kept():
     """Each alike, as of data without those to forget; they are asked for in the second batch alone."""
-    method, draw = Forgetting(PROMPTS, (2, 0), (1, 1), keep=(1, 3, 4)), Draw(0, 0, "student", torch.arange(30_000))
+    method, draw = SFD(PROMPTS, (2, 0), (1, 1), keep=(1, 3, 4)), Draw(0, 0, "student", torch.arange(30_000))
     c = {"label": draw.integers("label", 5), "size": torch.arange(30_000)}
     found = relabel(c, method.keep, draw, method.forget)
     share = found["label"].bincount(minlength=5) / 30_000
@@ -101,7 +101,7 @@ def test_the_main_batch_has_the_classes_that_are_kept():
     nets.student.denoiser.call, nets.fake.call = nets.teacher.call, nets.teacher.call
     draw = Doubles(0, 0, "student", torch.arange(N))
     batch = labelled(draw)
-    method = Forgetting(PROMPTS, (2,), (0,), keep=(0, 1))
+    method = SFD(PROMPTS, (2,), (0,), keep=(0, 1))
     assert 2 in batch["c"]["label"]
     x = method.sample(nets, batch, draw)
     assert 2 not in batch["c"]["label"] and not any(2 in label for label in asked)
@@ -111,14 +111,14 @@ def test_the_main_batch_has_the_classes_that_are_kept():
     assert any((label == 2).all() for label in asked) and not any(2 in label and 0 in label for label in asked)
     for wrong in ({"keep": (2,)}, {"forget": (), "override": (), "keep": (1,)}):
         with pytest.raises(ValueError, match=r"and keep \([12],\): give each class to forget one that is kept"):
-            Forgetting(PROMPTS, **{"forget": (2,), "override": (0,)} | wrong)
+            SFD(PROMPTS, **{"forget": (2,), "override": (0,)} | wrong)
 
 
 @pytest.mark.parametrize("name", BASES)
 def test_words_are_as_classes(name):
     """Where the data says what is to be forgotten, and by what it is overridden: null conditions stay null."""
-    found, logs = after(Forgetting(BASES[name]), spoken)
-    want, told = after(Forgetting(BASES[name], (2,), (0,)))
+    found, logs = after(SFD(BASES[name]), spoken)
+    want, told = after(SFD(BASES[name], (2,), (0,)))
     assert same(found, want) and {k: v.item() for k, v in logs.items()} == {k: v.item() for k, v in told.items()}
 
 
@@ -181,17 +181,17 @@ SCORES = {
 }
 
 
-@pytest.mark.level(1, "Forgetting")
+@pytest.mark.level(1, "SFD")
 @pytest.mark.parametrize("name", SCORES)
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_fixed_point(schedule, name):
     """It rests where class 0 is the teacher's class 2, and not where it is its own; weight b scales that pull alone."""
     base, law = SCORES[name], ([-3.0, 0.0, 3.0], [0.5, 1.0, 0.7])
-    method = Forgetting(base, (0,), (2,), weight=0.5)
+    method = SFD(base, (0,), (2,), weight=0.5)
     there, here = gradient(method, schedule, [3.0, 0.0, 3.0], [0.7, 1.0, 0.7]), gradient(method, schedule, *law)
     near(torch.stack(there), torch.zeros(2, 3, dtype=F64), 1e-9)
     assert here[0][0] < -1e-3 and bool((here[0][1:].abs() < 1e-9).all())  # up, towards 3
-    near(gradient(Forgetting(base, (0,), (2,), weight=1.0), schedule, *law)[0], 2 * here[0], 1e-9)
+    near(gradient(SFD(base, (0,), (2,), weight=1.0), schedule, *law)[0], 2 * here[0], 1e-9)
     kept = gradient(method, schedule, law[0], law[1], kept=0)  # drawn among the others, it is ruled, too
     near(kept[0][0], 3 * here[0][0], 0.2)
 
@@ -200,8 +200,8 @@ def test_fixed_point(schedule, name):
 def test_random_overrides_meet_between(schedule):
     """The hazard: of -3 and +3 in turn, N(+-3, .25) alike, the scores' mean is that of N(0, .25): it lies between."""
 
-    class Either(Forgetting):
-        def overridden(self, label):
+    class Either(SFD):
+        def replace_label(self, label):
             return torch.where(label == 1, 2 * (torch.arange(len(label)) % 2), label)
 
     base = SCORES["dmd2"]
@@ -216,8 +216,8 @@ def test_random_overrides_meet_between(schedule):
         loss, _ = method.updates()[0].loss(method.sample(nets, batch, draw), nets, batch, draw)
         return torch.autograd.grad(loss, line.mean)[0][1]
 
-    assert abs(pull(either, 0.0)) < 1e-9 and abs(pull(Forgetting(base, (1,), (2,), weight=1.0), 3.0)) < 1e-9
-    assert abs(pull(either, 3.0)) > 1e-2 and abs(pull(Forgetting(base, (1,), (2,), weight=1.0), 0.0)) > 1e-2
+    assert abs(pull(either, 0.0)) < 1e-9 and abs(pull(SFD(base, (1,), (2,), weight=1.0), 3.0)) < 1e-9
+    assert abs(pull(either, 3.0)) > 1e-2 and abs(pull(SFD(base, (1,), (2,), weight=1.0), 0.0)) > 1e-2
 
 
 def test_who_is_told_what():
@@ -227,7 +227,7 @@ def test_who_is_told_what():
     nets, heard = Nets(teacher, Student(student), (2,), fake), []
     for role, net in (("teacher", teacher), ("fake", fake), ("student", student)):
         net.net.label.register_forward_hook(lambda m, a, o, role=role: heard.append((role, {*a[0].tolist()})))
-    method = Forgetting(SiD(kappa=(2.0,) * 4, p_drop=0.0), (2,), (1,))
+    method = SFD(SiD(kappa=(2.0,) * 4, p_drop=0.0), (2,), (1,))
     batch, draw = {"c": {"label": torch.zeros(N, dtype=torch.long)}}, Doubles(0, 0, "student", torch.arange(N))
     for update in method.updates():
         draw.player = update.player
@@ -241,17 +241,17 @@ def test_who_is_told_what():
 def test_composition():
     """Around a reward and inside one, through the trainer."""
     rule = ((2,), (0,))
-    _, logs = after(Rewarded(Forgetting(BASES["sid"], *rule), clamp=None))
+    _, logs = after(RewardGuided(SFD(BASES["sid"], *rule), clamp=None))
     assert {"student/reward", "student/forgetting"} <= logs.keys()
-    assert "student/reward" in after(Forgetting(Rewarded(BASES["sid"]), *rule))[1]
+    assert "student/reward" in after(SFD(RewardGuided(BASES["sid"]), *rule))[1]
 
 
-@pytest.mark.level(2, "Forgetting")
+@pytest.mark.level(2, "SFD")
 def test_dmd2_forgets():
     """SFD on DMD2, from the teacher's own laws: class 0 becomes class 2 in mean and spread, the others stay."""
     line, nets = gaussians("edm", [-3.0, 0.0, 3.0], [0.5, 1.0, 0.7])
     nets.fake.net.law = line  # a fake score that is never late
-    method = Forgetting(replace(SCORES["dmd2"], times=Karras(0.3, 10.0)), (0,), (2,), weight=1.0)
+    method = SFD(replace(SCORES["dmd2"], times=Karras(0.3, 10.0)), (0,), (2,), weight=1.0)
     adam = torch.optim.Adam(line.parameters(), 0.3, (0.0, 0.99))
     for step in range(150):
         adam.param_groups[0]["lr"] = 0.3 * (1 - step / 150)
@@ -266,11 +266,11 @@ def test_dmd2_forgets():
 
 def test_mistakes():
     with pytest.raises(ValueError, match="give each class to forget one that is kept"):
-        Forgetting(SiD(), (1, 2), (3,))
+        SFD(SiD(), (1, 2), (3,))
     with pytest.raises(ValueError, match="one that is kept"):
-        Forgetting(SiD(), (1, 2), (3, 1))
+        SFD(SiD(), (1, 2), (3, 1))
     for base in (DMD2(), LCD()):
         with pytest.raises(ValueError, match="show what is to be forgotten"):
-            Forgetting(base, (1,), (2,))
+            SFD(base, (1,), (2,))
     flags = "--method.forget 3 5 --method.override 8 6 --method.base.alpha 1".split()
-    assert parse(Config(Forgetting(SiD(), (1,), (2,)), Digits()), flags).method == Forgetting(SiD(1.0), (3, 5), (8, 6))
+    assert parse(Config(SFD(SiD(), (1,), (2,)), Digits()), flags).method == SFD(SiD(1.0), (3, 5), (8, 6))

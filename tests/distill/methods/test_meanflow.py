@@ -9,10 +9,10 @@ from tiny import clock, filled
 from torch import nn
 
 from distill.diffusion.denoiser import Denoiser
-from distill.diffusion.end_time import average, ending, timed
+from distill.diffusion.end_time import add_end_time, average, with_end_key
 from distill.diffusion.schedule import KINDS, Flow
 from distill.diffusion.student import Student
-from distill.diffusion.times import Fixed, Law, Uniform
+from distill.diffusion.times import Fixed, TimeDistribution, Uniform
 from distill.method import Requirement
 from distill.methods import MeanFlow
 from distill.random import Draw
@@ -85,7 +85,7 @@ class TestIdentity:
 
 
 @dataclass(frozen=True)
-class Two(Law):
+class Two(TimeDistribution):
     """t and r."""
 
     t: float = 0.8
@@ -113,7 +113,7 @@ def test_data_give_the_same_optimum(schedule, times):
 
 def trained(kind="flow", seed=1, classes=0, path=Flow()):
     """Teacher and student with a second time that is heard."""
-    net = timed(clock(path, kind, seed, classes=classes))
+    net = add_end_time(clock(path, kind, seed, classes=classes))
     net.net.end = filled(net.net.end, 5, F64)
     return Nets(clock(path, kind, 0, classes=classes), Student(net), (2,))
 
@@ -130,7 +130,7 @@ def test_equal_times_are_flow_matching(schedule, kind, once):
     real, t = draw.normal("real", (N, 2)), torch.full((N,), 0.4, dtype=F64)
     method = MeanFlow(times=Fixed(0.4), equal=1.0, p=0.0, one_pass=once)
     loss = method.student_loss(real, nets, {}, draw)[0]
-    net, eps = nets.student.denoiser.on(Flow()), draw.normal("eps", (N, 2))
+    net, eps = nets.student.denoiser.on_schedule(Flow()), draw.normal("eps", (N, 2))
     F = average(net, Flow().diffuse(real, eps, t), t, t, None)
     want = (F - (eps - real)).square().flatten(1).sum(1).mean()
     assert torch.equal(loss, want)
@@ -216,7 +216,7 @@ def test_told_its_end():
     nets.student.denoiser.net.end.register_forward_hook(lambda m, a, o: said.append(a[0]))
     MeanFlow(times=Two(), equal=0.0).student_loss(draw.normal("real", (N, 2)), nets, {}, draw)
     assert said and all(torch.equal(r, torch.full((N,), 0.3, dtype=F64)) for r in said)
-    assert "end" in ending(None, said[0])
+    assert "end" in with_end_key(None, said[0])
 
 
 def test_interval():

@@ -125,11 +125,11 @@ def test_multiplier():
     one = Multiplier(0.5)
     for step, losses, want in ((0, (0.3, 0.5), 0.65), (1, (0.0,), 0.6), (2, (0.0,), 0.55)):
         for loss in losses:
-            one.seen(torch.tensor(loss), step)
+            one.record(torch.tensor(loss), step)
         one.step(0.5, 0.1)
         near(one.value, torch.tensor(want), 1e-6)
-    one.seen(torch.tensor(float("nan")), 3)  # of an update that was left out
-    one.seen(torch.tensor(0.0), 4)
+    one.record(torch.tensor(float("nan")), 3)  # of an update that was left out
+    one.record(torch.tensor(0.0), 4)
     one.step(100.0, 0.1)
     assert one.value == 0 and not one.state_dict()
 

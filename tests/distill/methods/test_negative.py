@@ -5,7 +5,7 @@ import torch
 from gaussian import SCHEDULES
 from tiny import tiny as small
 
-from distill.diffusion.guidance import Guided
+from distill.diffusion.guidance import CFG
 from distill.diffusion.student import Student
 from distill.diffusion.times import Fixed
 from distill.methods import VSD
@@ -117,7 +117,7 @@ def test_random_guidance_is_one_for_both_scores(low, high, schedule):
     (got,) = torch.autograd.grad(at((low, high)).student_loss(x, nets, {"c": c}, draw)[0], x)
     k = low + (high - low) * draw.uniform("guidance", (N,)).double()
     x_t = teacher.path.diffuse(x.detach(), draw.normal("eps", (N, 2)).double(), t)
-    real, other = (Guided(net, k)(x_t, t, c).eps for net in (teacher, fake))
+    real, other = (CFG(net, k)(x_t, t, c).eps for net in (teacher, fake))
     near(got, (real - other).detach() / N, 1e-6)
     assert k.min() >= low and k.max() <= high and (k.std() > 0.8) == (high > low)
     if low == high:

@@ -25,7 +25,7 @@ from shallow import shorten, taps_of
 
 from distill.configuration import Config
 from distill.data import Digits
-from distill.diffusion.guidance import Guided, WorseModelGuided, null_of
+from distill.diffusion.guidance import CFG, WorseModelGuided, null_of
 from distill.diffusion.schedule import Trig
 from distill.diffusion.times import Fixed
 from distill.methods import DMD2, VSD, SiD
@@ -116,17 +116,17 @@ def test_formula(family):
     cond, empty, bad = denoiser(f.x, t, c).out, denoiser(f.x, t, null).out, worse(f.x, t, c).out
     near = lambda got, want: torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
     assert (cond - bad).abs().max() > 1e-3
-    near(Guided(guided, W)(f.x, t, c).out, empty + W * (cond - empty) + S * (cond - bad))
-    near(Guided(guided, W).both(f.x, t, c)[1].out, empty)  # CFG++ goes on with that
-    near(Guided(guided, torch.full((2,), W)).on(Trig())(f.x, t, c).eps, _on(denoiser, worse, f, W))
-    near(Guided(guided, 1.0)(f.x, t, c).out, cond + S * (cond - bad))
-    near(Guided(guided, 0.0)(f.x, t, c).out, empty + S * (empty - worse(f.x, t, null).out))
+    near(CFG(guided, W)(f.x, t, c).out, empty + W * (cond - empty) + S * (cond - bad))
+    near(CFG(guided, W).predict_with_null(f.x, t, c)[1].out, empty)  # CFG++ goes on with that
+    near(CFG(guided, torch.full((2,), W)).on_schedule(Trig())(f.x, t, c).eps, _on(denoiser, worse, f, W))
+    near(CFG(guided, 1.0)(f.x, t, c).out, cond + S * (cond - bad))
+    near(CFG(guided, 0.0)(f.x, t, c).out, empty + S * (empty - worse(f.x, t, null).out))
     assert torch.equal(replace(guided, s=0.0)(f.x, t, c).out, cond)
 
 
 def _on(denoiser, worse, f, w):
     cond, empty, bad = (
-        d.on(Trig())(f.x, f.t, c).eps
+        d.on_schedule(Trig())(f.x, f.t, c).eps
         for d, c in ((denoiser, f.c), (denoiser, null_of(denoiser.null, f.c)), (worse, f.c))
     )
     return empty + w * (cond - empty) + S * (cond - bad)
@@ -139,7 +139,7 @@ def test_features_and_gradient_are_the_networks_own(family):
     guided, taps = pag.with_pag(f.teacher.denoiser, S, f.layers), taps_of(f.teacher)
     (want,) = f.teacher.denoiser.features(f.x, f.t, f.c, taps)
     assert torch.equal(guided.features(f.x, f.t, f.c, taps)[0], want)
-    assert torch.equal(guided.tapping(f.x, f.t, f.c, taps)[1][0], want)
+    assert torch.equal(guided.predict_with_features(f.x, f.t, f.c, taps)[1][0], want)
     grads = []
     for recomputed in (False, True):
         for net in (guided.net, guided.worse):
@@ -232,7 +232,7 @@ def guided(strong, weak, path, s, kind="v"):
 def test_students_variance(schedule):
     """Precisions 1 / (v + r^2) and, of the worse network, 1 / (v' + r^2), at r = sigma / alpha.
 
-    Guided, it is (1 + s) / (v + r^2) - s / (v' + r^2): DMD's gradient is that of a Gaussian teacher with this
+    With guidance, it is (1 + s) / (v + r^2) - s / (v' + r^2): DMD's gradient is that of a Gaussian teacher with this
     precision, and vanishes where the student has its variance, below v for v' > v. One network in two schedules.
     """
     path, v, bad = SCHEDULES[schedule], 0.8, 1.7

@@ -42,7 +42,7 @@ def test_one_phase_is_lcd(schedule):
     """To the first level, which is data but for a table: loss and gradient; two phases are another loss."""
 
     class Ends(LCD):
-        def end(self, i, nets, draw):
+        def end_index(self, i, nets, draw):
             return torch.zeros_like(i)
 
     make = lambda seed: tiny(SCHEDULES[schedule], "edm" if schedule == "edm" else "v", seed)
@@ -66,12 +66,12 @@ def test_phases():
     assert [n[j] for j in (0, 12, 25, 37, 50)] == [0, 249, 499, 749, 999] and n == sorted(n)
     flow.student = Student(flow.teacher, (1.0, 0.9, 0.5), renoise="ddim")
     method = PCM(N=10)
-    ends = method.end(i[:10], flow, turn())
+    ends = method.end_index(i[:10], flow, turn())
     assert ends.tolist() == [0, 0, 0, 3, 3, 3, 6, 6, 6, 6]
     want = [0, 0.5 / 3, 1 / 3, 0.5, 0.5 + 0.4 / 3, 0.5 + 0.8 / 3, 0.9, 0.925, 0.95, 0.975, 1]
     assert method.time(i[:11], flow).tolist() == pytest.approx(want)
     flow.student = Student(flow.teacher, tuple(t / 10 for t in range(10, 0, -1)), renoise="ddim")
-    assert torch.equal(method.end(i[:10], flow, turn()), i[:10])
+    assert torch.equal(method.end_index(i[:10], flow, turn()), i[:10])
 
 
 def phased(law, path, kind, times):
@@ -190,7 +190,7 @@ class TestGan:
         """Without weight it has no heads and no second player, and is LCD with other ends to the bit."""
 
         class Ends(LCD):
-            end, time = PCM.end, PCM.time
+            end_index, time = PCM.end_index, PCM.time
 
         off = replace(self.METHOD, gan=0.0)
         assert off.roles == () and [u.player for u in off.updates()] == ["student"]

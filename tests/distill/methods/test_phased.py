@@ -25,7 +25,7 @@ from tiny import tiny
 from distill.diffusion.interval import Interval, Tail
 from distill.diffusion.schedule import EDM, KINDS
 from distill.diffusion.student import Student
-from distill.diffusion.times import Fixed, Shifted, Uniform
+from distill.diffusion.times import Fixed, ShiftedTimes, Uniform
 from distill.methods import DMD2, PhasedDMD
 from distill.networks.lora import LoRA
 from distill.random import Draw
@@ -97,7 +97,7 @@ class TestClosedForms:
         path, anchor = interval(SCHEDULES[schedule])
         law, u = problem(2)[0], torch.linspace(0.1, 0.9, 9, dtype=F64)
         x, (a, b) = torch.randn(9, 2, dtype=F64), (one[:, None] for one in path.coefficients(u))
-        pred = exact(law, SCHEDULES[schedule], kind).on(path)(x, u)
+        pred = exact(law, SCHEDULES[schedule], kind).on_schedule(path)(x, u)
         want = noisy(law, anchor).denoise(x, a, b)
         torch.testing.assert_close(pred.x0, want, rtol=1e-9, atol=1e-9)
         torch.testing.assert_close(pred.eps, (x - a * want) / b, rtol=1e-9, atol=1e-9)
@@ -148,7 +148,7 @@ def test_weight_near_the_boundary():
     path = Interval(SCHEDULES["flow"], 0.5)
     u, x = torch.tensor([0.0, 1e-4, 0.02, 0.9], dtype=F64), torch.randn(4, 2, dtype=F64)
     eps, b = torch.randn(4, 2, dtype=F64), path.coefficients(torch.tensor([0.0, 1e-4, 0.02, 0.9], dtype=F64))[1]
-    pred = tiny(SCHEDULES["flow"], "flow").on(path)(path.diffuse(x, eps, u), u)
+    pred = tiny(SCHEDULES["flow"], "flow").on_schedule(path)(path.diffuse(x, eps, u), u)
     torch.testing.assert_close(pred.weight[:, 0], (10 * b**2).clamp(max=1))
     assert float(pred.weight[0]) == 0 and float(pred.weight[-1]) == 1
     error = pred.weight * (pred.out - pred.target(x, eps)) ** 2
@@ -159,7 +159,7 @@ def test_laws_above_the_boundary():
     """LightX2V: t = 7 r / (1 + 6 r), shifted once, r uniform in the steps 520 .. 980 where the phase ends at r = .5."""
     path, draw = Interval(SCHEDULES["flow"], 0.875), Draw(0, 0, "student", torch.arange(20_000))  # 7 / 2 / (1 + 6 / 2)
     nets = phased(root(problem(2)[0]), exact(problem(2)[0], path.base), path.s)
-    method = replace(BARE, times=Shifted(Uniform(0.02, 0.98), 7.0), margin=20 / 480).phase_method(nets)
+    method = replace(BARE, times=ShiftedTimes(Uniform(0.02, 0.98), 7.0), margin=20 / 480).phase_method(nets)
     t = path.outer(method.times(draw, "t", 20_000, path))
     r = (t / (7 - 6 * t) - 0.52) / 0.46
     assert kstest(r.numpy(), "uniform").pvalue > 1e-2 and 0 <= r.min() < 1e-3 and 1 - 1e-3 < r.max() <= 1
@@ -189,7 +189,7 @@ def test_the_phases_compose(schedule):
     first = replace(nets.student.denoiser, net=Line(line.A.detach(), line.b.detach()))
     map_ = Line(0.5 * torch.eye(2, dtype=F64), torch.zeros(2, dtype=F64))  # x_s -> x_0, of the second expert
     student = Student(replace(first, net=map_), (1.0, path.s), 1.0, phases=2, experts=(Noiseless(first, base, path.s),))
-    assert student.phase == (1, 2) and student.end is None
+    assert student.phase == (1, 2) and student.phase_end_time is None
     for _ in range(300):
         A, b = map_.A.detach(), map_.b.detach()
         made = Gaussian(A @ goal.mean + b, A @ goal.cov @ A.T)
@@ -264,7 +264,12 @@ class TestTraining:
         assert moved and (rank is None or all("lora" in name for name in moved))
         if rank:  # one backbone
             assert expert.mid.base_layer.weight is own.mid.base_layer.weight is nets.teacher.net.mid.weight
-        assert nets.student.phase == (2, 4) and [nets.student.at(i).net is own for i in range(4)] == [0, 0, 1, 1]
+        assert nets.student.phase == (2, 4) and [nets.student.denoiser_of_call(i).net is own for i in range(4)] == [
+            0,
+            0,
+            1,
+            1,
+        ]
         batch, one = {"c": {"label": self.C}}, first.nets
         for draw in (Draw(0, i, "student", torch.arange(16)) for i in range(4)):  # with both exits of the phase
             steps = 1 + draw.index("steps", 2)

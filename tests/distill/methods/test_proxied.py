@@ -1,4 +1,4 @@
-"""RG-LCD's latent proxy: off the base to the bit; its loss by hand; with a perfect proxy the student is Rewarded's."""
+"""RG-LCD's latent proxy: off the base exactly; its loss by hand; a perfect proxy gives RewardGuided."""
 
 from itertools import combinations
 
@@ -13,7 +13,7 @@ from distill.diffusion.denoiser import Denoiser
 from distill.diffusion.schedule import Flow
 from distill.diffusion.student import Student
 from distill.diffusion.times import Fixed
-from distill.methods import DMD2, LADD, LCD, VSD, Proxied, Rewarded, SiD
+from distill.methods import DMD2, LADD, LCD, RGLCD, VSD, RewardGuided, SiD
 from distill.random import Draw
 from distill.roles import Nets
 from distill.training.build import build
@@ -86,13 +86,13 @@ def test_off_is_the_base(name):
     """Three steps of training: with weight 0 all networks are the base's to the bit; with one the student is not."""
     base = BASES[name]
     want, _ = after(base)
-    off = Proxied(base, weight=0, proxy_taps=("mid",))
+    off = RGLCD(base, weight=0, proxy_taps=("mid",))
     assert same(want, after(off)[0]) == [*want.modules()]
     assert (off.requirements, off.roles) == (
         base.requirements,
         base.roles,
     )
-    on = Proxied(base, weight=1, tau=1.0, proxy_taps=("mid",))
+    on = RGLCD(base, weight=1, tau=1.0, proxy_taps=("mid",))
     found, logs = after(on)
     assert "student" not in same(want, found) and {"fake/proxy", "fake/proxy_right"} <= logs.keys()
     assert "proxy" not in same(built(on), found)
@@ -126,7 +126,7 @@ def perfect():
 
 
 def proxied(**change):
-    return Proxied(**{"base": LCD(N=4), "proxy_taps": ("tap",), "proxy_times": Fixed(0.0), "tau": 1.0} | change)
+    return RGLCD(**{"base": LCD(N=4), "proxy_taps": ("tap",), "proxy_times": Fixed(0.0), "tau": 1.0} | change)
 
 
 def compared(proxy, batch, n=64, path=Flow()):
@@ -138,7 +138,7 @@ def compared(proxy, batch, n=64, path=Flow()):
     return loss, logs, x, draw
 
 
-@pytest.mark.level(1, "Proxied")
+@pytest.mark.level(1, "RGLCD")
 @pytest.mark.parametrize("data", (False, True))
 def test_loss_by_hand(data):
     """The sum over pairs of KL between two preferences, of sample, another, and the real image of that condition."""
@@ -146,7 +146,7 @@ def test_loss_by_hand(data):
     label, real = torch.zeros(64), torch.full((64, 2), 0.7, dtype=F64)
     own = {"c": {"label": label}, "real": real, "real_c": {"label": label if data else label + 1}}
     loss, logs, x, draw = compared(proxy, own)
-    xs = [x, draw.apart("proxy").normal("z", (64, 2)), *[real] * data]
+    xs = [x, draw.independent_stream("proxy").normal("z", (64, 2)), *[real] * data]
     want, right = 0, []
     for a, b in combinations(xs, 2):
         p, q = (torch.stack([f(a), f(b)]).softmax(0) for f in (quality, lambda y: proxy(y)[:, 0]))
@@ -158,7 +158,7 @@ def test_loss_by_hand(data):
         near(*(torch.autograd.grad(one, part, retain_graph=True)[0] for one in (loss, want)))
 
 
-@pytest.mark.level(1, "Proxied")
+@pytest.mark.level(1, "RGLCD")
 @pytest.mark.parametrize("schedule", ("flow", "trig", "trig-half"))
 def test_the_proxy_finds_the_preference(schedule):
     """A linear decoder and a quadratic reward: at R no loss and no gradient; from nothing it agrees in most pairs."""
@@ -180,7 +180,7 @@ def test_the_proxy_finds_the_preference(schedule):
     near((proxy.Q + proxy.Q.T).detach() / 2, perfect().Q.detach(), 0.1)
 
 
-@pytest.mark.level(1, "Proxied")
+@pytest.mark.level(1, "RGLCD")
 @pytest.mark.parametrize("clamp", (None, 0.5))
 @pytest.mark.parametrize("schedule", ("flow", "trig"))
 def test_with_a_perfect_proxy_it_is_rewarded(schedule, clamp):
@@ -192,7 +192,7 @@ def test_with_a_perfect_proxy_it_is_rewarded(schedule, clamp):
     teacher.net.tap = nn.Identity()
     teacher.net.register_forward_pre_hook(lambda net, args: (net.tap(args[0]), *args[1:]))
     ours = proxied(base=base, weight=0.3, clamp=clamp)
-    for method, reward in ((Rewarded(base, 0.3, clamp), lambda x, c: R(x)[:, 0]), (ours, closeness)):
+    for method, reward in ((RewardGuided(base, 0.3, clamp), lambda x, c: R(x)[:, 0]), (ours, closeness)):
         nets = nets_of(line, teacher, fake=exact(line.law, path), reward=reward)
         nets.proxy, batch = R, {}
         loss, logs = method.updates()[0].loss(method.sample(nets, batch, draw), nets, batch, draw)
@@ -202,13 +202,13 @@ def test_with_a_perfect_proxy_it_is_rewarded(schedule, clamp):
     assert not batch["rewarded"]["x"].requires_grad
 
 
-@pytest.mark.level(2, "Proxied")
+@pytest.mark.level(2, "RGLCD")
 def test_a_proxy_and_its_student():
     """Through the trainer: of a reward without gradient the student's samples have more; the proxy is mostly right."""
     rounded = lambda x, c: (4 * closeness(x, c)).round() / 4
     mean, right = {}, 0
     for weight in (0.0, 3.0):
-        nets, logs = after(Proxied(BASES["lcd"], weight=weight, tau=1.0, proxy_taps=("mid",)), 50, rounded)
+        nets, logs = after(RGLCD(BASES["lcd"], weight=weight, tau=1.0, proxy_taps=("mid",)), 50, rounded)
         draw = Doubles(1, 0, "student", torch.arange(256))
         with torch.no_grad():
             mean[weight] = closeness(nets.generate(labelled(draw), draw), None).mean()
@@ -219,14 +219,14 @@ def test_a_proxy_and_its_student():
 def test_taps_of_both():
     """Two roles of heads, each where its method's fields say; the discriminator starts as it does alone."""
     base = DMD2(taps=("first",))
-    nets = built(Proxied(base, proxy_taps=("mid", "first")))
+    nets = built(RGLCD(base, proxy_taps=("mid", "first")))
     assert len(nets.proxy) == 2 and not isinstance(nets.disc, type(nets.proxy))
     assert all(torch.equal(*pair) for pair in zip(nets.disc.parameters(), built(base).disc.parameters(), strict=True))
 
 
 def test_the_target_follows_the_student_alone():
     """Once a step, by mu: the proxy's turn does not move it."""
-    method = Proxied(LCD(N=4, target_ema=0.9), proxy_taps=("mid",))
+    method = RGLCD(LCD(N=4, target_ema=0.9), proxy_taps=("mid",))
     first, (nets, _) = built(method), after(method, 1)
     weights = [one.net.parameters() for one in (first.target, nets.student.denoiser, nets.target)]
     for old, new, average in zip(*weights, strict=True):

@@ -16,7 +16,7 @@ from distill.diffusion.schedule import Flow, Trig
 from distill.diffusion.student import Student
 from distill.diffusion.times import Fixed
 from distill.method import Requirement
-from distill.methods import DMD2, LADD, LCD, SCM, VSD, DiffInstruct, Rewarded, SiD, SiDA
+from distill.methods import DMD2, LADD, LCD, SCM, VSD, DiffInstruct, RewardGuided, SiD, SiDA
 from distill.random import Draw
 from distill.roles import Nets
 from distill.training.build import build
@@ -78,15 +78,15 @@ def test_off_is_the_base(name):
     """Three steps of training: with weight 0 all networks are the base's to the bit; with one the student is not."""
     base = BASES[name]
     want, _ = after(base, name)
-    assert same(after(Rewarded(base, weight=0), name)[0], want)
-    found, logs = after(Rewarded(base, clamp=None), name, judge=closeness)
+    assert same(after(RewardGuided(base, weight=0), name)[0], want)
+    found, logs = after(RewardGuided(base, clamp=None), name, judge=closeness)
     assert "student/reward" in logs and not same(found, want)
-    off = Rewarded(base, weight=0)
+    off = RewardGuided(base, weight=0)
     assert (off.requirements, off.roles) == (base.requirements, base.roles)
-    assert Requirement.REWARD in Rewarded(base).requirements
+    assert Requirement.REWARD in RewardGuided(base).requirements
 
 
-@pytest.mark.level(1, "Rewarded")
+@pytest.mark.level(1, "RewardGuided")
 @pytest.mark.parametrize("clamp", (None, -0.5))
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_gradient(schedule, clamp):
@@ -98,7 +98,7 @@ def test_gradient(schedule, clamp):
     nets = nets_of(line, exact(law, path), fake=exact(line.law, path), reward=lambda x, c: x @ a)
     turn = lambda method: method.updates()[0].loss(method.sample(nets, {}, draw), nets, {}, draw)
     grads, logs = [], {}
-    for method in (base, Rewarded(base, weight=0.3, clamp=clamp)):
+    for method in (base, RewardGuided(base, weight=0.3, clamp=clamp)):
         loss, logs = turn(method)
         grads.append(torch.autograd.grad(loss, (line.A, line.b)))
     z = draw.normal("z", (16, 2))
@@ -110,7 +110,7 @@ def test_gradient(schedule, clamp):
     near(logs["reward"].detach(), r.mean())
 
 
-@pytest.mark.level(1, "Rewarded")
+@pytest.mark.level(1, "RewardGuided")
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_fixed_point(schedule):
     """VSD at one level with R = a . x ends at N(mu + w C a / (alpha sigma), Sigma), C = alpha^2 Sigma + sigma^2.
@@ -127,7 +127,7 @@ def test_fixed_point(schedule):
     for weight, b, zero in ((w, law.mean + shift, True), (w, law.mean, False), (0.0, law.mean, True)):
         line, draw = at(b), Whitened(16, 2)
         nets = nets_of(line, exact(law, path), fake=exact(Gaussian(b, law.cov), path), reward=lambda x, c: x @ a)
-        rewarded = Rewarded(method, weight=weight, clamp=None)
+        rewarded = RewardGuided(method, weight=weight, clamp=None)
         loss, _ = rewarded.updates()[0].loss(rewarded.sample(nets, {}, draw), nets, {}, draw)
         grads = torch.autograd.grad(loss, (line.A, line.b))
         assert all(bool((g.abs().max() < 1e-9) == zero) for g in grads[1:]), (weight, grads)
@@ -146,10 +146,10 @@ def test_weight_falls():
         draw.step = step
         return method.updates()[0].loss(method.sample(nets, {}, draw), nets, {}, draw)[0].detach()
 
-    added = [loss(Rewarded(base, clamp=None, until=4), step) - loss(base, step) for step in range(6)]
+    added = [loss(RewardGuided(base, clamp=None, until=4), step) - loss(base, step) for step in range(6)]
     near(torch.stack(added[1:5]), added[0] * torch.tensor([0.75, 0.5, 0.25, 0.0], dtype=F64))
     assert added[0] > 0 and added[5] == 0
-    near(loss(Rewarded(base, clamp=None), 1000) - loss(base, 1000), added[0])
+    near(loss(RewardGuided(base, clamp=None), 1000) - loss(base, 1000), added[0])
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -167,7 +167,7 @@ def test_on_methods_of_data(schedule):
             return super().f(denoiser, x, t, *rest)
 
     grads = []
-    for method in (base, Rewarded(base, weight=0.5, clamp=None), Rewarded(Spy(N=4), weight=0.5, clamp=None)):
+    for method in (base, RewardGuided(base, weight=0.5, clamp=None), RewardGuided(Spy(N=4), weight=0.5, clamp=None)):
         loss, _ = method.updates()[0].loss(method.sample(nets, batch, draw), nets, batch, draw)
         grads.append(torch.autograd.grad(loss, weights))
     x, t, c = asked[-1]
@@ -177,12 +177,12 @@ def test_on_methods_of_data(schedule):
         near(with_reward - without, alone)
 
 
-@pytest.mark.level(2, "Rewarded")
+@pytest.mark.level(2, "RewardGuided")
 def test_sid_and_a_reward():
     """Through the trainer: after 40 steps SiD's samples are nearer to the goal with the reward than without."""
     mean = {}
     for weight in (0.0, 5.0):
-        method = Rewarded(SiD(gain=1.0, times=Fixed(0.5), fake_times=Fixed(0.5)), weight=weight, clamp=-1.0)
+        method = RewardGuided(SiD(gain=1.0, times=Fixed(0.5), fake_times=Fixed(0.5)), weight=weight, clamp=-1.0)
         nets, _ = after(method, steps=40, judge=closeness)
         draw = Doubles(1, 0, "student", torch.arange(256))
         with torch.no_grad():
@@ -192,15 +192,15 @@ def test_sid_and_a_reward():
 
 def test_nested():
     """A wrapper of a wrapper is one; a method without a reward at hand says so; fields are flags."""
-    method = Rewarded(Rewarded(SiD(), weight=0.2, clamp=None), weight=0.3, clamp=None)
+    method = RewardGuided(RewardGuided(SiD(), weight=0.2, clamp=None), weight=0.3, clamp=None)
     got, _ = after(method, judge=closeness)
-    want, _ = after(Rewarded(SiD(), weight=0.5, clamp=None), judge=closeness)
+    want, _ = after(RewardGuided(SiD(), weight=0.5, clamp=None), judge=closeness)
     for p, q in zip(got.student.denoiser.net.parameters(), want.student.denoiser.net.parameters(), strict=True):
         near(p, q, 1e-6)
     with pytest.raises(ValueError, match="nets.reward.*weight to 0"):
-        after(Rewarded(SiD()))
+        after(RewardGuided(SiD()))
     flags = ["--method.weight", "2", "--method.base.alpha", "1.1", "--method.clamp", "None"]
-    assert parse(Config(Rewarded(SiD()), Digits()), flags).method == Rewarded(SiD(1.1), 2.0, None)
+    assert parse(Config(RewardGuided(SiD()), Digits()), flags).method == RewardGuided(SiD(1.1), 2.0, None)
 
 
 # ---- rewards themselves ----
@@ -320,7 +320,7 @@ def test_conditions_say_which_prompt(p_empty, tmp_path):
 
 def test_of_a_run(weights):
     """The recipe's reward is built of its flags; a smoke run asks nobody."""
-    config = Config(Rewarded(replace(SiD()), reward=weights), Digits(), teacher="t")
+    config = Config(RewardGuided(replace(SiD()), reward=weights), Digits(), teacher="t")
     teacher = SimpleNamespace(decode=lambda x: x)
     data = SimpleNamespace(texts=WORDS)
     x, c = TestClip.x, TestClip.rows

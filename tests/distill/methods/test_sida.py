@@ -14,7 +14,7 @@ from torch.nn.functional import softplus
 
 from distill.configuration import parse
 from distill.diffusion.denoiser import Denoiser
-from distill.diffusion.guidance import Guided
+from distill.diffusion.guidance import CFG
 from distill.diffusion.schedule import EDM, Flow
 from distill.diffusion.student import Student
 from distill.diffusion.times import Fixed
@@ -231,10 +231,10 @@ class TestGuidance:
     def test_features_are_of_the_condition_itself(self, w):
         nets, batch, t = nets_of(), batch_of(), torch.full((N,), 0.4, dtype=F64)
         x, c = batch["real"], batch["c"]
-        pred, (found,) = Guided(nets.fake, w).tapping(x, t, c, TAPS)
+        pred, (found,) = CFG(nets.fake, w).predict_with_features(x, t, c, TAPS)
         near(found, nets.fake.features(x, t, c, TAPS)[0])
-        near(pred.out, Guided(nets.fake, w)(x, t, c).out, 0)
-        assert Guided(nets.fake, w).tapping(x, t, c, ())[1] == []
+        near(pred.out, CFG(nets.fake, w)(x, t, c).out, 0)
+        assert CFG(nets.fake, w).predict_with_features(x, t, c, ())[1] == []
 
     @pytest.mark.parametrize("kappa, calls", (((1.0,) * 4, 1), ((2.0,) * 4, 1), (ZERO, 2)))
     def test_one_pass_for_both(self, kappa, calls):
@@ -307,7 +307,7 @@ def test_whole_iterations(schedule):
     adams = {net: torch.optim.Adam(net.parameters(), 1e-2, (0.0, 0.999), 1e-8) for net in (fake, student)}
 
     def D(net, x, t, c):  # (x0, logit)
-        pred, (h,) = Denoiser(net, path, kind).tapping(x, t, c, TAPS)
+        pred, (h,) = Denoiser(net, path, kind).predict_with_features(x, t, c, TAPS)
         return pred, h.mean(1)
 
     def made(net, draw, c):

@@ -9,11 +9,11 @@ import torch
 from gaussian import F64, SCHEDULES
 from tiny import tiny
 
-from distill.diffusion.curriculum import Doubling
+from distill.diffusion.curriculum import ICTCurriculum
 from distill.diffusion.student import Student
 from distill.losses import cauchy_norm
 from distill.methods import CT, SLCT
-from distill.methods.slct import coupled
+from distill.methods.slct import couple_noise
 from distill.random import Draw
 from distill.roles import Nets
 
@@ -41,8 +41,8 @@ def loss_of(method, nets, step=0):
 def test_switched_off_it_is_ct(distance, schedule):
     """Bit for bit; each term alone makes it another."""
     nets = nets_of(schedule)
-    want = loss_of(CT(Doubling(), distance, 0.3), nets)
-    off = SLCT(Doubling(), distance, 0.3, **OFF)
+    want = loss_of(CT(ICTCurriculum(), distance, 0.3), nets)
+    off = SLCT(ICTCurriculum(), distance, 0.3, **OFF)
     assert all(torch.equal(a, b) for a, b in zip(loss_of(off, nets), want))
     for on in ({"adaptive": True} if distance == "cauchy" else {}, {"coupled": True}, {"diffusion": 1.0}):
         if on:
@@ -54,10 +54,12 @@ def test_coupling_is_the_best_of_all():
     """Of all orders of six; on the line, noise in the order of the images."""
     x, eps = torch.randn(6, 3, 2, dtype=F64), torch.randn(6, 3, 2, dtype=F64)
     cost = lambda order: float((x - order).square().sum())
-    assert cost(coupled(x, eps)) == pytest.approx(min(cost(eps[list(p)]) for p in itertools.permutations(range(6))))
-    assert cost(coupled(x, eps)) < cost(eps)
+    assert cost(couple_noise(x, eps)) == pytest.approx(
+        min(cost(eps[list(p)]) for p in itertools.permutations(range(6)))
+    )
+    assert cost(couple_noise(x, eps)) < cost(eps)
     x, eps = torch.randn(64, 1), torch.randn(64, 1)
-    assert torch.equal(coupled(x, eps)[x[:, 0].argsort()], eps.sort(0).values)
+    assert torch.equal(couple_noise(x, eps)[x[:, 0].argsort()], eps.sort(0).values)
 
 
 @pytest.mark.level(1, "SLCT")
@@ -67,11 +69,11 @@ def test_noise_tells_nothing_of_the_condition(prompts):
     x, eps, label = torch.randn(24, 2, dtype=F64), torch.randn(24, 2, dtype=F64), torch.arange(24) % 3
     x = x + 5 * label[:, None]
     c = {"text": torch.randn(3, 4, 2)[label], "pooled": torch.randn(3, 4)[label]} if prompts else {"label": label}
-    found = coupled(x, eps, c)
+    found = couple_noise(x, eps, c)
     for k in range(3):
-        assert torch.equal(found[label == k], coupled(x[label == k], eps[label == k]))
-    assert not torch.equal(found, coupled(x, eps)) and not torch.equal(found, eps)
-    assert torch.equal(coupled(x, eps, {"text": torch.randn(24, 4, 2)}), eps)
+        assert torch.equal(found[label == k], couple_noise(x[label == k], eps[label == k]))
+    assert not torch.equal(found, couple_noise(x, eps)) and not torch.equal(found, eps)
+    assert torch.equal(couple_noise(x, eps, {"text": torch.randn(24, 4, 2)}), eps)
 
 
 @pytest.mark.level(1, "SLCT")
@@ -82,14 +84,14 @@ def test_c_falls_with_the_grid(step, N):
     c = {10: 0.0322, 1280: 1.05e-4}[N]
     assert math.exp(-0.72) * N**-1.18 == pytest.approx(c, rel=5e-3)
     want = cauchy_norm(delta, math.exp(-0.72) * N**-1.18)
-    torch.testing.assert_close(SLCT().far(delta, turn(step)), want)
+    torch.testing.assert_close(SLCT().sample_distance(delta, turn(step)), want)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_denoising_at_the_low_levels(schedule):
     """lambda |f(x_t, t) - x|^2 for the first quarter of the grid, in addition."""
     nets, path, draw = nets_of(schedule), SCHEDULES[schedule], turn()
-    off = SLCT(Doubling(mean=-3.0), "huber", 0.3, **OFF)
+    off = SLCT(ICTCurriculum(mean=-3.0), "huber", 0.3, **OFF)
     on = replace(off, diffusion=2.0)
     x, eps, net = draw.normal("real", (B, 2)).double(), draw.normal("eps", (B, 2)).double(), nets.student.denoiser
     t, _, _ = off.curriculum(draw, B, path)

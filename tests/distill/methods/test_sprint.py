@@ -57,7 +57,9 @@ class TestFlowOnTrig:
     def test_golden_levels(self, theta, s, scale):
         """The flow's time is sin / (sin + cos), its input sqrt(s^2 + (1 - s)^2) times TrigFlow's."""
         x, t, factor = (
-            self.net().on(TRIG)._native(torch.ones(1, 1, dtype=F64), torch.tensor([theta * 2 / math.pi]).double())
+            self.net()
+            .on_schedule(TRIG)
+            ._native(torch.ones(1, 1, dtype=F64), torch.tensor([theta * 2 / math.pi]).double())
         )
         assert float(t) == pytest.approx(s, abs=1e-6)
         assert float(factor) == float(x) == pytest.approx(scale, abs=1e-6)
@@ -71,7 +73,7 @@ class TestFlowOnTrig:
         v = denoiser(norm * y, s[:, 0]).out
         want = ((1 - 2 * s) * norm * y + (1 - 2 * s + 2 * s**2) * v) / norm
         t = theta[:, 0] * 2 / math.pi
-        got = METHOD.velocity(denoiser.on(TRIG)(y, t), t)
+        got = METHOD.velocity(denoiser.on_schedule(TRIG)(y, t), t)
         torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
 
     def test_round_trip(self):
@@ -80,14 +82,16 @@ class TestFlowOnTrig:
 
         class Velocity(torch.nn.Module):
             def forward(self, y, theta):
-                return METHOD.velocity(flow.on(TRIG)(y, theta * 2 / math.pi), theta * 2 / math.pi)
+                return METHOD.velocity(flow.on_schedule(TRIG)(y, theta * 2 / math.pi), theta * 2 / math.pi)
 
         x, s = torch.randn(64, 2, dtype=F64), torch.linspace(0, 1, 64, dtype=F64)
-        again = Denoiser(Velocity(), TRIG, "v").on(FLOW)(x, s)  # cos eps - sin x0 is the v of alpha = cos, sigma = sin
+        again = Denoiser(Velocity(), TRIG, "v").on_schedule(FLOW)(
+            x, s
+        )  # cos eps - sin x0 is the v of alpha = cos, sigma = sin
         there = flow(x, s)
         torch.testing.assert_close(again.flow, there.out, rtol=1e-13, atol=1e-13)
         torch.testing.assert_close(again.x0, there.x0, rtol=1e-13, atol=1e-13)
-        assert torch.equal(flow.on(TRIG).on(FLOW)(x, s).out, there.out)
+        assert torch.equal(flow.on_schedule(TRIG).on_schedule(FLOW)(x, s).out, there.out)
 
     def test_halved_latents_say_the_same(self):
         """The authors' frame, latents times sigma_d = 1/2 in Trig(1/2), has our angles, velocities and tangents."""

@@ -23,8 +23,8 @@ from distill.methods import NASAT, SUN, VSD
 from distill.networks.negative_attention import (
     TEXT,
     adapt,
-    adapted,
     adapters,
+    build_adapter_role,
     layers,
     shuffled_conditions,
     strip,
@@ -83,7 +83,7 @@ def world(schedule, times=(0.9, 0.4), alpha=0.0):
     """(roles, a batch): alpha of both branches, their keys and values the network's own."""
     path, kind = SCHEDULES[schedule], kind_of(schedule)
     teacher = Denoiser(Told(path, kind), path, kind, null={TEXT[0]: words(1, 7)})
-    nets = Nets(teacher, Student(replace(teacher, net=adapted(teacher.net, 1)), times, renoise="ddim"), (D,))
+    nets = Nets(teacher, Student(replace(teacher, net=build_adapter_role(teacher.net, 1)), times, renoise="ddim"), (D,))
     turned(nets.student.denoiser.net, alpha)
     real = torch.randn(B, D, dtype=F64, generator=torch.Generator().manual_seed(1))
     return nets, {"real": real, "real_c": {TEXT[0]: words(B)}}
@@ -387,7 +387,7 @@ def output(teacher, net, c):
 
 def test_off_is_the_teacher(teacher):
     """Bit for bit without a negative prompt, and with one at the start; then another prompt says something else."""
-    net, c = adapted(teacher.denoiser.net, length(teacher)), teacher.encode(["a red fox", "a tree"])
+    net, c = build_adapter_role(teacher.denoiser.net, length(teacher)), teacher.encode(["a red fox", "a tree"])
     plain, told = output(teacher, teacher.denoiser.net, c), with_negative_prompt(c, teacher.negative(["blurry"]))
     assert torch.equal(output(teacher, net, c), plain) and torch.equal(output(teacher, net, told), plain)
     assert torch.equal(output(teacher, louder(net), c), plain)
@@ -404,7 +404,7 @@ def test_padding_is_not_heard(teacher):
     c = with_negative_prompt(teacher.encode(["a red fox"]), teacher.negative(["blurry"]))
     if "mask" not in c:
         return
-    net, (text, mask) = louder(adapted(teacher.denoiser.net, length(teacher))), (c[key] for key in TEXT)
+    net, (text, mask) = louder(build_adapter_role(teacher.denoiser.net, length(teacher))), (c[key] for key in TEXT)
     other = c | {TEXT[0]: torch.where(mask[:, :, None] > 0, text, torch.randn(text.shape))}
     heard, first = output(teacher, net, c), int(mask[:, : length(teacher)].sum())
     torch.testing.assert_close(output(teacher, net, other), heard)
@@ -419,7 +419,7 @@ def test_recomputed_blocks_hear_the_same(tmp_path):
     teacher, found = load(tmp_path / "sd"), []
     c = with_negative_prompt(teacher.encode(["a fox", "a tree"]), teacher.encode(["blurry", "grey"]))
     for recompute in (False, True):
-        net = louder(adapted(teacher.denoiser.net, 77)).train()
+        net = louder(build_adapter_role(teacher.denoiser.net, 77)).train()
         if recompute:
             net.enable_gradient_checkpointing()
         x = torch.randn(2, *teacher.shape, generator=torch.Generator().manual_seed(0))
@@ -441,13 +441,13 @@ def pipeline(teacher, net, steps=2):
 def test_in_a_plain_pipeline(teacher, tmp_path):
     """`install` on the base and on another network of its class: the trainer's own samples; else it is as it was."""
     n, base = length(teacher), teacher.denoiser.net
-    write(louder(adapted(base, n)), tmp_path / "a.safetensors")
+    write(louder(build_adapter_role(base, n)), tmp_path / "a.safetensors")
     tuned = copy.deepcopy(base)
     for i, p in enumerate(tuned.parameters()):
         p.data *= 1 + 0.1 * (-1) ** i
     for net in (base, tuned):
         plain, _ = pipeline(teacher, net)
-        pipe, student = pipeline(teacher, louder(adapted(net, n)) if net is base else carried(net, base, n))
+        pipe, student = pipeline(teacher, louder(build_adapter_role(net, n)) if net is base else carried(net, base, n))
         strip(pipe.unet if hasattr(pipe, "unet") else pipe.transformer)
         install(pipe, tmp_path / "a.safetensors")
         expected = verify.sample_reference(student, teacher, student.denoiser.net)
@@ -464,7 +464,7 @@ def test_in_a_plain_pipeline(teacher, tmp_path):
 def carried(net, base, n):
     """The adapters of the base on another network."""
     made = adapt(copy.deepcopy(net), n)
-    made.load_state_dict(adapters(louder(adapted(base, n))), strict=False)
+    made.load_state_dict(adapters(louder(build_adapter_role(base, n))), strict=False)
     return made
 
 
@@ -473,7 +473,7 @@ def test_what_does_not_fit(tmp_path):
     for name in ("sd", "sdxl", "flux"):
         tiny.save(name, tmp_path / name)
     sd, sdxl, flux = (load(tmp_path / name) for name in ("sd", "sdxl", "flux"))
-    write(adapted(sdxl.denoiser.net, 77), tmp_path / "sdxl.safetensors")
+    write(build_adapter_role(sdxl.denoiser.net, 77), tmp_path / "sdxl.safetensors")
     pipe = sd.parts.pipe()
     with pytest.raises(ValueError, match="is not an adapter for negative prompts of this UNet2DConditionModel"):
         install(pipe, tmp_path / "sdxl.safetensors")
@@ -481,9 +481,9 @@ def test_what_does_not_fit(tmp_path):
     with pytest.raises(ValueError, match="is not an adapter"):
         install(pipe, tmp_path / "sd" / "unet" / "diffusion_pytorch_model.safetensors")
     with pytest.raises(ValueError, match="xformers replaces the processors of the adapter"):
-        precision._set(adapted(sd.denoiser.net, 77), "xformers")
+        precision._set(build_adapter_role(sd.denoiser.net, 77), "xformers")
     with pytest.raises(ValueError, match="has no cross-attention"):
-        adapted(flux.denoiser.net, 77)
+        build_adapter_role(flux.denoiser.net, 77)
     sd.null()
     for given in (0, 50):
         with pytest.raises(ValueError, match=f"student.negative is {given}: pass --student.negative 77"):

@@ -39,7 +39,7 @@ def test_without_reach_it_is_lcd(schedule):
     """Bit for bit, loss and gradient, if f leads to the first level (data, but for a table); with it, another loss."""
 
     class Ends(LCD):
-        def end(self, i, nets, draw):
+        def end_index(self, i, nets, draw):
             return torch.zeros_like(i)
 
     nets = nets_of(schedule)
@@ -70,7 +70,7 @@ def test_a_guidance_that_the_student_is_not_told():
 def test_ends_are_uniform(reach, last):
     """0, 1 / N, ... up to s itself, or a share of it."""
     n = 7000
-    ends = TCD(N=10, reach=reach).end(torch.full((n,), 6.0, dtype=F64), None, turn(n))
+    ends = TCD(N=10, reach=reach).end_index(torch.full((n,), 6.0, dtype=F64), None, turn(n))
     share = torch.bincount(ends.round().long()) / n
     assert len(share) == last + 1 and (share - 1 / (last + 1)).abs().max() < 0.02  # four standard deviations
     assert torch.equal(ends, ends.round())
@@ -116,4 +116,4 @@ def test_data_of_one_point(schedule):
 
     assert residual(exact(point, path)) < 1e-12
     assert residual(consistent(problem(2)[0], path)) > 1e-2
-    assert replace(method, reach=0.0).end(torch.full((B,), 4.0, dtype=F64), None, turn()).abs().max() == 0
+    assert replace(method, reach=0.0).end_index(torch.full((B,), 4.0, dtype=F64), None, turn()).abs().max() == 0

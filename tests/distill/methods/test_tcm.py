@@ -11,7 +11,7 @@ from scipy.stats import t as student_t
 from tiny import tiny
 from torch import nn
 
-from distill.diffusion.curriculum import Closing
+from distill.diffusion.curriculum import ECTCurriculum
 from distill.diffusion.denoiser import Denoiser
 from distill.diffusion.student import Student
 from distill.diffusion.times import Fixed, LogNormal, StudentT
@@ -20,7 +20,7 @@ from distill.random import Draw
 from distill.roles import Nets
 
 N = 16
-NEAR = Closing(LogNormal(0.5, 1.0), q=8.0, every=10**9)  # 1 - s_r / s_t from .5 to 1
+NEAR = ECTCurriculum(LogNormal(0.5, 1.0), q=8.0, every=10**9)  # 1 - s_r / s_t from .5 to 1
 
 
 def turn(first=0, n=N):
@@ -77,7 +77,7 @@ def test_by_hand(schedule):
     x, eps = (draw.normal(name, (N, 2)).double() for name in ("real", "eps"))
     bound = torch.arange(N) % 4 == 3
     s = path.ratio(NEAR.times(draw, "t", N, path)).clamp(min=1.2).where(~bound, 1.2)
-    s_r = s * NEAR.share(s, 0)
+    s_r = s * NEAR.level_ratio(s, 0)
     t, r = path.time(s), path.time(s_r)
     x_r = path.diffuse(x, eps, r)
     low, high = frozen(x_r, r).x0, net(x_r, r).x0
@@ -148,12 +148,12 @@ def test_fixed_point(schedule, bound, monkeypatch):
     """
     law, path = problem(2)[0], SCHEDULES[schedule]
     monkeypatch.setattr(TCM, "bound", lambda self, draw: torch.full((16,), bound))
-    curriculum = Closing(Fixed(float(path.time(torch.tensor([0.8], dtype=F64)))), q=8.0, every=10**9)
+    curriculum = ECTCurriculum(Fixed(float(path.time(torch.tensor([0.8], dtype=F64)))), q=8.0, every=10**9)
     method = TCM(curriculum, "square", start=0.6)  # of s' and of .8, s_r is .32 and .45
     G = lambda s: 1 / (1 + s**2 + s)
 
     def best(s):
-        s_r = s * curriculum.share(s, 0)
+        s_r = s * curriculum.level_ratio(s, 0)
         return G(s_r) * (law.var + s_r * s) / (law.var + s**2)
 
     def slope(student, frozen):

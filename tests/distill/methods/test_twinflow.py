@@ -11,7 +11,7 @@ from tiny import clock, filled
 from torch import nn
 
 from distill.diffusion.denoiser import Denoiser
-from distill.diffusion.end_time import average, timed
+from distill.diffusion.end_time import add_end_time, average
 from distill.diffusion.schedule import KINDS, Flow
 from distill.diffusion.student import Student
 from distill.diffusion.times import Fixed
@@ -41,7 +41,7 @@ def draw_of(n=N, step=0):
 
 def heard(schedule="flow", seed=1, classes=0):
     """A student whose second time is heard."""
-    net = timed(clock(SCHEDULES[schedule], "edm" if schedule == "edm" else "v", seed, classes=classes))
+    net = add_end_time(clock(SCHEDULES[schedule], "edm" if schedule == "edm" else "v", seed, classes=classes))
     net.net.end = filled(net.net.end, 5, F64)
     return net
 
@@ -91,8 +91,8 @@ class TestBase:
         t, r = torch.linspace(0.5, 0.9, N, dtype=F64), torch.linspace(0.05, 0.4, N, dtype=F64)
         eps = draw_of().normal("eps", (N, 2))
         x_t = Flow().diffuse(law.mean.expand(N, 2), eps, t)
-        net = nets.student.denoiser.on(Flow())
-        v = average(nets.teacher.on(Flow()), x_t, t, None, None) if real is None else eps - real
+        net = nets.student.denoiser.on_schedule(Flow())
+        v = average(nets.teacher.on_schedule(Flow()), x_t, t, None, None) if real is None else eps - real
         return float(method.residual(average(net, x_t, t, r, None), x_t, t, r, v, net, None).square().mean()) ** 0.5
 
     def test_vanishes_for_a_point(self, schedule, kind):
@@ -119,9 +119,9 @@ class TestTurn:
         method, t = RCGM(**FREE), torch.full((N,), 0.4, dtype=F64)
         F, x, v = (draw_of().normal(name, (N, 2)) for name in ("F", "x", "v"))
         net = heard()
-        assert torch.equal(method.residual(F, x, t, t, v, net.on(Flow()), None), F - v)
-        assert torch.equal(method.residual(F, x, t, t - 0.009, v, net.on(Flow()), None), F - v)
-        assert not torch.equal(method.residual(F, x, t, t - 0.011, v, net.on(Flow()), None), F - v)
+        assert torch.equal(method.residual(F, x, t, t, v, net.on_schedule(Flow()), None), F - v)
+        assert torch.equal(method.residual(F, x, t, t - 0.009, v, net.on_schedule(Flow()), None), F - v)
+        assert not torch.equal(method.residual(F, x, t, t - 0.011, v, net.on_schedule(Flow()), None), F - v)
 
     def test_thirds(self):
         """(1, 0); r in [.95 t, t]; r in [0, t]."""
@@ -145,7 +145,7 @@ class TestTurn:
         r = torch.where(third == 0, 0.0, t * torch.where(third == 1, 1 - 0.05 * share, share))
         col = lambda a: a[:, None]
         x_t = (1 - col(t)) * real + col(t) * eps
-        of = lambda net, x, a, b: average(net.on(Flow()), x, a.clamp(min=0), b.clamp(min=0), None)
+        of = lambda net, x, a, b: average(net.on_schedule(Flow()), x, a.clamp(min=0), b.clamp(min=0), None)
         F, v, d = of(nets.student.denoiser, x_t, t, r), eps - real, 0.01
         mid, start = (t - d + r) / 2, x_t - d * v
         one = of(nets.target, start, t - d, mid) * col(t - d - mid)
@@ -178,7 +178,7 @@ class TestTurn:
         spy = type("Spy", (RCGM,), {"residual": lambda self, F, x, t, r, v, net, c: (seen.append((x, t, v)), F - v)[1]})
         loss = spy(**asdict(method) | {"times": method.times}).student_loss(real, nets, {"real_c": c}, draw)[0]
         (x, t, v), eps = seen[0], draw.normal("eps", (N, 2))
-        of = lambda c: average(nets.target.on(Flow()), x, t, t, c)
+        of = lambda c: average(nets.target.on_schedule(Flow()), x, t, t, c)
         gap = of(c) - of({"label": torch.full((N,), 3)})
         gap = gap * ((t > 0) & (t < 1))[:, None]  # at t = 1 samples are unguided
         torch.testing.assert_close(v, eps - real + 0.8 * gap, rtol=1e-12, atol=1e-12)

@@ -25,7 +25,7 @@ def data(draw):
 def trained(method, teacher, steps, rate):
     cfg = TrainConfig(max_train_steps=steps, train_batch_size=96, learning_rate=rate, adam_beta1=0.9)
     *_, state = train(method, build(method, teacher, (2,)), data, cfg, Accelerator(cpu=True))
-    return state.nets.student.using(state.ema.net)
+    return state.nets.student.with_network(state.ema.net)
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ from distill.diffusion.schedule import EDM, VP, Flow
 from distill.methods import DMD2, VSD, SiD
 from distill.modules import shallow_module_copy
 from distill.networks.ema import EMA
-from distill.networks.lora import LoRA, merged
+from distill.networks.lora import LoRA, merge_adapters
 from distill.random import Draw
 from distill.roles import Nets
 from distill.training.build import build
@@ -199,7 +199,7 @@ def roles(net, method, recomputed=False):
 
 def apart(nets, net_of):
     """The same roles around other networks: net_of(role, net)."""
-    student = nets.student.using(net_of("student", nets.student.denoiser.net))
+    student = nets.student.with_network(net_of("student", nets.student.denoiser.net))
     fake = replace(nets.fake, net=net_of("fake", nets.fake.net))
     return Nets(replace(nets.teacher, net=net_of("teacher", nets.teacher.net)), student, nets.shape, fake, nets.disc)
 
@@ -243,7 +243,7 @@ def adapter_turn(method, nets, player):
 def reference(method, nets, player):
     """The same from three plain networks: W + s B A in the place of W, and the chain rule from W to A and B."""
     layers, disc, s = ours(nets, player), head_of(nets, player), 2.0
-    plain = apart(nets, lambda role, net: copy.deepcopy(merged(net)))
+    plain = apart(nets, lambda role, net: copy.deepcopy(merge_adapters(net)))
     tensors = [{p.data_ptr() for p in d.net.parameters()} for d in (plain.teacher, plain.student.denoiser, plain.fake)]
     assert not (tensors[0] & tensors[1] or tensors[0] & tensors[2] or tensors[1] & tensors[2])
     net = plain.student.denoiser.net if player == "student" else plain.fake.net
@@ -399,7 +399,7 @@ class TestFullRank:
             cfg = TrainConfig(max_train_steps=10, train_batch_size=8, learning_rate=1e-2, ema_half_life=20.0)
             *_, state = train(VSD(guidance=1.0), nets, lambda draw: {}, cfg, Accelerator(cpu=True))
             trained = (nets.student.denoiser.net, nets.fake.net, state.ema.net)
-            found.append([p.detach() for net in trained for p in merged(net).parameters()])
+            found.append([p.detach() for net in trained for p in merge_adapters(net).parameters()])
         start = [*self.nets(False).teacher.net.parameters()] * 3
         for full, adapted, before in zip(*found, start, strict=True):
             near(adapted, full, 1e-10)
@@ -414,7 +414,7 @@ class TestFullRank:
                 params = [p for name, p in nets.fake.net.named_parameters() if lora <= ("lora" in name)]
                 for p, g in zip(params, turn(VSD(guidance=1.0), nets, "fake", params)[1:], strict=True):
                     p.data -= 0.1 * g
-                found.append([p.detach().clone() for p in merged(nets.fake.net).parameters()])
+                found.append([p.detach().clone() for p in merge_adapters(nets.fake.net).parameters()])
         (full, full2, adapted, adapted2), before = found, [*self.nets(False).teacher.net.parameters()]
         near(adapted, full)
         assert all((a - b).norm() > 1e-4 for a, b in zip(full, before, strict=True))

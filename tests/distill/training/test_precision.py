@@ -298,7 +298,7 @@ def test_an_export_has_torchs_attention(native):
     """A network that is read later too: kernels for half precision would fail on the pipeline in float32."""
     (trained, shape), (later, _) = flux(), flux()
     trained.net.set_attention_backend("_native_math")
-    precision.unset(trained.net)
+    precision.reset_attention(trained.net)
     for denoiser in (trained, later):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(torch.nn.attention, "sdpa_kernel", None)  # what chooses a kernel

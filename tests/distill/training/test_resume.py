@@ -154,10 +154,10 @@ def test_a_history_that_is_damaged(tmp_path):
 
 
 def test_methods_around_methods_are_told_apart():
-    from distill.methods import VSD, Rewarded, SiD
+    from distill.methods import VSD, RewardGuided, SiD
 
-    names = [history.name(method) for method in (SiD(), Rewarded(SiD()), Rewarded(VSD()))]
-    assert names == ["SiD", "Rewarded(SiD)", "Rewarded(VSD)"]
+    names = [history.name(method) for method in (SiD(), RewardGuided(SiD()), RewardGuided(VSD()))]
+    assert names == ["SiD", "RewardGuided(SiD)", "RewardGuided(VSD)"]
 
 
 # ---- the identity of a teacher ----

@@ -21,7 +21,7 @@ from distill.networks.lora import LoRA
 from distill.training import checkpoint, precision
 from distill.training.config import FakeConfig, StudentConfig
 from distill.training.loop import train
-from distill.training.prepare import supported
+from distill.training.prepare import validate_launch
 
 CASES = ("sid", "dmd2", "lcd")  # with a head; with a target
 MODES = ("whole", "parts")
@@ -242,23 +242,23 @@ def alone():
 
 def test_version_one_is_refused(alone):
     with pytest.raises(ValueError, match="fsdp_version is 1; it must be 2: .*--fsdp_version 2"):
-        supported(config(), sharded(alone, fsdp_version=1))
+        validate_launch(config(), sharded(alone, fsdp_version=1))
 
 
 def test_offloading_is_refused(alone):
     with pytest.raises(ValueError, match="fsdp_offload_params is on; it must be false"):
-        supported(config(), sharded(alone, cpu_offload=True))
+        validate_launch(config(), sharded(alone, cpu_offload=True))
 
 
 def test_a_replicated_teacher_is_for_sharded_runs(alone):
     with pytest.raises(ValueError, match="replicate_teacher is for sharded runs"):
-        supported(config(replicate_teacher=True), alone)
-    supported(config(replicate_teacher=True), sharded(alone))
+        validate_launch(config(replicate_teacher=True), alone)
+    validate_launch(config(replicate_teacher=True), sharded(alone))
 
 
 def test_8_bit_moments_are_not_sharded(alone):
     with pytest.raises(ValueError, match="adamw8bit cannot be sharded"):
-        supported(config(optimizer="adamw8bit"), sharded(alone))
+        validate_launch(config(optimizer="adamw8bit"), sharded(alone))
 
 
 def test_deterministic(monkeypatch):
