@@ -41,13 +41,18 @@ def is_fsdp_launch(accelerator: Accelerator) -> bool:
     return True
 
 
+def count_shards(accelerator: Accelerator) -> int:
+    """Number of processes that share one copy of the state under FSDP."""
+    parallel = accelerator.parallelism_config
+    return accelerator.num_processes // (parallel.dp_replicate_size if parallel is not None else 1)
+
+
 def mesh(accelerator: Accelerator) -> DeviceMesh:
     """The device mesh: all processes in one dimension; for hybrid sharding two, (replicas, shards)."""
     from torch.distributed.device_mesh import init_device_mesh
 
-    parallel = accelerator.parallelism_config
     n = accelerator.num_processes
-    replicas = parallel.dp_replicate_size if parallel is not None else 1
+    replicas = n // count_shards(accelerator)
     if replicas == 1:
         return init_device_mesh(accelerator.device.type, (n,))
     return init_device_mesh(

@@ -14,6 +14,7 @@ from distill.files import RANKS
 from distill.layout import RECIPES
 
 if TYPE_CHECKING:
+    import torch
     from accelerate import Accelerator
 
 
@@ -42,6 +43,23 @@ def warn_single_process() -> None:
             "warning: accelerate launch was asked for several processes and has started this one alone, for it sees "
             f"fewer than two GPUs. On the CPU launch two by --config_file {RECIPES / 'accelerate' / 'cpu2.yaml'}\n"
         )
+
+
+def device_memory(device: torch.device) -> int | None:
+    """Bytes of memory of a GPU; None for other devices, which share the memory of the machine."""
+    import torch
+
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+
+
+def warn_float32(accelerator: Accelerator) -> None:
+    """Warn if a run on a GPU was launched without a precision, which is float32: twice the activations, and slow."""
+    if accelerator.device.type != "cuda" or accelerator.mixed_precision != "no" or not accelerator.is_main_process:
+        return
+    sys.stderr.write(
+        "warning: this run trains in float32, as accelerate does where no precision is given. For bfloat16 launch it "
+        f"by `accelerate launch --mixed_precision bf16 ...` or --config_file {RECIPES / 'accelerate' / 'gpu1.yaml'}\n"
+    )
 
 
 def silence_libraries() -> None:

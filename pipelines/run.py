@@ -25,7 +25,14 @@ from pipelines.components import ExportError, Scheduler, locate_pipeline, read_i
 from pipelines.families.registry import families
 from pipelines.inference import controlnet
 from pipelines.judges import perceptual, reward
-from pipelines.launch import catch_signals, launcher_process, silence_libraries, start_accelerator
+from pipelines.launch import (
+    catch_signals,
+    device_memory,
+    launcher_process,
+    silence_libraries,
+    start_accelerator,
+    warn_float32,
+)
 from pipelines.teacher import Teacher, load
 
 if TYPE_CHECKING:
@@ -285,12 +292,14 @@ def prepare(config: RunConfig, out: Path, resume: Path | None) -> Run:
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, resume_allow=()))
     entry = history.entry(config)
     accelerator = prepare_processes(config.train, out)
+    config = fit_to_memory(config, accelerator, config.teacher)
     before = history.last_entry(resume.absolute().parent) if resume and accelerator.is_main_process else None
     resumption = Resumption(entry, resume, before, allowed)
     repository = None
     if config.push_to_hub and accelerator.is_main_process:
         repository = hub.create_repository(config.hub_model_id or out.resolve().name, config.hub_private)
     teacher = load_run_teacher(config, accelerator, resumption)
+    config = fit_to_memory(config, accelerator, f"{teacher.parts.folder}")
     if Requirement.EXPORTED_TEACHER in config.method.requirements:
         config = dataclasses.replace(config, student=student_config_of_export(teacher, config.student))
     if Requirement.CONTROL_PICTURE in config.method.requirements:
@@ -344,9 +353,35 @@ def prepare_processes(cfg: TrainConfig, out: Path) -> Accelerator:
     accelerator = start_accelerator(log_with=tracker, project_dir=out)
     cfg.micro_batch(accelerator.num_processes)
     validate_launch(cfg, accelerator)
+    warn_float32(accelerator)
     silence_libraries()
     set_seed(cfg.seed)
     return accelerator
+
+
+def fit_to_memory(config: RunConfig, accelerator: Accelerator, teacher: str) -> RunConfig:
+    """The configuration with as few micro-batches as the memory of a GPU allows, by the plan of the run.
+
+    It stays as it is if --gradient_accumulation_steps is given, on other devices, and if the configs of `teacher` are
+    not known before its download. ValueError with a launch line that fits if the state alone does not.
+    """
+    from accelerate.utils import broadcast_object_list
+
+    from pipelines.planning.fit import choose_rounds
+
+    memory = device_memory(accelerator.device)
+    if memory is None or config.train.gradient_accumulation_steps is not None:
+        return config
+    answers: list[int | str | None] = [None]
+    if accelerator.is_main_process:
+        shards = sharding.count_shards(accelerator) if sharding.is_fsdp_launch(accelerator) else 1
+        half = accelerator.mixed_precision == "bf16"
+        answers = [choose_rounds(config, teacher, accelerator.num_processes, shards, half, memory)]
+    broadcast_object_list(answers)
+    if isinstance(answers[0], str):
+        raise ValueError(answers[0])
+    train = dataclasses.replace(config.train, gradient_accumulation_steps=answers[0])
+    return dataclasses.replace(config, train=train)
 
 
 def load_run_teacher(config: RunConfig, accelerator: Accelerator, resumption: Resumption) -> Teacher:

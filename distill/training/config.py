@@ -33,7 +33,8 @@ class TrainConfig:
     output_dir: str = "runs/distill"  # folder of checkpoints, log.jsonl, sample grids, replays and the export
     max_train_steps: Count = 1000  # iterations of the co-training loop
     train_batch_size: Count = 64  # images per update, over all processes and accumulation rounds
-    gradient_accumulation_steps: Count = 1  # micro-batches per update, for every player
+    # micro-batches per update, for every player; None: on a GPU as few as its memory allows, else one
+    gradient_accumulation_steps: Count | None = None
     learning_rate: Positive = 1e-4  # learning rate of the student
     fake_learning_rate: Positive | None = None  # learning rate of fake score and discriminator; None: learning_rate
     lr_scheduler: Literal["constant", "linear"] = "constant"  # linear: decay to 0 over the second half of the run
@@ -74,14 +75,20 @@ class TrainConfig:
 
     def micro_batch(self, processes: int) -> int:
         """Number of images of one micro-batch on one process."""
-        size, rest = divmod(self.train_batch_size, processes * self.gradient_accumulation_steps)
+        parts = processes * self.rounds
+        size, rest = divmod(self.train_batch_size, parts)
         if rest or not size:
+            nearest = max(round(self.train_batch_size / parts), 1) * parts
             raise ValueError(
                 f"train_batch_size {self.train_batch_size} is not divisible by {processes} process(es) x "
-                f"{self.gradient_accumulation_steps} gradient_accumulation_steps; make it a multiple of "
-                f"{processes * self.gradient_accumulation_steps}"
+                f"{self.rounds} gradient_accumulation_steps; make it a multiple of {parts}: {nearest} is the nearest"
             )
         return size
+
+    @property
+    def rounds(self) -> int:
+        """Number of micro-batches per update."""
+        return self.gradient_accumulation_steps or 1
 
     def rates(self) -> dict[str, float]:
         """The learning rate of each player."""

@@ -66,7 +66,7 @@ class Trainer:
         self.source = source
         self.players = {name: optimizer.param_groups[0]["params"] for name, optimizer in state.optimizers.items()}
         micro = cfg.micro_batch(accelerator.num_processes)
-        rounds = cfg.gradient_accumulation_steps
+        rounds = cfg.rounds
         first = accelerator.process_index * micro * rounds
         samples = torch.arange(first, first + micro * rounds, device=accelerator.device)
         self.indices = samples.split(micro)  # indices in the global batch, one tensor per micro-batch

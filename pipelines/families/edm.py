@@ -23,7 +23,7 @@ from distill.training.config import StudentConfig
 from pipelines import fields
 from pipelines.components import Parts
 from pipelines.families import schedulers
-from pipelines.families.base import Family, Teacher
+from pipelines.families.base import Family, Model, Teacher
 from pipelines.protocols import Config, Network, Pipeline, Scheduler, config_of
 
 if TYPE_CHECKING:
@@ -240,6 +240,7 @@ def condition(config: Config) -> dict[str, tuple[int, ...]]:
     return {"class_labels": ()} if config.num_class_embeds else {}
 
 
+LEVELS = ("CMStochasticIterativeScheduler", {"sigma_min": 0.0, "sigma_max": 80.0, "sigma_data": 0.5})  # of `models`
 FAMILY = Family(
     name="edm",
     title="EDM, pixels",
@@ -261,4 +262,32 @@ FAMILY = Family(
     unet=True,
     taps=("mid_block",),
     blocks=("ResnetBlock2D", "Attention", "Block"),  # Block is a class of SongUNet
+    models={
+        "imagenet64": Model(
+            "edm-imagenet-64x64-cond-adm",
+            "ConsistencyModelPipeline",
+            "UNet2DModel",
+            {
+                "sample_size": 64,
+                "block_out_channels": (192, 384, 576, 768),
+                "layers_per_block": 3,
+                "down_block_types": ("ResnetDownsampleBlock2D", *["AttnDownBlock2D"] * 3),
+                "up_block_types": (*["AttnUpBlock2D"] * 3, "ResnetUpsampleBlock2D"),
+                "downsample_type": "resnet",
+                "upsample_type": "resnet",
+                "resnet_time_scale_shift": "scale_shift",
+                "attention_head_dim": 64,
+                "attn_norm_num_groups": 32,
+                "num_class_embeds": 1000,
+            },
+            LEVELS,
+        ),
+        "cifar10": Model(
+            "edm-cifar10-32x32-cond-vp",
+            "ConsistencyModelPipeline",
+            "SongUNet",
+            {"num_class_embeds": 10, "augment_dim": 9},
+            LEVELS,
+        ),
+    },
 )

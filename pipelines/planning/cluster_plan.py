@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 class Machine:
     """GPUs and their network, with the values of a DGX H100."""
 
-    peak: float = CHIPS["H100 SXM"][0]  # TFLOP/s, dense bfloat16 (NVIDIA H100 data sheet: half of the sparse value)
+    peak: float = CHIPS["H100 SXM"].peak  # TFLOP/s, dense bfloat16 (NVIDIA H100 data sheet: half of the sparse value)
     memory: float = 80.0  # GiB of memory per GPU (data sheet: 80 GB)
     hbm: float = 3350.0  # memory bandwidth in GB/s (data sheet)
     nvlink: float = 450.0  # NVLink bandwidth in GB/s per direction (data sheet: 900 in both)
@@ -205,7 +205,7 @@ def cases(scaling: Scaling, flags: list[str]) -> Iterator[tuple[str, RunConfig, 
         full = replace(config, student=replace(config.student, lora=LoRA()), fake=FakeConfig())
         yield f"{name} DMD2", full, meta
         yield f"{name} DMD2, LoRA", config, meta
-        yield f"{name} SiD, LoRA", replace(config, method=METHODS["sid"]), meta
+        yield f"{name} SiD, LoRA", replace(config, method=METHODS["sid"].method), meta
 
 
 def tables(scaling: Scaling, flags: list[str]) -> str:

@@ -13,11 +13,25 @@ from pipelines import fields
 from pipelines.components import Network, Parts, Scheduler, read_index
 from pipelines.families.base import Family, Model
 from pipelines.families.registry import families, find_family
+from pipelines.planning.nearest import nearest_name
 
 if TYPE_CHECKING:
     import torch
 
 MODELS = {name: model for family in families().values() for name, model in family.models.items()}
+
+
+def find_model(name: str, kind: str) -> Model:
+    """The model of a name, a family (its first) or a Hub repository. kind: what a message calls the name."""
+    by_hub = {model.hub: model for model in MODELS.values()}
+    by_family = {family.name: next(iter(family.models.values())) for family in families().values() if family.models}
+    known = {**by_family, **MODELS, **by_hub}
+    if name in known:
+        return known[name]
+    raise ValueError(
+        f"no configs of the {kind} {name!r}{nearest_name(name, known)}. Give the folder of a pipeline, or one of "
+        f"{', '.join(MODELS)}, or its Hub name"
+    )
 
 
 class Meta(Parts):
@@ -56,9 +70,12 @@ class Meta(Parts):
         import diffusers
         import torch
 
+        from pipelines import edm_nets
+
+        library = edm_nets if hasattr(edm_nets, self.model.network) else diffusers
         try:
             with torch.device(self.place):
-                found = getattr(diffusers, self.model.network)(**self.model.config)
+                found = getattr(library, self.model.network)(**self.model.config)
         except Exception as error:  # classes raise many kinds of errors for a bad config
             raise ValueError(f"{self.folder}: its {self.model.network} cannot be made: {error}") from error
         if self.adapt_network is not None:

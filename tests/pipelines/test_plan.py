@@ -21,12 +21,15 @@ from distill.training.build import build
 from distill.training.config import FakeConfig, StudentConfig, TrainConfig
 from distill.training.loop import train
 from pipelines import load
+from pipelines import run as run_module
 from pipelines.families import edm, tiny
 from pipelines.families.registry import families
-from pipelines.planning import flop_counter
+from pipelines.planning import fit, flop_counter, micro_batch, variants
 from pipelines.planning.command import Plan, main, resolve_config
 from pipelines.planning.memory_plan import Run, moments
+from pipelines.planning.micro_batch import LinearMemory, choose_micro_batch, measure_activations
 from pipelines.planning.models import MODELS, Meta
+from pipelines.planning.variants import list_variants
 
 ADAPTER = LoRA(4, 4.0, ("to_q", "to_v", "conv1"))
 CASES = {  # method, student, fake, batch
@@ -53,6 +56,8 @@ PUBLISHED = {  # parameters of the denoising networks
     "qwen": 20_430_401_088,
     "sana": 1_604_462_752,
     "wan": 1_418_996_800,
+    "imagenet64": 295_899_267,
+    "cifar10": 55_735_171,
 }
 
 
@@ -258,17 +263,92 @@ def test_what_fits(digits, capsys):
 
 
 def test_what_does_not_fit_names_what_does(digits, capsys):
-    """Exit 1. The nearest configuration, given as flags, fits the same GPU."""
-    whole = Run(*resolve_config(Plan(Path(TRAIN)), digits)).memory.total / 2**30
-    machine = [TRAIN, "--memory", str(0.5 * whole), "--reserve", "0", "--"]
+    """Exit 1. The launch line with the least change fits the same GPU, and says so when it is planned."""
+    fits = Run(*resolve_config(Plan(Path(TRAIN)), [*digits, "--gradient_accumulation_steps", "64"]))
+    machine = [TRAIN, "--memory", str(0.95 * fits.memory.total / 2**30), "--reserve", "0", "--"]
     with pytest.raises(SystemExit) as end:
         main([*machine, *digits])
     out = capsys.readouterr().out
     assert end.value.code == 1 and "It does not fit" in out
-    nearest = out.split("(estimated): ")[-1].strip()
-    assert nearest.startswith("--gradient_checkpointing")
-    main([*machine, *digits, *nearest.replace(",", "").split()])
+    *_, line, hours = out.strip().splitlines()
+    start, _, flags = line.strip().partition(f"--teacher {digits[-1]} ")
+    assert start == "accelerate launch --config_file recipes/accelerate/gpu1.yaml -m recipes.train --method dmd2 "
+    assert "--gradient_accumulation_steps" in flags and hours.strip().startswith("hours at 22% to 3% of the peak: ")
+    main([*machine, *digits, *flags.split()])
     assert "It fits" in capsys.readouterr().out
+
+
+def test_the_least_change_comes_first(folder):
+    """What changes numbers by rounding alone, then 8-bit moments, the average, adapters; more GPUs are the last."""
+    run = planned(folder, "dmd2")
+    found = list(list_variants(run))
+    assert [v.flags for v in found[:4]] == [
+        (),
+        ("--gradient_checkpointing",),
+        ("--optimizer adamw8bit",),
+        ("--optimizer adamw8bit", "--gradient_checkpointing"),
+    ]
+    lora = next(v for v in found if any("lora" in flag for flag in v.flags))
+    targets = " ".join(run.parts.family.lora_targets)
+    assert lora.flags == (f"--fake.lora.rank 64 --fake.lora.alpha 64 --fake.lora.targets {targets}",)
+    assert lora.run.config.fake.lora.rank == 64 and lora.run.config.student.lora.rank is None
+    many = list(list_variants(dataclasses.replace(run, config=with_batch(run.config, 64), gpus=4)))
+    assert many[2].run.shards == 4 and not many[2].flags and many[-1].run.gpus == 64
+    assert not any(v.run.shards > 1 and v.run.config.train.optimizer == "adamw8bit" for v in many)
+
+
+def with_batch(config, batch):
+    return replace(config, train=replace(config.train, train_batch_size=batch))
+
+
+def test_the_micro_batch_is_the_largest_that_fits():
+    """It divides a process's part of the global batch, which stays."""
+    memory = LinearMemory(fixed=10.0, sample=2.0, limit=30.0)
+    assert choose_micro_batch(128, 8, memory) == 8 and choose_micro_batch(48, 1, memory) == 8
+    assert choose_micro_batch(7, 1, memory) == 7 and choose_micro_batch(11, 1, memory) == 1
+    assert choose_micro_batch(4, 1, LinearMemory(29.0, 2.0, 30.0)) is None
+    with pytest.raises(ValueError, match="128 is not divisible by 3 process"):
+        choose_micro_batch(128, 3, memory)
+
+
+@pytest.fixture
+def small(digits):
+    """A run on a teacher of digits, with a batch of six."""
+    config, parts = resolve_config(Plan(Path(TRAIN)), [*digits, "--train_batch_size", "6", "--method.every", "1"])
+    return Run(replace(config, teacher=digits[-1]), parts)
+
+
+def test_activations_grow_by_the_sample(small):
+    """Those of two and of three samples tell those of six."""
+    memory = measure_activations(small)
+    assert memory.total(6) == pytest.approx(small.cost.activations, rel=0.02)
+
+
+def test_a_run_chooses_its_micro_batch(small, capsys, monkeypatch):
+    """By the memory of its GPU. Where the state does not fit, the message names a launch line that does."""
+    accelerator = Accelerator(cpu=True)
+    config = small.config
+    monkeypatch.setattr(fit, "RESERVE", 0)
+    monkeypatch.setattr(fit, "MARGIN", 0)
+    for module in (micro_batch, variants):
+        monkeypatch.setattr(module, "measure_activations", lambda run: LinearMemory(0.0, 100.0))
+    size = small.state.total
+
+    def choose(bytes, config=config, teacher=config.teacher):
+        monkeypatch.setattr(run_module, "device_memory", lambda device: bytes)
+        return run_module.fit_to_memory(config, accelerator, teacher)
+
+    for samples, micro in ((0.5, 1), (1.5, 1), (2.5, 2), (7.0, 6)):
+        chosen = choose(size + samples * 100).train
+        assert chosen.micro_batch(1) == micro and chosen.train_batch_size == 6
+        assert f"{6 // micro} micro-batch(es) of {micro} sample(s)" in capsys.readouterr().err
+    with pytest.raises(
+        ValueError, match=r"(?s)weights, gradients and optimizer take .*--config_file .*--optimizer adamw8"
+    ):
+        choose(0.99 * size)
+    given = replace(config, train=replace(config.train, gradient_accumulation_steps=2))
+    assert choose(size, given) is given and choose(None) is config
+    assert choose(size, teacher="somebody/unknown") == config
 
 
 def test_nothing_fits(digits, capsys):
@@ -281,13 +361,13 @@ def test_nothing_fits(digits, capsys):
     "argv, message",
     [
         ([], "give either a recipe"),
-        (["--family", "sdxk"], f"family is 'sdxk'; it must be one of {', '.join(MODELS)}"),
+        (["--family", "sdxk"], "no configs of the family 'sdxk'; sdxl, sd, sd3 are the nearest"),
         (["recipes/none.py"], "no recipe at 'recipes/none.py'"),
         (["benchmarks/digits.py"], "has no Config named CONFIG"),
         ([TRAIN, "--", "--method", "dmd3", "--teacher", "digits"], "there is no method 'dmd3'; dmd is the nearest"),
         (
             ["recipes/dmd2_sdxl.py", "--", "--teacher", "somebody/something"],
-            "no configs of teacher 'somebody/something'",
+            "no configs of the teacher 'somebody/something'",
         ),
         (["--family", "sd15", "--gpus", "0"], "gpus is 0; it must be above 0"),
         (
