@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 
 from pipelines.planning.launch_line import format_launch, recipe_program
 from pipelines.planning.memory_plan import GiB, Run, RunConfig
@@ -34,8 +35,8 @@ def choose_rounds(config: RunConfig, teacher: str, gpus: int, shards: int, half:
 
 
 def describe_fitting(run: Run, limit: float) -> str:
-    """The launch line of the least change that fits, or that there is none."""
-    variant = find_fitting(run, limit)
+    """The launch line of the least change that fits, in bfloat16, or that there is none."""
+    variant = find_fitting(replace(run, half=True), limit)
     if variant is None:
         return "Nothing that `python -m pipelines.plan` tries fits: take larger GPUs or a smaller teacher."
     program = [*recipe_program(sys.argv[0].split()[-1]), *sys.argv[1:]]
