@@ -240,7 +240,10 @@ def condition(config: Config) -> dict[str, tuple[int, ...]]:
     return {"class_labels": ()} if config.num_class_embeds else {}
 
 
-LEVELS = ("CMStochasticIterativeScheduler", {"sigma_min": 0.0, "sigma_max": 80.0, "sigma_data": 0.5})  # of `models`
+LEVELS: tuple[str, dict[str, object]] = (
+    "CMStochasticIterativeScheduler",
+    {"sigma_min": 0.0, "sigma_max": 80.0, "sigma_data": 0.5},
+)  # of `models`
 FAMILY = Family(
     name="edm",
     title="EDM, pixels",

@@ -28,11 +28,11 @@ def read_launch_file(path: Path) -> LaunchFile:
     tree = read_yaml(path)
     if not isinstance(tree, dict) or not isinstance(tree.get("num_processes"), int):
         raise ValueError(f"{path} is no configuration file of accelerate: it has no num_processes")
-    processes = tree["num_processes"]
+    processes: int = tree["num_processes"]
     shards = 1
     if tree.get("distributed_type") == "FSDP":
         parallel = tree.get("parallelism_config") or {}
-        shards = parallel.get("parallelism_config_dp_shard_size", processes)
+        shards = int(parallel.get("parallelism_config_dp_shard_size", processes))
     return LaunchFile(processes, shards, str(tree.get("mixed_precision", "no")))
 
 
