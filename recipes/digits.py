@@ -24,6 +24,7 @@ from distill.random import Draw
 from distill.ranges import MOST, UnitInterval
 from distill.roles import Batch
 from distill.training.config import StudentConfig, TrainConfig
+from recipes.table import Row
 
 FOLDER = "runs/digits"
 TEACHER = f"{FOLDER}/teacher"
@@ -75,25 +76,6 @@ class Bold(Digits):
         """One of the scans `mine` with the most ink, by a uniform number."""
         ranked = images[mine][images[mine].mean((1, 2, 3)).argsort(descending=True)]
         return ranked[int(u * self.share * len(ranked))]
-
-
-@dataclass(frozen=True)
-class Row:
-    """A method on the digits.
-
-    title: what it is. advice: when to choose it, and what goes wrong; docs/digits.md quotes it. note: how to run what
-    is more than one run, and what was measured.
-    """
-
-    title: str
-    advice: str
-    note: str
-    config: Config
-
-    @property
-    def text(self) -> str:
-        """What --help says of it."""
-        return "\n\n".join(filter(None, (self.title, self.note, self.advice)))
 
 
 TABLE: dict[str, Row] = {}

@@ -1,8 +1,8 @@
 """Any method on any family of teachers, with the family's and the method's own values.
 
-`accelerate launch -m recipes.train --method NAME --teacher digits|FOLDER|HUBNAME`, and every flag of a recipe. Before
-the run starts it prints each value that is not the class's default, and where it comes from: the family of the teacher,
-the recipe or the row of recipes/digits.py that has the method's values, or the command line.
+`accelerate launch -m recipes.train --method NAME --teacher digits|world|FOLDER|HUBNAME`, and every flag of a recipe.
+Before the run starts it prints each value that is not the class's default, and where it comes from: the family of the
+teacher, a recipe, the table of the digits or of the captioned world, or the command line.
 With --smoke --teacher FAMILY it trains two steps on a tiny random teacher of the family.
 """
 
@@ -17,7 +17,6 @@ from distill.files import rank
 from distill.layout import program_name
 from pipelines import run
 from recipes import values
-from recipes.digits import TABLE
 from recipes.values import Layer
 
 TEACHER = ("teacher", *ALIASES)
@@ -63,12 +62,14 @@ def select(argv: list[str]) -> Selection:
     if method is None:
         raise ValueError(f"no method given: pass --method, one of {', '.join(sorted(values.list_methods()))}")
     if teacher is None:
-        raise ValueError("no teacher given: pass --teacher, which is digits, a folder or a Hub name")
+        raise ValueError("no teacher given: pass --teacher, which is digits, world, a folder or a Hub name")
     name = values.find_method(method)
     source = values.find_teacher(teacher, name, find_flag(flags, "revision"), "--smoke" in flags)
     layers = values.resolve_layers(name, source)
-    text = TABLE[name].text if source.digits else f"{name} on a teacher of the family {source.family}."
-    if source.name and teacher != "digits":
+    text = f"{name} on a teacher of the family {source.family}."
+    if source.table:
+        text = values.TABLES[source.table][name].text
+    if source.name and teacher not in values.TABLES:
         flags = [*flags, "--teacher", source.name]
     return Selection(layers, flags, text)
 

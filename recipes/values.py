@@ -29,8 +29,12 @@ from distill.training.config import TrainConfig
 from pipelines import fields as stored
 from pipelines.components import read_index
 from pipelines.families.registry import families, find_family
+from recipes import digits, world
 from recipes.digits import TABLE
+from recipes.table import Row
 
+TABLES: dict[str, dict[str, Row]] = {"digits": digits.TABLE, "world": world.TABLE}  # by the word for their teacher
+TEACHERS = {digits.TEACHER: "run digits_teacher", world.TEACHER: "run world_teacher"}  # and how to make them
 STEMS = {"vsd": "swiftbrush"}  # how the recipe's file begins where several fit and none begins with the method's name
 
 
@@ -46,12 +50,12 @@ class Layer:
 class TeacherSource:
     """Where the teacher of a run comes from.
 
-    name: folder or Hub name; "" where --smoke makes it. digits: whether the table of the digits has its values.
+    name: folder or Hub name; "" where --smoke makes it. table: the key of TABLES that has its values; "" for none.
     """
 
     name: str
     family: str
-    digits: bool = False
+    table: str = ""
 
 
 # ---- names of methods ----
@@ -133,17 +137,19 @@ def find_method(word: str) -> str:
 
 
 def find_teacher(name: str, method: str, revision: str | None = None, smoke: bool = False) -> TeacherSource:
-    """The teacher that a name stands for: `digits`, a folder, a Hub name or, with --smoke, a family.
+    """The teacher that a name stands for: `digits`, `world`, a folder, a Hub name or, with --smoke, a family.
 
     Nothing is loaded. Of a Hub name that no recipe has, model_index.json is downloaded.
     """
-    if name == "digits":
-        if method not in TABLE:
-            raise ValueError(f"the digits have no values for {method}; they have some for {', '.join(sorted(TABLE))}")
-        return TeacherSource(TABLE[method].config.teacher, "edm", True)
+    if name in TABLES:
+        table = TABLES[name]
+        if method not in table:
+            raise ValueError(f"{name} has no values for {method}; it has some for {', '.join(sorted(table))}")
+        return TeacherSource(table[method].config.teacher, table[method].config.family, name)
     if Path(name).exists():
         kind = read_index(name)["_class_name"]
-        return TeacherSource(name, find_family(kind, name).name, method in TABLE and has_digits_shape(Path(name)))
+        built_in = "digits" if method in TABLE and has_digits_shape(Path(name)) else ""
+        return TeacherSource(name, find_family(kind, name).name, built_in)
     if name in families():
         if not smoke:
             raise ValueError(
@@ -156,9 +162,11 @@ def find_teacher(name: str, method: str, revision: str | None = None, smoke: boo
     try:
         read_index(name)
     except ValueError as error:
-        nearest = difflib.get_close_matches(name, ("digits", *families()), 1)
+        nearest = difflib.get_close_matches(name, (*TABLES, *families()), 1)
         hint = f"; {nearest[0]} is the nearest word" if nearest else ""
-        raise ValueError(f"{error}{hint}. Give a folder, a Hub name, digits or, with --smoke, a family") from None
+        raise ValueError(
+            f"{error}{hint}. Give a folder, a Hub name, digits, world or, with --smoke, a family"
+        ) from None
 
 
 def has_digits_shape(folder: Path) -> bool:
@@ -189,14 +197,13 @@ def find_hub_family(name: str, revision: str | None) -> str:
 
 
 def describe_missing_teacher(config: Config) -> str:
-    """How to make the teacher of a row of the digits that is not there; nothing where it is, or needs not be."""
+    """How to make the teacher of a row of a table that is not there; nothing where it is, or needs not be."""
     path = config.teacher
-    if config.smoke or path not in {row.config.teacher for row in TABLE.values()} or Path(path).exists():
+    rows = [(name, key, row) for name, table in TABLES.items() for key, row in table.items()]
+    if config.smoke or path not in {row.config.teacher for _, _, row in rows} or Path(path).exists():
         return ""
-    exports = {f"{row.config.train.output_dir}/pipeline": name for name, row in TABLE.items()}
-    command = "run digits_teacher"
-    if path in exports:
-        command = f"train --method {exports[path]} --teacher digits"
+    made = [(name, key) for name, key, row in rows if path == f"{row.config.train.output_dir}/pipeline"]
+    command = f"train --method {made[0][1]} --teacher {made[0][0]}" if made else TEACHERS[path]
     return f"no pipeline at {path} (seen from {Path.cwd()}): make it with\n  accelerate launch -m distill {command}"
 
 
@@ -211,9 +218,9 @@ def resolve_layers(name: str, teacher: TeacherSource) -> list[Layer]:
     method = list_methods()[name]
     family = teacher.family
     check_family(name, method, family)
-    if teacher.digits:
-        row = replace(TABLE[name].config, teacher=teacher.name)
-        return [Layer("default", Config(method, type(row.data)())), Layer("table: digits", row)]
+    if teacher.table:
+        row = replace(TABLES[teacher.table][name].config, teacher=teacher.name)
+        return [Layer("default", Config(method, type(row.data)())), Layer(f"table: {teacher.table}", row)]
     recipe = find_recipe(name, family)
     data = type(recipe[1].data)() if recipe else data_for(method, family)
     start = Config(method, data, train=TrainConfig())

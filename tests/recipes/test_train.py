@@ -155,16 +155,29 @@ def test_a_guidance_that_cannot_be_told():
     assert method.guidance == (3.0, 15.0) and not method.embed
 
 
-# ---- the digits ----
+# ---- the digits and the captioned world ----
 
 
-@pytest.mark.parametrize("name", TABLE)
-def test_values_of_the_digits_are_the_table(name):
-    layers = values.resolve_layers(name, TeacherSource("t", "edm", digits=True))
-    assert layers[-1].config == replace(TABLE[name].config, teacher="t")
-    assert {source for *_, source in values.list_sources(layers)} == {"table: digits"}
-    validate_ranges(TABLE[name].config, "--")
-    assert isinstance(TABLE[name].config.data, Digits | LabelPairs) and TABLE[name].advice.startswith("Choose it ")
+@pytest.mark.parametrize("table, name", [(table, name) for table in values.TABLES for name in values.TABLES[table]])
+def test_values_of_a_table(table, name):
+    row = values.TABLES[table][name]
+    layers = values.resolve_layers(name, TeacherSource("t", row.config.family, table))
+    assert layers[-1].config == replace(row.config, teacher="t")
+    assert {source for *_, source in values.list_sources(layers)} == {f"table: {table}"}
+    validate_ranges(row.config, "--")
+    assert isinstance(row.config.data, Digits | LabelPairs | Text) and row.advice.startswith("Choose it ")
+
+
+def test_a_teacher_of_a_table_that_is_not_there(tmp_path, monkeypatch):
+    """The message says how to make it: by its recipe, or as the student of another row."""
+    monkeypatch.chdir(tmp_path)
+    for table, name, command in (
+        ("digits", "sid", "run digits_teacher"),
+        ("digits", "pso", "train --method lcd --teacher digits"),
+        ("world", "dmd2", "run world_teacher"),
+    ):
+        config = values.TABLES[table][name].config
+        assert values.describe_missing_teacher(config).endswith(f"accelerate launch -m distill {command}")
 
 
 def test_the_table_is_what_was_measured():
@@ -179,11 +192,11 @@ def test_a_folder_is_known_as_a_teacher_of_digits(tmp_path):
     """By its size, channel and labels."""
     (tmp_path / "unet").mkdir()
     (tmp_path / "model_index.json").write_text('{"_class_name": "ConsistencyModelPipeline"}')
-    for size, classes, digits in ((8, 11, True), (8, None, False), (32, 11, False)):
+    for size, classes, table in ((8, 11, "digits"), (8, None, ""), (32, 11, "")):
         config = {"sample_size": size, "in_channels": 1, "num_class_embeds": classes}
         (tmp_path / "unet" / "config.json").write_text(json.dumps(config))
-        assert values.find_teacher(f"{tmp_path}", "dmd2") == TeacherSource(f"{tmp_path}", "edm", digits)
-    assert not values.find_teacher(f"{tmp_path}", "pcm").digits
+        assert values.find_teacher(f"{tmp_path}", "dmd2") == TeacherSource(f"{tmp_path}", "edm", table)
+    assert not values.find_teacher(f"{tmp_path}", "pcm").table
 
 
 def test_the_family_of_a_name_on_the_hub():
@@ -257,9 +270,9 @@ def test_a_word_for_a_method(word, name):
         ("--method dmd2", "no teacher given: pass --teacher"),
         ("--method dmd22 --teacher digits", "there is no method 'dmd22'; dmd2 is the nearest. Give one of: boot, "),
         ("--method dmd2 --teacher digit", "no pipeline at 'digit'"),
-        ("--method dmd2 --teacher digit", "digits is the nearest word. Give a folder, a Hub name, digits or"),
+        ("--method dmd2 --teacher digit", "digits is the nearest word. Give a folder, a Hub name, digits, world or"),
         ("--method dmd2 --teacher sdxl", "--teacher sdxl is a family, whose tiny random teacher is made with --smoke"),
-        ("--method pcm --teacher digits", "the digits have no values for pcm; they have some for boot, "),
+        ("--method pcm --teacher digits", "digits has no values for pcm; it has some for boot, "),
         ("--method dmd2 --teacher digits", f"no pipeline at {TEACHER}"),
         ("--method dmd2 --teacher digits", "make it with accelerate launch -m distill run digits_teacher"),
         ("--method pso --teacher digits", "accelerate launch -m distill train --method lcd --teacher digits"),
