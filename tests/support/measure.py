@@ -58,9 +58,10 @@ ORDER = {
     ),
     "eval": (
         "cli files markup protocols",
-        "images world",
+        "images",
         "features",
         "metrics",
+        "world",
         "sampling",
         "leaderboard",
         "score verify",
