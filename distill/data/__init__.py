@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -26,7 +26,16 @@ from distill.random import Draw
 from distill.ranges import Count, Natural, UnitInterval, validate_ranges
 from distill.roles import Batch
 
-ONLINE = ("prompts", "images", "prompt_column", "caption_column", "image_column", "crops", "max_samples")
+ONLINE = (
+    "prompts",
+    "images",
+    "prompt_column",
+    "caption_column",
+    "image_column",
+    "crops",
+    "max_samples",
+    "skip_incomplete",
+)
 CACHE = "python -m pipelines.cache"
 DIGITS_TRAIN = 1200  # of 1,797 scans; the other 597 are held out and never trained on
 
@@ -107,6 +116,7 @@ class Text:
     crops: Natural = 0  # online: random crops of each image; 0: its centre square
     squeeze: bool = False  # online: resize the full image to the square (DMD2); for a cache use its --squeeze
     max_samples: Count | None = None  # online: use the first prompts and images only
+    skip_incomplete: bool = False  # online: leave out images without a caption, and rows of metadata without an image
     p_empty: UnitInterval = 0.0  # probability of replacing a prompt or caption by the empty one
     forget: tuple[str, ...] = ()  # SFD: words to forget; the student forgets prompts with them
     override: tuple[str, ...] = ()  # SFD: the replacement of each of these words in the teacher's prompt
@@ -156,8 +166,12 @@ class Text:
             raise ValueError("no data given: pass --data.prompts prompts.txt, or images with captions as --data.images")
         if real and not self.images:
             raise ValueError("this method needs real images: pass --data.images, a folder, tar shards or a dataset")
-        for source in filter(None, (self.prompts, self.images)):
-            sources.validate_source(source)
+        located = [sources.locate(source) for source in filter(None, (self.prompts, self.images))]
+        if any(source.kind == "dataset" for source in located):
+            return  # it is downloaded once the teacher is known to exist
+        _, pictures = self.sources
+        if real and pictures is not None:
+            pictures.validate_headers(f"replace or remove them, or make a cache with {CACHE} --skip_broken")
 
     def open(self, teacher: Teacher, requirements: tuple[Requirement, ...]) -> PrefetchingBatches:
         """The data for `teacher`. A teacher without a null condition gets the empty prompt as its `null`.
@@ -187,7 +201,7 @@ class Text:
         return table("text"), table("image") if real else None, index["prompts"], names
 
     def _online(self, teacher: Teacher, real: bool) -> tuple[Table, Table | None, int, list[str]]:
-        prompts, pictures = self.sources()
+        prompts, pictures = self.sources
         captions = pictures.captions if pictures else []
         prompt_texts = prompts or [*dict.fromkeys(captions)]
         replaced = map(self.words.replace_words, prompt_texts if self.forget else [])
@@ -204,13 +218,15 @@ class Text:
             return table.texts
         return [*texts(Path(self.cache), len(table) - 1), ""]
 
+    @cached_property
     def sources(self) -> tuple[list[str], Pictures | None]:
-        """(all prompts, the images with their captions)."""
+        """(all prompts, the images with their captions). They are read once; stderr says what is skipped."""
         limit = self.max_samples
         prompts = sources.prompts(self.prompts, self.prompt_column, limit) if self.prompts else []
         if not self.images:
             return prompts, None
-        pictures = sources.pictures(self.images, self.image_column, self.caption_column, limit)
+        columns = (self.image_column, self.caption_column)
+        pictures = sources.pictures(self.images, *columns, limit, self.skip_incomplete)
         sources.notice(pictures.notes)
         return prompts, pictures
 

@@ -98,7 +98,8 @@ class Pairs:
                 raise ValueError(
                     "--data.pairs online samples pairs of --data.prompts prompts.txt, without --data.cache"
                 )
-            return sources.validate_source(self.prompts)
+            sources.locate(self.prompts)
+            return
         if not self.cache:
             raise ValueError(f"no pairs given: make them once with\n  {COMMAND}\nand pass --data.cache pairs")
         if self.prompts:

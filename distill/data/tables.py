@@ -5,6 +5,9 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import os
+import re
+import stat
 from collections.abc import Iterable, Iterator, Sequence
 from io import StringIO
 from itertools import chain
@@ -14,19 +17,28 @@ TABLES = (".txt", ".csv", ".tsv", ".json", ".jsonl", ".parquet")
 COLUMNS = ("text", "caption", "prompt")  # looked for, in this order, where no column is named
 LARGEST = 1 << 32  # bytes of a table that is read whole
 LONGEST = 20_000  # characters of a text: encoders read a few hundred tokens, and a tokenizer takes a minute for 10^6
+SURROGATE = re.compile("[\ud800-\udfff]")
 SHOWN = 60  # characters of a wrong value in a message
 
 Row = tuple[str, str | dict[str, object]]  # where it is; a text or its cells
 
 
-def text_of(path: Path) -> str:
-    """The text of a file in UTF-8, without a byte order mark."""
-    if not path.is_file():
-        raise ValueError(f"{path} is not a regular file, or it is a broken link: remove or replace it")
-    if (size := path.stat().st_size) > LARGEST:
-        raise ValueError(f"{path} has {size:,} bytes; at most {LARGEST:,} of text are read: write it as .parquet")
+def text_of(path: str | Path) -> str:
+    """The text of a file in UTF-8, without a byte order mark. Every line ends with a line feed."""
     try:
-        return path.read_text("utf-8-sig")
+        status = os.stat(path)
+    except OSError:
+        status = None
+    if status is None or not stat.S_ISREG(status.st_mode):
+        raise ValueError(f"{path} is not a regular file, or it is a broken link: remove or replace it")
+    if status.st_size > LARGEST:
+        raise ValueError(
+            f"{path} has {status.st_size:,} bytes; at most {LARGEST:,} of text are read: write it as .parquet"
+        )
+    with open(path, "rb") as file:
+        content = file.read()
+    try:
+        return content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not text in UTF-8 ({error}): save it in UTF-8") from None
 
@@ -51,7 +63,7 @@ def caption(value: object, where: str) -> str | None:
         return caption(value[number % len(value)], f"{where}, of its list")
     if not isinstance(value, str):
         raise ValueError(f"{where}: {_shorten(value)} is not text, as prompts and captions are: correct or remove it")
-    if any("\ud800" <= letter <= "\udfff" for letter in value):
+    if SURROGATE.search(value):
         raise ValueError(f"{where}: {_shorten(value)} holds half of a character (a surrogate): correct or remove it")
     if len(value) > LONGEST:
         raise ValueError(f"{where}: a text of {len(value):,} characters; at most {LONGEST:,} are read: shorten it")

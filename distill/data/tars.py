@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import tarfile
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -11,27 +10,10 @@ from typing import Any
 
 from distill.data import images, tables
 
-SHARDS = 100_000  # of one pattern
 LISTED = 3  # members that a note names
 LONGEST = 2**20  # bytes of a caption's file
 
 Row = tuple[str, str | None, Callable[[], object]]  # name, caption, how to read the image
-
-
-def expand(pattern: str) -> list[Path]:
-    """Files of a pattern: 'a/{00..12}.tar' as webdataset writes it, or 'a/*.tar'."""
-    spans = [(int(low), int(high), len(low)) for low, high in re.findall(r"\{(\d+)\.\.(\d+)\}", pattern)]
-    n = 1
-    for low, high, _ in spans:
-        n *= max(0, high - low + 1)
-    if n > SHARDS:
-        raise ValueError(f"{pattern!r} stands for {n:,} tars; at most {SHARDS:,} are read: correct its range")
-    names = [pattern]
-    for low, high, width in spans:
-        numbers = [f"{i:0{width}}" for i in range(low, high + 1)]
-        names = [re.sub(r"\{\d+\.\.\d+\}", number, name, count=1) for name in names for number in numbers]
-    paths = [Path(name) for name in names]
-    return [shard for path in paths for shard in (sorted(path.parent.glob(path.name)) if "*" in path.name else [path])]
 
 
 def rows(shards: list[Path], column: str | None, notes: list[str]) -> Iterator[Row]:

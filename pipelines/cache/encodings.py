@@ -19,7 +19,7 @@ import torch
 import tyro
 
 from distill import ranges
-from distill.data import Text, sources
+from distill.data import ONLINE, Text, sources
 from distill.data.index import fingerprint
 from distill.data.online import Images, Texts
 from distill.data.shards import Table
@@ -60,6 +60,7 @@ class Cache:
     crops: Natural = 0  # random crops of each image, with SDXL's size conditions; 0: its centre square
     squeeze: bool = False  # resize the full image to the square, as DMD2 does
     max_samples: Count | None = None  # encode only the first N prompts and images
+    skip_incomplete: bool = False  # leave out images without a caption, and rows of metadata without an image
     resolution: Count | None = None  # pixels per side; None: the teacher's training resolution
     revision: str | None = None  # revision of the teacher on the Hub
     variant: str | None = None  # variant of the teacher's weight files, for example fp16
@@ -79,8 +80,7 @@ class Cache:
         return Writing(self.batch_size, self.dtype, self.shard_bytes, self.skip_broken)
 
     def sources(self) -> Text:
-        names = ("prompts", "images", "prompt_column", "caption_column", "image_column", "crops", "max_samples")
-        return Text("online", **{name: getattr(self, name) for name in names})
+        return Text("online", **{name: getattr(self, name) for name in ONLINE})
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -102,7 +102,9 @@ def make_cache(config: Cache) -> Path:
     state = start_accelerator()
     folder = Path(config.output_dir)
     silence_libraries()
-    prompts, pictures = config.sources().sources()
+    prompts, pictures = config.sources().sources
+    if pictures and not config.skip_broken:
+        pictures.validate_headers("replace or remove them, or pass --skip_broken to leave them out")
     teacher = encoders(config, state.device)
     text = Texts(teacher, prompts, pictures.captions if pictures else ())
     tables: dict[str, Table] = {"text": text}
@@ -128,7 +130,7 @@ def validate_cache(config: Cache) -> None:
     if not (config.prompts or config.images):
         raise ValueError("nothing to encode: pass --prompts prompts.txt, or --images, a folder of images with captions")
     for source in filter(None, (config.prompts, config.images)):
-        sources.validate_source(source)
+        sources.locate(source)
 
 
 def encoders(config: Cache, device: torch.device) -> Teacher:

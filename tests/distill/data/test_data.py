@@ -105,7 +105,7 @@ class TestPrompts:
         with pytest.raises(
             ValueError, match=r"read by datasets, which is missing: pip install 'distill-one-step\[data\]'"
         ):
-            sources.validate_source("someone/captions")
+            sources.locate("someone/captions")
 
     def test_a_dataset_that_is_not_there(self):
         with pytest.raises(ValueError, match="'no/such-dataset' cannot be read as a dataset"):
@@ -479,5 +479,5 @@ class TestCheck:
     def test_smoke(self, tmp_path):
         data = Text(cache="mine").smoke(tmp_path)
         data.validate((Requirement.REAL,))
-        prompts, pictures = data.sources()
+        prompts, pictures = data.sources
         assert len(prompts) == len(pictures) == 8 and pictures.captions == prompts

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from distill.data import tars
+from distill.data import Text, patterns
 from distill.data.sources import pictures, prompts
+from distill.method import Requirement
 
 BOM = "\ufeff"
 
@@ -123,13 +124,17 @@ def test_several_captions(tmp_path):
 def test_what_is_not_read_is_counted(tmp_path):
     files = {"a.png": 1, "b.heic": "?", "c.HEIC": "?", "d.mov": "?", "a.txt": "one", "x.txt": "beside nothing"}
     rows = "".join(f"{name},x\n" for name in ("a.png", "gone.png", "sub/gone.png"))
-    read = pictures(fill(tmp_path, files | {"metadata.csv": f"file_name,text\n{rows}"}))
-    unread, gone = read.notes
+    source = fill(tmp_path, files | {"metadata.csv": f"file_name,text\n{rows}"})
+    with pytest.raises(
+        ValueError, match=r"line 3 names 'gone.png'; .*, line 4 names .*/gone.png': the folder holds no "
+    ):
+        pictures(source)
+    gone, unread = pictures(source, skip=True).notes
     assert unread.endswith("3 files skipped, of types that are not read: .heic (2), .mov (1)")
-    assert gone.endswith("gone.png") and "metadata.csv names 2 files that cannot be found: " in gone
+    assert "2 rows of metadata skipped: " in gone
     (tmp_path / "a.png").unlink()
     with pytest.raises(ValueError, match=r"holds no images\. .*\.heic \(2\), \.mov \(1\)"):
-        pictures(f"{tmp_path}")
+        pictures(f"{tmp_path}", skip=True)
 
 
 @pytest.mark.parametrize(
@@ -141,7 +146,14 @@ def test_what_is_not_read_is_counted(tmp_path):
         ({"metadata.jsonl": '{"text": "x"}'}, r"line 1 has no file_name.*\['text'\]"),
         ({"metadata.jsonl": '{"file_name": "a.png"'}, "metadata.jsonl, line 1, is not JSON"),
         ({"metadata.csv": "file_name,words\na.png,x"}, "metadata.csv, line 2 has no column called text"),
-        ({"metadata.csv": "file_name,text\nb.png,x"}, "a.png has no caption"),
+        ({"metadata.csv": "file_name,text\nb.png,x"}, "metadata.csv, line 2 names 'b.png': the folder holds no such"),
+        ({"metadata.csv": "file_name,text\na.png,"}, "image .*a.png has no caption: put .* or pass --skip_incomplete"),
+        (
+            {"metadata.csv": "file_name,text\na.png,x", "metadata.json": "[]"},
+            "csv and .*metadata.json are in one folder",
+        ),
+        ({"a.txt": " \n"}, r"a.png \(empty\) has no caption"),
+        ({f"{i}.png": 1 for i in range(4)}, r"images .*/0.png, .*/1.png, .*/2.png and 2 more have no caption"),
         ({"metadata.parquet": "PAR1"}, "metadata.parquet cannot be read as a Parquet file"),
         ({"metadata.jsonl": '{"file_name": "a.png", "text": "\\ud83d x"}'}, "line 1: .* holds half of a character"),
         ({"metadata.csv": "file_name,text\na.png,x".encode("utf-16")}, "metadata.csv is not text .* save it in UTF-8"),
@@ -235,9 +247,48 @@ def test_mistakes_of_tars(tmp_path):
 
 
 def test_patterns(tmp_path):
-    names = [path.name for path in tars.expand("a/{0..1}-{08..10}.tar")]
+    names = [path.name for path in patterns.expand("a/{0..1}-{08..10}.tar")]
     assert names == [f"{i}-{j:02}.tar" for i in (0, 1) for j in (8, 9, 10)]
-    with pytest.raises(ValueError, match="stands for 1,000,000,000 tars; at most 100,000"):
-        tars.expand("a/{0..999999999}.tar")
+    for name, n in (("a/{0..999999999}.tar", "1,000,000,000"), ("a/{0..999}{0..999}.tar", "1,000,000")):
+        with pytest.raises(ValueError, match=f"stands for {n} files; at most 100,000"):
+            patterns.expand(name)
     with pytest.raises(ValueError, match="no tar at"):
         pictures(f"{tmp_path}/{{5..1}}.tar")
+
+
+def test_patterns_of_tables_tars_and_folders(tmp_path):
+    """Lists, ranges and wildcards, in the order of the pattern; a name that exists is no pattern."""
+    files = {"p1.txt": "a\nb", "p2.txt": "c", ".p3.txt": "no", "x[1]/a.png": 4, "x[1]/a.txt": "four"}
+    files |= {f"{name}/a.png": i for i, name in enumerate(("cats", "dogs", "eels"))}
+    files |= {f"{name}/a.txt": name for name in ("cats", "dogs", "eels")}
+    root = fill(tmp_path, files)
+    assert prompts(f"{root}/p?.txt") == ["a", "b", "c"] and prompts(f"{root}/p{{2,1}}.txt") == ["c", "a", "b"]
+    assert pictures(f"{root}/{{dogs,cats}}").captions == ["dogs", "cats"]
+    assert found(f"{root}/[c-e]*s") == {"cats": 0, "dogs": 1, "eels": 2}
+    assert found(f"{root}/x[1]") == {"four": 4}
+    tar(tmp_path / "s1.tar", [("0.png", png(1)), ("0.txt", b"one")])
+    tar(tmp_path / "s2.TAR", [("0.png", png(2)), ("0.txt", b"two")])
+    assert found(f"{root}/{{s2.TAR,s1.tar}}") == found(f"{root}/s?.[tT]*") == {"one": 1, "two": 2}
+    for name, message in (("q?.txt", "no prompts at"), ("nothing*", "fits no file and no folder"),
+                          ("cats/*.png", "fits images, such as .*a.png: give their folder"),
+                          ("{s1.tar,p1.txt}", "fits 2 files, such as .*s1.tar: a pattern .* of one kind")):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            pictures(f"{root}/{name}")
+
+
+def test_incomplete_images_are_left_out(tmp_path, capsys):
+    """The order of the others stays, stderr counts what is left out; a limit counts what is kept."""
+    files = {f"{i}.png": i for i in range(6)} | {f"{i}.txt": f"t{i}" for i in (0, 2, 4, 5)} | {"3.txt": ""}
+    source = fill(tmp_path, files | {"metadata.jsonl": '{"file_name": "9.png", "text": "x"}'})
+    assert found(source, skip=True) == {f"t{i}": i for i in (0, 2, 4, 5)}
+    assert pictures(source, skip=True, limit=2).captions == ["t0", "t2"]
+    data = Text("online", images=source, skip_incomplete=True)
+    data.validate((Requirement.REAL,))
+    assert len(data.sources[1]) == 4
+    error = capsys.readouterr().err
+    assert "1 row of metadata skipped: " in error and "2 images without a caption skipped: " in error
+    (tmp_path / "4.png").write_bytes(b"")
+    (tmp_path / "5.png").unlink()
+    (tmp_path / "5.png").symlink_to("gone.png")
+    with pytest.raises(ValueError, match=r"4.png cannot be .*; image .*5.png .*no such file: .*--skip_broken"):
+        Text("online", images=source, skip_incomplete=True).validate((Requirement.REAL,))
