@@ -29,6 +29,7 @@ from distill.training.checkpoint import describe_disk_error
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+LARGE = 10**12  # bytes of a cache that deserve a second thought
 SAMPLE = 8  # texts to encode for an estimate of the bytes per text
 Precision = Literal["float16", "bfloat16", "float32"]
 C = TypeVar("C")
@@ -139,9 +140,7 @@ def image_entry(writing: Writing, total: int, shape: Sequence[int], crops: bool 
 
 
 def announce(folder: Path, index: Index) -> None:
-    """Print the number of bytes of the cache. ValueError if the disk has less space."""
-    fewer = "fewer --max_samples or --crops, or encode while training (--data.text online)"
-    fewer = "a smaller --n" if "ode" in index else fewer
+    """Print the bytes of the cache, a row and in total, and the disk's free bytes. ValueError if they do not fit."""
     need = 0.0
     lines = []
     for name, entry in index["tables"].items():
@@ -153,14 +152,38 @@ def announce(folder: Path, index: Index) -> None:
             f"{name}: {entry['total']:,} x {entry['bytes']:,.0f} bytes = {human(entry['total'] * entry['bytes'])}"
         )
         lines[-1] += f" in {shards} shard{'s' * (shards > 1)}" + f", {whole} of them written" * bool(whole)
-    sys.stderr.write("\n".join(lines) + "\n")
     near = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     free = shutil.disk_usage(near).free
+    lines.append(f"{human(need)} to write; the disk of {near} has {human(free)} free")
+    if LARGE < need <= free:
+        lines.append(f"this is a lot: {smaller(index, 1.0)}")
+    sys.stderr.write("\n".join(lines) + "\n")
     if need > free:
         raise ValueError(
             f"the cache needs {human(need)} more and the disk of {near} has {human(free)} free: choose another "
-            f"--output_dir, or {fewer}"
+            f"--output_dir, or {smaller(index, free / need)}"
         )
+
+
+def smaller(index: Index, part: float) -> str:
+    """What makes a cache smaller. part: the fraction of its rows that fits on the disk."""
+    pairs = "ode" in index
+    images = [
+        entry["total"] // max(1, index.get("crops", 0)) for name, entry in index["tables"].items() if name == "image"
+    ]
+    n = min(images if pairs else [index["prompts"], *images])
+    ways = [
+        f"{'--n' if pairs else '--max_samples'} {max(1, int((n + 1) * part) - 1)}, which fits"
+        if part < 1
+        else "fewer prompts"
+    ]
+    if index["dtype"] == "float32":
+        ways.append("--dtype bfloat16, half the bytes")
+    if index.get("crops", 0) > 1:
+        ways.append("fewer --crops")
+    if not pairs:
+        ways.append("no cache: encode while training (--data.text online)")
+    return ", or ".join(ways)
 
 
 def human(n: float) -> str:

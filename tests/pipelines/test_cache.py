@@ -224,9 +224,30 @@ class TestBytes:
 
     def test_a_disk_too_small(self, home, tmp_path, monkeypatch):
         monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=44_000))
-        with pytest.raises(ValueError, match=r"the cache needs 44.4 kB more and the disk of .* has 44.0 kB free"):
+        message = (
+            "the cache needs 44.4 kB more and the disk of .* has 44.0 kB free: .* or --max_samples 7, which fits, or"
+        )
+        with pytest.raises(ValueError, match=message):
             encodings.run(config(home, tmp_path / "c"))
         assert not (tmp_path / "c").exists()
+        encodings.run(config(home, tmp_path / "c", max_samples=7))
+
+    @pytest.mark.parametrize("dtype, need, free", (("float16", "2.1 TB", 3e12), ("float32", "4.2 TB", 1e12)))
+    def test_the_disk_of_half_a_million_prompts_of_flux(self, tmp_path, monkeypatch, capsys, dtype, need, free):
+        """Its bytes and those of the disk are printed before a file is written, with what makes it smaller."""
+        rows = {"prompt_embeds": torch.ones(1, 512, 4096), "pooled": torch.ones(1, 768)}
+        entry = writer.table_entry(writer.Writing(16, dtype), 500_000, rows)
+        index = {"dtype": dtype, "prompts": 499_999, "tables": {"text": entry}}
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+        online = r"no cache: encode while training \(--data.text online\)"
+        if free > 2.1e12:
+            writer.announce(tmp_path / "c", index)
+            size = f"(?s)text: 500,000 x 4,195,840 bytes = {need} in .*{need} to write; .* 3.0 TB free\n"
+            assert re.search(f"{size}this is a lot: fewer prompts, or {online}", capsys.readouterr().err)
+        else:
+            fewer = f"--max_samples 119164, which fits, or --dtype bfloat16, half the bytes, or {online}"
+            with pytest.raises(ValueError, match=f"needs {need} more .* 1.0 TB free: .*{fewer}"):
+                writer.announce(tmp_path / "c", index)
 
 
 def flags(options):
