@@ -123,7 +123,8 @@ class Parts:
 
     def pipe(self, **given: object) -> Pipeline:
         """The complete pipeline with the teacher's network. `given` replaces components."""
-        return self.pipeline({self.network: self.net, "vae": self.vae} | given)
+        vae = {"vae": self.vae} if "vae" in self.index else {}  # pixel models have none
+        return self.pipeline({self.network: self.net} | vae | given)
 
     def pipeline(self, given: dict[str, object]) -> Pipeline:
         """The pipeline of the folder. `given` replaces components; None means that a component is not loaded."""

@@ -78,6 +78,10 @@ def _are_numbers(value: object) -> bool:
     return isinstance(value, list) and all(map(is_number, value))
 
 
+def _are_names(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value) and len({*value}) == len(value)
+
+
 def _is_shallow(value: object) -> bool:
     if isinstance(value, list):
         return len(value) <= DEPTH and all(map(_is_shallow, value))
@@ -109,6 +113,7 @@ FACTS: dict[str, Constraint] = {  # fields of distill.json
     "steps": Constraint(_is_count, "a whole number from 1"),
     "times": Constraint(_are_numbers, "a list of numbers"),
     "config": Constraint(lambda value: isinstance(value, str | dict), "text or an object"),
+    "class_names": Constraint(_are_names, "a list of different names"),
     "resolution": LENGTH,
     "frames": LENGTH,
 }

@@ -33,6 +33,7 @@ class Network(nn.Module):
     peft_config: dict[str, Any]  # of a network with adapters
     from_pretrained: ClassVar[Callable[..., Any]]
     save_pretrained: Callable[..., None]
+    register_to_config: Callable[..., None]
     enable_gradient_checkpointing: Callable[..., None]
     disable_gradient_checkpointing: Callable[[], None]
 

@@ -8,7 +8,7 @@ import torch
 
 from pipelines.components import Parts, locate_pipeline
 from pipelines.families.base import Teacher
-from pipelines.families.registry import find_family
+from pipelines.families.registry import find_family_of
 
 __all__ = ["Teacher", "load", "load_teacher", "teacher_of"]
 
@@ -33,7 +33,7 @@ def teacher_of(
     parts: Parts, resolution: int | None = None, frames: int | None = None, guidance_embedded: bool = False
 ) -> Teacher:
     """The teacher of a pipeline's components. Arguments as in `load`."""
-    family = find_family(parts.index["_class_name"], parts.folder)
+    family = find_family_of(parts.index, parts.folder)
     if guidance_embedded:
         parts.index = parts.index | family.embedded_index
         parts.adapt_network = lambda net: family.with_guidance_embedding(net, parts)

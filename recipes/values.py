@@ -28,7 +28,7 @@ from distill.method import Method, Requirement
 from distill.training.config import TrainConfig
 from pipelines import fields as stored
 from pipelines.components import read_index
-from pipelines.families.registry import families, find_family
+from pipelines.families.registry import families, find_family, find_family_of
 from recipes import digits, world
 from recipes.digits import TABLE
 from recipes.table import Row
@@ -147,9 +147,9 @@ def find_teacher(name: str, method: str, revision: str | None = None, smoke: boo
             raise ValueError(f"{name} has no values for {method}; it has some for {', '.join(sorted(table))}")
         return TeacherSource(table[method].config.teacher, table[method].config.family, name)
     if Path(name).exists():
-        kind = read_index(name)["_class_name"]
-        built_in = "digits" if method in TABLE and has_digits_shape(Path(name)) else ""
-        return TeacherSource(name, find_family(kind, name).name, built_in)
+        family = find_family_of(read_index(name), name).name
+        built_in = "digits" if family == "edm" and method in TABLE and has_digits_shape(Path(name)) else ""
+        return TeacherSource(name, family, built_in)
     if name in families():
         if not smoke:
             raise ValueError(
@@ -193,7 +193,7 @@ def find_hub_family(name: str, revision: str | None) -> str:
     except (OSError, ValueError) as error:
         reason = " ".join(f"{error}".split())
         raise ValueError(f"no pipeline {name!r}, as a folder or on the Hub: {reason}") from None
-    return find_family(read_index(Path(file).parent)["_class_name"], name).name
+    return find_family_of(read_index(Path(file).parent), name).name
 
 
 def describe_missing_teacher(config: Config) -> str:
@@ -252,8 +252,8 @@ def check_family(name: str, method: Method, family: str) -> None:
 def data_for(method: Method, family: str) -> object:
     """The data that a method reads: prompts or labels, with images or pairs where it needs them."""
     if Requirement.PAIRS in method.requirements:
-        return LabelPairs() if family == "edm" else Pairs()
-    return Labels() if family == "edm" else Text()
+        return LabelPairs() if families()[family].labels else Pairs()
+    return Labels() if families()[family].labels else Text()
 
 
 def fit_family(config: Config, name: str, family: str) -> Config:
@@ -271,7 +271,7 @@ def fit_family(config: Config, name: str, family: str) -> Config:
         method = replace_grids(method, facts.flow_shift)
     if facts.schedule == "table":
         student = replace(student, scale=1.0)  # the first input is the noise itself
-    if family != "edm":
+    if not facts.labels:
         train = replace(train, learning_rate=1e-6, max_grad_norm=1.0, gradient_checkpointing=True)
     return replace(config, method=method, student=student, fake=fake, train=train, family=family)
 
@@ -310,12 +310,15 @@ def list_recipes() -> tuple[tuple[str, Config], ...]:
 def find_recipe(name: str, family: str) -> tuple[str, Config] | None:
     """The recipe of a method on this family or, where there is none, on one with the same kind of schedule.
 
-    Of several the one that begins with the method's name; None where none does.
+    Of several the one that begins with the method's name; None where none does. A family with labels takes only recipes
+    with labels, in the end of any kind of schedule.
     """
+    facts = families()[family]
     wanted = structure(list_methods()[name])
     same_method = [(stem, config) for stem, config in list_recipes() if structure(config.method) == wanted]
-    kind = [other for other, one in families().items() if one.schedule == families()[family].schedule]
-    for names in ((family,), kind):
+    labelled = [other for other, one in families().items() if one.labels]
+    kind = [other for other, one in families().items() if (one.labels, one.schedule) == (facts.labels, facts.schedule)]
+    for names in ((family,), kind, labelled if facts.labels else ()):
         fits = [(stem, config) for stem, config in same_method if config.family in names]
         by_name = [(stem, config) for stem, config in fits if stem.startswith((f"{name}_", STEMS.get(name, "?")))]
         if by_name or len(fits) == 1:
@@ -331,6 +334,8 @@ def apply_recipe(config: Config, recipe: Config) -> Config:
     fake = recipe.fake
     if not same:
         student = replace(student, times=None)
+    if families()[recipe.family].schedule != families()[config.family].schedule:
+        student = replace(student, scale=config.student.scale)
     if not same or student.lora.rank is None:
         student = replace(student, lora=replace(student.lora, targets=config.student.lora.targets))
     if not same or fake.lora.rank is None:

@@ -283,8 +283,7 @@ class Sampling:
         """Whether the pipeline pads prompts to the longest of a call, so that rows depend on their neighbours."""
         from pipelines.families.registry import known_pipelines
 
-        family = known_pipelines().get(self.pipeline_class)
-        return family is not None and family.pads_to_longest
+        return any(family.pads_to_longest for family in known_pipelines().get(self.pipeline_class, ()))
 
     def request(self) -> Manifest:
         """All that the images depend on."""

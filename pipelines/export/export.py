@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from distill.configuration import fail
+from distill.data.labels import CLASS_NAMES
 from distill.diffusion.denoiser import Condition
 from distill.diffusion.end_time import fold_end_times, remove_end_time
 from distill.diffusion.student import Student
@@ -32,6 +33,7 @@ from distill.networks.negative_attention import adapters, strip
 from distill.training import checkpoint
 from distill.training.config import StudentConfig
 from distill.training.log import grid
+from pipelines import fields
 from pipelines.components import ExportError, Network, Pipeline, Scheduler
 from pipelines.export import comfyui, hub, kohya, single_files
 from pipelines.export.card import NEGATIVE
@@ -99,7 +101,8 @@ def export(
     try:
         limits += write_student(student, teacher, scheduler, timesteps, partial)
         facts = {"student": True, "steps": len(student.times), "times": list(student.times), "config": card.config}
-        (partial / "distill.json").write_text(json.dumps(facts | teacher.parts.asked, indent=1))
+        names = {key: value for key, value in fields.facts(teacher.parts.folder).items() if key == CLASS_NAMES}
+        (partial / "distill.json").write_text(json.dumps(facts | teacher.parts.asked | names, indent=1))
         files = write_single_files(student, teacher, net, partial, card)
         gaps = verify_folder(partial, files, teacher, expected, len(student.times), others)
         limits += [*files.limits, *remove_left_out(partial, files.left)]
@@ -240,7 +243,7 @@ def refuse_single_files(student: Student, teacher: Teacher, net: nn.Module) -> l
     """The card's limits of a student that no single file can hold; None for any other student."""
     if isinstance(student.denoiser.call, controlnet.ControlledCall):
         return [controlnet.LIMIT]
-    if not teacher.family.lora_targets:
+    if not (teacher.family.lora_targets and teacher.family.single_files):
         return list(teacher.family.limits(net))
     if adapters(net):
         return [negative_prompt.LIMIT]

@@ -128,6 +128,8 @@ class Family:
     student_schedulers: Callable[[Teacher, StudentConfig], Iterable[Scheduler]]
     no_guidance: float  # value of `guidance` in `sample` with which the pipeline makes one call per step
     lora_targets: tuple[str, ...] = ()  # modules with LoRA adapters; (): no single-file exports for this family
+    single_files: bool = True  # a student with LoRA targets is also exported as single files
+    schedulers: tuple[str, ...] = ()  # of pipelines that several families read: those of this one; (): all others
     task: Task = "text-to-image"
     schedule: Literal["flow", "table", "edm"] = "flow"  # kind of the network's schedule; a kind shares its recipes
     flow_shift: float = 3.0  # shift of a flow's times for methods that are written for a table (SD3, section 5.3.2)
@@ -156,3 +158,8 @@ class Family:
     export_network: Callable[[nn.Module, Student], nn.Module] = lambda net, student: net  # as the pipeline calls it
     export_call: Callable[[Call], Call] = lambda call: call  # a denoiser's call, equal to the pipeline's
     limits: Callable[[nn.Module], tuple[str, ...]] = lambda net: ()  # network -> limits for the model card
+
+    @property
+    def labels(self) -> bool:
+        """Whether its conditions are class labels, not prompts."""
+        return self.task == "unconditional-image-generation"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -22,9 +22,9 @@ from distill.diffusion.schedule import EDM, expand
 from distill.training.config import StudentConfig
 from pipelines import fields
 from pipelines.components import Parts
-from pipelines.families import schedulers
+from pipelines.families import pixels, schedulers
 from pipelines.families.base import Family, Model, Teacher
-from pipelines.protocols import Config, Network, Pipeline, Scheduler, config_of
+from pipelines.protocols import Network, Scheduler
 
 if TYPE_CHECKING:
     from diffusers import ConsistencyModelPipeline, UNet2DModel
@@ -33,16 +33,6 @@ if TYPE_CHECKING:
 
 RHO = 7.0
 C_NOISE = 250.0  # a ConsistencyModelPipeline passes 250 ln sigma to its network
-
-
-def examples(teacher: Teacher) -> tuple[int, ...]:
-    """The labels of an export's verification: the first eight classes, or all if there are fewer."""
-    net = teacher.denoiser.net
-    null = teacher.denoiser.null
-    labelled = getattr(net, "class_embedding", None) is not None
-    count = config_of(net).get("num_class_embeds") if labelled else None
-    no_label = None if null is None else int(null["class_labels"])
-    return tuple(label for label in range(8 if count is None else count) if label != no_label)[:8] or (0,)
 
 
 @dataclass(frozen=True)
@@ -54,7 +44,7 @@ class Call:
 
     def __call__(self, net: nn.Module, x: Tensor, sigma: Tensor, c: Condition) -> Tensor:
         c_in = 1 / (expand(sigma, x) ** 2 + self.sigma_d**2).sqrt()
-        labels = None if c is None or net.class_embedding is None else c["class_labels"]
+        labels = pixels.labels_of(net, c)
         return net((c_in * x).to(x.dtype), self.c_noise * sigma.log(), class_labels=labels, return_dict=False)[0]
 
 
@@ -68,12 +58,9 @@ def teacher(
     null = None if null_class is None else {"class_labels": torch.tensor([null_class])}
     schedule = EDM()
 
-    def encode(labels: Sequence[int]) -> Condition:
-        return {"class_labels": torch.as_tensor(labels, device=unet.device).long()}
-
     shape = (unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
     denoiser = Denoiser(unet, schedule, "edm", Call(sigma_d, c_noise), null, sigma_d)
-    return Teacher(denoiser, encode, lambda x: x.clamp(-1, 1), lambda images, eps: images, shape, parts, FAMILY)
+    return pixels.teacher(denoiser, unet, shape, parts, FAMILY)
 
 
 @torch.no_grad()
@@ -93,12 +80,7 @@ def load(parts: Parts, resolution: int | None, frames: int | None) -> Teacher:
     scheduler = parts.scheduler()
     c_noise = facts.get("c_noise", C_NOISE)
     schedulers.check_class(scheduler, schedulers.EDM, "EDM's levels")
-    known = parts.net.config.get("num_class_embeds")
-    null = facts.get("null_class")
-    if known is not None and null is not None and null >= known:
-        path = parts.folder / "distill.json"
-        raise ValueError(f"{path}: null_class is {null}, and the network knows the labels 0 .. {known - 1}: correct it")
-    return teacher(parts.net, scheduler.config.sigma_data, facts.get("null_class"), parts, c_noise)
+    return teacher(parts.net, scheduler.config.sigma_data, pixels.null_label(parts), parts, c_noise)
 
 
 def export_call(call: NetworkCall) -> Call:
@@ -131,22 +113,6 @@ def export_network(net: nn.Module, student: Student) -> nn.Module:
     change = torch.cat([own - told, torch.zeros_like(kept)]) @ weight.T.double()
     weight.data += (torch.linalg.pinv(torch.cat([told, kept]), rtol=1e-6) @ change).T
     return net
-
-
-def sample(
-    pipe: Pipeline, labels: Sequence[int], z: Tensor, steps: int, guidance: float, negative: str | None = None
-) -> Tensor:
-    """Images [B, C, H, W] in [0, 1] of the pipeline itself from unit noise z. Guidance is built in."""
-    pipe.prepare_latents = lambda *args, **kwargs: (
-        z * pipe.scheduler.init_noise_sigma
-    )  # `latents=` requires three channels
-    images = pipe(len(z), class_labels=list(labels), num_inference_steps=steps, output_type="np").images
-    return torch.from_numpy(images).permute(0, 3, 1, 2)
-
-
-def render_call(steps: int, label: str | int) -> str:
-    """The call in a model card; it assigns `image`."""
-    return f"image = pipe(class_labels=[{label}], num_inference_steps={steps}).images[0]"
 
 
 def limits(net: nn.Module) -> tuple[str, ...]:
@@ -235,11 +201,6 @@ def unet(
     )
 
 
-def condition(config: Config) -> dict[str, tuple[int, ...]]:
-    """Shapes of the condition of one sample."""
-    return {"class_labels": ()} if config.num_class_embeds else {}
-
-
 LEVELS: tuple[str, dict[str, object]] = (
     "CMStochasticIterativeScheduler",
     {"sigma_min": 0.0, "sigma_max": 80.0, "sigma_data": 0.5},
@@ -247,17 +208,17 @@ LEVELS: tuple[str, dict[str, object]] = (
 FAMILY = Family(
     name="edm",
     title="EDM, pixels",
-    pipelines=("ConsistencyModelPipeline",),
+    pipelines=(pixels.PIPELINE,),
     task="unconditional-image-generation",
     load=load,
-    sample=sample,
+    sample=pixels.sample,
     tiny=tiny,
     tiny_facts={"null_class": 10},
-    condition=condition,
+    condition=pixels.condition,
     student_schedulers=schedulers_of_student,
     no_guidance=0.0,  # the pipeline does not use it: guidance is built in
-    render_call=render_call,
-    examples=examples,
+    render_call=pixels.render_call,
+    examples=pixels.examples,
     export_network=export_network,
     export_call=export_call,
     limits=limits,

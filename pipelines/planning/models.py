@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from pipelines import fields
 from pipelines.components import Network, Parts, Scheduler, read_index
 from pipelines.families.base import Family, Model
-from pipelines.families.registry import families, find_family
+from pipelines.families.registry import families, find_family_of
 from pipelines.planning.nearest import nearest_name
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class Meta(Parts):
     def from_folder(cls, folder: Path) -> Meta:
         """The pipeline of a local folder. Its configs are read, its weights are not."""
         names = read_index(folder)
-        find_family(names["_class_name"], folder)
+        find_family_of(names, folder)
         read = lambda part: _plain(fields.read(folder / part))
         component = "unet" if "unet" in names else "transformer"
         vae = read("vae/config.json") if "vae" in names else {}
@@ -84,7 +84,7 @@ class Meta(Parts):
 
     @property
     def family(self) -> Family:
-        return find_family(self.index["_class_name"], self.folder)
+        return find_family_of(self.index, self.folder)
 
     def component(self, name: str, dtype: torch.dtype | None = None) -> NoReturn:
         raise ValueError(f"of {self.folder} only the network is built, from its config: there is no {name}")

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 
 from distill.diffusion.guidance import CFG, null_of
 from distill.diffusion.schedule import Trig
@@ -26,20 +27,24 @@ VARIANTS = {  # of a family: its name, what its tiny pipeline differs in, how it
     "pixart-alpha": ("pixart", {"kind": "PixArtAlphaPipeline", "sample_size": 128}, {"resolution": 16}),
     "sana-1": ("sana", {"qk_norm": None, "timestep_scale": 1.0}, {}),  # SANA-Sprint's teacher is the default
     "wan-5b": ("wan", {"expand_timesteps": True}, {}),
+    "ddpm-v": ("ddpm", {"prediction_type": "v_prediction"}, {}),
+    "ddpm-without-labels": ("ddpm", {"kind": "DDPMPipeline", "labels": False}, {}),
+    "ddim-x0": ("ddpm", {"kind": "DDIMPipeline", "labels": False, "prediction_type": "sample"}, {}),
 }
 
 
 @pytest.fixture(scope="module", params=[*NAMES, *VARIANTS])
 def family(request, tmp_path_factory):
-    """The family, its tiny pipeline's folder, its teacher, and inputs z, x and c of two samples."""
+    """The family, its tiny pipeline's folder, its teacher, and inputs z, x, c of two samples with these prompts."""
     folder = tmp_path_factory.mktemp(request.param)
     name, config, options = VARIANTS.get(request.param, (request.param, {}, {}))
     tiny.save(name, folder, **config)
     teacher = load(folder, **options)
     torch.manual_seed(0)
     z, x = torch.randn(2, 2, *teacher.shape)
-    c = teacher.encode(PROMPTS)
-    return SimpleNamespace(family=teacher.family, folder=folder, teacher=teacher, z=z, x=x, c=c)
+    prompts = [3, 7] if teacher.family.labels else PROMPTS
+    c = teacher.encode(prompts)
+    return SimpleNamespace(family=teacher.family, folder=folder, teacher=teacher, z=z, x=x, c=c, prompts=prompts)
 
 
 def unpacked(f, x):
@@ -78,7 +83,7 @@ def test_the_denoiser_gives_what_the_pipelines_network_and_scheduler_give(family
     f = family
     pipe, denoiser = f.teacher.parts.pipe(), f.teacher.denoiser
     steps = watched(pipe)
-    f.family.sample(pipe, PROMPTS, f.z, 5, f.family.no_guidance)
+    f.family.sample(pipe, f.prompts, f.z, 5, f.family.no_guidance)
     assert len(steps) == 5
     last = denoiser.schedule.native(torch.ones(1))
     for x, n, sigma, out, x0 in steps:
@@ -100,17 +105,37 @@ def test_the_denoiser_gives_what_the_pipelines_network_and_scheduler_give(family
 @pytest.mark.parametrize("negative", [None, "blurry"])
 def test_the_teacher_samples_what_the_pipeline_samples(family, negative):
     f = family
-    for guidance in [1.0, 4.0]:
+    if f.family.labels and negative:
+        pytest.skip("labels have no negative prompt")
+    for guidance in [1.0] if f.family.labels else [1.0, 4.0]:  # guidance is built into a pipeline with labels
         told = f.family.no_guidance if guidance == 1 else guidance
-        expected = f.family.sample(f.teacher.parts.pipe(), PROMPTS, f.z, 4, told, negative)
+        torch.manual_seed(1)  # DDPMScheduler draws noise
+        expected = f.family.sample(f.teacher.parts.pipe(), f.prompts, f.z, 4, told, negative)
         null = None if negative is None else f.teacher.negative([negative])
+        torch.manual_seed(1)
         images = f.teacher.decode(f.teacher.sample(f.z, f.c, 4, guidance, null))
         assert (images.clamp(-1, 1) / 2 + 0.5 - expected).abs().max() < 1e-4
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("family", ["ddpm-without-labels", "ddim-x0"], indirect=True)
+def test_the_pipeline_of_the_folder_samples_the_same(family):
+    """A DDPMPipeline and a DDIMPipeline as diffusers loads them; ours calls the same network in another pipeline."""
+    pipe = DiffusionPipeline.from_pretrained(family.folder)
+    assert type(pipe).__name__ in ("DDPMPipeline", "DDIMPipeline")
+    torch.manual_seed(1)
+    expected = torch.from_numpy(pipe(2, num_inference_steps=4, output_type="np").images).permute(0, 3, 1, 2)
+    torch.manual_seed(1)
+    z = torch.randn(2, *family.teacher.shape)
+    images = family.teacher.decode(family.teacher.sample(z, family.c, 4))
+    assert (images / 2 + 0.5 - expected).abs().max() < 1e-5
+
+
+@torch.no_grad()
 def test_guidance_with_the_null_condition(family):
     f = family
+    if f.family.labels and f.teacher.denoiser.null is None:
+        pytest.skip("no labels")
     t, w = torch.full((2,), 0.6).double(), 3.0
     denoiser = f.teacher.denoiser
     null = f.teacher.null()
@@ -140,7 +165,8 @@ def test_every_input_moves_the_output(family):
     f = family
     t = torch.full((2,), 0.6).double()
     inputs = {"t": (f.x, t / 4, f.c), "x": (f.x.flip(0), t, f.c)}
-    for key, value in f.c.items():
+    read = f.family.condition(f.teacher.denoiser.net.config)
+    for key, value in ((key, value) for key, value in f.c.items() if key in read or not f.family.labels):
         other = value.flip(0) if not torch.equal(value, value.flip(0)) else 3 * value + 1
         inputs[key] = (f.x, t, f.c | {key: other})
     base = f.teacher.denoiser(f.x, t, f.c)
@@ -160,7 +186,7 @@ def test_an_embedded_guidance_is_an_input(family):
     seen = []
     for w in [1.0, 3.5, 8.0]:
         seen.append(f.teacher.decode(f.teacher.sample(f.z, f.c | {"guidance": torch.full((2,), w)}, 2)) / 2 + 0.5)
-        expected = f.teacher.parts.pipe()(PROMPTS, guidance_scale=w, **options).images
+        expected = f.teacher.parts.pipe()(f.prompts, guidance_scale=w, **options).images
         assert (seen[-1].clamp(0, 1) - expected).abs().max() < 1e-4
     assert (seen[0] - seen[2]).clamp(-1, 1).abs().max() > 0.1
     unsaid = f.teacher.decode(f.teacher.sample(f.z, f.c, 2)) / 2 + 0.5
@@ -170,11 +196,14 @@ def test_an_embedded_guidance_is_an_input(family):
 @torch.no_grad()
 def test_conditions_have_one_shape_and_do_not_depend_on_the_batch(family):
     f = family
-    short, long = f.teacher.encode([""]), f.teacher.encode(PROMPTS[1:])
+    short, long = f.teacher.encode([0] if f.family.labels else [""]), f.teacher.encode(f.prompts[1:])
     for key, value in f.c.items():
         assert len(value) == 2 and value.shape[1:] == short[key].shape[1:] == long[key].shape[1:]
         torch.testing.assert_close(value[1:], long[key], rtol=1e-4, atol=1e-5)
-    if f.teacher.parts.index["_class_name"] != "PixArtAlphaPipeline":  # 120 tokens, Sigma 300: no config says so
+    if f.family.labels:  # a network without labels reads none of c
+        known = f.teacher.denoiser.net.config.num_class_embeds
+        assert f.family.condition(f.teacher.denoiser.net.config) == ({"class_labels": ()} if known else {})
+    elif f.teacher.parts.index["_class_name"] != "PixArtAlphaPipeline":  # 120 tokens, Sigma 300: no config says so
         shapes = {key: value.shape[1:] for key, value in f.c.items()}
         assert shapes == f.family.condition(f.teacher.denoiser.net.config)
         assert f.family.cross_attention_tokens in (0, len(f.c["prompt_embeds"][0]))
@@ -183,6 +212,9 @@ def test_conditions_have_one_shape_and_do_not_depend_on_the_batch(family):
 @torch.no_grad()
 def test_images_to_latents_and_back(family, monkeypatch):
     f = family
+    if f.family.labels:
+        assert torch.equal(f.teacher.latent(f.x, torch.ones_like(f.x)), f.x)
+        return
     images, vae, seen = f.teacher.decode(f.x), f.teacher.parts.vae, {}
     encode, decode = vae.encode, vae.decode
     monkeypatch.setattr(vae, "encode", lambda image: seen.setdefault("encoded", encode(image)))
@@ -203,8 +235,10 @@ def test_the_resolution_is_a_choice(family):
     double = load(f.folder, resolution=2 * pixels)
     assert double.shape == (*f.teacher.shape[:-2], *(2 * side for side in f.teacher.shape[-2:]))
     z = torch.randn(1, *double.shape)
-    expected = f.family.sample(double.parts.pipe(), PROMPTS[:1], z, 2, f.family.no_guidance)
-    images = double.decode(double.sample(z, double.encode(PROMPTS[:1]), 2))
+    torch.manual_seed(1)
+    expected = f.family.sample(double.parts.pipe(), f.prompts[:1], z, 2, f.family.no_guidance)
+    torch.manual_seed(1)
+    images = double.decode(double.sample(z, double.encode(f.prompts[:1]), 2))
     assert (images.clamp(-1, 1) / 2 + 0.5 - expected).abs().max() < 1e-4
     with pytest.raises(ValueError, match="resolution is .* multiple of"):
         load(f.folder, resolution=pixels + 1)
@@ -234,7 +268,7 @@ def test_the_pipeline_under_the_students_scheduler_gives_what_the_student_gives(
     expected = f.teacher.decode(student.generate(f.z, f.c, Global(f))).clamp(-1, 1) / 2 + 0.5
     torch.manual_seed(1)
     pipe = f.teacher.parts.pipe(scheduler=scheduler)
-    images = f.family.sample(pipe, PROMPTS, f.z, steps, f.family.no_guidance)
+    images = f.family.sample(pipe, f.prompts, f.z, steps, f.family.no_guidance)
     assert (images - expected).abs().max() < 1e-3
 
 
@@ -244,9 +278,14 @@ def test_every_module_that_a_lora_names_is_there(family):
 
 
 def test_the_registry_finds_every_family():
-    """By the name of its module and by its pipelines, none of which two families read."""
+    """By the name of its module, its pipelines and, where two families read one, the class of its scheduler."""
     assert all(importlib.import_module(f"pipelines.families.{name}").FAMILY is one for name, one in families().items())
-    assert sum(len(one.pipelines) for one in families().values()) == len(known_pipelines())
+    readers = {pipeline: [one.name for one in found] for pipeline, found in known_pipelines().items()}
+    assert {pipeline: names for pipeline, names in readers.items() if len(names) > 1} == {
+        "ConsistencyModelPipeline": ["ddpm", "edm"]
+    }
+    both = [find_family("ConsistencyModelPipeline", "a", kind).name for kind in (None, "DDIMScheduler")]
+    assert both == ["edm", "ddpm"]
     with pytest.raises(ValueError, match="a is a DiTPipeline; supported pipelines are .*SanaSprintPipeline"):
         find_family("DiTPipeline", "a")
 

@@ -64,7 +64,7 @@ import io, runpy, sys
 from contextlib import redirect_stderr, redirect_stdout
 rows = [["train", "--method", name, "--teacher", "digits"] for name in ("dmd2", "sfd", "ect", "dmd")]
 ours = ("--config", "--max_train_steps", "--method.", "--student.sigma", "iterations of the")
-for name, *flags in [*rows, ["digits_teacher"], ["digits_demo"]]:
+for name, *flags in [*rows, ["digits_teacher"], ["digits_demo"], ["pixel_teacher"]]:
     for more, status, words in (
         (["--help"], 0, ours if flags else ("--output_dir", "--seed")),
         (["--nope"], 2, ("--nope",)),

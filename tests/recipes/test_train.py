@@ -81,7 +81,10 @@ def test_every_method_has_values_on_a_family(name, family):
     if recipe := values.find_recipe(name, family):
         assert type(config.data) is type(recipe[1].data)
     else:
-        assert type(config.data) is {True: (LabelPairs, Labels), False: (Pairs, Text)}[family == "edm"][not pairs]
+        assert (
+            type(config.data)
+            is {True: (LabelPairs, Labels), False: (Pairs, Text)}[families()[family].labels][not pairs]
+        )
     if families()[family].lora_targets:
         assert (
             config.student.lora.targets
