@@ -8,7 +8,7 @@ TEST := $(OFFLINE) OMP_NUM_THREADS=1 $(PY) -m pytest
 SAME := tests/golden tests/distill/test_invariants.py tests/distill/training/test_resume.py tests/distill/training/test_processes.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup install demo test same slow lint types bench sdxl gpu results toys faults golden mutate clean
+.PHONY: help setup install demo test same slow lint types bench sdxl gpu results toys faults tables golden mutate clean
 
 help:  ## this list
 	@echo "make TARGET [ARGS='more arguments'] [PYTHON=python3.12, for the first setup]"
@@ -83,6 +83,9 @@ toys: setup  ## the table of the toys: five methods on each schedule
 
 faults: setup  ## 200 kills, damaged checkpoints, full disks: every run ends as the undisturbed one (long)
 	@$(OFFLINE) $(PY) tests/support/campaign.py --output docs/endurance.md $(ARGS)
+
+tables: setup  ## write the tables of docs/ that are made from the code: methods, recipes, families
+	@DISTILL_WRITE=1 $(TEST) -q tests/test_methods.py tests/test_readme.py tests/recipes/test_matrix.py -k "page or table" $(ARGS)
 
 golden: setup  ## the authors' own numbers, reproduced
 	@$(TEST) -v tests/golden $(ARGS)

@@ -2,7 +2,8 @@
 
 Each training seed has a teacher, and a student of it by every row of recipes/digits.py, each for the same number of
 forward passes. Each model makes `noises` sets of n images. The command keeps runs that exist, so it can be interrupted
-and started again. The table holds all finished runs:
+and started again. The table holds all finished runs. Rows of docs/digits.json of other methods stay: a checkout has
+that file and no runs.
 
 make results ARGS="--methods sida dmd --seeds 0"     train these with this seed, and write the table of all
 """
@@ -353,11 +354,32 @@ budget between several runs: {"; ".join(several) or "none"}.
 """ + "\n".join([*lines, "", f"Not run: {', '.join(missing) or 'none'}.", "", "## When to choose which", "", *words])
 
 
+def stored_rows(cfg: Results, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of docs/digits.json that stay: methods that are not in cfg.methods and have no runs here, with teachers.
+
+    ValueError if another protocol measured them.
+    """
+    file = cfg.docs / "digits.json"
+    mine = {*cfg.methods, *(row["model"] for row in rows if row["kind"] != "teacher")}
+    known = json.loads(file.read_text())["runs"] if file.is_file() else []
+    known = [row for row in known if row["model"] not in mine]
+    if all(row["kind"] == "teacher" for row in known):
+        return []
+    for key in ("protocol_hash", "n"):
+        if other := {row[key] for row in known} - {row[key] for row in rows}:
+            raise ValueError(f"{file} has rows of {key} {other.pop()}, which differs here: train all methods anew")
+    return known
+
+
 def publish(rows: list[dict[str, Any]], floor: float, cfg: Results) -> Path:
-    """Write the documents and the page from the rows of all runs; the page's path."""
+    """Write the documents from the rows of all runs and of docs/digits.json, and the page from the runs; its path."""
     from eval.leaderboard import tables
     from eval.leaderboard.commands import write_page
 
+    own = summary(rows)
+    stored = stored_rows(cfg, rows)
+    known = {(row["model"], row["steps"], row["run"]) for row in stored}
+    rows = [*stored, *(row for row in rows if (row["model"], row["steps"], row["run"]) not in known)]
     table = summary(rows)
     cfg.docs.mkdir(exist_ok=True)
     (cfg.docs / "digits.md").write_text(markdown(table, floor, cfg) + "\n")
@@ -366,7 +388,7 @@ def publish(rows: list[dict[str, Any]], floor: float, cfg: Results) -> Path:
     (cfg.docs / "digits.json").write_text(text)
     seeds = trained(cfg)
     noises = len(cfg.noises)
-    several = [row for row in table if len(row["runs"]) > 1] or table
+    several = [row for row in own if len(row["runs"]) > 1] or own
     shown = dict.fromkeys(row["model"] for row in several)
     logs = {m: runs(cfg, m, seeds[0])[-1] / "log.jsonl" for m in shown}
     lead = (

@@ -111,7 +111,10 @@ class Method(ABC):
 
     @property
     def noises(self) -> tuple[Renoise, ...] | None:
-        """The values of student.renoise with which the student can make several calls; None: all."""
+        """The values of student.renoise with which the student can make several calls; None: all.
+
+        A student of one call may have any value: `on_build` refuses those that the losses cannot use.
+        """
         return None
 
     @property
@@ -130,7 +133,11 @@ class Method(ABC):
 
     @abstractmethod
     def sample(self, nets: Nets, batch: Batch, draw: Draw) -> Tensor:
-        """The samples x [B, *shape] that the loss of draw.player takes, with gradient to the student."""
+        """The samples x [B, *shape] that the loss of draw.player takes, with gradient to the student.
+
+        For the player "fake" they have no gradient. A name of `draw` gives the same numbers here and in the loss,
+        unless the update has `reuse` or `walk`: a loss that needs more than x, such as its time, computes it again.
+        """
 
     def call_times(self, steps: int, first: float, schedule: Schedule) -> tuple[float, ...] | None:
         """Times of a student of `steps` calls, the first at `first`; None: the times of the exported scheduler."""

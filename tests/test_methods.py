@@ -1,6 +1,6 @@
 """The table of docs/methods.md: every class of distill/methods, what it takes, what it costs and what is shown of it.
 
-DISTILL_WRITE=1 python -m pytest tests/test_methods.py    writes that table
+make tables    writes that table
 
 A new method is found by itself; test_trainer.py runs it, too. It needs a first docstring line "NAME: title.
 Authors year, arXiv XXXX.XXXXX.", a line in zoo.py where it cannot do without an argument, and on each test that
@@ -125,7 +125,7 @@ def test_the_page_says_what_is_there():
     if os.environ.get("DISTILL_WRITE"):
         PAGE.write_text(head + FIRST + table + LAST + tail)
     else:
-        assert written == table, "DISTILL_WRITE=1 python -m pytest tests/test_methods.py writes it"
+        assert written == table, "make tables writes it"
 
 
 def test_a_pass_is_one_forward_two_backward():

@@ -1,6 +1,6 @@
 """The README's own commands, on a tiny SDXL: cache, train, export, load; links; the table of docs/recipes.md.
 
-DISTILL_WRITE=1 python -m pytest tests/test_readme.py -k recipes    writes that table
+make tables    writes that table
 """
 
 import ast
@@ -91,4 +91,4 @@ def test_its_table_of_recipes():
     if os.environ.get("DISTILL_WRITE"):
         PAGE.write_text(head + FIRST + table + LAST + tail)
     else:
-        assert written == table, "DISTILL_WRITE=1 python -m pytest tests/test_readme.py -k recipes writes it"
+        assert written == table, "make tables writes it"

@@ -67,6 +67,27 @@ def renoising_step(noise: Callable[[Tensor], Tensor]) -> Step:
     return step
 
 
+def ancestral_shares(path: Schedule, t: Tensor, s: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """(rho, sqrt(1 - rho^2)) [B, 1, ...]: the parts of the noise at t and of new noise in the noise at s <= t.
+
+    rho = ratio(s) / ratio(t): x_s = alpha_s x0 + sigma_s (rho eps + sqrt(1 - rho^2) n) is of q(x_s | x_t, x0), the
+    ancestral step (DDPM, Ho et al. 2020, eq. 6).
+    """
+    rho = path.ratio(s) / path.ratio(t)
+    return expand(rho, x), expand((1 - rho**2).clamp(min=0).sqrt(), x)
+
+
+def ancestral_step(noise: Callable[[Tensor], Tensor]) -> Step:
+    """The ancestral step: x_s of q(x_s | x_t, x0) with new noise(x_t)."""
+
+    def step(denoiser: Denoiser | CFG, x: Tensor, t: Tensor, s: Tensor, c: Condition = None) -> Tensor:
+        pred = denoiser(x, t, c)
+        old, new = ancestral_shares(denoiser.path, t, s, x)
+        return denoiser.path.diffuse(pred.x0, old * pred.eps + new * noise(x), s)
+
+    return step
+
+
 def ddim_from_prediction(pred: Prediction, path: Schedule, e: Tensor | None) -> Tensor:
     """x_e = alpha_e x0 + sigma_e eps from one prediction, at e [B]. x0 where e is 0, and for None."""
     if e is None:

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from distill.diffusion.denoiser import Condition, Denoiser
 from distill.diffusion.end_time import with_end_time
 from distill.diffusion.schedule import VP, expand
-from distill.diffusion.solver import Call, ddim, renoising_step
-from distill.diffusion.transition import Renoise, Transition, find_transition
+from distill.diffusion.solver import Call, ancestral_shares, ancestral_step, ddim, renoising_step
+from distill.diffusion.transition import FRESH, Renoise, Transition, find_transition
 from distill.random import Draw
 
 
@@ -100,7 +100,7 @@ class Student:
         if not 1 <= steps <= len(self.times):
             raise ValueError(f"steps is {steps}; this student has {len(self.times)} time(s), so 1 to {len(self.times)}")
         x = self.input_scale * z
-        known = draw.before if draw is not None and self.transition.adds_noise else None  # x0 of the last call but one
+        known = draw.before if draw is not None and self.transition is FRESH else None  # x0 of the last call but one
         for i in range(0 if known is None else max(0, steps - 2), steps - 1):
             with torch.no_grad():
                 moments = self.step(x, i, c) if known is None else self._moments(known, self.times[i + 1])
@@ -115,7 +115,8 @@ class Student:
         """
         if not self.transition.ends_at_data:
             raise ValueError("a student with 'tcd' noise ends at the level of t = 0, and turns of networks end at x0")
-        anew = lambda i: renoising_step(lambda x: self._noise(i, x, draw))
+        between = ancestral_step if self.transition.keeps_noise else renoising_step
+        anew = lambda i: between(lambda x: self._noise(i, x, draw))
         step = lambda i: anew(i) if self.transition.adds_noise else ddim
         return [Call(self.denoiser_of_call(i, to), t, step(i), self.scale) for i, (t, to) in enumerate(self.legs)]
 
@@ -138,7 +139,20 @@ class Student:
         if not to and self.transition.ends_at_data:
             return pred.x0, torch.zeros_like(pred.sigma)
         mean, std = self._moments(pred.x0, to)
+        if self.transition.keeps_noise:
+            old, new = ancestral_shares(self.denoiser.path, self._time(self.times[i], x), self._time(to, x), x)
+            return mean + std * old * pred.eps, std * new
         return (mean, std) if self.transition.adds_noise else (mean + std * pred.eps, torch.zeros_like(std))
+
+    def renoise_from(self, x_t: Tensor, x0: Tensor, t: Tensor, s: Tensor, noise: Tensor) -> Tensor:
+        """x_s [B, ...] from x_t and a sample x0 by this student's transition, at times t >= s [B], with unit noise."""
+        assert self.transition.adds_noise, "a transition without new noise"
+        path = self.denoiser.path
+        if not self.transition.keeps_noise:
+            return path.diffuse(x0, noise, s)
+        old, new = ancestral_shares(path, t, s, x0)
+        alpha, sigma = (expand(one, x0) for one in path.coefficients(t))
+        return path.diffuse(x0, old * (x_t - alpha * x0) / sigma + new * noise, s)
 
     def _time(self, t: float, x: Tensor) -> Tensor:
         return torch.full((len(x),), t, dtype=torch.float64, device=x.device)

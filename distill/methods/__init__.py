@@ -11,6 +11,7 @@ from distill.methods.f_distill import FDistill
 from distill.methods.ladd import LADD
 from distill.methods.lcd import LCD
 from distill.methods.meanflow import MeanFlow
+from distill.methods.moments import MomentMatching
 from distill.methods.nct import NCT
 from distill.methods.pcm import PCM
 from distill.methods.phased import PhasedDMD
@@ -50,6 +51,7 @@ __all__ = [
     "LADD",
     "LCD",
     "MeanFlow",
+    "MomentMatching",
     "NASAT",
     "NCT",
     "OfflinePSO",

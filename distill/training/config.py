@@ -117,7 +117,7 @@ class StudentConfig:
     # timestep at which a one-step student is called (DMD2, SDXL: 399); with several steps it starts at the last time
     timestep: Positive | None = None
     scale: Positive | None = None  # standard deviation of the first call's input noise; None: sigma at that level
-    renoise: Renoise = "fresh"  # noise between calls: new (fresh), or predicted by the network (ddim, tcd)
+    renoise: Renoise = "fresh"  # noise between calls: new (fresh), the network's (ddim, tcd), or both (ancestral)
     times: tuple[UnitInterval, ...] | None = None  # times of all calls, in (0, 1]; their number replaces `steps`
     lora: LoRA = field(default_factory=LoRA)  # adapters on the teacher's weights; without a rank a full copy
     network: str | None = None  # folder with the config.json of a (smaller) network of the teacher's class

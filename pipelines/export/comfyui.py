@@ -80,6 +80,10 @@ def build_workflow(
         raise ValueError(f"give the student's file either as unet or as lora; got unet={unet!r}, lora={lora!r}")
     if not student.transition.ends_at_data:
         raise ValueError("ComfyUI's samplers end at x0; this student ends at the level of timestep 0")
+    if student.transition.keeps_noise and len(student.times) > 1:
+        raise ValueError(
+            "workflows have no ancestral sampler; use a student of one call, or of 'fresh' or 'ddim' noise"
+        )
     sigmas, first = sampler_levels(student)
     last = float(VP.scaled_linear().ratio(torch.ones(1)))
     own = math.sqrt(1 + sigmas[0] ** 2) if sigmas[0] > last * (1 - 1e-5) else sigmas[0]  # ComfyUI's first factor

@@ -6,6 +6,7 @@ carry is refused before training. Given times are searched in every config that 
     table, fresh noise, unit input     LCMScheduler: every grid of original_inference_steps   DMD2, VSD, LCM
     table, "tcd", unit input           TCDScheduler without new noise, on the same grids      PCM, TCD
     table, "ddim", input times sigma   EulerDiscreteScheduler: trailing; two times of any kind by sigma_min, sigma_max
+    table, "ancestral", input sigma    EulerAncestralDiscreteScheduler: trailing             moment matching
     table, "ddim", unit input          DDIMScheduler: trailing; Euler's two times             SUN
     flow                               FlowMatchEuler: shift and shift_terminal; stochastic_sampling for fresh noise
     flow with a guidance input         SCM, which reads it on TrigFlow                        SANA-Sprint
@@ -21,7 +22,7 @@ import dataclasses
 
 import torch
 
-from distill.diffusion.transition import DDIM, FRESH, TCD, Transition
+from distill.diffusion.transition import ANCESTRAL, DDIM, FRESH, TCD, Transition
 from distill.training.config import StudentConfig
 from pipelines import fields
 from pipelines.components import Scheduler
@@ -93,6 +94,8 @@ def transition_of(scheduler: Scheduler) -> Transition:
     match type(scheduler).__name__:
         case "TCDScheduler":
             return TCD
+        case "EulerAncestralDiscreteScheduler":
+            return ANCESTRAL
         case "DDIMScheduler" | "EulerDiscreteScheduler":
             return DDIM
         case "FlowMatchEulerDiscreteScheduler" if not scheduler.config.stochastic_sampling:

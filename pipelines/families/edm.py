@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from distill.diffusion.denoiser import Call as NetworkCall
 from distill.diffusion.denoiser import Condition, Denoiser
 from distill.diffusion.schedule import EDM, expand
+from distill.diffusion.transition import FRESH
 from distill.training.config import StudentConfig
 from pipelines import fields
 from pipelines.components import Parts
@@ -144,7 +145,7 @@ def schedulers_of_student(teacher: Teacher, student: StudentConfig) -> Iterator[
     assert isinstance(schedule, EDM)
     steps = student.steps
     times = student.times
-    if not student.transition.ends_at_data or (steps > 1 and not student.transition.adds_noise):
+    if not student.transition.ends_at_data or (steps > 1 and student.transition is not FRESH):
         raise ValueError(
             "this family's scheduler renoises with fresh noise: train with --student.renoise fresh, or, where a method "
             "needs another, a student of one call (--student.steps 1 --student.renoise fresh)"

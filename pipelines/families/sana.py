@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from distill.diffusion.denoiser import Condition, Denoiser
+from distill.diffusion.transition import FRESH
 from distill.training.config import StudentConfig
 from pipelines.components import Parts
 from pipelines.families import latents, student_schedulers
@@ -106,7 +107,7 @@ def schedulers_of_student(teacher: Teacher, student: StudentConfig) -> Iterator[
 
     if student.scale is not None and abs(student.scale - 1) > 1e-6:
         raise ValueError(f"SANA-Sprint's pipeline feeds unit noise, not noise scaled by {student.scale}")
-    if student.steps > 1 and not student.transition.adds_noise:
+    if student.steps > 1 and student.transition is not FRESH:
         raise ValueError("SANA-Sprint's pipeline renoises with fresh noise: train with --student.renoise fresh")
     if student.first_time(teacher.denoiser.schedule) < 1:
         raise ValueError("SANA-Sprint's pipeline starts at noise alone: leave --student.sigma and timestep out")

@@ -64,14 +64,21 @@ def find_start(schedule: VP, student: StudentConfig) -> Start:
 
 def of_table(teacher: Teacher, student: StudentConfig) -> Iterator[Scheduler]:
     """Schedulers of a table, cut after the first call."""
-    from diffusers import LCMScheduler, TCDScheduler
+    from diffusers import EulerAncestralDiscreteScheduler, LCMScheduler, TCDScheduler
 
     start = find_start(table_of(teacher), student)
     transition = student.transition
     one = student.steps == 1
     # LCM's last alpha_bar is 0, Euler's 2^-24
     exact = not one or start.n < start.last or not schedulers.zero_terminal(teacher.parts.scheduler())
-    if start.unit and not transition.ends_at_data:
+    if transition.keeps_noise and not one:
+        if not start.scaled:
+            raise ValueError(
+                f"a scheduler of 'ancestral' noise scales its input by {start.sigma:.4g}, not by {student.scale}: use "
+                "--student.scale None"
+            )
+        yield EulerAncestralDiscreteScheduler(**_table(teacher, start.n), timestep_spacing="trailing")
+    elif start.unit and not transition.ends_at_data:
         yield from _grids(teacher, TCDScheduler, start, student)
     elif start.unit and exact and (one or transition.adds_noise):
         yield from _grids(teacher, LCMScheduler, start, student)
@@ -81,7 +88,7 @@ def of_table(teacher: Teacher, student: StudentConfig) -> Iterator[Scheduler]:
         raise ValueError(
             f"no scheduler supports an input scale of {student.scale or start.sigma:.4g} with {student.renoise!r} "
             "noise: use --student.scale 1 with --student.renoise fresh or tcd, or no scale "
-            f"({start.sigma:.4g}) with --student.renoise ddim"
+            f"({start.sigma:.4g}) with --student.renoise ddim or ancestral"
         )
 
 
@@ -143,6 +150,8 @@ def of_flow(teacher: Teacher, student: StudentConfig) -> Iterator[Scheduler]:
     config = teacher.parts.scheduler().config
     steps = student.steps
     times = student.times
+    if student.transition.keeps_noise and steps > 1:
+        raise ValueError("no flow's scheduler makes ancestral steps: train with --student.renoise fresh or ddim")
     if (start := times[0] if times else student.first_time(teacher.denoiser.schedule)) < 1:
         raise ValueError(f"a flow's pipeline starts at noise alone; this student starts at t = {start:.4g}")
     shift = float(config.get("shift") or config.get("flow_shift") or 1.0)

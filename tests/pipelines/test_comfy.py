@@ -261,5 +261,7 @@ def test_what_comfyui_cannot_express():
         comfyui.sampler_levels(replace(s, denoiser=replace(s.denoiser, schedule=linear)))
     with pytest.raises(ValueError, match="predicts 'flow'"):
         comfyui.sampler_levels(replace(s, denoiser=replace(s.denoiser, kind="flow")))
+    with pytest.raises(ValueError, match="no ancestral sampler"):
+        comfyui.build_workflow(replace(s, renoise="ancestral"), "base.safetensors", "fox_unet.safetensors")
     with pytest.raises(ValueError, match="either as unet or as lora"):
         comfyui.build_workflow(s, "base.safetensors")

@@ -2,7 +2,7 @@
 
 Half of it runs at once, the other half with `make slow`: each family and each method both in full and as LoRA.
 
-DISTILL_WRITE=1 python -m pytest tests/recipes/test_matrix.py -k page    writes its two tables
+make tables    writes its two tables
 """
 
 import os

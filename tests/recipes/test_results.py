@@ -1,5 +1,7 @@
 """The leaderboard of the digits: which runs a method needs, and what they may cost."""
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -30,6 +32,23 @@ def test_runs_follow_those_that_they_start_from(planned):
     assert flag("phased-0", "--student.experts") == f"{folder / 'phased-0.1' / 'checkpoint-500'}"
     assert Path(flag("tsm-0", "--student.network")).is_dir()
     assert flag("tsm-0", "--method") == "sid" and flag("tsm-0.1", "--method") == "tsm"
+
+
+def test_rows_of_other_methods_stay(tmp_path):
+    """A checkout has the document and no runs: one method's rows are added, with the teachers that the others had."""
+    row = lambda model, run, hash="a": {
+        **{"model": model, "kind": "teacher" if model == "teacher" else "student", "run": run},
+        **{"protocol_hash": hash, "n": 2000},
+    }
+    known = [row(model, run) for model in ("teacher", "sid", "vsd") for run in (0, 1)]
+    new = [row("teacher", 0), row("vsd", 0)]
+    cfg = Results(tmp_path, docs=tmp_path, methods=("vsd",))
+    assert results.stored_rows(cfg, new) == []
+    (tmp_path / "digits.json").write_text(json.dumps({"runs": known}))
+    assert results.stored_rows(cfg, new) == [one for one in known if one["model"] != "vsd"]
+    assert results.stored_rows(replace(cfg, methods=("vsd", "sid")), new) == []
+    with pytest.raises(ValueError, match="rows of protocol_hash a, which differs here: train all methods anew"):
+        results.stored_rows(cfg, [row("vsd", 0, "b")])
 
 
 def test_students_of_parts_become_one(planned):

@@ -270,6 +270,22 @@ def test_three_calls_of_unit_noise():
     assert len(carried("sdxl", replace(config, scale=None))[2].times) == 3
 
 
+@pytest.mark.parametrize(
+    "name, words",
+    (
+        ("sd", "scales its input by 0.9977, not by 1.0: use --student.scale None"),
+        ("flux", "no flow's scheduler makes ancestral steps"),
+        ("sprint", "renoises with fresh noise"),
+        ("edm", "renoises with fresh noise"),
+    ),
+)
+def test_ancestral_steps_need_a_table(name, words):
+    """One call has no step between calls, and is exported as any other."""
+    with pytest.raises(ValueError, match=words):
+        carried(name, StudentConfig(steps=2, scale=unit(name), renoise="ancestral"))
+    assert len(carried(name, StudentConfig(scale=unit(name), renoise="ancestral"))[2].times) == 1
+
+
 def test_two_times_next_to_each_other():
     """EDM's scheduler takes the root of a rho that is then too small: they are refused with the nearest."""
     with pytest.raises(ValueError, match=r"visits the times 1 0.9999 [\s\S]* The nearest possible times"):
@@ -307,6 +323,8 @@ def diffused(teacher, found, steps, z, net):
 
 
 CALLS = [(n, r, {"steps": k}) for n in (*TABLES, *FLOWS, "edm") for r in ("fresh", "ddim", "tcd") for k in (1, 2, 4, 8)]
+CALLS += [(n, "ancestral", {"steps": k}) for n in TABLES for k in (1, 2, 4, 8)]
+CALLS += [("sd", "ancestral", {"sigma": 2.0, "steps": 2})]
 CALLS += [(n, "fresh", {"times": (1.0, 0.4034)}) for n in ("edm", *FLOWS)]
 CALLS += [(n, "ddim", {"times": (1.0, 0.9, 0.3)}) for n in ("sd3", "sana", "wan")]
 CALLS += [("sd", r, {"times": tuple(i / 999 for i in (999, 759, 499, 259))}) for r in ("fresh", "tcd")]
@@ -322,7 +340,7 @@ CALLS += [("edm", "fresh", {"steps": 5}), ("edm", "fresh", {"times": (1.0, 0.384
 @pytest.mark.parametrize("name", (*TABLES, *FLOWS, "edm"))
 def test_plain_diffusers_visits_the_students_times(name):
     for _, renoise, calls in (one for one in CALLS if one[0] == name):
-        scale = (1.0 if renoise != "ddim" else None) if name in TABLES else None
+        scale = 1.0 if name in TABLES and renoise in ("fresh", "tcd") else None
         steps = len(calls["times"]) if "times" in calls else calls.get("steps", 1)
         if name == "edm" and (renoise == "tcd" or (renoise == "ddim" and steps > 1)):
             with pytest.raises(ValueError, match="renoises with fresh noise"):

@@ -8,7 +8,7 @@ from tiny import tiny
 
 from distill.diffusion.denoiser import Denoiser
 from distill.diffusion.schedule import EDM, KINDS, VP, Flow, Trig
-from distill.diffusion.solver import STEPS, calls, ddim, sample
+from distill.diffusion.solver import STEPS, calls, ddim, run_calls, sample
 from distill.diffusion.student import Student, grid_times
 from distill.random import Draw
 
@@ -71,22 +71,33 @@ class TestSteps:
     TIMES = (0.9, 0.6, 0.25)
 
     def rollout(self, student, z, steps, noise):
-        """Written out: predict, then bring to the next time with the given noise, or with the predicted one."""
+        """Written out: predict, then bring to the next time with the given noise, with the predicted one, or DDPM's."""
         x = student.input_scale * z
         for i in range(steps):
             pred = student.denoiser(x, times(self.TIMES[i]))
             if i + 1 < steps:
-                alpha, sigma = (a[:, None] for a in student.denoiser.path.coefficients(times(self.TIMES[i + 1])))
+                (a, s), (alpha, sigma) = (
+                    [c[:, None] for c in student.denoiser.path.coefficients(times(t))] for t in self.TIMES[i : i + 2]
+                )
                 eps = pred.eps if noise is None else noise.normal(f"renoise{i}", (N, 2))
-                x = alpha * pred.x0 + sigma * eps
+                if student.renoise == "ancestral":  # q(x_next | x, x0), DDPM's equations 6 and 7
+                    rest = s**2 - (a / alpha * sigma) ** 2
+                    x = (a / alpha * sigma**2 * x + alpha * rest * pred.x0) / s**2 + rest.sqrt() * sigma / s * eps
+                else:
+                    x = alpha * pred.x0 + sigma * eps
         return pred.x0
 
-    @pytest.mark.parametrize("renoise", ("fresh", "ddim"))
+    @pytest.mark.parametrize("renoise", ("fresh", "ddim", "ancestral"))
     @pytest.mark.parametrize("steps", (1, 2, 3, None))
     def test_rollout(self, schedule, z, renoise, steps):
         student, draw = Student(tiny(schedule), self.TIMES, renoise=renoise), Plain()
-        want = self.rollout(student, z, steps or 3, draw if renoise == "fresh" else None)
+        want = self.rollout(student, z, steps or 3, draw if renoise != "ddim" else None)
         near(student.generate(z, None, draw, steps), want)
+        if steps is None:
+            near(student.trajectory(z, None, draw)[-1], want)
+            near(run_calls(student.calls(draw), z), want)
+            draw.before = z  # an x0 of the call before replaces earlier calls only where x0 is all that is kept
+            assert torch.allclose(student.generate(z, None, draw), want) == (renoise != "fresh")
 
     def test_fresh_and_ddim_differ(self, z):
         fresh, same = (
@@ -135,7 +146,9 @@ class TestErrors:
             Student(tiny(EDM()), times)
 
     def test_renoise(self):
-        with pytest.raises(ValueError, match="renoise is 'DDIM'; it must be one of .'fresh', 'ddim', 'tcd'."):
+        with pytest.raises(
+            ValueError, match="renoise is 'DDIM'; it must be one of .'fresh', 'ddim', 'tcd', 'ancestral'."
+        ):
             Student(tiny(EDM()), renoise="DDIM")
 
     @pytest.mark.parametrize("steps", (0, -1, 3))
