@@ -108,8 +108,12 @@ class Text:
 
     text: Literal["cached", "online"] = "cached"  # online: encode while training, which keeps the encoders in memory
     cache: str = ""  # output folder of `python -m pipelines.cache`
-    prompts: str = ""  # online: a table (.txt, .csv, .jsonl ...) or a dataset; "": the captions of the images
-    images: str = ""  # online: a folder, tar shards 'x/{00..12}.tar' or a dataset
+    # online: a table (.txt, .csv, .jsonl ...) or a dataset; "": the captions of the images. A run draws
+    # max_train_steps x train_batch_size of them, so fewer repeat; DMD2's authors had 3,000,000 (docs/data.md)
+    prompts: str = ""
+    # online: a folder, tar shards 'x/{00..12}.tar' or a dataset. DMD2's authors had 500,000 images, LCM's 650,000; a
+    # subject needs a few (docs/data.md)
+    images: str = ""
     prompt_column: str | None = None  # column of the prompts; None: text, caption or prompt
     caption_column: str | None = None  # column of the captions; None: text, caption or prompt
     image_column: str = "image"  # column of the images in a dataset
@@ -165,7 +169,10 @@ class Text:
         if not (self.prompts or self.images):
             raise ValueError("no data given: pass --data.prompts prompts.txt, or images with captions as --data.images")
         if real and not self.images:
-            raise ValueError("this method needs real images: pass --data.images, a folder, tar shards or a dataset")
+            raise ValueError(
+                "this method needs real images: pass --data.images, a folder, tar shards or a dataset "
+                "(how many: docs/data.md#how-many)"
+            )
         located = [sources.locate(source) for source in filter(None, (self.prompts, self.images))]
         if any(source.kind == "dataset" for source in located):
             return  # it is downloaded once the teacher is known to exist

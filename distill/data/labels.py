@@ -118,7 +118,9 @@ def match_labels(names: tuple[str, ...], teacher: Teacher, classes: int, folder:
 class Labels:
     """Uniform class labels of the teacher. Real images, where the method needs them, have labels of their own."""
 
-    images: str = ""  # folder with one subfolder a class; labels are numbered in the order of their names
+    # folder with one subfolder a class; labels are numbered in the order of their names. The authors had
+    # the teacher's training set: CIFAR-10 50,000 images, ImageNet 1,281,167 (docs/data.md)
+    images: str = ""
     classes: tuple[Natural, ...] = ()  # labels of this student's part (Multi-Student); none given: all of the teacher's
 
     def validate(self, requirements: tuple[Requirement, ...]) -> None:

@@ -51,8 +51,12 @@ class Cache:
     """The data to encode, and the folder of the cache."""
 
     teacher: Annotated[str, TEACHER] = ""  # folder or Hub name of the diffusers pipeline
-    prompts: str = ""  # a table (.txt, .csv, .jsonl ...) or a dataset; "": the captions of the images
-    images: str = ""  # a folder, tar shards 'x/{00..12}.tar' or a dataset, with captions
+    # a table (.txt, .csv, .jsonl ...) or a dataset; "": the captions of the images. A run draws
+    # max_train_steps x train_batch_size of them, so fewer repeat; DMD2's authors had 3,000,000 (docs/data.md)
+    prompts: str = ""
+    # a folder, tar shards 'x/{00..12}.tar' or a dataset, with captions. DMD2's authors had 500,000,
+    # LCM's 650,000; a subject needs a few (docs/data.md)
+    images: str = ""
     output_dir: str = "cache"  # folder of the cache
     prompt_column: str | None = None  # column of the prompts; None: text, caption or prompt
     caption_column: str | None = None  # column of the captions; None: text, caption or prompt
