@@ -76,9 +76,9 @@ def folders_to_fid(n: int, where: Path) -> tuple[list[tuple[str, float, float]],
 
     from eval.features.extraction import features
     from eval.features.extractors import load
+    from eval.figures import digits_reference
     from eval.images import images as folders
     from eval.metrics.frechet import fid
-    from eval.score import digits_reference
 
     folders.write_folder(where / "images", digit_images(n))
     net = load("digits")
@@ -154,8 +154,8 @@ def spread(folders: tuple[Path, ...]) -> str:
     """A Markdown table: a figure's standard deviation over folders, and the standard error that its intervals claim."""
     from statistics import fmean, stdev
 
+    from eval.figures import score_folder
     from eval.metrics.intervals import Z
-    from eval.score import score_folder
 
     rows = [score_folder(folder, "digits")["metrics"] for folder in folders]
     lines = ["| figure | mean | standard deviation over seeds | standard error of one interval |", "|---|---|---|---|"]

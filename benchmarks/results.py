@@ -211,8 +211,8 @@ def evaluate(
     cfg: Results, name: str, steps: int, seed: int, noise: int, model: Path, spent: float | None
 ) -> dict[str, Any]:
     """The row of one model and noise seed; spent: forward passes of its training."""
+    from eval.figures import score_folder
     from eval.sampling.image_set import generate
-    from eval.score import score_folder
 
     family = name.split("-")[0]
     logs = [run / "log.jsonl" for run in runs(cfg, family, seed)]
@@ -411,9 +411,9 @@ def main(cfg: Results) -> None:
 
     torch.set_num_threads(1)  # two threads on a busy machine of two cores can be fifty times slower than one
     from distill.data import digits
+    from eval.figures import score_folder
     from eval.images import images
     from eval.leaderboard.commands import print_tables
-    from eval.score import score_folder
 
     rows = measure(cfg)
     images.write_folder(cfg.output_dir / "samples" / "real", *digits("train"), overwrite=True, name="real digits")

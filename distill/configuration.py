@@ -11,7 +11,7 @@ import sys
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Generic, NoReturn, TypeVar, get_args, get_origin
+from typing import Annotated, Any, Generic, TypeVar, get_args, get_origin
 
 import tyro
 import yaml
@@ -19,6 +19,8 @@ import yaml
 from distill.files import read_text, read_yaml
 from distill.layout import program_name
 from distill.ranges import Calls, Side, Weight, iterate_fields, validate_ranges
+from distill.terminal import escape_for_terminal as escape_for_terminal
+from distill.terminal import fail as fail
 from distill.training.config import FakeConfig, StudentConfig, TrainConfig
 
 M = TypeVar("M")
@@ -58,17 +60,6 @@ class Config(Generic[M, D]):
     family: str = "edm"  # family of the tiny random teacher of --smoke
     replay: str | None = None  # folder replay-STEP-PLAYER of a run: repeat that update; exit status 1: not finite again
     smoke: bool = False  # run two steps on a tiny random teacher, as a test
-
-
-def fail(message: str) -> NoReturn:
-    """Print one message for the user to stderr and exit with status 2."""
-    sys.stderr.write(f"error: {escape_for_terminal(message)}\n")
-    raise SystemExit(2)
-
-
-def escape_for_terminal(text: str) -> str:
-    """Escape control characters except newlines, so that file contents cannot control the terminal."""
-    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
 def parse(default: Config[M, D], argv: list[str] | None = None, doc: str | None = None) -> Config[M, D]:

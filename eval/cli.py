@@ -24,8 +24,8 @@ def run(stage: Callable[..., Any] | Mapping[str, Callable[..., Any]]) -> Any:
     import tyro
     from safetensors import SafetensorError
 
-    from distill.configuration import escape_for_terminal, fail
     from distill.layout import program_name
+    from distill.terminal import escape_for_terminal, fail
 
     config = (tyro.conf.OmitArgPrefixes,)
     try:

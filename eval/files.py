@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
+import hashlib
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +33,22 @@ def read_text(path: Path, remedy: str) -> str:
         return read_limited_text(path, LIMIT)
     except ValueError as error:
         raise ValueError(f"{error}; {remedy}") from None
+
+
+def images_hash(files: Iterable[Path]) -> str:
+    """16 hex digits of BLAKE2b over the contents of the files in their order."""
+    total = hashlib.blake2b(digest_size=8)
+    for file in files:
+        with file.open("rb") as stream:
+            total.update(hashlib.file_digest(stream, "blake2b").digest())
+    return total.hexdigest()
+
+
+def list_names(name: str, known: Iterable[str]) -> str:
+    """For a message on an unknown name: the nearest known name, if one is near, and all names."""
+    names = list(known)
+    near = difflib.get_close_matches(name, names, 1, 0.4)
+    return f"{f'the nearest is {near[0]}; ' if near else ''}there are {', '.join(names)}"
 
 
 def shorten(value: object) -> str:

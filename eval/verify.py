@@ -105,7 +105,7 @@ def clip(folder: Path, spec: str) -> Iterator[Comparison]:
     import open_clip
     from PIL import Image
 
-    from eval.score import Folder
+    from eval.figures import Folder
 
     name, _, weights = spec.partition(":")
     if name != "open_clip":

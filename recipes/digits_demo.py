@@ -120,10 +120,11 @@ def measure_models(cfg: Demo, out: Path) -> list[dict[str, Any]]:
     import torch
 
     from distill.data import digits
+    from eval.figures import score_folder
     from eval.images import images
     from eval.leaderboard import tables
     from eval.sampling.image_set import generate
-    from eval.score import score_folder, score_folders
+    from eval.score import score_folders
 
     torch.set_num_threads(1)
     names = {**dict.fromkeys(CALLS, "teacher"), **{f"{m}-1": m for m in cfg.methods}}

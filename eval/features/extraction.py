@@ -30,10 +30,10 @@ from distill.files import atomic_file
 from eval.cli import PartialFailure
 from eval.features.extractors import Extractor, device, load
 from eval.features.weights import cache_folder
-from eval.files import write_json
+from eval.files import images_hash, write_json
 from eval.images.images import list_images, read_manifest
 from eval.images.resize import resize
-from eval.protocols import Preparation
+from eval.protocol import Preparation
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -76,15 +76,6 @@ class Features:
             out[where] = picked
         assert out is not None
         return out
-
-
-def images_hash(files: list[Path]) -> str:
-    """16 hex digits of BLAKE2b over the contents of the files in their order."""
-    total = hashlib.blake2b(digest_size=8)
-    for file in files:
-        with file.open("rb") as stream:
-            total.update(hashlib.file_digest(stream, "blake2b").digest())
-    return total.hexdigest()
 
 
 def features(

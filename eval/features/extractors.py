@@ -18,10 +18,9 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from eval.features.weights import cache_folder, weights_hash
+from eval.features.weights import CLIP, DINO, PICKSCORE, fetch_inception, require_hps, weights_hash
+from eval.files import list_names
 
-INCEPTION = "inception-2015-12-05.pt"  # Karras et al., the TorchScript file that clean-fid fetches
-HPS = "HPS_v2.1_compressed.safetensors"  # the authors' checkpoint, stored as safetensors
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and standard deviation of the channels
 OPENAI = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
@@ -60,7 +59,7 @@ def load(spec: str) -> Extractor:
     """The extractor of a spec, loaded once. ValueError for an unknown name, and for weights that are not there."""
     name, _, weights = spec.partition(":")
     if name not in EXTRACTORS:
-        raise ValueError(f"extractor {name!r} is unknown; there are {', '.join(EXTRACTORS)}")
+        raise ValueError(f"extractor {name!r} is unknown; {list_names(name, EXTRACTORS)}")
     with torch.random.fork_rng(devices=[]):
         return EXTRACTORS[name](weights)
 
@@ -126,12 +125,9 @@ def inception_logits(weights: str = "") -> Extractor:
 
 
 def _torchscript(weights: str) -> tuple[torch.jit.ScriptModule, str]:
-    path = Path(weights) if weights else cache_folder() / INCEPTION
+    path = Path(weights) if weights else fetch_inception()
     if not path.is_file():
-        raise ValueError(
-            f"there is no file {path}; inception needs {INCEPTION}, the TorchScript file that clean-fid fetches: "
-            f"put it there, or name it by inception-clean:PATH"
-        )
+        raise ValueError(f"there is no file {path}; inception needs the TorchScript file that clean-fid fetches")
     return _load_torchscript(path.resolve())
 
 
@@ -154,7 +150,7 @@ def dinov2(weights: str = "") -> Extractor:
     """The normalised class token of DINOv2, by default ViT-L/14, at 224 (Stein et al. 2023, arXiv 2306.04675)."""
     from transformers import Dinov2Model
 
-    net = _pretrained(Dinov2Model, weights or "facebook/dinov2-large")
+    net = _pretrained(Dinov2Model, weights or DINO)
 
     def run(x: Tensor) -> Outputs:
         return {"features": net(_normalise(x, *IMAGENET)).last_hidden_state[:, 0]}
@@ -166,7 +162,7 @@ def clip(weights: str = "", name: str = "clip") -> Extractor:
     """A CLIP of transformers, by default OpenAI's ViT-L/14 at 336: projected embeddings of images and prompts."""
     from transformers import AutoTokenizer, CLIPModel
 
-    where = weights or "openai/clip-vit-large-patch14-336"
+    where = weights or CLIP
     net = _pretrained(CLIPModel, where)
     tokenizer = _pretrained(AutoTokenizer, where)
     size = net.config.vision_config.image_size
@@ -189,7 +185,7 @@ def clip(weights: str = "", name: str = "clip") -> Extractor:
 
 def pickscore(weights: str = "") -> Extractor:
     """PickScore's CLIP (Kirstain et al. 2023, arXiv 2305.01569); the metric multiplies by its logit scale."""
-    return clip(weights or "yuvalkirstain/PickScore_v1", "pickscore")
+    return clip(weights or PICKSCORE, "pickscore")
 
 
 def open_clip(weights: str = "", name: str = "open_clip") -> Extractor:
@@ -234,13 +230,7 @@ def open_clip(weights: str = "", name: str = "open_clip") -> Extractor:
 
 def hpsv2(weights: str = "") -> Extractor:
     """HPS v2.1's CLIP, ViT-H-14 of open_clip with the authors' weights (Wu et al. 2023, arXiv 2306.09341)."""
-    path = Path(weights) if weights else cache_folder() / HPS
-    if not path.is_file():
-        raise ValueError(
-            f"there is no file {path}; hpsv2 needs the weights of xswu/HPSv2 as safetensors (see "
-            f"docs/metrics.md): put them there, or name the file by hpsv2:PATH"
-        )
-    return open_clip(f"ViT-H-14/{path}", "hpsv2")
+    return open_clip(f"ViT-H-14/{require_hps(weights)}", "hpsv2")
 
 
 def _pretrained(kind: Any, where: str) -> Any:

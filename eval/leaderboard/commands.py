@@ -14,12 +14,21 @@ from typing import Annotated
 
 import tyro
 
-from distill.files import write_atomically
+from distill.files import atomic_file, write_atomically
 from eval.cli import PartialFailure
 from eval.files import check_output, read_json, write_json
 from eval.leaderboard import entries
 from eval.leaderboard.page import build_html_page as html_page
-from eval.leaderboard.tables import Row, drop_duplicates, group_boards, markdown_tables, metric_label, validate_rows
+from eval.leaderboard.paper import paper_files
+from eval.leaderboard.tables import (
+    Row,
+    average_seeds,
+    drop_duplicates,
+    group_boards,
+    markdown_tables,
+    metric_label,
+    validate_rows,
+)
 from pipelines.export.card import Result, add_results
 from pipelines.markdown import escape_markdown
 
@@ -32,12 +41,19 @@ def write_page(
     runs: Mapping[str, Path] | None = None,
     failed: Mapping[str, str] | None = None,
 ) -> Path:
-    """Write rows.json, leaderboard.md and index.html to the folder `out`; the page's path. See `build_html_page`."""
+    """Write rows.json, leaderboard.md, index.html and paper/ to the folder `out`; the page's path.
+
+    See `build_html_page`, and for paper/ eval/leaderboard/paper.py.
+    """
     html = html_page(rows, title, lead, runs, failed)
     words = markdown_tables(rows)
     write_json(out / "rows.json", list(rows))
     for name, content in (("leaderboard.md", f"# {escape_markdown(title)}\n\n{words}"), ("index.html", html)):
         write_atomically(out / name, content)
+    (out / "paper").mkdir(exist_ok=True)
+    for name, drawing in paper_files(rows).items():
+        with atomic_file(out / "paper" / name) as part:
+            part.write_bytes(drawing)
     return out / "index.html"
 
 
@@ -56,20 +72,30 @@ def build_page(
     out: Path,
     title: str = "Leaderboard",
     logs: tuple[Path, ...] = (),
+    mean: bool = False,
 ) -> Path:
     """Make the page of scored folders.
 
     Args:
-        rows: JSON files that `eval.score` wrote.
-        out: folder of index.html, leaderboard.md and rows.json.
+        rows: JSON files that `eval.score` wrote, also of several machines. A row in two of them counts once.
+        out: folder of index.html, leaderboard.md, rows.json and paper/ with CSV, LaTeX, SVG and PDF.
         title: of the page.
         logs: log.jsonl files of training runs to show, each called by the folder that it lies in.
+        mean: one row for rows that differ in their seeds alone, with the interval over the seeds.
     """
     check_output(out, "--out", folder=True)
-    return write_page(out, read_rows(rows), title, runs={path.parent.name: path for path in logs})
+    all_rows = read_rows(rows)
+    if mean:
+        all_rows = average_seeds(all_rows)
+    return write_page(out, all_rows, title, runs={path.parent.name: path for path in logs})
 
 
-def run_board(board: Annotated[Path, tyro.conf.Positional], out: Path | None = None, cost: bool = True) -> Path:
+def run_board(
+    board: Annotated[Path, tyro.conf.Positional],
+    out: Path | None = None,
+    cost: bool = True,
+    reference: Path | None = None,
+) -> Path:
     """Generate and score what a board lists, skip what is done, and make the page.
 
     A failed entry does not stop the others. The page names it, and the exit code is 1.
@@ -78,12 +104,15 @@ def run_board(board: Annotated[Path, tyro.conf.Positional], out: Path | None = N
         board: its YAML file; see eval/leaderboard/entries.py.
         out: instead of the board's own `out`: the folder of images, rows and the page.
         cost: measure latency and memory of every entry, one after the other.
+        reference: a folder of real images, or an .npz with mu and sigma, for entries without one of their own.
     """
     tree = entries.read_board(board)
     if out is None and not tree.get("out"):
         raise ValueError(f"{board} has no `out`, the folder to write; add it, or pass --out")
     out = out or Path(str(tree["out"]))
     check_output(out, "out", folder=True)
+    if reference is not None:
+        tree = {"reference": f"{reference}", **tree}
     todo = entries.list_entries(tree)
     rows, failed = entries.evaluate_entries(todo, out, int(tree.get("workers") or 1), cost)
     reasons = "".join(f"\n{name}: {why}" for name, why in failed.items())

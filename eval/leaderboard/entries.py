@@ -2,7 +2,8 @@
 
 out: runs/board                # the folder of everything
 workers: 2                     # jobs side by side, one thread each
-protocols: [digits]            # keys beside `entries` are the defaults of every entry
+protocols: [digits]            # names or .yaml files; keys beside `entries` are the defaults of every entry
+reference: photos              # real images, instead of the protocol's
 entries:
   - model: runs/teacher        # what eval.generate takes: folder, Hub name, or a LoRA's file with `base`
     steps: [5, 9, 18]
@@ -29,10 +30,12 @@ from typing import Any
 
 from distill.files import read_yaml
 from distill.layout import module_name
-from eval.files import read_json, shorten, write_json
-from eval.images.images import is_count, is_finite
+from eval.files import list_names, read_json, shorten, write_json
+from eval.images.manifest import is_count, is_finite
 from eval.leaderboard.jobs import Job, run_jobs
 from eval.leaderboard.tables import Row, average_seeds, validate_rows
+from eval.protocol_files import is_file_name
+from eval.protocols import find_protocol
 from eval.sampling.models import model_hash, model_name
 
 LISTS = ("steps", "guidance", "protocols", "seeds")
@@ -59,7 +62,7 @@ FIELDS: dict[str, tuple[Callable[[object], bool], str]] = {  # of an entry, or o
     "seeds": (lambda value: type(value) is int and value >= 0, "a whole number from 0"),
     "n": (is_count, "a number of images"),
     **dict.fromkeys(("generate", "score"), (_are_flags, "names with plain values")),
-    **dict.fromkeys(("model", "name", "protocols", "base", "launch"), (_is_text, "text")),
+    **dict.fromkeys(("model", "name", "protocols", "base", "launch", "reference"), (_is_text, "text")),
 }
 BOARD: dict[str, tuple[Callable[[object], bool], str]] = {  # beside the entries
     **dict.fromkeys(("out", "title"), (_is_text, "text")),
@@ -79,6 +82,7 @@ class Entry:
     seeds: tuple[int, ...] = (0,)
     n: int | None = None
     base: str | None = None
+    reference: str | None = None  # folder or .npz of real images, instead of the protocol's
     generate: Flags = field(default_factory=dict)
     score: Flags = field(default_factory=dict)
     launch: str = ""
@@ -86,14 +90,20 @@ class Entry:
     @property
     def title(self) -> str:
         """The name of the entry in its folder, its logs and messages."""
-        parts = [self.name, f"{self.steps}-steps" if self.steps else "", self.protocol]
+        protocol = Path(self.protocol).stem if is_file_name(self.protocol) else self.protocol
+        parts = [self.name, f"{self.steps}-steps" if self.steps else "", protocol]
         parts.insert(2, "" if self.guidance is None else f"guidance-{self.guidance:g}")
         return re.sub(r"[^\w.-]+", "_", "-".join(filter(None, parts)))
 
     def request(self) -> dict[str, object]:
         """The inputs of the row. A local model is identified by its weights."""
         local_files = [Path(path) for path in (self.model, self.base) if path and Path(path).exists()]
-        return json.loads(json.dumps(asdict(self))) | {"weights": model_hash(*local_files) if local_files else None}
+        request = json.loads(json.dumps(asdict(self))) | {"weights": model_hash(*local_files) if local_files else None}
+        if self.reference is None:
+            del request["reference"]  # boards of earlier versions have none
+        if is_file_name(self.protocol):
+            request["protocol_hash"] = find_protocol(self.protocol).hash
+        return request
 
     def jobs(self, folder: Path) -> dict[str, Job]:
         """The jobs: generate for every seed, then score. Each stage keeps its finished results."""
@@ -103,7 +113,8 @@ class Entry:
         for seed in self.seeds:
             command = [*launch, *self.sampling(folder, seed)]
             todo[f"{name}-{seed}"] = Job(f"sample {name}, seed {seed}", command)
-        options = {"folder": [folder / f"images-{seed}" for seed in self.seeds], "out": folder / "rows.json"}
+        options: Flags = {"folder": [folder / f"images-{seed}" for seed in self.seeds], "out": folder / "rows.json"}
+        options["reference"] = self.reference
         command = ["-m", module_name("eval.score"), *command_line_flags(options | dict(self.score))]
         todo[name] = Job(f"score {name}", command, tuple(todo))
         return todo
@@ -168,7 +179,7 @@ def _validate_entry(values: Tree, where: str) -> None:
     """ValueError for a key that an entry does not have, and for a value of a wrong kind."""
     known = {f.name for f in fields(Entry)} - {"protocol"} | {"protocols"}
     if unknown := sorted(map(str, values.keys() - known)):
-        raise ValueError(f"{where}, has {unknown[0]!r}; it may have {', '.join(sorted(known))}")
+        raise ValueError(f"{where}, has {unknown[0]!r}; {list_names(unknown[0], sorted(known))}")
     for key, (is_valid, kind) in FIELDS.items():
         listed = _list(values.get(key)) if key in LISTS else [values.get(key)]
         if invalid := [value for value in listed if value is not None and not is_valid(value)]:
@@ -181,7 +192,7 @@ def _product(values: Tree, lists: Mapping[str, list[Any]]) -> list[Entry]:
     for protocol, steps, guidance in product(
         lists["protocols"] or ["digits"], lists["steps"] or [None], lists["guidance"] or [None]
     ):
-        seeds = tuple(lists["seeds"]) or _seeds(protocol)
+        seeds = tuple(lists["seeds"]) or find_protocol(protocol).seeds
         entries.append(Entry(**values, steps=steps, guidance=guidance, protocol=protocol, seeds=seeds))
     return entries
 
@@ -190,13 +201,6 @@ def _list(value: Any) -> list[Any]:
     if value is None:
         return []
     return list(value) if isinstance(value, list | tuple) else [value]
-
-
-def _seeds(protocol: str) -> tuple[int, ...]:
-    """The seeds of a protocol; (0,) for an unknown one, whose entry fails later with a message."""
-    from eval.protocols import PROTOCOLS
-
-    return PROTOCOLS[protocol].seeds if protocol in PROTOCOLS else (0,)
 
 
 def read_board(path: Path) -> Tree:

@@ -21,7 +21,6 @@ from eval.leaderboard.tables import (
     interval,
     is_real,
     is_teacher,
-    lower_is_better,
     metric_label,
     provenance,
     row_labels,
@@ -98,14 +97,10 @@ def table(board: Board) -> Markup:
     first = board.metrics[0] if board.metrics else None
     heads = []
     for heading in of_heading:
-        best = (
-            "descending"
-            if heading in board.metrics and not lower_is_better(heading) or heading == "images/s"
-            else "ascending"
-        )
+        better = board.better(heading) if heading in board.metrics else None
+        best = "descending" if better == "higher" or heading == "images/s" else "ascending"
         order = tag(' aria-sort="{}"', best) if heading == first else NOTHING
-        better = "lower" if lower_is_better(heading) else "higher"
-        arrow = tag(" <i>{} is better</i>", better) if heading in board.metrics else NOTHING
+        arrow = tag(" <i>{} is better</i>", better) if better else NOTHING
         head = best, order, metric_label(heading), arrow
         heads.append(tag('<th scope="col" data-first="{}"{}><button type="button">{}</button>{}</th>', *head))
     lines = []
@@ -169,12 +164,11 @@ def scatter_plots(board: Board, number: int) -> Markup:
 
     Latencies of different machines are in different plots.
     """
-    models = list(dict.fromkeys(str(r["model"]) for r in board.rows if not is_teacher(r)))
-    styles = {model: f"s{i % STYLES}" for i, model in enumerate(sorted(models))}
+    styles = model_styles(board)
     figures: list[Markup] = []
     names: list[str] = []
     for metric in board.metrics:
-        drawn = _draw_scatter_plots(board, metric, styles)
+        drawn = draw_scatter_plots(board, metric, styles).values()
         if drawn:
             hidden = tag(" hidden") if names else NOTHING
             names.append(metric)
@@ -193,8 +187,20 @@ def scatter_plots(board: Board, number: int) -> Markup:
     )
 
 
-def _draw_scatter_plots(board: Board, metric: str, styles: Mapping[str, str]) -> list[Markup]:
-    """The plots of a metric: against the network calls, and against the latency on each machine."""
+def model_styles(board: Board) -> dict[str, str]:
+    """{model: its class of the style sheet}."""
+    models = {str(r["model"]) for r in board.rows if not is_teacher(r)}
+    return {model: f"s{i % STYLES}" for i, model in enumerate(sorted(models))}
+
+
+def draw_scatter_plots(board: Board, metric: str, styles: Mapping[str, str]) -> dict[str, Markup]:
+    """{axis: plot} of a metric: against the network calls, and against the latency on each machine.
+
+    A metric without better values has no plot.
+    """
+    better = board.better(metric)
+    if better is None:
+        return {}
     named = list(zip(board.rows, row_labels(board.rows, board.rows), strict=True))
     references = [(str(r["model"]), r["metrics"][metric]["value"]) for r in board.real if metric in r["metrics"]]
     reference = references[0] if references else None
@@ -203,12 +209,12 @@ def _draw_scatter_plots(board: Board, metric: str, styles: Mapping[str, str]) ->
     for machine in machines:
         mine = [(row, name) for row, name in named if str((row.get("cost") or {}).get("hardware")) == machine]
         kinds.append(("latency", mine, f", on {machine}" if len(machines) > 1 else ""))
-    drawn = []
+    drawn = {}
     for key, rows, more in kinds:
         if points := scatter_points(rows, metric, key, styles):
             name, tick = AXES[key]
-            lower = lower_is_better(metric)
-            drawn.append(plots.scatter(points, lower, name + more, metric_label(metric), reference, tick))
+            lower = better == "lower"
+            drawn[key + more] = plots.scatter(points, lower, name + more, metric_label(metric), reference, tick)
     return drawn
 
 

@@ -15,7 +15,8 @@ from typing import NamedTuple
 from torch import Tensor
 
 from eval.files import read_text
-from eval.images.images import is_finite, quantize
+from eval.images.images import quantize
+from eval.images.manifest import is_finite
 from eval.markup import NOTHING, Markup, join, tag
 
 WIDTH = 620  # of a scatter plot, in its own units, as all of these

@@ -31,8 +31,9 @@ from eval.leaderboard.commands import card_results, print_tables, write_page
 from eval.leaderboard.entries import Flags, command_line_flags, read_json_or_none, read_mean_row
 from eval.leaderboard.jobs import Job
 from eval.leaderboard.jobs import run_jobs as run_jobs
-from eval.leaderboard.tables import Row, interval, lower_is_better, metric_label
-from eval.protocols import Protocol, find_protocol
+from eval.leaderboard.tables import Row, better_values, interval, metric_label
+from eval.protocol import Protocol
+from eval.protocols import find_protocol
 from pipelines.export.card import add_results
 
 Scored = tuple[list[Row], dict[str, str]]  # rows, and {name: why} of what failed
@@ -61,11 +62,26 @@ def make_splits(
     if not set(p.seeds).isdisjoint({SEED}):
         raise ValueError(f"protocol {p.name} uses seed {SEED}, the selection's; choose another protocol")
     if p.name == "digits":
+        if reference is not None:
+            raise ValueError(f"reference is {reference}, but the digits have two sets of real images; leave it out")
         return _make_digits_splits(p, metric, n)
     names = list(dict.fromkeys(m.metric for m in p.measures))
+    _require_halves(p, names, metric, reference)
+    selection = {"protocol": p.address, "metrics": [metric or names[0]], **_reference_flag(p, out, reference, 1)}
+    test = {"protocol": p.address, "metrics": names, **_reference_flag(p, out, reference, 0)}
+    return (
+        Split("selection", (SEED,), {"n": n, **_condition_flags(p, out, 1)}, selection),
+        Split("test", p.seeds, _condition_flags(p, out, 0), test),
+    )
+
+
+def _require_halves(p: Protocol, names: Sequence[str], metric: str | None, reference: Path | None) -> None:
+    """ValueError if the metric is none of the protocol's, or if its data are absent or cannot be halved."""
     if metric is not None and metric not in names:
         raise ValueError(f"metric is {metric}; protocol {p.name} measures {', '.join(names)}")
     p.require(reference=reference is None)
+    if reference is not None and not reference.is_dir() and p.reference_path is None:
+        raise ValueError(f"reference is {reference}; it must be a folder of real images, half for each split")
     if p.components and p.classes is None:
         raise ValueError(f"protocol {p.name} replaces components of the pipeline; choose one without that")
     path = p.reference_path
@@ -74,12 +90,6 @@ def make_splits(
             f"the reference of protocol {p.name}, {path}, is statistics, which cannot be halved: pass --reference, a "
             "folder of real images that it was not made of"
         )
-    selection = {"protocol": p.name, "metrics": [metric or names[0]], **_reference_flag(p, out, reference, 1)}
-    test = {"protocol": p.name, "metrics": names, **_reference_flag(p, out, reference, 0)}
-    return (
-        Split("selection", (SEED,), {"n": n, **_condition_flags(p, out, 1)}, selection),
-        Split("test", p.seeds, _condition_flags(p, out, 0), test),
-    )
 
 
 def _make_digits_splits(p: Protocol, metric: str | None, n: int | None) -> tuple[Split, Split]:
@@ -97,18 +107,23 @@ def _make_digits_splits(p: Protocol, metric: str | None, n: int | None) -> tuple
 def _condition_flags(p: Protocol, out: Path, odd: int) -> Flags:
     """The flags of eval.generate: every other prompt of the protocol, in a file, or its labels."""
     if p.classes is not None:
-        return {"protocol": p.name}
+        return {"protocol": p.address}
     file = out / NAMES[odd] / "prompts.jsonl"
     file.parent.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps({"text": text}) for text in p.conditions()[odd::2]]
+    lines = [json.dumps({"text": text}) for text in p.conditions()[:: p.per_prompt][odd::2]]
+    if not lines:
+        raise ValueError(f"protocol {p.name} has one prompt, which cannot be halved; give it more")
     file.write_text("\n".join(lines) + "\n")
-    return {"prompts": file}
+    return {"prompts": file} if p.per_prompt == 1 else {"prompts": file, "per_prompt": p.per_prompt}
 
 
 def _reference_flag(p: Protocol, out: Path, reference: Path | None, odd: int) -> Flags:
-    """The real images of a split: of the selection `reference`, else every other image of the protocol's folder."""
-    path = p.reference_path
-    if reference is not None:
+    """The real images of a split: every other image of the protocol's folder, or of `reference` if it has none.
+
+    If it has one, `reference` selects and the protocol's own test.
+    """
+    path = p.reference_path or reference
+    if reference is not None and p.reference_path is not None:
         return {"reference": reference} if odd else {}
     if path is None or not path.is_dir():
         return {}
@@ -180,7 +195,12 @@ def _is_scored(path: Path, seeds: int) -> bool:
 def best_row(rows: Sequence[Row]) -> tuple[Row, list[str]]:
     """(the row with the best first metric, the models whose intervals overlap with its interval)."""
     name = next(iter(rows[0]["metrics"]))
-    sign = 1 if lower_is_better(name) else -1
+    better = better_values(name, rows)
+    if better is None:
+        raise ValueError(
+            f"metric {name} has no better values, so it cannot choose a checkpoint; name another by --metric"
+        )
+    sign = 1 if better == "lower" else -1
     chosen = min(rows, key=lambda row: sign * row["metrics"][name]["value"])
     low, high = interval(chosen["metrics"][name])
     spans = {row["model"]: interval(row["metrics"][name]) for row in rows if row is not chosen}
@@ -202,10 +222,11 @@ def select_checkpoint(
 
     Args:
         run: the run's folder, with its config.yaml and checkpoint-N.
-        protocol_name: what is measured (python -m eval.protocols).
+        protocol_name: what is measured: a name (python -m eval.protocols) or a .yaml file.
         metric: what selects; by default the protocol's first, of the digits fd_train.
         n: images for the selection of each checkpoint; by default as many as the protocol says or has prompts for.
-        reference: a folder of real images for the selection, where the protocol's own cannot be halved.
+        reference: a folder of real images for the selection, where the protocol's own cannot be halved. If the protocol
+            has none, half of the folder selects and half tests.
         follow: wait for more checkpoints until the run has ended.
         every: seconds between two looks.
     """

@@ -18,7 +18,7 @@ from statistics import fmean, median_low
 from typing import TYPE_CHECKING, Any
 
 from eval.files import shorten
-from eval.images.images import LARGEST, is_count, is_finite, is_number
+from eval.images.manifest import LARGEST, is_count, is_finite, is_number
 from eval.leaderboard import plots
 from pipelines.markdown import escape_markdown
 
@@ -56,6 +56,14 @@ def lower_is_better(metric: str) -> bool:
     return any(word in LOWER for word in metric.lower().replace("-", "_").split("_"))
 
 
+def better_values(metric: str, rows: Iterable[Row]) -> str | None:
+    """Which values of a metric are better, lower or higher: as its figures say, else by its name; None: neither."""
+    stated = next((row["metrics"][metric].get("better") for row in rows if metric in row["metrics"]), None)
+    if stated is not None:
+        return None if stated == "neither" else str(stated)
+    return "lower" if lower_is_better(metric) else "higher"
+
+
 def metric_label(metric: str) -> str:
     """A metric's name for people: fd_heldout -> FD held-out, patch_fid -> patch FID."""
     words = metric.replace("heldout", "held-out").split("_")
@@ -90,14 +98,21 @@ class Board:
         net = f", extractor {write(f'{self.extractor} {self.extractor_hash}')}".rstrip() if self.extractor else ""
         return f"{write(self.protocol)} [{write(self.hash)}]{count}{net}"
 
+    def better(self, metric: str) -> str | None:
+        """Which values of a metric are better, lower or higher; None: neither, and there are no ranks."""
+        return better_values(metric, (*self.rows, *self.real))
+
     def rank_rows(self, metric: str) -> dict[int, tuple[int, bool]]:
         """{row's number: (rank, whether another row shares it: a tie)}.
 
         The rank is 1 + the number of rows whose entire interval is better than this one's. So rows with equal rank
         overlap; in a chain of overlapping intervals the two ends can still differ in rank. A row
-        without an interval is its value alone.
+        without an interval is its value alone. Without better values there are no ranks.
         """
-        sign = 1 if lower_is_better(metric) else -1
+        better = self.better(metric)
+        if better is None:
+            return {}
+        sign = 1 if better == "lower" else -1
         figures = {i: row["metrics"][metric] for i, row in enumerate(self.rows) if metric in row["metrics"]}
         spans = {i: sorted(sign * v for v in interval(m)) for i, m in figures.items()}
         ends = sorted(high for _, high in spans.values())
@@ -183,6 +198,8 @@ def _figure_error(metric: object) -> str | None:
         return f"has no finite value for the {wrong[0]} of its interval"
     if metric.get("n") is not None and not is_count(metric["n"]):
         return f"has n {shorten(metric['n'])}, not a number of images"
+    if metric.get("better") not in (None, "lower", "higher", "neither"):
+        return f"has better values {shorten(metric['better'])}, not lower, higher or neither"
     low, high = interval(metric)
     rounding = 1e-9 * max(abs(low), abs(high))
     if not low - rounding <= metric["value"] <= high + rounding:
@@ -226,7 +243,7 @@ def _average_group(group: Sequence[Row]) -> Row:
     return mean
 
 
-def _average_figure(group: Sequence[Row], name: str) -> dict[str, float]:
+def _average_figure(group: Sequence[Row], name: str) -> dict[str, float | str]:
     """The mean of a metric over seeds or runs: value, n and, for two or more, low and high."""
     from eval.metrics.intervals import mean_ci
 
@@ -235,7 +252,10 @@ def _average_figure(group: Sequence[Row], name: str) -> dict[str, float]:
         if name in row["metrics"]:
             values.setdefault(row.get("run", i), []).append(row["metrics"][name]["value"])
     nested = list(values.values())
-    figure = {"value": fmean(map(fmean, nested)), "n": sum(map(len, nested))}
+    figure: dict[str, float | str] = {"value": fmean(map(fmean, nested)), "n": sum(map(len, nested))}
+    stated = next((row["metrics"][name].get("better") for row in group if name in row["metrics"]), None)
+    if stated is not None:
+        figure["better"] = stated
     if len(nested) > 1:
         interval_of_mean = mean_ci(nested)
         figure |= {"low": interval_of_mean.low, "high": interval_of_mean.high}
@@ -261,8 +281,8 @@ def group_boards(rows: Sequence[Row]) -> list[Board]:
         groups.setdefault(tuple(row.get(k) for k in keys), []).append(row)
     out = []
     for (protocol, hash_, n, extractor, extractor_hash), group in groups.items():
-        first = next(iter(group[0]["metrics"]), None)
-        sign = 1 if lower_is_better(first or "") else -1
+        first = next((name for name in group[0]["metrics"] if better_values(name, group)), None)
+        sign = 1 if first is None or better_values(first, group) == "lower" else -1
         worth = {id(r): sign * r["metrics"][first]["value"] for r in group if first in r["metrics"]}
         order = sorted(group, key=lambda r, worth=worth: worth.get(id(r), math.inf))  # type: ignore[misc]
         models, real = ([r for r in order if is_real(r) is kind] for kind in (False, True))
@@ -385,7 +405,9 @@ def headline(board: Board) -> str:
     """One sentence on the first metric of a board: the student of fewest calls against its teacher, else the leader."""
     if not board.rows or not board.metrics:
         return "Real images alone: there is no model to compare."
-    name = board.metrics[0]
+    name = next((name for name in board.metrics if board.better(name)), None)
+    if name is None:
+        return f"{board.protocol}: no figure says which model is better."
     scored = [row for row in board.rows if name in row["metrics"]]
     students = [row for row in scored if not is_teacher(row) and _network_calls(row)]
     teachers = [row for row in scored if is_teacher(row) and _network_calls(row)]

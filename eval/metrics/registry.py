@@ -1,4 +1,7 @@
-"""`METRICS`: each metric with its extractor, direction, interval (eval/metrics/intervals.py) and source."""
+"""`METRICS`: each metric with its extractor, direction, interval (eval/metrics/intervals.py) and source.
+
+It imports no library that takes time: the functions import what they call.
+"""
 
 from __future__ import annotations
 
@@ -7,20 +10,15 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
-import torch
-from torch import Tensor
-
-from eval.metrics.classifier import accuracy, inception_score
-from eval.metrics.diversity import diversity, pair_diversity, vendi
-from eval.metrics.frechet import Moments, fid
-from eval.metrics.intervals import Score
-from eval.metrics.kernel import cmmd, kid
-from eval.metrics.neighbours import manifold
-from eval.metrics.sets import chunks
-from eval.metrics.text import text_score
-
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from eval.metrics.frechet import Moments
+    from eval.metrics.intervals import Score
     from eval.metrics.sets import Set
+
+
+PIXELS = "pixels"  # the extractor of metrics that read images alone
 
 
 @dataclass
@@ -35,15 +33,21 @@ class MetricInputs:
     scale: float = 1.0  # exp of CLIP's logit scale
     picture: Callable[[int], Tensor] | None = None  # i -> [1, C, H, W] in [-1, 1]
     distance: Callable[[Tensor, Tensor], Tensor] | None = None
+    teacher: Callable[[int], Tensor] | None = None  # as picture, of the teacher's image with the same prompt and noise
+    count: int = 0  # generated images
 
     @property
     def reference(self) -> Set:
+        from eval.metrics.frechet import Moments
+
         if self.real is None or isinstance(self.real, Moments):
             raise ValueError("this metric needs a folder of reference images, not their mean and covariance alone")
         return self.real
 
     @cached_property
     def manifold(self) -> dict[str, Score]:
+        from eval.metrics.neighbours import manifold
+
         return manifold(self.fake, self.reference, self.strata)
 
     @property
@@ -59,52 +63,107 @@ class Metric:
 
     compute: Callable[[MetricInputs], Score | dict[str, Score]]
     extractor: str  # by default
-    better: Literal["lower", "higher"]
+    better: Literal["lower", "higher", "neither"]
     interval: Literal["influence", "halving", "mean", "splits"]
     source: str
-    needs: tuple[str, ...] = ()  # of reference, labels, texts, seeds (several images of a prompt)
+    needs: tuple[str, ...] = ()  # of reference, labels, texts, seeds (several images of a prompt), teacher
     least: int | None = 2  # images that it needs on each side; None: one more than there are features
     patch: int | None = None  # the extractor sees the centre of this size
     run: bool = False  # whether it was ever run here with the real weights of its extractor
 
     @property
     def description(self) -> str:
-        untried = "" if self.run else "; never run here with its real weights (python -m eval.verify compares)"
-        return f"{self.source}; {self.better} is better; interval by {self.interval}{untried}"
+        tried = self.run or self.extractor == PIXELS
+        untried = "" if tried else "; never run here with its real weights (python -m eval.verify compares)"
+        better = "no value" if self.better == "neither" else self.better
+        return f"{self.source}; {better} is better; interval by {self.interval}{untried}"
 
 
 def _from_manifold(*names: str) -> Callable[[MetricInputs], dict[str, Score]]:
     return lambda g: {name: g.manifold[name] for name in names}
 
 
+def _fid(g: MetricInputs) -> Score:
+    from eval.metrics.frechet import fid
+
+    assert g.real is not None
+    return fid(g.fake, g.real, g.strata)
+
+
+def _kid(g: MetricInputs) -> Score:
+    from eval.metrics.kernel import kid
+
+    return kid(g.fake, g.reference, g.strata)
+
+
+def _cmmd(g: MetricInputs) -> Score:
+    from eval.metrics.kernel import cmmd
+
+    return cmmd(g.fake, g.reference, g.strata)
+
+
+def _inception_score(g: MetricInputs) -> Score:
+    from eval.metrics.classifier import inception_score
+
+    return inception_score(g.fake)
+
+
+def _accuracy(g: MetricInputs) -> Score:
+    import torch
+
+    from eval.metrics.classifier import accuracy
+    from eval.metrics.sets import chunks
+
+    assert g.labels is not None
+    return accuracy(torch.cat(list(chunks(g.fake, "logits"))), g.labels)
+
+
 def _text_score(g: MetricInputs) -> Score:
+    from eval.metrics.text import text_score
+
     assert g.texts is not None
     return text_score(g.fake, g.texts)
 
 
 def _scaled_text_score(g: MetricInputs) -> Score:
+    from eval.metrics.text import text_score
+
     assert g.texts is not None
     return text_score(g.fake, g.texts, g.scale)
 
 
-def _accuracy(g: MetricInputs) -> Score:
-    assert g.labels is not None
-    return accuracy(torch.cat(list(chunks(g.fake, "logits"))), g.labels)
+def _vendi(g: MetricInputs) -> Score:
+    from eval.metrics.diversity import vendi
+
+    return vendi(g.fake, g.strata)
 
 
 def _diversity(g: MetricInputs) -> Score:
+    from eval.metrics.diversity import diversity
+
     assert g.prompts is not None
     return diversity(g.fake, g.prompts)
 
 
 def _lpips(g: MetricInputs) -> Score:
+    from eval.metrics.diversity import pair_diversity
+
     assert g.prompts is not None and g.picture is not None and g.distance is not None
     return pair_diversity(g.picture, g.prompts, g.distance)
 
 
-def _fid(g: MetricInputs) -> Score:
-    assert g.real is not None
-    return fid(g.fake, g.real, g.strata)
+def _colour(g: MetricInputs) -> dict[str, Score]:
+    from eval.metrics.colour import colour
+
+    assert g.picture is not None
+    return colour(g.picture, g.count)
+
+
+def _drift(g: MetricInputs) -> dict[str, Score]:
+    from eval.metrics.colour import drift
+
+    assert g.picture is not None and g.teacher is not None
+    return drift(g.picture, g.teacher, g.count)
 
 
 REFERENCE = ("reference",)
@@ -127,11 +186,11 @@ METRICS: dict[str, Metric] = {
     ),
     "fd_train": Metric(_fid, "digits", "lower", "influence", f"{FRECHET}; 1,200 digits", REFERENCE, None, run=True),
     "kid": Metric(
-        lambda g: kid(g.fake, g.reference, g.strata),
+        _kid,
         "inception-clean", "lower", "influence", "Binkowski et al. 2018, arXiv 1801.01401", REFERENCE,
     ),
     "cmmd": Metric(
-        lambda g: cmmd(g.fake, g.reference, g.strata),
+        _cmmd,
         L336, "lower", "influence", "Jayasumana et al. 2024, arXiv 2401.09603", REFERENCE,
     ),
     "precision_recall": Metric(
@@ -148,7 +207,7 @@ METRICS: dict[str, Metric] = {
         "inception-clean", "lower", "mean", "after Aithal et al. 2024, arXiv 2406.09358; ours", REFERENCE, NEIGHBOURS,
     ),
     "inception_score": Metric(
-        lambda g: inception_score(g.fake),
+        _inception_score,
         "inception-logits", "higher", "splits", "Salimans et al. 2016, arXiv 1606.03498", (), 20,
     ),
     "accuracy": Metric(
@@ -160,15 +219,13 @@ METRICS: dict[str, Metric] = {
         _scaled_text_score, "pickscore", "higher", "mean", "Kirstain et al. 2023, arXiv 2305.01569", ("texts",)
     ),
     "vendi": Metric(
-        lambda g: vendi(g.fake, g.strata), "dinov2", "higher", "influence", "Friedman & Dieng 2022, arXiv 2210.02410"
+        _vendi, "dinov2", "higher", "influence", "Friedman & Dieng 2022, arXiv 2210.02410"
     ),
     "dino_diversity": Metric(_diversity, "dinov2", "higher", "mean", "mean 1 - cosine within a prompt", ("seeds",)),
+    "colour": Metric(_colour, PIXELS, "neither", "mean", "CIELAB's mean chroma, and the spread of its lightness"),
+    "drift": Metric(
+        _drift, PIXELS, "neither", "mean", "difference from the teacher's image of the same noise in chroma, contrast, "
+        "mean and spread of each channel", ("teacher",),
+    ),
     "lpips_diversity": Metric(_lpips, "lpips", "higher", "mean", "Zhang et al. 2018, arXiv 1801.03924", ("seeds",)),
 }  # fmt: skip
-
-
-def find_metric(name: str) -> Metric:
-    """An entry of the table. ValueError, with all names, for an unknown name."""
-    if name not in METRICS:
-        raise ValueError(f"there is no metric {name!r}; there are {', '.join(METRICS)}")
-    return METRICS[name]

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from eval.files import read_json
-from eval.images.images import is_count
-from eval.protocols import Protocol
+from eval.images.manifest import is_count
+from eval.protocol import Protocol
 
 LABELS = ("ConsistencyModelPipeline", "DiTPipeline")  # pipelines that take labels
 IMAGES = 1_000_000  # of a folder at most: their names have six digits

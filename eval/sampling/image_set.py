@@ -29,7 +29,7 @@ from torch import Tensor
 from distill.files import folder_lock
 from eval.files import write_json
 from eval.images import images as folders
-from eval.images.images import Manifest
+from eval.images.manifest import Manifest
 from eval.sampling.conditions import SampleConditions
 from eval.sampling.cost import git_commit, hardware, measure_cost
 from eval.sampling.request import Sampling
@@ -219,6 +219,7 @@ def _complete_folder(work: Sampling) -> Manifest:
     ranks = ProcessGroup()
     if ranks.index == 0:
         prepare_output_folder(work.out, work.request(), conditions, work.overwrite)
+        _update_protocol(work.out, work.protocol)
     ranks.wait()
     manifest = folders.read_manifest(work.out, unfinished=True)
     if manifest["complete"] and work.cost is None:
@@ -242,6 +243,13 @@ def _complete_folder(work: Sampling) -> Manifest:
         write_json(work.cost, _measure_image(work, sampler, device))
     ranks.wait()
     return folders.read_manifest(work.out)
+
+
+def _update_protocol(out: Path, protocol: str | None) -> None:
+    """Name the protocol of a complete folder as it is named now: its file may have moved."""
+    manifest = folders.read_manifest(out, unfinished=True)
+    if manifest["complete"] and manifest.get("protocol") != protocol:
+        folders.write_manifest(out, {**manifest, "protocol": protocol})
 
 
 def _run_facts(work: Sampling, sampler: Sampler, shares: list[RankResult], device: torch.device) -> Manifest:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.files import read_json
-from eval.images.images import is_count
+from eval.images.manifest import is_count
 
 Tree = dict[str, Any]  # of a JSON file
 EXPORTS = ("pipeline", "watch", "lora", "pytorch_lora_weights", "adapter_model", "diffusion_pytorch_model")

@@ -14,8 +14,9 @@ import tyro
 from torch import nn
 
 from eval.files import check_output, shorten
-from eval.images.images import Manifest
-from eval.protocols import Protocol, find_protocol
+from eval.images.manifest import Manifest
+from eval.protocol import Protocol
+from eval.protocols import find_protocol
 from eval.sampling.conditions import IMAGES, SampleConditions, label_conditions, prompt_conditions, protocol_conditions
 from eval.sampling.models import Tree, model_hash, model_name, read_distill_json
 from eval.sampling.sampler import (
@@ -62,7 +63,9 @@ class Sampling:
     overwrite: bool = False  # replace the images of another request
     # kind of model in tables; by default teacher if one of our solvers samples it
     kind: Literal["teacher", "pipeline", "lora"] | None = None
-    protocol: str | None = None  # defines prompts or labels, number and size (python -m eval.protocols)
+    # defines prompts or labels, number and size: a name (python -m eval.protocols) or a .yaml file. By default the
+    # model's own size, and its labels or `prompts`
+    protocol: str | None = None
     prompts: str | None = None  # .txt (one per line), .jsonl, .parquet, a dataset, or a folder of .txt files
     prompt_column: str | None = None  # column of the prompts; by default text, caption or prompt
     per_prompt: int = 1  # images per prompt: image i has prompt i // per_prompt
@@ -302,7 +305,7 @@ class Sampling:
             "model_hash": model_hash(self.folder, *filter(None, (self.lora, self.first_folder))),
             "n": len(self.conditions.values),
             "prompts": self.conditions.hash,
-            "protocol_hash": self.plan and self.plan.hash,
+            "protocol_hash": self.plan and self.plan.sampling_hash,
             "steps": self.calls,
             "solver": self.method,
             "scheduler": scheduler,

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from eval.files import shorten
-from eval.images.images import Manifest
+from eval.images.manifest import Manifest
 from eval.sampling.cost import DENOISERS, parameters
 from pipelines.components import LIBRARIES
 

@@ -1,12 +1,18 @@
 """Features: resizing and networks equal their peers', the cache, kill -9 and two processes, wrong folders."""
 
+import io
 import json
 import math
 import os
 import pickle
+import socket
 import subprocess
 import sys
+import time
+import zipfile
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import pytest
@@ -17,13 +23,15 @@ from torch import nn
 
 from distill.data import digits
 from eval.features import extraction as module
+from eval.features import weights
 from eval.features.digits import classifier, shift_images
 from eval.features.extraction import features, text_features
-from eval.features.extractors import INCEPTION, load
+from eval.features.extractors import EXTRACTORS, load
+from eval.features.weights import EXTRACTOR_NAMES, INCEPTION
 from eval.images import images as folders
 from eval.images.resize import parse, resize
 from eval.metrics.frechet import frechet
-from eval.protocols import Preparation
+from eval.protocol import Preparation
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -118,8 +126,9 @@ def test_inception_runs_as_clean_fid_runs_it(stand, tmp_path):
 
 
 def test_absent_weights_say_where_to_put_them(cache):
-    with pytest.raises(ValueError, match=f"no file .*{INCEPTION}.*put it there"):
+    with pytest.raises(ValueError, match=f"no file .*{INCEPTION}, and HF_HUB_OFFLINE forbids downloads; download http"):
         load("inception-clean")
+    assert set(EXTRACTORS) == set(EXTRACTOR_NAMES)
     with pytest.raises(ValueError, match="no Dinov2Model at 'nowhere/x'"):
         load("dinov2:nowhere/x")
     with pytest.raises(ValueError, match="no CLIPModel at 'nowhere/x'"):
@@ -134,6 +143,45 @@ def test_absent_weights_say_where_to_put_them(cache):
     (cache / "broken.pt").write_bytes(b"no network")
     with pytest.raises(ValueError, match="not a TorchScript"):
         load(f"inception-clean:{cache / 'broken.pt'}")
+
+
+def test_inception_is_downloaded_by_clean_fid(cache, monkeypatch):
+    """A file that is complete is kept. A truncated one and a silent server give a message with both addresses."""
+    from cleanfid import downloads_helper
+
+    stand = io.BytesIO()
+    with zipfile.ZipFile(stand, "w") as packed:
+        packed.writestr("net", "x" * 100)
+    content = stand.getvalue()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            if self.path == "/silent":
+                time.sleep(2)
+            self.send_response(200)
+            self.send_header("Content-Length", f"{len(content)}")
+            self.end_headers()
+            self.wfile.write(content if self.path == "/whole" else content[:60])
+
+        def log_message(self, *_):
+            pass
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setenv("no_proxy", "*")
+    monkeypatch.setattr(weights, "SECONDS", 0.2)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        for name, reason in (("short", "not the complete file"), ("silent", "timed out")):
+            address = f"http://127.0.0.1:{server.server_port}/{name}"
+            monkeypatch.setattr(downloads_helper, "inception_url", address)
+            with pytest.raises(ValueError, match=f"no file .*{INCEPTION}, .*{reason}.*; download {address} "):
+                load("inception-clean")
+            assert not list(cache.iterdir())
+        monkeypatch.setattr(downloads_helper, "inception_url", f"http://127.0.0.1:{server.server_port}/whole")
+        assert weights.fetch_inception() == cache / INCEPTION and [*cache.iterdir()] == [cache / INCEPTION]
+        server.shutdown()
+    assert weights.fetch_inception().read_bytes() == content, "fetched once"
+    assert socket.getdefaulttimeout() is None
 
 
 def test_dinov2_is_the_normalised_class_token(tmp_path):

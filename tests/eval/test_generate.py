@@ -16,12 +16,12 @@ import torch
 from PIL import Image
 from processes import TWO, python
 
+from eval.figures import Folder, score_folder
 from eval.images import images as folders
 from eval.sampling.conditions import SampleConditions, read_prompts
 from eval.sampling.image_set import ProcessGroup, generate, generate_missing_images
 from eval.sampling.models import model_name
 from eval.sampling.sampler import Sampler, image_generator, load_pipeline, pipeline_sampler, teacher_sampler
-from eval.score import Folder, score_folder
 from pipelines.families import tiny
 
 WORDS = "fox cat dog tree sea hat cup road hill lamp bird".split()

@@ -143,7 +143,7 @@ def test_files(tmp_path):
 def test_evaluation_reads_as_training_does(tmp_path):
     from eval.features.extraction import _open_and_resize, list_images
     from eval.images.images import read_levels
-    from eval.protocols import Preparation
+    from eval.protocol import Preparation
 
     for name, image in (("a.tif", Image.fromarray(RAMP)), ("b.avif", Image.new("RGBA", (256, 2), GREY))):
         (tmp_path / name).write_bytes(stored(image, "TIFF" if name == "a.tif" else "AVIF"))

@@ -20,6 +20,30 @@ from pipelines.export.card import Card, Result, add_results, python_block
 from pipelines.export.license import License
 
 
+def test_a_board_of_a_protocol_of_ones_own(tmp_path):
+    """Its seeds, its name in titles, its content among what a row is made of; the board's real images in the score."""
+    own = tmp_path / "own.yaml"
+    text = "size: 8\nlabels: 4\nseeds: [3, 4]\nmetrics: [kid]\n"
+    own.write_text(text)
+    tree = {
+        "protocols": [f"{own}"],
+        "reference": "photos",
+        "entries": [{"model": "a"}, {"model": "b", "reference": "x"}],
+    }
+    one, other = entries.list_entries(tree)
+    assert one.title == "a-own" and one.seeds == (3, 4) and (one.reference, other.reference) == ("photos", "x")
+    *samples, score = [job.command for job in one.jobs(entries.Path("o")).values()]
+    assert len(samples) == 2 and all(command[command.index("--protocol") + 1] == f"{own}" for command in samples)
+    assert score[-2:] == ["--reference", "photos"]
+    before = one.request()
+    own.write_text(text.replace("kid", "vendi"))
+    assert one.request()["protocol_hash"] != before["protocol_hash"]
+    assert {"reference", "protocol_hash"}.isdisjoint(entries.Entry("m").request()), "as in boards of earlier versions"
+    own.write_text(text.replace("kid", "kidd"))
+    with pytest.raises(ValueError, match="no metric 'kidd'; the nearest is kid"):
+        entries.list_entries(tree)
+
+
 def test_a_board_is_a_product():
     tree = {
         "out": "x",
@@ -51,7 +75,7 @@ def test_a_board_is_a_product():
     [
         ({}, "needs a list `entries`"),
         ({"entries": [{"steps": 1}]}, "entry 0 .* needs at least a model"),
-        ({"entries": [{"model": "a", "stepz": 1}]}, "entry 0, a, has 'stepz'; it may have .*steps"),
+        ({"entries": [{"model": "a", "stepz": 1}]}, "entry 0, a, has 'stepz'; the nearest is steps; there are base"),
         ({"entries": [{"model": "a"}, {"model": "b/a"}]}, "two entries of the board are called a-digits"),
         ({"entries": [{"model": ["a"]}]}, r"model is \['a'\]; it must be text"),
         (
@@ -63,7 +87,7 @@ def test_a_board_is_a_product():
         ({"entries": [{"model": "a", "seeds": -1}]}, "seeds is -1; it must be a whole number from 0"),
         ({"entries": [{"model": "a", "generate": {"x": {"y": 1}}}]}, "generate is .*; it must be names with plain"),
         ({"entries": [{"model": "a", "name": datetime.date(2024, 1, 1)}]}, "name is .*; it must be text"),
-        ({"entries": [{"model": "a", 3: 1}]}, "has '3'; it may have"),
+        ({"entries": [{"model": "a", 3: 1}]}, "has '3'; there are base"),
         ({"entries": [{"model": "a"}], "workers": "two"}, "workers of the board is 'two'; it must be a number"),
         (
             {"entries": [{"model": "a", "steps": [*range(1, 200)], "guidance": [*range(200)]}]},

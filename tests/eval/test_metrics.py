@@ -22,6 +22,8 @@ from eval.features import extraction as feature_module
 from eval.features.digits import classifier
 from eval.features.extraction import features
 from eval.features.extractors import load
+from eval.figures import Folder, score_folder
+from eval.figures import read_statistics as statistics_of
 from eval.images import images as folders
 from eval.leaderboard.tables import validate_rows
 from eval.metrics import hallucination
@@ -30,11 +32,11 @@ from eval.metrics.diversity import diversity, pair_diversity, vendi
 from eval.metrics.frechet import fid, frechet, moments
 from eval.metrics.intervals import HalvingIntervals, Score, Z, intervals_overlap, mean_ci, proportion, ratio_ci
 from eval.metrics.kernel import cmmd, kid
+from eval.metrics.lookup import find_metric
 from eval.metrics.neighbours import manifold
-from eval.metrics.registry import METRICS, find_metric
+from eval.metrics.registry import METRICS
 from eval.protocols import PROTOCOLS
-from eval.score import Folder, score_folder, score_folders
-from eval.score import read_statistics as statistics_of
+from eval.score import score_folders
 from pipelines.families import tiny
 
 
@@ -91,7 +93,7 @@ def test_bad_features_are_refused():
         manifold(x[:3], x)
     with pytest.raises(ValueError, match="have 64 and 32 features; they must come from one extractor"):
         kid(x, x[:, :32])
-    with pytest.raises(ValueError, match="there is no metric 'fidd'; there are fid, patch_fid"):
+    with pytest.raises(ValueError, match="there is no metric 'fidd'; the nearest is fid; there are fid, patch"):
         find_metric("fidd")
 
 
@@ -598,11 +600,14 @@ def test_any_metric_under_any_extractor(tmp_path):
     folders.write_folder(tmp_path / "a", images[:120], labels[:120])
     folders.write_folder(tmp_path / "b", images[200:400])
     digits_only = ("fd_heldout", "fd_train")
-    names = tuple(name for name, m in METRICS.items() if "texts" not in m.needs and name not in digits_only)
+    names = tuple(
+        name for name, m in METRICS.items() if not {"texts", "teacher"} & {*m.needs} and name not in digits_only
+    )
     row = score_folder(tmp_path / "a", metrics=names, extractor="random", reference_folder=tmp_path / "b")
     split = {"precision_recall": ("precision", "recall"), "density_coverage": ("density", "coverage")}
+    split["colour"] = ("chroma", "contrast")
     assert set(row["metrics"]) == set(itertools.chain(*(split.get(name, (name,)) for name in names)))
-    assert all(math.isfinite(v) for m in row["metrics"].values() for v in m.values())
+    assert all(math.isfinite(v) for m in row["metrics"].values() for k, v in m.items() if k != "better")
     assert row["protocol"] == "custom" and validate_rows([row]) == [row]  # the tables take it as it is
     other = score_folder(tmp_path / "a", metrics=("kid",), extractor="random", reference_folder=tmp_path / "a")
     assert other["protocol_hash"] != row["protocol_hash"]
@@ -653,7 +658,7 @@ def test_wrong_requests_are_one_clear_error(tmp_path, capsys):
     fails("a has no labels, which accuracy needs", metrics=("accuracy",))
     fails("has no prompts .metadata.jsonl., which clip_score needs", metrics=("clip_score",), extractor="random")
     fails("has no two images of each of two prompts", metrics=("dino_diversity",), extractor="random")
-    fails("there is no metric 'fud'; there are fid", metrics=("fud",))
+    fails("there is no metric 'fud'; the nearest is fid; there are fid", metrics=("fud",))
     fails("there is no protocol 'coco'", protocol="coco")
     fails("extractor 'vgg' is unknown", metrics=("vendi",), extractor="vgg")
     fails("name their folder by --reference", metrics=("fid",))
@@ -731,7 +736,7 @@ def test_labels_that_a_teacher_does_not_know(tmp_path):
 
 def test_a_bomb_of_statistics(tmp_path, monkeypatch):
     """A zip of arrays that would fill the memory is refused by the sizes that it says."""
-    monkeypatch.setattr("eval.score.LARGEST", 1 << 20)
+    monkeypatch.setattr("eval.figures.LARGEST", 1 << 20)
     with zipfile.ZipFile(tmp_path / "r.npz", "w", zipfile.ZIP_DEFLATED) as packed:
         packed.writestr("sigma.npy", bytes(1 << 22))
     with pytest.raises(ValueError, match="r.npz .*sigma.npy unpacks to 4,194,304 bytes"):
@@ -824,7 +829,7 @@ def test_a_metric_or_a_folder_that_fails_takes_no_other_with_it(tmp_path, monkey
 def test_every_metric_says_where_it_is_from():
     for name, entry in METRICS.items():
         assert len(entry.source) > 10 and entry.interval in entry.description, name
-        assert ("never run here" in entry.description) == (entry.extractor != "digits"), name
+        assert ("never run here" in entry.description) == (entry.extractor not in ("digits", "pixels")), name
     measured = {m.metric for p in PROTOCOLS.values() for m in p.measures}
     assert measured <= METRICS.keys()
 

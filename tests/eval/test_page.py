@@ -200,7 +200,7 @@ def test_the_page_is_complete_in_itself(page):
     assert text.count("data:image/png;base64,") == 4 and "Not on this machine: dmd2" in text
     assert text.index("seed 0") < text.index("seed 7"), "other noise is said, apart"
     assert "loss while training dmd2" in text and "12.8 to 13.2" in text and "1 tie" in text
-    assert {"rows.json", "leaderboard.md", "index.html"} == {f.name for f in page.parent.iterdir()}
+    assert {"rows.json", "leaderboard.md", "index.html", "paper"} == {f.name for f in page.parent.iterdir()}
     assert len(read_rows([page.parent / "rows.json"])) == 8
 
 

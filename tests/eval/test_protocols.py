@@ -1,12 +1,14 @@
 """Protocols: complete, hashed, and clear about what they lack."""
 
+import shutil
 from dataclasses import replace
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from eval.protocols import PROTOCOLS, Measure, Preparation, find_protocol
+from eval.protocol import Measure, Preparation
+from eval.protocols import PROTOCOLS, find_protocol
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +31,7 @@ def test_every_protocol_is_there_under_its_name():
     for name, p in PROTOCOLS.items():
         assert find_protocol(name) is p and p.name == name and p.n and p.measures and p.seeds and p.notes and p.source
         assert (p.classes is None) == bool(p.prompts)  # either prompts, or labels
-    with pytest.raises(ValueError, match="no protocol 'coco'; there are coco30k-gigagan, coco10k-dmd2"):
+    with pytest.raises(ValueError, match="'coco'; the nearest is coco10k-dmd2; there are coco30k-gigagan, coco10k"):
         find_protocol("coco")
 
 
@@ -85,6 +87,122 @@ def test_what_is_missing_is_said(data):
     statistics.reference_path.parent.mkdir(parents=True)
     np.savez(statistics.reference_path, mu=np.zeros(1))
     assert statistics.missing() is None
+
+
+OWN = """
+name: shapes
+size: 16
+prompts: [a red circle, a blue square]
+per_prompt: 3
+seeds: [0, 7]
+reference: photos
+extractor: random:0:32
+metrics: [kid, {metric: fid, extractor: random:1, resize: null}, patch_fid, dino_diversity]
+"""
+
+
+@pytest.fixture
+def own(tmp_path):
+    """own(*edits) -> the file, with two real images beside it. An edit is a line that replaces that of its key."""
+    (tmp_path / "photos").mkdir()
+    for i in range(2):
+        picture(20 + i, 16).save(tmp_path / "photos" / f"{i}.png")
+
+    def write(*edits, name="own.yaml"):
+        lines = {line.partition(":")[0]: line for line in (*OWN.strip().splitlines(), *edits)}
+        (tmp_path / name).write_text("\n".join(lines.values()))
+        return f"{tmp_path / name}"
+
+    return write
+
+
+def test_a_protocol_in_a_file(own, tmp_path):
+    p = find_protocol(own())
+    rule = Preparation("square", 16, "lanczos")
+    assert (p.name, p.size, p.n, p.seeds, p.classes, p.reference_path) == (
+        "shapes", 16, 6, (0, 7), None, tmp_path / "photos"
+    )  # fmt: skip
+    assert p.measures == (
+        Measure("kid", "random:0:32", rule, rule),
+        Measure("fid", "random:1", Preparation(), Preparation()),
+        Measure("patch_fid", "random:0:32", Preparation(299), Preparation(299)),
+        Measure("dino_diversity", "random:0:32", rule),
+    )
+    assert p.conditions() == ["a red circle"] * 3 + ["a blue square"] * 3 and p.missing() is None
+    with pytest.raises(ValueError, match="2 prompts for 3 image.s. each; 7 images need more: lower n, or raise"):
+        p.conditions(7)
+    labels = own("labels: 4", "n: 6", "metrics: kid")
+    text = "".join(line for line in open(labels) if not line.startswith(("prompts", "per_prompt")))
+    (tmp_path / "labels.yaml").write_text(text)
+    assert find_protocol(f"{tmp_path / 'labels.yaml'}").conditions() == [0, 1, 2, 3, 0, 1]
+    (tmp_path / "texts.txt").write_text("one\ntwo\n")
+    assert find_protocol(own("prompts: texts.txt", "per_prompt: 1")).conditions() == ["one", "two"]
+
+
+def test_the_hash_of_a_file_is_of_its_content(own, tmp_path):
+    """Prompts and real images count by their contents, not by their places; images depend on less than figures."""
+    p = find_protocol(own())
+    (tmp_path / "moved").mkdir()
+    shutil.copytree(tmp_path / "photos", tmp_path / "moved" / "real")
+    moved = find_protocol(own("reference: real", "notes: other", name="moved/own.yml"))
+    assert moved.hash == p.hash and moved.sampling_hash == p.sampling_hash
+    hashes = {p.hash}
+    for edit in ("size: 8", "per_prompt: 2", "prompts: [a, b]", "seeds: 3", "metrics: [kid]", "resize: {filter: box}",
+                 "extractor: random:2", "name: other", "n: 4"):  # fmt: skip
+        changed = find_protocol(own(edit))
+        assert changed.hash not in hashes, edit
+        assert (changed.sampling_hash != p.sampling_hash) == (edit.split(":")[0] in ("size", "per_prompt", "prompts"))
+        hashes.add(changed.hash)
+    for text in ("a\nb\n", "a\nc\n"):
+        (tmp_path / "texts.txt").write_text(text)
+        changed = find_protocol(own("prompts: texts.txt"))
+        assert changed.hash not in hashes
+        hashes.add(changed.hash)
+    picture(9, 9).save(tmp_path / "photos" / "1.png")
+    assert find_protocol(own()).hash not in hashes
+    digits = PROTOCOLS["digits"]
+    photos = sorted((tmp_path / "photos").iterdir())
+    assert digits.with_reference(tmp_path / "photos", photos).hash != digits.hash, "its real images are others"
+
+
+def test_every_mistake_in_a_file_is_named(own, tmp_path):
+    """In one message, with the nearest name."""
+    wrong = own("sizes: 3", "size: big", "seeds: [1, 1]", "prompts: none.txt", "n: 0", "extractor: dinov3",
+                "metrics: [kdi, {metric: fid, extractr: a}, kid, kid]", "resize: {fliter: box, crop: a}")  # fmt: skip
+    with pytest.raises(ValueError) as caught:
+        find_protocol(wrong)
+    message = str(caught.value)
+    for part in (
+        f"protocol {tmp_path / 'own.yaml'}: ",
+        "'sizes' is no key; the nearest is size; there are n, labels, per_prompt, size",
+        "size is 'big'; it must be a number of pixels from 1 to 16,383",
+        "seeds is [1, 1]; it must be different whole numbers from 0",
+        "n is 0; it must be a whole number from 1 to 1,000,000",
+        f"prompts is none.txt, but there is no file {tmp_path / 'none.txt'}",
+        "extractor 'dinov3' is unknown; the nearest is dinov2; there are inception-clean",
+        "there is no metric 'kdi'; the nearest is kid; there are fid, patch_fid",
+        "metrics: 'extractr' is no key; the nearest is extractor",
+        "metric kid is listed twice",
+        "resize: 'fliter' is no key; the nearest is filter",
+        "resize: crop is 'a'; it must be square, null or a number of pixels",
+    ):
+        assert message.count(part) == 1, part
+    for edits, match in (
+        (("labels: 4",), "labels and prompts: give one of labels, prompts"),
+        (("metrics: [accuracy]",), "metric accuracy needs labels, and the protocol gives prompts"),
+        (("n: 500", "metrics: [{metric: fid, extractor: inception-clean}]"), "500; fid of inception-clean needs 2,049"),
+        (("name: digits",), "is called digits, as a published protocol: give it another name"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=match):
+            find_protocol(own(*edits))
+    (tmp_path / "list.yaml").write_text("- 1")
+    for name, match in (("list", "must hold names with values"), ("none", "there is no protocol file .*none.yaml")):
+        with pytest.raises(ValueError, match=match):
+            find_protocol(f"{tmp_path / name}.yaml")
+    absent = find_protocol(own("reference: elsewhere", "metrics: [kid]"))
+    with pytest.raises(ValueError, match="there is no image below .*elsewhere; put it there"):
+        absent.require()
+    absent.require(reference=False)
 
 
 def picture(width, height):

@@ -10,7 +10,8 @@ from test_leaderboard import _plain
 from eval.images import images as folders
 from eval.leaderboard import select_checkpoint as module
 from eval.leaderboard.select_checkpoint import SEED, best_row, make_splits, select_checkpoint
-from eval.protocols import Measure, Protocol, find_protocol
+from eval.protocol import Measure, Protocol
+from eval.protocols import find_protocol
 from pipelines.export.card import Card
 from pipelines.export.license import License
 
@@ -126,6 +127,17 @@ def test_splits_share_nothing(tmp_path, monkeypatch):
     assert not texts[0] & texts[1] and len(texts[0] | texts[1]) == 6
     real = [{file.resolve() for file in s.score["reference"].glob("*.png")} for s in (select, test)]
     assert not real[0] & real[1] and len(real[0] | real[1]) == 6
+    own = tmp_path / "own.yaml"
+    own.write_text("size: 8\nprompts: [a, b, c]\nper_prompt: 2\nmetrics: [kid, vendi]\nextractor: random\n")
+    halves = make_splits(find_protocol(f"{own}"), tmp_path / "own", None, None, tmp_path / "data" / "p" / "real")
+    texts = [[json.loads(line)["text"] for line in open(s.generate["prompts"])] for s in halves]
+    real = [{file.resolve() for file in s.score["reference"].glob("*.png")} for s in halves]
+    assert texts == [["b"], ["a", "c"]] and not real[0] & real[1] and len(real[0] | real[1]) == 6
+    assert all(s.score["protocol"] == f"{own}" and s.generate["per_prompt"] == 2 for s in halves)
+    with pytest.raises(ValueError, match="has no reference, which kid needs: name a folder by --reference"):
+        make_splits(find_protocol(f"{own}"), tmp_path / "own", None, None, None)
+    with pytest.raises(ValueError, match="own.yaml; it must be a folder of real images, half for each split"):
+        make_splits(find_protocol(f"{own}"), tmp_path / "own", None, None, own)
     held, other = make_splits(find_protocol("digits"), tmp_path, None, None, None)
     assert held.score["metrics"] == ["fd_train"] and "fd_train" not in other.score["metrics"]
 
@@ -139,6 +151,8 @@ def test_what_cannot_be_split_is_refused(tmp_path, monkeypatch):
         select_checkpoint(tmp_path)
     with pytest.raises(ValueError, match="metric is fd_heldout; on the digits fd_train or accuracy may select"):
         select_checkpoint(tmp_path, metric="fd_heldout")
+    with pytest.raises(ValueError, match="the digits have two sets of real images; leave it out"):
+        make_splits(find_protocol("digits"), tmp_path, None, None, tmp_path)
     with pytest.raises(ValueError, match="protocol cifar10-edm measures fid"):
         make_splits(find_protocol("cifar10-edm"), tmp_path, "kid", None, None)
     with pytest.raises(ValueError, match="lacks data"):

@@ -25,7 +25,7 @@ FORBIDDEN = {  # room: what it must not import
 # longest name that fits a module counts.
 ORDER = {
     "distill": (
-        "random ranges files layout modules sharding progress",
+        "random ranges files layout modules sharding progress terminal",
         "diffusion",
         "losses",
         "networks",
@@ -57,12 +57,15 @@ ORDER = {
         "control edm_convert experts pairs plan sana scaling",  # the commands of three lines
     ),
     "eval": (
-        "cli files markup protocols",
+        "cli files markup protocol",
         "images",
         "features",
         "metrics",
-        "world",
+        "protocol_files world",
+        "protocols",
         "sampling",
+        "inputs",
+        "figures",
         "leaderboard",
         "score verify",
         "generate hallucination layouts watch",  # the commands of three lines
