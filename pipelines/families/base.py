@@ -110,7 +110,18 @@ def refuse_guidance_embedding(net: Network, parts: Parts) -> Network:
 class Family:
     """A kind of pipeline. The registry finds every module of pipelines/families/ that assigns one to FAMILY.
 
-    c is a condition: a dict of tensors of fixed shape, batch first. z is unit noise [B, *shape].
+    c is a condition: a dict of tensors of fixed shape, batch first, whose rows do not depend on each other. z is unit
+    noise [B, *shape].
+
+    load gives a Teacher, whose denoiser calls the network: call(net, x, n, c) -> out [B, *shape].
+        x    [B, *shape] in the network's precision.
+        n    [B] in float32: the timestep as the schedule of the training counts it, 0 to 999 for a table and 0 to
+             num_train_timesteps for a flow. The call makes of it what the pipeline gives its network: often n / 1000.
+        out  the prediction of the kind that the denoiser has: eps, v or x0 for a table, noise minus data for a flow.
+    call.feature(output) picks the image's tokens from the tuple of a tapped module; the default is its first element.
+    sample is the pipeline's own call from given noise, with which everything is compared.
+    tiny's keyword arguments are what VARIANTS of tests/pipelines/test_families.py changes.
+    taps are names in the published network; every family here taps its middle.
     """
 
     name: str  # name of its module
@@ -119,8 +130,8 @@ class Family:
 
     # ---- the teacher ----
     load: Callable[[Parts, int | None, int | None], Teacher]  # (parts, resolution, frames)
-    sample: Callable[..., Tensor]  # (pipe, prompts, z, steps, guidance, negative=None) -> the pipeline's images
-    tiny: Callable[..., Pipeline]  # creates a tiny random pipeline without files
+    sample: Callable[..., Tensor]  # (pipe, prompts, z, steps, guidance, negative=None) -> images in [0, 1]
+    tiny: Callable[..., Pipeline]  # creates a tiny random pipeline without files, of 16 pixels
     condition: Callable[[Config], dict[str, tuple[int, ...]]]  # config of the network -> shapes of c for one sample
     blocks: tuple[str, ...]  # classes of the modules that are sharded one by one
     taps: tuple[str, ...]  # modules whose outputs are the default features of a discriminator
@@ -138,12 +149,12 @@ class Family:
     guidance_embedding: bool = False  # the network has, or can be given, an embedding of its guidance
     pads_to_longest: bool = False  # prompts are padded to the longest of a call, so that rows depend on each other
     guided: type[CFG] = CFG  # classifier-free guidance as in the pipeline
-    set_timesteps: Callable[[Scheduler, int, Teacher], None] | None = None  # None: scheduler.set_timesteps(steps)
+    set_timesteps: Callable[[Scheduler, int, Teacher], None] | None = None  # as the pipeline; None: with `steps` alone
     draw_noise: Callable[[Sequence[int]], Tensor] = torch.randn  # noise as the pipeline's scheduler draws it
     # (network, parts) -> the network
     with_guidance_embedding: Callable[[Network, Parts], Network] = refuse_guidance_embedding
     embedded_index: dict[str, object] = field(default_factory=dict)  # changes of model_index.json with that embedding
-    tiny_facts: dict[str, object] = field(default_factory=dict)  # distill.json of the tiny pipeline
+    tiny_facts: dict[str, object] = field(default_factory=dict)  # distill.json of the tiny pipeline: what no config has
     models: dict[str, Model] = field(default_factory=dict)  # published networks, for pipelines.plan
 
     # ---- the export ----
