@@ -76,7 +76,7 @@ def _metadata_rows(path: str, column: str | None) -> Iterator[tuple[str, str, st
         file = row.get("file_name") if isinstance(row, dict) else None
         if not isinstance(row, dict) or not isinstance(file, str):
             columns = sorted(map(str, row)) if isinstance(row, dict) else "a string"
-            raise ValueError(f"{where} has no file_name, the path of an image; it has {columns}")
+            raise ValueError(f"{where} has no file_name, the path of an image; it has {columns}: rename its column")
         yield where, file, tables.caption(row[tables.column(row, column, where)], where)
 
 

@@ -123,6 +123,8 @@ def _header_faults(paths: Sequence[str | Path]) -> list[str]:
 def _validate_file(path: str | Path) -> None:
     if not os.path.isfile(path):
         raise UnreadableImage("there is no such file" if not os.path.exists(path) else "it is not a regular file")
+    if not os.path.getsize(path):
+        raise UnreadableImage("the file is empty")
 
 
 def describe_unread(paths: Iterable[str | Path]) -> str:

@@ -169,7 +169,7 @@ def _select_captioned(rows: Iterable[Row], uncaptioned: list[str], skip: bool) -
     for row in rows:
         blank = not (row[1] or "").strip()
         if blank:
-            uncaptioned.append(row[0] if row[1] is None else f"{row[0]} (empty)")
+            uncaptioned.append(row[0] if row[1] is None else f"{row[0]} (its text is empty)")
         if not (blank and skip):
             yield row
 

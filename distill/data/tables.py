@@ -49,7 +49,10 @@ def column(names: Iterable[str], wanted: str | None, where: str) -> str:
         if name in names:
             return name
     looked = repr(wanted) if wanted else f"called {', '.join(COLUMNS)}"
-    raise ValueError(f"{where} has no column {looked}; it has {sorted(map(str, names))}: name its column of text")
+    flags = "--prompt_column or --caption_column (--data.prompt_column, --data.caption_column in training)"
+    raise ValueError(
+        f"{where} has no column {looked}; it has {sorted(map(str, names))}: name its column of text by {flags}"
+    )
 
 
 def caption(value: object, where: str) -> str | None:

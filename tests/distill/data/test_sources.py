@@ -152,7 +152,7 @@ def test_what_is_not_read_is_counted(tmp_path):
             {"metadata.csv": "file_name,text\na.png,x", "metadata.json": "[]"},
             "csv and .*metadata.json are in one folder",
         ),
-        ({"a.txt": " \n"}, r"a.png \(empty\) has no caption"),
+        ({"a.txt": " \n"}, r"a.png \(its text is empty\) has no caption"),
         ({f"{i}.png": 1 for i in range(4)}, r"images .*/0.png, .*/1.png, .*/2.png and 2 more have no caption"),
         ({"metadata.parquet": "PAR1"}, "metadata.parquet cannot be read as a Parquet file"),
         ({"metadata.jsonl": '{"file_name": "a.png", "text": "\\ud83d x"}'}, "line 1: .* holds half of a character"),
@@ -290,5 +290,7 @@ def test_incomplete_images_are_left_out(tmp_path, capsys):
     (tmp_path / "4.png").write_bytes(b"")
     (tmp_path / "5.png").unlink()
     (tmp_path / "5.png").symlink_to("gone.png")
-    with pytest.raises(ValueError, match=r"4.png cannot be .*; image .*5.png .*no such file: .*--skip_broken"):
+    with pytest.raises(
+        ValueError, match=r"4.png cannot be read: the file is empty; image .*5.png .*no such file: .*--skip_broken"
+    ):
         Text("online", images=source, skip_incomplete=True).validate((Requirement.REAL,))
