@@ -33,6 +33,20 @@ REMOVED = {  # fields of methods in earlier versions -> what holds now
     "places": "the heads of PCM have a logit for each place",
 }
 FORMER_CLASSES = {"Forgetting": "SFD", "Rewarded": "RewardGuided", "Proxied": "RGLCD"}  # of methods, in stored runs
+TASKS = {  # the flags that a task needs, for --help
+    "try the recipe": "smoke",
+    "name teacher and data": "teacher data.cache data.images data.prompts resolution",
+    "set length and batch": "max_train_steps train_batch_size learning_rate",
+    "save memory": "gradient_checkpointing gradient_accumulation_steps optimizer student.lora.rank fake.lora.rank",
+    "go on with a run": "resume_from_checkpoint resume_allow checkpointing_steps config",
+    "look at a run": "validation_steps validation_images logging_steps report_to",
+    "find a NaN or a hang": "skip_nonfinite replay hang_seconds",
+    "publish the student": "push_to_hub hub_model_id license",
+}
+LAUNCHER_FLAGS = (  # of `accelerate launch`, which people give to a recipe
+    "config_file mixed_precision num_processes num_machines machine_rank main_process_ip main_process_port multi_gpu "
+    "gpu_ids cpu use_fsdp fsdp_version use_deepspeed dynamo_backend rdzv_backend same_network"
+).split()
 WRITTEN = ("teacher", "method", "student", "output_dir", "seed")  # first and last fields of a run's config.yaml
 
 
@@ -51,7 +65,7 @@ class Config(Generic[M, D]):
     pag_layers: tuple[str, ...] = ("mid_block",)  # modules with perturbed self-attention (SANA: transformer_blocks.0)
     student: StudentConfig = field(default_factory=StudentConfig)
     fake: FakeConfig = field(default_factory=FakeConfig)
-    train: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
+    train: Annotated[TrainConfig, tyro.conf.OmitArgPrefixes] = field(default_factory=TrainConfig)
     validation_images: Calls = 8  # number of images per sample grid, from the data's first prompts
     push_to_hub: bool = False  # upload the verified export
     hub_model_id: str | None = None  # user/name of the repository; None: the name of output_dir
@@ -78,7 +92,7 @@ def parse(default: Config[M, D], argv: list[str] | None = None, doc: str | None 
     if "--config" in argv:
         i = argv.index("--config")
         argv = _file(argv[i + 1 : i + 2], default) + argv[:i] + argv[i + 2 :]
-    doc = f"{doc or ''}\n\n--config FILE.yaml, a run's config.yaml say, sets all that it holds; flags go on top."
+    doc = f"{doc or ''}\n\n{describe_tasks(default)}"
     kind: Any = Config.__class_getitem__((type(default.method), type(default.data)))  # type: ignore[attr-defined]
     cli = partial(
         tyro.cli, kind, default=default, args=argv, description=doc, use_underscores=True, prog=program_name()
@@ -90,7 +104,9 @@ def parse(default: Config[M, D], argv: list[str] | None = None, doc: str | None 
             flag = next((arg.partition("=")[0] for arg in argv[i::-1] if arg.startswith("--")), "the command line")
             fail(f"{flag} takes no {unknown[0]!r}: see --help")
         if unknown:
-            _refuse_removed_field(unknown[0].removeprefix("--").partition("=")[0], "the flag")
+            name = unknown[0].removeprefix("--").partition("=")[0]
+            _refuse_removed_field(name, "the flag")
+            _refuse_launcher_flag(name, default)
             cli()  # its error message names similar flags
         validate_ranges(config, "--")
     except ValueError as error:  # raised by a dataclass
@@ -161,6 +177,38 @@ def _check_name(name: str, known: list[str], table: bool) -> None:
     _refuse_removed_field(name, "its line")
     near = difflib.get_close_matches(name, known, 1)
     fail(f"--config: there is no --{name[:200]}{f'; --{near[0]} is the nearest' if near else ''}; see --help")
+
+
+def describe_tasks(default: Config[Any, Any]) -> str:
+    """The flags of a recipe by task, and what --config does."""
+    known = {"config", *_flag_names(default)}
+    width = max(map(len, TASKS))
+    tasks = {task: [f"--{name}" for name in names.split() if name in known] for task, names in TASKS.items()}
+    lines = [f"{task:{width}}  {' '.join(flags)}" for task, flags in tasks.items()]
+    return "\n".join(
+        [
+            "Flags by task:",
+            "",
+            *(f"    {line}" for line in lines),
+            "",
+            "--config FILE.yaml sets all values that the file holds, such as a run's config.yaml; flags go on top.",
+        ]
+    )
+
+
+def _flag_names(default: Config[Any, Any]) -> list[str]:
+    return [name.removeprefix("train.") for name, *_ in iterate_fields(default)]
+
+
+def _refuse_launcher_flag(name: str, default: Config[Any, Any]) -> None:
+    """Refuse a flag of `accelerate launch`, or one that is nearer to such a flag than to one of the recipe."""
+    plain = name.replace("-", "_")
+    near = difflib.get_close_matches(plain, [*_flag_names(default), *LAUNCHER_FLAGS], 1, 0.8)
+    if near and near[0] in LAUNCHER_FLAGS:
+        fail(
+            f"--{name[:200]} is not a flag of the recipe; --{near[0]} is one of `accelerate launch`, and stands before "
+            f"the recipe: accelerate launch --{near[0]} ... {program_name()} ..."
+        )
 
 
 def _refuse_removed_field(name: str, what: str) -> None:

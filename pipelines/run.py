@@ -33,6 +33,7 @@ from pipelines.launch import (
     start_accelerator,
     warn_float32,
 )
+from pipelines.planning.nearest import nearest_name
 from pipelines.teacher import Teacher, load
 
 if TYPE_CHECKING:
@@ -94,7 +95,8 @@ def validate_run(config: RunConfig, out: Path) -> Path | None:
     from pipelines.export.folder import check_replaceable
 
     if config.family not in families():
-        raise ValueError(f"--family is {config.family!r}; it must be one of {sorted(families())}")
+        near = nearest_name(config.family, families())
+        raise ValueError(f"--family is {config.family!r}{near}; it must be one of {sorted(families())}")
     if not re.fullmatch(r"([\w.-]{1,96}/)?[\w.-]{1,96}", config.hub_model_id or "name"):
         raise ValueError(f"--hub_model_id is {config.hub_model_id!r}; it must be user/name or name")
     if config.train.attention is not None:

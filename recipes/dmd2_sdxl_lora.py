@@ -1,9 +1,9 @@
 """DMD2 on SDXL with a LoRA student: four steps. Yin et al. 2024, arXiv 2405.14867; values of the authors' scripts.
 
 `accelerate launch recipes/dmd2_sdxl_lora.py --data.cache CACHE`, a cache of prompts and images (python -m
-pipelines.cache). On one 24 GB card with images (17.5 GiB by `pipelines.plan`): `--fake.lora.rank 64
---gradient_accumulation_steps 32` and bfloat16. From prompts alone, with bitsandbytes (values ours): `--method.gan 0
---method.gan_fake 0 --fake.lora.rank 64 --train_batch_size 16 --gradient_accumulation_steps 16 --optimizer adamw8bit`.
+pipelines.cache). On one 24 GB card with images (17.5 GiB by `pipelines.plan`): `--fake.lora.rank 64` and bfloat16.
+From prompts alone, with bitsandbytes (values ours): `--method.gan 0 --method.gan_fake 0 --fake.lora.rank 64
+--train_batch_size 16 --optimizer adamw8bit`.
 Published: FID 19.68 on COCO-10k after 16k iterations on 64 A100 (4,032 GPU hours). Not run at full size by us.
 """
 

@@ -1,13 +1,16 @@
-"""The README's own commands, on a tiny SDXL: cache, train, export, load; links; the table of docs/recipes.md.
+"""The README's commands, on a tiny SDXL: cache, train, export, load; links; its goals; the table of docs/recipes.md.
 
 make tables    writes that table
+DISTILL_WRITE=1 python -m pytest tests/test_readme.py -k goal    writes memory and hours of the goals
 """
 
 import ast
 import os
 import re
+import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +19,23 @@ from PIL import Image
 
 from distill.data import Text
 from pipelines.families import tiny
+from pipelines.planning.command import Plan, resolve_config, resolve_machine
+from pipelines.planning.hours import gpu_hours
+from pipelines.planning.memory_plan import GiB, Run
+from pipelines.planning.micro_batch import measure_activations, with_batch
+from pipelines.planning.variants import find_fitting, what_counts
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 PAGE = ROOT / "docs" / "recipes.md"
 FIRST, LAST = "<!-- the first lines of recipes/, by tests/test_readme.py -->\n", "<!-- end -->"
+GOALS = re.findall(
+    r"^\| ([^|]*) \|(?:[^|]*\|) (?:\[\w+\].*see below|`(accelerate launch [^`]*)`) \|", README, re.MULTILINE
+)
+MARK = "<!-- tests/test_readme.py runs these -->"
+BLOCK = re.findall(r"```\n(.*?)```", README.partition(MARK)[2], re.DOTALL)[0]
+COMMANDS = BLOCK.strip().replace("\\\n", " ").splitlines()
+CARDS = {"RTX 4090": "RTX 4090", "H100": "H100 SXM"}  # of the column of hours
 SHORT = "--max_train_steps 2 --train_batch_size 2 --lr_warmup_steps 0 --learning_rate 1e-2 --method.every 1"
 
 
@@ -36,14 +51,14 @@ def place(tmp_path_factory):
 
 
 def test_three_commands(place):
-    marked = README.partition("<!-- tests/test_readme.py runs these -->")[2]
-    commands, program = re.findall(r"```(?:python)?\n(.*?)```", marked, re.DOTALL)[:2]
-    lines = commands.strip().replace("\\\n", " ").splitlines()
+    marked = README.partition(MARK)[2]
+    _, program = re.findall(r"```(?:python)?\n(.*?)```", marked, re.DOTALL)[:2]
+    lines = COMMANDS
     assert [line.split()[0] for line in lines] == ["python", "accelerate", "python"]
     home = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "ACCELERATE_USE_CPU": "1"}
     for line in lines:
         if line.startswith("accelerate"):
-            line = re.sub(r"--gradient_accumulation_steps \d+", SHORT, line)
+            line += f" {SHORT}"
         done = subprocess.run(line, shell=True, cwd=place, env=os.environ | home, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-3000:]
     program += "\nimage.save('fox.png')"
@@ -92,3 +107,54 @@ def test_its_table_of_recipes():
         PAGE.write_text(head + FIRST + table + LAST + tail)
     else:
         assert written == table, "make tables writes it"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("goal, command", GOALS)
+def test_a_goal_fits(goal, command):
+    """Its command on the card it names, and the least change of it on 1, 8 and 64 cards; its memory and hours."""
+    run, card = plan_command(command or COMMANDS[1])
+    limit = (card - 1) * GiB
+    batch = run.config.train.train_batch_size
+    counted = {}
+    own = find_fitting(run, limit, counted)
+    assert [flag.split()[0] for flag in own.flags] == ["--gradient_accumulation_steps"]
+    for gpus in (1, 8, 64):
+        if batch % gpus == 0:
+            assert find_fitting(replace(run, gpus=gpus, shards=1), limit, counted), f"{gpus} cards of {card} GiB"
+    like = counted[what_counts(run)]
+    memory = measure_activations(like).on_top_of(run.state.total, limit)
+    flops = with_batch(like, 2).cost.flops / 2 * batch * run.config.train.max_train_steps
+    hours = {name: gpu_hours(flops, chip).over(run.gpus) for name, chip in CARDS.items()}
+    said = f"{hours['H100']}" if run.gpus > 1 else ", ".join(f"{value} on an {name}" for name, value in hours.items())
+    cells = f"| {memory.total(1) / GiB:.1f} GiB | {said} |"
+    row = next(line for line in README.splitlines() if line.startswith(f"| {goal} |"))
+    if os.environ.get("DISTILL_WRITE"):
+        text = (ROOT / "README.md").read_text()
+        (ROOT / "README.md").write_text(text.replace(row, re.sub(r"\| [\d.]+ GiB \| [^|]* \|", cells, row)))
+    else:
+        assert cells in row, f"{goal}: {cells}; DISTILL_WRITE=1 python -m pytest tests/test_readme.py -k goal writes it"
+
+
+def plan_command(command):
+    """(plan of a launch line, GiB of its cards: 24 of a single one, or 80)."""
+    words = shlex.split(command.replace("\\\n", " "))
+    file = words.index("--config_file") + 1
+    recipe, *flags = words[file + 1 :]
+    flags = re.sub(r"--(pretrained_model_name_or_path|output_dir) \S+", "", " ".join(flags)).split()
+    plan = Plan(Path(recipe), config_file=ROOT / words[file])
+    machine = resolve_machine(plan)
+    return Run(*resolve_config(plan, flags), *machine_fields(machine)), 24 if machine.gpus == 1 else 80
+
+
+def machine_fields(machine):
+    return machine.gpus, machine.half, machine.shards
+
+
+def test_the_goals_are_launch_lines():
+    """Every goal but the last ones has a command that names a file for accelerate and a recipe."""
+    assert len(GOALS) == 8
+    for _, command in GOALS:
+        words = shlex.split(command or COMMANDS[1].replace("\\\n", " "))
+        assert words[:3] == ["accelerate", "launch", "--config_file"] and "--gradient_accumulation_steps" not in words
+        assert all((ROOT / word).is_file() for word in words[3:5])

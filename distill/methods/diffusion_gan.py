@@ -17,11 +17,11 @@ from distill.random import Draw
 class DiffusionGAN(Method):
     """Settings of a discriminator with heads on features of a denoiser at noised samples."""
 
-    taps: Taps = None  # modules whose features heads read; None: the family's default (UNet: bottleneck)
-    gan_times: TimeDistribution = Grid(1000, 0, 999)  # distribution of u, the noise time of the heads' input (code)
-    gan_features: Literal["fake", "teacher"] = "fake"  # network of the features (DMD2: fake; FastGen: frozen teacher)
-    gan_noise: Literal["own", "score"] = "own"  # u, eps': the heads' own (DMD2), or t, eps of the scores (FastGen)
-    share: bool = False  # l(x) of L_fake comes from the pass D_fake(x_t); real images' u has t's law (ours: less work)
+    taps: Taps = None  # modules whose features the discriminator reads; None: the family's (UNet: bottleneck)
+    gan_times: TimeDistribution = Grid(1000, 0, 999)  # noise level at which the discriminator reads
+    gan_features: Literal["fake", "teacher"] = "fake"  # the network that gives the features
+    gan_noise: Literal["own", "score"] = "own"  # noise of the discriminator's input: its own, or the score loss's
+    share: bool = False  # read generated images in the pass of the fake score's loss: less work
 
     def __post_init__(self) -> None:
         if self.gan_features not in ("fake", "teacher") or self.gan_noise not in ("own", "score"):

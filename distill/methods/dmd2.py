@@ -28,16 +28,16 @@ from distill.random import Draw
 class DMD2(DiffusionGAN):
     """Distribution matching with a GAN on real images; with both GAN weights 0 it needs only prompts."""
 
-    guidance: Finite = 1.0  # guidance scale w of the teacher: 8 SDXL, 1.75 SD 1.5 (scripts)
-    every: Count = 5  # fake score steps per student step: 5; SD 1.5 10 (scripts)
-    gan: Weight = 5e-3  # lambda_g, weight of the student's GAN loss: 5e-3 SDXL, 1e-3 SD 1.5, 3e-3 ImageNet (scripts)
-    gan_fake: Weight = 1e-2  # lambda_d, weight of the heads' GAN loss (scripts)
+    guidance: Finite = 1.0  # classifier-free guidance scale of the teacher; the authors: 8 on SDXL, 1.75 on SD 1.5
+    every: Count = 5  # updates of the fake score per update of the student; the authors: 5, on SD 1.5 10
+    gan: Weight = 5e-3  # weight of the GAN in the student's loss; 0 and gan_fake 0: no images are needed
+    gan_fake: Weight = 1e-2  # weight of the GAN in the loss of fake score and discriminator
     times: TimeDistribution = Grid(1000, 20, 980)  # distribution of t in the student's loss (code)
     fake_times: TimeDistribution = Grid(1000, 0, 999)  # distribution of t in the fake score's loss (code)
-    fake_space: Literal["network", "x0"] = "network"  # space of the fake score's error (code; FastGen's SD 1.5: x0)
-    reduction: Reduction = "mean"  # mean over all elements (code)
-    normalise: bool = True  # divide g by mean|x - real|
-    walk: bool = False  # fake score's samples: k = 1, 2, ... of one generation, one call per step (ours: less work)
+    fake_space: Literal["network", "x0"] = "network"  # the fake score's error is of the network's output or of x0
+    reduction: Reduction = "mean"  # mean or sum over the elements of a sample
+    normalise: bool = True  # divide the student's gradient by the mean distance to the teacher's prediction
+    walk: bool = False  # fake score: go on with one generation, one call per iteration, instead of a new one: less work
 
     @property
     def roles(self) -> tuple[str, ...]:

@@ -79,7 +79,11 @@ def tiny(kind: str = "PixArtSigmaPipeline", **config: object) -> Pipeline:
 
 def condition(config: Config) -> dict[str, tuple[int, ...]]:
     """Shapes of the condition of one sample."""
-    return {"prompt_embeds": (300, config.caption_channels), "mask": (300,)}
+    shapes: dict[str, tuple[int, ...]] = {"prompt_embeds": (300, config.caption_channels), "mask": (300,)}
+    added = config.use_additional_conditions
+    if added or (added is None and config.sample_size == 128):  # PixArt-alpha at 1024 pixels
+        shapes |= {"resolution": (2,), "aspect_ratio": (1,)}
+    return shapes
 
 
 FAMILY = Family(
@@ -109,6 +113,13 @@ FAMILY = Family(
             "PixArtTransformer2DModel",
             {"sample_size": 128, "caption_channels": 4096, "use_additional_conditions": False},
             ("DPMSolverMultistepScheduler", {"beta_start": 0.0001, "beta_end": 0.02}),
-        )
+        ),
+        "pixart-alpha": Model(
+            "PixArt-alpha/PixArt-XL-2-1024-MS",
+            "PixArtAlphaPipeline",
+            "PixArtTransformer2DModel",
+            {"sample_size": 128, "caption_channels": 4096},
+            ("DPMSolverMultistepScheduler", {"beta_start": 0.0001, "beta_end": 0.02}),
+        ),
     },
 )

@@ -112,5 +112,18 @@ FAMILY = Family(
                 "qk_norm": "rms_norm",
             },
         ),
+        "sd35-medium": Model(
+            "stabilityai/stable-diffusion-3.5-medium",
+            "StableDiffusion3Pipeline",
+            "SD3Transformer2DModel",
+            {
+                "num_layers": 24,
+                "num_attention_heads": 24,
+                "caption_projection_dim": 1536,
+                "pos_embed_max_size": 384,
+                "qk_norm": "rms_norm",
+                "dual_attention_layers": tuple(range(13)),
+            },
+        ),
     },
 )

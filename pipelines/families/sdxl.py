@@ -82,6 +82,18 @@ def condition(config: Config) -> dict[str, tuple[int, ...]]:
     return {"prompt_embeds": (LENGTH, config.cross_attention_dim), "pooled": (width,), "time_ids": (6,)}
 
 
+NETWORK: dict[str, object] = {  # of SDXL
+    "cross_attention_dim": 2048,
+    "attention_head_dim": (5, 10, 20),
+    "block_out_channels": (320, 640, 1280),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": (1, 2, 10),
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
 FAMILY = Family(
     name="sdxl",
     title="SDXL",
@@ -104,20 +116,15 @@ FAMILY = Family(
             "stabilityai/stable-diffusion-xl-base-1.0",
             "StableDiffusionXLPipeline",
             "UNet2DConditionModel",
-            {
-                "sample_size": 128,
-                "cross_attention_dim": 2048,
-                "attention_head_dim": (5, 10, 20),
-                "block_out_channels": (320, 640, 1280),
-                "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-                "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-                "transformer_layers_per_block": (1, 2, 10),
-                "use_linear_projection": True,
-                "addition_embed_type": "text_time",
-                "addition_time_embed_dim": 256,
-                "projection_class_embeddings_input_dim": 2816,
-            },
+            NETWORK | {"sample_size": 128},
             sd.TABLE,
-        )
+        ),
+        "sdxl-turbo": Model(
+            "stabilityai/sdxl-turbo",
+            "StableDiffusionXLPipeline",
+            "UNet2DConditionModel",
+            NETWORK | {"sample_size": 64},
+            sd.TABLE,
+        ),
     },
 )

@@ -129,5 +129,18 @@ FAMILY = Family(
             {"num_layers": 30, "num_attention_heads": 12, "ffn_dim": 8960},
         ),
         "wan14b": Model("Wan-AI/Wan2.1-T2V-14B-Diffusers", "WanPipeline", "WanTransformer3DModel"),
+        "wan22-5b": Model(
+            "Wan-AI/Wan2.2-TI2V-5B-Diffusers",
+            "WanPipeline",
+            "WanTransformer3DModel",
+            {
+                "num_layers": 30,
+                "num_attention_heads": 24,
+                "ffn_dim": 14336,
+                "in_channels": 48,
+                "out_channels": 48,
+            },
+            vae={"scale_factor_spatial": 16, "scale_factor_temporal": 4},
+        ),
     },
 )

@@ -58,9 +58,13 @@ def measure_activations(run: Run) -> LinearMemory:
 
 
 def with_batch(run: Run, micro: int) -> Run:
-    """The run with one micro-batch of `micro` samples on each GPU, on the same networks."""
+    """The run with one micro-batch of `micro` samples on each GPU, on the same networks. It is counted once."""
+    counted: dict[int, Run] = run.__dict__.setdefault("batches", {})
+    if micro in counted:
+        return counted[micro]
     train = replace(run.config.train, train_batch_size=micro * run.gpus, gradient_accumulation_steps=1)
-    return share_networks(run, replace(run, config=replace(run.config, train=train)))
+    counted[micro] = share_networks(run, replace(run, config=replace(run.config, train=train)))
+    return counted[micro]
 
 
 def share_networks(run: Run, other: Run) -> Run:

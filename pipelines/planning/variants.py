@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from distill import methods
 from distill.networks.lora import LoRA
 from pipelines.planning.memory_plan import GiB, Run, RunConfig
-from pipelines.planning.micro_batch import LinearMemory, choose_micro_batch, measure_activations, share_networks
+from pipelines.planning.micro_batch import choose_micro_batch, measure_activations, share_networks
 
 if TYPE_CHECKING:
     from pipelines.planning.models import Meta
@@ -150,22 +150,24 @@ def _with_same_result(variant: Variant | None) -> Iterator[Variant]:
             yield found
 
 
-def find_fitting(run: Run, limit: float) -> Variant | None:
+Counted = dict[tuple[object, ...], Run]  # runs whose activations and FLOPs are counted, by what these depend on
+
+
+def find_fitting(run: Run, limit: float, counted: Counted | None = None) -> Variant | None:
     """The first variant whose memory is at most `limit` bytes on each GPU, with its micro-batch; None: none fits.
 
-    Activations are counted only for variants whose state fits, and once for variants with the same activations.
+    Activations are counted only for variants whose state fits, and once for variants with the same activations;
+    `counted` keeps them for another search.
     """
-    counted: dict[tuple[object, ...], LinearMemory] = {}
+    counted = {} if counted is None else counted
     built = {(run.config.student, run.config.fake): run}
     for variant in list_variants(run):
         config = variant.run.config
         share_networks(built.setdefault((config.student, config.fake), variant.run), variant.run)
         if variant.run.state.total > limit:
             continue
-        key = (config.train.gradient_checkpointing, config.student, config.fake)
-        if key not in counted:
-            counted[key] = measure_activations(variant.run)
-        memory = counted[key].on_top_of(variant.run.state.total, limit)
+        like = counted.setdefault(what_counts(variant.run), variant.run)
+        memory = measure_activations(like).on_top_of(variant.run.state.total, limit)
         batch = config.train.train_batch_size
         micro = choose_micro_batch(batch, variant.run.gpus, memory)
         if micro is None:
@@ -173,3 +175,9 @@ def find_fitting(run: Run, limit: float) -> Variant | None:
         rounds = batch // variant.run.gpus // micro
         return variant.with_train(f"--gradient_accumulation_steps {rounds}", gradient_accumulation_steps=rounds)
     return None
+
+
+def what_counts(run: Run) -> tuple[object, ...]:
+    """What the activations and the FLOPs of a sample depend on, of what variants change."""
+    config = run.config
+    return (config.train.gradient_checkpointing, config.student, config.fake)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,10 +27,12 @@ from pipelines.families import edm, tiny
 from pipelines.families.registry import families
 from pipelines.planning import fit, flop_counter, micro_batch, variants
 from pipelines.planning.command import Plan, main, resolve_config
+from pipelines.planning.hours import PUBLISHED, find_published, gpu_hours
 from pipelines.planning.memory_plan import Run, moments
-from pipelines.planning.micro_batch import LinearMemory, choose_micro_batch, measure_activations
-from pipelines.planning.models import MODELS, Meta
+from pipelines.planning.micro_batch import LinearMemory, choose_micro_batch, find_parts, measure_activations
+from pipelines.planning.models import MODELS, Meta, find_model
 from pipelines.planning.variants import list_variants
+from recipes.values import list_recipes
 
 ADAPTER = LoRA(4, 4.0, ("to_q", "to_v", "conv1"))
 CASES = {  # method, student, fake, batch
@@ -47,7 +50,7 @@ CASES = {  # method, student, fake, batch
     "scm": (SCM(), StudentConfig(freeze=("time_embedding",)), FakeConfig(), 1),
 }
 DEEP = ("dmd2 shared", "dmd2", "dmd2-lora")  # the parts of their FLOPs are in those of the others
-PUBLISHED = {  # parameters of the denoising networks
+SIZES = {  # parameters of the denoising networks
     "sd15": 859_520_964,
     "sd21": 865_910_724,
     "sdxl": 2_567_463_684,
@@ -56,6 +59,8 @@ PUBLISHED = {  # parameters of the denoising networks
     "qwen": 20_430_401_088,
     "sana": 1_604_462_752,
     "wan": 1_418_996_800,
+    "wan22-5b": 4_999_787_712,
+    "sd35-medium": 2_243_171_520,
     "imagenet64": 295_899_267,
     "cifar10": 55_735_171,
 }
@@ -112,11 +117,11 @@ def real(folder, run, steps, k=None):
     return state, grads, flops.get_total_flops()
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name", SIZES)
 def test_configs_have_the_published_sizes(name):
     net = Meta(MODELS[name]).net
     assert {p.device.type for p in net.parameters()} == {"meta"}
-    assert sum(p.numel() for p in net.parameters()) == PUBLISHED[name]
+    assert sum(p.numel() for p in net.parameters()) == SIZES[name]
 
 
 @pytest.mark.parametrize("case, half", BYTES)
@@ -353,6 +358,55 @@ def test_nothing_fits(digits, capsys):
     with pytest.raises(SystemExit) as end:
         main([TRAIN, "--memory", "1e-6", "--reserve", "0", "--", *digits])
     assert end.value.code == 1 and "Nothing that this command tries does" in capsys.readouterr().out
+
+
+def test_every_teacher_is_known():
+    """All families by name, and the teacher of every recipe that names a published one."""
+    for family in families():
+        assert find_model(family, "family") in families()[family].models.values()
+    for stem, config in list_recipes():
+        if not config.teacher.startswith("runs/"):
+            assert find_parts(config.teacher or stem.rpartition("_")[2]) is not None, stem
+
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "plan.md"
+
+
+def test_the_table_of_published_runs():
+    """DISTILL_WRITE=1 writes it. Hours of a plan lie between those at the highest and the lowest share."""
+    rows = ["| run | GPUs | hours | steps | batch | FLOP | share of the peak |", "|---|---|---|---|---|---|---|"]
+    for run in PUBLISHED:
+        name = f"[{run.recipe}](../recipes/{run.recipe}.py)" + (f", {run.variant}" if run.variant else "")
+        cells = [f"{run.gpus} {run.chip}", f"{run.hours:g}", f"{run.steps:,}", f"{run.batch:,}", f"{run.flops:.3g}"]
+        rows.append(f"| {' | '.join([name, *cells, f'{run.share:.1%}'])} |")
+    sources = sorted({run.source for run in PUBLISHED})
+    table = "\n".join([*rows, "", f"Sources: {', '.join(sources)}.", ""])
+    head, mark, rest = PAGE.read_text().partition(
+        "<!-- pipelines/planning/hours.py, by tests/pipelines/test_plan.py -->\n"
+    )
+    written, end, tail = rest.partition("<!-- end -->")
+    if os.environ.get("DISTILL_WRITE"):
+        PAGE.write_text(head + mark + table + end + tail)
+    else:
+        assert written == table, (
+            "DISTILL_WRITE=1 python -m pytest tests/pipelines/test_plan.py -k published_runs writes it"
+        )
+    for run in PUBLISHED:
+        hours = gpu_hours(run.flops, run.chip)
+        assert hours.low <= run.gpu_hours * 1.001 and run.gpu_hours <= hours.high * 1.001
+        assert gpu_hours(run.flops, run.chip, run.share).low == pytest.approx(run.gpu_hours)
+    assert [find_published("dmd2_sd15")[0].gpu_hours, find_published("sid_sd15")] == [1600, []]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("published", PUBLISHED)
+def test_flops_of_published_runs(published):
+    """Those of the recipe with the flags of its authors' launch; steps and batch are the recipe's."""
+    config, parts = resolve_config(Plan(Path(published.recipe)), published.flags.split())
+    train = config.train
+    assert (train.max_train_steps, train.train_batch_size) == (published.steps, published.batch)
+    flops = micro_batch.with_batch(Run(config, parts), 1).cost.flops * published.batch * published.steps
+    assert flops == pytest.approx(published.flops, rel=1e-4)
 
 
 @pytest.mark.parametrize(

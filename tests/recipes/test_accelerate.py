@@ -1,20 +1,24 @@
 """The ready configuration files are read by accelerate's own launcher, and resolve to what they claim."""
 
+import importlib
 import os
 import re
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, ParallelismConfig
 from accelerate.utils.launch import prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
 
+from distill.configuration import LAUNCHER_FLAGS, _flag_names, parse
 from distill.files import RANKS
-from pipelines.launch import warn_single_process
+from pipelines.launch import warn_float32, warn_single_process
 
 FOLDER = Path(__file__).resolve().parents[2] / "recipes" / "accelerate"
 SHARDED = ("gpu8_fsdp2", "nodes2_fsdp2")
@@ -155,3 +159,44 @@ def test_slurm_asks_for_the_machines_of_the_configuration():
     assert int(asked["nodes"]) == claim.machines and asked["ntasks-per-node"] == "1"
     assert int(asked["nodes"]) * int(asked["gpus-per-node"]) == claim.processes
     assert "Written, not run" in text
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    (
+        ("--mixed_precision", "--mixed_precision is one of `accelerate launch`, and stands before the recipe"),
+        ("--num-procesess", "--num_processes is one of `accelerate launch`"),
+    ),
+)
+def test_flags_of_the_launcher_are_named(flag, message, capsys):
+    """Given to a recipe, also mistyped. All names are flags of the launcher, and none is one of a recipe."""
+    known = {option for action in launch_command_parser()._actions for option in action.option_strings}
+    assert {f"--{name}" for name in LAUNCHER_FLAGS} <= known
+    config = importlib.import_module("recipes.dmd2_sdxl").CONFIG
+    assert not {*LAUNCHER_FLAGS} & {*_flag_names(config)}
+    with pytest.raises(SystemExit) as end:
+        parse(config, [flag, "2"])
+    assert end.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_help_lists_flags_by_task(capsys):
+    """Every flag of the list is one of the recipe, and has its own lines below."""
+    config = importlib.import_module("recipes.dmd2_sdxl").CONFIG
+    with pytest.raises(SystemExit):
+        parse(config, ["--help"])
+    text, _, panels = capsys.readouterr().out.partition("--config FILE.yaml sets")
+    flags = re.findall(r"--[\w.]+", text.partition("Flags by task")[2])
+    assert len(flags) > 25 and all(flag in panels for flag in flags if flag != "--config")
+    assert "train options" in panels and "method options" in panels
+
+
+def test_float32_on_a_gpu_is_warned_of(capsys):
+    """With the way to bfloat16; where a precision is given, or without a GPU, nothing is said."""
+    of = lambda kind, precision: SimpleNamespace(
+        device=torch.device(kind), mixed_precision=precision, is_main_process=True
+    )
+    for accelerator in (of("cpu", "no"), of("cuda", "bf16")):
+        warn_float32(accelerator)
+        assert not capsys.readouterr().err
+    warn_float32(of("cuda", "no"))
+    assert "--mixed_precision bf16" in capsys.readouterr().err
