@@ -85,7 +85,7 @@ faults: setup  ## 200 kills, damaged checkpoints, full disks: every run ends as 
 	@$(OFFLINE) $(PY) tests/support/campaign.py --output docs/endurance.md $(ARGS)
 
 tables: setup  ## write the tables of docs/ that are made from the code: methods, recipes, families
-	@DISTILL_WRITE=1 $(TEST) -q tests/test_methods.py tests/test_readme.py tests/recipes/test_matrix.py -k "page or table" $(ARGS)
+	@DISTILL_WRITE=1 $(TEST) -q tests/test_methods.py tests/test_readme.py tests/recipes/test_matrix.py tests/pipelines/test_plan.py -k "page or table" $(ARGS)
 
 golden: setup  ## the authors' own numbers, reproduced
 	@$(TEST) -v tests/golden $(ARGS)
