@@ -318,7 +318,8 @@ def prepare(config: RunConfig, out: Path, resume: Path | None) -> Run:
     c = {key: value.to(accelerator.device) for key, value in c.items()}
     method = type(config.method).__name__.lower()
     name = out.resolve().name
-    card = collect_card_info(name, teacher, config.teacher, method, dump(config), config.license, repository)
+    public = repository is not None and not config.hub_private
+    card = collect_card_info(name, teacher, config.teacher, method, dump(config), config.license, repository, public)
     example = {key: value[:1] for key, value in c.items()}
     nets = build(config.method, teacher.denoiser, teacher.shape, example, student, config.fake)
     if config.student.negative:  # grids show samples with the empty negative prompt

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from yaml import YAMLError
 
 from distill.files import read_text, write_atomically
+from pipelines.export.configuration import changed_values, training_facts
 from pipelines.export.license import UNKNOWN, License, hub_name
 from pipelines.families.base import Task
 from pipelines.markdown import escape_markdown, fenced, link, unescape
@@ -23,9 +25,13 @@ NEGATIVE = "Negative prompts do nothing: guidance is built in, and the call swit
 OTHER = "Other numbers of steps and guidance scales than the call's were neither trained nor verified."
 BODY = """# {name}
 
-A {kind} of {base} with {calls}{method}. Plain diffusers runs it:
+{lead}
+{samples}
+## diffusers
 
 {code}
+
+{hint}
 {rest}
 ## What does not work
 
@@ -33,21 +39,21 @@ A {kind} of {base} with {calls}{method}. Plain diffusers runs it:
 
 ## Licence
 
-The student is derived from {base} and has the same licence{license}.
+{license}
 
 ## Training
 
-The resolved configuration:
-
-{config}
+{training}
 """
+PLACEHOLDER = "your-name"  # owner of a repository that does not exist yet
 
 
 METHODS = {"dmd2": "DMD2", "sid": "SiD", "vsd": "VSD", "lcd": "consistency distillation", "lcm": "LCM", "scm": "sCM"}
 METHODS |= {"phaseddmd": "Phased DMD", "disback": "DisBack", "tsm": "teacher score matching", "sun": "SpeedUpNet"}
 FILES = {  # end of a file name: description of the file
-    "_unet.safetensors": "the network alone, in half precision",
-    "_transformer.safetensors": "the network alone, in half precision",
+    "step_unet.safetensors": "the network alone, in half precision",
+    "step_transformer.safetensors": "the network alone, in half precision",
+    "_checkpoint.safetensors": "network, text encoders and VAE in half precision, in the original names",
     "_lora.safetensors": "the LoRA, for `pipe.load_lora_weights`",
     "_lora_comfy.safetensors": "the same LoRA in kohya's format, for ComfyUI and A1111",
     "_comfyui.json": "a workflow for ComfyUI; replace BASE.safetensors by your file of the base",
@@ -71,23 +77,40 @@ def render_program(
     lora: str = "",
     scheduler: str = "",
     absent: Sequence[str] = (),
+    dtype: str = "torch.bfloat16",
 ) -> str:
-    """A complete program that loads `model`, a folder or a name on the Hub, as `pipe` and makes the family's `call`.
+    """A complete program that loads `model`, a folder or a name on the Hub, as `pipe` on the GPU, and makes the `call`.
 
-    absent: components that the folder lacks; from_pretrained needs their names (SD3 without T5).
+    absent: components that the folder lacks; from_pretrained needs their names (SD3 without T5). dtype: an expression.
     lora: load `base` instead, with the file `lora` of `model` and the model's scheduler, of class `scheduler`.
     """
     where = json.dumps(str(model))  # also a valid Python literal for any path
-    given = "torch_dtype=torch.float32" + "".join(f", {name}=None" for name in absent)
-    head = "import torch\nfrom diffusers import DiffusionPipeline"
-    if not lora:
-        return f"{head}\n\npipe = DiffusionPipeline.from_pretrained({where}, {given})\n{call.strip()}"
-    return (
-        f"{head}, {scheduler}\n\n"
-        f'scheduler = {scheduler}.from_pretrained({where}, subfolder="scheduler")\n'
-        f"pipe = DiffusionPipeline.from_pretrained({json.dumps(str(base))}, scheduler=scheduler, {given})\n"
-        f"pipe.load_lora_weights({where}, weight_name={json.dumps(lora)})\n{call.strip()}"
-    )
+    given = f"torch_dtype={dtype}" + "".join(f", {name}=None" for name in absent)
+    names = ["DiffusionPipeline", scheduler] if lora else ["DiffusionPipeline"]
+    lines = ["import torch", f"from diffusers import {', '.join(names)}"]
+    if "export_to_video(" in call:
+        lines += ["from diffusers.utils import export_to_video"]
+    lines += [""]
+    if lora:
+        lines += [
+            f"pipe = DiffusionPipeline.from_pretrained({json.dumps(str(base))}, {given})",
+            f'pipe.scheduler = {scheduler}.from_pretrained({where}, subfolder="scheduler")',
+            f"pipe.load_lora_weights({where}, weight_name={json.dumps(lora)})",
+        ]
+    else:
+        lines += [f"pipe = DiffusionPipeline.from_pretrained({where}, {given})"]
+    return "\n".join([*lines, 'pipe.to("cuda")', call.strip()])
+
+
+def method_title(method: str) -> str:
+    """The name of a method, given in lower case, with a link to its paper."""
+    from distill import methods
+
+    classes = {name.lower(): getattr(methods, name) for name in methods.__all__}
+    title = METHODS.get(method, classes[method].__name__ if method in classes else method)
+    doc = sys.modules[classes[method].__module__].__doc__ if method in classes else None
+    paper = re.search(r"\b\d{4}\.\d{5}\b", doc or "")
+    return link(title, f"https://arxiv.org/abs/{paper[0]}") if paper else escape_markdown(title)
 
 
 @dataclass(frozen=True)
@@ -97,7 +120,9 @@ class Card:
     base: the teacher, a name on the Hub or a folder. code, lora: programs (see `render_program`) that run the folder
     and its LoRA file; without `code` the folder is an adapter. config: YAML. samples: an image in the folder, of
     `prompt`. limits: what does not work. results: figures for the Hub's model-index. datasets: names on the Hub. files:
-    files beside the pipeline; the card explains those in FILES. checked: what was verified, and against what.
+    files beside the pipeline; the card explains those in FILES. checked: what was verified, and against what. usage:
+    sections about ComfyUI and A1111. sampling: what the student is called with. terms: the teacher's licence files in
+    the folder. model: the student's name on the Hub; "": it has none yet, and the programs name a placeholder.
     """
 
     name: str
@@ -117,6 +142,10 @@ class Card:
     datasets: Sequence[str] = ()
     files: Sequence[str] = ()
     checked: str = ""
+    usage: str = ""
+    sampling: str = ""
+    terms: Sequence[str] = ()
+    model: str = ""
 
     @property
     def calls(self) -> str:
@@ -129,22 +158,48 @@ class Card:
 
     def render(self) -> str:
         """The text of the card, after the metadata for the Hub."""
-        base = f"[{self.hub}](https://huggingface.co/{self.hub})" if self.hub else self._folder
-        calls = "one network call" if self.steps == 1 else f"{self.steps} network calls"
-        method = f", distilled with {METHODS.get(self.method, self.method)}" if self.method else ""
         body = BODY.format(
             name=escape_markdown(self.name),
-            kind=f"{self.calls} {'student' if self.code else 'LoRA'}",
-            base=base,
-            calls=calls,
-            method=method,
+            lead=self._lead(),
+            samples=f"\n![samples]({self.samples})\n" if self.samples else "",
             code=fenced(self.code or self.lora, "python"),
+            hint=self._hint(),
             rest=self._sections(),
             limits="\n".join(f"- {limit}" for limit in (*self.limits, OTHER)),
             license=self._license(),
-            config=fenced(self.config.strip(), "yaml"),
+            training=self._training(),
         )
         return f"---\n{self._metadata().to_yaml()}\n---\n\n{body}"
+
+    def _lead(self) -> str:
+        """What the model is."""
+        kind = f"{self.calls} {'student' if self.code else 'LoRA'}"
+        calls = "one network call" if self.steps == 1 else f"{self.steps} network calls"
+        method = f", distilled with {method_title(self.method)}" if self.method else ""
+        what = "A video" if self.task == "text-to-video" else "An image"
+        return f"A {kind} of {self.base_link}{method}. {what} takes {calls}, without classifier-free guidance."
+
+    def _hint(self) -> str:
+        """What to change in the program."""
+        memory = (
+            'If the GPU has too little memory, write `pipe.enable_model_cpu_offload()` instead of `pipe.to("cuda")`.'
+        )
+        if self.model:
+            return memory
+        replace = f"`{PLACEHOLDER}/...` stands for a repository: replace it by yours, or by the folder with this file."
+        return f"{replace} {memory}"
+
+    def _training(self) -> str:
+        """The training in numbers, and the values that differ from the defaults."""
+        lines = [f"- {title}: {escape_markdown(value)}" for title, value in training_facts(self.config).items()]
+        lines = [f"- teacher: {self.base_link}", *([f"- {self.sampling}"] if self.sampling else []), *lines]
+        text = "\n".join(lines)
+        if not (changed := changed_values(self.config).strip()):
+            return text
+        return (
+            f"{text}\n\n<details>\n<summary>Values of the configuration that differ from the defaults of "
+            f"distill-one-step</summary>\n\n{fenced(changed, 'yaml')}\n\n</details>"
+        )
 
     def _metadata(self) -> ModelCardData:
         from huggingface_hub import ModelCardData
@@ -170,9 +225,11 @@ class Card:
 
     def _sections(self) -> str:
         """The sections between the first program and the limits."""
-        text = f"\n![samples]({self.samples})\n" if self.samples else ""
+        text = ""
         if self.lora and self.code:
             text += f"\nThe LoRA on its base:\n\n{fenced(self.lora, 'python')}\n"
+        if self.usage:
+            text += f"\n{self.usage}"
         explained = [(file, what) for file in self.files for end, what in FILES.items() if file.endswith(end)]
         if explained:
             lines = "".join(f"- `{file}`: {what}\n" for file, what in explained)
@@ -184,15 +241,24 @@ class Card:
         return text
 
     def _license(self) -> str:
-        """The end of the sentence about the license."""
+        """The licence and its files."""
+        text = f"The student is derived from {self.base_link} and has the same licence"
         if self.license == UNKNOWN:
-            return ", which was not found: name it with `--license` before you share this"
+            return f"{text}, which was not found: name it with `--license` before you share this."
         title = self.license.name or self.license.id
-        return f", {link(title, self.license.link) if self.license.link else escape_markdown(title)}"
+        named = link(title, self.license.link) if self.license.link else escape_markdown(title)
+        if not self.terms:
+            return f"{text}, {named}."
+        return (
+            f"{text}, {named}. Its files are part of this folder: {', '.join(link(name, name) for name in self.terms)}."
+        )
 
     @property
-    def _folder(self) -> str:
-        return escape_markdown(Path(self.base).name)
+    def base_link(self) -> str:
+        """The teacher's name, with a link if it is on the Hub."""
+        return (
+            link(self.hub, f"https://huggingface.co/{self.hub}") if self.hub else escape_markdown(Path(self.base).name)
+        )
 
 
 def _index(results: Sequence[Result], task: str) -> list[EvalResult]:

@@ -33,7 +33,7 @@ class Node(TypedDict):
 SAMPLING = {"eps": "eps", "v": "v_prediction", "x0": "x0"}  # kind -> ModelSamplingDiscrete
 
 
-def _is_table(schedule: VP) -> bool:
+def is_sd_table(schedule: VP) -> bool:
     """Whether the levels are Stable Diffusion's 1000 levels."""
     a, b = (torch.tensor(s.alphas_cumprod, dtype=torch.float64) for s in (schedule, VP.scaled_linear()))
     return a.shape == b.shape and torch.allclose(a, b, rtol=1e-4)
@@ -44,7 +44,7 @@ def sampler_levels(student: Student) -> tuple[list[float], float]:
     denoiser = student.denoiser
     path = student.denoiser.path
     schedule = student.denoiser.schedule
-    if not isinstance(schedule, VP) or not _is_table(schedule):
+    if not isinstance(schedule, VP) or not is_sd_table(schedule):
         raise ValueError(
             f"ComfyUI's samplers for UNets use Stable Diffusion's noise table, not this {type(schedule).__name__}"
         )

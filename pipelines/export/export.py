@@ -35,9 +35,10 @@ from distill.training.config import StudentConfig
 from distill.training.log import grid
 from pipelines import fields
 from pipelines.components import ExportError, Network, Pipeline, Scheduler
-from pipelines.export import comfyui, hub, kohya, single_files
+from pipelines.export import comfyui, complete, hub, kohya, single_files
 from pipelines.export.card import NEGATIVE
 from pipelines.export.folder import check_replaceable, write_pipeline
+from pipelines.export.license import UNKNOWN
 from pipelines.export.model_card import (
     CardInfo,
     absent_components,
@@ -109,11 +110,8 @@ def export(
         grid(expected.images * 2 - 1, columns=len(expected.prompts), side=256).save(partial / "samples.png")
         lora = next((file.name for file in files.made if file.stem.endswith("_lora") and file.name in gaps), "")
         beside = sorted(file.name for file in partial.iterdir() if file.is_file())
-        where = card.model or folder
-        checked = describe_verification(card, gaps["pipeline"], len(expected.prompts))
-        text = render_model_card(
-            student, teacher, scheduler, card, where, expected.prompts[0], lora, limits, beside, checked
-        )
+        checked = describe_verification(card, gaps, len(expected.prompts))
+        text = render_model_card(student, teacher, scheduler, card, expected.prompts[0], lora, limits, beside, checked)
         (partial / "README.md").write_text(text)
     except (OSError, SafetensorError, MemoryError, RuntimeError):  # a full disk: partial files would keep it full
         shutil.rmtree(partial, ignore_errors=True)
@@ -288,15 +286,11 @@ def write_single_files(student: Student, teacher: Teacher, net: nn.Module, folde
             files.limits.append(f"There is no workflow for ComfyUI: {error}.")
     if part == "unet" and adapted:
         add("lora_comfy", kohya.write_lora_file)
-    elif adapted and loads_lora:
-        files.limits.append(describe_lora_strength(net))
+    elif complete.is_supported(student.denoiser):
+        metadata = spec(False) | {"modelspec.implementation": complete.IMPLEMENTATION}
+        write = lambda file: complete.write_complete_file(net, teacher.parts, file, metadata)
+        try_write(folder / name("checkpoint"), write, files)
     return files
-
-
-def describe_lora_strength(net: nn.Module) -> str:
-    """The card's line about a LoRA whose alpha ComfyUI does not read."""
-    (config,) = cast(Network, net).peft_config.values()
-    return f"ComfyUI does not read this LoRA's alpha: set its strength to {config.lora_alpha / config.r:g}."
 
 
 def try_write(file: Path, write: Callable[[Path], object], files: SingleFiles) -> None:
@@ -313,11 +307,17 @@ def try_write(file: Path, write: Callable[[Path], object], files: SingleFiles) -
 
 def load_single_file(pipe: Pipeline, teacher: Teacher, file: Path) -> Pipeline:
     """The pipeline with the weights of one single file, loaded by diffusers on the teacher's network."""
+    import diffusers
     from safetensors.torch import load_file
 
     parts = teacher.parts
     pipe.remove_all_hooks()
     pipe.register_modules(**{parts.network: None})  # free the previous network before loading the next
+    if file.stem.endswith("_checkpoint"):
+        options = {"config": f"{file.parent}", "local_files_only": True, "torch_dtype": torch.float32}
+        options |= dict.fromkeys({"safety_checker"} & parts.index.keys())
+        made = getattr(diffusers, parts.index["_class_name"]).from_single_file(f"{file}", **options)
+        return place_pipeline(made, verification_device(made.unet))
     net = parts.component(parts.network, torch.float32)
     pipe.register_modules(**{parts.network: net})
     if file.stem.endswith(parts.network):
@@ -354,16 +354,23 @@ def main(arguments: ExportArguments | None = None) -> None:
 def export_from_arguments(arguments: ExportArguments, out: Path, name: str) -> None:
     """Write the pipeline folder `out`, and push it if the arguments say so."""
     check_replaceable(out)
+    if arguments.published and arguments.push_to_hub and not arguments.license:
+        raise ValueError("--push_to_hub: the licence of a published student is its publisher's: pass it by --license")
     repository = None
     if arguments.push_to_hub:
         repository = hub.create_repository(arguments.hub_model_id or name, arguments.hub_private)
     source = load_student_of_run(arguments) if arguments.run else load_published_student(arguments)
     base = source.base
-    card = collect_card_info(name, source.teacher, base, source.method, source.config, arguments.license, repository)
+    public = arguments.push_to_hub and not arguments.hub_private
+    card = collect_card_info(
+        name, source.teacher, base, source.method, source.config, arguments.license, repository, public
+    )
     if arguments.published:
         named = Path(base).name if Path(base).exists() else base
         reference = f"the weights of {Path(arguments.published).name}, as they were read, on {named}"
         card = replace(card, source=reference, notes=source.notes)
+    if arguments.published and not arguments.license:
+        card = replace(card, license=UNKNOWN)  # that of its publisher, which no file names
     net = source.student.denoiser.net
     report_export(out, export(source.student, source.teacher, net, source.scheduler, out, card), card)
     if repository:

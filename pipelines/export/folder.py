@@ -10,6 +10,7 @@ from pathlib import Path
 
 from pipelines import fields
 from pipelines.components import Network, Scheduler, is_variant
+from pipelines.export.license import license_files
 from pipelines.teacher import Teacher
 
 PLAIN = re.compile(r"[^.]+\.safetensors(\.index\.json)?")  # model.safetensors, not model.fp16.safetensors
@@ -36,7 +37,7 @@ def check_replaceable(folder: Path) -> None:
 
 
 def write_pipeline(teacher: Teacher, net: Network, scheduler: Scheduler, folder: Path) -> None:
-    """Write the pipeline folder of the teacher with another network and scheduler."""
+    """Write the pipeline folder of the teacher with another network and scheduler, and the files of its licence."""
     parts = teacher.parts
     index = dict(parts.index)
     for name, entry in parts.index.items():
@@ -44,7 +45,7 @@ def write_pipeline(teacher: Teacher, net: Network, scheduler: Scheduler, folder:
             if not copy_component(parts.folder / name, folder / name, parts.variant):
                 shutil.rmtree(folder / name)
                 index[name] = [None, None]
-    for file in parts.folder.glob("LICENSE*"):
+    for file in license_files(parts.folder):
         shutil.copy(file, folder / file.name)
     net.save_pretrained(folder / parts.network, safe_serialization=True)
     scheduler.save_pretrained(folder / "scheduler")

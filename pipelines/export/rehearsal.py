@@ -165,7 +165,7 @@ def differences(student: Student, teacher: Teacher, scheduler: Scheduler, card: 
         with exact_arithmetic(n, CPU):
             made = family.sample(pipe, [prompt], z, n, family.no_guidance, None)
         gaps[n] = float((made.float().clamp(0, 1) - image).abs().max())
-    render_model_card(one, teacher, scheduler, card, card.name, prompt, "", [])
+    render_model_card(one, teacher, scheduler, card, prompt, "", [])
     return gaps
 
 

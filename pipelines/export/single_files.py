@@ -43,7 +43,7 @@ def network_name(net: nn.Module) -> str:
 
 
 def file_name(name: str, steps: int, what: str) -> str:
-    """<name>_<steps>step_<what>.safetensors; what: part(net), "lora" or "lora_comfy"."""
+    """<name>_<steps>step_<what>.safetensors; what: network_name(net), "lora", "lora_comfy" or "checkpoint"."""
     if not re.fullmatch(r"[\w.-]+", name):
         raise ValueError(f"the name {name!r} goes into file names: use letters, digits, '.', '_' and '-' only")
     return f"{name}_{steps}step_{what}.safetensors"

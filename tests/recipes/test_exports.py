@@ -240,7 +240,7 @@ from recipes.digits import TABLE
 right = export.write_pipeline
 def wrong(teacher, net, *rest):
     right(teacher, teacher.denoiser.net, *rest)
-for broken, argv in ((True, {broken!r}), (False, {sent!r})):
+for broken, argv in ((True, {public!r}), (True, {broken!r}), (False, {sent!r})):
     export.write_pipeline = wrong if broken else right
     try:
         run.main(TABLE["sid"].config, argv)
@@ -258,18 +258,21 @@ def test_push_to_hub(tmp_path):
         for name in ("broken", "sent")
     )
     with Hub() as hub:
-        program = PUSHING.format(root=f"{ROOT}", broken=broken, sent=sent)
+        public = [*argv("sid", tmp_path / "public"), "--push_to_hub", "--hub_model_id", "ada/public", *sent[-2:]]
+        program = PUSHING.format(root=f"{ROOT}", broken=broken, sent=sent, public=public)
         command, env = [sys.executable, "-c", program], environment(hub.url, tmp_path, HF_TOKEN="hf_writer")
         done = subprocess.run(command, capture_output=True, text=True, env=env)
         assert done.returncode == 0, done.stderr[-3000:]
         assert all(hub.repos[name].private for name in ("ada/broken", "ada/sent"))
         assert set(hub.repos["ada/broken"].files) <= {".gitattributes"} and "differs from the student" in done.stderr
+        assert "has no file of its licence" in done.stderr and not list((tmp_path / "public").glob("checkpoint-*"))
         repo, folder = hub.repos["ada/sent"], tmp_path / "sent" / "pipeline"
         for file in folder.rglob("*"):
             if file.is_file():
                 assert repo.files[f"{file.relative_to(folder)}"] == file.read_bytes()
         card = repo.files["README.md"].decode()
         assert 'from_pretrained("ada/sent", torch_dtype=torch.float32)' in card and "license: cc-by-4.0" in card
+        assert f"{tmp_path}" not in card
 
 
 # ---- trackers ----

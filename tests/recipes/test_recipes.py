@@ -4,6 +4,7 @@ Train, checkpoint, resume, export, reload by plain diffusers, sample.
 """
 
 import json
+import re
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from programs import on_cpu
 from recipe_runs import (
     COMPARED,
     QUICK,
@@ -138,7 +140,8 @@ def plainly(out, tmp_path_factory):
         torch.save(pipe.called, where / f"{name}.pt")
         lora = [p.name for p in pipeline.glob("*_lora.safetensors")]
         card = (pipeline / "README.md").read_text()
-        programs = [python_block(card, i) for i in range(card.count("```python"))]
+        folders = {re.sub(r"[^\w.-]+", "-", folder.name): pipeline, "teacher": folder / "teacher"}
+        programs = [on_cpu(python_block(card, i), folders) for i in range(card.count("```python"))]
         job = (
             f"{pipeline}",
             f"{folder / 'teacher'}",
