@@ -16,6 +16,7 @@ from programs import on_cpu
 from recipe_runs import (
     COMPARED,
     QUICK,
+    RECIPES,
     RUNS,
     STUDENTS,
     Recorder,
@@ -34,6 +35,13 @@ from distill.training import checkpoint
 from pipelines import load, run
 from pipelines.export import export, verify
 from pipelines.export.card import python_block
+
+
+def test_images_keep_their_proportions():
+    """Only DMD2's authors resize the full image to a square."""
+    squeezed = {name for name in RECIPES if getattr(config_of(name).data, "squeeze", False)}
+    assert squeezed == {"dmd2_sd15", "dmd2_sdxl", "dmd2_sdxl_lora"}
+
 
 # ---- what a run leaves ----
 
