@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -74,22 +76,24 @@ def read_class_images(folder: str | Path) -> ClassImages:
     if not Path(folder).is_dir():
         raise ValueError(f"no folder of images at {str(folder)!r}")
     entries = sorted(path for path in Path(folder).iterdir() if not images.is_hidden(path.name))
-    folders = [path for path in entries if path.is_dir()]
-    files = [images.files(path) for path in folders]
-    pictures = [[file for file in part if images.is_image(file)] for part in files]
-    outside = [path for path in entries if path not in folders and images.is_image(path)]
-    if not any(pictures):
+    parts = {path.name: images.files(path) for path in entries if path.is_dir()}
+    outside = [path for path in entries if images.is_image(path) and path.name not in parts]
+    labelled = [(file, i) for i, files in enumerate(parts.values()) for file in files if images.is_image(file)]
+    if not labelled:
         where = f"; it has {images.format_file_count(outside)} outside of subfolders" if outside else ""
         raise ValueError(f"{folder} has no images in one subfolder a class{where}: move the images of a class into one")
-    notes = [f"{folder}: {images.format_file_count(outside)} outside of the classes skipped"] if outside else []
-    if unread := images.describe_unread(file for part in files for file in part):
-        notes.append(f"{folder}: {unread}")
-    if empty := [path.name for path, part in zip(folders, pictures, strict=True) if not part]:
-        notes.append(f"{folder}: classes without an image, which keep their label: {', '.join(empty)}")
-    labels = [label for label, part in enumerate(pictures) for _ in part]
-    return ClassImages(
-        tuple(path.name for path in folders), [file for part in pictures for file in part], labels, tuple(notes)
-    )
+    files, labels = ([*column] for column in zip(*labelled, strict=True))
+    return ClassImages(tuple(parts), files, labels, tuple(_describe_skipped(folder, parts, outside)))
+
+
+def _describe_skipped(folder: str | Path, parts: dict[str, list[Path]], outside: list[Path]) -> Iterator[str]:
+    """Lines on the files of classes that are no images, and on classes without one. outside: images beside classes."""
+    if outside:
+        yield f"{folder}: {images.format_file_count(outside)} outside of the classes skipped"
+    if unread := images.describe_unread(chain.from_iterable(parts.values())):
+        yield f"{folder}: {unread}"
+    if empty := [name for name, files in parts.items() if not any(map(images.is_image, files))]:
+        yield f"{folder}: classes without an image, which keep their label: {', '.join(empty)}"
 
 
 def read_class_names(teacher: Teacher) -> tuple[str, ...]:

@@ -66,27 +66,38 @@ def locate(source: str) -> Source:
     """The kind of a source, and its paths, of a pattern several. ValueError if it does not exist. Opens no file."""
     paths = patterns.expand(source)
     suffixes = {path.suffix.lower() for path in paths} or {Path(source).suffix.lower()}
+    folders = [path for path in paths if path.is_dir()]
+    has_images = any(images.is_image(path) for path in paths if path not in folders)
     if suffixes == {".tar"}:
-        if missing := [str(path) for path in paths if not path.is_file()] or ([] if paths else [source]):
-            raise ValueError(f"no tar at {missing[0]!r}; give local shards, such as 'shards/{{000..127}}.tar'")
+        _validate_tars(source, paths)
         return Source("tars", paths)
-    if patterns.is_pattern(source) and not any(map(images.is_image, paths)):
-        paths = [path for path in paths if path.is_dir()] or paths
-    if paths and all(path.is_dir() for path in paths):
-        return Source("folders", paths)
+    if folders and not has_images:
+        return Source("folders", folders)
     if suffixes <= {*TABLES}:
         for path in paths or [Path(source)]:
             _validate_table(path)
         return Source("tables", paths)
     if patterns.is_pattern(source):
         raise ValueError(f"the pattern {source!r} fits {_describe_matches(paths)}")
-    if Path(source).exists() or "://" in source or Path(source).is_absolute() or source.startswith("."):
+    _validate_dataset_name(source)
+    return Source("dataset", paths)
+
+
+def _validate_tars(source: str, paths: list[Path]) -> None:
+    missing = [str(path) for path in paths if not path.is_file()]
+    if not paths or missing:
+        name = (missing or [source])[0]
+        raise ValueError(f"no tar at {name!r}; give local shards, such as 'shards/{{000..127}}.tar'")
+
+
+def _validate_dataset_name(source: str) -> None:
+    path = Path(source)
+    if path.exists() or path.is_absolute() or "://" in source or source.startswith("."):
         raise ValueError(
             f"{source!r} is not something to read: give a file ({', '.join(TABLES)}), a folder, local .tar shards, or "
             "the name of a dataset on the Hub"
         )
     _require("datasets", source)
-    return Source("dataset", paths)
 
 
 def _validate_table(path: Path) -> None:

@@ -166,17 +166,12 @@ def announce(folder: Path, index: Index) -> None:
 
 
 def smaller(index: Index, part: float) -> str:
-    """What makes a cache smaller. part: the fraction of its rows that fits on the disk."""
+    """What makes a cache smaller. part: the fraction of its bytes that fits on the disk."""
     pairs = "ode" in index
-    images = [
-        entry["total"] // max(1, index.get("crops", 0)) for name, entry in index["tables"].items() if name == "image"
-    ]
-    n = min(images if pairs else [index["prompts"], *images])
-    ways = [
-        f"{'--n' if pairs else '--max_samples'} {max(1, int((n + 1) * part) - 1)}, which fits"
-        if part < 1
-        else "fewer prompts"
-    ]
+    ways = ["fewer pairs" if pairs else "fewer prompts"]
+    most = most_samples(index, part)
+    if part < 1 and most > 0:
+        ways[0] += f" ({'--n' if pairs else '--max_samples'} {most} fits)"
     if index["dtype"] == "float32":
         ways.append("--dtype bfloat16, half the bytes")
     if index.get("crops", 0) > 1:
@@ -184,6 +179,19 @@ def smaller(index: Index, part: float) -> str:
     if not pairs:
         ways.append("no cache: encode while training (--data.text online)")
     return ", or ".join(ways)
+
+
+def most_samples(index: Index, part: float) -> int:
+    """A number of pairs, or of prompts and images, whose cache has at most this fraction of the bytes."""
+    text = index["tables"]["text"]
+    image = index["tables"].get("image")
+    if image is None:
+        return int(text["total"] * part) - 1  # the last row is the empty text
+    if "ode" in index:  # fewer pairs have the same prompts
+        size = text["total"] * text["bytes"]
+        return int(((size + image["total"] * image["bytes"]) * part - size) / image["bytes"])
+    n = min(index["prompts"], image["total"] // max(1, index.get("crops", 0)))
+    return int((n + 1) * part) - 1
 
 
 def human(n: float) -> str:

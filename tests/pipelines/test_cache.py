@@ -225,7 +225,7 @@ class TestBytes:
     def test_a_disk_too_small(self, home, tmp_path, monkeypatch):
         monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=44_000))
         message = (
-            "the cache needs 44.4 kB more and the disk of .* has 44.0 kB free: .* or --max_samples 7, which fits, or"
+            r"needs 44.4 kB more and the disk of .* has 44.0 kB free: .* or fewer prompts \(--max_samples 7 fits\), or"
         )
         with pytest.raises(ValueError, match=message):
             encodings.run(config(home, tmp_path / "c"))
@@ -245,7 +245,7 @@ class TestBytes:
             size = f"(?s)text: 500,000 x 4,195,840 bytes = {need} in .*{need} to write; .* 3.0 TB free\n"
             assert re.search(f"{size}this is a lot: fewer prompts, or {online}", capsys.readouterr().err)
         else:
-            fewer = f"--max_samples 119164, which fits, or --dtype bfloat16, half the bytes, or {online}"
+            fewer = rf"fewer prompts \(--max_samples 119164 fits\), or --dtype bfloat16, half the bytes, or {online}"
             with pytest.raises(ValueError, match=f"needs {need} more .* 1.0 TB free: .*{fewer}"):
                 writer.announce(tmp_path / "c", index)
 

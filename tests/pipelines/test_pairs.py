@@ -169,8 +169,8 @@ class TestInterruption:
 
     def test_a_disk_too_small(self, home, tmp_path, monkeypatch):
         usage = shutil.disk_usage(tmp_path)
-        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
-        with pytest.raises(ValueError, match=r"needs .* more .* 1.0 kB free: .* --n \d+, which fits"):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=92_000))
+        with pytest.raises(ValueError, match=r"needs .* more .* 92.0 kB free: .* fewer pairs \(--n 4 fits\)"):
             pairs.run(config(home, tmp_path / "out"))
         assert not (tmp_path / "out").exists()
 
