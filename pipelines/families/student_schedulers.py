@@ -64,21 +64,32 @@ def find_start(schedule: VP, student: StudentConfig) -> Start:
 
 def of_table(teacher: Teacher, student: StudentConfig) -> Iterator[Scheduler]:
     """Schedulers of a table, cut after the first call."""
-    from diffusers import EulerAncestralDiscreteScheduler, LCMScheduler, TCDScheduler
-
     start = find_start(table_of(teacher), student)
+    ancestral = student.transition.keeps_noise and student.steps > 1
+    return _ancestral(teacher, start, student) if ancestral else _common(teacher, start, student)
+
+
+def _ancestral(teacher: Teacher, start: Start, student: StudentConfig) -> Iterator[Scheduler]:
+    """Euler's ancestral scheduler, which adds a part of the noise anew."""
+    from diffusers import EulerAncestralDiscreteScheduler
+
+    if not start.scaled:
+        raise ValueError(
+            f"a scheduler of 'ancestral' noise scales its input by {start.sigma:.4g}, not by {student.scale}: use "
+            "--student.scale None"
+        )
+    yield EulerAncestralDiscreteScheduler(**_table(teacher, start.n), timestep_spacing="trailing")
+
+
+def _common(teacher: Teacher, start: Start, student: StudentConfig) -> Iterator[Scheduler]:
+    """The schedulers of all other students."""
+    from diffusers import LCMScheduler, TCDScheduler
+
     transition = student.transition
     one = student.steps == 1
     # LCM's last alpha_bar is 0, Euler's 2^-24
     exact = not one or start.n < start.last or not schedulers.zero_terminal(teacher.parts.scheduler())
-    if transition.keeps_noise and not one:
-        if not start.scaled:
-            raise ValueError(
-                f"a scheduler of 'ancestral' noise scales its input by {start.sigma:.4g}, not by {student.scale}: use "
-                "--student.scale None"
-            )
-        yield EulerAncestralDiscreteScheduler(**_table(teacher, start.n), timestep_spacing="trailing")
-    elif start.unit and not transition.ends_at_data:
+    if start.unit and not transition.ends_at_data:
         yield from _grids(teacher, TCDScheduler, start, student)
     elif start.unit and exact and (one or transition.adds_noise):
         yield from _grids(teacher, LCMScheduler, start, student)
@@ -141,17 +152,22 @@ def _grids(
         yield kind(**options, original_inference_steps=K)
 
 
+def check_flow_student(student: StudentConfig) -> None:
+    """ValueError for an input scale or a noise between calls that no scheduler of flows has."""
+    if student.scale is not None and abs(student.scale - 1) > 1e-6:
+        raise ValueError(f"a flow's scheduler feeds unit noise, not noise scaled by {student.scale}")
+    if student.transition.keeps_noise and student.steps > 1:
+        raise ValueError("no flow's scheduler makes ancestral steps: train with --student.renoise fresh or ddim")
+
+
 def of_flow(teacher: Teacher, student: StudentConfig) -> Iterator[Scheduler]:
     """Schedulers of flows: first the teacher's own shift, then those closest to the given times."""
     from diffusers import FlowMatchEulerDiscreteScheduler
 
-    if student.scale is not None and abs(student.scale - 1) > 1e-6:
-        raise ValueError(f"a flow's scheduler feeds unit noise, not noise scaled by {student.scale}")
+    check_flow_student(student)
     config = teacher.parts.scheduler().config
     steps = student.steps
     times = student.times
-    if student.transition.keeps_noise and steps > 1:
-        raise ValueError("no flow's scheduler makes ancestral steps: train with --student.renoise fresh or ddim")
     if (start := times[0] if times else student.first_time(teacher.denoiser.schedule)) < 1:
         raise ValueError(f"a flow's pipeline starts at noise alone; this student starts at t = {start:.4g}")
     shift = float(config.get("shift") or config.get("flow_shift") or 1.0)
