@@ -1,8 +1,8 @@
 """What an image shows, by least squares against templates of every shape, position and radius.
 
 The background is the median of each channel. The object is the template that explains most of what differs from the
-background; its colour is the least-squares fit. What the templates leave over is the residual: blur, ghosts, noise and
-further objects raise it.
+background; its colour is the least-squares fit. The residual is what the templates leave over: noise, ghosts and further
+objects raise it; blur raises its share of all that differs from the background.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from torch import Tensor
 
 from eval.world.scenes import PALETTE, SHAPES, SIZES, UNITS, World, cover
 
-CLEAN = 0.045  # largest residual of a clean image; of 2,000 real ones at 16 x 16 it is .027, at 32 x 32 .04
+CLEAN = 0.06  # largest residual of a clean image; of 2,000 real ones it is at most .04
+CLEAN_SHARE = 0.3  # the same as a share of all that differs from the background; of real ones at most .18
 COLOUR_DISTANCE = 0.25  # a colour farther from all of the palette is none of them
 PLACE_DISTANCE = 1.25  # units beyond the jitter's .5 along an axis, where an object is at another place or at none
 RELATION_DISTANCE = 1.75  # the same for two objects
@@ -55,6 +56,7 @@ class Inspection:
     background: Tensor  # [B]
     background_values: Tensor  # [B, 3] in [0, 1]
     residual: Tensor  # [B]: rms of what is left over, pixels in [0, 1]
+    share: Tensor  # [B]: residual / rms of all that differs from the background
 
 
 @torch.no_grad()
@@ -72,6 +74,7 @@ def _inspect_batch(images: Tensor, objects: int) -> Inspection:
     pixels = (images.clamp(-1, 1).flatten(2) + 1) / 2  # [B, 3, P]
     background = pixels.median(2).values
     rest = pixels - background[:, :, None]
+    everything = rest.square().mean((1, 2)).sqrt()
     geometry = []
     values = []
     for _ in range(objects):
@@ -84,13 +87,15 @@ def _inspect_batch(images: Tensor, objects: int) -> Inspection:
         geometry.append(place)
         values.append(background + contrast)
     colour_values = torch.stack(values, 1)
+    residual = rest.square().mean((1, 2)).sqrt()
     return Inspection(
         geometry=torch.stack(geometry, 1),
         colours=_nearest_colour(colour_values),
         colour_values=colour_values,
         background=_nearest_colour(background),
         background_values=background,
-        residual=rest.square().mean((1, 2)).sqrt(),
+        residual=residual,
+        share=residual / everything.clamp(min=1e-6),
     )
 
 
@@ -159,7 +164,7 @@ def compare_scenes(world: World, images: Tensor, scenes: Tensor) -> Agreement:
     geometry = torch.stack([order.geometry for order in orders])[best, rows]
     return Agreement(
         correct=correct[best, rows],
-        clean=found.residual < CLEAN,
+        clean=(found.residual < CLEAN) & (found.share < CLEAN_SHARE),
         position=geometry[:, 0, 1:3] - world.centres(scenes)[:, 0],
         radius=geometry[:, 0, 3] / world.radii(scenes)[:, 0] - 1,
         tint=found.background_values - PALETTE[scenes[:, -1]],
@@ -174,6 +179,7 @@ def _swap(found: Inspection) -> Inspection:
         found.background,
         found.background_values,
         found.residual,
+        found.share,
     )
 
 

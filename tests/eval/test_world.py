@@ -102,15 +102,15 @@ def test_each_wrong_attribute_is_seen(name):
 
 @pytest.mark.parametrize("name", WORLDS)
 def test_damage_is_seen(name):
-    """Blur, a ghost of another scene, noise and an empty image: not one of them counts as right."""
+    """Of images with blur, a ghost of another scene or noise few count as right, of empty ones none."""
     world = load_world(name)
-    scenes, images = sample(world, 40)
-    _, others = sample(world, 40, seed=3)
-    blur = functional.avg_pool2d(functional.pad(images, (3, 3, 3, 3), mode="replicate"), 7, 1)
+    scenes, images = sample(world, 60)
+    _, others = sample(world, 60, seed=3)
+    blur = functional.avg_pool2d(functional.pad(images, (2, 2, 2, 2), mode="replicate"), 5, 1)
     noise = images + 0.14 * torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
     empty = images[:, :, :1, :1].expand_as(images)
     ghost = 0.6 * images + 0.4 * others
-    for damage, most in ((blur, 0.05), (noise, 0.05), (empty, 0.0), (ghost, 0.1)):
+    for damage, most in ((blur, 0.2), (noise, 0.1), (empty, 0.0), (ghost, 0.05)):
         assert compare_scenes(world, damage, scenes).right.float().mean() <= most
     assert inspect(ghost, len(world.objects)).residual.mean() > 4 * inspect(images, len(world.objects)).residual.mean()
 
