@@ -1,7 +1,7 @@
 """What an image shows, by least squares against templates of every shape, position and radius.
 
 The background is the median of each channel. The object is the template that explains most of what differs from the
-background; its colour is the least-squares fit. The residual is what the templates leave over: noise, ghosts and further
+background; its colour is the least-squares fit. The residual is what the templates leave over: noise, ghosts and other
 objects raise it; blur raises its share of all that differs from the background.
 """
 
