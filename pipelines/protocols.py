@@ -58,6 +58,9 @@ class Scheduler(Protocol):
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Scheduler: ...
 
+    @classmethod
+    def from_config(cls, config: Config, **changes: object) -> Scheduler: ...
+
 
 class Pipeline(Protocol):
     """A pipeline. Its components are attributes; its call returns an object with `images` or `frames`."""

@@ -50,8 +50,9 @@ if TYPE_CHECKING:
 RunConfig = Config[Any, Any]  # with any method and data
 
 
-EDM_HINT = (
+PIXEL_HINT = (
     "\n  accelerate launch recipes/digits_teacher.py\ntrains a small one, of handwritten digits;"
+    "\n  accelerate launch recipes/pixel_teacher.py --images FOLDER\none of your own images;"
     "\n  python -m pipelines.edm_convert FILE FOLDER\nmakes one of a checkpoint of EDM"
 )
 
@@ -140,7 +141,7 @@ def validate_teacher(config: RunConfig) -> None:
     try:
         read_index(config.teacher)
     except ValueError as error:
-        hint = EDM_HINT if config.family == "edm" else ""
+        hint = PIXEL_HINT if families()[config.family].labels else ""
         raise ValueError(f"{error}{hint}") from None
 
 

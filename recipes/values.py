@@ -313,17 +313,22 @@ def find_recipe(name: str, family: str) -> tuple[str, Config] | None:
     Of several the one that begins with the method's name; None where none does. A family with labels takes only recipes
     with labels, in the end of any kind of schedule.
     """
-    facts = families()[family]
     wanted = structure(list_methods()[name])
     same_method = [(stem, config) for stem, config in list_recipes() if structure(config.method) == wanted]
-    labelled = [other for other, one in families().items() if one.labels]
-    kind = [other for other, one in families().items() if (one.labels, one.schedule) == (facts.labels, facts.schedule)]
-    for names in ((family,), kind, labelled if facts.labels else ()):
+    for names in list_related_families(family):
         fits = [(stem, config) for stem, config in same_method if config.family in names]
         by_name = [(stem, config) for stem, config in fits if stem.startswith((f"{name}_", STEMS.get(name, "?")))]
         if by_name or len(fits) == 1:
             return (by_name or fits)[0]
     return None
+
+
+def list_related_families(family: str) -> list[list[str]]:
+    """The families whose recipes serve this one, the nearest first: itself, of its kind of schedule, of labels."""
+    facts = families()[family]
+    alike = {other: one for other, one in families().items() if one.labels == facts.labels}
+    kind = [other for other, one in alike.items() if one.schedule == facts.schedule]
+    return [[family], kind, [*alike] if facts.labels else []]
 
 
 def apply_recipe(config: Config, recipe: Config) -> Config:

@@ -8,11 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from distill.data.labels import CLASS_NAMES
 from eval.files import read_json
 from eval.images.manifest import is_count
 from eval.protocol import Protocol
 
-LABELS = ("ConsistencyModelPipeline", "DiTPipeline")  # pipelines that take labels
+WITHOUT_CONDITION = ("DDIMPipeline", "DDPMPipeline")
+LABELS = ("ConsistencyModelPipeline", "DiTPipeline", *WITHOUT_CONDITION)  # pipelines that take labels, or nothing
 IMAGES = 1_000_000  # of a folder at most: their names have six digits
 DIGITS = 10  # classes of the digits
 
@@ -91,9 +93,12 @@ def takes_labels(model: Path) -> bool:
 def _count_classes(model: Path) -> int:
     """The number of a network's classes, without the null class."""
     embedded = _count_embeddings(model)
-    null = _json(model / "distill.json").get("null_class")
+    facts = _json(model / "distill.json")
+    null = facts.get("null_class")
     if embedded is None:
         return 1
+    if isinstance(names := facts.get(CLASS_NAMES), list) and 0 < len(names) <= embedded:
+        return len(names)
     if null is not None and type(null) is not int:
         raise ValueError(f"{model / 'distill.json'}: null_class is {null!r}, which is not a number; correct it")
     if null is not None:

@@ -17,7 +17,14 @@ from eval.files import check_output, shorten
 from eval.images.manifest import Manifest
 from eval.protocol import Protocol
 from eval.protocols import find_protocol
-from eval.sampling.conditions import IMAGES, SampleConditions, label_conditions, prompt_conditions, protocol_conditions
+from eval.sampling.conditions import (
+    IMAGES,
+    WITHOUT_CONDITION,
+    SampleConditions,
+    label_conditions,
+    prompt_conditions,
+    protocol_conditions,
+)
 from eval.sampling.models import Tree, model_hash, model_name, read_distill_json
 from eval.sampling.sampler import (
     Sampler,
@@ -188,7 +195,7 @@ class Sampling:
     def method(self) -> Solver:
         """The given solver, or the default one."""
         teacher = self.exported_facts and not self.student and self.pipeline_class == EDM
-        return self.solver or ("heun" if teacher else "pipeline")
+        return self.solver or ("heun" if teacher or self.pipeline_class in WITHOUT_CONDITION else "pipeline")
 
     @property
     def calls(self) -> int | None:

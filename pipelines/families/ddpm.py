@@ -15,7 +15,7 @@ from distill.diffusion.denoiser import Condition, Denoiser
 from pipelines.components import Parts
 from pipelines.families import pixels, schedulers, student_schedulers
 from pipelines.families.base import Family, Model, Teacher
-from pipelines.protocols import Pipeline
+from pipelines.protocols import Network, Pipeline, Scheduler
 
 if TYPE_CHECKING:
     from diffusers import UNet2DModel
@@ -30,10 +30,9 @@ def call(net: nn.Module, x: Tensor, n: Tensor, c: Condition) -> Tensor:
 
 def load(parts: Parts, resolution: int | None, frames: int | None) -> Teacher:
     """The teacher of a folder. ValueError for a network that its pipelines cannot call, or a student cannot keep."""
-    if parts.index["_class_name"] == "DDIMPipeline" and "scheduler" not in parts.given:
-        from diffusers import DDIMScheduler
-
-        parts.given["scheduler"] = DDIMScheduler.from_config(parts.scheduler().config)  # as the pipeline itself does
+    parts.adapt_network = without_variance
+    if (scheduler := other_scheduler(parts)) is not None:
+        parts.given["scheduler"] = scheduler
     parts.index = parts.index | {"_class_name": pixels.PIPELINE}
     schedule, kind = schedulers.table(parts.scheduler())
     validate_network(parts)
@@ -45,13 +44,36 @@ def load(parts: Parts, resolution: int | None, frames: int | None) -> Teacher:
     return pixels.teacher(denoiser, parts.net, (parts.net.config.in_channels, side, side), parts, FAMILY)
 
 
+def other_scheduler(parts: Parts) -> Scheduler | None:
+    """The scheduler that replaces the folder's: that of a DDIMPipeline, or one with a fixed variance; else None."""
+    from diffusers import DDIMScheduler
+
+    stored = parts.scheduler()
+    if parts.index["_class_name"] == "DDIMPipeline":
+        return DDIMScheduler.from_config(stored.config)  # as the pipeline itself does
+    if str(stored.config.get("variance_type")).startswith("learned"):
+        return type(stored).from_config(stored.config, variance_type="fixed_small")
+    return None
+
+
+def without_variance(net: Network) -> Network:
+    """The network without the outputs of a learned variance (Nichol & Dhariwal 2021), which no student needs."""
+    channels = net.config.in_channels
+    if net.config.out_channels == 2 * channels:
+        last = net.get_submodule("conv_out")
+        for name in ("weight", "bias"):
+            last.register_parameter(name, nn.Parameter(last.get_parameter(name)[:channels].detach().clone()))
+        net.register_to_config(out_channels=channels)
+    return net
+
+
 def validate_network(parts: Parts) -> None:
     """ValueError for a network whose output is not one prediction, or whose labels are not numbers of classes."""
     config = parts.net.config
     if config.out_channels != config.in_channels:
         raise ValueError(
-            f"{parts.folder}: its unet has {config.in_channels} channels and predicts {config.out_channels}: a learned "
-            "variance cannot be distilled; keep only the first rows of its conv_out"
+            f"{parts.folder}: its unet has {config.in_channels} channels and predicts {config.out_channels}: a "
+            "prediction has as many, or twice as many with a learned variance"
         )
     if config.get("class_embed_type") is not None:
         raise ValueError(

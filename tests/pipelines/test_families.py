@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, UNet2DModel
 
 from distill.diffusion.guidance import CFG, null_of
 from distill.diffusion.schedule import Trig
@@ -317,6 +317,25 @@ def test_auraflow_ends_with_its_positions(tmp_path):
     assert load(tmp_path, 32).shape == (4, 16, 16)
     with pytest.raises(ValueError, match="resolution is 36; the positions of this teacher end at 32"):
         load(tmp_path, 36)
+
+
+@torch.no_grad()
+def test_a_learned_variance_is_left_out(tmp_path):
+    """The network has the first half of the outputs, and its config says so; other numbers of them are refused."""
+    tiny.save("ddpm", tmp_path, kind="DDPMPipeline", labels=False, variance_type="learned_range")
+    net = UNet2DModel.from_pretrained(tmp_path, subfolder="unet")
+    config = dict(net.config) | {"out_channels": 6}
+    wide = UNet2DModel.from_config(config)
+    wide.save_pretrained(tmp_path / "unet")
+    teacher = load(tmp_path)
+    x, t = torch.randn(2, *teacher.shape), torch.full((2,), 0.6).double()
+    expected = wide(x, teacher.denoiser.schedule.native(t).float()).sample[:, :3]
+    torch.testing.assert_close(teacher.denoiser(x, t, None).out, expected, rtol=1e-4, atol=1e-5)
+    assert teacher.denoiser.net.config.out_channels == 3
+    assert teacher.sample(x, None, 2).isfinite().all()  # the scheduler asks for no variance
+    UNet2DModel.from_config(config | {"out_channels": 4}).save_pretrained(tmp_path / "unet")
+    with pytest.raises(ValueError, match="has 3 channels and predicts 4"):
+        load(tmp_path)
 
 
 def test_wan_says_what_it_cannot_carry(tmp_path):

@@ -19,7 +19,7 @@ from pipelines import load
 from pipelines.components import ExportError, Parts
 from pipelines.export import export, rehearsal
 from pipelines.export.model_card import collect_card_info
-from pipelines.families import edm, latents, schedulers, sd, tiny
+from pipelines.families import edm, latents, pixels, schedulers, sd, tiny
 from pipelines.run import resolve_student_schedule
 
 ZERO = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
@@ -220,13 +220,13 @@ def test_fewer_than_eight_classes(tmp_path):
     edm.pipeline(edm.unet((8, 16), classes=4), 0.5, 80.0, 1).save_pretrained(tmp_path / "three")
     (tmp_path / "three/distill.json").write_text('{"null_class": 1}')
     teacher, student, scheduler = rehearsed(tmp_path / "three")
-    assert edm.examples(teacher) == (0, 2, 3)
+    assert pixels.examples(teacher) == (0, 2, 3)
     assert exported(teacher, student, scheduler, tmp_path / "out").gaps["pipeline"].largest < 1e-5
     with pytest.raises(ValueError, match="knows the labels 0 .. 3, and the digits have ten: give --data.classes"):
         Digits().open(teacher, ())
     assert Digits(classes=(0, 2)).open(teacher, ()).classes == (0, 2)
     tiny.save("edm", tmp_path / "ten")
-    assert edm.examples(load(tmp_path / "ten")) == tuple(range(8))
+    assert pixels.examples(load(tmp_path / "ten")) == tuple(range(8))
     other = diffusers.EDMEulerScheduler()
     other.save_pretrained(tmp_path / "ten/scheduler")
     edit(tmp_path / "ten/model_index.json", scheduler=["diffusers", "EDMEulerScheduler"])

@@ -17,7 +17,7 @@ from distill.diffusion.solver import Call, run_calls
 from eval.sampling.image_set import generate
 from eval.sampling.sampler import image_generator
 from pipelines import load
-from pipelines.families import edm, tiny
+from pipelines.families import edm, pixels, tiny
 from pipelines.inference.stitch import SamplingStage, stage_times, stitch, teacher_from_pipeline
 
 PROMPTS = ["a red fox in the snow", "seven cats under the stars"]
@@ -136,7 +136,7 @@ def test_pixels(tmp_path):
     z = torch.cat([torch.randn(1, 1, 8, 8, generator=g) for g in sources])
     step = student.scheduler.step
     student.scheduler.step = lambda *args, **options: step(*args, **options | {"generator": sources})
-    want = edm.sample(student, labels, z, 2, 0.0) * 2 - 1
+    want = pixels.sample(student, labels, z, 2, 0.0) * 2 - 1
     assert (stitch([SamplingStage(pipe(tmp_path / "student"), 2)], labels, generators()) - want).abs().max() < 1e-4
     first = SamplingStage(teacher, 6, 2.0, solver="heun")
     got = stitch([first, SamplingStage(teacher_from_pipeline(student), 2, skip=1)], labels, generators())

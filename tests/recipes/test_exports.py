@@ -23,7 +23,7 @@ from pipelines import load, run
 from pipelines.components import ExportError, read_index
 from pipelines.export import export, verify
 from pipelines.export.model_card import collect_card_info
-from pipelines.families import edm
+from pipelines.families import edm, pixels
 from recipes import train
 from recipes.digits import TABLE, TEACHER
 
@@ -96,7 +96,7 @@ def test_every_input_counts(one):
 
 def test_a_recipe_fails_before_its_first_step(tmp_path, monkeypatch, capsys):
     """Its export is rehearsed: a pipeline that samples something else ends the run before it has a folder's files."""
-    wrong = replace(edm.FAMILY, sample=lambda *given: 0.9 * edm.sample(*given))
+    wrong = replace(edm.FAMILY, sample=lambda *given: 0.9 * pixels.sample(*given))
     monkeypatch.setattr(edm, "FAMILY", wrong)
     with pytest.raises(SystemExit) as error:
         run.main(config_of("sid"), argv("sid", tmp_path))
