@@ -35,6 +35,13 @@ TURNS |= {6: Transpose.ROTATE_270, 7: Transpose.TRANSVERSE, 8: Transpose.ROTATE_
 class UnreadableImage(ValueError):
     """An image that cannot be read."""
 
+    @property
+    def in_training(self) -> ValueError:
+        """The error of a run. Its remedy keeps the images' order, which random numbers depend on."""
+        return ValueError(
+            f"{self}: put a readable image into its place, then go on with --resume_from_checkpoint latest"
+        )
+
 
 @cache
 def formats() -> list[str]:

@@ -210,7 +210,10 @@ class Classes:
         from PIL import Image, ImageOps
 
         channels, side, _ = self.teacher.shape
-        full = images.read(file).convert("L" if channels == 1 else "RGB")
+        try:
+            full = images.read(file).convert("L" if channels == 1 else "RGB")
+        except images.UnreadableImage as error:
+            raise error.in_training from None
         image = ImageOps.fit(full, (side, side), Image.Resampling.LANCZOS)
         pixels = torch.from_numpy(np.asarray(image).copy()).float() / 127.5 - 1
         return pixels.reshape(side, side, channels).permute(2, 0, 1)

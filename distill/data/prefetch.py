@@ -8,6 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 from torch import Tensor
 
+from distill.data.images import UnreadableImage
 from distill.data.online import SIZES
 from distill.data.shards import Table
 from distill.diffusion.guidance import with_override
@@ -75,7 +76,10 @@ class PrefetchingBatches:
     @torch.no_grad()
     def read(self, ask: Ask) -> Batch:
         """The batch of (seed, step, player, samples), with the stored types."""
-        batch = self.rows(Draw(*ask[:3], torch.tensor(ask[3])))
+        try:
+            batch = self.rows(Draw(*ask[:3], torch.tensor(ask[3])))
+        except UnreadableImage as error:
+            raise error.in_training from None
         return _map_tensors(batch, _pin_memory) if torch.cuda.is_available() else batch
 
     def rows(self, draw: Draw) -> Batch:

@@ -330,7 +330,9 @@ class TestFeed:
     def test_an_error_is_told(self):
         broken = feed()
         broken.images.read = lambda rows: (_ for _ in ()).throw(sources.UnreadableImage("image a.png"))
-        with pytest.raises(ValueError, match="a.png"):
+        with pytest.raises(
+            ValueError, match="image a.png: put a readable image into its place, then go on with --resume"
+        ):
             broken(Draw(0, 0, "student", torch.arange(4)))
 
     def test_fixed(self):

@@ -294,3 +294,13 @@ def test_incomplete_images_are_left_out(tmp_path, capsys):
         ValueError, match=r"4.png cannot be read: the file is empty; image .*5.png .*no such file: .*--skip_broken"
     ):
         Text("online", images=source, skip_incomplete=True).validate((Requirement.REAL,))
+
+
+def test_imagefolder_of_datasets_reads_the_same(tmp_path):
+    """Metadata in two subfolders, ./ in a name, a suffix in capitals, a hidden file and a hidden folder."""
+    datasets = pytest.importorskip("datasets")
+    files = {"x/a.PNG": 1, "x/metadata.csv": 'file_name,text\na.PNG,"one, 1"\n', "y/s/b.png": 2, ".d.png": 4}
+    files |= {"y/metadata.csv": "file_name,text\n./s/b.png,two\n", "y/.hidden/c.png": 3}
+    source = fill(tmp_path / "images", files)
+    theirs = datasets.load_dataset("imagefolder", data_dir=source, split="train", cache_dir=f"{tmp_path / 'cache'}")
+    assert found(source) == {row["text"]: int(np.array(row["image"])[0, 0, 0]) for row in theirs}
