@@ -55,11 +55,15 @@ def captions(root: str, names: list[str], column: str | None, skip: bool, notes:
         raise ValueError(f"{root}{several[0]} and {root}{several[1]} are in one folder: keep one of them")
     existing = {*names}
     missing: list[str] = []
+    targets: dict[str, str] = {}
     all_captions: dict[str, str | None] = {}
     for name in sorted(metadata, key=lambda name: name.count(os.sep)):
         of_file: dict[str, list[str | None]] = {}
         for where, file, text in _metadata_rows(root + name, column):
             path = _resolve_name(root, os.path.dirname(name), file, existing)
+            if path not in existing and os.path.exists(root + path):  # read through a link to its folder
+                targets = targets or {os.path.realpath(root + other): other for other in names}
+                path = targets.get(os.path.realpath(root + path), path)
             if path in existing:
                 of_file.setdefault(path, []).append(text)
             else:
@@ -91,7 +95,7 @@ def _resolve_name(root: str, folder: str, file: str, existing: set[str]) -> str:
 def _describe_missing(missing: list[str], skip: bool) -> list[str]:
     """A note on rows of metadata without their image. ValueError unless they are skipped."""
     more = f", and {len(missing) - NAMED:,} more rows do so" if len(missing) > NAMED else ""
-    listed = f"{'; '.join(missing[:NAMED])}: the folder holds no such file{more}"
+    listed = f"{'; '.join(missing[:NAMED])}: the folder holds no such visible file{more}"
     if skip:
         return [f"{len(missing):,} row{'s' * (len(missing) > 1)} of metadata skipped: {listed}"]
     raise ValueError(

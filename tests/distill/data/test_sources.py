@@ -85,6 +85,11 @@ def test_links_and_parquet(tmp_path):
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "link").symlink_to("../real")
     assert found(f"{tmp_path / 'home'}") == {"one": 1, "two": 2}
+    (tmp_path / "linked" / "z").mkdir(parents=True)
+    (tmp_path / "linked" / "z" / "a.png").write_bytes(png(3))
+    (tmp_path / "linked" / "b").symlink_to("z")
+    (tmp_path / "linked" / "metadata.csv").write_text("file_name,text\nz/a.png,three")  # it is read as b/a.png
+    assert found(f"{tmp_path / 'linked'}") == {"three": 3}
     rows = {"text": ["one", "two"], "image": [{"bytes": png(i), "path": None} for i in (1, 2)]}
     table = datasets.Dataset.from_dict(rows)
     (tmp_path / "parquet").mkdir()
@@ -146,7 +151,10 @@ def test_what_is_not_read_is_counted(tmp_path):
         ({"metadata.jsonl": '{"text": "x"}'}, r"line 1 has no file_name.*\['text'\]"),
         ({"metadata.jsonl": '{"file_name": "a.png"'}, "metadata.jsonl, line 1, is not JSON"),
         ({"metadata.csv": "file_name,words\na.png,x"}, "metadata.csv, line 2 has no column called text"),
-        ({"metadata.csv": "file_name,text\nb.png,x"}, "metadata.csv, line 2 names 'b.png': the folder holds no such"),
+        (
+            {"metadata.csv": "file_name,text\nb.png,x"},
+            "metadata.csv, line 2 names 'b.png': the folder holds no such visible",
+        ),
         ({"metadata.csv": "file_name,text\na.png,"}, "image .*a.png has no caption: put .* or pass --skip_incomplete"),
         (
             {"metadata.csv": "file_name,text\na.png,x", "metadata.json": "[]"},
