@@ -125,7 +125,7 @@ def test_a_goal_fits(goal, command):
     like = counted[what_counts(run)]
     memory = measure_activations(like).on_top_of(run.state.total, limit)
     flops = with_batch(like, 2).cost.flops / 2 * batch * run.config.train.max_train_steps
-    hours = {name: gpu_hours(flops, chip).over(run.gpus) for name, chip in CARDS.items()}
+    hours = {name: gpu_hours(flops, chip).divide(run.gpus) for name, chip in CARDS.items()}
     said = f"{hours['H100']}" if run.gpus > 1 else ", ".join(f"{value} on an {name}" for name, value in hours.items())
     cells = f"| {memory.total(1) / GiB:.1f} GiB | {said} |"
     row = next(line for line in README.splitlines() if line.startswith(f"| {goal} |"))

@@ -36,7 +36,7 @@ from pipelines.planning.memory_plan import Bytes, GiB, Run, RunConfig
 from pipelines.planning.micro_batch import with_micro_batch
 from pipelines.planning.nearest import nearest_name
 from pipelines.planning.table import Table
-from pipelines.planning.variants import NODE, RANK, apply_24gb_preset, find_fitting, with_lora
+from pipelines.planning.variants import NODE, RANK, apply_24gb_preset, find_fitting, what_counts, with_lora
 
 if TYPE_CHECKING:
     from pipelines.planning.models import Meta
@@ -272,13 +272,13 @@ def tabulate_hours(run: Run, plan: Plan) -> list[str]:
     rows = [[f"hours at {format_share(plan)} of the peak", "TFLOP/s", f"{run.gpus} GPU(s)", "GPU hours", "peak from"]]
     for name, chip in CHIPS.items():
         hours = gpu_hours(run.flops, name, plan.share)
-        rows.append([name, f"{chip.peak:g}", f"{hours.over(run.gpus)}", f"{hours}", chip.source])
+        rows.append([name, f"{chip.peak:g}", f"{hours.divide(run.gpus)}", f"{hours}", chip.source])
     lines = [line, str(Table(rows))]
     for published in find_published(plan.recipe.stem if plan.recipe else ""):
         variant = f", {published.variant}" if published.variant else ""
         lines.append(
             f"  published{variant}: {published.gpu_hours:,.0f} {published.chip} hours for {published.steps:,} steps of "
-            f"{published.batch}, {published.share:.1%} of the peak ({published.source})"
+            f"{published.batch}, {published.peak_share:.1%} of the peak ({published.source})"
         )
     return lines + [""] * (len(lines) > 2)
 
@@ -293,7 +293,7 @@ def summarize_hours(run: Run, plan: Plan) -> str:
     enough = [name for name, chip in CHIPS.items() if chip.memory >= plan.memory * 0.95]
     least = min((CHIPS[name].memory for name in enough), default=None)
     names = [name for name in enough if CHIPS[name].memory == least]
-    hours = [f"{gpu_hours(run.flops, name, plan.share).over(run.gpus)} on {run.gpus} x {name}" for name in names]
+    hours = [f"{gpu_hours(run.flops, name, plan.share).divide(run.gpus)} on {run.gpus} x {name}" for name in names]
     return f"hours at {format_share(plan)} of the peak: {', '.join(hours) or 'no GPU with this memory is known'}"
 
 
@@ -321,7 +321,7 @@ def main(argv: list[str] | None = None) -> None:
         sys.stdout.write(f"  {format_launch(run, program, chosen)}\n  {summarize_hours(run, plan)}\n")
         return
     sys.stdout.write(f"It does not fit: {size} GiB of {plan.memory:g} GiB less {plan.reserve:g}.\n")
-    variant = find_fitting(asked, plan.limit)
+    variant = find_fitting(asked, plan.limit, {what_counts(asked): asked})
     if variant is None:
         sys.stdout.write("Nothing that this command tries does: take larger GPUs or a smaller teacher.\n")
     else:

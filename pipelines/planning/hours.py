@@ -51,7 +51,7 @@ class PublishedRun(NamedTuple):
         return self.gpus * self.hours
 
     @property
-    def share(self) -> float:
+    def peak_share(self) -> float:
         """The share of the chip's peak that the run reached."""
         return self.flops / (self.gpu_hours * 3600 * CHIPS[self.chip].peak * TFLOP)
 
@@ -88,7 +88,7 @@ PUBLISHED = (
     PublishedRun("dmd2_sdxl_lora", PLAIN, "", "A100", 64, 63, 16_000, 128, 1.3118e20, DMD2.format("sdxl")),
     PublishedRun("dmd2_sd15", "", "", "A100", 64, 25, 39_000, 2048, 3.46265e20, DMD2.format("sdv1.5")),
 )
-SHARES = (min(run.share for run in PUBLISHED), max(run.share for run in PUBLISHED))
+SHARES = (min(run.peak_share for run in PUBLISHED), max(run.peak_share for run in PUBLISHED))
 
 
 class Range(NamedTuple):
@@ -97,7 +97,7 @@ class Range(NamedTuple):
     low: float
     high: float
 
-    def over(self, n: float) -> Range:
+    def divide(self, n: float) -> Range:
         return Range(self.low / n, self.high / n)
 
     def __str__(self) -> str:

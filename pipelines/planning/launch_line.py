@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,10 +39,24 @@ def read_launch_file(path: Path) -> LaunchFile:
 def format_launch(run: Run, program: Sequence[str], flags: Sequence[str]) -> str:
     """The complete command of a run, as accelerate starts it. On several machines it is for each of them.
 
-    program: the recipe and the flags that the user gave. flags: those that are added.
+    program: the recipe and the flags that the user gave. flags: those that are added, or replace flags of the user.
     """
-    words = ["accelerate", "launch", *_launcher_flags(run), *program]
+    names = {word for flag in flags for word in flag.split() if word.startswith("--")}
+    words = ["accelerate", "launch", *_launcher_flags(run), *without_flags(program, names)]
     return " ".join([*map(shlex.quote, words), *flags])
+
+
+def without_flags(words: Sequence[str], names: Collection[str]) -> list[str]:
+    """The words without these flags and their values. `--no_x` goes with `--x`."""
+    others = []
+    skip = False
+    for word in words:
+        if word.startswith("--"):
+            flag = word.partition("=")[0].replace("-", "_").replace("__", "--", 1)
+            skip = flag in names or flag.replace("--no_", "--", 1) in names
+        if not skip:
+            others.append(word)
+    return others
 
 
 def recipe_program(recipe: str) -> list[str]:

@@ -378,7 +378,7 @@ def test_the_table_of_published_runs():
     for run in PUBLISHED:
         name = f"[{run.recipe}](../recipes/{run.recipe}.py)" + (f", {run.variant}" if run.variant else "")
         cells = [f"{run.gpus} {run.chip}", f"{run.hours:g}", f"{run.steps:,}", f"{run.batch:,}", f"{run.flops:.3g}"]
-        rows.append(f"| {' | '.join([name, *cells, f'{run.share:.1%}'])} |")
+        rows.append(f"| {' | '.join([name, *cells, f'{run.peak_share:.1%}'])} |")
     sources = sorted({run.source for run in PUBLISHED})
     table = "\n".join([*rows, "", f"Sources: {', '.join(sources)}.", ""])
     head, mark, rest = PAGE.read_text().partition(
@@ -392,7 +392,7 @@ def test_the_table_of_published_runs():
     for run in PUBLISHED:
         hours = gpu_hours(run.flops, run.chip)
         assert hours.low <= run.gpu_hours * 1.001 and run.gpu_hours <= hours.high * 1.001
-        assert gpu_hours(run.flops, run.chip, run.share).low == pytest.approx(run.gpu_hours)
+        assert gpu_hours(run.flops, run.chip, run.peak_share).low == pytest.approx(run.gpu_hours)
     assert [find_published("dmd2_sd15")[0].gpu_hours, find_published("sid_sd15")] == [1600, []]
 
 

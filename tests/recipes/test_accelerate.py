@@ -3,6 +3,7 @@
 import importlib
 import os
 import re
+import shlex
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from accelerate.utils.launch import prepare_multi_gpu_env, prepare_simple_launch
 from distill.configuration import LAUNCHER_FLAGS, _flag_names, parse
 from distill.files import RANKS
 from pipelines.launch import warn_float32, warn_single_process
+from pipelines.planning.launch_line import format_launch, read_launch_file
 
 FOLDER = Path(__file__).resolve().parents[2] / "recipes" / "accelerate"
 SHARDED = ("gpu8_fsdp2", "nodes2_fsdp2")
@@ -200,3 +202,23 @@ def test_float32_on_a_gpu_is_warned_of(capsys):
         assert not capsys.readouterr().err
     warn_float32(of("cuda", "no"))
     assert "--mixed_precision bf16" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("gpus, shards", ((1, 1), (4, 1), (8, 1), (8, 8), (4, 4), (64, 1), (64, 8)))
+def test_launch_lines_of_a_plan_are_read_by_accelerate(gpus, shards):
+    """They ask for the GPUs and shards of the plan; a configuration file is read back as the same."""
+    run = SimpleNamespace(gpus=gpus, shards=shards, half=True)
+    program = ["recipes/dmd2_sdxl.py", "--gradient-accumulation-steps", "1", "--data.cache", "my cache"]
+    line = format_launch(run, program, ["--gradient_accumulation_steps 4"])
+    words = shlex.split(line)
+    assert words[:2] == ["accelerate", "launch"] and words[-4:-2] == ["--data.cache", "my cache"]
+    words = [{"RANK": "0", "HOST0": "host0"}.get(word, word) for word in words[2:]]
+    words[1] = f"{FOLDER.parents[1] / words[1]}"
+    args, defaults, _ = _validate_launch_command(launch_command_parser().parse_args(words))
+    assert (args.num_processes, args.num_machines, args.mixed_precision) == (gpus, -(-gpus // 8), "bf16")
+    assert args.use_fsdp == (shards > 1) and args.training_script == "recipes/dmd2_sdxl.py"
+    if gpus > 8 and shards > 1:
+        parallel = (args.parallelism_config_dp_replicate_size, args.parallelism_config_dp_shard_size)
+        assert tuple(map(int, parallel)) == (gpus // shards, shards)
+    if gpus in (1, 8):
+        assert read_launch_file(Path(words[1])) == (gpus, shards, "bf16")
