@@ -242,6 +242,8 @@ def report(run: Run, plan: Plan) -> str:
     for requirement, judge in judges.items():
         if requirement in config.method.requirements:
             lines.append(f"  {judge} are left out, of memory and of FLOPs.\n")
+    if getattr(config.data, "text", "cached") == "online":
+        lines.append("  Text encoders and VAE, which online data keep in memory, are left out.\n")
     return "\n".join([*lines, str(disk_sizes(run, plan)), *tabulate_hours(run, plan)])
 
 
