@@ -25,21 +25,15 @@ NEEDS = {
     "teacher": "teacher's images with its prompts and noise (--teacher)",
 }
 DIGITS = [8, 8]  # height and width of a digit
+CHOICE = "choose a protocol by --protocol NAME or FILE.yaml, or metrics by --metrics, for example --metrics kid"
 
 
 def choose_protocol(folder: Path, manifest: Manifest, name: str | None, metrics: Sequence[str] = ()) -> Protocol:
     """The named protocol, else the one that the folder was made for, else digits, with some of its metrics.
 
-    ValueError if the protocol does not exist, measures none of the metrics, or is digits for larger images.
+    ValueError if the protocol does not exist, measures none of the metrics, or is digits for other images than 8 x 8.
     """
-    stored = manifest.get("protocol")
-    if name is None and stored is not None and is_file_name(stored) and not Path(stored).is_file():
-        raise ValueError(
-            f"{folder} was made for the protocol {stored}, which is not there: name its place by --protocol"
-        )
-    if name is None and stored is None and manifest.get("shape", [0, *DIGITS])[1:] != DIGITS:
-        raise ValueError(f"{folder} was made for no protocol: {CHOICE}")
-    p = find_protocol(name or stored or "digits")
+    p = find_protocol(name or _stored_protocol(folder, manifest))
     if not metrics:
         return p
     measures = tuple(m for m in p.measures if m.metric in metrics or column_name(m.metric) in metrics)
@@ -48,7 +42,18 @@ def choose_protocol(folder: Path, manifest: Manifest, name: str | None, metrics:
     return replace(p, measures=measures)
 
 
-CHOICE = "choose a protocol by --protocol NAME or FILE.yaml, or metrics by --metrics, for example --metrics kid"
+def _stored_protocol(folder: Path, manifest: Manifest) -> str:
+    """The protocol that a folder was made for, else digits. ValueError if its file is gone, or for other images."""
+    stored = manifest.get("protocol")
+    if not stored:
+        if (manifest.get("shape") or [0])[1:] != DIGITS:
+            raise ValueError(f"{folder} was made for no protocol: {CHOICE}")
+        return "digits"
+    if is_file_name(stored) and not Path(stored).is_file():
+        raise ValueError(
+            f"{folder} was made for the protocol {stored}, which is not there: name its place by --protocol"
+        )
+    return str(stored)
 
 
 def require_inputs(
@@ -62,15 +67,16 @@ def require_inputs(
 ) -> None:
     """ValueError if no metric of a folder can be computed. Arguments: see eval.score."""
     manifest = read_manifest(folder)
+    swaps = read_swaps(use)
     for name in metrics:
         find_metric(name)
     if metrics and protocol is None:
         specs = {name: choose_extractor(find_metric(name), extractor) for name in metrics}
+        specs = {name: swaps.get(spec, spec) for name, spec in specs.items()}
         require_reference(metrics, reference)
     else:
         p = choose_protocol(folder, manifest, protocol, metrics)
         p.require(reference=reference is None)
-        swaps = read_swaps(use)
         specs = {m.metric: swaps.get(m.extractor, m.extractor) for m in p.measures}
     reasons: dict[str, str] = {}
     for name, spec in specs.items():

@@ -45,7 +45,7 @@ def score_folders(
         folder: one or more folders of images.
         out: where the rows go, as JSON.
         protocol: its name (python -m eval.protocols) or its .yaml file; by default the one that a folder was made for,
-            else digits.
+            for digits of 8 x 8 pixels digits.
         metrics: only these of the protocol; without a protocol, any of eval/metrics/registry.py, or your own .py files
             (eval/metrics/lookup.py).
         extractor: without a protocol: the extractor of all metrics, by default each one's own.

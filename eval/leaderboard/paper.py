@@ -72,7 +72,7 @@ def latex_table(board: Board) -> str:
     heads = []
     for heading in of_heading:
         better = board.better(heading) if heading in board.metrics else None
-        heads.append(_escape_latex(metric_label(heading)) + ARROWS.get(better, ""))
+        heads.append(_escape_latex(metric_label(heading)) + ARROWS.get(better or "", ""))
     count = len(board.rows) + len(board.real)
     lines = [" & ".join(_latex_cell(cells[i]) for cells in of_heading.values()) + r" \\" for i in range(count)]
     if board.rows and board.real:

@@ -88,6 +88,11 @@ class Board:
         return list(dict.fromkeys(name for row in (*self.rows, *self.real) for name in row["metrics"]))
 
     @property
+    def headline_metric(self) -> str | None:
+        """The first metric that has better values."""
+        return next((name for name in self.metrics if self.better(name)), None)
+
+    @property
     def title(self) -> str:
         """The protocol, n and the extractor."""
         return self.title_by(str)
@@ -281,14 +286,21 @@ def group_boards(rows: Sequence[Row]) -> list[Board]:
         groups.setdefault(tuple(row.get(k) for k in keys), []).append(row)
     out = []
     for (protocol, hash_, n, extractor, extractor_hash), group in groups.items():
-        first = next((name for name in group[0]["metrics"] if better_values(name, group)), None)
-        sign = 1 if first is None or better_values(first, group) == "lower" else -1
-        worth = {id(r): sign * r["metrics"][first]["value"] for r in group if first in r["metrics"]}
-        order = sorted(group, key=lambda r, worth=worth: worth.get(id(r), math.inf))  # type: ignore[misc]
+        order = _order_rows(group)
         models, real = ([r for r in order if is_real(r) is kind] for kind in (False, True))
         net = str(extractor or ""), str(extractor_hash or "")
         out.append(Board(str(protocol or "no protocol"), str(hash_ or "no hash"), n, *net, models, real))
     return out
+
+
+def _order_rows(group: Sequence[Row]) -> list[Row]:
+    """Rows by the first metric that has better values, the best first; rows without it last."""
+    first = next((name for name in group[0]["metrics"] if better_values(name, group)), None)
+    if first is None:
+        return list(group)
+    sign = 1 if better_values(first, group) == "lower" else -1
+    worth = {id(row): sign * row["metrics"][first]["value"] for row in group if first in row["metrics"]}
+    return sorted(group, key=lambda row: worth.get(id(row), math.inf))
 
 
 def is_teacher(row: Row) -> bool:
@@ -405,12 +417,12 @@ def headline(board: Board) -> str:
     """One sentence on the first metric of a board: the student of fewest calls against its teacher, else the leader."""
     if not board.rows or not board.metrics:
         return "Real images alone: there is no model to compare."
-    name = next((name for name in board.metrics if board.better(name)), None)
+    name = board.headline_metric
     if name is None:
         return f"{board.protocol}: no figure says which model is better."
-    scored = [row for row in board.rows if name in row["metrics"]]
-    students = [row for row in scored if not is_teacher(row) and _network_calls(row)]
-    teachers = [row for row in scored if is_teacher(row) and _network_calls(row)]
+    called = [row for row in board.rows if name in row["metrics"] and _network_calls(row)]
+    students = [row for row in called if not is_teacher(row)]
+    teachers = [row for row in called if is_teacher(row)]
     if not students or not teachers:
         return _describe_leader(board, name)
     fewest = min(map(_network_calls, students))

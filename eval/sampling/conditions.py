@@ -14,7 +14,8 @@ from eval.images.manifest import is_count
 from eval.protocol import Protocol
 
 WITHOUT_CONDITION = ("DDIMPipeline", "DDPMPipeline")
-LABELS = ("ConsistencyModelPipeline", "DiTPipeline", *WITHOUT_CONDITION)  # pipelines that take labels, or nothing
+PIXELS = ("ConsistencyModelPipeline", *WITHOUT_CONDITION)  # pipelines of images themselves, without an autoencoder
+LABELS = (*PIXELS, "DiTPipeline")  # pipelines that take labels, or nothing
 IMAGES = 1_000_000  # of a folder at most: their names have six digits
 DIGITS = 10  # classes of the digits
 
@@ -75,9 +76,13 @@ def prompt_conditions(model: Path, source: str, column: str | None, n: int | Non
 
 def label_conditions(model: Path, classes: int | None, n: int) -> SampleConditions:
     """The labels i % classes. ValueError for a pipeline that takes prompts."""
+    from pipelines.components import read_index
+
     if not takes_labels(model):
         raise ValueError(f"{model} takes prompts: pass --prompts FILE (.txt, one a line, .jsonl or .parquet)")
     known = _count_embeddings(model)
+    if classes is not None and read_index(model)["_class_name"] in WITHOUT_CONDITION:
+        raise ValueError(f"classes is {classes}, and {model} takes no labels: leave out --classes")
     if classes is not None and known is not None and classes > known:
         raise ValueError(f"classes is {classes}, and the network of {model} knows {known} labels: lower --classes")
     classes = classes or _count_classes(model)

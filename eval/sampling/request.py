@@ -19,6 +19,7 @@ from eval.protocol import Protocol
 from eval.protocols import find_protocol
 from eval.sampling.conditions import (
     IMAGES,
+    PIXELS,
     WITHOUT_CONDITION,
     SampleConditions,
     label_conditions,
@@ -205,7 +206,7 @@ class Sampling:
     @property
     def rows_per_call(self) -> int:
         """The number of rows in a call of the network."""
-        return self.rows or (50 if self.pipeline_class == EDM else 1)
+        return self.rows or (50 if self.pipeline_class in PIXELS else 1)
 
     @property
     def scheduling(self) -> tuple[str | None, Tree]:
@@ -278,7 +279,7 @@ class Sampling:
             if solver == "cfg++" and not 0 <= (scale := getattr(self, key) or 0) <= 1:
                 raise ValueError(f"{key} is {scale}, which is lambda under cfg++: it must be in [0, 1]; 0.6, say")
         guided = self.method == "cfg++" or (self.method != "pipeline" and self.guidance not in (None, 1))
-        if guided and self.pipeline_class == EDM and self.exported_facts.get("null_class") is None:
+        if guided and self.pipeline_class in PIXELS and self.exported_facts.get("null_class") is None:
             raise ValueError(
                 f"{self.model} has no label for none (null_class in distill.json), which guidance and cfg++ need: "
                 "leave them out; an exported student of labels has none"
@@ -341,8 +342,8 @@ class Sampling:
         assert steps is not None, "our solvers have a default"
         teacher.parts.device = device
         teacher.denoiser.net.to(device, precision)
-        if self.guidance not in (None, 1) and self.pipeline_class != EDM:
-            teacher.null()  # the empty prompt's; an EDM teacher says which label is none
+        if self.guidance not in (None, 1) and self.pipeline_class not in PIXELS:
+            teacher.null()  # the empty prompt's; a teacher of pixels says which label is none
         self.apply_skip_tuning(teacher.denoiser.net)
         if self.pag_scale:
             from pipelines.inference.pag import with_pag

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from eval.files import shorten
 from eval.images.manifest import Manifest
+from eval.sampling.conditions import WITHOUT_CONDITION
 from eval.sampling.cost import DENOISERS, parameters
 from pipelines.components import LIBRARIES
 
@@ -126,10 +127,12 @@ def _call_pipeline(
 ) -> Tensor:
     """Images [B, C, H, W] or videos [B, C, T, H, W] in [0, 1] by the pipeline's own call. accepted: its parameters."""
     options: dict[str, object] = {"num_inference_steps": steps, "guidance_scale": guidance, "class_labels": conditions}
+    options["batch_size"] = len(generators)
     options = {name: value for name, value in options.items() if name in accepted and value is not None}
     prompts = [conditions] if "prompt" in accepted else []
     output = pipe(*prompts, generator=generators, output_type="pt", **options)
-    return output.images if hasattr(output, "images") else output.frames.transpose(1, 2)
+    images = output.images if hasattr(output, "images") else output.frames.transpose(1, 2)
+    return torch.from_numpy(images).permute(0, 3, 1, 2) if isinstance(images, np.ndarray) else images
 
 
 def staged_sampler(turns: Sequence[SamplingStage], facts: Manifest) -> Sampler:
@@ -298,11 +301,11 @@ def _scheduler(pipe: DiffusionPipeline, name: str | None, config: Mapping[str, A
 
 
 def family_of(pipe: DiffusionPipeline, resolution: int | None) -> tuple[Family | None, Sequence[int]]:
-    """(family, shape of a sample) of a pipeline that a family reads, (None, None) of other pipelines."""
+    """(family, shape of a sample) of a pipeline that a family reads and samples; (None, ()) of other pipelines."""
     from pipelines.families.registry import known_pipelines
     from pipelines.inference.stitch import teacher_from_pipeline
 
-    if type(pipe).__name__ not in known_pipelines():
+    if type(pipe).__name__ not in known_pipelines() or type(pipe).__name__ in WITHOUT_CONDITION:
         if resolution is not None:
             raise ValueError(f"resolution cannot be chosen for a {type(pipe).__name__}; leave it out")
         return None, ()

@@ -195,6 +195,28 @@ def test_a_pipeline_of_no_known_family(home, tmp_path):
     assert (one - three).abs().max() <= 2 / 255 + 1e-6 and (one[0] - one[1]).abs().max() > 0.1
 
 
+@pytest.mark.parametrize("kind", ["DDPMPipeline", "DDIMPipeline"])
+def test_a_pipeline_without_labels_and_prompts(kind, tmp_path):
+    """Its own size; under --solver pipeline image i is the pipeline's own of the same generator, in any batch."""
+    from pipelines.families import ddpm
+
+    pipe = ddpm.tiny(kind, labels=False)
+    pipe.save_pretrained(tmp_path / "model")
+    facts = generate(tmp_path / "model", tmp_path / "a", n=5, steps=3, solver="pipeline")
+    assert (facts["rows"], facts["nfe"], facts["shape"], facts["labels"]) == (50, 3, [3, 8, 8], [0] * 5)
+    pipe.set_progress_bar_config(disable=True)
+    for i in (0, 4):
+        image = pipe(1, generator=[image_generator(0, i)], num_inference_steps=3, output_type="np").images[0]
+        level = folders.read_levels(tmp_path / "a" / f"00000{i}.png").permute(1, 2, 0)
+        assert (level.double() - torch.from_numpy(image * 255)).abs().max() < 0.51 + 1e-3
+    with pytest.raises(ValueError, match="classes is 4, and .*model takes no labels: leave out --classes"):
+        generate(tmp_path / "model", tmp_path / "b", n=4, classes=4)
+    with pytest.raises(ValueError, match="has no label for none"):
+        generate(tmp_path / "model", tmp_path / "b", n=4, solver="ddim", steps=3, guidance=2.0)
+    facts = generate(tmp_path / "model", tmp_path / "c", n=2, steps=3)
+    assert (facts["kind"], facts["solver"], facts["nfe"]) == ("teacher", "heun", 5), "by default our solver, as for EDM"
+
+
 def test_shared_noise_is_refused():
     """A pipeline that draws from torch's own state: alone a function of (seed, i), with others an error."""
 

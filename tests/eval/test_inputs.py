@@ -15,6 +15,7 @@ def test_a_lack_is_named_before_torch_is_imported(tmp_path):
     """Exit code 2 with one line, in one process for all cases."""
     images = torch.zeros(3, 1, 8, 8)
     folders.write_folder(tmp_path / "a", images)
+    (tmp_path / "photos").mkdir()
     folders.write_folder(tmp_path / "large", torch.zeros(1, 3, 16, 16))
     folders.write_folder(tmp_path / "moved", images, protocol="gone/own.yaml")
     (tmp_path / "own.yaml").write_text("size: 8\nlabels: 10\nmetrics: [kid]\n")
@@ -34,6 +35,9 @@ def test_a_lack_is_named_before_torch_is_imported(tmp_path):
         "--folder a --metrics vendi": "needs 'facebook/dinov2-large', which is no folder here, and HF_HUB_OFFLINE",
         "--folder a --metrics kid --reference a": "and HF_HUB_OFFLINE forbids downloads; download https://",
         "--folder a --metrics vendi --extractor inception-clean:x.pt": "there is no file x.pt",
+        "--folder a --metrics vendi --use dinov2=inception-clean:y.pt": "there is no file y.pt",
+        "--folder a --metrics vendi --use dinov2": "--use dinov2: write EXTRACTOR=EXTRACTOR, such as",
+        "--folder photos": "photos was made for no protocol: choose a protocol by",
         "--folder a --metrics vendi --extractor open_clip:ViT/x": "open_clip needs the package open_clip: pip install",
         "--folder a --metrics vendi --extractor open_clip:local-dir:x": "there is no folder x",
         "--folder a --metrics hpsv2 accuracy": "a has no prompts (metadata.jsonl), which hpsv2 needs; accuracy: a has",

@@ -46,10 +46,10 @@ def workplace(tmp_path, monkeypatch):
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DISTILL_CACHE", "cache")
-    for seed, method in enumerate(("dmd2", "sid", "ect")):
+    for seed, method in enumerate(("dmd2", "sid", "cd")):
         torch.manual_seed(seed)
-        folder = Path("runs", "shapes", method, "pipeline")
-        edm.pipeline(edm.unet((8, 16), 16, 3, 4), 0.5, 80.0, 1).save_pretrained(folder)
+        folder = Path("runs", f"mine-{method}", "pipeline")
+        edm.pipeline(edm.unet((8, 16), 32, 3, 4), 0.5, 80.0, 1).save_pretrained(folder)
         (folder / "distill.json").write_text(json.dumps({"student": True, "steps": 1}))
     Path("photos", "test").mkdir(parents=True)
     for i in range(12):
@@ -63,35 +63,39 @@ def workplace(tmp_path, monkeypatch):
 
 def test_three_students_become_three_rows(workplace, monkeypatch, capsys):
     blocks = section("evaluation.md", "A protocol of your own")
-    Path("shapes.yaml").write_text(blocks["yaml"])
+    Path("mine.yaml").write_text(blocks["yaml"])
     execute(blocks[""], monkeypatch)
-    rows = json.loads(Path("runs/shapes.json").read_text())
-    assert [row["model"] for row in rows] == ["dmd2", "ect", "sid"]
+    rows = json.loads(Path("runs/mine.json").read_text())
+    assert [row["model"] for row in rows] == ["mine-cd", "mine-dmd2", "mine-sid"]
     hashes = {row["protocol_hash"] for row in rows}
-    assert hashes == {find_protocol("shapes.yaml").hash} and {row["n"] for row in rows} == {40}
+    assert hashes == {find_protocol("mine.yaml").hash} and {row["n"] for row in rows} == {40}
     assert all(list(row["metrics"]) == ["kid", "precision", "recall", "vendi"] for row in rows)
     assert len({row["metrics"]["kid"]["value"] for row in rows}) == 3
     page = Path("runs/report/index.html").read_text()
-    assert page.count('<table class="sortable">') == 1 and "<h1>" in page and "Shapes" in page
-    assert all(f'<th scope="row" data-key="{name}">{name}</th>' in page for name in ("dmd2", "sid", "ect"))
-    manifest = json.loads(Path("runs/images/sid/manifest.json").read_text())
-    assert manifest["labels"] == [0, 1, 2, 3] * 10 and manifest["shape"] == [3, 16, 16]
+    assert page.count('<table class="sortable">') == 1 and "<h1>" in page and "Mine" in page
+    assert all(
+        f'<th scope="row" data-key="{name}">{name}</th>' in page for name in ("mine-dmd2", "mine-sid", "mine-cd")
+    )
+    manifest = json.loads(Path("runs/images/mine-sid/manifest.json").read_text())
+    assert manifest["labels"] == [0, 1, 2, 3] * 10 and manifest["shape"] == [3, 32, 32]
     assert {file.suffix for file in Path("runs/report/paper").iterdir()} == {".csv", ".tex", ".svg", ".pdf"}
-    assert "40 images of sid, 1 network evaluation(s) each" in capsys.readouterr().out
+    assert "40 images of mine-sid, 1 network evaluation(s) each" in capsys.readouterr().out
 
     before = {path: path.stat().st_mtime_ns for path in Path("runs/images").rglob("*.png")}
     Path("own").mkdir()
     other = blocks["yaml"].replace("  - vendi\n", "").replace("photos/test", "../photos/test")
-    Path("own", "shapes.yaml").write_text(other)
-    lines = [line.replace(" shapes.yaml", " own/shapes.yaml") for line in blocks[""].splitlines()[1:3]]
-    lines += ["python -m eval.score --folder runs/images/dmd2 --out runs/other.json"]
-    lines += ["python -m eval.score --folder runs/images/dmd2 --reference runs/images/sid --out runs/sid.json"]
-    lines += ["python -m eval.leaderboard page runs/shapes.json runs/other.json runs/sid.json --out runs/report"]
+    Path("own", "mine.yaml").write_text(other)
+    lines = [line.replace(" mine.yaml", " own/mine.yaml") for line in blocks[""].splitlines()[1:3]]
+    lines += ["python -m eval.score --folder runs/images/mine-dmd2 --out runs/other.json"]
+    lines += [
+        "python -m eval.score --folder runs/images/mine-dmd2 --reference runs/images/mine-sid --out runs/sid.json"
+    ]
+    lines += ["python -m eval.leaderboard page runs/mine.json runs/other.json runs/sid.json --out runs/report"]
     execute("\n".join(lines), monkeypatch)
     assert {path: path.stat().st_mtime_ns for path in before} == before, "the images of the same labels stay"
     for name in ("other", "sid"):
         (row,) = json.loads(Path(f"runs/{name}.json").read_text())
-        assert row["protocol"] == "shapes" and row["protocol_hash"] not in hashes
+        assert row["protocol"] == "mine" and row["protocol_hash"] not in hashes
         hashes.add(row["protocol_hash"])
     assert Path("runs/report/index.html").read_text().count('<table class="sortable">') == 3
 

@@ -5,13 +5,14 @@ import json
 import math
 import os
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from rows import row
 
 from eval.leaderboard import entries, jobs
-from eval.leaderboard.commands import write_card, write_page
+from eval.leaderboard.commands import run_board, write_card, write_page
 from eval.leaderboard.jobs import Job, JobFailure, run_jobs
 from eval.leaderboard.tables import average_seeds
 from eval.sampling import cost
@@ -20,7 +21,7 @@ from pipelines.export.card import Card, Result, add_results, python_block
 from pipelines.export.license import License
 
 
-def test_a_board_of_a_protocol_of_ones_own(tmp_path):
+def test_a_board_of_a_protocol_of_ones_own(tmp_path, monkeypatch):
     """Its seeds, its name in titles, its content among what a row is made of; the board's real images in the score."""
     own = tmp_path / "own.yaml"
     text = "size: 8\nlabels: 4\nseeds: [3, 4]\nmetrics: [kid]\n"
@@ -39,6 +40,12 @@ def test_a_board_of_a_protocol_of_ones_own(tmp_path):
     own.write_text(text.replace("kid", "vendi"))
     assert one.request()["protocol_hash"] != before["protocol_hash"]
     assert {"reference", "protocol_hash"}.isdisjoint(entries.Entry("m").request()), "as in boards of earlier versions"
+    todo = []
+    evaluate = lambda found, *_: (todo.extend(found) or [row("a", 1.0)], {})
+    monkeypatch.setattr(entries, "evaluate_entries", evaluate)
+    (tmp_path / "board.yaml").write_text(json.dumps({"protocols": [f"{own}"], "entries": tree["entries"]}))
+    run_board(tmp_path / "board.yaml", tmp_path / "out", reference=Path("faces"))
+    assert [entry.reference for entry in todo] == ["faces", "x"], "an entry's own goes before"
     own.write_text(text.replace("kid", "kidd"))
     with pytest.raises(ValueError, match="no metric 'kidd'; the nearest is kid"):
         entries.list_entries(tree)
