@@ -184,6 +184,8 @@ class Card:
         memory = (
             'If the GPU has too little memory, write `pipe.enable_model_cpu_offload()` instead of `pipe.to("cuda")`.'
         )
+        if self.task == "unconditional-image-generation":
+            memory = 'Without a GPU, leave out `pipe.to("cuda")`.'
         if self.model:
             return memory
         replace = f"`{PLACEHOLDER}/...` stands for a repository: replace it by yours, or by the folder with this file."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -77,10 +78,12 @@ def describe_verification(info: CardInfo, gaps: Mapping[str, Gap], n: int) -> st
     lines = [
         f"Plain diffusers loaded this folder again. From the same noise, its images of {n} conditions were compared",
         f"with those of the training code's sampler with {info.source}. The pipeline is compared in float32 and may",
-        f"differ by {TOLERANCE:g} (of a range of 1). A file in half precision may differ by {LARGEST:g}, with a PSNR",
-        f"of at least {PSNR:g} dB.",
+        f"differ by {TOLERANCE:g} (of a range of 1).",
     ]
-    rows = [f"| {_in_code(name)} | {gap.largest:.1e} | {gap.psnr:.1f} dB |" for name, gap in gaps.items()]
+    if any(name.endswith(".safetensors") for name in gaps):
+        lines += [f"A file in half precision may differ by {LARGEST:g}, with a PSNR of at least {PSNR:g} dB."]
+    psnr = lambda gap: f"{gap.psnr:.1f} dB" if math.isfinite(gap.psnr) else "the same images"
+    rows = [f"| {_in_code(name)} | {gap.largest:.1e} | {psnr(gap)} |" for name, gap in gaps.items()]
     table = "\n".join(["| loaded by diffusers | largest difference | PSNR |", "|---|---:|---:|", *rows])
     return f"{' '.join([*lines, *info.notes])}\n\n{table}"
 

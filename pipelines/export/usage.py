@@ -86,7 +86,7 @@ def describe_usage(student: Student, net: nn.Module, base: str, size: tuple[int,
     checkpoint = find("_checkpoint.safetensors")
     needed = network if checkpoint else ""
     steps = [_loading(net, base, network, lora, checkpoint)]
-    steps += _sampling(kind, find("_comfyui.json"), needed, settings)
+    steps += _sampling(net, find("_comfyui.json"), needed, settings)
     text = "## ComfyUI\n\n" + "".join(f"{i}. {step}\n" for i, step in enumerate(steps, 1))
     return f"{text}\n## A1111\n\n{_a1111(student, kind, base, size, checkpoint or lora, settings)}\n"
 
@@ -105,7 +105,7 @@ def _loading(net: nn.Module, base: str, network: str, lora: str, checkpoint: str
     return f"{text}. Text encoders (`models/text_encoders`) and VAE (`models/vae`) are those of {base}."
 
 
-def _sampling(kind: str, workflow: str, network: str, settings: SamplerSettings | None) -> list[str]:
+def _sampling(net: nn.Module, workflow: str, network: str, settings: SamplerSettings | None) -> list[str]:
     """How to sample in ComfyUI: with the workflow of the export, and with a plain KSampler.
 
     network: a file that the workflow needs beside the checkpoint; "": none.
@@ -122,7 +122,9 @@ def _sampling(kind: str, workflow: str, network: str, settings: SamplerSettings 
         return [*steps, f"The scheduler `simple` of a KSampler has other times than this student: {own}."]
     line = f"In a workflow of your own: KSampler with {_settings(settings)}, CFG 1"
     if settings.shift is not None:
-        line += f"; {_shift(kind, settings.shift)}"
+        line += f"; {_shift(type(net).__name__, settings.shift)}"
+    if getattr(net, "config", {}).get("guidance_embeds"):
+        line += "; node FluxGuidance with the guidance_scale of the program above, 3.5 where it names none"
     return [*steps, f"{line}. These settings follow from the student's times; no image of them was compared."]
 
 

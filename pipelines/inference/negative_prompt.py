@@ -38,8 +38,9 @@ if TYPE_CHECKING:
 
 FILE = "negative.safetensors"  # SUN's adapter of an exported student
 LIMIT = (
-    "Plain diffusers runs the base alone, without guidance. `pipelines.inference.negative_prompt.install(pipe, file)` "
-    f"of distill-one-step adds {FILE}, and the call's negative prompt is heard; none is the empty one."
+    "Plain diffusers runs the base without its adapter and without guidance. "
+    f"`pipelines.inference.negative_prompt.install(pipe, file)` of distill-one-step adds the adapter {FILE}: install "
+    "it before the call. Then the call's negative prompt works; its default is the empty prompt."
 )
 
 

@@ -286,6 +286,9 @@ def test_where_the_files_go():
         in text
     )
     assert f"{math.log(9):.4g}." in text and "A1111 does not read this network." in text
+    assert "FluxGuidance" not in text
+    flow.denoiser.net.config = {"guidance_embeds": True}
+    assert "; node FluxGuidance with the guidance_scale of the program" in told(flow, "x_2step_transformer.safetensors")
     flow = student("QwenImageTransformer2DModel", (1.0, 0.9), Flow(), renoise="ddim")
     assert "node ModelSamplingAuraFlow with shift 9." in told(flow, "x_2step_transformer.safetensors")
     wan = student("WanTransformer3DModel", (1.0,), Flow())
