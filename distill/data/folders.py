@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -85,11 +86,14 @@ def _metadata_rows(path: str, column: str | None) -> Iterator[tuple[str, str, st
 
 
 def _resolve_name(root: str, folder: str, file: str, existing: set[str]) -> str:
-    """The name below `root` of a file that metadata in `folder` name, also with ./ or backslashes."""
+    """The name below `root` of a file that metadata in `folder` name, also with ./, backslashes or split accents."""
     if os.path.isabs(file):
         file = os.path.relpath(file, os.path.join(root, folder) or ".")
     name = os.path.normpath(os.path.join(folder, file))
-    return name if "\\" not in file or name in existing else os.path.normpath(name.replace("\\", "/"))
+    if "\\" in file and name not in existing:
+        name = os.path.normpath(name.replace("\\", "/"))
+    forms = (name, unicodedata.normalize("NFC", name), unicodedata.normalize("NFD", name))  # macOS stores NFD
+    return next((form for form in forms if form in existing), name)
 
 
 def _describe_missing(missing: list[str], skip: bool) -> list[str]:

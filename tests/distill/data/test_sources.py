@@ -63,8 +63,8 @@ def test_prompts(tmp_path, name, content):
         {"a.png": 1, "b.png": 2, "metadata.csv": f'{BOM}file_name,text\na.png,"one, 1"\nb.png,two\n'},
         {"a.png": 1, "b.png": 2, "metadata.json": '[{"file_name": "a.png", "text": "one, 1"}, '
          '{"file_name": "./b.png", "text": "two"}]'},
-        {"x/a.png": 1, "x/metadata.csv": 'file_name,text\na.png,"one, 1"\n', "y/s/b.png": 2,
-         "y/metadata.jsonl": '{"file_name": "s\\\\b.png", "text": "two"}', 
+        {"x/a.png": 1, "x/metadata.csv": 'file_name,text\na.png,"one, 1"\n', "y/s/cafe\u0301.png": 2,
+         "y/metadata.jsonl": '{"file_name": "s\\\\caf\\u00e9.png", "text": "two"}', 
          "metadata.csv": "file_name,text\nx/a.png,no"},
         {"a.png": 1, "a.TXT": f"{BOM}one, 1\r\n", "b.PNG": 2, "b.caption": "two\n", "b.heic": "?"},
         {"a.png": 1, "a.txt": "one, 1", "a.caption": "no", "b.png": 2, "b.txt": "two", "._b.png": "junk",
