@@ -287,7 +287,6 @@ def prepare(config: RunConfig, out: Path, resume: Path | None) -> Run:
     from distill.networks.negative_attention import with_negative_prompt
     from distill.training.build import build
     from pipelines.export import hub
-    from pipelines.export.model_card import collect_card_info
     from pipelines.export.schedule import student_config_of_export
     from pipelines.inference import pag
 
@@ -317,10 +316,7 @@ def prepare(config: RunConfig, out: Path, resume: Path | None) -> Run:
     resumption.check_times()
     prompts, c = data.fixed(config.validation_images)
     c = {key: value.to(accelerator.device) for key, value in c.items()}
-    method = type(config.method).__name__.lower()
-    name = out.resolve().name
-    public = repository is not None and not config.hub_private
-    card = collect_card_info(name, teacher, config.teacher, method, dump(config), config.license, repository, public)
+    card = card_of_run(config, teacher, out.resolve().name, repository)
     example = {key: value[:1] for key, value in c.items()}
     nets = build(config.method, teacher.denoiser, teacher.shape, example, student, config.fake)
     if config.student.negative:  # grids show samples with the empty negative prompt
@@ -343,6 +339,15 @@ def prepare(config: RunConfig, out: Path, resume: Path | None) -> Run:
         c=c,
         repository=repository,
     )
+
+
+def card_of_run(config: RunConfig, teacher: Teacher, name: str, repository: str | None) -> CardInfo:
+    """The facts of the export's model card. ValueError if the licence does not allow the push to `repository`."""
+    from pipelines.export.model_card import collect_card_info
+
+    method = type(config.method).__name__.lower()
+    public = repository is not None and not config.hub_private
+    return collect_card_info(name, teacher, config.teacher, method, dump(config), config.license, repository, public)
 
 
 def prepare_processes(cfg: TrainConfig, out: Path) -> Accelerator:
