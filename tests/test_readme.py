@@ -19,7 +19,7 @@ from PIL import Image
 
 from distill.data import Text
 from pipelines.families import tiny
-from pipelines.planning.command import Plan, resolve_config, resolve_machine
+from pipelines.planning.command import MachineOptions, Plan, resolve_config, resolve_launch
 from pipelines.planning.hours import gpu_hours
 from pipelines.planning.memory_plan import GiB, Run
 from pipelines.planning.micro_batch import measure_activations, with_batch
@@ -142,13 +142,8 @@ def plan_command(command):
     file = words.index("--config_file") + 1
     recipe, *flags = words[file + 1 :]
     flags = re.sub(r"--(pretrained_model_name_or_path|output_dir) \S+", "", " ".join(flags)).split()
-    plan = Plan(Path(recipe), config_file=ROOT / words[file])
-    machine = resolve_machine(plan)
-    return Run(*resolve_config(plan, flags), *machine_fields(machine)), 24 if machine.gpus == 1 else 80
-
-
-def machine_fields(machine):
-    return machine.gpus, machine.half, machine.shards
+    gpus, shards, half = resolve_launch(MachineOptions(config_file=ROOT / words[file]))
+    return Run(*resolve_config(Plan(Path(recipe)), flags), gpus, half, shards), 24 if gpus == 1 else 80
 
 
 def test_the_goals_are_launch_lines():

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 import runpy
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
@@ -65,33 +65,15 @@ METHODS = {
 
 
 @dataclass(frozen=True)
-class Plan:
-    """The run to plan, and the machine."""
+class MachineOptions:
+    """GPUs, and how the run is launched on them."""
 
-    # ---- the run ----
-    recipe: Annotated[Path | None, tyro.conf.Positional] = None  # a recipe's name or file; its own flags follow --
-    family: str | None = None  # teacher, without a recipe: sd15, sdxl, sd3, flux, qwen, sana, wan, ..., or a Hub name
-    method: Literal["dmd2", "dmd2-prompts", "sid", "vsd", "lcd", "scm"] = "dmd2"  # method, without a recipe
-    lora: int | None = None  # rank of the adapters of student and fake score; None: the recipe's, or full copies
-    preset: Literal["24gb"] | None = None  # one GPU of 24 GB: 22 GiB, adapters on a bfloat16 backbone, prompts only
-    # ---- the machine ----
     config_file: Path | None = None  # accelerate's configuration file: number of GPUs, sharding, precision
     gpus: int | None = None  # number of GPUs; None: that of config_file, or 1
     memory: float = 80.0  # GiB per GPU
     reserve: float = 1.0  # GiB of it for driver, libraries and allocator gaps
     mixed_precision: Literal["bf16", "no"] | None = None  # None: that of config_file, or bf16
     share: float | None = None  # fraction of the matrix peak that the run reaches; None: those of published runs
-    # ---- the disk ----
-    prompts: int = 500_000  # number of prompts in the cache
-    images: int = 500_000  # number of images in the cache, if the method needs real images
-
-    def __post_init__(self) -> None:
-        if (self.recipe is None) == (self.family is None):
-            raise ValueError("give either a recipe (recipes/dmd2_sdxl.py) or --family and --method")
-        for name in ("gpus", "memory", "share", "prompts"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{name} is {value}; it must be above 0")
 
     @property
     def limit(self) -> float:
@@ -99,7 +81,38 @@ class Plan:
         return (self.memory - self.reserve) * GiB
 
 
-class Machine(NamedTuple):
+@dataclass(frozen=True)
+class DiskOptions:
+    """The size of the cache, for the table of the disk."""
+
+    prompts: int = 500_000  # number of prompts in the cache
+    images: int = 500_000  # number of images in the cache, if the method needs real images
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The run to plan, the machine and the disk."""
+
+    recipe: Annotated[Path | None, tyro.conf.Positional] = None  # a recipe's name or file; its own flags follow --
+    family: str | None = None  # teacher, without a recipe: sd15, sdxl, sd3, flux, qwen, sana, wan, ..., or a Hub name
+    method: Literal["dmd2", "dmd2-prompts", "sid", "vsd", "lcd", "scm"] = "dmd2"  # method, without a recipe
+    lora: int | None = None  # rank of the adapters of student and fake score; None: the recipe's, or full copies
+    preset: Literal["24gb"] | None = None  # one GPU of 24 GB: 22 GiB, adapters on a bfloat16 backbone, prompts only
+    machine: Annotated[MachineOptions, tyro.conf.OmitArgPrefixes] = field(default_factory=MachineOptions)
+    disk: Annotated[DiskOptions, tyro.conf.OmitArgPrefixes] = field(default_factory=DiskOptions)
+
+    def validate(self) -> None:
+        """ValueError for options that no run has. tyro would frame the errors of __post_init__."""
+        if (self.recipe is None) == (self.family is None):
+            raise ValueError("give either a recipe (recipes/dmd2_sdxl.py) or --family and --method")
+        machine = self.machine
+        values = {"gpus": machine.gpus, "memory": machine.memory, "share": machine.share, "prompts": self.disk.prompts}
+        for name, value in values.items():
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} is {value}; it must be above 0")
+
+
+class Launch(NamedTuple):
     """What the options and the configuration file of accelerate say together."""
 
     gpus: int
@@ -107,15 +120,15 @@ class Machine(NamedTuple):
     half: bool
 
 
-def resolve_machine(plan: Plan) -> Machine:
-    if plan.config_file is None:
-        return Machine(plan.gpus or 1, 1, plan.mixed_precision != "no")
-    file = read_launch_file(plan.config_file)
-    gpus = plan.gpus or file.processes
+def resolve_launch(options: MachineOptions) -> Launch:
+    if options.config_file is None:
+        return Launch(options.gpus or 1, 1, options.mixed_precision != "no")
+    file = read_launch_file(options.config_file)
+    gpus = options.gpus or file.processes
     shards = min(file.shards, gpus)
     if gpus % shards:
-        raise ValueError(f"{plan.config_file} has {file.shards} shards, and {gpus} GPUs are no multiple of it")
-    return Machine(gpus, shards, (plan.mixed_precision or file.mixed_precision) == "bf16")
+        raise ValueError(f"{options.config_file} has {file.shards} shards, and {gpus} GPUs are no multiple of it")
+    return Launch(gpus, shards, (options.mixed_precision or file.mixed_precision) == "bf16")
 
 
 def resolve_config(plan: Plan, flags: list[str]) -> tuple[RunConfig, Meta]:
@@ -148,7 +161,7 @@ def _from_family(plan: Plan) -> tuple[RunConfig, Meta]:
     assert plan.family is not None
     model = find_model(plan.family, "family")
     steps = 4 if plan.method.startswith("dmd2") else 1
-    batch = resolve_machine(plan).gpus
+    batch = resolve_launch(plan.machine).gpus
     train = TrainConfig(train_batch_size=batch, max_train_steps=10_000, ema_half_life=0)
     method = METHODS[plan.method].method
     return Config(method, Digits(), model.hub, student=StudentConfig(steps=steps), train=train), Meta(model)
@@ -195,7 +208,9 @@ def load_recipe_config(recipe: Path, flags: list[str]) -> tuple[RunConfig, list[
 
 
 def fits(run: Run, plan: Plan) -> bool:
-    return run.state.total <= plan.limit and run.memory.total <= plan.limit  # counting activations takes time
+    return (
+        run.state.total <= plan.machine.limit and run.memory.total <= plan.machine.limit
+    )  # counting activations takes time
 
 
 def compare_memory(run: Run, plan: Plan) -> Table:
@@ -227,14 +242,14 @@ def report(run: Run, plan: Plan) -> str:
     sharding = f", state sharded over {run.shards}" if run.shards > 1 else ""
     lines = [
         f"{type(config.method).__name__} on {run.parts.model.hub}: samples {teacher.shape}, {run.gpus} GPU(s) of "
-        f"{plan.memory:g} GiB{sharding}; {train.rounds} micro-batch(es) of {run.micro} sample(s) on each GPU in an "
-        f"update; {precision}{recompute}\n"
+        f"{plan.machine.memory:g} GiB{sharding}; {train.rounds} micro-batch(es) of {run.micro} sample(s) on each GPU "
+        f"in an update; {precision}{recompute}\n"
     ]
     roles = [["parameters", "all", "trained"]]
     roles += [[role, f"{n:,}", f"{trained:,}"] for role, (n, trained) in run.parameters.items()]
     lines += [str(Table(roles)), str(compare_memory(run, plan))]
     lines.append("  activations are an estimate (tensors alive in the run on the meta device); the rest is exact,")
-    lines.append(f"  sharded rows divide it. {plan.reserve:g} GiB of each GPU is kept free. No GPU was used.\n")
+    lines.append(f"  sharded rows divide it. {plan.machine.reserve:g} GiB of each GPU is kept free. No GPU was used.\n")
     judges = {
         Requirement.PERCEPTUAL_DISTANCE: "LPIPS and its decoder",
         Requirement.REWARD: "the reward and its decoder",
@@ -252,10 +267,13 @@ def disk_sizes(run: Run, plan: Plan) -> Table:
     teacher, c, _ = run.networks
     train = run.config.train
     prompt = 2 * sum(s.numel() for s in c.values())
-    rows = [["disk", "GB"], [f"cache of {plan.prompts:,} prompts, at most", f"{plan.prompts * prompt / 1e9:.1f}"]]
+    rows = [
+        ["disk", "GB"],
+        [f"cache of {plan.disk.prompts:,} prompts, at most", f"{plan.disk.prompts * prompt / 1e9:.1f}"],
+    ]
     if Requirement.REAL in run.config.method.requirements:
         image = 2 * math.prod(teacher.shape)
-        rows.append([f"cache of {plan.images:,} images", f"{plan.images * image / 1e9:.1f}"])
+        rows.append([f"cache of {plan.disk.images:,} images", f"{plan.disk.images * image / 1e9:.1f}"])
     kept = (train.checkpoints_total_limit or train.max_train_steps // max(train.checkpointing_steps, 1)) + 1
     rows.append([f"{kept} checkpoints, one being written", f"{kept * run.checkpoint / 1e9:.1f}"])
     rows.append(["exported network", f"{4 * run.parameters['teacher'][0] / 1e9:.1f}"])
@@ -273,7 +291,7 @@ def tabulate_hours(run: Run, plan: Plan) -> list[str]:
     )
     rows = [[f"hours at {format_share(plan)} of the peak", "TFLOP/s", f"{run.gpus} GPU(s)", "GPU hours", "peak from"]]
     for name, chip in CHIPS.items():
-        hours = gpu_hours(run.flops, name, plan.share)
+        hours = gpu_hours(run.flops, name, plan.machine.share)
         rows.append([name, f"{chip.peak:g}", f"{hours.divide(run.gpus)}", f"{hours}", chip.source])
     lines = [line, str(Table(rows))]
     for published in find_published(plan.recipe.stem if plan.recipe else ""):
@@ -287,15 +305,17 @@ def tabulate_hours(run: Run, plan: Plan) -> list[str]:
 
 def format_share(plan: Plan) -> str:
     """The share of the peak at which hours are computed, or the highest and the lowest of published runs."""
-    return f"{plan.share:.0%}" if plan.share else f"{SHARES[1]:.0%} to {SHARES[0]:.0%}"
+    return f"{plan.machine.share:.0%}" if plan.machine.share else f"{SHARES[1]:.0%} to {SHARES[0]:.0%}"
 
 
 def summarize_hours(run: Run, plan: Plan) -> str:
     """The hours of a run on the chips with the least memory that is enough, and on eight H100."""
-    enough = [name for name, chip in CHIPS.items() if chip.memory >= plan.memory * 0.95]
+    enough = [name for name, chip in CHIPS.items() if chip.memory >= plan.machine.memory * 0.95]
     least = min((CHIPS[name].memory for name in enough), default=None)
     names = [name for name in enough if CHIPS[name].memory == least]
-    hours = [f"{gpu_hours(run.flops, name, plan.share).divide(run.gpus)} on {run.gpus} x {name}" for name in names]
+    hours = [
+        f"{gpu_hours(run.flops, name, plan.machine.share).divide(run.gpus)} on {run.gpus} x {name}" for name in names
+    ]
     return f"hours at {format_share(plan)} of the peak: {', '.join(hours) or 'no GPU with this memory is known'}"
 
 
@@ -304,13 +324,15 @@ def main(argv: list[str] | None = None) -> None:
     split = argv.index("--") if "--" in argv else len(argv)
     try:
         plan = tyro.cli(Plan, args=argv[:split], description=__doc__, use_underscores=True, prog=program_name())
+        plan.validate()
         if plan.preset == "24gb":
-            plan = replace(plan, gpus=1, memory=min(plan.memory, 22.0))
+            small = replace(plan.machine, gpus=1, memory=min(plan.machine.memory, 22.0))
+            plan = replace(plan, machine=small)
         flags = argv[split + 1 :]
-        machine = resolve_machine(plan)
+        launch = resolve_launch(plan.machine)
         config, parts = resolve_config(plan, flags)
-        asked = Run(config, parts, machine.gpus, machine.half, machine.shards)
-        run = with_micro_batch(asked, plan.limit)
+        asked = Run(config, parts, launch.gpus, launch.half, launch.shards)
+        run = with_micro_batch(asked, plan.machine.limit)
         text = report(run, plan)
         program = format_program(plan, config, flags)
     except (ValueError, OSError) as error:
@@ -319,11 +341,11 @@ def main(argv: list[str] | None = None) -> None:
     size = f"{run.memory.total / GiB:.1f}"
     if fits(run, plan):
         chosen = [] if config.train.gradient_accumulation_steps else [rounds_flag(run)]
-        sys.stdout.write(f"It fits: {size} of {plan.memory:g} GiB (estimated).\n")
+        sys.stdout.write(f"It fits: {size} of {plan.machine.memory:g} GiB (estimated).\n")
         sys.stdout.write(f"  {format_launch(run, program, chosen)}\n  {summarize_hours(run, plan)}\n")
         return
-    sys.stdout.write(f"It does not fit: {size} GiB of {plan.memory:g} GiB less {plan.reserve:g}.\n")
-    variant = find_fitting(asked, plan.limit, {what_counts(asked): asked})
+    sys.stdout.write(f"It does not fit: {size} GiB of {plan.machine.memory:g} GiB less {plan.machine.reserve:g}.\n")
+    variant = find_fitting(asked, plan.machine.limit, {what_counts(asked): asked})
     if variant is None:
         sys.stdout.write("Nothing that this command tries does: take larger GPUs or a smaller teacher.\n")
     else:
