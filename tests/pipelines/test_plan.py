@@ -91,7 +91,7 @@ def planned(folder, case, half=False, **options):
 def real(folder, run, steps, k=None):
     """The same run with numbers: its state after `steps` steps, and the bytes of each player's gradients, FLOPs."""
     config, teacher, grads = run.config, load(folder), {}
-    c = teacher.encode(["a fox"])
+    c = teacher.encode([0] if teacher.family.labels else ["a fox"])
     teacher.null()
     nets = build(config.method, teacher.denoiser, teacher.shape, c, config.student, config.fake)
     if run.half:
