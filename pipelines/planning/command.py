@@ -25,7 +25,7 @@ import tyro
 from distill import methods
 from distill.configuration import Config, fail, parse
 from distill.data import Digits
-from distill.layout import find_recipe, program_name, recipe_names
+from distill.layout import find_recipe, module_name, program_name, recipe_names
 from distill.method import Method, Requirement
 from distill.networks.lora import LoRA
 from distill.training.config import FakeConfig, StudentConfig, TrainConfig
@@ -173,7 +173,7 @@ def format_program(plan: Plan, config: RunConfig, flags: list[str]) -> list[str]
     if plan.recipe is not None:
         words = [*recipe_program(f"{plan.recipe}"), *flags]
     else:
-        words = ["-m", "recipes.train", *METHODS[plan.method].flags.split(), "--teacher", config.teacher]
+        words = ["-m", module_name("recipes.train"), *METHODS[plan.method].flags.split(), "--teacher", config.teacher]
         words += ["--student.steps", f"{config.student.steps}", "--train_batch_size", f"{train.train_batch_size}"]
         words += ["--max_train_steps", f"{train.max_train_steps}", "--ema_half_life", "0"]
     if plan.lora is not None or plan.preset is not None:

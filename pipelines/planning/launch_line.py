@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from distill.files import read_yaml
-from distill.layout import RECIPES, find_recipe
+from distill.layout import RECIPES, find_recipe, module_name
 from pipelines.planning.memory_plan import Run
 
 NODE = 8  # GPUs of one machine in recipes/accelerate
@@ -63,7 +63,7 @@ def recipe_program(recipe: str) -> list[str]:
     """The words that start a recipe. `recipes.train` is a module of a package, others are files."""
     script = find_recipe(recipe)
     if script is None or script.stem == "train":
-        return ["-m", "recipes.train"]
+        return ["-m", module_name("recipes.train")]
     return [os.path.relpath(script)]
 
 
