@@ -8,6 +8,7 @@ import difflib
 import os
 import re
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -18,7 +19,7 @@ import yaml
 
 from distill.files import read_text, read_yaml
 from distill.layout import program_name
-from distill.ranges import Calls, Side, Weight, iterate_fields, validate_ranges
+from distill.ranges import Calls, Natural, Side, Weight, iterate_fields, validate_ranges
 from distill.terminal import escape_for_terminal as escape_for_terminal
 from distill.terminal import fail as fail
 from distill.training.config import FakeConfig, StudentConfig, TrainConfig
@@ -38,13 +39,15 @@ TASKS = {  # the flags that a task needs, for --help
     "name teacher and data": "teacher data.cache data.images data.prompts resolution",
     "set length and batch": "max_train_steps train_batch_size learning_rate",
     "save memory": "gradient_checkpointing gradient_accumulation_steps optimizer student.lora.rank fake.lora.rank",
+    "choose the precision": "mixed_precision",
     "go on with a run": "resume_from_checkpoint resume_allow checkpointing_steps config",
-    "look at a run": "validation_steps validation_images logging_steps report_to",
+    "look at a run": "validation_steps validation_images validation_teacher_steps logging_steps report_to",
+    "name the run for trackers": "tracker_project_name tracker_run_name",
     "find a NaN or a hang": "skip_nonfinite replay hang_seconds",
     "publish the student": "push_to_hub hub_model_id license",
 }
 LAUNCHER_FLAGS = (  # of `accelerate launch`, which people give to a recipe
-    "config_file mixed_precision num_processes num_machines machine_rank main_process_ip main_process_port multi_gpu "
+    "config_file num_processes num_machines machine_rank main_process_ip main_process_port multi_gpu "
     "gpu_ids cpu use_fsdp fsdp_version use_deepspeed dynamo_backend rdzv_backend same_network"
 ).split()
 WRITTEN = ("teacher", "method", "student", "output_dir", "seed")  # first and last fields of a run's config.yaml
@@ -67,6 +70,7 @@ class Config(Generic[M, D]):
     fake: FakeConfig = field(default_factory=FakeConfig)
     train: Annotated[TrainConfig, tyro.conf.OmitArgPrefixes] = field(default_factory=TrainConfig)
     validation_images: Calls = 8  # number of images per sample grid, from the data's first prompts
+    validation_teacher_steps: Natural | None = None  # steps of the teacher's row in grids; 0: none; None: 25, videos 0
     push_to_hub: bool = False  # upload the verified export
     hub_model_id: str | None = None  # user/name of the repository; None: the name of output_dir
     hub_private: bool = False  # create the repository on the Hub as a private one
@@ -81,32 +85,17 @@ def parse(default: Config[M, D], argv: list[str] | None = None, doc: str | None 
 
     For an unknown flag, a wrong type or an impossible value: one message that names it, and exit status 2.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
-    ours = ("--config=", "--replay=")
-    argv = [part for arg in argv for part in (arg.split("=", 1) if arg.startswith(ours) else [arg])]
-    if "--replay" in argv[:-1] and "--config" not in argv:
-        replay = argv[argv.index("--replay") + 1]
-        if not os.path.isfile(f"{replay}/config.yaml"):
-            fail(f"--replay is {replay!r}, which has no config.yaml: give a run's replay-STEP-PLAYER")
-        argv += ["--config", f"{replay}/config.yaml"]
-    if "--config" in argv:
-        i = argv.index("--config")
-        argv = _file(argv[i + 1 : i + 2], default) + argv[:i] + argv[i + 2 :]
+    argv = _expand_config(list(sys.argv[1:] if argv is None else argv), default)
     doc = f"{doc or ''}\n\n{describe_tasks(default)}"
-    kind: Any = Config.__class_getitem__((type(default.method), type(default.data)))  # type: ignore[attr-defined]
+    kind = Config.__class_getitem__((type(default.method), type(default.data)))  # type: ignore[attr-defined]
     cli = partial(
         tyro.cli, kind, default=default, args=argv, description=doc, use_underscores=True, prog=program_name()
     )
     try:
         config, unknown = cli(return_unknown_args=True)
-        if unknown and not unknown[0].startswith("--"):
-            i = next(i for i, arg in enumerate(argv) if unknown[0] in (arg, arg.partition("=")[2]))
-            flag = next((arg.partition("=")[0] for arg in argv[i::-1] if arg.startswith("--")), "the command line")
-            fail(f"{flag} takes no {unknown[0]!r}: see --help")
         if unknown:
-            name = unknown[0].removeprefix("--").partition("=")[0]
-            _refuse_removed_field(name, "the flag")
-            _refuse_launcher_flag(name, default)
+            _refuse_unknown(unknown[0], argv)
+            _refuse_launcher_flag(unknown[0].removeprefix("--").partition("=")[0], default)
             cli()  # its error message names similar flags
         validate_ranges(config, "--")
     except ValueError as error:  # raised by a dataclass
@@ -114,7 +103,31 @@ def parse(default: Config[M, D], argv: list[str] | None = None, doc: str | None 
     return config
 
 
-def _file(path: list[str], default: Config[Any, Any]) -> list[str]:
+def _expand_config(argv: list[str], default: Config[M, D]) -> list[str]:
+    """The command line with the flags of its --config file in front, or of the config.yaml of its --replay."""
+    ours = ("--config=", "--replay=")
+    argv = [part for arg in argv for part in (arg.split("=", 1) if arg.startswith(ours) else [arg])]
+    if "--replay" in argv[:-1] and "--config" not in argv:
+        replay = argv[argv.index("--replay") + 1]
+        if not os.path.isfile(f"{replay}/config.yaml"):
+            fail(f"--replay is {replay!r}, which has no config.yaml: give a run's replay-STEP-PLAYER")
+        argv += ["--config", f"{replay}/config.yaml"]
+    if "--config" not in argv:
+        return argv
+    i = argv.index("--config")
+    return _file(argv[i + 1 : i + 2], default) + argv[:i] + argv[i + 2 :]
+
+
+def _refuse_unknown(word: str, argv: list[str]) -> None:
+    """Refuse a value that no flag takes, and a flag of an earlier version."""
+    if not word.startswith("--"):
+        i = next(i for i, arg in enumerate(argv) if word in (arg, arg.partition("=")[2]))
+        flag = next((arg.partition("=")[0] for arg in argv[i::-1] if arg.startswith("--")), "the command line")
+        fail(f"{flag} takes no {word!r}: see --help")
+    _refuse_removed_field(word.removeprefix("--").partition("=")[0], "the flag")
+
+
+def _file(path: list[str], default: Config[M, D]) -> list[str]:
     """Convert a YAML file to flags."""
     if not path or not os.path.isfile(path[0]):
         fail(f"--config needs the path of a YAML file (as a run writes it to its config.yaml); got {path or 'nothing'}")
@@ -150,21 +163,21 @@ def current_classes(method: str) -> str:
     return re.sub(r"\w+", lambda word: FORMER_CLASSES.get(word[0], word[0]), method)
 
 
-def dump(config: Config[Any, Any]) -> str:
+def dump(config: Config[M, D]) -> str:
     """The complete configuration as YAML, which `--config` reads."""
     tree = dataclasses.asdict(config)
     tree |= tree.pop("train")
     return f"# {type(config.method).__name__}\n{yaml.safe_dump(_plain(tree), sort_keys=False)}"
 
 
-def from_tree(kind: type[T], tree: dict[str, Any]) -> T:
+def from_tree(kind: type[T], tree: Mapping[str, object]) -> T:
     """A dataclass from its part of a run's config.yaml."""
     made: dict[str, Any] = {f.name: f.default_factory for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
     nested = {k: from_tree(made[k], v) if isinstance(v, dict) else v for k, v in tree.items() if k in made}
     return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in nested.items()})
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     if isinstance(value, dict):
         return {key: _plain(v) for key, v in value.items()}
     return [_plain(v) for v in value] if isinstance(value, tuple) else value
@@ -218,7 +231,7 @@ def _refuse_removed_field(name: str, what: str) -> None:
         fail(f"there is no --{name} any more: {why}. Leave {what} out")
 
 
-def _flags(tree: dict[str, Any], known: dict[str, Any], empty: set[str], prefix: str = "") -> list[str]:
+def _flags(tree: dict[str, object], known: dict[str, object], empty: set[str], prefix: str = "") -> list[str]:
     """Convert a tree of values to flags. Values that a flag cannot express are refused.
 
     known: the type of every field by its name. empty: the fields that are None in the recipe. A null for these is
@@ -228,18 +241,34 @@ def _flags(tree: dict[str, Any], known: dict[str, Any], empty: set[str], prefix:
     for key, value in tree.items():
         name = f"{prefix}{key}"
         _check_name(name, [*known, *ALIASES], isinstance(value, dict))
-        kinds = {get_origin(kind) or kind for kind in (known.get(name), *get_args(known.get(name)))}
         if isinstance(value, dict) and name not in known:
             flags += _flags(value, known, empty, f"{name}.")
-        elif value is None and name in empty:
-            continue
-        elif isinstance(value, bool) and bool in kinds:
-            flags.append(f"--{name}" if value else f"--{prefix}no_{key}")
-        else:
-            plain = value if isinstance(value, list) and tuple in kinds else [value] * (value is not None)
-            odd = any(isinstance(v, bool | list | dict | None) or f"{v}".startswith("--") for v in plain)
-            if name in known and (odd or bool in kinds or (value is None and type(None) not in kinds)):
-                may = "true or false" if bool in kinds else "a list of plain values" if tuple in kinds else "one value"
-                fail(f"--config: {name} is {value!r}; it must be {may}{', or null' * (type(None) in kinds)}")
-            flags += [f"--{name}", *map(str, plain or [value] * (value is None))]
+        elif value is not None or name not in empty:
+            flags += _flag(name, value, known.get(name))
     return flags
+
+
+def _flag(name: str, value: object, hint: object) -> list[str]:
+    """One value as a flag. hint: the type of its field; None: the name is an alias, whose value is passed on."""
+    kinds = {get_origin(kind) or kind for kind in (hint, *get_args(hint))}
+    if isinstance(value, bool) and bool in kinds:
+        parent, dot, key = name.rpartition(".")
+        return [f"--{name}" if value else f"--{parent}{dot}no_{key}"]
+    if isinstance(value, list) and tuple in kinds:
+        words = value
+    else:
+        words = [] if value is None else [value]
+    if hint is not None:
+        _check_value(name, value, words, kinds)
+    return [f"--{name}", *map(str, words or [value] * (value is None))]
+
+
+def _check_value(name: str, value: object, words: list[object], kinds: set[object]) -> None:
+    """Refuse a value that is not of its field's kinds. words: the value as words of the command line."""
+    odd = any(isinstance(v, bool | list | dict | None) or f"{v}".startswith("--") for v in words)
+    if not odd and bool not in kinds and (value is not None or type(None) in kinds):
+        return
+    may = "one value"
+    if bool in kinds or tuple in kinds:
+        may = "true or false" if bool in kinds else "a list of plain values"
+    fail(f"--config: {name} is {value!r}; it must be {may}{', or null' * (type(None) in kinds)}")

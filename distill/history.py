@@ -8,17 +8,16 @@ A resumed run with another method, teacher, seed, batch or other times is refuse
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from distill.configuration import Config, current_classes, dump, escape_for_terminal, read_run_config
+from distill.configuration import Config, D, M, current_classes, dump, escape_for_terminal, read_run_config
 from distill.files import read_text, write_atomically
 from distill.method import Method, Requirement
 
@@ -31,14 +30,13 @@ FIELDS = {  # kind of difference that stops a resumed run -> its fields in a con
 OWN = ("output_dir", "resume_from_checkpoint", "resume_allow", "replay")  # fields of one command, not of the run
 
 
-def name(method: Any) -> str:
+def name(method: object) -> str:
     """The class of a method and of the methods that it wraps: RewardGuided(SiD)."""
-    inner = [getattr(method, field.name) for field in dataclasses.fields(method)]
-    inner = [name(value) for value in inner if isinstance(value, Method)]
-    return f"{type(method).__name__}({', '.join(inner)})" if inner else type(method).__name__
+    wrapped = [name(value) for value in vars(method).values() if isinstance(value, Method)]
+    return f"{type(method).__name__}({', '.join(wrapped)})" if wrapped else type(method).__name__
 
 
-def entry(config: Config[Any, Any]) -> dict[str, Any]:
+def entry(config: Config[M, D]) -> dict[str, Any]:
     """The entry of a configuration in the history."""
     return {"method": name(config.method), "config": yaml.safe_load(dump(config))}
 
@@ -64,8 +62,8 @@ def check_same_run(
     allowed: Sequence[str],
 ) -> None:
     """ValueError if method, seed, batch or calls differ from the checkpoint's run, except for kinds in `allowed`."""
-    old = _flat(before["config"])
-    new = _flat(now["config"])
+    old = flatten(before["config"])
+    new = flatten(now["config"])
     changed = {kind: [f for f in names if f in old and old[f] != new.get(f)] for kind, names in FIELDS.items()}
     said = {
         kind: [f"{f} {_shorten(old[f])}, not {_shorten(new.get(f))}" for f in names] for kind, names in changed.items()
@@ -117,8 +115,8 @@ def check_same_times(checkpoint: Path, before: dict[str, Any], times: Sequence[f
 
 def describe_changes(before: dict[str, Any], now: dict[str, Any]) -> str:
     """The differences of two entries, one per line; "" if they are equal."""
-    old = _flat(before["config"])
-    new = _flat(now["config"])
+    old = flatten(before["config"])
+    new = flatten(now["config"])
     lines = []
     if "time" in before and before["method"] != now["method"]:
         lines.append(f"  method: {before['method']} -> {now['method']}")
@@ -145,9 +143,9 @@ def record(out: Path, entry: dict[str, Any], text: str, step: int, resumed: Path
     write_atomically(out / "config.yaml", text)
 
 
-def _comparison_key(entry: dict[str, Any]) -> tuple[Any, ...]:
+def _comparison_key(entry: dict[str, Any]) -> tuple[object, ...]:
     """The parts of an entry that are compared with the previous one."""
-    config = {key: value for key, value in _flat(entry["config"]).items() if key not in OWN}
+    config = {key: value for key, value in flatten(entry["config"]).items() if key not in OWN}
     return config, *(entry.get(key) for key in ("method", "teacher", "times"))
 
 
@@ -160,7 +158,7 @@ def _entries(run: Path) -> list[dict[str, Any]]:
     for i, line in enumerate(read_text(path).splitlines(), 1):
         try:
             one = json.loads(line)
-            _flat(one["config"])
+            flatten(one["config"])
             one["method"] = current_classes(one["method"])
             whole = isinstance(one.get("teacher", {}), dict)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
@@ -171,13 +169,13 @@ def _entries(run: Path) -> list[dict[str, Any]]:
     return entries
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(tree: Mapping[str, object], prefix: str = "") -> dict[str, object]:
     """{dotted name: value}."""
-    found: dict[str, Any] = {}
+    found: dict[str, object] = {}
     for key, value in tree.items():
-        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        found |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return found
 
 
-def _shorten(value: Any) -> str:
+def _shorten(value: object) -> str:
     return escape_for_terminal(str(value)[:80])

@@ -123,6 +123,11 @@ class Method(ABC):
         return False
 
     @property
+    def communicates(self) -> bool:
+        """Whether a loss exchanges numbers between processes, so that no process may stop inside it."""
+        return False
+
+    @property
     def degradation_run(self) -> Path | None:
         """The folder of the run whose checkpoints are the role "past"; None: the method has no such role."""
         return None

@@ -56,7 +56,7 @@ class LineProgress(tqdm):
         self.mininterval = min(max(self.format_dict["elapsed"] / 10, LEAST), MOST)
         return super().display(msg, pos)
 
-    def set_postfix(self, *values: Any, refresh: bool = False, **named: Any) -> None:
+    def set_postfix(self, *values: object, refresh: bool = False, **named: object) -> None:
         super().set_postfix(*values, refresh=False, **named)
 
 

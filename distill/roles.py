@@ -86,13 +86,10 @@ class Nets:
 
     def modules(self) -> dict[str, nn.Module]:
         """Every trained or averaged network by role. The frozen teacher is not among them."""
-        roles = {
-            "student": self.student.denoiser.net,
-            "fake": self.fake.net if self.fake is not None else None,
-            **{role: getattr(self, role) for role in SMALL},
-            "target": self.target.net if self.target is not None else None,
-        }
-        return {name: net for name, net in roles.items() if net is not None}
+        fake = {} if self.fake is None else {"fake": self.fake.net}
+        small = {role: getattr(self, role) for role in SMALL if getattr(self, role) is not None}
+        target = {} if self.target is None else {"target": self.target.net}
+        return {"student": self.student.denoiser.net, **fake, **small, **target}
 
     def frozen(self) -> dict[str, nn.Module]:
         """Networks that no player trains: the teacher, the worse network of its guidance, its past checkpoints, and the

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from distill.files import RANKS
@@ -16,6 +17,8 @@ from distill.layout import RECIPES
 if TYPE_CHECKING:
     import torch
     from accelerate import Accelerator
+
+    from distill.training.config import TrainConfig
 
 
 def start_accelerator(days: int = 1, **options: object) -> Accelerator:
@@ -45,6 +48,43 @@ def warn_single_process() -> None:
         )
 
 
+def choose_precision(given: str | None) -> tuple[str | None, str]:
+    """(precision for Accelerator, why) of a run whose flag --mixed_precision is `given`; None: that of the launcher."""
+    import torch
+
+    if given is not None:
+        return given, "--mixed_precision"
+    if is_precision_given():
+        return None, "of the launcher"
+    cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+    if not cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False):
+        return "bf16", "the GPU supports it; --mixed_precision no is float32"
+    return "no", "the device has no fast bfloat16; --mixed_precision bf16 is for GPUs that have"
+
+
+def is_precision_given() -> bool:
+    """Whether the line or the configuration of `accelerate launch` gives a precision.
+
+    accelerate passes on "no" where none is given. Then its line tells, and the file of `accelerate config`.
+    """
+    from accelerate.commands.config import config_args
+
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION")
+    if precision != "no":
+        return precision is not None
+    words = launcher_words()
+    flags = ("--mixed_precision", "--mixed-precision", "--config_file", "--config-file")
+    return words is None or any(w.startswith(flags) for w in words) or os.path.isfile(config_args.default_config_file)
+
+
+def launcher_words() -> list[str] | None:
+    """The command line of the process above this one; None where the system does not show it."""
+    try:
+        return Path(f"/proc/{os.getppid()}/cmdline").read_text().split("\0")
+    except OSError:
+        return None
+
+
 def device_memory(device: torch.device) -> int | None:
     """Bytes of memory of a GPU; None for other devices, which share the memory of the machine."""
     import torch
@@ -52,13 +92,16 @@ def device_memory(device: torch.device) -> int | None:
     return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
 
 
-def warn_float32(accelerator: Accelerator) -> None:
-    """Warn if a run on a GPU was launched without a precision, which is float32: twice the activations, and slow."""
-    if accelerator.device.type != "cuda" or accelerator.mixed_precision != "no" or not accelerator.is_main_process:
+def report_batch(cfg: TrainConfig, accelerator: Accelerator, reason: str) -> None:
+    """Print one line: how the global batch is divided, and the precision with the reason of its choice."""
+    if not accelerator.is_main_process:
         return
+    processes = accelerator.num_processes
+    micro = cfg.micro_batch(processes)
+    name = {"no": "float32", "bf16": "bfloat16"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
     sys.stderr.write(
-        "warning: this run trains in float32, as accelerate does where no precision is given. For bfloat16 launch it "
-        f"by `accelerate launch --mixed_precision bf16 ...` or --config_file {RECIPES / 'accelerate' / 'gpu1.yaml'}\n"
+        f"{micro} image(s) in a micro-batch x {cfg.rounds} micro-batch(es) x {processes} process(es) = "
+        f"{cfg.train_batch_size} images an update; precision {name} ({reason})\n"
     )
 
 

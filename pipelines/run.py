@@ -6,7 +6,7 @@ import dataclasses
 import re
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ from distill.configuration import Config, dump, fail, parse
 from distill.files import folder_lock, rank
 from distill.method import Method, Requirement
 from distill.training import checkpoint, precision
+from distill.training.memory import MicroBatchError
 from distill.training.replay import read_facts, replay_update
 from distill.training.watchdog import Agreement, Watchdog
 from pipelines import fields
@@ -27,11 +28,12 @@ from pipelines.inference import controlnet
 from pipelines.judges import perceptual, reward
 from pipelines.launch import (
     catch_signals,
+    choose_precision,
     device_memory,
     launcher_process,
+    report_batch,
     silence_libraries,
     start_accelerator,
-    warn_float32,
 )
 from pipelines.planning.nearest import nearest_name
 from pipelines.teacher import Teacher, load
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from torch import Tensor, nn
 
+    from distill.random import Draw
     from distill.roles import Nets
     from distill.training.config import StudentConfig, TrainConfig
     from distill.training.log import Log
@@ -48,6 +51,8 @@ if TYPE_CHECKING:
     from pipelines.export.model_card import CardInfo
 
 RunConfig = Config[Any, Any]  # with any method and data
+Sampler = Callable[["Tensor", "dict[str, Tensor]", "Draw"], "Tensor"]  # samples of unit noise z under conditions c
+TEACHER_STEPS = 25  # of the teacher's row in sample grids
 
 
 PIXEL_HINT = (
@@ -82,7 +87,8 @@ def smoke_config(config: RunConfig) -> RunConfig:
     """Two steps of the same experiment on a tiny random teacher of its family, as a configuration."""
     out = Path(config.train.output_dir)
     data = config.data.smoke(out / "data") if hasattr(config.data, "smoke") else config.data
-    return dataclasses.replace(shorten_run(config), data=data, teacher=f"{out / 'teacher'}", resolution=None)
+    small = dataclasses.replace(shorten_run(config), validation_teacher_steps=2)
+    return dataclasses.replace(small, data=data, teacher=f"{out / 'teacher'}", resolution=None)
 
 
 def shorten_run(config: RunConfig) -> RunConfig:
@@ -252,6 +258,8 @@ class Run:
     out: Path
     resumption: Resumption
     accelerator: Accelerator
+    precision_reason: str  # who or what chose the precision
+    adaptive: bool  # halve the micro-batch if memory runs out in the first iteration
     teacher: Teacher
     nets: Nets
     data: Any
@@ -276,8 +284,12 @@ def run(config: RunConfig, out: Path, resume: Path | None) -> None:
     if prepared.accelerator.is_main_process:
         rehearse(prepared.nets.student, prepared.teacher, prepared.scheduler, prepared.card)
         prepared.resumption.record(out, prepared.config)
+    report_batch(prepared.config.train, prepared.accelerator, prepared.precision_reason)
     start_trackers(prepared)
-    state = train_and_save(prepared)
+    try:
+        state = train_and_save(prepared)
+    except MicroBatchError as error:
+        raise ValueError(f"{error}.\n{describe_fitting_launch(prepared)}") from None
     if prepared.accelerator.is_main_process:
         export_student(prepared, state)
 
@@ -285,15 +297,13 @@ def run(config: RunConfig, out: Path, resume: Path | None) -> None:
 def prepare(config: RunConfig, out: Path, resume: Path | None) -> Run:
     """Load and build everything for a run. ValueError for a run that cannot be trained or exported."""
     from distill.networks.negative_attention import with_negative_prompt
-    from distill.training.build import build
     from pipelines.export import hub
     from pipelines.export.schedule import student_config_of_export
-    from pipelines.inference import pag
 
     allowed = config.train.resume_allow
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, resume_allow=()))
     entry = history.entry(config)
-    accelerator = prepare_processes(config.train, out)
+    accelerator, reason = prepare_processes(config.train, out)
     config = fit_to_memory(config, accelerator, config.teacher)
     before = history.last_entry(resume.absolute().parent) if resume and accelerator.is_main_process else None
     resumption = Resumption(entry, resume, before, allowed)
@@ -317,12 +327,9 @@ def prepare(config: RunConfig, out: Path, resume: Path | None) -> Run:
     prompts, c = data.fixed(config.validation_images)
     c = {key: value.to(accelerator.device) for key, value in c.items()}
     card = card_of_run(config, teacher, out.resolve().name, repository)
-    example = {key: value[:1] for key, value in c.items()}
-    nets = build(config.method, teacher.denoiser, teacher.shape, example, student, config.fake)
+    nets = build_networks(config, teacher, student, c, data)
     if config.student.negative:  # grids show samples with the empty negative prompt
         c = with_negative_prompt(c, teacher.null())
-    attach_judges(nets, config, teacher, data)
-    pag.attach_pag(nets, config.pag_scale, config.pag_layers)
     if accelerator.mixed_precision == "bf16":
         cast_to_bfloat16(teacher.denoiser.net)  # trainable weights are float32 copies, or adapters on it
     return Run(
@@ -330,6 +337,8 @@ def prepare(config: RunConfig, out: Path, resume: Path | None) -> Run:
         out=out,
         resumption=resumption,
         accelerator=accelerator,
+        precision_reason=reason,
+        adaptive=entry["config"]["gradient_accumulation_steps"] is None,
         teacher=teacher,
         nets=nets,
         data=data,
@@ -350,8 +359,25 @@ def card_of_run(config: RunConfig, teacher: Teacher, name: str, repository: str 
     return collect_card_info(name, teacher, config.teacher, method, dump(config), config.license, repository, public)
 
 
-def prepare_processes(cfg: TrainConfig, out: Path) -> Accelerator:
-    """Start the processes of a run and seed them. ValueError for options of `cfg` that cannot run here."""
+def build_networks(
+    config: RunConfig, teacher: Teacher, student: StudentConfig, c: dict[str, Tensor], data: Any
+) -> Nets:
+    """All roles with the judges that the method requires. c: the condition of the sample grids, as an example."""
+    from distill.training.build import build
+    from pipelines.inference import pag
+
+    example = {key: value[:1] for key, value in c.items()}
+    nets = build(config.method, teacher.denoiser, teacher.shape, example, student, config.fake)
+    attach_judges(nets, config, teacher, data)
+    pag.attach_pag(nets, config.pag_scale, config.pag_layers)
+    return nets
+
+
+def prepare_processes(cfg: TrainConfig, out: Path) -> tuple[Accelerator, str]:
+    """Start the processes of a run and seed them: (accelerator, reason of its precision).
+
+    ValueError for options of `cfg` that cannot run here.
+    """
     from accelerate.utils import set_seed
 
     from distill.training.prepare import validate_launch
@@ -359,13 +385,13 @@ def prepare_processes(cfg: TrainConfig, out: Path) -> Accelerator:
     if cfg.deterministic:
         precision.deterministic()
     tracker = None if cfg.report_to == "none" else cfg.report_to
-    accelerator = start_accelerator(log_with=tracker, project_dir=out)
+    precision_name, reason = choose_precision(cfg.mixed_precision)
+    accelerator = start_accelerator(log_with=tracker, project_dir=out, mixed_precision=precision_name)
     cfg.micro_batch(accelerator.num_processes)
     validate_launch(cfg, accelerator)
-    warn_float32(accelerator)
     silence_libraries()
     set_seed(cfg.seed)
-    return accelerator
+    return accelerator, reason
 
 
 def fit_to_memory(config: RunConfig, accelerator: Accelerator, teacher: str) -> RunConfig:
@@ -393,6 +419,16 @@ def fit_to_memory(config: RunConfig, accelerator: Accelerator, teacher: str) -> 
     return dataclasses.replace(config, train=train)
 
 
+def describe_fitting_launch(run: Run) -> str:
+    """What to do if one sample in a micro-batch does not fit: a launch line of less memory than this run's plan."""
+    from pipelines.planning.fit import advise
+
+    accelerator = run.accelerator
+    shards = sharding.count_shards(accelerator) if run.sharded else 1
+    half = accelerator.mixed_precision == "bf16"
+    return advise(run.config, f"{run.teacher.parts.folder}", accelerator.num_processes, shards, half)
+
+
 def load_run_teacher(config: RunConfig, accelerator: Accelerator, resumption: Resumption) -> Teacher:
     """The teacher, downloaded by one process and compared with that of the resumed run."""
     from pipelines.families import tiny
@@ -413,8 +449,11 @@ def load_run_teacher(config: RunConfig, accelerator: Accelerator, resumption: Re
 
 def start_trackers(run: Run) -> None:
     """Start the trackers of --report_to. If one fails, the ValueError says how to continue without it."""
+    from distill.training import trackers
+
     try:
-        run.accelerator.init_trackers("distill", init_kwargs={"wandb": {"dir": f"{run.out}"}})
+        resumed = run.resumption.checkpoint is not None
+        trackers.start_trackers(run.config.train, run.accelerator, run.resumption.entry["config"], resumed)
     except Exception as error:
         raise ValueError(
             f"report_to is {run.config.train.report_to!r}, which does not start ({error}): log in to it, set "
@@ -436,7 +475,11 @@ def train_and_save(run: Run) -> State:
     parent = launcher_process()
     agree = Agreement(accelerator)
     with closing(log), catch_signals() as caught, saver, watchdog as watch:
-        for state in train(run.config.method, run.nets, run.data, cfg, accelerator, run.resumption.checkpoint):
+        log_references(run, log)
+        states = train(
+            run.config.method, run.nets, run.data, cfg, accelerator, run.resumption.checkpoint, adaptive=run.adaptive
+        )
+        for state in states:
             watch(state.step)
             log(state)
             if not caught and launcher_process() != parent:  # the launcher died; nothing else would end this process
@@ -476,29 +519,80 @@ def must_save(run: Run, step: int) -> bool:
 
 def preview(run: Run, state: State, log: Log) -> None:
     """Log a grid of the averaged student's samples, always from the same noise."""
+    student = run.nets.student.with_network(state.ema.net)
+    images = sample_prompts(run, student.generate)
+    if images is not None:
+        log.images(images, state.step, [*map(str, run.prompts)])
+
+
+def log_references(run: Run, log: Log) -> None:
+    """In a new run, add rows of the teacher and of the untrained student to all grids, and log the grid of step 0."""
+    new = run.config.train.validation_steps and not run.resumption.first_step
+    if not new or run.sharded or not run.accelerator.is_main_process:  # shards exist from the first iteration on
+        return
+    sample = teacher_sampler(run)
+    rows = None if sample is None else sample_prompts(run, sample)
+    if rows is not None:
+        log.add_reference("teacher", rows)
+    untrained = sample_prompts(run, run.nets.student.generate)
+    if untrained is not None:
+        log.images(untrained, 0, [*map(str, run.prompts)])
+        log.add_reference("step 0", untrained)
+
+
+def teacher_sampler(run: Run) -> Sampler | None:
+    """The sampling of the teacher's row; None: no row, as for teachers that need a control image."""
+    from distill.diffusion import solver
+    from distill.diffusion.guidance import CFG
+    from distill.networks.negative_attention import TEXT
+
+    teacher = run.teacher
+    requirements = run.config.method.requirements
+    steps = run.config.validation_teacher_steps
+    if steps is None:
+        steps = 0 if len(teacher.shape) == 4 else TEACHER_STEPS  # videos take minutes
+    if not steps or {Requirement.CONTROL_PICTURE, Requirement.NEGATIVE_ADAPTER} & {*requirements}:
+        return None
+    if Requirement.EXPORTED_TEACHER in requirements:
+        return run.nets.reference_student.generate
+    w = teacher_guidance(run.config.method)
+    if TEXT[0] in run.c:
+        return lambda z, c, draw: teacher.sample(z, c, steps, w)
+    return lambda z, c, draw: solver.sample(CFG(teacher.denoiser, w), z, c, steps)  # a scheduler of students
+
+
+def teacher_guidance(method: Method) -> float:
+    """The guidance that a method gives its teacher; the mean of a range."""
+    w = getattr(method, "guidance", None)
+    if w is None:
+        kappa = getattr(method, "kappa", 1.0)  # SiD's fourth
+        w = kappa[3] if isinstance(kappa, tuple) else 1.0
+    return sum(w) / len(w) if isinstance(w, tuple) else float(w)
+
+
+def sample_prompts(run: Run, sample: Sampler) -> Tensor | None:
+    """Decoded samples of the grids' prompts, on the CPU; None on all processes but the main one."""
     import torch
 
     from distill.random import Draw
 
-    cfg = run.config.train
     nets = run.nets
     accelerator = run.accelerator
-    micro = cfg.micro_batch(accelerator.num_processes)
+    micro = run.config.train.micro_batch(accelerator.num_processes)
     images = []
     with torch.no_grad():
         for i in torch.arange(len(run.prompts), device=accelerator.device).split(micro):
-            draw = Draw(cfg.seed, -1, "validation", i)
+            draw = Draw(run.config.train.seed, -1, "validation", i)
             z = draw.normal("z", (len(i), *run.teacher.shape))
             c = {key: value[i] for key, value in run.c.items()}
             with accelerator.autocast():  # attention kernels may support only half precision
                 if nets.control is not None:  # the control image of the previous sample
                     base = dataclasses.replace(nets.student, denoiser=nets.teacher)
                     c["control"] = nets.control(base.generate(z, c, draw)).roll(1, 0)
-                x = nets.student.with_network(state.ema.net).generate(z, c, draw)
+                x = sample(z, c, draw)
             if accelerator.is_main_process:
-                images += [run.teacher.decode(sample).cpu() for sample in x.split(1)]
-        if images:
-            log.images(torch.cat(images), state.step)
+                images += [run.teacher.decode(one).cpu() for one in x.split(1)]
+    return torch.cat(images) if images else None
 
 
 def export_student(run: Run, state: State) -> None:

@@ -6,7 +6,6 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +17,7 @@ from distill.diffusion.schedule import KINDS, Kind, Prediction, Schedule, expand
 Condition = dict[str, Tensor] | None
 Taps = tuple[str, ...] | None  # names of submodules whose outputs are features; None: the denoiser's own
 Call = Callable[[nn.Module, Tensor, Tensor, Condition], Tensor]
+Feature = Callable[[tuple[Tensor, ...]], Tensor]  # picks the feature from the output tuple of a tapped module
 
 
 def plain(net: nn.Module, x: Tensor, t: Tensor, c: Condition) -> Tensor:
@@ -140,14 +140,14 @@ class _StopForward(Exception):
     """Raised at the last tap to stop the forward pass."""
 
 
-def first_output(output: tuple[Any, ...]) -> Tensor:
+def first_output(output: tuple[Tensor, ...]) -> Tensor:
     """The first element of a module's output tuple."""
     return output[0]
 
 
 @contextmanager
 def capture_features(
-    net: nn.Module, taps: tuple[str, ...], stop: bool = False, feature: Callable[[Any], Tensor] = first_output
+    net: nn.Module, taps: tuple[str, ...], stop: bool = False, feature: Feature = first_output
 ) -> Iterator[dict[str, Tensor]]:
     """Collect the outputs of the submodules `taps` in one forward pass; with `stop`, end it after the last one.
 
@@ -161,7 +161,7 @@ def capture_features(
         raise ValueError(f"no submodule {list(taps)} to tap ({error}); the top-level modules are {top}") from None
 
     def hook(name: str) -> Callable[..., None]:
-        def keep(module: nn.Module, args: Any, output: Any) -> None:
+        def keep(module: nn.Module, args: object, output: Tensor | tuple[Tensor, ...]) -> None:
             found[name] = feature(output) if isinstance(output, tuple) else output
             if stop and len(found) == len(taps):
                 raise _StopForward

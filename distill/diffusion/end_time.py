@@ -13,13 +13,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 
-from distill.diffusion.denoiser import Call, Condition, Denoiser, first_output
+from distill.diffusion.denoiser import Call, Condition, Denoiser, Feature, first_output
 from distill.diffusion.guidance import CFG, repeat_condition
 from distill.diffusion.schedule import Flow, expand
 from distill.modules import shallow_module_copy
@@ -92,7 +91,7 @@ class EndTimeCall:
     where: str
 
     @property
-    def feature(self) -> Any:
+    def feature(self) -> Feature:
         return getattr(self.call, "feature", first_output)
 
     def __call__(self, net: nn.Module, x: Tensor, t: Tensor, c: Condition) -> Tensor:
@@ -116,7 +115,7 @@ class FixedEndCall:
     r: float
 
     @property
-    def feature(self) -> Any:
+    def feature(self) -> Feature:
         return getattr(self.call, "feature", first_output)
 
     def __call__(self, net: nn.Module, x: Tensor, t: Tensor, c: Condition) -> Tensor:

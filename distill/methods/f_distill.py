@@ -57,6 +57,8 @@ class FDistill(DMD2):
     ratio_bins: Natural = 10  # equal bins of native t in which the mean of r is set to 1 (FastGen); 0: r is unchanged
     unit_mean: bool = False  # divide h by its mean over the batch (FastGen); False: h(1) = 1
 
+    communicates = True  # means over the samples of all processes
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.divergence not in H:
@@ -64,9 +66,7 @@ class FDistill(DMD2):
         if not 0 < self.low <= self.high:
             raise ValueError(f"the ratio is kept from low = {self.low} to high = {self.high}; 0 < low <= high")
         if not self.gan_fake > 0:
-            raise ValueError(
-                f"gan_fake is {self.gan_fake}; the ratio is the discriminator's, which learns only with gan_fake > 0"
-            )
+            raise ValueError(f"gan_fake is {self.gan_fake}; the ratio is the discriminator's, which learns if above 0")
 
     def predict(self, x_t: Tensor, t: Tensor, c, nets: Nets) -> tuple[Tensor, Tensor, Tensor | float, Logs]:
         taps: dict[str, Taps] = {"fake": (), "teacher": ()} | {self.gan_features: self.taps}

@@ -11,7 +11,7 @@ DUAL = "multiplier."  # prefix of its tensors in a network
 class Multiplier(nn.Module):
     """lambda >= 0, a buffer of the network that it is a child of. Checkpoints contain it, exports do not.
 
-    Call `seen` with the loss of every micro-batch; `step` then updates lambda with their mean over all processes.
+    Call `record` with the loss of every micro-batch; `step` then updates lambda with their mean over all processes.
     """
 
     value: Tensor

@@ -20,7 +20,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +33,19 @@ TEXT = ("prompt_embeds", "mask")  # keys of a condition whose second axis is tok
 KEPT = nn.Identity(), nn.Identity()  # an output projection and a dropout that do nothing
 Rule = Callable[[Tensor, Tensor], Tensor]
 Text = tuple[Tensor, Tensor | None]  # tokens [B, L, D] and their mask, the inputs of a cross-attention
-Hear = Callable[..., Tensor]  # (text, to_k=, to_v=) -> the attention's z [B, N, D]
+Attend = Callable[..., Tensor]  # (text, to_k=, to_v=) -> the attention's z [B, N, D]
+Processor = Callable[..., Tensor]  # (attention, hidden states, tokens, mask, ...) -> the layer's output [B, N, D]
+N = TypeVar("N", bound=nn.Module)
+
+
+class Attention(nn.Module):
+    """The type of diffusers' cross-attentions here, not a base class of theirs. negative: the adapter of `adapt`."""
+
+    to_k: nn.Module
+    to_v: nn.Module
+    to_out: nn.ModuleList
+    processor: Processor
+    negative: Offset
 
 
 @dataclass(frozen=True)
@@ -71,19 +83,19 @@ class NegativePromptProcessor(ABC):
     prompt instead.
     """
 
-    def __init__(self, processor: Any, length: int = 0, words: Tensor | None = None) -> None:
+    def __init__(self, processor: Processor, length: int = 0, words: Tensor | None = None) -> None:
         self.processor = processor
         self.length = length
         self.words = words
 
     def __call__(
-        self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Any = None, attention_mask: Any = None, *a: Any,
-        **options: Any,
-    ) -> Any:  # fmt: skip
-        def run(attn: Any, text: Any) -> Any:
+        self, attn: Attention, hidden_states: Tensor, encoder_hidden_states: Tensor,
+        attention_mask: Tensor | None = None, *a: object, **options: object,
+    ) -> Tensor:  # fmt: skip
+        def run(attn: Attention | AttentionView, text: Text) -> Tensor:
             return self.processor(attn, hidden_states, *text, *a, **options)
 
-        def attend(text: Text, **own: Any) -> Tensor:
+        def attend(text: Text, **own: object) -> Tensor:
             return run(AttentionView(attn, to_out=KEPT, **own), text)
 
         text, other = self.split_prompt((encoder_hidden_states, attention_mask), hidden_states)
@@ -92,7 +104,7 @@ class NegativePromptProcessor(ABC):
         with replace_input(attn.to_out[0], lambda z: self.join(attn, z, text, other, attend)):
             return run(attn, text)
 
-    def split_prompt(self, text: Any, like: Tensor) -> tuple[Any, Text | None]:
+    def split_prompt(self, text: Text, like: Tensor) -> tuple[Text, Text | None]:
         """(prompt, negative prompt); None if there is no negative prompt."""
         if self.words is not None:
             return text, (self.words.to(like).expand(len(like), -1, -1), None)
@@ -104,35 +116,35 @@ class NegativePromptProcessor(ABC):
         return (words[:, :n], first), (words[:, n:], second)
 
     @abstractmethod
-    def join(self, attn: Any, z: Tensor, text: Any, other: Text, hear: Hear) -> Tensor:
+    def join(self, attn: Attention, z: Tensor, text: Text, other: Text, attend: Attend) -> Tensor:
         """The input of the output projection. z is the attention's result for the prompt."""
 
 
 class RuleProcessor(NegativePromptProcessor):
     """Combines by a rule, with the layer's own keys and values."""
 
-    def __init__(self, processor: Any, rule: Rule, length: int = 0, words: Tensor | None = None) -> None:
+    def __init__(self, processor: Processor, rule: Rule, length: int = 0, words: Tensor | None = None) -> None:
         super().__init__(processor, length, words)
         self.rule = rule
 
-    def join(self, attn: Any, z: Tensor, text: Any, other: Text, hear: Hear) -> Tensor:
-        return self.rule(z, hear(other))
+    def join(self, attn: Attention, z: Tensor, text: Text, other: Text, attend: Attend) -> Tensor:
+        return self.rule(z, attend(other))
 
 
 class AdapterProcessor(NegativePromptProcessor):
     """Combines by the layer's child "negative", an `Offset`."""
 
-    def join(self, attn: Any, z: Tensor, text: Any, other: Text, hear: Hear) -> Tensor:
-        return z - attn.negative.minus(z, other, hear) + attn.negative.plus(z, text, hear)
+    def join(self, attn: Attention, z: Tensor, text: Text, other: Text, attend: Attend) -> Tensor:
+        return z - attn.negative.minus(z, other, attend) + attn.negative.plus(z, text, attend)
 
 
 class AttentionView:
     """An attention in which some submodules are replaced."""
 
-    def __init__(self, attn: Any, **parts: Any) -> None:
+    def __init__(self, attn: Attention, **parts: object) -> None:
         self.__dict__ |= {"attn": attn, **parts}
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> object:
         return getattr(self.attn, name)
 
 
@@ -140,7 +152,7 @@ class AttentionView:
 def replace_input(layer: nn.Module, see: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
     """Call `see` with the input of the layer. If it returns a tensor, that replaces the input."""
 
-    def hook(module: nn.Module, args: tuple[Any, ...]) -> Any:
+    def hook(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         other = see(args[0])
         return None if other is None else (other, *args[1:])
 
@@ -157,15 +169,15 @@ class Branch(nn.Module):
     The public code starts at alpha = 1, where u replaces z. At 0 the network starts unchanged, as with a LoRA.
     """
 
-    def __init__(self, attn: Any) -> None:
+    def __init__(self, attn: Attention) -> None:
         super().__init__()
         self.to_k = copy.deepcopy(attn.to_k)
         self.to_v = copy.deepcopy(attn.to_v)
-        like = attn.to_out[0].weight
+        like = attn.to_out[0].get_parameter("weight")
         self.alpha, self.beta = (nn.Parameter(like.new_zeros(like.shape[1])) for _ in range(2))
 
-    def forward(self, z: Tensor, text: Text, hear: Hear) -> Tensor:
-        u = hear(text, to_k=self.to_k, to_v=self.to_v)
+    def forward(self, z: Tensor, text: Text, attend: Attend) -> Tensor:
+        u = attend(text, to_k=self.to_k, to_v=self.to_v)
         gain = size(z) / size(u).clamp(min=1e-12)
         return (self.alpha * (gain * u) + self.beta).to(z)
 
@@ -178,13 +190,13 @@ def size(z: Tensor) -> Tensor:
 class Offset(nn.Module):
     """The adapter of SUN in one layer."""
 
-    def __init__(self, attn: Any) -> None:
+    def __init__(self, attn: Attention) -> None:
         super().__init__()
         self.minus = Branch(attn)
         self.plus = Branch(attn)
 
 
-def layers(net: nn.Module) -> dict[str, Any]:
+def layers(net: nn.Module) -> dict[str, Attention]:
     """The cross-attentions of a network by name. ValueError if it has none.
 
     SD, SDXL, PixArt, SANA and Wan have them. SD 3, FLUX and Qwen-Image have text and image in one sequence.
@@ -193,7 +205,7 @@ def layers(net: nn.Module) -> dict[str, Any]:
     found = {name: m for name, m in found.items() if getattr(m, "is_cross_attention", True)}  # SD 3.5: some are not
     if not found:
         raise ValueError(f"{type(net).__name__} has no cross-attention that could hear a negative prompt")
-    return found
+    return cast(dict[str, Attention], found)
 
 
 def install_negative_rule(net: nn.Module, rule: Rule, length: int) -> None:
@@ -207,7 +219,7 @@ def install_negative_rule(net: nn.Module, rule: Rule, length: int) -> None:
         layer.processor.rule = rule
 
 
-def adapt(net: Any, length: int) -> Any:
+def adapt(net: N, length: int) -> N:
     """Give every cross-attention of the network SUN's adapter, in place. The output does not change yet.
 
     length: number of tokens of a prompt; the negative prompt's tokens follow.
@@ -218,10 +230,11 @@ def adapt(net: Any, length: int) -> Any:
     return net
 
 
-def strip(net: Any) -> Any:
+def strip(net: N) -> N:
     """Remove the adapters, if there are any, in place."""
     for layer in layers(net).values() if adapters(net) else ():
         del layer.negative
+        assert isinstance(layer.processor, AdapterProcessor)
         layer.processor = layer.processor.processor
     return net
 

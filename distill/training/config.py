@@ -33,8 +33,12 @@ class TrainConfig:
     output_dir: str = "runs/distill"  # folder of checkpoints, log.jsonl, sample grids, replays and the export
     max_train_steps: Count = 1000  # iterations of the co-training loop
     train_batch_size: Count = 64  # images per update, over all processes and accumulation rounds
-    # micro-batches per update, for every player; None: on a GPU as few as its memory allows, else one
+    # micro-batches per update, for every player; None: on a GPU as few as its memory allows, else one. If memory runs
+    # out in the first iteration they are doubled
     gradient_accumulation_steps: Count | None = None
+    # precision; None: that of `accelerate launch`, and where it was not given, bf16 on a GPU that supports it, else no
+    # (float32)
+    mixed_precision: Literal["no", "bf16"] | None = None
     learning_rate: Positive = 1e-4  # learning rate of the student
     fake_learning_rate: Positive | None = None  # learning rate of fake score and discriminator; None: learning_rate
     lr_scheduler: Literal["constant", "linear"] = "constant"  # linear: decay to 0 over the second half of the run
@@ -65,6 +69,8 @@ class TrainConfig:
     validation_steps: Natural = 100  # write a sample grid every N iterations; 0: never
     logging_steps: Count = 10  # write the logs every N iterations
     report_to: Literal["none", "tensorboard", "wandb", "all"] = "none"  # trackers beside log.jsonl
+    tracker_project_name: str = "distill"  # project of the trackers; tensorboard: folder in output_dir
+    tracker_run_name: str | None = None  # name of the run in W&B; None: the name of output_dir
     skip_nonfinite: Natural = 0  # consecutive non-finite updates to skip per player; 0: the first one ends the run
     hang_seconds: Weight = 1800  # report a step that takes longer than this, with the stacks of all threads; 0: never
     deterministic: bool = False  # same results on every run on a GPU: slower kernels, or an error where none exists

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -68,7 +68,7 @@ def _recompute(
     nets: Nets, method: Method, update: Update, batch: MicroBatch, rounds: int, accelerator: Accelerator
 ) -> tuple[Tensor, list[str]]:
     """(loss, names of non-finite tensors in order) of one micro-batch of `rounds`. It also computes gradients."""
-    inputs: dict[str, Any] = {"batch": batch.batch}
+    inputs: dict[str, object] = {"batch": batch.batch}
     if batch.source is None:
         inputs["samples of an earlier update"] = batch.x
     bad = [name for name, tensor in named_tensors(inputs) if not is_finite(tensor)]
@@ -102,13 +102,13 @@ def _collect_nonfinite(nets: Nets) -> Iterator[list[str]]:
     gradients."""
     seen: list[str] = []
 
-    def look(what: str, value: Any) -> None:
+    def look(what: str, value: object) -> None:
         seen.extend(f"{what} {name}".strip() for name, tensor in named_tensors(value) if not is_finite(tensor))
 
-    def examine_inputs(role: str, module: nn.Module, args: Any, kwargs: Any) -> None:
-        look(f"input of {role}:", {**dict(enumerate(args)), **kwargs})
+    def examine_inputs(role: str, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+        look(f"input of {role}:", {f"{i}": one for i, one in enumerate(args)} | kwargs)
 
-    def examine_outputs(name: str, module: nn.Module, args: Any, output: Any) -> None:
+    def examine_outputs(name: str, module: nn.Module, args: object, output: object) -> None:
         look(f"output of {name}", output)
         for _, tensor in named_tensors(output):
             if tensor.requires_grad:
@@ -126,7 +126,7 @@ def _collect_nonfinite(nets: Nets) -> Iterator[list[str]]:
             handle.remove()
 
 
-def named_tensors(tree: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
+def named_tensors(tree: object, name: str = "") -> Iterator[tuple[str, Tensor]]:
     """The tensors of nested dicts, lists and tuples, with names like "c/label"."""
     if isinstance(tree, Tensor):
         yield name, tree

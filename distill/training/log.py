@@ -7,25 +7,28 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from distill import progress
 from distill.files import read_text, write_atomically
 from distill.training.config import TrainConfig
+from distill.training.pictures import compare_rows, write_animation
 from distill.training.state import State
 
 LONGEST = 1 << 30  # maximum bytes of a log
+REFERENCES = ("teacher", "step 0")  # rows of sample grids above that of the step, in this order
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from accelerate.tracking import GeneralTracker
-    from PIL.Image import Image
+    from torch.utils.tensorboard import SummaryWriter
 
 
 class Log:
@@ -39,11 +42,16 @@ class Log:
         self.cfg = cfg
         self.accelerator = accelerator
         self.path = Path(cfg.output_dir) / "log.jsonl"
+        self.samples = self.path.parent / "samples"
+        references = self.samples / "references.safetensors"
+        stored = load_file(references) if step and references.is_file() else {}
+        self.references = {name: stored[name] for name in REFERENCES if name in stored}  # rows of every grid
         self.sums: dict[str, Tensor] = {}
         self.counts: dict[str, int] = {}
         main = accelerator.is_main_process
         kept = [line for line in self._lines() if line["step"] <= step] if main else []
         self.start = time.perf_counter() - (kept[-1]["seconds"] if kept else 0.0)
+        self.last = (step, time.perf_counter())  # step and time of the last line
         if main:
             write_atomically(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         self.bar = progress.bar(cfg.max_train_steps, "step", shown=main, first=step, leave=True)
@@ -76,24 +84,55 @@ class Log:
             with self.path.open("a") as file:
                 file.write(json.dumps(line) + "\n")
             self.bar.set_postfix({k: f"{v:.3g}" for k, v in values.items() if k.endswith("/loss")})
+            values |= self._describe_progress(state)
         self._track(lambda tracker: tracker.log(values, step=state.step))
 
-    def images(self, x: Tensor, step: int, columns: int = 10) -> None:
-        """Write a grid of images [B, C, H, W] or videos in [-1, 1] to samples/step-N.png and to every tracker."""
+    def _describe_progress(self, state: State) -> dict[str, float]:
+        """For trackers: learning rates, images per second since the last line, and the peak memory of this process."""
+        now = time.perf_counter()
+        images = (state.step - self.last[0]) * self.cfg.train_batch_size
+        values = {
+            f"{player}/learning_rate": rate * self.cfg.rate(state.step - 1) for player, rate in self.cfg.rates().items()
+        }
+        values = {name: rate for name, rate in values.items() if name.partition("/")[0] in state.optimizers}
+        values["images_per_second"] = images / max(now - self.last[1], 1e-9)
+        self.last = (state.step, now)
+        device = self.accelerator.device
+        if device.type == "cuda":  # counted on the host, without waiting for the device
+            values["peak_memory_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
+        return values
+
+    def add_reference(self, name: str, x: Tensor) -> None:
+        """Keep images [B, C, H, W] or videos in [-1, 1] as a row of every later grid, also of a resumed run."""
+        if self.accelerator.is_main_process:
+            self.references[name] = x.contiguous()
+            self.samples.mkdir(exist_ok=True)
+            save_file(self.references, self.samples / "references.safetensors")
+
+    def images(self, x: Tensor, step: int, captions: Sequence[str]) -> None:
+        """Write a grid of images [B, C, H, W] or videos in [-1, 1] to samples/step-N.png and to every tracker.
+
+        Its rows are the references and x. captions: the prompts of the images. Videos are also written as step-N.gif.
+        """
         if not self.accelerator.is_main_process:
             return
-        picture = grid(x, columns)
-        folder = self.path.parent / "samples"
-        folder.mkdir(exist_ok=True)
-        picture.save(folder / f"step-{step:06d}.png")
+        self.samples.mkdir(exist_ok=True)
+        picture = compare_rows({**self.references, f"step {step}": x}, captions)
+        picture.save(self.samples / f"step-{step:06d}.png")
+        animation = self.samples / f"step-{step:06d}.gif"
+        if x.ndim == 5:
+            write_animation(x, animation)
 
         def show(tracker: GeneralTracker) -> None:
             if tracker.name == "tensorboard":
-                tracker.writer.add_image("samples", np.asarray(picture.convert("RGB")), step, dataformats="HWC")
+                tracker.writer.add_image("samples", np.asarray(picture), step, dataformats="HWC")
+                if x.ndim == 5:
+                    show_animation(tracker.writer, animation, step)
             elif tracker.name == "wandb":
                 import wandb
 
-                tracker.log({"samples": wandb.Image(picture)}, step=step)
+                video = {"video": wandb.Video(f"{animation}", format="gif")} if x.ndim == 5 else {}
+                tracker.log({"samples": wandb.Image(picture), **video}, step=step)
 
         self._track(show)
 
@@ -113,25 +152,15 @@ class Log:
                 sys.stderr.write(f"\n{tracker.name} has failed ({error}): the run goes on without it\n")
 
 
-def grid(x: Tensor, columns: int = 10, side: int = 32) -> Image:
-    """Images [B, C, H, W] in [-1, 1], C = 1 or 3, as one picture. Small ones are enlarged to about `side` pixels.
-
-    A video [B, C, T, H, W] is shown by its first, middle and last frame, side by side.
-    """
+def show_animation(writer: SummaryWriter, file: Path, step: int) -> None:
+    """Give TensorBoard an animated GIF as it is: `add_video` would need moviepy to write one."""
     from PIL import Image
+    from tensorboard.compat.proto.summary_pb2 import Summary
 
-    if x.ndim == 5:
-        x = torch.cat(x[:, :, [0, x.shape[2] // 2, -1]].unbind(2), dim=-1)
-
-    pixels = ((x.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
-    scale = max(1, side // pixels.shape[1])
-    pixels = pixels.repeat(scale, axis=1).repeat(scale, axis=2)
-    B, H, W, C = pixels.shape
-    rows = -(-B // columns)
-    canvas = np.full((rows * columns, H, W, C), 255, np.uint8)
-    canvas[:B] = pixels
-    canvas = canvas.reshape(rows, columns, H, W, C).transpose(0, 2, 1, 3, 4).reshape(rows * H, columns * W, C)
-    return Image.fromarray(canvas.squeeze(-1) if C == 1 else canvas)
+    with Image.open(file) as picture:
+        width, height = picture.size
+    image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=file.read_bytes())
+    writer._get_file_writer().add_summary(Summary(value=[Summary.Value(tag="video", image=image)]), step)
 
 
 def _entry(text: str) -> dict[str, float] | None:

@@ -40,6 +40,13 @@ def average(params: list[nn.Parameter], accelerator: Accelerator) -> None:
             g.copy_(mean.view_as(g))
 
 
+def reserve_bucket(params: list[nn.Parameter]) -> None:
+    """Allocate what `average` needs, and free it: memory then runs out here, where no process waits for another."""
+    sizes = [p.grad.numel() for p in params if p.grad is not None and not sharding.is_sharded_tensor(p)]
+    if sizes:
+        torch.empty(2 * max(max(sizes), min(BUCKET, sum(sizes))), device=params[0].device)
+
+
 def clip(params: list[nn.Parameter], max_norm: float | None) -> Tensor:
     """The total gradient norm. With `max_norm`, the gradients are scaled down to it."""
     if max_norm is None:

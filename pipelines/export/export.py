@@ -32,7 +32,7 @@ from distill.networks.lora import merge_adapters
 from distill.networks.negative_attention import adapters, strip
 from distill.training import checkpoint
 from distill.training.config import StudentConfig
-from distill.training.log import grid
+from distill.training.pictures import grid
 from pipelines import fields
 from pipelines.components import ExportError, Network, Pipeline, Scheduler
 from pipelines.export import comfyui, complete, hub, kohya, single_files

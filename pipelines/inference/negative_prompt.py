@@ -29,7 +29,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from distill.modules import meta_copy
-from distill.networks.negative_attention import Rule, RuleProcessor, adapt, adapters, layers, strip
+from distill.networks.negative_attention import (
+    NegativePromptProcessor,
+    Rule,
+    RuleProcessor,
+    adapt,
+    adapters,
+    layers,
+    strip,
+)
 from pipelines.components import Pipeline
 
 if TYPE_CHECKING:
@@ -86,7 +94,8 @@ def apply_negative_prompt(teacher: Teacher, text: str, rule: Rule, net: nn.Modul
 
 def write(net: nn.Module, file: Path) -> None:
     """Write SUN's adapters of a network in float32, with the number of tokens of a prompt."""
-    (length,) = {layer.processor.length for layer in layers(net).values()}
+    processors = [layer.processor for layer in layers(net).values()]
+    (length,) = {processor.length for processor in processors if isinstance(processor, NegativePromptProcessor)}
     save_file({name: t.float().contiguous() for name, t in adapters(net).items()}, file, {"length": f"{length}"})
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from pipelines.planning.launch_line import format_launch, recipe_program
 from pipelines.planning.memory_plan import GiB, Run, RunConfig
-from pipelines.planning.micro_batch import find_parts, with_micro_batch
+from pipelines.planning.micro_batch import find_parts, measure_activations, with_micro_batch
 from pipelines.planning.variants import find_fitting
 
 RESERVE = 2 * GiB  # kept free for driver, libraries and allocator gaps
@@ -28,10 +28,17 @@ def choose_rounds(config: RunConfig, teacher: str, gpus: int, shards: int, half:
     card = f"{gpus} GPU(s) of {memory / GiB:.1f} GiB"
     if run.state.total > memory:
         return f"weights, gradients and optimizer take {size} on each of {card}.\n{describe_fitting(run, limit)}"
-    rounds = run.config.train.rounds
-    micro = run.config.train.micro_batch(gpus)
-    sys.stderr.write(f"{card}: {rounds} micro-batch(es) of {micro} sample(s) in an update, by the plan of the run\n")
-    return rounds
+    return run.config.train.rounds
+
+
+def advise(config: RunConfig, teacher: str, gpus: int, shards: int, half: bool) -> str:
+    """The launch line of the least change that needs less memory than a run whose micro-batch is one sample."""
+    parts = find_parts(teacher)
+    if parts is None:
+        return "Take --gradient_checkpointing, adapters (--student.lora.rank), or larger GPUs."
+    train = replace(config.train, gradient_accumulation_steps=config.train.train_batch_size // gpus)
+    run = Run(replace(config, train=train), parts, gpus, half, shards)
+    return describe_fitting(run, 0.99 * measure_activations(run).on_top_of(run.state.total, 0.0).total(1))
 
 
 def describe_fitting(run: Run, limit: float) -> str:

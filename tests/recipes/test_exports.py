@@ -281,12 +281,18 @@ def test_push_to_hub(tmp_path):
 def test_tensorboard_gets_numbers_and_images(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    run.main(config_of("sid"), [*argv("sid", tmp_path), "--report_to", "tensorboard"])
-    (events,) = tmp_path.rglob("events.out.*")
+    flags = ["--report_to", "tensorboard", "--tracker_project_name", "lab"]
+    run.main(config_of("sid"), [*argv("sid", tmp_path), *flags])
+    (events,) = tmp_path.glob("lab/events.out.*")
     found = EventAccumulator(f"{events}").Reload()
     logged = [json.loads(line)["student/loss"] for line in (tmp_path / "log.jsonl").open()]
     assert [e.value for e in found.Scalars("student/loss")] == pytest.approx(logged)
-    assert [e.step for e in found.Images("samples")] == [1, 2]
+    assert [e.step for e in found.Images("samples")] == [0, 1, 2]
+    assert all(e.value > 0 for e in found.Scalars("images_per_second"))
+    (file,) = tmp_path.glob("lab/*/hparams.yml")
+    values = yaml.safe_load(file.read_text())
+    assert [e.value for e in found.Scalars("student/learning_rate")] == pytest.approx([values["learning_rate"]] * 2)
+    assert values["method.alpha"] == config_of("sid").method.alpha and values["tracker_project_name"] == "lab"
 
 
 def test_wandb_offline_gets_images(tmp_path, monkeypatch):
@@ -294,7 +300,7 @@ def test_wandb_offline_gets_images(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_SILENT", "true")
     folder = tmp_path / "run"
     run.main(config_of("sid"), [*argv("sid", folder), "--report_to", "wandb"])
-    assert len(list(folder.rglob("offline-run-*/files/media/images/samples_*.png"))) == 2
+    assert len(list(folder.rglob("offline-run-*/files/media/images/samples_*.png"))) == 3
     assert {p.name for p in tmp_path.iterdir()} == {"run"}  # nothing beside the run's folder
 
 

@@ -51,6 +51,10 @@ class MethodWrapper(Method):
         return self.base.jumps
 
     @property
+    def communicates(self) -> bool:
+        return self.base.communicates
+
+    @property
     def degradation_run(self) -> Path | None:
         return self.base.degradation_run
 

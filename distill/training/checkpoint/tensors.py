@@ -70,7 +70,7 @@ class RankShard:
                 partial, {"error": [getattr(error, "errno", None) or errno.EIO, f"process {self.rank}: {error}"]}
             )
 
-    def _report(self, partial: Path, facts: dict[str, Any]) -> None:
+    def _report(self, partial: Path, facts: dict[str, object]) -> None:
         draft = partial / f"process-{self.rank}.draft"
         draft.write_text(json.dumps(facts))
         draft.rename(draft.with_suffix(".json"))

@@ -11,7 +11,6 @@ import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from threading import Thread
-from typing import Any
 
 import psutil
 import torch
@@ -141,12 +140,12 @@ def _cpu_copy(t: Tensor) -> Tensor:
     return t.detach().to("cpu", copy=True).contiguous()
 
 
-def _facts(state: State) -> dict[str, Any]:
+def _facts(state: State) -> dict[str, object]:
     return {"step": state.step, "skipped": {**state.skipped}, "torch": torch.__version__}
 
 
 def write_files(
-    facts: dict[str, Any], files: Iterable[tuple[str, Mapping[str, Tensor]]], partial: Path, share: RankShard | None
+    facts: dict[str, object], files: Iterable[tuple[str, Mapping[str, Tensor]]], partial: Path, share: RankShard | None
 ) -> Path:
     """Write all files of a checkpoint to a hidden folder, and sync them to the disk. Rank 0 waits for the others."""
     try:

@@ -72,6 +72,25 @@ def alone(case):
     return {key.removeprefix(case): value for key, value in run(Accelerator(cpu=True), case).items()}
 
 
+def equal_after_shortage(accelerator):
+    """Memory runs out on one process alone: both go on with half the micro-batch, as if they had begun with it."""
+    from test_trainer import METHODS, config, everything, nets_of, vectors
+
+    from distill.training.loop import train
+
+    def scarce(draw):
+        if accelerator.process_index == 1 and draw.player == "student" and len(draw.samples) > 2:
+            raise torch.OutOfMemoryError
+        return vectors(draw)
+
+    ends = []
+    for data, rounds in ((scarce, None), (vectors, 2)):
+        cfg = config(gradient_accumulation_steps=rounds)
+        *_, state = train(METHODS["sid"], nets_of(METHODS["sid"]), data, cfg, accelerator)
+        ends.append(everything(state))
+    return all(torch.equal(ends[0][key], value) for key, value in ends[1].items())
+
+
 def main(folder, cases):
     from accelerate import Accelerator
     from safetensors.torch import save_file
@@ -84,6 +103,7 @@ def main(folder, cases):
     assert accelerator.num_processes == 2 and accelerator.device.type == "cpu"
     agree = Agreement(accelerator)
     assert [agree(number if accelerator.process_index else 0) for number in (0, 15, 0)] == [0, 15, 0]
+    assert equal_after_shortage(accelerator)
     for mode in ("ddp", "fsdp"):
         tensors = {key: value for case in cases for key, value in run(accelerator, case).items()}
         save_file(tensors, f"{folder}/{mode}{accelerator.process_index}.safetensors")

@@ -6,14 +6,22 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from distill import history
 from distill.files import folder_lock, read_yaml
+from distill.training.config import TrainConfig
+from distill.training.log import Log
+from distill.training.trackers import start_trackers
 from pipelines.families import tiny
 from pipelines.identity import identity
 from pipelines.run import main
@@ -299,3 +307,42 @@ def test_the_first_process_locks_for_all(holder, tmp_path, monkeypatch):
             patch.setenv(name, "0")
             with pytest.raises(ValueError, match="is in use"), folder_lock(tmp_path):
                 pass
+
+
+def test_trackers_go_on(tmp_path):
+    """The W&B run of a folder keeps its id where it is resumed; a run that begins anew has another."""
+    calls = []
+    accelerator = SimpleNamespace(is_main_process=True, init_trackers=lambda *a: calls.append(a))
+    cfg = TrainConfig(output_dir=f"{tmp_path / 'run'}", report_to="wandb", tracker_project_name="lab")
+    (tmp_path / "run").mkdir()
+    for resumed in (False, True, False):
+        start_trackers(cfg, accelerator, {"seed": 3, "method": {"alpha": 1.5, "taps": None, "kappa": [1, 2]}}, resumed)
+    start_trackers(replace(cfg, tracker_run_name="first", report_to="tensorboard"), accelerator, {}, True)
+    projects, values, options = zip(*calls)
+    assert {*projects} == {"lab"}
+    assert values[0] == {"seed": 3, "method.alpha": 1.5, "method.taps": "None", "method.kappa": "[1, 2]"}
+    first, again, anew, other = (option["wandb"] for option in options)
+    assert first == again and first["name"] == "run" and first["resume"] == "allow" and first["dir"] == cfg.output_dir
+    assert anew["id"] != first["id"] and other == {"dir": cfg.output_dir, "name": "first"}
+
+
+def test_grids(tmp_path):
+    """Rows of the teacher, of step 0 and of now, prompts below; 8 columns at most; the rows outlive the process."""
+    cfg = TrainConfig(output_dir=f"{tmp_path}", max_train_steps=9)
+    log = Log(cfg, Accelerator(cpu=True))
+    grey = lambda level: torch.full((10, 1, 64, 64), level)
+    log.add_reference("teacher", grey(-1.0))
+    log.images(grey(0.0), 0, ["a"] * 10)
+    log.add_reference("step 0", grey(0.0))
+    again = Log(cfg, Accelerator(cpu=True), 3)
+    again.images(grey(1.0), 4, ["a prompt"] * 9 + ["\u4e00"])
+    picture = Image.open(tmp_path / "samples" / "step-000004.png")
+    assert picture.size == (72 + 8 * 64, 2 * (3 * 64 + 16))
+    assert [picture.getpixel((100, 64 * row + 32))[0] for row in range(3)] == [0, 128, 255]
+    assert picture.getpixel((500, 300)) == (255, 255, 255)  # ten images: the second block has two
+    below = picture.crop((72, 3 * 64, 72 + 64, 3 * 64 + 16))
+    assert np.asarray(below).std() > 0  # text
+    video = torch.linspace(-1, 1, 5)[:, None, None].expand(2, 3, 5, 16, 1400)  # frames from black to white
+    again.images(video, 5, ["a", "b"])
+    with Image.open(tmp_path / "samples" / "step-000005.gif") as animation:
+        assert (animation.n_frames, animation.size) == (5, (1400, 8))

@@ -19,7 +19,7 @@ from zoo import CLASSES, example
 from distill.data import Digits
 from distill.diffusion.schedule import Trig
 from distill.method import Requirement
-from distill.methods import DMD2, LCD, RCM, SCM, VSD, SiD
+from distill.methods import DMD2, LCD, NCT, RCM, SCM, VSD, SiD
 from distill.networks.ema import exponent
 from distill.networks.lora import LoRA
 from distill.random import Draw
@@ -28,6 +28,7 @@ from distill.training import checkpoint
 from distill.training.build import build
 from distill.training.config import FakeConfig, StudentConfig, TrainConfig
 from distill.training.loop import train
+from distill.training.memory import MicroBatchError, Snapshot
 from distill.training.step import count_updates
 
 RANGE = (1.0, 3.0)  # of a random guidance
@@ -267,6 +268,85 @@ def test_accumulation(name):
         assert found[rounds].keys() == found[1].keys()
         for what, one in found[1].items():
             assert (one - found[rounds][what]).norm() <= 2e-5 * one.norm() + 1e-7, what
+
+
+# ---- memory ----
+
+
+class Scarce:
+    """Data of a device that holds `limit` samples of the student at once."""
+
+    def __init__(self, limit):
+        self.limit = limit
+        self.sizes = []
+
+    def __call__(self, draw):
+        self.sizes.append(len(draw.samples))
+        if draw.player == "student" and len(draw.samples) > self.limit:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried 2 GiB.\nmore")
+        return vectors(draw)
+
+
+@pytest.mark.parametrize("name", ("sid", "dmd2", "nct"))  # the student moves last; first; a multiplier counts losses
+def test_memory_that_runs_out_halves_the_micro_batch(name, capsys):
+    """Every bit is that of a run that had the smaller micro-batch from its start. Later steps keep the size."""
+    method = {**METHODS, "nct": NCT()}[name]
+    data = Scarce(3)
+    state = run(method, data=data, gradient_accumulation_steps=None)
+    want = run(method, gradient_accumulation_steps=4)
+    assert equal(everything(state), everything(want)) and equal(state.logs, want.logs)
+    assert {8, 4} < {*data.sizes} and {*data.sizes[-4:]} == {2}
+    first, second = capsys.readouterr().err.splitlines()
+    assert first == (
+        "memory ran out with 8 samples in a micro-batch (CUDA out of memory. Tried 2 GiB.): the run goes "
+        "on with 4, 2 times an update; an update still has 8 images"
+    )
+    assert "with 2, 4 times" in second
+
+
+@pytest.mark.parametrize("name", ("sid", "dmd2"))
+def test_memory_that_runs_out_in_the_second_optimizer(name):
+    """The player that has moved already goes back."""
+    method, steps = METHODS[name], []
+
+    def fail(optimizer, args, kwargs):
+        steps.append(optimizer)
+        if len(steps) == 2:
+            raise torch.OutOfMemoryError
+
+    hook = register_optimizer_step_pre_hook(fail)
+    try:
+        state = run(method, gradient_accumulation_steps=None)
+    finally:
+        hook.remove()
+    assert steps[0] is steps[2] is not steps[1]
+    want = run(method, gradient_accumulation_steps=2)
+    assert equal(everything(state), everything(want)) and equal(state.logs, want.logs)
+
+
+def test_a_state_goes_back():
+    """A resumed run has moments, too."""
+    states = train(SiD(), nets_of(SiD()), vectors, config(), Accelerator(cpu=True))
+    state = next(states)
+    before, snapshot = everything(state), Snapshot(state)
+    next(states)
+    assert not equal(everything(state), before)
+    snapshot.restore()
+    assert equal(everything(state), before) and any("exp_avg" in name for name in before)
+
+
+def test_memory_that_stays_short():
+    """One sample cannot be halved; a given accumulation is kept; later steps end in the error itself."""
+    with pytest.raises(MicroBatchError, match="in the first iteration with one sample in a micro-batch .CUDA out of"):
+        run(SiD(), data=Scarce(0), gradient_accumulation_steps=None)
+    with pytest.raises(torch.OutOfMemoryError):
+        run(SiD(), data=Scarce(3), gradient_accumulation_steps=1)
+    data = Scarce(8)
+    states = train(SiD(), nets_of(SiD()), data, config(), Accelerator(cpu=True))
+    next(states)
+    data.limit = 3
+    with pytest.raises(torch.OutOfMemoryError):
+        next(states)
 
 
 def test_a_lora_fake_shares_the_teacher_and_moves():
