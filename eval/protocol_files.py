@@ -148,7 +148,7 @@ def _hash_files(files: tuple[tuple[Path, int, int], ...]) -> str:
 def read_protocol(path: Path) -> FileProtocol:
     """The protocol of a YAML file. ValueError that names every wrong key and value."""
     if not path.is_file():
-        raise ValueError(f"there is no protocol file {path}; docs/evaluation.md shows one")
+        raise ValueError(f"there is no protocol file {path} in {Path.cwd()}; docs/evaluation.md shows one")
     tree = read_yaml(path)
     if not isinstance(tree, dict):
         raise ValueError(f"{path} must hold names with values: size, metrics ...; docs/evaluation.md shows a file")

@@ -171,7 +171,7 @@ def write_teacher(cfg: PixelTeacher, names: tuple[str, ...], pipeline: Path, fol
     shutil.rmtree(folder, ignore_errors=True)
     pipeline.rename(folder)
     sys.stderr.write(
-        f"the teacher is {folder}; make a one-step student of it by\n"
+        f"the export is now {folder}, the teacher; make a one-step student of it by\n"
         f"  distill train --method dmd2 --teacher {folder} --data.images {cfg.images}\n"
     )
 

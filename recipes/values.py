@@ -34,6 +34,7 @@ from recipes.digits import TABLE
 from recipes.table import Row
 
 TABLES: dict[str, dict[str, Row]] = {"digits": digits.TABLE, "world": world.TABLE}  # by the word for their teacher
+SYNONYMS = {"CD": "LCD", "LCM": "LCD"}  # other words for methods: consistency distillation
 TEACHERS = {digits.TEACHER: "run digits_teacher", world.TEACHER: "run world_teacher"}  # and how to make them
 STEMS = {"vsd": "swiftbrush"}  # how the recipe's file begins where several fit and none begins with the method's name
 
@@ -108,7 +109,7 @@ def list_words() -> dict[str, str]:
     for name, method in by_variant:  # the name of a class stands for its defaults, where a method is these
         for word in class_words(type(method)):
             found.setdefault(simplify(word), name)
-    return found | {simplify(old): found[simplify(new)] for old, new in FORMER_CLASSES.items()}
+    return found | {simplify(other): found[simplify(word)] for other, word in (FORMER_CLASSES | SYNONYMS).items()}
 
 
 def class_words(kind: type) -> list[str]:

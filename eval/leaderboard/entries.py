@@ -1,5 +1,7 @@
 """board.yaml -> rows: many models x steps x guidance x protocols as one job that can be stopped and started again.
 
+Paths are relative to the folder in which the command is run.
+
 out: runs/board                # the folder of everything
 workers: 2                     # jobs side by side, one thread each
 protocols: [digits]            # names or .yaml files; keys beside `entries` are the defaults of every entry

@@ -101,7 +101,8 @@ class Board:
         """`title`, its parts written by `write`."""
         count = f", n = {self.n:,}" if self.n else ""
         net = f", extractor {write(f'{self.extractor} {self.extractor_hash}')}".rstrip() if self.extractor else ""
-        return f"{write(self.protocol)} [{write(self.hash)}]{count}{net}"
+        untrained = " (untrained: no measure of quality)" if "random:" in self.extractor else ""
+        return f"{write(self.protocol)} [{write(self.hash)}]{count}{net}{untrained}"
 
     def better(self, metric: str) -> str | None:
         """Which values of a metric are better, lower or higher; None: neither, and there are no ranks."""

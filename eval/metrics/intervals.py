@@ -94,7 +94,7 @@ def proportion(hits: Tensor) -> Score:
     centre = p + Z**2 / (2 * n)
     half = Z * math.sqrt(p * (1 - p) / n + Z**2 / (4 * n**2))
     low, high = ((centre + side * half) / (1 + Z**2 / n) for side in (-1, 1))
-    return finite_score(p, min(low, p), max(high, p), n)
+    return finite_score(p, max(0.0, min(low, p)), min(1.0, max(high, p)), n)
 
 
 def mean_score(values: Tensor) -> Score:

@@ -256,6 +256,8 @@ def test_classes_and_rows_are_names(word):
         ("RG-LCD", "rglcd"),
         ("Diff-Instruct", "diff_instruct"),
         ("PSO offline", "pso_offline"),
+        ("CD", "lcd"),
+        ("LCM", "lcd"),
     ),
 )
 def test_a_word_for_a_method(word, name):
