@@ -150,7 +150,7 @@ IMPOSSIBLE = {  # what: (recipe, flags, words of the message)
         "--validation_images 0",
         "--validation_images is 0; it must be at least 1",
     ),
-    "a family that is none": ("--family sdxk", "--family is 'sdxk'; it must be one of .*'sdxl'"),
+    "a family that is none": ("--family sdxk", "--family is 'sdxk'; sdxl, .*it must be one of .*'sdxl'"),
     "an attention that is none": ("--attention nope", "attention is 'nope'; it must be None or one of .*'native'"),
     "a name that the Hub has not": ("--hub_model_id a/b/c", "--hub_model_id is 'a/b/c'; it must be user/name or name"),
     "a start from nothing": ("--student.init nowhere", "student.init is 'nowhere', which holds no weights; it may be"),
