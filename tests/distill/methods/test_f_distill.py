@@ -255,7 +255,7 @@ def test_it_adds_no_call_and_no_gradient():
         ({"divergence": "kl"}, "divergence is 'kl'; it must be one of reverse-kl, forward-kl"),
         ({"low": 2.0, "high": 1.0}, "low = 2.0 to high = 1.0; 0 < low <= high"),
         ({"low": 0.0}, "0 < low"),
-        ({"gan_fake": 0.0}, "learns only with gan_fake > 0"),
+        ({"gan_fake": 0.0}, "learns if above 0"),
         ({"gan_noise": "same"}, "gan_noise 'same'; the first must be"),
     ),
 )
