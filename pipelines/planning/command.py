@@ -24,7 +24,7 @@ import tyro
 
 from distill import methods
 from distill.configuration import Config, fail, parse
-from distill.data import Digits
+from distill.data import Digits, Text
 from distill.layout import find_recipe, module_name, program_name, recipe_names
 from distill.method import Method, Requirement
 from distill.networks.lora import LoRA
@@ -172,6 +172,8 @@ def format_program(plan: Plan, config: RunConfig, flags: list[str]) -> list[str]
     train = config.train
     if plan.recipe is not None:
         words = [*recipe_program(f"{plan.recipe}"), *flags]
+        if isinstance(config.data, Text) and config.data.text == "cached" and not config.data.cache:
+            words += ["--data.cache", "cache"]
     else:
         words = ["-m", module_name("recipes.train"), *METHODS[plan.method].flags.split(), "--teacher", config.teacher]
         words += ["--student.steps", f"{config.student.steps}", "--train_batch_size", f"{train.train_batch_size}"]

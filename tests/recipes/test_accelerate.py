@@ -11,7 +11,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
 import yaml
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, ParallelismConfig
@@ -19,7 +18,7 @@ from accelerate.utils.launch import prepare_multi_gpu_env, prepare_simple_launch
 
 from distill.configuration import LAUNCHER_FLAGS, _flag_names, parse
 from distill.files import RANKS
-from pipelines.launch import warn_float32, warn_single_process
+from pipelines.launch import warn_single_process
 from pipelines.planning.launch_line import format_launch, read_launch_file
 
 FOLDER = Path(__file__).resolve().parents[2] / "recipes" / "accelerate"
@@ -166,7 +165,7 @@ def test_slurm_asks_for_the_machines_of_the_configuration():
 @pytest.mark.parametrize(
     ("flag", "message"),
     (
-        ("--mixed_precision", "--mixed_precision is one of `accelerate launch`, and stands before the recipe"),
+        ("--num_machines", "--num_machines is one of `accelerate launch`, and stands before the recipe"),
         ("--num-procesess", "--num_processes is one of `accelerate launch`"),
     ),
 )
@@ -190,18 +189,6 @@ def test_help_lists_flags_by_task(capsys):
     flags = re.findall(r"--[\w.]+", text.partition("Flags by task")[2])
     assert len(flags) > 25 and all(flag in panels for flag in flags if flag != "--config")
     assert "train options" in panels and "method options" in panels
-
-
-def test_float32_on_a_gpu_is_warned_of(capsys):
-    """With the way to bfloat16; where a precision is given, or without a GPU, nothing is said."""
-    of = lambda kind, precision: SimpleNamespace(
-        device=torch.device(kind), mixed_precision=precision, is_main_process=True
-    )
-    for accelerator in (of("cpu", "no"), of("cuda", "bf16")):
-        warn_float32(accelerator)
-        assert not capsys.readouterr().err
-    warn_float32(of("cuda", "no"))
-    assert "--mixed_precision bf16" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("gpus, shards", ((1, 1), (4, 1), (8, 1), (8, 8), (4, 4), (64, 1), (64, 8)))

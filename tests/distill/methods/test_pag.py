@@ -258,6 +258,6 @@ def test_a_run(tmp_path):
         flags = f"--smoke --validation_steps 0 --pag_scale {s} --output_dir {tmp_path / s}"
         run.main(swiftbrush_sd21.CONFIG, flags.split())
         folder = tmp_path / s / "pipeline"
-        assert f"pag_scale: {float(s)}" in (folder / "README.md").read_text()
+        assert ("pag_scale: 3.0" in (folder / "README.md").read_text()) == (s == "3")
         found.append((folder / "unet" / "diffusion_pytorch_model.safetensors").read_bytes())
     assert found[0] != found[1]
