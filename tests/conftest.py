@@ -4,6 +4,7 @@ import fcntl
 import os
 import random
 import shutil
+import sys
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -48,6 +49,15 @@ def seeds():
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def one_precision():
+    """accelerate holds one precision a process: a test that asks for another one must reset it, for those after it."""
+    yield
+    if "accelerate.state" in sys.modules:
+        held = sys.modules["accelerate.state"].AcceleratorState._shared_state.get("_mixed_precision")
+        assert held in (None, "no"), f"accelerate is left in {held!r}: AcceleratorState._reset_state(True)"
 
 
 @pytest.fixture(scope="session")
