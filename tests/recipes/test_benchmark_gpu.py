@@ -4,10 +4,18 @@ import json
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 from benchmarks import gpu, sdxl
 
 TINY = gpu.Bench(tiny=True)
+
+
+@pytest.fixture(autouse=True)
+def engine():
+    """The script asks accelerate for bfloat16, too; tests after these have the first precision again."""
+    yield
+    AcceleratorState._reset_state(True)
 
 
 @pytest.fixture(autouse=True)
