@@ -19,7 +19,9 @@ if TYPE_CHECKING:
         CLIPTokenizer,
         Gemma2Model,
         GemmaTokenizer,
+        GlmModel,
         PreTrainedModel,
+        PreTrainedTokenizerFast,
         Qwen2_5_VLForConditionalGeneration,
         Qwen2Tokenizer,
         T5Tokenizer,
@@ -124,6 +126,33 @@ def gemma(width: int = 32) -> Gemma2Model:
         head_dim=width // 2,
     )
     return Gemma2Model(config).eval()
+
+
+def glm_tokenizer() -> PreTrainedTokenizerFast:
+    """Every letter is a token, or else every byte. Like GLM's it puts a token before prompts and pads on the left."""
+    from tokenizers.processors import TemplateProcessing
+    from transformers import PreTrainedTokenizerFast
+
+    letters = gemma_tokenizer().backend_tokenizer
+    letters.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 2)])
+    return PreTrainedTokenizerFast(tokenizer_object=letters, pad_token="<pad>", padding_side="left")
+
+
+def glm(width: int = 32) -> GlmModel:
+    """A GLM model without its output head."""
+    from transformers import GlmConfig, GlmModel
+
+    config = GlmConfig(
+        vocab_size=384,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=width // 2,
+        pad_token_id=0,
+    )
+    return GlmModel(config).eval()
 
 
 def qwen_tokenizer() -> Qwen2Tokenizer:

@@ -19,6 +19,7 @@ from pipelines.families import flux, tiny
 from pipelines.families.registry import families, find_family, known_pipelines
 
 PROMPTS = ["a red fox in the snow", "seven cats, and a very long road under the stars of a winter night; " * 3]
+PROMPTS_OF = {"cogview4": ["a red fox in the snow", "seven cats on a long road"]}  # padded to one length
 NAMES = [name for name in families() if name != "edm"]  # edm: tests/recipes/test_recipes.py
 VARIANTS = {  # of a family: its name, what its tiny pipeline differs in, how it is loaded
     "sd-v": ("sd", {"prediction_type": "v_prediction"}, {}),
@@ -42,7 +43,7 @@ def family(request, tmp_path_factory):
     teacher = load(folder, **options)
     torch.manual_seed(0)
     z, x = torch.randn(2, 2, *teacher.shape)
-    prompts = [3, 7] if teacher.family.labels else PROMPTS
+    prompts = [3, 7] if teacher.family.labels else PROMPTS_OF.get(name, PROMPTS)
     c = teacher.encode(prompts)
     return SimpleNamespace(family=teacher.family, folder=folder, teacher=teacher, z=z, x=x, c=c, prompts=prompts)
 
@@ -87,7 +88,7 @@ def test_the_denoiser_gives_what_the_pipelines_network_and_scheduler_give(family
     assert len(steps) == 5
     last = denoiser.schedule.native(torch.ones(1))
     for x, n, sigma, out, x0 in steps:
-        t = (n / last).double().reshape(1)
+        t = ((n / last) if f.family.name != "cogview4" else sigma).double().reshape(1)  # it is told another timestep
         pred = denoiser(unpacked(f, x), t.expand(2), f.c)
         torch.testing.assert_close(pred.out, unpacked(f, out), rtol=1e-4, atol=1e-4)
         told = abs(sigma - t) * out.abs().max() if denoiser.kind == "flow" else 0  # solvers tell a flow whole times
@@ -335,6 +336,22 @@ def test_a_learned_variance_is_left_out(tmp_path):
     assert teacher.sample(x, None, 2).isfinite().all()  # the scheduler asks for no variance
     UNet2DModel.from_config(config | {"out_channels": 4}).save_pretrained(tmp_path / "unet")
     with pytest.raises(ValueError, match="has 3 channels and predicts 4"):
+        load(tmp_path)
+
+
+@torch.no_grad()
+def test_cogview4_reads_prompts_of_any_length(tmp_path):
+    """In one batch as the pipeline reads each alone. A fixed shift, that of students, is refused."""
+    tiny.save("cogview4", tmp_path)
+    teacher = load(tmp_path)
+    z = torch.randn(2, *teacher.shape)
+    images = teacher.decode(teacher.sample(z, teacher.encode(PROMPTS), 2)).clamp(-1, 1) / 2 + 0.5
+    pipe = teacher.parts.pipe()
+    alone = [teacher.family.sample(pipe, [p], z[i : i + 1], 2, 1.0) for i, p in enumerate(PROMPTS)]
+    assert (images - torch.cat(alone)).abs().max() < 1e-4
+    path = tmp_path / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"use_dynamic_shifting": False}))
+    with pytest.raises(ValueError, match="use_dynamic_shifting of its scheduler is false"):
         load(tmp_path)
 
 
