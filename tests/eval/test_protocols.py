@@ -102,8 +102,8 @@ metrics: [kid, {metric: fid, extractor: random:1, resize: null}, patch_fid, dino
 
 
 @pytest.fixture
-def own(tmp_path):
-    """own(*edits) -> the file, with two real images beside it. An edit is a line that replaces that of its key."""
+def write_protocol(tmp_path):
+    """A function that writes the file, with two real images beside it. Each edit replaces the line of its key."""
     (tmp_path / "photos").mkdir()
     for i in range(2):
         picture(20 + i, 16).save(tmp_path / "photos" / f"{i}.png")
@@ -116,8 +116,8 @@ def own(tmp_path):
     return write
 
 
-def test_a_protocol_in_a_file(own, tmp_path):
-    p = find_protocol(own())
+def test_a_protocol_in_a_file(write_protocol, tmp_path):
+    p = find_protocol(write_protocol())
     rule = Preparation("square", 16, "lanczos")
     assert (p.name, p.size, p.n, p.seeds, p.classes, p.reference_path) == (
         "shapes", 16, 6, (0, 7), None, tmp_path / "photos"
@@ -131,43 +131,43 @@ def test_a_protocol_in_a_file(own, tmp_path):
     assert p.conditions() == ["a red circle"] * 3 + ["a blue square"] * 3 and p.missing() is None
     with pytest.raises(ValueError, match="2 prompts for 3 image.s. each; 7 images need more: lower n, or raise"):
         p.conditions(7)
-    labels = own("labels: 4", "n: 6", "metrics: kid")
+    labels = write_protocol("labels: 4", "n: 6", "metrics: kid")
     text = "".join(line for line in open(labels) if not line.startswith(("prompts", "per_prompt")))
     (tmp_path / "labels.yaml").write_text(text)
     assert find_protocol(f"{tmp_path / 'labels.yaml'}").conditions() == [0, 1, 2, 3, 0, 1]
     (tmp_path / "texts.txt").write_text("one\ntwo\n")
-    assert find_protocol(own("prompts: texts.txt", "per_prompt: 1")).conditions() == ["one", "two"]
+    assert find_protocol(write_protocol("prompts: texts.txt", "per_prompt: 1")).conditions() == ["one", "two"]
 
 
-def test_the_hash_of_a_file_is_of_its_content(own, tmp_path):
+def test_the_hash_of_a_file_is_of_its_content(write_protocol, tmp_path):
     """Prompts and real images count by their contents, not by their places; images depend on less than figures."""
-    p = find_protocol(own())
+    p = find_protocol(write_protocol())
     (tmp_path / "moved").mkdir()
     shutil.copytree(tmp_path / "photos", tmp_path / "moved" / "real")
-    moved = find_protocol(own("reference: real", "notes: other", name="moved/own.yml"))
+    moved = find_protocol(write_protocol("reference: real", "notes: other", name="moved/own.yml"))
     assert moved.hash == p.hash and moved.sampling_hash == p.sampling_hash
     hashes = {p.hash}
     for edit in ("size: 8", "per_prompt: 2", "prompts: [a, b]", "seeds: 3", "metrics: [kid]", "resize: {filter: box}",
                  "extractor: random:2", "name: other", "n: 4"):  # fmt: skip
-        changed = find_protocol(own(edit))
+        changed = find_protocol(write_protocol(edit))
         assert changed.hash not in hashes, edit
         assert (changed.sampling_hash != p.sampling_hash) == (edit.split(":")[0] in ("size", "per_prompt", "prompts"))
         hashes.add(changed.hash)
     for text in ("a\nb\n", "a\nc\n"):
         (tmp_path / "texts.txt").write_text(text)
-        changed = find_protocol(own("prompts: texts.txt"))
+        changed = find_protocol(write_protocol("prompts: texts.txt"))
         assert changed.hash not in hashes
         hashes.add(changed.hash)
     picture(9, 9).save(tmp_path / "photos" / "1.png")
-    assert find_protocol(own()).hash not in hashes
+    assert find_protocol(write_protocol()).hash not in hashes
     digits = PROTOCOLS["digits"]
     photos = sorted((tmp_path / "photos").iterdir())
     assert digits.with_reference(tmp_path / "photos", photos).hash != digits.hash, "its real images are others"
 
 
-def test_every_mistake_in_a_file_is_named(own, tmp_path):
+def test_every_mistake_in_a_file_is_named(write_protocol, tmp_path):
     """In one message, with the nearest name."""
-    wrong = own("sizes: 3", "size: big", "seeds: [1, 1]", "prompts: none.txt", "n: 0", "extractor: dinov3",
+    wrong = write_protocol("sizes: 3", "size: big", "seeds: [1, 1]", "prompts: none.txt", "n: 0", "extractor: dinov3",
                 "metrics: [kdi, {metric: fid, extractr: a}, kid, kid]", "resize: {fliter: box, crop: a}")  # fmt: skip
     with pytest.raises(ValueError) as caught:
         find_protocol(wrong)
@@ -194,12 +194,12 @@ def test_every_mistake_in_a_file_is_named(own, tmp_path):
         (("name: digits",), "is called digits, as a published protocol: give it another name"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=match):
-            find_protocol(own(*edits))
+            find_protocol(write_protocol(*edits))
     (tmp_path / "list.yaml").write_text("- 1")
     for name, match in (("list", "must hold names with values"), ("none", "there is no protocol file .*none.yaml")):
         with pytest.raises(ValueError, match=match):
             find_protocol(f"{tmp_path / name}.yaml")
-    absent = find_protocol(own("reference: elsewhere", "metrics: [kid]"))
+    absent = find_protocol(write_protocol("reference: elsewhere", "metrics: [kid]"))
     with pytest.raises(ValueError, match="there is no image below .*elsewhere; put it there"):
         absent.require()
     absent.require(reference=False)

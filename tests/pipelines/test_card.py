@@ -150,9 +150,9 @@ def test_the_licence_is_the_teachers(tmp_path):
     assert all(find_license(base).link is None or "://" in find_license(base).link for base in BASES)
 
 
-def refused(function, *given):
+def refusal_message(function, *arguments):
     with pytest.raises(ValueError) as error:
-        function(*given)
+        function(*arguments)
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -162,7 +162,7 @@ def test_a_public_push_carries_the_licence(tmp_path, monkeypatch):
     folder = tmp_path / "models--black-forest-labs--FLUX.1-dev" / "snapshots" / "0a1b"
     folder.mkdir(parents=True)
     own = find_license(folder)
-    message = refused(refuse_public_push, folder, folder, own)
+    message = refusal_message(refuse_public_push, folder, folder, own)
     assert "has no file of its licence" in message and "--hub_private" in message and f"into {folder}" in message
 
     def download(name, revision, allow_patterns):
@@ -177,7 +177,7 @@ def test_a_public_push_carries_the_licence(tmp_path, monkeypatch):
     licenses.fetch_license_files(folder)
     assert [file.name for file in licenses.license_files(folder)] == ["LICENSE.md", "NOTICE"]
     refuse_public_push(folder, folder, own)
-    message = refused(refuse_public_push, folder, folder, License("apache-2.0"))
+    message = refusal_message(refuse_public_push, folder, folder, License("apache-2.0"))
     assert "--license apache-2.0" in message and "flux-1-dev-non-commercial-license" in message
     (folder / "README.md").write_text("---\nlicense: openrail++\n---\n")
     refuse_public_push(folder, folder, License("apache-2.0"))  # commerce is allowed: the user's word counts

@@ -60,7 +60,7 @@ class Affine:
         """E[self other^T]."""
         return self.M @ other.M.T + torch.outer(self.m, other.m)
 
-    def given(self, other):
+    def regress_on(self, other):
         """(K, k): E[self | other] = K other + k."""
         K = self.M @ other.M.T @ torch.linalg.inv(other.M @ other.M.T)
         return K, self.m - K @ other.m
@@ -101,8 +101,8 @@ def turn(method, player, path, level, noise, kind="x0", off=0.0):
     law, line = problem(D)
     A, b = leaf(line.A, line.b)
     y, x_t, x, x_s, at = scene(law, A.detach(), b.detach(), path, s, t, noise)
-    real = y.given(at[0] * y + Affine(at[1] * torch.eye(3 * D, dtype=F64)[D : 2 * D], 0 * y.m))
-    ours = x.given(x_s)
+    real = y.regress_on(at[0] * y + Affine(at[1] * torch.eye(3 * D, dtype=F64)[D : 2 * D], 0 * y.m))
+    ours = x.regress_on(x_s)
     best = [(p + method.anchor * q) / (1 + method.anchor) for p, q in zip(ours, real)]
     K, k = leaf(best[0] + off, best[1])
     student = Student(linear(A, b, path, kind), CALLS, renoise=noise)
